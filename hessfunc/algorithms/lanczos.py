@@ -1,0 +1,367 @@
+"""Thick-restart Lanczos, with full reorthogonalisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.results import Eigenpairs, rounding
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.trees import Matvec, Space, Tree, leaves
+
+__all__ = ["lanczos"]
+
+Which = Literal["LM", "LA", "SA", "BE"]
+
+# Block steps between two looks at the Ritz values.
+_STEPS_A_ROUND = 4
+# After an invariant subspace is found, so many steps from a fresh vector must find no better one.
+_STEPS_TO_TRUST = 8
+
+
+def lanczos(
+    matvec: Matvec,
+    like: Tree,
+    *,
+    k: int = 6,
+    which: Which = "LM",
+    block_size: int = 1,
+    basis_size: int | None = None,
+    basis_dtype: torch.dtype | None = None,
+    rtol: float = 1e-4,
+    atol: float = 0.0,
+    max_matvecs: int = 1000,
+    start: Tree | None = None,
+    seed: int | None = None,
+    callback: Callback[Eigenpairs] | None = None,
+) -> Eigenpairs:
+    """A few extreme eigenpairs of a symmetric matrix, by thick-restart Lanczos.
+
+    With an orthonormal basis V of a Krylov space and T = V A V', the Ritz pairs of T approximate
+    the extreme eigenpairs of A. A full basis is shrunk to its best Ritz vectors and grown again.
+    A pair has converged when
+
+        |A v - value v| <= max(rtol |value|, atol),
+
+    or when its residual is down to the rounding of the products. Residuals are measured at the
+    end by k more products.
+
+    Args:
+        matvec: block -> block, symmetric.
+        like: a tree that says what vectors look like.
+        k: how many pairs, at most n.
+        which: ``"LM"`` largest in absolute value, in that order; ``"LA"`` largest, descending;
+            ``"SA"`` smallest, ascending; ``"BE"`` k/2 from each end, descending (one more from
+            the top if k is odd).
+        block_size: how many vectors are multiplied at once. A matrix with an eigenvalue repeated
+            b times needs blocks of b to be sure of all of them.
+        basis_size: the most vectors that are kept; 2 k + 10 by default (blocks: at least
+            k + 4 block_size).
+        basis_dtype: of the basis; the vectors' own by default, float32 at least.
+        rtol: the relative tolerance of residuals.
+        atol: the absolute tolerance of residuals, in units of the eigenvalues.
+        max_matvecs: the budget, the final check included.
+        start: a tree or a block to start from; random by default.
+        seed: of the start.
+        callback: called with the running `Eigenpairs` after each round (residuals are those of
+            the recurrence then); returning True stops.
+
+    Returns:
+        `Eigenpairs`. Where not all k have converged, ``converged`` and ``reason`` say so.
+
+    Raises:
+        ValueError: an option is out of range, or the matvec is not symmetric.
+        FloatingPointError: a product is not finite.
+
+    Cost: one matvec a basis vector, and k at the end; 2 basis_size n flops of
+    reorthogonalisation a matvec, twice; basis_size n numbers of memory.
+
+    Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
+    Musco and Rao 2025, arXiv 2508.06486.
+    """
+    products = Products.of(matvec, like)
+    space = products.space
+    if which not in ("LM", "LA", "SA", "BE"):
+        raise ValueError(f"which={which!r}: choose 'LM', 'LA', 'SA' or 'BE'")
+    if not 1 <= k <= space.n:
+        raise ValueError(f"k={k}: the matrix has {space.n} eigenvalues, choose 1 to {space.n}")
+    at_least(0, rtol=rtol, atol=atol)
+    at_least(1, block_size=block_size)
+    at_least(2 * k, max_matvecs=max_matvecs)
+    block_size = min(block_size, space.n)
+    if basis_size is None:
+        basis_size = max(2 * k + 10, k + 4 * block_size)
+    at_least(min(space.n, k + block_size), basis_size=basis_size)
+    basis_size = min(basis_size, space.n)
+    seed = drawn(seed)
+    dtype = basis_dtype or rows_dtype(space)
+    problem = _Problem(k, which, block_size, basis_size, rtol, atol, seed)
+    state = _start(problem, space, start, dtype)
+
+    def found(state: _State, reason: str, *, measured: bool) -> Eigenpairs:
+        values, vectors, residuals = _chosen(problem, space, state)
+        if measured:
+            images = products(vectors)
+            residuals = space.norms(images - values.to(images)[:, None] * vectors).cpu()
+        converged = residuals <= _tolerance(problem, values, state)
+        if measured and not converged.all() and reason.startswith("converged"):
+            reason = (
+                f"the measured residuals of {int((~converged).sum())} pairs stay above the "
+                f"tolerance: the rounding of {str(dtype).removeprefix('torch.')} products"
+            )
+        return Eigenpairs(
+            values=values,
+            vectors=space.unravel(vectors),
+            residuals=residuals,
+            converged=converged,
+            matvecs=products.matvecs,
+            passes=products.passes,
+            reason=reason,
+            seed=seed,
+        )
+
+    state, reason = drive(
+        state,
+        products=products,
+        step=lambda state, room: _round(problem, space, products, state, room),
+        verdict=lambda state: _verdict(problem, state),
+        running=lambda state: found(state, "running", measured=False),
+        max_matvecs=max_matvecs - k,
+        callback=callback,
+    )
+    return found(state, reason, measured=True)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    k: int
+    which: Which
+    block_size: int
+    basis_size: int
+    rtol: float
+    atol: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class _State:
+    """``A V' = V' T + X' C``: V the first rows of the basis, X the rest, the next block.
+
+    Attributes:
+        basis: orthonormal rows, V above X.
+        projected: T, float64 on the CPU.
+        coupling: C, float64 on the CPU, one column a row of V.
+        probes: random vectors drawn so far.
+        steps: block steps since the last random start.
+        closed: the wanted values when an invariant subspace was last found.
+        finished: nothing is left to be found outside of V.
+    """
+
+    basis: Tensor
+    projected: Tensor
+    coupling: Tensor
+    probes: int
+    steps: int = 0
+    closed: Tensor | None = None
+    finished: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.projected)
+
+
+def _start(problem: _Problem, space: Space, start: Tree | None, dtype: torch.dtype) -> _State:
+    b = problem.block_size
+    rows = space.probes(range(b), kind="normal", seed=problem.seed, dtype=dtype)
+    if start is not None:
+        given = _rows_of(space, start).to(dtype)
+        if len(given) > b:
+            # Every given vector has its part in the block, in random proportions.
+            given = space.combine(space.gram(rows, given), given)
+        lengths = space.norms(given)
+        if not bool((lengths > 0).all()):
+            raise ValueError("start has a vector of zeros")
+        rows = torch.cat([given / lengths.to(dtype)[:, None], rows[len(given) :]])
+    empty = rows.new_zeros(0, space.n)
+    block, _ = _orthonormal(space, rows, empty, threshold=0.0)
+    none = torch.zeros(0, 0, dtype=torch.float64)
+    return _State(block, none, torch.zeros(len(block), 0, dtype=torch.float64), probes=b)
+
+
+def _rows_of(space: Space, start: Tree) -> Tensor:
+    if leaves(start)[0].dim() == len(space.shapes[0]):
+        return space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(start)])
+    return space.ravel(start)
+
+
+def _round(problem: _Problem, space: Space, products: Products, state: _State, room: int) -> _State:
+    for _ in range(_STEPS_A_ROUND):
+        width = len(state.basis) - state.size
+        if state.size + width > problem.basis_size:
+            state = _restart(problem, space, state)
+        if width > room or state.finished:
+            break
+        state = _step(problem, space, products, state)
+        room -= width
+    return state
+
+
+def _step(problem: _Problem, space: Space, products: Products, state: _State) -> _State:
+    """Multiply the next block, and split the product in T's new columns and a new block."""
+    j = state.size
+    basis = state.basis
+    images = products(basis[j:])
+    columns = space.gram(basis, images)
+    images = images - space.combine(columns.mT, basis)
+    correction = space.gram(basis, images)
+    images = images - space.combine(correction.mT, basis)
+    columns = (columns + correction).cpu().double()
+
+    projected = torch.zeros(len(basis), len(basis), dtype=torch.float64)
+    projected[:j, :j] = state.projected
+    projected[:, j:] = columns
+    projected[j:, :j] = columns[:j].mT
+    projected[j:, j:] = (columns[j:] + columns[j:].mT) / 2
+    scale = _scale(projected)
+    _refuse_asymmetric(columns[:j] - state.coupling.mT, scale)
+
+    threshold = rounding([basis], scale[None])
+    block, factor = _orthonormal(space, images, basis, threshold)
+    coupling = torch.zeros(len(block), len(basis), dtype=torch.float64)
+    coupling[:, j:] = factor
+    state = replace(
+        state,
+        basis=torch.cat([basis, block]),
+        projected=projected,
+        coupling=coupling,
+        steps=state.steps + 1,
+    )
+    return state if len(block) else _fresh_block(problem, space, state)
+
+
+def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
+    """V spans an invariant subspace: look outside of it, unless the last look found nothing."""
+    wanted = _wanted(problem, torch.linalg.eigvalsh(state.projected))
+    values = torch.linalg.eigvalsh(state.projected)[wanted]
+    floor = rounding([state.basis], _scale(state.projected)[None])
+    nothing_new = (
+        state.closed is not None
+        and len(values) == problem.k == len(state.closed)
+        and bool(((values - state.closed).abs() <= floor).all())
+    )
+    if nothing_new or state.size == space.n:
+        return replace(state, closed=values, finished=True)
+    width = min(problem.block_size, space.n - state.size)
+    indices = range(state.probes, state.probes + width)
+    rows = space.probes(indices, kind="sphere", seed=problem.seed, dtype=state.basis.dtype)
+    block, _ = _orthonormal(space, rows, state.basis, threshold=1e-3)
+    return replace(
+        state,
+        basis=torch.cat([state.basis, block]),
+        coupling=torch.zeros(len(block), state.size, dtype=torch.float64),
+        probes=state.probes + width,
+        steps=0,
+        closed=values,
+        finished=len(block) == 0,
+    )
+
+
+def _restart(problem: _Problem, space: Space, state: _State) -> _State:
+    """Shrink the basis to its best Ritz vectors; the next block stays."""
+    values, vectors = torch.linalg.eigh(state.projected)
+    block = state.basis[state.size :]
+    room = problem.basis_size - len(block)
+    keep = min(room, problem.k + (problem.basis_size - problem.k) // 2)
+    kept = _preferred(problem.which, values)[: max(keep, 1)]
+    rotation = vectors[:, kept]
+    return replace(
+        state,
+        basis=torch.cat([space.combine(rotation.mT, state.basis[: state.size]), block]),
+        projected=values[kept].diag(),
+        coupling=state.coupling @ rotation,
+    )
+
+
+def _orthonormal(
+    space: Space, rows: Tensor, basis: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows Q, orthogonal to the basis, and F with rows = F' Q.
+
+    Directions of the rows that are shorter than the threshold are left out.
+    """
+    factor = torch.eye(len(rows), dtype=torch.float64)
+    for _ in range(2):
+        squares, rotation = torch.linalg.eigh(space.gram(rows, rows).cpu().double())
+        lengths = squares.clamp_min(0).sqrt()
+        longest = float(lengths.max()) if len(lengths) else 0.0
+        kept = lengths > max(threshold, 1e-6 * longest)
+        rotation, lengths = rotation[:, kept], lengths[kept]
+        rows = space.combine((rotation / lengths).mT, rows)
+        rows = rows - space.combine(space.gram(rows, basis), basis)
+        factor = (rotation * lengths).mT @ factor
+        threshold = 0.0
+    return rows, factor
+
+
+def _refuse_asymmetric(difference: Tensor, scale: Tensor) -> None:
+    if difference.numel() and float(difference.abs().max()) > 1e-3 * float(scale):
+        raise ValueError(
+            "the matvec is not symmetric or not deterministic: u'Av and v'Au differ by "
+            f"{float(difference.abs().max() / scale):.1e} of the largest eigenvalue. Common "
+            "causes: randomness in the loss, a loader that changes between passes, a matrix that "
+            "is no Hessian. `check(matvec, like)` tells more"
+        )
+
+
+def _scale(projected: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(projected, ord=2)
+
+
+def _preferred(which: Which, values: Tensor) -> Tensor:
+    """The indices of ascending values, the most wanted first."""
+    last = len(values) - 1
+    if which == "LM":
+        return values.abs().argsort(descending=True)
+    if which == "BE":
+        order = [i // 2 if i % 2 else last - i // 2 for i in range(last + 1)]
+        return torch.tensor(order, dtype=torch.int64)
+    ascending = torch.arange(last + 1)
+    return ascending if which == "SA" else ascending.flip(0)
+
+
+def _wanted(problem: _Problem, values: Tensor) -> Tensor:
+    """The indices of the wanted among ascending values, in the order of the result."""
+    found = _preferred(problem.which, values)[: problem.k]
+    return found.sort(descending=True).values if problem.which == "BE" else found
+
+
+def _chosen(problem: _Problem, space: Space, state: _State) -> tuple[Tensor, Tensor, Tensor]:
+    """The wanted Ritz values, their vectors as rows, and the residuals of the recurrence."""
+    values, vectors = torch.linalg.eigh(state.projected)
+    wanted = _wanted(problem, values)
+    rotation = vectors[:, wanted]
+    rows = space.combine(rotation.mT, state.basis[: state.size])
+    return values[wanted], rows, torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
+
+
+def _tolerance(problem: _Problem, values: Tensor, state: _State) -> Tensor:
+    floor = rounding([state.basis], _scale(state.projected)[None])
+    return (problem.rtol * values.abs()).clamp_min(max(problem.atol, floor))
+
+
+def _verdict(problem: _Problem, state: _State) -> str | None:
+    if state.size < problem.k:
+        return None
+    if state.finished:
+        return "converged: the basis spans an invariant subspace"
+    if state.closed is not None and state.steps < _STEPS_TO_TRUST:
+        return None
+    values, vectors = torch.linalg.eigh(state.projected)
+    wanted = _wanted(problem, values)
+    residuals = torch.linalg.vector_norm(state.coupling @ vectors[:, wanted], dim=0)
+    if bool((residuals <= _tolerance(problem, values[wanted], state)).all()):
+        return "converged: all residuals are within the tolerance"
+    return None

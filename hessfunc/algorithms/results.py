@@ -1,0 +1,229 @@
+"""What every algorithm returns: what was found, how sure, what it cost, and why it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.quantiles import student_quantile
+from hessfunc.trees import Tree, flatten, leaves
+
+__all__ = ["Density", "Eigenpairs", "Estimate", "Result", "load", "versions"]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions under which results are made."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"torch": torch.__version__, "numpy": np.__version__}
+    try:
+        found["hessfunc"] = version("hessfunc")
+    except PackageNotFoundError:
+        found["hessfunc"] = "not installed"
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What every result tells.
+
+    Attributes:
+        matvecs: products with one vector that were spent.
+        passes: calls of the matvec; each serves a whole block.
+        reason: why the run stopped, in words.
+        seed: with which the run can be repeated.
+        versions: of the packages that made it.
+    """
+
+    matvecs: int
+    passes: int
+    reason: str
+    seed: int | None
+    versions: dict[str, str] = field(default_factory=versions)
+
+    kinds: ClassVar[dict[str, type[Result]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Result.kinds[cls.__name__] = cls
+
+    def save(self, path: str | os.PathLike[str], /) -> None:
+        """Write to one ``.npz`` file, whole or not at all; `load` reads it without pickle.
+
+        Trees are read back as (nested) dicts.
+        """
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        plain: dict[str, Any] = {"kind": type(self).__name__}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor) or _is_tree(value):
+                found, structure = flatten(value)
+                paths = [list(map(str, path)) for path in structure.paths()]
+                plain[item.name] = {"paths": paths}
+                for i, leaf in enumerate(found):
+                    arrays[f"{item.name}/{i}"] = leaf.detach().cpu().numpy()
+            else:
+                plain[item.name] = {"value": value}
+        arrays["result"] = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
+        _write_whole(Path(path), arrays)
+
+
+def _is_tree(value: Any) -> bool:
+    found = leaves(value)
+    return bool(found) and all(isinstance(leaf, Tensor) for leaf in found)
+
+
+def _write_whole(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    part.replace(path)
+
+
+def load(path: str | os.PathLike[str], /) -> Result:
+    """A result that was written by ``save``.
+
+    Raises:
+        ValueError: the file holds no result.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        if "result" not in file:
+            raise ValueError(f"{os.fspath(path)} holds no result of hessfunc")
+        plain = json.loads(file["result"].tobytes())
+        kind = Result.kinds[plain.pop("kind")]
+        values: dict[str, Any] = {}
+        for name, item in plain.items():
+            if "value" in item:
+                values[name] = item["value"]
+            else:
+                found = [torch.from_numpy(file[f"{name}/{i}"]) for i in range(len(item["paths"]))]
+                values[name] = _nested(item["paths"], found)
+    return kind(**values)
+
+
+def _nested(paths: list[list[str]], found: list[Tensor]) -> Tree:
+    if paths == [[]]:
+        return found[0]
+    tree: dict[str, Any] = {}
+    for path, leaf in zip(paths, found, strict=True):
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eigenpairs(Result):
+    """Eigenvalues with vectors, in the order that the algorithm states.
+
+    Attributes:
+        values: Ritz values, float64 ``(k,)``.
+        vectors: a block of k orthonormal vectors.
+        residuals: ``|A v_i - values_i v_i|``, float64 ``(k,)``; measured with A at the end.
+        converged: whether the residual is within the stated tolerance, bool ``(k,)``.
+    """
+
+    values: Tensor
+    vectors: Tree
+    residuals: Tensor
+    converged: Tensor
+
+    @property
+    def intervals(self) -> Tensor:
+        """``[value - residual, value + residual]``, ``(k, 2)``: some eigenvalue lies in each.
+
+        Widened by the rounding of the products. Nothing is promised about the index of that
+        eigenvalue.
+        """
+        floor = rounding(leaves(self.vectors), self.values)
+        radius = self.residuals + floor
+        return torch.stack([self.values - radius, self.values + radius], dim=1)
+
+
+def rounding(vectors: list[Tensor], values: Tensor) -> float:
+    """The size of the rounding error of a product, for a matrix with these largest values."""
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in vectors)
+    n = sum(leaf[0].numel() for leaf in vectors)
+    largest = float(values.abs().max()) if len(values) else 0.0
+    return 10 * eps * min(math.sqrt(n), 30.0) * largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(Result):
+    """A mean of independent samples.
+
+    Attributes:
+        value: the estimate.
+        stderr: its standard error.
+        samples: float64 ``(p,)``, one a probe.
+        by_leaf: the part of each leaf; the parts sum to the value.
+    """
+
+    value: float
+    stderr: float
+    samples: Tensor
+    by_leaf: dict[str, float]
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The two-sided Student interval at this level."""
+        if not 0 < level < 1:
+            raise ValueError(f"level={level}: a probability between 0 and 1")
+        half = student_quantile((1 + level) / 2, len(self.samples) - 1) * self.stderr
+        return self.value - half, self.value + half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Density(Result):
+    """A spectral density: a mixture of point masses for each probe.
+
+    Attributes:
+        nodes: Ritz values, ascending, float64 ``(p, m)``.
+        weights: of the nodes, float64 ``(p, m)``; they sum to 1 for each probe. A probe that
+            ended early is filled up with nodes of weight 0.
+        n: the dimension of the matrix.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    n: int
+
+    @property
+    def width(self) -> float:
+        """The default smoothing width: 1 % of the range of the nodes."""
+        spread = float(self.nodes.max() - self.nodes.min())
+        return 0.01 * (spread or float(self.nodes.abs().max()) or 1.0)
+
+    def grid(self, points: int = 1000) -> Tensor:
+        """Evenly spaced points ``(points,)`` that cover the smoothed density."""
+        low, high = float(self.nodes.min()), float(self.nodes.max())
+        return torch.linspace(
+            low - 5 * self.width, high + 5 * self.width, points, dtype=torch.float64
+        )
+
+    def pdf(self, grid: Tensor, width: float | None = None) -> Tensor:
+        """The density smoothed by a Gaussian of standard deviation ``width``, at the grid's points.
+
+            pdf(x) = mean over probes of sum_j weights_j N(x; nodes_j, width^2)
+
+        Args:
+            grid: points, any shape.
+            width: in units of the eigenvalues; by default 1 % of the range of the nodes.
+        """
+        width = self.width if width is None else width
+        if not width > 0:
+            raise ValueError(f"width={width}: a positive number")
+        z = (grid.to(torch.float64)[..., None] - self.nodes.flatten()) / width
+        mass = self.weights.flatten() / len(self.nodes)
+        return (torch.exp(-0.5 * z.square()) @ mass) / (width * math.sqrt(2 * math.pi))

@@ -1,0 +1,109 @@
+"""The one driver of rounds: products that are counted, a budget, a tolerance, a callback."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.results import Result
+from hessfunc.trees import Matvec, Space, Tree
+
+__all__ = ["Callback", "Products", "at_least", "drawn", "drive", "rows_dtype"]
+
+State = TypeVar("State")
+Found = TypeVar("Found", bound=Result)
+Callback = Callable[[Found], object]
+
+
+@dataclass
+class Products:
+    """The products of a matvec with flat rows, counted and checked.
+
+    Attributes:
+        matvec: block -> block.
+        space: of its vectors.
+        matvecs: products with one vector so far.
+        passes: calls so far.
+    """
+
+    matvec: Matvec
+    space: Space
+    matvecs: int = 0
+    passes: int = 0
+
+    @classmethod
+    def of(cls, matvec: Matvec, like: Tree, /) -> Products:
+        return cls(matvec, Space.of(like))
+
+    def __call__(self, rows: Tensor, /) -> Tensor:
+        product = self.space.ravel(self.matvec(self.space.unravel(rows)), dtype=rows.dtype)
+        if len(product) != len(rows):
+            raise ValueError(f"the matvec gave {len(product)} products of {len(rows)} vectors")
+        self.matvecs += len(rows)
+        self.passes += 1
+        if not torch.isfinite(product).all():
+            columns = torch.nonzero(~torch.isfinite(product).all(0)).flatten()
+            raise FloatingPointError(
+                "a product has entries that are NaN or infinite, at "
+                + ", ".join(self.space.leaf_of_columns(columns)[:4])
+            )
+        return product
+
+
+def drive(
+    state: State,
+    *,
+    products: Products,
+    step: Callable[[State, int], State],
+    verdict: Callable[[State], str | None],
+    running: Callable[[State], Found],
+    max_matvecs: int,
+    callback: Callback[Found] | None,
+) -> tuple[State, str]:
+    """Take rounds until there is a verdict, the budget is spent, or the callback says stop.
+
+    Args:
+        state: where the run starts.
+        products: that count what is spent.
+        step: ``(state, room) -> state``, one round of at most ``room`` matvecs.
+        verdict: why the run is finished, in words, or None.
+        running: the result so far, for the callback.
+        max_matvecs: the budget of all rounds.
+        callback: called with the result so far after each round; returning True stops.
+
+    Returns:
+        The last state, and the reason for which the run stopped.
+    """
+    while (reason := verdict(state)) is None:
+        room = max_matvecs - products.matvecs
+        if room < 1:
+            return state, f"the budget of {max_matvecs} matvecs is spent"
+        before = products.matvecs
+        state = step(state, room)
+        if callback is not None and callback(running(state)) is True:
+            return state, "stopped by the callback"
+        if products.matvecs == before:
+            return state, f"a round needs more than the {room} matvecs that are left"
+    return state, reason
+
+
+def drawn(seed: int | None) -> int:
+    """The seed, or a fresh one, which the result records."""
+    return secrets.randbits(63) if seed is None else seed
+
+
+def at_least(least: float, **options: float | None) -> None:
+    """Raise for an option below its least value."""
+    for name, value in options.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name}={value}: it must be at least {least}")
+
+
+def rows_dtype(space: Space) -> torch.dtype:
+    """The dtype of a basis: that of the vectors, float32 at least."""
+    return torch.promote_types(space.dtype, torch.float32)

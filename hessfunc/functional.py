@@ -1,0 +1,186 @@
+"""``nn.Module`` -> pure functions of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hessfunc.trees import Tree, merge, tree_map
+
+__all__ = ["Loss", "LossFunction", "composed", "functional", "hold", "supervised"]
+
+LossFunction: TypeAlias = Callable[[Tree, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A pure loss ``(params, batch) -> scalar`` that also shows its two halves.
+
+    Attributes:
+        outputs: ``(params, batch) -> outputs``, the model.
+        criterion: ``(outputs, batch) -> scalar``.
+    """
+
+    outputs: Callable[[Tree, Any], Any]
+    criterion: Callable[[Any, Any], Tensor]
+
+    def __call__(self, params: Tree, batch: Any, /) -> Tensor:
+        return self.criterion(self.outputs(params, batch), batch)
+
+
+def composed(
+    outputs: Callable[[Tree, Any], Any], criterion: Callable[[Any, Any], Tensor], /
+) -> Loss:
+    """The loss of any batch: ``criterion(outputs(params, batch), batch)``."""
+    return Loss(outputs, criterion)
+
+
+def supervised(
+    model_fn: Callable[[Tree, Any], Any], criterion: Callable[[Any, Any], Tensor], /
+) -> Loss:
+    """The loss of batches ``(inputs, targets)``: ``criterion(model_fn(params, inputs), targets)``.
+
+    Args:
+        model_fn: as `functional` returns it.
+        criterion: ``(outputs, targets) -> scalar``, such as ``torch.nn.functional.cross_entropy``
+            or a loss module.
+    """
+    return Loss(_OfInputs(model_fn), OfTargets(criterion))
+
+
+@dataclass(frozen=True)
+class _OfInputs:
+    model_fn: Callable[[Tree, Any], Any]
+
+    def __call__(self, params: Tree, batch: Any, /) -> Any:
+        return self.model_fn(params, _pair(batch)[0])
+
+
+@dataclass(frozen=True)
+class OfTargets:
+    """A criterion of (outputs, targets) as one of (outputs, batch)."""
+
+    criterion: Callable[[Any, Any], Tensor]
+
+    def __call__(self, outputs: Any, batch: Any, /) -> Tensor:
+        return self.criterion(outputs, _pair(batch)[1])
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of length {len(batch)}" if isinstance(batch, (tuple, list, Mapping)) else ""
+    raise TypeError(
+        f"a supervised loss takes batches (inputs, targets), and got a {type(batch).__name__}"
+        f"{size}: use `composed(outputs, criterion)` for any other batch"
+    )
+
+
+def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
+    """A loss of some of the parameters alone; the others stay as they are.
+
+    Args:
+        loss: of all parameters. A `Loss` gives a `Loss`.
+        rest: the parameters that are held, as `split` returns them.
+    """
+    fixed = tree_map(Tensor.detach, rest)
+    if isinstance(loss, Loss):
+        outputs = loss.outputs
+        return Loss(lambda chosen, batch: outputs(merge(chosen, fixed), batch), loss.criterion)
+    return lambda chosen, batch: loss(merge(chosen, fixed), batch)
+
+
+def functional(
+    model: nn.Module, /, *, trainable_only: bool = True
+) -> tuple[Callable[[Tree, Any], Any], dict[str, Tensor]]:
+    """A pure function of a module's parameters, and these parameters.
+
+    ``model_fn(params, inputs)`` takes inputs that are a tensor, a tuple (positional arguments) or
+    a mapping (keyword arguments), and returns what the module returns. The module is never
+    changed: buffers are cloned inside each call, so that BatchNorm works in train mode too. The
+    training flag of each submodule is read once, here.
+
+    Args:
+        model: the module.
+        trainable_only: leave parameters that do not require a gradient out of ``params``.
+
+    Returns:
+        ``(model_fn, params)``, with ``params`` a dict in the order of ``named_parameters``: a tied
+        tensor stands there once, and each is a detached view of the module's own.
+
+    Raises:
+        ValueError: there is no parameter left.
+    """
+    params = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or not trainable_only
+    }
+    if not params:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: set `requires_grad`, or pass "
+            "`trainable_only=False`"
+        )
+    training = [(module, module.training) for module in model.modules()]
+    batch_statistics = [
+        name for name, module in model.named_modules() if _uses_batch_statistics(module)
+    ]
+
+    def model_fn(params: Tree, inputs: Any, /) -> Any:
+        if batch_statistics and _SEVERAL_BATCHES.get():
+            raise ValueError(
+                f"BatchNorm {batch_statistics[0]!r} uses the statistics of each batch, so the "
+                "result would depend on how the data is cut into batches: call `model.eval()` "
+                "before `functional(model)`, or use one batch"
+            )
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        args, kwargs = _arguments(inputs)
+        with _flags(training):
+            return torch.func.functional_call(model, (params, buffers), args, kwargs)
+
+    return model_fn, params
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+@contextmanager
+def _flags(training: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    changed = [module for module, flag in training if module.training != flag]
+    for module in changed:
+        module.training = not module.training
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = not module.training
+
+
+def _uses_batch_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or module.running_mean is None
+    )
+
+
+_SEVERAL_BATCHES: ContextVar[bool] = ContextVar("several batches", default=False)
+
+
+@contextmanager
+def several_batches() -> Iterator[None]:
+    """Inside, a model is seen as one of a sum over batches: batch statistics are refused."""
+    token = _SEVERAL_BATCHES.set(True)
+    try:
+        yield
+    finally:
+        _SEVERAL_BATCHES.reset(token)

@@ -1,0 +1,206 @@
+"""One product -> a block of products: a loop, or vmap in chunks that fit in memory."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hessfunc.memory import available_memory
+from hessfunc.transforms.kernels import explained, precise
+from hessfunc.trees import Matvec, Space, Tree, leaves
+
+__all__ = ["Chunks", "Curvature", "Product", "block_matvec", "unchanged"]
+
+Curvature: TypeAlias = Callable[[Tree, Any], Matvec]
+Product: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+ChunkSize: TypeAlias = int | Literal["auto"]
+
+# Below this many vectors vmap costs more than it saves.
+_SMALLEST_BLOCK = 4
+# A trial shorter than this is dominated by first-call costs, and is run again.
+_SHORT_TRIAL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How many vectors go through one pass: a fixed number, or chosen by a trial and kept.
+
+    Attributes:
+        size: the chunk, 1 for a loop, or ``"auto"``.
+        chosen: the chunk that was chosen for each shape of block and batch.
+    """
+
+    size: ChunkSize = "auto"
+    chosen: dict[Hashable, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.size != "auto" and (not isinstance(self.size, int) or self.size < 1):
+            raise ValueError(f"chunk_size={self.size!r}: a positive integer, or 'auto'")
+
+
+def block_matvec(
+    product: Product,
+    space: Space,
+    point: Sequence[Tensor],
+    batch: Any,
+    *,
+    chunks: Chunks,
+) -> Matvec:
+    """The matvec of a product of one vector.
+
+    Args:
+        product: the leaves of one vector -> the leaves of its product.
+        space: of the vectors.
+        point: the leaves of the parameters at which the product was made.
+        batch: the batch for which it was made; its shapes tell similar products apart.
+        chunks: how the block is cut.
+    """
+    refuse_if_changed = unchanged(space, point)
+    shapes = tuple(tuple(x.shape) for x in leaves(batch) if isinstance(x, Tensor))
+
+    def matvec(block: Tree) -> Tree:
+        refuse_if_changed()
+        tangents = [
+            leaf.to(dtype)
+            for leaf, dtype in zip(space.block_leaves(block), space.dtypes, strict=True)
+        ]
+        k = len(tangents[0])
+        with torch.no_grad(), precise(space.device), explained(space, batch):
+            if k == 1 or (chunks.size == "auto" and k < _SMALLEST_BLOCK):
+                return space.tree(_loop(product, tangents))
+            if chunks.size != "auto":
+                return space.tree(_in_chunks(product, tangents, chunks.size)[0])
+            key = (k, shapes)
+            if key not in chunks.chosen:
+                chunks.chosen[key] = _fastest(product, tangents)
+            found, chunks.chosen[key] = _in_chunks(product, tangents, chunks.chosen[key])
+            return space.tree(found)
+
+    return matvec
+
+
+def unchanged(space: Space, point: Sequence[Tensor]) -> Callable[[], None]:
+    """A check that raises once a leaf has been changed in place."""
+    versions = [leaf._version for leaf in point]
+
+    def refuse_if_changed() -> None:
+        for name, leaf, version in zip(space.names, point, versions, strict=True):
+            if leaf._version != version:
+                raise RuntimeError(
+                    f"parameter {name!r} has changed in place since this matvec was made (an "
+                    "optimiser step?), so its products would belong to neither the old nor the "
+                    "new parameters: make the matvec again"
+                )
+
+    return refuse_if_changed
+
+
+def _loop(product: Product, tangents: Sequence[Tensor]) -> list[Tensor]:
+    if len(tangents[0]) == 1:
+        return [out[None] for out in product([t[0] for t in tangents])]
+    found = [torch.empty_like(t) for t in tangents]
+    for i in range(len(tangents[0])):
+        for target, out in zip(found, product([t[i] for t in tangents]), strict=True):
+            target[i].copy_(out)
+    return found
+
+
+def _in_chunks(
+    product: Product, tangents: Sequence[Tensor], size: int
+) -> tuple[Sequence[Tensor], int]:
+    """The products of a block, and the chunk size with which they fitted in memory."""
+    if size == 1:
+        return _loop(product, tangents), 1
+    k = len(tangents[0])
+    mapped = torch.vmap(product, randomness="same")
+    try:
+        if size >= k:
+            return mapped(tangents), size
+        found = [torch.empty_like(t) for t in tangents]
+        for start in range(0, k, size):
+            part = torch.vmap(product, randomness="same")(
+                [t[start : start + size] for t in tangents]
+            )
+            for target, out in zip(found, part, strict=True):
+                target[start : start + size].copy_(out)
+        return found, size
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    return _in_chunks(product, tangents, min(size, k) // 2)
+
+
+def _fastest(product: Product, tangents: Sequence[Tensor]) -> int:
+    """1 for a loop, or the chunk for vmap: whichever takes less time for each vector."""
+    k = len(tangents[0])
+    first = [t[:1] for t in tangents]
+    chunk = min(k, _chunk_that_fits(product, tangents))
+    if chunk < _SMALLEST_BLOCK:
+        return 1
+    several = [t[:chunk] for t in tangents]
+    looped = _seconds(lambda: _loop(product, first), tangents[0].device)
+    try:
+        mapped = _seconds(lambda: _in_chunks(product, several, chunk), tangents[0].device)
+    except RuntimeError:
+        # An operation without a batching rule: the loop needs none.
+        return 1
+    return chunk if mapped / chunk < looped else 1
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    def once() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    seconds = once()
+    return min(once(), once()) if seconds < _SHORT_TRIAL_SECONDS else seconds
+
+
+def _chunk_that_fits(product: Product, tangents: Sequence[Tensor]) -> int:
+    # A CPU grants any allocation and the kernel kills the process later: predict. On CUDA
+    # running out of memory is an exception, and the chunk is halved then.
+    if tangents[0].device.type != "cpu":
+        return len(tangents[0])
+    with _PeakMemory() as memory:
+        _loop(product, [t[:1] for t in tangents])
+    return max(1, available_memory(tangents[0].device) // 2 // max(1, memory.peak))
+
+
+class _PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in leaves(out):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.held:
+            self.held[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self.now -= self.held.pop(key, 0)

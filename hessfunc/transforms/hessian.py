@@ -1,0 +1,194 @@
+"""The Hessian of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hessfunc.functional import LossFunction
+from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
+from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.trees import Matvec, Space, Tree
+
+__all__ = ["hvp"]
+
+Mode = Literal["reverse", "forward", "difference", "auto"]
+
+
+def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "auto") -> Curvature:
+    """The Hessian of a loss, as a curvature function ``(params, batch) -> matvec``.
+
+    With the gradient g of the loss,
+
+        H v = d/dt g(params + t v) at t = 0.
+
+    Randomness in the loss (dropout in train mode) is drawn once, from a seed of its own, and is
+    the same for every product. Attention runs in the form that has a second derivative.
+
+    Args:
+        loss: ``(params, batch) -> scalar``, pure.
+        mode: how a product is made.
+            ``"reverse"``: backward through the kept graph of the gradient. The loss is evaluated
+            once; a product costs one backward through the gradient, 2 gradients on a deep net.
+            ``"forward"``: forward-mode derivative of the gradient. No graph is kept, and each
+            call evaluates the loss again.
+            ``"difference"``: (g(params + t v) - g(params - t v)) / 2t with
+            t = eps^(1/3) |params| / |v|: 2 gradients, works for any loss with a gradient,
+            accurate to about 1e-9 in float64 and 1e-4 in float32 for smooth losses.
+            ``"auto"``: reverse, or forward where the graph does not fit on the GPU.
+        chunk_size: how many vectors of a block go through one pass by vmap; 1 is a loop.
+            ``"auto"`` times both once for each shape and keeps the faster.
+
+    Raises:
+        ValueError: (from the curvature function) the loss is not a finite scalar that depends on
+            params.
+        NotImplementedError: (also from the matvec) an operation has no second derivative.
+        RuntimeError: (from the matvec) params have changed in place since it was made.
+
+    Source: Pearlmutter 1994, Fast exact multiplication by the Hessian.
+    """
+    if mode not in ("reverse", "forward", "difference", "auto"):
+        raise ValueError(f"mode={mode!r}: choose 'reverse', 'forward', 'difference' or 'auto'")
+    chunks = Chunks(chunk_size)
+
+    def curvature(params: Tree, batch: Any) -> Matvec:
+        space = Space.of(params)
+        point = [leaf.detach() for leaf in space.tree_leaves(params)]
+        with explained(space, batch):
+            match mode:
+                case "forward":
+                    product = _forward(loss, space, point, batch)
+                case "difference":
+                    product = _difference(loss, space, point, batch)
+                case "reverse":
+                    product = _reverse(loss, space, point, batch)
+                case "auto":
+                    product = _reverse_if_it_fits(loss, space, point, batch)
+        size = Chunks(1) if mode == "difference" else chunks
+        return block_matvec(product, space, point, batch, chunks=size)
+
+    return curvature
+
+
+def _reverse_if_it_fits(
+    loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any
+) -> Product:
+    try:
+        return _reverse(loss, space, point, batch)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    return _forward(loss, space, point, batch)
+
+
+def _reverse(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any) -> Product:
+    inputs = [leaf.detach().requires_grad_() for leaf in point]
+    with differentiable_twice(space.device):
+        gradient = _gradient(loss, space, inputs, batch, create_graph=True)
+        if _has_node(gradient, "CudnnRnnBackward"):
+            with torch.backends.cudnn.flags(enabled=False):
+                gradient = _gradient(loss, space, inputs, batch, create_graph=True)
+    curved = [i for i, g in enumerate(gradient) if g.requires_grad]
+    outputs = [gradient[i] for i in curved]
+
+    def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not outputs:
+            return [torch.zeros_like(t) for t in tangents]
+        return torch.autograd.grad(
+            outputs,
+            inputs,
+            [tangents[i] for i in curved],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+
+    return product
+
+
+def _forward(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any) -> Product:
+    def value(*found: Tensor) -> Tensor:
+        return loss(space.tree(found), batch)
+
+    with differentiable_twice(space.device), torch.no_grad():
+        _checked(value(*point), space, point)
+    gradient = torch.func.grad(value, argnums=tuple(range(len(point))))
+
+    def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        with differentiable_twice(space.device):
+            found = torch.func.jvp(gradient, tuple(point), tuple(tangents))[1]
+        return [out.detach() for out in found]
+
+    return product
+
+
+def _difference(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any) -> Product:
+    def gradient(at: Sequence[Tensor]) -> list[Tensor]:
+        inputs = [leaf.detach().requires_grad_() for leaf in at]
+        with differentiable_twice(space.device):
+            return _gradient(loss, space, inputs, batch, create_graph=False)
+
+    gradient(point)
+    step = torch.finfo(space.dtype).eps ** (1 / 3) * (_norm(point) or 1.0)
+
+    def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        length = _norm(tangents)
+        if length == 0:
+            return [torch.zeros_like(t) for t in tangents]
+        t = step / length
+        ahead = gradient([p + t * v for p, v in zip(point, tangents, strict=True)])
+        behind = gradient([p - t * v for p, v in zip(point, tangents, strict=True)])
+        return [(a - b) / (2 * t) for a, b in zip(ahead, behind, strict=True)]
+
+    return product
+
+
+def _norm(vector: Sequence[Tensor]) -> float:
+    return float(torch.stack([torch.linalg.vector_norm(leaf) for leaf in vector]).norm())
+
+
+def _gradient(
+    loss: LossFunction,
+    space: Space,
+    inputs: Sequence[Tensor],
+    batch: Any,
+    *,
+    create_graph: bool,
+) -> list[Tensor]:
+    value = _checked(loss(space.tree(inputs), batch), space, inputs)
+    if not value.requires_grad:
+        raise ValueError(
+            "the loss does not depend on params: is it computed from the module itself, or under "
+            "`torch.no_grad()` or `.detach()`? Use the params that the loss is given"
+        )
+    return list(
+        torch.autograd.grad(value, inputs, create_graph=create_graph, materialize_grads=True)
+    )
+
+
+def _checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the loss must be a scalar tensor, and is of {what}: take its mean")
+    if not torch.isfinite(value):
+        for name, leaf in zip(space.names, point, strict=True):
+            if not torch.isfinite(leaf).all():
+                raise ValueError(f"parameter {name!r} has entries that are NaN or infinite")
+        raise ValueError(f"the loss is {value.item()} at finite parameters: check the batch")
+    return value
+
+
+def _has_node(outputs: Sequence[Tensor], name: str) -> bool:
+    """Whether the graph of these outputs has a node of this kind."""
+    waiting: list[Any] = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        if name in node.name():
+            return True
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions if following is not None)
+    return False

@@ -1,0 +1,94 @@
+"""The surroundings of a product: kernels that can be differentiated twice, and fixed randomness."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessfunc.trees import Space, leaves
+
+__all__ = ["differentiable_twice", "explained", "precise"]
+
+
+@contextmanager
+def differentiable_twice(device: torch.device) -> Iterator[None]:
+    """Inside, a loss may be evaluated to be differentiated twice.
+
+    Attention runs in its unfused form: the fused kernels have no second derivative. Random
+    layers draw from a seed of their own, the same each time, so that a product is symmetric and
+    torch's random stream stays where it was.
+    """
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    devices = [device] if device.type == "cuda" else []
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(precise(device))
+        stack.enter_context(torch.enable_grad())
+        torch.manual_seed(0)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_attention)
+
+
+@contextmanager
+def precise(device: torch.device) -> Iterator[None]:
+    """Inside, convolutions and matmuls on CUDA keep the full precision of float32."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cuda.allow_tf32
+    cudnn.allow_tf32 = cuda.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cuda.allow_tf32 = before
+
+
+_NO_REVERSE = re.compile(
+    r"derivative for '?(?:aten::)?(\w+)'? is not implemented"
+    r"|the derivative of '?(?:aten::)?(\w+)'? is not implemented"
+    r"|twice a function that was marked with @(once_differentiable)"
+)
+_NO_FORWARD = re.compile(
+    r"forward AD with (?:aten::)?(\w+)|(ZeroTensors are immutable)|support (saved tensor hooks)"
+)
+
+
+@contextmanager
+def explained(space: Space, batch: Any) -> Iterator[None]:
+    """Say which operation has no derivative, or which device is wrong, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if found := _NO_REVERSE.search(text):
+            raise NotImplementedError(
+                f"{_operation(found)} has no second derivative in torch: replace it, or take "
+                "`hvp(loss, mode='difference')`, finite differences of the gradient"
+            ) from error
+        if found := _NO_FORWARD.search(text):
+            raise NotImplementedError(
+                f"{_operation(found)}: not supported in forward mode: take "
+                "`hvp(loss, mode='reverse')`"
+            ) from error
+        devices = {leaf.device for leaf in leaves(batch) if isinstance(leaf, Tensor)}
+        if devices - {space.device}:
+            raise ValueError(
+                f"the parameters lie on {space.device}, but the batch has tensors on "
+                f"{', '.join(sorted(map(str, devices - {space.device})))}: move one to the other"
+            ) from error
+        raise
+
+
+def _operation(found: re.Match[str]) -> str:
+    return next(group for group in found.groups() if group).removesuffix("_backward")

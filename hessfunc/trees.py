@@ -1,0 +1,451 @@
+"""The vector space of a pytree of tensors: trees, blocks, flat rows and probes.
+
+A *tree* is a pytree of floating-point tensors. A *block* is a tree whose leaves have one more,
+leading, axis: the probe axis. Algorithms work on flat rows ``(k, n)``; a block of rows is seen as
+a tree without a copy, and its leaves are written back to one row with one copy.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import optree
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Matvec",
+    "ProbeKind",
+    "Space",
+    "Tree",
+    "flatten",
+    "leaves",
+    "merge",
+    "random_like",
+    "ravel",
+    "split",
+    "tree_map",
+    "unravel",
+]
+
+Tree: TypeAlias = Any
+Matvec: TypeAlias = Callable[[Tree], Tree]
+ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]
+
+# The namespace in which optree sees the containers that are registered with torch.
+_NAMESPACE = "torch"
+
+
+@contextmanager
+def _torch_order() -> Iterator[None]:
+    # optree sorts the keys of a dict; torch, and so `parameters_to_vector`, keeps their order.
+    with optree.dict_insertion_ordered(True, namespace=_NAMESPACE):
+        yield
+
+
+def flatten(tree: Tree, /) -> tuple[list[Any], optree.PyTreeSpec]:
+    """The leaves of a pytree, in torch's order, and its structure."""
+    with _torch_order():
+        found, structure = optree.tree_flatten(tree, namespace=_NAMESPACE)
+    return found, structure
+
+
+def leaves(tree: Tree, /) -> list[Any]:
+    """The leaves of a pytree, in torch's order."""
+    return flatten(tree)[0]
+
+
+def tree_map(fn: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:
+    """``fn`` on corresponding leaves of trees of one structure."""
+    first, structure = flatten(tree)
+    others = [structure.flatten_up_to(other) for other in rest]
+    return structure.unflatten(map(fn, first, *others))
+
+
+def _names(structure: optree.PyTreeSpec) -> tuple[str, ...]:
+    return tuple(".".join(map(str, path)) or "params" for path in structure.paths())
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """The vector space of a tree of tensors.
+
+    Attributes:
+        structure: how the leaves are nested.
+        names: the dotted path of each leaf.
+        shapes: the shape of each leaf.
+        dtype: of a flat row; the leaves' own, promoted where they differ.
+        dtypes: of each leaf.
+        device: the one device on which all leaves lie.
+    """
+
+    structure: optree.PyTreeSpec
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, like: Tree, /) -> Space:
+        """The space of vectors that look like ``like``.
+
+        Raises:
+            TypeError: a leaf is not a tensor, or not of a real floating-point dtype.
+            ValueError: there is no leaf, or leaves lie on several devices.
+        """
+        found, structure = flatten(like)
+        names = _names(structure)
+        if not found:
+            raise ValueError("the tree has no leaf: are all parameters frozen?")
+        for name, leaf in zip(names, found, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}, not a tensor")
+            if not leaf.is_floating_point():
+                raise TypeError(
+                    f"leaf {name!r} has dtype {leaf.dtype}; curvature needs real floating-point "
+                    "leaves: keep the others fixed with `split` and `hold`"
+                )
+        devices = {leaf.device for leaf in found}
+        if len(devices) > 1:
+            raise ValueError(
+                f"leaves lie on several devices, {sorted(map(str, devices))}: move them to one"
+            )
+        dtypes = tuple(leaf.dtype for leaf in found)
+        dtype = dtypes[0]
+        for other in dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
+        shapes = tuple(leaf.shape for leaf in found)
+        return cls(structure, names, shapes, dtype, dtypes, found[0].device)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of entries of each leaf."""
+        return [shape.numel() for shape in self.shapes]
+
+    @property
+    def n(self) -> int:
+        """The dimension."""
+        return sum(self.sizes)
+
+    def tree(self, found: Iterable[Tensor], /) -> Tree:
+        """The tree, or block, of these leaves."""
+        return self.structure.unflatten(found)
+
+    def tree_leaves(self, vector: Tree, /) -> list[Tensor]:
+        """The leaves of one vector of this space, checked."""
+        return self._checked(vector, batch_dims=0)
+
+    def block_leaves(self, block: Tree, /) -> list[Tensor]:
+        """The leaves of a block of vectors of this space, checked."""
+        return self._checked(block, batch_dims=1)
+
+    def _checked(self, tree: Tree, *, batch_dims: int) -> list[Tensor]:
+        found = self._leaves_of_structure(tree)
+        what = "block" if batch_dims else "vector"
+        for name, shape, leaf in zip(self.names, self.shapes, found, strict=True):
+            if leaf.shape[batch_dims:] != shape or leaf.dim() != len(shape) + batch_dims:
+                if batch_dims and leaf.shape == shape:
+                    raise ValueError(
+                        f"leaf {name!r} has the shape of one vector, {tuple(shape)}, but a matvec "
+                        "takes a block, with a leading probe axis: use `apply(matvec, vector)`"
+                    )
+                expected = ("k, " if batch_dims else "") + ", ".join(map(str, shape))
+                raise ValueError(
+                    f"leaf {name!r} of the {what} has shape {tuple(leaf.shape)}, "
+                    f"expected ({expected})"
+                )
+            if leaf.device != self.device:
+                raise ValueError(
+                    f"leaf {name!r} of the {what} lies on {leaf.device}, expected {self.device}"
+                )
+        if batch_dims and len({len(leaf) for leaf in found}) > 1:
+            raise ValueError(
+                "the leaves of the block differ in their probe axis: "
+                + ", ".join(f"{n} {len(leaf)}" for n, leaf in zip(self.names, found, strict=True))
+            )
+        return found
+
+    def _leaves_of_structure(self, tree: Tree) -> list[Tensor]:
+        try:
+            with _torch_order():
+                found: list[Any] = self.structure.flatten_up_to(tree)
+        except ValueError as error:
+            raise ValueError(
+                "the vector does not have the structure of the parameters, "
+                f"{self._described()}: {error}"
+            ) from None
+        for name, leaf in zip(self.names, found, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise ValueError(
+                    f"the vector does not have the structure of the parameters: at {name!r} it "
+                    f"has a {type(leaf).__name__} where a tensor is due"
+                )
+        return found
+
+    def _described(self) -> str:
+        shown = ", ".join(self.names[:4])
+        return f"{len(self.names)} leaves ({shown}{', ...' if len(self.names) > 4 else ''})"
+
+    def ravel(self, block: Tree, /, *, dtype: torch.dtype | None = None) -> Tensor:
+        """The rows ``(k, n)`` of a block: one copy."""
+        return self.ravel_leaves(self.block_leaves(block), dtype=dtype)
+
+    def ravel_leaves(
+        self, found: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The rows ``(k, n)`` of a block's leaves: one copy."""
+        rows = torch.empty(len(found[0]), self.n, dtype=dtype or self.dtype, device=self.device)
+        for target, leaf in zip(self._views(rows), found, strict=True):
+            target.copy_(leaf)
+        return rows
+
+    def unravel(self, rows: Tensor, /) -> Tree:
+        """The tree of a flat vector ``(n,)``, or the block of rows ``(k, n)``.
+
+        Leaves are views of ``rows``, but for those of another dtype, which are converted.
+        """
+        if rows.dim() not in (1, 2) or rows.shape[-1] != self.n:
+            raise ValueError(
+                f"a flat vector of shape {tuple(rows.shape)} where ({self.n},) or (k, {self.n}) "
+                "is due"
+            )
+        views = self._views(rows)
+        return self.tree(v.to(dtype) for v, dtype in zip(views, self.dtypes, strict=True))
+
+    def _views(self, rows: Tensor) -> list[Tensor]:
+        parts = rows.split(self.sizes, dim=-1)
+        return [
+            part.view(*rows.shape[:-1], *shape)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        ]
+
+    def leaf_of_columns(self, columns: Tensor, /) -> list[str]:
+        """The names of the leaves in which these columns of a flat row lie."""
+        ends = torch.tensor(self.sizes).cumsum(0)
+        found = torch.bucketize(columns.cpu(), ends, right=True).unique()
+        return [self.names[i] for i in found.tolist()]
+
+    def gram(self, rows: Tensor, others: Tensor, /) -> Tensor:
+        """The inner products ``rows @ others.T`` in float64, shape ``(j, k)``.
+
+        Short runs of entries are multiplied in the rows' own dtype and summed in float64, so that
+        a float32 product is off by less than 1e-7 |x| |y| at any length.
+        """
+        if rows.dtype == torch.float64:
+            return rows @ others.mT
+        run = 1024
+        whole = self.n // run * run
+        left = rows[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
+        right = others[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
+        wide = wide_dtype(rows.device)
+        total = torch.bmm(left, right.mT).sum(0, dtype=wide)
+        return total + rows[:, whole:].to(wide) @ others[:, whole:].to(wide).mT
+
+    def norms(self, rows: Tensor, /) -> Tensor:
+        """The 2-norm of each row, in float64, shape ``(k,)``."""
+        return torch.linalg.vector_norm(rows, dim=1, dtype=wide_dtype(rows.device))
+
+    def combine(self, coefficients: Tensor, rows: Tensor, /) -> Tensor:
+        """The combinations ``coefficients @ rows`` in the rows' dtype, shape ``(j, n)``."""
+        return coefficients.to(rows.device, rows.dtype) @ rows
+
+    def by_leaf(self, rows: Tensor, others: Tensor, /) -> Tensor:
+        """The inner product of each row with its other, leaf by leaf: float64 ``(k, leaves)``."""
+        wide = wide_dtype(rows.device)
+        products = (rows * others).split(self.sizes, dim=1)
+        return torch.stack([part.sum(1, dtype=wide) for part in products], dim=1)
+
+    def probes(
+        self,
+        indices: Sequence[int],
+        /,
+        *,
+        kind: ProbeKind,
+        seed: int,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Random rows ``(k, n)``, of second moment I: row i depends on (seed, indices[i]) alone.
+
+        Each entry is a function of (seed, probe index, leaf, position), the same on every device
+        up to rounding; no random stream of torch is read or moved.
+
+        Args:
+            kind: ``"signs"``: +1 or -1; ``"normal"``: standard normal; ``"sphere"``: uniform on
+                the sphere of radius sqrt(n).
+        """
+        if kind not in get_args(ProbeKind):
+            raise ValueError(f"kind={kind!r}: choose 'signs', 'normal' or 'sphere'")
+        rows = torch.empty(len(indices), self.n, dtype=dtype or self.dtype, device=self.device)
+        draw = _signs if kind == "signs" else _normals
+        for row, index in zip(rows, indices, strict=True):
+            for i, part in enumerate(row.split(self.sizes)):
+                part.copy_(draw(_mixed(seed, index, i), part.numel(), self.device))
+        if kind == "sphere":
+            rows *= (math.sqrt(self.n) / self.norms(rows)).to(rows.dtype)[:, None]
+        return rows
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which scalars are accumulated: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def ravel(tree: Tree, /) -> Tensor:
+    """One flat vector ``(n,)`` of a tree, in the order of ``parameters_to_vector``."""
+    space = Space.of(tree)
+    return space.ravel_leaves([leaf[None] for leaf in leaves(tree)])[0]
+
+
+def unravel(flat: Tensor, like: Tree, /) -> Tree:
+    """The tree of a flat vector ``(n,)``, or the block of rows ``(k, n)``: views, no copy.
+
+    Args:
+        flat: the vector or the rows.
+        like: a tree that says what vectors look like.
+
+    Raises:
+        ValueError: the last axis of ``flat`` does not have n entries.
+    """
+    return Space.of(like).unravel(flat)
+
+
+def random_like(
+    like: Tree, k: int, /, *, kind: ProbeKind = "signs", seed: int, start: int = 0
+) -> Tree:
+    """A block of k random vectors of second moment I.
+
+    Vector i is a function of (seed, start + i) alone: blocks may be cut, repeated or spread over
+    processes without changing a single vector, and torch's random stream is not touched.
+
+    Args:
+        like: a tree that says what vectors look like.
+        k: the number of vectors.
+        kind: ``"signs"`` (Rademacher), ``"normal"``, or ``"sphere"`` of radius sqrt(n).
+        seed: any integer.
+        start: the index of the first vector.
+    """
+    space = Space.of(like)
+    return space.unravel(space.probes(range(start, start + k), kind=kind, seed=seed))
+
+
+def split(
+    tree: Mapping[str, Any],
+    pattern: str | Iterable[str] | Callable[[str, Tensor], bool],
+    /,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The chosen leaves of a (nested) mapping, and the rest.
+
+    Args:
+        tree: a mapping of names to tensors, or to further mappings.
+        pattern: a glob over dotted names (``"layer3.*"``), the exact names, or a predicate
+            ``(name, tensor) -> bool``.
+
+    Raises:
+        TypeError: the tree has containers other than mappings.
+        ValueError: nothing, or one of the listed names not at all, is found.
+    """
+    chosen: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    is_chosen = _predicate(pattern)
+    seen: list[str] = []
+
+    def visit(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        for key, value in node.items():
+            here = (*path, str(key))
+            if isinstance(value, Mapping):
+                visit(value, here)
+            elif isinstance(value, Tensor):
+                seen.append(".".join(here))
+                _insert(chosen if is_chosen(seen[-1], value) else rest, (*path, key), value)
+            else:
+                raise TypeError(
+                    f"{'.'.join(here)!r} is a {type(value).__name__}: `split` takes tensors in "
+                    "(nested) mappings"
+                )
+
+    visit(tree, ())
+    if not chosen:
+        raise ValueError(f"{pattern!r} chooses none of the leaves {', '.join(seen[:8])}, ...")
+    if isinstance(pattern, (list, tuple, set, frozenset)) and set(pattern) - set(seen):
+        raise ValueError(f"there is no leaf named {', '.join(sorted(set(pattern) - set(seen)))}")
+    return chosen, rest
+
+
+def _predicate(
+    pattern: str | Iterable[str] | Callable[[str, Tensor], bool],
+) -> Callable[[str, Tensor], bool]:
+    if isinstance(pattern, str):
+        return lambda name, _: fnmatch.fnmatchcase(name, pattern)
+    if callable(pattern):
+        return pattern
+    names = frozenset(pattern)
+    return lambda name, _: name in names
+
+
+def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Tensor) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def merge(chosen: Mapping[str, Any], rest: Mapping[str, Any], /) -> dict[str, Any]:
+    """The whole of what `split` has cut in two."""
+    whole = dict(rest)
+    for key, value in chosen.items():
+        whole[key] = merge(value, whole[key]) if key in whole else value
+    return whole
+
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mixed(*numbers: int) -> int:
+    """One 64-bit key of several integers: SplitMix64's finaliser, absorbing one after another."""
+    state = 0
+    for number in numbers:
+        state = (state + number + _GOLDEN) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state ^= state >> 31
+    return state
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _words(key: int, count: int, device: torch.device) -> Tensor:
+    """64-bit words 0 .. count - 1 of a key: SplitMix64 (Steele, Lea, Flood 2014) by position."""
+    words = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+    words.mul_(_signed(_GOLDEN)).add_(_signed(key))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
+    return words.bitwise_xor_(_shifted(words, 31))
+
+
+def _shifted(words: Tensor, by: int) -> Tensor:
+    # The shift of int64 is arithmetic: the copies of the sign bit are masked off.
+    return (words >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+def _signs(key: int, count: int, device: torch.device) -> Tensor:
+    octets = _words(key, -(-count // 64), device).view(torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=device)
+    bits = (octets[:, None] >> places).bitwise_and_(1).flatten()[:count]
+    return bits.to(torch.int8).mul_(2).sub_(1)
+
+
+def _normals(key: int, count: int, device: torch.device) -> Tensor:
+    """Box-Muller: each word gives two 32-bit uniforms, and they two normals."""
+    wide = wide_dtype(device)
+    words = _words(key, -(-count // 2), device)
+    radius = _shifted(words, 32).to(wide).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+    angle = words.bitwise_and_((1 << 32) - 1).to(wide).mul_(2 * math.pi * 2.0**-32)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()[:count]
