@@ -8,7 +8,8 @@ from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.lanczos import lanczos
 from hessfunc.algorithms.power import power_iteration
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, load
-from hessfunc.algorithms.trace import hutchinson
+from hessfunc.algorithms.trace.hutchinson import hutchinson
+from hessfunc.algorithms.trace.xtrace import xtrace
 from hessfunc.checks import Check, check
 from hessfunc.functional import Loss, composed, functional, hold, supervised
 from hessfunc.transforms.arithmetic import add, apply, batched, deflate, dense, scale, shift
@@ -49,4 +50,5 @@ __all__ = [
     "split",
     "supervised",
     "unravel",
+    "xtrace",
 ]

@@ -70,15 +70,14 @@ def slq(
     group = _probes_that_fit(space, probes, steps)
 
     def step(state: _State, room: int) -> _State:
+        if all(run.ended for run in state.runs):
+            started = len(state.done) + len(state.runs)
+            indices = range(started, min(started + group, probes))
+            state = _State(_start(space, indices, steps, seed), state.recurrences)
         for _ in range(_STEPS_A_ROUND):
             active = [run for run in state.runs if not run.ended]
-            if len(active) > room:
+            if not active or len(active) > room:
                 break
-            if not active:
-                started = len(state.done) + len(state.runs)
-                indices = range(started, min(started + group, probes))
-                runs = _start(space, indices, steps, seed)
-                return _State(runs, state.recurrences)
             images = iter(products(torch.stack([run.current for run in active])))
             state = _State(
                 tuple(r if r.ended else _extended(space, r, next(images)) for r in state.runs),

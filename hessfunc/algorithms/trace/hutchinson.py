@@ -1,4 +1,4 @@
-"""Stochastic trace estimation."""
+"""The trace by independent probes."""
 
 from __future__ import annotations
 

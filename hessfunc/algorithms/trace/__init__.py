@@ -1,0 +1,1 @@
+"""Stochastic estimates of the trace: one estimator a file."""

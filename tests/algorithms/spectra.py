@@ -1,0 +1,31 @@
+"""Matrices whose spectrum is known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def orthogonal(n: int, seed: int = 0) -> Tensor:
+    """A random orthogonal matrix, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
+
+
+def symmetric(eigenvalues: Tensor, seed: int = 0) -> Tensor:
+    """A dense matrix with these eigenvalues and a random eigenbasis."""
+    basis = orthogonal(len(eigenvalues), seed)
+    matrix = basis @ eigenvalues.double().diag() @ basis.mT
+    return (matrix + matrix.mT) / 2
+
+
+def spiked(n: int = 2000, spikes: tuple[float, ...] = (5.0, 4.0, 3.0), seed: int = 0) -> Tensor:
+    """``X + ZZ'/n`` with X diagonal: each spike s gives an outlier near s + s / (s - 1).
+
+    Z is square and standard normal; X holds the spikes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, n, dtype=torch.float64, generator=generator)
+    matrix = z @ z.mT / n
+    matrix.diagonal()[: len(spikes)] += torch.tensor(spikes, dtype=torch.float64)
+    return matrix

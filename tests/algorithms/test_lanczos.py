@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hessfunc as hf
+from tests.algorithms.spectra import symmetric
+
+SPECTRUM = torch.cat([torch.linspace(-1, 1, 180), torch.tensor([9.0, -7.0, 5.0, -4.0, 3.0, 2.0])])
+VECTOR = torch.zeros(len(SPECTRUM), dtype=torch.float64)
+
+
+def expected(eigenvalues: Tensor, which: str, k: int) -> Tensor:
+    down = eigenvalues.double().sort(descending=True).values
+    match which:
+        case "LM":
+            return down[down.abs().argsort(descending=True, stable=True)][:k]
+        case "LA":
+            return down[:k]
+        case "SA":
+            return down.flip(0)[:k]
+        case _:
+            return torch.cat([down[: k - k // 2], down[len(down) - k // 2 :]])
+
+
+def measured_residuals(matrix: Tensor, found: hf.Eigenpairs) -> Tensor:
+    images = found.vectors.double() @ matrix
+    return (images - found.values[:, None] * found.vectors.double()).norm(dim=1)
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+def test_finds_the_wanted_end(which: str, block_size: int) -> None:
+    found = hf.lanczos(
+        hf.dense(symmetric(SPECTRUM)), VECTOR, k=5, which=which, block_size=block_size, seed=0
+    )
+    torch.testing.assert_close(found.values, expected(SPECTRUM, which, 5), rtol=1e-7, atol=1e-7)
+    assert found.converged.all()
+    assert found.reason.startswith("converged")
+
+
+def test_vectors_are_orthonormal_eigenvectors() -> None:
+    matrix = symmetric(SPECTRUM)
+    found = hf.lanczos(hf.dense(matrix), VECTOR, k=6, rtol=1e-8, seed=0)
+    torch.testing.assert_close(found.vectors @ found.vectors.mT, torch.eye(6).double())
+    assert (measured_residuals(matrix, found) < 1e-7).all()
+
+
+def test_dominant_pair_of_opposite_sign() -> None:
+    spectrum = torch.cat([torch.tensor([3.0, -3.0]), torch.linspace(-1, 1, 98)])
+    found = hf.lanczos(hf.dense(symmetric(spectrum)), torch.zeros(100).double(), k=2, seed=0)
+    assert found.values.sort().values.tolist() == pytest.approx([-3, 3], abs=1e-7)
+    assert found.converged.all()
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+def test_scale_of_the_matrix_does_not_matter(factor: float) -> None:
+    matrix = symmetric(SPECTRUM)
+    plain = hf.lanczos(hf.dense(matrix), VECTOR, k=4, seed=0)
+    scaled = hf.lanczos(hf.dense(matrix * factor), VECTOR, k=4, seed=0)
+    torch.testing.assert_close(scaled.values, plain.values * factor, rtol=1e-7, atol=0)
+    assert scaled.matvecs == plain.matvecs
+    assert scaled.converged.all()
+
+
+def test_more_pairs_than_the_rank() -> None:
+    spectrum = torch.cat([torch.tensor([3.0, 2.0, -1.0]), torch.zeros(97)])
+    found = hf.lanczos(hf.dense(symmetric(spectrum)), torch.zeros(100).double(), k=6, seed=0)
+    assert found.values.tolist() == pytest.approx([3, 2, -1, 0, 0, 0], abs=1e-12)
+    assert found.converged.all()
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+def test_all_values_of_a_small_matrix(which: str) -> None:
+    spectrum = torch.tensor([2.0, -1.0, 0.5, 0.0, 4.0])
+    found = hf.lanczos(
+        hf.dense(symmetric(spectrum)), torch.zeros(5).double(), k=5, which=which, seed=0
+    )
+    torch.testing.assert_close(found.values, expected(spectrum, which, 5), atol=1e-12, rtol=0)
+    assert found.converged.all()
+
+
+def test_repeated_eigenvalues_of_a_matrix_of_few_distinct_ones() -> None:
+    spectrum = torch.tensor([5.0] * 3 + [1.0] * 20)
+    found = hf.lanczos(hf.dense(symmetric(spectrum)), torch.zeros(23).double(), k=4, seed=0)
+    assert found.values.tolist() == pytest.approx([5, 5, 5, 1])
+
+
+def test_zero_matrix() -> None:
+    found = hf.lanczos(hf.dense(torch.zeros(6, 6)), torch.zeros(6), k=2, seed=0)
+    assert found.values.tolist() == [0, 0]
+    assert found.converged.all()
+
+
+@pytest.mark.parametrize("rtol", [0.3, 0.1, 1e-2, 1e-6])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_reported_residuals_are_the_measured_ones(rtol: float, seed: int) -> None:
+    matrix = symmetric(SPECTRUM)
+    found = hf.lanczos(hf.dense(matrix), VECTOR, k=4, rtol=rtol, seed=seed)
+    torch.testing.assert_close(
+        found.residuals, measured_residuals(matrix, found), rtol=1e-6, atol=1e-12
+    )
+    assert (found.residuals <= rtol * found.values.abs() + 1e-11).equal(found.converged)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    budget=st.integers(8, 60),
+    which=st.sampled_from(["LM", "LA", "SA", "BE"]),
+    clustered=st.booleans(),
+)
+def test_every_interval_holds_an_eigenvalue_at_any_budget(
+    seed: int, budget: int, which: str, clustered: bool
+) -> None:
+    spectrum = torch.randn(60, generator=torch.Generator().manual_seed(seed)).double()
+    if clustered:
+        spectrum = spectrum.round(decimals=1)
+    matrix = symmetric(spectrum, seed=seed % 7)
+    found = hf.lanczos(
+        hf.dense(matrix),
+        torch.zeros(60).double(),
+        k=4,
+        which=which,
+        max_matvecs=budget,
+        rtol=1e-8,
+        seed=seed,
+    )
+    low, high = found.intervals.mT[..., None]
+    assert ((low <= spectrum) & (spectrum <= high)).any(1).all()
+    actual = measured_residuals(matrix, found)
+    assert (actual[found.converged] <= 1e-8 * found.values.abs()[found.converged] + 1e-12).all()
+    assert found.matvecs <= budget
+
+
+def test_too_small_a_budget_is_said() -> None:
+    found = hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, k=6, max_matvecs=14, seed=0)
+    assert "budget" in found.reason
+    assert not found.converged.all()
+    assert found.matvecs <= 14
+
+
+def test_rounding_that_hides_the_tolerance_is_said() -> None:
+    matrix = symmetric(SPECTRUM).float()
+    found = hf.lanczos(hf.dense(matrix), VECTOR.float(), k=4, rtol=1e-12, seed=0)
+    residuals = measured_residuals(matrix.double(), found)
+    assert (residuals < 1e-4).all()
+    torch.testing.assert_close(found.residuals, residuals, atol=1e-5, rtol=1e-2)
+
+
+def test_float32_values_are_as_good_as_float32_products() -> None:
+    found = hf.lanczos(hf.dense(symmetric(SPECTRUM).float()), VECTOR.float(), k=5, seed=0)
+    torch.testing.assert_close(
+        found.values, expected(SPECTRUM, "LM", 5), rtol=2e-6, atol=0, check_dtype=False
+    )
+    assert found.vectors.dtype == torch.float32
+
+
+def test_warm_start_takes_fewer_products() -> None:
+    matrix = symmetric(SPECTRUM)
+    cold = hf.lanczos(hf.dense(matrix), VECTOR, k=2, seed=0)
+    nudged = matrix + 1e-4 * symmetric(torch.randn(len(SPECTRUM)), seed=3)
+    warm = hf.lanczos(hf.dense(nudged), VECTOR, k=2, start=cold.vectors, seed=0)
+    assert warm.matvecs < cold.matvecs
+    assert warm.converged.all()
+
+
+def test_same_seed_same_bits_and_no_seed_is_recorded() -> None:
+    matvec = hf.dense(symmetric(SPECTRUM))
+    first = hf.lanczos(matvec, VECTOR, k=3)
+    again = hf.lanczos(matvec, VECTOR, k=3, seed=first.seed)
+    assert torch.equal(first.values, again.values)
+    assert torch.equal(first.vectors, again.vectors)
+
+
+def test_random_stream_of_torch_is_not_touched() -> None:
+    before = torch.random.get_rng_state()
+    hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, k=3)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_callback_sees_progress_and_stops() -> None:
+    seen: list[int] = []
+
+    def callback(running: hf.Eigenpairs) -> bool:
+        seen.append(running.matvecs)
+        return len(seen) == 2
+
+    found = hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, k=3, callback=callback, seed=0)
+    assert seen == sorted(seen)
+    assert len(seen) == 2
+    assert "callback" in found.reason
+
+
+def test_trees_of_several_leaves() -> None:
+    matrix = symmetric(torch.arange(1.0, 13.0))
+    like = {"a": torch.zeros(2, 3).double(), "b": torch.zeros(6).double()}
+    found = hf.lanczos(hf.dense(matrix), like, k=2, seed=0)
+    assert found.vectors["a"].shape == (2, 2, 3)
+    assert found.values.tolist() == pytest.approx([12, 11])
+
+
+def test_asymmetric_matvec_is_refused() -> None:
+    matrix = torch.randn(30, 30, generator=torch.Generator().manual_seed(0)).double()
+    with pytest.raises(ValueError, match="not symmetric or not deterministic"):
+        hf.lanczos(lambda block: block @ matrix, torch.zeros(30).double(), k=2, seed=0)
+
+
+def test_product_that_is_not_finite_names_the_leaf() -> None:
+    def matvec(block: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"a": block["a"], "b": block["b"] * float("nan")}
+
+    with pytest.raises(FloatingPointError, match="NaN or infinite, at b"):
+        hf.lanczos(matvec, {"a": torch.zeros(3), "b": torch.zeros(4)}, k=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 200}, "k=200: the matrix has 186 eigenvalues"),
+        ({"k": 0}, "k=0"),
+        ({"rtol": -1e-3}, "rtol=-0.001: it must be at least 0"),
+        ({"atol": -1.0}, "atol=-1.0"),
+        ({"which": "SM"}, "which='SM': choose"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"basis_size": 3}, "basis_size=3: it must be at least 7"),
+        ({"max_matvecs": 5}, "max_matvecs=5: it must be at least 12"),
+        ({"start": VECTOR}, "start has a vector of zeros"),
+        ({"start": torch.ones(3)}, "shape"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, **options)

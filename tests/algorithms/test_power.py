@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hessfunc as hf
+from tests.algorithms.spectra import symmetric
+
+SPECTRUM = torch.cat([torch.linspace(-1, 1, 90), torch.tensor([-9.0, 7.0, 5.0, -4.0])])
+VECTOR = torch.zeros(len(SPECTRUM), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("which", "values"), [("LM", [-9, 7, 5]), ("LA", [7, 5, 1]), ("SA", [-9, -4, -1])]
+)
+def test_finds_the_wanted_end(which: str, values: list[float]) -> None:
+    matrix = symmetric(SPECTRUM)
+    found = hf.power_iteration(
+        hf.dense(matrix), VECTOR, k=2, which=which, rtol=1e-4, max_matvecs=4000, seed=0
+    )
+    assert found.values.tolist() == pytest.approx(values[:2], rel=1e-6)
+    assert found.converged.all()
+    images = found.vectors @ matrix
+    residuals = (images - found.values[:, None] * found.vectors).norm(dim=1)
+    torch.testing.assert_close(found.residuals, residuals, rtol=1e-6, atol=1e-12)
+
+
+def test_momentum_takes_fewer_products() -> None:
+    spectrum = torch.cat([torch.linspace(0, 1, 99), torch.tensor([1.05])])
+    matvec = hf.dense(symmetric(spectrum))
+    like = torch.zeros(100).double()
+    plain = hf.power_iteration(matvec, like, seed=0)
+    fast = hf.power_iteration(matvec, like, momentum=0.25, seed=0)
+    assert fast.converged.all()
+    assert fast.matvecs < plain.matvecs / 2
+    # The Rayleigh quotient is taken on A itself: momentum does not shift the value.
+    assert float(fast.values) == pytest.approx(1.05, rel=1e-5)
+
+
+def test_dominant_pair_of_opposite_sign_does_not_converge_and_says_so() -> None:
+    spectrum = torch.cat([torch.tensor([3.0, -3.0]), torch.linspace(-1, 1, 98)])
+    found = hf.power_iteration(
+        hf.dense(symmetric(spectrum)), torch.zeros(100).double(), max_matvecs=200, seed=0
+    )
+    assert not found.converged.any()
+    assert "budget" in found.reason
+    low, high = found.intervals[0]
+    assert ((low <= spectrum) & (spectrum <= high)).any()
+
+
+def test_start_and_its_cost() -> None:
+    matrix = symmetric(SPECTRUM)
+    vector = torch.linalg.eigh(matrix).eigenvectors[:, 0].contiguous()
+    found = hf.power_iteration(hf.dense(matrix), VECTOR, start=vector)
+    assert found.matvecs == 1
+    assert float(found.values) == pytest.approx(-9)
+
+
+def test_zero_matrix_and_whole_space() -> None:
+    found = hf.power_iteration(hf.dense(torch.zeros(3, 3)), torch.zeros(3), k=3, seed=0)
+    assert found.values.tolist() == [0, 0, 0]
+    assert found.converged.all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 95}, "k=95: the matrix has 94"),
+        ({"rtol": -1.0}, "rtol"),
+        ({"momentum": -1.0}, "momentum"),
+        ({"which": "BE"}, "which='BE'"),
+        ({"start": VECTOR}, "zeros"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.power_iteration(hf.dense(symmetric(SPECTRUM)), VECTOR, **options)

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from scipy import stats
+
+from hessfunc.algorithms.quantiles import student_quantile
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 30, 101, 1999, 5000])
+@pytest.mark.parametrize("probability", [0.5, 0.6, 0.975, 0.9999])
+def test_is_scipys(probability: float, degrees: int) -> None:
+    expected = stats.t.ppf(probability, degrees)
+    assert student_quantile(probability, degrees) == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+def test_one_sample_has_no_bound() -> None:
+    assert student_quantile(0.975, 0) == math.inf

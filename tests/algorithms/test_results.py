@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hessfunc as hf
+from tests.algorithms.spectra import symmetric
+
+MATVEC = hf.dense(symmetric(torch.arange(1.0, 9.0)))
+LIKE = {"layer": {"weight": torch.zeros(2, 3).double()}, "bias": torch.zeros(2).double()}
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        hf.lanczos(MATVEC, LIKE, k=2, seed=3),
+        hf.power_iteration(MATVEC, torch.zeros(8).double(), k=1),
+        hf.hutchinson(MATVEC, LIKE, max_matvecs=5),
+        hf.slq(MATVEC, LIKE, steps=4),
+    ],
+    ids=lambda result: type(result).__name__,
+)
+def test_saved_and_loaded_is_the_same(result: hf.Estimate, tmp_path: Path) -> None:
+    result.save(tmp_path / "result.npz")
+    loaded = hf.load(tmp_path / "result.npz")
+    assert type(loaded) is type(result)
+    for item in dataclasses.fields(result):
+        torch.testing.assert_close(
+            getattr(loaded, item.name), getattr(result, item.name), rtol=0, atol=0
+        ) if item.name not in ("reason", "versions", "by_leaf") else None
+    assert loaded.reason == result.reason
+    assert loaded.versions == result.versions
+    assert [path.name for path in tmp_path.iterdir()] == ["result.npz"]
+
+
+def test_a_file_without_a_result_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", x=np.zeros(2))
+    with pytest.raises(ValueError, match="holds no result"):
+        hf.load(tmp_path / "other.npz")
+
+
+def test_results_are_frozen_and_say_what_made_them() -> None:
+    result = hf.hutchinson(MATVEC, LIKE, max_matvecs=5)
+    assert set(result.versions) >= {"torch", "numpy", "hessfunc"}
+    assert isinstance(result.seed, int)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.value = 0.0

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import hessfunc as hf
+from tests.algorithms.spectra import symmetric
+
+MATRIX = symmetric(torch.linspace(-1, 4, 80))
+LIKE = {"a": torch.zeros(3, 10).double(), "b": torch.zeros(50).double()}
+
+
+def variance_of_a_probe(kind: str) -> float:
+    n = len(MATRIX)
+    squares = float(MATRIX.square().sum())
+    match kind:
+        case "signs":
+            return 2 * (squares - float(MATRIX.diagonal().square().sum()))
+        case "normal":
+            return 2 * squares
+        case _:
+            return 2 * n / (n + 2) * (squares - float(MATRIX.trace()) ** 2 / n)
+
+
+@pytest.mark.parametrize("kind", ["signs", "normal", "sphere"])
+def test_mean_and_variance_are_those_of_the_formula(kind: str) -> None:
+    found = hf.hutchinson(hf.dense(MATRIX), LIKE, kind=kind, max_matvecs=4000, seed=0)
+    error = math.sqrt(variance_of_a_probe(kind) / 4000)
+    assert found.value == pytest.approx(float(MATRIX.trace()), abs=4 * error)
+    assert float(found.samples.var()) == pytest.approx(variance_of_a_probe(kind), rel=0.15)
+    assert found.stderr == pytest.approx(error, rel=0.1)
+
+
+def test_parts_of_leaves_sum_to_the_value() -> None:
+    found = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=2000, seed=0)
+    assert list(found.by_leaf) == ["a", "b"]
+    assert sum(found.by_leaf.values()) == pytest.approx(found.value, rel=1e-12)
+    assert found.by_leaf["a"] == pytest.approx(float(MATRIX.diagonal()[:30].sum()), abs=2)
+
+
+def test_interval_covers_at_its_level() -> None:
+    matvec, trace = hf.dense(MATRIX), float(MATRIX.trace())
+    runs = [hf.hutchinson(matvec, LIKE, max_matvecs=12, seed=seed) for seed in range(400)]
+    for level, least, most in [(0.95, 0.92, 0.98), (0.5, 0.42, 0.58)]:
+        covered = sum(low <= trace <= high for low, high in (r.interval(level) for r in runs))
+        assert least <= covered / len(runs) <= most
+
+
+@pytest.mark.parametrize("tolerance", [{"rtol": 0.05}, {"atol": 5.0}])
+def test_stops_at_the_tolerance(tolerance: dict[str, float]) -> None:
+    found = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=5000, seed=0, **tolerance)
+    low, high = found.interval()
+    wanted = tolerance.get("atol", 0.05 * abs(found.value))
+    assert (high - low) / 2 <= wanted
+    assert found.reason.startswith("converged")
+    assert found.matvecs < 5000
+
+
+def test_budget_is_kept_and_said() -> None:
+    found = hf.hutchinson(hf.dense(MATRIX), LIKE, rtol=1e-6, max_matvecs=25, seed=0)
+    assert (found.matvecs, found.passes, len(found.samples)) == (25, 3, 25)
+    assert "budget of 25" in found.reason
+
+
+def test_block_size_changes_nothing_but_the_passes() -> None:
+    ten = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=30, seed=5)
+    one = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=30, block_size=1, seed=5)
+    torch.testing.assert_close(ten.samples, one.samples)
+    assert (ten.passes, one.passes) == (3, 30)
+
+
+def test_signs_are_exact_on_a_diagonal_matrix() -> None:
+    matvec = hf.dense(torch.arange(1.0, 6.0).diag())
+    found = hf.hutchinson(matvec, torch.zeros(5), rtol=0.0, max_matvecs=50, seed=0)
+    assert found.interval() == (15.0, 15.0)
+    assert found.matvecs == 10
+
+
+def test_callback_stops() -> None:
+    found = hf.hutchinson(hf.dense(MATRIX), LIKE, callback=lambda running: running.matvecs >= 20)
+    assert found.matvecs == 20
+    assert "callback" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": -0.1}, "rtol=-0.1"),
+        ({"max_matvecs": 1}, "max_matvecs=1: it must be at least 2"),
+        ({"kind": "uniform"}, "kind='uniform': choose"),
+        ({"block_size": 0}, "block_size"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.hutchinson(hf.dense(MATRIX), LIKE, **options)
+
+
+def test_bad_level() -> None:
+    with pytest.raises(ValueError, match="level=95"):
+        hf.hutchinson(hf.dense(MATRIX), LIKE).interval(95)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import hessfunc as hf
+from tests.algorithms.spectra import symmetric
+
+N = 300
+INDEX = torch.arange(1.0, N + 1).double()
+SPECTRA = {
+    "flat": torch.linspace(1, 3, N).double(),
+    "polynomial": INDEX**-2,
+    "exponential": 0.9**INDEX,
+    "step": torch.where(INDEX <= 30, 1.0, 1e-3).double(),
+    "indefinite": 0.9**INDEX * torch.where(INDEX % 3 == 0, -1.0, 1.0),
+}
+LIKE = {"a": torch.zeros(10, 10).double(), "b": torch.zeros(N - 100).double()}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_interval_covers_and_is_not_huge(name: str) -> None:
+    matvec, trace = hf.dense(symmetric(SPECTRA[name])), float(SPECTRA[name].sum())
+    runs = [hf.xtrace(matvec, LIKE, max_matvecs=40, seed=seed) for seed in range(150)]
+    covered = sum(low <= trace <= high for low, high in (r.interval() for r in runs))
+    assert covered / len(runs) > 0.92
+    errors = torch.tensor([abs(r.value - trace) for r in runs])
+    widths = torch.tensor([r.interval()[1] - r.value for r in runs])
+    assert widths.median() < 2.5 * errors.quantile(0.95)
+
+
+def test_needs_far_fewer_products_than_hutchinson() -> None:
+    matvec = hf.dense(symmetric(SPECTRA["exponential"]))
+    ours = hf.xtrace(matvec, LIKE, rtol=0.02, max_matvecs=300, seed=0)
+    plain = hf.hutchinson(matvec, LIKE, rtol=0.02, max_matvecs=5000, seed=0)
+    assert ours.reason.startswith("converged")
+    assert ours.matvecs < plain.matvecs / 5
+
+
+@pytest.mark.parametrize("rank", [1, 7, 15])
+def test_exact_from_one_probe_more_than_the_rank(rank: int) -> None:
+    spectrum = torch.where(rank >= INDEX, INDEX, 0.0)
+    matvec = hf.dense(symmetric(spectrum))
+    found = hf.xtrace(matvec, LIKE, max_matvecs=2 * (rank + 1), block_size=4, seed=0)
+    assert found.value == pytest.approx(float(spectrum.sum()), rel=1e-10)
+    low, high = found.interval()
+    assert low <= float(spectrum.sum()) <= high
+    assert high - low < 1e-8
+
+
+def test_parts_of_leaves_sum_to_the_value() -> None:
+    matrix = symmetric(SPECTRA["exponential"])
+    found = hf.xtrace(hf.dense(matrix), LIKE, max_matvecs=200, seed=0)
+    assert sum(found.by_leaf.values()) == pytest.approx(found.value, rel=1e-10)
+    assert found.by_leaf["a"] == pytest.approx(float(matrix.diagonal()[:100].sum()), rel=1e-3)
+
+
+def test_rounds_reuse_every_product() -> None:
+    matvec = hf.dense(symmetric(SPECTRA["polynomial"]))
+    once = hf.xtrace(matvec, LIKE, max_matvecs=60, block_size=30, seed=2)
+    rounds = hf.xtrace(matvec, LIKE, max_matvecs=60, block_size=5, seed=2)
+    assert rounds.value == pytest.approx(once.value, rel=1e-9)
+    assert (once.matvecs, rounds.matvecs) == (60, 60)
+    assert (once.passes, rounds.passes) == (2, 12)
+
+
+def test_probes_that_span_the_space_give_the_trace() -> None:
+    matrix = symmetric(torch.tensor([3.0, -1.0, 2.0]))
+    found = hf.xtrace(hf.dense(matrix), torch.zeros(3).double(), seed=0)
+    assert found.value == pytest.approx(4)
+    assert "whole space" in found.reason
+
+
+def test_float32() -> None:
+    spectrum = SPECTRA["exponential"]
+    matvec = hf.dense(symmetric(spectrum).float())
+    like: Tensor = torch.zeros(N)
+    found = hf.xtrace(matvec, like, max_matvecs=150, seed=0)
+    assert found.value == pytest.approx(float(spectrum.sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rtol": -0.1}, "rtol=-0.1"), ({"max_matvecs": 3}, "max_matvecs=3: it must be at least 4")],
+)
+def test_bad_options(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.xtrace(hf.dense(symmetric(SPECTRA["flat"])), LIKE, **options)

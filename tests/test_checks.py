@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import hessfunc as hf
+
+X = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(32) % 10
+
+
+def problem(activation: nn.Module, dtype: torch.dtype) -> tuple[hf.Loss, dict[str, Tensor]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), activation, nn.Flatten(), nn.Linear(288, 10))
+    model_fn, params = hf.functional(model.to(dtype))
+    return hf.supervised(lambda p, x: model_fn(p, x.to(dtype)), cross_entropy), params
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.ReLU(), nn.Dropout()])
+def test_a_hessian_passes(activation: nn.Module, dtype: torch.dtype) -> None:
+    loss, params = problem(activation, dtype)
+    matvec = hf.hvp(loss)(params, (X, Y))
+    assert hf.check(matvec, params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.ReLU()])
+def test_a_hessian_is_the_derivative_of_the_gradient(
+    activation: nn.Module, dtype: torch.dtype
+) -> None:
+    loss, params = problem(activation, dtype)
+    matvec = hf.hvp(loss)(params, (X, Y))
+    gradient = torch.func.grad(lambda p: loss(p, (X, Y)))
+    assert hf.check(matvec, params, gradient=gradient)
+
+
+def test_another_batch_is_found() -> None:
+    loss, params = problem(nn.Tanh(), torch.float64)
+    matvec = hf.hvp(loss)(params, (X, Y))
+    gradient = torch.func.grad(lambda p: loss(p, (X[:16], Y[:16])))
+    found = hf.check(matvec, params, gradient=gradient)
+    assert not found
+    assert "another batch" in str(found)
+
+
+def test_kinks_are_explained_and_not_reported() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(lambda p, x: model_fn(p, x.flatten(1)), cross_entropy)
+    batch = (X.repeat(8, 1, 1, 1) + 0.1 * torch.arange(256).view(-1, 1, 1, 1).sin(), Y.repeat(8))
+    gradient = torch.func.grad(lambda p: loss(p, batch))
+    found = hf.check(hf.hvp(loss)(params, batch), params, gradient=gradient)
+    assert found
+    assert "kinks" in found.notes[0]
+    assert "kinks" in str(found)
+
+
+def test_nondeterminism_is_found() -> None:
+    def matvec(block: Tensor) -> Tensor:
+        return block * torch.rand(5)
+
+    found = hf.check(matvec, torch.zeros(5))
+    assert "not deterministic" in found.problems[0]
+
+
+def test_an_affine_function_is_not_linear() -> None:
+    found = hf.check(lambda block: block + 1, torch.zeros(5))
+    assert found.problems[0].startswith("not linear")
+
+
+def test_asymmetry_is_found() -> None:
+    matrix = torch.arange(25.0).view(5, 5)
+    found = hf.check(lambda block: block @ matrix, torch.zeros(5))
+    assert [p.split(":")[0] for p in found.problems] == ["not symmetric"]
