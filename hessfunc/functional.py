@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from hessfunc.recompute import recomputed
 from hessfunc.trees import Tree, merge, tree_map
 
 __all__ = ["Loss", "LossFunction", "composed", "functional", "hold", "supervised"]
@@ -97,7 +100,12 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
 
 
 def functional(
-    model: nn.Module, /, *, trainable_only: bool = True
+    model: nn.Module,
+    /,
+    *,
+    trainable_only: bool = True,
+    dtype: torch.dtype | None = None,
+    recompute: str | None = None,
 ) -> tuple[Callable[[Tree, Any], Any], dict[str, Tensor]]:
     """A pure function of a module's parameters, and these parameters.
 
@@ -109,13 +117,19 @@ def functional(
     Args:
         model: the module.
         trainable_only: leave parameters that do not require a gradient out of ``params``.
+        dtype: in which the model is evaluated, such as ``torch.bfloat16``; params, buffers and
+            inputs are cast inside the function and outputs back, so that params, loss and vectors
+            stay in their own. None: as it is.
+        recompute: a glob over module names (``"layers.*"``). Their activations are not kept for
+            the derivatives but computed again, so that a deep model's graph fits in memory;
+            `recomputed` does it for any function.
 
     Returns:
         ``(model_fn, params)``, with ``params`` a dict in the order of ``named_parameters``: a tied
         tensor stands there once, and each is a detached view of the module's own.
 
     Raises:
-        ValueError: there is no parameter left.
+        ValueError: there is no parameter left, or no module to recompute.
     """
     params = {
         name: parameter.detach()
@@ -128,6 +142,8 @@ def functional(
             "`trainable_only=False`"
         )
     training = [(module, module.training) for module in model.modules()]
+    segments = [] if recompute is None else _segments(model, recompute)
+    own_dtype = next(iter(params.values())).dtype
     batch_statistics = [
         name for name, module in model.named_modules() if _uses_batch_statistics(module)
     ]
@@ -141,8 +157,14 @@ def functional(
             )
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
-        with _flags(training):
-            return torch.func.functional_call(model, (params, buffers), args, kwargs)
+        state = params, buffers
+        if dtype is not None:
+            fixed = {n: p for n, p in model.named_parameters() if n not in params}
+            state = _cast((fixed | params, buffers), dtype)
+            args, kwargs = _cast((args, kwargs), dtype)
+        with _flags(training), _recomputing(segments):
+            outputs = torch.func.functional_call(model, state, args, kwargs)
+        return outputs if dtype is None else _cast(outputs, own_dtype)
 
     return model_fn, params
 
@@ -153,6 +175,56 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, (tuple, list)):
         return tuple(inputs), {}
     return (inputs,), {}
+
+
+def _cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    def cast(leaf: Any) -> Any:
+        is_floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(dtype) if is_floating else leaf
+
+    return tree_map(cast, tree)
+
+
+class _Forward(nn.Module):
+    """The forward of a module without its hooks, which have run outside of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.inner = module.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def _segments(model: nn.Module, pattern: str) -> list[_Forward]:
+    found: dict[str, _Forward] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not inside and fnmatch.fnmatchcase(name, pattern):
+            found[name] = _Forward(module)
+    if not found:
+        raise ValueError(f"recompute={pattern!r} chooses none of the modules")
+    return list(found.values())
+
+
+@contextmanager
+def _recomputing(segments: list[_Forward]) -> Iterator[None]:
+    def call(forward: _Forward, *args: Any, **kwargs: Any) -> Any:
+        def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
+            state = params, {name: buffer.clone() for name, buffer in buffers.items()}
+            return torch.func.functional_call(forward, state, args, kwargs)
+
+        params, buffers = dict(forward.named_parameters()), dict(forward.named_buffers())
+        return recomputed(pure)(params, buffers, args, kwargs)
+
+    for forward in segments:
+        forward.module.forward = functools.partial(call, forward)
+    try:
+        yield
+    finally:
+        for forward in segments:
+            del forward.module.forward
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import optree
 import torch
+import torch.utils._cxx_pytree  # Registers torch's containers, and those to come, with optree.
 from torch import Tensor
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ravel",
     "split",
     "tree_map",
+    "uniforms",
     "unravel",
 ]
 
@@ -68,7 +70,11 @@ def tree_map(fn: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:
 
 
 def _names(structure: optree.PyTreeSpec) -> tuple[str, ...]:
-    return tuple(".".join(map(str, path)) or "params" for path in structure.paths())
+    return tuple(".".join(map(_label, path)) or "params" for path in structure.paths())
+
+
+def _label(key: Any) -> str:
+    return f"{key[0]}[{key[1]}]" if isinstance(key, tuple) and len(key) == 2 else str(key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +227,7 @@ class Space:
     def _views(self, rows: Tensor) -> list[Tensor]:
         parts = rows.split(self.sizes, dim=-1)
         return [
-            part.view(*rows.shape[:-1], *shape)
+            part.view((*rows.shape[:-1], *shape))
             for part, shape in zip(parts, self.shapes, strict=True)
         ]
 
@@ -428,6 +434,12 @@ def _words(key: int, count: int, device: torch.device) -> Tensor:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
     return words.bitwise_xor_(_shifted(words, 31))
+
+
+def uniforms(count: int, /, *key: int, device: torch.device) -> Tensor:
+    """Numbers of (0, 1), float64 where the device has it: a function of the key alone."""
+    words = _shifted(_words(_mixed(*key), count, device), 12)
+    return words.to(wide_dtype(device)).add_(0.5).mul_(2.0**-52)
 
 
 def _shifted(words: Tensor, by: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,17 @@ from torch import Tensor
 
 from hessfunc.trees import Matvec, Space, Tree, leaves, tree_map
 
-__all__ = ["add", "apply", "batched", "deflate", "dense", "scale", "shift"]
+__all__ = [
+    "add",
+    "apply",
+    "batched",
+    "deflate",
+    "dense",
+    "per_block",
+    "precondition",
+    "scale",
+    "shift",
+]
 
 
 def apply(matvec: Matvec, vector: Tree, /) -> Tree:
@@ -59,6 +69,65 @@ def deflate(matvec: Matvec, pairs: Any, /) -> Matvec:
         return tree_map(torch.sub, matvec(block), space.unravel(moved))
 
     return deflated
+
+
+def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
+    """P^-1/2 A P^-1/2, with P the positive diagonal of a tree.
+
+    Its eigenvalues are those of P^-1 A, the curvature that a preconditioned optimiser feels.
+
+    Raises:
+        ValueError: an entry of the diagonal is not positive.
+    """
+    if not all(bool((leaf > 0).all()) for leaf in leaves(diagonal)):
+        raise ValueError("the diagonal of a preconditioner must be positive: add a damping")
+    root = tree_map(torch.rsqrt, diagonal)
+    return lambda block: tree_map(torch.mul, matvec(tree_map(torch.mul, block, root)), root)
+
+
+def per_block(
+    matvec: Matvec, like: Tree, /, blocks: Mapping[str, Iterable[str]] | None = None
+) -> Matvec:
+    """The block-diagonal part of A: each group of leaves sees itself alone.
+
+    Args:
+        matvec: of A.
+        like: a tree that says what vectors look like.
+        blocks: the leaf names of each group; by default each leaf is a group of its own. A leaf
+            in no group gets zeros.
+
+    Raises:
+        ValueError: a name is unknown, or stands in two groups.
+
+    Cost: one matvec a group and vector, in one pass.
+    """
+    space = Space.of(like)
+    groups = [[name] for name in space.names] if blocks is None else [*map(list, blocks.values())]
+    listed = [name for group in groups for name in group]
+    if len(set(listed)) < len(listed) or set(listed) - set(space.names):
+        wrong = sorted({n for n in listed if n not in space.names or listed.count(n) > 1})
+        raise ValueError(f"unknown or repeated in blocks: {', '.join(wrong)}")
+
+    def diagonal_blocks(block: Tree) -> Tree:
+        found = space.block_leaves(block)
+        k = len(found[0])
+        stacked = []
+        for name, leaf in zip(space.names, found, strict=True):
+            rows = leaf.new_zeros(len(groups), *leaf.shape)
+            for i, group in enumerate(groups):
+                if name in group:
+                    rows[i] = leaf
+            stacked.append(rows.flatten(0, 1))
+        images = space.block_leaves(matvec(space.tree(stacked)))
+        return space.tree(
+            sum(
+                (image[i * k : (i + 1) * k] for i, group in enumerate(groups) if name in group),
+                torch.zeros_like(leaf),
+            )
+            for name, leaf, image in zip(space.names, found, images, strict=True)
+        )
+
+    return diagonal_blocks
 
 
 def batched(fn: Callable[[Tree], Tree], /, *, chunk_size: int | None = None) -> Matvec:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hessfunc.functional import several_batches
 from hessfunc.transforms.blocks import Curvature, unchanged
-from hessfunc.trees import Matvec, Space, Tree, flatten, leaves, wide_dtype
+from hessfunc.transforms.checksum import Checksum
+from hessfunc.trees import Matvec, Space, Tree, flatten, leaves
 
 __all__ = ["examples", "microbatches", "over_batches"]
 
@@ -82,7 +83,7 @@ def over_batches(
     """
 
     def of_data(params: Tree, batches: Iterable[Any]) -> Matvec:
-        if iter(batches) is batches:
+        if isinstance(batches, Iterator):
             raise TypeError(
                 f"batches is a {type(batches).__name__}, which can be read only once, but each "
                 "product is a pass over the data: pass a list or a DataLoader"
@@ -102,7 +103,7 @@ def over_batches(
 
         def matvec(block: Tree) -> Tree:
             refuse_if_changed()
-            checksum = _Checksum(space.device)
+            checksum = Checksum(space.device)
 
             def products() -> Iterator[tuple[float, Tree]]:
                 for i, batch in enumerate(batches):
@@ -142,31 +143,3 @@ def _mean(space: Space, block: Tree, products: Iterable[tuple[float, Tree]]) -> 
             "nothing?"
         )
     return space.tree(target.div_(weights) for target in total)
-
-
-class _Checksum:
-    """A number of the examples of one pass that does not depend on their order.
-
-    Each example is projected on fixed directions; the sum and the sum of squares over examples
-    change when an example is left out, repeated, altered, or paired with another target.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros(3, dtype=wide_dtype(device), device=device)
-
-    def add(self, batch: Any) -> None:
-        tensors = [x for x in leaves(batch) if isinstance(x, Tensor) and x.dim() > 0 and len(x)]
-        if not tensors:
-            return
-        dtype, device = self.total.dtype, self.total.device
-        projected = torch.zeros(len(tensors[0]), dtype=dtype, device=device)
-        for i, tensor in enumerate(tensors):
-            rows = tensor.detach().reshape(len(tensor), -1).to(device, dtype)
-            entries = torch.arange(1, rows.shape[1] + 1, dtype=dtype, device=device)
-            projection = rows @ torch.cos(entries * (i + 1.618))
-            projected = projected + (
-                projection if len(projection) == len(projected) else projection.sum()
-            )
-        self.total += torch.stack(
-            [torch.ones_like(projected).sum(), projected.sum(), projected.square().sum()]
-        )

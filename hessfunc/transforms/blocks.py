@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessfunc.memory import available_memory
 from hessfunc.transforms.kernels import explained, precise
-from hessfunc.trees import Matvec, Space, Tree, leaves
+from hessfunc.trees import Matvec, Space, Tree, leaves, tree_map
 
 __all__ = ["Chunks", "Curvature", "Product", "block_matvec", "unchanged"]
 
@@ -188,9 +188,10 @@ class _PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(_with_memory, (args, kwargs or {}))
+        out = func(*args, **kwargs)
         for tensor in leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor._is_zerotensor():
                 self._hold(tensor.untyped_storage())
         return out
 
@@ -204,3 +205,10 @@ class _PeakMemory(TorchDispatchMode):
 
     def _release(self, key: int) -> None:
         self.now -= self.held.pop(key, 0)
+
+
+def _with_memory(value: Any) -> Any:
+    # Forward mode's symbolic zeros have none, and below a dispatch mode kernels would read it.
+    if isinstance(value, Tensor) and value._is_zerotensor():
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    return value

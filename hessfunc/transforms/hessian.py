@@ -13,7 +13,7 @@ from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, bl
 from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.trees import Matvec, Space, Tree
 
-__all__ = ["hvp"]
+__all__ = ["checked", "hvp"]
 
 Mode = Literal["reverse", "forward", "difference", "auto"]
 
@@ -111,8 +111,9 @@ def _forward(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: A
     def value(*found: Tensor) -> Tensor:
         return loss(space.tree(found), batch)
 
-    with differentiable_twice(space.device), torch.no_grad():
-        _checked(value(*point), space, point)
+    inputs = [leaf.detach().requires_grad_() for leaf in point]
+    with differentiable_twice(space.device):
+        _gradient(loss, space, inputs, batch, create_graph=False)
     gradient = torch.func.grad(value, argnums=tuple(range(len(point))))
 
     def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -156,18 +157,22 @@ def _gradient(
     *,
     create_graph: bool,
 ) -> list[Tensor]:
-    value = _checked(loss(space.tree(inputs), batch), space, inputs)
-    if not value.requires_grad:
+    value = checked(loss(space.tree(inputs), batch), space, inputs)
+    found: Sequence[Tensor | None] = ()
+    if value.requires_grad:
+        found = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
+    if all(g is None for g in found):
         raise ValueError(
             "the loss does not depend on params: is it computed from the module itself, or under "
             "`torch.no_grad()` or `.detach()`? Use the params that the loss is given"
         )
-    return list(
-        torch.autograd.grad(value, inputs, create_graph=create_graph, materialize_grads=True)
-    )
+    return [
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(inputs, found, strict=True)
+    ]
 
 
-def _checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
+def checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
+    """The value of a loss, if it is a finite scalar."""
     if not isinstance(value, Tensor) or value.dim() > 0:
         what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the loss must be a scalar tensor, and is of {what}: take its mean")

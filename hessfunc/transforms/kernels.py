@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from hessfunc.trees import Space, leaves
 
@@ -20,14 +21,16 @@ __all__ = ["differentiable_twice", "explained", "precise"]
 def differentiable_twice(device: torch.device) -> Iterator[None]:
     """Inside, a loss may be evaluated to be differentiated twice.
 
-    Attention runs in its unfused form: the fused kernels have no second derivative. Random
-    layers draw from a seed of their own, the same each time, so that a product is symmetric and
-    torch's random stream stays where it was.
+    Attention runs in its unfused form: the fused kernels have no second derivative. So does weight
+    normalisation, whose fused kernel has a wrong one. Random layers draw from a seed of their own,
+    the same each time, so that a product is symmetric and torch's random stream stays where it
+    was.
     """
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     devices = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_ExactWeightNorm())
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(precise(device))
         stack.enter_context(torch.enable_grad())
@@ -37,6 +40,24 @@ def differentiable_twice(device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
+
+
+class _ExactWeightNorm(TorchFunctionMode):
+    """Inside, weight normalisation is its definition, g v / |v|.
+
+    The fused kernel's second derivative leaves out that |v| depends on v.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            func = _weight_norm
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 @contextmanager

@@ -1,0 +1,82 @@
+"""The same products in plain PyTorch, as one writes them without a library.
+
+No checks, no blocks, no copies: the products of several vectors are a list of lists of leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.cases import Case
+
+__all__ = ["Vector", "difference", "gradient", "kept", "rebuilt"]
+
+Vector: TypeAlias = Sequence[Tensor]
+
+
+def gradient(case: Case) -> Vector:
+    """One forward and backward pass: the unit in which products are priced.
+
+    Kernels are torch's choice, as in training; products need attention in its unfused form.
+    """
+    return torch.autograd.grad(case.loss(), case.parameters)
+
+
+def kept(case: Case) -> Callable[[Vector], Vector]:
+    """Double backward, the gradient of g'v, through a graph of g that is made once, here."""
+    found = _differentiable(case)
+
+    def product(vector: Vector) -> Vector:
+        return torch.autograd.grad(found, case.parameters, vector, retain_graph=True)
+
+    return product
+
+
+def rebuilt(case: Case) -> Callable[[Vector], Vector]:
+    """Double backward through a graph of g that is made for each product."""
+
+    def product(vector: Vector) -> Vector:
+        found = _differentiable(case)
+        return torch.autograd.grad(found, case.parameters, vector)
+
+    return product
+
+
+def difference(case: Case) -> Callable[[Vector], Vector]:
+    """The central difference of two gradients, with the step that `hvp` states."""
+    point = [p.detach() for p in case.parameters]
+    step = torch.finfo(point[0].dtype).eps ** (1 / 3) * _norm(point)
+
+    def gradient_at(vector: Vector, t: float) -> Vector:
+        names = [name for name, _ in case.model.named_parameters()]
+        moved = [(p + t * v).requires_grad_() for p, v in zip(point, vector, strict=True)]
+        values = dict(zip(names, moved, strict=True))
+        with _twice(case):
+            outputs = torch.func.functional_call(case.model, values, (case.inputs,))
+        return torch.autograd.grad(case.criterion(outputs, case.targets), moved)
+
+    def product(vector: Vector) -> Vector:
+        t = step / _norm(vector)
+        ahead, behind = gradient_at(vector, t), gradient_at(vector, -t)
+        return [(a - b) / (2 * t) for a, b in zip(ahead, behind, strict=True)]
+
+    return product
+
+
+def _differentiable(case: Case) -> Vector:
+    with _twice(case):
+        return torch.autograd.grad(case.loss(), case.parameters, create_graph=True)
+
+
+def _twice(case: Case) -> AbstractContextManager[None]:
+    return sdpa_kernel(SDPBackend.MATH) if case.attention else nullcontext()
+
+
+def _norm(vector: Vector) -> float:
+    return float(torch.stack([torch.linalg.vector_norm(leaf) for leaf in vector]).norm())

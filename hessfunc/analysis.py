@@ -1,0 +1,70 @@
+"""The parts of an analysis, one after another: eigenvalues, trace, density."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeAlias
+
+import hessfunc as hf
+from hessfunc.algorithms.results import Result
+from hessfunc.problems.targets import Problem
+from hessfunc.report import Part, brief
+
+__all__ = ["Tick", "Watch", "analyse"]
+
+Tick: TypeAlias = Callable[[float, str], None]
+Watch: TypeAlias = Callable[[str], Tick]
+
+
+def analyse(
+    problem: Problem,
+    *,
+    k: int,
+    probes: int,
+    steps: int,
+    trace_rtol: float,
+    max_matvecs: int,
+    seed: int,
+    watch: Watch,
+) -> Iterator[Part]:
+    """Each part of the analysis of a Hessian, as soon as it is finished.
+
+    Args:
+        k: how many eigenvalues, of the largest in absolute value.
+        probes: random vectors of the density.
+        steps: Lanczos steps for each of them.
+        trace_rtol: the relative half-width of the trace's 95 % interval that is enough.
+        max_matvecs: the budget of eigenvalues and of the trace, each.
+        seed: of all random vectors.
+        watch: called with the name of each part that starts; gives a function that is called with
+            the share of the part that is done and a few words.
+    """
+    params = problem.params
+    matvec = hf.over_batches(hf.hvp(problem.loss))(params, problem.batches)
+    pairs = partial(hf.lanczos, matvec, params, rtol=1e-3, max_matvecs=max_matvecs, seed=seed)
+
+    def part(name: str, run: Callable[..., Result], share: Callable[[Any], float]) -> Part:
+        tick = watch(name)
+        started = time.perf_counter()
+        result = run(callback=lambda running: tick(share(running), brief(running)))
+        tick(1.0, brief(result))
+        return Part(name, result, time.perf_counter() - started)
+
+    def converged(running: hf.Eigenpairs) -> float:
+        return float(running.converged.double().mean())
+
+    yield part("eigenvalues", partial(pairs, k=k), converged)
+    # The lower end is often close to the bulk, where a short basis would restart again and again.
+    yield part("smallest", partial(pairs, k=1, which="SA", basis_size=40), converged)
+    yield part(
+        "trace",
+        partial(hf.hutchinson, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, seed=seed),
+        lambda running: running.matvecs / max_matvecs,
+    )
+    yield part(
+        "density",
+        partial(hf.slq, matvec, params, probes=probes, steps=steps, seed=seed),
+        lambda running: running.matvecs / (probes * steps),
+    )

@@ -1,0 +1,150 @@
+"""Labelled images as tensors: scikit-learn's digits, and CIFAR-10 in its two layouts."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["CIFAR10_MEAN", "CIFAR10_STD", "Examples", "Split", "cifar10", "data_root", "digits"]
+
+Split = Literal["train", "test"]
+
+CIFAR10_MEAN = (0.485, 0.456, 0.406)
+CIFAR10_STD = (0.229, 0.224, 0.225)
+
+_CIFAR10_LAYOUTS = (
+    "a folder cifar-10-batches-py (unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz)"
+    " or an .npz file with x_test uint8 [N, 32, 32, 3] and y_test [N]"
+)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled examples.
+
+    Attributes:
+        inputs: ``[N, ...]``.
+        targets: class indices, ``[N]``.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: slice) -> Examples:
+        return Examples(self.inputs[index], self.targets[index])
+
+    def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """Cut into ``(inputs, targets)`` of ``size`` examples in order; the last may be smaller."""
+        return list(zip(self.inputs.split(size), self.targets.split(size), strict=True))
+
+
+def data_root() -> Path | None:
+    """The folder that the environment variable HESSFUNC_DATA names, or None where it is not set."""
+    root = os.environ.get("HESSFUNC_DATA")
+    return Path(root).expanduser() if root else None
+
+
+def digits() -> Examples:
+    """scikit-learn's 1797 handwritten digits: inputs ``[1797, 1, 8, 8]`` in [0, 1].
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "the digits come with scikit-learn: pip install 'hessfunc[data]'"
+        ) from None
+    images, labels = load_digits(return_X_y=True)
+    inputs = torch.from_numpy(images).float().div(16).reshape(-1, 1, 8, 8)
+    return Examples(inputs, torch.from_numpy(labels).long())
+
+
+def cifar10(path: str | Path | None = None, split: Split = "test") -> Examples:
+    """CIFAR-10 (Krizhevsky 2009): inputs ``[N, 3, 32, 32]``, channels normalised.
+
+    Args:
+        path: an .npz file with ``x_{split}`` and ``y_{split}``, the Python version's folder
+            ``cifar-10-batches-py``, or a folder that holds either, itself or in its own folder
+            ``cifar10``. None stands for the folder HESSFUNC_DATA.
+        split: the 10,000 test images or the 50,000 training images; of an .npz file, those in it.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: an .npz file is damaged.
+    """
+    root = data_root() if path is None else Path(path).expanduser()
+    if root is None:
+        raise FileNotFoundError(
+            f"no path to CIFAR-10: give one or set HESSFUNC_DATA; expected {_CIFAR10_LAYOUTS}"
+        )
+    for place in (root, root / "cifar10"):
+        found = _read_npz(place, split) or _read_batches(place, split)
+        if found is not None:
+            images, labels = found
+            return Examples(_normalised(images), torch.from_numpy(labels).long())
+    raise FileNotFoundError(f"no CIFAR-10 ({split}) at {root}: expected {_CIFAR10_LAYOUTS}")
+
+
+def _normalised(images: np.ndarray) -> Tensor:
+    """uint8 ``[N, 32, 32, 3]`` -> float32 ``[N, 3, 32, 32]``."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255)
+    mean, std = (torch.tensor(c).reshape(1, 3, 1, 1) for c in (CIFAR10_MEAN, CIFAR10_STD))
+    return (pixels - mean).div(std).contiguous()
+
+
+def _read_npz(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | None:
+    """The first .npz file in the folder (or the file itself) that has the split."""
+    files = [place] if place.suffix == ".npz" and place.is_file() else sorted(place.glob("*.npz"))
+    for file in files:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{file} is damaged: it is no .npz file")
+        with np.load(file, allow_pickle=False) as arrays:
+            if {f"x_{split}", f"y_{split}"} <= set(arrays.files):
+                return arrays[f"x_{split}"], arrays[f"y_{split}"]
+    return None
+
+
+def _read_batches(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | None:
+    """The pickled batches of the Python version, in the folder or in its cifar-10-batches-py."""
+    names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
+    for folder in (place, place / "cifar-10-batches-py"):
+        if all((folder / name).is_file() for name in names):
+            parts = [_unpickle(folder / name) for name in names]
+            images = np.concatenate([part["data"] for part in parts])
+            labels = np.concatenate([part["labels"] for part in parts])
+            return images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+    return None
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles NumPy arrays and plain containers: a pickle may otherwise call anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            ("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+        }
+        try:
+            return allowed[module.rpartition(".")[2], name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in CIFAR-10") from None
+
+
+def _unpickle(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        # Written by Python 2, whose strings are bytes: latin1 maps each to one character.
+        return _ArraysOnly(stream, encoding="latin1").load()

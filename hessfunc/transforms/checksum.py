@@ -1,0 +1,46 @@
+"""A number of the examples of a batch, or of a pass, that does not depend on their order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfunc.trees import leaves, wide_dtype
+
+__all__ = ["Checksum"]
+
+
+class Checksum:
+    """The checksum of all examples that were added.
+
+    Each example is projected on fixed directions. Two sums of squares of the projections change
+    when an example is left out, repeated, altered, or paired with another target; neither cancels,
+    so that rounding is small beside it in any order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros(3, dtype=wide_dtype(device), device=device)
+
+    def add(self, batch: Any) -> None:
+        tensors = [x for x in leaves(batch) if isinstance(x, Tensor) and x.dim() > 0 and len(x)]
+        if not tensors:
+            return
+        dtype, device = self.total.dtype, self.total.device
+        projected = torch.zeros(len(tensors[0]), dtype=dtype, device=device)
+        for i, tensor in enumerate(tensors):
+            rows = tensor.detach().reshape(len(tensor), -1).to(device, dtype)
+            rows = rows.nan_to_num(nan=0.5, posinf=2.0, neginf=-2.0)
+            entries = torch.arange(1, rows.shape[1] + 1, dtype=dtype, device=device)
+            projection = rows @ torch.cos(entries * (i + 1.618))
+            projected = projected + (
+                projection if len(projection) == len(projected) else projection.sum()
+            )
+        self.total += torch.stack(
+            [
+                torch.ones_like(projected).sum(),
+                projected.square().sum(),
+                (projected + 1).square().sum(),
+            ]
+        )

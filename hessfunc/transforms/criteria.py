@@ -1,0 +1,267 @@
+"""The Hessian of a criterion with respect to the outputs, in closed form for the usual losses."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hessfunc.functional import OfTargets
+from hessfunc.trees import Tree, flatten
+
+__all__ = ["Criterion", "OutputProduct", "closed_form", "with_output_hessian"]
+
+OutputProduct: TypeAlias = Callable[[Tensor], Tensor]
+OutputHessian: TypeAlias = Callable[[Tensor, Any], OutputProduct]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A criterion with a closed form of its output Hessian.
+
+    Attributes:
+        criterion: ``(outputs, targets) -> scalar``.
+        output_hessian: ``(outputs, targets) -> product``, where ``product(u)`` is the Hessian of
+            the criterion with respect to the outputs, times u, shaped like the outputs.
+    """
+
+    criterion: Callable[[Any, Any], Tensor]
+    output_hessian: OutputHessian
+
+    def __call__(self, outputs: Any, targets: Any, /) -> Tensor:
+        return self.criterion(outputs, targets)
+
+
+def with_output_hessian(
+    criterion: Callable[[Any, Any], Tensor], output_hessian: OutputHessian, /
+) -> Criterion:
+    """Attach a closed form of the output Hessian to a criterion.
+
+    Args:
+        criterion: ``(outputs, targets) -> scalar``; ``(outputs, batch)`` for `composed`.
+        output_hessian: of the same arguments; returns the product with one vector shaped like the
+            outputs. It is called once a batch, so what is shared by all products is computed once.
+    """
+    return Criterion(criterion, output_hessian)
+
+
+def closed_form(criterion: Callable[[Any, Any], Tensor], /) -> OutputHessian | None:
+    """The closed form of a criterion's output Hessian, ``(outputs, batch) -> product``, or None.
+
+    Known are cross-entropy, MSE and BCE-with-logits, as functions, partials or modules, with all
+    of their options, and criteria made by `with_output_hessian`.
+    """
+    if isinstance(criterion, OfTargets):
+        of_targets = closed_form(criterion.criterion)
+        if of_targets is None:
+            return None
+        return lambda outputs, batch: of_targets(outputs, batch[1])
+    if isinstance(criterion, Criterion):
+        return criterion.output_hessian
+    function, options = function_and_options(criterion)
+    if function not in _CLOSED_FORMS or not options.keys() <= _CLOSED_FORMS[function][1]:
+        return None
+    if options.get("reduction", "mean") not in ("mean", "sum"):
+        return None
+    return functools.partial(_CLOSED_FORMS[function][0], **options)
+
+
+def example_weights(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, count: int, /
+) -> Tensor | float:
+    """The weights c_b with which ``sum_b c_b r_b r_b'`` is the mean of ``g_b g_b'`` over examples.
+
+    r_b is the part of example b in the gradient of the loss, g_b the gradient of its own loss. In
+    a mean r_b = s_b g_b with s_b the share of the example, one over their number or, where targets
+    are ignored, one over the number of those that are not; in a sum r_b = g_b. Criteria that are
+    not known are taken for means of equal shares.
+    """
+    inner = criterion.criterion if isinstance(criterion, OfTargets) else criterion
+    function, options = function_and_options(inner)
+    if options.get("reduction") == "sum":
+        return 1 / count
+    if function is not F.cross_entropy or batch[1].is_floating_point():
+        return float(count)
+    alone = {"reduction": "mean", "label_smoothing": 0.0}
+    scale = cross_entropy_scale(outputs, batch[1], **{**options, **alone})
+    share = scale.reshape(count, -1).sum(1)
+    return torch.where(share > 0, 1 / share, 0.0)
+
+
+def function_and_options(criterion: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The function that a module or a partial stands for, and its options."""
+    if isinstance(criterion, functools.partial) and not criterion.args:
+        return criterion.func, criterion.keywords
+    for module, (function, names) in _MODULES.items():
+        # A subclass may compute anything: only the classes themselves are known.
+        if type(criterion) is module:
+            return function, {name: getattr(criterion, name) for name in names}
+    return criterion, {}
+
+
+def cross_entropy_scale(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """What the softmax Hessian of each prediction counts in a cross-entropy."""
+    axis = min(1, outputs.dim() - 1)
+    classes = outputs.shape[axis]
+    if targets.is_floating_point():
+        spread = targets * (1 - label_smoothing) + label_smoothing / classes
+        counted = torch.movedim(spread, axis, -1)
+        coefficient = (counted if weight is None else counted * weight).sum(-1)
+        total = torch.tensor(coefficient.numel(), device=outputs.device)
+    else:
+        kept = targets != ignore_index
+        ones = outputs.new_ones(classes) if weight is None else weight
+        own = ones[torch.where(kept, targets, 0)] * kept
+        coefficient = (1 - label_smoothing) * own + label_smoothing * ones.mean() * kept
+        total = own.sum()
+    return (coefficient / total if reduction == "mean" else coefficient).unsqueeze(axis)
+
+
+def _cross_entropy(outputs: Tensor, targets: Tensor, **options: Any) -> OutputProduct:
+    """``s (diag(p) - pp')``, with p the softmax and s the weight of each prediction."""
+    axis = min(1, outputs.dim() - 1)
+    share = torch.softmax(outputs, axis)
+    scale = cross_entropy_scale(outputs, targets, **options)
+
+    def product(tangent: Tensor) -> Tensor:
+        # No more than three tensors of the size of the outputs live at once: this is the peak of
+        # memory where there are many classes.
+        inner = (tangent * share).sum(axis, keepdim=True)
+        return (tangent - inner).mul_(share).mul_(scale)
+
+    return product
+
+
+def _mse(outputs: Tensor, targets: Tensor, *, reduction: str = "mean") -> OutputProduct:
+    shape = torch.broadcast_shapes(outputs.shape, targets.shape)
+    copies = shape.numel() / outputs.numel()
+    factor = 2 * copies / (shape.numel() if reduction == "mean" else 1)
+    return lambda tangent: factor * tangent
+
+
+def _bce_with_logits(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> OutputProduct:
+    """Diagonal: ``weight (1 + (pos_weight - 1) y) p (1 - p)``."""
+    probability = torch.sigmoid(outputs)
+    diagonal = probability * (1 - probability)
+    if pos_weight is not None:
+        diagonal = diagonal * (1 + (pos_weight - 1) * targets)
+    if weight is not None:
+        diagonal = diagonal * weight
+    if reduction == "mean":
+        diagonal = diagonal / outputs.numel()
+    return lambda tangent: diagonal * tangent
+
+
+_CLOSED_FORMS: dict[Any, tuple[Callable[..., OutputProduct], set[str]]] = {
+    F.cross_entropy: (_cross_entropy, {"weight", "ignore_index", "reduction", "label_smoothing"}),
+    F.mse_loss: (_mse, {"reduction"}),
+    F.binary_cross_entropy_with_logits: (
+        _bce_with_logits,
+        {"weight", "pos_weight", "reduction"},
+    ),
+}
+_MODULES: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
+    nn.CrossEntropyLoss: (
+        F.cross_entropy,
+        ("weight", "ignore_index", "reduction", "label_smoothing"),
+    ),
+    nn.MSELoss: (F.mse_loss, ("reduction",)),
+    nn.BCEWithLogitsLoss: (
+        F.binary_cross_entropy_with_logits,
+        ("weight", "pos_weight", "reduction"),
+    ),
+}
+
+
+class NotConvexWarning(UserWarning):
+    """A criterion is not convex in the outputs: its Gauss-Newton matrix may be indefinite."""
+
+
+def by_autodiff(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /
+) -> tuple[list[int], Callable[[list[Tensor]], list[Tensor]]]:
+    """The output Hessian of any criterion, through a kept graph of its gradient.
+
+    Returns:
+        The indices of the output leaves that depend on the parameters and on which the criterion
+        depends, and the product with one vector of such leaves.
+    """
+    found, structure = flatten(outputs)
+    tensors = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    inner = list(found)
+    for i in tensors:
+        inner[i] = found[i].detach().requires_grad_()
+    value = criterion(structure.unflatten(inner), batch)
+    gradient = torch.autograd.grad(
+        value, [inner[i] for i in tensors], create_graph=True, allow_unused=True
+    )
+    used = [i for i, g in zip(tensors, gradient, strict=True) if g is not None]
+    slopes = [g for g in gradient if g is not None]
+    curved = [i for i, slope in enumerate(slopes) if slope.requires_grad]
+    leaves = [inner[i] for i in used]
+
+    def product(tangents: list[Tensor]) -> list[Tensor]:
+        if not curved:
+            return [torch.zeros_like(t) for t in tangents]
+        return list(
+            torch.autograd.grad(
+                [slopes[i] for i in curved],
+                leaves,
+                [tangents[i] for i in curved],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+        )
+
+    _warn_unless_convex(product, leaves)
+    return used, product
+
+
+_EXAMPLES_TRIED, _DIRECTIONS_TRIED = 16, 4
+
+
+def _warn_unless_convex(
+    product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]
+) -> None:
+    # Directions that move one example alone see a negative curvature that a sum would hide.
+    examples = min(len(leaf) if leaf.dim() else 1 for leaf in leaves)
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(min(examples, _EXAMPLES_TRIED) * _DIRECTIONS_TRIED):
+        tangents = []
+        for leaf in leaves:
+            tangent = torch.zeros_like(leaf).detach()
+            target = tangent[trial % examples] if leaf.dim() else tangent
+            target.copy_(torch.randn(target.shape, generator=generator))
+            tangents.append(tangent)
+        found = product(tangents)
+        curvature = sum(float((u * h).sum()) for u, h in zip(tangents, found, strict=True))
+        size = sum(float((u * h).abs().sum()) for u, h in zip(tangents, found, strict=True))
+        if curvature < -1e-5 * size:
+            warnings.warn(
+                "the criterion is not convex in the model's outputs (found in a random "
+                "direction): its Gauss-Newton matrix may have negative eigenvalues",
+                NotConvexWarning,
+                stacklevel=2,
+            )
+            return

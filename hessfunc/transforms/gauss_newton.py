@@ -1,0 +1,262 @@
+"""Gauss-Newton matrices: the generalised Gauss-Newton matrix, the Fisher matrix, the empirical one.
+
+All of them are ``J' B J``, with J the Jacobian of the model's outputs and B a positive matrix on
+the outputs; they differ in B alone.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hessfunc.functional import Loss
+from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
+from hessfunc.transforms.checksum import Checksum
+from hessfunc.transforms.criteria import by_autodiff, closed_form, example_weights
+from hessfunc.transforms.hessian import checked
+from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
+from hessfunc.trees import Matvec, Space, Tree, flatten
+
+__all__ = [
+    "efvp",
+    "fvp",
+    "ggnvp",
+    "hessian_of_outputs",
+    "linearised",
+    "refuse_without_halves",
+]
+
+# The indices of the output leaves that matter, and the product of B with one vector of them.
+_Middle: TypeAlias = tuple[list[int], Callable[[list[Tensor]], Sequence[Tensor]]]
+
+
+def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
+    """The generalised Gauss-Newton matrix, as a curvature function ``(params, batch) -> matvec``.
+
+        G = J' H J
+
+    with J the Jacobian of ``loss.outputs`` and H the Hessian of ``loss.criterion`` with respect to
+    the outputs. G is the Hessian of the loss with the model replaced by its linearisation, and
+    positive semi-definite for a criterion that is convex in the outputs. The output Hessians of
+    cross-entropy, MSE and BCE-with-logits, and of criteria made by `with_output_hessian`, are
+    applied in closed form; any other goes through autodiff, and warns where it is not convex.
+
+    Args:
+        loss: with its two halves, as made by `supervised` or `composed`.
+        chunk_size: how many vectors of a block go through one pass by vmap; 1 is a loop;
+            ``"auto"`` times both once for each shape and keeps the faster.
+
+    Raises:
+        TypeError: the loss does not show its halves.
+        ValueError: (from the curvature function) the loss is not a finite scalar.
+        RuntimeError: (from the matvec) params have changed in place since it was made.
+
+    Cost: the model is linearised once a batch; a product costs 4/3 gradients on a deep net.
+
+    Source: Schraudolph 2002, Fast curvature matrix-vector products; Martens 2014, arXiv 1412.1193.
+    """
+    return _gauss_newton(loss, hessian_of_outputs, chunk_size)
+
+
+def fvp(
+    loss: Loss,
+    /,
+    *,
+    samples: int | None = None,
+    seed: int | None = None,
+    chunk_size: ChunkSize = "auto",
+) -> Curvature:
+    """The Fisher information matrix, as a curvature function ``(params, batch) -> matvec``.
+
+        F = mean over examples of E_y[g g'],  g = grad of -log p(y | example, params)
+
+    with y drawn from the model's own prediction. Exact, it equals the generalised Gauss-Newton
+    matrix for cross-entropy (categorical y), for BCE-with-logits (Bernoulli), and for MSE with
+    normal y of variance C/2, for C outputs an example (variance 1/2 where the loss is a sum):
+    then MSE is -log p up to a constant.
+
+    Args:
+        loss: with its two halves, as made by `supervised`.
+        samples: None for the exact expectation; else the number of draws of y for each prediction.
+        seed: of the draws, which depend on (seed, batch) alone: each pass over the data draws the
+            same. None draws a seed once, here.
+        chunk_size: as in `ggnvp`.
+
+    Raises:
+        TypeError: the loss does not show its halves.
+        ValueError: the criterion is not the negative logarithm of a known likelihood.
+
+    Cost: as `ggnvp`.
+
+    Source: Martens 2014, arXiv 1412.1193; Kunstner, Balles and Hennig 2019, arXiv 1905.12558.
+    """
+    refuse_without_halves(loss)
+    refuse_without_likelihood(loss.criterion)
+    if samples is None:
+        return _gauss_newton(loss, hessian_of_outputs, chunk_size)
+    if samples < 1:
+        raise ValueError(f"samples={samples}: at least 1, or None for the exact matrix")
+    seed = secrets.randbits(63) if seed is None else seed
+
+    def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+        checksum = Checksum(outputs.device)
+        checksum.add(batch)
+        key = (seed, *checksum.total.cpu().double().view(torch.int64).tolist())
+        product = sampled_fisher(loss.criterion, outputs.detach(), batch, samples=samples, key=key)
+        return [0], lambda tangents: [product(tangents[0])]
+
+    return _gauss_newton(loss, middle, chunk_size)
+
+
+def efvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
+    """The empirical Fisher matrix, as a curvature function ``(params, batch) -> matvec``.
+
+        E = mean over examples of g_b g_b'
+
+    with g_b the gradient of the loss of example b, the b-th entry of the first axis of the model's
+    outputs. Examples whose targets are ignored do not count; those with more targets count more.
+    It takes one gradient of the criterion with respect to the outputs, so the loss must be a mean
+    (or, for a known criterion, a sum) over examples that do not see each other.
+
+    Args:
+        loss: with its two halves, as made by `supervised` or `composed`.
+        chunk_size: as in `ggnvp`.
+
+    Raises:
+        TypeError: the loss does not show its halves.
+        ValueError: (from the curvature function) output leaves differ in their number of examples.
+
+    Cost: as `ggnvp`.
+
+    Source: Kunstner, Balles and Hennig 2019, arXiv 1905.12558, on what it is and is not.
+    """
+    return _gauss_newton(loss, _empirical, chunk_size)
+
+
+def _gauss_newton(
+    loss: Loss, middle: Callable[[Loss, Tree, Any], _Middle], chunk_size: ChunkSize
+) -> Curvature:
+    refuse_without_halves(loss)
+    chunks = Chunks(chunk_size)
+
+    def curvature(params: Tree, batch: Any) -> Matvec:
+        space = Space.of(params)
+        point = [leaf.detach() for leaf in space.tree_leaves(params)]
+        with explained(space, batch), differentiable_twice(space.device):
+            product = _product(loss, middle, space, point, batch)
+        return block_matvec(product, space, point, batch, chunks=chunks)
+
+    return curvature
+
+
+def refuse_without_halves(loss: Any) -> None:
+    """Raise for a loss that is a plain function."""
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            "a Gauss-Newton matrix needs the two halves of the loss, outputs and criterion: make "
+            "it by `supervised(model_fn, criterion)` or `composed(outputs, criterion)`"
+        )
+
+
+def _product(
+    loss: Loss,
+    middle: Callable[[Loss, Tree, Any], _Middle],
+    space: Space,
+    point: Sequence[Tensor],
+    batch: Any,
+) -> Product:
+    inputs = [leaf.detach().requires_grad_() for leaf in point]
+    outputs = loss.outputs(space.tree(inputs), batch)
+    with torch.no_grad():
+        checked(loss.criterion(outputs, batch), space, inputs)
+    used, between = middle(loss, outputs, batch)
+    ends = [flatten(outputs)[0][i] for i in used]
+    if not ends:
+        raise ValueError("no output of the model depends on both params and the criterion")
+    return linearised(inputs, ends, [end.shape for end in ends], between)
+
+
+def linearised(
+    inputs: Sequence[Tensor],
+    ends: Sequence[Any],
+    shapes: Sequence[torch.Size],
+    between: Callable[[list[Tensor]], Sequence[Tensor]],
+) -> Product:
+    """The product ``J' B J v``, with J the Jacobian of some places of a graph and B on these.
+
+    Args:
+        inputs: the leaves at which the graph starts.
+        ends: the places: tensors, or edges of the graph.
+        shapes: of the ends.
+        between: the product of B with one vector.
+    """
+    # J'w is linear in w, so J v is the derivative of (J'w)'v with respect to w, at any w.
+    cotangents = [
+        torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
+        .expand(shape)
+        .requires_grad_()
+        for shape in shapes
+    ]
+    pulled = torch.autograd.grad(
+        ends, inputs, cotangents, create_graph=True, materialize_grads=True
+    )
+    moving = [i for i, g in enumerate(pulled) if g.requires_grad]
+    slopes = [pulled[i] for i in moving]
+
+    def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        pushed = torch.autograd.grad(
+            slopes,
+            cotangents,
+            [tangents[i] for i in moving],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return torch.autograd.grad(
+            ends, inputs, between(list(pushed)), retain_graph=True, materialize_grads=True
+        )
+
+    return product
+
+
+def hessian_of_outputs(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+    """B = the Hessian of the criterion."""
+    known = closed_form(loss.criterion)
+    if known is None or not isinstance(outputs, Tensor):
+        return by_autodiff(loss.criterion, outputs, batch)
+    product = known(outputs.detach(), batch)
+    return [0], lambda tangents: [product(tangents[0])]
+
+
+def _empirical(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+    """B = B^-1 r_b r_b' for each example b, with r_b its gradient at the outputs."""
+    found, structure = flatten(outputs)
+    moving = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    inner = list(found)
+    for i in moving:
+        inner[i] = found[i].detach().requires_grad_()
+    value = loss.criterion(structure.unflatten(inner), batch)
+    gradient = torch.autograd.grad(value, [inner[i] for i in moving], allow_unused=True)
+    used = [i for i, g in zip(moving, gradient, strict=True) if g is not None]
+    slopes = [g for g in gradient if g is not None]
+    counts = {len(g) if g.dim() else 1 for g in slopes}
+    if len(counts) != 1:
+        raise ValueError(
+            f"the outputs have {sorted(counts)} examples along their first axes: an empirical "
+            "Fisher matrix needs one gradient an example"
+        )
+    count = counts.pop()
+    weights = example_weights(loss.criterion, outputs, batch, count)
+    rows = [g.reshape(count, -1) for g in slopes]
+
+    def product(tangents: list[Tensor]) -> list[Tensor]:
+        moved = [t.reshape(count, -1) for t in tangents]
+        along = torch.stack([(r * t).sum(1) for r, t in zip(rows, moved, strict=True)]).sum(0)
+        scaled = (weights * along)[:, None]
+        return [(scaled * r).view_as(g) for r, g in zip(rows, slopes, strict=True)]
+
+    return used, product

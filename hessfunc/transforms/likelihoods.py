@@ -1,0 +1,99 @@
+"""The likelihood of which a criterion is the negative logarithm, sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hessfunc.functional import OfTargets
+from hessfunc.transforms.criteria import (
+    OutputProduct,
+    closed_form,
+    cross_entropy_scale,
+    function_and_options,
+)
+from hessfunc.trees import uniforms
+
+__all__ = ["refuse_without_likelihood", "sampled_fisher"]
+
+# Options under which a criterion is still the negative logarithm of a likelihood.
+_OPTIONS = {
+    F.cross_entropy: {"ignore_index", "reduction"},
+    F.mse_loss: {"reduction"},
+    F.binary_cross_entropy_with_logits: {"reduction"},
+}
+
+
+def refuse_without_likelihood(criterion: Callable[[Any, Any], Tensor], /) -> None:
+    """Raise for a criterion that is not the negative logarithm of a known likelihood."""
+    inner = criterion.criterion if isinstance(criterion, OfTargets) else criterion
+    function, options = function_and_options(inner)
+    set_options = {name for name, value in options.items() if value not in (None, 0.0)}
+    if not set_options <= _OPTIONS.get(function, set()) or function not in _OPTIONS:
+        raise ValueError(
+            "a Fisher matrix needs a criterion that is the negative logarithm of a likelihood: "
+            "cross_entropy (no class weights, no label smoothing), mse_loss or "
+            "binary_cross_entropy_with_logits (no weights), given to `supervised`. `ggnvp` takes "
+            "any criterion"
+        )
+
+
+def sampled_fisher(
+    criterion: Callable[[Any, Any], Tensor],
+    outputs: Tensor,
+    batch: Any,
+    /,
+    *,
+    samples: int,
+    key: tuple[int, ...],
+) -> OutputProduct:
+    """The Monte Carlo Fisher matrix of the outputs: an unbiased estimate of the exact one.
+
+    Targets are drawn independently for each prediction (each position, for cross-entropy; each
+    entry, for MSE and BCE), and each contributes the outer product of its own gradient.
+    """
+    assert isinstance(criterion, OfTargets)
+    function, options = function_and_options(criterion.criterion)
+    targets = batch[1]
+    if function is F.cross_entropy:
+        scale = cross_entropy_scale(outputs, targets, **options)
+        return _categorical(outputs, scale, samples, key)
+    exact = closed_form(criterion)
+    assert exact is not None
+    draws = uniforms(samples * outputs.numel(), *key, device=outputs.device)
+    draws = draws.view(samples, *outputs.shape)
+    if function is F.mse_loss:
+        # The square of a standard normal, of mean 1.
+        share = torch.special.ndtri(draws).square().mean(0)
+    else:
+        probability = torch.sigmoid(outputs)
+        residual = probability - (draws < probability).to(draws.dtype)
+        share = residual.square().mean(0) / (probability * (1 - probability))
+    share = share.to(outputs.dtype)
+    product = exact(outputs, batch)
+    return lambda tangent: share * product(tangent)
+
+
+def _categorical(
+    outputs: Tensor, scale: Tensor, samples: int, key: tuple[int, ...]
+) -> OutputProduct:
+    """``scale mean_s r_s r_s'`` with r_s = p - e_y for the s-th draw of y."""
+    axis = min(1, outputs.dim() - 1)
+    share = torch.softmax(outputs, axis)
+    cumulated = torch.movedim(share.cumsum(axis), axis, -1)
+    draws = uniforms(samples * cumulated[..., 0].numel(), *key, device=outputs.device)
+    draws = draws.view(*cumulated.shape[:-1], samples).to(cumulated.dtype)
+    drawn = torch.searchsorted(cumulated.contiguous(), draws)
+    drawn = torch.movedim(drawn.clamp_max(outputs.shape[axis] - 1), -1, axis)
+
+    def product(tangent: Tensor) -> Tensor:
+        along = (tangent * share).sum(axis, keepdim=True) - tangent.gather(axis, drawn)
+        along = along / samples
+        found = share * along.sum(axis, keepdim=True)
+        return found.scatter_add(axis, drawn, -along) * scale
+
+    return product

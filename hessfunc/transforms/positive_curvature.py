@@ -1,0 +1,275 @@
+"""The positive-curvature Hessian: the Hessian's diagonal blocks with what is negative replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from hessfunc.functional import Loss
+from hessfunc.transforms.arithmetic import per_block
+from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
+from hessfunc.transforms.gauss_newton import hessian_of_outputs, linearised, refuse_without_halves
+from hessfunc.transforms.hessian import hvp
+from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.trees import Matvec, Space, Tree, flatten
+
+__all__ = ["pchvp"]
+
+Residual: TypeAlias = Literal["abs", "clip", "zero", "none"]
+
+# Nodes of the graph of a function of each entry alone. Piecewise linear ones have no curvature.
+_ELEMENTWISE = {
+    *("TanhBackward0", "SigmoidBackward0", "GeluBackward0", "SiluBackward0", "MishBackward0"),
+    *("SoftplusBackward0", "EluBackward0", "LogSigmoidBackward0", "HardswishBackward0"),
+    *("ExpBackward0", "Expm1Backward0", "LogBackward0", "Log1PBackward0", "ErfBackward0"),
+    *("SqrtBackward0", "RsqrtBackward0", "PowBackward0", "ReciprocalBackward0"),
+    *("SinBackward0", "CosBackward0", "TanBackward0", "AtanBackward0"),
+    *("SinhBackward0", "CoshBackward0", "AsinhBackward0"),
+}
+
+# Functions of the rows of their input: how many trailing axes, or which axis, makes a row.
+_ROWWISE = {"NativeLayerNormBackward0", "SoftmaxBackward0", "LogSoftmaxBackward0"}
+
+
+def pchvp(
+    loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = "auto"
+) -> Curvature:
+    """The positive-curvature Hessian, as a curvature function ``(params, batch) -> matvec``.
+
+    Block-diagonal, one block a parameter tensor. The diagonal block of the Hessian is
+
+        J' H J + sum_a J_a' diag(phi''(a) g_a) J_a,
+
+    with J the Jacobian of the outputs and H the criterion's Hessian, and for each activation
+    function phi with input a its Jacobian J_a, and g_a the gradient of the loss at its output.
+    The second term, the residual, may be negative; it is replaced entry by entry. Softmax and
+    LayerNorm inside the model act on rows, and take the eigenvalues of each row's matrix.
+
+    Activations are found in the graph of the loss, as modules or as functions, in any
+    architecture, skip connections included.
+
+    Args:
+        loss: with its two halves, as made by `supervised` or `composed`.
+        residual: ``"abs"``: its absolute value; ``"clip"``: its positive part; ``"zero"``: left
+            out, which gives the blocks of the Gauss-Newton matrix; ``"none"``: as it is, which
+            gives the blocks of the Hessian.
+        chunk_size: as in `ggnvp`.
+
+    Raises:
+        TypeError: the loss does not show its halves.
+        NotImplementedError: (from the curvature function) the model has another nonlinearity, in
+            which two inputs depend on one parameter (attention, gates), say; found by comparing
+            ``"none"`` with the Hessian's blocks once.
+
+    Cost: one product a parameter tensor and vector.
+
+    Source: Dangel, Harmeling and Hennig 2019, arXiv 1902.01813; Chen, Chou and Chang 2018,
+    arXiv 1802.06502.
+    """
+    refuse_without_halves(loss)
+    if residual not in ("abs", "clip", "zero", "none"):
+        raise ValueError(f"residual={residual!r}: choose 'abs', 'clip', 'zero' or 'none'")
+    chunks = Chunks(chunk_size)
+    exact_blocks = hvp(loss, chunk_size=chunk_size)
+    verified: list[bool] = []
+
+    def curvature(params: Tree, batch: Any) -> Matvec:
+        space = Space.of(params)
+        point = [leaf.detach() for leaf in space.tree_leaves(params)]
+        with explained(space, batch), differentiable_twice(space.device):
+            found = _with_residual(loss, space, point, batch)
+
+        def blocks(kind: Residual) -> Matvec:
+            product = found.product(kind)
+            matvec = block_matvec(product, space, point, batch, chunks=chunks)
+            return per_block(matvec, params)
+
+        if not verified and residual != "zero":
+            exact = per_block(exact_blocks(params, batch), params)
+            _refuse_unless_equal(space, blocks("none"), exact, found)
+            verified.append(True)
+        return blocks(residual)
+
+    return curvature
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """A function inside the model: the edge of its input, and its curvature there, in rows.
+
+    ``curvature`` is ``(...)`` for a function of each entry, ``(..., d, d)`` for one of rows of d
+    entries along ``axis``.
+    """
+
+    name: str
+    edge: GradientEdge
+    curvature: Tensor
+    axis: int | None
+
+    def product(self, residual: Residual) -> Callable[[Tensor], Tensor]:
+        if self.axis is None:
+            kept = _positive(self.curvature, residual)
+            return lambda tangent: kept * tangent
+        values, vectors = torch.linalg.eigh(self.curvature)
+        matrix = (vectors * _positive(values, residual)[..., None, :]) @ vectors.mT
+        axis = self.axis
+
+        def of_rows(tangent: Tensor) -> Tensor:
+            rows = torch.movedim(tangent, axis, -1)
+            return torch.movedim((matrix @ rows[..., None])[..., 0], -1, axis)
+
+        return of_rows
+
+
+def _positive(values: Tensor, residual: Residual) -> Tensor:
+    match residual:
+        case "abs":
+            return values.abs()
+        case "clip":
+            return values.clamp_min(0)
+        case "zero":
+            return torch.zeros_like(values)
+        case "none":
+            return values
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the graph of one batch gives: the ends of the linearisation, and the taps."""
+
+    inputs: Sequence[Tensor]
+    ends: Sequence[Tensor | GradientEdge]
+    shapes: Sequence[torch.Size]
+    outer: Callable[[list[Tensor]], Sequence[Tensor]]
+    taps: Sequence[_Tap]
+    nodes: frozenset[str]
+
+    def product(self, residual: Residual) -> Product:
+        inner = [tap.product(residual) for tap in self.taps]
+        outputs = len(self.ends) - len(self.taps)
+
+        def between(tangents: list[Tensor]) -> Sequence[Tensor]:
+            return [
+                *self.outer(tangents[:outputs]),
+                *(fn(t) for fn, t in zip(inner, tangents[outputs:], strict=True)),
+            ]
+
+        return linearised(self.inputs, self.ends, self.shapes, between)
+
+
+def _with_residual(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> _Found:
+    inputs = [leaf.detach().requires_grad_() for leaf in point]
+    # A view of each leaf: a tap may then sit on a parameter itself.
+    outputs = loss.outputs(space.tree(leaf.view_as(leaf) for leaf in inputs), batch)
+    used, outer = hessian_of_outputs(loss, outputs, batch)
+    ends = [flatten(outputs)[0][i] for i in used]
+    nodes = _nodes(ends)
+    curved = [n for n in nodes if n.name() in _ELEMENTWISE | _ROWWISE and _input_of(n)]
+    value = loss.criterion(outputs, batch)
+    slopes = _slopes(value, curved)
+    taps = [
+        tap
+        for node, slope in zip(curved, slopes, strict=True)
+        if slope is not None and (tap := _tap(node, slope)) is not None
+    ]
+    shapes = [end.shape for end in ends]
+    for tap in taps:
+        shapes.append(tap.curvature.shape if tap.axis is None else _rows_shape(tap))
+    return _Found(
+        inputs,
+        [*ends, *(tap.edge for tap in taps)],
+        shapes,
+        outer,
+        taps,
+        frozenset(node.name() for node in nodes),
+    )
+
+
+def _slopes(value: Tensor, nodes: Sequence[Node]) -> Sequence[Tensor | None]:
+    """The gradient of the loss at the output of each node."""
+    if not nodes:
+        return []
+    return torch.autograd.grad(
+        value, [GradientEdge(node, 0) for node in nodes], retain_graph=True, allow_unused=True
+    )
+
+
+def _nodes(ends: Sequence[Tensor]) -> list[Node]:
+    """The nodes of the graph of these tensors, in the order in which they are met."""
+    waiting = [end.grad_fn for end in ends]
+    seen: dict[Node, None] = {}
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen[node] = None
+            waiting.extend(following for following, _ in node.next_functions)
+    return list(seen)
+
+
+def _input_of(node: Node) -> GradientEdge | None:
+    following, place = node.next_functions[0]
+    return None if following is None else GradientEdge(following, place)
+
+
+def _tap(node: Node, slope: Tensor) -> _Tap | None:
+    edge = cast(GradientEdge, _input_of(node))
+    # The node is the map w -> phi'(a) w: its derivative with respect to a is phi''(a) w.
+    pulled = cast(Callable[[Tensor], Any], node)(slope.detach())
+    pulled = pulled[0] if isinstance(pulled, tuple) else pulled
+    if pulled is None or not pulled.requires_grad:
+        return None
+    if node.name() not in _ROWWISE:
+        curvature = _derivative(pulled, edge, torch.ones_like(pulled))
+        return None if curvature is None else _Tap(node.name(), edge, curvature, None)
+    axis = _axis(node, pulled)
+    width = pulled.shape[axis]
+    columns = []
+    for i in range(width):
+        one = torch.zeros_like(pulled)
+        one.select(axis, i).fill_(1)
+        column = _derivative(pulled, edge, one)
+        if column is None:
+            return None
+        columns.append(torch.movedim(column, axis, -1))
+    return _Tap(node.name(), edge, torch.stack(columns, dim=-2), axis)
+
+
+def _derivative(pulled: Tensor, edge: GradientEdge, direction: Tensor) -> Tensor | None:
+    return torch.autograd.grad(
+        pulled, [edge], direction.detach(), retain_graph=True, allow_unused=True
+    )[0]
+
+
+def _axis(node: Any, pulled: Tensor) -> int:
+    if node.name() != "NativeLayerNormBackward0":
+        dim = node._saved_dim
+        return int(dim - 2**64 if dim >= 2**63 else dim)
+    if len(node._saved_normalized_shape) != 1:
+        raise NotImplementedError(
+            "LayerNorm over several axes: flatten them, or take residual='zero'"
+        )
+    return -1
+
+
+def _rows_shape(tap: _Tap) -> torch.Size:
+    assert tap.axis is not None
+    return torch.movedim(tap.curvature[..., 0], -1, tap.axis).shape
+
+
+def _refuse_unless_equal(space: Space, found: Matvec, exact: Matvec, what: _Found) -> None:
+    probe = space.unravel(space.probes([0], kind="normal", seed=0))
+    ours, blocks = space.ravel(found(probe)), space.ravel(exact(probe))
+    tolerance = 1e-6 if space.dtype == torch.float64 else 1e-2
+    if not bool((ours - blocks).norm() <= tolerance * blocks.norm()):
+        unknown = sorted(name.removesuffix("Backward0") for name in what.nodes)
+        raise NotImplementedError(
+            "the model has a nonlinearity other than elementwise functions, softmax and "
+            "LayerNorm of one input: a product of two activations (attention, gates), or one of "
+            f"{', '.join(unknown)}. Take residual='zero', or per_block(hvp(loss)(params, batch), "
+            "params) for the Hessian's own blocks"
+        )

@@ -1,0 +1,105 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hessfunc.problems import data
+from tests.datapath import data_file
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+
+
+def write_batch(file: Path, images: np.ndarray, labels: list[int]) -> None:
+    """A batch in CIFAR-10's own layout: channels first, one row an image."""
+    rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    file.write_bytes(pickle.dumps({"data": rows, "labels": labels}, protocol=4))
+
+
+def test_digits_are_images_in_the_unit_interval() -> None:
+    pytest.importorskip("sklearn")
+    digits = data.digits()
+    assert digits.inputs.shape == (1797, 1, 8, 8)
+    assert digits.inputs.min() == 0
+    assert digits.inputs.max() == 1
+    assert digits.targets.unique().tolist() == list(range(10))
+
+
+def test_batches_keep_the_order_and_the_rest() -> None:
+    examples = data.Examples(torch.arange(7.0), torch.arange(7))
+    batches = examples.batches(3)
+    assert [len(targets) for _, targets in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat([inputs for inputs, _ in batches]), examples.inputs)
+    assert len(examples[:4]) == 4
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_both_layouts_of_cifar10_read_the_same(
+    tmp_path: Path, images: np.ndarray, split: data.Split
+) -> None:
+    labels = list(range(10))
+    batches = tmp_path / "cifar-10-batches-py"
+    batches.mkdir()
+    write_batch(batches / "test_batch", images, labels)
+    for i in range(5):
+        part = slice(2 * i, 2 * i + 2)
+        write_batch(batches / f"data_batch_{i + 1}", images[part], labels[part])
+    npz = tmp_path / "npz" / "cifar10.npz"
+    npz.parent.mkdir()
+    np.savez(npz, **{f"x_{split}": images, f"y_{split}": np.array(labels)})
+
+    pixel = images[3, 5, 7].astype(np.float64) / 255
+    expected = (pixel - data.CIFAR10_MEAN) / data.CIFAR10_STD
+    for path in (batches, tmp_path, npz, npz.parent):
+        examples = data.cifar10(path, split)
+        assert examples.inputs.shape == (10, 3, 32, 32)
+        assert examples.inputs.dtype == torch.float32
+        assert examples.targets.tolist() == labels
+        np.testing.assert_allclose(examples.inputs[3, :, 5, 7], expected, rtol=1e-5)
+
+
+def test_a_batch_written_by_python_2_is_read(tmp_path: Path) -> None:
+    rows = np.arange(3072, dtype=np.uint8).reshape(1, -1)
+    # Protocol 2 with bytes as BINSTRING (T) and NumPy's module of that time.
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01"
+        b"(K\x01M\x00\x0ctcnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xff"
+        b"J\xff\xff\xff\xffK\x00tb\x89T\x00\x0c\x00\x00" + rows.tobytes() + b"tb"
+    )
+    content = b"\x80\x02}(U\x04data" + array + b"U\x06labels](K\x07eu."
+    (tmp_path / "test_batch").write_bytes(content)
+    examples = data.cifar10(tmp_path)
+    assert examples.targets.tolist() == [7]
+    assert examples.inputs[0, 0, 0, 1] == pytest.approx((1 / 255 - 0.485) / 0.229)
+
+
+def test_a_pickle_that_calls_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test_batch").write_bytes(pickle.dumps(Path("elsewhere")))
+    with pytest.raises(pickle.UnpicklingError, match="has no place in CIFAR-10"):
+        data.cifar10(tmp_path)
+
+
+def test_missing_cifar10_says_what_is_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "other.npz", x=np.zeros(1))
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-batches-py .*cs\.toronto\.edu.* \.npz"):
+        data.cifar10(tmp_path)
+    monkeypatch.delenv("HESSFUNC_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="set HESSFUNC_DATA"):
+        data.cifar10()
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cifar10.npz").write_bytes(b"half of a download")
+    with pytest.raises(ValueError, match="cifar10.npz is damaged"):
+        data.cifar10(tmp_path)
+
+
+def test_the_environment_variable_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HESSFUNC_DATA", str(data_file("cifar10").parent))
+    assert len(data.cifar10()) == 1000

@@ -1,0 +1,209 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from hessfunc.functional import several_batches
+from tests.cases import NAMES, TiedHead, TwoInputs, case
+from tests.reference import flat, hessian, relative_error
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+
+
+# functional
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "dropout" not in name])
+def test_the_pure_function_gives_what_the_module_gives(name: str) -> None:
+    found = case(name)
+    value = found.loss(found.params, found.batch)
+    outputs = found.loss.outputs(found.params, found.batch)
+    match inputs := found.batch[0]:
+        case dict():
+            expected = found.model(**inputs)
+        case tuple():
+            expected = found.model(*inputs)
+        case _:
+            expected = found.model(inputs)
+    assert type(outputs) is type(expected)
+    torch.testing.assert_close(value, found.loss.criterion(expected, found.batch))
+
+
+def test_params_are_detached_views_in_the_order_of_named_parameters() -> None:
+    model = nn.ModuleDict({"z": nn.Linear(2, 2), "a": nn.Linear(2, 1), "m": TiedHead()})
+    _, params = hf.functional(model)
+    expected = dict(model.named_parameters())
+    assert list(params) == list(expected)
+    for name, leaf in params.items():
+        assert not leaf.requires_grad
+        assert leaf.data_ptr() == expected[name].data_ptr()
+
+
+def test_a_tied_tensor_stands_once_and_is_used_in_both_places() -> None:
+    model = TiedHead()
+    model_fn, params = hf.functional(model)
+    assert list(params) == ["embedding.weight", "inner.weight", "inner.bias"]
+    moved = {**params, "embedding.weight": params["embedding.weight"] + 1}
+    tokens = torch.arange(7)
+    hidden = torch.tanh(model.inner(moved["embedding.weight"]))
+    torch.testing.assert_close(model_fn(moved, tokens), hidden @ moved["embedding.weight"].mT)
+
+
+def test_frozen_parameters_are_left_out_unless_asked_for() -> None:
+    model = small_net()
+    model[0].requires_grad_(False)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert list(hf.functional(model)[1]) == trainable
+    everything = hf.functional(model, trainable_only=False)[1]
+    assert list(everything) == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("model", [small_net().requires_grad_(False), nn.Tanh()])
+def test_a_module_without_trainable_parameters_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="has no trainable parameter: set `requires_grad`"):
+        hf.functional(model)
+
+
+def test_inputs_are_a_tensor_or_positional_or_keywords() -> None:
+    model = TwoInputs()
+    model_fn, params = hf.functional(model)
+    left, right = torch.randn(5, 3), torch.randn(5, 2)
+    expected = model(left, right)
+    assert torch.equal(model_fn(params, (left, right)), expected)
+    assert torch.equal(model_fn(params, [left, right]), expected)
+    assert torch.equal(model_fn(params, {"right": right, "left": left}), expected)
+
+
+def test_buffers_stay_and_each_call_starts_from_them() -> None:
+    model = small_net().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model_fn, params = hf.functional(model)
+    x = torch.randn(6, 3)
+    assert torch.equal(model_fn(params, x), model_fn(params, x))
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_the_training_flags_are_read_once() -> None:
+    model = small_net().train()
+    model[1].eval()
+    model_fn, params = hf.functional(model)
+    x = torch.randn(6, 3)
+    before = model_fn(params, x)
+    for training in (True, False):
+        model.train(training)
+        assert torch.equal(model_fn(params, x), before)
+        assert all(module.training == training for module in model.modules())
+
+
+def test_the_training_flags_come_back_when_the_module_raises() -> None:
+    model = small_net().eval()
+    model_fn, params = hf.functional(model)
+    model.train()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model_fn(params, torch.randn(2, 7))
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("norm", "training", "refused"),
+    [
+        (nn.BatchNorm1d(4), True, True),
+        (nn.BatchNorm1d(4), False, False),
+        (nn.BatchNorm1d(4, track_running_stats=False), False, True),
+        (nn.LayerNorm(4), True, False),
+    ],
+)
+def test_batch_statistics_are_refused_among_several_batches(
+    norm: nn.Module, training: bool, refused: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), norm).train(training)
+    model_fn, params = hf.functional(model)
+    model_fn(params, torch.randn(5, 3))
+    with several_batches():
+        if refused:
+            with pytest.raises(ValueError, match=r"BatchNorm '1' uses.*call `model.eval\(\)`"):
+                model_fn(params, torch.randn(5, 3))
+        else:
+            model_fn(params, torch.randn(5, 3))
+
+
+# supervised, composed
+
+
+def test_a_supervised_loss_shows_its_halves() -> None:
+    model_fn, params = hf.functional(nn.Linear(3, 2))
+    loss = hf.supervised(model_fn, nn.CrossEntropyLoss())
+    x, y = torch.randn(5, 3), torch.randint(2, (5,))
+    outputs = loss.outputs(params, (x, y))
+    assert torch.equal(outputs, model_fn(params, x))
+    assert torch.equal(loss.criterion(outputs, (x, y)), F.cross_entropy(outputs, y))
+    assert torch.equal(loss(params, (x, y)), F.cross_entropy(outputs, y))
+
+
+@pytest.mark.parametrize(
+    ("batch", "named"),
+    [
+        (torch.zeros(2, 3), "a Tensor:"),
+        ((torch.zeros(2, 3),), "a tuple of length 1"),
+        ({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, "a dict of length 2"),
+    ],
+)
+def test_a_supervised_loss_of_another_batch_names_composed(batch: Any, named: str) -> None:
+    model_fn, params = hf.functional(nn.Linear(3, 2))
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    with pytest.raises(TypeError, match=rf"got {named}.*use `composed\(outputs, criterion\)`"):
+        loss(params, batch)
+
+
+def test_a_composed_loss_gives_both_halves_the_batch() -> None:
+    loss = hf.composed(lambda p, batch: p * batch["x"], lambda out, batch: (out - batch["y"]).sum())
+    batch = {"x": torch.tensor([2.0, 3.0]), "y": torch.tensor([1.0, 1.0])}
+    assert loss(torch.tensor([1.0, 2.0]), batch) == 6.0
+    assert torch.equal(loss.outputs(torch.tensor([1.0, 2.0]), batch), torch.tensor([2.0, 6.0]))
+
+
+# hold
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied head", "residual", "gpt2"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_hessian_of_a_held_loss_is_the_dense_sub_block(name: str, plain: bool) -> None:
+    found = case(name)
+    first = next(iter(found.params))
+    chosen, rest = hf.split(found.params, lambda n, _: n != first and "weight" in n)
+    held = hf.hold((lambda p, b: found.loss(p, b)) if plain else found.loss, rest)
+    whole = hessian(found.loss, found.params, found.batch)
+    place = flat({n: torch.full_like(p, n in chosen) for n, p in found.params.items()}).bool()
+    assert relative_error(hessian(held, chosen, found.batch), whole[place][:, place]) < 1e-12
+
+
+def test_a_held_loss_is_a_loss_and_a_held_function_a_function() -> None:
+    found = case("mlp")
+    chosen, rest = hf.split(found.params, "2.*")
+    held = hf.hold(found.loss, rest)
+    assert isinstance(held, hf.Loss)
+    expected = found.loss.outputs(found.params, found.batch)
+    assert torch.equal(held.outputs(chosen, found.batch), expected)
+    assert not isinstance(hf.hold(lambda p, b: found.loss(p, b), rest), hf.Loss)
+
+
+def test_nested_parameters_can_be_held() -> None:
+    params = {"a": {"w": torch.tensor(2.0), "b": torch.tensor(3.0)}, "c": torch.tensor(5.0)}
+
+    def loss(p: Any, batch: Tensor) -> Tensor:
+        return p["a"]["w"] * p["a"]["b"] * p["c"] * batch
+
+    chosen, rest = hf.split(params, "a.w")
+    assert hf.hold(loss, rest)(chosen, torch.tensor(7.0)) == 210.0
+
+
+def test_held_parameters_carry_no_gradient() -> None:
+    rest = {"b": torch.ones(2, requires_grad=True)}
+    held = hf.hold(lambda p, _: (p["a"] * p["b"]).sum(), rest)
+    assert not held({"a": torch.ones(2)}, None).requires_grad

@@ -1,0 +1,102 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hessfunc as hf
+from hessfunc.trees import Matvec
+from tests.reference import matrix, random_symmetric, relative_error
+
+A, B = random_symmetric(8, seed=0), random_symmetric(8, seed=1)
+EYE = torch.eye(8, dtype=torch.float64)
+FLAT = torch.zeros(8, dtype=torch.float64)
+TREE = {
+    "w": torch.zeros(2, 3, dtype=torch.float64),
+    "b": [torch.zeros(2, dtype=torch.float64)],
+}
+
+
+@pytest.mark.parametrize("like", [FLAT, TREE], ids=["flat", "tree"])
+@pytest.mark.parametrize(
+    ("matvec", "expected"),
+    [
+        (hf.dense(A), A),
+        (hf.shift(hf.dense(A), -0.3), A - 0.3 * EYE),
+        (hf.scale(hf.dense(A), -2.0), -2.0 * A),
+        (hf.add(hf.dense(A)), A),
+        (hf.add(hf.dense(A), hf.dense(B), hf.dense(EYE)), A + B + EYE),
+        (hf.scale(hf.add(hf.shift(hf.dense(A), 1.0), hf.dense(B)), 0.5), (A + EYE + B) / 2),
+    ],
+    ids=["dense", "shift", "scale", "one term", "add", "composition"],
+)
+def test_matvecs_are_those_of_their_matrices(matvec: Matvec, expected: Tensor, like: Any) -> None:
+    torch.testing.assert_close(matrix(matvec, like), expected)
+
+
+@pytest.mark.parametrize("like", [FLAT, TREE], ids=["flat", "tree"])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_deflate_moves_eigenpairs_to_zero(like: Any, k: int) -> None:
+    values, vectors = torch.linalg.eigh(A)
+    pairs = SimpleNamespace(values=values[-k:], vectors=hf.unravel(vectors[:, -k:].mT, like))
+    deflated = matrix(hf.deflate(hf.dense(A), pairs), like)
+    left = torch.cat([values[:-k], torch.zeros(k, dtype=torch.float64)])
+    assert relative_error(deflated, vectors @ torch.diag(left) @ vectors.mT) < 1e-12 or k == 8
+    torch.testing.assert_close(torch.linalg.eigvalsh(deflated), left.sort().values)
+
+
+def test_apply_is_the_product_with_one_tree() -> None:
+    v = torch.randn(8, dtype=torch.float64)
+    out = hf.apply(hf.dense(A), hf.unravel(v, TREE))
+    torch.testing.assert_close(hf.ravel(out), A @ v)
+    assert out["w"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 100])
+def test_batched_makes_a_matvec_of_a_function_of_one_vector(chunk_size: int | None) -> None:
+    def fn(tree: Any) -> Any:
+        assert tree["w"].shape == (2, 3)
+        return hf.unravel(A @ torch.cat([tree["w"].flatten(), tree["b"][0]]), TREE)
+
+    torch.testing.assert_close(matrix(hf.batched(fn, chunk_size=chunk_size), TREE), A)
+
+
+def test_a_loop_survives_what_vmap_does_not() -> None:
+    def fn(v: Tensor) -> Tensor:
+        return torch.from_numpy(A.numpy() @ v.numpy())
+
+    torch.testing.assert_close(matrix(hf.batched(fn, chunk_size=1), FLAT), A)
+
+
+def test_dense_products_are_in_the_dtype_of_the_tree() -> None:
+    v = torch.randn(3, 8)
+    out = hf.dense(A)(v)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, v @ A.float())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(3, 4), r"shape \(3, 4\) is not square"),
+        (torch.zeros(3), r"shape \(3,\) is not square"),
+        (torch.triu(torch.ones(3, 3)), r"not symmetric: take \(A \+ A.T\) / 2"),
+    ],
+)
+def test_a_matrix_that_is_not_symmetric_is_refused(wrong: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.dense(wrong)
+
+
+def test_a_sum_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="add takes at least one matvec"):
+        hf.add()
+
+
+def test_blocks_go_in_unchanged() -> None:
+    v = torch.randn(3, 8, dtype=torch.float64)
+    before = v.clone()
+    pairs = SimpleNamespace(values=torch.ones(1), vectors=EYE[:1])
+    hf.deflate(hf.add(hf.scale(hf.shift(hf.dense(A), 1.0), 2.0), hf.dense(B)), pairs)(v)
+    assert torch.equal(v, before)

@@ -1,0 +1,456 @@
+import copy
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from hessfunc.trees import Matvec
+from tests.cases import (
+    CLOSED_FORMS,
+    NAMES,
+    NO_FORWARD_MODE,
+    OTHER_MASK_IN_FORWARD_MODE,
+    case,
+    closed_form,
+    dense_hessian,
+)
+from tests.graphs import counted_graphs
+from tests.reference import block_like, gradient, hessian, matrix, relative_error, rows
+
+Mode = Literal["reverse", "forward", "difference", "auto"]
+MODES: tuple[Mode, ...] = ("reverse", "forward", "difference", "auto")
+TOLERANCE = {"reverse": 1e-8, "forward": 1e-8, "auto": 1e-8, "difference": 1e-6}
+
+
+def column_by_column(matvec: Matvec, like: Any) -> Tensor:
+    """The dense matrix of a matvec, from products with single vectors."""
+    n = hf.ravel(like).numel()
+    columns = [
+        hf.ravel(hf.apply(matvec, hf.unravel(e, like))) for e in torch.eye(n, dtype=torch.float64)
+    ]
+    return torch.stack(columns, dim=1)
+
+
+# Values
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("of", [matrix, column_by_column], ids=["block", "single"])
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_closed_forms(name: str, of: Callable[..., Tensor], mode: Mode) -> None:
+    problem = closed_form(name)
+    found = of(hf.hvp(problem.loss, mode=mode)(problem.params, problem.batch), problem.params)
+    assert (found - problem.hessian).abs().max() < TOLERANCE[mode]
+
+
+@pytest.mark.parametrize("mode", ["reverse", "difference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_dense_hessian(name: str, mode: Mode) -> None:
+    found = case(name)
+    product = matrix(hf.hvp(found.loss, mode=mode)(found.params, found.batch), found.params)
+    assert relative_error(product, dense_hessian(name)) < TOLERANCE[mode]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n not in NO_FORWARD_MODE + OTHER_MASK_IN_FORWARD_MODE]
+)
+def test_forward_mode_equals_the_dense_hessian(name: str) -> None:
+    found = case(name)
+    product = matrix(hf.hvp(found.loss, mode="forward")(found.params, found.batch), found.params)
+    assert relative_error(product, dense_hessian(name)) < 1e-8
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in NO_FORWARD_MODE])
+def test_products_are_symmetric(name: str, mode: Mode) -> None:
+    found = case(name)
+    product = matrix(hf.hvp(found.loss, mode=mode)(found.params, found.batch), found.params)
+    assert relative_error(product.mT, product) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)),
+        nn.utils.parametrizations.weight_norm(nn.Linear(3, 4), dim=1),
+    ],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_weight_norm_has_the_hessian_of_its_definition(layer: nn.Module, mode: Mode) -> None:
+    layer = copy.deepcopy(layer).double()
+    model_fn, params = hf.functional(nn.Sequential(layer, nn.Tanh()))
+    batch = torch.randn(5, 3).double()
+
+    def definition(p: Any, batch: Tensor) -> Tensor:
+        g, v = (p[f"0.parametrizations.weight.original{i}"] for i in (0, 1))
+        weight = g * v / v.norm(dim=0 if g.shape[0] == 1 else 1, keepdim=True)
+        return torch.tanh(batch @ weight.mT + p["0.bias"]).square().mean()
+
+    def loss(p: Any, batch: Tensor) -> Tensor:
+        return model_fn(p, batch).square().mean()
+
+    found = matrix(hf.hvp(loss, mode=mode)(params, batch), params)
+    assert relative_error(found, hessian(definition, params, batch)) < TOLERANCE[mode]
+
+
+@pytest.mark.parametrize(("mode", "tolerance"), [("reverse", 1e-5), ("difference", 2e-3)])
+def test_float32_products_are_near_those_of_float64(mode: Mode, tolerance: float) -> None:
+    found = case("mlp")
+    params = {name: leaf.float() for name, leaf in found.params.items()}
+    x, y = found.batch
+    product = matrix(hf.hvp(found.loss, mode=mode)(params, (x.float(), y)), params)
+    assert product.dtype == torch.float32
+    assert relative_error(product.double(), dense_hessian("mlp")) < tolerance
+
+
+def test_a_linear_loss_has_the_zero_hessian() -> None:
+    params = {"w": torch.ones(3)}
+    for mode in MODES:
+        matvec = hf.hvp(lambda p, _: p["w"].sum(), mode=mode)(params, None)
+        assert torch.equal(matvec({"w": torch.ones(2, 3)})["w"], torch.zeros(2, 3))
+
+
+def test_the_difference_of_a_zero_vector_is_zero() -> None:
+    problem = closed_form("logistic regression")
+    matvec = hf.hvp(problem.loss, mode="difference")(problem.params, problem.batch)
+    assert matvec({"w": torch.zeros(1, 4).double()})["w"].eq(0).all()
+
+
+def test_differences_work_at_zero_parameters() -> None:
+    problem = closed_form("linear regression")
+    zeros = {"w": torch.zeros_like(problem.params["w"])}
+    found = matrix(hf.hvp(problem.loss, mode="difference")(zeros, problem.batch), zeros)
+    assert relative_error(found, problem.hessian) < 1e-6
+
+
+def test_any_tree_of_parameters_will_do() -> None:
+    params = [torch.tensor(2.0).double(), (torch.tensor([3.0]).double(),)]
+    matvec = hf.hvp(lambda p, _: p[0] ** 2 * p[1][0].sum())(params, None)
+    assert matrix(matvec, params).tolist() == [[6.0, 4.0], [4.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", ["dropout", "bert, dropout"])
+def test_dropout_draws_one_mask_for_all_products(name: str) -> None:
+    found = case(name)
+    v = hf.random_like(found.params, 3, seed=0)
+    first = rows(hf.hvp(found.loss)(found.params, found.batch)(v))
+    torch.manual_seed(17)
+    assert torch.equal(rows(hf.hvp(found.loss)(found.params, found.batch)(v)), first)
+
+
+# What is left behind
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that a call could change of a module, and of torch's global state."""
+    kept: dict[str, Any] = {"random stream": torch.get_rng_state()}
+    for name, parameter in model.named_parameters():
+        kept[f"parameter {name}"] = parameter.detach().clone()
+        kept[f"gradient {name}"] = None if parameter.grad is None else parameter.grad.clone()
+        kept[f"version {name}"] = parameter._version, parameter.requires_grad, id(parameter)
+    for name, buffer in model.named_buffers():
+        kept[f"buffer {name}"] = buffer.clone()
+        kept[f"version {name}"] = buffer._version, id(buffer)
+    for name, module in model.named_modules():
+        kept[f"module {name}"] = module.training, sorted(module.__dict__)
+        kept[f"hooks {name}"] = [
+            list(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")
+        ]
+    kept["global"] = (
+        torch.is_grad_enabled(),
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.get_default_dtype(),
+    )
+    return kept
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Equal, entry by entry."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        same = torch.equal(found[key], value) if torch.is_tensor(value) else found[key] == value
+        assert same, key
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward", "difference"])
+@pytest.mark.parametrize(
+    "name", ["batch norm, train", "transformer encoder layer, dropout", "tied head", "frozen"]
+)
+def test_the_module_and_torch_stay_as_they_were(name: str, mode: Mode) -> None:
+    found = case(name)
+    for i, parameter in enumerate(found.model.parameters()):
+        parameter.grad = torch.ones_like(parameter) if i else None
+    found.model.register_forward_hook(lambda *_: None)
+    before = state(found.model)
+    matvec = hf.hvp(found.loss, mode=mode, chunk_size=2)(found.params, found.batch)
+    out = matvec(hf.random_like(found.params, 3, seed=0))
+    assert_same(state(found.model), before)
+    assert not any(leaf.requires_grad for leaf in out.values())
+
+
+def test_params_that_require_gradients_leave_no_graph_on_products() -> None:
+    found = case("mlp")
+    params = dict(found.model.named_parameters())
+    out = hf.hvp(found.loss)(params, found.batch)(hf.random_like(found.params, 5, seed=0))
+    assert not any(leaf.requires_grad for leaf in out.values())
+    assert all(parameter.grad is None for parameter in params.values())
+
+
+def test_products_add_nothing_to_the_graph_and_it_dies_with_the_matvec() -> None:
+    found = case("conv")
+    v = hf.random_like(found.params, 2, seed=0)
+    with counted_graphs() as graphs:
+        matvec = hf.hvp(found.loss)(found.params, found.batch)
+        before = len(graphs.alive)
+        for _ in range(5):
+            matvec(v)
+        assert len(graphs.alive) == before > 0
+        del matvec
+        assert len(graphs.alive) == 0
+
+
+def resident_bytes() -> int:
+    """The memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.parametrize("mode", ["reverse", "forward", "difference"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_memory_after_200_products_is_that_after_20(mode: Mode, k: int) -> None:
+    model = nn.Sequential(nn.Linear(100, 300), nn.Tanh(), nn.Linear(300, 100))
+    model_fn, params = hf.functional(model)
+    loss = hf.composed(model_fn, lambda out, _: out.square().mean())
+    matvec = hf.hvp(loss, mode=mode, chunk_size=k)(params, torch.randn(8, 100))
+    v = hf.random_like(params, k, seed=0)
+    gc.disable()
+    try:
+        for _ in range(20):
+            matvec(v)
+        before = resident_bytes()
+        for _ in range(180):
+            matvec(v)
+        one_product = 4 * hf.ravel(params).numel()
+        assert resident_bytes() - before < 20 * one_product
+    finally:
+        gc.enable()
+
+
+# What is refused
+
+
+def squares(params: Any, batch: Any) -> Tensor:
+    """A loss of anything."""
+    return params["w"].square().sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("loss", "params", "error", "message"),
+    [
+        (
+            squares,
+            {"u": torch.ones(2), "w": torch.tensor([1.0, float("nan")])},
+            ValueError,
+            "parameter 'w' has entries that are NaN or infinite",
+        ),
+        (
+            lambda p, _: p["w"].sum() * float("nan"),
+            {"w": torch.ones(2)},
+            ValueError,
+            "the loss is nan at finite parameters: check the batch",
+        ),
+        (
+            lambda p, _: -p["w"].prod().log(),
+            {"w": torch.zeros(2)},
+            ValueError,
+            "the loss is inf at finite parameters",
+        ),
+        (
+            squares,
+            {"w": torch.ones(2, dtype=torch.int64)},
+            TypeError,
+            "'w' has dtype torch.int64; curvature needs real floating-point leaves",
+        ),
+        (
+            lambda p, _: p["w"] ** 2,
+            {"w": torch.ones(3)},
+            ValueError,
+            r"the loss must be a scalar tensor, and is of shape \(3,\): take its mean",
+        ),
+        (
+            lambda p, _: 1.0,
+            {"w": torch.ones(3)},
+            ValueError,
+            "the loss must be a scalar tensor, and is of float",
+        ),
+        (
+            squares,
+            {"w": torch.ones(2), "b": torch.ones(2, device="meta")},
+            ValueError,
+            "leaves lie on several devices",
+        ),
+        (squares, {}, ValueError, "the tree has no leaf"),
+    ],
+)
+def test_what_has_no_hessian_is_refused(
+    loss: Any, params: Any, error: type[Exception], message: str, mode: Mode
+) -> None:
+    with pytest.raises(error, match=message):
+        hf.hvp(loss, mode=mode)(params, None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p, x: nn.Linear(3, 1)(x).mean(),
+        lambda p, x: (p["w"].detach() * x).sum(),
+        torch.no_grad()(lambda p, x: (p["w"] * x).sum()),
+    ],
+    ids=["of the module", "detached", "no_grad"],
+)
+def test_a_loss_that_does_not_depend_on_params_is_refused(loss: Any, mode: Mode) -> None:
+    with pytest.raises(ValueError, match="the loss does not depend on params"):
+        hf.hvp(loss, mode=mode)({"w": torch.ones(3)}, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"w": torch.ones(2, 3)}, "does not have the structure of the parameters"),
+        ({"w": torch.ones(2, 4), "b": torch.ones(2)}, r"shape \(2, 4\), expected \(k, 3\)"),
+        ({"w": torch.ones(3), "b": torch.tensor(1.0)}, "use `apply"),
+        ({"w": torch.ones(2, 3, device="meta"), "b": torch.ones(2)}, "lies on meta, expected cpu"),
+    ],
+)
+def test_a_block_of_another_space_is_refused(block: Any, message: str, mode: Mode) -> None:
+    params = {"w": torch.ones(3), "b": torch.tensor(1.0)}
+    matvec = hf.hvp(lambda p, _: (p["w"] * p["b"]).square().sum(), mode=mode)(params, None)
+    with pytest.raises(ValueError, match=message):
+        matvec(block)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_on_another_device_is_refused(mode: Mode) -> None:
+    model_fn, params = hf.functional(nn.Linear(3, 2))
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    batch = torch.ones(2, 3, device="meta"), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match="parameters lie on cpu, but the batch has tensors on meta"
+    ):
+        hf.hvp(loss, mode=mode)(params, batch)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_changed_since_are_refused(mode: Mode) -> None:
+    model = nn.Linear(3, 2)
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, lambda out, y: (out - y).square().mean())
+    batch = torch.ones(2, 3), torch.zeros(2, 2)
+    matvec = hf.hvp(loss, mode=mode)(params, batch)
+    v = hf.random_like(params, 2, seed=0)
+    matvec(v)
+    loss(dict(model.named_parameters()), batch).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="'weight' has changed in place since this matvec"):
+        matvec(v)
+    hf.hvp(loss, mode=mode)(params, batch)(v)
+
+
+def hard_sigmoid(params: Any, x: Tensor) -> Tensor:
+    """A loss through ``hardsigmoid``."""
+    return F.hardsigmoid(x @ params["w"]).square().mean()
+
+
+def embedding_bag(params: Any, x: Tensor) -> Tensor:
+    """A loss through ``embedding_bag``."""
+    bags = F.embedding_bag(torch.tensor([[0, 1], [2, 1]]), params["w"])
+    return bags.exp().mean()
+
+
+def ctc(params: Any, x: Tensor) -> Tensor:
+    """A loss through ``ctc_loss``."""
+    scores = torch.log_softmax((x @ params["w"])[:, None, :], dim=-1)
+    return F.ctc_loss(scores, torch.tensor([[1, 2]]), torch.tensor([len(x)]), torch.tensor([2]))
+
+
+@pytest.mark.parametrize(
+    ("loss", "operation"),
+    [(hard_sigmoid, "hardsigmoid"), (embedding_bag, "_embedding_bag"), (ctc, "_ctc_loss")],
+)
+@pytest.mark.parametrize("mode", ["reverse", "auto"])
+def test_an_operation_without_second_derivative_is_named(
+    loss: Any, operation: str, mode: Mode
+) -> None:
+    params, batch = {"w": torch.randn(4, 3).double()}, torch.randn(6, 4).double()
+    fix = rf"{operation} has no second derivative.*`hvp\(loss, mode='difference'\)`"
+    with pytest.raises(NotImplementedError, match=fix):
+        matrix(hf.hvp(loss, mode=mode)(params, batch), params)
+
+
+@pytest.mark.parametrize("loss", [hard_sigmoid, embedding_bag, ctc])
+def test_differences_do_without_second_derivatives(loss: Any) -> None:
+    params, batch = {"w": torch.randn(4, 3).double()}, torch.randn(6, 4).double()
+    found = matrix(hf.hvp(loss, mode="difference")(params, batch), params)
+    eps, steps = 1e-5, block_like(params, torch.eye(12, dtype=torch.float64))["w"]
+    ahead, behind = (
+        torch.stack([gradient(loss, {"w": params["w"] + s * v}, batch) for v in steps])
+        for s in (eps, -eps)
+    )
+    assert relative_error(found, (ahead - behind) / (2 * eps)) < 1e-6
+
+
+def huber(params: Any, x: Tensor) -> Tensor:
+    """A loss through ``huber_loss``."""
+    return F.huber_loss(x @ params["w"], torch.zeros(6, 3).double())
+
+
+def checkpointed(params: Any, x: Tensor) -> Tensor:
+    """A loss whose activations are made again in the backward pass."""
+    return torch.utils.checkpoint.checkpoint(
+        lambda w: torch.tanh(x @ w).square().mean(), params["w"], use_reentrant=False
+    )
+
+
+@pytest.mark.parametrize("k", [1, 8])
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        (lambda p, x: F.mse_loss(x @ p["w"], torch.zeros(6, 3).double()), "ZeroTensors"),
+        (huber, "huber_loss"),
+        (checkpointed, "saved tensor hooks"),
+    ],
+    ids=["mse", "huber", "checkpoint"],
+)
+def test_what_forward_mode_cannot_do_is_named_and_reverse_can(
+    loss: Any, named: str, k: int
+) -> None:
+    params, batch = {"w": torch.randn(4, 3).double()}, torch.randn(6, 4).double()
+    with pytest.raises(NotImplementedError, match=rf"{named}.*take `hvp\(loss, mode='reverse'\)`"):
+        hf.hvp(loss, mode="forward")(params, batch)(hf.random_like(params, k, seed=0))
+    found = matrix(hf.hvp(loss, mode="reverse")(params, batch), params)
+    assert relative_error(found, hessian(loss, params, batch)) < 1e-8
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode='backward': choose 'reverse', 'forward'"):
+        hf.hvp(squares, mode="backward")  # type: ignore[arg-type]
+
+
+def test_errors_of_the_users_own_loss_come_through() -> None:
+    def loss(params: Any, batch: Any) -> Tensor:
+        raise RuntimeError("my own")
+
+    with pytest.raises(RuntimeError, match="^my own$"):
+        hf.hvp(loss)({"w": torch.ones(2)}, None)
