@@ -9,8 +9,8 @@ demo: $(STAMP)
 	$(BIN)/hessfunc analyze digits --out demo
 
 test: $(STAMP)
-	$(BIN)/pytest -q -m "not slow"
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -n auto -p no:benchmark -m "not slow"
+	$(BIN)/pytest -q -n auto -p no:benchmark -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -60,7 +60,7 @@ def analyse(
     yield part("smallest", partial(pairs, k=1, which="SA", basis_size=40), converged)
     yield part(
         "trace",
-        partial(hf.hutchinson, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, seed=seed),
+        partial(hf.xtrace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, seed=seed),
         lambda running: running.matvecs / max_matvecs,
     )
     yield part(

@@ -212,7 +212,8 @@ def _segments(model: nn.Module, pattern: str) -> list[_Forward]:
 def _recomputing(segments: list[_Forward]) -> Iterator[None]:
     def call(forward: _Forward, *args: Any, **kwargs: Any) -> Any:
         def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
-            state = params, {name: buffer.clone() for name, buffer in buffers.items()}
+            # Detached: BatchNorm refuses running statistics that it should differentiate.
+            state = params, {name: buffer.detach().clone() for name, buffer in buffers.items()}
             return torch.func.functional_call(forward, state, args, kwargs)
 
         params, buffers = dict(forward.named_parameters()), dict(forward.named_buffers())

@@ -39,6 +39,7 @@ Tree: TypeAlias = Any
 Matvec: TypeAlias = Callable[[Tree], Tree]
 ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]
 
+_FEW_PRODUCTS = 16
 # The namespace in which optree sees the containers that are registered with torch.
 _NAMESPACE = "torch"
 
@@ -240,16 +241,17 @@ class Space:
     def gram(self, rows: Tensor, others: Tensor, /) -> Tensor:
         """The inner products ``rows @ others.T`` in float64, shape ``(j, k)``.
 
-        Short runs of entries are multiplied in the rows' own dtype and summed in float64, so that
-        a float32 product is off by less than 1e-7 |x| |y| at any length.
+        A few float32 products are taken in float64. Of many, short runs of entries are multiplied
+        in float32 and summed in float64: off by less than 1e-7 |x| |y| as well, at any length,
+        but for entries that are all alike, whose roundings add up (1e-6).
         """
-        if rows.dtype == torch.float64:
-            return rows @ others.mT
+        wide = wide_dtype(rows.device)
+        if rows.dtype == wide or len(rows) * len(others) <= _FEW_PRODUCTS:
+            return rows.to(wide) @ others.to(wide).mT
         run = 1024
         whole = self.n // run * run
         left = rows[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
         right = others[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
-        wide = wide_dtype(rows.device)
         total = torch.bmm(left, right.mT).sum(0, dtype=wide)
         return total + rows[:, whole:].to(wide) @ others[:, whole:].to(wide).mT
 

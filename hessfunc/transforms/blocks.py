@@ -34,7 +34,7 @@ class Chunks:
 
     Attributes:
         size: the chunk, 1 for a loop, or ``"auto"``.
-        chosen: the chunk that was chosen for each shape of block and batch.
+        chosen: the chunk that was chosen for each shape of block, parameters and batch.
     """
 
     size: ChunkSize = "auto"
@@ -63,7 +63,7 @@ def block_matvec(
         chunks: how the block is cut.
     """
     refuse_if_changed = unchanged(space, point)
-    shapes = tuple(tuple(x.shape) for x in leaves(batch) if isinstance(x, Tensor))
+    of_batch = tuple(x.shape for x in leaves(batch) if isinstance(x, Tensor))
 
     def matvec(block: Tree) -> Tree:
         refuse_if_changed()
@@ -77,7 +77,7 @@ def block_matvec(
                 return space.tree(_loop(product, tangents))
             if chunks.size != "auto":
                 return space.tree(_in_chunks(product, tangents, chunks.size)[0])
-            key = (k, shapes)
+            key = (k, space.shapes, of_batch)
             if key not in chunks.chosen:
                 chunks.chosen[key] = _fastest(product, tangents)
             found, chunks.chosen[key] = _in_chunks(product, tangents, chunks.chosen[key])

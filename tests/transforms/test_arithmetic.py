@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
+from hessfunc.transforms.arithmetic import per_block, precondition
 from hessfunc.trees import Matvec
 from tests.reference import matrix, random_symmetric, relative_error
 
@@ -44,6 +45,46 @@ def test_deflate_moves_eigenpairs_to_zero(like: Any, k: int) -> None:
     left = torch.cat([values[:-k], torch.zeros(k, dtype=torch.float64)])
     assert relative_error(deflated, vectors @ torch.diag(left) @ vectors.mT) < 1e-12 or k == 8
     torch.testing.assert_close(torch.linalg.eigvalsh(deflated), left.sort().values)
+
+
+def test_precondition_divides_by_the_root_of_the_diagonal_on_both_sides() -> None:
+    diagonal = torch.rand(8, dtype=torch.float64) + 0.5
+    found = matrix(precondition(hf.dense(A), hf.unravel(diagonal, TREE)), TREE)
+    torch.testing.assert_close(found, A / diagonal.outer(diagonal).sqrt())
+
+
+@pytest.mark.parametrize("entry", [0.0, -1.0, float("nan")])
+def test_a_preconditioner_that_is_not_positive_is_refused(entry: float) -> None:
+    with pytest.raises(ValueError, match="must be positive: add a damping"):
+        precondition(hf.dense(A), torch.tensor([1.0, entry]))
+
+
+THREE = {name: torch.zeros(n, dtype=torch.float64) for name, n in (("a", 3), ("b", 1), ("c", 4))}
+
+
+@pytest.mark.parametrize(
+    ("groups", "of_column"),
+    [
+        (None, [0, 0, 0, 1, 2, 2, 2, 2]),
+        ({"one": ["a", "c"], "two": ["b"]}, [0, 0, 0, 1, 0, 0, 0, 0]),
+        ({"one": ["c"]}, [-1, -1, -1, -1, 0, 0, 0, 0]),
+        ({"all": ["a", "b", "c"]}, [0] * 8),
+    ],
+    ids=["each leaf", "two groups", "some leaves", "all"],
+)
+def test_per_block_keeps_the_diagonal_blocks_alone(groups: Any, of_column: list[int]) -> None:
+    group = torch.tensor(of_column)
+    kept = (group[:, None] == group) & (group[:, None] >= 0)
+    torch.testing.assert_close(matrix(per_block(hf.dense(A), THREE, groups), THREE), A * kept)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [({"one": ["a", "d"]}, "in blocks: d"), ({"one": ["a", "b"], "two": ["b"]}, "in blocks: b")],
+)
+def test_blocks_of_leaves_that_do_not_part_them_are_refused(groups: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        per_block(hf.dense(A), THREE, groups)
 
 
 def test_apply_is_the_product_with_one_tree() -> None:

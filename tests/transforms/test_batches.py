@@ -229,6 +229,19 @@ def test_any_change_of_the_examples_is_seen(first: list[Any], second: list[Any])
         two_products(Passes(first, second))
 
 
+def test_inputs_and_targets_that_change_places_are_seen() -> None:
+    def loss(params: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return (params["w"] * x - y).square().mean()
+
+    x, y = torch.randn(2, 6, 3).double()
+    params = {"w": torch.ones(3).double()}
+    matvec = hf.over_batches(hf.hvp(loss))(params, Passes([(x, y)], [(y, x)]))
+    matvec({"w": torch.ones(1, 3).double()})
+    with pytest.raises(ValueError, match="saw different examples"):
+        matvec({"w": torch.ones(1, 3).double()})
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_the_order_of_examples_whose_sum_is_zero_does_not_matter(scale: float) -> None:
     x = torch.randn(20, 3).double() * scale

@@ -11,6 +11,7 @@ from hessfunc.transforms import blocks
 from hessfunc.transforms.blocks import Chunks, Product, block_matvec
 from hessfunc.trees import Matvec, Space
 from tests.cases import NAMES, NO_FORWARD_MODE, case
+from tests.graphs import allocated
 from tests.reference import random_symmetric, relative_error, rows
 
 N = 6
@@ -72,12 +73,22 @@ def test_a_chunk_goes_through_one_call(chunk_size: int, calls: int) -> None:
     assert len(seen) == calls
 
 
-def test_products_are_in_the_dtype_of_the_parameters() -> None:
+@pytest.mark.parametrize("chunk_size", [1, 2, "auto"])
+def test_products_are_in_the_dtype_of_the_parameters(chunk_size: Any) -> None:
     model_fn, params = hf.functional(nn.Linear(3, 2))
     loss = hf.supervised(model_fn, F.cross_entropy)
-    matvec = hf.hvp(loss)(params, (torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)))
+    matvec = hf.hvp(loss, chunk_size=chunk_size)(
+        params, (torch.ones(4, 3), torch.zeros(4, dtype=torch.int64))
+    )
     v = {name: torch.ones(5, *leaf.shape, dtype=torch.float64) for name, leaf in params.items()}
     assert {leaf.dtype for leaf in matvec(v).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, "auto"])
+def test_products_carry_no_graph(chunk_size: Any) -> None:
+    scale = torch.ones(N, dtype=torch.float64, requires_grad=True)
+    matvec = matvec_of(lambda tangents: [scale * tangents[0]], chunks=Chunks(chunk_size))
+    assert not matvec(block(6).requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0, "fast", None])
@@ -103,6 +114,15 @@ def test_auto_records_what_it_has_chosen_and_keeps_it() -> None:
     calls.clear()
     matvec(block(16))
     assert len(calls) == -(-16 // chosen)
+
+
+def test_auto_chooses_anew_for_other_parameters_and_batches() -> None:
+    chunks = Chunks()
+    for n, length in ((N, 1), (2 * N, 1), (N, 2)):
+        point, batch = torch.zeros(n), torch.zeros(length)
+        matvec = block_matvec(list, Space.of(point), [point], batch, chunks=chunks)
+        matvec(torch.ones(8, n))
+    assert len(chunks.chosen) == 3
 
 
 def test_auto_loops_where_vmap_is_not_possible() -> None:
@@ -183,18 +203,6 @@ def test_out_of_memory_with_one_vector_is_raised() -> None:
     assert asked == [5, 2, 1]
 
 
-def allocated_at_most(run: Callable[[], object]) -> int:
-    """The peak of what torch's allocator hands out on the CPU."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 @pytest.mark.parametrize("k", [4, 16])
 @pytest.mark.parametrize(
     ("model", "inputs"),
@@ -220,7 +228,7 @@ def test_the_predicted_memory_of_a_block_is_within_a_factor_of_two(
     matvec(v)
     with blocks._PeakMemory() as memory:
         matvec(hf.random_like(params, 1, seed=0))
-    assert 0.5 < k * memory.peak / allocated_at_most(lambda: matvec(v)) < 2
+    assert 0.5 < k * memory.peak / allocated(lambda: matvec(v)).peak < 2
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:

@@ -20,7 +20,7 @@ from tests.cases import (
     closed_form,
     dense_hessian,
 )
-from tests.graphs import counted_graphs
+from tests.graphs import counted_graphs, resident_bytes
 from tests.reference import block_like, gradient, hessian, matrix, relative_error, rows
 
 Mode = Literal["reverse", "forward", "difference", "auto"]
@@ -190,6 +190,7 @@ def test_the_module_and_torch_stay_as_they_were(name: str, mode: Mode) -> None:
         parameter.grad = torch.ones_like(parameter) if i else None
     found.model.register_forward_hook(lambda *_: None)
     before = state(found.model)
+    assert torch.backends.mha.get_fastpath_enabled()
     matvec = hf.hvp(found.loss, mode=mode, chunk_size=2)(found.params, found.batch)
     out = matvec(hf.random_like(found.params, 3, seed=0))
     assert_same(state(found.model), before)
@@ -215,12 +216,6 @@ def test_products_add_nothing_to_the_graph_and_it_dies_with_the_matvec() -> None
         assert len(graphs.alive) == before > 0
         del matvec
         assert len(graphs.alive) == 0
-
-
-def resident_bytes() -> int:
-    """The memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
@@ -448,9 +443,13 @@ def test_an_unknown_mode_is_refused() -> None:
         hf.hvp(squares, mode="backward")  # type: ignore[arg-type]
 
 
-def test_errors_of_the_users_own_loss_come_through() -> None:
+def test_errors_of_the_users_own_loss_come_through_and_leave_torch_as_it_was() -> None:
     def loss(params: Any, batch: Any) -> Tensor:
+        torch.rand(1)
         raise RuntimeError("my own")
 
+    before = state(nn.Identity())
+    assert torch.backends.mha.get_fastpath_enabled()
     with pytest.raises(RuntimeError, match="^my own$"):
         hf.hvp(loss)({"w": torch.ones(2)}, None)
+    assert_same(state(nn.Identity()), before)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.memory import available_memory
 from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["xtrace"]
@@ -58,9 +59,10 @@ def xtrace(
 
     Raises:
         ValueError: an option is out of range.
+        MemoryError: not even two probes fit in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: two matvecs a probe; memory of max_matvecs * 2 vectors.
+    Cost: two matvecs a probe; the memory of 4 vectors a probe.
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825.
     """
@@ -70,9 +72,10 @@ def xtrace(
     at_least(4, max_matvecs=max_matvecs)
     at_least(1, block_size=block_size)
     seed = drawn(seed)
+    most = _probes_that_fit(space)
 
     def step(state: _State, room: int) -> _State:
-        width = min(block_size, room // 2, space.n - len(state.probes))
+        width = min(block_size, room // 2, min(space.n, most) - len(state.probes))
         return _with_probes(space, products, state, width, seed) if width > 0 else state
 
     def found(state: _State, reason: str) -> Estimate:
@@ -95,6 +98,8 @@ def xtrace(
     def verdict(state: _State) -> str | None:
         if len(state.probes) == space.n:
             return "converged: the probes span the whole space"
+        if len(state.probes) >= most:
+            return f"no more than {most} probes fit in memory: `hutchinson` keeps none"
         if len(state.probes) < _FEWEST_PROBES or (rtol is None and atol is None):
             return None
         running = found(state, "running")
@@ -129,6 +134,18 @@ class _State:
     basis: Tensor
     basis_images: Tensor
     factor: Tensor
+
+
+def _probes_that_fit(space: Space) -> int:
+    """How many probes may be kept, for them to take at most half of the memory."""
+    free = available_memory(space.device)
+    most = free // 2 // (4 * space.n * rows_dtype(space).itemsize)
+    if most < 2:
+        raise MemoryError(
+            f"two probes of {space.n} entries, with their products, do not fit in "
+            f"{free / 2**30:.1f} GiB: take `hutchinson`, which keeps none"
+        )
+    return most
 
 
 def _with_probes(space: Space, products: Products, state: _State, width: int, seed: int) -> _State:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
+from hessfunc.algorithms.trace import xtrace
 from tests.algorithms.spectra import symmetric
 
 N = 300
@@ -78,6 +79,18 @@ def test_float32() -> None:
     like: Tensor = torch.zeros(N)
     found = hf.xtrace(matvec, like, max_matvecs=150, seed=0)
     assert found.value == pytest.approx(float(spectrum.sum()), rel=1e-4)
+
+
+def test_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    matvec = hf.dense(symmetric(SPECTRA["flat"]))
+    probe = 4 * N * 8
+    monkeypatch.setattr(xtrace, "available_memory", lambda device: 2 * 12 * probe)
+    found = hf.xtrace(matvec, LIKE, max_matvecs=100, seed=0)
+    assert found.matvecs == 24
+    assert "no more than 12 probes fit in memory" in found.reason
+    monkeypatch.setattr(xtrace, "available_memory", lambda device: probe)
+    with pytest.raises(MemoryError, match="hutchinson"):
+        hf.xtrace(matvec, LIKE, seed=0)
 
 
 @pytest.mark.parametrize(
