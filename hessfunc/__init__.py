@@ -7,48 +7,85 @@ functions, algorithms consume the matvec.
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.lanczos import lanczos
 from hessfunc.algorithms.power import power_iteration
-from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, load
+from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, load, pool
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.algorithms.trace.xtrace import xtrace
 from hessfunc.checks import Check, check
-from hessfunc.functional import Loss, composed, functional, hold, supervised
-from hessfunc.transforms.arithmetic import add, apply, batched, deflate, dense, scale, shift
+from hessfunc.functional import Loss, composed, functional, hold, sliced, supervised
+from hessfunc.recompute import recomputed
+from hessfunc.sharpness import Sharpness, adam_diagonal, critical_sharpness
+from hessfunc.spectra import block_spectra
+from hessfunc.transforms.activations import activations
+from hessfunc.transforms.arithmetic import (
+    add,
+    apply,
+    batched,
+    deflate,
+    dense,
+    per_block,
+    precondition,
+    scale,
+    shift,
+)
 from hessfunc.transforms.batches import examples, microbatches, over_batches
+from hessfunc.transforms.criteria import with_output_hessian
+from hessfunc.transforms.gauss_newton import efvp, fvp, ggnvp
 from hessfunc.transforms.hessian import hvp
+from hessfunc.transforms.positive_curvature import pchvp
 from hessfunc.trees import random_like, ravel, split, unravel
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Check",
-    "Density",
+    # A model and a loss as pure functions
+    "functional",
+    "supervised",
+    "composed",
+    "Loss",
+    "split",
+    "hold",
+    "sliced",
+    "recomputed",
+    # Curvature functions
+    "hvp",
+    "ggnvp",
+    "fvp",
+    "efvp",
+    "pchvp",
+    "activations",
+    "with_output_hessian",
+    "over_batches",
+    "examples",
+    "microbatches",
+    # Matvec arithmetic
+    "apply",
+    "shift",
+    "scale",
+    "add",
+    "deflate",
+    "precondition",
+    "per_block",
+    "batched",
+    "dense",
+    "ravel",
+    "unravel",
+    "random_like",
+    # Algorithms
+    "power_iteration",
+    "lanczos",
+    "hutchinson",
+    "xtrace",
+    "slq",
+    "block_spectra",
+    "critical_sharpness",
+    "adam_diagonal",
+    "check",
+    # Results
     "Eigenpairs",
     "Estimate",
-    "Loss",
-    "add",
-    "apply",
-    "batched",
-    "check",
-    "composed",
-    "deflate",
-    "dense",
-    "examples",
-    "functional",
-    "hold",
-    "hutchinson",
-    "hvp",
-    "lanczos",
+    "Density",
+    "Sharpness",
+    "Check",
+    "pool",
     "load",
-    "microbatches",
-    "over_batches",
-    "power_iteration",
-    "random_like",
-    "ravel",
-    "scale",
-    "shift",
-    "slq",
-    "split",
-    "supervised",
-    "unravel",
-    "xtrace",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hessfunc.recompute import recomputed
 from hessfunc.trees import Tree, merge, tree_map
 
-__all__ = ["Loss", "LossFunction", "composed", "functional", "hold", "supervised"]
+__all__ = ["Loss", "LossFunction", "composed", "functional", "hold", "sliced", "supervised"]
 
 LossFunction: TypeAlias = Callable[[Tree, Any], Tensor]
 
@@ -97,6 +97,51 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
         outputs = loss.outputs
         return Loss(lambda chosen, batch: outputs(merge(chosen, fixed), batch), loss.criterion)
     return lambda chosen, batch: loss(merge(chosen, fixed), batch)
+
+
+def sliced(
+    loss: LossFunction, params: Mapping[str, Tensor], slices: Mapping[str, Any], /
+) -> tuple[LossFunction, dict[str, Tensor]]:
+    """A loss of slices of some parameters alone, such as one attention head, and these slices.
+
+    Args:
+        loss: of all parameters. A `Loss` gives a `Loss`.
+        params: all parameters, a flat dict.
+        slices: for each parameter that is cut, any index that tensors take: ``slice(0, 8)``,
+            ``numpy.s_[:, 0:8]``, a list of rows. All else is held fixed.
+
+    Returns:
+        ``(loss, chosen)``, with ``chosen`` a dict of the cut tensors.
+
+    Raises:
+        KeyError: there is no parameter of that name.
+    """
+    if unknown := sorted(set(slices) - set(params)):
+        raise KeyError(f"there is no parameter named {', '.join(unknown)}")
+    fixed = {name: leaf.detach() for name, leaf in params.items()}
+    places = {
+        name: torch.arange(fixed[name].numel(), device=fixed[name].device)
+        .view(fixed[name].shape)[index]
+        .flatten()
+        for name, index in slices.items()
+    }
+
+    def whole(chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # Out of place, for forward mode.
+        changed = {
+            name: fixed[name]
+            .flatten()
+            .index_put((places[name],), part.flatten())
+            .view(fixed[name].shape)
+            for name, part in chosen.items()
+        }
+        return fixed | changed
+
+    chosen = {name: fixed[name][index] for name, index in slices.items()}
+    if isinstance(loss, Loss):
+        outputs = loss.outputs
+        return Loss(lambda part, batch: outputs(whole(part), batch), loss.criterion), chosen
+    return lambda part, batch: loss(whole(part), batch), chosen
 
 
 def functional(

@@ -213,10 +213,18 @@ def test_float32_inner_products_of_ten_million_entries_are_accurate(entries: Any
     assert abs(space.gram(x[None], y[None]).item() - expected) < bound
 
 
+@pytest.mark.parametrize("entries", [torch.randn, torch.rand], ids=["normal", "positive"])
+def test_many_float32_inner_products_are_as_accurate(entries: Any) -> None:
+    x, y = entries(6, 1_000_000), entries(5, 1_000_000)
+    error = (Space.of(x[0]).gram(x, y) - x.double() @ y.double().mT).abs()
+    assert (error < 1e-8 * x.norm(dim=1, keepdim=True) * y.norm(dim=1)).all()
+
+
 @pytest.mark.parametrize("n", [1, 1000, 1024, 2500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gram_is_the_matrix_of_inner_products(n: int, dtype: torch.dtype) -> None:
-    x, y = torch.randn(3, n, dtype=dtype), torch.randn(2, n, dtype=dtype)
+@pytest.mark.parametrize(("j", "k"), [(3, 2), (6, 5)], ids=["few", "many"])
+def test_gram_is_the_matrix_of_inner_products(j: int, k: int, n: int, dtype: torch.dtype) -> None:
+    x, y = torch.randn(j, n, dtype=dtype), torch.randn(k, n, dtype=dtype)
     gram = Space.of(x[0]).gram(x, y)
     assert gram.dtype == torch.float64
     error = (gram - x.double() @ y.double().mT).abs()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from hessfunc.algorithms.quantiles import student_quantile
 from hessfunc.trees import Tree, flatten, leaves
 
-__all__ = ["Density", "Eigenpairs", "Estimate", "Result", "load", "versions"]
+__all__ = ["Density", "Eigenpairs", "Estimate", "Result", "load", "pool", "versions"]
 
 
 @cache
@@ -183,6 +184,41 @@ class Estimate(Result):
             raise ValueError(f"level={level}: a probability between 0 and 1")
         half = student_quantile((1 + level) / 2, len(self.samples) - 1) * self.stderr
         return self.value - half, self.value + half
+
+
+def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, /) -> Estimate:
+    """The weighted mean of independent estimates, such as one for each of several batches.
+
+        value = sum_b w_b value_b / sum_b w_b,  stderr^2 = sum_b w_b^2 stderr_b^2 / (sum_b w_b)^2
+
+    Args:
+        estimates: of different batches or of different probes, with the same leaves or none.
+        weights: what each counts, such as the examples of its batch; equal by default.
+
+    Raises:
+        ValueError: there is no estimate, weights do not match, or two estimates share a seed and
+            so their probes.
+    """
+    weights = [1.0] * len(estimates) if weights is None else list(weights)
+    if not estimates or len(weights) != len(estimates) or not sum(weights) > 0:
+        raise ValueError(f"{len(estimates)} estimates and {len(weights)} weights: pass one each")
+    if len({estimate.seed for estimate in estimates}) < len(estimates):
+        raise ValueError("two estimates share a seed, so they are not independent: vary it")
+    share = [w / sum(weights) for w in weights]
+    by_leaf: dict[str, float] = {}
+    for s, estimate in zip(share, estimates, strict=True):
+        for name, part in estimate.by_leaf.items():
+            by_leaf[name] = by_leaf.get(name, 0.0) + s * part
+    return Estimate(
+        value=sum(s * e.value for s, e in zip(share, estimates, strict=True)),
+        stderr=math.hypot(*(s * e.stderr for s, e in zip(share, estimates, strict=True))),
+        samples=torch.cat([e.samples for e in estimates]),
+        by_leaf=by_leaf,
+        matvecs=sum(e.matvecs for e in estimates),
+        passes=sum(e.passes for e in estimates),
+        reason=f"pooled from {len(estimates)} estimates",
+        seed=None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
