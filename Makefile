@@ -18,7 +18,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/pytest -q bench
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q bench --benchmark-columns=median,rounds
 
 clean:
 	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,6 +1,6 @@
 """What a Hessian product costs: each mode and block size of `hvp` against plain double backward.
 
-    pytest bench                        # five minutes on two idle cores
+    pytest bench                        # twelve minutes on two busy cores
     pytest bench -k mlp                 # the perceptrons: one minute
     pytest bench -k gpt-16              # one net and block size
     pytest bench --benchmark-disable    # only that the products are right
@@ -35,7 +35,7 @@ from hessfunc.functional import Loss
 from hessfunc.transforms.blocks import ChunkSize
 from hessfunc.trees import Matvec, Tree
 
-# Each net and block size, with its number of rounds: about five minutes for all on two idle cores.
+# Each net and block size, with its number of rounds.
 ROUNDS = {
     "mlp-small": {1: 300, 4: 300, 16: 100},
     "mlp-wide": {1: 100, 4: 40, 16: 15},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -24,8 +25,8 @@ ChunkSize: TypeAlias = int | Literal["auto"]
 
 # Below this many vectors vmap costs more than it saves.
 _SMALLEST_BLOCK = 4
-# A trial shorter than this is dominated by first-call costs, and is run again.
-_SHORT_TRIAL_SECONDS = 0.05
+# How often each way is timed, in turns; the first time also warms it up.
+_TRIALS = 2
 
 
 @dataclass(frozen=True)
@@ -137,34 +138,33 @@ def _in_chunks(
 
 
 def _fastest(product: Product, tangents: Sequence[Tensor]) -> int:
-    """1 for a loop, or the chunk for vmap: whichever takes less time for each vector."""
-    k = len(tangents[0])
-    first = [t[:1] for t in tangents]
-    chunk = min(k, _chunk_that_fits(product, tangents))
-    if chunk < _SMALLEST_BLOCK:
+    """The chunk that takes the least time for each vector; 1 is a loop."""
+    most = min(len(tangents[0]), _chunk_that_fits(product, tangents))
+    # Large blocks may leave the caches, or memory that the allocator can reuse.
+    sizes = {1} | {size for size in (_SMALLEST_BLOCK, most) if _SMALLEST_BLOCK <= size <= most}
+    if len(sizes) == 1:
         return 1
-    several = [t[:chunk] for t in tangents]
-    looped = _seconds(lambda: _loop(product, first), tangents[0].device)
-    try:
-        mapped = _seconds(lambda: _in_chunks(product, several, chunk), tangents[0].device)
-    except RuntimeError:
-        # An operation without a batching rule: the loop needs none.
-        return 1
-    return chunk if mapped / chunk < looped else 1
+    seconds = dict.fromkeys(sizes, math.inf)
+    for _ in range(_TRIALS):
+        for size in sizes:
+            part = [t[:size] for t in tangents]
+            try:
+                spent = _seconds(lambda p=part, c=size: _in_chunks(product, p, c), part[0].device)
+            except RuntimeError:
+                # An operation without a batching rule: the loop needs none.
+                continue
+            seconds[size] = min(seconds[size], spent / size)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    seconds = once()
-    return min(once(), once()) if seconds < _SHORT_TRIAL_SECONDS else seconds
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _chunk_that_fits(product: Product, tangents: Sequence[Tensor]) -> int:

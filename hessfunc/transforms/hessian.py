@@ -37,7 +37,8 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
             call evaluates the loss again.
             ``"difference"``: (g(params + t v) - g(params - t v)) / 2t with
             t = eps^(1/3) |params| / |v|: 2 gradients, works for any loss with a gradient,
-            accurate to about 1e-9 in float64 and 1e-4 in float32 for smooth losses.
+            accurate to about 1e-9 in float64 and 1e-4 in float32 for smooth losses. With kinks
+            (ReLU, max-pooling) it means little in float32, where the step crosses them.
             ``"auto"``: reverse, or forward where the graph does not fit on the GPU.
         chunk_size: how many vectors of a block go through one pass by vmap; 1 is a loop.
             ``"auto"`` times both once for each shape and keeps the faster.

@@ -34,7 +34,7 @@ def differentiable_twice(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(precise(device))
         stack.enter_context(torch.enable_grad())
-        torch.manual_seed(0)
+        _seed(device)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
@@ -58,6 +58,14 @@ class _ExactWeightNorm(TorchFunctionMode):
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _seed(device: torch.device) -> None:
+    # torch.manual_seed would seed every device, and those that are not forked would stay so.
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
 
 
 @contextmanager

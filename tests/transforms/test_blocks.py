@@ -160,7 +160,7 @@ def test_auto_takes_the_largest_chunk_that_fits_in_half_of_memory(
     chunks, v = Chunks(), block(16)
     torch.testing.assert_close(matvec_of(needs(100_000), chunks=chunks)(v), v @ A)
     assert list(chunks.chosen.values()) == [5]
-    assert len(tried) == 2
+    assert len(tried) == 2 * len({1, 4, 5})
 
 
 def test_auto_loops_where_one_vector_hardly_fits(monkeypatch: pytest.MonkeyPatch) -> None:
