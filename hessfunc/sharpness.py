@@ -84,17 +84,21 @@ def critical_sharpness(
             # A loss that is no longer finite has certainly risen.
             return not value_at(step) <= base
 
-        low, high = 0.0, start
+        low, high, trial = 0.0, math.inf, start
         tiny, huge = start * 1e-12, start * 1e12
-        while evaluations < max_evaluations and high < huge and not raises(high):
-            low, high = high, 2 * high
-        while low == 0.0 and evaluations < max_evaluations and high > tiny:
-            if raises(high / 2):
-                high /= 2
+        while evaluations < max_evaluations and high == math.inf and trial < huge:
+            if raises(trial):
+                high = trial
             else:
+                low, trial = trial, 2 * trial
+        if high == math.inf:
+            return Sharpness(0.0, math.inf, (low, math.inf), evaluations, trial >= huge)
+        while low == 0.0 and evaluations < max_evaluations and high > tiny:
+            # A step too small to change the loss at all says nothing: only a lower loss does.
+            if value_at(high / 2) < base:
                 low = high / 2
-        if high >= huge:
-            return Sharpness(0.0, math.inf, (low, math.inf), evaluations, True)
+            else:
+                high /= 2
         if low == 0.0:
             done = high <= tiny
             return Sharpness(math.inf if done else 2 / high, 0.0, (0.0, high), evaluations, done)
@@ -138,6 +142,7 @@ def adam_diagonal(optimizer: torch.optim.Optimizer, model: nn.Module, /) -> dict
             )
         group, t = options[parameter], float(state["step"])
         first, second = group["betas"]
-        corrected = state["exp_avg_sq"].detach() / (1 - second**t)
+        moment = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+        corrected = moment.detach() / (1 - second**t)
         found[name] = (1 - first**t) * (corrected.sqrt() + group["eps"])
     return found

@@ -154,34 +154,38 @@ class Space:
 
     def _checked(self, tree: Tree, *, batch_dims: int) -> list[Tensor]:
         found = self._leaves_of_structure(tree)
-        what = "block" if batch_dims else "vector"
+        length = found[0].shape[:batch_dims]
         for name, shape, leaf in zip(self.names, self.shapes, found, strict=True):
-            if leaf.shape[batch_dims:] != shape or leaf.dim() != len(shape) + batch_dims:
-                if batch_dims and leaf.shape == shape:
-                    raise ValueError(
-                        f"leaf {name!r} has the shape of one vector, {tuple(shape)}, but a matvec "
-                        "takes a block, with a leading probe axis: use `apply(matvec, vector)`"
-                    )
-                expected = ("k, " if batch_dims else "") + ", ".join(map(str, shape))
-                raise ValueError(
-                    f"leaf {name!r} of the {what} has shape {tuple(leaf.shape)}, "
-                    f"expected ({expected})"
-                )
-            if leaf.device != self.device:
-                raise ValueError(
-                    f"leaf {name!r} of the {what} lies on {leaf.device}, expected {self.device}"
-                )
-        if batch_dims and len({len(leaf) for leaf in found}) > 1:
+            if leaf.shape != length + shape or leaf.device != self.device:
+                self._refuse(name, shape, leaf, length, batch_dims)
+        return found
+
+    def _refuse(
+        self, name: str, shape: torch.Size, leaf: Tensor, length: torch.Size, batch_dims: int
+    ) -> None:
+        what = "block" if batch_dims else "vector"
+        if leaf.device != self.device:
+            raise ValueError(
+                f"leaf {name!r} of the {what} lies on {leaf.device}, expected {self.device}"
+            )
+        if batch_dims and leaf.shape == shape:
+            raise ValueError(
+                f"leaf {name!r} has the shape of one vector, {tuple(shape)}, but a matvec takes a "
+                "block, with a leading probe axis: use `apply(matvec, vector)`"
+            )
+        if leaf.shape[batch_dims:] == shape and leaf.dim() == len(shape) + batch_dims:
             raise ValueError(
                 "the leaves of the block differ in their probe axis: "
-                + ", ".join(f"{n} {len(leaf)}" for n, leaf in zip(self.names, found, strict=True))
+                f"{self.names[0]} {length[0]}, {name} {len(leaf)}"
             )
-        return found
+        expected = ("k, " if batch_dims else "") + ", ".join(map(str, shape))
+        raise ValueError(
+            f"leaf {name!r} of the {what} has shape {tuple(leaf.shape)}, expected ({expected})"
+        )
 
     def _leaves_of_structure(self, tree: Tree) -> list[Tensor]:
         try:
-            with _torch_order():
-                found: list[Any] = self.structure.flatten_up_to(tree)
+            found: list[Any] = self.structure.flatten_up_to(tree)
         except ValueError as error:
             raise ValueError(
                 "the vector does not have the structure of the parameters, "

@@ -69,6 +69,35 @@ def hessian(loss: Callable[[Tree, Any], Tensor], params: Tree, batch: Any) -> Te
     )
 
 
+def jacobian(fn: Callable[[Tree], Tree], params: Tree) -> Tensor:
+    """The Jacobian ``(m, n)`` of all outputs: the gradient of each."""
+    found, structure = tree_flatten(params)
+    inputs = [leaf.detach().clone().requires_grad_() for leaf in found]
+    with fixed_surroundings():
+        entries = flat(fn(tree_unflatten(inputs, structure)))
+    return torch.stack(
+        [
+            flat(torch.autograd.grad(entry, inputs, retain_graph=True, materialize_grads=True))
+            for entry in entries
+        ]
+    )
+
+
+def gauss_newton(loss: Any, params: Tree, batch: Any) -> Tensor:
+    """``J' H J`` of a loss with its two halves."""
+    with fixed_surroundings():
+        outputs = loss.outputs(params, batch)
+    J = jacobian(lambda p: loss.outputs(p, batch), params)
+    return J.mT @ hessian(loss.criterion, outputs, batch) @ J
+
+
+def block_diagonal(dense: Tensor, like: Tree) -> Tensor:
+    """The diagonal blocks of the leaves, and zeros elsewhere."""
+    sizes = [leaf.numel() for leaf in tree_flatten(like)[0]]
+    block = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return dense * (block[:, None] == block)
+
+
 def matrix(matvec: Matvec, like: Tree) -> Tensor:
     """The dense matrix of a matvec: its product with the identity."""
     identity = torch.eye(flat(like).numel(), dtype=flat(like).dtype)

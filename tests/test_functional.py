@@ -230,6 +230,48 @@ def test_a_model_in_bfloat16_has_params_outputs_and_products_in_their_own_dtype(
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv", "tied head", "tuple inputs", "mapping inputs"])
+@pytest.mark.parametrize("of", [hf.hvp, hf.ggnvp])
+def test_products_in_bfloat16_are_near_those_in_full(name: str, of: Any) -> None:
+    found = case(name)
+    model_fn, params = hf.functional(found.model, dtype=torch.bfloat16)
+    loss = hf.supervised(model_fn, found.loss.criterion.criterion)
+    product = matrix(of(loss)(params, found.batch), params)
+    assert product.dtype == torch.float64
+    expected = matrix(of(found.loss)(found.params, found.batch), params)
+    assert 0 < relative_error(product, expected) < 0.05
+
+
+def test_buffers_and_frozen_parameters_are_cast_too_and_integers_are_not() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.norm = nn.Embedding(5, 4), nn.BatchNorm1d(4)
+            self.head = nn.Linear(4, 2).requires_grad_(False)
+            self.register_buffer("places", torch.tensor([0, 2]))
+
+        def forward(self, tokens: Tensor) -> dict[str, Any]:
+            assert tokens.dtype == self.places.dtype == torch.int64
+            hidden = self.norm(self.embedding(tokens)[:, self.places].flatten(0, 1))
+            out = self.head(hidden)
+            return {"out": out, "is bfloat16": out.dtype == torch.bfloat16, "tokens": tokens}
+
+    model_fn, params = hf.functional(Net(), dtype=torch.bfloat16)
+    outputs = model_fn(params, torch.randint(5, (6, 3)))
+    assert outputs["is bfloat16"]
+    assert outputs["out"].dtype == torch.float32
+    assert outputs["tokens"].dtype == torch.int64
+
+
+def test_parameters_in_bfloat16_have_products_in_bfloat16() -> None:
+    model = small_net().eval().bfloat16()
+    model_fn, params = hf.functional(model, dtype=torch.float32)
+    loss = hf.composed(model_fn, lambda out, _: out.float().square().mean())
+    x = torch.randn(6, 3)
+    out = hf.hvp(loss)(params, x)(hf.random_like(params, 2, seed=0))
+    assert {leaf.dtype for leaf in out.values()} == {torch.bfloat16}
+
+
 RECOMPUTED = [
     ("conv", "*"),
     ("batch norm, train", "1"),

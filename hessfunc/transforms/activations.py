@@ -45,8 +45,9 @@ def activations(
     Args:
         model: the module; its parameters are read, not changed.
         criterion: ``(outputs, targets) -> scalar``.
-        select: which modules: a glob over names (``"layer1.*.conv?"``); a name or the end of one,
-            as in ``"conv"``; a module type or a tuple of types; or a predicate ``(name, module)``.
+        select: which modules: a glob over names (``"layer1.*.conv?"``, ``"*conv"``); a name or the
+            last parts of one, as in ``"conv"`` of ``"block.conv"``; a module type or a tuple of
+            types; or a predicate ``(name, module)``.
         at: ``"input"``: what a module reads, its first floating-point argument; ``"output"``: what
             it gives, the first floating-point tensor.
 
@@ -99,7 +100,8 @@ def activations(
 
 def _is_chosen(select: Select, name: str, module: nn.Module) -> bool:
     if isinstance(select, str):
-        return bool(name) and (fnmatch.fnmatchcase(name, select) or name.endswith(select))
+        is_end = name == select or name.endswith(f".{select}")
+        return bool(name) and (is_end or fnmatch.fnmatchcase(name, select))
     if isinstance(select, (type, tuple)):
         return isinstance(module, select)
     return select(name, module)

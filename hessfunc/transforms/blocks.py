@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -73,7 +75,14 @@ def block_matvec(
             for leaf, dtype in zip(space.block_leaves(block), space.dtypes, strict=True)
         ]
         k = len(tangents[0])
-        with torch.no_grad(), precise(space.device), explained(space, batch):
+        with (
+            torch.no_grad(),
+            precise(space.device),
+            explained(space, batch),
+            warnings.catch_warnings(),
+        ):
+            # Operations without a batching rule loop inside of vmap; trials see what that costs.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             if k == 1 or (chunks.size == "auto" and k < _SMALLEST_BLOCK):
                 return space.tree(_loop(product, tangents))
             if chunks.size != "auto":
@@ -149,7 +158,7 @@ def _fastest(product: Product, tangents: Sequence[Tensor]) -> int:
         for size in sizes:
             part = [t[:size] for t in tangents]
             try:
-                spent = _seconds(lambda p=part, c=size: _in_chunks(product, p, c), part[0].device)
+                spent = _seconds(partial(_in_chunks, product, part, size), part[0].device)
             except RuntimeError:
                 # An operation without a batching rule: the loop needs none.
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +16,11 @@ from hessfunc.functional import OfTargets
 from hessfunc.trees import Tree, flatten
 
 __all__ = ["Criterion", "OutputProduct", "closed_form", "with_output_hessian"]
+
+INDEPENDENT = (
+    "the loss does not depend on params, through no output of the model: are the outputs computed "
+    "from the module itself, or under `torch.no_grad()` or `.detach()`? Use the given params"
+)
 
 OutputProduct: TypeAlias = Callable[[Tensor], Tensor]
 OutputHessian: TypeAlias = Callable[[Tensor, Any], OutputProduct]
@@ -65,7 +70,9 @@ def closed_form(criterion: Callable[[Any, Any], Tensor], /) -> OutputHessian | N
     if isinstance(criterion, Criterion):
         return criterion.output_hessian
     function, options = function_and_options(criterion)
-    if function not in _CLOSED_FORMS or not options.keys() <= _CLOSED_FORMS[function][1]:
+    if not isinstance(function, Hashable) or function not in _CLOSED_FORMS:
+        return None
+    if not options.keys() <= _CLOSED_FORMS[function][1]:
         return None
     if options.get("reduction", "mean") not in ("mean", "sum"):
         return None
@@ -82,16 +89,25 @@ def example_weights(
     are ignored, one over the number of those that are not; in a sum r_b = g_b. Criteria that are
     not known are taken for means of equal shares.
     """
-    inner = criterion.criterion if isinstance(criterion, OfTargets) else criterion
+    inner, targets = with_targets(criterion, batch)
     function, options = function_and_options(inner)
-    if options.get("reduction") == "sum":
-        return 1 / count
-    if function is not F.cross_entropy or batch[1].is_floating_point():
-        return float(count)
+    is_sum = options.get("reduction") == "sum"
+    if function is not F.cross_entropy or targets.is_floating_point():
+        return 1 / count if is_sum else float(count)
+    if is_sum:
+        kept = (targets != options.get("ignore_index", -100)).reshape(count, -1).any(1)
+        return 1 / kept.sum().clamp_min(1).to(outputs)
     alone = {"reduction": "mean", "label_smoothing": 0.0}
-    scale = cross_entropy_scale(outputs, batch[1], **{**options, **alone})
+    scale = cross_entropy_scale(outputs, targets, **{**options, **alone})
     share = scale.reshape(count, -1).sum(1)
     return torch.where(share > 0, 1 / share, 0.0)
+
+
+def with_targets(criterion: Callable[[Any, Any], Tensor], batch: Any, /) -> tuple[Any, Any]:
+    """A criterion of (outputs, targets), and the targets: those of the batch, or the batch."""
+    if isinstance(criterion, OfTargets):
+        return criterion.criterion, batch[1]
+    return criterion, batch
 
 
 def function_and_options(criterion: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -198,6 +214,35 @@ class NotConvexWarning(UserWarning):
     """A criterion is not convex in the outputs: its Gauss-Newton matrix may be indefinite."""
 
 
+def output_gradient(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /, *, create_graph: bool
+) -> tuple[list[int], list[Tensor], list[Tensor]]:
+    """The gradient of a criterion with respect to the outputs.
+
+    Returns:
+        The indices of the output leaves that depend on the parameters and on which the criterion
+        depends, these leaves, and the gradient at each.
+
+    Raises:
+        ValueError: there is no such leaf.
+    """
+    found, structure = flatten(outputs)
+    places = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    inner = list(found)
+    for i in places:
+        inner[i] = found[i].detach().requires_grad_()
+    value = criterion(structure.unflatten(inner), batch)
+    gradient: tuple[Tensor | None, ...] = ()
+    if places and value.requires_grad:
+        gradient = torch.autograd.grad(
+            value, [inner[i] for i in places], create_graph=create_graph, allow_unused=True
+        )
+    used = [i for i, g in zip(places, gradient, strict=False) if g is not None]
+    if not used:
+        raise ValueError(INDEPENDENT)
+    return used, [inner[i] for i in used], [g for g in gradient if g is not None]
+
+
 def by_autodiff(
     criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /
 ) -> tuple[list[int], Callable[[list[Tensor]], list[Tensor]]]:
@@ -207,19 +252,8 @@ def by_autodiff(
         The indices of the output leaves that depend on the parameters and on which the criterion
         depends, and the product with one vector of such leaves.
     """
-    found, structure = flatten(outputs)
-    tensors = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    inner = list(found)
-    for i in tensors:
-        inner[i] = found[i].detach().requires_grad_()
-    value = criterion(structure.unflatten(inner), batch)
-    gradient = torch.autograd.grad(
-        value, [inner[i] for i in tensors], create_graph=True, allow_unused=True
-    )
-    used = [i for i, g in zip(tensors, gradient, strict=True) if g is not None]
-    slopes = [g for g in gradient if g is not None]
+    used, leaves, slopes = output_gradient(criterion, outputs, batch, create_graph=True)
     curved = [i for i, slope in enumerate(slopes) if slope.requires_grad]
-    leaves = [inner[i] for i in used]
 
     def product(tangents: list[Tensor]) -> list[Tensor]:
         if not curved:

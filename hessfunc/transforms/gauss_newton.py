@@ -16,13 +16,20 @@ from torch import Tensor
 from hessfunc.functional import Loss
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.checksum import Checksum
-from hessfunc.transforms.criteria import by_autodiff, closed_form, example_weights
+from hessfunc.transforms.criteria import (
+    INDEPENDENT,
+    by_autodiff,
+    closed_form,
+    example_weights,
+    output_gradient,
+)
 from hessfunc.transforms.hessian import checked
 from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
 from hessfunc.trees import Matvec, Space, Tree, flatten
 
 __all__ = [
+    "checked_outputs",
     "efvp",
     "fvp",
     "ggnvp",
@@ -75,9 +82,11 @@ def fvp(
 
         F = mean over examples of E_y[g g'],  g = grad of -log p(y | example, params)
 
-    with y drawn from the model's own prediction. Exact, it equals the generalised Gauss-Newton
-    matrix for cross-entropy (categorical y), for BCE-with-logits (Bernoulli), and for MSE with
-    normal y of variance C/2, for C outputs an example (variance 1/2 where the loss is a sum):
+    with y drawn from the model's own prediction; where an example has several predictions
+    (positions of cross-entropy, entries of BCE), they are independent and averaged. Exact, it
+    equals the generalised Gauss-Newton matrix for cross-entropy (categorical y), for
+    BCE-with-logits (Bernoulli), and for MSE with normal y of variance C/2, for C outputs an
+    example (variance 1/2 where the loss is a sum):
     then MSE is -log p up to a constant.
 
     Args:
@@ -171,14 +180,20 @@ def _product(
     batch: Any,
 ) -> Product:
     inputs = [leaf.detach().requires_grad_() for leaf in point]
+    outputs = checked_outputs(loss, space, inputs, batch)
+    used, between = middle(loss, outputs, batch)
+    ends = [flatten(outputs)[0][i] for i in used]
+    return linearised(inputs, ends, [end.shape for end in ends], between)
+
+
+def checked_outputs(loss: Loss, space: Space, inputs: Sequence[Tensor], batch: Any) -> Tree:
+    """The outputs of the model, if they depend on params and the loss is a finite scalar."""
     outputs = loss.outputs(space.tree(inputs), batch)
     with torch.no_grad():
         checked(loss.criterion(outputs, batch), space, inputs)
-    used, between = middle(loss, outputs, batch)
-    ends = [flatten(outputs)[0][i] for i in used]
-    if not ends:
-        raise ValueError("no output of the model depends on both params and the criterion")
-    return linearised(inputs, ends, [end.shape for end in ends], between)
+    if isinstance(outputs, Tensor) and not outputs.requires_grad:
+        raise ValueError(INDEPENDENT)
+    return outputs
 
 
 def linearised(
@@ -234,15 +249,7 @@ def hessian_of_outputs(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
 
 def _empirical(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
     """B = B^-1 r_b r_b' for each example b, with r_b its gradient at the outputs."""
-    found, structure = flatten(outputs)
-    moving = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    inner = list(found)
-    for i in moving:
-        inner[i] = found[i].detach().requires_grad_()
-    value = loss.criterion(structure.unflatten(inner), batch)
-    gradient = torch.autograd.grad(value, [inner[i] for i in moving], allow_unused=True)
-    used = [i for i, g in zip(moving, gradient, strict=True) if g is not None]
-    slopes = [g for g in gradient if g is not None]
+    used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
     counts = {len(g) if g.dim() else 1 for g in slopes}
     if len(counts) != 1:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from hessfunc.transforms.criteria import (
     closed_form,
     cross_entropy_scale,
     function_and_options,
+    with_targets,
 )
 from hessfunc.trees import uniforms
 
 __all__ = ["refuse_without_likelihood", "sampled_fisher"]
 
 # Options under which a criterion is still the negative logarithm of a likelihood.
-_OPTIONS = {
+_OPTIONS: dict[Any, set[str]] = {
     F.cross_entropy: {"ignore_index", "reduction"},
     F.mse_loss: {"reduction"},
     F.binary_cross_entropy_with_logits: {"reduction"},
@@ -32,8 +33,13 @@ def refuse_without_likelihood(criterion: Callable[[Any, Any], Tensor], /) -> Non
     """Raise for a criterion that is not the negative logarithm of a known likelihood."""
     inner = criterion.criterion if isinstance(criterion, OfTargets) else criterion
     function, options = function_and_options(inner)
-    set_options = {name for name, value in options.items() if value not in (None, 0.0)}
-    if not set_options <= _OPTIONS.get(function, set()) or function not in _OPTIONS:
+    given = {
+        name
+        for name, value in options.items()
+        if isinstance(value, Tensor) or value not in (None, 0.0)
+    }
+    known = _OPTIONS.get(function) if isinstance(function, Hashable) else None
+    if known is None or not given <= known:
         raise ValueError(
             "a Fisher matrix needs a criterion that is the negative logarithm of a likelihood: "
             "cross_entropy (no class weights, no label smoothing), mse_loss or "
@@ -56,9 +62,8 @@ def sampled_fisher(
     Targets are drawn independently for each prediction (each position, for cross-entropy; each
     entry, for MSE and BCE), and each contributes the outer product of its own gradient.
     """
-    assert isinstance(criterion, OfTargets)
-    function, options = function_and_options(criterion.criterion)
-    targets = batch[1]
+    inner, targets = with_targets(criterion, batch)
+    function, options = function_and_options(inner)
     if function is F.cross_entropy:
         scale = cross_entropy_scale(outputs, targets, **options)
         return _categorical(outputs, scale, samples, key)

@@ -13,7 +13,12 @@ from torch.autograd.graph import GradientEdge, Node
 from hessfunc.functional import Loss
 from hessfunc.transforms.arithmetic import per_block
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
-from hessfunc.transforms.gauss_newton import hessian_of_outputs, linearised, refuse_without_halves
+from hessfunc.transforms.gauss_newton import (
+    checked_outputs,
+    hessian_of_outputs,
+    linearised,
+    refuse_without_halves,
+)
 from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.trees import Matvec, Space, Tree, flatten
@@ -25,15 +30,22 @@ Residual: TypeAlias = Literal["abs", "clip", "zero", "none"]
 # Nodes of the graph of a function of each entry alone. Piecewise linear ones have no curvature.
 _ELEMENTWISE = {
     *("TanhBackward0", "SigmoidBackward0", "GeluBackward0", "SiluBackward0", "MishBackward0"),
-    *("SoftplusBackward0", "EluBackward0", "LogSigmoidBackward0", "HardswishBackward0"),
-    *("ExpBackward0", "Expm1Backward0", "LogBackward0", "Log1PBackward0", "ErfBackward0"),
+    *("SoftplusBackward0", "EluBackward0", "CeluBackward0", "LogSigmoidBackward0"),
+    *("HardswishBackward0", "ExpBackward0", "Expm1Backward0"),
+    *("LogBackward0", "Log1PBackward0", "ErfBackward0"),
     *("SqrtBackward0", "RsqrtBackward0", "PowBackward0", "ReciprocalBackward0"),
     *("SinBackward0", "CosBackward0", "TanBackward0", "AtanBackward0"),
     *("SinhBackward0", "CoshBackward0", "AsinhBackward0"),
 }
 
-# Functions of the rows of their input: how many trailing axes, or which axis, makes a row.
-_ROWWISE = {"NativeLayerNormBackward0", "SoftmaxBackward0", "LogSoftmaxBackward0"}
+# Functions of rows of their input, each row for itself.
+_SOFTMAX = {"SoftmaxBackward0", "LogSoftmaxBackward0"}
+_NORMALISATION = {
+    *("NativeLayerNormBackward0", "NativeGroupNormBackward0", "NativeBatchNormBackward0"),
+}
+_ROWWISE = _SOFTMAX | _NORMALISATION
+# Rows beyond this have matrices that take too long to decompose.
+_LONGEST_ROW = 4096
 
 
 def pchvp(
@@ -48,7 +60,8 @@ def pchvp(
     with J the Jacobian of the outputs and H the criterion's Hessian, and for each activation
     function phi with input a its Jacobian J_a, and g_a the gradient of the loss at its output.
     The second term, the residual, may be negative; it is replaced entry by entry. Softmax and
-    LayerNorm inside the model act on rows, and take the eigenvalues of each row's matrix.
+    normalisations inside the model act on rows (of an example; of a channel, for BatchNorm in
+    train mode), and take the eigenvalues of each row's matrix.
 
     Activations are found in the graph of the loss, as modules or as functions, in any
     architecture, skip connections included.
@@ -99,31 +112,34 @@ def pchvp(
 
 
 @dataclass(frozen=True)
-class _Tap:
-    """A function inside the model: the edge of its input, and its curvature there, in rows.
+class _Rows:
+    """How a tensor is seen as rows ``(..., d)``, and rows as that tensor."""
 
-    ``curvature`` is ``(...)`` for a function of each entry, ``(..., d, d)`` for one of rows of d
-    entries along ``axis``.
+    of: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """A function inside the model: the edge of its input, and its curvature there.
+
+    ``curvature`` has the input's shape for a function of each entry; it is ``(..., d, d)``, one
+    matrix a row, for a function of rows.
     """
 
-    name: str
     edge: GradientEdge
+    shape: torch.Size
     curvature: Tensor
-    axis: int | None
+    rows: _Rows | None
 
     def product(self, residual: Residual) -> Callable[[Tensor], Tensor]:
-        if self.axis is None:
+        if self.rows is None:
             kept = _positive(self.curvature, residual)
             return lambda tangent: kept * tangent
         values, vectors = torch.linalg.eigh(self.curvature)
         matrix = (vectors * _positive(values, residual)[..., None, :]) @ vectors.mT
-        axis = self.axis
-
-        def of_rows(tangent: Tensor) -> Tensor:
-            rows = torch.movedim(tangent, axis, -1)
-            return torch.movedim((matrix @ rows[..., None])[..., 0], -1, axis)
-
-        return of_rows
+        rows = self.rows
+        return lambda tangent: rows.back((matrix @ rows.of(tangent)[..., None])[..., 0])
 
 
 def _positive(values: Tensor, residual: Residual) -> Tensor:
@@ -165,7 +181,7 @@ class _Found:
 def _with_residual(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> _Found:
     inputs = [leaf.detach().requires_grad_() for leaf in point]
     # A view of each leaf: a tap may then sit on a parameter itself.
-    outputs = loss.outputs(space.tree(leaf.view_as(leaf) for leaf in inputs), batch)
+    outputs = checked_outputs(loss, space, [leaf.view_as(leaf) for leaf in inputs], batch)
     used, outer = hessian_of_outputs(loss, outputs, batch)
     ends = [flatten(outputs)[0][i] for i in used]
     nodes = _nodes(ends)
@@ -177,13 +193,10 @@ def _with_residual(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any
         for node, slope in zip(curved, slopes, strict=True)
         if slope is not None and (tap := _tap(node, slope)) is not None
     ]
-    shapes = [end.shape for end in ends]
-    for tap in taps:
-        shapes.append(tap.curvature.shape if tap.axis is None else _rows_shape(tap))
     return _Found(
         inputs,
         [*ends, *(tap.edge for tap in taps)],
-        shapes,
+        [end.shape for end in ends] + [tap.shape for tap in taps],
         outer,
         taps,
         frozenset(node.name() for node in nodes),
@@ -219,24 +232,35 @@ def _input_of(node: Node) -> GradientEdge | None:
 def _tap(node: Node, slope: Tensor) -> _Tap | None:
     edge = cast(GradientEdge, _input_of(node))
     # The node is the map w -> phi'(a) w: its derivative with respect to a is phi''(a) w.
-    pulled = cast(Callable[[Tensor], Any], node)(slope.detach())
+    others = [None] * (_outputs(node) - 1)
+    pulled = cast(Callable[..., Any], node)(slope.detach(), *others)
     pulled = pulled[0] if isinstance(pulled, tuple) else pulled
     if pulled is None or not pulled.requires_grad:
         return None
     if node.name() not in _ROWWISE:
         curvature = _derivative(pulled, edge, torch.ones_like(pulled))
-        return None if curvature is None else _Tap(node.name(), edge, curvature, None)
-    axis = _axis(node, pulled)
-    width = pulled.shape[axis]
+        return None if curvature is None else _Tap(edge, pulled.shape, curvature, None)
+    rows = _rows_of(node, pulled)
+    width = rows.of(pulled).shape[-1]
+    if width > _LONGEST_ROW:
+        raise NotImplementedError(
+            f"{node.name().removesuffix('Backward0')} acts on rows of {width} entries, and the "
+            f"eigenvalues of matrices beyond {_LONGEST_ROW} take too long: take residual='zero'"
+        )
     columns = []
     for i in range(width):
-        one = torch.zeros_like(pulled)
-        one.select(axis, i).fill_(1)
-        column = _derivative(pulled, edge, one)
+        one = torch.zeros_like(rows.of(pulled))
+        one[..., i] = 1
+        column = _derivative(pulled, edge, rows.back(one))
         if column is None:
             return None
-        columns.append(torch.movedim(column, axis, -1))
-    return _Tap(node.name(), edge, torch.stack(columns, dim=-2), axis)
+        columns.append(rows.of(column))
+    return _Tap(edge, pulled.shape, torch.stack(columns, dim=-2), rows)
+
+
+def _outputs(node: Any) -> int:
+    # Normalisations also give their statistics, and the node takes a gradient for each of them.
+    return 1 if node.name() == "NativeLayerNormBackward0" else len(node._input_metadata)
 
 
 def _derivative(pulled: Tensor, edge: GradientEdge, direction: Tensor) -> Tensor | None:
@@ -245,20 +269,24 @@ def _derivative(pulled: Tensor, edge: GradientEdge, direction: Tensor) -> Tensor
     )[0]
 
 
-def _axis(node: Any, pulled: Tensor) -> int:
-    if node.name() != "NativeLayerNormBackward0":
-        dim = node._saved_dim
-        return int(dim - 2**64 if dim >= 2**63 else dim)
-    if len(node._saved_normalized_shape) != 1:
-        raise NotImplementedError(
-            "LayerNorm over several axes: flatten them, or take residual='zero'"
-        )
-    return -1
-
-
-def _rows_shape(tap: _Tap) -> torch.Size:
-    assert tap.axis is not None
-    return torch.movedim(tap.curvature[..., 0], -1, tap.axis).shape
+def _rows_of(node: Any, like: Tensor) -> _Rows:
+    shape = like.shape
+    if node.name() in _SOFTMAX:
+        # Saved as unsigned: a negative axis comes back beyond 2^63.
+        axis = node._saved_dim - 2**64 if node._saved_dim >= 2**63 else node._saved_dim
+        return _Rows(lambda t: torch.movedim(t, axis, -1), lambda r: torch.movedim(r, -1, axis))
+    if node.name() == "NativeLayerNormBackward0":
+        first = len(shape) - len(node._saved_normalized_shape)
+        return _Rows(lambda t: t.flatten(first), lambda r: r.reshape(shape))
+    if node.name() == "NativeGroupNormBackward0":
+        groups = node._saved_group
+        return _Rows(lambda t: t.reshape(shape[0], groups, -1), lambda r: r.reshape(shape))
+    # Batch statistics: a row is a channel of all examples.
+    channels = (shape[1], shape[0], *shape[2:])
+    return _Rows(
+        lambda t: t.transpose(0, 1).flatten(1),
+        lambda r: r.reshape(channels).transpose(0, 1),
+    )
 
 
 def _refuse_unless_equal(space: Space, found: Matvec, exact: Matvec, what: _Found) -> None:
@@ -269,7 +297,7 @@ def _refuse_unless_equal(space: Space, found: Matvec, exact: Matvec, what: _Foun
         unknown = sorted(name.removesuffix("Backward0") for name in what.nodes)
         raise NotImplementedError(
             "the model has a nonlinearity other than elementwise functions, softmax and "
-            "LayerNorm of one input: a product of two activations (attention, gates), or one of "
+            "normalisations of one input: a product of two activations (attention, gates), or of "
             f"{', '.join(unknown)}. Take residual='zero', or per_block(hvp(loss)(params, batch), "
             "params) for the Hessian's own blocks"
         )

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from hessfunc.transforms.arithmetic import per_block, precondition
 from hessfunc.trees import Matvec
-from tests.reference import matrix, random_symmetric, relative_error
+from tests.cases import case, dense_hessian
+from tests.reference import block_diagonal, matrix, random_symmetric, relative_error
 
 A, B = random_symmetric(8, seed=0), random_symmetric(8, seed=1)
 EYE = torch.eye(8, dtype=torch.float64)
@@ -49,14 +49,21 @@ def test_deflate_moves_eigenpairs_to_zero(like: Any, k: int) -> None:
 
 def test_precondition_divides_by_the_root_of_the_diagonal_on_both_sides() -> None:
     diagonal = torch.rand(8, dtype=torch.float64) + 0.5
-    found = matrix(precondition(hf.dense(A), hf.unravel(diagonal, TREE)), TREE)
+    found = matrix(hf.precondition(hf.dense(A), hf.unravel(diagonal, TREE)), TREE)
     torch.testing.assert_close(found, A / diagonal.outer(diagonal).sqrt())
+
+
+def test_preconditioned_eigenvalues_are_those_of_the_quotient() -> None:
+    diagonal = torch.rand(8, dtype=torch.float64) + 0.5
+    found = matrix(hf.precondition(hf.dense(A), hf.unravel(diagonal, TREE)), TREE)
+    expected = torch.linalg.eigvals(A / diagonal[:, None]).real.sort().values
+    torch.testing.assert_close(torch.linalg.eigvalsh(found), expected)
 
 
 @pytest.mark.parametrize("entry", [0.0, -1.0, float("nan")])
 def test_a_preconditioner_that_is_not_positive_is_refused(entry: float) -> None:
     with pytest.raises(ValueError, match="must be positive: add a damping"):
-        precondition(hf.dense(A), torch.tensor([1.0, entry]))
+        hf.precondition(hf.dense(A), torch.tensor([1.0, entry]))
 
 
 THREE = {name: torch.zeros(n, dtype=torch.float64) for name, n in (("a", 3), ("b", 1), ("c", 4))}
@@ -75,7 +82,33 @@ THREE = {name: torch.zeros(n, dtype=torch.float64) for name, n in (("a", 3), ("b
 def test_per_block_keeps_the_diagonal_blocks_alone(groups: Any, of_column: list[int]) -> None:
     group = torch.tensor(of_column)
     kept = (group[:, None] == group) & (group[:, None] >= 0)
-    torch.testing.assert_close(matrix(per_block(hf.dense(A), THREE, groups), THREE), A * kept)
+    torch.testing.assert_close(matrix(hf.per_block(hf.dense(A), THREE, groups), THREE), A * kept)
+
+
+@pytest.mark.parametrize("name", ["conv", "scaled dot product attention", "tied head"])
+def test_per_block_of_a_hessian_is_its_diagonal_blocks(name: str) -> None:
+    found = case(name)
+    matvec = hf.per_block(hf.hvp(found.loss)(found.params, found.batch), found.params)
+    product = matrix(matvec, found.params)
+    assert relative_error(product, block_diagonal(dense_hessian(name), found.params)) < 1e-8
+
+
+def test_per_block_takes_one_pass() -> None:
+    passes = []
+
+    def counted(block: Any) -> Any:
+        passes.append(len(block["a"]))
+        return hf.dense(A)(block)
+
+    hf.per_block(counted, THREE)(hf.random_like(THREE, 2, seed=0))
+    assert passes == [6]
+
+
+def test_per_block_takes_any_tree() -> None:
+    found = matrix(hf.per_block(hf.dense(A), TREE), TREE)
+    torch.testing.assert_close(found, block_diagonal(A, TREE))
+    grouped = hf.per_block(hf.dense(A), TREE, {"all": ["w", "b.0"]})
+    torch.testing.assert_close(matrix(grouped, TREE), A)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +117,7 @@ def test_per_block_keeps_the_diagonal_blocks_alone(groups: Any, of_column: list[
 )
 def test_blocks_of_leaves_that_do_not_part_them_are_refused(groups: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        per_block(hf.dense(A), THREE, groups)
+        hf.per_block(hf.dense(A), THREE, groups)
 
 
 def test_apply_is_the_product_with_one_tree() -> None:

@@ -1,0 +1,625 @@
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from hessfunc.transforms.blocks import Curvature
+from tests.cases import NAMES, Case, case, closed_form
+from tests.reference import (
+    gauss_newton,
+    gradient,
+    jacobian,
+    matrix,
+    relative_error,
+    rows,
+)
+
+CURVATURES: dict[str, Callable[[hf.Loss], Curvature]] = {
+    "ggnvp": hf.ggnvp,
+    "fvp": hf.fvp,
+    "fvp, samples": functools.partial(hf.fvp, samples=2, seed=0),
+    "efvp": hf.efvp,
+}
+# Conv, attention, residual and regression nets, whose examples do not see each other.
+NETS = ("conv", "scaled dot product attention", "residual", "mse loss")
+
+
+def net(criterion: Callable[[Any, Any], Tensor], targets: Tensor, outputs: int = 3) -> Case:
+    """A small MLP with that many outputs, as many examples as there are targets."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
+    model_fn, params = hf.functional(model)
+    batch = torch.randn(len(targets), 3).double(), targets
+    return Case(model, hf.supervised(model_fn, criterion), params, batch)
+
+
+def batches(found: Case, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """The batch of a case cut into batches of these sizes."""
+    x, y = found.batch
+    return list(zip(x.split(list(sizes)), y.split(list(sizes)), strict=True))
+
+
+def uneven(found: Case) -> list[tuple[Tensor, Tensor]]:
+    """The batch of a case cut into two of unequal size."""
+    count = len(found.batch[1])
+    return batches(found, [count - 1, 1])
+
+
+def of_examples(found: Case) -> list[Tensor]:
+    """The gradient of each example's own loss."""
+    x, y = found.batch
+    return [gradient(found.loss, found.params, (x[b, None], y[b, None])) for b in range(len(y))]
+
+
+# The generalised Gauss-Newton matrix
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt2"])
+def test_ggn_equals_its_definition(name: str) -> None:
+    found = case(name)
+    product = matrix(hf.ggnvp(found.loss)(found.params, found.batch), found.params)
+    assert relative_error(product, gauss_newton(found.loss, found.params, found.batch)) < 1e-8
+
+
+def test_ggn_of_a_causal_language_model_equals_its_definition() -> None:
+    found = case("gpt2")
+    logits = hf.composed(
+        lambda p, batch: found.loss.outputs(p, batch).logits,
+        lambda z, batch: F.cross_entropy(z[:, :-1].flatten(0, 1), batch[1][:, 1:].flatten()),
+    )
+    product = matrix(hf.ggnvp(found.loss)(found.params, found.batch), found.params)
+    assert relative_error(product, gauss_newton(logits, found.params, found.batch)) < 1e-8
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_ggn_of_batches_of_unequal_size_is_that_of_all_examples(name: str) -> None:
+    found = case(name)
+    product = hf.over_batches(hf.ggnvp(found.loss))(found.params, uneven(found))
+    expected = gauss_newton(found.loss, found.params, found.batch)
+    assert relative_error(matrix(product, found.params), expected) < 1e-8
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+@pytest.mark.parametrize("chunk_size", ["auto", 1, 4])
+@pytest.mark.parametrize("of", CURVATURES)
+def test_products_do_not_depend_on_how_a_block_is_cut(of: str, chunk_size: Any, k: int) -> None:
+    found = net(F.cross_entropy, torch.randint(3, (6,)))
+    kind = CURVATURES[of]
+    v = hf.random_like(found.params, k, seed=0)
+    cut = kind(found.loss, chunk_size=chunk_size)(found.params, found.batch)(v)  # type: ignore[call-arg]
+    dense = matrix(kind(found.loss)(found.params, found.batch), found.params)
+    assert relative_error(rows(cut), rows(v) @ dense) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "criterion"),
+    [
+        ("linear regression", F.mse_loss),
+        ("linear regression", lambda out, y: (out - y).square().mean()),
+        ("logistic regression", F.binary_cross_entropy_with_logits),
+        ("softmax regression", F.cross_entropy),
+        ("softmax regression", lambda out, y: F.nll_loss(out.log_softmax(1), y)),
+    ],
+)
+def test_ggn_of_a_linear_model_is_the_hessian(name: str, criterion: Any) -> None:
+    problem = closed_form(name)
+
+    def model_fn(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        (w,) = params.values()
+        return x @ w.T if w.dim() == 2 else x @ w
+
+    loss = hf.supervised(model_fn, criterion)
+    found = matrix(hf.ggnvp(loss)(problem.params, problem.batch), problem.params)
+    assert (found - problem.hessian).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["conv", "scaled dot product attention", "residual"])
+@pytest.mark.parametrize("of", ["ggnvp", "efvp"])
+def test_smallest_eigenvalue_is_not_negative(name: str, of: str) -> None:
+    found = case(name)
+    product = matrix(CURVATURES[of](found.loss)(found.params, found.batch), found.params)
+    assert relative_error(product.mT, product) < 1e-10
+    values = torch.linalg.eigvalsh((product + product.mT) / 2)
+    assert values[0] >= -1e-10 * values[-1]
+
+
+@pytest.mark.parametrize("of", CURVATURES)
+def test_smallest_ritz_value_is_not_negative(of: str) -> None:
+    found = case("conv")
+    matvec = CURVATURES[of](found.loss)(found.params, found.batch)
+    ends = hf.lanczos(matvec, found.params, k=2, which="BE", seed=0).values
+    assert ends.max() > 0
+    assert ends.min() >= -1e-10 * ends.max()
+
+
+def test_ggn_of_held_parameters_is_a_diagonal_block() -> None:
+    found = case("mlp")
+    head, rest = hf.split(found.params, "2.*")
+    whole = gauss_newton(found.loss, found.params, found.batch)
+    n = hf.ravel(head).numel()
+    product = matrix(hf.ggnvp(hf.hold(found.loss, rest))(head, found.batch), head)
+    assert relative_error(product, whole[-n:, -n:]) < 1e-10
+
+
+@pytest.mark.parametrize("of", CURVATURES)
+def test_float32_products_are_near_those_of_float64(of: str) -> None:
+    found = net(F.cross_entropy, torch.randint(3, (6,)))
+    single = {name: leaf.float() for name, leaf in found.params.items()}
+    x, y = found.batch
+    # The draws are those of a batch: it must be the same in both.
+    x = x.float()
+    kind = CURVATURES[of](found.loss)
+    product = matrix(kind(single, (x, y)), single)
+    assert product.dtype == torch.float32
+    expected = matrix(
+        kind({n: p.double() for n, p in single.items()}, (x.double(), y)), found.params
+    )
+    assert relative_error(product.double(), expected) < 1e-5
+
+
+# Any outputs, any batch
+
+
+class TwoHeads(nn.Module):
+    """Logits and a regression, as a tuple or a dict, beside what has no gradient."""
+
+    def __init__(self, *, named: bool) -> None:
+        super().__init__()
+        self.body, self.left, self.right = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+        self.named = named
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.tanh(self.body(x))
+        left, right = self.left(hidden), self.right(hidden)
+        constant, places = torch.ones(2).double(), left.argmax(1)
+        if self.named:
+            return {"right": right, "left": left, "constant": constant, "places": places}
+        return left, right, constant, places
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["tuple", "dict"])
+def test_outputs_may_be_any_tree(named: bool) -> None:
+    model_fn, params = hf.functional(TwoHeads(named=named).double())
+    keys = ("left", "right", "constant") if named else (0, 1, 2)
+
+    def criterion(outputs: Any, batch: Any) -> Tensor:
+        left, right, constant = (outputs[key] for key in keys)
+        return F.cross_entropy(left, batch["y"]) + (constant * right).square().mean()
+
+    loss = hf.composed(lambda p, batch: model_fn(p, batch["x"]), criterion)
+    batch = {"x": torch.randn(5, 3).double(), "y": torch.randint(3, (5,))}
+    # What has no gradient is no part of the definition.
+    floating = hf.composed(
+        lambda p, batch: [loss.outputs(p, batch)[key] for key in keys[:2]],
+        lambda out, batch: F.cross_entropy(out[0], batch["y"]) + out[1].square().mean(),
+    )
+    expected = gauss_newton(floating, params, batch)
+    assert relative_error(matrix(hf.ggnvp(loss)(params, batch), params), expected) < 1e-8
+    per_example = sum(
+        g.outer(g)
+        for g in (
+            gradient(floating, params, {"x": x[None], "y": y[None]})
+            for x, y in zip(batch["x"], batch["y"], strict=True)
+        )
+    )
+    found = matrix(hf.efvp(loss)(params, batch), params)
+    assert relative_error(found, per_example / 5) < 1e-8
+
+
+def test_ggn_of_a_loss_over_points_without_targets() -> None:
+    model_fn, params = hf.functional(nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)))
+    params = {name: leaf.double() for name, leaf in params.items()}
+
+    def residuals(p: Any, points: Tensor) -> Tensor:
+        def u(t: Tensor) -> Tensor:
+            return model_fn(p, t[None])[0]
+
+        slope = torch.vmap(torch.func.jacrev(u))(points)[:, 0]
+        return slope + torch.vmap(u)(points)
+
+    loss = hf.composed(residuals, lambda r, _: r.square().mean())
+    points = torch.linspace(0, 1, 6).double()[:, None]
+    J = jacobian(lambda p: residuals(p, points), params)
+    found = matrix(hf.ggnvp(loss)(params, points), params)
+    assert relative_error(found, 2 / 6 * J.mT @ J) < 1e-8
+
+
+def test_targets_may_be_the_batch_itself() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+    model_fn, params = hf.functional(model)
+    autoencoder = hf.composed(model_fn, F.mse_loss)
+    paired = hf.supervised(model_fn, F.mse_loss)
+    x = torch.randn(6, 3).double()
+    for kind in (hf.ggnvp, hf.fvp, hf.efvp):
+        found = matrix(kind(autoencoder)(params, x), params)
+        assert relative_error(found, matrix(kind(paired)(params, (x, x)), params)) < 1e-12
+    sampled = matrix(hf.fvp(autoencoder, samples=20_000, seed=0)(params, x), params)
+    assert relative_error(sampled, matrix(hf.fvp(autoencoder)(params, x), params)) < 0.05
+
+
+def test_classes_may_be_the_batch_itself() -> None:
+    embedding = torch.randn(5, 4).double()
+    loss = hf.composed(lambda p, tokens: embedding[tokens] @ p["w"], F.cross_entropy)
+    params, tokens = {"w": torch.randn(4, 5).double()}, torch.tensor([3, 1, 4, 1])
+    gradients = [gradient(loss, params, token[None]) for token in tokens]
+    found = matrix(hf.efvp(loss)(params, tokens), params)
+    assert relative_error(found, sum(g.outer(g) for g in gradients) / 4) < 1e-8
+
+
+# The Fisher matrix
+
+
+def categorical_fisher(found: Case) -> Tensor:
+    """The mean over examples of ``E_y[g g']``, by all classes."""
+    x, y = found.batch
+    total = 0.0
+    for b in range(len(y)):
+        share = torch.softmax(found.loss.outputs(found.params, (x[b, None], None)), 1)[0]
+        for c, p in enumerate(share):
+            g = gradient(found.loss, found.params, (x[b, None], torch.tensor([c])))
+            total = total + p * g.outer(g)
+    return total / len(y)
+
+
+def normal_fisher(found: Case) -> Tensor:
+    """The mean over examples of ``E_y[g g']``, y normal of variance C/2, by points of its moments.
+
+    One deviation along each output has the covariance, summed, of all of them.
+    """
+    x, y = found.batch
+    count, outputs = y.shape
+    total = 0.0
+    for b in range(count):
+        mean = found.loss.outputs(found.params, (x[b, None], None))
+        for unit in torch.eye(outputs).double():
+            g = gradient(found.loss, found.params, (x[b, None], mean + (outputs / 2) ** 0.5 * unit))
+            total = total + g.outer(g)
+    return total / count
+
+
+def bernoulli_fisher(found: Case) -> Tensor:
+    """The mean over examples of ``E_y[g g']``, by both classes."""
+    x, y = found.batch
+    total = 0.0
+    for b in range(len(y)):
+        p = torch.sigmoid(found.loss.outputs(found.params, (x[b, None], None)))
+        for target, weight in ((torch.zeros_like(p), 1 - p), (torch.ones_like(p), p)):
+            g = gradient(found.loss, found.params, (x[b, None], target))
+            total = total + weight.item() * g.outer(g)
+    return total / len(y)
+
+
+def likelihood(name: str) -> tuple[Case, Tensor]:
+    """A net with a criterion that is a likelihood, and its Fisher matrix by definition."""
+    match name:
+        case "cross-entropy":
+            found = net(F.cross_entropy, torch.randint(3, (5,)))
+            return found, categorical_fisher(found)
+        case "mse":
+            found = net(F.mse_loss, torch.randn(5, 3).double())
+            return found, normal_fisher(found)
+        case _:
+            found = net(F.binary_cross_entropy_with_logits, torch.rand(5, 1).double(), outputs=1)
+            return found, bernoulli_fisher(found)
+
+
+LIKELIHOODS = ("cross-entropy", "mse", "bce")
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_exact_fisher_equals_its_definition_and_the_ggn(name: str) -> None:
+    found, expected = likelihood(name)
+    fisher = matrix(hf.fvp(found.loss)(found.params, found.batch), found.params)
+    assert relative_error(fisher, expected) < 1e-8
+    ggn = matrix(hf.ggnvp(found.loss)(found.params, found.batch), found.params)
+    assert torch.equal(fisher, ggn)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize(
+    ("criterion", "targets", "outputs"),
+    [
+        (F.cross_entropy, torch.arange(5) % 3, 3),
+        (nn.CrossEntropyLoss(ignore_index=1), torch.arange(5) % 3, 3),
+        (nn.CrossEntropyLoss(reduction="sum"), torch.arange(5) % 3, 3),
+        (nn.MSELoss(), torch.zeros(5, 3).double(), 3),
+        (nn.MSELoss(reduction="sum"), torch.zeros(5, 3).double(), 3),
+        (nn.BCEWithLogitsLoss(), torch.ones(5, 2).double(), 2),
+    ],
+)
+def test_monte_carlo_fisher_is_unbiased(
+    criterion: Any, targets: Tensor, outputs: int, samples: int
+) -> None:
+    found = net(criterion, targets, outputs)
+    exact = matrix(hf.fvp(found.loss)(found.params, found.batch), found.params)
+    v = rows(hf.random_like(found.params, 3, seed=0))
+    draws = []
+    for seed in range(200):
+        matvec = hf.fvp(found.loss, samples=samples, seed=seed)(found.params, found.batch)
+        product = rows(matvec(hf.unravel(v, found.params)))
+        draws.append((product @ v.mT).flatten())
+    forms = torch.stack(draws)
+    error = (forms.mean(0) - (v @ exact @ v.mT).flatten()).abs()
+    assert (error <= 4 * forms.std(0) / 200**0.5).all()
+    assert (forms.std(0) > 0).all()
+
+
+def test_monte_carlo_fisher_of_one_draw_is_a_sum_of_outer_products_of_sampled_gradients() -> None:
+    found = net(F.cross_entropy, torch.randint(3, (1,)))
+    x, _ = found.batch
+    drawn = matrix(hf.fvp(found.loss, samples=1, seed=3)(found.params, found.batch), found.params)
+    of_classes = [gradient(found.loss, found.params, (x, torch.tensor([c]))) for c in range(3)]
+    errors = [relative_error(drawn, g.outer(g)) for g in of_classes]
+    assert min(errors) < 1e-10
+
+
+def test_monte_carlo_fisher_draws_for_each_position() -> None:
+    found = case("tied head")
+    loss = hf.supervised(
+        lambda p, x: found.loss.outputs(p, (x, None)).movedim(-1, 1), F.cross_entropy
+    )
+    exact = matrix(hf.fvp(loss)(found.params, found.batch), found.params)
+    many = matrix(hf.fvp(loss, samples=5000, seed=0)(found.params, found.batch), found.params)
+    assert relative_error(many, exact) < 0.05
+    assert relative_error(exact, gauss_newton(found.loss, found.params, found.batch)) < 1e-8
+
+
+def test_monte_carlo_fisher_is_the_same_in_every_pass() -> None:
+    found = net(F.cross_entropy, torch.randint(3, (6,)))
+    parts = batches(found, [3, 1, 2])
+    v = hf.random_like(found.params, 5, seed=0)
+    of_seed = [
+        hf.over_batches(hf.fvp(found.loss, samples=2, seed=7), keep=keep)(found.params, parts)
+        for keep in (False, True)
+    ]
+    first = rows(of_seed[0](v))
+    torch.rand(3)
+    assert torch.equal(rows(of_seed[0](v)), first)
+    assert torch.equal(rows(of_seed[1](v)), first)
+    backwards = hf.over_batches(hf.fvp(found.loss, samples=2, seed=7))(found.params, parts[::-1])
+    assert relative_error(rows(backwards(v)), first) < 1e-12
+
+
+def test_monte_carlo_fisher_differs_between_seeds() -> None:
+    found = net(F.cross_entropy, torch.randint(3, (6,)))
+    v = hf.random_like(found.params, 1, seed=0)
+
+    def of_seed(seed: int | None) -> Tensor:
+        return rows(hf.fvp(found.loss, samples=2, seed=seed)(found.params, found.batch)(v))
+
+    assert not torch.equal(of_seed(0), of_seed(1))
+    assert not torch.equal(of_seed(None), of_seed(None))
+
+
+@pytest.mark.parametrize("criterion", [F.cross_entropy, F.mse_loss])
+def test_monte_carlo_fisher_draws_anew_for_another_batch(criterion: Any) -> None:
+    # The prediction is the same for all inputs: only the draws can differ.
+    loss = hf.supervised(lambda p, x: p["b"].expand(len(x), 3), criterion)
+    params = {"b": torch.tensor([0.1, -0.2, 0.3]).double()}
+    targets = torch.zeros(20, 3).double() if criterion is F.mse_loss else torch.arange(20) % 3
+    curvature = hf.fvp(loss, samples=1, seed=0)
+    first, second, again = (
+        matrix(curvature(params, (x, targets)), params)
+        for x in (torch.zeros(20, 2), torch.ones(20, 2), torch.zeros(20, 2))
+    )
+    assert torch.equal(first, again)
+    assert relative_error(first, second) > 1e-3
+
+
+def test_the_draws_leave_torchs_random_stream_where_it_was() -> None:
+    found = net(F.cross_entropy, torch.randint(3, (6,)))
+    before = torch.get_rng_state()
+    hf.fvp(found.loss, samples=2)(found.params, found.batch)(
+        hf.random_like(found.params, 2, seed=0)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# The empirical Fisher matrix
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_empirical_fisher_is_the_mean_of_outer_products_of_gradients(name: str) -> None:
+    found = case(name)
+    gradients = of_examples(found)
+    expected = sum(g.outer(g) for g in gradients) / len(gradients)
+    product = matrix(hf.efvp(found.loss)(found.params, found.batch), found.params)
+    assert relative_error(product, expected) < 1e-8
+    parts = hf.over_batches(hf.efvp(found.loss))(found.params, uneven(found))
+    assert relative_error(matrix(parts, found.params), expected) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("criterion", "targets"),
+    [
+        (nn.MSELoss(reduction="sum"), torch.linspace(-1, 1, 18).double().view(6, 3)),
+        (nn.BCEWithLogitsLoss(), torch.linspace(0, 1, 18).double().view(6, 3)),
+        (nn.CrossEntropyLoss(label_smoothing=0.2), torch.arange(6) % 3),
+        (nn.CrossEntropyLoss(reduction="sum"), torch.arange(6) % 3),
+        (F.cross_entropy, torch.softmax(torch.arange(18).double().view(6, 3).sin(), 1)),
+        (lambda out, y: (out - y).abs().sum(1).mean(), torch.ones(6, 3).double()),
+    ],
+)
+def test_empirical_fisher_of_other_criteria(criterion: Any, targets: Tensor) -> None:
+    found = net(criterion, targets)
+    expected = sum(g.outer(g) for g in of_examples(found)) / 6
+    product = matrix(hf.efvp(found.loss)(found.params, found.batch), found.params)
+    assert relative_error(product, expected) < 1e-8
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ignored_examples_do_not_count_in_the_empirical_fisher(reduction: str) -> None:
+    criterion = nn.CrossEntropyLoss(ignore_index=1, reduction=reduction)
+    found = net(criterion, torch.tensor([0, 1, 2, 1, 0, 2]))
+    x, y = found.batch
+    kept = y != 1
+    expected = matrix(hf.efvp(found.loss)(found.params, (x[kept], y[kept])), found.params)
+    gradients = of_examples(Case(found.model, found.loss, found.params, (x[kept], y[kept])))
+    assert relative_error(expected, sum(g.outer(g) for g in gradients) / 4) < 1e-8
+    product = matrix(hf.efvp(found.loss)(found.params, found.batch), found.params)
+    assert relative_error(product, expected) < 1e-8
+
+
+def test_examples_of_more_tokens_count_more_in_the_empirical_fisher() -> None:
+    found = case("tied head")
+    tokens, targets = found.batch
+    targets = targets.clone()
+    targets[0, 1:], targets[2, 0] = -100, -100
+    loss = hf.supervised(
+        lambda p, x: found.loss.outputs(p, (x, None)).movedim(-1, 1), F.cross_entropy
+    )
+    counts = (targets != -100).sum(1).double()
+    gradients = [
+        gradient(loss, found.params, (tokens[b, None], targets[b, None])) for b in range(3)
+    ]
+    shares = counts / counts.sum()
+    expected = sum(s * g.outer(g) for s, g in zip(shares, gradients, strict=True))
+    product = matrix(hf.efvp(loss)(found.params, (tokens, targets)), found.params)
+    assert relative_error(product, expected) < 1e-8
+
+
+def test_class_weights_are_weights_of_the_examples_in_the_empirical_fisher() -> None:
+    weight = torch.tensor([1.0, 0.2, 3.0]).double()
+    found = net(nn.CrossEntropyLoss(weight=weight), torch.tensor([0, 1, 2, 1, 0, 2]))
+    shares = weight[found.batch[1]] / weight[found.batch[1]].sum()
+    expected = sum(s * g.outer(g) for s, g in zip(shares, of_examples(found), strict=True))
+    product = matrix(hf.efvp(found.loss)(found.params, found.batch), found.params)
+    assert relative_error(product, expected) < 1e-8
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("of", CURVATURES)
+def test_a_loss_without_its_halves_is_refused(of: str) -> None:
+    with pytest.raises(TypeError, match=r"make it by `supervised\(model_fn, criterion\)`"):
+        CURVATURES[of](lambda p, _: p["w"].sum())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("of", CURVATURES)
+def test_parameters_changed_since_are_refused(of: str) -> None:
+    found = net(F.cross_entropy, torch.randint(3, (5,)))
+    matvec = CURVATURES[of](found.loss)(found.params, found.batch)
+    v = hf.random_like(found.params, 2, seed=0)
+    matvec(v)
+    with torch.no_grad():
+        next(found.model.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="'0.weight' has changed in place since this matvec"):
+        matvec(v)
+
+
+@pytest.mark.parametrize("of", CURVATURES)
+def test_a_loss_that_is_not_finite_is_refused(of: str) -> None:
+    found = net(F.cross_entropy, torch.full((5,), -100))
+    with pytest.raises(ValueError, match="the loss is nan at finite parameters"):
+        CURVATURES[of](found.loss)(found.params, found.batch)
+
+
+@pytest.mark.parametrize("of", ["ggnvp", "efvp"])
+def test_a_criterion_that_is_no_scalar_is_refused(of: str) -> None:
+    found = net(functools.partial(F.cross_entropy, reduction="none"), torch.randint(3, (5,)))
+    with pytest.raises(ValueError, match=r"must be a scalar tensor, and is of shape \(5,\)"):
+        CURVATURES[of](found.loss)(found.params, found.batch)
+
+
+@pytest.mark.parametrize("of", ["ggnvp", "efvp"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        hf.composed(lambda p, x: x.exp(), lambda out, _: out.square().mean()),
+        hf.composed(lambda p, x: p["w"] * x, lambda out, x: x.square().mean()),
+        hf.composed(lambda p, x: p["w"].detach() * x, lambda out, x: out.square().mean()),
+    ],
+    ids=["model", "criterion", "detached"],
+)
+def test_a_loss_that_does_not_depend_on_params_is_refused(loss: hf.Loss, of: str) -> None:
+    with pytest.raises(ValueError, match="depend"):
+        CURVATURES[of](loss)({"w": torch.ones(3)}, torch.ones(3))
+
+
+def test_outputs_of_several_numbers_of_examples_have_no_empirical_fisher() -> None:
+    loss = hf.composed(
+        lambda p, _: (p["w"][:2], p["w"]), lambda out, _: out[0].sum() * out[1].sum()
+    )
+    with pytest.raises(ValueError, match=r"\[2, 3\] examples along their first axes"):
+        hf.efvp(loss)({"w": torch.ones(3)}, None)
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda out, y: (out - y).square().mean(),
+        nn.CrossEntropyLoss(weight=torch.ones(3)),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.BCEWithLogitsLoss(weight=torch.ones(3)),
+        functools.partial(F.binary_cross_entropy_with_logits, pos_weight=torch.ones(3)),
+        nn.HuberLoss(),
+    ],
+)
+def test_a_criterion_that_is_no_likelihood_has_no_fisher_matrix(
+    criterion: Any, samples: int | None
+) -> None:
+    found = net(criterion, torch.randn(5, 3).double())
+    with pytest.raises(ValueError, match="the negative logarithm of a likelihood"):
+        hf.fvp(found.loss, samples=samples)
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_less_than_one_draw_is_refused(samples: int) -> None:
+    found = net(F.cross_entropy, torch.randint(3, (5,)))
+    with pytest.raises(ValueError, match=f"samples={samples}: at least 1, or None"):
+        hf.fvp(found.loss, samples=samples)
+
+
+class Bags(nn.Module):
+    """Sums of embeddings, then logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags, self.head = nn.EmbeddingBag(7, 4, mode="sum"), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.bags(tokens))
+
+
+@pytest.mark.parametrize("of", CURVATURES)
+@pytest.mark.parametrize(
+    ("model", "x", "operation"),
+    [
+        (Bags(), torch.randint(7, (5, 2)), "_embedding_bag"),
+        (
+            nn.Sequential(nn.Linear(4, 3), nn.Hardsigmoid(), nn.Linear(3, 3)),
+            torch.linspace(-1, 1, 20).view(5, 4),
+            "hardsigmoid",
+        ),
+    ],
+    ids=["embedding bag", "hardsigmoid"],
+)
+def test_an_operation_without_second_derivative_is_named(
+    model: nn.Module, x: Tensor, operation: str, of: str
+) -> None:
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    fix = rf"{operation} has no second derivative.*`hvp\(loss, mode='difference'\)`"
+    with pytest.raises(NotImplementedError, match=fix):
+        CURVATURES[of](loss)(params, (x, torch.arange(5) % 3))(hf.random_like(params, 2, seed=0))
+
+
+def test_ctc_is_named_by_the_ggn_and_has_an_empirical_fisher() -> None:
+    def criterion(out: Tensor, y: Tensor) -> Tensor:
+        lengths = torch.full((len(out),), out.shape[1]), torch.full((len(out),), y.shape[1])
+        return F.ctc_loss(out.log_softmax(-1).movedim(1, 0), y, *lengths)
+
+    model_fn, params = hf.functional(nn.Linear(4, 3).double())
+    loss = hf.supervised(model_fn, criterion)
+    x, y = torch.randn(2, 6, 4).double(), torch.tensor([[1, 2], [2, 1]])
+    with pytest.raises(NotImplementedError, match="_ctc_loss has no second derivative"):
+        matrix(hf.ggnvp(loss)(params, (x, y)), params)
+    gradients = [gradient(loss, params, (x[b, None], y[b, None])) for b in range(2)]
+    expected = sum(g.outer(g) for g in gradients) / 2
+    assert relative_error(matrix(hf.efvp(loss)(params, (x, y)), params), expected) < 1e-8
