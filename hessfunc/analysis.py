@@ -11,6 +11,7 @@ import hessfunc as hf
 from hessfunc.algorithms.results import Result
 from hessfunc.problems.targets import Problem
 from hessfunc.report import Part, brief
+from hessfunc.trees import Space
 
 __all__ = ["Tick", "Watch", "analyse"]
 
@@ -32,7 +33,7 @@ def analyse(
     """Each part of the analysis of a Hessian, as soon as it is finished.
 
     Args:
-        k: how many eigenvalues, of the largest in absolute value.
+        k: how many eigenvalues, of the largest in absolute value; no more than there are.
         probes: random vectors of the density.
         steps: Lanczos steps for each of them.
         trace_rtol: the relative half-width of the trace's 95 % interval that is enough.
@@ -42,6 +43,8 @@ def analyse(
             the share of the part that is done and a few words.
     """
     params = problem.params
+    k = min(k, Space.of(params).n)
+    max_matvecs = max(max_matvecs, 2 * k, 4)
     matvec = hf.over_batches(hf.hvp(problem.loss))(params, problem.batches)
     pairs = partial(hf.lanczos, matvec, params, rtol=1e-3, max_matvecs=max_matvecs, seed=seed)
 

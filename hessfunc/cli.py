@@ -235,7 +235,7 @@ def analyze(
     finally:
         folder.close(status)
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(f"\n{report.headline(folder.subject)}", highlight=False)
     console.print(report.table(folder.parts))
     console.print(f"results.json, density.png and the results in full are in {out}")
@@ -296,10 +296,10 @@ def _progress() -> Progress:
     console = Console(stderr=True)
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         console=console,
         transient=True,
         disable=not console.is_terminal,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from hessfunc.recompute import recomputed
 from hessfunc.trees import Tree, merge, tree_map
@@ -207,7 +208,7 @@ def functional(
             fixed = {n: p for n, p in model.named_parameters() if n not in params}
             state = _cast((fixed | params, buffers), dtype)
             args, kwargs = _cast((args, kwargs), dtype)
-        with _flags(training), _recomputing(segments):
+        with _flags(training), _recomputing(segments), _without_checkpointing():
             outputs = torch.func.functional_call(model, state, args, kwargs)
         return outputs if dtype is None else _cast(outputs, own_dtype)
 
@@ -271,6 +272,20 @@ def _recomputing(segments: list[_Forward]) -> Iterator[None]:
     finally:
         for forward in segments:
             del forward.module.forward
+
+
+@contextmanager
+def _without_checkpointing() -> Iterator[None]:
+    # It would compute again in the backward pass, with the module's own parameters.
+    refused = disable_saved_tensors_hooks(
+        "torch.utils.checkpoint (gradient checkpointing) does not work under second derivatives: "
+        "turn it off, and take functional(model, recompute='layers.*') in its place"
+    )
+    with ExitStack() as stack:
+        # Hooks that are there already are the user's own, such as save_on_cpu, and stay.
+        with suppress(RuntimeError):
+            stack.enter_context(refused)
+        yield
 
 
 @contextmanager

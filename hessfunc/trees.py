@@ -7,6 +7,7 @@ a tree without a copy, and its leaves are written back to one row with one copy.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ __all__ = [
     "ProbeKind",
     "Space",
     "Tree",
+    "batch_leaves",
     "flatten",
     "leaves",
     "merge",
@@ -63,6 +65,17 @@ def leaves(tree: Tree, /) -> list[Any]:
     return flatten(tree)[0]
 
 
+def batch_leaves(batch: Any, /) -> list[Any]:
+    """The leaves of whatever a loader yields: mappings and data classes count as containers."""
+    found = leaves(batch)
+    if len(found) == 1 and found[0] is batch and not isinstance(batch, Tensor):
+        if isinstance(batch, Mapping):
+            return leaves(dict(batch))
+        if dataclasses.is_dataclass(batch):
+            return leaves(vars(batch))
+    return found
+
+
 def tree_map(fn: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:
     """``fn`` on corresponding leaves of trees of one structure."""
     first, structure = flatten(tree)
@@ -76,6 +89,11 @@ def _names(structure: optree.PyTreeSpec) -> tuple[str, ...]:
 
 def _label(key: Any) -> str:
     return f"{key[0]}[{key[1]}]" if isinstance(key, tuple) and len(key) == 2 else str(key)
+
+
+def _described(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{len(names)} leaves ({shown}{', ...' if len(names) > 4 else ''})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,10 +204,11 @@ class Space:
     def _leaves_of_structure(self, tree: Tree) -> list[Tensor]:
         try:
             found: list[Any] = self.structure.flatten_up_to(tree)
-        except ValueError as error:
+        except ValueError:
+            given = _names(flatten(tree)[1])
             raise ValueError(
                 "the vector does not have the structure of the parameters, "
-                f"{self._described()}: {error}"
+                f"{_described(self.names)}: it has {_described(given)}"
             ) from None
         for name, leaf in zip(self.names, found, strict=True):
             if not isinstance(leaf, Tensor):
@@ -198,10 +217,6 @@ class Space:
                     f"has a {type(leaf).__name__} where a tensor is due"
                 )
         return found
-
-    def _described(self) -> str:
-        shown = ", ".join(self.names[:4])
-        return f"{len(self.names)} leaves ({shown}{', ...' if len(self.names) > 4 else ''})"
 
     def ravel(self, block: Tree, /, *, dtype: torch.dtype | None = None) -> Tensor:
         """The rows ``(k, n)`` of a block: one copy."""

@@ -337,3 +337,32 @@ def test_recomputation_leaves_the_modules_as_they_were() -> None:
 def test_a_pattern_without_a_module_is_refused() -> None:
     with pytest.raises(ValueError, match="recompute='layer9' chooses none of the modules"):
         hf.functional(small_net(), recompute="layer9")
+
+
+class Checkpointed(nn.Module):
+    """A layer behind torch's own checkpointing."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.reentrant = nn.Linear(3, 3), nn.Linear(3, 3), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(
+            lambda h: torch.tanh(self.second(h)), self.first(x), use_reentrant=self.reentrant
+        )
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_torchs_checkpointing_is_refused_with_what_to_do(reentrant: bool) -> None:
+    model_fn, params = hf.functional(Checkpointed(reentrant=reentrant))
+    loss = hf.composed(model_fn, lambda outputs, _: outputs.square().sum())
+    with pytest.raises(RuntimeError, match=r"functional\(model, recompute="):
+        hf.hvp(loss)(params, torch.randn(4, 3))
+
+
+def test_hooks_of_the_users_own_stay() -> None:
+    model_fn, params = hf.functional(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    loss = hf.composed(model_fn, lambda outputs, _: outputs.square().sum())
+    with torch.autograd.graph.save_on_cpu():
+        matvec = hf.hvp(loss)(params, torch.randn(4, 3))
+    assert hf.check(matvec, params)

@@ -39,6 +39,7 @@ def pairs() -> Eigenpairs:
         vectors={"x": torch.eye(2, 100)},
         residuals=torch.tensor([1e-3, 0.2], dtype=torch.float64),
         converged=torch.tensor([True, False]),
+        largest=5.0,
         matvecs=10,
         passes=10,
         reason="the budget is spent",

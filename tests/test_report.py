@@ -23,6 +23,7 @@ PAIRS = Eigenpairs(
     vectors={"x": torch.eye(2, 3)},
     residuals=torch.tensor([1e-5, 0.25], dtype=torch.float64),
     converged=torch.tensor([True, False]),
+    largest=5.0,
     **COST,
 )
 SMALLEST = replace(

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Density, rounding
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.rounds import (
+    Callback,
+    Products,
+    at_least,
+    drawn,
+    drive,
+    products_eps,
+    rows_dtype,
+)
 from hessfunc.memory import available_memory
 from hessfunc.trees import Matvec, Space, Tree
 
@@ -64,9 +72,11 @@ def slq(
     """
     products = Products.of(matvec, like)
     space = products.space
-    at_least(1, probes=probes, steps=steps, max_matvecs=max_matvecs)
+    at_least(1, probes=probes, steps=steps)
+    at_least(probes, max_matvecs=max_matvecs)
     seed = drawn(seed)
     steps = min(steps, space.n)
+    eps = products_eps(space, rows_dtype(space))
     group = _probes_that_fit(space, probes, steps)
 
     def step(state: _State, room: int) -> _State:
@@ -80,7 +90,7 @@ def slq(
                 break
             images = iter(products(torch.stack([run.current for run in active])))
             state = _State(
-                tuple(r if r.ended else _extended(space, r, next(images)) for r in state.runs),
+                tuple(r if r.ended else _extended(space, r, next(images), eps) for r in state.runs),
                 state.done,
             )
             room -= len(active)
@@ -163,7 +173,7 @@ def _start(space: Space, indices: range, steps: int, seed: int) -> tuple[_Run, .
     return runs
 
 
-def _extended(space: Space, run: _Run, image: Tensor) -> _Run:
+def _extended(space: Space, run: _Run, image: Tensor, eps: float) -> _Run:
     size = len(run.alphas) + 1
     basis, rest = run.basis[:size], image[None]
     alpha = 0.0
@@ -175,7 +185,7 @@ def _extended(space: Space, run: _Run, image: Tensor) -> _Run:
     beta = float(space.norms(rest))
     alphas = (*run.alphas, alpha)
     largest = max(abs(a) for a in alphas) + 2 * max((*run.betas, beta))
-    if size == len(run.basis) or beta <= rounding([basis], torch.tensor([largest])):
+    if size == len(run.basis) or beta <= rounding(eps, largest):
         return replace(run, alphas=alphas, ended=True)
     run.basis[size] = rest[0] / beta
     return replace(run, alphas=alphas, betas=(*run.betas, beta))

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs, rounding
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.rounds import (
+    Callback,
+    Products,
+    at_least,
+    drawn,
+    drive,
+    products_eps,
+    rows_dtype,
+)
 from hessfunc.trees import Matvec, Space, Tree, leaves
 
 __all__ = ["lanczos"]
@@ -46,8 +54,9 @@ def lanczos(
 
         |A v - value v| <= max(rtol |value|, atol),
 
-    or when its residual is down to the rounding of the products. Residuals are measured at the
-    end by k more products.
+    as measured at the end by k more products; a value that is zero up to rounding, when its
+    residual is too. Where the rounding of the products, some eps |A|, hides the tolerance, pairs
+    are not said to have converged, and the reason says so.
 
     Args:
         matvec: block -> block, symmetric.
@@ -90,15 +99,16 @@ def lanczos(
         raise ValueError(f"k={k}: the matrix has {space.n} eigenvalues, choose 1 to {space.n}")
     at_least(0, rtol=rtol, atol=atol)
     at_least(1, block_size=block_size)
-    at_least(2 * k, max_matvecs=max_matvecs)
     block_size = min(block_size, space.n)
+    at_least(k + max(k, block_size), max_matvecs=max_matvecs)
     if basis_size is None:
         basis_size = max(2 * k + 10, k + 4 * block_size)
     at_least(min(space.n, k + block_size), basis_size=basis_size)
     basis_size = min(basis_size, space.n)
     seed = drawn(seed)
     dtype = basis_dtype or rows_dtype(space)
-    problem = _Problem(k, which, block_size, basis_size, rtol, atol, seed)
+    eps = products_eps(space, dtype)
+    problem = _Problem(k, which, block_size, basis_size, rtol, atol, seed, eps)
     state = _start(problem, space, start, dtype)
 
     def found(state: _State, reason: str, *, measured: bool) -> Eigenpairs:
@@ -106,17 +116,21 @@ def lanczos(
         if measured:
             images = products(vectors)
             residuals = space.norms(images - values.to(images)[:, None] * vectors).cpu()
-        converged = residuals <= _tolerance(problem, values, state)
+        largest = _scale(state.projected)
+        floor = rounding(eps, largest)
+        converged = residuals <= (rtol * values.abs()).clamp_min(atol)
+        converged |= (values.abs() <= floor) & (residuals <= floor)
         if measured and not converged.all() and reason.startswith("converged"):
             reason = (
-                f"the measured residuals of {int((~converged).sum())} pairs stay above the "
-                f"tolerance: the rounding of {str(dtype).removeprefix('torch.')} products"
+                f"the residuals of {int((~converged).sum())} pairs cannot reach the tolerance: "
+                f"products are rounded to {eps:.0e} |A|; take a looser rtol, or float64"
             )
         return Eigenpairs(
             values=values,
             vectors=space.unravel(vectors),
             residuals=residuals,
             converged=converged,
+            largest=largest,
             matvecs=products.matvecs,
             passes=products.passes,
             reason=reason,
@@ -144,6 +158,7 @@ class _Problem:
     rtol: float
     atol: float
     seed: int
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -226,9 +241,9 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
     projected[j:, :j] = columns[:j].mT
     projected[j:, j:] = (columns[j:] + columns[j:].mT) / 2
     scale = _scale(projected)
-    _refuse_asymmetric(columns[:j] - state.coupling.mT, scale)
+    _refuse_asymmetric(columns[:j] - state.coupling.mT, scale, max(1e-3, 10 * problem.eps))
 
-    threshold = rounding([basis], scale[None])
+    threshold = rounding(problem.eps, scale)
     block, factor = _orthonormal(space, images, basis, threshold)
     coupling = torch.zeros(len(block), len(basis), dtype=torch.float64)
     coupling[:, j:] = factor
@@ -246,7 +261,7 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
     """V spans an invariant subspace: look outside of it, unless the last look found nothing."""
     wanted = _wanted(problem, torch.linalg.eigvalsh(state.projected))
     values = torch.linalg.eigvalsh(state.projected)[wanted]
-    floor = rounding([state.basis], _scale(state.projected)[None])
+    floor = rounding(problem.eps, _scale(state.projected))
     nothing_new = (
         state.closed is not None
         and len(values) == problem.k == len(state.closed)
@@ -306,8 +321,8 @@ def _orthonormal(
     return rows, factor
 
 
-def _refuse_asymmetric(difference: Tensor, scale: Tensor) -> None:
-    if difference.numel() and float(difference.abs().max()) > 1e-3 * float(scale):
+def _refuse_asymmetric(difference: Tensor, scale: float, tolerance: float) -> None:
+    if difference.numel() and float(difference.abs().max()) > tolerance * scale:
         raise ValueError(
             "the matvec is not symmetric or not deterministic: u'Av and v'Au differ by "
             f"{float(difference.abs().max() / scale):.1e} of the largest eigenvalue. Common "
@@ -316,8 +331,8 @@ def _refuse_asymmetric(difference: Tensor, scale: Tensor) -> None:
         )
 
 
-def _scale(projected: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(projected, ord=2)
+def _scale(projected: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(projected, ord=2))
 
 
 def _preferred(which: Which, values: Tensor) -> Tensor:
@@ -348,8 +363,9 @@ def _chosen(problem: _Problem, space: Space, state: _State) -> tuple[Tensor, Ten
 
 
 def _tolerance(problem: _Problem, values: Tensor, state: _State) -> Tensor:
-    floor = rounding([state.basis], _scale(state.projected)[None])
-    return (problem.rtol * values.abs()).clamp_min(max(problem.atol, floor))
+    """The residuals of the recurrence at which to stop: below eps |A| they mean nothing."""
+    least = max(problem.atol, problem.eps * _scale(state.projected))
+    return (problem.rtol * values.abs()).clamp_min(least)
 
 
 def _verdict(problem: _Problem, state: _State) -> str | None:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs, rounding
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.rounds import (
+    Callback,
+    Products,
+    at_least,
+    drawn,
+    drive,
+    products_eps,
+    rows_dtype,
+)
 from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["power_iteration"]
@@ -56,7 +64,8 @@ def power_iteration(
         callback: called with the running `Eigenpairs` after each round; returning True stops.
 
     Returns:
-        `Eigenpairs`. Residuals are those of products that were made: nothing is extrapolated.
+        `Eigenpairs`; fewer than k, with the last one not converged, where the budget ends before.
+        Residuals are those of products that were made: nothing is extrapolated.
         A dominant pair +a, -a does not converge, and is reported so.
 
     Raises:
@@ -92,14 +101,19 @@ def power_iteration(
         shift=0.0 if which == "LM" else None,
     )
 
-    def tolerance(values: Tensor) -> Tensor:
-        return rtol * values.abs() + rounding([first], values)
+    eps = products_eps(space, dtype)
+
+    def tolerance(values: Tensor, largest: float) -> Tensor:
+        # A value that is zero up to rounding has converged when its residual is, too.
+        floor = rounding(eps, largest)
+        tiny = torch.where(values.abs() <= floor, floor, 0.0)
+        return torch.maximum(rtol * values.abs(), tiny)
 
     def step(state: _State, room: int) -> _State:
         for _ in range(min(room, _STEPS_A_ROUND)):
             state = _iterate(space, products, state, momentum)
             value, residual = _quotient(space, state)
-            if residual <= float(tolerance(value)):
+            if residual <= float(tolerance(value, _largest(space, state))):
                 return _accept(space, state, which, float(value), seed)
         return state
 
@@ -109,7 +123,8 @@ def power_iteration(
             values=values,
             vectors=space.unravel(vectors),
             residuals=residuals,
-            converged=residuals <= tolerance(values),
+            converged=residuals <= tolerance(values, _largest(space, state)),
+            largest=_largest(space, state),
             matvecs=products.matvecs,
             passes=products.passes,
             reason=reason,
@@ -166,6 +181,12 @@ def _quotient(space: Space, state: _State) -> tuple[Tensor, float]:
     value = space.gram(state.current, state.image)[0].cpu()
     residual = state.image - float(value) * state.current
     return value, float(space.norms(_outside(space, residual, state.vectors)))
+
+
+def _largest(space: Space, state: _State) -> float:
+    """The largest absolute eigenvalue, from below: the longest product that is at hand."""
+    images = state.images if state.image is None else torch.cat([state.images, state.image])
+    return float(space.norms(images).max()) if len(images) else 0.0
 
 
 def _accept(space: Space, state: _State, which: str, value: float, seed: int) -> _State:

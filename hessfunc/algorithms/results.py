@@ -74,7 +74,9 @@ class Result:
                 paths = [list(map(str, path)) for path in structure.paths()]
                 plain[item.name] = {"paths": paths}
                 for i, leaf in enumerate(found):
-                    arrays[f"{item.name}/{i}"] = leaf.detach().cpu().numpy()
+                    # NumPy has no bfloat16; float32 holds it exactly.
+                    plain_leaf = leaf.float() if leaf.dtype == torch.bfloat16 else leaf
+                    arrays[f"{item.name}/{i}"] = plain_leaf.detach().cpu().numpy()
             else:
                 plain[item.name] = {"value": value}
         arrays["result"] = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
@@ -135,12 +137,14 @@ class Eigenpairs(Result):
         vectors: a block of k orthonormal vectors.
         residuals: ``|A v_i - values_i v_i|``, float64 ``(k,)``; measured with A at the end.
         converged: whether the residual is within the stated tolerance, bool ``(k,)``.
+        largest: the largest absolute Ritz value that was seen, the scale of rounding.
     """
 
     values: Tensor
     vectors: Tree
     residuals: Tensor
     converged: Tensor
+    largest: float
 
     @property
     def intervals(self) -> Tensor:
@@ -149,17 +153,20 @@ class Eigenpairs(Result):
         Widened by the rounding of the products. Nothing is promised about the index of that
         eigenvalue.
         """
-        floor = rounding(leaves(self.vectors), self.values)
-        radius = self.residuals + floor
+        radius = self.residuals + rounding(
+            max(torch.finfo(leaf.dtype).eps for leaf in leaves(self.vectors)), self.largest
+        )
         return torch.stack([self.values - radius, self.values + radius], dim=1)
 
 
-def rounding(vectors: list[Tensor], values: Tensor) -> float:
-    """The size of the rounding error of a product, for a matrix with these largest values."""
-    eps = max(torch.finfo(leaf.dtype).eps for leaf in vectors)
-    n = sum(leaf[0].numel() for leaf in vectors)
-    largest = float(values.abs().max()) if len(values) else 0.0
-    return 10 * eps * min(math.sqrt(n), 30.0) * largest
+def rounding(eps: float, largest: float, /) -> float:
+    """The size of the rounding error of a product with a unit vector.
+
+    Args:
+        eps: of the dtype in which products are made.
+        largest: the largest absolute eigenvalue, as far as it is known.
+    """
+    return 30 * eps * largest
 
 
 @dataclass(frozen=True, kw_only=True)

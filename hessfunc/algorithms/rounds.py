@@ -13,7 +13,7 @@ from torch import Tensor
 from hessfunc.algorithms.results import Result
 from hessfunc.trees import Matvec, Space, Tree
 
-__all__ = ["Callback", "Products", "at_least", "drawn", "drive", "rows_dtype"]
+__all__ = ["Callback", "Products", "at_least", "drawn", "drive", "products_eps", "rows_dtype"]
 
 State = TypeVar("State")
 Found = TypeVar("Found", bound=Result)
@@ -102,6 +102,11 @@ def at_least(least: float, **options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not value >= least:
             raise ValueError(f"{name}={value}: it must be at least {least}")
+
+
+def products_eps(space: Space, dtype: torch.dtype) -> float:
+    """The eps of products whose rows are in ``dtype``: that of the coarsest leaf counts too."""
+    return max(torch.finfo(d).eps for d in (dtype, *space.dtypes))
 
 
 def rows_dtype(space: Space) -> torch.dtype:

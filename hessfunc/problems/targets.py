@@ -237,6 +237,8 @@ def make_problem(
         if isinstance(head, nn.Module):
             if not callable(middle):
                 raise TypeError(f"its criterion, of type {type(middle).__name__}, cannot be called")
+            if getattr(middle, "reduction", "mean") == "sum":
+                raise ValueError("its criterion is a sum, and batches are averaged: take the mean")
             if isinstance(middle, nn.Module):
                 middle.to(device=device, dtype=dtype)
             model_fn, params = functional(head.to(device=device, dtype=dtype))

@@ -12,14 +12,14 @@ from torch import Tensor
 from hessfunc.functional import several_batches
 from hessfunc.transforms.blocks import Curvature, unchanged
 from hessfunc.transforms.checksum import Checksum
-from hessfunc.trees import Matvec, Space, Tree, flatten, leaves
+from hessfunc.trees import Matvec, Space, Tree, batch_leaves, flatten, leaves
 
 __all__ = ["examples", "microbatches", "over_batches"]
 
 
 def examples(batch: Any, /) -> int:
     """The number of examples of a batch: the length of its first tensor with an axis."""
-    for leaf in leaves(batch):
+    for leaf in batch_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return len(leaf)
     raise ValueError(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessfunc.memory import available_memory
 from hessfunc.transforms.kernels import explained, precise
-from hessfunc.trees import Matvec, Space, Tree, leaves, tree_map
+from hessfunc.trees import Matvec, Space, Tree, batch_leaves, leaves, tree_map
 
 __all__ = ["Chunks", "Curvature", "Product", "block_matvec", "unchanged"]
 
@@ -66,7 +66,7 @@ def block_matvec(
         chunks: how the block is cut.
     """
     refuse_if_changed = unchanged(space, point)
-    of_batch = tuple(x.shape for x in leaves(batch) if isinstance(x, Tensor))
+    of_batch = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
 
     def matvec(block: Tree) -> Tree:
         refuse_if_changed()

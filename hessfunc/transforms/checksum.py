@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.trees import leaves, wide_dtype
+from hessfunc.trees import batch_leaves, wide_dtype
 
 __all__ = ["Checksum"]
 
@@ -24,7 +24,9 @@ class Checksum:
         self.total = torch.zeros(3, dtype=wide_dtype(device), device=device)
 
     def add(self, batch: Any) -> None:
-        tensors = [x for x in leaves(batch) if isinstance(x, Tensor) and x.dim() > 0 and len(x)]
+        tensors = [
+            x for x in batch_leaves(batch) if isinstance(x, Tensor) and x.dim() > 0 and len(x)
+        ]
         if not tensors:
             return
         dtype, device = self.total.dtype, self.total.device

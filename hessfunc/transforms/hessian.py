@@ -132,7 +132,8 @@ def _difference(loss: LossFunction, space: Space, point: Sequence[Tensor], batch
             return _gradient(loss, space, inputs, batch, create_graph=False)
 
     gradient(point)
-    step = torch.finfo(space.dtype).eps ** (1 / 3) * (_norm(point) or 1.0)
+    eps = max(torch.finfo(dtype).eps for dtype in space.dtypes)
+    step = eps ** (1 / 3) * (_norm(point) or 1.0)
 
     def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         length = _norm(tangents)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hessfunc.trees import Space, leaves
+from hessfunc.trees import Space, batch_leaves
 
 __all__ = ["differentiable_twice", "explained", "precise"]
 
@@ -103,14 +103,20 @@ def explained(space: Space, batch: Any) -> Iterator[None]:
         if found := _NO_REVERSE.search(text):
             raise NotImplementedError(
                 f"{_operation(found)} has no second derivative in torch: replace it, or take "
-                "`hvp(loss, mode='difference')`, finite differences of the gradient"
+                "`hvp(loss, mode='difference')`, finite differences of the gradient, which need "
+                "a smooth loss and are best in float64"
             ) from error
         if found := _NO_FORWARD.search(text):
             raise NotImplementedError(
                 f"{_operation(found)}: not supported in forward mode: take "
                 "`hvp(loss, mode='reverse')`"
             ) from error
-        devices = {leaf.device for leaf in leaves(batch) if isinstance(leaf, Tensor)}
+        if "use_reentrant=True" in text:
+            raise NotImplementedError(
+                "torch.utils.checkpoint (gradient checkpointing) does not work under second "
+                "derivatives: turn it off, and take functional(model, recompute='layers.*')"
+            ) from error
+        devices = {leaf.device for leaf in batch_leaves(batch) if isinstance(leaf, Tensor)}
         if devices - {space.device}:
             raise ValueError(
                 f"the parameters lie on {space.device}, but the batch has tensors on "
