@@ -5,7 +5,13 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -189,6 +195,7 @@ def functional(
         )
     training = [(module, module.training) for module in model.modules()]
     segments = [] if recompute is None else _segments(model, recompute)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     own_dtype = next(iter(params.values())).dtype
     batch_statistics = [
         name for name, module in model.named_modules() if _uses_batch_statistics(module)
@@ -208,7 +215,12 @@ def functional(
             fixed = {n: p for n, p in model.named_parameters() if n not in params}
             state = _cast((fixed | params, buffers), dtype)
             args, kwargs = _cast((args, kwargs), dtype)
-        with _flags(training), _recomputing(segments), _without_checkpointing():
+        with (
+            _flags(training),
+            _recomputing(segments),
+            _without_checkpointing(),
+            _without_cudnn() if recurrent else nullcontext(),
+        ):
             outputs = torch.func.functional_call(model, state, args, kwargs)
         return outputs if dtype is None else _cast(outputs, own_dtype)
 
@@ -272,6 +284,17 @@ def _recomputing(segments: list[_Forward]) -> Iterator[None]:
     finally:
         for forward in segments:
             del forward.module.forward
+
+
+def _without_cudnn() -> AbstractContextManager[None]:
+    # cuDNN's recurrent layers have no second derivative; those of torch do.
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=False,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=cudnn.allow_tf32,
+    )
 
 
 @contextmanager

@@ -28,25 +28,34 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
     Args:
         fn: pure: what it depends on are its arguments, which may be any trees; tensors that
             require a gradient must not come by closure.
+
+    Raises:
+        TypeError: (from the function) it returns something else than floating-point tensors.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         found, structure = flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(found) if _is_floating(leaf)]
+        floating = [i for i, leaf in enumerate(found) if _is_floating(leaf)]
+        others = [
+            i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and i not in floating
+        ]
         returned: list[Any] = []
         replayed = _replay(found)
 
         def pure(*tensors: Tensor) -> tuple[Tensor, ...]:
             leaves = list(found)
-            for i, tensor in zip(places, tensors, strict=True):
+            for i, tensor in zip(floating + others, tensors, strict=True):
                 leaves[i] = tensor
             inner_args, inner_kwargs = structure.unflatten(leaves)
             with replayed() if returned else nullcontext():
                 out, out_structure = flatten(fn(*inner_args, **inner_kwargs))
+            if not all(_is_floating(leaf) for leaf in out):
+                raise TypeError("a recomputed function must return floating-point tensors alone")
             returned[:] = [out_structure]
             return tuple(out)
 
-        out = _Recomputed.apply(pure, *(found[i] for i in places))  # type: ignore[no-untyped-call]
+        tensors = [found[i] for i in floating + others]
+        out = _Recomputed.apply(pure, len(floating), *tensors)  # type: ignore[no-untyped-call]
         return returned[0].unflatten(out)
 
     return call
@@ -75,27 +84,32 @@ def _is_floating(leaf: Any) -> bool:
 
 
 class _Recomputed(torch.autograd.Function):
+    """A function of tensors, the first ``count`` of which are differentiated."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(pure: Pure, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(pure: Pure, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         # As in the pullback: random layers draw another mask outside of torch.func.
-        return torch.func.vjp(pure, *tensors)[0]
+        return torch.func.vjp(_of_first(pure, tensors[count:]), *tensors[:count])[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.pure = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
+        ctx.pure, ctx.count = inputs[:2]
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         tensors = (*cotangents, *ctx.saved_tensors)
-        return None, *_Pulled.apply(ctx.pure, len(cotangents), *tensors)  # type: ignore[no-untyped-call]
+        pulled = _Pulled.apply(ctx.pure, len(cotangents), ctx.count, *tensors)  # type: ignore[no-untyped-call]
+        return None, None, *pulled, *[None] * (len(ctx.saved_tensors) - ctx.count)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.jvp(ctx.pure, ctx.saved_tensors, tangents)[1]
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor) -> tuple[Tensor, ...]:
+        tensors = ctx.saved_tensors
+        fn = _of_first(ctx.pure, tensors[ctx.count :])
+        return torch.func.jvp(fn, tensors[: ctx.count], tangents[: ctx.count])[1]
 
 
 class _Pulled(torch.autograd.Function):
@@ -104,23 +118,33 @@ class _Pulled(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(pure: Pure, outputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return _pullback(pure, outputs)(*tensors)
+    def forward(pure: Pure, outputs: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        moving = outputs + count
+        return _pullback(_of_first(pure, tensors[moving:]), outputs)(*tensors[:moving])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.pulled = _pullback(*inputs[:2])
-        ctx.save_for_backward(*inputs[2:])
-        ctx.save_for_forward(*inputs[2:])
+        ctx.pure, ctx.outputs, count = inputs[:3]
+        ctx.moving = ctx.outputs + count
+        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_forward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        pullback = torch.func.vjp(ctx.pulled, *ctx.saved_tensors)[1]
-        return None, None, *pullback(cotangents)
+        moving, others = ctx.saved_tensors[: ctx.moving], ctx.saved_tensors[ctx.moving :]
+        pulled = _pullback(_of_first(ctx.pure, others), ctx.outputs)
+        pullback = torch.func.vjp(pulled, *moving)[1]
+        return None, None, None, *pullback(cotangents), *[None] * len(others)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.jvp(ctx.pulled, ctx.saved_tensors, tangents)[1]
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        moving, others = ctx.saved_tensors[: ctx.moving], ctx.saved_tensors[ctx.moving :]
+        pulled = _pullback(_of_first(ctx.pure, others), ctx.outputs)
+        return torch.func.jvp(pulled, moving, tangents[3 : 3 + ctx.moving])[1]
+
+
+def _of_first(pure: Pure, others: tuple[Tensor, ...]) -> Pure:
+    return lambda *tensors: pure(*tensors, *others)
 
 
 def _pullback(pure: Pure, outputs: int) -> Pure:

@@ -284,23 +284,10 @@ RECOMPUTED = [
     ("frozen", "*"),
     ("bert, dropout", "bert.encoder.layer.*"),
 ]
-WITH_INTEGER_BUFFERS = ("batch norm, train", "residual")
 
 
-@pytest.mark.parametrize(
-    ("name", "pattern", "mode"),
-    [(*of, "reverse") for of in RECOMPUTED]
-    + [
-        pytest.param(
-            *of,
-            "forward",
-            marks=[pytest.mark.xfail(raises=RuntimeError, reason="integer tensors escape a level")]
-            if of[0] in WITH_INTEGER_BUFFERS
-            else [],
-        )
-        for of in RECOMPUTED
-    ],
-)
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize(("name", "pattern"), RECOMPUTED)
 def test_recomputed_modules_change_no_product(name: str, pattern: str, mode: Any) -> None:
     found = case(name)
     model_fn, params = hf.functional(found.model, recompute=pattern)
@@ -366,3 +353,26 @@ def test_hooks_of_the_users_own_stay() -> None:
     with torch.autograd.graph.save_on_cpu():
         matvec = hf.hvp(loss)(params, torch.randn(4, 3))
     assert hf.check(matvec, params)
+
+
+def test_recurrent_layers_run_without_cudnn_and_leave_it_as_it_was() -> None:
+    seen = []
+    model = nn.LSTM(3, 4)
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
+    model_fn, params = hf.functional(model)
+    before = torch.backends.cudnn.enabled
+    model_fn(params, torch.randn(2, 1, 3))
+    assert seen == [False]
+    assert torch.backends.cudnn.enabled == before
+
+
+@pytest.mark.gpu
+def test_the_hessian_of_a_recurrent_layer_on_a_gpu_is_that_on_the_cpu() -> None:
+    model = nn.LSTM(3, 4).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    products = []
+    for device in ("cpu", "cuda"):
+        model_fn, params = hf.functional(model.to(device))
+        loss = hf.composed(model_fn, lambda outputs, _: outputs[0].square().mean())
+        products.append(matrix(hf.hvp(loss)(params, x.to(device)), params).cpu())
+    assert relative_error(products[1], products[0]) < 1e-8

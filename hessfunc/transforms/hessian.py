@@ -88,9 +88,6 @@ def _reverse(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: A
     inputs = [leaf.detach().requires_grad_() for leaf in point]
     with differentiable_twice(space.device):
         gradient = _gradient(loss, space, inputs, batch, create_graph=True)
-        if _has_node(gradient, "CudnnRnnBackward"):
-            with torch.backends.cudnn.flags(enabled=False):
-                gradient = _gradient(loss, space, inputs, batch, create_graph=True)
     curved = [i for i, g in enumerate(gradient) if g.requires_grad]
     outputs = [gradient[i] for i in curved]
 
@@ -184,18 +181,3 @@ def checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
                 raise ValueError(f"parameter {name!r} has entries that are NaN or infinite")
         raise ValueError(f"the loss is {value.item()} at finite parameters: check the batch")
     return value
-
-
-def _has_node(outputs: Sequence[Tensor], name: str) -> bool:
-    """Whether the graph of these outputs has a node of this kind."""
-    waiting: list[Any] = [out.grad_fn for out in outputs if out.grad_fn is not None]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        if name in node.name():
-            return True
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions if following is not None)
-    return False
