@@ -22,7 +22,7 @@ Watch: TypeAlias = Callable[[str], Tick]
 def analyse(
     problem: Problem,
     *,
-    k: int,
+    k: int | None,
     probes: int,
     steps: int,
     trace_rtol: float,
@@ -33,7 +33,7 @@ def analyse(
     """Each part of the analysis of a Hessian, as soon as it is finished.
 
     Args:
-        k: how many eigenvalues, of the largest in absolute value; no more than there are.
+        k: how many eigenvalues, of the largest in absolute value; None for ten, or all of fewer.
         probes: random vectors of the density.
         steps: Lanczos steps for each of them.
         trace_rtol: the relative half-width of the trace's 95 % interval that is enough.
@@ -43,7 +43,7 @@ def analyse(
             the share of the part that is done and a few words.
     """
     params = problem.params
-    k = min(k, Space.of(params).n)
+    k = min(10, Space.of(params).n) if k is None else k
     max_matvecs = max(max_matvecs, 2 * k, 4)
     matvec = hf.over_batches(hf.hvp(problem.loss))(params, problem.batches)
     pairs = partial(hf.lanczos, matvec, params, rtol=1e-3, max_matvecs=max_matvecs, seed=seed)

@@ -86,8 +86,15 @@ def analyze(
         "hessfunc-out"
     ),
     k: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many eigenvalues.", rich_help_panel=_EFFORT)
-    ] = 10,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="How many eigenvalues.",
+            show_default="10, or all of fewer",
+            rich_help_panel=_EFFORT,
+        ),
+    ] = None,
     probes: Annotated[
         int,
         typer.Option(

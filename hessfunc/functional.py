@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from hessfunc.recompute import recomputed
-from hessfunc.trees import Tree, merge, tree_map
+from hessfunc.trees import Space, Tree, leaves, merge, tree_map, unchanged
 
 __all__ = ["Loss", "LossFunction", "composed", "functional", "hold", "sliced", "supervised"]
 
@@ -45,10 +45,21 @@ class Loss:
 
 
 def composed(
-    outputs: Callable[[Tree, Any], Any], criterion: Callable[[Any, Any], Tensor], /
+    outputs: Callable[[Tree, Any], Any],
+    criterion: Callable[[Any, Any], Tensor],
+    /,
+    *,
+    targets: Callable[[Any], Any] | None = None,
 ) -> Loss:
-    """The loss of any batch: ``criterion(outputs(params, batch), batch)``."""
-    return Loss(outputs, criterion)
+    """The loss of any batch: ``criterion(outputs(params, batch), batch)``.
+
+    Args:
+        outputs: ``(params, batch) -> outputs``.
+        criterion: ``(outputs, batch) -> scalar``; with ``targets``, ``(outputs, targets)``.
+        targets: batch -> targets. A usual criterion, such as ``cross_entropy``, then stays known,
+            so that Gauss-Newton and Fisher matrices take its closed forms.
+    """
+    return Loss(outputs, criterion if targets is None else OfTargets(criterion, targets))
 
 
 def supervised(
@@ -72,14 +83,19 @@ class _OfInputs:
         return self.model_fn(params, _pair(batch)[0])
 
 
+def _targets(batch: Any) -> Any:
+    return _pair(batch)[1]
+
+
 @dataclass(frozen=True)
 class OfTargets:
     """A criterion of (outputs, targets) as one of (outputs, batch)."""
 
     criterion: Callable[[Any, Any], Tensor]
+    targets: Callable[[Any], Any] = _targets
 
     def __call__(self, outputs: Any, batch: Any, /) -> Tensor:
-        return self.criterion(outputs, _pair(batch)[1])
+        return self.criterion(outputs, self.targets(batch))
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
@@ -98,12 +114,28 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
     Args:
         loss: of all parameters. A `Loss` gives a `Loss`.
         rest: the parameters that are held, as `split` returns them.
+
+    Raises:
+        RuntimeError: (from the loss) a held parameter has changed in place since.
     """
+    if not rest:
+        return loss
     fixed = tree_map(Tensor.detach, rest)
+    refuse_if_changed = unchanged(Space.of(fixed).names, leaves(fixed))
+
+    def whole(chosen: Tree) -> dict[str, Any]:
+        refuse_if_changed()
+        return merge(chosen, fixed)
+
+    return _of_whole(loss, whole)
+
+
+def _of_whole(loss: LossFunction, whole: Callable[[Tree], Tree]) -> LossFunction:
+    """The loss of a part of the parameters, from which ``whole`` makes all of them."""
     if isinstance(loss, Loss):
         outputs = loss.outputs
-        return Loss(lambda chosen, batch: outputs(merge(chosen, fixed), batch), loss.criterion)
-    return lambda chosen, batch: loss(merge(chosen, fixed), batch)
+        return Loss(lambda part, batch: outputs(whole(part), batch), loss.criterion)
+    return lambda part, batch: loss(whole(part), batch)
 
 
 def sliced(
@@ -122,7 +154,10 @@ def sliced(
 
     Raises:
         KeyError: there is no parameter of that name.
+        ValueError: a slice is empty, or names an entry twice.
     """
+    if not slices:
+        raise ValueError("slices is empty: name a parameter, and which part of it")
     if unknown := sorted(set(slices) - set(params)):
         raise KeyError(f"there is no parameter named {', '.join(unknown)}")
     fixed = {name: leaf.detach() for name, leaf in params.items()}
@@ -132,8 +167,13 @@ def sliced(
         .flatten()
         for name, index in slices.items()
     }
+    for name, place in places.items():
+        if not len(place) or len(place.unique()) < len(place):
+            raise ValueError(f"the slice of {name!r} is empty or names an entry twice")
+    refuse_if_changed = unchanged(tuple(fixed), list(fixed.values()))
 
     def whole(chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        refuse_if_changed()
         # Out of place, for forward mode.
         changed = {
             name: fixed[name]
@@ -145,10 +185,7 @@ def sliced(
         return fixed | changed
 
     chosen = {name: fixed[name][index] for name, index in slices.items()}
-    if isinstance(loss, Loss):
-        outputs = loss.outputs
-        return Loss(lambda part, batch: outputs(whole(part), batch), loss.criterion), chosen
-    return lambda part, batch: loss(whole(part), batch), chosen
+    return _of_whole(loss, whole), chosen
 
 
 def functional(
@@ -172,8 +209,8 @@ def functional(
         dtype: in which the model is evaluated, such as ``torch.bfloat16``; params, buffers and
             inputs are cast inside the function and outputs back, so that params, loss and vectors
             stay in their own. None: as it is.
-        recompute: a glob over module names (``"layers.*"``). Their activations are not kept for
-            the derivatives but computed again, so that a deep model's graph fits in memory;
+        recompute: a glob over module names (``"model.layers.*"``). Their activations are not kept
+            for the derivatives but computed again, so that a deep model's graph fits in memory;
             `recomputed` does it for any function.
 
     Returns:
@@ -262,13 +299,22 @@ def _segments(model: nn.Module, pattern: str) -> list[_Forward]:
         if name and not inside and fnmatch.fnmatchcase(name, pattern):
             found[name] = _Forward(module)
     if not found:
-        raise ValueError(f"recompute={pattern!r} chooses none of the modules")
+        names = [name for name, _ in model.named_modules() if name]
+        raise ValueError(
+            f"recompute={pattern!r} chooses none of the modules {', '.join(names[:8])}, ..."
+        )
     return list(found.values())
 
 
 @contextmanager
 def _recomputing(segments: list[_Forward]) -> Iterator[None]:
     def call(forward: _Forward, *args: Any, **kwargs: Any) -> Any:
+        if any(type(leaf).__name__.endswith("Cache") for leaf in leaves((args, kwargs))):
+            raise ValueError(
+                "the model keeps a cache of keys and values, which recomputation would fill "
+                "again: set `model.config.use_cache = False`"
+            )
+
         def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
             # Detached: BatchNorm refuses running statistics that it should differentiate.
             state = params, {name: buffer.detach().clone() for name, buffer in buffers.items()}
@@ -302,7 +348,7 @@ def _without_checkpointing() -> Iterator[None]:
     # It would compute again in the backward pass, with the module's own parameters.
     refused = disable_saved_tensors_hooks(
         "torch.utils.checkpoint (gradient checkpointing) does not work under second derivatives: "
-        "turn it off, and take functional(model, recompute='layers.*') in its place"
+        "turn it off, and take functional(model, recompute='model.layers.*') in its place"
     )
     with ExitStack() as stack:
         # Hooks that are there already are the user's own, such as save_on_cpu, and stay.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.functional import LossFunction
+from hessfunc.transforms.kernels import differentiable_twice
 from hessfunc.trees import Space, Tree
 
 __all__ = ["Sharpness", "adam_diagonal", "critical_sharpness"]
@@ -49,7 +50,9 @@ def critical_sharpness(
     Args:
         loss: ``(params, batch) -> scalar``.
         rtol: the relative width of the bounds at which the bisection stops.
-        start: the first step that is tried.
+        start: the first step that is tried. The search doubles or halves from there and then
+            bisects: where the loss rises, falls and rises again, another start may find another
+            of these steps.
         max_evaluations: the budget of forward passes.
 
     Raises:
@@ -62,6 +65,12 @@ def critical_sharpness(
     Source: Kalra et al. 2026, arXiv 2601.16979.
     """
 
+    if not start > 0 or not rtol > 0 or max_evaluations < 2:
+        raise ValueError(
+            f"start={start}, rtol={rtol}, max_evaluations={max_evaluations}: the first two must "
+            "be positive, the last at least 2"
+        )
+
     def of(params: Tree, batch: Any, direction: Tree) -> Sharpness:
         space = Space.of(params)
         point, along = space.tree_leaves(params), space.tree_leaves(direction)
@@ -73,7 +82,7 @@ def critical_sharpness(
             nonlocal evaluations
             evaluations += 1
             moved = (p - step * d for p, d in zip(point, along, strict=True))
-            with torch.no_grad():
+            with differentiable_twice(space.device), torch.no_grad():
                 return float(loss(space.tree(moved), batch))
 
         base = value_at(0.0)
@@ -121,14 +130,17 @@ def adam_diagonal(optimizer: torch.optim.Optimizer, model: nn.Module, /) -> dict
     ((1 - beta_1) lr), 38 / lr at beta_1 = 0.9.
 
     Args:
-        optimizer: Adam, AdamW or NAdam of torch, after at least one step.
+        optimizer: Adam or AdamW of torch, after at least one step.
         model: whose parameters it trains.
 
     Raises:
+        TypeError: the optimiser is neither.
         ValueError: a trainable parameter has no second moment in the optimiser's state.
 
     Source: Cohen et al. 2022, arXiv 2207.14484.
     """
+    if not isinstance(optimizer, torch.optim.Adam):
+        raise TypeError(f"{type(optimizer).__name__} is not Adam or AdamW, and divides otherwise")
     options = {p: group for group in optimizer.param_groups for p in group["params"]}
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

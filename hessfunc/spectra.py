@@ -10,7 +10,7 @@ from torch import Tensor
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.results import Density
 from hessfunc.functional import LossFunction, hold
-from hessfunc.transforms.batches import over_batches
+from hessfunc.transforms.batches import examples, over_batches
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Matvec, Space, Tree, split
@@ -31,6 +31,8 @@ def block_spectra(
     /,
     *,
     blocks: Mapping[str, Pattern] | Iterable[str] | None = None,
+    weight: Callable[[Any], float] = examples,
+    keep: bool = False,
     curvature: Callable[[Any], Curvature] = hvp,
     algorithm: Callable[[Matvec, Tree], Any] = _density,
     callback: Callable[[str, Any], object] | None = None,
@@ -46,6 +48,8 @@ def block_spectra(
         batches: any re-iterable of batches; of several the mean weighted by examples is taken.
         blocks: the name of each block and its leaves, as patterns of `split`; or patterns alone.
             By default each leaf is a block.
+        weight: what a batch counts, as in `over_batches`: for language models, its tokens.
+        keep: keep the graphs of all batches while a block is worked on.
         curvature: loss -> curvature function, such as `hvp` or `ggnvp`.
         algorithm: ``(matvec, like) -> result``, such as ``functools.partial(lanczos, k=5)``; by
             default `slq` with one probe of 50 steps.
@@ -65,12 +69,16 @@ def block_spectra(
     elif isinstance(blocks, Mapping):
         patterns = blocks
     else:
-        patterns = {pattern: pattern for pattern in blocks}
+        patterns = {
+            pattern: pattern for pattern in ([blocks] if isinstance(blocks, str) else blocks)
+        }
     # All patterns are tried first, so that a wrong one does not wait for the others' results.
     parts = {name: split(params, pattern) for name, pattern in patterns.items()}
     found: dict[str, Any] = {}
     for name, (chosen, rest) in parts.items():
-        matvec = over_batches(curvature(hold(loss, rest)))(chosen, batches)
+        matvec = over_batches(curvature(hold(loss, rest)), weight=weight, keep=keep)(
+            chosen, batches
+        )
         found[name] = algorithm(matvec, chosen)
         if callback is not None:
             callback(name, found[name])

@@ -33,6 +33,7 @@ __all__ = [
     "ravel",
     "split",
     "tree_map",
+    "unchanged",
     "uniforms",
     "unravel",
 ]
@@ -316,6 +317,22 @@ class Space:
         if kind == "sphere":
             rows *= (math.sqrt(self.n) / self.norms(rows)).to(rows.dtype)[:, None]
         return rows
+
+
+def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], None]:
+    """A check that raises once one of these leaves has been changed in place."""
+    versions = [leaf._version for leaf in found]
+
+    def refuse_if_changed() -> None:
+        for name, leaf, version in zip(names, found, versions, strict=True):
+            if leaf._version != version:
+                raise RuntimeError(
+                    f"parameter {name!r} has changed in place since this matvec was made (an "
+                    "optimiser step?), so its products would belong to neither the old nor the "
+                    "new parameters: make the matvec again"
+                )
+
+    return refuse_if_changed
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -134,10 +134,10 @@ def loss_of(model: nn.Module, **options: Any) -> tuple[hf.Loss, dict[str, Tensor
             found = found[:, :-1]
         return found if found.dim() == 2 else found.transpose(1, 2)
 
-    def criterion(outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        return cross_entropy(outputs, batch["labels"][:, 1:] if causal else batch["labels"])
+    def targets(batch: Mapping[str, Tensor]) -> Tensor:
+        return batch["labels"][:, 1:] if causal else batch["labels"]
 
-    return hf.composed(logits, criterion), params
+    return hf.composed(logits, cross_entropy, targets=targets), params
 
 
 # A model, one batch, and parameters so few that their dense matrices are small.
@@ -520,3 +520,33 @@ def test_a_physics_informed_loss_has_the_dense_curvature() -> None:
     for curvature, dense in ((hf.hvp, hessian), (hf.ggnvp, gauss_newton)):
         found = matrix(curvature(loss)(params, points), params)
         assert relative_error(found, dense(loss, params, points)) < 1e-8
+
+
+def test_blocks_of_a_language_model_are_weighted_by_tokens() -> None:
+    loss, params = loss_of(gpt2("eager"))
+    whole = text((6, 4, 2), masked=False)
+    parts = [{n: entry[rows] for n, entry in whole.items()} for rows in (slice(1), slice(1, 3))]
+    blocks = ["*.h.0.ln_1.*"]
+
+    def tokens(batch: Mapping[str, Tensor]) -> int:
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def largest(batches: list[dict[str, Tensor]], **options: Any) -> Tensor:
+        algorithm = functools.partial(hf.lanczos, k=2, seed=0, rtol=1e-8)
+        found = hf.block_spectra(
+            loss, params, batches, blocks=blocks, algorithm=algorithm, **options
+        )
+        return found[blocks[0]].values
+
+    expected = largest([whole])
+    for keep in (False, True):
+        torch.testing.assert_close(largest(parts, weight=tokens, keep=keep), expected)
+    assert not torch.allclose(largest(parts), expected, rtol=1e-3)
+
+
+def test_a_cache_of_keys_is_refused_under_recomputation() -> None:
+    model = gpt2("eager")
+    model.config.use_cache = True
+    model_fn, params = hf.functional(model, recompute="transformer.h.?")
+    with pytest.raises(ValueError, match="use_cache = False"):
+        model_fn(params, {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})

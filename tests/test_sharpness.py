@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import hessfunc as hf
 from tests.cases import Case, case
@@ -229,12 +230,37 @@ def test_frozen_parameters_need_no_state() -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "steps"), [(torch.optim.Adam, 0), (torch.optim.SGD, 2), (torch.optim.Adamax, 2)]
+    "optimizer", [torch.optim.SGD, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam]
 )
-def test_an_optimiser_without_second_moments_is_refused(optimizer: Any, steps: int) -> None:
-    found, made = trained(steps, optimizer)
+def test_another_optimiser_is_refused(optimizer: Any) -> None:
+    found, made = trained(2, optimizer)
+    with pytest.raises(TypeError, match="is not Adam or AdamW"):
+        hf.adam_diagonal(made, found.model)
+
+
+def test_an_optimiser_without_a_step_is_refused() -> None:
+    found, made = trained(0, torch.optim.Adam)
     with pytest.raises(ValueError, match="holds no second moment of '0.weight': is it an Adam"):
         hf.adam_diagonal(made, found.model)
+
+
+def test_dropout_is_drawn_the_same_for_every_step() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2))
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.mse_loss)
+    batch = torch.randn(4, 3), torch.randn(4, 2)
+    state = torch.get_rng_state()
+    of = hf.critical_sharpness(loss)
+    direction = hf.random_like(params, 1, seed=0)
+    along = {name: leaf[0] for name, leaf in direction.items()}
+    assert of(params, batch, along) == of(params, batch, along)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("options", [{"start": 0.0}, {"rtol": 0.0}, {"max_evaluations": 1}])
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}="):
+        hf.critical_sharpness(lambda p, _: p.sum(), **options)
 
 
 def test_an_optimiser_of_another_model_is_refused() -> None:

@@ -207,9 +207,12 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
             so their probes.
     """
     weights = [1.0] * len(estimates) if weights is None else list(weights)
-    if not estimates or len(weights) != len(estimates) or not sum(weights) > 0:
+    if not estimates or len(weights) != len(estimates):
         raise ValueError(f"{len(estimates)} estimates and {len(weights)} weights: pass one each")
-    if len({estimate.seed for estimate in estimates}) < len(estimates):
+    if min(weights) < 0 or not sum(weights) > 0:
+        raise ValueError(f"weights={weights}: at least 0, and not all 0")
+    seeds = [estimate.seed for estimate in estimates if estimate.seed is not None]
+    if len(set(seeds)) < len(seeds):
         raise ValueError("two estimates share a seed, so they are not independent: vary it")
     share = [w / sum(weights) for w in weights]
     by_leaf: dict[str, float] = {}

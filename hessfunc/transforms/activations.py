@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.functional import Loss, functional, supervised
+from hessfunc.transforms.kernels import differentiable_twice
 from hessfunc.trees import tree_map
 
 __all__ = ["activations"]
@@ -77,7 +78,8 @@ def activations(
             found[key] = torch.zeros_like(value)
             return value
 
-        with torch.no_grad(), _hooks(chosen, at, record):
+        device = next(iter(params.values())).device
+        with differentiable_twice(device), torch.no_grad(), _hooks(chosen, at, record):
             model_fn(params, inputs)
         # The order of the modules in the model, not that of the calls.
         order = {name: i for i, name in enumerate(chosen)}
@@ -89,6 +91,11 @@ def activations(
                 raise ValueError(
                     f"module {key[0]!r} is called for time {key[1] + 1}, and there is no "
                     "perturbation for it: make zeros(inputs) of the same inputs"
+                )
+            if perturbations[key].shape != value.shape:
+                raise ValueError(
+                    f"the perturbation of {key[0]!r} has shape {tuple(perturbations[key].shape)}, "
+                    f"its activation {tuple(value.shape)}: make zeros(inputs) of the same inputs"
                 )
             return value + perturbations[key]
 

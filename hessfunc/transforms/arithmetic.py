@@ -81,8 +81,15 @@ def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
     """
     if not all(bool((leaf > 0).all()) for leaf in leaves(diagonal)):
         raise ValueError("the diagonal of a preconditioner must be positive: add a damping")
-    root = tree_map(torch.rsqrt, diagonal)
-    return lambda block: tree_map(torch.mul, matvec(tree_map(torch.mul, block, root)), root)
+    space = Space.of(diagonal)
+    root = [torch.rsqrt(leaf) for leaf in space.tree_leaves(diagonal)]
+
+    def preconditioned(block: Tree) -> Tree:
+        inner = [v * r for v, r in zip(space.block_leaves(block), root, strict=True)]
+        images = space.block_leaves(matvec(space.tree(inner)))
+        return space.tree(v * r for v, r in zip(images, root, strict=True))
+
+    return preconditioned
 
 
 def per_block(

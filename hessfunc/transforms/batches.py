@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hessfunc.functional import several_batches
-from hessfunc.transforms.blocks import Curvature, unchanged
+from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.checksum import Checksum
-from hessfunc.trees import Matvec, Space, Tree, batch_leaves, flatten, leaves
+from hessfunc.trees import Matvec, Space, Tree, batch_leaves, flatten, leaves, unchanged
 
 __all__ = ["examples", "microbatches", "over_batches"]
 
@@ -39,7 +39,8 @@ def microbatches(batch: Any, size: int, /) -> list[Any]:
     """
     if size < 1:
         raise ValueError(f"size={size}: a microbatch has at least one example")
-    found, structure = flatten(batch)
+    # Such as the BatchEncoding of Hugging Face, which is no pytree.
+    found, structure = flatten(dict(batch) if isinstance(batch, Mapping) else batch)
     cut = [isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in found]
     lengths = {len(leaf) for leaf, is_cut in zip(found, cut, strict=True) if is_cut}
     if len(lengths) != 1:
@@ -68,12 +69,17 @@ def over_batches(
         A v = sum_b weight(b) A_b v / sum_b weight(b)
 
     For a loss that is a mean over examples this is the curvature of the mean over all of them,
-    however they are cut into batches. One pass over the batches serves a whole block.
+    however they are cut into batches. One pass over the batches serves a whole block. Passes are
+    compared by a checksum of their examples, in any order. Two things it cannot see: a mask of
+    dropout in train mode belongs to a place in the batch, so the order must stay; and frozen
+    parameters and buffers are read anew in each pass, so they must stay. (A DataLoader draws a
+    number from torch's random stream in each pass, shuffling or not.)
 
     Args:
         curvature: of one batch.
         weight: what a batch counts; by default its examples. Pass your own where the loss is a
-            mean over something else, such as tokens that are not padding.
+            mean over something else, such as tokens that are not padding. Batches of weight 0 are
+            left out.
         keep: keep the graph of every batch: products are faster, memory grows with the data.
 
     Raises:
@@ -88,15 +94,23 @@ def over_batches(
                 f"batches is a {type(batches).__name__}, which can be read only once, but each "
                 "product is a pass over the data: pass a list or a DataLoader"
             )
+        if isinstance(batches, (Tensor, Mapping)) or _is_pair(batches):
+            raise TypeError("batches is a single batch: pass a list of batches, [batch]")
         space = Space.of(params)
-        refuse_if_changed = unchanged(space, space.tree_leaves(params))
+        refuse_if_changed = unchanged(space.names, space.tree_leaves(params))
+
+        def count(batch: Any) -> float:
+            counted = float(weight(batch))
+            if not counted >= 0:
+                raise ValueError(f"the weight of a batch is {counted}: at least 0")
+            return counted
 
         def at(batch: Any, place: int) -> Matvec:
             with several_batches() if place else nullcontext():
                 return curvature(params, batch)
 
         if keep:
-            kept = [(float(weight(batch)), at(batch, i)) for i, batch in enumerate(batches)]
+            kept = [(w, at(batch, i)) for i, batch in enumerate(batches) if (w := count(batch))]
             return lambda block: _mean(space, block, ((w, matvec(block)) for w, matvec in kept))
 
         first_pass: list[Tensor] = []
@@ -109,7 +123,8 @@ def over_batches(
                 for i, batch in enumerate(batches):
                     checksum.add(batch)
                     # The matvec is not named: its graph is gone before the next one is built.
-                    yield float(weight(batch)), at(batch, i)(block)
+                    if w := count(batch):
+                        yield w, at(batch, i)(block)
 
             mean = _mean(space, block, products())
             if not first_pass:
@@ -125,6 +140,11 @@ def over_batches(
         return matvec
 
     return of_data
+
+
+def _is_pair(batches: Any) -> bool:
+    is_pair = isinstance(batches, tuple) and len(batches) == 2
+    return is_pair and isinstance(batches[1], Tensor)
 
 
 def _mean(space: Space, block: Tree, products: Iterable[tuple[float, Tree]]) -> Tree:

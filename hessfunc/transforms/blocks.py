@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessfunc.memory import available_memory
 from hessfunc.transforms.kernels import explained, precise
-from hessfunc.trees import Matvec, Space, Tree, batch_leaves, leaves, tree_map
+from hessfunc.trees import Matvec, Space, Tree, batch_leaves, leaves, tree_map, unchanged
 
-__all__ = ["Chunks", "Curvature", "Product", "block_matvec", "unchanged"]
+__all__ = ["Chunks", "Curvature", "Product", "block_matvec"]
 
 Curvature: TypeAlias = Callable[[Tree, Any], Matvec]
 Product: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -65,7 +65,7 @@ def block_matvec(
         batch: the batch for which it was made; its shapes tell similar products apart.
         chunks: how the block is cut.
     """
-    refuse_if_changed = unchanged(space, point)
+    refuse_if_changed = unchanged(space.names, point)
     of_batch = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
 
     def matvec(block: Tree) -> Tree:
@@ -94,22 +94,6 @@ def block_matvec(
             return space.tree(found)
 
     return matvec
-
-
-def unchanged(space: Space, point: Sequence[Tensor]) -> Callable[[], None]:
-    """A check that raises once a leaf has been changed in place."""
-    versions = [leaf._version for leaf in point]
-
-    def refuse_if_changed() -> None:
-        for name, leaf, version in zip(space.names, point, versions, strict=True):
-            if leaf._version != version:
-                raise RuntimeError(
-                    f"parameter {name!r} has changed in place since this matvec was made (an "
-                    "optimiser step?), so its products would belong to neither the old nor the "
-                    "new parameters: make the matvec again"
-                )
-
-    return refuse_if_changed
 
 
 def _loop(product: Product, tangents: Sequence[Tensor]) -> list[Tensor]:

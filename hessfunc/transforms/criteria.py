@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessfunc.functional import OfTargets
+from hessfunc.transforms.batches import microbatches
 from hessfunc.trees import Tree, flatten
 
 __all__ = ["Criterion", "OutputProduct", "closed_form", "with_output_hessian"]
@@ -66,7 +67,8 @@ def closed_form(criterion: Callable[[Any, Any], Tensor], /) -> OutputHessian | N
         of_targets = closed_form(criterion.criterion)
         if of_targets is None:
             return None
-        return lambda outputs, batch: of_targets(outputs, batch[1])
+        targets = criterion.targets
+        return lambda outputs, batch: of_targets(outputs, targets(batch))
     if isinstance(criterion, Criterion):
         return criterion.output_hessian
     function, options = function_and_options(criterion)
@@ -103,10 +105,36 @@ def example_weights(
     return torch.where(share > 0, 1 / share, 0.0)
 
 
+def refuse_unless_mean(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /
+) -> None:
+    """Raise for a criterion, none of the known ones, that is no mean over examples."""
+    function, _ = function_and_options(with_targets(criterion, batch)[0])
+    if isinstance(function, Hashable) and function in _CLOSED_FORMS:
+        return
+    advice = (
+        "an empirical Fisher matrix needs the gradient of each example: take a criterion that is "
+        "the mean over examples, or a known one, as in composed(outputs, cross_entropy, "
+        "targets=lambda batch: ...)"
+    )
+    try:
+        pieces = zip(microbatches(outputs, 1), microbatches(batch, 1), strict=True)
+        alone = torch.stack([criterion(piece, of) for piece, of in pieces]).mean()
+    except (ValueError, RuntimeError, IndexError, TypeError):
+        # Examples that cannot be cut apart cannot be compared.
+        return
+    together = criterion(outputs, batch)
+    if not torch.isclose(alone, together, rtol=1e-3, atol=0):
+        raise ValueError(
+            f"the criterion is {float(together):.4g}, but the mean of its examples' is "
+            f"{float(alone):.4g}; {advice}"
+        )
+
+
 def with_targets(criterion: Callable[[Any, Any], Tensor], batch: Any, /) -> tuple[Any, Any]:
     """A criterion of (outputs, targets), and the targets: those of the batch, or the batch."""
     if isinstance(criterion, OfTargets):
-        return criterion.criterion, batch[1]
+        return criterion.criterion, criterion.targets(batch)
     return criterion, batch
 
 
@@ -244,7 +272,12 @@ def output_gradient(
 
 
 def by_autodiff(
-    criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /
+    criterion: Callable[[Any, Any], Tensor],
+    outputs: Tree,
+    batch: Any,
+    /,
+    *,
+    try_convexity: bool,
 ) -> tuple[list[int], Callable[[list[Tensor]], list[Tensor]]]:
     """The output Hessian of any criterion, through a kept graph of its gradient.
 
@@ -268,11 +301,12 @@ def by_autodiff(
             )
         )
 
-    _warn_unless_convex(product, leaves)
+    if try_convexity:
+        _warn_unless_convex(product, leaves)
     return used, product
 
 
-_EXAMPLES_TRIED, _DIRECTIONS_TRIED = 16, 4
+_DIRECTIONS_TRIED = 16
 
 
 def _warn_unless_convex(
@@ -281,7 +315,7 @@ def _warn_unless_convex(
     # Directions that move one example alone see a negative curvature that a sum would hide.
     examples = min(len(leaf) if leaf.dim() else 1 for leaf in leaves)
     generator = torch.Generator().manual_seed(0)
-    for trial in range(min(examples, _EXAMPLES_TRIED) * _DIRECTIONS_TRIED):
+    for trial in range(_DIRECTIONS_TRIED):
         tangents = []
         for leaf in leaves:
             tangent = torch.zeros_like(leaf).detach()

@@ -22,6 +22,7 @@ from hessfunc.transforms.criteria import (
     closed_form,
     example_weights,
     output_gradient,
+    refuse_unless_mean,
 )
 from hessfunc.transforms.hessian import checked
 from hessfunc.transforms.kernels import differentiable_twice, explained
@@ -67,7 +68,14 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
 
     Source: Schraudolph 2002, Fast curvature matrix-vector products; Martens 2014, arXiv 1412.1193.
     """
-    return _gauss_newton(loss, hessian_of_outputs, chunk_size)
+    tried: list[bool] = []
+
+    def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+        found = hessian_of_outputs(loss, outputs, batch, try_convexity=not tried)
+        tried.append(True)
+        return found
+
+    return _gauss_newton(loss, middle, chunk_size)
 
 
 def fvp(
@@ -130,7 +138,8 @@ def efvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     with g_b the gradient of the loss of example b, the b-th entry of the first axis of the model's
     outputs. Examples whose targets are ignored do not count; those with more targets count more.
     It takes one gradient of the criterion with respect to the outputs, so the loss must be a mean
-    (or, for a known criterion, a sum) over examples that do not see each other.
+    (or, for a known criterion, a sum) over examples that do not see each other; where examples
+    can be cut apart that is checked once, on the first batch.
 
     Args:
         loss: with its two halves, as made by `supervised` or `composed`.
@@ -144,7 +153,16 @@ def efvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
 
     Source: Kunstner, Balles and Hennig 2019, arXiv 1905.12558, on what it is and is not.
     """
-    return _gauss_newton(loss, _empirical, chunk_size)
+    tried: list[bool] = []
+
+    def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+        if not tried:
+            with torch.no_grad():
+                refuse_unless_mean(loss.criterion, outputs, batch)
+            tried.append(True)
+        return _empirical(loss, outputs, batch)
+
+    return _gauss_newton(loss, middle, chunk_size)
 
 
 def _gauss_newton(
@@ -238,11 +256,13 @@ def linearised(
     return product
 
 
-def hessian_of_outputs(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+def hessian_of_outputs(
+    loss: Loss, outputs: Tree, batch: Any, *, try_convexity: bool = False
+) -> _Middle:
     """B = the Hessian of the criterion."""
     known = closed_form(loss.criterion)
     if known is None or not isinstance(outputs, Tensor):
-        return by_autodiff(loss.criterion, outputs, batch)
+        return by_autodiff(loss.criterion, outputs, batch, try_convexity=try_convexity)
     product = known(outputs.detach(), batch)
     return [0], lambda tangents: [product(tangents[0])]
 

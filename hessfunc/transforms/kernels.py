@@ -103,8 +103,8 @@ def explained(space: Space, batch: Any) -> Iterator[None]:
         if found := _NO_REVERSE.search(text):
             raise NotImplementedError(
                 f"{_operation(found)} has no second derivative in torch: replace it, or take "
-                "`hvp(loss, mode='difference')`, finite differences of the gradient, which need "
-                "a smooth loss and are best in float64"
+                "`hvp(loss, mode='difference')`, the Hessian by finite differences of the "
+                "gradient, which need a smooth loss and are best in float64"
             ) from error
         if found := _NO_FORWARD.search(text):
             raise NotImplementedError(
@@ -114,7 +114,7 @@ def explained(space: Space, batch: Any) -> Iterator[None]:
         if "use_reentrant=True" in text:
             raise NotImplementedError(
                 "torch.utils.checkpoint (gradient checkpointing) does not work under second "
-                "derivatives: turn it off, and take functional(model, recompute='layers.*')"
+                "derivatives: turn it off, and take functional(model, recompute='model.layers.*')"
             ) from error
         devices = {leaf.device for leaf in batch_leaves(batch) if isinstance(leaf, Tensor)}
         if devices - {space.device}:

@@ -75,9 +75,9 @@ def pchvp(
 
     Raises:
         TypeError: the loss does not show its halves.
-        NotImplementedError: (from the curvature function) the model has another nonlinearity, in
-            which two inputs depend on one parameter (attention, gates), say; found by comparing
-            ``"none"`` with the Hessian's blocks once.
+        NotImplementedError: (from the curvature function) the model has another nonlinearity: an
+            operation on two functions of one parameter (attention, gates), found in the graph, or
+            an unknown function, found by comparing ``"none"`` with the Hessian's blocks once.
 
     Cost: one product a parameter tensor and vector.
 
@@ -95,7 +95,7 @@ def pchvp(
         space = Space.of(params)
         point = [leaf.detach() for leaf in space.tree_leaves(params)]
         with explained(space, batch), differentiable_twice(space.device):
-            found = _with_residual(loss, space, point, batch)
+            found = _with_residual(loss, space, point, batch, allow_products=residual == "zero")
 
         def blocks(kind: Residual) -> Matvec:
             product = found.product(kind)
@@ -178,13 +178,17 @@ class _Found:
         return linearised(self.inputs, self.ends, self.shapes, between)
 
 
-def _with_residual(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> _Found:
+def _with_residual(
+    loss: Loss, space: Space, point: Sequence[Tensor], batch: Any, *, allow_products: bool
+) -> _Found:
     inputs = [leaf.detach().requires_grad_() for leaf in point]
     # A view of each leaf: a tap may then sit on a parameter itself.
     outputs = checked_outputs(loss, space, [leaf.view_as(leaf) for leaf in inputs], batch)
     used, outer = hessian_of_outputs(loss, outputs, batch)
     ends = [flatten(outputs)[0][i] for i in used]
     nodes = _nodes(ends)
+    if not allow_products:
+        _refuse_products(nodes, inputs, space)
     curved = [n for n in nodes if n.name() in _ELEMENTWISE | _ROWWISE and _input_of(n)]
     value = loss.criterion(outputs, batch)
     slopes = _slopes(value, curved)
@@ -201,6 +205,47 @@ def _with_residual(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any
         taps,
         frozenset(node.name() for node in nodes),
     )
+
+
+# Nodes that are linear in all of their inputs together.
+_JOINTLY_LINEAR = {
+    *("AddBackward0", "SubBackward0", "CatBackward0", "StackBackward0", "WhereBackward0"),
+    *("MaximumBackward0", "MinimumBackward0", "MaskedScatterBackward0", "LerpBackward0"),
+}
+
+
+def _refuse_products(nodes: Sequence[Node], inputs: Sequence[Tensor], space: Space) -> None:
+    """Raise where a node combines two functions of one parameter otherwise than linearly."""
+    names = {id(leaf): name for leaf, name in zip(inputs, space.names, strict=True)}
+    reached: dict[Node, frozenset[str]] = {}
+
+    def parameters_of(root: Node) -> frozenset[str]:
+        waiting = [root]
+        while waiting:
+            node = waiting[-1]
+            following = [f for f, _ in node.next_functions if f is not None]
+            if unknown := [f for f in following if f not in reached]:
+                waiting.extend(unknown)
+                continue
+            waiting.pop()
+            own = names.get(id(getattr(node, "variable", None)))
+            found = frozenset() if own is None else frozenset({own})
+            reached[node] = found.union(*(reached[f] for f in following))
+        return reached[root]
+
+    for node in nodes:
+        parts = [parameters_of(f) for f, _ in node.next_functions if f is not None]
+        if node.name().startswith(("Addmm", "Baddbmm", "Addbmm", "Addmv")):
+            # The first is added to the product of the others.
+            parts = parts[1:]
+        shared = {n for i, a in enumerate(parts) for b in parts[:i] for n in a & b}
+        if shared and node.name() not in _JOINTLY_LINEAR:
+            raise NotImplementedError(
+                f"{node.name().removesuffix('Backward0')} combines two functions of the parameter "
+                f"{min(shared)!r} (attention, a gate, a layer that is called twice), and the "
+                "residual of that has no entries or rows of its own: take residual='zero', or "
+                "per_block(hvp(loss)(params, batch), params) for the Hessian's own blocks"
+            )
 
 
 def _slopes(value: Tensor, nodes: Sequence[Node]) -> Sequence[Tensor | None]:
@@ -293,11 +338,12 @@ def _refuse_unless_equal(space: Space, found: Matvec, exact: Matvec, what: _Foun
     probe = space.unravel(space.probes([0], kind="normal", seed=0))
     ours, blocks = space.ravel(found(probe)), space.ravel(exact(probe))
     tolerance = 1e-6 if space.dtype == torch.float64 else 1e-2
-    if not bool((ours - blocks).norm() <= tolerance * blocks.norm()):
+    errors = space.by_leaf(ours - blocks, ours - blocks).sqrt()
+    sizes = space.by_leaf(blocks, blocks).sqrt()
+    if bool((errors > tolerance * (sizes + 1e-3 * sizes.max())).any()):
         unknown = sorted(name.removesuffix("Backward0") for name in what.nodes)
         raise NotImplementedError(
-            "the model has a nonlinearity other than elementwise functions, softmax and "
-            "normalisations of one input: a product of two activations (attention, gates), or of "
-            f"{', '.join(unknown)}. Take residual='zero', or per_block(hvp(loss)(params, batch), "
-            "params) for the Hessian's own blocks"
+            "the model has a nonlinearity other than the usual elementwise functions, softmax and "
+            f"normalisations, among {', '.join(unknown)}. Take residual='zero', or "
+            "per_block(hvp(loss)(params, batch), params) for the Hessian's own blocks"
         )

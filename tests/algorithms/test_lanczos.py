@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -235,3 +237,49 @@ def test_product_that_is_not_finite_names_the_leaf() -> None:
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, **options)
+
+
+def test_float32_says_what_its_rounding_hides() -> None:
+    eigenvalues = torch.cat([torch.linspace(0.5, 1, 498), torch.tensor([2e4, 1.5e4])])
+    basis = symmetric(torch.arange(500.0))
+    matrix = torch.linalg.eigh(basis).eigenvectors
+    matrix = ((matrix * eigenvalues.double()) @ matrix.mT).float()
+    matvec = hf.dense((matrix + matrix.mT) / 2)
+    found = hf.lanczos(matvec, torch.zeros(500), k=2, which="SA", basis_size=60, seed=0)
+    assert not found.converged.any()
+    assert "rounded" in found.reason
+    low, high = found.intervals.mT[..., None]
+    assert ((low <= eigenvalues) & (eigenvalues <= high)).any(1).all()
+
+
+def test_the_small_end_of_a_float32_matrix_is_found() -> None:
+    eigenvalues = torch.cat([torch.tensor([2000.0, 1500.0]), torch.linspace(0, 1, 996)])
+    eigenvalues = torch.cat([eigenvalues, torch.tensor([-0.05, -0.04])])
+    found = hf.lanczos(
+        lambda v: eigenvalues * v, torch.zeros(1000), k=2, which="SA", rtol=1e-2, seed=0
+    )
+    assert found.converged.all()
+    assert found.values.tolist() == pytest.approx([-0.05, -0.04], rel=1e-3)
+
+
+def test_intervals_of_the_small_end_are_as_wide_as_rounding() -> None:
+    for seed in range(40):
+        matrix = symmetric(torch.tensor([3.1, 0, 0, 0, 0]), seed).float()
+        exact = torch.linalg.eigvalsh(matrix.double())
+        found = hf.lanczos(
+            hf.dense(matrix), torch.zeros(5), k=4, which="SA", block_size=5, seed=seed
+        )
+        low, high = found.intervals.mT[..., None]
+        assert ((low <= exact) & (exact <= high)).any(1).all()
+
+
+def test_bfloat16_parameters(tmp_path: Path) -> None:
+    matrix = symmetric(SPECTRUM).bfloat16()
+
+    def matvec(block: Tensor) -> Tensor:
+        return (block.float() @ matrix.float()).bfloat16()
+
+    found = hf.lanczos(matvec, VECTOR.bfloat16(), k=2, rtol=0.1, seed=0)
+    assert found.values.tolist() == pytest.approx([9, -7], rel=0.02)
+    found.save(tmp_path / "pairs.npz")
+    assert hf.load(tmp_path / "pairs.npz").vectors.dtype == torch.float32

@@ -323,9 +323,24 @@ def test_batch_statistics_are_refused_for_several_batches(mode: Any, keep: bool)
 
 def test_a_single_batch_in_place_of_batches_is_named() -> None:
     found = case("mlp")
-    matvec = hf.over_batches(hf.hvp(found.loss))(found.params, found.batch)
-    with pytest.raises(TypeError, match=r"batches \(inputs, targets\), and got a Tensor"):
-        matvec(hf.random_like(found.params, 1, seed=0))
+    curvature = hf.over_batches(hf.hvp(found.loss))
+    for batch in (found.batch, found.batch[0], {"x": found.batch[0]}):
+        with pytest.raises(TypeError, match=r"a single batch: pass a list of batches, \[batch\]"):
+            curvature(found.params, batch)
+
+
+def test_batches_of_weight_zero_are_left_out() -> None:
+    found = case("mlp")
+    nothing = tuple(
+        leaf * float("nan") if leaf.is_floating_point() else leaf for leaf in found.batch
+    )
+    batches = [found.batch, nothing]
+    weights = {id(found.batch): 3.0, id(nothing): 0.0}
+    for keep in (False, True):
+        curvature = hf.over_batches(hf.hvp(found.loss), weight=lambda b: weights[id(b)], keep=keep)
+        product = matrix(curvature(found.params, batches), found.params)
+        expected = matrix(hf.hvp(found.loss)(found.params, found.batch), found.params)
+        assert relative_error(product, expected) < 1e-12
 
 
 # Torch's random stream

@@ -623,3 +623,43 @@ def test_ctc_is_named_by_the_ggn_and_has_an_empirical_fisher() -> None:
     gradients = [gradient(loss, params, (x[b, None], y[b, None])) for b in range(2)]
     expected = sum(g.outer(g) for g in gradients) / 2
     assert relative_error(matrix(hf.efvp(loss)(params, (x, y)), params), expected) < 1e-8
+
+
+# Criteria of other batches
+
+
+def of_dicts(
+    criterion: Any, **options: Any
+) -> tuple[hf.Loss, dict[str, Tensor], dict[str, Tensor]]:
+    model_fn, params = hf.functional(nn.Linear(3, 4).double())
+    loss = hf.composed(
+        lambda p, batch: model_fn(p, batch["x"]).transpose(1, 2), criterion, **options
+    )
+    labels = torch.tensor([[0, 1, 2, 3], [1, 2, -100, -100], [3, -100, -100, -100]])
+    return loss, params, {"x": torch.randn(3, 4, 3, dtype=torch.float64), "y": labels}
+
+
+def test_known_criteria_stay_known_with_targets_of_dicts() -> None:
+    known, params, batch = of_dicts(F.cross_entropy, targets=lambda b: b["y"])
+    custom, _, _ = of_dicts(lambda outputs, b: F.cross_entropy(outputs, b["y"]))
+    custom = hf.Loss(known.outputs, custom.criterion)
+    assert known(params, batch) == custom(params, batch)
+    found, expected = (matrix(hf.ggnvp(of)(params, batch), params) for of in (known, custom))
+    assert relative_error(found, expected) < 1e-12
+    assert relative_error(matrix(hf.fvp(known)(params, batch), params), expected) < 1e-12
+
+
+def test_an_empirical_fisher_of_padded_tokens_is_that_of_its_parts() -> None:
+    loss, params, batch = of_dicts(F.cross_entropy, targets=lambda b: b["y"])
+    whole = matrix(hf.efvp(loss)(params, batch), params)
+    parts = hf.over_batches(hf.efvp(loss), weight=lambda b: float((b["y"] >= 0).sum()))
+    assert relative_error(matrix(parts(params, hf.microbatches(batch, 1)), params), whole) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_empirical_fisher_of_no_mean_over_examples_is_refused(reduction: str) -> None:
+    loss, params, batch = of_dicts(
+        lambda outputs, b: F.cross_entropy(outputs, b["y"], reduction=reduction)
+    )
+    with pytest.raises(ValueError, match=r"the mean of its examples' is .*targets=lambda"):
+        hf.efvp(loss)(params, batch)
