@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from hessfunc.recompute import recomputed
+from hessfunc.recompute import recomputing, segments_of
 from hessfunc.trees import Space, Tree, leaves, merge, tree_map, unchanged
 
 __all__ = ["Loss", "LossFunction", "composed", "functional", "hold", "sliced", "supervised"]
@@ -231,7 +229,7 @@ def functional(
             "`trainable_only=False`"
         )
     training = [(module, module.training) for module in model.modules()]
-    segments = [] if recompute is None else _segments(model, recompute)
+    segments = [] if recompute is None else segments_of(model, recompute)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     own_dtype = next(iter(params.values())).dtype
     batch_statistics = [
@@ -254,7 +252,7 @@ def functional(
             args, kwargs = _cast((args, kwargs), dtype)
         with (
             _flags(training),
-            _recomputing(segments),
+            recomputing(segments),
             _without_checkpointing(),
             _without_cudnn() if recurrent else nullcontext(),
         ):
@@ -278,58 +276,6 @@ def _cast(tree: Tree, dtype: torch.dtype) -> Tree:
         return leaf.to(dtype) if is_floating else leaf
 
     return tree_map(cast, tree)
-
-
-class _Forward(nn.Module):
-    """The forward of a module without its hooks, which have run outside of it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.inner = module.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
-
-
-def _segments(model: nn.Module, pattern: str) -> list[_Forward]:
-    found: dict[str, _Forward] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if name and not inside and fnmatch.fnmatchcase(name, pattern):
-            found[name] = _Forward(module)
-    if not found:
-        names = [name for name, _ in model.named_modules() if name]
-        raise ValueError(
-            f"recompute={pattern!r} chooses none of the modules {', '.join(names[:8])}, ..."
-        )
-    return list(found.values())
-
-
-@contextmanager
-def _recomputing(segments: list[_Forward]) -> Iterator[None]:
-    def call(forward: _Forward, *args: Any, **kwargs: Any) -> Any:
-        if any(type(leaf).__name__.endswith("Cache") for leaf in leaves((args, kwargs))):
-            raise ValueError(
-                "the model keeps a cache of keys and values, which recomputation would fill "
-                "again: set `model.config.use_cache = False`"
-            )
-
-        def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
-            # Detached: BatchNorm refuses running statistics that it should differentiate.
-            state = params, {name: buffer.detach().clone() for name, buffer in buffers.items()}
-            return torch.func.functional_call(forward, state, args, kwargs)
-
-        params, buffers = dict(forward.named_parameters()), dict(forward.named_buffers())
-        return recomputed(pure)(params, buffers, args, kwargs)
-
-    for forward in segments:
-        forward.module.forward = functools.partial(call, forward)
-    try:
-        yield
-    finally:
-        for forward in segments:
-            del forward.module.forward
 
 
 def _without_cudnn() -> AbstractContextManager[None]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessfunc.transforms.kernels import differentiable_twice
-from hessfunc.trees import flatten
+from hessfunc.trees import Tree, flatten, leaves
 
-__all__ = ["recomputed"]
+__all__ = ["recomputed", "recomputing", "segments_of"]
 
 Pure = Callable[..., tuple[Tensor, ...]]
 
@@ -59,6 +61,69 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
         return returned[0].unflatten(out)
 
     return call
+
+
+class Segment(nn.Module):
+    """The forward of a module without its hooks, which have run outside of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.inner = module.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def segments_of(model: nn.Module, pattern: str, /) -> list[Segment]:
+    """The outermost modules whose names match a glob.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[str, Segment] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not inside and fnmatch.fnmatchcase(name, pattern):
+            found[name] = Segment(module)
+    if not found:
+        names = [name for name, _ in model.named_modules() if name]
+        raise ValueError(
+            f"recompute={pattern!r} chooses none of the modules {', '.join(names[:8])}, ..."
+        )
+    return list(found.values())
+
+
+@contextmanager
+def recomputing(segments: list[Segment], /) -> Iterator[None]:
+    """Inside, these modules keep their arguments alone, and compute the rest again.
+
+    Raises:
+        ValueError: (from the modules) one is called with a cache of keys and values.
+    """
+
+    def call(forward: Segment, *args: Any, **kwargs: Any) -> Any:
+        if any(type(leaf).__name__.endswith("Cache") for leaf in leaves((args, kwargs))):
+            raise ValueError(
+                "the model keeps a cache of keys and values, which recomputation would fill "
+                "again: set `model.config.use_cache = False`"
+            )
+
+        def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
+            # Detached: BatchNorm refuses running statistics that it should differentiate.
+            state = params, {name: buffer.detach().clone() for name, buffer in buffers.items()}
+            return torch.func.functional_call(forward, state, args, kwargs)
+
+        params, buffers = dict(forward.named_parameters()), dict(forward.named_buffers())
+        return recomputed(pure)(params, buffers, args, kwargs)
+
+    for forward in segments:
+        forward.module.forward = functools.partial(call, forward)
+    try:
+        yield
+    finally:
+        for forward in segments:
+            del forward.module.forward
 
 
 def _replay(found: list[Any]) -> Callable[[], AbstractContextManager[None]]:

@@ -20,6 +20,9 @@ import torch
 import torch.utils._cxx_pytree  # Registers torch's containers, and those to come, with optree.
 from torch import Tensor
 
+from hessfunc.precision import wide_dtype
+from hessfunc.randomness import mixed, normals, signs
+
 __all__ = [
     "Matvec",
     "ProbeKind",
@@ -34,7 +37,6 @@ __all__ = [
     "split",
     "tree_map",
     "unchanged",
-    "uniforms",
     "unravel",
 ]
 
@@ -310,10 +312,10 @@ class Space:
         if kind not in get_args(ProbeKind):
             raise ValueError(f"kind={kind!r}: choose 'signs', 'normal' or 'sphere'")
         rows = torch.empty(len(indices), self.n, dtype=dtype or self.dtype, device=self.device)
-        draw = _signs if kind == "signs" else _normals
+        draw = signs if kind == "signs" else normals
         for row, index in zip(rows, indices, strict=True):
             for i, part in enumerate(row.split(self.sizes)):
-                part.copy_(draw(_mixed(seed, index, i), part.numel(), self.device))
+                part.copy_(draw(mixed(seed, index, i), part.numel(), self.device))
         if kind == "sphere":
             rows *= (math.sqrt(self.n) / self.norms(rows)).to(rows.dtype)[:, None]
         return rows
@@ -333,11 +335,6 @@ def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], 
                 )
 
     return refuse_if_changed
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which scalars are accumulated: float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def ravel(tree: Tree, /) -> Tensor:
@@ -444,58 +441,3 @@ def merge(chosen: Mapping[str, Any], rest: Mapping[str, Any], /) -> dict[str, An
     for key, value in chosen.items():
         whole[key] = merge(value, whole[key]) if key in whole else value
     return whole
-
-
-_WORD = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _mixed(*numbers: int) -> int:
-    """One 64-bit key of several integers: SplitMix64's finaliser, absorbing one after another."""
-    state = 0
-    for number in numbers:
-        state = (state + number + _GOLDEN) & _WORD
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
-        state ^= state >> 31
-    return state
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _words(key: int, count: int, device: torch.device) -> Tensor:
-    """64-bit words 0 .. count - 1 of a key: SplitMix64 (Steele, Lea, Flood 2014) by position."""
-    words = torch.arange(1, count + 1, dtype=torch.int64, device=device)
-    words.mul_(_signed(_GOLDEN)).add_(_signed(key))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
-    return words.bitwise_xor_(_shifted(words, 31))
-
-
-def uniforms(count: int, /, *key: int, device: torch.device) -> Tensor:
-    """Numbers of (0, 1), float64 where the device has it: a function of the key alone."""
-    words = _shifted(_words(_mixed(*key), count, device), 12)
-    return words.to(wide_dtype(device)).add_(0.5).mul_(2.0**-52)
-
-
-def _shifted(words: Tensor, by: int) -> Tensor:
-    # The shift of int64 is arithmetic: the copies of the sign bit are masked off.
-    return (words >> by).bitwise_and_((1 << (64 - by)) - 1)
-
-
-def _signs(key: int, count: int, device: torch.device) -> Tensor:
-    octets = _words(key, -(-count // 64), device).view(torch.uint8)
-    places = torch.arange(8, dtype=torch.uint8, device=device)
-    bits = (octets[:, None] >> places).bitwise_and_(1).flatten()[:count]
-    return bits.to(torch.int8).mul_(2).sub_(1)
-
-
-def _normals(key: int, count: int, device: torch.device) -> Tensor:
-    """Box-Muller: each word gives two 32-bit uniforms, and they two normals."""
-    wide = wide_dtype(device)
-    words = _words(key, -(-count // 2), device)
-    radius = _shifted(words, 32).to(wide).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
-    angle = words.bitwise_and_((1 << 32) - 1).to(wide).mul_(2 * math.pi * 2.0**-32)
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()[:count]

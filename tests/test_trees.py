@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 import hessfunc as hf
-from hessfunc.trees import Space, _words, leaves, merge
+from hessfunc.randomness import _words
+from hessfunc.trees import Space, leaves, merge
 from tests.cases import TiedHead
 
 

@@ -193,6 +193,14 @@ class Estimate(Result):
         return self.value - half, self.value + half
 
 
+def narrow_enough(estimate: Estimate, rtol: float | None, atol: float | None, /) -> str | None:
+    """Why an estimate need not be refined, in words, or None."""
+    low, high = estimate.interval()
+    if (high - low) / 2 <= max((rtol or 0.0) * abs(estimate.value), atol or 0.0):
+        return "converged: the half-width of the 95 % interval is within the tolerance"
+    return None
+
+
 def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, /) -> Estimate:
     """The weighted mean of independent estimates, such as one for each of several batches.
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.trees import batch_leaves, wide_dtype
+from hessfunc.precision import wide_dtype
+from hessfunc.trees import batch_leaves
 
 __all__ = ["Checksum"]
 

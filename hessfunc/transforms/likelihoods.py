@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessfunc.functional import OfTargets
+from hessfunc.randomness import uniforms
 from hessfunc.transforms.criteria import (
     OutputProduct,
     closed_form,
@@ -17,7 +18,6 @@ from hessfunc.transforms.criteria import (
     function_and_options,
     with_targets,
 )
-from hessfunc.trees import uniforms
 
 __all__ = ["refuse_without_likelihood", "sampled_fisher"]
 

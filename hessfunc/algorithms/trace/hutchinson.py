@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.results import Estimate
+from hessfunc.algorithms.results import Estimate, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
 from hessfunc.trees import Matvec, ProbeKind, Tree
 
@@ -90,11 +90,7 @@ def hutchinson(
     def verdict(state: _State) -> str | None:
         if len(state.parts) < _FEWEST_SAMPLES or (rtol is None and atol is None):
             return None
-        running = found(state, "running")
-        low, high = running.interval()
-        if (high - low) / 2 <= max((rtol or 0.0) * abs(running.value), atol or 0.0):
-            return "converged: the half-width of the 95 % interval is within the tolerance"
-        return None
+        return narrow_enough(found(state, "running"), rtol, atol)
 
     state, reason = drive(
         _State(torch.zeros(0, len(space.names), dtype=torch.float64)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.results import Estimate
+from hessfunc.algorithms.results import Estimate, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
 from hessfunc.memory import available_memory
 from hessfunc.trees import Matvec, Space, Tree
@@ -102,11 +102,7 @@ def xtrace(
             return f"no more than {most} probes fit in memory: `hutchinson` keeps none"
         if len(state.probes) < _FEWEST_PROBES or (rtol is None and atol is None):
             return None
-        running = found(state, "running")
-        low, high = running.interval()
-        if (high - low) / 2 <= max((rtol or 0.0) * abs(running.value), atol or 0.0):
-            return "converged: the half-width of the 95 % interval is within the tolerance"
-        return None
+        return narrow_enough(found(state, "running"), rtol, atol)
 
     none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
     state, reason = drive(
