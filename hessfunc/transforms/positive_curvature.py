@@ -39,7 +39,7 @@ _ELEMENTWISE = {
 }
 
 # Functions of rows of their input, each row for itself.
-_SOFTMAX = {"SoftmaxBackward0", "LogSoftmaxBackward0"}
+_SOFTMAX = {"SoftmaxBackward0", "SafeSoftmaxBackward0", "LogSoftmaxBackward0"}
 _NORMALISATION = {
     *("NativeLayerNormBackward0", "NativeGroupNormBackward0", "NativeBatchNormBackward0"),
 }
@@ -61,7 +61,8 @@ def pchvp(
     function phi with input a its Jacobian J_a, and g_a the gradient of the loss at its output.
     The second term, the residual, may be negative; it is replaced entry by entry. Softmax and
     normalisations inside the model act on rows (of an example; of a channel, for BatchNorm in
-    train mode), and take the eigenvalues of each row's matrix.
+    train mode), and take the eigenvalues of each row's matrix. A product of two functions of one
+    parameter (attention, a gate), by entries or of matrices, takes those of [[0, K], [K', 0]].
 
     Activations are found in the graph of the loss, as modules or as functions, in any
     architecture, skip connections included.
@@ -75,9 +76,9 @@ def pchvp(
 
     Raises:
         TypeError: the loss does not show its halves.
-        NotImplementedError: (from the curvature function) the model has another nonlinearity: an
-            operation on two functions of one parameter (attention, gates), found in the graph, or
-            an unknown function, found by comparing ``"none"`` with the Hessian's blocks once.
+        NotImplementedError: (from the curvature function) the model has another nonlinearity: of
+            two functions of one parameter (a quotient, say), found in the graph, or of one, found
+            by comparing ``"none"`` with the Hessian's blocks once.
 
     Cost: one product a parameter tensor and vector.
 
@@ -142,6 +143,60 @@ class _Tap:
         return lambda tangent: rows.back((matrix @ rows.of(tangent)[..., None])[..., 0])
 
 
+@dataclass(frozen=True)
+class _PairTap:
+    """A product ``a b`` inside the model, by entries or of matrices: its inputs' edges and shapes.
+
+    With g the gradient of the loss at the product, its curvature is ``[[0, K], [K', 0]]`` with
+    ``K db = g db`` by entries, ``g db'`` for matrices.
+    """
+
+    edges: tuple[GradientEdge, GradientEdge]
+    shapes: tuple[torch.Size, torch.Size]
+    slope: Tensor
+    of_matrices: bool
+
+    def product(self, residual: Residual) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        crossed = self._crossed_of_matrices if self.of_matrices else self._crossed
+        absolute = self._absolute_of_matrices() if self.of_matrices else self._absolute
+        match residual:
+            case "none":
+                return crossed
+            case "abs":
+                return absolute
+            case "zero":
+                return lambda a, b: (torch.zeros_like(a), torch.zeros_like(b))
+            case "clip":
+                # max(R, 0) = (R + |R|) / 2.
+                def clipped(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+                    pairs = zip(crossed(a, b), absolute(a, b), strict=True)
+                    first, second = ((x + y) / 2 for x, y in pairs)
+                    return first, second
+
+                return clipped
+
+    def _crossed(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.shapes
+        return (self.slope * b).sum_to_size(first), (self.slope * a).sum_to_size(second)
+
+    def _absolute(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.shapes
+        size = self.slope.abs()
+        return (size * a).sum_to_size(first), (size * b).sum_to_size(second)
+
+    def _crossed_of_matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.slope @ b.mT, a.mT @ self.slope
+
+    def _absolute_of_matrices(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        # |R| = diag((g g')^1/2, (g' g)^1/2).
+        left, size, right = torch.linalg.svd(self.slope, full_matrices=False)
+        rows, columns = (
+            (left * size[..., None, :]) @ left.mT,
+            (right.mT * size[..., None, :]) @ right,
+        )
+        return lambda a, b: (rows @ a, b @ columns)
+
+
 def _positive(values: Tensor, residual: Residual) -> Tensor:
     match residual:
         case "abs":
@@ -163,17 +218,21 @@ class _Found:
     shapes: Sequence[torch.Size]
     outer: Callable[[list[Tensor]], Sequence[Tensor]]
     taps: Sequence[_Tap]
+    pairs: Sequence[_PairTap]
     nodes: frozenset[str]
 
     def product(self, residual: Residual) -> Product:
         inner = [tap.product(residual) for tap in self.taps]
-        outputs = len(self.ends) - len(self.taps)
+        paired = [pair.product(residual) for pair in self.pairs]
+        first_pair = len(self.ends) - 2 * len(self.pairs)
+        first_tap = first_pair - len(self.taps)
 
         def between(tangents: list[Tensor]) -> Sequence[Tensor]:
-            return [
-                *self.outer(tangents[:outputs]),
-                *(fn(t) for fn, t in zip(inner, tangents[outputs:], strict=True)),
-            ]
+            found = list(self.outer(tangents[:first_tap]))
+            found += [fn(t) for fn, t in zip(inner, tangents[first_tap:first_pair], strict=True)]
+            for i, fn in enumerate(paired):
+                found += fn(*tangents[first_pair + 2 * i : first_pair + 2 * i + 2])
+            return found
 
         return linearised(self.inputs, self.ends, self.shapes, between)
 
@@ -187,8 +246,7 @@ def _with_residual(
     used, outer = hessian_of_outputs(loss, outputs, batch)
     ends = [flatten(outputs)[0][i] for i in used]
     nodes = _nodes(ends)
-    if not allow_products:
-        _refuse_products(nodes, inputs, space)
+    products = [] if allow_products else _products(nodes, inputs, space)
     curved = [n for n in nodes if n.name() in _ELEMENTWISE | _ROWWISE and _input_of(n)]
     value = loss.criterion(outputs, batch)
     slopes = _slopes(value, curved)
@@ -197,12 +255,20 @@ def _with_residual(
         for node, slope in zip(curved, slopes, strict=True)
         if slope is not None and (tap := _tap(node, slope)) is not None
     ]
+    pairs = [
+        pair
+        for node, slope in zip(products, _slopes(value, products), strict=True)
+        if slope is not None and (pair := _pair_tap(node, slope)) is not None
+    ]
     return _Found(
         inputs,
-        [*ends, *(tap.edge for tap in taps)],
-        [end.shape for end in ends] + [tap.shape for tap in taps],
+        [*ends, *(tap.edge for tap in taps), *(edge for pair in pairs for edge in pair.edges)],
+        [end.shape for end in ends]
+        + [tap.shape for tap in taps]
+        + [shape for pair in pairs for shape in pair.shapes],
         outer,
         taps,
+        pairs,
         frozenset(node.name() for node in nodes),
     )
 
@@ -214,8 +280,20 @@ _JOINTLY_LINEAR = {
 }
 
 
-def _refuse_products(nodes: Sequence[Node], inputs: Sequence[Tensor], space: Space) -> None:
-    """Raise where a node combines two functions of one parameter otherwise than linearly."""
+# Products, and the places of their two factors among the node's inputs.
+_PRODUCTS = {
+    "MulBackward0": (0, 1),
+    **dict.fromkeys(("MmBackward0", "BmmBackward0"), (0, 1)),
+    "AddmmBackward0": (1, 2),
+}
+
+
+def _products(nodes: Sequence[Node], inputs: Sequence[Tensor], space: Space) -> list[Node]:
+    """The products of two functions of one parameter.
+
+    Raises:
+        NotImplementedError: a node combines such functions in another way, and not linearly.
+    """
     names = {id(leaf): name for leaf, name in zip(inputs, space.names, strict=True)}
     reached: dict[Node, frozenset[str]] = {}
 
@@ -233,19 +311,42 @@ def _refuse_products(nodes: Sequence[Node], inputs: Sequence[Tensor], space: Spa
             reached[node] = found.union(*(reached[f] for f in following))
         return reached[root]
 
+    products = []
     for node in nodes:
         parts = [parameters_of(f) for f, _ in node.next_functions if f is not None]
         if node.name().startswith(("Addmm", "Baddbmm", "Addbmm", "Addmv")):
             # The first is added to the product of the others.
             parts = parts[1:]
         shared = {n for i, a in enumerate(parts) for b in parts[:i] for n in a & b}
-        if shared and node.name() not in _JOINTLY_LINEAR:
+        if shared and node.name() in _PRODUCTS:
+            products.append(node)
+        elif shared and node.name() not in _JOINTLY_LINEAR:
             raise NotImplementedError(
                 f"{node.name().removesuffix('Backward0')} combines two functions of the parameter "
-                f"{min(shared)!r} (attention, a gate, a layer that is called twice), and the "
-                "residual of that has no entries or rows of its own: take residual='zero', or "
-                "per_block(hvp(loss)(params, batch), params) for the Hessian's own blocks"
+                f"{min(shared)!r}, and the residual of that has no entries, rows or products of "
+                "its own: take residual='zero', or per_block(hvp(loss)(params, batch), params) "
+                "for the Hessian's own blocks"
             )
+    return products
+
+
+def _pair_tap(node: Node, slope: Tensor) -> _PairTap | None:
+    following = [node.next_functions[i] for i in _PRODUCTS[node.name()]]
+    edges = [GradientEdge(f, place) for f, place in following if f is not None]
+    if len(edges) < 2:
+        return None
+    shapes = [_shape_at(edge) for edge in edges]
+    scale = getattr(node, "_saved_alpha", 1)
+    return _PairTap(
+        (edges[0], edges[1]),
+        (shapes[0], shapes[1]),
+        scale * slope.detach(),
+        node.name() != "MulBackward0",
+    )
+
+
+def _shape_at(edge: Any) -> torch.Size:
+    return torch.Size(edge.node._input_metadata[edge.output_nr].shape)
 
 
 def _slopes(value: Tensor, nodes: Sequence[Node]) -> Sequence[Tensor | None]:

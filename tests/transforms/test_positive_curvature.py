@@ -334,10 +334,12 @@ class Gate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.head = nn.Linear(3, 8), nn.Linear(4, 3)
+        self.inner, self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.glu(self.inner(x)))
+        hidden = torch.tanh(self.inner(x))
+        return self.head(F.silu(self.first(hidden)) * self.second(hidden))
 
 
 class Twice(nn.Module):
@@ -355,11 +357,10 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("model", "named"),
     [
-        (Gate(), "other than.*Glu"),
-        (Twice(), "Addmm combines two functions of the parameter 'layer"),
+        (nn.Sequential(nn.Linear(3, 8), nn.GLU(), nn.Linear(4, 3)), "other than.*Glu"),
         (nn.Sequential(nn.Linear(3, 4), nn.Softsign(), nn.Linear(4, 3)), "Div combines two"),
     ],
-    ids=["gate", "called twice", "several operations"],
+    ids=["unknown function", "several operations"],
 )
 def test_another_nonlinearity_is_refused_by_name(model: nn.Module, named: str, kind: Kind) -> None:
     model_fn, params = hf.functional(model.double())
@@ -372,32 +373,47 @@ def test_another_nonlinearity_is_refused_by_name(model: nn.Module, named: str, k
     assert relative_error(found, ggn) < 1e-8
 
 
-@pytest.mark.parametrize("name", ["scaled dot product attention", "multi-head attention", "lstm"])
-def test_attention_and_gates_are_refused(name: str) -> None:
-    found = case(name)
-    with pytest.raises(
-        NotImplementedError, match=r"combines two functions of the parameter.*per_block\(hvp"
-    ):
-        hf.pchvp(found.loss)(found.params, found.batch)
+@pytest.mark.parametrize(
+    "of",
+    [
+        *("scaled dot product attention", "multi-head attention", "transformer encoder layer"),
+        *("lstm", "gpt2"),
+    ],
+)
+def test_attention_and_gates_have_the_hessians_blocks(of: str) -> None:
+    found = case(of)
+    kinds = ("none", "clip", "abs")
+    exact, positive, absolute = (
+        matrix(hf.pchvp(found.loss, residual=kind)(found.params, found.batch), found.params)
+        for kind in kinds
+    )
+    expected = block_diagonal(hessian(found.loss, found.params, found.batch), found.params)
+    assert relative_error(exact, expected) < 1e-8
+    assert relative_error(absolute, 2 * positive - exact) < 1e-8
+    for definite in (positive, absolute):
+        values = torch.linalg.eigvalsh((definite + definite.mT) / 2)
+        assert values.min() > -1e-10 * values.max()
 
 
-@pytest.mark.parametrize("zero", [False, True])
-def test_attention_is_refused_in_float32_and_behind_a_branch_of_zeros(zero: bool) -> None:
-    class Branch(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
+@pytest.mark.parametrize("model", [Gate, Twice], ids=["gate", "called twice"])
+def test_products_of_two_functions_of_a_parameter(model: Any) -> None:
+    model_fn, params = hf.functional(model().double())
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    batch = randn(5, 3), torch.arange(5) % 3
+    expected = block_diagonal(hessian(loss, params, batch), params)
+    product = hf.pchvp(loss, residual="none")(params, batch)
+    assert relative_error(matrix(product, params), expected) < 1e-8
+    positive = matrix(hf.pchvp(loss, residual="clip")(params, batch), params)
+    assert torch.linalg.eigvalsh(positive).min() > -1e-12
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(x + self.inner(x, x, x, need_weights=False)[0])
 
-    model = Branch()
-    if zero:
-        nn.init.zeros_(model.inner.out_proj.weight)
-    model_fn, params = hf.functional(model)
-    batch = 0.3 * torch.randn(3, 5, 4), torch.randn(3, 5, 4)
-    with pytest.raises(NotImplementedError, match="combines two functions"):
-        hf.pchvp(hf.supervised(model_fn, F.mse_loss))(params, batch)
+def test_a_product_of_entries_has_the_absolute_value_of_its_cross() -> None:
+    # The loss is the product's sum, so g = 1 and the residual is all there is.
+    params = {"w": torch.tensor([2.0, -3.0]).double()}
+    loss = hf.composed(lambda p, x: (p["w"] * x[0]) * (p["w"] * x[1]), lambda z, _: z.sum())
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]]).double()
+    found = matrix(hf.pchvp(loss, residual="abs")(params, x), params)
+    torch.testing.assert_close(found, (x[0].square() + x[1].square()).diag())
 
 
 def test_rows_too_long_to_decompose_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
