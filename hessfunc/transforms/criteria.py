@@ -72,13 +72,17 @@ def closed_form(criterion: Callable[[Any, Any], Tensor], /) -> OutputHessian | N
     if isinstance(criterion, Criterion):
         return criterion.output_hessian
     function, options = function_and_options(criterion)
-    if not isinstance(function, Hashable) or function not in _CLOSED_FORMS:
+    if not _is_known(function):
         return None
     if not options.keys() <= _CLOSED_FORMS[function][1]:
         return None
     if options.get("reduction", "mean") not in ("mean", "sum"):
         return None
     return functools.partial(_CLOSED_FORMS[function][0], **options)
+
+
+def _is_known(function: Any) -> bool:
+    return isinstance(function, Hashable) and function in _CLOSED_FORMS
 
 
 def example_weights(
@@ -110,7 +114,7 @@ def refuse_unless_mean(
 ) -> None:
     """Raise for a criterion, none of the known ones, that is no mean over examples."""
     function, _ = function_and_options(with_targets(criterion, batch)[0])
-    if isinstance(function, Hashable) and function in _CLOSED_FORMS:
+    if _is_known(function):
         return
     advice = (
         "an empirical Fisher matrix needs the gradient of each example: take a criterion that is "

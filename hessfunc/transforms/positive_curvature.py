@@ -158,14 +158,14 @@ class _PairTap:
 
     def product(self, residual: Residual) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         crossed = self._crossed_of_matrices if self.of_matrices else self._crossed
+        if residual == "none":
+            return crossed
+        if residual == "zero":
+            return lambda a, b: (torch.zeros_like(a), torch.zeros_like(b))
         absolute = self._absolute_of_matrices() if self.of_matrices else self._absolute
         match residual:
-            case "none":
-                return crossed
             case "abs":
                 return absolute
-            case "zero":
-                return lambda a, b: (torch.zeros_like(a), torch.zeros_like(b))
             case "clip":
                 # max(R, 0) = (R + |R|) / 2.
                 def clipped(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
