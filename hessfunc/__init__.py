@@ -7,7 +7,7 @@ functions, algorithms consume the matvec.
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.lanczos import lanczos
 from hessfunc.algorithms.power import power_iteration
-from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, load, pool
+from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, Solution, load, pool
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.algorithms.trace.xtrace import xtrace
 from hessfunc.checks import Check, check
@@ -84,6 +84,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "Density",
+    "Solution",
     "Sharpness",
     "Check",
     "pool",

@@ -1,0 +1,85 @@
+"""A number with its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.quantiles import student_quantile
+from hessfunc.algorithms.results.result import Result
+
+__all__ = ["Estimate", "narrow_enough", "pool"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(Result):
+    """A mean of independent samples.
+
+    Attributes:
+        value: the estimate.
+        stderr: its standard error.
+        samples: float64 ``(p,)``, one a probe.
+        by_leaf: the part of each leaf; the parts sum to the value.
+    """
+
+    value: float
+    stderr: float
+    samples: Tensor
+    by_leaf: dict[str, float]
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The two-sided Student interval at this level."""
+        if not 0 < level < 1:
+            raise ValueError(f"level={level}: a probability between 0 and 1")
+        half = student_quantile((1 + level) / 2, len(self.samples) - 1) * self.stderr
+        return self.value - half, self.value + half
+
+
+def narrow_enough(estimate: Estimate, rtol: float | None, atol: float | None, /) -> str | None:
+    """Why an estimate need not be refined, in words, or None."""
+    low, high = estimate.interval()
+    if (high - low) / 2 <= max((rtol or 0.0) * abs(estimate.value), atol or 0.0):
+        return "converged: the half-width of the 95 % interval is within the tolerance"
+    return None
+
+
+def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, /) -> Estimate:
+    """The weighted mean of independent estimates, such as one for each of several batches.
+
+        value = sum_b w_b value_b / sum_b w_b,  stderr^2 = sum_b w_b^2 stderr_b^2 / (sum_b w_b)^2
+
+    Args:
+        estimates: of different batches or of different probes, with the same leaves or none.
+        weights: what each counts, such as the examples of its batch; equal by default.
+
+    Raises:
+        ValueError: there is no estimate, weights do not match, or two estimates share a seed and
+            so their probes.
+    """
+    weights = [1.0] * len(estimates) if weights is None else list(weights)
+    if not estimates or len(weights) != len(estimates):
+        raise ValueError(f"{len(estimates)} estimates and {len(weights)} weights: pass one each")
+    if min(weights) < 0 or not sum(weights) > 0:
+        raise ValueError(f"weights={weights}: at least 0, and not all 0")
+    seeds = [estimate.seed for estimate in estimates if estimate.seed is not None]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("two estimates share a seed, so they are not independent: vary it")
+    share = [w / sum(weights) for w in weights]
+    by_leaf: dict[str, float] = {}
+    for s, estimate in zip(share, estimates, strict=True):
+        for name, part in estimate.by_leaf.items():
+            by_leaf[name] = by_leaf.get(name, 0.0) + s * part
+    return Estimate(
+        value=sum(s * e.value for s, e in zip(share, estimates, strict=True)),
+        stderr=math.hypot(*(s * e.stderr for s, e in zip(share, estimates, strict=True))),
+        samples=torch.cat([e.samples for e in estimates]),
+        by_leaf=by_leaf,
+        matvecs=sum(e.matvecs for e in estimates),
+        passes=sum(e.passes for e in estimates),
+        reason=f"pooled from {len(estimates)} estimates",
+        seed=None,
+    )

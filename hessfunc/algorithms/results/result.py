@@ -1,0 +1,124 @@
+"""What every result tells, and how it is saved and loaded without pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessfunc.trees import Tree, flatten, leaves
+
+__all__ = ["Result", "load", "versions"]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions under which results are made."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"torch": torch.__version__, "numpy": np.__version__}
+    try:
+        found["hessfunc"] = version("hessfunc")
+    except PackageNotFoundError:
+        found["hessfunc"] = "not installed"
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What every result tells.
+
+    Attributes:
+        matvecs: products with one vector that were spent.
+        passes: calls of the matvec; each serves a whole block.
+        reason: why the run stopped, in words.
+        seed: with which the run can be repeated.
+        versions: of the packages that made it.
+    """
+
+    matvecs: int
+    passes: int
+    reason: str
+    seed: int | None
+    versions: dict[str, str] = field(default_factory=versions)
+
+    kinds: ClassVar[dict[str, type[Result]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Result.kinds[cls.__name__] = cls
+
+    def save(self, path: str | os.PathLike[str], /) -> None:
+        """Write to one ``.npz`` file, whole or not at all; `load` reads it without pickle.
+
+        Trees are read back as (nested) dicts.
+        """
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        plain: dict[str, Any] = {"kind": type(self).__name__}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor) or _is_tree(value):
+                found, structure = flatten(value)
+                paths = [list(map(str, path)) for path in structure.paths()]
+                plain[item.name] = {"paths": paths}
+                for i, leaf in enumerate(found):
+                    # NumPy has no bfloat16; float32 holds it exactly.
+                    plain_leaf = leaf.float() if leaf.dtype == torch.bfloat16 else leaf
+                    arrays[f"{item.name}/{i}"] = plain_leaf.detach().cpu().numpy()
+            else:
+                plain[item.name] = {"value": value}
+        arrays["result"] = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
+        _write_whole(Path(path), arrays)
+
+
+def _is_tree(value: Any) -> bool:
+    found = leaves(value)
+    return bool(found) and all(isinstance(leaf, Tensor) for leaf in found)
+
+
+def _write_whole(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    part.replace(path)
+
+
+def load(path: str | os.PathLike[str], /) -> Result:
+    """A result that was written by ``save``.
+
+    Raises:
+        ValueError: the file holds no result.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        if "result" not in file:
+            raise ValueError(f"{os.fspath(path)} holds no result of hessfunc")
+        plain = json.loads(file["result"].tobytes())
+        kind = Result.kinds[plain.pop("kind")]
+        values: dict[str, Any] = {}
+        for name, item in plain.items():
+            if "value" in item:
+                values[name] = item["value"]
+            else:
+                found = [torch.from_numpy(file[f"{name}/{i}"]) for i in range(len(item["paths"]))]
+                values[name] = _nested(item["paths"], found)
+    return kind(**values)
+
+
+def _nested(paths: list[list[str]], found: list[Tensor]) -> Tree:
+    if paths == [[]]:
+        return found[0]
+    tree: dict[str, Any] = {}
+    for path, leaf in zip(paths, found, strict=True):
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree

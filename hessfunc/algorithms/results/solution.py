@@ -1,0 +1,28 @@
+"""The solution of a linear system."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hessfunc.algorithms.results.result import Result
+from hessfunc.trees import Tree
+
+__all__ = ["Solution"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution(Result):
+    """A solution of ``(A + damping I) x = b``.
+
+    Attributes:
+        x: a tree like b.
+        residual: ``|b - (A + damping I) x|``, as measured at the end.
+        converged: whether the residual is within the stated tolerance.
+        negative_curvature: a direction p with ``p'(A + damping I) p <= 0`` and unit length, where
+            one was met; None otherwise.
+    """
+
+    x: Tree
+    residual: float
+    converged: bool
+    negative_curvature: Tree | None
