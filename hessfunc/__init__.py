@@ -5,10 +5,22 @@ functions, algorithms consume the matvec.
 """
 
 from hessfunc.algorithms.density import slq
+from hessfunc.algorithms.diagonal.hutchinson import hutchinson_diagonal
+from hessfunc.algorithms.diagonal.xdiag import xdiag
 from hessfunc.algorithms.lanczos import lanczos
 from hessfunc.algorithms.power import power_iteration
-from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, Solution, load, pool
+from hessfunc.algorithms.results import (
+    Density,
+    DiagonalEstimate,
+    Eigenpairs,
+    Estimate,
+    Solution,
+    load,
+    pool,
+)
 from hessfunc.algorithms.trace.hutchinson import hutchinson
+from hessfunc.algorithms.trace.hutchpp import hutchpp
+from hessfunc.algorithms.trace.xnystrace import xnystrace
 from hessfunc.algorithms.trace.xtrace import xtrace
 from hessfunc.checks import Check, check
 from hessfunc.functional import Loss, composed, functional, hold, sliced, supervised
@@ -74,7 +86,11 @@ __all__ = [
     "power_iteration",
     "lanczos",
     "hutchinson",
+    "hutchpp",
     "xtrace",
+    "xnystrace",
+    "hutchinson_diagonal",
+    "xdiag",
     "slq",
     "block_spectra",
     "critical_sharpness",
@@ -83,6 +99,7 @@ __all__ = [
     # Results
     "Eigenpairs",
     "Estimate",
+    "DiagonalEstimate",
     "Density",
     "Solution",
     "Sharpness",

@@ -32,6 +32,7 @@ SMALLEST = replace(
 TRACE = Estimate(
     value=4.0,
     stderr=0.5,
+    degrees=1,
     samples=torch.tensor([3.5, 4.5], dtype=torch.float64),
     by_leaf={"x": 4.0},
     **COST,

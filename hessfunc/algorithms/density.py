@@ -162,7 +162,7 @@ class _State:
 
     @property
     def recurrences(self) -> tuple[_Recurrence, ...]:
-        return (*self.done, *((run.alphas, run.betas) for run in self.runs))
+        return (*self.done, *((run.alphas, run.betas) for run in self.runs if run.alphas))
 
 
 def _start(space: Space, indices: range, steps: int, seed: int) -> tuple[_Run, ...]:

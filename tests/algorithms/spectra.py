@@ -29,3 +29,16 @@ def spiked(n: int = 2000, spikes: tuple[float, ...] = (5.0, 4.0, 3.0), seed: int
     matrix = z @ z.mT / n
     matrix.diagonal()[: len(spikes)] += torch.tensor(spikes, dtype=torch.float64)
     return matrix
+
+
+def decaying(n: int) -> dict[str, Tensor]:
+    """Spectra that are flat, that decay, and that jump: what estimators are tried on."""
+    index = torch.arange(1.0, n + 1, dtype=torch.float64)
+    return {
+        "flat": torch.linspace(1, 3, n, dtype=torch.float64),
+        "polynomial": index**-2,
+        "slow exponential": 0.9**index,
+        "exponential": 0.7**index,
+        "step": torch.where(index <= n // 20, 1.0, 1e-3).double(),
+        "deep step": torch.where(index <= n // 20, 1.0, 1e-8).double(),
+    }

@@ -31,8 +31,11 @@ def test_saved_and_loaded_is_the_same(result: hf.Estimate, tmp_path: Path) -> No
     for item in dataclasses.fields(result):
         torch.testing.assert_close(
             getattr(loaded, item.name), getattr(result, item.name), rtol=0, atol=0
-        ) if item.name not in ("reason", "versions", "by_leaf") else None
+        ) if item.name not in ("reason", "versions", "by_leaf", "squared_frobenius") else None
     assert loaded.reason == result.reason
+    if isinstance(result, hf.Estimate):
+        assert result.squared_frobenius is not None
+        assert loaded.squared_frobenius.interval() == result.squared_frobenius.interval()
     assert loaded.versions == result.versions
     assert [path.name for path in tmp_path.iterdir()] == ["result.npz"]
 

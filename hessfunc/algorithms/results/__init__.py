@@ -1,6 +1,7 @@
 """What every algorithm returns: what was found, how sure, what it cost, and why it stopped."""
 
 from hessfunc.algorithms.results.density import Density
+from hessfunc.algorithms.results.diagonal import DiagonalEstimate
 from hessfunc.algorithms.results.eigenpairs import Eigenpairs, rounding
 from hessfunc.algorithms.results.estimate import Estimate, narrow_enough, pool
 from hessfunc.algorithms.results.result import Result, load, versions
@@ -10,6 +11,7 @@ __all__ = [
     "Result",
     "Eigenpairs",
     "Estimate",
+    "DiagonalEstimate",
     "Density",
     "Solution",
     "load",

@@ -17,25 +17,29 @@ __all__ = ["Estimate", "narrow_enough", "pool"]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(Result):
-    """A mean of independent samples.
+    """A number with its standard error.
 
     Attributes:
         value: the estimate.
         stderr: its standard error.
+        degrees: of freedom, with which the standard error is itself known.
         samples: float64 ``(p,)``, one a probe.
         by_leaf: the part of each leaf; the parts sum to the value.
+        squared_frobenius: of the same matrix, |A|_F^2, where the same products tell it.
     """
 
     value: float
     stderr: float
+    degrees: int
     samples: Tensor
     by_leaf: dict[str, float]
+    squared_frobenius: Estimate | None = None
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The two-sided Student interval at this level."""
         if not 0 < level < 1:
             raise ValueError(f"level={level}: a probability between 0 and 1")
-        half = student_quantile((1 + level) / 2, len(self.samples) - 1) * self.stderr
+        half = student_quantile((1 + level) / 2, self.degrees) * self.stderr
         return self.value - half, self.value + half
 
 
@@ -51,6 +55,8 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
     """The weighted mean of independent estimates, such as one for each of several batches.
 
         value = sum_b w_b value_b / sum_b w_b,  stderr^2 = sum_b w_b^2 stderr_b^2 / (sum_b w_b)^2
+
+    with the degrees of freedom of Welch 1947.
 
     Args:
         estimates: of different batches or of different probes, with the same leaves or none.
@@ -73,9 +79,11 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
     for s, estimate in zip(share, estimates, strict=True):
         for name, part in estimate.by_leaf.items():
             by_leaf[name] = by_leaf.get(name, 0.0) + s * part
+    variances = [(s * e.stderr) ** 2 for s, e in zip(share, estimates, strict=True)]
     return Estimate(
         value=sum(s * e.value for s, e in zip(share, estimates, strict=True)),
-        stderr=math.hypot(*(s * e.stderr for s, e in zip(share, estimates, strict=True))),
+        stderr=math.sqrt(sum(variances)),
+        degrees=_pooled_degrees(variances, [e.degrees for e in estimates]),
         samples=torch.cat([e.samples for e in estimates]),
         by_leaf=by_leaf,
         matvecs=sum(e.matvecs for e in estimates),
@@ -83,3 +91,9 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
         reason=f"pooled from {len(estimates)} estimates",
         seed=None,
     )
+
+
+def _pooled_degrees(variances: Sequence[float], degrees: Sequence[int]) -> int:
+    """Degrees of freedom of a sum of estimated variances (Welch 1947)."""
+    spread = sum(v**2 / max(d, 1) for v, d in zip(variances, degrees, strict=True))
+    return math.floor(sum(variances) ** 2 / spread) if spread > 0 else sum(degrees)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -62,21 +63,28 @@ class Result:
         Trees are read back as (nested) dicts.
         """
         arrays: dict[str, np.ndarray[Any, Any]] = {}
-        plain: dict[str, Any] = {"kind": type(self).__name__}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Tensor) or _is_tree(value):
-                found, structure = flatten(value)
-                paths = [list(map(str, path)) for path in structure.paths()]
-                plain[item.name] = {"paths": paths}
-                for i, leaf in enumerate(found):
-                    # NumPy has no bfloat16; float32 holds it exactly.
-                    plain_leaf = leaf.float() if leaf.dtype == torch.bfloat16 else leaf
-                    arrays[f"{item.name}/{i}"] = plain_leaf.detach().cpu().numpy()
-            else:
-                plain[item.name] = {"value": value}
+        plain = _plain(self, "", arrays)
         arrays["result"] = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
         _write_whole(Path(path), arrays)
+
+
+def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+    """All of a result but its tensors, which go into ``arrays``."""
+    plain: dict[str, Any] = {"kind": type(result).__name__}
+    for item in dataclasses.fields(result):
+        value, key = getattr(result, item.name), prefix + item.name
+        if isinstance(value, Result):
+            plain[item.name] = {"result": _plain(value, f"{key}/", arrays)}
+        elif isinstance(value, Tensor) or _is_tree(value):
+            found, structure = flatten(value)
+            plain[item.name] = {"paths": [list(map(str, path)) for path in structure.paths()]}
+            for i, leaf in enumerate(found):
+                # NumPy has no bfloat16; float32 holds it exactly.
+                plain_leaf = leaf.float() if leaf.dtype == torch.bfloat16 else leaf
+                arrays[f"{key}/{i}"] = plain_leaf.detach().cpu().numpy()
+        else:
+            plain[item.name] = {"value": value}
+    return plain
 
 
 def _is_tree(value: Any) -> bool:
@@ -100,15 +108,21 @@ def load(path: str | os.PathLike[str], /) -> Result:
     with np.load(path, allow_pickle=False) as file:
         if "result" not in file:
             raise ValueError(f"{os.fspath(path)} holds no result of hessfunc")
-        plain = json.loads(file["result"].tobytes())
-        kind = Result.kinds[plain.pop("kind")]
-        values: dict[str, Any] = {}
-        for name, item in plain.items():
-            if "value" in item:
-                values[name] = item["value"]
-            else:
-                found = [torch.from_numpy(file[f"{name}/{i}"]) for i in range(len(item["paths"]))]
-                values[name] = _nested(item["paths"], found)
+        return _restored(json.loads(file["result"].tobytes()), "", file)
+
+
+def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> Result:
+    kind = Result.kinds[plain.pop("kind")]
+    values: dict[str, Any] = {}
+    for name, item in plain.items():
+        key = prefix + name
+        if "value" in item:
+            values[name] = item["value"]
+        elif "result" in item:
+            values[name] = _restored(item["result"], f"{key}/", arrays)
+        else:
+            found = [torch.from_numpy(arrays[f"{key}/{i}"]) for i in range(len(item["paths"]))]
+            values[name] = _nested(item["paths"], found)
     return kind(**values)
 
 

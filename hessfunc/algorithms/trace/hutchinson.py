@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.results import Estimate, narrow_enough
+from hessfunc.algorithms.norms import squared_frobenius
+from hessfunc.algorithms.results import Eigenpairs, Estimate, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
-from hessfunc.trees import Matvec, ProbeKind, Tree
+from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
+from hessfunc.trees import Matvec, ProbeKind, Space, Tree
 
 __all__ = ["hutchinson"]
-
-# An interval of fewer samples is not trusted to stop a run: their variance is itself too noisy.
-_FEWEST_SAMPLES = 10
 
 
 def hutchinson(
@@ -25,6 +24,7 @@ def hutchinson(
     atol: float | None = None,
     max_matvecs: int = 100,
     kind: ProbeKind = "signs",
+    deflate: Eigenpairs | None = None,
     block_size: int = 10,
     seed: int | None = None,
     callback: Callback[Estimate] | None = None,
@@ -33,9 +33,12 @@ def hutchinson(
 
         tr A = E[w'Aw],  E[ww'] = I
 
-    estimated by the mean over probes, with a Student interval. The variance of one probe is
-    2 (|A|_F^2 - sum_i a_ii^2) for signs, 2 |A|_F^2 for normal probes, and
-    2 n / (n + 2) (|A|_F^2 - tr(A)^2 / n) for the sphere, for a symmetric A.
+    estimated by the mean over probes, with a Student interval that is widened for skewness. The
+    variance of one probe is 2 (|A|_F^2 - sum_i a_ii^2) for signs, 2 |A|_F^2 for normal probes,
+    and 2 n / (n + 2) (|A|_F^2 - tr(A)^2 / n) for the sphere, for a symmetric A. Eigenpairs
+    that are at hand need not be sampled:
+
+        tr A = sum_i value_i + E[u'Au],  u = (I - VV') w.
 
     Args:
         matvec: block -> block.
@@ -44,20 +47,23 @@ def hutchinson(
         atol: stop when it is below atol. Without rtol and atol the whole budget is used.
         max_matvecs: the budget: so many probes at the most.
         kind: ``"signs"``, ``"normal"`` or ``"sphere"``.
+        deflate: eigenpairs of A, from `lanczos`. Their vectors must be orthonormal; they need not
+            have converged.
         block_size: how many probes are multiplied at once.
         seed: of the probes.
         callback: called with the running `Estimate` after each round; returning True stops.
 
     Returns:
-        `Estimate`, with the part of each leaf in ``by_leaf``.
+        `Estimate`, with the part of each leaf in ``by_leaf`` (those of eigenpairs up to their
+        residuals), and ``squared_frobenius`` from the same products.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range; the eigenpairs are of other parameters.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec a probe.
+    Cost: one matvec a probe; those of the eigenpairs are not counted again.
 
-    Source: Girard 1989; Hutchinson 1990.
+    Source: Girard 1989; Hutchinson 1990; the interval: Johnson 1978.
     """
     products = Products.of(matvec, like)
     space = products.space
@@ -65,22 +71,28 @@ def hutchinson(
     at_least(2, max_matvecs=max_matvecs)
     at_least(1, block_size=block_size)
     seed = drawn(seed)
+    known = _known(space, deflate)
 
     def step(state: _State, room: int) -> _State:
         first = len(state.parts)
         indices = range(first, first + min(room, block_size))
         probes = space.probes(indices, kind=kind, seed=seed, dtype=rows_dtype(space))
-        parts = space.by_leaf(probes, products(probes)).cpu().double()
-        return _State(torch.cat([state.parts, parts]))
+        probes = known.complement(space, probes, on_sphere=kind == "sphere")
+        images = products(probes)
+        parts = space.by_leaf(probes, images).cpu().double()
+        squares = space.norms(images).cpu().double().square()
+        return _State(torch.cat([state.parts, parts]), torch.cat([state.squares, squares]))
 
     def found(state: _State, reason: str) -> Estimate:
-        samples = state.parts.sum(1)
-        parts = state.parts.mean(0)
+        samples = known.parts.sum() + state.parts.sum(1)
+        parts = known.parts + state.parts.mean(0)
         return Estimate(
             value=float(samples.mean()),
-            stderr=float(samples.std()) / len(samples) ** 0.5,
+            stderr=standard_error(samples),
+            degrees=len(samples) - 1,
             samples=samples,
             by_leaf=dict(zip(space.names, parts.tolist(), strict=True)),
+            squared_frobenius=squared_frobenius(known.squares + state.squares, products, seed),
             matvecs=products.matvecs,
             passes=products.passes,
             reason=reason,
@@ -88,12 +100,13 @@ def hutchinson(
         )
 
     def verdict(state: _State) -> str | None:
-        if len(state.parts) < _FEWEST_SAMPLES or (rtol is None and atol is None):
+        if len(state.parts) < FEWEST_SAMPLES or (rtol is None and atol is None):
             return None
         return narrow_enough(found(state, "running"), rtol, atol)
 
+    none = torch.zeros(0, dtype=torch.float64)
     state, reason = drive(
-        _State(torch.zeros(0, len(space.names), dtype=torch.float64)),
+        _State(none.new_zeros(0, len(space.names)), none),
         products=products,
         step=step,
         verdict=verdict,
@@ -106,6 +119,43 @@ def hutchinson(
 
 @dataclass(frozen=True)
 class _State:
-    """The samples ``w'Aw`` so far, leaf by leaf: float64 ``(p, leaves)``."""
+    """The samples so far: ``w'Aw`` leaf by leaf, ``(p, leaves)``, and ``|Aw|^2``; float64."""
 
     parts: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What eigenpairs tell: orthonormal rows, the trace of each leaf and ``|AV|_F^2``."""
+
+    basis: Tensor
+    parts: Tensor
+    squares: float
+
+    def complement(self, space: Space, probes: Tensor, *, on_sphere: bool) -> Tensor:
+        """The probes outside of the basis; back on the sphere of that complement if need be."""
+        if not len(self.basis):
+            return probes
+        outer = probes
+        for _ in range(2):
+            outer = outer - space.combine(space.gram(outer, self.basis), self.basis)
+        if on_sphere:
+            radius = (space.n - len(self.basis)) ** 0.5
+            outer = outer * (radius / space.norms(outer)).to(outer.dtype)[:, None]
+        return outer
+
+
+def _known(space: Space, pairs: Eigenpairs | None) -> _Known:
+    if pairs is None:
+        none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
+        return _Known(none, torch.zeros(len(space.names), dtype=torch.float64), 0.0)
+    basis = space.ravel(pairs.vectors, dtype=rows_dtype(space))
+    if len(basis) >= space.n:
+        raise ValueError("all eigenpairs are at hand: the trace is the sum of their values")
+    values = pairs.values.cpu().double()
+    return _Known(
+        basis,
+        (values[:, None] * space.by_leaf(basis, basis).cpu().double()).sum(0),
+        float(values.square().sum() + pairs.residuals.square().sum()),
+    )

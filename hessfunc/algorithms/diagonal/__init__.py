@@ -1,0 +1,1 @@
+"""Stochastic estimates of the diagonal: one estimator a file."""

@@ -1,0 +1,147 @@
+"""The diagonal by independent probes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.norms import squared_row_norms
+from hessfunc.algorithms.results import DiagonalEstimate
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.samples import FEWEST_SAMPLES
+from hessfunc.precision import wide_dtype
+from hessfunc.trees import Matvec, Tree
+
+__all__ = ["hutchinson_diagonal"]
+
+
+def hutchinson_diagonal(
+    matvec: Matvec,
+    like: Tree,
+    *,
+    rtol: float | None = None,
+    max_matvecs: int = 100,
+    block_size: int = 10,
+    seed: int | None = None,
+    callback: Callback[DiagonalEstimate] | None = None,
+) -> DiagonalEstimate:
+    """The diagonal of a matrix, by random signs.
+
+        diag A = E[w * Aw],  entries of w are +1 or -1
+
+    estimated by the mean over probes. The variance of entry j is the sum of a_jk^2 over k != j,
+    for a symmetric A; its standard error is that of the samples.
+
+    Args:
+        matvec: block -> block.
+        like: a tree that says what vectors look like.
+        rtol: stop when the half-widths of the 95 % intervals are below rtol times the values, both
+            in the 2-norm over all entries. Without it the whole budget is used.
+        max_matvecs: the budget: so many probes at the most.
+        block_size: how many probes are multiplied at once.
+        seed: of the probes.
+        callback: called with the running `DiagonalEstimate` after each round; returning True
+            stops.
+
+    Returns:
+        `DiagonalEstimate`, with ``squared_row_norms`` from the same products.
+
+    Raises:
+        ValueError: an option is out of range.
+        FloatingPointError: a product is not finite.
+
+    Cost: one matvec a probe; four vectors of memory, in float64.
+
+    Source: Bekas, Kokiopoulou and Saad 2007.
+    """
+    products = Products.of(matvec, like)
+    space = products.space
+    at_least(0, rtol=rtol)
+    at_least(2, max_matvecs=max_matvecs)
+    at_least(1, block_size=block_size)
+    seed = drawn(seed)
+
+    def step(state: _State, room: int) -> _State:
+        first = state.diagonal.count
+        indices = range(first, first + min(room, block_size))
+        probes = space.probes(indices, kind="signs", seed=seed, dtype=rows_dtype(space))
+        images = products(probes)
+        return _State(
+            state.diagonal.extended(probes * images),
+            state.squares.extended(images.square()),
+        )
+
+    def found(state: _State, reason: str) -> DiagonalEstimate:
+        diagonal, squares, count = state.diagonal, state.squares, state.diagonal.count
+        rounding = 10 * torch.finfo(rows_dtype(space)).eps * (diagonal.mean.abs() + diagonal.spread)
+        return DiagonalEstimate(
+            value=space.unravel(diagonal.mean),
+            stderr=space.unravel(diagonal.spread / math.sqrt(count) + rounding),
+            degrees=count - 1,
+            squared_row_norms=squared_row_norms(
+                squares.mean, squares.spread, count, products, seed
+            ),
+            matvecs=products.matvecs,
+            passes=products.passes,
+            reason=reason,
+            seed=seed,
+        )
+
+    def verdict(state: _State) -> str | None:
+        if state.diagonal.count < FEWEST_SAMPLES or rtol is None:
+            return None
+        if found(state, "running").relative_error() <= rtol:
+            return "converged: the half-widths of the 95 % intervals are within the tolerance"
+        return None
+
+    none = torch.zeros(space.n, dtype=wide_dtype(space.device), device=space.device)
+    state, reason = drive(
+        _State(_Moments(0, none, none), _Moments(0, none, none)),
+        products=products,
+        step=step,
+        verdict=verdict,
+        running=lambda state: found(state, "running"),
+        max_matvecs=max_matvecs,
+        callback=callback,
+    )
+    return found(state, reason)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """The mean and the sum of squared deviations of samples, entry by entry."""
+
+    count: int
+    mean: Tensor
+    deviations: Tensor
+
+    def extended(self, samples: Tensor) -> _Moments:
+        """With more samples, as rows (Chan, Golub and LeVeque 1979)."""
+        samples = samples.to(self.mean)
+        k, count = len(samples), self.count + len(samples)
+        mean = samples.mean(0)
+        shift = mean - self.mean
+        deviations = (samples - mean).square().sum(0)
+        return _Moments(
+            count,
+            self.mean + shift * (k / count),
+            self.deviations + deviations + shift.square() * (self.count * k / count),
+        )
+
+    @property
+    def spread(self) -> Tensor:
+        """The standard deviation; infinite for a single sample."""
+        if self.count < 2:
+            return torch.full_like(self.mean, torch.inf)
+        return (self.deviations / (self.count - 1)).sqrt()
+
+
+@dataclass(frozen=True)
+class _State:
+    """Of the samples ``w * Aw`` and ``(Aw)^2``."""
+
+    diagonal: _Moments
+    squares: _Moments

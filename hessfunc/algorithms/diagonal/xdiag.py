@@ -1,0 +1,161 @@
+"""The diagonal by exchangeable leave-one-out low-rank approximations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.norms import squared_row_norms
+from hessfunc.algorithms.results import DiagonalEstimate
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
+from hessfunc.precision import wide_dtype
+from hessfunc.trees import Matvec, Space, Tree
+
+__all__ = ["xdiag"]
+
+# The leave-one-out estimates share their probes and are correlated: over 1,000 seeds on six
+# spectra their naive standard error was too small by 1.0 to 1.3.
+_WIDENING = 1.45
+_FEWEST_PROBES = 10
+
+
+def xdiag(
+    matvec: Matvec,
+    like: Tree,
+    *,
+    rtol: float | None = None,
+    max_matvecs: int = 100,
+    block_size: int = 10,
+    seed: int | None = None,
+    callback: Callback[DiagonalEstimate] | None = None,
+) -> DiagonalEstimate:
+    """The diagonal of a symmetric matrix, positive or not, by XDiag.
+
+    With probes w_i of random signs, and Q_i an orthonormal basis of the span of A w_j for all j
+    but i,
+
+        d_i = diag(Q_i Q_i' A) + w_i * (I - Q_i Q_i') A w_i.
+
+    The estimate is the mean of d_i. The variance is far below that of `hutchinson_diagonal` where
+    the spectrum decays, and zero from rank + 1 probes on.
+
+    Args:
+        matvec: block -> block, symmetric.
+        like: a tree that says what vectors look like.
+        rtol: stop when the half-widths of the 95 % intervals are below rtol times the values, both
+            in the 2-norm over all entries. Without it the whole budget is used.
+        max_matvecs: the budget, two a probe.
+        block_size: how many vectors are multiplied at once.
+        seed: of the probes.
+        callback: called with the running `DiagonalEstimate` after each round; returning True
+            stops.
+
+    Returns:
+        `DiagonalEstimate`; ``stderr`` is the jackknife standard error of the d_i widened by 1.45,
+        since they are correlated. ``squared_row_norms`` come from the same products.
+
+    Raises:
+        ValueError: an option is out of range.
+        MemoryError: not even two probes fit in memory.
+        FloatingPointError: a product is not finite.
+
+    Cost: two matvecs a probe; the memory of 6 vectors a probe.
+
+    Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825.
+    """
+    products = Products.of(matvec, like)
+    space = products.space
+    at_least(0, rtol=rtol)
+    at_least(4, max_matvecs=max_matvecs)
+    at_least(1, block_size=block_size)
+    seed = drawn(seed)
+    most = vectors_that_fit(space, 6)
+
+    def step(state: _State, room: int) -> _State:
+        p = len(state.probes)
+        width = min(block_size, room // 2, min(space.n, most) - p)
+        if width < 1:
+            return state
+        indices = range(p, p + width)
+        probes = space.probes(indices, kind="signs", seed=seed, dtype=rows_dtype(space))
+        images = products(probes)
+        return _State(
+            torch.cat([state.probes, probes]),
+            torch.cat([state.images, images]),
+            state.sketch.extended(space, products, images),
+        )
+
+    def found(state: _State, reason: str) -> DiagonalEstimate:
+        mean, spread = _mean_and_spread(space, state)
+        p = len(state.probes)
+        rounding = 10 * torch.finfo(rows_dtype(space)).eps * (mean.abs() + spread)
+        squares = state.images.to(mean).square()
+        return DiagonalEstimate(
+            value=space.unravel(mean),
+            stderr=space.unravel(_WIDENING * spread / math.sqrt(p) + rounding),
+            degrees=p - 1,
+            squared_row_norms=squared_row_norms(
+                squares.mean(0), _spread(squares), p, products, seed
+            ),
+            matvecs=products.matvecs,
+            passes=products.passes,
+            reason=reason,
+            seed=seed,
+        )
+
+    def verdict(state: _State) -> str | None:
+        if len(state.probes) == space.n:
+            return "converged: the probes span the whole space"
+        if len(state.probes) >= most:
+            return f"no more than {most} probes fit in memory: `hutchinson_diagonal` keeps none"
+        if len(state.probes) < _FEWEST_PROBES or rtol is None:
+            return None
+        if found(state, "running").relative_error() <= rtol:
+            return "converged: the half-widths of the 95 % intervals are within the tolerance"
+        return None
+
+    none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
+    state, reason = drive(
+        _State(none, none, Sketch.empty(space)),
+        products=products,
+        step=step,
+        verdict=verdict,
+        running=lambda state: found(state, "running"),
+        max_matvecs=max_matvecs,
+        callback=callback,
+    )
+    return found(state, reason)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Rows: probes W and products AW, with a sketch of the products."""
+
+    probes: Tensor
+    images: Tensor
+    sketch: Sketch
+
+
+def _mean_and_spread(space: Space, state: _State) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation of the d_i, entry by entry: float64 ``(n,)``.
+
+    With s_i = Q S_i the direction that only the i-th product adds, Q_i Q_i' = QQ' - s_i s_i', and
+    d_i = diag(QQ'A) + s_i * (w_i (s_i'A w_i) - A s_i).
+    """
+    sketch = state.sketch
+    coefficients = sketch.left_out()
+    alone = (coefficients * sketch.factor).sum(0).to(state.probes)
+    missing = space.combine(coefficients.mT, sketch.basis)
+    missing_images = space.combine(coefficients.mT, sketch.images)
+    wide = wide_dtype(space.device)
+    deviations = (missing * (alone[:, None] * state.probes - missing_images)).to(wide)
+    mean = deviations.mean(0) + (sketch.basis * sketch.images).sum(0, dtype=wide)
+    return mean, _spread(deviations)
+
+
+def _spread(samples: Tensor) -> Tensor:
+    return samples.std(0) if len(samples) > 1 else torch.full_like(samples[0], torch.inf)

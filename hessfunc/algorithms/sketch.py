@@ -1,0 +1,93 @@
+"""An orthonormal basis of a growing span of vectors, with the products of the basis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.rounds import Products, rows_dtype
+from hessfunc.memory import available_memory
+from hessfunc.trees import Space
+
+__all__ = ["Sketch", "vectors_that_fit"]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Vectors Y = C' Q, with orthonormal rows Q and their products AQ.
+
+    Attributes:
+        basis: Q, rows.
+        images: AQ, rows.
+        factor: C, float64 on the CPU. Where it has fewer rows than columns, the vectors depend on
+            each other.
+    """
+
+    basis: Tensor
+    images: Tensor
+    factor: Tensor
+
+    @classmethod
+    def empty(cls, space: Space, /) -> Sketch:
+        none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
+        return cls(none, none, torch.zeros(0, 0, dtype=torch.float64))
+
+    @property
+    def full_rank(self) -> bool:
+        return self.factor.shape[0] == self.factor.shape[1]
+
+    def extended(self, space: Space, products: Products, vectors: Tensor, /) -> Sketch:
+        """The sketch of more vectors. Cost: at most one matvec each."""
+        rank, p = self.factor.shape
+        rest, inner = vectors, torch.zeros(len(vectors), rank, dtype=torch.float64)
+        for _ in range(2):
+            share = space.gram(rest, self.basis)
+            rest = rest - space.combine(share, self.basis)
+            inner += share.cpu().double()
+        added, triangle = torch.linalg.qr(rest.mT)
+        longest = max(
+            float(space.norms(vectors).max()),
+            float(self.factor.norm(dim=0).max()) if p else 0.0,
+        )
+        kept = triangle.diagonal().abs() > 100 * torch.finfo(vectors.dtype).eps * longest
+        added = added.mT[kept]
+        # What is short after the projection is not quite orthogonal to the basis.
+        added = added - space.combine(space.gram(added, self.basis), self.basis)
+
+        factor = torch.zeros(rank + len(added), p + len(vectors), dtype=torch.float64)
+        factor[:rank, :p] = self.factor
+        factor[:rank, p:] = inner.mT
+        factor[rank:, p:] = triangle[kept].cpu().double()
+        if not len(added):
+            return Sketch(self.basis, self.images, factor)
+        return Sketch(
+            torch.cat([self.basis, added]),
+            torch.cat([self.images, products(added)]),
+            factor,
+        )
+
+    def left_out(self) -> Tensor:
+        """Unit coefficients S: ``Q' s_i`` spans what only the i-th vector adds to the others.
+
+        They are the rows of the inverse of C, or zero where the vectors depend on each other: any
+        of them can then be left out.
+        """
+        rank, p = self.factor.shape
+        if not self.full_rank:
+            return torch.zeros(rank, p, dtype=torch.float64)
+        dual = torch.linalg.inv(self.factor).mT
+        return dual / dual.norm(dim=0)
+
+
+def vectors_that_fit(space: Space, copies: int, /) -> int:
+    """How many vectors may be kept in ``copies`` copies, for half of the memory at the most."""
+    free = available_memory(space.device)
+    most = free // 2 // (copies * space.n * rows_dtype(space).itemsize)
+    if most < 2:
+        raise MemoryError(
+            f"two probes of {space.n} entries, with their products, do not fit in "
+            f"{free / 2**30:.1f} GiB: take `hutchinson`, which keeps none"
+        )
+    return most

@@ -1,0 +1,147 @@
+"""The trace of a sketched range, and independent probes outside of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.norms import squared_frobenius
+from hessfunc.algorithms.results import Estimate, narrow_enough
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
+from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
+from hessfunc.trees import Matvec, Space, Tree
+
+__all__ = ["hutchpp"]
+
+
+def hutchpp(
+    matvec: Matvec,
+    like: Tree,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_matvecs: int = 100,
+    block_size: int = 10,
+    seed: int | None = None,
+    callback: Callback[Estimate] | None = None,
+) -> Estimate:
+    """The trace of a symmetric matrix, by Hutch++.
+
+    With an orthonormal basis Q of the products of some random vectors, and other probes g_i on
+    the sphere of radius sqrt(n),
+
+        tr A = tr(Q'AQ) + E[c u'Au],  u = (I - QQ') g,  c = (n - q) / |u|^2,
+
+    where Q has q rows, and c puts u on the sphere of the complement. Thirds of the budget go to
+    the random vectors, to Q, and to the probes. A basis that grows is put to use on all probes,
+    old ones too, without a product.
+
+    The probes are independent of Q, so the interval is Student's, widened for skewness. `xtrace`
+    makes more of as many products, but its error is harder to know.
+
+    Args:
+        matvec: block -> block, symmetric.
+        like: a tree that says what vectors look like.
+        rtol: stop when the half-width of the 95 % interval is below rtol |value|.
+        atol: stop when it is below atol. Without rtol and atol the whole budget is used.
+        max_matvecs: the budget.
+        block_size: how many vectors of each kind join in one round.
+        seed: of the probes.
+        callback: called with the running `Estimate` after each round; returning True stops.
+
+    Returns:
+        `Estimate`; ``squared_frobenius`` comes from the same products.
+
+    Raises:
+        ValueError: an option is out of range.
+        MemoryError: not even two probes fit in memory.
+        FloatingPointError: a product is not finite.
+
+    Cost: three matvecs a probe; the memory of 4 vectors a probe.
+
+    Source: Meyer, Musco, Musco and Woodruff 2021, arXiv 2010.09649; the interval: Johnson 1978.
+    """
+    products = Products.of(matvec, like)
+    space = products.space
+    at_least(0, rtol=rtol, atol=atol)
+    at_least(6, max_matvecs=max_matvecs)
+    at_least(1, block_size=block_size)
+    seed = drawn(seed)
+    most = min(vectors_that_fit(space, 4), space.n - 1)
+
+    def step(state: _State, room: int) -> _State:
+        p = len(state.probes)
+        width = min(block_size, room // 3, most - p)
+        if width < 1:
+            return state
+        # Even indices are for the sketch, odd ones for the probes.
+        indices = [*range(2 * p, 2 * (p + width), 2), *range(2 * p + 1, 2 * (p + width), 2)]
+        rows = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
+        images = products(rows)
+        return _State(
+            torch.cat([state.probes, rows[width:]]),
+            torch.cat([state.images, images[width:]]),
+            state.sketch.extended(space, products, images[:width]),
+        )
+
+    def found(state: _State, reason: str) -> Estimate:
+        parts = _samples(space, state)
+        samples = parts.sum(1)
+        rounding = 10 * torch.finfo(state.probes.dtype).eps * float(parts.abs().sum(1).mean())
+        squares = space.norms(state.images).cpu().double().square()
+        return Estimate(
+            value=float(samples.mean()),
+            stderr=standard_error(samples) + rounding,
+            degrees=len(samples) - 1,
+            samples=samples,
+            by_leaf=dict(zip(space.names, parts.mean(0).tolist(), strict=True)),
+            squared_frobenius=squared_frobenius(squares, products, seed),
+            matvecs=products.matvecs,
+            passes=products.passes,
+            reason=reason,
+            seed=seed,
+        )
+
+    def verdict(state: _State) -> str | None:
+        if len(state.probes) == space.n - 1:
+            return "converged: the sketch spans the whole space"
+        if len(state.probes) >= most:
+            return f"no more than {most} probes fit in memory: `hutchinson` keeps none"
+        if len(state.probes) < FEWEST_SAMPLES or (rtol is None and atol is None):
+            return None
+        return narrow_enough(found(state, "running"), rtol, atol)
+
+    none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
+    state, reason = drive(
+        _State(none, none, Sketch.empty(space)),
+        products=products,
+        step=step,
+        verdict=verdict,
+        running=lambda state: found(state, "running"),
+        max_matvecs=max_matvecs,
+        callback=callback,
+    )
+    return found(state, reason)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Rows: probes G and products AG, with a sketch that is independent of them."""
+
+    probes: Tensor
+    images: Tensor
+    sketch: Sketch
+
+
+def _samples(space: Space, state: _State) -> Tensor:
+    """The estimates of each probe, leaf by leaf: float64 ``(p, leaves)``."""
+    basis, basis_images = state.sketch.basis, state.sketch.images
+    inside = space.gram(state.probes, basis)
+    outer = state.probes - space.combine(inside, basis)
+    outer_images = state.images - space.combine(inside, basis_images)
+    rescaling = (space.n - len(basis)) / space.norms(outer).cpu().double().square()
+    whole = space.by_leaf(basis, basis_images).sum(0).cpu().double()
+    return whole + rescaling[:, None] * space.by_leaf(outer, outer_images).cpu().double()

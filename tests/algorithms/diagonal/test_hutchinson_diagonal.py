@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hessfunc as hf
+from tests.algorithms.spectra import symmetric
+
+N = 80
+MATRIX = symmetric(torch.linspace(-1, 4, N))
+LIKE = {"a": torch.zeros(3, 10).double(), "b": torch.zeros(N - 30).double()}
+
+
+def flat(tree: object) -> torch.Tensor:
+    return hf.ravel(tree)
+
+
+def test_mean_and_standard_error_are_those_of_the_formula() -> None:
+    found = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, max_matvecs=4000, seed=1)
+    variance = MATRIX.square().sum(0) - MATRIX.diagonal().square()
+    expected = (variance / 4000).sqrt()
+    assert bool(((flat(found.value) - MATRIX.diagonal()).abs() < 4.5 * expected).all())
+    torch.testing.assert_close(flat(found.stderr), expected, rtol=0.1, atol=0)
+    assert found.value["a"].shape == (3, 10)
+
+
+def test_mean_relative_error_on_a_wishart_matrix() -> None:
+    z = torch.randn(1000, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = z @ z.mT / 1000
+    like = torch.zeros(1000).double()
+    found = hf.hutchinson_diagonal(hf.dense(matrix), like, max_matvecs=20, seed=0)
+    relative = ((found.value - matrix.diagonal()) / matrix.diagonal()).abs()
+    assert float(relative.mean()) == pytest.approx(0.178, abs=0.02)
+
+
+def test_intervals_cover_entries_and_row_norms() -> None:
+    rows = MATRIX.square().sum(0)
+    covered, covered_rows = [], []
+    for seed in range(100):
+        found = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=seed)
+        low, high = map(flat, found.interval())
+        covered.append((low <= MATRIX.diagonal()) & (MATRIX.diagonal() <= high))
+        assert found.squared_row_norms is not None
+        low, high = map(flat, found.squared_row_norms.interval())
+        covered_rows.append((low <= rows) & (rows <= high))
+    assert 0.93 < float(torch.stack(covered).double().mean()) < 0.97
+    assert float(torch.stack(covered_rows).double().mean()) > 0.93
+
+
+def test_stops_at_the_tolerance() -> None:
+    found = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, rtol=0.1, max_matvecs=5000, seed=0)
+    assert found.reason.startswith("converged")
+    assert found.relative_error() <= 0.1
+    error = (flat(found.value) - MATRIX.diagonal()).norm() / MATRIX.diagonal().norm()
+    assert float(error) < 0.1
+
+
+def test_exact_on_a_diagonal_matrix() -> None:
+    diagonal = torch.arange(1.0, 6.0)
+    matvec, like = hf.dense(diagonal.diag()), torch.zeros(5)
+    found = hf.hutchinson_diagonal(matvec, like, max_matvecs=3, seed=0)
+    torch.testing.assert_close(found.value, diagonal)
+    assert float(found.stderr.max()) < 1e-4
+
+
+def test_block_size_changes_nothing_but_the_passes() -> None:
+    ten = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, max_matvecs=30, seed=5)
+    one = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, max_matvecs=30, block_size=1, seed=5)
+    torch.testing.assert_close(flat(ten.value), flat(one.value))
+    torch.testing.assert_close(flat(ten.stderr), flat(one.stderr))
+    assert (ten.passes, one.passes) == (3, 30)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"rtol": -0.1}, "rtol"), ({"max_matvecs": 1}, "max_matvecs=1")]
+)
+def test_bad_options(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, **options)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hessfunc as hf
+from tests.algorithms.spectra import decaying, symmetric
+
+N = 200
+LIKE = {"a": torch.zeros(10, 10).double(), "b": torch.zeros(N - 100).double()}
+MATRIX = symmetric(decaying(N)["slow exponential"])
+
+
+def test_exact_where_the_sketch_holds_the_range() -> None:
+    spectrum = torch.where(torch.arange(N) < 7, torch.arange(1.0, N + 1), 0.0)
+    found = hf.hutchpp(hf.dense(symmetric(spectrum)), LIKE, max_matvecs=24, seed=0)
+    assert found.value == pytest.approx(28, rel=1e-10)
+    low, high = found.interval()
+    assert low <= 28 <= high
+    assert high - low < 1e-8
+
+
+def test_parts_of_leaves_sum_to_the_value_and_are_unbiased() -> None:
+    runs = [hf.hutchpp(hf.dense(MATRIX), LIKE, max_matvecs=30, seed=seed) for seed in range(200)]
+    for run in runs:
+        assert sum(run.by_leaf.values()) == pytest.approx(run.value, rel=1e-10)
+    part = torch.tensor([run.by_leaf["a"] for run in runs])
+    error = float(part.std()) / len(runs) ** 0.5
+    assert float(part.mean()) == pytest.approx(float(MATRIX.diagonal()[:100].sum()), abs=4 * error)
+
+
+def test_rounds_reuse_every_product() -> None:
+    once = hf.hutchpp(hf.dense(MATRIX), LIKE, max_matvecs=60, block_size=20, seed=2)
+    rounds = hf.hutchpp(hf.dense(MATRIX), LIKE, max_matvecs=60, block_size=5, seed=2)
+    assert rounds.value == pytest.approx(once.value, rel=1e-9)
+    assert (once.matvecs, rounds.matvecs) == (60, 60)
+    assert (once.passes, rounds.passes) == (2, 8)
+
+
+def test_stops_at_the_tolerance_with_fewer_products_than_hutchinson() -> None:
+    found = hf.hutchpp(hf.dense(MATRIX), LIKE, rtol=0.02, max_matvecs=1000, seed=0)
+    plain = hf.hutchinson(hf.dense(MATRIX), LIKE, rtol=0.02, max_matvecs=5000, seed=0)
+    assert found.reason.startswith("converged")
+    assert found.matvecs < plain.matvecs / 4
+
+
+def test_squared_frobenius_norm_from_the_same_products() -> None:
+    norm = hf.hutchpp(hf.dense(MATRIX), LIKE, max_matvecs=300, seed=1).squared_frobenius
+    assert norm is not None
+    low, high = norm.interval(0.99)
+    assert low <= float(MATRIX.square().sum()) <= high
+
+
+def test_a_budget_below_two_probes_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_matvecs=5: it must be at least 6"):
+        hf.hutchpp(hf.dense(MATRIX), LIKE, max_matvecs=5)
