@@ -10,12 +10,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.results import Density, rounding
 from hessfunc.algorithms.rounds import (
     Callback,
     Products,
     at_least,
-    drawn,
     drive,
     products_eps,
     rows_dtype,
@@ -38,6 +38,7 @@ def slq(
     max_matvecs: int | None = None,
     seed: int | None = None,
     callback: Callback[Density] | None = None,
+    checkpoint: Directory = None,
 ) -> Density:
     """The spectral density of a symmetric matrix, by stochastic Lanczos quadrature.
 
@@ -56,6 +57,7 @@ def slq(
         max_matvecs: the budget; ``probes * steps`` by default.
         seed: of the probes.
         callback: called with the running `Density` every few steps; returning True stops.
+        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
         `Density`. A probe whose Krylov space is exhausted ends early.
@@ -74,7 +76,8 @@ def slq(
     space = products.space
     at_least(1, probes=probes, steps=steps)
     at_least(probes, max_matvecs=max_matvecs)
-    seed = drawn(seed)
+    store = Checkpoint.of(checkpoint, "slq", products, seed, probes=probes, steps=steps)
+    seed = store.seed
     steps = min(steps, space.n)
     eps = products_eps(space, rows_dtype(space))
     group = _probes_that_fit(space, probes, steps)
@@ -82,17 +85,17 @@ def slq(
     def step(state: _State, room: int) -> _State:
         if all(run.ended for run in state.runs):
             started = len(state.done) + len(state.runs)
-            indices = range(started, min(started + group, probes))
-            state = _State(_start(space, indices, steps, seed), state.recurrences)
+            indices = range(started, min(started + state.group, probes))
+            state = replace(state, runs=_start(space, indices, seed), done=state.recurrences)
         for _ in range(_STEPS_A_ROUND):
             active = [run for run in state.runs if not run.ended]
             if not active or len(active) > room:
                 break
             images = iter(products(torch.stack([run.current for run in active])))
-            state = _State(
-                tuple(r if r.ended else _extended(space, r, next(images), eps) for r in state.runs),
-                state.done,
+            runs = (
+                r if r.ended else _extended(space, r, next(images), steps, eps) for r in state.runs
             )
+            state = replace(state, runs=tuple(runs))
             room -= len(active)
         return state
 
@@ -102,10 +105,7 @@ def slq(
             nodes=nodes,
             weights=weights,
             n=space.n,
-            matvecs=products.matvecs,
-            passes=products.passes,
-            reason=reason,
-            seed=seed,
+            **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
@@ -117,13 +117,14 @@ def slq(
         return f"complete: {steps} steps for each probe"
 
     state, reason = drive(
-        _State(_start(space, range(min(group, probes)), steps, seed), ()),
+        _State(_start(space, range(min(group, probes)), seed), (), group),
         products=products,
         step=step,
         verdict=verdict,
         running=lambda state: found(state, "running"),
         max_matvecs=probes * steps if max_matvecs is None else max_matvecs,
         callback=callback,
+        storage=store,
     )
     return found(state, reason)
 
@@ -137,7 +138,7 @@ class _Run:
     """The Lanczos run of one probe.
 
     Attributes:
-        basis: room for the Krylov basis, ``(steps, n)``; one more row than ``alphas`` is filled.
+        basis: of the Krylov space, rows; one more than ``alphas``.
         alphas: the diagonal of T.
         betas: the off-diagonal of T.
         ended: no step is left, or the Krylov space is exhausted.
@@ -150,45 +151,59 @@ class _Run:
 
     @property
     def current(self) -> Tensor:
-        return self.basis[len(self.alphas)]
+        return self.basis[-1]
 
 
 @dataclass(frozen=True)
 class _State:
-    """The runs of the present group of probes, and the recurrences of the groups before it."""
+    """The runs of the present group of probes, and the recurrences of the groups before it.
+
+    Attributes:
+        runs: of the present group.
+        done: of the groups before it.
+        group: how many probes run at once.
+    """
 
     runs: tuple[_Run, ...]
     done: tuple[_Recurrence, ...]
+    group: int
 
     @property
     def recurrences(self) -> tuple[_Recurrence, ...]:
         return (*self.done, *((run.alphas, run.betas) for run in self.runs if run.alphas))
 
 
-def _start(space: Space, indices: range, steps: int, seed: int) -> tuple[_Run, ...]:
+def _start(space: Space, indices: range, seed: int) -> tuple[_Run, ...]:
     probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
-    runs = tuple(_Run(probes.new_empty(steps, space.n)) for _ in indices)
-    for run, probe in zip(runs, probes, strict=True):
-        run.basis[0] = probe / math.sqrt(space.n)
-    return runs
+    return tuple(_Run(probe[None] / math.sqrt(space.n)) for probe in probes)
 
 
-def _extended(space: Space, run: _Run, image: Tensor, eps: float) -> _Run:
+def _extended(space: Space, run: _Run, image: Tensor, steps: int, eps: float) -> _Run:
     size = len(run.alphas) + 1
-    basis, rest = run.basis[:size], image[None]
+    rest = image[None]
     alpha = 0.0
     # Twice is enough: the second pass removes what rounding left of the first.
     for _ in range(2):
-        inner = space.gram(rest, basis)
-        rest = rest - space.combine(inner, basis)
+        inner = space.gram(rest, run.basis)
+        rest = rest - space.combine(inner, run.basis)
         alpha += float(inner[0, -1])
     beta = float(space.norms(rest))
     alphas = (*run.alphas, alpha)
     largest = max(abs(a) for a in alphas) + 2 * max((*run.betas, beta))
-    if size == len(run.basis) or beta <= rounding(eps, largest):
+    if size == steps or beta <= rounding(eps, largest):
         return replace(run, alphas=alphas, ended=True)
-    run.basis[size] = rest[0] / beta
-    return replace(run, alphas=alphas, betas=(*run.betas, beta))
+    basis = _appended(run.basis, rest[0] / beta, steps)
+    return replace(run, basis=basis, alphas=alphas, betas=(*run.betas, beta))
+
+
+def _appended(basis: Tensor, row: Tensor, most: int) -> Tensor:
+    """The basis with one more row, in the same memory where that has room for ``most`` rows."""
+    size, n = basis.shape
+    if basis.untyped_storage().nbytes() < most * n * basis.itemsize:
+        basis = torch.cat([basis, basis.new_empty(most - size, n)])
+    basis = basis.as_strided((size + 1, n), (n, 1))
+    basis[size] = row
+    return basis
 
 
 def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor]:

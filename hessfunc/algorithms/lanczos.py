@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.rounds import (
     Callback,
     Products,
     at_least,
-    drawn,
     drive,
     products_eps,
     rows_dtype,
@@ -45,6 +45,7 @@ def lanczos(
     start: Tree | None = None,
     seed: int | None = None,
     callback: Callback[Eigenpairs] | None = None,
+    checkpoint: Directory = None,
 ) -> Eigenpairs:
     """A few extreme eigenpairs of a symmetric matrix, by thick-restart Lanczos.
 
@@ -77,6 +78,7 @@ def lanczos(
         seed: of the start.
         callback: called with the running `Eigenpairs` after each round (residuals are those of
             the recurrence then); returning True stops.
+        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
         `Eigenpairs`. Where not all k have converged, ``converged`` and ``reason`` say so.
@@ -105,9 +107,21 @@ def lanczos(
         basis_size = max(2 * k + 10, k + 4 * block_size)
     at_least(min(space.n, k + block_size), basis_size=basis_size)
     basis_size = min(basis_size, space.n)
-    seed = drawn(seed)
     dtype = basis_dtype or rows_dtype(space)
     eps = products_eps(space, dtype)
+    store = Checkpoint.of(
+        checkpoint,
+        "lanczos",
+        products,
+        seed,
+        k=k,
+        which=which,
+        block_size=block_size,
+        basis_size=basis_size,
+        dtype=str(dtype),
+        start=start,
+    )
+    seed = store.seed
     problem = _Problem(k, which, block_size, basis_size, rtol, atol, seed, eps)
     state = _start(problem, space, start, dtype)
 
@@ -131,10 +145,7 @@ def lanczos(
             residuals=residuals,
             converged=converged,
             largest=largest,
-            matvecs=products.matvecs,
-            passes=products.passes,
-            reason=reason,
-            seed=seed,
+            **products.cost(reason, seed),
         )
 
     state, reason = drive(
@@ -145,6 +156,7 @@ def lanczos(
         running=lambda state: found(state, "running", measured=False),
         max_matvecs=max_matvecs - k,
         callback=callback,
+        storage=store,
     )
     return found(state, reason, measured=True)
 

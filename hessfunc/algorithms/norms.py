@@ -24,10 +24,7 @@ def squared_frobenius(samples: Tensor, products: Products, seed: int, /) -> Esti
         degrees=len(samples) - 1,
         samples=samples,
         by_leaf={},
-        matvecs=products.matvecs,
-        passes=products.passes,
-        reason="from the products of the trace",
-        seed=seed,
+        **products.cost("from the products of the trace", seed),
     )
 
 
@@ -51,8 +48,5 @@ def squared_row_norms(
         value=products.space.unravel(mean),
         stderr=products.space.unravel(stderr),
         degrees=count - 1,
-        matvecs=products.matvecs,
-        passes=products.passes,
-        reason="from the products of the diagonal",
-        seed=seed,
+        **products.cost("from the products of the diagonal", seed),
     )

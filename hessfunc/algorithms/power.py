@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.rounds import (
     Callback,
     Products,
     at_least,
-    drawn,
     drive,
     products_eps,
     rows_dtype,
@@ -38,6 +38,7 @@ def power_iteration(
     start: Tree | None = None,
     seed: int | None = None,
     callback: Callback[Eigenpairs] | None = None,
+    checkpoint: Directory = None,
 ) -> Eigenpairs:
     """The largest eigenpairs of a symmetric matrix, one after another, by power iteration.
 
@@ -62,6 +63,7 @@ def power_iteration(
         start: a tree to start from; random by default.
         seed: of the start.
         callback: called with the running `Eigenpairs` after each round; returning True stops.
+        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
         `Eigenpairs`; fewer than k, with the last one not converged, where the budget ends before.
@@ -84,7 +86,17 @@ def power_iteration(
         raise ValueError(f"k={k}: the matrix has {space.n} eigenvalues, choose 1 to {space.n}")
     at_least(0, rtol=rtol, momentum=momentum)
     at_least(1, max_matvecs=max_matvecs)
-    seed = drawn(seed)
+    store = Checkpoint.of(
+        checkpoint,
+        "power_iteration",
+        products,
+        seed,
+        k=k,
+        which=which,
+        momentum=momentum,
+        start=start,
+    )
+    seed = store.seed
     dtype = rows_dtype(space)
     if start is None:
         first = space.probes([0], kind="normal", seed=seed, dtype=dtype)
@@ -125,10 +137,7 @@ def power_iteration(
             residuals=residuals,
             converged=residuals <= tolerance(values, _largest(space, state)),
             largest=_largest(space, state),
-            matvecs=products.matvecs,
-            passes=products.passes,
-            reason=reason,
-            seed=seed,
+            **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
@@ -143,6 +152,7 @@ def power_iteration(
         running=lambda state: found(state, "running"),
         max_matvecs=max_matvecs,
         callback=callback,
+        storage=store,
     )
     return found(state, reason)
 

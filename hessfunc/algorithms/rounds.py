@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Result
+from hessfunc.choices import Choices, recording
 from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["Callback", "Products", "at_least", "drawn", "drive", "products_eps", "rows_dtype"]
@@ -29,23 +30,37 @@ class Products:
         space: of its vectors.
         matvecs: products with one vector so far.
         passes: calls so far.
+        choices: of chunk sizes, made so far.
+        keep_first: keep the first vector with its product.
+        first: these two.
     """
 
     matvec: Matvec
     space: Space
     matvecs: int = 0
     passes: int = 0
+    choices: Choices = field(default_factory=dict)
+    keep_first: bool = False
+    first: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, matvec: Matvec, like: Tree, /) -> Products:
         return cls(matvec, Space.of(like))
 
     def __call__(self, rows: Tensor, /) -> Tensor:
-        product = self.space.ravel(self.matvec(self.space.unravel(rows)), dtype=rows.dtype)
-        if len(product) != len(rows):
-            raise ValueError(f"the matvec gave {len(product)} products of {len(rows)} vectors")
+        product = self.uncounted(rows)
         self.matvecs += len(rows)
         self.passes += 1
+        if self.keep_first and self.first is None:
+            self.first = rows[0].clone(), product[0].clone()
+        return product
+
+    def uncounted(self, rows: Tensor, /) -> Tensor:
+        """Products that are no part of the run's cost."""
+        with recording(self.choices):
+            product = self.space.ravel(self.matvec(self.space.unravel(rows)), dtype=rows.dtype)
+        if len(product) != len(rows):
+            raise ValueError(f"the matvec gave {len(product)} products of {len(rows)} vectors")
         if not torch.isfinite(product).all():
             columns = torch.nonzero(~torch.isfinite(product).all(0)).flatten()
             raise FloatingPointError(
@@ -53,6 +68,24 @@ class Products:
                 + ", ".join(self.space.leaf_of_columns(columns)[:4])
             )
         return product
+
+    def cost(self, reason: str, seed: int | None) -> dict[str, Any]:
+        """What every result tells of its run."""
+        return {
+            "matvecs": self.matvecs,
+            "passes": self.passes,
+            "reason": reason,
+            "seed": seed,
+            "choices": dict(self.choices),
+        }
+
+
+class Storage(Protocol):
+    """What keeps the state of a run."""
+
+    def restored(self, state: State, /) -> State: ...
+
+    def save(self, state: object, /) -> None: ...
 
 
 def drive(
@@ -64,6 +97,7 @@ def drive(
     running: Callable[[State], Found],
     max_matvecs: int,
     callback: Callback[Found] | None,
+    storage: Storage | None = None,
 ) -> tuple[State, str]:
     """Take rounds until there is a verdict, the budget is spent, or the callback says stop.
 
@@ -75,16 +109,21 @@ def drive(
         running: the result so far, for the callback.
         max_matvecs: the budget of all rounds.
         callback: called with the result so far after each round; returning True stops.
+        storage: where the state is taken up, and kept after each round.
 
     Returns:
         The last state, and the reason for which the run stopped.
     """
+    if storage is not None:
+        state = storage.restored(state)
     while (reason := verdict(state)) is None:
         room = max_matvecs - products.matvecs
         if room < 1:
             return state, f"the budget of {max_matvecs} matvecs is spent"
         before = products.matvecs
         state = step(state, room)
+        if storage is not None:
+            storage.save(state)
         if callback is not None and callback(running(state)) is True:
             return state, "stopped by the callback"
         if products.matvecs == before:

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hessfunc.choices import current_choices
 from hessfunc.memory import available_memory
 from hessfunc.transforms.kernels import explained, precise
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, leaves, tree_map, unchanged
@@ -37,11 +38,11 @@ class Chunks:
 
     Attributes:
         size: the chunk, 1 for a loop, or ``"auto"``.
-        chosen: the chunk that was chosen for each shape of block, parameters and batch.
+        chosen: the chunk that was chosen for each number of vectors and shapes of a batch.
     """
 
     size: ChunkSize = "auto"
-    chosen: dict[Hashable, int] = field(default_factory=dict)
+    chosen: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.size != "auto" and (not isinstance(self.size, int) or self.size < 1):
@@ -66,7 +67,7 @@ def block_matvec(
         chunks: how the block is cut.
     """
     refuse_if_changed = unchanged(space.names, point)
-    of_batch = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
+    of_batch = [tuple(x.shape) for x in batch_leaves(batch) if isinstance(x, Tensor)]
 
     def matvec(block: Tree) -> Tree:
         refuse_if_changed()
@@ -87,10 +88,11 @@ def block_matvec(
                 return space.tree(_loop(product, tangents))
             if chunks.size != "auto":
                 return space.tree(_in_chunks(product, tangents, chunks.size)[0])
-            key = (k, space.shapes, of_batch)
-            if key not in chunks.chosen:
-                chunks.chosen[key] = _fastest(product, tangents)
-            found, chunks.chosen[key] = _in_chunks(product, tangents, chunks.chosen[key])
+            key = f"{k} vectors of {space.n}, batch {', '.join(map(str, of_batch))}"
+            recorded = current_choices()
+            size = recorded.get(key) or chunks.chosen.get(key) or _fastest(product, tangents)
+            found, size = _in_chunks(product, tangents, size)
+            recorded[key] = chunks.chosen[key] = size
             return space.tree(found)
 
     return matvec

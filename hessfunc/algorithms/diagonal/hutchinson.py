@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.norms import squared_row_norms
 from hessfunc.algorithms.results import DiagonalEstimate
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, Tree
@@ -27,6 +28,7 @@ def hutchinson_diagonal(
     block_size: int = 10,
     seed: int | None = None,
     callback: Callback[DiagonalEstimate] | None = None,
+    checkpoint: Directory = None,
 ) -> DiagonalEstimate:
     """The diagonal of a matrix, by random signs.
 
@@ -45,6 +47,7 @@ def hutchinson_diagonal(
         seed: of the probes.
         callback: called with the running `DiagonalEstimate` after each round; returning True
             stops.
+        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
         `DiagonalEstimate`, with ``squared_row_norms`` from the same products.
@@ -62,7 +65,8 @@ def hutchinson_diagonal(
     at_least(0, rtol=rtol)
     at_least(2, max_matvecs=max_matvecs)
     at_least(1, block_size=block_size)
-    seed = drawn(seed)
+    store = Checkpoint.of(checkpoint, "hutchinson_diagonal", products, seed, block_size=block_size)
+    seed = store.seed
 
     def step(state: _State, room: int) -> _State:
         first = state.diagonal.count
@@ -84,10 +88,7 @@ def hutchinson_diagonal(
             squared_row_norms=squared_row_norms(
                 squares.mean, squares.spread, count, products, seed
             ),
-            matvecs=products.matvecs,
-            passes=products.passes,
-            reason=reason,
-            seed=seed,
+            **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
@@ -106,6 +107,7 @@ def hutchinson_diagonal(
         running=lambda state: found(state, "running"),
         max_matvecs=max_matvecs,
         callback=callback,
+        storage=store,
     )
     return found(state, reason)
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.norms import squared_row_norms
 from hessfunc.algorithms.results import DiagonalEstimate
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, Space, Tree
@@ -32,6 +33,7 @@ def xdiag(
     block_size: int = 10,
     seed: int | None = None,
     callback: Callback[DiagonalEstimate] | None = None,
+    checkpoint: Directory = None,
 ) -> DiagonalEstimate:
     """The diagonal of a symmetric matrix, positive or not, by XDiag.
 
@@ -53,6 +55,7 @@ def xdiag(
         seed: of the probes.
         callback: called with the running `DiagonalEstimate` after each round; returning True
             stops.
+        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
         `DiagonalEstimate`; ``stderr`` is the jackknife standard error of the d_i widened by 1.45,
@@ -72,7 +75,8 @@ def xdiag(
     at_least(0, rtol=rtol)
     at_least(4, max_matvecs=max_matvecs)
     at_least(1, block_size=block_size)
-    seed = drawn(seed)
+    store = Checkpoint.of(checkpoint, "xdiag", products, seed, block_size=block_size)
+    seed = store.seed
     most = vectors_that_fit(space, 6)
 
     def step(state: _State, room: int) -> _State:
@@ -101,10 +105,7 @@ def xdiag(
             squared_row_norms=squared_row_norms(
                 squares.mean(0), _spread(squares), p, products, seed
             ),
-            matvecs=products.matvecs,
-            passes=products.passes,
-            reason=reason,
-            seed=seed,
+            **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
@@ -127,6 +128,7 @@ def xdiag(
         running=lambda state: found(state, "running"),
         max_matvecs=max_matvecs,
         callback=callback,
+        storage=store,
     )
     return found(state, reason)
 

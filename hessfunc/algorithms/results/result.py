@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hessfunc.files import write_whole
 from hessfunc.trees import Tree, flatten, leaves
 
 __all__ = ["Result", "load", "versions"]
@@ -42,6 +43,7 @@ class Result:
         passes: calls of the matvec; each serves a whole block.
         reason: why the run stopped, in words.
         seed: with which the run can be repeated.
+        choices: chunk sizes that timed trials chose, 1 for a loop, for each shape of a block.
         versions: of the packages that made it.
     """
 
@@ -49,6 +51,7 @@ class Result:
     passes: int
     reason: str
     seed: int | None
+    choices: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
     kinds: ClassVar[dict[str, type[Result]]] = {}
@@ -65,7 +68,7 @@ class Result:
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         plain = _plain(self, "", arrays)
         arrays["result"] = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
-        _write_whole(Path(path), arrays)
+        write_whole(Path(path), lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
 def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
@@ -90,13 +93,6 @@ def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]])
 def _is_tree(value: Any) -> bool:
     found = leaves(value)
     return bool(found) and all(isinstance(leaf, Tensor) for leaf in found)
-
-
-def _write_whole(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    part.replace(path)
 
 
 def load(path: str | os.PathLike[str], /) -> Result:

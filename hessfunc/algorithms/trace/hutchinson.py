@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.results import Eigenpairs, Estimate, narrow_enough
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
 from hessfunc.trees import Matvec, ProbeKind, Space, Tree
 
@@ -28,6 +29,7 @@ def hutchinson(
     block_size: int = 10,
     seed: int | None = None,
     callback: Callback[Estimate] | None = None,
+    checkpoint: Directory = None,
 ) -> Estimate:
     """The trace of a matrix, by random probes (Girard-Hutchinson).
 
@@ -52,6 +54,7 @@ def hutchinson(
         block_size: how many probes are multiplied at once.
         seed: of the probes.
         callback: called with the running `Estimate` after each round; returning True stops.
+        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
         `Estimate`, with the part of each leaf in ``by_leaf`` (those of eigenpairs up to their
@@ -70,7 +73,16 @@ def hutchinson(
     at_least(0, rtol=rtol, atol=atol)
     at_least(2, max_matvecs=max_matvecs)
     at_least(1, block_size=block_size)
-    seed = drawn(seed)
+    store = Checkpoint.of(
+        checkpoint,
+        "hutchinson",
+        products,
+        seed,
+        block_size=block_size,
+        kind=kind,
+        deflate=None if deflate is None else deflate.vectors,
+    )
+    seed = store.seed
     known = _known(space, deflate)
 
     def step(state: _State, room: int) -> _State:
@@ -93,10 +105,7 @@ def hutchinson(
             samples=samples,
             by_leaf=dict(zip(space.names, parts.tolist(), strict=True)),
             squared_frobenius=squared_frobenius(known.squares + state.squares, products, seed),
-            matvecs=products.matvecs,
-            passes=products.passes,
-            reason=reason,
-            seed=seed,
+            **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
@@ -113,6 +122,7 @@ def hutchinson(
         running=lambda state: found(state, "running"),
         max_matvecs=max_matvecs,
         callback=callback,
+        storage=store,
     )
     return found(state, reason)
 

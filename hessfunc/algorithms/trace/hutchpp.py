@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.results import Estimate, narrow_enough
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.trees import Matvec, Space, Tree
@@ -27,6 +28,7 @@ def hutchpp(
     block_size: int = 10,
     seed: int | None = None,
     callback: Callback[Estimate] | None = None,
+    checkpoint: Directory = None,
 ) -> Estimate:
     """The trace of a symmetric matrix, by Hutch++.
 
@@ -51,6 +53,7 @@ def hutchpp(
         block_size: how many vectors of each kind join in one round.
         seed: of the probes.
         callback: called with the running `Estimate` after each round; returning True stops.
+        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
         `Estimate`; ``squared_frobenius`` comes from the same products.
@@ -69,7 +72,8 @@ def hutchpp(
     at_least(0, rtol=rtol, atol=atol)
     at_least(6, max_matvecs=max_matvecs)
     at_least(1, block_size=block_size)
-    seed = drawn(seed)
+    store = Checkpoint.of(checkpoint, "hutchpp", products, seed, block_size=block_size)
+    seed = store.seed
     most = min(vectors_that_fit(space, 4), space.n - 1)
 
     def step(state: _State, room: int) -> _State:
@@ -99,10 +103,7 @@ def hutchpp(
             samples=samples,
             by_leaf=dict(zip(space.names, parts.mean(0).tolist(), strict=True)),
             squared_frobenius=squared_frobenius(squares, products, seed),
-            matvecs=products.matvecs,
-            passes=products.passes,
-            reason=reason,
-            seed=seed,
+            **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
@@ -123,6 +124,7 @@ def hutchpp(
         running=lambda state: found(state, "running"),
         max_matvecs=max_matvecs,
         callback=callback,
+        storage=store,
     )
     return found(state, reason)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.results import Estimate, narrow_enough
 from hessfunc.algorithms.rounds import (
     Callback,
     Products,
     at_least,
-    drawn,
     drive,
     products_eps,
     rows_dtype,
@@ -39,6 +39,7 @@ def xnystrace(
     block_size: int = 10,
     seed: int | None = None,
     callback: Callback[Estimate] | None = None,
+    checkpoint: Directory = None,
 ) -> Estimate:
     """The trace of a positive semi-definite matrix, such as a GGN, by XNysTrace.
 
@@ -60,6 +61,7 @@ def xnystrace(
         block_size: how many probes are multiplied at once.
         seed: of the probes.
         callback: called with the running `Estimate` after each round; returning True stops.
+        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
         `Estimate`. ``samples`` are the t_i, which are correlated; ``stderr`` lies between the
@@ -82,7 +84,8 @@ def xnystrace(
     at_least(0, rtol=rtol, atol=atol)
     at_least(3, max_matvecs=max_matvecs)
     at_least(1, block_size=block_size)
-    seed = drawn(seed)
+    store = Checkpoint.of(checkpoint, "xnystrace", products, seed, block_size=block_size)
+    seed = store.seed
     most = vectors_that_fit(space, 5)
     eps = products_eps(space, rows_dtype(space))
 
@@ -110,10 +113,7 @@ def xnystrace(
             samples=samples,
             by_leaf=dict(zip(space.names, parts.mean(0).tolist(), strict=True)),
             squared_frobenius=squared_frobenius(squares, products, seed),
-            matvecs=products.matvecs,
-            passes=products.passes,
-            reason=reason,
-            seed=seed,
+            **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
@@ -134,6 +134,7 @@ def xnystrace(
         running=lambda state: found(state, "running"),
         max_matvecs=max_matvecs,
         callback=callback,
+        storage=store,
     )
     return found(state, reason)
 

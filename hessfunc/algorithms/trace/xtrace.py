@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.results import Estimate, narrow_enough
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drawn, drive, rows_dtype
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.trace.exchangeable import Spread, spread
 from hessfunc.trees import Matvec, Space, Tree
@@ -34,6 +35,7 @@ def xtrace(
     block_size: int = 10,
     seed: int | None = None,
     callback: Callback[Estimate] | None = None,
+    checkpoint: Directory = None,
 ) -> Estimate:
     """The trace of a symmetric matrix, positive or not, by XTrace.
 
@@ -55,6 +57,7 @@ def xtrace(
         block_size: how many vectors are multiplied at once.
         seed: of the probes.
         callback: called with the running `Estimate` after each round; returning True stops.
+        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
         `Estimate`. ``samples`` are the t_i, which are correlated; ``stderr`` lies between the
@@ -76,7 +79,8 @@ def xtrace(
     at_least(0, rtol=rtol, atol=atol)
     at_least(4, max_matvecs=max_matvecs)
     at_least(1, block_size=block_size)
-    seed = drawn(seed)
+    store = Checkpoint.of(checkpoint, "xtrace", products, seed, block_size=block_size)
+    seed = store.seed
     most = vectors_that_fit(space, 4)
 
     def step(state: _State, room: int) -> _State:
@@ -107,10 +111,7 @@ def xtrace(
             samples=samples,
             by_leaf=dict(zip(space.names, parts.mean(0).tolist(), strict=True)),
             squared_frobenius=squared_frobenius(squares, products, seed),
-            matvecs=products.matvecs,
-            passes=products.passes,
-            reason=reason,
-            seed=seed,
+            **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
@@ -131,6 +132,7 @@ def xtrace(
         running=lambda state: found(state, "running"),
         max_matvecs=max_matvecs,
         callback=callback,
+        storage=store,
     )
     return found(state, reason)
 

@@ -1,0 +1,79 @@
+"""A number that was estimated on random batches, with the two sources of its noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hessfunc.algorithms.results.estimate import Estimate
+
+__all__ = ["SampledEstimate"]
+
+# To make the graph of a gradient takes 2 to 3 gradients, a product with it 2.
+_COST_OF_A_BATCH = 1.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledEstimate(Estimate):
+    """An estimate from m random batches with r probes each; ``samples`` are the batches' means.
+
+    The variance of the value is ``variance_data / m + variance_probes / (m r)``.
+
+    Attributes:
+        variance_probes: of one probe within a batch; NaN where each batch had a single probe.
+        variance_data: between batches, of what infinitely many probes would find on each. An
+            estimate, and 0 where the batches differ no more than the probes explain; NaN where
+            each batch had a single probe.
+        draws: m, the batches that were drawn, each counted as often as it was.
+        probes_per_draw: r.
+    """
+
+    variance_probes: float
+    variance_data: float
+    draws: int
+    probes_per_draw: int
+
+    @property
+    def data_share(self) -> float:
+        """The part of the value's variance that only more batches reduce, of [0, 1] or NaN."""
+        total = self.variance_data + self.variance_probes / self.probes_per_draw
+        return self.variance_data / total if total else math.nan
+
+    def best_probes_per_draw(self, cost: float = _COST_OF_A_BATCH) -> float:
+        """The r with the least variance for the same work, infinite without noise of the data.
+
+            r = sqrt(cost variance_probes / variance_data)
+
+        Args:
+            cost: what a batch costs before its first product, in products with one vector. By
+                default 1.25: for a Hessian, the graph of a gradient against a product.
+        """
+        if not cost > 0:
+            raise ValueError(f"cost={cost}: it must be positive")
+        if self.variance_data == 0:
+            return math.inf if self.variance_probes > 0 else math.nan
+        return math.sqrt(cost * self.variance_probes / self.variance_data)
+
+    @property
+    def advice(self) -> str:
+        """What makes the interval narrower for the least work, in words."""
+        if math.isnan(self.variance_data):
+            return (
+                "With one probe a draw the noise of the data cannot be told from that of the "
+                "probes: take 2 probes a draw."
+            )
+        if math.isnan(self.data_share):
+            return "Neither the data nor the probes vary: the value is exact."
+        shares = (
+            f"Of the variance {self.data_share:.0%} comes from the data and "
+            f"{1 - self.data_share:.0%} from the probes: "
+        )
+        best = self.best_probes_per_draw()
+        if math.isinf(best):
+            return shares + "take more probes a draw, which cost less than more draws."
+        wanted = max(1, round(best))
+        if wanted > self.probes_per_draw:
+            return shares + f"take more probes a draw; about {wanted} are best."
+        if wanted < self.probes_per_draw:
+            return shares + f"take more draws, with fewer probes each; about {wanted} is best."
+        return shares + f"take more draws; {wanted} a draw is the best number of probes already."

@@ -1,0 +1,189 @@
+"""Power iteration on random batches, with momentum and variance reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.results import Eigenpairs, rounding
+from hessfunc.algorithms.rounds import (
+    Callback,
+    Products,
+    at_least,
+    drawn,
+    drive,
+    products_eps,
+    rows_dtype,
+)
+from hessfunc.trees import Matvec, Space, Tree
+
+__all__ = ["stochastic_power_iteration"]
+
+
+def stochastic_power_iteration(
+    matvec: Matvec,
+    draws: Callable[[int], Matvec],
+    like: Tree,
+    *,
+    momentum: float = 0.0,
+    steps_per_epoch: int = 10,
+    rtol: float = 1e-3,
+    max_matvecs: int = 1000,
+    start: Tree | None = None,
+    seed: int | None = None,
+    callback: Callback[Eigenpairs] | None = None,
+) -> Eigenpairs:
+    """The eigenpair of largest absolute value of a data set's matrix, mostly from random batches.
+
+    VR Power+M: an epoch starts with one exact product v = A u at a unit vector u, and goes on
+    with products of independent draws, E[A_t] = A. With momentum b, and both vectors rescaled
+    together,
+
+        w_{t+1} = A_t (w_t - a u) + a v - b w_{t-1},    a = u'w_t,    w_0 = u.
+
+    Only what differs from u is multiplied by a random batch, so the noise vanishes as u converges
+    and the pair is that of A to any precision, where w_{t+1} = A_t w_t alone stalls at the noise
+    of a batch. The last w, at unit length, is the next u. Values and residuals are those of exact
+    products, and the run stops when |A u - value u| <= rtol |value|.
+
+    Args:
+        matvec: of A: block -> block, symmetric.
+        draws: i -> the matvec of the i-th random batch; `hessfunc.draws` makes one.
+        like: a tree that says what vectors look like.
+        momentum: b, in units of the eigenvalue squared; best near (lambda_2 / 2)^2 while the noise
+            of a batch is small, harmful where it is not.
+        steps_per_epoch: random products between two exact ones. More than the noise of a batch
+            allows make an epoch's end worse than its start: then the budget is spent in vain.
+        rtol: the relative tolerance of the residual.
+        max_matvecs: the budget of products of either kind.
+        start: a tree to start from; random by default.
+        seed: of the start.
+        callback: called with the running `Eigenpairs` after each epoch; returning True stops.
+
+    Returns:
+        `Eigenpairs` with one pair. ``matvecs`` counts products of either kind; ``reason`` says
+        how many of them were with one batch.
+
+    Raises:
+        ValueError: an option is out of range.
+        FloatingPointError: a product is not finite.
+
+    Cost: one product with A, and ``steps_per_epoch`` with one batch each, an epoch; 4 vectors of
+    memory.
+
+    Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670, algorithm VR Power+M.
+    """
+    exact = Products.of(matvec, like)
+    space = exact.space
+    at_least(0, rtol=rtol, momentum=momentum, steps_per_epoch=steps_per_epoch)
+    at_least(1, max_matvecs=max_matvecs)
+    seed = drawn(seed)
+    dtype = rows_dtype(space)
+    eps = products_eps(space, dtype)
+
+    def random_product(draw: int, rows: Tensor) -> Tensor:
+        of_batch = Products(draws(draw), space, choices=exact.choices)
+        image = of_batch(rows)
+        exact.matvecs += of_batch.matvecs
+        exact.passes += of_batch.passes
+        return image
+
+    def step(state: _State, room: int) -> _State:
+        if state.image is not None:
+            steps = min(steps_per_epoch, room - 1)
+            state = _epoch(space, random_product, state, state.image, momentum, steps)
+        return replace(state, image=exact(state.current))
+
+    def found(state: _State, reason: str) -> Eigenpairs:
+        value, residual, largest = _quotient(space, state)
+        # A value that is zero up to rounding has converged when its residual is, too.
+        floor = rounding(eps, largest)
+        tolerance = max(rtol * abs(value), floor if abs(value) <= floor else 0.0)
+        return Eigenpairs(
+            values=torch.tensor([value], dtype=torch.float64),
+            vectors=space.unravel(state.current),
+            residuals=torch.tensor([residual], dtype=torch.float64),
+            converged=torch.tensor([residual <= tolerance]),
+            largest=largest,
+            **exact.cost(
+                f"{reason}; {state.drawn} of the {exact.matvecs} products were with one batch",
+                seed,
+            ),
+        )
+
+    def verdict(state: _State) -> str | None:
+        if state.image is None or not bool(found(state, "running").converged):
+            return None
+        return "converged: the residual is within the tolerance"
+
+    first = _first(space, start, seed)
+    state, reason = drive(
+        _State(first, torch.zeros_like(first), None, 0),
+        products=exact,
+        step=step,
+        verdict=verdict,
+        running=lambda state: found(state, "running"),
+        max_matvecs=max_matvecs,
+        callback=callback,
+    )
+    return found(state, reason)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Rows: the unit iterate, its predecessor and its exact product; and how many were drawn."""
+
+    current: Tensor
+    previous: Tensor
+    image: Tensor | None
+    drawn: int
+
+
+def _first(space: Space, start: Tree | None, seed: int) -> Tensor:
+    dtype = rows_dtype(space)
+    if start is None:
+        rows = space.probes([0], kind="normal", seed=seed, dtype=dtype)
+    else:
+        rows = space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(start)], dtype=dtype)
+        if not bool(rows.any()):
+            raise ValueError("start is a vector of zeros")
+    return rows / space.norms(rows).to(dtype)[:, None]
+
+
+def _epoch(
+    space: Space,
+    product: Callable[[int, Tensor], Tensor],
+    state: _State,
+    image: Tensor,
+    momentum: float,
+    steps: int,
+) -> _State:
+    """One step with the exact product of the iterate, which needs no other, and random steps."""
+    anchor = state.current
+    moved = image - momentum * state.previous
+    state = _moved(space, state, moved, state.drawn)
+    for _ in range(steps):
+        along = space.gram(state.current, anchor).to(anchor.dtype)
+        moved = product(state.drawn, state.current - along * anchor)
+        moved = moved + along * image - momentum * state.previous
+        state = _moved(space, state, moved, state.drawn + 1)
+    return state
+
+
+def _moved(space: Space, state: _State, moved: Tensor, drawn: int) -> _State:
+    length = space.norms(moved).to(moved.dtype)[:, None]
+    if not bool(length > 0):
+        # A w = 0 exactly: w is an eigenvector of value 0, and stays.
+        moved, length = state.current, torch.ones_like(length)
+    return _State(moved / length, state.current / length, None, drawn)
+
+
+def _quotient(space: Space, state: _State) -> tuple[float, float, float]:
+    """The Rayleigh quotient, its residual, and the length of the product."""
+    assert state.image is not None
+    value = float(space.gram(state.current, state.image))
+    residual = state.image - value * state.current
+    return value, float(space.norms(residual)), float(space.norms(state.image))

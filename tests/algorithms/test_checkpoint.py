@@ -1,0 +1,292 @@
+"""A run killed at any moment and started again gives the bits of one that was never killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import pytest
+import torch
+from torch import Tensor
+
+import hessfunc as hf
+from hessfunc.algorithms import checkpoint as checkpoints
+from tests.algorithms.spectra import symmetric
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+
+N = 40
+LIKE = {"a": torch.zeros(3, 5).double(), "b": torch.zeros(N - 15).double()}
+MATRIX = symmetric(0.8 ** torch.arange(N).double())
+
+RUNS: dict[str, Callable[[Any, Path], Any]] = {
+    "hutchinson": lambda matvec, path: hf.hutchinson(
+        matvec, LIKE, max_matvecs=20, block_size=5, checkpoint=path, seed=1
+    ),
+    "hutchpp": lambda matvec, path: hf.hutchpp(
+        matvec, LIKE, max_matvecs=24, block_size=4, checkpoint=path, seed=1
+    ),
+    "xtrace": lambda matvec, path: hf.xtrace(
+        matvec, LIKE, max_matvecs=24, block_size=4, checkpoint=path, seed=1
+    ),
+    "xnystrace": lambda matvec, path: hf.xnystrace(
+        matvec, LIKE, max_matvecs=15, block_size=5, checkpoint=path, seed=1
+    ),
+    "hutchinson_diagonal": lambda matvec, path: hf.hutchinson_diagonal(
+        matvec, LIKE, max_matvecs=20, block_size=5, checkpoint=path, seed=1
+    ),
+    "xdiag": lambda matvec, path: hf.xdiag(
+        matvec, LIKE, max_matvecs=24, block_size=4, checkpoint=path, seed=1
+    ),
+    "lanczos": lambda matvec, path: hf.lanczos(
+        matvec, LIKE, k=3, basis_size=8, checkpoint=path, seed=1
+    ),
+    "block lanczos": lambda matvec, path: hf.lanczos(
+        matvec, LIKE, k=3, block_size=2, which="LA", checkpoint=path, seed=1
+    ),
+    "power_iteration": lambda matvec, path: hf.power_iteration(
+        matvec, LIKE, k=2, rtol=3e-2, checkpoint=path, seed=1
+    ),
+    "slq": lambda matvec, path: hf.slq(matvec, LIKE, probes=2, steps=25, checkpoint=path, seed=1),
+}
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if dataclasses.is_dataclass(one):
+        names = [item.name for item in dataclasses.fields(one)]
+        return all(same(getattr(one, name), getattr(other, name)) for name in names)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    return bool(one == other)
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """The exit status of a forked process that does this work."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die() -> NoReturn:
+    os._exit(9)
+
+
+class Boundaries:
+    """Every call that changes what is on the disk; the process dies at one of them."""
+
+    def __init__(self, fatal: int) -> None:
+        self.fatal = fatal
+        self.count = 0
+
+    def reached(self) -> bool:
+        self.count += 1
+        return self.count == self.fatal
+
+    def install(self) -> None:
+        for name in ("fsync", "replace", "unlink", "mkdir"):
+            setattr(os, name, self._before(getattr(os, name)))
+        whole = checkpoints.write_whole
+
+        def torn(path: Path, write: Callable[[BinaryIO], object]) -> None:
+            if self.reached():
+                with path.with_name(path.name + ".part").open("wb") as file:
+                    write(file)
+                    file.truncate(file.tell() // 2)
+                die()
+            whole(path, write)
+
+        checkpoints.write_whole = torn
+
+    def _before(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if self.reached():
+                die()
+            return call(*args, **kwargs)
+
+        return guarded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_any_write_boundary_it_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    run, matvec = RUNS[name], hf.dense(MATRIX)
+    uninterrupted = run(matvec, tmp_path / "whole")
+    fatal = 1
+    while True:
+        path = tmp_path / str(fatal)
+
+        def interrupted(fatal: int = fatal, path: Path = path) -> None:
+            Boundaries(fatal).install()
+            run(matvec, path)
+
+        status = in_a_child(interrupted)
+        assert same(run(matvec, path), uninterrupted)
+        assert not list(path.glob("*.part"))
+        if status == 0:
+            break
+        assert status == 9
+        fatal += 1
+    assert fatal > 20
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_kill_9_in_the_middle(name: str, tmp_path: Path) -> None:
+    run, matvec = RUNS[name], hf.dense(MATRIX)
+    uninterrupted = run(matvec, tmp_path / "whole")
+
+    def slow(block: Any) -> Any:
+        time.sleep(0.05)
+        return matvec(block)
+
+    path = tmp_path / "killed"
+    child = os.fork()
+    if child == 0:
+        run(slow, path)
+        os._exit(0)
+    deadline = time.monotonic() + 30
+    while not (path / "manifest.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    calls = 0
+
+    def counted(block: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return matvec(block)
+
+    assert same(run(counted, path), uninterrupted)
+    # One product is made again; the rounds before the kill are not.
+    assert calls - 1 < uninterrupted.passes
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_finished_run_is_read_back(name: str, tmp_path: Path) -> None:
+    run, matvec = RUNS[name], hf.dense(MATRIX)
+    first = run(matvec, tmp_path / "state")
+    files = sorted(file.name for file in (tmp_path / "state").iterdir())
+    assert same(run(matvec, tmp_path / "state"), first)
+    assert sorted(file.name for file in (tmp_path / "state").iterdir()) == files
+
+
+def test_a_larger_budget_goes_on(tmp_path: Path) -> None:
+    options = {"seed": 3, "checkpoint": tmp_path / "state"}
+    hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=20, **options)
+    more = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=50, **options)
+    fresh = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=50, seed=3)
+    assert same(more, fresh)
+
+
+def test_a_drawn_seed_is_taken_up_again(tmp_path: Path) -> None:
+    first = hf.xtrace(hf.dense(MATRIX), LIKE, max_matvecs=10, checkpoint=tmp_path / "state")
+    again = hf.xtrace(hf.dense(MATRIX), LIKE, max_matvecs=10, checkpoint=tmp_path / "state")
+    assert again.seed == first.seed
+
+
+def test_rows_are_appended_and_not_written_again(tmp_path: Path) -> None:
+    written: list[str] = []
+    path = tmp_path / "state"
+
+    def look(running: hf.Estimate) -> None:
+        written.extend(file.name for file in path.glob("*.rows"))
+
+    hf.xnystrace(
+        hf.dense(MATRIX),
+        LIKE,
+        max_matvecs=20,
+        block_size=5,
+        checkpoint=path,
+        seed=1,
+        callback=look,
+    )
+    sizes = [file.stat().st_size for file in path.glob("*.rows")]
+    # The first vector and its product, and four rounds of five probes with their products.
+    assert sorted(sizes) == [N * 8] * 2 + [5 * N * 8] * 8
+
+
+def run_lanczos(path: Path, **changed: Any) -> hf.Eigenpairs:
+    options = {"matvec": hf.dense(MATRIX), "like": LIKE, "k": 2, "seed": 1} | changed
+    return hf.lanczos(options.pop("matvec"), options.pop("like"), checkpoint=path, **options)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"k": 3}, "k was 2 and is 3 now"),
+        ({"seed": 2}, "seed was 1 and is 2 now"),
+        ({"like": torch.zeros(N).double()}, "leaves was"),
+        ({"matvec": hf.dense(MATRIX + 0.1)}, "belongs to another matrix"),
+        ({"start": LIKE | {"b": torch.ones(N - 15).double()}}, "start was None"),
+    ],
+)
+def test_the_state_of_another_run_is_refused(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    first = run_lanczos(tmp_path)
+    with pytest.raises(ValueError, match=message) as refusal:
+        run_lanczos(tmp_path, **changed)
+    assert "\n" not in str(refusal.value)
+    assert same(run_lanczos(tmp_path), first)
+
+
+def test_another_algorithm_is_refused(tmp_path: Path) -> None:
+    run_lanczos(tmp_path)
+    with pytest.raises(ValueError, match="algorithm was lanczos and is xtrace now"):
+        hf.xtrace(hf.dense(MATRIX), LIKE, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["manifest.json", "*.rows"])
+@pytest.mark.parametrize("damage", ["truncated", "corrupted", "missing"])
+def test_a_damaged_state_is_refused_and_kept(kind: str, damage: str, tmp_path: Path) -> None:
+    run_lanczos(tmp_path)
+    victim = max(tmp_path.glob(kind), key=lambda file: file.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    else:
+        data = data[:-7] if damage == "truncated" else data
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    if kind == "manifest.json" and damage == "missing":
+        pytest.skip("without a manifest there is no state: the run begins anew")
+    with pytest.raises(ValueError, match="damaged, nothing was changed") as refusal:
+        run_lanczos(tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_directory_of_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds other files \(thesis.tex\)"):
+        run_lanczos(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="a file is there"):
+        run_lanczos(tmp_path / "file")
+
+
+def test_chunk_choices_are_recorded_and_made_again(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    model_fn, params = hf.functional(model.double())
+    loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+    batch = (torch.randn(8, 5).double(), torch.randint(3, (8,)))
+    options = {"seed": 1, "block_size": 8, "checkpoint": tmp_path}
+    first = hf.hutchinson(hf.hvp(loss)(params, batch), params, max_matvecs=24, **options)
+    (key,) = first.choices
+    assert key.startswith("8 vectors of 39, batch (8, 5)")
+    again = hf.hutchinson(hf.hvp(loss)(params, batch), params, max_matvecs=48, **options)
+    assert again.choices == first.choices
+    assert torch.equal(again.samples[:24], first.samples)
