@@ -40,6 +40,30 @@ def by_double_backward(model: nn.Module, x: Tensor, y: Tensor) -> LinearOperator
     return LinearOperator((sum(sizes),) * 2, matvec=product, dtype=np.float64)
 
 
+def data_hessian(dtype: torch.dtype) -> tuple[hf.trees.Matvec, hf.trees.Tree]:
+    data = cifar10(data_file("cifar10"))
+    examples = (data.inputs[:20].to(dtype), data.targets[:20])
+    model_fn, params = hf.functional(trained().to(dtype))
+    loss = hf.supervised(model_fn, cross_entropy)
+    return hf.hvp(loss, chunk_size=1)(params, examples), params
+
+
+def test_float32_has_the_ten_largest_eigenvalues_of_float64() -> None:
+    single, double = (
+        hf.lanczos(*data_hessian(dtype), k=10, which="LA", rtol=rtol, seed=0)
+        for dtype, rtol in [(torch.float32, 1e-3), (torch.float64, 1e-4)]
+    )
+    assert single.converged.all()
+    assert double.converged.all()
+    torch.testing.assert_close(single.values, double.values, rtol=1e-4, atol=0)
+    gram = hf.trees.Space.of(tree_of(single)).ravel(single.vectors).double()
+    assert float((gram @ gram.mT - torch.eye(10)).abs().max()) < 1e-5
+
+
+def tree_of(pairs: hf.Eigenpairs) -> hf.trees.Tree:
+    return {name: leaf[0] for name, leaf in pairs.vectors.items()}
+
+
 def test_five_largest_eigenvalues_are_scipys() -> None:
     examples = (
         cifar10(data_file("cifar10")).inputs[:200],

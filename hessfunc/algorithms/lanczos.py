@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,6 +19,7 @@ from hessfunc.algorithms.rounds import (
     products_eps,
     rows_dtype,
 )
+from hessfunc.memory import available_memory
 from hessfunc.trees import Matvec, Space, Tree, leaves
 
 __all__ = ["lanczos"]
@@ -26,7 +28,7 @@ Which = Literal["LM", "LA", "SA", "BE"]
 
 # Block steps between two looks at the Ritz values.
 _STEPS_A_ROUND = 4
-# After an invariant subspace is found, so many steps from a fresh vector must find no better one.
+# So many steps from a fresh vector, outside of what was found, must find nothing better.
 _STEPS_TO_TRUST = 8
 
 
@@ -38,6 +40,7 @@ def lanczos(
     which: Which = "LM",
     block_size: int = 1,
     basis_size: int | None = None,
+    basis_bytes: int | None = None,
     basis_dtype: torch.dtype | None = None,
     rtol: float = 1e-4,
     atol: float = 0.0,
@@ -59,6 +62,11 @@ def lanczos(
     residual is too. Where the rounding of the products, some eps |A|, hides the tolerance, pairs
     are not said to have converged, and the reason says so.
 
+    A Krylov space of blocks of b vectors holds b copies of a repeated eigenvalue at the most.
+    Where b < k, 8 more steps are made from a fresh vector outside of the basis; if they meet an
+    eigenvalue that should have been among the k, the run warns, and the reason says so. That they
+    meet none is no proof.
+
     Args:
         matvec: block -> block, symmetric.
         like: a tree that says what vectors look like.
@@ -69,12 +77,15 @@ def lanczos(
         block_size: how many vectors are multiplied at once. A matrix with an eigenvalue repeated
             b times needs blocks of b to be sure of all of them.
         basis_size: the most vectors that are kept; 2 k + 10 by default (blocks: at least
-            k + 4 block_size).
+            k + 4 block_size), or as many as fit in memory.
+        basis_bytes: the most memory that the basis and its copy at a restart may take, in bytes;
+            by default half of what is available. It chooses ``basis_size`` where that is larger.
         basis_dtype: of the basis; the vectors' own by default, float32 at least.
         rtol: the relative tolerance of residuals.
         atol: the absolute tolerance of residuals, in units of the eigenvalues.
         max_matvecs: the budget, the final check included.
-        start: a tree or a block to start from; random by default.
+        start: a tree to start from, or a block, such as the vectors of an earlier run: more of
+            them than ``block_size`` are mixed; random by default.
         seed: of the start.
         callback: called with the running `Eigenpairs` after each round (residuals are those of
             the recurrence then); returning True stops.
@@ -85,10 +96,11 @@ def lanczos(
 
     Raises:
         ValueError: an option is out of range, or the matvec is not symmetric.
+        MemoryError: not even a basis of k + block_size vectors fits in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec a basis vector, and k at the end; 2 basis_size n flops of
-    reorthogonalisation a matvec, twice; basis_size n numbers of memory.
+    Cost: one matvec a basis vector, and k at the end; 8 more where block_size < k. A matvec
+    takes 4 basis_size n flops of reorthogonalisation, twice; basis_size n numbers of memory.
 
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
     Musco and Rao 2025, arXiv 2508.06486.
@@ -103,10 +115,7 @@ def lanczos(
     at_least(1, block_size=block_size)
     block_size = min(block_size, space.n)
     at_least(k + max(k, block_size), max_matvecs=max_matvecs)
-    if basis_size is None:
-        basis_size = max(2 * k + 10, k + 4 * block_size)
     at_least(min(space.n, k + block_size), basis_size=basis_size)
-    basis_size = min(basis_size, space.n)
     dtype = basis_dtype or rows_dtype(space)
     eps = products_eps(space, dtype)
     store = Checkpoint.of(
@@ -122,8 +131,10 @@ def lanczos(
         start=start,
     )
     seed = store.seed
-    problem = _Problem(k, which, block_size, basis_size, rtol, atol, seed, eps)
-    state = _start(problem, space, start, dtype)
+    if basis_size is None:
+        basis_size = _size_that_fits(space, k, block_size, dtype, basis_bytes)
+    problem = _Problem(k, which, block_size, rtol, atol, seed, eps)
+    state = _start(problem, space, start, dtype, min(basis_size, space.n))
 
     def found(state: _State, reason: str, *, measured: bool) -> Eigenpairs:
         values, vectors, residuals = _chosen(problem, space, state)
@@ -158,6 +169,15 @@ def lanczos(
         callback=callback,
         storage=store,
     )
+    if reason.startswith("converged") and block_size < k and not state.finished:
+        room = max_matvecs - k - products.matvecs
+        missed = _missed(problem, space, products, state, room)
+        if missed is not None:
+            reason += (
+                f", but {missed:.6g} was met outside of the basis: repeated eigenvalues were "
+                f"missed, take block_size={min(2 * block_size + 2, k)} or more"
+            )
+            warnings.warn(reason, stacklevel=2)
     return found(state, reason, measured=True)
 
 
@@ -166,7 +186,6 @@ class _Problem:
     k: int
     which: Which
     block_size: int
-    basis_size: int
     rtol: float
     atol: float
     seed: int
@@ -185,12 +204,14 @@ class _State:
         steps: block steps since the last random start.
         closed: the wanted values when an invariant subspace was last found.
         finished: nothing is left to be found outside of V.
+        basis_size: the most vectors that are kept.
     """
 
     basis: Tensor
     projected: Tensor
     coupling: Tensor
     probes: int
+    basis_size: int
     steps: int = 0
     closed: Tensor | None = None
     finished: bool = False
@@ -200,7 +221,9 @@ class _State:
         return len(self.projected)
 
 
-def _start(problem: _Problem, space: Space, start: Tree | None, dtype: torch.dtype) -> _State:
+def _start(
+    problem: _Problem, space: Space, start: Tree | None, dtype: torch.dtype, basis_size: int
+) -> _State:
     b = problem.block_size
     rows = space.probes(range(b), kind="normal", seed=problem.seed, dtype=dtype)
     if start is not None:
@@ -215,7 +238,27 @@ def _start(problem: _Problem, space: Space, start: Tree | None, dtype: torch.dty
     empty = rows.new_zeros(0, space.n)
     block, _ = _orthonormal(space, rows, empty, threshold=0.0)
     none = torch.zeros(0, 0, dtype=torch.float64)
-    return _State(block, none, torch.zeros(len(block), 0, dtype=torch.float64), probes=b)
+    coupling = torch.zeros(len(block), 0, dtype=torch.float64)
+    return _State(block, none, coupling, probes=b, basis_size=basis_size)
+
+
+def _size_that_fits(
+    space: Space, k: int, block_size: int, dtype: torch.dtype, limit: int | None
+) -> int:
+    wanted = min(space.n, max(2 * k + 10, k + 4 * block_size))
+    fewest = min(space.n, k + block_size)
+    if limit is None:
+        limit = available_memory(space.device) // 2
+    # A restart holds the basis and its combinations at once.
+    most = limit // (2 * space.n * dtype.itemsize)
+    if most < fewest:
+        raise MemoryError(
+            f"a basis of {fewest} vectors of {space.n} entries takes "
+            f"{2 * fewest * space.n * dtype.itemsize / 2**30:.2f} GiB with its copy, and "
+            f"{limit / 2**30:.2f} GiB may be used: take fewer pairs, a smaller block, "
+            "`power_iteration`, or more `basis_bytes`"
+        )
+    return min(wanted, most)
 
 
 def _rows_of(space: Space, start: Tree) -> Tensor:
@@ -227,7 +270,7 @@ def _rows_of(space: Space, start: Tree) -> Tensor:
 def _round(problem: _Problem, space: Space, products: Products, state: _State, room: int) -> _State:
     for _ in range(_STEPS_A_ROUND):
         width = len(state.basis) - state.size
-        if state.size + width > problem.basis_size:
+        if state.size + width > state.basis_size:
             state = _restart(problem, space, state)
         if width > room or state.finished:
             break
@@ -296,12 +339,40 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
     )
 
 
+def _missed(
+    problem: _Problem, space: Space, products: Products, state: _State, room: int
+) -> float | None:
+    """A Ritz value from outside of the basis that should have been among the wanted ones."""
+    steps = min(_STEPS_TO_TRUST, room, space.n - len(state.basis))
+    rows = space.probes([state.probes], kind="sphere", seed=problem.seed, dtype=state.basis.dtype)
+    outside, images = rows[:0], rows[:0]
+    for _ in range(steps):
+        row, _ = _orthonormal(space, rows, torch.cat([state.basis, outside]), threshold=0.0)
+        if not len(row):
+            break
+        rows = products(row)
+        outside, images = torch.cat([outside, row]), torch.cat([images, rows])
+    values = torch.linalg.eigvalsh(space.gram(outside, images).cpu().double())
+    inside = torch.linalg.eigvalsh(state.projected)
+    inside = inside[_wanted(problem, inside)]
+    both = torch.cat([inside, values])
+    order = both.argsort()
+    preferred = order[_wanted(problem, both[order])]
+    tolerance = float(_tolerance(problem, inside, state).max())
+    new = both[preferred[preferred >= problem.k]]
+    displaced = inside[[i for i in range(problem.k) if i not in preferred.tolist()]]
+    found = [
+        x for x, y in zip(new.tolist(), displaced.tolist(), strict=True) if abs(x - y) > tolerance
+    ]
+    return found[0] if found else None
+
+
 def _restart(problem: _Problem, space: Space, state: _State) -> _State:
     """Shrink the basis to its best Ritz vectors; the next block stays."""
     values, vectors = torch.linalg.eigh(state.projected)
     block = state.basis[state.size :]
-    room = problem.basis_size - len(block)
-    keep = min(room, problem.k + (problem.basis_size - problem.k) // 2)
+    room = state.basis_size - len(block)
+    keep = min(room, problem.k + (state.basis_size - problem.k) // 2)
     kept = _preferred(problem.which, values)[: max(keep, 1)]
     rotation = vectors[:, kept]
     return replace(

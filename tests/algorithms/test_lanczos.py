@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hessfunc as hf
-from tests.algorithms.spectra import symmetric
+from hessfunc.algorithms import lanczos
+from tests.algorithms.spectra import decaying, symmetric
 
 SPECTRUM = torch.cat([torch.linspace(-1, 1, 180), torch.tensor([9.0, -7.0, 5.0, -4.0, 3.0, 2.0])])
 VECTOR = torch.zeros(len(SPECTRUM), dtype=torch.float64)
@@ -108,6 +109,8 @@ def test_reported_residuals_are_the_measured_ones(rtol: float, seed: int) -> Non
     assert (found.residuals <= rtol * found.values.abs() + 1e-11).equal(found.converged)
 
 
+# A single vector finds one copy of a clustered value, and warns.
+@pytest.mark.filterwarnings("ignore:converged.*outside of the basis")
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -283,3 +286,108 @@ def test_bfloat16_parameters(tmp_path: Path) -> None:
     assert found.values.tolist() == pytest.approx([9, -7], rel=0.02)
     found.save(tmp_path / "pairs.npz")
     assert hf.load(tmp_path / "pairs.npz").vectors.dtype == torch.float32
+
+
+def softmax_regression() -> tuple[hf.trees.Matvec, Tensor, Tensor]:
+    """The Hessian at zero weights: each eigenvalue stands there four times, 40 are zero."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 40, dtype=torch.float64, generator=generator) * torch.linspace(1, 3, 40)
+    weight = torch.zeros(40, 5, dtype=torch.float64)
+    loss = hf.supervised(lambda params, x: x @ params, torch.nn.functional.cross_entropy)
+    labels = torch.randint(5, (300,), generator=generator)
+    matvec = hf.hvp(loss)(weight, (x.double(), labels))
+    distinct = torch.linalg.eigvalsh(x.double().mT @ x.double() / 300).flip(0) / 5
+    return matvec, weight, distinct.repeat_interleave(4)
+
+
+def test_blocks_find_repeated_eigenvalues_whole() -> None:
+    matvec, like, expected = softmax_regression()
+    found = hf.lanczos(matvec, like, k=12, block_size=4, rtol=1e-6, seed=0)
+    torch.testing.assert_close(found.values, expected[:12], rtol=1e-8, atol=0)
+    assert found.reason == "converged: all residuals are within the tolerance"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_single_vector_warns_of_repeated_eigenvalues(seed: int) -> None:
+    matvec, like, expected = softmax_regression()
+    with pytest.warns(UserWarning, match="repeated eigenvalues were missed, take block_size=4"):
+        found = hf.lanczos(matvec, like, k=6, seed=seed)
+    assert "outside of the basis" in found.reason
+    assert not torch.allclose(found.values, expected[:6], rtol=1e-3)
+
+
+def test_simple_eigenvalues_do_not_warn() -> None:
+    for seed in range(20):
+        hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, k=5, which="BE", seed=seed)
+
+
+def test_memory_chooses_the_size_of_the_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    matvec, vector = hf.dense(symmetric(SPECTRUM)), len(SPECTRUM) * 8
+    sizes: list[int] = []
+
+    def counted(block: Tensor) -> Tensor:
+        sizes.append(len(block))
+        return matvec(block)
+
+    small = hf.lanczos(counted, VECTOR, k=3, basis_bytes=2 * 6 * vector, seed=0)
+    large = hf.lanczos(matvec, VECTOR, k=3, seed=0)
+    torch.testing.assert_close(small.values, large.values)
+    assert small.matvecs > large.matvecs
+    with pytest.raises(MemoryError, match="a basis of 4 vectors of 186 entries .*fewer pairs"):
+        hf.lanczos(matvec, VECTOR, k=3, basis_bytes=2 * 3 * vector, seed=0)
+    monkeypatch.setattr(lanczos, "available_memory", lambda device: 0)
+    with pytest.raises(MemoryError, match="take fewer pairs"):
+        hf.lanczos(matvec, VECTOR, k=3, seed=0)
+
+
+def test_the_basis_never_exceeds_its_limit() -> None:
+    states: list[int] = []
+    vector = len(SPECTRUM) * 8
+    real = lanczos._step
+
+    def watched(*arguments: object) -> object:
+        state = real(*arguments)
+        states.append(len(state.basis))
+        return state
+
+    lanczos._step = watched
+    try:
+        hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, k=3, basis_bytes=16 * vector, seed=0)
+    finally:
+        lanczos._step = real
+    assert max(states) <= 8 + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", decaying(1000))
+@pytest.mark.filterwarnings("ignore:converged.*outside of the basis")
+def test_intervals_are_never_without_an_eigenvalue(name: str, dtype: torch.dtype) -> None:
+    values = decaying(1000)[name]
+    spectrum, like = values.to(dtype), torch.zeros(1000, dtype=dtype)
+    exact = spectrum.double()
+    for seed in range(84):
+        which = ("LM", "LA", "SA", "BE")[seed % 4]
+        found = hf.lanczos(
+            lambda v: v * spectrum,
+            like,
+            k=1 + seed % 5,
+            which=which,
+            block_size=1 + seed % 3,
+            rtol=10.0 ** -(2 + seed % 4),
+            max_matvecs=30 + seed,
+            seed=seed,
+        )
+        distance = (found.values[:, None] - exact).abs().amin(1)
+        radius = (found.intervals[:, 1] - found.intervals[:, 0]) / 2
+        assert bool((distance <= radius).all())
+
+
+def test_a_basis_of_300_float32_vectors_is_orthonormal() -> None:
+    n = 3000
+    spectrum = torch.cat([0.9 ** torch.arange(100.0) * 100, torch.linspace(-1, 1, n - 100)])
+    found = hf.lanczos(
+        lambda v: v * spectrum, torch.zeros(n), k=300, basis_size=310, max_matvecs=620, seed=0
+    )
+    gram = found.vectors.double() @ found.vectors.double().mT
+    assert float((gram - torch.eye(300)).abs().max()) < 1e-5
