@@ -18,6 +18,8 @@ from hessfunc.algorithms.results import (
     load,
     pool,
 )
+from hessfunc.algorithms.solve.cg import cg
+from hessfunc.algorithms.solve.minres import minres
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.algorithms.trace.hutchpp import hutchpp
 from hessfunc.algorithms.trace.xnystrace import xnystrace
@@ -92,6 +94,8 @@ __all__ = [
     "hutchinson_diagonal",
     "xdiag",
     "slq",
+    "cg",
+    "minres",
     "block_spectra",
     "critical_sharpness",
     "adam_diagonal",

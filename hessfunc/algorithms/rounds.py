@@ -127,7 +127,9 @@ def drive(
         if callback is not None and callback(running(state)) is True:
             return state, "stopped by the callback"
         if products.matvecs == before:
-            return state, f"a round needs more than the {room} matvecs that are left"
+            return state, (
+                f"the budget of {max_matvecs} matvecs is spent but for {room}, too few for a round"
+            )
     return state, reason
 
 

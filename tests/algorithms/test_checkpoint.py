@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 
 N = 40
 LIKE = {"a": torch.zeros(3, 5).double(), "b": torch.zeros(N - 15).double()}
+RIGHT = {"a": torch.ones(3, 5).double(), "b": torch.ones(N - 15).double()}
 MATRIX = symmetric(0.8 ** torch.arange(N).double())
 
 RUNS: dict[str, Callable[[Any, Path], Any]] = {
@@ -51,6 +52,10 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     ),
     "power_iteration": lambda matvec, path: hf.power_iteration(
         matvec, LIKE, k=2, rtol=3e-2, checkpoint=path, seed=1
+    ),
+    "cg": lambda matvec, path: hf.cg(matvec, RIGHT, damping=1e-4, rtol=1e-8, checkpoint=path),
+    "minres": lambda matvec, path: hf.minres(
+        matvec, RIGHT, damping=-1e-3, rtol=1e-8, checkpoint=path
     ),
     "slq": lambda matvec, path: hf.slq(matvec, LIKE, probes=2, steps=25, checkpoint=path, seed=1),
 }

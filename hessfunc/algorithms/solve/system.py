@@ -1,0 +1,274 @@
+"""What every method for ``(A + damping I) x = b`` shares: iterate, measure, begin anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.results import Solution, rounding
+from hessfunc.algorithms.rounds import (
+    Callback,
+    Products,
+    at_least,
+    drive,
+    products_eps,
+    rows_dtype,
+)
+from hessfunc.trees import Matvec, Space, Tree
+
+__all__ = ["Iterate", "System", "solve"]
+
+# Products between two calls of the callback.
+_STEPS_A_ROUND = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """``(A + damping I) x = b`` in flat rows.
+
+    Attributes:
+        products: of A, counted.
+        preconditioner: close to the inverse of A + damping I, or None for I.
+        b: one row.
+        damping: added to the diagonal of A.
+        tolerance: the 2-norm of the residual of a solution.
+        target: the residual at which a recurrence stops; below eps |b| it means nothing.
+        eps: of the products.
+    """
+
+    products: Products
+    preconditioner: Products | None
+    b: Tensor
+    damping: float
+    tolerance: float
+    target: float
+    eps: float
+
+    @classmethod
+    def of(
+        cls,
+        matvec: Matvec,
+        b: Tree,
+        damping: float,
+        preconditioner: Matvec | None,
+        rtol: float,
+        atol: float,
+    ) -> System:
+        at_least(0, rtol=rtol, atol=atol)
+        if not math.isfinite(damping):
+            raise ValueError(f"damping={damping}: it must be finite")
+        products = Products.of(matvec, b)
+        space = products.space
+        row = _finite_row(space, b, "b")
+        length = float(space.norms(row))
+        eps = products_eps(space, row.dtype)
+        tolerance = max(rtol * length, atol)
+        return cls(
+            products=products,
+            preconditioner=None if preconditioner is None else Products(preconditioner, space),
+            b=row,
+            damping=damping,
+            tolerance=tolerance,
+            target=max(tolerance, eps * length),
+            eps=eps,
+        )
+
+    @property
+    def space(self) -> Space:
+        return self.products.space
+
+    def store(self, path: Directory, algorithm: str, start: Tree | None, /) -> Checkpoint:
+        """Where the state of this run is kept."""
+        return Checkpoint.of(
+            path,
+            algorithm,
+            self.products,
+            None,
+            b=self.b,
+            damping=self.damping,
+            preconditioned=self.preconditioner is not None,
+            start=start,
+        )
+
+    def product(self, rows: Tensor, /) -> Tensor:
+        """The product with A + damping I."""
+        return self.products(rows) + self.damping * rows
+
+    def preconditioned(self, row: Tensor, /) -> tuple[Tensor, float]:
+        """``M r`` and ``r'Mr``, with M the preconditioner."""
+        if self.preconditioner is None:
+            return row, float(self.space.norms(row)) ** 2
+        image = self.preconditioner(row)
+        square = float(self.space.gram(row, image))
+        if not square > 0 and bool(row.any()):
+            raise ValueError(
+                f"the preconditioner is not positive definite: r'Mr = {square:.1e} for a residual "
+                f"of length {float(self.space.norms(row)):.1e}"
+            )
+        return image, square
+
+    def begin(self, start: Tree | None, /) -> Iterate:
+        """Where to start, and the residual there."""
+        x, residual = torch.zeros_like(self.b), self.b
+        # With b = 0 the solution is known without a product.
+        if start is not None and bool(self.b.any()):
+            x = _finite_row(self.space, start, "start")
+            if bool(x.any()):
+                x, residual, _ = self.measured(x)
+        length = float(self.space.norms(residual))
+        return Iterate(x=x, residual=residual, length=length, first=length, origin=(x, residual))
+
+    def measured(self, x: Tensor, /) -> tuple[Tensor, Tensor, float]:
+        """x in the dtypes in which it is returned, and its residual by a product, with length."""
+        x = self.space.ravel(self.space.unravel(x), dtype=x.dtype)
+        residual = self.b - self.product(x)
+        return x, residual, float(self.space.norms(residual))
+
+    def solution(self, state: Iterate, reason: str, direction: Tensor | None = None) -> Solution:
+        """The result, with a direction of negative curvature."""
+        return Solution(
+            x=self.space.unravel(state.x[0]),
+            residual=state.length,
+            converged=state.measured and state.length <= self.tolerance,
+            negative_curvature=None if direction is None else self.space.unravel(direction[0]),
+            **self.products.cost(reason, None),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iterate:
+    """What the state of every method holds.
+
+    Attributes:
+        x: the iterate, one row.
+        residual: of x, by the recurrence or, where measured, by a product.
+        length: of the residual.
+        first: the length with which the recurrence began.
+        origin: x and residual with which the recurrence began.
+        measured: whether a product gave the residual; the recurrence then begins anew.
+        inexact: whether the recurrence has lost its accuracy, and should begin anew.
+        stopped: whether the method has met an obstacle.
+        hidden: whether rounding hides the tolerance.
+        again: whether it is not the first recurrence.
+        largest: the longest product with a unit vector.
+    """
+
+    x: Tensor
+    residual: Tensor
+    length: float
+    first: float
+    origin: tuple[Tensor, Tensor]
+    measured: bool = True
+    inexact: bool = False
+    stopped: bool = False
+    hidden: bool = False
+    again: bool = False
+    largest: float = 0.0
+
+
+AnyIterate = TypeVar("AnyIterate", bound=Iterate)
+
+
+def solve(
+    system: System,
+    state: AnyIterate,
+    *,
+    iterate: Callable[[AnyIterate], AnyIterate],
+    obstacle: Callable[[AnyIterate], str],
+    found: Callable[[AnyIterate, str], Solution],
+    max_matvecs: int,
+    callback: Callback[Solution] | None,
+    store: Checkpoint,
+) -> Solution:
+    """Iterate until the measured residual is within the tolerance, or there is an obstacle.
+
+    Args:
+        system: to be solved.
+        state: where the run starts, with a measured residual.
+        iterate: one step, of one product; from a measured residual it begins anew.
+        obstacle: why a stopped state allows no further step, in words.
+        found: the result, given a state and a reason.
+        max_matvecs: the budget, measurements included.
+        callback: called with the result so far after each round; returning True stops.
+        store: where the state is kept.
+    """
+
+    def step(state: AnyIterate, room: int) -> AnyIterate:
+        for left in range(room, max(room - _STEPS_A_ROUND, 0), -1):
+            # The last product is kept for the measurement.
+            over = left == 1 or state.inexact or state.stopped
+            if over or state.length <= system.target:
+                return state if state.measured else _measure(system, state)
+            state = iterate(state)
+        return state
+
+    def verdict(state: AnyIterate) -> str | None:
+        if not state.measured:
+            return None
+        if state.length <= system.tolerance:
+            return "converged: the residual is within the tolerance"
+        if state.hidden:
+            return _rounding_hides(system, state)
+        return obstacle(state) if state.stopped else None
+
+    state, reason = drive(
+        state,
+        products=system.products,
+        step=step,
+        verdict=verdict,
+        running=lambda state: found(state, "running"),
+        max_matvecs=max_matvecs,
+        callback=callback,
+        storage=store,
+    )
+    return found(state if state.measured else _measure(system, state), reason)
+
+
+def _measure(system: System, state: AnyIterate) -> AnyIterate:
+    """Put the measured residual in the place of the recurrence's, to stop or to begin anew."""
+    x, residual, length = system.measured(state.x)
+    excess = length - system.tolerance
+    stuck = state.length <= system.target and excess > (state.first - system.tolerance) / 2
+    stopped = state.stopped
+    if state.again and length > state.first:
+        (x, residual), length = state.origin, state.first
+        stopped = stopped or state.inexact
+    sizes = system.space.norms(torch.cat([system.b, state.largest * x]))
+    alone = stopped and length <= rounding(system.eps, float(sizes.sum()))
+    return replace(
+        state,
+        x=x,
+        residual=residual,
+        length=length,
+        first=length,
+        measured=True,
+        inexact=False,
+        stopped=stopped,
+        hidden=excess > 0 and (stuck or alone or length <= system.target),
+        origin=(x, residual),
+        again=True,
+    )
+
+
+def _rounding_hides(system: System, state: Iterate) -> str:
+    return (
+        f"the rounding of the products hides the tolerance: the residual is {state.length:.1e}, "
+        f"and cannot reach {system.tolerance:.1e} with products rounded to {system.eps:.0e}; "
+        "take a looser rtol, or float64"
+    )
+
+
+def _finite_row(space: Space, tree: Tree, what: str) -> Tensor:
+    found = [leaf.detach()[None] for leaf in space.tree_leaves(tree)]
+    row = space.ravel_leaves(found, dtype=rows_dtype(space))
+    columns = torch.nonzero(~torch.isfinite(row[0])).flatten()
+    if len(columns):
+        names = ", ".join(space.leaf_of_columns(columns)[:4])
+        raise ValueError(f"{what} has entries that are NaN or infinite, at {names}")
+    return row
