@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import hessfunc as hf
@@ -28,6 +29,7 @@ def analyse(
     trace_rtol: float,
     max_matvecs: int,
     seed: int,
+    checkpoint: Path | None,
     watch: Watch,
 ) -> Iterator[Part]:
     """Each part of the analysis of a Hessian, as soon as it is finished.
@@ -39,6 +41,7 @@ def analyse(
         trace_rtol: the relative half-width of the trace's 95 % interval that is enough.
         max_matvecs: the budget of eigenvalues and of the trace, each.
         seed: of all random vectors.
+        checkpoint: a folder that keeps the state of each part, to go on from; None for nowhere.
         watch: called with the name of each part that starts; gives a function that is called with
             the share of the part that is done and a few words.
     """
@@ -51,7 +54,10 @@ def analyse(
     def part(name: str, run: Callable[..., Result], share: Callable[[Any], float]) -> Part:
         tick = watch(name)
         started = time.perf_counter()
-        result = run(callback=lambda running: tick(share(running), brief(running)))
+        result = run(
+            callback=lambda running: tick(share(running), brief(running)),
+            checkpoint=None if checkpoint is None else checkpoint / name,
+        )
         tick(1.0, brief(result))
         return Part(name, result, time.perf_counter() - started)
 

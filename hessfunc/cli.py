@@ -125,6 +125,14 @@ def analyze(
             rich_help_panel=_EFFORT,
         ),
     ] = 300,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the state of every part there, and go on from it after a kill.",
+            rich_help_panel=_EFFORT,
+        ),
+    ] = None,
     examples: Annotated[
         int | None,
         typer.Option(
@@ -227,6 +235,7 @@ def analyze(
                 trace_rtol=trace_rtol,
                 max_matvecs=max_matvecs,
                 seed=seed,
+                checkpoint=checkpoint,
                 watch=lambda name: _watch(progress, name),
             ):
                 folder.add(part)

@@ -106,6 +106,23 @@ def test_the_seed_repeats_the_results(here: Path) -> None:
     assert not torch.equal(found[0], found[2])
 
 
+def test_a_killed_analysis_goes_on_from_its_checkpoint(here: Path) -> None:
+    arguments = ("mine:quadratic", "--k", "2", "--steps", "4", "--checkpoint", "state")
+    assert analyze(*arguments).exit_code == 0
+    first = results(here / "hessfunc-out")["results"]
+    parts = {"eigenvalues", "smallest", "trace", "density"}
+    assert {folder.name for folder in (here / "state").iterdir()} == parts
+    assert analyze(*arguments).exit_code == 0
+    again = results(here / "hessfunc-out")["results"]
+    for part in parts:
+        first[part].pop("seconds", None)
+        again[part].pop("seconds", None)
+    assert again == first
+    other = analyze("mine:quadratic", "--k", "3", "--steps", "4", "--checkpoint", "state")
+    assert other.exit_code == 2
+    assert "k was 2 and is 3 now" in other.stderr
+
+
 def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
     stopped = analyze("mine:interrupted", "--k", "2")
     assert stopped.exit_code == 130
