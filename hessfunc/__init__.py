@@ -14,14 +14,17 @@ from hessfunc.algorithms.results import (
     DiagonalEstimate,
     Eigenpairs,
     Estimate,
+    SampledEstimate,
     Solution,
     load,
     pool,
 )
 from hessfunc.algorithms.solve.cg import cg
 from hessfunc.algorithms.solve.minres import minres
+from hessfunc.algorithms.stochastic_power import stochastic_power_iteration
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.algorithms.trace.hutchpp import hutchpp
+from hessfunc.algorithms.trace.sampled import sampled_trace
 from hessfunc.algorithms.trace.xnystrace import xnystrace
 from hessfunc.algorithms.trace.xtrace import xtrace
 from hessfunc.checks import Check, check
@@ -43,6 +46,7 @@ from hessfunc.transforms.arithmetic import (
 )
 from hessfunc.transforms.batches import examples, microbatches, over_batches
 from hessfunc.transforms.criteria import with_output_hessian
+from hessfunc.transforms.draws import Draws, draws
 from hessfunc.transforms.gauss_newton import efvp, fvp, ggnvp
 from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.positive_curvature import pchvp
@@ -69,6 +73,8 @@ __all__ = [
     "activations",
     "with_output_hessian",
     "over_batches",
+    "draws",
+    "Draws",
     "examples",
     "microbatches",
     # Matvec arithmetic
@@ -86,11 +92,13 @@ __all__ = [
     "random_like",
     # Algorithms
     "power_iteration",
+    "stochastic_power_iteration",
     "lanczos",
     "hutchinson",
     "hutchpp",
     "xtrace",
     "xnystrace",
+    "sampled_trace",
     "hutchinson_diagonal",
     "xdiag",
     "slq",
@@ -103,6 +111,7 @@ __all__ = [
     # Results
     "Eigenpairs",
     "Estimate",
+    "SampledEstimate",
     "DiagonalEstimate",
     "Density",
     "Solution",

@@ -57,6 +57,17 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "minres": lambda matvec, path: hf.minres(
         matvec, RIGHT, damping=-1e-3, rtol=1e-8, checkpoint=path
     ),
+    "sampled_trace": lambda matvec, path: hf.sampled_trace(
+        lambda i: matvec if i % 2 else hf.scale(matvec, 3),
+        LIKE,
+        probes=2,
+        max_matvecs=60,
+        checkpoint=path,
+        seed=1,
+    ),
+    "stochastic_power_iteration": lambda matvec, path: hf.stochastic_power_iteration(
+        matvec, lambda i: matvec, LIKE, steps_per_epoch=2, checkpoint=path, seed=1
+    ),
     "slq": lambda matvec, path: hf.slq(matvec, LIKE, probes=2, steps=25, checkpoint=path, seed=1),
 }
 

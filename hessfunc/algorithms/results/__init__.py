@@ -5,12 +5,14 @@ from hessfunc.algorithms.results.diagonal import DiagonalEstimate
 from hessfunc.algorithms.results.eigenpairs import Eigenpairs, rounding
 from hessfunc.algorithms.results.estimate import Estimate, narrow_enough, pool
 from hessfunc.algorithms.results.result import Result, load, versions
+from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.results.solution import Solution
 
 __all__ = [
     "Result",
     "Eigenpairs",
     "Estimate",
+    "SampledEstimate",
     "DiagonalEstimate",
     "Density",
     "Solution",

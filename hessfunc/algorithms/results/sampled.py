@@ -63,7 +63,7 @@ class SampledEstimate(Estimate):
                 "probes: take 2 probes a draw."
             )
         if math.isnan(self.data_share):
-            return "Neither the data nor the probes vary: the value is exact."
+            return "Neither the batches drawn nor the probes differ: more of them change nothing."
         shares = (
             f"Of the variance {self.data_share:.0%} comes from the data and "
             f"{1 - self.data_share:.0%} from the probes: "

@@ -1,0 +1,256 @@
+"""Data noise against probe noise: what random batches save over full passes; the top eigenpair.
+
+``python -m bench.draws`` takes some six minutes on one thread, and writes
+``bench/results/draws.md``. The first case needs CIFAR-10 and the weights of a ResNet-20 under
+HESSFUNC_DATA (or the checkout's neighbour), and is left out where they are not there.
+
+Work is counted in gradients of one batch: its graph takes 2.5, a product with one vector 2. To a
+standard error s, full passes over B batches with k probes each take ``V B (2.5 / k + 2) / s^2``,
+with V the variance of a probe; draws with r probes ``(D + P / r) (2.5 + 2 r) / s^2``, with D and P
+the variances of the data and of a probe within a batch. The ratio of the two does not depend on s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from hessfunc.algorithms.results.sampled import SampledEstimate
+from hessfunc.algorithms.stochastic_power import stochastic_power_iteration
+from hessfunc.algorithms.trace.sampled import sampled_trace
+from hessfunc.problems.data import Examples, cifar10, digits
+from hessfunc.problems.mlp import mlp
+from hessfunc.problems.resnet import load_weights, resnet
+from hessfunc.problems.training import seeded, train
+from hessfunc.transforms.draws import draws
+from tests.datapath import DATA
+
+RESULTS = Path(__file__).parent / "results" / "draws.md"
+GRAPH, PRODUCT = 2.5, 2.0
+WEIGHTS = "resnet20_cifar10/resnet20-12fca82f.th"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A net on examples, and how much of each kind of product is made.
+
+    Attributes:
+        batch: examples in one.
+        full_probes: of the full pass.
+        draws: random batches.
+        probes: on each of them.
+    """
+
+    title: str
+    model: nn.Module
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    examples: Examples
+    batch: int
+    full_probes: int
+    draws: int
+    probes: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One case: a trace by full passes and by random batches."""
+
+    case: Case
+    batches: int
+    full: hf.Estimate
+    sampled: SampledEstimate
+    seconds: float
+
+    @property
+    def full_variance(self) -> float:
+        """Of one probe of all batches."""
+        return float(self.full.samples.var())
+
+    @property
+    def full_work(self) -> float:
+        """Gradients of one batch to a standard error of 1, all probes in one pass."""
+        return self.full_variance * self.batches * PRODUCT
+
+    def draws_work(self, r: int) -> float:
+        """The same by draws of r probes each."""
+        found = self.sampled
+        return (found.variance_data + found.variance_probes / r) * (GRAPH + r * PRODUCT)
+
+    @property
+    def best(self) -> int:
+        """The number of probes a draw, 20 at most, that takes the least work."""
+        return min(range(1, 21), key=self.draws_work)
+
+    @property
+    def gain(self) -> float:
+        """How many times less work draws take, with that number of probes."""
+        return self.full_work / self.draws_work(self.best)
+
+
+def mean_square(logits: Tensor, labels: Tensor) -> Tensor:
+    """The squared error of one-hot labels."""
+    return (logits - F.one_hot(labels, 10)).square().mean()
+
+
+def cases(*, quick: bool) -> list[Case]:
+    """Those whose data are there."""
+    found = []
+    images = _images()
+    if images is not None and (DATA / WEIGHTS).exists():
+        model = resnet(20).eval()
+        model.load_state_dict(load_weights(DATA / WEIGHTS))
+        few = (2, 6) if quick else (6, 40)
+        found.append(
+            Case(
+                "trained ResNet-20, cross-entropy, CIFAR-10 training images",
+                model,
+                F.cross_entropy,
+                images,
+                *(50, few[0], few[1], 2),
+            )
+        )
+    else:
+        print(f"no CIFAR-10 or no {WEIGHTS} under {DATA}: cases with CIFAR-10 are left out")
+    with seeded(0):
+        small, wide = mlp([64, 32, 10]), mlp([3072, 32, 10])
+    for name, criterion in [("MSE", mean_square), ("cross-entropy", F.cross_entropy)]:
+        title = f"untrained MLP 64-32-10, {name}, digits"
+        found.append(Case(title, small, criterion, digits(), 18, 100, 1500, 3))
+        if images is not None:
+            title = f"untrained MLP 3072-32-10, {name}, CIFAR-10 training images"
+            found.append(Case(title, wide, criterion, images, 20, 100, 1500, 3))
+    return found
+
+
+def _images() -> Examples | None:
+    try:
+        return cifar10(DATA / "cifar10", "train")[:4000]
+    except FileNotFoundError:
+        return None
+
+
+def measured(case: Case) -> Measured:
+    """Both estimates."""
+    start = time.perf_counter()
+    model_fn, params = hf.functional(case.model)
+    curvature = hf.hvp(hf.supervised(model_fn, case.criterion))
+    batches = case.examples.batches(case.batch)
+    some = draws(curvature, seed=0)(params, batches)
+    options: dict[str, Any] = {"block_size": case.full_probes, "seed": 1}
+    full = hf.hutchinson(some.full, params, max_matvecs=case.full_probes, **options)
+    budget = case.draws * case.probes
+    sampled = sampled_trace(some, params, probes=case.probes, max_matvecs=budget, seed=2)
+    return Measured(case, len(batches), full, sampled, time.perf_counter() - start)
+
+
+def described(found: Measured) -> str:
+    """A paragraph and its numbers."""
+    case, sampled, full = found.case, found.sampled, found.full
+    relative = math.sqrt(2 / (len(full.samples) - 1))
+    return "\n".join(
+        [
+            f"## {case.title}",
+            "",
+            f"{len(case.examples):,} images in {found.batches} batches of {case.batch}; full pass "
+            f"with {len(full.samples)} probes, {sampled.draws} draws of {case.probes} probes; "
+            f"{found.seconds:.0f} s.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| trace, full pass | {full.value:.4g} +- {full.stderr:.2g} |",
+            f"| trace, draws | {sampled.value:.4g} +- {sampled.stderr:.2g} |",
+            f"| variance of a probe of all batches | {found.full_variance:.3g} "
+            f"(known to {relative:.0%}) |",
+            f"| variance of a probe within a batch | {sampled.variance_probes:.3g} |",
+            f"| variance of the data, between batches | {sampled.variance_data:.3g} |",
+            f"| share of the data, {case.probes} probes a draw | {sampled.data_share:.0%} |",
+            f"| best number of probes a draw | {found.best} |",
+            "| gradients of one batch to a standard error of 1 % of the trace, full passes | "
+            f"{found.full_work / (0.01 * full.value) ** 2:.3g} |",
+            f"| the same, draws | {found.draws_work(found.best) / (0.01 * full.value) ** 2:.3g} |",
+            f"| **times fewer** | **{found.gain:.1f}** |",
+            "",
+            sampled.advice,
+            "",
+        ]
+    )
+
+
+SEEDS = 3
+
+
+def pairs_described() -> str:
+    """The work to the top eigenpair, in gradients of one batch."""
+    with seeded(0):
+        order = torch.randperm(len(digits()))
+        nets = {
+            "untrained": mlp([64, 32, 10]),
+            "trained": train(lambda: mlp([64, 32, 10]), digits(), epochs=5),
+        }
+    shuffled = Examples(digits().inputs[order], digits().targets[order])
+    lines = [
+        "## The top eigenpair to a residual of 1e-3, MLP 64-32-10 on the digits",
+        "",
+        f"Gradients of one batch, {GRAPH + PRODUCT} a product with one; medians of {SEEDS} seeds.",
+        "",
+        "| net | batches | power_iteration | lanczos | stochastic_power_iteration |",
+        "|---|---|---|---|---|",
+    ]
+    for name, model in nets.items():
+        for size in (360, 36, 12):
+            batches = shuffled.batches(size)
+            row = " | ".join(f"{gradients:,.0f}" for gradients in pair_work(model, batches))
+            lines.append(f"| {name} | {len(batches)} of {size} | {row} |")
+    return "\n".join(lines) + "\n"
+
+
+def pair_work(model: nn.Module, batches: list[Any]) -> list[float]:
+    """Of power iteration, of Lanczos and of random batches."""
+    model_fn, params = hf.functional(model)
+    curvature = hf.hvp(hf.supervised(model_fn, F.cross_entropy), chunk_size=1)
+    kept = [curvature(params, batch) for batch in batches]
+    full = hf.over_batches(curvature, keep=True)(params, batches)
+    spent: list[list[float]] = [[], [], []]
+    for seed in range(SEEDS):
+        some = draws(curvature, seed=seed)(params, batches)
+        power = hf.power_iteration(full, params, seed=seed, max_matvecs=500)
+        top = hf.lanczos(full, params, k=1, rtol=1e-3, seed=seed)
+        found = stochastic_power_iteration(
+            full, lambda i, some=some: kept[some.batch(i)], params, seed=seed, max_matvecs=3000
+        )
+        assert all(bool(one.converged.all()) for one in (power, top, found))
+        single = int(re.findall(r"(\d+) of the", found.reason)[0])
+        exact = [power.matvecs, top.matvecs, found.matvecs - single]
+        for to, count, more in zip(spent, exact, (0, 0, single), strict=True):
+            to.append((count * len(batches) + more) * (GRAPH + PRODUCT))
+    return [median(one) for one in spent]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer products with the ResNet-20")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    paragraphs = [pairs_described()]
+    print(paragraphs[0], flush=True)
+    for case in cases(quick=arguments.quick):
+        paragraphs.append(described(measured(case)))
+        print(paragraphs[-1], flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("# Random batches against full passes\n\n" + "\n".join(paragraphs))
+
+
+if __name__ == "__main__":
+    main()

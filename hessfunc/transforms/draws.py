@@ -1,0 +1,121 @@
+"""Random batches: one at a time stands for a whole data set."""
+
+from __future__ import annotations
+
+import secrets
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from hessfunc.functional import several_batches
+from hessfunc.randomness import uniforms
+from hessfunc.transforms.batches import examples, over_batches
+from hessfunc.transforms.blocks import Curvature
+from hessfunc.trees import Matvec, Space, Tree, unchanged
+
+__all__ = ["Draws", "draws"]
+
+# Probes of the same seed are functions of other keys: (seed, index, leaf), no index negative.
+_BATCH_OF_DRAW = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """The curvature of random batches: ``draws(i)`` is the matvec of the i-th draw's batch.
+
+    Attributes:
+        full: the matvec of all batches, the mean of the draws' in expectation.
+        batches: how many there are to draw from, those of weight 0 included.
+        seed: of the draws.
+        ends: the running sum of the batches' weights.
+        of_batch: the matvec of the batch at a place.
+    """
+
+    full: Matvec
+    batches: int
+    seed: int
+    ends: tuple[float, ...] = field(repr=False)
+    of_batch: Callable[[int], Matvec] = field(repr=False)
+
+    def batch(self, i: int, /) -> int:
+        """The place of the i-th draw's batch: a function of (seed, i) alone."""
+        point = float(uniforms(1, self.seed, _BATCH_OF_DRAW, i, device=torch.device("cpu")))
+        found = bisect_right(self.ends, point * self.ends[-1])
+        # A point that rounds up to the end belongs to the last batch that has a weight.
+        return min(found, self.ends.index(self.ends[-1]))
+
+    def __call__(self, i: int, /) -> Matvec:
+        return self.of_batch(self.batch(i))
+
+
+def draws(
+    curvature: Curvature,
+    /,
+    *,
+    weight: Callable[[Any], float] = examples,
+    seed: int | None = None,
+) -> Callable[[Tree, Sequence[Any]], Draws]:
+    """Random batches of a data set, as a function ``(params, batches) -> Draws``.
+
+    Batch b is drawn with the probability of its weight, with replacement, so the plain mean over
+    draws is unbiased for the curvature of the whole data set, however unequal the batches are:
+
+        E[A_draw] = sum_b weight(b) A_b / sum_b weight(b).
+
+    Draws are independent of one another, and so is what is estimated from each.
+
+    Args:
+        curvature: of one batch.
+        weight: what a batch counts; by default its examples. Batches of weight 0 are never drawn.
+        seed: of the draws: the i-th depends on (seed, i) alone. None draws a seed once, here.
+
+    Returns:
+        (from the function) `Draws`. A batch is read anew at each draw and its graph is made
+        anew; it lives as long as the matvec of that draw.
+
+    Raises:
+        TypeError: (from the function) the batches have no length or no places.
+        ValueError: (from the function) there is no batch; a weight is negative, or all are 0; a
+            model uses batch statistics (BatchNorm in train mode) on more than one batch.
+        RuntimeError: (from a draw) params have changed in place since the draws were made.
+
+    Cost: each batch is read once to be weighed; a draw costs what ``curvature`` of its batch does.
+    """
+    seed = secrets.randbits(63) if seed is None else seed
+
+    def of_data(params: Tree, batches: Sequence[Any]) -> Draws:
+        if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")):
+            raise TypeError(
+                f"batches is a {type(batches).__name__}, from which no single batch can be "
+                "picked: pass list(loader), or the pieces of `microbatches`"
+            )
+        full = over_batches(curvature, weight=weight)(params, batches)
+        ends = _running_sum([float(weight(batches[b])) for b in range(len(batches))])
+        space = Space.of(params)
+        refuse_if_changed = unchanged(space.names, space.tree_leaves(params))
+
+        def of_batch(place: int) -> Matvec:
+            refuse_if_changed()
+            with several_batches() if len(ends) > 1 else nullcontext():
+                return curvature(params, batches[place])
+
+        return Draws(full, len(ends), seed, ends, of_batch)
+
+    return of_data
+
+
+def _running_sum(weights: Sequence[float]) -> tuple[float, ...]:
+    for weight in weights:
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"the weight of a batch is {weight}: at least 0, and finite")
+    if not sum(weights) > 0:
+        raise ValueError(
+            "the weights of the batches sum to zero: is the list empty, or does `weight` count "
+            "nothing?"
+        )
+    return tuple(accumulate(weights))

@@ -1,0 +1,358 @@
+"""Traces from random batches; the noise of the data told from that of the probes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hessfunc as hf
+from hessfunc.algorithms.results.sampled import SampledEstimate
+from hessfunc.algorithms.trace.sampled import sampled_trace
+from hessfunc.problems.data import digits
+from hessfunc.problems.mlp import mlp
+from hessfunc.problems.training import seeded
+from hessfunc.transforms.draws import draws
+from hessfunc.trees import Matvec
+from tests.algorithms.spectra import symmetric
+from tests.cases import case, closed_form, dense_hessian
+from tests.graphs import counted_graphs
+
+N = 40
+LIKE = torch.zeros(N).double()
+LEAVES = {"a": torch.zeros(10).double(), "b": torch.zeros(30).double()}
+BASE = symmetric(torch.linspace(0, 3, N))
+
+
+def drawn_from(
+    matrices: Tensor, weights: list[float] | None = None, *, seed: int = 0
+) -> Callable[[int], Matvec]:
+    """Random ones of some matrices."""
+    weight = (lambda _: 1.0) if weights is None else weights.__getitem__
+    curvature = draws(lambda params, b: lambda block: block @ matrices[b], weight=weight, seed=seed)
+    return curvature(LIKE, range(len(matrices)))
+
+
+def shifted(spread: float, count: int = 30) -> Tensor:
+    """``BASE + s_b I``, with shifts of mean 0: traces differ, off-diagonal entries do not."""
+    shifts = torch.linspace(-1, 1, count, dtype=torch.float64) * spread
+    return BASE + shifts[:, None, None] * torch.eye(N, dtype=torch.float64)
+
+
+def variance_of_traces(matrices: Tensor) -> float:
+    """Between batches that are drawn alike."""
+    return float(matrices.diagonal(dim1=1, dim2=2).sum(1).var(correction=0))
+
+
+def variance_of_a_probe(matrix: Tensor) -> float:
+    """Of random signs."""
+    return 2 * float(matrix.square().sum() - matrix.diagonal().square().sum())
+
+
+# The value
+
+
+def test_unbiased_for_the_weighted_mean_of_unequal_batches() -> None:
+    problem = closed_form("linear regression")
+    X, y = problem.batch
+    X = torch.cat([8 * X[:1], X[1:]])
+    batches = list(zip(X.split([1, 2, 5, 7]), y.split([1, 2, 5, 7]), strict=True))
+    some = draws(hf.hvp(problem.loss), seed=0)(problem.params, batches)
+    found = sampled_trace(some, problem.params, probes=2, max_matvecs=400, seed=1)
+    traces = [2 / len(x) * float(x.square().sum()) for x, _ in batches]
+    assert found.value == pytest.approx(2 / 15 * float(X.square().sum()), abs=3 * found.stderr)
+    # The mean that forgets the sizes is told apart.
+    assert abs(found.value - sum(traces) / 4) > 5 * found.stderr
+
+
+def test_a_real_net_against_its_dense_hessian() -> None:
+    found = case("mlp")
+    batches = hf.microbatches(found.batch, 4)
+    some = draws(hf.hvp(found.loss), seed=0)(found.params, batches)
+    estimate = sampled_trace(some, found.params, probes=3, max_matvecs=450, seed=1)
+    low, high = estimate.interval(0.99)
+    assert low < float(dense_hessian("mlp").trace()) < high
+    assert estimate.stderr < 0.15 * estimate.value
+
+
+def test_parts_of_leaves_sum_to_the_value() -> None:
+    found = sampled_trace(lambda _: hf.dense(BASE), LEAVES, probes=2, max_matvecs=1000, seed=0)
+    assert list(found.by_leaf) == ["a", "b"]
+    assert sum(found.by_leaf.values()) == pytest.approx(found.value, rel=1e-12)
+    assert found.by_leaf["a"] == pytest.approx(float(BASE.diagonal()[:10].sum()), abs=1)
+    assert found.value == pytest.approx(float(found.samples.mean()), rel=1e-12)
+
+
+def test_draws_and_probes_of_one_seed_are_independent() -> None:
+    matrices = shifted(1.0, count=2)
+    found = [
+        sampled_trace(drawn_from(matrices, seed=s), LIKE, probes=1, max_matvecs=40, seed=s)
+        for s in range(50)
+    ]
+    variance = variance_of_traces(matrices) + variance_of_a_probe(BASE)
+    error = math.sqrt(variance / (40 * 50))
+    mean = sum(one.value for one in found) / 50
+    assert mean == pytest.approx(float(BASE.trace()), abs=4 * error)
+    pooled = torch.cat([one.samples for one in found])
+    assert float(pooled.var()) == pytest.approx(variance, rel=0.15)
+
+
+# The two components of its noise
+
+
+@pytest.mark.parametrize(("spread", "probes"), [(0.05, 2), (0.3, 2), (0.3, 5), (2.0, 2)])
+def test_components_are_those_of_the_matrices(spread: float, probes: int) -> None:
+    matrices, m = shifted(spread), 800
+    found = sampled_trace(drawn_from(matrices), LIKE, probes=probes, max_matvecs=m * probes, seed=0)
+    within, between = variance_of_a_probe(BASE), variance_of_traces(matrices)
+    assert found.variance_probes == pytest.approx(within, rel=0.2)
+    error = 4 * (between + within / probes) * math.sqrt(2 / m)
+    assert found.variance_data == pytest.approx(between, abs=error)
+    assert found.stderr**2 == pytest.approx((between + within / probes) / m, rel=0.25)
+
+
+def test_probe_noise_within_unequal_batches_is_averaged_by_their_weight() -> None:
+    matrices, weights = torch.stack([BASE, 3 * BASE]), [0.8, 0.2]
+    found = sampled_trace(drawn_from(matrices, weights), LIKE, probes=2, max_matvecs=2000, seed=0)
+    within = (0.8 + 0.2 * 9) * variance_of_a_probe(BASE)
+    between = 0.8 * 0.2 * (2 * float(BASE.trace())) ** 2
+    assert found.variance_probes == pytest.approx(within, rel=0.25)
+    assert found.variance_data == pytest.approx(between, rel=0.15)
+    assert found.value == pytest.approx(1.4 * float(BASE.trace()), abs=4 * found.stderr)
+
+
+def test_equal_batches_have_no_noise_of_data() -> None:
+    found = [
+        sampled_trace(drawn_from(BASE.expand(5, N, N)), LIKE, probes=3, max_matvecs=300, seed=seed)
+        for seed in range(10)
+    ]
+    within = variance_of_a_probe(BASE)
+    # Cut off at 0, it is 0 in about half of the runs, and small otherwise.
+    assert sum(one.variance_data == 0 for one in found) >= 2
+    assert max(one.variance_data for one in found) < 0.2 * within
+    assert sum(one.variance_probes for one in found) / 10 == pytest.approx(within, rel=0.1)
+
+
+def test_diagonal_batches_have_no_noise_of_probes() -> None:
+    diagonals = torch.rand(7, N, dtype=torch.float64).diag_embed()
+    found = sampled_trace(drawn_from(diagonals), LIKE, probes=2, max_matvecs=1000, seed=0)
+    assert found.variance_probes == 0
+    assert found.data_share == 1
+    assert found.variance_data == pytest.approx(variance_of_traces(diagonals), rel=0.2)
+
+
+def test_one_probe_a_draw_does_not_tell_them_apart() -> None:
+    found = sampled_trace(drawn_from(shifted(0.3)), LIKE, max_matvecs=500, seed=0)
+    assert math.isnan(found.variance_probes)
+    assert math.isnan(found.variance_data)
+    assert "take 2 probes a draw" in found.advice
+    total = variance_of_traces(shifted(0.3)) + variance_of_a_probe(BASE)
+    assert found.stderr**2 == pytest.approx(total / 500, rel=0.3)
+
+
+# The interval
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [0.02, 0.3, 2.0], ids=["of probes", "of both", "of data"])
+@pytest.mark.parametrize("probes", [1, 2])
+def test_interval_covers_both_kinds_of_noise(spread: float, probes: int) -> None:
+    matrices = shifted(spread)
+    trace, covered, runs = float(BASE.trace()), 0, 500
+    for seed in range(runs):
+        some = drawn_from(matrices, seed=seed)
+        found = sampled_trace(some, LIKE, probes=probes, max_matvecs=20 * probes, seed=seed)
+        assert (found.draws, found.degrees) == (20, 19)
+        low, high = found.interval()
+        covered += low <= trace <= high
+    assert 0.93 <= covered / runs < 0.995
+
+
+def test_interval_of_the_probes_alone_would_not_cover() -> None:
+    """The standard error must be that of batch means: within a batch, probes are not all noise."""
+    found = sampled_trace(drawn_from(shifted(2.0)), LIKE, probes=10, max_matvecs=1000, seed=0)
+    as_if_independent = math.sqrt(
+        (found.variance_data + found.variance_probes) / (found.draws * found.probes_per_draw)
+    )
+    assert found.stderr > 2 * as_if_independent
+
+
+# Advice
+
+
+def estimate(probes: float, data: float, r: int = 2) -> SampledEstimate:
+    """An estimate with these components."""
+    return SampledEstimate(
+        value=1.0,
+        stderr=0.1,
+        degrees=9,
+        samples=torch.ones(10),
+        by_leaf={},
+        variance_probes=probes,
+        variance_data=data,
+        draws=10,
+        probes_per_draw=r,
+        matvecs=10 * r,
+        passes=10,
+        reason="",
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (
+            estimate(1.0, 100.0),
+            "100% comes from the data.*more draws, with fewer probes.*about 1 is",
+        ),
+        (estimate(80.0, 1.0), "98% from the probes: take more probes.*about 10 are best"),
+        (estimate(80.0, 0.0), " 0% comes from the data and 100% from the probes: take more probes"),
+        (
+            estimate(0.0, 3.0),
+            "100% comes from the data and 0% from.*more draws, with fewer.*about 1 is",
+        ),
+        (estimate(3.0, 1.0), "60% from the probes.*take more draws; 2 a draw is the best"),
+        (estimate(0.0, 0.0), "Neither .* change nothing"),
+        (estimate(math.nan, math.nan, 1), "take 2 probes a draw"),
+    ],
+)
+def test_advice_is_what_the_components_say(found: SampledEstimate, words: str) -> None:
+    assert re.search(words, found.advice), found.advice
+
+
+@pytest.mark.parametrize(("probes", "data", "cost"), [(50.0, 2.0, 1.25), (3.0, 1.0, 8.0)])
+def test_best_number_of_probes_has_the_least_variance_for_its_work(
+    probes: float, data: float, cost: float
+) -> None:
+    def variance_times_work(r: float) -> float:
+        return (data + probes / r) * (cost + r)
+
+    best = estimate(probes, data).best_probes_per_draw(cost)
+    for other in (0.8 * best, 1.25 * best):
+        assert variance_times_work(best) < variance_times_work(other)
+    with pytest.raises(ValueError, match="cost=0"):
+        estimate(probes, data).best_probes_per_draw(0)
+
+
+def test_advice_of_runs_at_both_extremes() -> None:
+    noisy_data, noisy_probes = (
+        sampled_trace(drawn_from(shifted(spread)), LIKE, probes=4, max_matvecs=400, seed=0)
+        for spread in (5.0, 0.02)
+    )
+    assert "take more draws, with fewer probes" in noisy_data.advice
+    assert noisy_data.data_share > 0.95
+    assert "take more probes a draw" in noisy_probes.advice
+    assert noisy_probes.data_share < 0.3
+
+
+# The run
+
+
+@pytest.mark.parametrize("tolerance", [{"rtol": 0.05}, {"atol": 3.0}])
+def test_stops_at_the_tolerance(tolerance: dict[str, float]) -> None:
+    some = drawn_from(shifted(0.3))
+    found = sampled_trace(some, LIKE, probes=2, max_matvecs=10_000, seed=0, **tolerance)
+    low, high = found.interval()
+    assert (high - low) / 2 <= tolerance.get("atol", 0.05 * abs(found.value))
+    assert found.reason.startswith("converged")
+    assert found.matvecs == 2 * found.draws < 10_000
+
+
+def test_budget_is_kept_in_whole_draws() -> None:
+    found = sampled_trace(drawn_from(shifted(0.3)), LIKE, probes=3, max_matvecs=100, seed=0)
+    assert (found.matvecs, found.passes, found.draws, len(found.samples)) == (99, 33, 33, 33)
+    assert "budget of 100" in found.reason
+
+
+def test_block_size_changes_nothing_but_the_passes() -> None:
+    some = drawn_from(shifted(0.3))
+    whole = sampled_trace(some, LIKE, probes=5, max_matvecs=50, seed=3)
+    cut = sampled_trace(some, LIKE, probes=5, max_matvecs=50, block_size=2, seed=3)
+    torch.testing.assert_close(whole.samples, cut.samples)
+    assert (whole.passes, cut.passes) == (10, 30)
+
+
+def test_one_graph_lives_at_a_time() -> None:
+    found = case("conv")
+
+    def most_held(count: int) -> int:
+        some = draws(hf.hvp(found.loss), seed=0)(found.params, [found.batch] * 3)
+        with counted_graphs() as graphs:
+            sampled_trace(some, found.params, max_matvecs=count, seed=0)
+            assert len(graphs.alive) == 0
+        return graphs.most
+
+    assert most_held(12) == most_held(2) > 0
+
+
+def test_callback_stops_and_the_result_is_saved(tmp_path: Path) -> None:
+    some = drawn_from(shifted(0.3))
+    found = sampled_trace(some, LIKE, probes=2, callback=lambda running: running.draws >= 10)
+    assert found.draws == 10
+    assert "callback" in found.reason
+    found.save(tmp_path / "sampled.npz")
+    loaded = hf.load(tmp_path / "sampled.npz")
+    assert isinstance(loaded, SampledEstimate)
+    assert loaded.advice == found.advice
+    assert loaded.interval() == found.interval()
+    again = sampled_trace(some, LIKE, probes=2, max_matvecs=20, seed=found.seed)
+    assert torch.equal(again.samples, found.samples)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": -0.1}, "rtol=-0.1"),
+        ({"probes": 0}, "probes=0: it must be at least 1"),
+        ({"probes": 3, "max_matvecs": 5}, "max_matvecs=5: it must be at least 6"),
+        ({"block_size": 0}, "block_size"),
+        ({"kind": "uniform"}, "kind='uniform': choose"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampled_trace(drawn_from(shifted(0.3)), LIKE, **options)
+
+
+# What it saves
+
+# Of one batch, in gradients: its graph, and a product with it.
+GRAPH, PRODUCT = 2.5, 2
+
+
+def mean_square(logits: Tensor, labels: Tensor) -> Tensor:
+    """The squared error of one-hot labels."""
+    return (logits - F.one_hot(labels, 10)).square().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("widths", "criterion"), [([64, 32, 10], mean_square), ([64, 10], F.cross_entropy)]
+)
+def test_a_tenth_of_the_gradients_where_no_example_stands_out(
+    widths: list[int], criterion: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    with seeded(0):
+        model_fn, params = hf.functional(mlp(widths))
+    batches = digits().batches(18)
+    curvature = hf.hvp(hf.supervised(model_fn, criterion))
+    some = draws(curvature, seed=0)(params, batches)
+
+    whole = hf.hutchinson(some.full, params, max_matvecs=20, block_size=20, seed=0)
+    gradients = len(batches) * (whole.passes * GRAPH + whole.matvecs * PRODUCT)
+
+    probes = 3
+    count = int(gradients / 10 / (GRAPH + probes * PRODUCT))
+    found = sampled_trace(some, params, probes=probes, max_matvecs=count * probes, seed=1)
+    assert found.draws * (GRAPH + probes * PRODUCT) <= gradients / 10
+    assert found.stderr < whole.stderr
+    together = math.hypot(found.stderr, whole.stderr)
+    assert found.value == pytest.approx(whole.value, abs=3 * together)
