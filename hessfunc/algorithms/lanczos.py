@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,14 +21,17 @@ from hessfunc.algorithms.rounds import (
     rows_dtype,
 )
 from hessfunc.memory import available_memory
+from hessfunc.randomness import uniforms
 from hessfunc.trees import Matvec, Space, Tree, leaves
 
 __all__ = ["lanczos"]
 
 Which = Literal["LM", "LA", "SA", "BE"]
 
-# Block steps between two looks at the Ritz values.
-_STEPS_A_ROUND = 4
+# Between two looks at the Ritz values the basis grows by this share: a look costs m^3 flops.
+_GROWTH_A_ROUND = 1 / 16
+# Probes of the same seed are functions of other keys: (seed, index, leaf), no index negative.
+_KEY_OF_MIXTURE = -1
 # So many steps from a fresh vector, outside of what was found, must find nothing better.
 _STEPS_TO_TRUST = 8
 
@@ -58,14 +62,15 @@ def lanczos(
 
         |A v - value v| <= max(rtol |value|, atol),
 
-    as measured at the end by k more products; a value that is zero up to rounding, when its
+    as checked at the end by a product with a random combination of all, and by k products where
+    that shows more than rounding; a value that is zero up to rounding, when its
     residual is too. Where the rounding of the products, some eps |A|, hides the tolerance, pairs
     are not said to have converged, and the reason says so.
 
     A Krylov space of blocks of b vectors holds b copies of a repeated eigenvalue at the most.
-    Where b < k, 8 more steps are made from a fresh vector outside of the basis; if they meet an
-    eigenvalue that should have been among the k, the run warns, and the reason says so. That they
-    meet none is no proof.
+    Where b < k, up to 8 more steps are made from a fresh vector outside of the basis; if they meet
+    an eigenvalue that should have been among the k, the run warns, and the reason says so. That
+    they meet none is no proof.
 
     Args:
         matvec: block -> block, symmetric.
@@ -99,7 +104,7 @@ def lanczos(
         MemoryError: not even a basis of k + block_size vectors fits in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec a basis vector, and k at the end; 8 more where block_size < k. A matvec
+    Cost: one matvec a basis vector, and one at the end; 2 to 8 more where block_size < k. A matvec
     takes 4 basis_size n flops of reorthogonalisation, twice; basis_size n numbers of memory.
 
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
@@ -114,7 +119,7 @@ def lanczos(
     at_least(0, rtol=rtol, atol=atol)
     at_least(1, block_size=block_size)
     block_size = min(block_size, space.n)
-    at_least(k + max(k, block_size), max_matvecs=max_matvecs)
+    at_least(max(k, block_size) + 1, max_matvecs=max_matvecs)
     at_least(min(space.n, k + block_size), basis_size=basis_size)
     dtype = basis_dtype or rows_dtype(space)
     eps = products_eps(space, dtype)
@@ -136,26 +141,17 @@ def lanczos(
     problem = _Problem(k, which, block_size, rtol, atol, seed, eps)
     state = _start(problem, space, start, dtype, min(basis_size, space.n))
 
-    def found(state: _State, reason: str, *, measured: bool) -> Eigenpairs:
-        values, vectors, residuals = _chosen(problem, space, state)
-        if measured:
-            images = products(vectors)
-            residuals = space.norms(images - values.to(images)[:, None] * vectors).cpu()
-        largest = _scale(state.projected)
-        floor = rounding(eps, largest)
-        converged = residuals <= (rtol * values.abs()).clamp_min(atol)
-        converged |= (values.abs() <= floor) & (residuals <= floor)
-        if measured and not converged.all() and reason.startswith("converged"):
-            reason = (
-                f"the residuals of {int((~converged).sum())} pairs cannot reach the tolerance: "
-                f"products are rounded to {eps:.0e} |A|; take a looser rtol, or float64"
-            )
+    def found(state: _State, reason: str, residuals: Tensor | None = None) -> Eigenpairs:
+        values, vectors, of_recurrence = _chosen(problem, space, state)
+        residuals = of_recurrence if residuals is None else residuals
         return Eigenpairs(
             values=values,
             vectors=space.unravel(vectors),
             residuals=residuals,
-            converged=converged,
-            largest=largest,
+            converged=_converged(
+                problem, state, values, of_recurrence if residuals is None else residuals
+            ),
+            largest=_scale(state.projected),
             **products.cost(reason, seed),
         )
 
@@ -164,21 +160,27 @@ def lanczos(
         products=products,
         step=lambda state, room: _round(problem, space, products, state, room),
         verdict=lambda state: _verdict(problem, state),
-        running=lambda state: found(state, "running", measured=False),
-        max_matvecs=max_matvecs - k,
+        running=lambda state: found(state, "running"),
+        max_matvecs=max_matvecs - 1,
         callback=callback,
         storage=store,
     )
-    if reason.startswith("converged") and block_size < k and not state.finished:
-        room = max_matvecs - k - products.matvecs
-        missed = _missed(problem, space, products, state, room)
+    residuals = _measured(problem, space, products, state, max_matvecs)
+    missing = int((~found(state, reason, residuals).converged).sum())
+    if reason.startswith("converged") and missing:
+        reason = (
+            f"the residuals of {missing} pairs cannot reach the tolerance: products are rounded "
+            f"to {eps:.0e} |A|; take a looser rtol, or float64"
+        )
+    elif reason.startswith("converged") and block_size < k and not state.finished:
+        missed = _missed(problem, space, products, state, max_matvecs - products.matvecs)
         if missed is not None:
             reason += (
                 f", but {missed:.6g} was met outside of the basis: repeated eigenvalues were "
                 f"missed, take block_size={min(2 * block_size + 2, k)} or more"
             )
             warnings.warn(reason, stacklevel=2)
-    return found(state, reason, measured=True)
+    return found(state, reason, residuals)
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ def _rows_of(space: Space, start: Tree) -> Tensor:
 
 
 def _round(problem: _Problem, space: Space, products: Products, state: _State, room: int) -> _State:
-    for _ in range(_STEPS_A_ROUND):
+    for _ in range(max(1, int(_GROWTH_A_ROUND * state.size / problem.block_size))):
         width = len(state.basis) - state.size
         if state.size + width > state.basis_size:
             state = _restart(problem, space, state)
@@ -339,32 +341,89 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
     )
 
 
+def _measured(
+    problem: _Problem, space: Space, products: Products, state: _State, max_matvecs: int
+) -> Tensor:
+    """The residuals of the wanted pairs, checked by a product.
+
+    The recurrence says what A times any combination of Ritz vectors is. One product with a random
+    combination shows by how much it fails, and that is added to each residual. Where it fails by
+    more than rounding, or a residual is then too long, each vector is multiplied.
+    """
+    values, vectors, residuals = _chosen(problem, space, state)
+    signs = uniforms(len(values), problem.seed, _KEY_OF_MIXTURE, device=torch.device("cpu")) < 0.5
+    mixture = torch.where(signs, 1.0, -1.0).double()
+    predicted = space.combine((mixture * values)[None], vectors)
+    if state.size < len(state.basis):
+        rotation = torch.linalg.eigh(state.projected).eigenvectors
+        rotation = rotation[:, _wanted(problem, torch.linalg.eigvalsh(state.projected))]
+        leak = (state.coupling @ rotation @ mixture)[None]
+        predicted = predicted + space.combine(leak, state.basis[state.size :])
+    failure = float(space.norms(products(space.combine(mixture[None], vectors)) - predicted))
+    floor = rounding(problem.eps, _scale(state.projected)) * len(values) ** 0.5
+    checked = residuals + failure
+    trusted = failure <= floor and bool(_converged(problem, state, values, checked).all())
+    if trusted or max_matvecs - products.matvecs < len(values):
+        return checked
+    images = products(vectors)
+    return space.norms(images - values.to(images)[:, None] * vectors).cpu()
+
+
+def _converged(problem: _Problem, state: _State, values: Tensor, residuals: Tensor) -> Tensor:
+    floor = rounding(problem.eps, _scale(state.projected))
+    converged = residuals <= (problem.rtol * values.abs()).clamp_min(problem.atol)
+    return converged | ((values.abs() <= floor) & (residuals <= floor))
+
+
 def _missed(
     problem: _Problem, space: Space, products: Products, state: _State, room: int
 ) -> float | None:
     """A Ritz value from outside of the basis that should have been among the wanted ones."""
+    inside = torch.linalg.eigvalsh(state.projected)
+    inside = inside[_wanted(problem, inside)]
     steps = min(_STEPS_TO_TRUST, room, space.n - len(state.basis))
     rows = space.probes([state.probes], kind="sphere", seed=problem.seed, dtype=state.basis.dtype)
-    outside, images = rows[:0], rows[:0]
+    outside, images, values = rows[:0], rows[:0], inside[:0]
     for _ in range(steps):
         row, _ = _orthonormal(space, rows, torch.cat([state.basis, outside]), threshold=0.0)
-        if not len(row):
+        if not len(row) or _would_be_seen(problem, inside, values, space.n):
             break
         rows = products(row)
         outside, images = torch.cat([outside, row]), torch.cat([images, rows])
-    values = torch.linalg.eigvalsh(space.gram(outside, images).cpu().double())
-    inside = torch.linalg.eigvalsh(state.projected)
-    inside = inside[_wanted(problem, inside)]
+        values = torch.linalg.eigvalsh(space.gram(outside, images).cpu().double())
     both = torch.cat([inside, values])
     order = both.argsort()
     preferred = order[_wanted(problem, both[order])]
     tolerance = float(_tolerance(problem, inside, state).max())
     new = both[preferred[preferred >= problem.k]]
     displaced = inside[[i for i in range(problem.k) if i not in preferred.tolist()]]
-    found = [
-        x for x, y in zip(new.tolist(), displaced.tolist(), strict=True) if abs(x - y) > tolerance
-    ]
-    return found[0] if found else None
+    pairs = zip(new.tolist(), displaced.tolist(), strict=True)
+    return next((value for value, other in pairs if abs(value - other) > tolerance), None)
+
+
+def _would_be_seen(problem: _Problem, inside: Tensor, outside: Tensor, n: int) -> bool:
+    """Whether a copy of a wanted value would have risen above the Ritz values outside.
+
+    Its square in a random unit vector is 1e-4 / n at the least, but for one in a hundred, and
+    grows with the square of a Chebyshev polynomial.
+    """
+    steps = len(outside)
+    if steps < 2:
+        return False
+    least, k = float(inside[-1]), problem.k
+    edges = {
+        "LM": (abs(least), -abs(least)),
+        "LA": (least,),
+        "SA": (least,),
+        "BE": (float(inside[(k - 1) // 2]), float(inside[(k + 1) // 2 if k > 1 else 0])),
+    }[problem.which]
+    centre = float(outside[0] + outside[-1]) / 2
+    radius = float(outside[-1] - outside[0]) / 2
+    ratio = min(abs(edge - centre) for edge in edges) / max(radius, 1e-300)
+    if ratio <= 1:
+        return False
+    growth = (steps - 1) * math.acosh(min(ratio, 1e300))
+    return 2 * growth - 2 * math.log(2) > math.log(1e4 * n)
 
 
 def _restart(problem: _Problem, space: Space, state: _State) -> _State:
@@ -375,9 +434,12 @@ def _restart(problem: _Problem, space: Space, state: _State) -> _State:
     keep = min(room, problem.k + (state.basis_size - problem.k) // 2)
     kept = _preferred(problem.which, values)[: max(keep, 1)]
     rotation = vectors[:, kept]
+    rows = space.combine(rotation.mT, state.basis[: state.size])
+    # Lengths would drift away from 1 over many restarts.
+    rows = rows / space.norms(rows).to(rows.dtype)[:, None]
     return replace(
         state,
-        basis=torch.cat([space.combine(rotation.mT, state.basis[: state.size]), block]),
+        basis=torch.cat([rows, block]),
         projected=values[kept].diag(),
         coupling=state.coupling @ rotation,
     )

@@ -232,7 +232,7 @@ def test_product_that_is_not_finite_names_the_leaf() -> None:
         ({"which": "SM"}, "which='SM': choose"),
         ({"block_size": 0}, "block_size=0"),
         ({"basis_size": 3}, "basis_size=3: it must be at least 7"),
-        ({"max_matvecs": 5}, "max_matvecs=5: it must be at least 12"),
+        ({"max_matvecs": 5}, "max_matvecs=5: it must be at least 7"),
         ({"start": VECTOR}, "start has a vector of zeros"),
         ({"start": torch.ones(3)}, "shape"),
     ],
