@@ -40,8 +40,8 @@ def hutchinson_diagonal(
     Args:
         matvec: block -> block.
         like: a tree that says what vectors look like.
-        rtol: stop when the half-widths of the 95 % intervals are below rtol times the values, both
-            in the 2-norm over all entries. Without it the whole budget is used.
+        rtol: stop when a bound of the error is below rtol times the values, both in the 2-norm
+            over all entries, with 95 % confidence. Without it the whole budget is used.
         max_matvecs: the budget: so many probes at the most.
         block_size: how many probes are multiplied at once.
         seed: of the probes.
@@ -95,7 +95,9 @@ def hutchinson_diagonal(
         if state.diagonal.count < FEWEST_SAMPLES or rtol is None:
             return None
         if found(state, "running").relative_error() <= rtol:
-            return "converged: the half-widths of the 95 % intervals are within the tolerance"
+            return (
+                "converged: the error in the 2-norm is within the tolerance, with 95 % confidence"
+            )
         return None
 
     none = torch.zeros(space.n, dtype=wide_dtype(space.device), device=space.device)

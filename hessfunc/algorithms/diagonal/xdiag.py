@@ -48,8 +48,8 @@ def xdiag(
     Args:
         matvec: block -> block, symmetric.
         like: a tree that says what vectors look like.
-        rtol: stop when the half-widths of the 95 % intervals are below rtol times the values, both
-            in the 2-norm over all entries. Without it the whole budget is used.
+        rtol: stop when a bound of the error is below rtol times the values, both in the 2-norm
+            over all entries, with 95 % confidence. Without it the whole budget is used.
         max_matvecs: the budget, two a probe.
         block_size: how many vectors are multiplied at once.
         seed: of the probes.
@@ -116,7 +116,9 @@ def xdiag(
         if len(state.probes) < _FEWEST_PROBES or rtol is None:
             return None
         if found(state, "running").relative_error() <= rtol:
-            return "converged: the half-widths of the 95 % intervals are within the tolerance"
+            return (
+                "converged: the error in the 2-norm is within the tolerance, with 95 % confidence"
+            )
         return None
 
     none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)

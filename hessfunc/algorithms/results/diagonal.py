@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-import torch
+from statistics import NormalDist
 
 from hessfunc.algorithms.quantiles import student_quantile
 from hessfunc.algorithms.results.result import Result
@@ -43,14 +43,29 @@ class DiagonalEstimate(Result):
         return lower, upper
 
     def relative_error(self, level: float = 0.95) -> float:
-        """The half-widths of the intervals over the values, both in the 2-norm.
+        """A bound of ``|error|_2 / |value|_2`` over all entries; infinite where all values are 0.
 
-        About the relative error of the whole diagonal; infinite where all values are zero.
+        The squared error of the whole diagonal is a sum of as many independent terms as entries
+        have a share in it, nu = (sum stderr^2)^2 / sum stderr^4, and so close to its mean:
+
+            |error|_2^2 <= sum stderr^2 q / nu,  q = the chi-squared quantile of nu degrees,
+
+        with nu halved, since entries share their probes.
+
+        Source: Satterthwaite 1946; the quantile by Wilson and Hilferty 1931.
         """
-        t = student_quantile((1 + level) / 2, self.degrees)
-        size = _norm(self.value)
-        return t * _norm(self.stderr) / size if size > 0 else float("inf")
+        if not 0 < level < 1:
+            raise ValueError(f"level={level}: a probability between 0 and 1")
+        size = _power_sum(self.value, 2) ** 0.5
+        error = _power_sum(self.stderr, 2)
+        if not size > 0 or math.isinf(error):
+            return math.inf
+        if error == 0:
+            return 0.0
+        spread = 2 * 2 / 9 * _power_sum(self.stderr, 4) / error**2
+        quantile = (1 - spread + NormalDist().inv_cdf(level) * math.sqrt(spread)) ** 3
+        return math.sqrt(error * quantile) / size
 
 
-def _norm(tree: Tree) -> float:
-    return float(torch.stack([leaf.double().square().sum() for leaf in leaves(tree)]).sum().sqrt())
+def _power_sum(tree: Tree, power: int) -> float:
+    return float(sum(leaf.double().pow(power).sum() for leaf in leaves(tree)))

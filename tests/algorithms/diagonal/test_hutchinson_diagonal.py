@@ -55,6 +55,16 @@ def test_stops_at_the_tolerance() -> None:
     assert float(error) < 0.1
 
 
+def test_the_bound_of_the_whole_diagonals_error_holds_and_is_tight() -> None:
+    ratios = []
+    for seed in range(200):
+        found = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, max_matvecs=30, seed=seed)
+        error = (flat(found.value) - MATRIX.diagonal()).norm() / flat(found.value).norm()
+        ratios.append(found.relative_error() / float(error))
+    assert sum(ratio >= 1 for ratio in ratios) / len(ratios) > 0.92
+    assert sorted(ratios)[100] < 1.25
+
+
 def test_exact_on_a_diagonal_matrix() -> None:
     diagonal = torch.arange(1.0, 6.0)
     matvec, like = hf.dense(diagonal.diag()), torch.zeros(5)
