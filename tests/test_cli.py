@@ -111,7 +111,8 @@ def test_a_killed_analysis_goes_on_from_its_checkpoint(here: Path) -> None:
     assert analyze(*arguments).exit_code == 0
     first = results(here / "hessfunc-out")["results"]
     parts = {"eigenvalues", "smallest", "trace", "density"}
-    assert {folder.name for folder in (here / "state").iterdir()} == parts
+    # So small a trace is exact, and needs no state.
+    assert {folder.name for folder in (here / "state").iterdir()} == parts - {"trace"}
     assert analyze(*arguments).exit_code == 0
     again = results(here / "hessfunc-out")["results"]
     for part in parts:

@@ -97,10 +97,10 @@ class Checkpoint:
             return state
         home = sys.modules[type(state).__module__]
         found: State = self._decoded(self.manifest["state"], home, "state")
-        first: tuple[Tensor, Tensor] = self._decoded(self.manifest["first"], home, "first")
         self.products.choices.update(self.manifest["choices"])
-        self._refuse_another_matrix(*first)
-        self.products.first = first
+        self.products.first = self._decoded(self.manifest["first"], home, "first")
+        if self.products.first is not None:
+            self._refuse_another_matrix(*self.products.first)
         self.products.matvecs = self.manifest["matvecs"]
         self.products.passes = self.manifest["passes"]
         return found

@@ -60,7 +60,8 @@ def slq(
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
-        `Density`. A probe whose Krylov space is exhausted ends early.
+        `Density`. A probe whose Krylov space is exhausted ends early. Probes that the budget cuts
+        short are left out, unless none is complete.
 
     Raises:
         ValueError: an option is out of range.
@@ -100,11 +101,12 @@ def slq(
         return state
 
     def found(state: _State, reason: str) -> Density:
-        nodes, weights = _quadrature(state.recurrences)
+        nodes, weights = _quadrature(state.complete or state.recurrences)
         return Density(
             nodes=nodes,
             weights=weights,
             n=space.n,
+            eps=eps,
             **products.cost(reason, seed),
         )
 
@@ -171,6 +173,10 @@ class _State:
     @property
     def recurrences(self) -> tuple[_Recurrence, ...]:
         return (*self.done, *((run.alphas, run.betas) for run in self.runs if run.alphas))
+
+    @property
+    def complete(self) -> tuple[_Recurrence, ...]:
+        return (*self.done, *((run.alphas, run.betas) for run in self.runs if run.ended))
 
 
 def _start(space: Space, indices: range, seed: int) -> tuple[_Run, ...]:

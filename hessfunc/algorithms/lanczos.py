@@ -81,10 +81,10 @@ def lanczos(
             the top if k is odd).
         block_size: how many vectors are multiplied at once. A matrix with an eigenvalue repeated
             b times needs blocks of b to be sure of all of them.
-        basis_size: the most vectors that are kept; 2 k + 10 by default (blocks: at least
-            k + 4 block_size), or as many as fit in memory.
+        basis_size: the most vectors that are kept, k + 2 block_size at least; by default 2 k + 10,
+            or k + 4 block_size if that is more.
         basis_bytes: the most memory that the basis and its copy at a restart may take, in bytes;
-            by default half of what is available. It chooses ``basis_size`` where that is larger.
+            by default half of what is available. It lowers ``basis_size`` where that is larger.
         basis_dtype: of the basis; the vectors' own by default, float32 at least.
         rtol: the relative tolerance of residuals.
         atol: the absolute tolerance of residuals, in units of the eigenvalues.
@@ -101,7 +101,7 @@ def lanczos(
 
     Raises:
         ValueError: an option is out of range, or the matvec is not symmetric.
-        MemoryError: not even a basis of k + block_size vectors fits in memory.
+        MemoryError: not even a basis of k + 2 block_size vectors fits in memory.
         FloatingPointError: a product is not finite.
 
     Cost: one matvec a basis vector, and one at the end; 2 to 8 more where block_size < k. A matvec
@@ -120,7 +120,7 @@ def lanczos(
     at_least(1, block_size=block_size)
     block_size = min(block_size, space.n)
     at_least(max(k, block_size) + 1, max_matvecs=max_matvecs)
-    at_least(min(space.n, k + block_size), basis_size=basis_size)
+    at_least(min(space.n, k + 2 * block_size), basis_size=basis_size)
     dtype = basis_dtype or rows_dtype(space)
     eps = products_eps(space, dtype)
     store = Checkpoint.of(
@@ -136,10 +136,10 @@ def lanczos(
         start=start,
     )
     seed = store.seed
-    if basis_size is None:
-        basis_size = _size_that_fits(space, k, block_size, dtype, basis_bytes)
+    size = min(space.n, basis_size or max(2 * k + 10, k + 4 * block_size))
+    size = _size_that_fits(space, size, k + 2 * block_size, dtype, basis_bytes)
     problem = _Problem(k, which, block_size, rtol, atol, seed, eps)
-    state = _start(problem, space, start, dtype, min(basis_size, space.n))
+    state = _start(problem, space, start, dtype, size)
 
     def found(state: _State, reason: str, residuals: Tensor | None = None) -> Eigenpairs:
         values, vectors, of_recurrence = _chosen(problem, space, state)
@@ -151,7 +151,7 @@ def lanczos(
             converged=_converged(
                 problem, state, values, of_recurrence if residuals is None else residuals
             ),
-            largest=_scale(state.projected),
+            largest=state.largest,
             **products.cost(reason, seed),
         )
 
@@ -177,7 +177,8 @@ def lanczos(
         if missed is not None:
             reason += (
                 f", but {missed:.6g} was met outside of the basis: repeated eigenvalues were "
-                f"missed, take block_size={min(2 * block_size + 2, k)} or more"
+                f"missed, take block_size={min(2 * block_size + 2, k)} or more; or rtol is too "
+                "loose for values that are close"
             )
             warnings.warn(reason, stacklevel=2)
     return found(state, reason, residuals)
@@ -207,6 +208,7 @@ class _State:
         closed: the wanted values when an invariant subspace was last found.
         finished: nothing is left to be found outside of V.
         basis_size: the most vectors that are kept.
+        largest: the largest absolute Ritz value that was seen: restarts may let it go.
     """
 
     basis: Tensor
@@ -214,6 +216,7 @@ class _State:
     coupling: Tensor
     probes: int
     basis_size: int
+    largest: float = 0.0
     steps: int = 0
     closed: Tensor | None = None
     finished: bool = False
@@ -245,10 +248,9 @@ def _start(
 
 
 def _size_that_fits(
-    space: Space, k: int, block_size: int, dtype: torch.dtype, limit: int | None
+    space: Space, wanted: int, fewest: int, dtype: torch.dtype, limit: int | None
 ) -> int:
-    wanted = min(space.n, max(2 * k + 10, k + 4 * block_size))
-    fewest = min(space.n, k + block_size)
+    fewest = min(space.n, fewest)
     if limit is None:
         limit = available_memory(space.device) // 2
     # A restart holds the basis and its combinations at once.
@@ -297,7 +299,7 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
     projected[:, j:] = columns
     projected[j:, :j] = columns[:j].mT
     projected[j:, j:] = (columns[j:] + columns[j:].mT) / 2
-    scale = _scale(projected)
+    scale = max(state.largest, float(torch.linalg.matrix_norm(projected, ord=2)))
     _refuse_asymmetric(columns[:j] - state.coupling.mT, scale, max(1e-3, 10 * problem.eps))
 
     threshold = rounding(problem.eps, scale)
@@ -309,6 +311,7 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
         basis=torch.cat([basis, block]),
         projected=projected,
         coupling=coupling,
+        largest=scale,
         steps=state.steps + 1,
     )
     return state if len(block) else _fresh_block(problem, space, state)
@@ -318,7 +321,7 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
     """V spans an invariant subspace: look outside of it, unless the last look found nothing."""
     wanted = _wanted(problem, torch.linalg.eigvalsh(state.projected))
     values = torch.linalg.eigvalsh(state.projected)[wanted]
-    floor = rounding(problem.eps, _scale(state.projected))
+    floor = rounding(problem.eps, state.largest)
     nothing_new = (
         state.closed is not None
         and len(values) == problem.k == len(state.closed)
@@ -360,7 +363,7 @@ def _measured(
         leak = (state.coupling @ rotation @ mixture)[None]
         predicted = predicted + space.combine(leak, state.basis[state.size :])
     failure = float(space.norms(products(space.combine(mixture[None], vectors)) - predicted))
-    floor = rounding(problem.eps, _scale(state.projected)) * len(values) ** 0.5
+    floor = rounding(problem.eps, state.largest) * len(values) ** 0.5
     checked = residuals + failure
     trusted = failure <= floor and bool(_converged(problem, state, values, checked).all())
     if trusted or max_matvecs - products.matvecs < len(values):
@@ -370,7 +373,7 @@ def _measured(
 
 
 def _converged(problem: _Problem, state: _State, values: Tensor, residuals: Tensor) -> Tensor:
-    floor = rounding(problem.eps, _scale(state.projected))
+    floor = rounding(problem.eps, state.largest)
     converged = residuals <= (problem.rtol * values.abs()).clamp_min(problem.atol)
     return converged | ((values.abs() <= floor) & (residuals <= floor))
 
@@ -381,11 +384,12 @@ def _missed(
     """A Ritz value from outside of the basis that should have been among the wanted ones."""
     inside = torch.linalg.eigvalsh(state.projected)
     inside = inside[_wanted(problem, inside)]
-    steps = min(_STEPS_TO_TRUST, room, space.n - len(state.basis))
+    known = state.basis[: state.size]
+    steps = min(_STEPS_TO_TRUST, room, space.n - state.size)
     rows = space.probes([state.probes], kind="sphere", seed=problem.seed, dtype=state.basis.dtype)
     outside, images, values = rows[:0], rows[:0], inside[:0]
     for _ in range(steps):
-        row, _ = _orthonormal(space, rows, torch.cat([state.basis, outside]), threshold=0.0)
+        row, _ = _orthonormal(space, rows, torch.cat([known, outside]), threshold=0.0)
         if not len(row) or _would_be_seen(problem, inside, values, space.n):
             break
         rows = products(row)
@@ -395,6 +399,7 @@ def _missed(
     order = both.argsort()
     preferred = order[_wanted(problem, both[order])]
     tolerance = float(_tolerance(problem, inside, state).max())
+    tolerance = max(tolerance, rounding(problem.eps, state.largest))
     new = both[preferred[preferred >= problem.k]]
     displaced = inside[[i for i in range(problem.k) if i not in preferred.tolist()]]
     pairs = zip(new.tolist(), displaced.tolist(), strict=True)
@@ -476,10 +481,6 @@ def _refuse_asymmetric(difference: Tensor, scale: float, tolerance: float) -> No
         )
 
 
-def _scale(projected: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(projected, ord=2))
-
-
 def _preferred(which: Which, values: Tensor) -> Tensor:
     """The indices of ascending values, the most wanted first."""
     last = len(values) - 1
@@ -509,7 +510,7 @@ def _chosen(problem: _Problem, space: Space, state: _State) -> tuple[Tensor, Ten
 
 def _tolerance(problem: _Problem, values: Tensor, state: _State) -> Tensor:
     """The residuals of the recurrence at which to stop: below eps |A| they mean nothing."""
-    least = max(problem.atol, problem.eps * _scale(state.projected))
+    least = max(problem.atol, problem.eps * state.largest)
     return (problem.rtol * values.abs()).clamp_min(least)
 
 

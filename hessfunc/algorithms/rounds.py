@@ -57,8 +57,11 @@ class Products:
 
     def uncounted(self, rows: Tensor, /) -> Tensor:
         """Products that are no part of the run's cost."""
+        version = rows._version
         with recording(self.choices):
             product = self.space.ravel(self.matvec(self.space.unravel(rows)), dtype=rows.dtype)
+        if rows._version != version:
+            raise ValueError("the matvec changes its block in place: return a new one")
         if len(product) != len(rows):
             raise ValueError(f"the matvec gave {len(product)} products of {len(rows)} vectors")
         if not torch.isfinite(product).all():

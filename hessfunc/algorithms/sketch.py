@@ -46,20 +46,22 @@ class Sketch:
             share = space.gram(rest, self.basis)
             rest = rest - space.combine(share, self.basis)
             inner += share.cpu().double()
+        # The small factor is rotated so that what depends on the rest stands out as short.
         added, triangle = torch.linalg.qr(rest.mT)
+        rotation, lengths, axes = torch.linalg.svd(triangle)
         longest = max(
             float(space.norms(vectors).max()),
             float(self.factor.norm(dim=0).max()) if p else 0.0,
         )
-        kept = triangle.diagonal().abs() > 100 * torch.finfo(vectors.dtype).eps * longest
-        added = added.mT[kept]
+        kept = lengths > 100 * torch.finfo(vectors.dtype).eps * longest
+        added = space.combine(rotation.mT[kept], added.mT)
         # What is short after the projection is not quite orthogonal to the basis.
         added = added - space.combine(space.gram(added, self.basis), self.basis)
 
         factor = torch.zeros(rank + len(added), p + len(vectors), dtype=torch.float64)
         factor[:rank, :p] = self.factor
         factor[:rank, p:] = inner.mT
-        factor[rank:, p:] = triangle[kept].cpu().double()
+        factor[rank:, p:] = (lengths[kept, None] * axes[kept]).cpu().double()
         if not len(added):
             return Sketch(self.basis, self.images, factor)
         return Sketch(
@@ -71,14 +73,12 @@ class Sketch:
     def left_out(self) -> Tensor:
         """Unit coefficients S: ``Q' s_i`` spans what only the i-th vector adds to the others.
 
-        They are the rows of the inverse of C, or zero where the vectors depend on each other: any
-        of them can then be left out.
+        A column is zero where the i-th vector lies in the span of the others.
         """
-        rank, p = self.factor.shape
-        if not self.full_rank:
-            return torch.zeros(rank, p, dtype=torch.float64)
-        dual = torch.linalg.inv(self.factor).mT
-        return dual / dual.norm(dim=0)
+        dual = torch.linalg.pinv(self.factor).mT
+        # Vectors that take part in a dependence are those that others can replace.
+        replaceable = (1 - (dual * self.factor).sum(0)) > 1e-6
+        return torch.where(replaceable, 0.0, dual / dual.norm(dim=0))
 
 
 def vectors_that_fit(space: Space, copies: int, /) -> int:

@@ -306,3 +306,9 @@ def test_chunk_choices_are_recorded_and_made_again(tmp_path: Path) -> None:
     again = hf.hutchinson(hf.hvp(loss)(params, batch), params, max_matvecs=48, **options)
     assert again.choices == first.choices
     assert torch.equal(again.samples[:24], first.samples)
+
+
+def test_a_run_that_made_no_product_goes_on(tmp_path: Path) -> None:
+    hf.cg(hf.dense(MATRIX), RIGHT, damping=0.1, max_matvecs=1, checkpoint=tmp_path)
+    found = hf.cg(hf.dense(MATRIX), RIGHT, damping=0.1, checkpoint=tmp_path)
+    assert found.converged

@@ -382,3 +382,30 @@ def test_semi_definite_matrix_in_float32_has_an_effective_dimension() -> None:
     assert float(found.nodes.min()) < 0
     low, high = found.effective_dimension(1.0).interval(0.999)
     assert low < 40 < high + 0.2
+
+
+def test_rounding_is_not_counted_as_an_eigenvalue() -> None:
+    torch.manual_seed(0)
+    factor = torch.randn(300, 10)
+    matrix = factor @ factor.mT
+    for seed in range(5):
+        found = hf.slq(hf.dense(matrix), torch.zeros(300), probes=2, steps=40, seed=seed)
+        low, high = found.count_above(1e-3)
+        assert low <= 10 <= high
+
+
+def test_probes_that_the_budget_cuts_short_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = symmetric(torch.linspace(-1, 1, 60))
+    like = torch.zeros(60).double()
+    monkeypatch.setattr(density, "available_memory", lambda device: 2 * 2 * 20 * 60 * 8)
+    found = hf.slq(hf.dense(matrix), like, probes=5, steps=20, max_matvecs=50, seed=0)
+    assert found.nodes.shape == (2, 20)
+    torch.testing.assert_close(found.weights.sum(1), torch.ones(2).double())
+
+
+def test_bounds_take_a_number_and_refuse_nan() -> None:
+    found = hf.slq(hf.dense(symmetric(torch.linspace(-1, 1, 60))), torch.zeros(60).double())
+    low, high = found.cdf_bounds(0.0)
+    assert float(low) <= 0.5 <= float(high)
+    with pytest.raises(ValueError, match="NaN"):
+        found.count_above(float("nan"))

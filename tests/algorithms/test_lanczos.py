@@ -231,7 +231,7 @@ def test_product_that_is_not_finite_names_the_leaf() -> None:
         ({"atol": -1.0}, "atol=-1.0"),
         ({"which": "SM"}, "which='SM': choose"),
         ({"block_size": 0}, "block_size=0"),
-        ({"basis_size": 3}, "basis_size=3: it must be at least 7"),
+        ({"basis_size": 3}, "basis_size=3: it must be at least 8"),
         ({"max_matvecs": 5}, "max_matvecs=5: it must be at least 7"),
         ({"start": VECTOR}, "start has a vector of zeros"),
         ({"start": torch.ones(3)}, "shape"),
@@ -333,7 +333,7 @@ def test_memory_chooses_the_size_of_the_basis(monkeypatch: pytest.MonkeyPatch) -
     large = hf.lanczos(matvec, VECTOR, k=3, seed=0)
     torch.testing.assert_close(small.values, large.values)
     assert small.matvecs > large.matvecs
-    with pytest.raises(MemoryError, match="a basis of 4 vectors of 186 entries .*fewer pairs"):
+    with pytest.raises(MemoryError, match="a basis of 5 vectors of 186 entries .*fewer pairs"):
         hf.lanczos(matvec, VECTOR, k=3, basis_bytes=2 * 3 * vector, seed=0)
     monkeypatch.setattr(lanczos, "available_memory", lambda device: 0)
     with pytest.raises(MemoryError, match="take fewer pairs"):
@@ -391,3 +391,43 @@ def test_a_basis_of_300_float32_vectors_is_orthonormal() -> None:
     )
     gram = found.vectors.double() @ found.vectors.double().mT
     assert float((gram - torch.eye(300)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_restart_that_keeps_zeros_alone_remembers_the_scale(seed: int) -> None:
+    spectrum = torch.cat([torch.tensor([1000.0, 500.0]), torch.zeros(298)])
+    matrix = symmetric(spectrum)
+    like, options = torch.zeros(300).double(), {"which": "SA", "block_size": 2, "basis_size": 8}
+    found = hf.lanczos(hf.dense(matrix), like, k=4, seed=seed, **options)
+    assert found.largest == pytest.approx(1000, rel=0.1)
+    assert bool((found.values.abs() < 1e-9).all())
+
+
+def test_copies_are_missed_aloud_where_the_basis_nearly_fills_the_space() -> None:
+    spectrum = torch.cat([torch.full((3,), 5.0), torch.linspace(-1, 1, 27)]).double()
+    for seed in range(10):
+        with pytest.warns(UserWarning, match="outside of the basis"):
+            hf.lanczos(
+                lambda v: v * spectrum, torch.zeros(30).double(), k=10, which="LA", seed=seed
+            )
+
+
+def test_bytes_lower_a_given_basis_size() -> None:
+    matvec, vector = hf.dense(symmetric(SPECTRUM)), len(SPECTRUM) * 8
+    given = hf.lanczos(matvec, VECTOR, k=3, basis_size=8, seed=0)
+    lowered = hf.lanczos(matvec, VECTOR, k=3, basis_size=80, basis_bytes=16 * vector, seed=0)
+    assert lowered.matvecs == given.matvecs
+
+
+def test_a_matvec_that_works_in_place_is_refused() -> None:
+    with pytest.raises(ValueError, match="changes its block in place: return a new one"):
+        hf.lanczos(lambda block: block.mul_(2), torch.zeros(9), k=1)
+
+
+def test_a_bfloat16_matrix_of_low_rank() -> None:
+    exact = torch.tensor([400.0, 200, 100, 50, 25]).double()
+    matrix = symmetric(torch.cat([exact, torch.zeros(295)])).float()
+    like = torch.zeros(300, dtype=torch.bfloat16)
+    found = hf.lanczos(lambda v: (v.float() @ matrix).bfloat16(), like, k=3, rtol=5e-2, seed=0)
+    exact = exact[:3]
+    torch.testing.assert_close(found.values, exact, rtol=2e-2, atol=0)

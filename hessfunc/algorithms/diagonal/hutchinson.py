@@ -11,7 +11,7 @@ from torch import Tensor
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.norms import squared_row_norms
 from hessfunc.algorithms.results import DiagonalEstimate
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, Tree
@@ -80,7 +80,9 @@ def hutchinson_diagonal(
 
     def found(state: _State, reason: str) -> DiagonalEstimate:
         diagonal, squares, count = state.diagonal, state.squares, state.diagonal.count
-        rounding = 10 * torch.finfo(rows_dtype(space)).eps * (diagonal.mean.abs() + diagonal.spread)
+        rounding = (
+            10 * products_eps(space, rows_dtype(space)) * (diagonal.mean.abs() + diagonal.spread)
+        )
         return DiagonalEstimate(
             value=space.unravel(diagonal.mean),
             stderr=space.unravel(diagonal.spread / math.sqrt(count) + rounding),

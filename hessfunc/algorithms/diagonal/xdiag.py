@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.exact import exact_diagonal, is_small
 from hessfunc.algorithms.norms import squared_row_norms
 from hessfunc.algorithms.results import DiagonalEstimate
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, Space, Tree
@@ -66,7 +67,7 @@ def xdiag(
         MemoryError: not even two probes fit in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: two matvecs a probe; the memory of 6 vectors a probe.
+    Cost: two matvecs a probe; the memory of 12 vectors a probe at its peak.
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825.
     """
@@ -77,11 +78,13 @@ def xdiag(
     at_least(1, block_size=block_size)
     store = Checkpoint.of(checkpoint, "xdiag", products, seed, block_size=block_size)
     seed = store.seed
-    most = vectors_that_fit(space, 6)
+    if is_small(products, max_matvecs):
+        return exact_diagonal(products, seed)
+    most = vectors_that_fit(space, 12)
 
     def step(state: _State, room: int) -> _State:
         p = len(state.probes)
-        width = min(block_size, room // 2, min(space.n, most) - p)
+        width = min(block_size, room // 2, most - p)
         if width < 1:
             return state
         indices = range(p, p + width)
@@ -96,7 +99,7 @@ def xdiag(
     def found(state: _State, reason: str) -> DiagonalEstimate:
         mean, spread = _mean_and_spread(space, state)
         p = len(state.probes)
-        rounding = 10 * torch.finfo(rows_dtype(space)).eps * (mean.abs() + spread)
+        rounding = 10 * products_eps(space, rows_dtype(space)) * (mean.abs() + spread)
         squares = state.images.to(mean).square()
         return DiagonalEstimate(
             value=space.unravel(mean),
@@ -109,7 +112,7 @@ def xdiag(
         )
 
     def verdict(state: _State) -> str | None:
-        if len(state.probes) == space.n:
+        if len(state.sketch.basis) == space.n:
             return "converged: the probes span the whole space"
         if len(state.probes) >= most:
             return f"no more than {most} probes fit in memory: `hutchinson_diagonal` keeps none"
@@ -151,13 +154,16 @@ def _mean_and_spread(space: Space, state: _State) -> tuple[Tensor, Tensor]:
     d_i = diag(QQ'A) + s_i * (w_i (s_i'A w_i) - A s_i).
     """
     sketch = state.sketch
+    wide = wide_dtype(space.device)
+    whole = (sketch.basis * sketch.images).sum(0, dtype=wide)
+    if len(sketch.basis) == space.n:
+        return whole, torch.zeros_like(whole)
     coefficients = sketch.left_out()
     alone = (coefficients * sketch.factor).sum(0).to(state.probes)
     missing = space.combine(coefficients.mT, sketch.basis)
     missing_images = space.combine(coefficients.mT, sketch.images)
-    wide = wide_dtype(space.device)
     deviations = (missing * (alone[:, None] * state.probes - missing_images)).to(wide)
-    mean = deviations.mean(0) + (sketch.basis * sketch.images).sum(0, dtype=wide)
+    mean = whole + deviations.mean(0)
     return mean, _spread(deviations)
 
 

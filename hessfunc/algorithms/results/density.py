@@ -30,11 +30,13 @@ class Density(Result):
         weights: of the nodes, float64 ``(p, m)``; they sum to 1 for each probe. A probe that
             ended early is filled up with nodes of weight 0.
         n: the dimension of the matrix.
+        eps: of the products.
     """
 
     nodes: Tensor
     weights: Tensor
     n: int
+    eps: float = torch.finfo(torch.float64).eps
 
     @property
     def width(self) -> float:
@@ -66,7 +68,7 @@ class Density(Result):
         return (torch.exp(-0.5 * z.square()) @ mass) / (width * math.sqrt(2 * math.pi))
 
     def cdf_bounds(
-        self, x: Tensor, level: float = 0.95, *, simultaneous: bool = False
+        self, x: Tensor | float, level: float = 0.95, *, simultaneous: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Bounds of the share F of eigenvalues up to each x: ``(lower, upper)``, shaped like x.
 
@@ -97,7 +99,10 @@ class Density(Result):
         """
         if not 0 < level < 1:
             raise ValueError(f"level={level}: a probability between 0 and 1")
-        lower, upper = self._enclosed(x)
+        points = torch.as_tensor(x, dtype=torch.float64)
+        if points.isnan().any():
+            raise ValueError("x has entries that are NaN")
+        lower, upper = self._enclosed(points)
         variance = 2 / (len(self.nodes) * (self.n + 2))
         if simultaneous:
             half = kolmogorov_quantile(level) * math.sqrt(variance) + _ROUNDING
@@ -107,7 +112,7 @@ class Density(Result):
 
     def _enclosed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds without error of the mean over these very probes of their F_p(x)."""
-        points = x.to(torch.float64)[..., None, None]
+        points = x[..., None, None]
         before = self.nodes <= points
         cumulated = self.weights.cumsum(1)
         share = torch.where(before, self.weights, 0.0).sum(-1)
@@ -137,10 +142,12 @@ class Density(Result):
         Raises:
             ValueError: the level is not a probability.
         """
-        lower, upper = self.cdf_bounds(torch.tensor(x, dtype=torch.float64), level)
+        lower, upper = self.cdf_bounds(x, level)
         mass = self.weights > 0
-        ritz_above = int(((self.nodes > x) & mass).sum(1).max())
-        ritz_below = int(((self.nodes <= x) & mass).sum(1).max())
+        # A Ritz value may be off by rounding, which must not make an eigenvalue of a zero.
+        margin = rounding(self.eps, float(self.nodes.abs().max()))
+        ritz_above = int(((self.nodes > x + margin) & mass).sum(1).max())
+        ritz_below = int(((self.nodes < x - margin) & mass).sum(1).max())
         low = max(ritz_above, math.ceil(self.n * (1 - float(upper)) - 1e-9))
         high = min(self.n - ritz_below, math.floor(self.n * (1 - float(lower)) + 1e-9))
         return low, max(low, high)

@@ -12,6 +12,9 @@ from hessfunc.trees import Tree, leaves
 
 __all__ = ["Eigenpairs", "rounding"]
 
+# Coarser products come from leaves of 16 bits: those are rounded once, not in every sum.
+_HALF_PRECISION = 1e-4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Eigenpairs(Result):
@@ -51,4 +54,4 @@ def rounding(eps: float, largest: float, /) -> float:
         eps: of the dtype in which products are made.
         largest: the largest absolute eigenvalue, as far as it is known.
     """
-    return 30 * eps * largest
+    return (30 if eps < _HALF_PRECISION else 2) * eps * largest

@@ -20,10 +20,12 @@ class Spread:
             too small where the spectrum decays: by 1.3 for XTrace, by up to 5 for XNysTrace.
         complete: the jackknife of the mean itself, computed anew without each probe. By Efron and
             Stein it is too large on average.
+        probes: p.
     """
 
     naive: float
     complete: float
+    probes: int
 
     def between(self, share: float, widening: float, /) -> float:
         """The geometric mean of both, with this share of the complete one, and widened."""
@@ -48,9 +50,9 @@ def spread(left_one: Tensor, left_two: Tensor | None, /) -> Spread:
     p = len(left_one)
     naive = float(left_one.std()) / math.sqrt(p) if p > 1 else math.inf
     if left_two is None:
-        return Spread(naive, naive)
+        return Spread(naive, naive, p)
     if p < 3:
-        return Spread(math.inf, math.inf)
+        return Spread(math.inf, math.inf, p)
     same = torch.eye(p, dtype=torch.bool)
     left_two = left_two.masked_fill(same, 0.0)
     means = left_two.sum(0) / (p - 1)
@@ -58,4 +60,4 @@ def spread(left_one: Tensor, left_two: Tensor | None, /) -> Spread:
     fewer = math.sqrt(float(inside.mean()) / (p - 1))
     ratio = min(1.0, naive / fewer) if fewer > 0 else 1.0
     complete = math.sqrt((p - 1) / p * float((means - means.mean()).square().sum()))
-    return Spread(naive, max(naive, ratio * complete))
+    return Spread(naive, max(naive, ratio * complete), p)

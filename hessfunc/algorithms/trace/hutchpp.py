@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.exact import exact_trace, is_small
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.results import Estimate, narrow_enough
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
+from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.trees import Matvec, Space, Tree
@@ -63,7 +64,7 @@ def hutchpp(
         MemoryError: not even two probes fit in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: three matvecs a probe; the memory of 4 vectors a probe.
+    Cost: three matvecs a probe; the memory of 11 vectors a probe at its peak.
 
     Source: Meyer, Musco, Musco and Woodruff 2021, arXiv 2010.09649; the interval: Johnson 1978.
     """
@@ -74,7 +75,10 @@ def hutchpp(
     at_least(1, block_size=block_size)
     store = Checkpoint.of(checkpoint, "hutchpp", products, seed, block_size=block_size)
     seed = store.seed
-    most = min(vectors_that_fit(space, 4), space.n - 1)
+    if is_small(products, max_matvecs):
+        return exact_trace(products, seed)
+    eps = products_eps(space, rows_dtype(space))
+    most = min(vectors_that_fit(space, 11), space.n - 1)
 
     def step(state: _State, room: int) -> _State:
         p = len(state.probes)
@@ -94,7 +98,7 @@ def hutchpp(
     def found(state: _State, reason: str) -> Estimate:
         parts = _samples(space, state)
         samples = parts.sum(1)
-        rounding = 10 * torch.finfo(state.probes.dtype).eps * float(parts.abs().sum(1).mean())
+        rounding = 10 * eps * float(parts.abs().sum(1).mean())
         squares = space.norms(state.images).cpu().double().square()
         return Estimate(
             value=float(samples.mean()),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.exact import exact_trace, is_small
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.results import Estimate, narrow_enough
 from hessfunc.algorithms.rounds import (
@@ -20,7 +21,7 @@ from hessfunc.algorithms.rounds import (
 )
 from hessfunc.algorithms.samples import FEWEST_SAMPLES
 from hessfunc.algorithms.sketch import vectors_that_fit
-from hessfunc.algorithms.trace.exchangeable import spread
+from hessfunc.algorithms.trace.exchangeable import Spread, spread
 from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["xnystrace"]
@@ -74,7 +75,7 @@ def xnystrace(
         MemoryError: not even two probes fit in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec a probe; the memory of 5 vectors a probe.
+    Cost: one matvec a probe; the memory of 9 vectors a probe at its peak.
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825, by an eigendecomposition of the
     core; the interval: Efron and Stein 1981.
@@ -86,7 +87,9 @@ def xnystrace(
     at_least(1, block_size=block_size)
     store = Checkpoint.of(checkpoint, "xnystrace", products, seed, block_size=block_size)
     seed = store.seed
-    most = vectors_that_fit(space, 5)
+    if is_small(products, max_matvecs):
+        return exact_trace(products, seed)
+    most = vectors_that_fit(space, 9)
     eps = products_eps(space, rows_dtype(space))
 
     def step(state: _State, room: int) -> _State:
@@ -104,6 +107,8 @@ def xnystrace(
         parts = _leave_one_out(space, state, approximation)
         samples = parts.sum(1)
         errors = spread(samples, _leave_two_out(approximation))
+        if len(samples) == space.n:
+            errors = Spread(0.0, 0.0, space.n)
         rounding = 10 * eps * float(parts.abs().sum(1).mean())
         squares = space.norms(state.images).cpu().double().square()
         return Estimate(

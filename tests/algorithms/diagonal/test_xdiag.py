@@ -74,3 +74,26 @@ def test_a_saved_diagonal_is_the_same(tmp_path: object) -> None:
     loaded = hf.load(tmp_path / "diagonal.npz")
     torch.testing.assert_close(flat(loaded.value), flat(found.value), rtol=0, atol=0)
     assert loaded.squared_row_norms.degrees == found.squared_row_norms.degrees
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_a_range_on_a_few_entries(rank: int) -> None:
+    matrix = torch.zeros(N, N, dtype=torch.float64)
+    matrix[:4, :4] = symmetric(torch.cat([torch.arange(1.0, rank + 1), torch.zeros(4 - rank)]))
+    wrong = 0
+    for seed in range(100):
+        found = hf.xdiag(hf.dense(matrix), LIKE, max_matvecs=24, seed=seed)
+        low, high = map(flat, found.interval())
+        slack = 1e-12
+        inside = (low - slack <= matrix.diagonal()) & (matrix.diagonal() <= high + slack)
+        wrong += not bool(inside.all())
+    # Twelve probes of signs on four entries span them but for one run in a hundred.
+    assert wrong <= 4
+
+
+def test_probes_that_span_the_space_give_the_diagonal() -> None:
+    matrix = symmetric(torch.linspace(-1, 3, 30))
+    like = torch.zeros(30).double()
+    found = hf.xdiag(hf.dense(matrix), like, max_matvecs=80, seed=0)
+    assert "whole space" in found.reason
+    torch.testing.assert_close(found.value, matrix.diagonal())

@@ -1,0 +1,39 @@
+"""Small matrices are multiplied by all unit vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import hessfunc as hf
+from tests.algorithms.spectra import symmetric
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20])
+@pytest.mark.parametrize("estimator", [hf.xtrace, hf.xnystrace, hf.hutchpp])
+def test_traces(estimator: Callable[..., hf.Estimate], n: int) -> None:
+    matrix = symmetric(torch.linspace(1, 2, n))
+    found = estimator(hf.dense(matrix), torch.zeros(n).double(), seed=0)
+    assert (found.matvecs, found.passes) == (n, 1)
+    assert found.value == pytest.approx(float(matrix.trace()), rel=1e-14)
+    low, high = found.interval()
+    assert low <= float(matrix.trace()) <= high
+    assert high - low < 1e-12
+    assert found.squared_frobenius is not None
+    assert found.squared_frobenius.value == pytest.approx(float(matrix.square().sum()))
+
+
+@pytest.mark.parametrize("n", [1, 2, 20])
+def test_diagonals(n: int) -> None:
+    matrix = symmetric(torch.linspace(-1, 2, n))
+    found = hf.xdiag(hf.dense(matrix), torch.zeros(n).double(), seed=0)
+    torch.testing.assert_close(found.value, matrix.diagonal())
+    assert found.matvecs == n
+    torch.testing.assert_close(found.squared_row_norms.value, matrix.square().sum(0))
+
+
+def test_a_budget_below_the_dimension_is_kept() -> None:
+    found = hf.xtrace(hf.dense(torch.eye(10)), torch.zeros(10), max_matvecs=6, seed=0)
+    assert found.matvecs == 6
