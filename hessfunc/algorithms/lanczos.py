@@ -117,10 +117,12 @@ def lanczos(
     if not 1 <= k <= space.n:
         raise ValueError(f"k={k}: the matrix has {space.n} eigenvalues, choose 1 to {space.n}")
     at_least(0, rtol=rtol, atol=atol)
-    at_least(1, block_size=block_size)
+    at_least(1, block_size=block_size, basis_bytes=basis_bytes)
     block_size = min(block_size, space.n)
     at_least(max(k, block_size) + 1, max_matvecs=max_matvecs)
     at_least(min(space.n, k + 2 * block_size), basis_size=basis_size)
+    if basis_dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"basis_dtype={basis_dtype}: choose torch.float32 or torch.float64")
     dtype = basis_dtype or rows_dtype(space)
     eps = products_eps(space, dtype)
     store = Checkpoint.of(
@@ -237,6 +239,8 @@ def _start(
             # Every given vector has its part in the block, in random proportions.
             given = space.combine(space.gram(rows, given), given)
         lengths = space.norms(given)
+        if not bool(lengths.isfinite().all()):
+            raise ValueError("start has entries that are NaN or infinite")
         if not bool((lengths > 0).all()):
             raise ValueError("start has a vector of zeros")
         rows = torch.cat([given / lengths.to(dtype)[:, None], rows[len(given) :]])

@@ -45,7 +45,10 @@ class Products:
 
     @classmethod
     def of(cls, matvec: Matvec, like: Tree, /) -> Products:
-        return cls(matvec, Space.of(like))
+        space = Space.of(like)
+        if space.n == 0:
+            raise ValueError("the leaves of the tree have no entries: there is no matrix")
+        return cls(matvec, space)
 
     def __call__(self, rows: Tensor, /) -> Tensor:
         product = self.uncounted(rows)

@@ -37,3 +37,8 @@ def test_diagonals(n: int) -> None:
 def test_a_budget_below_the_dimension_is_kept() -> None:
     found = hf.xtrace(hf.dense(torch.eye(10)), torch.zeros(10), max_matvecs=6, seed=0)
     assert found.matvecs == 6
+
+
+def test_a_tree_without_entries_is_refused() -> None:
+    with pytest.raises(ValueError, match="no entries"):
+        hf.xtrace(lambda block: block, torch.zeros(0, 3))

@@ -80,7 +80,7 @@ def hutchinson(
         seed,
         block_size=block_size,
         kind=kind,
-        deflate=None if deflate is None else deflate.vectors,
+        deflate=None if deflate is None else (deflate.values, deflate.vectors),
     )
     seed = store.seed
     known = _known(space, deflate)
