@@ -323,8 +323,7 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
 
 def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
     """V spans an invariant subspace: look outside of it, unless the last look found nothing."""
-    wanted = _wanted(problem, torch.linalg.eigvalsh(state.projected))
-    values = torch.linalg.eigvalsh(state.projected)[wanted]
+    values, _ = _ritz(problem, state)
     floor = rounding(problem.eps, state.largest)
     nothing_new = (
         state.closed is not None
@@ -362,9 +361,7 @@ def _measured(
     mixture = torch.where(signs, 1.0, -1.0).double()
     predicted = space.combine((mixture * values)[None], vectors)
     if state.size < len(state.basis):
-        rotation = torch.linalg.eigh(state.projected).eigenvectors
-        rotation = rotation[:, _wanted(problem, torch.linalg.eigvalsh(state.projected))]
-        leak = (state.coupling @ rotation @ mixture)[None]
+        leak = (state.coupling @ _ritz(problem, state)[1] @ mixture)[None]
         predicted = predicted + space.combine(leak, state.basis[state.size :])
     failure = float(space.norms(products(space.combine(mixture[None], vectors)) - predicted))
     floor = rounding(problem.eps, state.largest) * len(values) ** 0.5
@@ -386,8 +383,7 @@ def _missed(
     problem: _Problem, space: Space, products: Products, state: _State, room: int
 ) -> float | None:
     """A Ritz value from outside of the basis that should have been among the wanted ones."""
-    inside = torch.linalg.eigvalsh(state.projected)
-    inside = inside[_wanted(problem, inside)]
+    inside, _ = _ritz(problem, state)
     known = state.basis[: state.size]
     steps = min(_STEPS_TO_TRUST, room, space.n - state.size)
     rows = space.probes([state.probes], kind="sphere", seed=problem.seed, dtype=state.basis.dtype)
@@ -505,11 +501,16 @@ def _wanted(problem: _Problem, values: Tensor) -> Tensor:
 
 def _chosen(problem: _Problem, space: Space, state: _State) -> tuple[Tensor, Tensor, Tensor]:
     """The wanted Ritz values, their vectors as rows, and the residuals of the recurrence."""
+    values, rotation = _ritz(problem, state)
+    rows = space.combine(rotation.mT, state.basis[: state.size])
+    return values, rows, torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
+
+
+def _ritz(problem: _Problem, state: _State) -> tuple[Tensor, Tensor]:
+    """The wanted Ritz values, and their vectors in the basis, as columns."""
     values, vectors = torch.linalg.eigh(state.projected)
     wanted = _wanted(problem, values)
-    rotation = vectors[:, wanted]
-    rows = space.combine(rotation.mT, state.basis[: state.size])
-    return values[wanted], rows, torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
+    return values[wanted], vectors[:, wanted]
 
 
 def _tolerance(problem: _Problem, values: Tensor, state: _State) -> Tensor:
@@ -525,9 +526,8 @@ def _verdict(problem: _Problem, state: _State) -> str | None:
         return "converged: the basis spans an invariant subspace"
     if state.closed is not None and state.steps < _STEPS_TO_TRUST:
         return None
-    values, vectors = torch.linalg.eigh(state.projected)
-    wanted = _wanted(problem, values)
-    residuals = torch.linalg.vector_norm(state.coupling @ vectors[:, wanted], dim=0)
-    if bool((residuals <= _tolerance(problem, values[wanted], state)).all()):
+    values, rotation = _ritz(problem, state)
+    residuals = torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
+    if bool((residuals <= _tolerance(problem, values, state)).all()):
         return "converged: all residuals are within the tolerance"
     return None
