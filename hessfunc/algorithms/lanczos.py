@@ -17,6 +17,7 @@ from hessfunc.algorithms.rounds import (
     Products,
     at_least,
     drive,
+    of_starts,
     products_eps,
     rows_dtype,
 )
@@ -140,7 +141,7 @@ def lanczos(
     seed = store.seed
     size = min(space.n, basis_size or max(2 * k + 10, k + 4 * block_size))
     size = _size_that_fits(space, size, k + 2 * block_size, dtype, basis_bytes)
-    problem = _Problem(k, which, block_size, rtol, atol, seed, eps)
+    problem = _Problem(k, which, block_size, rtol, atol, of_starts(seed), eps)
     state = _start(problem, space, start, dtype, size)
 
     def found(state: _State, reason: str, residuals: Tensor | None = None) -> Eigenpairs:

@@ -15,6 +15,7 @@ from hessfunc.algorithms.rounds import (
     Products,
     at_least,
     drive,
+    of_starts,
     products_eps,
     rows_dtype,
 )
@@ -99,7 +100,7 @@ def power_iteration(
     seed = store.seed
     dtype = rows_dtype(space)
     if start is None:
-        first = space.probes([0], kind="normal", seed=seed, dtype=dtype)
+        first = space.probes([0], kind="normal", seed=of_starts(seed), dtype=dtype)
     else:
         first = space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(start)], dtype=dtype)
         if not bool(first.any()):
@@ -213,7 +214,7 @@ def _accept(space: Space, state: _State, which: str, value: float, seed: int) ->
         return state
     # A fresh probe for each pair; one more after the dominant pair was at the wrong end.
     index = len(state.vectors) + 1
-    fresh = space.probes([index], kind="normal", seed=seed, dtype=state.current.dtype)
+    fresh = space.probes([index], kind="normal", seed=of_starts(seed), dtype=state.current.dtype)
     fresh = _outside(space, fresh, state.vectors)
     current = fresh / space.norms(fresh).to(fresh.dtype)[:, None]
     return replace(state, current=current, previous=torch.zeros_like(current), image=None)

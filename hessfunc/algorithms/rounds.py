@@ -12,9 +12,20 @@ from torch import Tensor
 
 from hessfunc.algorithms.results import Result
 from hessfunc.choices import Choices, recording
+from hessfunc.randomness import mixed
 from hessfunc.trees import Matvec, Space, Tree
 
-__all__ = ["Callback", "Products", "at_least", "drawn", "drive", "products_eps", "rows_dtype"]
+__all__ = [
+    "Callback",
+    "Products",
+    "Storage",
+    "at_least",
+    "drawn",
+    "drive",
+    "of_starts",
+    "products_eps",
+    "rows_dtype",
+]
 
 State = TypeVar("State")
 Found = TypeVar("Found", bound=Result)
@@ -142,6 +153,14 @@ def drive(
 def drawn(seed: int | None) -> int:
     """The seed, or a fresh one, which the result records."""
     return secrets.randbits(63) if seed is None else seed
+
+
+def of_starts(seed: int) -> int:
+    """The seed of an eigensolver's vectors: other ones than the probes of estimates.
+
+    A trace beside eigenpairs would else be biased, as a probe lies in the span of the pairs.
+    """
+    return mixed(seed, -2)
 
 
 def at_least(least: float, **options: float | None) -> None:

@@ -15,6 +15,7 @@ from hessfunc.algorithms.rounds import (
     Products,
     at_least,
     drive,
+    of_starts,
     products_eps,
     rows_dtype,
 )
@@ -181,7 +182,7 @@ class _State:
 def _first(space: Space, start: Tree | None, seed: int) -> Tensor:
     dtype = rows_dtype(space)
     if start is None:
-        rows = space.probes([0], kind="normal", seed=seed, dtype=dtype)
+        rows = space.probes([0], kind="normal", seed=of_starts(seed), dtype=dtype)
     else:
         rows = space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(start)], dtype=dtype)
         if not bool(rows.any()):

@@ -396,14 +396,16 @@ def test_a_basis_of_300_float32_vectors_is_orthonormal() -> None:
     assert float((gram - torch.eye(300)).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("seed", range(3))
+# Of 298 copies of zero not all four that are wanted need be met, and then the run warns.
+@pytest.mark.filterwarnings("ignore:converged.*outside of the basis")
+@pytest.mark.parametrize("seed", range(10))
 def test_a_restart_that_keeps_zeros_alone_remembers_the_scale(seed: int) -> None:
     spectrum = torch.cat([torch.tensor([1000.0, 500.0]), torch.zeros(298)])
     matrix = symmetric(spectrum)
     like, options = torch.zeros(300).double(), {"which": "SA", "block_size": 2, "basis_size": 8}
     found = hf.lanczos(hf.dense(matrix), like, k=4, seed=seed, **options)
     assert found.largest == pytest.approx(1000, rel=0.1)
-    assert bool((found.values.abs() < 1e-9).all())
+    assert bool((found.values[:2].abs() < 1e-9).all())
 
 
 def test_copies_are_missed_aloud_where_the_basis_nearly_fills_the_space() -> None:

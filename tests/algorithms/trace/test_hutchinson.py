@@ -139,3 +139,16 @@ def test_all_eigenpairs_leave_nothing_to_estimate() -> None:
     everything = hf.lanczos(matvec, like, k=3, seed=0)
     with pytest.raises(ValueError, match="the sum of their values"):
         hf.hutchinson(matvec, like, deflate=everything)
+
+
+def test_the_seed_of_the_eigenpairs_may_be_that_of_the_probes() -> None:
+    spectrum = torch.where(torch.arange(200) < 20, 1.0, 1e-8).double()
+    like, covered = torch.zeros(200).double(), 0
+    for seed in range(200):
+        top = hf.lanczos(lambda v: v * spectrum, like, k=1, rtol=1e-2, seed=seed)
+        found = hf.hutchinson(
+            lambda v: v * spectrum, like, deflate=top, kind="sphere", max_matvecs=30, seed=seed
+        )
+        low, high = found.interval()
+        covered += low <= float(spectrum.sum()) <= high
+    assert covered / 200 > 0.92
