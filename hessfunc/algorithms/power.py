@@ -18,6 +18,7 @@ from hessfunc.algorithms.rounds import (
     of_starts,
     products_eps,
     rows_dtype,
+    unit_start,
 )
 from hessfunc.trees import Matvec, Space, Tree
 
@@ -99,14 +100,9 @@ def power_iteration(
     )
     seed = store.seed
     dtype = rows_dtype(space)
-    if start is None:
-        first = space.probes([0], kind="normal", seed=of_starts(seed), dtype=dtype)
-    else:
-        first = space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(start)], dtype=dtype)
-        if not bool(first.any()):
-            raise ValueError("start is a vector of zeros")
+    first = unit_start(space, start, seed)
     state = _State(
-        current=first / space.norms(first).to(dtype)[:, None],
+        current=first,
         previous=torch.zeros_like(first),
         image=None,
         vectors=first[:0],

@@ -25,6 +25,7 @@ __all__ = [
     "of_starts",
     "products_eps",
     "rows_dtype",
+    "unit_start",
 ]
 
 State = TypeVar("State")
@@ -161,6 +162,18 @@ def of_starts(seed: int) -> int:
     A trace beside eigenpairs would else be biased, as a probe lies in the span of the pairs.
     """
     return mixed(seed, -2)
+
+
+def unit_start(space: Space, start: Tree | None, seed: int) -> Tensor:
+    """One row of unit length: the given tree, or a random vector."""
+    dtype = rows_dtype(space)
+    if start is None:
+        row = space.probes([0], kind="normal", seed=of_starts(seed), dtype=dtype)
+    else:
+        row = space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(start)], dtype=dtype)
+        if not bool(row.any()):
+            raise ValueError("start is a vector of zeros")
+    return row / space.norms(row).to(dtype)[:, None]
 
 
 def at_least(least: float, **options: float | None) -> None:

@@ -15,9 +15,9 @@ from hessfunc.algorithms.rounds import (
     Products,
     at_least,
     drive,
-    of_starts,
     products_eps,
     rows_dtype,
+    unit_start,
 )
 from hessfunc.trees import Matvec, Space, Tree
 
@@ -151,7 +151,7 @@ def stochastic_power_iteration(
             return None
         return "converged: the residual is within the tolerance"
 
-    first = _first(space, start, seed)
+    first = unit_start(space, start, seed)
     state, reason = drive(
         _State(first, torch.zeros_like(first), None, 0, steps_per_epoch),
         products=exact,
@@ -177,17 +177,6 @@ class _State:
     image: Tensor | None
     drawn: int
     steps: int
-
-
-def _first(space: Space, start: Tree | None, seed: int) -> Tensor:
-    dtype = rows_dtype(space)
-    if start is None:
-        rows = space.probes([0], kind="normal", seed=of_starts(seed), dtype=dtype)
-    else:
-        rows = space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(start)], dtype=dtype)
-        if not bool(rows.any()):
-            raise ValueError("start is a vector of zeros")
-    return rows / space.norms(rows).to(dtype)[:, None]
 
 
 def _epoch(
