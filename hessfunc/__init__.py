@@ -29,6 +29,7 @@ from hessfunc.algorithms.trace.xnystrace import xnystrace
 from hessfunc.algorithms.trace.xtrace import xtrace
 from hessfunc.checks import Check, check
 from hessfunc.functional import Loss, composed, functional, hold, sliced, supervised
+from hessfunc.hbp import Block, Blocks, ekfac, hbp, kfac, kflr, kfra
 from hessfunc.recompute import recomputed
 from hessfunc.sharpness import Sharpness, adam_diagonal, critical_sharpness
 from hessfunc.spectra import block_spectra
@@ -77,6 +78,14 @@ __all__ = [
     "Draws",
     "examples",
     "microbatches",
+    # Block-diagonal curvature with structure
+    "hbp",
+    "kfra",
+    "kflr",
+    "kfac",
+    "ekfac",
+    "Blocks",
+    "Block",
     # Matvec arithmetic
     "apply",
     "shift",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -21,7 +21,16 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from hessfunc.recompute import recomputing, segments_of
 from hessfunc.trees import Space, Tree, leaves, merge, tree_map, unchanged
 
-__all__ = ["Loss", "LossFunction", "composed", "functional", "hold", "sliced", "supervised"]
+__all__ = [
+    "Loss",
+    "LossFunction",
+    "composed",
+    "functional",
+    "hold",
+    "sliced",
+    "supervised",
+    "training_flags",
+]
 
 LossFunction: TypeAlias = Callable[[Tree, Any], Tensor]
 
@@ -251,7 +260,7 @@ def functional(
             state = _cast((fixed | params, buffers), dtype)
             args, kwargs = _cast((args, kwargs), dtype)
         with (
-            _flags(training),
+            training_flags(training),
             recomputing(segments),
             _without_checkpointing(),
             _without_cudnn() if recurrent else nullcontext(),
@@ -304,7 +313,8 @@ def _without_checkpointing() -> Iterator[None]:
 
 
 @contextmanager
-def _flags(training: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+def training_flags(training: Sequence[tuple[nn.Module, bool]], /) -> Iterator[None]:
+    """Inside, each of these modules has this training flag."""
     changed = [module for module, flag in training if module.training != flag]
     for module in changed:
         module.training = not module.training

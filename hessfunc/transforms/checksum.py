@@ -10,7 +10,7 @@ from torch import Tensor
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import batch_leaves
 
-__all__ = ["Checksum"]
+__all__ = ["Checksum", "batch_key"]
 
 
 class Checksum:
@@ -47,3 +47,10 @@ class Checksum:
                 (projected + 1).square().sum(),
             ]
         )
+
+
+def batch_key(seed: int, batch: Any, device: torch.device, /) -> tuple[int, ...]:
+    """The key of random numbers that depend on the seed and on the examples alone."""
+    checksum = Checksum(device)
+    checksum.add(batch)
+    return (seed, *checksum.total.cpu().double().view(torch.int64).tolist())

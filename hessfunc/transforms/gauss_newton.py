@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hessfunc.functional import Loss
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
-from hessfunc.transforms.checksum import Checksum
+from hessfunc.transforms.checksum import batch_key
 from hessfunc.transforms.criteria import (
     INDEPENDENT,
     by_autodiff,
@@ -121,9 +121,7 @@ def fvp(
     seed = secrets.randbits(63) if seed is None else seed
 
     def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
-        checksum = Checksum(outputs.device)
-        checksum.add(batch)
-        key = (seed, *checksum.total.cpu().double().view(torch.int64).tolist())
+        key = batch_key(seed, batch, outputs.device)
         product = sampled_fisher(loss.criterion, outputs.detach(), batch, samples=samples, key=key)
         return [0], lambda tangents: [product(tangents[0])]
 

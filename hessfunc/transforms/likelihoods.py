@@ -19,7 +19,7 @@ from hessfunc.transforms.criteria import (
     with_targets,
 )
 
-__all__ = ["refuse_without_likelihood", "sampled_fisher"]
+__all__ = ["refuse_without_likelihood", "sampled_fisher", "sampled_gradients"]
 
 # Options under which a criterion is still the negative logarithm of a likelihood.
 _OPTIONS: dict[Any, set[str]] = {
@@ -87,13 +87,9 @@ def _categorical(
     outputs: Tensor, scale: Tensor, samples: int, key: tuple[int, ...]
 ) -> OutputProduct:
     """``scale mean_s r_s r_s'`` with r_s = p - e_y for the s-th draw of y."""
-    axis = min(1, outputs.dim() - 1)
+    axis = _class_axis(outputs)
     share = torch.softmax(outputs, axis)
-    cumulated = torch.movedim(share.cumsum(axis), axis, -1)
-    draws = uniforms(samples * cumulated[..., 0].numel(), *key, device=outputs.device)
-    draws = draws.view(*cumulated.shape[:-1], samples).to(cumulated.dtype)
-    drawn = torch.searchsorted(cumulated.contiguous(), draws)
-    drawn = torch.movedim(drawn.clamp_max(outputs.shape[axis] - 1), -1, axis)
+    drawn = _drawn_classes(share, samples, key)
 
     def product(tangent: Tensor) -> Tensor:
         along = (tangent * share).sum(axis, keepdim=True) - tangent.gather(axis, drawn)
@@ -102,3 +98,53 @@ def _categorical(
         return found.scatter_add(axis, drawn, -along) * scale
 
     return product
+
+
+def _class_axis(outputs: Tensor) -> int:
+    return min(1, outputs.dim() - 1)
+
+
+def _drawn_classes(share: Tensor, samples: int, key: tuple[int, ...]) -> Tensor:
+    """Classes of probabilities ``share``, the draws along the axis of the classes."""
+    axis = _class_axis(share)
+    cumulated = torch.movedim(share.cumsum(axis), axis, -1)
+    draws = uniforms(samples * cumulated[..., 0].numel(), *key, device=share.device)
+    draws = draws.view(*cumulated.shape[:-1], samples).to(cumulated.dtype)
+    drawn = torch.searchsorted(cumulated.contiguous(), draws)
+    return torch.movedim(drawn.clamp_max(share.shape[axis] - 1), -1, axis)
+
+
+def sampled_gradients(
+    criterion: Callable[[Any, Any], Tensor],
+    outputs: Tensor,
+    batch: Any,
+    /,
+    *,
+    samples: int,
+    key: tuple[int, ...],
+) -> Tensor:
+    """Columns ``(samples, *outputs)`` whose outer products sum to a Monte Carlo Fisher matrix.
+
+    A column holds, for each example, the gradient of -log p(y) for a draw of y, with the weight
+    that makes the expectation of the sum the output Hessian.
+    """
+    inner, targets = with_targets(criterion, batch)
+    function, options = function_and_options(inner)
+    if function is F.cross_entropy:
+        axis = _class_axis(outputs)
+        share = torch.softmax(outputs, axis)
+        drawn = torch.movedim(_drawn_classes(share, samples, key), axis, 0).unsqueeze(axis + 1)
+        hot = share.new_zeros(samples, *share.shape).scatter_(axis + 1, drawn, 1)
+        scale = cross_entropy_scale(outputs, targets, **options)
+        return (scale / samples).sqrt() * (share - hot)
+    draws = uniforms(samples * outputs.numel(), *key, device=outputs.device)
+    draws = draws.view(samples, *outputs.shape)
+    if function is F.mse_loss:
+        exact = closed_form(criterion)
+        assert exact is not None
+        variance = exact(outputs, batch)(torch.ones_like(outputs))
+        return (variance / samples).sqrt() * torch.special.ndtri(draws).to(outputs.dtype)
+    count = 1 if options.get("reduction") == "sum" else outputs.numel()
+    probability = torch.sigmoid(outputs)
+    residual = probability - (draws < probability).to(outputs.dtype)
+    return residual / (count * samples) ** 0.5

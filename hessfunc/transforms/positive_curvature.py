@@ -23,7 +23,7 @@ from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.trees import Matvec, Space, Tree, flatten
 
-__all__ = ["pchvp"]
+__all__ = ["Residual", "pchvp", "positive"]
 
 Residual: TypeAlias = Literal["abs", "clip", "zero", "none"]
 
@@ -135,10 +135,10 @@ class _Tap:
 
     def product(self, residual: Residual) -> Callable[[Tensor], Tensor]:
         if self.rows is None:
-            kept = _positive(self.curvature, residual)
+            kept = positive(self.curvature, residual)
             return lambda tangent: kept * tangent
         values, vectors = torch.linalg.eigh(self.curvature)
-        matrix = (vectors * _positive(values, residual)[..., None, :]) @ vectors.mT
+        matrix = (vectors * positive(values, residual)[..., None, :]) @ vectors.mT
         rows = self.rows
         return lambda tangent: rows.back((matrix @ rows.of(tangent)[..., None])[..., 0])
 
@@ -197,7 +197,8 @@ class _PairTap:
         return lambda a, b: (rows @ a, b @ columns)
 
 
-def _positive(values: Tensor, residual: Residual) -> Tensor:
+def positive(values: Tensor, residual: Residual, /) -> Tensor:
+    """Curvatures with what is negative replaced."""
     match residual:
         case "abs":
             return values.abs()

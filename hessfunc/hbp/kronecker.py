@@ -1,0 +1,378 @@
+"""Kronecker-factored curvature: each block is ``B (x) A``, of outputs and of inputs.
+
+For a weight that acts on P positions of an example, inputs x_p and gradients g_p at its outputs,
+
+    "expand":  A = mean_bp x_p x_p'         B = sum_b sum_p g_p g_p'
+    "reduce":  A = mean_b xbar xbar'        B = sum_b (sum_p g_p) (sum_p g_p)'
+
+with xbar the mean of x_p. The first fits positions that are examples of their own, such as tokens
+of which each has a target; the second, positions that are averaged before the loss.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hessfunc.functional import Loss, training_flags
+from hessfunc.hbp.blocks import Block, Blocks, Eigenbasis, Kronecker
+from hessfunc.hbp.layer import Call, SharedWeight
+from hessfunc.hbp.outputs import each_hessian
+from hessfunc.hbp.propagate import BlockCurvature, Reached, backpropagated
+from hessfunc.hbp.rules import rule_of
+from hessfunc.transforms.checksum import batch_key
+from hessfunc.transforms.gauss_newton import refuse_without_halves
+from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_gradients
+from hessfunc.trees import Space
+
+__all__ = ["Sharing", "ekfac", "kfac", "kflr", "kfra"]
+
+Sharing: TypeAlias = Literal["expand", "reduce"]
+# (outputs, batch) -> columns (c, B, ...) whose outer products sum to the criterion's Hessian.
+_Columns: TypeAlias = Callable[[Tensor, Any], Tensor]
+
+_AT_ONCE = 2**24
+_ONLY_WEIGHTS = "Kronecker factors are for the weights and biases of linear maps"
+_HOLD = "hold the others fixed by `split` and `hold`"
+
+
+def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
+    """Kronecker-factored recursive approximation: ``(params, batch) -> blocks``.
+
+        G = H_z (x) mean(x x')
+
+    with H_z the Gauss-Newton matrix at a module's outputs as `hbp` propagates it, averaged over
+    the batch at each module.
+
+    Args:
+        loss: with its two halves, as made by `supervised`.
+        model: as for `hbp`.
+        sharing: how positions that share a weight are taken together.
+
+    Raises:
+        ValueError, NotImplementedError, MemoryError: as `hbp`.
+
+    Cost: as `hbp`.
+
+    Source: Botev, Ritter and Barber 2017, arXiv 1706.03662.
+    """
+    _refuse_sharing(sharing)
+    refuse_without_halves(loss)
+
+    def block(reached: Reached) -> Block:
+        weight = reached.dependence
+        if not isinstance(weight, SharedWeight):
+            raise NotImplementedError(f"{_ONLY_WEIGHTS}: {_HOLD}, or take `hbp`")
+        hessian = weight.by_channel(reached.hessian)
+        outputs, positions = weight.shape[0] // weight.groups, len(hessian) // weight.shape[0]
+        view = hessian.view(2 * (weight.groups, outputs, positions))
+        summed = "gopgap->goa" if sharing == "expand" else "gopgaq->goa"
+        left = torch.einsum(summed, view)
+        return Kronecker(left, _second_moments(weight, sharing), weight.shape)
+
+    return backpropagated(loss, model, block, residual="zero", average_input_jacobian=True)
+
+
+def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
+    """Kronecker-factored low rank: ``(params, batch) -> blocks``, with exact output factors.
+
+        G = sum_b (J_b' H_b J_b) (x) mean_b(x x')
+
+    with J_b the Jacobian of the model's outputs with respect to a module's outputs, and H_b the
+    Hessian of the loss with respect to the model's. Negative eigenvalues of H_b are left out.
+
+    Args:
+        loss: with its two halves, as made by `supervised` or `composed`.
+        model: the module of which the loss is made; any architecture, as long as the parameters
+            are those of modules whose outputs depend on them linearly, and are called once.
+        sharing: how positions that share a weight are taken together.
+
+    Raises:
+        TypeError: the loss does not show its halves.
+        ValueError, NotImplementedError: (from the curvature function) a parameter is not one of
+            such a module: hold it fixed by `split` and `hold`.
+
+    Cost: one backward pass an output of an example.
+
+    Source: Botev, Ritter and Barber 2017, arXiv 1706.03662; sharing: Eschenhagen, Immer, Turner,
+    Schneider and Hennig 2023, arXiv 2311.00636.
+    """
+    return _factored(loss, model, _exact(loss), sharing)
+
+
+def kfac(
+    loss: Loss,
+    model: nn.Module,
+    /,
+    *,
+    samples: int = 1,
+    seed: int | None = None,
+    sharing: Sharing = "expand",
+) -> BlockCurvature:
+    """Kronecker-factored approximate curvature: ``(params, batch) -> blocks``.
+
+    As `kflr`, with the factor of the outputs estimated from targets that are drawn from the
+    model's own prediction, so that its expectation is that of `kflr`.
+
+    Args:
+        loss: with its two halves, the criterion a negative log-likelihood as for `fvp`.
+        model: as for `kflr`.
+        samples: draws of each target.
+        seed: of the draws, which depend on (seed, batch) alone. None draws a seed once, here.
+        sharing: how positions that share a weight are taken together.
+
+    Raises:
+        ValueError: the criterion is not the negative logarithm of a known likelihood, or samples
+            is not positive; and as `kflr`.
+
+    Cost: one backward pass a sample.
+
+    Source: Martens and Grosse 2015, arXiv 1503.05671; convolutions: Grosse and Martens 2016,
+    arXiv 1602.01407.
+    """
+    return _factored(loss, model, _sampled(loss, samples, seed), sharing)
+
+
+def ekfac(
+    loss: Loss,
+    model: nn.Module,
+    /,
+    *,
+    samples: int | None = None,
+    seed: int | None = None,
+    sharing: Sharing = "expand",
+) -> BlockCurvature:
+    """Eigenvalue-corrected Kronecker factors: ``(params, batch) -> blocks``.
+
+        G = (U_B (x) U_A) diag(s) (U_B (x) U_A)',  s = sum_b ((U_B (x) U_A)' g_b)^2
+
+    with the eigenvectors of the factors of `kfac`, and g_b the gradients of the weight of which G
+    is the second moment: of all matrices with these eigenvectors, the nearest to it.
+
+    Args:
+        loss: with its two halves.
+        model: as for `kflr`.
+        samples: draws of each target, as for `kfac`; None for the exact output factor of `kflr`.
+        seed: as for `kfac`.
+        sharing: how positions are taken together in the eigenvectors.
+
+    Raises:
+        ValueError: as `kfac`.
+
+    Cost: two backward passes a sample, or an output of an example.
+
+    Source: George, Laurent, Bouthillier, Ballas and Vincent 2018, arXiv 1806.03884.
+    """
+    columns = _exact(loss) if samples is None else _sampled(loss, samples, seed)
+    return _factored(loss, model, columns, sharing, corrected=True)
+
+
+def _refuse_sharing(sharing: str) -> None:
+    if sharing not in get_args(Sharing):
+        raise ValueError(f"sharing={sharing!r}: choose 'expand' or 'reduce'")
+
+
+def _exact(loss: Loss) -> _Columns:
+    refuse_without_halves(loss)
+
+    def columns(outputs: Tensor, batch: Any) -> Tensor:
+        values, vectors = torch.linalg.eigh(each_hessian(loss.criterion, outputs, batch))
+        roots = (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)
+        # A softmax leaves one direction of each example without curvature.
+        largest = roots.abs().amax((1, 2))
+        kept = roots[largest > torch.finfo(roots.dtype).eps ** 0.5 * 1e-2 * largest.max()]
+        return kept.reshape(len(kept), *outputs.shape)
+
+    return columns
+
+
+def _sampled(loss: Loss, samples: int, seed: int | None) -> _Columns:
+    refuse_without_halves(loss)
+    refuse_without_likelihood(loss.criterion)
+    if samples < 1:
+        raise ValueError(f"samples={samples}: at least 1")
+    drawn = secrets.randbits(63) if seed is None else seed
+
+    def columns(outputs: Tensor, batch: Any) -> Tensor:
+        key = batch_key(drawn, batch, outputs.device)
+        return sampled_gradients(loss.criterion, outputs, batch, samples=samples, key=key)
+
+    return columns
+
+
+@dataclass(frozen=True)
+class _Use:
+    """How a module uses a parameter, and the module's output."""
+
+    weight: SharedWeight
+    output: Tensor
+
+
+def _factored(
+    loss: Loss,
+    model: nn.Module,
+    columns: _Columns,
+    sharing: Sharing,
+    *,
+    corrected: bool = False,
+) -> BlockCurvature:
+    _refuse_sharing(sharing)
+
+    def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
+        space = Space.of(params)
+        with torch.enable_grad():
+            leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+            outputs, uses = _observed(model, loss, leaves, batch)
+        found = columns(outputs.detach(), batch)
+        lefts = _summed(outputs, found, uses, lambda name, slopes: _outer(slopes, sharing))
+        factors = {
+            name: (left, _second_moments(uses[name].weight, sharing))
+            for name, left in lefts.items()
+        }
+        if not corrected:
+            return Blocks({n: Kronecker(*factors[n], params[n].shape) for n in space.names}, space)
+        bases = {
+            name: (torch.linalg.eigh(left).eigenvectors, torch.linalg.eigh(right).eigenvectors)
+            for name, (left, right) in factors.items()
+        }
+        values = _summed(
+            outputs, found, uses, lambda name, g: _squares(g, uses[name].weight, *bases[name])
+        )
+        return Blocks(
+            {n: Eigenbasis(*bases[n], values[n], params[n].shape) for n in space.names}, space
+        )
+
+    return curvature
+
+
+def _summed(
+    outputs: Tensor,
+    columns: Tensor,
+    uses: Mapping[str, _Use],
+    fn: Callable[[str, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """For each parameter, the sum over columns of a function of the gradients at its outputs."""
+    ends = [use.output for use in uses.values()]
+    total: dict[str, Tensor] = {}
+    for column in columns:
+        found = torch.autograd.grad(
+            outputs, ends, column, retain_graph=True, materialize_grads=True
+        )
+        for (name, use), slope in zip(uses.items(), found, strict=True):
+            part = fn(name, use.weight.slopes(slope.flatten(1)))
+            total[name] = total[name] + part if name in total else part
+    return total
+
+
+def _outer(slopes: Tensor, sharing: Sharing) -> Tensor:
+    """B of one column, from gradients ``(B, G, O, P)``."""
+    if sharing == "expand":
+        return torch.einsum("bgop,bgap->goa", slopes, slopes)
+    summed = slopes.sum(-1)
+    return torch.einsum("bgo,bga->goa", summed, summed)
+
+
+def _second_moments(weight: SharedWeight, sharing: Sharing) -> Tensor:
+    """A, ``(G, K, K)``."""
+    inputs = weight.each()
+    if sharing == "reduce":
+        inputs = inputs.mean(-1, keepdim=True)
+    count = len(inputs) * inputs.shape[-1]
+    return torch.einsum("bgkp,bglp->gkl", inputs, inputs) / count
+
+
+def _squares(slopes: Tensor, weight: SharedWeight, left: Tensor, right: Tensor) -> Tensor:
+    """The squares of the gradients' coordinates in the basis, summed: ``(G, O, K)``."""
+    inputs = weight.each()
+    inputs = inputs.expand(len(slopes), *inputs.shape[1:])
+    most = max(1, _AT_ONCE // (left[0, 0].numel() * right[:, 0].numel()))
+    parts = zip(slopes.split(most), inputs.split(most), strict=True)
+    squares = [((left.mT @ s) @ (right.mT @ x).mT).square().sum(0) for s, x in parts]
+    return torch.stack(squares).sum(0)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One call of a module in the course of the loss."""
+
+    module: nn.Module
+    training: bool
+    state: Mapping[str, Tensor]
+    inputs: Tensor
+    output: Tensor
+
+
+def _observed(
+    model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any
+) -> tuple[Tensor, dict[str, _Use]]:
+    """The model's outputs, and where each parameter is used."""
+    seen: dict[str, list[_Seen]] = {}
+
+    def observe(prefix: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            state = {name: value.detach() for name, value in module.named_parameters()}
+            one = _Seen(module, module.training, state, args[0].detach(), output)
+            seen.setdefault(prefix, []).append(one)
+            # What comes after may change its input in place.
+            return output.clone()
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(observe(path and f"{path}."))
+        for path, module in model.named_modules()
+        if any(path and f"{path}." + own in params for own, _ in _own_parameters(module))
+    ]
+    try:
+        outputs = loss.outputs(params, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    uses = {
+        f"{prefix}{own}": use
+        for prefix, calls in seen.items()
+        for own, use in _uses(prefix, calls).items()
+        if f"{prefix}{own}" in params
+    }
+    if missing := [name for name in params if name not in uses]:
+        raise ValueError(f"{missing[0]!r} is no parameter of a module that the loss calls: {_HOLD}")
+    return outputs, uses
+
+
+def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters(recurse=False))
+
+
+def _uses(prefix: str, calls: Sequence[_Seen]) -> dict[str, _Use]:
+    """Where a module uses its parameters.
+
+    Raises:
+        ValueError: it is called several times.
+        NotImplementedError: it does not depend on them as on a weight.
+    """
+    if len(calls) > 1:
+        raise ValueError(f"module {prefix[:-1]!r} is called {len(calls)} times a batch: {_HOLD}")
+    (seen,) = calls
+    found = rule_of(type(seen.module))
+    call = Call(
+        partial(torch.func.functional_call, seen.module),
+        seen.state,
+        (seen.inputs,),
+        seen.module,
+        seen.output.shape[1:],
+    )
+    with training_flags([(seen.module, seen.training)]):
+        dependences = {} if found is None else found(call).parameters
+    weights = {name: d for name, d in dependences.items() if isinstance(d, SharedWeight)}
+    if len(weights) < len(_own_parameters(seen.module)):
+        raise NotImplementedError(
+            f"{_ONLY_WEIGHTS}, and {prefix[:-1]!r} is a {type(seen.module).__name__}: {_HOLD}, or "
+            "take `hbp`"
+        )
+    return {name: _Use(weight, seen.output) for name, weight in weights.items()}

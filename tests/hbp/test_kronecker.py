@@ -1,0 +1,296 @@
+"""Kronecker factors: where they are exact, what they estimate, and which is nearer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from tests.hbp.cases import Net, dense, largest_error, net
+
+
+def perceptron(examples: int, **options) -> Net:
+    return net(
+        lambda: nn.Sequential(
+            nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3)
+        ),
+        4,
+        examples=examples,
+        **options,
+    )
+
+
+def convolutional(examples: int) -> Net:
+    return net(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4, 3),
+        ),
+        *(2, 4, 4),
+        examples=examples,
+    )
+
+
+def gauss_newton_blocks(case: Net) -> dict[str, Tensor]:
+    found = {}
+    for name, leaf in case.params.items():
+        chosen, rest = hf.split(case.params, [name])
+        units = torch.eye(leaf.numel(), dtype=torch.float64).view(-1, *leaf.shape)
+        matvec = hf.ggnvp(hf.hold(case.loss, rest))(chosen, case.batch)
+        found[name] = matvec({name: units})[name].flatten(1)
+    return found
+
+
+FAMILY = {"kfra": hf.kfra, "kflr": hf.kflr, "ekfac": hf.ekfac}
+
+
+@pytest.mark.parametrize("family", FAMILY.values(), ids=FAMILY.keys())
+def test_exact_with_one_example(family) -> None:
+    case = perceptron(1)
+    blocks = family(case.loss, case.model)(case.params, case.batch)
+    assert largest_error(dense(blocks), gauss_newton_blocks(case)) < 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILY.values(), ids=FAMILY.keys())
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_exact_for_a_linear_model_with_mean_square_error(family, sharing: str) -> None:
+    case = net(lambda: nn.Sequential(nn.Linear(4, 3)), 4, examples=6, criterion=F.mse_loss)
+    blocks = family(case.loss, case.model, sharing=sharing)(case.params, case.batch)
+    assert largest_error(dense(blocks), gauss_newton_blocks(case)) < 1e-10
+
+
+def test_expand_is_exact_where_each_position_has_a_target() -> None:
+    case = net(lambda: nn.Sequential(nn.Linear(4, 3)), 5, 4, examples=6, criterion=F.mse_loss)
+    blocks = hf.kflr(case.loss, case.model, sharing="expand")(case.params, case.batch)
+    assert largest_error(dense(blocks), gauss_newton_blocks(case)) < 1e-10
+
+
+class MeanOfPositions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean(1)
+
+
+@pytest.mark.parametrize("family", FAMILY.values(), ids=FAMILY.keys())
+def test_reduce_is_exact_where_positions_are_averaged(family) -> None:
+    case = net(MeanOfPositions, 5, 4, examples=6, criterion=F.mse_loss)
+    reduced = family(case.loss, case.model, sharing="reduce")(case.params, case.batch)
+    expanded = family(case.loss, case.model, sharing="expand")(case.params, case.batch)
+    exact = gauss_newton_blocks(case)
+    assert largest_error(dense(reduced), exact) < 1e-10
+    assert largest_error(dense(expanded), exact) > 0.1
+
+
+def test_kflr_is_the_product_of_its_factors() -> None:
+    """By the definition: gradients of each output's factor at each layer, example by example."""
+    case = perceptron(5)
+    inputs = case.batch[0]
+    model = case.model
+    hidden = model[:2](inputs).detach()
+    outer = torch.zeros(4, 4, dtype=torch.float64)
+    for b in range(5):
+        jacobian = torch.func.jacrev(lambda z: model[3:](z))(model[2](hidden[b]).detach())
+        share = torch.softmax(model(inputs[b]).detach(), 0)
+        outer += jacobian.mT @ (torch.diag(share) - torch.outer(share, share)) @ jacobian / 5
+    expected = torch.kron(outer.detach(), hidden.mT @ hidden / 5)
+    block = hf.kflr(case.loss, case.model)(case.params, case.batch)["2.weight"]
+    torch.testing.assert_close(block.dense(), expected)
+
+
+def test_kfra_is_averaged_backpropagation() -> None:
+    case = perceptron(5)
+    kfra = hf.kfra(case.loss, case.model)(case.params, case.batch)
+    averaged = hf.hbp(case.loss, case.model, residual="zero", average_parameter_jacobian=False)(
+        case.params, case.batch
+    )
+    assert largest_error(dense(kfra), dense(averaged)) < 1e-12
+
+
+LIKELIHOODS = {
+    "cross-entropy": (F.cross_entropy, perceptron(4)),
+    "mse": (F.mse_loss, perceptron(4, criterion=F.mse_loss)),
+    "bce": (
+        F.binary_cross_entropy_with_logits,
+        perceptron(4, criterion=F.binary_cross_entropy_with_logits),
+    ),
+    "convolution": (F.cross_entropy, convolutional(4)),
+}
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_expectation_of_kfac_is_kflr(likelihood: str) -> None:
+    """10,000 draws in 100 groups: the mean of these within 4 standard errors, entry by entry."""
+    _, case = LIKELIHOODS[likelihood]
+    exact = hf.kflr(case.loss, case.model)(case.params, case.batch)
+    groups = [
+        hf.kfac(case.loss, case.model, samples=100, seed=seed)(case.params, case.batch)
+        for seed in range(100)
+    ]
+    for name, block in exact.items():
+        found = torch.stack([group[name].left for group in groups])
+        error = found.std(0) / 10
+        assert bool(((found.mean(0) - block.left).abs() <= 4 * error + 1e-12).all())
+        torch.testing.assert_close(groups[0][name].right, block.right)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("make", [perceptron, convolutional])
+def test_ekfac_is_never_farther_than_kfac(make, sharing: str) -> None:
+    case = make(5)
+    for seed in range(5):
+        options = {"samples": 3, "seed": seed, "sharing": sharing}
+        kfac = dense(hf.kfac(case.loss, case.model, **options)(case.params, case.batch))
+        ekfac = dense(hf.ekfac(case.loss, case.model, **options)(case.params, case.batch))
+        for name, exact in sampled_fisher(case, samples=3, seed=seed).items():
+            rounding = 1e-14 * exact.norm()
+            assert (ekfac[name] - exact).norm() <= (kfac[name] - exact).norm() + rounding
+
+
+def sampled_fisher(case: Net, *, samples: int, seed: int) -> dict[str, Tensor]:
+    """The blocks of which `ekfac` has the eigenvalues, from the same draws."""
+    from hessfunc.transforms.checksum import batch_key
+    from hessfunc.transforms.likelihoods import sampled_gradients
+
+    outputs = case.model(case.batch[0]).detach()
+    key = batch_key(seed, case.batch, outputs.device)
+    columns = sampled_gradients(case.loss.criterion, outputs, case.batch, samples=samples, key=key)
+    found = {
+        name: torch.zeros(leaf.numel(), leaf.numel(), dtype=torch.float64)
+        for name, leaf in case.params.items()
+    }
+    for column in columns:
+        for b in range(len(outputs)):
+
+            def along(params: dict[str, Tensor], b: int = b, column: Tensor = column) -> Tensor:
+                return (case.loss.outputs(params, case.batch)[b] * column[b]).sum()
+
+            for name, gradient in torch.func.grad(along)(case.params).items():
+                found[name] += torch.outer(gradient.flatten(), gradient.flatten())
+    return found
+
+
+def test_ekfac_has_the_trace_of_the_gauss_newton_matrix() -> None:
+    case = convolutional(5)
+    blocks = hf.ekfac(case.loss, case.model)(case.params, case.batch)
+    for name, exact in gauss_newton_blocks(case).items():
+        assert blocks[name].trace() == pytest.approx(float(exact.trace()), rel=1e-10)
+
+
+FACTORED = {
+    "kfra": hf.kfra,
+    "kflr": hf.kflr,
+    "kfac": lambda *args, **options: hf.kfac(*args, seed=0, **options),
+    "ekfac": hf.ekfac,
+    "ekfac, sampled": lambda *args, **options: hf.ekfac(*args, samples=2, seed=0, **options),
+}
+
+
+@pytest.mark.parametrize("family", FACTORED.values(), ids=FACTORED.keys())
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("make", [perceptron, convolutional])
+def test_inverse_logdet_and_trace(family, sharing: str, make) -> None:
+    case = make(5)
+    blocks = family(case.loss, case.model, sharing=sharing)(case.params, case.batch)
+    vectors = hf.random_like(case.params, 2, seed=0, kind="normal")
+    there = hf.shift(blocks, 0.05)(vectors)
+    for name, found in blocks.inverse_matvec(there, 0.05).items():
+        torch.testing.assert_close(found, vectors[name], rtol=1e-8, atol=1e-8)
+    whole = torch.block_diag(*dense(blocks).values())
+    damped = whole + 0.05 * torch.eye(len(whole), dtype=torch.float64)
+    assert blocks.logdet(0.05) == pytest.approx(float(torch.logdet(damped)), rel=1e-9)
+    assert blocks.trace() == pytest.approx(float(whole.trace()), rel=1e-9)
+
+
+def test_draws_depend_on_the_seed_and_on_nothing_else() -> None:
+    case = perceptron(5)
+    stream = torch.random.get_rng_state()
+    one, again, other = (
+        dense(hf.kfac(case.loss, case.model, seed=seed)(case.params, case.batch))
+        for seed in (0, 0, 1)
+    )
+    assert largest_error(again, one) == 0
+    assert largest_error(other, one) > 1e-3
+    assert torch.equal(stream, torch.random.get_rng_state())
+
+
+class Attention(nn.Module):
+    """Any architecture goes, with weights of linear layers in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.norm = nn.LayerNorm(4)
+        self.qkv = nn.Linear(4, 12)
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        weights = torch.softmax(q @ k.mT, -1)
+        return self.head(x + weights @ v).transpose(1, 2)
+
+
+def attention() -> tuple[nn.Module, hf.Loss, dict[str, Tensor], tuple[Tensor, Tensor]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Attention().double()
+        tokens = torch.randint(7, (3, 5))
+    model_fn, params = hf.functional(model)
+    return model, hf.supervised(model_fn, F.cross_entropy), params, (tokens, tokens)
+
+
+def test_any_architecture() -> None:
+    model, loss, params, batch = attention()
+    chosen, rest = hf.split(params, ["qkv.weight", "head.weight", "head.bias"])
+    held = hf.hold(loss, rest)
+    blocks = hf.ekfac(held, model)(chosen, batch)
+    exact = hf.ggnvp(held)(chosen, batch)
+    for name, leaf in chosen.items():
+        units = torch.eye(leaf.numel(), dtype=torch.float64).view(-1, *leaf.shape)
+        zeros = {n: torch.zeros(leaf.numel(), *v.shape).double() for n, v in chosen.items()}
+        diagonal = exact(zeros | {name: units})[name].flatten(1).diagonal()
+        assert blocks[name].trace() == pytest.approx(float(diagonal.sum()), rel=1e-9)
+
+
+def test_what_is_refused() -> None:
+    model, loss, params, batch = attention()
+    with pytest.raises(NotImplementedError, match="'embedding' is a Embedding: hold the others"):
+        hf.kflr(loss, model)(params, batch)
+    case = perceptron(2)
+    with pytest.raises(ValueError, match="sharing='both'"):
+        hf.kflr(case.loss, case.model, sharing="both")
+    with pytest.raises(ValueError, match="samples=0"):
+        hf.kfac(case.loss, case.model, samples=0)
+    smoothed = hf.supervised(case.loss.outputs, nn.CrossEntropyLoss(label_smoothing=0.1))
+    with pytest.raises(ValueError, match="negative logarithm of a likelihood"):
+        hf.kfac(smoothed, case.model)
+    with pytest.raises(ValueError, match="'0.weight' is no parameter of a module that the loss"):
+        hf.kflr(case.loss, perceptron(2).model)(case.params, case.batch)
+    with pytest.raises(TypeError, match="two halves"):
+        hf.kflr(lambda params, batch: 0.0, case.model)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+def test_a_module_that_is_called_twice_is_refused() -> None:
+    case = net(Twice, 3, examples=2)
+    with pytest.raises(ValueError, match="'layer.weight' is used more than once"):
+        hf.kfra(case.loss, case.model)(case.params, case.batch)
+    with pytest.raises(ValueError, match="'layer' is called 2 times"):
+        hf.kflr(case.loss, case.model)(case.params, case.batch)
