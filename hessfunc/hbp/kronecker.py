@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ Sharing: TypeAlias = Literal["expand", "reduce"]
 # (outputs, batch) -> columns (c, B, ...) whose outer products sum to the criterion's Hessian.
 _Columns: TypeAlias = Callable[[Tensor, Any], Tensor]
 
+_Key = TypeVar("_Key")
 _AT_ONCE = 2**24
 _ONLY_WEIGHTS = "Kronecker factors are for the weights and biases of linear maps"
 _HOLD = "hold the others fixed by `split` and `hold`"
@@ -47,8 +48,8 @@ def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
 
         G = H_z (x) mean(x x')
 
-    with H_z the Gauss-Newton matrix at a module's outputs as `hbp` propagates it, averaged over
-    the batch at each module.
+    with H_z the Gauss-Newton matrix at a module's outputs as `hbp` propagates it: at each module
+    the mean of J'HJ over the batch.
 
     Args:
         loss: with its two halves, as made by `supervised`.
@@ -76,7 +77,7 @@ def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
         left = torch.einsum(summed, view)
         return Kronecker(left, _second_moments(weight, sharing), weight.shape)
 
-    return backpropagated(loss, model, block, residual="zero", average_input_jacobian=True)
+    return backpropagated(loss, model, block, residual="zero", average_input_jacobian=False)
 
 
 def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
@@ -153,7 +154,9 @@ def ekfac(
         G = (U_B (x) U_A) diag(s) (U_B (x) U_A)',  s = sum_b ((U_B (x) U_A)' g_b)^2
 
     with the eigenvectors of the factors of `kfac`, and g_b the gradients of the weight of which G
-    is the second moment: of all matrices with these eigenvectors, the nearest to it.
+    is the second moment: of all matrices with these eigenvectors, the nearest to it. Where a factor
+    is singular, as A is under "reduce" with fewer examples than inputs, the eigenvectors of zero,
+    and so this matrix, are not unique.
 
     Args:
         loss: with its two halves.
@@ -230,22 +233,38 @@ def _factored(
             leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
             outputs, uses = _observed(model, loss, leaves, batch)
         found = columns(outputs.detach(), batch)
-        lefts = _summed(outputs, found, uses, lambda name, slopes: _outer(slopes, sharing))
-        factors = {
-            name: (left, _second_moments(uses[name].weight, sharing))
-            for name, left in lefts.items()
-        }
+        # A module's weight and bias have the same B.
+        sites = {name: (id(use.output), use.weight.groups) for name, use in uses.items()}
+        lefts = _summed(
+            outputs,
+            found,
+            {sites[name]: use for name, use in uses.items()},
+            lambda _, slopes: _outer(slopes, sharing),
+        )
+        rights = {name: _second_moments(use.weight, sharing) for name, use in uses.items()}
         if not corrected:
-            return Blocks({n: Kronecker(*factors[n], params[n].shape) for n in space.names}, space)
-        bases = {
-            name: (torch.linalg.eigh(left).eigenvectors, torch.linalg.eigh(right).eigenvectors)
-            for name, (left, right) in factors.items()
-        }
+            return Blocks(
+                {
+                    name: Kronecker(lefts[sites[name]], rights[name], params[name].shape)
+                    for name in space.names
+                },
+                space,
+            )
+        lefts = {site: torch.linalg.eigh(factor).eigenvectors for site, factor in lefts.items()}
+        rights = {name: torch.linalg.eigh(factor).eigenvectors for name, factor in rights.items()}
+        turned = {name: rights[name].mT @ use.weight.each() for name, use in uses.items()}
         values = _summed(
-            outputs, found, uses, lambda name, g: _squares(g, uses[name].weight, *bases[name])
+            outputs,
+            found,
+            uses,
+            lambda name, slopes: _squares(lefts[sites[name]].mT @ slopes, turned[name]),
         )
         return Blocks(
-            {n: Eigenbasis(*bases[n], values[n], params[n].shape) for n in space.names}, space
+            {
+                name: Eigenbasis(lefts[sites[name]], rights[name], values[name], params[name].shape)
+                for name in space.names
+            },
+            space,
         )
 
     return curvature
@@ -254,28 +273,25 @@ def _factored(
 def _summed(
     outputs: Tensor,
     columns: Tensor,
-    uses: Mapping[str, _Use],
-    fn: Callable[[str, Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """For each parameter, the sum over columns of a function of the gradients at its outputs."""
+    uses: Mapping[_Key, _Use],
+    fn: Callable[[_Key, Tensor], Tensor],
+) -> dict[_Key, Tensor]:
+    """For each use, the sum over columns of a function of the gradients at its module's output."""
     ends = [use.output for use in uses.values()]
-    total: dict[str, Tensor] = {}
+    total: dict[_Key, Tensor] = {}
     for column in columns:
         found = torch.autograd.grad(
             outputs, ends, column, retain_graph=True, materialize_grads=True
         )
-        for (name, use), slope in zip(uses.items(), found, strict=True):
-            part = fn(name, use.weight.slopes(slope.flatten(1)))
-            total[name] = total[name] + part if name in total else part
+        for (key, use), slope in zip(uses.items(), found, strict=True):
+            part = fn(key, use.weight.slopes(slope.flatten(1)))
+            total[key] = total[key] + part if key in total else part
     return total
 
 
 def _outer(slopes: Tensor, sharing: Sharing) -> Tensor:
     """B of one column, from gradients ``(B, G, O, P)``."""
-    if sharing == "expand":
-        return torch.einsum("bgop,bgap->goa", slopes, slopes)
-    summed = slopes.sum(-1)
-    return torch.einsum("bgo,bga->goa", summed, summed)
+    return _gram(slopes if sharing == "expand" else slopes.sum(-1, keepdim=True))
 
 
 def _second_moments(weight: SharedWeight, sharing: Sharing) -> Tensor:
@@ -283,18 +299,29 @@ def _second_moments(weight: SharedWeight, sharing: Sharing) -> Tensor:
     inputs = weight.each()
     if sharing == "reduce":
         inputs = inputs.mean(-1, keepdim=True)
-    count = len(inputs) * inputs.shape[-1]
-    return torch.einsum("bgkp,bglp->gkl", inputs, inputs) / count
+    return _gram(inputs) / (len(inputs) * inputs.shape[-1])
 
 
-def _squares(slopes: Tensor, weight: SharedWeight, left: Tensor, right: Tensor) -> Tensor:
-    """The squares of the gradients' coordinates in the basis, summed: ``(G, O, K)``."""
-    inputs = weight.each()
-    inputs = inputs.expand(len(slopes), *inputs.shape[1:])
-    most = max(1, _AT_ONCE // (left[0, 0].numel() * right[:, 0].numel()))
+def _gram(vectors: Tensor) -> Tensor:
+    """The sum over examples and positions of outer products: ``(B, G, N, P)`` -> ``(G, N, N)``."""
+    columns = vectors.permute(1, 2, 0, 3).flatten(2)
+    return columns @ columns.mT
+
+
+def _squares(slopes: Tensor, inputs: Tensor) -> Tensor:
+    """The squares of the entries of each example's gradient, summed: ``(G, O, K)``.
+
+    Args:
+        slopes: ``(B, G, O, P)``.
+        inputs: ``(B, G, K, P)``, or one for all examples.
+    """
+    if slopes.shape[-1] == 1:
+        left, right = slopes[..., 0].square(), inputs[..., 0].square()
+        return torch.einsum("bgo,bgk->gok", left, right.expand(len(slopes), -1, -1))
+    inputs = inputs.expand(len(slopes), -1, -1, -1)
+    most = max(1, _AT_ONCE // (slopes[0, ..., 0].numel() * inputs.shape[2]))
     parts = zip(slopes.split(most), inputs.split(most), strict=True)
-    squares = [((left.mT @ s) @ (right.mT @ x).mT).square().sum(0) for s, x in parts]
-    return torch.stack(squares).sum(0)
+    return torch.stack([(s @ x.mT).square().sum(0) for s, x in parts]).sum(0)
 
 
 @dataclass(frozen=True)

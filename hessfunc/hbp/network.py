@@ -60,9 +60,9 @@ class Step:
         if found is None:
             kind = getattr(self.target, "__name__", str(self.target))
             raise NotImplementedError(
-                f"Hessian backpropagation has no rule for {kind}, at {self.name!r}: register one, "
-                f"`hessfunc.hbp.rule({kind})(by_autodiff)` fits what treats each example by "
-                f"itself; or {EXACT_PRODUCTS}"
+                f"Hessian backpropagation has no rule for {kind}, at {self.name!r}: register "
+                f"one by `rule` of `hessfunc.hbp`, where `rule({kind})(by_autodiff)` fits what "
+                f"treats each example by itself; or {EXACT_PRODUCTS}"
             )
         try:
             layer = found(self.call)
@@ -93,7 +93,7 @@ def traced(model: nn.Module, /) -> fx.Graph:
         reason = str(error).splitlines()[0]
         raise NotImplementedError(
             f"the calls of {type(model).__name__} cannot be read ({reason}): register a rule for "
-            f"the module in which that is, by `hessfunc.hbp.rule`, or {EXACT_PRODUCTS}"
+            f"the module in which that is, by `rule` of `hessfunc.hbp`, or {EXACT_PRODUCTS}"
         ) from error
 
 
@@ -174,7 +174,7 @@ def steps_of(
             if target in chosen:
                 raise NotImplementedError(
                     f"parameter {target!r} is used outside of a module that has a rule: register "
-                    "one for the module around it by `hessfunc.hbp.rule`, hold the parameter fixed "
+                    "one for the module around it by `rule` of `hessfunc.hbp`, hold the parameter fixed "
                     f"by `split` and `hold`, or {EXACT_PRODUCTS}"
                 )
             values[node] = found.state[target]
@@ -262,7 +262,7 @@ def _refuse_unless_batched(node: fx.Node, output: Any, outputs: Tensor) -> None:
         raise NotImplementedError(
             f"{node.name!r} gives {what}, and Hessian backpropagation needs tensors with the "
             f"{len(outputs)} examples along their first axes: register a rule for the module "
-            f"around it by `hessfunc.hbp.rule`, or {EXACT_PRODUCTS}"
+            f"around it by `rule` of `hessfunc.hbp`, or {EXACT_PRODUCTS}"
         )
 
 
