@@ -87,6 +87,8 @@ def traced(model: nn.Module, /) -> fx.Graph:
     Raises:
         NotImplementedError: the calls depend on the values of the inputs.
     """
+    if rule_of(type(model)) is not None:
+        return _of_one_call(model)
     try:
         return _Tracer().trace(model)
     except Exception as error:
@@ -95,6 +97,17 @@ def traced(model: nn.Module, /) -> fx.Graph:
             f"the calls of {type(model).__name__} cannot be read ({reason}): register a rule for "
             f"the module in which that is, by `rule` of `hessfunc.hbp`, or {EXACT_PRODUCTS}"
         ) from error
+
+
+def _of_one_call(model: nn.Module) -> fx.Graph:
+    graph = fx.Graph()
+    (name,) = inspect.signature(model.forward).parameters
+    graph.output(graph.call_module("", (graph.placeholder(name),)))
+    return graph
+
+
+def _name(path: str, own: str) -> str:
+    return f"{path}.{own}" if path else own
 
 
 class _Tracer(fx.Tracer):
@@ -174,8 +187,8 @@ def steps_of(
             if target in chosen:
                 raise NotImplementedError(
                     f"parameter {target!r} is used outside of a module that has a rule: register "
-                    "one for the module around it by `rule` of `hessfunc.hbp`, hold the parameter fixed "
-                    f"by `split` and `hold`, or {EXACT_PRODUCTS}"
+                    "one for the module around it by `rule` of `hessfunc.hbp`, hold the parameter "
+                    f"fixed by `split` and `hold`, or {EXACT_PRODUCTS}"
                 )
             values[node] = found.state[target]
         elif node.op == "output":
@@ -183,7 +196,7 @@ def steps_of(
         else:
             call, sources, output = _evaluated(model, node, values, found.state)
             values[node] = output
-            own = {n: f"{target}.{n}" for n in call.params if f"{target}.{n}" in chosen}
+            own = {n: _name(target, n) for n in call.params if _name(target, n) in chosen}
             if own or any(source in numbers for source in sources):
                 _refuse_unless_batched(node, output, found.outputs)
                 numbers[node] = len(steps)
@@ -197,6 +210,8 @@ def steps_of(
                 )
                 steps.append(step)
     _refuse_shared(steps, found.state)
+    if last not in numbers:
+        raise ValueError("the model's outputs do not depend on any of the parameters")
     return steps[: numbers[last] + 1]
 
 
@@ -226,7 +241,7 @@ def _evaluated(
     own = {} if module is None else dict(module.named_parameters())
     fixed = {} if module is None else dict(module.named_buffers())
     params, buffers = (
-        {name: state[f"{node.target}.{name}"] for name in names} for names in (own, fixed)
+        {name: state[_name(str(node.target), name)] for name in names} for names in (own, fixed)
     )
 
     def function(params: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:

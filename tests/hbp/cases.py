@@ -145,6 +145,7 @@ ACTIVATIONS = [
 ]
 
 LAYERS: dict[str, Net] = {
+    "one layer": net(lambda: nn.Linear(4, 3), 4),
     "linear": net(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), 4),
     "no bias": net(
         lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)), 4
