@@ -33,6 +33,10 @@ from hessfunc.hbp import Block, Blocks, ekfac, hbp, kfac, kflr, kfra
 from hessfunc.recompute import recomputed
 from hessfunc.sharpness import Sharpness, adam_diagonal, critical_sharpness
 from hessfunc.spectra import block_spectra
+from hessfunc.training.exact import exact_blocks
+from hessfunc.training.newton import Newton, NewtonState, newton
+from hessfunc.training.optimizer import NewtonOptimizer
+from hessfunc.training.solvers import conjugate_gradients, direct
 from hessfunc.transforms.activations import activations
 from hessfunc.transforms.arithmetic import (
     add,
@@ -117,6 +121,14 @@ __all__ = [
     "critical_sharpness",
     "adam_diagonal",
     "check",
+    # Training
+    "newton",
+    "Newton",
+    "NewtonState",
+    "NewtonOptimizer",
+    "exact_blocks",
+    "conjugate_gradients",
+    "direct",
     # Results
     "Eigenpairs",
     "Estimate",

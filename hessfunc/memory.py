@@ -1,13 +1,19 @@
-"""How much memory is left."""
+"""How much memory is left, and how much is taken."""
 
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["available_memory"]
+from hessfunc.trees import leaves, tree_map
+
+__all__ = ["PeakMemory", "available_memory"]
 
 
 def available_memory(device: torch.device, /) -> int:
@@ -32,3 +38,45 @@ def _control_group(entry: str) -> int | None:
         return int(Path("/sys/fs/cgroup", entry).read_text())
     except (OSError, ValueError):
         return None
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at once, on any device.
+
+    Attributes:
+        now: what those that are alive hold.
+        peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map(_with_memory, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        for tensor in leaves(out):
+            if isinstance(tensor, Tensor) and not tensor._is_zerotensor():
+                self._hold(tensor.untyped_storage())
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.held:
+            self.held[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self.now -= self.held.pop(key, 0)
+
+
+def _with_memory(value: Any) -> Any:
+    # Forward mode's symbolic zeros have none, and below a dispatch mode kernels would read it.
+    if isinstance(value, Tensor) and value._is_zerotensor():
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,12 +12,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessfunc.choices import current_choices
-from hessfunc.memory import available_memory
+from hessfunc.memory import PeakMemory, available_memory
 from hessfunc.transforms.kernels import explained, precise
-from hessfunc.trees import Matvec, Space, Tree, batch_leaves, leaves, tree_map, unchanged
+from hessfunc.trees import Matvec, Space, Tree, batch_leaves, unchanged
 
 __all__ = ["Chunks", "Curvature", "Product", "block_matvec"]
 
@@ -167,43 +165,6 @@ def _chunk_that_fits(product: Product, tangents: Sequence[Tensor]) -> int:
     # running out of memory is an exception, and the chunk is halved then.
     if tangents[0].device.type != "cpu":
         return len(tangents[0])
-    with _PeakMemory() as memory:
+    with PeakMemory() as memory:
         _loop(product, [t[:1] for t in tangents])
     return max(1, available_memory(tangents[0].device) // 2 // max(1, memory.peak))
-
-
-class _PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.held: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = tree_map(_with_memory, (args, kwargs or {}))
-        out = func(*args, **kwargs)
-        for tensor in leaves(out):
-            if isinstance(tensor, Tensor) and not tensor._is_zerotensor():
-                self._hold(tensor.untyped_storage())
-        return out
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.held:
-            self.held[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._release, key)
-
-    def _release(self, key: int) -> None:
-        self.now -= self.held.pop(key, 0)
-
-
-def _with_memory(value: Any) -> Any:
-    # Forward mode's symbolic zeros have none, and below a dispatch mode kernels would read it.
-    if isinstance(value, Tensor) and value._is_zerotensor():
-        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-    return value

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.memory import PeakMemory
 from hessfunc.transforms import blocks
 from hessfunc.transforms.blocks import Chunks, Product, block_matvec
 from hessfunc.trees import Matvec, Space
@@ -226,13 +227,13 @@ def test_the_predicted_memory_of_a_block_is_within_a_factor_of_two(
     matvec = hf.hvp(loss, chunk_size=k)(params, torch.randn(inputs))
     v = hf.random_like(params, k, seed=0)
     matvec(v)
-    with blocks._PeakMemory() as memory:
+    with PeakMemory() as memory:
         matvec(hf.random_like(params, 1, seed=0))
     assert 0.5 < k * memory.peak / allocated(lambda: matvec(v)).peak < 2
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
-    with blocks._PeakMemory() as memory:
+    with PeakMemory() as memory:
         for _ in range(10):
             x = torch.ones(1000, dtype=torch.float64)
             y = x + 1

@@ -1,83 +1,30 @@
-"""The command line."""
+"""The command that analyses a Hessian."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        SpinnerColumn,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-except ModuleNotFoundError as missing:
-    raise SystemExit(
-        f"hessfunc: the command line needs {missing.name}: pip install 'hessfunc[cli]'"
-    ) from None
+import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
 
-# torch takes a second to import, and --help need not wait for it.
+from hessfunc.cli.errors import fail, in_one_line
+from hessfunc.cli.places import DType, make_folder, place
+from hessfunc.cli.progress import bars, watch
+
 if TYPE_CHECKING:
-    import torch
-
     from hessfunc.problems.targets import Problem
-    from hessfunc.report import Folder, Subject
+    from hessfunc.report import Subject
 
-__all__ = ["app", "main"]
+__all__ = ["analyze"]
 
 _DATA = "Data"
 _EFFORT = "Effort"
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
-
-class DType(StrEnum):
-    """A dtype of parameters and inputs."""
-
-    float32 = "float32"
-    float64 = "float64"
-
-
-def main() -> None:
-    """The entry point of the command ``hessfunc``."""
-    app()
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from hessfunc import __version__
-
-        typer.echo(f"hessfunc {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
-        ),
-    ] = False,
-) -> None:
-    """Curvature of neural networks: Hessian eigenvalues, traces and spectral densities."""
-
-
-@app.command()
 def analyze(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="digits, cifar10 or module:function.")
@@ -200,9 +147,9 @@ def analyze(
       argument and returns (model, criterion, loader) or (loss, params, batches)
     """
     if target not in ("digits", "cifar10") and not all(target.partition(":")):
-        _fail(f"TARGET is digits, cifar10 or module:function, not {target!r}")
+        fail(f"TARGET is digits, cifar10 or module:function, not {target!r}")
     if target != "cifar10" and (data or weights):
-        _fail("--data and --weights go with cifar10 alone")
+        fail("--data and --weights go with cifar10 alone")
 
     from hessfunc import report
     from hessfunc.analysis import analyse
@@ -211,9 +158,10 @@ def analyze(
     folder = report.Folder(out)
     status = "failed"
     try:
-        where, kind = _place(device, dtype)
-        _clear(folder)
-        with _progress() as progress:
+        where, kind = place(device, dtype)
+        make_folder(out)
+        folder.clear()
+        with bars() as progress:
             returned = _returned(target, data, weights, seed, progress)
             problem = make_problem(
                 target,
@@ -236,18 +184,18 @@ def analyze(
                 max_matvecs=max_matvecs,
                 seed=seed,
                 checkpoint=checkpoint,
-                watch=lambda name: _watch(progress, name),
+                watch=lambda name: watch(progress, name),
             ):
                 folder.add(part)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
         finished = ", ".join(part.name for part in folder.parts) or "nothing"
-        _fail(f"interrupted; {finished} finished, see {out}", code=130)
+        fail(f"interrupted; {finished} finished, see {out}", code=130)
     except Exception as error:
         if traceback:
             raise
-        _fail(_in_one_line(error))
+        fail(in_one_line(error))
     finally:
         folder.close(status)
 
@@ -257,81 +205,28 @@ def analyze(
     console.print(f"results.json, density.png and the results in full are in {out}")
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
-    typer.echo(f"hessfunc: {message}", err=True)
-    raise typer.Exit(code)
-
-
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError, ImportError)):
-        return text
-    return f"{type(error).__name__}: {text} (--traceback shows where)"
-
-
-def _clear(folder: Folder) -> None:
-    try:
-        folder.clear()
-    except OSError as error:
-        raise ValueError(f"--out {folder.path} cannot be used: {error.strerror}") from error
-
-
-def _place(
-    device: str | None, dtype: DType | None
-) -> tuple[torch.device | None, torch.dtype | None]:
-    import torch
-
-    kind = getattr(torch, dtype) if dtype else None
-    if device is None:
-        return None, kind
-    try:
-        return torch.zeros(1, device=device, dtype=kind).device, kind
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used: {reason}") from error
-
-
 def _returned(
     target: str, data: Path | None, weights: Path | None, seed: int, progress: Progress
 ) -> Any:
     from hessfunc.problems import targets
 
     if target == "digits":
-        tick = _watch(progress, "training")
+        tick = watch(progress, "training")
         return targets.digits(
             seed=seed,
             on_epoch=lambda epoch, loss: tick(epoch / targets.DIGITS_EPOCHS, f"loss {loss:.3g}"),
         )
-    tick = _watch(progress, target)
+    tick = watch(progress, target)
     found = targets.cifar10(data, weights) if target == "cifar10" else targets.imported(target)
     tick(1.0, "")
     return found
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}", markup=False),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-def _watch(progress: Progress, name: str) -> Callable[[float, str], None]:
-    task = progress.add_task(name, total=1.0, detail="")
-    return lambda share, detail: progress.update(task, completed=share, detail=detail)
 
 
 def _subject(target: str, problem: Problem, progress: Progress) -> Subject:
     from hessfunc.report import Subject
     from hessfunc.trees import Space
 
-    tick = _watch(progress, "loss")
+    tick = watch(progress, "loss")
     loss, examples, batches = problem.evaluate()
     tick(1.0, f"{loss:.4g}")
     space = Space.of(problem.params)

@@ -1,0 +1,56 @@
+"""The command line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+try:
+    import rich  # noqa: F401
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"hessfunc: the command line needs {missing.name}: pip install 'hessfunc[cli]'"
+    ) from None
+
+from hessfunc.cli.analyze import analyze
+from hessfunc.cli.experiment import experiment
+from hessfunc.cli.train import train
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The entry point of the command ``hessfunc``."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from hessfunc import __version__
+
+        typer.echo(f"hessfunc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Curvature of neural networks: eigenvalues, traces, spectral densities, and training."""
+
+
+for command in (analyze, train, experiment):
+    app.command()(command)

@@ -1,0 +1,52 @@
+"""Where and in which dtype to compute, and where results go."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# torch takes a second to import, and --help need not wait for it.
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DType", "make_folder", "place"]
+
+
+class DType(StrEnum):
+    """A dtype of parameters and inputs."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+def place(
+    device: str | None, dtype: DType | None = None
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and the dtype of these names.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
+    import torch
+
+    kind = getattr(torch, dtype) if dtype else None
+    if device is None:
+        return None, kind
+    try:
+        return torch.zeros(1, device=device, dtype=kind).device, kind
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}") from error
+
+
+def make_folder(path: Path, /) -> None:
+    """Make the folder of the results.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be used: {error.strerror}") from error

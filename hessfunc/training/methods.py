@@ -1,0 +1,155 @@
+"""Optimisers by their settings, as steps of the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from hessfunc.training.exact import exact_blocks
+from hessfunc.training.loop import DIVERGED, Batch, Step, StepFunction
+from hessfunc.training.optimizer import NewtonOptimizer
+from hessfunc.training.solvers import Solver, conjugate_gradients, direct
+from hessfunc.training.work import Metered
+from hessfunc.transforms.positive_curvature import Residual
+
+__all__ = ["CURVATURES", "SGD", "BlockNewton", "Method", "blocks_of"]
+
+Blocks: TypeAlias = Callable[[Mapping[str, Tensor], Any], Mapping[str, Any]]
+
+RESIDUALS = ("none", "zero", "clip", "abs")
+FACTORED = (*(f"hbp-{residual}" for residual in RESIDUALS), "kfra", "kflr", "kfac", "ekfac")
+EXACT = (*(f"pch-{residual}" for residual in RESIDUALS), "ggn", "hessian")
+CURVATURES = (*FACTORED, *EXACT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Stochastic gradient descent with momentum.
+
+    Attributes:
+        lr: the learning rate.
+        momentum: the share of the last step that is kept.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+
+    def steps(self, model: nn.Module, /, *, seed: int = 0) -> StepFunction:
+        """Its steps for a model, on the cross-entropy; nothing is random."""
+        optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=self.momentum)
+
+        def step(batch: Batch) -> Step:
+            loss = _with_gradient(model, optimizer, batch)
+            optimizer.step()
+            return Step(loss)
+
+        return step
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockNewton:
+    """Newton's method with one equation a parameter tensor, as in `newton`.
+
+    Attributes:
+        curvature: one of `CURVATURES`.
+        lr: the learning rate.
+        alpha: how much of the identity is mixed into the curvature.
+        solve: how an equation is solved.
+        rtol: the relative tolerance of conjugate gradients.
+        atol: their absolute tolerance.
+        max_matvecs: their budget for one parameter tensor.
+        max_blocks: into how many blocks the rows of a weight are cut by ``hbp``; None leaves all
+            whole.
+
+    Raises:
+        ValueError: the options do not go together.
+    """
+
+    curvature: str
+    lr: float = 0.1
+    alpha: float = 0.02
+    solve: Literal["cg", "direct"] = "cg"
+    rtol: float = 0.1
+    atol: float = 0.0
+    max_matvecs: int = 50
+    max_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.curvature not in CURVATURES:
+            raise ValueError(f"curvature {self.curvature!r}: choose one of {', '.join(CURVATURES)}")
+        if self.max_blocks is not None and not self.curvature.startswith("hbp-"):
+            raise ValueError(f"max_blocks goes with hbp alone, and not with {self.curvature}")
+        if self.solve not in ("cg", "direct"):
+            raise ValueError(f"solve={self.solve!r}: choose cg or direct")
+        if self.solve == "direct" and self.curvature in EXACT:
+            raise ValueError(
+                f"the blocks of {self.curvature} are known by their products alone: solve by cg, "
+                f"or take one of {', '.join(FACTORED)}"
+            )
+
+    @property
+    def solver(self) -> Solver:
+        """Of one equation."""
+        if self.solve == "direct":
+            return direct()
+        return conjugate_gradients(rtol=self.rtol, atol=self.atol, max_matvecs=self.max_matvecs)
+
+    def steps(self, model: nn.Module, /, *, seed: int = 0) -> StepFunction:
+        """Its steps for a model, on the cross-entropy; what is drawn is a function of the seed."""
+        metered = Metered(blocks_of(self.curvature, model, max_blocks=self.max_blocks, seed=seed))
+        optimizer = NewtonOptimizer(model, metered, lr=self.lr, alpha=self.alpha, solve=self.solver)
+
+        def step(batch: Batch) -> Step:
+            loss = _with_gradient(model, optimizer, batch)
+            matvecs, flops = optimizer.matvecs, metered.total
+            optimizer.step(batch)
+            return Step(loss, optimizer.matvecs - matvecs, metered.total - flops)
+
+        return step
+
+
+Method: TypeAlias = SGD | BlockNewton
+
+
+def blocks_of(
+    curvature: str, model: nn.Module, /, *, max_blocks: int | None = None, seed: int = 0
+) -> Blocks:
+    """The blocks of a curvature matrix of the cross-entropy, by its name of `CURVATURES`."""
+    loss = hf.supervised(hf.functional(model)[0], F.cross_entropy)
+    match curvature.split("-"):
+        case ["hbp", residual]:
+            return hf.hbp(loss, model, residual=cast(Residual, residual), max_blocks=max_blocks)
+        case ["pch", residual]:
+            return exact_blocks(partial(hf.pchvp, residual=cast(Residual, residual)), loss)
+        case ["ggn"]:
+            return exact_blocks(hf.ggnvp, loss)
+        case ["hessian"]:
+            return exact_blocks(hf.hvp, loss)
+        case ["kfac"]:
+            return hf.kfac(loss, model, seed=seed)
+        case ["ekfac"]:
+            return hf.ekfac(loss, model, seed=seed)
+        case ["kfra"]:
+            return hf.kfra(loss, model)
+        case ["kflr"]:
+            return hf.kflr(loss, model)
+        case _:
+            raise ValueError(f"curvature {curvature!r}: choose one of {', '.join(CURVATURES)}")
+
+
+def _with_gradient(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """The loss of a batch; its gradient is in the parameters."""
+    inputs, targets = batch
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(inputs), targets)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss of a batch is {loss.item()}: {DIVERGED}")
+    loss.backward()
+    return loss.item()
