@@ -30,6 +30,7 @@ __all__ = [
     "sliced",
     "supervised",
     "training_flags",
+    "uses_batch_statistics",
 ]
 
 LossFunction: TypeAlias = Callable[[Tree, Any], Tensor]
@@ -242,7 +243,7 @@ def functional(
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     own_dtype = next(iter(params.values())).dtype
     batch_statistics = [
-        name for name, module in model.named_modules() if _uses_batch_statistics(module)
+        name for name, module in model.named_modules() if uses_batch_statistics(module)
     ]
 
     def model_fn(params: Tree, inputs: Any, /) -> Any:
@@ -325,7 +326,8 @@ def training_flags(training: Sequence[tuple[nn.Module, bool]], /) -> Iterator[No
             module.training = not module.training
 
 
-def _uses_batch_statistics(module: nn.Module) -> bool:
+def uses_batch_statistics(module: nn.Module, /) -> bool:
+    """Whether a module normalises by the statistics of the batch."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
         module.training or module.running_mean is None
     )

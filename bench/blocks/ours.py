@@ -12,7 +12,7 @@ from torch import Tensor
 import hessfunc as hf
 from bench.blocks.problems import Problem
 from hessfunc.hbp import Blocks, Kronecker
-from hessfunc.transforms import Curvature
+from hessfunc.transforms.blocks import Curvature
 
 __all__ = ["CURVATURES", "apart", "at_once", "fresh", "held", "made", "recombined"]
 

@@ -15,6 +15,7 @@ from hessfunc.memory import available_memory
 from hessfunc.trees import Space, Tree
 
 __all__ = [
+    "AT_ONCE",
     "Block",
     "Blocks",
     "Congruence",
@@ -26,12 +27,17 @@ __all__ = [
 ]
 
 
+# The entries of the largest intermediate result of what is done in parts.
+AT_ONCE = 2**24
+
+
 def refuse_unless_fits(entries: int, like: Tensor, what: str, instead: str, /) -> None:
     """Raise before a matrix is made that memory does not hold."""
     size, free = entries * like.element_size(), available_memory(like.device)
     if size > free:
         raise MemoryError(
-            f"{what} takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: {instead}"
+            f"{what} takes {size / 2**30:.1f} GiB at once, and {free / 2**30:.1f} GiB are free: "
+            f"{instead}"
         )
 
 
@@ -41,13 +47,27 @@ class Spectrum:
 
     Attributes:
         values: ``(r,)``; all further eigenvalues are zero.
+        rounding: how large an eigenvalue of each is by rounding alone, ``(r,)``.
         project: rows ``(k, n)`` -> their coordinates ``(k, r)``.
         lift: coordinates -> rows.
     """
 
     values: Tensor
+    rounding: Tensor
     project: Callable[[Tensor], Tensor]
     lift: Callable[[Tensor], Tensor]
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues ``(..., n)``, their rounding ``(..., 1)``, and eigenvectors.
+
+    Negative eigenvalues that rounding explains are zero, so that a positive semi-definite matrix
+    stays one.
+    """
+    values, vectors = torch.linalg.eigh(matrices)
+    eps = torch.finfo(values.dtype).eps
+    rounding = values.shape[-1] * eps * values.abs().amax(-1, keepdim=True)
+    return torch.where((values < 0) & (values >= -rounding), 0, values), rounding, vectors
 
 
 class Block(ABC):
@@ -124,12 +144,14 @@ class Block(ABC):
         """The eigenvalues of A + damping I: those of the basis, and one for all that are zero."""
         if not math.isfinite(damping):
             raise ValueError(f"damping={damping}: it must be finite")
-        values = self._spectrum.values
-        zero = values.new_zeros(1 if len(values) < self.n else 0)
-        shifted = torch.cat([values, zero]) + damping
-        size = shifted.abs()
-        largest = max(float(values.abs().max()) if len(values) else 0.0, abs(damping))
-        if float(size.min()) <= torch.finfo(values.dtype).eps * largest:
+        spectrum = self._spectrum
+        zero = spectrum.values.new_zeros(1 if len(spectrum.values) < self.n else 0)
+        values, rounding = (
+            torch.cat([part, zero]) for part in (spectrum.values, spectrum.rounding)
+        )
+        shifted = values + damping
+        least = rounding.clamp_min(torch.finfo(values.dtype).eps * abs(damping))
+        if bool(((shifted.abs() <= least) & ~((values >= 0) & (damping > 0))).any()):
             raise ValueError(
                 f"A + {damping:g} I is singular, up to rounding: take a larger damping"
             )
@@ -148,8 +170,13 @@ class Block(ABC):
         return self._decomposed()
 
     def _decomposed(self) -> Spectrum:
-        values, vectors = torch.linalg.eigh(self.dense())
-        return Spectrum(values, lambda rows: rows @ vectors, lambda rows: rows @ vectors.mT)
+        values, rounding, vectors = _eigh(self.dense())
+        return Spectrum(
+            values,
+            rounding.expand_as(values),
+            lambda rows: rows @ vectors,
+            lambda rows: rows @ vectors.mT,
+        )
 
     @property
     @abstractmethod
@@ -217,9 +244,10 @@ class Kronecker(Block):
         return torch.block_diag(*(torch.kron(left, right) for left, right in pairs))
 
     def _decomposed(self) -> Spectrum:
-        left, right = torch.linalg.eigh(self.left), torch.linalg.eigh(self.right)
-        values = left.eigenvalues[:, :, None] * right.eigenvalues[:, None, :]
-        return _in_basis(values, left.eigenvectors, right.eigenvectors)
+        (b, b_rounding, left), (a, a_rounding, right) = _eigh(self.left), _eigh(self.right)
+        b, a = b[:, :, None], a[:, None, :]
+        rounding = b_rounding[:, :, None] * a.abs() + b.abs() * a_rounding[:, None, :]
+        return _in_basis(b * a, rounding, left, right)
 
     @property
     def _like(self) -> Tensor:
@@ -253,17 +281,20 @@ class Eigenbasis(Block):
         return torch.block_diag(*((basis * values) @ basis.mT for basis, values in pairs))
 
     def _decomposed(self) -> Spectrum:
-        return _in_basis(self.values, self.left, self.right)
+        # Second moments: each is as exact as it is large.
+        rounding = torch.finfo(self.values.dtype).eps * self.values.abs()
+        return _in_basis(self.values, rounding, self.left, self.right)
 
     @property
     def _like(self) -> Tensor:
         return self.values
 
 
-def _in_basis(values: Tensor, left: Tensor, right: Tensor) -> Spectrum:
+def _in_basis(values: Tensor, rounding: Tensor, left: Tensor, right: Tensor) -> Spectrum:
     """The spectrum ``(G, O, K)`` of eigenvectors ``L_g (x) R_g``."""
     return Spectrum(
         values.flatten(),
+        rounding.flatten(),
         lambda rows: (left.mT @ _weights(rows, left, right) @ right).flatten(1),
         lambda rows: (left @ _weights(rows, left, right) @ right.mT).flatten(1),
     )
@@ -306,12 +337,14 @@ class Congruence(Block):
         return groups, len(self.hessian) // (groups * positions), positions
 
     def _product(self, rows: Tensor) -> Tensor:
-        groups, outputs, _ = self._sizes
-        weights = rows.view(len(rows), groups, outputs, -1)
+        groups, outputs, positions = self._sizes
+        weights = rows.view(len(rows), groups, outputs, self.inputs.shape[2])
+        most = max(1, AT_ONCE // max(1, len(rows) * len(self.hessian)))
         total = torch.zeros_like(weights)
-        for inputs in self.inputs:
-            outer = (weights @ inputs).reshape(len(rows), -1) @ self.hessian
-            total += outer.view(len(rows), groups, outputs, -1) @ inputs.mT
+        for inputs in self.inputs.split(most):
+            outer = torch.einsum("vgok,mgkp->mvgop", weights, inputs).flatten(2) @ self.hessian
+            outer = outer.view(*outer.shape[:2], groups, outputs, positions)
+            total += torch.einsum("mvgop,mgkp->vgok", outer, inputs)
         return (total / len(self.inputs)).reshape(rows.shape)
 
     def _dense(self) -> Tensor:
@@ -336,17 +369,17 @@ class Congruence(Block):
         scaled = (size[..., None] * right).repeat_interleave(outputs, dim=0)
         view = self.hessian.view(groups * outputs, positions, groups * outputs, positions)
         inner = torch.einsum("arp,apbq,bsq->arbs", scaled, view, scaled)
-        values, vectors = torch.linalg.eigh(inner.reshape(len(self.hessian), -1))
+        values, rounding, vectors = _eigh(inner.reshape(self.hessian.shape))
 
         def project(rows: Tensor) -> Tensor:
-            weights = rows.view(len(rows), groups, outputs, -1)
-            return (weights @ left).reshape(len(rows), -1) @ vectors
+            weights = rows.view(len(rows), groups, outputs, left.shape[1])
+            return (weights @ left).reshape(len(rows), len(vectors)) @ vectors
 
         def lift(rows: Tensor) -> Tensor:
-            inner = (rows @ vectors.mT).view(len(rows), groups, outputs, -1)
-            return (inner @ left.mT).reshape(len(rows), -1)
+            inner = (rows @ vectors.mT).view(len(rows), groups, outputs, left.shape[2])
+            return (inner @ left.mT).reshape(len(rows), self.n)
 
-        return Spectrum(values, project, lift)
+        return Spectrum(values, rounding.expand_as(values), project, lift)
 
     @property
     def _like(self) -> Tensor:

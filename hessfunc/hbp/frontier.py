@@ -35,21 +35,19 @@ class Frontier:
         self._parts = {pair: part for pair, part in self._parts.items() if number not in pair}
         return None if own is None else _Row(own, mixed)
 
-    def add(self, sources: Sequence[int | None], hessian: Sequence[Sequence[Tensor]], /) -> None:
+    def add(self, sources: Sequence[int], hessian: Sequence[Sequence[Tensor]], /) -> None:
         """Add a matrix on the inputs of a step, one block a pair of inputs."""
         for i, a in enumerate(sources):
             for j, b in enumerate(sources):
-                if a is not None and b is not None and (a == b or i < j):
+                if a == b or i < j:
                     self._add(a, b, hessian[i][j])
 
-    def add_mixed(
-        self, other: int, sources: Sequence[int | None], rows: Sequence[Tensor], /
-    ) -> None:
+    def add_mixed(self, other: int, sources: Sequence[int], rows: Sequence[Tensor], /) -> None:
         """Add the mixed derivatives of one tensor and the inputs of a step."""
         for source, part in zip(sources, rows, strict=True):
             if source == other:
                 self._add(other, other, part + part.mT)
-            elif source is not None:
+            else:
                 self._add(other, source, part)
 
     def _add(self, a: int, b: int, part: Tensor) -> None:

@@ -14,18 +14,22 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Diagonal", "EachExample", "Identity", "Jacobian", "OfAll", "Selection"]
+from hessfunc.hbp.blocks import AT_ONCE
 
-# The entries of the largest intermediate result of a linear map.
-_AT_ONCE = 2**24
+__all__ = ["Diagonal", "EachExample", "Identity", "Jacobian", "OfAll", "Selection"]
 
 
 class Jacobian(ABC):
-    """The Jacobians J_b of one module, of one or several inputs."""
+    """The Jacobians J_b of one module, with respect to one or several inputs."""
 
     @abstractmethod
     def pull(self, rows: Tensor, /) -> tuple[Tensor, ...]:
         """Rows ``(k, m)`` times the mean Jacobian: ``(k, n)`` for each input."""
+
+    @property
+    def entries(self) -> int:
+        """The numbers in memory that it takes beside the matrices that it maps."""
+        return 0
 
     def congruence(self, hessian: Tensor, /) -> list[list[Tensor]]:
         """``J' H J`` with the mean Jacobian, for each pair of inputs."""
@@ -65,7 +69,7 @@ class OfAll(Jacobian):
     def pull(self, rows: Tensor, /) -> tuple[Tensor, ...]:
         parts = [
             [found.flatten(1) for found in self.adjoint(some.reshape(len(some), *self.shape))]
-            for some in rows.split(max(1, _AT_ONCE // self.width))
+            for some in rows.split(max(1, AT_ONCE // self.width))
         ]
         return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
@@ -124,9 +128,17 @@ class EachExample(Jacobian):
 
     Attributes:
         formed: gives them, ``(B, m, n)``.
+        shape: B, m and n.
     """
 
     formed: Callable[[], Tensor]
+    shape: tuple[int, int, int]
+
+    @property
+    def entries(self) -> int:
+        # Twice the Jacobians, and the second derivatives of the outputs.
+        count, outputs, inputs = self.shape
+        return count * inputs * (2 * outputs + inputs)
 
     @cached_property
     def matrices(self) -> Tensor:

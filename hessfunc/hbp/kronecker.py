@@ -21,7 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.functional import Loss, training_flags
-from hessfunc.hbp.blocks import Block, Blocks, Eigenbasis, Kronecker
+from hessfunc.hbp.blocks import (
+    AT_ONCE,
+    Block,
+    Blocks,
+    Eigenbasis,
+    Kronecker,
+    refuse_unless_fits,
+)
+from hessfunc.hbp.called import full_name, hooked, refusing_train_mode
 from hessfunc.hbp.layer import Call, SharedWeight
 from hessfunc.hbp.outputs import each_hessian
 from hessfunc.hbp.propagate import BlockCurvature, Reached, backpropagated
@@ -38,7 +46,6 @@ Sharing: TypeAlias = Literal["expand", "reduce"]
 _Columns: TypeAlias = Callable[[Tensor, Any], Tensor]
 
 _Key = TypeVar("_Key")
-_AT_ONCE = 2**24
 _ONLY_WEIGHTS = "Kronecker factors are for the weights and biases of linear maps"
 _HOLD = "hold the others fixed by `split` and `hold`"
 
@@ -77,7 +84,14 @@ def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
         left = torch.einsum(summed, view)
         return Kronecker(left, _second_moments(weight, sharing), weight.shape)
 
-    return backpropagated(loss, model, block, residual="zero", average_input_jacobian=False)
+    return backpropagated(
+        loss,
+        model,
+        block,
+        residual="zero",
+        average_input_jacobian=False,
+        average_parameter_jacobian=False,
+    )
 
 
 def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
@@ -187,9 +201,10 @@ def _exact(loss: Loss) -> _Columns:
     def columns(outputs: Tensor, batch: Any) -> Tensor:
         values, vectors = torch.linalg.eigh(each_hessian(loss.criterion, outputs, batch))
         roots = (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)
-        # A softmax leaves one direction of each example without curvature.
-        largest = roots.abs().amax((1, 2))
-        kept = roots[largest > torch.finfo(roots.dtype).eps ** 0.5 * 1e-2 * largest.max()]
+        # A softmax leaves one direction of each example without curvature, up to rounding.
+        largest = values.amax(0)
+        rounding = len(largest) * torch.finfo(values.dtype).eps * float(largest[-1])
+        kept = roots[largest > rounding] if rounding else roots[-1:]
         return kept.reshape(len(kept), *outputs.shape)
 
     return columns
@@ -284,7 +299,7 @@ def _summed(
             outputs, ends, column, retain_graph=True, materialize_grads=True
         )
         for (key, use), slope in zip(uses.items(), found, strict=True):
-            part = fn(key, use.weight.slopes(slope.flatten(1)))
+            part = fn(key, use.weight.slopes(slope.reshape(len(slope), -1)))
             total[key] = total[key] + part if key in total else part
     return total
 
@@ -299,11 +314,18 @@ def _second_moments(weight: SharedWeight, sharing: Sharing) -> Tensor:
     inputs = weight.each()
     if sharing == "reduce":
         inputs = inputs.mean(-1, keepdim=True)
-    return _gram(inputs) / (len(inputs) * inputs.shape[-1])
+    return _gram(inputs).div_(len(inputs) * inputs.shape[-1])
 
 
 def _gram(vectors: Tensor) -> Tensor:
     """The sum over examples and positions of outer products: ``(B, G, N, P)`` -> ``(G, N, N)``."""
+    groups, width = vectors.shape[1:3]
+    refuse_unless_fits(
+        groups * width**2,
+        vectors,
+        f"a Kronecker factor of {width} x {width} entries",
+        "hold that layer fixed by `split` and `hold`, or take exact products",
+    )
     columns = vectors.permute(1, 2, 0, 3).flatten(2)
     return columns @ columns.mT
 
@@ -319,7 +341,7 @@ def _squares(slopes: Tensor, inputs: Tensor) -> Tensor:
         left, right = slopes[..., 0].square(), inputs[..., 0].square()
         return torch.einsum("bgo,bgk->gok", left, right.expand(len(slopes), -1, -1))
     inputs = inputs.expand(len(slopes), -1, -1, -1)
-    most = max(1, _AT_ONCE // (slopes[0, ..., 0].numel() * inputs.shape[2]))
+    most = max(1, AT_ONCE // (slopes[0, ..., 0].numel() * inputs.shape[2]))
     parts = zip(slopes.split(most), inputs.split(most), strict=True)
     return torch.stack([(s @ x.mT).square().sum(0) for s, x in parts]).sum(0)
 
@@ -339,44 +361,45 @@ def _observed(
     model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any
 ) -> tuple[Tensor, dict[str, _Use]]:
     """The model's outputs, and where each parameter is used."""
+    paths = {
+        module: path
+        for path, module in model.named_modules()
+        if any(full_name(path, own) in params for own in _own_parameters(module))
+    }
     seen: dict[str, list[_Seen]] = {}
 
-    def observe(prefix: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            state = {name: value.detach() for name, value in module.named_parameters()}
-            one = _Seen(module, module.training, state, args[0].detach(), output)
-            seen.setdefault(prefix, []).append(one)
-            # What comes after may change its input in place.
-            return output.clone()
+    def observe(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        state = {name: value.detach() for name, value in module.named_parameters()}
+        inputs = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).detach()
+        one = _Seen(module, module.training, state, inputs, output)
+        seen.setdefault(paths[module], []).append(one)
+        # What comes after may change its input in place.
+        return output.clone()
 
-        return hook
-
-    handles = [
-        module.register_forward_hook(observe(path and f"{path}."))
-        for path, module in model.named_modules()
-        if any(path and f"{path}." + own in params for own, _ in _own_parameters(module))
-    ]
-    try:
+    with refusing_train_mode(model), hooked(dict.fromkeys(paths, observe)):
         outputs = loss.outputs(params, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     uses = {
-        f"{prefix}{own}": use
-        for prefix, calls in seen.items()
-        for own, use in _uses(prefix, calls).items()
-        if f"{prefix}{own}" in params
+        full_name(path, own): use
+        for path, calls in seen.items()
+        for own, use in _uses(path, calls).items()
+        if full_name(path, own) in params
     }
-    if missing := [name for name in params if name not in uses]:
-        raise ValueError(f"{missing[0]!r} is no parameter of a module that the loss calls: {_HOLD}")
+    for name, leaf in params.items():
+        if name not in uses or uses[name].weight.shape != leaf.shape:
+            raise ValueError(
+                f"{name!r} of shape {tuple(leaf.shape)} is no parameter of a module that the loss "
+                f"calls: {_HOLD}"
+            )
     return outputs, uses
 
 
-def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(module.named_parameters(recurse=False))
+def _own_parameters(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters(recurse=False)]
 
 
-def _uses(prefix: str, calls: Sequence[_Seen]) -> dict[str, _Use]:
+def _uses(path: str, calls: Sequence[_Seen]) -> dict[str, _Use]:
     """Where a module uses its parameters.
 
     Raises:
@@ -384,13 +407,14 @@ def _uses(prefix: str, calls: Sequence[_Seen]) -> dict[str, _Use]:
         NotImplementedError: it does not depend on them as on a weight.
     """
     if len(calls) > 1:
-        raise ValueError(f"module {prefix[:-1]!r} is called {len(calls)} times a batch: {_HOLD}")
+        raise ValueError(f"module {path!r} is called {len(calls)} times a batch: {_HOLD}")
     (seen,) = calls
     found = rule_of(type(seen.module))
     call = Call(
         partial(torch.func.functional_call, seen.module),
         seen.state,
         (seen.inputs,),
+        (),
         seen.module,
         seen.output.shape[1:],
     )
@@ -399,7 +423,7 @@ def _uses(prefix: str, calls: Sequence[_Seen]) -> dict[str, _Use]:
     weights = {name: d for name, d in dependences.items() if isinstance(d, SharedWeight)}
     if len(weights) < len(_own_parameters(seen.module)):
         raise NotImplementedError(
-            f"{_ONLY_WEIGHTS}, and {prefix[:-1]!r} is a {type(seen.module).__name__}: {_HOLD}, or "
+            f"{_ONLY_WEIGHTS}, and {path!r} is a {type(seen.module).__name__}: {_HOLD}, or "
             "take `hbp`"
         )
     return {name: _Use(weight, seen.output) for name, weight in weights.items()}

@@ -24,6 +24,7 @@ class Call:
         function: ``(params, *inputs) -> output``, pure.
         params: the module's own parameters; empty for a function.
         inputs: the tensors that it is called on, the examples along their first axes.
+        moving: the numbers of those inputs that depend on the parameters.
         module: for its options; None for a function.
         shape: of one example's output.
     """
@@ -31,6 +32,7 @@ class Call:
     function: Callable[..., Tensor]
     params: Mapping[str, Tensor]
     inputs: tuple[Tensor, ...]
+    moving: tuple[int, ...]
     module: nn.Module | None
     shape: torch.Size
 
@@ -43,7 +45,7 @@ class Layer:
     """The derivatives of a module on a batch.
 
     Attributes:
-        jacobian: of the output, with respect to the inputs.
+        jacobian: of the output, with respect to the moving inputs.
         curvature: the gradient of the loss at the output ``(B, m)`` -> ``sum_b sum_k g_bk H_bk``
             with H_bk the Hessian of the k-th output with respect to the input: the matrix
             ``(n, n)``, or ``(n,)`` where it is diagonal. None where it is zero.
@@ -65,6 +67,10 @@ def with_sign(curvature: Tensor, residual: Residual) -> Tensor:
 
 class Dependence(ABC):
     """How the output of a module depends on one of its parameters."""
+
+    @abstractmethod
+    def entries(self, width: int, *, average: bool) -> int:
+        """The numbers in memory that the block of an output of this width takes."""
 
     @abstractmethod
     def block(
@@ -118,6 +124,14 @@ class SharedWeight(Dependence):
         if self.is_affine:
             return self.of(self.inputs.mean(0, keepdim=True))
         return self.each().mean(0, keepdim=True)
+
+    def entries(self, width: int, *, average: bool) -> int:
+        inner = min(self.shape.numel(), width) ** 2
+        if average:
+            return inner
+        channels, fan_in = self.shape[0], self.shape[1:].numel()
+        examples = len(self.inputs) * self.groups * fan_in * (width // channels)
+        return inner + examples + (fan_in**2 if width == channels else 0)
 
     def slopes(self, slope: Tensor) -> Tensor:
         """The gradient at the outputs ``(B, m)`` as ``(B, G, O, P)``."""
@@ -178,13 +192,19 @@ class General(Dependence):
 
     Attributes:
         jacobians: of the output, ``(B, m, n)``, when called.
+        examples: B.
         curvature: as in `Layer`, with respect to the parameter.
         shape: of the parameter.
     """
 
     jacobians: Callable[[], Tensor]
+    examples: int
     curvature: Callable[[Tensor], Tensor]
     shape: torch.Size
+
+    def entries(self, width: int, *, average: bool) -> int:
+        n = self.shape.numel()
+        return self.examples * n * (2 * width + n) + n**2
 
     def block(
         self,

@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.hbp.blocks import refuse_unless_fits
+from hessfunc.hbp.blocks import AT_ONCE, refuse_unless_fits
 from hessfunc.transforms.criteria import Criterion, by_autodiff, closed_form, with_targets
 
 __all__ = ["each_hessian", "mean_hessian"]
-
-# The entries of a block of tangents.
-_AT_ONCE = 2**22
 
 
 def mean_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any, /) -> Tensor:
@@ -25,7 +22,8 @@ def mean_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch
     apart = _apart(criterion, outputs, batch)
     if apart is None:
         return each_hessian(criterion, outputs, batch).sum(0)
-    return torch.stack([apart(unit).flatten(1).sum(0) for unit in _units(outputs)])
+    count = len(outputs)
+    return _finite(torch.stack([apart(u).reshape(count, -1).sum(0) for u in _units(outputs)]))
 
 
 def each_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any, /) -> Tensor:
@@ -43,18 +41,39 @@ def each_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch
     )
     apart = _apart(criterion, outputs, batch)
     if apart is not None:
-        return torch.stack([apart(unit).flatten(1) for unit in _units(outputs)], dim=1)
-    with torch.enable_grad():
-        moving = outputs.detach().requires_grad_()
-        _, product = by_autodiff(criterion, moving, batch, try_convexity=False)
+        found = [apart(unit).reshape(count, -1) for unit in _units(outputs)]
+        return _finite(torch.stack(found, dim=1))
+    products = _products(criterion, outputs, batch)
     rows = []
-    for chosen in torch.arange(count * width).split(max(1, _AT_ONCE // (count * width))):
+    for chosen in torch.arange(count * width).split(max(1, AT_ONCE // (count * width))):
         tangents = outputs.new_zeros(len(chosen), count * width)
         tangents[range(len(chosen)), chosen] = 1
-        images = torch.vmap(lambda t: product([t])[0])(tangents.view(-1, *outputs.shape))
-        images = images.reshape(len(chosen), count, width)
+        images = products(tangents.view(-1, *outputs.shape)).reshape(len(chosen), count, width)
         rows.append(images[range(len(chosen)), chosen // width])
-    return torch.cat(rows).view(count, width, width)
+    return _finite(torch.cat(rows).view(count, width, width))
+
+
+def _products(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any
+) -> Callable[[Tensor], Tensor]:
+    """The products of any criterion's Hessian with tangents ``(k, *outputs)``."""
+    known = closed_form(criterion)
+    if known is not None:
+        product = known(outputs, batch)
+        return lambda tangents: torch.stack([product(tangent) for tangent in tangents])
+    with torch.enable_grad():
+        moving = outputs.detach().requires_grad_()
+        _, found = by_autodiff(criterion, moving, batch, try_convexity=False)
+    return torch.vmap(lambda tangent: found([tangent])[0])
+
+
+def _finite(hessian: Tensor) -> Tensor:
+    if not bool(hessian.isfinite().all()):
+        raise ValueError(
+            "the Hessian of the criterion has entries that are NaN or infinite: are all targets "
+            "ignored, or the outputs not finite?"
+        )
+    return hessian
 
 
 def _apart(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from hessfunc.functional import Loss, training_flags
 from hessfunc.hbp.blocks import Block, Blocks, refuse_unless_fits
+from hessfunc.hbp.called import called
 from hessfunc.hbp.frontier import Frontier
-from hessfunc.hbp.layer import Dependence, with_sign
-from hessfunc.hbp.network import EXACT_PRODUCTS, Step, called, steps_of, traced
+from hessfunc.hbp.layer import Dependence, Layer, with_sign
+from hessfunc.hbp.network import EXACT_PRODUCTS, Step, steps_of
 from hessfunc.hbp.outputs import mean_hessian
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.positive_curvature import Residual
@@ -44,7 +45,7 @@ def hbp(
     each block has the structure of its layer, such as ``H_z (x) xbar xbar'`` for the weight of a
     linear one, and a product costs no pass over the batch. For one example the blocks are those of
     the Hessian. Where paths meet again, as around a skip connection, the Hessian of all their ends
-    goes back, so that no cross term is lost.
+    goes back, so that no cross term is lost; averages are still those of each module by itself.
 
     Which modules and functions are known is in `hessfunc.hbp.rules`, where a user can register
     more; modules made of these are looked into, in whatever way they are connected.
@@ -69,10 +70,12 @@ def hbp(
 
     Raises:
         TypeError: the loss does not show its halves.
-        NotImplementedError: the model has a module for which there is no rule.
+        NotImplementedError: (from the curvature function) the model has a module for which there
+            is no rule.
         ValueError: (from the curvature function) a module mixes examples, such as BatchNorm in
             train mode, or a parameter is used more than once.
-        MemoryError: (from the curvature function) the Hessian of a layer's outputs does not fit.
+        MemoryError: (from the curvature function, before it is needed) memory does not suffice;
+            (from a block) its dense matrix does not fit.
 
     Cost: two gradients, and for a layer of m outputs and n inputs matmuls of (m + n) m n; a product
     with a linear layer's block is one with H_z.
@@ -95,7 +98,12 @@ def hbp(
         )
 
     return backpropagated(
-        loss, model, block, residual=residual, average_input_jacobian=average_input_jacobian
+        loss,
+        model,
+        block,
+        residual=residual,
+        average_input_jacobian=average_input_jacobian,
+        average_parameter_jacobian=average_parameter_jacobian,
     )
 
 
@@ -122,9 +130,9 @@ def backpropagated(
     *,
     residual: Residual,
     average_input_jacobian: bool,
+    average_parameter_jacobian: bool,
 ) -> BlockCurvature:
     """The curvature function of what ``block`` makes of each parameter."""
-    graph = traced(model)
 
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = Space.of(params)
@@ -133,12 +141,15 @@ def backpropagated(
             found = called(model, loss, leaves, batch)
         with training_flags(found.training):
             with torch.enable_grad():
-                steps = steps_of(model, graph, found, frozenset(params))
+                steps = steps_of(model, found, frozenset(params))
                 slopes = _slopes(loss, steps, batch) if residual != "zero" else [None] * len(steps)
-            _refuse_unless_fits(steps)
+            layers = [step.layer() for step in steps]
+            _refuse_unless_fits(steps, layers, average=average_parameter_jacobian)
             hessian = mean_hessian(loss.criterion, steps[-1].output.detach(), batch)
             with torch.no_grad():
-                blocks = _backward(steps, slopes, hessian, block, residual, average_input_jacobian)
+                blocks = _backward(
+                    steps, layers, slopes, hessian, block, residual, average_input_jacobian
+                )
         if unused := [name for name in space.names if name not in blocks]:
             raise ValueError(
                 f"the loss does not depend on parameter {unused[0]!r} of the model: hold it fixed "
@@ -159,11 +170,12 @@ def _slopes(loss: Loss, steps: Sequence[Step], batch: Any) -> list[Tensor | None
     """The gradient of the loss at the output of each step, ``(B, m)``."""
     value = loss.criterion(steps[-1].output, batch)
     found = torch.autograd.grad(value, [step.output for step in steps], materialize_grads=True)
-    return [slope.flatten(1) for slope in found]
+    return [slope.reshape(len(slope), -1) for slope in found]
 
 
 def _backward(
     steps: Sequence[Step],
+    layers: Sequence[Layer],
     slopes: Sequence[Tensor | None],
     hessian: Tensor,
     block: Callable[[Reached], Block],
@@ -173,13 +185,13 @@ def _backward(
     frontier = Frontier(len(steps) - 1, hessian)
     blocks: dict[str, Block] = {}
     for number in reversed(range(len(steps))):
-        step, slope, found = steps[number], slopes[number], frontier.take(number)
+        step, layer, slope = steps[number], layers[number], slopes[number]
+        found = frontier.take(number)
         if found is None:
             continue
-        layer = step.layer()
         for own, name in step.parameters.items():
             blocks[name] = block(Reached(layer.parameters[own], found.own, slope))
-        if all(source is None for source in step.sources):
+        if not step.sources:
             continue
         jacobian = layer.jacobian
         inner = jacobian.congruence if average else jacobian.mean_congruence
@@ -193,22 +205,27 @@ def _backward(
     return blocks
 
 
-def _refuse_unless_fits(steps: Sequence[Step]) -> None:
+def _refuse_unless_fits(steps: Sequence[Step], layers: Sequence[Layer], *, average: bool) -> None:
     """Raise if the matrices that live at once, and those that the blocks keep, do not fit."""
     widths = [step.width for step in steps]
     live, kept, most = {len(steps) - 1}, 0, 0
     for number in reversed(range(len(steps))):
-        step, sources = steps[number], {s for s in steps[number].sources if s is not None}
-        inner = sum(widths[s] for s in live | sources)
-        most = max(most, kept + inner**2 + widths[number] * sum(widths[s] for s in sources))
+        step, layer, sources = steps[number], layers[number], set(steps[number].sources)
+        kept += sum(
+            layer.parameters[own].entries(widths[number], average=average)
+            for own in step.parameters
+        )
+        inner = sum(widths[s] for s in live | sources) ** 2
+        if sources:
+            inner += widths[number] * sum(widths[s] for s in sources) + layer.jacobian.entries
+        # Sums, products and copies of these matrices take as much again.
+        most = max(most, kept + 2 * inner)
         live = (live | sources) - {number}
-        own = [step.call.params[name].numel() for name in step.parameters]
-        kept += sum(min(count, widths[number]) ** 2 for count in own)
     widest = max(range(len(steps)), key=widths.__getitem__)
     refuse_unless_fits(
         most,
         steps[-1].output,
-        f"Hessian backpropagation through {widths[widest]} outputs an example of "
-        f"{steps[widest].name!r}, a matrix of {widths[widest]} x {widths[widest]},",
+        "Hessian backpropagation, whose largest matrix is the one of "
+        f"{widths[widest]} x {widths[widest]} at {steps[widest].name!r},",
         EXACT_PRODUCTS,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -42,7 +42,8 @@ def rule(*targets: Any) -> Callable[[AnyRule], AnyRule]:
     or, shorter, ``rule(Swish)(elementwise)``. Ready to use are `elementwise`, `piecewise_linear`,
     `linear`, `selection`, and `by_autodiff`, which fits any module that treats each example by
     itself. A module whose type has a rule is one step of the backpropagation; one without is
-    looked into.
+    looked into. A subclass that acts as its base takes the base's rule:
+    ``rule(MyLinear)(rule_of(torch.nn.Linear))``.
 
     Args:
         targets: ``nn.Module`` types (not their subclasses), functions, strings.
@@ -65,6 +66,7 @@ def rule_of(target: Any, /) -> Rule | None:
     *(torch.unsqueeze, "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
     *("contiguous", "clone", "float", "double"),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+    *(nn.FeatureAlphaDropout, F.dropout),
 )
 def reshaped(call: Call, /) -> Layer:
     """The same numbers, maybe in another shape; dropout in eval mode is one."""
@@ -87,7 +89,16 @@ def reshaped(call: Call, /) -> Layer:
     *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d, F.pad),
     *(nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle, F.interpolate, F.pixel_shuffle),
     *(operator.add, operator.iadd, operator.sub, operator.isub, operator.neg),
-    *(torch.add, torch.sub, torch.cat, torch.mean, torch.sum, torch.permute, torch.transpose),
+    *(
+        torch.add,
+        torch.sub,
+        torch.cat,
+        torch.stack,
+        torch.mean,
+        torch.sum,
+        torch.permute,
+        torch.transpose,
+    ),
     *("add", "sub", "neg", "mean", "sum", "permute", "transpose", "movedim"),
     *(torch.movedim, operator.getitem, torch.flip, "flip", torch.roll, "roll", "add_", "sub_"),
 )
@@ -95,9 +106,10 @@ def linear(call: Call, /) -> Layer:
     """A function that is linear, up to a constant, and the same for all examples."""
     width = max(shape.numel() for shape in (call.shape, *(t.shape[1:] for t in call.inputs)))
 
-    def adjoint(cotangents: Tensor) -> tuple[Tensor, ...]:
-        zeros = tuple(t.new_zeros(len(cotangents), *t.shape[1:]) for t in call.inputs)
-        return torch.func.vjp(call, *zeros)[1](cotangents)
+    def adjoint(cotangents: Tensor) -> Sequence[Tensor]:
+        zeros = [t.new_zeros(len(cotangents), *t.shape[1:]) for t in call.inputs]
+        found = torch.func.vjp(call, *zeros)[1](cotangents)
+        return [found[i] for i in call.moving]
 
     return Layer(OfAll(adjoint, call.shape, width))
 
@@ -112,7 +124,10 @@ def linear(call: Call, /) -> Layer:
     *("sigmoid", "tanh", "exp", "log", "sin", "cos", "square", "sqrt", "pow", "mul", "div"),
 )
 def elementwise(call: Call, /) -> Layer:
-    """A function of each entry alone: J = diag(phi'), and its curvature is diag(sum_b phi'' g)."""
+    """A function of each entry alone: J = diag(phi'), and its curvature is diag(sum_b phi'' g).
+
+    Further inputs may be fixed, as in a product with a mask.
+    """
     slopes, curvature = _slopes(call, twice=True)
     return Layer(Diagonal(slopes), None if curvature is None else lambda g: (curvature * g).sum(0))
 
@@ -121,7 +136,7 @@ def elementwise(call: Call, /) -> Layer:
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh, nn.Hardsigmoid, nn.Hardshrink),
     *(nn.Softshrink, nn.Threshold, F.relu, F.relu6, F.leaky_relu, F.hardtanh, F.hardsigmoid),
     *(F.hardshrink, F.softshrink, F.threshold, torch.relu, torch.relu_, torch.clamp, torch.abs),
-    *("relu", "relu_", "clamp", "abs"),
+    *(operator.abs, nn.RReLU, "relu", "relu_", "clamp", "abs"),
 )
 def piecewise_linear(call: Call, /) -> Layer:
     """An elementwise function whose second derivative is zero; phi' is 0 or as torch takes it."""
@@ -130,18 +145,30 @@ def piecewise_linear(call: Call, /) -> Layer:
 
 def _slopes(call: Call, *, twice: bool) -> tuple[Tensor, Tensor | None]:
     """phi' and phi'' at each entry ``(B, n)``; None for a phi'' that is zero."""
-    if len(call.inputs) > 1:
+    if len(call.moving) != 1:
         raise NotImplementedError(
-            "a product or quotient of two tensors is no function of each entry of one"
+            "a product or quotient of two tensors that both depend on parameters is no function "
+            "of each entry of one"
         )
+    inputs, (place,) = list(call.inputs), call.moving
     with torch.enable_grad():
-        x = call.inputs[0].detach().requires_grad_()
-        y = call(x)
+        x = inputs[place] = inputs[place].detach().requires_grad_()
+        y = call(*inputs)
+        if y.shape != x.shape:
+            raise NotImplementedError(
+                f"inputs of shape {tuple(x.shape)} are broadcast to {tuple(y.shape)}, which is no "
+                "function of each entry alone"
+            )
         (first,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=twice)
         second = None
         if twice and first.requires_grad:
             (second,) = torch.autograd.grad(first, x, torch.ones_like(first), allow_unused=True)
-    return first.detach().flatten(1), None if second is None else second.flatten(1)
+    return _flat(first.detach()), None if second is None else _flat(second)
+
+
+def _flat(batch: Tensor) -> Tensor:
+    """One row an example."""
+    return batch.reshape(len(batch), -1)
 
 
 @rule(
@@ -162,7 +189,7 @@ def selection(call: Call, /) -> Layer:
         (pulled,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
         numbers = torch.arange(n, dtype=x.dtype, device=x.device).expand(len(x), -1)
         (found,) = torch.autograd.grad(pulled, cotangent, numbers.reshape(x.shape))
-    return Layer(Selection(found.round().long().flatten(1), n))
+    return Layer(Selection(_flat(found.round().long()), n))
 
 
 @rule(nn.Linear)
@@ -215,12 +242,8 @@ def batch_norm(call: Call, /) -> Layer:
     """An affine map of each channel, in eval mode."""
     module, (inputs,) = call.module, call.inputs
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    if module.training or module.running_mean is None or module.running_var is None:
-        raise ValueError(
-            "BatchNorm with the statistics of the batch mixes examples, and they must be apart: "
-            "call `model.eval()` before `functional(model)`, or take exact products, "
-            "`per_block(hvp(loss)(params, batch), params)`"
-        )
+    assert module.running_mean is not None
+    assert module.running_var is not None
     per_channel = (1, -1, *[1] * (inputs.dim() - 2))
     mean = module.running_mean.to(inputs).view(per_channel)
     scale = torch.rsqrt(module.running_var.to(inputs) + module.eps).view(per_channel)
@@ -273,7 +296,17 @@ def _shared(
 
 
 @rule(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
-@rule(nn.Softmax, nn.LogSoftmax, nn.Softmin, F.softmax, F.log_softmax, torch.softmax, nn.GLU)
+@rule(
+    nn.InstanceNorm3d,
+    nn.Softmax2d,
+    nn.Softmax,
+    nn.LogSoftmax,
+    nn.Softmin,
+    F.softmax,
+    F.log_softmax,
+    torch.softmax,
+    nn.GLU,
+)
 @rule(nn.LocalResponseNorm, nn.LPPool1d, nn.LPPool2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 @rule(nn.ConvTranspose3d, F.layer_norm)
 def by_autodiff(call: Call, /) -> Layer:
@@ -282,6 +315,8 @@ def by_autodiff(call: Call, /) -> Layer:
     Its Jacobians ``(B, m, n)`` are formed by autodiff, with respect to the input and to each
     parameter.
     """
+    if len(call.inputs) != 1:
+        raise NotImplementedError(f"by_autodiff takes one input, and there are {len(call.inputs)}")
     (inputs,) = call.inputs
 
     def flat(leaf: str | None) -> Callable[[Tensor, Tensor], Tensor]:
@@ -306,14 +341,16 @@ def by_autodiff(call: Call, /) -> Layer:
         dims = (0 if leaf is None else None, 0, 0)
         return lambda g: torch.func.vmap(hessian, in_dims=dims)(at, examples, g).sum(0)
 
-    examples = inputs.flatten(1)
+    examples = _flat(inputs)
+    sizes = (len(inputs), call.shape.numel(), examples.shape[1])
     parameters: dict[str, Dependence] = {
         name: General(
             partial(jacobians, name, value.flatten()),
+            len(inputs),
             curvature(name, value.flatten()),
             value.shape,
         )
         for name, value in call.params.items()
     }
-    jacobian = EachExample(partial(jacobians, None, examples))
+    jacobian = EachExample(partial(jacobians, None, examples), sizes)
     return Layer(jacobian, curvature(None, examples), parameters)

@@ -138,10 +138,48 @@ class Branches(nn.Module):
         return self.head(x + torch.sin(self.left(x) - self.right(x)) + x)
 
 
+class Sizes(nn.Module):
+    """A hidden tensor whose shape is read, a mask, a buffer, a constant and an option."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(2, 3, 2)
+        self.head = nn.Linear(9, 3)
+        self.register_buffer("offset", torch.ones(5, 3))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = torch.tanh(self.stem(x)) * x[:, :1, 1:]
+        y = abs(y + self.offset[:3]) + torch.tensor([0.1, 0.2, 0.3])
+        if mask is not None:
+            y = y * mask
+        y = F.dropout(y.view(y.size(0), -1), training=self.training)
+        return self.head(F.avg_pool1d(torch.sigmoid(y), 1).reshape(y.shape[0], -1))
+
+
+class Downsampled(nn.Module):
+    """A residual block with a convolution on its shortcut, as those of torchvision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.downsample = nn.Sequential(nn.Conv2d(2, 3, 1, stride=2), nn.BatchNorm2d(3))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = self.downsample(x)
+        out = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        out += identity
+        out = torch.tanh(self.relu(out))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
+
+
 ACTIVATIONS = [
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Sigmoid),
     *(nn.Tanh, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.LogSigmoid, nn.ELU, nn.CELU, nn.SELU),
-    *(nn.Softsign, nn.Tanhshrink, nn.Hardswish, nn.PReLU),
+    *(nn.Softsign, nn.Tanhshrink, nn.Hardswish, nn.PReLU, nn.RReLU),
 ]
 
 LAYERS: dict[str, Net] = {
@@ -224,6 +262,21 @@ LAYERS: dict[str, Net] = {
     ),
     "branches": net(Branches, 3),
     "functions": net(SquareRoot, 6),
+    "sizes, masks, constants": net(Sizes, 2, 4),
+    "downsampled": net(Downsampled, 2, 4, 4),
+    "same, circular": net(
+        between(lambda: conv(2, padding="same", padding_mode="circular")), 2, 3, 3
+    ),
+    "conv1d, reflect": net(between(lambda: conv(1, padding=1, padding_mode="reflect")), 2, 4),
+    "avgpool, options": net(
+        lambda: before(nn.AvgPool2d(2, 2, padding=1, ceil_mode=True, count_include_pad=False)),
+        *(2, 5, 5),
+    ),
+    "adaptive average 1d": net(lambda: before(nn.AdaptiveAvgPool1d(2), dims=1), 2, 6),
+    "adaptive maximum 1d": net(lambda: before(nn.AdaptiveMaxPool1d(2), dims=1), 2, 6),
+    "batchnorm3d": net(lambda: before(nn.BatchNorm3d(4), dims=3), 2, 4, 4, 4),
+    "transposed": net(lambda: before(nn.ConvTranspose2d(4, 2, 2)), 2, 4, 4),
+    "gated linear unit": net(lambda: before(nn.GLU(dim=1)), 2, 4, 4),
     "in place": net(
         lambda: nn.Sequential(
             nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 3)

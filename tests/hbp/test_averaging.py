@@ -39,7 +39,7 @@ CHAINS = {
     ),
     "sequence": net(
         lambda: nn.Sequential(
-            nn.Linear(3, 2), nn.GELU(), nn.LayerNorm(2), nn.PReLU(), nn.Flatten(), nn.Linear(8, 3)
+            nn.Linear(3, 3), nn.GELU(), nn.LayerNorm(3), nn.PReLU(), nn.Flatten(), nn.Linear(12, 3)
         ),
         *(4, 3),
         examples=4,
@@ -168,3 +168,14 @@ def test_a_linear_model_with_mean_square_error_is_exact() -> None:
     units = torch.eye(12, dtype=torch.float64).view(-1, 3, 4)
     exact = hf.hvp(hf.hold(case.loss, rest))(chosen, case.batch)({"0.weight": units})["0.weight"]
     torch.testing.assert_close(block.matvec(units), exact)
+
+
+def test_the_mean_of_what_is_not_affine() -> None:
+    """The weight of a PReLU meets min(0, x): its mean is not that of the mean x."""
+    case = CHAINS["sequence"]
+    found = [
+        hf.hbp(case.loss, case.model, average_parameter_jacobian=average)(case.params, case.batch)
+        for average in (True, False)
+    ]
+    one, other = (float(blocks["3.weight"].dense()) for blocks in found)
+    assert abs(one - other) > 1e-3 * abs(other)

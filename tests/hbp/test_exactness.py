@@ -1,5 +1,6 @@
 """With one example nothing is averaged: the blocks are those of the Hessian."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -43,34 +44,95 @@ def _coupled(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().sum().sqrt()
 
 
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        F.cross_entropy,
-        partial(F.cross_entropy, label_smoothing=0.2, reduction="sum"),
-        nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)),
-        F.mse_loss,
-        nn.MSELoss(reduction="sum"),
-        F.binary_cross_entropy_with_logits,
-        partial(F.binary_cross_entropy_with_logits, pos_weight=torch.tensor(3.0)),
-        _huber,
-        _coupled,
-    ],
-    ids=["ce", "ce-options", "ce-weight", "mse", "mse-sum", "bce", "bce-weight", "huber", "norm"],
-)
-def test_losses(criterion) -> None:
-    case = net(
-        lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
-        4,
-        criterion=criterion if criterion is F.cross_entropy else F.mse_loss,
+CLASS = torch.tensor([1, 2, -100, 0])
+SHARES = torch.tensor([[0.2, 0.3, 0.5]] * 4, dtype=torch.float64)
+WEIGHT = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+
+LOSSES = {
+    "ce": (F.cross_entropy, CLASS),
+    "ce, sum, smoothed": (
+        partial(F.cross_entropy, label_smoothing=0.2, reduction="sum", ignore_index=2),
+        torch.tensor([1, 2, 0, 0]),
+    ),
+    "ce, weight": (nn.CrossEntropyLoss(weight=WEIGHT), CLASS),
+    "ce, shares": (F.cross_entropy, SHARES),
+    "mse": (F.mse_loss, SHARES),
+    "mse, sum": (nn.MSELoss(reduction="sum"), SHARES),
+    "bce": (F.binary_cross_entropy_with_logits, SHARES),
+    "bce, weights": (
+        partial(F.binary_cross_entropy_with_logits, pos_weight=2 * WEIGHT, weight=WEIGHT),
+        SHARES,
+    ),
+    "huber": (_huber, SHARES),
+    "coupled": (_coupled, SHARES),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name: str) -> None:
+    """A model that is linear in its parameters: the last bias sees the criterion's Hessian."""
+    criterion, targets = LOSSES[name]
+    case = net(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), 4, examples=4)
+    loss = hf.supervised(hf.functional(case.model)[0], criterion)
+    batch = (case.batch[0], targets)
+    outputs = case.model(batch[0]).detach()
+    whole = torch.func.hessian(lambda z: criterion(z, targets))(outputs)
+    expected = sum(whole[b, :, b] for b in range(4))
+    blocks = hf.hbp(loss, case.model)(case.params, batch)
+    torch.testing.assert_close(blocks["2.bias"].dense(), expected)
+    for b in (0, 1, 3):
+        one = (batch[0][b : b + 1], targets[b : b + 1])
+        exact = exact_blocks(loss, case.params, one)
+        assert largest_error(dense(hf.hbp(loss, case.model)(case.params, one)), exact) < 1e-9
+
+
+def test_losses_at_each_position() -> None:
+    case = net(lambda: nn.Sequential(nn.Conv1d(2, 4, 2), nn.Tanh(), nn.Conv1d(4, 3, 1)), 2, 4)
+    exact = exact_blocks(case.loss, case.params, case.batch)
+    assert (
+        largest_error(dense(hf.hbp(case.loss, case.model)(case.params, case.batch)), exact) < 1e-9
     )
-    inputs, targets = case.batch
-    if "cross_entropy" in str(criterion) or "CrossEntropy" in str(criterion):
-        targets = torch.tensor([1]) if "binary" not in str(criterion) else targets
-    loss = hf.Loss(case.loss.outputs, hf.supervised(case.model, criterion).criterion)
-    batch = (inputs, targets)
-    exact = exact_blocks(loss, case.params, batch)
-    assert largest_error(dense(hf.hbp(loss, case.model)(case.params, batch)), exact) < 1e-9
+
+
+def test_all_targets_ignored() -> None:
+    case = LAYERS["linear"]
+    with pytest.raises(ValueError, match="are all targets ignored"):
+        hf.hbp(case.loss, case.model)(case.params, (case.batch[0], torch.tensor([-100])))
+
+
+def test_batches_that_are_dicts() -> None:
+    case = LAYERS["linear"]
+    model_fn, params = hf.functional(case.model)
+    loss = hf.composed(
+        lambda params, batch: model_fn(params, {"input": batch["x"]}),
+        F.cross_entropy,
+        targets=lambda batch: batch["y"],
+    )
+    found = hf.hbp(loss, case.model)(params, {"x": case.batch[0], "y": case.batch[1]})
+    exact = hf.hbp(case.loss, case.model)(params, case.batch)
+    assert largest_error(dense(found), dense(exact)) == 0
+
+
+def test_single_precision() -> None:
+    case = LAYERS["residual convolutions"]
+    exact = exact_blocks(case.loss, case.params, case.batch)
+    model = copy.deepcopy(case.model).float()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    blocks = hf.hbp(loss, model)(params, (case.batch[0].float(), case.batch[1]))
+    found = {name: block.dense().double() for name, block in blocks.items()}
+    assert largest_error(found, exact) < 1e-4
+
+
+def test_the_module_may_be_in_train_mode_by_now() -> None:
+    case = LAYERS["batchnorm2d"]
+    model = copy.deepcopy(case.model)
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    before = dense(hf.hbp(loss, model)(params, case.batch))
+    model.train()
+    assert largest_error(dense(hf.hbp(loss, model)(params, case.batch)), before) == 0
+    assert not [name for name in vars(model) if "constant" in name]
 
 
 def test_part_of_the_parameters() -> None:

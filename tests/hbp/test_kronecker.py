@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,14 @@ def convolutional(examples: int) -> Net:
         ),
         *(2, 4, 4),
         examples=examples,
+        seed=1,
     )
+
+
+def test_the_rectifier_of_the_convolutional_net_bends() -> None:
+    case = convolutional(5)
+    before = case.model[:2](case.batch[0])
+    assert 0.2 < float((before > 0).double().mean()) < 0.8
 
 
 def gauss_newton_blocks(case: Net) -> dict[str, Tensor]:
@@ -119,21 +128,31 @@ def test_kfra_is_averaged_backpropagation() -> None:
     assert largest_error(dense(kfra), dense(averaged)) < 1e-12
 
 
+def ignored(case: Net) -> Net:
+    """One example does not count."""
+    inputs, targets = case.batch
+    return Net(case.model, case.loss, case.params, (inputs, targets.index_fill(0, LAST, -100)))
+
+
+LAST = torch.tensor([3])
 LIKELIHOODS = {
-    "cross-entropy": (F.cross_entropy, perceptron(4)),
-    "mse": (F.mse_loss, perceptron(4, criterion=F.mse_loss)),
-    "bce": (
-        F.binary_cross_entropy_with_logits,
-        perceptron(4, criterion=F.binary_cross_entropy_with_logits),
+    "cross-entropy": perceptron(4),
+    "ignored": ignored(perceptron(4)),
+    "positions": net(lambda: nn.Sequential(nn.Conv1d(2, 3, 2)), 2, 4, examples=4),
+    "mse": perceptron(4, criterion=F.mse_loss),
+    "mse, sum": perceptron(4, criterion=partial(F.mse_loss, reduction="sum")),
+    "bce": perceptron(4, criterion=F.binary_cross_entropy_with_logits),
+    "bce, sum": perceptron(
+        4, criterion=partial(F.binary_cross_entropy_with_logits, reduction="sum")
     ),
-    "convolution": (F.cross_entropy, convolutional(4)),
+    "convolution": convolutional(4),
 }
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_expectation_of_kfac_is_kflr(likelihood: str) -> None:
     """10,000 draws in 100 groups: the mean of these within 4 standard errors, entry by entry."""
-    _, case = LIKELIHOODS[likelihood]
+    case = LIKELIHOODS[likelihood]
     exact = hf.kflr(case.loss, case.model)(case.params, case.batch)
     groups = [
         hf.kfac(case.loss, case.model, samples=100, seed=seed)(case.params, case.batch)
@@ -277,7 +296,7 @@ def test_what_is_refused() -> None:
     smoothed = hf.supervised(case.loss.outputs, nn.CrossEntropyLoss(label_smoothing=0.1))
     with pytest.raises(ValueError, match="negative logarithm of a likelihood"):
         hf.kfac(smoothed, case.model)
-    with pytest.raises(ValueError, match="'0.weight' is no parameter of a module that the loss"):
+    with pytest.raises(ValueError, match="'0.weight' of shape .* is no parameter"):
         hf.kflr(case.loss, perceptron(2).model)(case.params, case.batch)
     with pytest.raises(TypeError, match="two halves"):
         hf.kflr(lambda params, batch: 0.0, case.model)
@@ -298,3 +317,111 @@ def test_a_module_that_is_called_twice_is_refused() -> None:
         hf.kfra(case.loss, case.model)(case.params, case.batch)
     with pytest.raises(ValueError, match="'layer' is called 2 times"):
         hf.kflr(case.loss, case.model)(case.params, case.batch)
+
+
+def test_factors_of_a_convolution() -> None:
+    """By the definition of Grosse and Martens, from gradients and patches, example by example."""
+    case = net(
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)),
+        *(2, 3, 3),
+        examples=4,
+    )
+    inputs = case.batch[0]
+    patches = F.unfold(inputs, 2)
+    hidden = case.model[0](inputs).detach()
+    outer = torch.zeros(3, 3, dtype=torch.float64)
+    for b in range(4):
+        jacobian = torch.func.jacrev(lambda z: case.model[1:](z)[0])(hidden[b : b + 1])
+        jacobian = jacobian.reshape(3, 3, 4).detach()
+        share = torch.softmax(case.model(inputs[b : b + 1]).detach()[0], 0)
+        inner = (torch.diag(share) - torch.outer(share, share)) / 4
+        outer += torch.einsum("iop,ij,jap->oa", jacobian, inner, jacobian)
+    expected = torch.kron(outer, torch.einsum("bkp,blp->kl", patches, patches) / 16)
+    block = hf.kflr(case.loss, case.model)(case.params, case.batch)["0.weight"]
+    torch.testing.assert_close(block.dense(), expected)
+
+
+def test_one_output_without_an_axis() -> None:
+    case = net(
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1), nn.Flatten(0)),
+        4,
+        examples=5,
+        criterion=F.mse_loss,
+    )
+    for family in (hf.hbp, *FAMILY.values()):
+        blocks = family(case.loss, case.model)(case.params, case.batch)
+        hidden = torch.tanh(case.model[0](case.batch[0])).detach()
+        if family is not hf.hbp:
+            expected = 2 * hidden.mT @ hidden / 5
+            torch.testing.assert_close(blocks["2.weight"].dense(), expected)
+        assert float(blocks["2.bias"].dense()) == pytest.approx(2.0)
+
+
+def test_no_curvature_at_the_outputs() -> None:
+    case = perceptron(3, criterion=F.l1_loss)
+    for family in FAMILY.values():
+        blocks = family(case.loss, case.model)(case.params, case.batch)
+        assert blocks.trace() == 0
+
+
+def test_closed_forms_of_the_user() -> None:
+    case = perceptron(3, criterion=F.mse_loss)
+    seven = hf.with_output_hessian(F.mse_loss, lambda outputs, _: lambda tangent: 7 * tangent)
+    loss = hf.supervised(hf.functional(case.model)[0], seven)
+    for family in (hf.hbp, *FAMILY.values()):
+        bias = family(loss, case.model)(case.params, case.batch)["4.bias"]
+        torch.testing.assert_close(bias.dense(), 21 * torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("family", [hf.hbp, *FACTORED.values()])
+@pytest.mark.parametrize("layer", [lambda: nn.BatchNorm1d(5), nn.Dropout])
+def test_train_mode_is_refused_with_its_parameters_held(family, layer) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), layer(), nn.Linear(5, 3)).train()
+    model[1].requires_grad_(False)
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    with pytest.raises(ValueError, match="'1'.* call `model.eval\\(\\)` before"):
+        family(loss, model)(params, (torch.ones(3, 4), torch.tensor([0, 1, 2])))
+
+
+def test_keywords_and_a_model_that_is_one_layer() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)
+
+    for make in (Keywords, lambda: nn.Linear(4, 3)):
+        case = net(make, 4, examples=3, criterion=F.mse_loss)
+        for family in (hf.hbp, *FAMILY.values()):
+            blocks = family(case.loss, case.model)(case.params, case.batch)
+            bias = list(blocks.values())[1]
+            torch.testing.assert_close(bias.dense(), 2 / 3 * torch.eye(3, dtype=torch.float64))
+
+
+def test_factors_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hessfunc.hbp import blocks
+
+    case = net(lambda: nn.Linear(3000, 3), 3000, examples=2)
+    monkeypatch.setattr(blocks, "available_memory", lambda _: 2**20)
+    for family in (hf.kfra, hf.kflr):
+        with pytest.raises(MemoryError, match="GiB"):
+            family(case.loss, case.model)(case.params, case.batch)
+    with pytest.raises(MemoryError, match="exact products"):
+        hf.hbp(case.loss, case.model, average_parameter_jacobian=False)(case.params, case.batch)
+
+
+def test_a_positive_matrix_with_any_damping_is_invertible_in_single_precision() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 3))
+        batch = 255 * torch.rand(10, 30), torch.randint(3, (10,))
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    for family in FAMILY.values():
+        blocks = family(loss, model)(params, batch)
+        step = blocks.inverse_matvec(hf.random_like(params, 1, seed=0), 1e-6)
+        assert all(bool(leaf.isfinite().all()) for leaf in step.values())
+        assert blocks.logdet(1e-6) < blocks.logdet(1e-3)

@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.hbp import Call, Layer, by_autodiff, elementwise, rule
+from hessfunc.hbp import Call, Layer, by_autodiff, elementwise, rule, rules
 from hessfunc.hbp.propagate import Reached, backpropagated
-from hessfunc.hbp.rules import rule_of
 from tests.cases import Residual, TiedHead
 from tests.hbp.cases import dense, exact_blocks, largest_error, net
 
@@ -118,7 +117,8 @@ def with_rules() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), Swish(), Scale(5), nn.Linear(5, 3))
 
 
-def test_rules_of_the_user() -> None:
+def test_rules_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
     case = net(with_rules, 4)
     with pytest.raises(NotImplementedError, match="register"):
         hf.hbp(case.loss, case.model)(case.params, case.batch)
@@ -130,19 +130,16 @@ def test_rules_of_the_user() -> None:
         return elementwise(call)
 
     rule(Scale)(by_autodiff)
-    try:
-        blocks = hf.hbp(case.loss, case.model)(case.params, case.batch)
-        exact = exact_blocks(case.loss, case.params, case.batch)
-        assert largest_error(dense(blocks), exact) < 1e-10
-        assert seen == [case.model[1]]
-        positive = hf.hbp(case.loss, case.model, residual="clip")(case.params, case.batch)
-        for block in positive.values():
-            assert float(torch.linalg.eigvalsh(block.dense()).min()) > -1e-12
-    finally:
-        from hessfunc.hbp import rules
-
-        del rules._RULES[Swish], rules._RULES[Scale]
-    assert rule_of(Swish) is None
+    blocks = hf.hbp(case.loss, case.model)(case.params, case.batch)
+    exact = exact_blocks(case.loss, case.params, case.batch)
+    assert largest_error(dense(blocks), exact) < 1e-10
+    assert seen == [case.model[1]]
+    positive = hf.hbp(case.loss, case.model, residual="clip")(case.params, case.batch)
+    for block in positive.values():
+        assert float(torch.linalg.eigvalsh(block.dense()).min()) > -1e-12
+    rule(Scale)(elementwise)
+    with pytest.raises(NotImplementedError, match="at '2', does not say .* 'log_scale'"):
+        hf.hbp(case.loss, case.model)(case.params, case.batch)
 
 
 def test_the_hessian_at_an_inner_tensor_reaches_the_callback() -> None:
@@ -159,9 +156,16 @@ def test_the_hessian_at_an_inner_tensor_reaches_the_callback() -> None:
         ),
         residual="none",
         average_input_jacobian=True,
+        average_parameter_jacobian=True,
     )
     curvature(case.params, case.batch)
-    assert [tuple(reached.hessian.shape) for reached in seen] == [(3, 3)] * 2 + [(8, 8)] * 2
+    hidden = case.model[0](case.batch[0]).detach()
+    at_hidden = torch.func.hessian(lambda z: case.loss.criterion(case.model[1:](z), case.batch))(
+        hidden
+    )
+    torch.testing.assert_close(seen[-1].hessian, at_hidden.reshape(8, 8))
+    share = torch.softmax(case.model(case.batch[0]).detach(), 1)[0]
+    torch.testing.assert_close(seen[0].hessian, torch.diag(share) - torch.outer(share, share))
 
 
 def refused(make, *shape: int, examples: int = 2, **options) -> None:
@@ -232,7 +236,7 @@ class Untouched(nn.Module):
         (OwnParameter, NotImplementedError, "'shift' is used outside of a module"),
         (Gate, NotImplementedError, "at 'mul'.* product"),
         (Untouched, ValueError, "does not depend on parameter 'unused.weight'"),
-        (OverExamples, NotImplementedError, "at 'flip': the first example alone"),
+        (OverExamples, NotImplementedError, "at 'flip': one example alone"),
     ],
     ids=["twice", "by value", "own parameter", "gate", "unused", "over examples"],
 )
@@ -264,7 +268,7 @@ def test_a_matrix_that_does_not_fit_is_refused_before_it_is_made() -> None:
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.mse_loss)
     inputs = torch.zeros(1, 3, 100, 100)
-    with pytest.raises(MemoryError, match=r"matrix of 614656 x 614656, takes .* GiB.*pchvp"):
+    with pytest.raises(MemoryError, match=r"614656 x 614656 at .0., takes .* GiB.*pchvp"):
         hf.hbp(loss, model)(params, (inputs, model(inputs).detach()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from bench.blocks.problems import Problem
 
 __all__ = ["extended", "factored_products", "gradient_once", "product_functions"]
+
+# The inputs need no gradients, which torch remarks on at each backward pass.
+warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 _OPTIONS = {"PCHMP": {"modify": "abs"}}
 
