@@ -30,13 +30,17 @@ from hessfunc.algorithms.trace.xtrace import xtrace
 from hessfunc.checks import Check, check
 from hessfunc.functional import Loss, composed, functional, hold, sliced, supervised
 from hessfunc.hbp import Block, Blocks, ekfac, hbp, kfac, kflr, kfra
+from hessfunc.landscape import Landscape, landscape
 from hessfunc.recompute import recomputed
 from hessfunc.sharpness import Sharpness, adam_diagonal, critical_sharpness
 from hessfunc.spectra import block_spectra
+from hessfunc.training.absa import absa
+from hessfunc.training.adversarial import fgsm, pgd
 from hessfunc.training.exact import exact_blocks
 from hessfunc.training.newton import Newton, NewtonState, newton
 from hessfunc.training.optimizer import NewtonOptimizer
 from hessfunc.training.solvers import conjugate_gradients, direct
+from hessfunc.training.tracking import Measurement, Point, Tracker, Tracking, tracked, tracking
 from hessfunc.transforms.activations import activations
 from hessfunc.transforms.arithmetic import (
     add,
@@ -118,6 +122,7 @@ __all__ = [
     "cg",
     "minres",
     "block_spectra",
+    "landscape",
     "critical_sharpness",
     "adam_diagonal",
     "check",
@@ -129,6 +134,13 @@ __all__ = [
     "exact_blocks",
     "conjugate_gradients",
     "direct",
+    "absa",
+    "fgsm",
+    "pgd",
+    "tracked",
+    "tracking",
+    "Tracker",
+    "Tracking",
     # Results
     "Eigenpairs",
     "Estimate",
@@ -137,6 +149,9 @@ __all__ = [
     "Density",
     "Solution",
     "Sharpness",
+    "Landscape",
+    "Measurement",
+    "Point",
     "Check",
     "pool",
     "load",

@@ -1,4 +1,4 @@
-"""The parts of an analysis, one after another: eigenvalues, trace, density."""
+"""The parts of an analysis, one after another: eigenvalues, trace, density, landscapes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 
 import hessfunc as hf
 from hessfunc.algorithms.results import Result
+from hessfunc.landscape import Landscape, landscape
 from hessfunc.problems.targets import Problem
 from hessfunc.report import Part, brief
-from hessfunc.trees import Space
+from hessfunc.trees import Space, tree_map
 
 __all__ = ["Tick", "Watch", "analyse"]
 
@@ -28,6 +29,8 @@ def analyse(
     steps: int,
     trace_rtol: float,
     max_matvecs: int,
+    points: int,
+    radius: float,
     seed: int,
     checkpoint: Path | None,
     watch: Watch,
@@ -40,6 +43,8 @@ def analyse(
         steps: Lanczos steps for each of them.
         trace_rtol: the relative half-width of the trace's 95 % interval that is enough.
         max_matvecs: the budget of eigenvalues and of the trace, each.
+        points: of the loss on an axis of a line and a plane; 0 for neither.
+        radius: how far that line and that plane reach along the unit eigenvectors.
         seed: of all random vectors.
         checkpoint: a folder that keeps the state of each part, to go on from; None for nowhere.
         watch: called with the name of each part that starts; gives a function that is called with
@@ -54,26 +59,50 @@ def analyse(
     def part(name: str, run: Callable[..., Result], share: Callable[[Any], float]) -> Part:
         tick = watch(name)
         started = time.perf_counter()
-        result = run(
-            callback=lambda running: tick(share(running), brief(running)),
-            checkpoint=None if checkpoint is None else checkpoint / name,
-        )
+        result = run(callback=lambda running: tick(share(running), brief(running)))
         tick(1.0, brief(result))
         return Part(name, result, time.perf_counter() - started)
+
+    def kept(name: str, run: Callable[..., Result]) -> Callable[..., Result]:
+        return partial(run, checkpoint=None if checkpoint is None else checkpoint / name)
 
     def converged(running: hf.Eigenpairs) -> float:
         return float(running.converged.double().mean())
 
-    yield part("eigenvalues", partial(pairs, k=k), converged)
+    top = part("eigenvalues", kept("eigenvalues", partial(pairs, k=k)), converged)
+    yield top
     # The lower end is often close to the bulk, where a short basis would restart again and again.
-    yield part("smallest", partial(pairs, k=1, which="SA", basis_size=40), converged)
-    yield part(
-        "trace",
-        partial(hf.xtrace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, seed=seed),
-        lambda running: running.matvecs / max_matvecs,
+    smallest = partial(pairs, k=1, which="SA", basis_size=40)
+    yield part("smallest", kept("smallest", smallest), converged)
+    trace = partial(hf.xtrace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, seed=seed)
+    yield part("trace", kept("trace", trace), lambda running: running.matvecs / max_matvecs)
+    density = partial(hf.slq, matvec, params, probes=probes, steps=steps, seed=seed)
+    wanted = probes * steps
+    yield part("density", kept("density", density), lambda running: running.matvecs / wanted)
+    if not points:
+        return
+    for name, count in (("line", 1), ("plane", 2)):
+        if count <= k:
+            yield part(
+                name, partial(_landscape, problem, top.result, count, points, radius), _known
+            )
+
+
+def _landscape(
+    problem: Problem, pairs: Any, count: int, points: int, radius: float, /, **options: Any
+) -> Landscape:
+    """The loss along the first eigenvectors."""
+    along = tree_map(lambda leaf: leaf[:count], pairs.vectors)
+    return landscape(
+        problem.loss,
+        problem.params,
+        problem.batches,
+        along,
+        radius=radius,
+        points=points,
+        **options,
     )
-    yield part(
-        "density",
-        partial(hf.slq, matvec, params, probes=probes, steps=steps, seed=seed),
-        lambda running: running.matvecs / (probes * steps),
-    )
+
+
+def _known(running: Landscape) -> float:
+    return float(running.values.isfinite().double().mean())

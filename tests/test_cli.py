@@ -80,9 +80,13 @@ def test_analysis_of_a_known_hessian(here: Path) -> None:
     # D is diagonal, so every probe of signs gives the trace.
     assert found["trace"]["value"] == pytest.approx(7.5, rel=1e-5)
     assert found["density"]["n"] == 6
-    assert {"eigenvalues.npz", "smallest.npz", "trace.npz", "density.npz", "density.png"} <= {
-        file.name for file in (here / "found").iterdir()
-    }
+    # The loss is x'Dx / 2 at the ones, so along the first unit vector it is 3.75 + 5 (s + s^2 / 2).
+    assert found["line"]["x"][0] == -0.5
+    assert min(found["line"]["values"]) == pytest.approx(3.75 - 1.875, rel=1e-5)
+    assert len(found["plane"]["values"]) == len(found["plane"]["values"][0]) == 15
+    names = {file.name for file in (here / "found").iterdir()}
+    assert {f"{part}.npz" for part in found} <= names
+    assert {"report.html", "density.png", "line.png", "plane.png"} <= names
     pairs = hf.load(here / "found" / "eigenvalues.npz")
     assert pairs.vectors["x"].shape == (3, 6)
 
@@ -93,8 +97,25 @@ def test_dtype_examples_and_batch_size(here: Path) -> None:
         *("--dtype", "float64", "--device", "cpu", "--examples", "3", "--batch-size", "2"),
     )
     assert done.exit_code == 0, done.output
-    subject = results(here / "hessfunc-out")["subject"]
+    content = results(here / "hessfunc-out")
+    subject = content["subject"]
     assert (subject["dtype"], subject["examples"], subject["batches"]) == ("float64", 3, 2)
+    assert content["run"]["command"].endswith(
+        "analyze mine:quadratic --k 1 --probes 1 --steps 3 --examples 3 --batch-size 2 "
+        "--device cpu --dtype float64"
+    )
+
+
+def test_landscapes_reach_as_far_as_they_are_told(here: Path) -> None:
+    done = analyze("mine:quadratic", "--k", "1", "--landscape", "5", "--radius", "2")
+    assert done.exit_code == 0, done.output
+    found = results(here / "hessfunc-out")["results"]
+    assert found["line"]["x"] == [-2, -1, 0, 1, 2]
+    assert "plane" not in found
+    assert analyze("mine:quadratic", "--k", "2", "--landscape", "0").exit_code == 0
+    found = results(here / "hessfunc-out")["results"]
+    assert list(found) == ["eigenvalues", "smallest", "trace", "density"]
+    assert not (here / "hessfunc-out" / "line.png").exists()
 
 
 def test_the_seed_repeats_the_results(here: Path) -> None:
@@ -110,12 +131,12 @@ def test_a_killed_analysis_goes_on_from_its_checkpoint(here: Path) -> None:
     arguments = ("mine:quadratic", "--k", "2", "--steps", "4", "--checkpoint", "state")
     assert analyze(*arguments).exit_code == 0
     first = results(here / "hessfunc-out")["results"]
-    parts = {"eigenvalues", "smallest", "trace", "density"}
-    # So small a trace is exact, and needs no state.
-    assert {folder.name for folder in (here / "state").iterdir()} == parts - {"trace"}
+    # So small a trace is exact, and needs no state; landscapes take few evaluations.
+    kept = {"eigenvalues", "smallest", "density"}
+    assert {folder.name for folder in (here / "state").iterdir()} == kept
     assert analyze(*arguments).exit_code == 0
     again = results(here / "hessfunc-out")["results"]
-    for part in parts:
+    for part in first:
         first[part].pop("seconds", None)
         again[part].pop("seconds", None)
     assert again == first
@@ -135,6 +156,7 @@ def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
     assert content["status"] == "interrupted"
     assert list(content["results"]) == ["eigenvalues", "smallest"]
     assert {file.name for file in (here / "hessfunc-out").iterdir()} == {
+        "report.html",
         "results.json",
         "eigenvalues.npz",
         "smallest.npz",
@@ -154,6 +176,8 @@ def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
         (["mine:quadratic", "--device", "abacus"], "--device abacus cannot be used: "),
         (["mine:quadratic", "--out", "mine.py"], "--out mine.py cannot be used: File exists"),
         (["mine:quadratic", "--data", "x"], "go with cifar10 alone"),
+        (["mine:quadratic", "--landscape", "2"], "--landscape is 0 or at least 3 points"),
+        (["mine:quadratic", "--radius", "-1"], "--radius a positive number"),
         (["cifar10"], "set HESSFUNC_DATA"),
         (["cifar10", "--weights", "none.th"], "no weights at none.th"),
     ],

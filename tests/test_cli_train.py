@@ -1,9 +1,15 @@
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import hessfunc as hf
 from tests.datapath import DATA, data_file
 
 pytest.importorskip("typer")
@@ -14,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from hessfunc.cli import app
 from hessfunc.training import runs as training
+from hessfunc.training import tasks
 from hessfunc.training.loop import train as loop
 
 
@@ -53,7 +60,9 @@ def test_training(arguments: tuple[str, ...]) -> None:
     assert done.stderr.count("\n") == 3
     assert done.stderr.startswith("epoch 0: loss 2.")
     assert "accuracy" in done.stdout
-    assert done.stdout.endswith("history.json and history.png are in hessfunc-train\n")
+    assert done.stdout.endswith(
+        "history.json, history.png and checkpoint.pt are in hessfunc-train\n"
+    )
     content = history()
     assert content["settings"]["examples"] == content["settings"]["test"] == 200
     assert content["versions"]["torch"]
@@ -65,6 +74,7 @@ def test_training(arguments: tuple[str, ...]) -> None:
     assert {file.name for file in Path("hessfunc-train").iterdir()} == {
         "history.json",
         "history.png",
+        "checkpoint.pt",
     }
 
 
@@ -112,14 +122,28 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "abacus"], "--data is digits or cifar10, not 'abacus'"),
-        (["--data-path", "x"], "--data-path goes with --data cifar10 alone"),
+        (["--data", "abacus"], "--data is digits, mnist or cifar10, not 'abacus'"),
+        (["--data-path", "x"], "--data-path goes with --data mnist or cifar10 alone"),
         (["--data", "cifar10"], "set HESSFUNC_DATA"),
+        (["--data", "cifar10", "--data-path", "none"], "no CIFAR-10 (train) at none: expected"),
+        (["--data", "mnist"], "set HESSFUNC_DATA"),
+        (["--data", "mnist", "--data-path", "none"], "no MNIST (train) at none: expected a folder"),
+        (["--arch", "resnet21"], "the depth of a CIFAR ResNet is 6n + 2"),
+        (["--arch", "c1", "--depth", "20"], "--depth goes with --arch resnet alone, not with c1"),
+        (["--method", "adam"], "--method is sgd or absa, not 'adam'"),
+        (["--eps", "0.1"], "--eps goes with --method absa alone"),
+        (["--patience", "3"], "--patience goes with --method absa alone"),
+        (["--lr-decay-epoch", "soon"], "--lr-decay-epoch is a list such as 30,60, not 'soon'"),
+        (["--lr-decay", "0"], "lr_decay=0.0: it must be positive"),
+        (["--track", "all"], "--track is top or full, not 'all'"),
         (["--arch", "c4d3"], "there is no 'c4d3' for digits: choose mlp, convnet"),
         (["--optimizer", "adam"], "--optimizer is sgd or newton, not 'adam'"),
         (["--optimizer", "sgd", "--alpha", "0.1"], "--alpha goes with --optimizer newton alone"),
         (["--optimizer", "sgd", "--cg-max", "3"], "--cg-max goes with --optimizer newton alone"),
-        (["--momentum", "0.9"], "--momentum goes with --optimizer sgd alone"),
+        (
+            ["--optimizer", "newton", "--momentum", "0.9"],
+            "--momentum goes with --optimizer sgd alone",
+        ),
         (["--curvature", "none"], "choose one of hbp-none"),
         (["--curvature", "ggn", "--max-blocks", "2"], "goes with hbp alone"),
         (["--curvature", "ggn", "--solve", "direct"], "solve by cg"),
@@ -145,11 +169,169 @@ def test_an_unknown_experiment_is_refused() -> None:
     assert "set HESSFUNC_DATA" in experiment("exp01").stderr
 
 
-@pytest.mark.parametrize("command", ["train", "experiment"])
-def test_help_names_options(command: str) -> None:
+_SHARED = ("--examples", "--data-path", "--device")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train", ("--epochs", "--minutes", "--out", "--method", "--large-ratio", "--track")),
+        ("experiment", ("--epochs", "--minutes", "--out")),
+        ("eig", ("--resume", "--type", "--arch")),
+    ],
+)
+def test_help_names_options(command: str, words: tuple[str, ...]) -> None:
     text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"}).stdout
-    for word in ("--epochs", "--examples", "--minutes", "--data-path", "--out", "--device"):
+    for word in (*words, *_SHARED):
         assert word in text
+
+
+ABSA = (
+    *("train", "--arch", "c1", "--method", "absa", "--large-ratio", "4", "--patience", "2"),
+    *("--adversarial-share", "0.3", "--eps", "0.01", "--lr", "0.02", "--lr-decay-epoch", "3"),
+    *("--epochs", "4", "--batch-size", "20", "--examples", "100", "--track", "top"),
+)
+
+
+def test_absa() -> None:
+    done = CliRunner().invoke(app, [*ABSA, "--depth", "20"])
+    assert "--depth goes with --arch resnet alone" in done.stderr
+    done = CliRunner().invoke(app, ABSA)
+    assert done.exit_code == 0, done.output
+    assert "eigenvalue" in done.stderr
+    assert "2 batches a step" in done.stderr
+    assert "sgd, absa" in " ".join(done.stdout.split())
+    content = history()
+    assert content["settings"]["max_ratio"] == 4
+    assert content["settings"]["eps"] == 0.01
+    (run,) = content["runs"]
+    shares = [record["adversarial_share"] for record in run["records"]]
+    assert shares[:2] == [0.3, 0.3]
+    assert shares[-1] == 0
+    ratios = [record["ratio"] for record in run["records"]]
+    assert ratios == sorted(ratios)
+    assert ratios[-1] >= 2
+    assert run["records"][-1]["step"] < 20
+    assert all(record["eigenvalue"] is not None for record in run["records"][1:])
+
+
+def test_a_fixed_large_batch_and_a_resnet() -> None:
+    done = train(
+        *("--arch", "ResNet", "--depth", "8", "--large-ratio", "3", "--track", "full"),
+        *("--epochs", "1", "--batch-size", "10", "--examples", "60"),
+    )
+    assert done.exit_code == 0, done.output
+    content = history()
+    assert content["settings"]["arch"] == "resnet8"
+    last = content["runs"][0]["records"][-1]
+    assert (last["step"], last["ratio"]) == (2, 3)
+    assert last["eigenvalue"] > 0
+
+
+def timeless(file: str) -> list[dict[str, object]]:
+    (run,) = history(file)["runs"]
+    assert run["ended"] == "complete"
+    return [{**record, "seconds": 0.0} for record in run["records"]]
+
+
+@pytest.mark.slow
+def test_a_training_that_was_killed_ends_with_the_same_bits() -> None:
+    start = "from hessfunc.cli import main; main()"
+    command = [sys.executable, "-c", start, *ABSA, "--save-every", "1", "--epochs", "12"]
+    here = str(Path(hf.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
+    quiet = {"env": environment, "stderr": subprocess.PIPE, "text": True}
+    subprocess.run([*command, "--out", "whole"], check=True, **quiet)
+    for seen in (3, 6):
+        # Within the epoch after so many lines.
+        running = subprocess.Popen([*command, "--out", "killed"], **quiet)
+        for _ in range(seen):
+            assert running.stderr.readline().startswith("epoch")
+        time.sleep(0.03)
+        running.kill()
+        running.communicate()
+        assert history("killed/history.json")["runs"][0]["ended"] == "running"
+    subprocess.run([*command, "--out", "killed"], check=True, **quiet)
+    assert timeless("whole/history.json") == timeless("killed/history.json")
+    whole, killed = (
+        torch.load(f"{out}/checkpoint.pt", weights_only=True)["state_dict"]
+        for out in ("whole", "killed")
+    )
+    assert all(torch.equal(leaf, killed[name]) for name, leaf in whole.items())
+
+
+def test_an_unfinished_training_of_other_settings_is_refused() -> None:
+    options = ("--arch", "c1", "--examples", "60", "--epochs", "2")
+    assert train(*options, "--minutes", "0").exit_code == 0
+    refused = train(*options, "--lr", "0.3")
+    assert refused.exit_code == 2
+    assert "unfinished training of other settings, as lr was 0.1 and is 0.3" in refused.stderr
+    assert train(*options).exit_code == 0
+    assert train(*options, "--lr", "0.3").exit_code == 0
+
+
+def test_a_damaged_checkpoint_is_refused() -> None:
+    Path("hessfunc-train").mkdir()
+    Path("hessfunc-train/checkpoint.pt").write_bytes(b"half")
+    refused = train("--examples", "60", "--epochs", "1")
+    assert refused.exit_code == 2
+    assert refused.stderr.count("\n") == 1
+    assert "checkpoint.pt is damaged" in refused.stderr
+
+
+def eig(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["eig", *arguments])
+
+
+def test_eigenvalues_of_a_saved_net() -> None:
+    train("--epochs", "1", "--arch", "c1", "--examples", "250")
+    file = "hessfunc-train/checkpoint.pt"
+    model = tasks.saved("digits", "c1", Path(file)).eval()
+    seen, _ = tasks.examples("digits")
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+    for kind, more, count in (
+        ("approximate", (), 200),
+        ("full", ("--examples", "250", "--batch-size", "100"), 250),
+    ):
+        done = eig("--resume", file, "--arch", "c1", "--type", kind, "--k", "2", *more)
+        assert done.exit_code == 0, done.output
+        assert f"{count} examples" in done.stdout
+        rows = [line.split() for line in done.stdout.splitlines() if "yes" in line]
+        matvec = hf.hvp(loss)(params, (seen.inputs[:count], seen.targets[:count]))
+        expected = hf.lanczos(matvec, params, k=2, seed=1).values.tolist()
+        assert [float(row[1]) for row in rows] == pytest.approx(expected, rel=1e-3)
+
+
+def test_eig_reads_plain_state_dicts_too() -> None:
+    model = tasks.net("digits", "mlp")()
+    torch.save({f"module.{n}": p for n, p in model.state_dict().items()}, "plain.pt")
+    done = eig("--resume", "plain.pt")
+    assert done.exit_code == 0, done.output
+    assert "residual" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "none.pt"], "no weights at none.pt: expected checkpoint.pt of hessfunc"),
+        (["--resume", "text.pt"], "text.pt is no checkpoint"),
+        (["--resume", "mlp.pt", "--arch", "c1"], "does not hold the weights of a c1 for digits"),
+        (["--resume", "mlp.pt", "--arch", "c9"], "there is no 'c9' for digits"),
+        (["--resume", "mlp.pt", "--type", "some"], "--type is approximate or full, not 'some'"),
+        (["--resume", "mlp.pt", "--data", "abacus"], "--data is digits, mnist or cifar10"),
+        (["--resume", "mlp.pt", "--k", "9999"], "k=9999: the matrix has 2410 eigenvalues"),
+    ],
+)
+def test_mistakes_of_eig_are_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    Path("text.pt").write_text("not a checkpoint")
+    torch.save(tasks.net("digits", "mlp")().state_dict(), "mlp.pt")
+    refused = eig(*arguments)
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("hessfunc: ")
+    assert refused.stderr.count("\n") == 1
+    assert message in refused.stderr
 
 
 @pytest.mark.slow

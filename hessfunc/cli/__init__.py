@@ -13,6 +13,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 from hessfunc.cli.analyze import analyze
+from hessfunc.cli.eig import eig
 from hessfunc.cli.experiment import experiment
 from hessfunc.cli.train import train
 
@@ -52,5 +53,5 @@ def _root(
     """Curvature of neural networks: eigenvalues, traces, spectral densities, and training."""
 
 
-for command in (analyze, train, experiment):
+for command in (analyze, train, eig, experiment):
     app.command()(command)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from hessfunc.cli.command import command_line
 from hessfunc.cli.errors import fail, in_one_line
 from hessfunc.cli.places import DType, make_folder, place
 from hessfunc.cli.progress import bars, watch
@@ -26,6 +29,7 @@ _EFFORT = "Effort"
 
 
 def analyze(
+    context: typer.Context,
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="digits, cifar10 or module:function.")
     ] = "digits",
@@ -72,6 +76,23 @@ def analyze(
             rich_help_panel=_EFFORT,
         ),
     ] = 300,
+    landscape: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Points an axis of the loss along the top eigenvectors; 0 for no landscape.",
+            rich_help_panel=_EFFORT,
+        ),
+    ] = 15,
+    radius: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="How far the landscape reaches along unit eigenvectors.",
+            rich_help_panel=_EFFORT,
+        ),
+    ] = 0.5,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -134,8 +155,9 @@ def analyze(
     """Analyse the Hessian of a network's loss on its data.
 
     Finds the eigenvalues that are largest in absolute value, the smallest (most negative) one, the
-    trace and the spectral density. Each is written as soon as it is there, so Ctrl-C leaves what
-    is finished: results.json, density.png, and an .npz file for each.
+    trace, the spectral density, and the loss along the top eigenvectors. Each is written as soon
+    as it is there, so Ctrl-C leaves what is finished: report.html for the browser, results.json,
+    pictures, and an .npz file for each.
 
     TARGET is one of
 
@@ -150,12 +172,15 @@ def analyze(
         fail(f"TARGET is digits, cifar10 or module:function, not {target!r}")
     if target != "cifar10" and (data or weights):
         fail("--data and --weights go with cifar10 alone")
+    if landscape in (1, 2) or not 0 < radius < math.inf:
+        fail("--landscape is 0 or at least 3 points, --radius a positive number")
 
     from hessfunc import report
     from hessfunc.analysis import analyse
     from hessfunc.problems.targets import make_problem
 
-    folder = report.Folder(out)
+    began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    folder = report.Folder(out, report.Run(command_line(context), seed, began))
     status = "failed"
     try:
         where, kind = place(device, dtype)
@@ -182,6 +207,8 @@ def analyze(
                 steps=steps,
                 trace_rtol=trace_rtol,
                 max_matvecs=max_matvecs,
+                points=landscape,
+                radius=radius,
                 seed=seed,
                 checkpoint=checkpoint,
                 watch=lambda name: watch(progress, name),
@@ -200,9 +227,10 @@ def analyze(
         folder.close(status)
 
     console = Console(markup=False, emoji=False)
-    console.print(f"\n{report.headline(folder.subject)}", highlight=False)
-    console.print(report.table(folder.parts))
-    console.print(f"results.json, density.png and the results in full are in {out}")
+    found = folder.content
+    console.print(f"\n{target}: {report.plain(report.headline(found['subject']))}", highlight=False)
+    console.print(report.table(found["results"]))
+    console.print(f"report.html, results.json, pictures and the results in full are in {out}")
 
 
 def _returned(

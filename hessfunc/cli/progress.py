@@ -38,8 +38,11 @@ def watch(progress: Progress, name: str, /) -> Callable[[float, str], None]:
 def line(record: Record, /) -> str:
     """Where a training stands, in one line."""
     tested = "" if record.test_accuracy is None else f" (test {record.test_accuracy:.1%})"
+    several = "" if record.ratio == 1 else f"{record.ratio} batches a step, "
+    curved = "" if record.eigenvalue is None else f"eigenvalue {record.eigenvalue:.4g}, "
     return (
         f"epoch {record.epoch:g}: loss {record.loss:.4f}, accuracy {record.accuracy:.1%}{tested}, "
+        f"{several}{curved}"
         f"{record.gradients:,.0f} gradient-equivalents, {record.seconds:.1f} s"
     )
 

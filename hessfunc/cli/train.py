@@ -2,54 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 
 from hessfunc.cli.errors import fail, in_one_line
+from hessfunc.cli.methods import OF_ABSA, OF_NEWTON, epochs_of, optimiser, schedule
+from hessfunc.cli.options import (
+    Arch,
+    DataPath,
+    Depth,
+    Device,
+    Traceback,
+    Training,
+    named_net,
+    refuse_data,
+)
 from hessfunc.cli.places import make_folder, place
 from hessfunc.cli.progress import bars, line, share, watch
 
 if TYPE_CHECKING:
     from hessfunc.training.history import Run
-    from hessfunc.training.methods import Method
+    from hessfunc.training.runs import Track
 
 __all__ = ["train"]
 
 _DATA = "Data"
 _SGD = "--optimizer sgd"
 _NEWTON = "--optimizer newton"
-
-# What the settings of Newton's method are called here.
-_OPTIONS = {
-    "curvature": "--curvature",
-    "alpha": "--alpha",
-    "solve": "--solve",
-    "max_matvecs": "--cg-max",
-    "rtol": "--cg-rtol",
-    "atol": "--cg-atol",
-    "max_blocks": "--max-blocks",
-}
+_ABSA = "--method absa"
 
 
 def train(
-    data: Annotated[
+    data: Training = "digits",
+    arch: Arch = None,
+    depth: Depth = None,
+    method: Annotated[
         str,
-        typer.Option(metavar="NAME", help="digits or cifar10.", rich_help_panel=_DATA),
-    ] = "digits",
-    arch: Annotated[
+        typer.Option(
+            metavar="NAME",
+            help="sgd: batches of one size; absa: batches that grow where the loss is flat.",
+        ),
+    ] = "sgd",
+    optimizer: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Of digits: mlp, convnet; of cifar10: mlp, chen, c4d3, c3d3.",
-            show_default="mlp",
+            help="sgd or newton.",
+            show_default="newton with one of its options, else sgd",
         ),
     ] = None,
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help="sgd or newton.")] = "newton",
     curvature: Annotated[
         str | None,
         typer.Option(
@@ -60,9 +65,62 @@ def train(
             rich_help_panel=_NEWTON,
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the examples.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Examples a step.")] = 100,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the examples.")] = 90,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Examples of a base batch.")
+    ] = 128,
+    large_ratio: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Base batches in a step: of sgd always, of absa at most.",
+            show_default="1, of absa 128",
+        ),
+    ] = None,
     lr: Annotated[float, typer.Option(min=0, metavar="X", help="The learning rate.")] = 0.1,
+    lr_decay: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="The learning rate is multiplied by it after each --lr-decay-epoch.",
+        ),
+    ] = 0.2,
+    lr_decay_epoch: Annotated[
+        str, typer.Option(metavar="N,N", help="Epochs, counted from 1.")
+    ] = "30,60",
+    adversarial_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="X",
+            help="How much of each base batch is adversarial at first.",
+            show_default="0.2",
+            rich_help_panel=_ABSA,
+        ),
+    ] = None,
+    eps: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="How far their inputs are moved.",
+            show_default="0.005",
+            rich_help_panel=_ABSA,
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Epochs until the batch grows in any case.",
+            show_default="10",
+            rich_help_panel=_ABSA,
+        ),
+    ] = None,
     momentum: Annotated[
         float | None,
         typer.Option(
@@ -144,53 +202,61 @@ def train(
             rich_help_panel=_DATA,
         ),
     ] = None,
-    data_path: Annotated[
-        Path | None,
+    data_path: DataPath = None,
+    track: Annotated[
+        str | None,
         typer.Option(
-            metavar="PATH",
-            help="CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
-            show_default="in $HESSFUNC_DATA",
-            rich_help_panel=_DATA,
+            metavar="NAME",
+            help="Record the dominant eigenvalue of the Hessian after each epoch: top, of 200 "
+            "examples or a base batch if that is more; full, of all.",
+            show_default="not",
         ),
     ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(min=0, metavar="X", help="End after so much time of steps."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Train there: cpu, cuda, cuda:1, mps.")
-    ] = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of weights, batches and draws.")] = 0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the results.")] = Path(
         "hessfunc-train"
     ),
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error was raised.")
-    ] = False,
+    save_every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Keep the state after so many steps.")
+    ] = 100,
+    traceback: Traceback = False,
 ) -> None:
-    """Train a small net with SGD, or with Newton's method on blocks of its curvature.
+    """Train a small net, with SGD or Newton's method, on batches that stay or grow.
 
     Shows loss and accuracy after each epoch, and writes history.json and history.png: both against
-    epochs and against gradient-equivalents, the work in units of one gradient. Ctrl-C leaves what
-    is finished.
+    epochs and against gradient-equivalents, the work in units of one gradient. The state is kept
+    in checkpoint.pt: stopped or killed at any moment, the same command goes on from there, and
+    ends with the same bits.
     """
-    if data not in ("digits", "cifar10"):
-        fail(f"--data is digits or cifar10, not {data!r}")
-    if data == "digits" and data_path is not None:
-        fail("--data-path goes with --data cifar10 alone")
-    values = (curvature, alpha, solve, cg_max, cg_rtol, cg_atol, max_blocks)
-    of_newton = dict(zip(_OPTIONS, values, strict=True))
-
     from hessfunc.training import tasks
+    from hessfunc.training.checkpoint import TrainingCheckpoint
     from hessfunc.training.curves import draw
     from hessfunc.training.history import write
+    from hessfunc.training.methods import SGD
     from hessfunc.training.runs import run
     from hessfunc.training.table import table
 
-    net = arch or "mlp"
+    newton = (curvature, alpha, solve, cg_max, cg_rtol, cg_atol, max_blocks)
     running: list[Run] = []
     try:
-        method = _method(optimizer, lr, momentum, of_newton)
+        refuse_data(data, data_path)
+        if track not in (None, "top", "full"):
+            raise ValueError(f"--track is top or full, not {track!r}")
+        net = named_net(arch, depth)
+        chosen = optimiser(optimizer, lr, momentum, dict(zip(OF_NEWTON, newton, strict=True)))
+        plan, of_plan = schedule(
+            method,
+            epochs=epochs,
+            large_ratio=large_ratio,
+            lr_decay=lr_decay,
+            lr_decay_epochs=epochs_of(lr_decay_epoch),
+            of_absa=dict(zip(OF_ABSA, (adversarial_share, patience, eps), strict=True)),
+        )
         where, _ = place(device)
         make_model = tasks.net(data, net)
         seen, held_out = tasks.examples(data, path=data_path, count=examples, device=where)
@@ -198,11 +264,16 @@ def train(
         settings = {
             "data": data,
             "arch": net,
-            "method": asdict(method),
+            "optimizer": type(chosen).__name__,
+            **asdict(chosen),
+            "method": method,
+            **of_plan,
             "epochs": epochs,
             "batch_size": batch_size,
             "examples": len(seen),
             "test": len(held_out),
+            "track": track,
+            "seed": seed,
         }
 
         def keep(run: Run) -> None:
@@ -210,7 +281,9 @@ def train(
             write(out / "history.json", settings, running)
 
         with bars() as progress:
-            tick = watch(progress, f"{net} by {optimizer}")
+            kind = "sgd" if isinstance(chosen, SGD) else "newton"
+            name = kind if method == "sgd" else f"{kind}, {method}"
+            tick = watch(progress, f"{net} by {name}")
 
             def on_record(run: Run) -> None:
                 keep(run)
@@ -218,10 +291,15 @@ def train(
                 tick(share(last, epochs, minutes), f"loss {last.loss:.4g}")
                 progress.console.print(line(last), highlight=False, markup=False, soft_wrap=True)
 
+            def on_step(count: int) -> None:
+                last = running[0].records[-1]
+                done = replace(last, epoch=int(last.epoch) + count / len(seen))
+                tick(share(done, epochs, minutes), f"loss {last.loss:.4g}")
+
             found = run(
-                optimizer,
+                name,
                 make_model,
-                method,
+                chosen,
                 seen,
                 held_out,
                 epochs=epochs,
@@ -229,7 +307,12 @@ def train(
                 seed=seed,
                 minutes=minutes,
                 device=where,
+                schedule=plan,
+                eps=0.005 if eps is None else eps,
+                track=cast("Track", track),
+                checkpoint=TrainingCheckpoint(out / "checkpoint.pt", settings, save_every),
                 callback=on_record,
+                on_step=on_step,
             )
         keep(found)
         draw(out / "history.png", [found])
@@ -244,24 +327,6 @@ def train(
 
     console = Console(markup=False, emoji=False)
     console.print(table([found]))
-    console.print(f"history.json and history.png are in {out}")
+    console.print(f"history.json, history.png and checkpoint.pt are in {out}")
     if found.ended not in ("complete", "time is up"):
         fail(found.ended)
-
-
-def _method(
-    optimizer: str, lr: float, momentum: float | None, of_newton: Mapping[str, Any]
-) -> Method:
-    """The method of these options, of which those that are not given are None."""
-    from hessfunc.training.methods import SGD, BlockNewton
-
-    if optimizer not in ("sgd", "newton"):
-        raise ValueError(f"--optimizer is sgd or newton, not {optimizer!r}")
-    given = {name: value for name, value in of_newton.items() if value is not None}
-    if optimizer == "newton":
-        if momentum is not None:
-            raise ValueError("--momentum goes with --optimizer sgd alone")
-        return BlockNewton(lr=lr, **{"curvature": "hbp-abs", **given})
-    if given:
-        raise ValueError(f"{_OPTIONS[next(iter(given))]} goes with --optimizer newton alone")
-    return SGD(lr=lr, momentum=0.9 if momentum is None else momentum)

@@ -1,10 +1,13 @@
-"""Labelled images as tensors: scikit-learn's digits, and CIFAR-10 in its two layouts."""
+"""Labelled images as tensors: scikit-learn's digits, MNIST, and CIFAR-10 in its two layouts."""
 
 from __future__ import annotations
 
+import gzip
+import math
 import os
 import pickle
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +16,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CIFAR10_MEAN", "CIFAR10_STD", "Examples", "Split", "cifar10", "data_root", "digits"]
+__all__ = [
+    "CIFAR10_MEAN",
+    "CIFAR10_STD",
+    "MNIST_MEAN",
+    "MNIST_STD",
+    "Examples",
+    "Split",
+    "cifar10",
+    "data_root",
+    "digits",
+    "mnist",
+]
 
 Split = Literal["train", "test"]
 
 CIFAR10_MEAN = (0.485, 0.456, 0.406)
 CIFAR10_STD = (0.229, 0.224, 0.225)
 
+MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
+
 _CIFAR10_LAYOUTS = (
     "a folder cifar-10-batches-py (unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz)"
     " or an .npz file with x_test uint8 [N, 32, 32, 3] and y_test [N]"
+)
+
+_MNIST_LAYOUT = (
+    "a folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+    "t10k-labels-idx1-ubyte, or these as .gz (https://ossci-datasets.s3.amazonaws.com/mnist/)"
 )
 
 
@@ -96,6 +117,56 @@ def cifar10(path: str | Path | None = None, split: Split = "test") -> Examples:
             images, labels = found
             return Examples(_normalised(images), torch.from_numpy(labels).long())
     raise FileNotFoundError(f"no CIFAR-10 ({split}) at {root}: expected {_CIFAR10_LAYOUTS}")
+
+
+def mnist(path: str | Path | None = None, split: Split = "train") -> Examples:
+    """MNIST (LeCun, Cortes, Burges 1998): inputs ``[N, 1, 28, 28]``, normalised.
+
+    Args:
+        path: a folder with the four idx files, as they are or as .gz, itself or in its own folder
+            ``mnist`` or ``MNIST/raw``. None stands for the folder HESSFUNC_DATA.
+        split: the 60,000 training images or the 10,000 test images.
+
+    Raises:
+        FileNotFoundError: they are not there.
+        ValueError: a file is damaged.
+    """
+    root = data_root() if path is None else Path(path).expanduser()
+    if root is None:
+        raise FileNotFoundError(
+            f"no path to MNIST: give one or set HESSFUNC_DATA; expected {_MNIST_LAYOUT}"
+        )
+    stem = "train" if split == "train" else "t10k"
+    for place in (root, root / "mnist", root / "MNIST" / "raw"):
+        images = _idx(place / f"{stem}-images-idx3-ubyte", 3)
+        labels = _idx(place / f"{stem}-labels-idx1-ubyte", 1)
+        if images is not None and labels is not None:
+            if len(images) != len(labels):
+                raise ValueError(f"{place} has {len(images)} images and {len(labels)} labels")
+            pixels = torch.from_numpy(images).unsqueeze(1).float().div(255)
+            inputs = (pixels - MNIST_MEAN).div(MNIST_STD)
+            return Examples(inputs, torch.from_numpy(labels).long())
+    raise FileNotFoundError(f"no MNIST ({split}) at {root}: expected {_MNIST_LAYOUT}")
+
+
+def _idx(file: Path, axes: int) -> np.ndarray | None:
+    """The bytes of an idx file or of its .gz as an array, or None where neither is there."""
+    packed = file.with_name(file.name + ".gz")
+    if not (file.is_file() or packed.is_file()):
+        return None
+    try:
+        content = file.read_bytes() if file.is_file() else gzip.decompress(packed.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{packed} is damaged: {error}") from None
+    # The third byte is the type, 8 for unsigned bytes; then come the lengths, big-endian.
+    head = 4 + 4 * axes
+    shape = np.frombuffer(content[4:head], ">u4").tolist()
+    body = content[head:]
+    if content[:4] != bytes([0, 0, 8, axes]) or len(body) != math.prod(shape):
+        raise ValueError(
+            f"{file} is damaged: it is no idx file of unsigned bytes with {axes} axes, or not whole"
+        )
+    return np.frombuffer(bytearray(body), np.uint8).reshape(shape)
 
 
 def _normalised(images: np.ndarray) -> Tensor:

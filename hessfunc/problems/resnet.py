@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["WEIGHTS_SOURCE", "ResNet", "load_weights", "resnet"]
+__all__ = ["WEIGHTS_SOURCE", "ResNet", "blocks_of_depth", "load_weights", "resnet"]
 
 WEIGHTS_SOURCE = (
     "pretrained_models/resnet20-12fca82f.th of https://github.com/akamaster/pytorch_resnet_cifar10"
@@ -44,11 +44,11 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of blocks of 16, 32, 64 channels: ``[N, 3, 32, 32]`` -> ``[N, classes]``."""
+    """Three stages of blocks of 16, 32, 64 channels: ``[N, C, H, W]`` -> ``[N, classes]``."""
 
-    def __init__(self, blocks: int, classes: int = 10) -> None:
+    def __init__(self, blocks: int, classes: int = 10, channels: int = 3) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = _stage(16, 16, blocks, stride=1)
         self.layer2 = _stage(16, 32, blocks, stride=2)
@@ -66,8 +66,17 @@ def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(first, *(Block(channels, channels, 1) for _ in range(blocks - 1)))
 
 
-def resnet(depth: int = 20, classes: int = 10) -> ResNet:
-    """The ResNet of ``depth`` = 6n + 2 layers: 20, 32, 44, 56, 110.
+def resnet(depth: int = 20, classes: int = 10, channels: int = 3) -> ResNet:
+    """The ResNet of ``depth`` = 6n + 2 layers: 20, 32, 44, 56, 110; for images of any size.
+
+    Raises:
+        ValueError: depth is not 6n + 2 with n >= 1.
+    """
+    return ResNet(blocks_of_depth(depth), classes, channels)
+
+
+def blocks_of_depth(depth: int) -> int:
+    """How many blocks each stage of a ResNet has.
 
     Raises:
         ValueError: depth is not 6n + 2 with n >= 1.
@@ -75,14 +84,17 @@ def resnet(depth: int = 20, classes: int = 10) -> ResNet:
     blocks, rest = divmod(depth - 2, 6)
     if rest or blocks < 1:
         raise ValueError(f"the depth of a CIFAR ResNet is 6n + 2 with n >= 1, not {depth}")
-    return ResNet(blocks, classes)
+    return blocks
 
 
-def load_weights(path: str | Path) -> dict[str, Tensor]:
+def load_weights(
+    path: str | Path, expected: str = f"a file like {WEIGHTS_SOURCE}"
+) -> dict[str, Tensor]:
     """The state dict of a checkpoint, on the CPU, the names as in a net that is not data-parallel.
 
     Args:
         path: a file of ``torch.save``: a state dict, or a dict with one under ``state_dict``.
+        expected: what should be there, for the message where nothing is.
 
     Raises:
         FileNotFoundError: the file is not there.
@@ -90,7 +102,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}: expected a file like {WEIGHTS_SOURCE}")
+        raise FileNotFoundError(f"no weights at {path}: expected {expected}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         state = checkpoint.get("state_dict", checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, cast
@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.training.exact import exact_blocks
-from hessfunc.training.loop import DIVERGED, Batch, Step, StepFunction
+from hessfunc.training.modes import eval_mode
 from hessfunc.training.optimizer import NewtonOptimizer
 from hessfunc.training.solvers import Solver, conjugate_gradients, direct
+from hessfunc.training.steps import Batch, Spent, Steps, first_order
 from hessfunc.training.work import Metered
 from hessfunc.transforms.positive_curvature import Residual
 
@@ -41,16 +42,12 @@ class SGD:
     lr: float = 0.1
     momentum: float = 0.9
 
-    def steps(self, model: nn.Module, /, *, seed: int = 0) -> StepFunction:
+    def steps(self, model: nn.Module, /, *, seed: int = 0) -> Steps:
         """Its steps for a model, on the cross-entropy; nothing is random."""
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr}: it must be positive")
         optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=self.momentum)
-
-        def step(batch: Batch) -> Step:
-            loss = _with_gradient(model, optimizer, batch)
-            optimizer.step()
-            return Step(loss)
-
-        return step
+        return first_order(model, optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,18 +98,23 @@ class BlockNewton:
             return direct()
         return conjugate_gradients(rtol=self.rtol, atol=self.atol, max_matvecs=self.max_matvecs)
 
-    def steps(self, model: nn.Module, /, *, seed: int = 0) -> StepFunction:
-        """Its steps for a model, on the cross-entropy; what is drawn is a function of the seed."""
-        metered = Metered(blocks_of(self.curvature, model, max_blocks=self.max_blocks, seed=seed))
+    def steps(self, model: nn.Module, /, *, seed: int = 0) -> Steps:
+        """Its steps for a model, on the cross-entropy; what is drawn is a function of the seed.
+
+        The curvature is that of eval mode, on all examples of a step.
+        """
+        with eval_mode(model):
+            blocks = blocks_of(self.curvature, model, max_blocks=self.max_blocks, seed=seed)
+        metered = Metered(blocks)
         optimizer = NewtonOptimizer(model, metered, lr=self.lr, alpha=self.alpha, solve=self.solver)
 
-        def step(batch: Batch) -> Step:
-            loss = _with_gradient(model, optimizer, batch)
+        def move(batches: Sequence[Batch]) -> Spent:
             matvecs, flops = optimizer.matvecs, metered.total
-            optimizer.step(batch)
-            return Step(loss, optimizer.matvecs - matvecs, metered.total - flops)
+            with eval_mode(model):
+                optimizer.step(_joined(batches))
+            return Spent(optimizer.matvecs - matvecs, metered.total - flops)
 
-        return step
+        return Steps(model, optimizer, move, meter=metered)
 
 
 Method: TypeAlias = SGD | BlockNewton
@@ -144,12 +146,8 @@ def blocks_of(
             raise ValueError(f"curvature {curvature!r}: choose one of {', '.join(CURVATURES)}")
 
 
-def _with_gradient(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    """The loss of a batch; its gradient is in the parameters."""
-    inputs, targets = batch
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(inputs), targets)
-    if not loss.isfinite():
-        raise FloatingPointError(f"the loss of a batch is {loss.item()}: {DIVERGED}")
-    loss.backward()
-    return loss.item()
+def _joined(batches: Sequence[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    inputs, targets = zip(*batches, strict=True)
+    return torch.cat(inputs), torch.cat(targets)

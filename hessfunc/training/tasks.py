@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,23 +16,56 @@ from hessfunc.problems.c4d3 import c4d3
 from hessfunc.problems.chen import chen_mlp
 from hessfunc.problems.convnet import digits_convnet
 from hessfunc.problems.data import Examples
+from hessfunc.problems.hessianflow import c1, c2
 from hessfunc.problems.mlp import mlp
+from hessfunc.problems.resnet import blocks_of_depth, load_weights, resnet
 
-__all__ = ["NETS", "examples", "net"]
+__all__ = ["DATASETS", "examples", "net", "saved"]
 
-# Of each data set.
-NETS: dict[str, dict[str, Callable[[], nn.Module]]] = {
-    "digits": {
-        "mlp": lambda: mlp([64, 32, 10], nn.Sigmoid),
-        "convnet": digits_convnet,
-    },
-    "cifar10": {
-        "mlp": lambda: mlp([3072, 512, 64, 10], nn.Sigmoid),
-        "chen": chen_mlp,
-        "c4d3": lambda: c4d3(nn.Sigmoid),
-        "c3d3": lambda: c3d3(nn.Sigmoid),
-    },
+
+@dataclass(frozen=True)
+class _Images:
+    """What nets for a data set look like.
+
+    Attributes:
+        channels: of an image.
+        size: its height and width.
+        own: nets that are made for it alone.
+    """
+
+    channels: int
+    size: int
+    own: Mapping[str, Callable[[], nn.Module]]
+
+    def nets(self) -> dict[str, Callable[[], nn.Module]]:
+        """By their names; all but the ResNets, of which there are many."""
+        common = {"c1": lambda: c1(self.channels, self.size)}
+        if self.size >= _LEAST_SIZE_OF_C2:
+            common["c2"] = lambda: c2(self.channels, self.size)
+        return {**self.own, **common}
+
+
+_LEAST_SIZE_OF_C2 = 16
+
+_DATA: dict[str, _Images] = {
+    "digits": _Images(
+        1,
+        8,
+        {"mlp": lambda: mlp([64, 32, 10], nn.Sigmoid), "convnet": digits_convnet},
+    ),
+    "mnist": _Images(1, 28, {"mlp": lambda: mlp([784, 256, 64, 10], nn.Sigmoid)}),
+    "cifar10": _Images(
+        3,
+        32,
+        {
+            "mlp": lambda: mlp([3072, 512, 64, 10], nn.Sigmoid),
+            "chen": chen_mlp,
+            "c4d3": lambda: c4d3(nn.Sigmoid),
+            "c3d3": lambda: c3d3(nn.Sigmoid),
+        },
+    ),
 }
+DATASETS = tuple(_DATA)
 
 # The last 297 digits are held out; other people wrote them.
 _DIGITS_TRAINED_ON = 1500
@@ -39,12 +74,39 @@ _DIGITS_TRAINED_ON = 1500
 def net(dataset: str, name: str, /) -> Callable[[], nn.Module]:
     """What builds a net for a data set, with new weights from torch's stream.
 
+    ``resnet20`` and the like are the CIFAR ResNets of that depth.
+
     Raises:
         ValueError: there is no net of that name for these images.
     """
-    if name not in NETS[dataset]:
-        raise ValueError(f"there is no {name!r} for {dataset}: choose {', '.join(NETS[dataset])}")
-    return NETS[dataset][name]
+    images = _DATA[dataset]
+    if depth := re.fullmatch(r"resnet(\d+)", name):
+        layers, channels = int(depth[1]), images.channels
+        blocks_of_depth(layers)
+        return lambda: resnet(layers, channels=channels)
+    nets = images.nets()
+    if name not in nets:
+        raise ValueError(f"there is no {name!r} for {dataset}: choose {', '.join(nets)}, resnet20")
+    return nets[name]
+
+
+def saved(dataset: str, name: str, path: Path, /) -> nn.Module:
+    """A net with the weights of a checkpoint.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is no checkpoint, or one of another net.
+    """
+    make_model = net(dataset, name)
+    state = load_weights(
+        path, "checkpoint.pt of hessfunc train, or any file of torch.save with a state dict"
+    )
+    model = make_model()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of a {name} for {dataset}") from error
+    return model
 
 
 def examples(
@@ -58,19 +120,20 @@ def examples(
     """The examples to train on, and those to test on.
 
     Args:
-        dataset: ``"digits"`` or ``"cifar10"``.
-        path: of CIFAR-10, as `hessfunc.problems.data.cifar10` takes it.
+        dataset: one of `DATASETS`.
+        path: of MNIST or CIFAR-10, as `hessfunc.problems.data` takes it.
         count: how many to take of each, at most.
         device: where to; by default the CPU.
 
     Raises:
-        FileNotFoundError: CIFAR-10 is not there.
+        FileNotFoundError: the data set is not there.
     """
     if dataset == "digits":
         found = data.digits()
         seen, held_out = found[:_DIGITS_TRAINED_ON], found[_DIGITS_TRAINED_ON:]
     else:
-        seen, held_out = data.cifar10(path, "train"), data.cifar10(path, "test")
+        read = data.mnist if dataset == "mnist" else data.cifar10
+        seen, held_out = read(path, "train"), read(path, "test")
     return _moved(seen[:count], device), _moved(held_out[:count], device)
 
 

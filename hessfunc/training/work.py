@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from hessfunc.trees import batch_leaves
 
@@ -39,15 +38,19 @@ class CountedFlops(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        # It takes a fifth of a second to import.
+        from torch.utils.flop_counter import flop_registry
+
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
+        self._counts = flop_registry
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
+        count = self._counts.get(func._overloadpacket)
         if count is not None:
             self.total += count(*args, **kwargs, out_val=out)
         elif func._overloadpacket in _DECOMPOSITIONS:

@@ -1,3 +1,4 @@
+import gzip
 import pickle
 from pathlib import Path
 
@@ -103,3 +104,74 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_the_environment_variable_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HESSFUNC_DATA", str(data_file("cifar10").parent))
     assert len(data.cifar10()) == 1000
+
+
+def idx(array: np.ndarray) -> bytes:
+    """In the format of MNIST."""
+    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return head + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(folder: Path, count: int = 6) -> np.ndarray:
+    """Train as it is, and test packed; the images are random."""
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    labels = np.arange(count)
+    (folder / "train-images-idx3-ubyte").write_bytes(idx(pixels))
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx(labels))
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(pixels[::-1])))
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels[::-1])))
+    return pixels
+
+
+@pytest.mark.parametrize("below", [".", "mnist", "MNIST/raw"])
+def test_mnist_is_read_packed_or_not(tmp_path: Path, below: str) -> None:
+    pixels = write_mnist(tmp_path / "it" / below if below != "." else tmp_path / "it")
+    for split, order in (("train", 1), ("test", -1)):
+        examples = data.mnist(tmp_path / "it", split)
+        assert examples.inputs.shape == (6, 1, 28, 28)
+        assert examples.targets.tolist() == list(range(6))[::order]
+        expected = (pixels[::order].astype(np.float64) / 255 - data.MNIST_MEAN) / data.MNIST_STD
+        np.testing.assert_allclose(examples.inputs[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_missing_mnist_says_what_is_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.*\.gz \(https://"):
+        data.mnist(tmp_path)
+    monkeypatch.delenv("HESSFUNC_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="set HESSFUNC_DATA"):
+        data.mnist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03" + bytes(12) + b"more", "or not whole"),
+        ("train-images-idx3-ubyte", b"\0\0\x0d\x03" + bytes(12), "unsigned bytes with 3 axes"),
+        ("train-images-idx3-ubyte", b"", "unsigned bytes with 3 axes"),
+        ("train-labels-idx1-ubyte", idx(np.arange(5)), "6 images and 5 labels"),
+    ],
+)
+def test_damaged_mnist_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    write_mnist(tmp_path / "mnist")
+    (tmp_path / "mnist" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        data.mnist(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [9, 100])
+def test_half_of_a_download_is_named(tmp_path: Path, cut: int) -> None:
+    write_mnist(tmp_path / "mnist")
+    file = tmp_path / "mnist" / "t10k-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.gz is damaged"):
+        data.mnist(tmp_path, "test")
+
+
+def test_mnist_in_full() -> None:
+    data_file("mnist")
+    examples = data.mnist(data_file("mnist"), "test")
+    assert examples.targets[:5].tolist() == [7, 2, 1, 0, 4]
+    assert len(examples) == 10_000

@@ -12,6 +12,7 @@ from hessfunc.problems.chen import chen_mlp
 from hessfunc.problems.convnet import digits_convnet
 from hessfunc.problems.data import cifar10
 from hessfunc.problems.gpt import GPT, next_token_loss
+from hessfunc.problems.hessianflow import c1, c2
 from hessfunc.problems.mlp import mlp
 from hessfunc.problems.resnet import load_weights, resnet
 from hessfunc.problems.training import accuracy
@@ -29,6 +30,10 @@ from tests.datapath import data_file
         (chen_mlp(), 3_846_810),
         (c4d3(), 1_099_226),
         (c3d3(), 895_210),
+        (c1(), 1_756_682),
+        (c1(1, 28), 1_384_842),
+        (c2(), 1_148_746),
+        (resnet(8, channels=1), 75_002),
     ],
 )
 def test_sizes(model: nn.Module, parameters: int) -> None:
@@ -47,6 +52,16 @@ def test_nets_for_cifar10_are_sequential(make: Callable[[], nn.Sequential]) -> N
     assert type(model) is nn.Sequential
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert not any(list(module.children()) for module in model)
+
+
+@pytest.mark.parametrize("make", [c1, c2, lambda channels, size: resnet(20, channels=channels)])
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (1, 28), (3, 32), (1, 17)])
+def test_nets_for_images_of_several_sizes(
+    make: Callable[[int, int], nn.Module], channels: int, size: int
+) -> None:
+    if make is c2 and size < 16:
+        pytest.skip("c2 has no padding")
+    assert make(channels, size)(torch.randn(2, channels, size, size)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("make", [chen_mlp, c3d3])

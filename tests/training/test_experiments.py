@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from hessfunc.training.history import Run, read, write
 from hessfunc.training.loop import Record
 from hessfunc.training.methods import CURVATURES, FACTORED, SGD, BlockNewton, blocks_of
 from hessfunc.training.runs import run
+from hessfunc.training.steps import Batch, Spent
 from tests.datapath import data_file
 from tests.training.blobs import blobs
 
@@ -89,13 +91,13 @@ def test_methods_start_from_the_same_weights_and_see_the_same_batches() -> None:
     class Spy:
         def steps(self, model: nn.Module, /, *, seed: int = 0) -> object:
             seen.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone())
-            inner = SGD().steps(model)
+            steps = SGD().steps(model)
 
-            def step(batch: tuple[torch.Tensor, torch.Tensor]) -> object:
-                seen.append(batch[0])
-                return inner(batch)
+            def move(batches: Sequence[Batch]) -> Spent:
+                seen.append(batches[0][0])
+                return steps.move(batches)
 
-            return step
+            return replace(steps, move=move)
 
     state = torch.get_rng_state()
     for seed in (3, 3, 4):

@@ -7,48 +7,14 @@ from hessfunc import plot
 from hessfunc.algorithms.results import Density, Eigenpairs
 
 plt = pytest.importorskip("matplotlib.pyplot")
-plt.switch_backend("agg")
-
-
-@pytest.fixture(autouse=True)
-def _close() -> None:
-    plt.close("all")
-
-
-@pytest.fixture
-def density() -> Density:
-    """A bulk around 0 and one outlier at 5, from two probes; the second ended early."""
-    bulk = torch.linspace(-0.5, 0.5, 20, dtype=torch.float64)
-    nodes = torch.cat([bulk, torch.tensor([5.0, 5.0])])
-    weights = torch.cat([torch.full((20,), 0.0495), torch.tensor([0.01, 0.0])]).double()
-    return Density(
-        nodes=torch.stack([nodes, nodes]),
-        weights=torch.stack([weights, weights]),
-        n=100,
-        matvecs=44,
-        passes=22,
-        reason="complete",
-        seed=0,
-    )
-
-
-@pytest.fixture
-def pairs() -> Eigenpairs:
-    return Eigenpairs(
-        values=torch.tensor([5.0, -0.5], dtype=torch.float64),
-        vectors={"x": torch.eye(2, 100)},
-        residuals=torch.tensor([1e-3, 0.2], dtype=torch.float64),
-        converged=torch.tensor([True, False]),
-        largest=5.0,
-        matvecs=10,
-        passes=10,
-        reason="the budget is spent",
-        seed=0,
-    )
 
 
 def sticks(ax: "plt.Axes") -> list[float]:
     return [float(segment[0][0]) for segment in ax.collections[-1].get_segments()]
+
+
+def band(ax: "plt.Axes") -> "plt.Collection":
+    return next(one for one in ax.collections if "range of" in one.get_label())
 
 
 def test_density_is_on_a_log_axis_with_its_outliers_as_sticks(density: Density) -> None:
@@ -72,6 +38,30 @@ def test_the_dashed_line_is_the_height_of_one_eigenvalue(density: Density) -> No
     assert curve.get_ydata()[right].max() == pytest.approx(one, rel=1e-2)
 
 
+def test_the_band_reaches_from_the_lowest_probe_to_the_highest(density: Density) -> None:
+    nodes = density.nodes + torch.tensor([[0.0], [0.3]])
+    apart = Density(**{**vars(density), "nodes": nodes})
+    ax = plot.density(apart, width=0.5)
+    assert band(ax).get_label() == "range of 2 probes"
+    x, y = band(ax).get_paths()[0].vertices.T
+    singles = [
+        Density(**{**vars(density), "nodes": n[None], "weights": w[None]})
+        for n, w in zip(nodes, density.weights, strict=True)
+    ]
+    at = torch.tensor([0.0, 0.3, 1.0]).double()
+    curves = torch.stack([one.pdf(at, 0.5) for one in singles])
+    for place, low, high in zip(at, curves.amin(0), curves.amax(0), strict=True):
+        near = abs(x - float(place)) < 0.01
+        assert y[near].min() == pytest.approx(float(low), rel=0.05)
+        assert y[near].max() == pytest.approx(float(high), rel=0.05)
+
+
+def test_one_probe_has_no_band(density: Density) -> None:
+    one = Density(**{**vars(density), "nodes": density.nodes[:1], "weights": density.weights[:1]})
+    ax = plot.density(one)
+    assert not any("range" in text.get_text() for text in ax.get_legend().get_texts())
+
+
 def test_given_eigenvalues_are_the_sticks(density: Density, pairs: Eigenpairs) -> None:
     ax = plt.figure().add_subplot()
     assert plot.density(density, ax=ax, eigenvalues=pairs) is ax
@@ -80,20 +70,6 @@ def test_given_eigenvalues_are_the_sticks(density: Density, pairs: Eigenpairs) -
 
 
 def test_one_point_mass_is_drawn(density: Density) -> None:
-    point = Density(
-        nodes=torch.zeros(1, 1, dtype=torch.float64),
-        weights=torch.ones(1, 1, dtype=torch.float64),
-        n=10,
-        matvecs=1,
-        passes=1,
-        reason="complete",
-        seed=0,
-    )
+    one = torch.ones(1, 1, dtype=torch.float64)
+    point = Density(**{**vars(density), "nodes": 0 * one, "weights": one, "n": 10})
     plot.density(point).figure.draw_without_rendering()
-
-
-def test_eigenvalues_tell_converged_from_not(pairs: Eigenpairs) -> None:
-    ax = plot.eigenvalues(pairs)
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert {"converged", "not yet"} <= set(labels)
-    ax.figure.draw_without_rendering()

@@ -1,0 +1,353 @@
+"""A loss on a line or a plane through the parameters."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.results import Result
+from hessfunc.functional import LossFunction, several_batches
+from hessfunc.memory import PeakMemory, available_memory
+from hessfunc.transforms.batches import examples
+from hessfunc.transforms.blocks import Chunks, ChunkSize
+from hessfunc.transforms.hessian import checked
+from hessfunc.transforms.kernels import explained, precise
+from hessfunc.trees import Space, Tree, leaves
+
+__all__ = ["Landscape", "Normalise", "landscape"]
+
+Normalise: TypeAlias = Literal["filter", "unit"]
+
+# Points in one pass of vmap that are tried, the smallest first; 1 is a loop.
+_SIZES = (1, 4, 16, 64)
+# After a size that takes so much longer for a point than the best, no larger one is tried.
+_HOPELESS = 1.25
+# Points that a loop takes between two looks at the clock.
+_IN_A_LOOP = 4
+# How often each is timed; the first time also warms it up.
+_TURNS = 2
+# Of all points that a size may be tried on: where it is slow, little is lost.
+_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Landscape(Result):
+    """A loss along one direction u, or along two, u and v.
+
+        values_i = loss(params + x_i u),  values_ij = loss(params + x_i u + y_j v)
+
+    Attributes:
+        values: float64 ``(p,)`` or ``(p, q)``; infinite or NaN where the loss is, and NaN where it
+            is not known yet.
+        x: coordinates along the first direction, float64 ``(p,)``.
+        y: along the second, float64 ``(q,)``; None along one direction.
+        lengths: |u|, or |u| and |v|, after they were normalised, float64.
+        normalise: how they were: ``"filter"``, ``"unit"``, or None, as they came.
+        evaluations: of the loss of one batch at one point; no product is made.
+    """
+
+    values: Tensor
+    x: Tensor
+    y: Tensor | None
+    lengths: Tensor
+    normalise: Normalise | None
+    evaluations: int
+
+
+def landscape(
+    loss: LossFunction,
+    params: Tree,
+    batches: Iterable[Any],
+    /,
+    *directions: Tree,
+    radius: float = 1.0,
+    points: int = 51,
+    at: Tensor | Sequence[Tensor] | None = None,
+    normalise: Normalise | None = None,
+    weight: Callable[[Any], float] = examples,
+    chunk_size: ChunkSize = "auto",
+    callback: Callable[[Landscape], object] | None = None,
+) -> Landscape:
+    """The loss along one or two directions from params, as a mean over batches.
+
+        values_ij = sum_b weight(b) loss(params + x_i u + y_j v, b) / sum_b weight(b)
+
+    Along a unit eigenvector of the loss's Hessian the second derivative at 0 is its eigenvalue;
+    where the loss has kinks, those of ReLU, between any two of them.
+
+    Costs one forward pass for each point and batch. Several points go through one pass by vmap
+    where that is faster: the first points are taken in turns by a loop and in chunks, the rest in
+    the way that took less time.
+
+    Args:
+        loss: ``(params, batch) -> scalar``. Models with BatchNorm belong in eval mode; dropout in
+            train mode has the same mask at all points.
+        params: the point from which the directions start.
+        batches: any iterable of batches, read once.
+        directions: one or two trees like params (a gradient, a step, the way to other parameters),
+            or blocks of one or two of them (``Eigenpairs.vectors``, `random_like`).
+        radius: coordinates reach from -radius to radius on each axis,
+        points: in so many steps; an odd number has params in its middle.
+        at: coordinates ``(p,)`` in place of radius and points, the same on both axes or one tensor
+            an axis.
+        normalise: ``"unit"``: directions of unit length, so that coordinates are distances.
+            ``"filter"``: each filter of a direction, that is each slice of a leaf along its first
+            axis, as long as the filter of params; leaves with fewer than two axes, biases and
+            norms, are left out. Shapes of nets whose weights differ in scale can then be
+            compared. None: directions as they are.
+        weight: what a batch counts; by default its examples.
+        chunk_size: points in one pass, 1 for a loop, or ``"auto"``.
+        callback: called with the landscape so far after each chunk.
+
+    Raises:
+        TypeError: the batches are a single batch.
+        ValueError: there are no or more than two directions; one is zero, not finite, or not
+            shaped like params; the coordinates are not one-dimensional and finite; there is no
+            batch; the loss at params is not a finite scalar; a model uses batch statistics
+            (BatchNorm in train mode) on more than one batch.
+
+    Source: Goodfellow et al. 2015, arXiv 1412.6544; filter normalisation and surfaces, Li et al.
+    2018, arXiv 1712.09913.
+    """
+    space = Space.of(params)
+    point = space.ravel_leaves([leaf.detach()[None] for leaf in space.tree_leaves(params)])[0]
+    along = _normalised(space, _rows(space, directions), point, normalise)
+    lengths = space.norms(along).to("cpu", torch.float64)
+    if not bool(lengths.isfinite().all() and (lengths > 0).all()):
+        raise ValueError(_not_a_direction(lengths, normalise))
+    axes = _axes(at, radius, points, len(lengths))
+    steps = torch.cartesian_prod(*axes).view(-1, len(axes)).to(space.device, space.dtype)
+    seconds: dict[int, list[float]] = {size: [] for size in _sizes(chunk_size, len(steps))}
+    total = torch.zeros(len(steps), dtype=torch.float64)
+    weights = torch.zeros_like(total)
+    evaluations = 0
+
+    def so_far(reason: str) -> Landscape:
+        return Landscape(
+            values=(total / weights).view(*map(len, axes)),
+            x=axes[0],
+            y=axes[1] if len(axes) > 1 else None,
+            lengths=lengths,
+            normalise=normalise,
+            evaluations=evaluations,
+            matvecs=0,
+            passes=0,
+            reason=reason,
+            seed=None,
+            choices={f"{len(steps)} points of {space.n}": _fastest(seconds)},
+        )
+
+    for batch in _not_single(batches):
+        if not (counted := float(weight(batch))) >= 0:
+            raise ValueError(f"the weight of a batch is {counted}: at least 0")
+        if counted == 0:
+            continue
+        value = _along(loss, space, point, along, batch, several=evaluations > 0)
+        if not evaluations:
+            _start(value, space, params, batch, seconds, torch.zeros_like(steps[0]))
+        for part, found in _values(value, steps, seconds):
+            total[part] += counted * found
+            weights[part] += counted
+            evaluations += len(found)
+            if callback is not None:
+                callback(so_far("running"))
+    if not evaluations:
+        raise ValueError("no batch has a weight: is the loader empty?")
+    return so_far("complete")
+
+
+def _not_single(batches: Iterable[Any]) -> Iterable[Any]:
+    is_pair = isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[1], Tensor)
+    if isinstance(batches, (Tensor, Mapping)) or is_pair:
+        raise TypeError("batches is a single batch: pass a list of batches, [batch]")
+    return batches
+
+
+def _rows(space: Space, directions: Sequence[Tree]) -> Tensor:
+    """The directions as flat rows ``(d, n)``."""
+    parts = []
+    for direction in directions:
+        first = leaves(direction)[:1]
+        if first and isinstance(first[0], Tensor) and first[0].dim() == len(space.shapes[0]) + 1:
+            parts.append(space.ravel(direction))
+        else:
+            parts.append(space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(direction)]))
+    count = sum(map(len, parts))
+    if count not in (1, 2):
+        raise ValueError(
+            f"{count} directions: a landscape is along one or two; of a block of more take the "
+            "first, {name: leaf[:1] for name, leaf in block.items()}"
+        )
+    return torch.cat(parts).detach()
+
+
+def _normalised(space: Space, rows: Tensor, point: Tensor, normalise: Normalise | None) -> Tensor:
+    match normalise:
+        case None:
+            return rows
+        case "unit":
+            return rows / space.norms(rows).to(rows.dtype)[:, None]
+        case "filter":
+            pairs = zip(leaves(space.unravel(rows)), leaves(space.unravel(point)), strict=True)
+            return space.ravel_leaves([_like_filters(d, weights) for d, weights in pairs])
+    raise ValueError(f"normalise={normalise!r}: choose {get_args(Normalise)} or None")
+
+
+def _like_filters(directions: Tensor, weights: Tensor) -> Tensor:
+    """Each filter of each direction as long as that of the weights."""
+    if weights.dim() < 2:
+        return torch.zeros_like(directions)
+    lengths = directions.flatten(2).norm(dim=2)
+    ratios = torch.where(lengths > 0, weights.flatten(1).norm(dim=1) / lengths, 0.0)
+    return directions * ratios.view(*ratios.shape, *[1] * (weights.dim() - 1))
+
+
+def _not_a_direction(lengths: Tensor, normalise: Normalise | None) -> str:
+    bad = next(i for i, length in enumerate(lengths.tolist()) if not 0 < length < math.inf)
+    if normalise == "filter" and lengths[bad] == 0:
+        return (
+            f"direction {bad + 1} is zero after filter normalisation, which leaves out biases and "
+            "norms: take normalise='unit'"
+        )
+    return f"direction {bad + 1} is zero, or has entries that are NaN or infinite"
+
+
+def _axes(
+    at: Tensor | Sequence[Tensor] | None, radius: float, points: int, count: int
+) -> list[Tensor]:
+    """The coordinates on each axis."""
+    if at is None:
+        if not 0 < radius < math.inf or points < 1:
+            raise ValueError(f"radius={radius}, points={points}: both must be positive")
+        # Symmetric to the last bit, so that the middle is params itself.
+        places = torch.arange(points, dtype=torch.float64) - (points - 1) / 2
+        at = places * (2 * radius / max(1, points - 1))
+    found = [at] * count if isinstance(at, Tensor) else list(at)
+    if len(found) != count:
+        raise ValueError(f"at has {len(found)} axes for {count} directions: pass one tensor each")
+    axes = [torch.as_tensor(axis, dtype=torch.float64).detach().cpu() for axis in found]
+    for axis in axes:
+        if axis.dim() != 1 or not len(axis) or not axis.isfinite().all():
+            raise ValueError(
+                f"at has an axis of shape {tuple(axis.shape)}: the coordinates on an axis are "
+                "one-dimensional, finite, and one at least"
+            )
+    return axes
+
+
+def _sizes(chunk_size: ChunkSize, points: int) -> list[int]:
+    fixed = Chunks(chunk_size).size
+    if isinstance(fixed, int):
+        return [fixed]
+    return [size for size in _SIZES if size == 1 or _TURNS * size <= _SHARE * points]
+
+
+def _along(
+    loss: LossFunction,
+    space: Space,
+    point: Tensor,
+    along: Tensor,
+    batch: Any,
+    *,
+    several: bool,
+) -> Callable[[Tensor], Tensor]:
+    """Steps ``(d,)`` along the directions -> the loss of a batch there."""
+
+    def value(step: Tensor) -> Tensor:
+        with (
+            torch.no_grad(),
+            precise(space.device),
+            _same_masks(space.device),
+            several_batches() if several else nullcontext(),
+        ):
+            return loss(space.unravel(point + step @ along), batch)
+
+    return value
+
+
+@contextmanager
+def _same_masks(device: torch.device) -> Iterator[None]:
+    """Inside, random layers draw as they do in a product with the Hessian."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
+
+
+def _start(
+    value: Callable[[Tensor], Tensor],
+    space: Space,
+    params: Tree,
+    batch: Any,
+    seconds: dict[int, list[float]],
+    origin: Tensor,
+) -> None:
+    """Look whether there is a loss at params, and leave out chunks that do not fit in memory."""
+    with explained(space, batch), PeakMemory() as memory:
+        checked(value(origin), space, space.tree_leaves(params))
+    fit = available_memory(space.device) // 2 // max(1, memory.peak)
+    for size in [size for size in seconds if size > max(fit, min(seconds))]:
+        del seconds[size]
+
+
+def _values(
+    value: Callable[[Tensor], Tensor], steps: Tensor, seconds: dict[int, list[float]]
+) -> Iterator[tuple[slice, Tensor]]:
+    """The values at each of these coordinates, chunk by chunk, on the CPU.
+
+    Args:
+        seconds: for a point, in chunks of each size that may be taken; times are added in place.
+    """
+    start = 0
+    while start < len(steps):
+        size = _next_size(seconds)
+        part = slice(start, start + (_IN_A_LOOP if size == 1 else size))
+        began = time.perf_counter()
+        try:
+            found = _chunk(value, steps[part], size).to("cpu", torch.float64)
+        except RuntimeError:
+            # An operation without a batching rule, or no memory: smaller chunks may need less.
+            if size == min(seconds):
+                raise
+            for larger in [other for other in seconds if other >= size]:
+                del seconds[larger]
+            continue
+        if len(seconds[size]) < _TURNS:
+            seconds[size].append((time.perf_counter() - began) / len(found))
+        yield part, found
+        start += len(found)
+
+
+def _chunk(value: Callable[[Tensor], Tensor], steps: Tensor, size: int) -> Tensor:
+    if size == 1:
+        return torch.stack([value(step) for step in steps])
+    with warnings.catch_warnings():
+        # Operations without a batching rule loop inside of vmap; the turns see what that costs.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return torch.vmap(value, randomness="same")(steps)
+
+
+def _next_size(seconds: Mapping[int, Sequence[float]]) -> int:
+    """Each size has its turns, until one is hopeless; then the fastest is taken."""
+    best = math.inf
+    for size, spent in seconds.items():
+        if len(spent) < _TURNS:
+            return size
+        if min(spent) > _HOPELESS * best:
+            break
+        best = min(best, *spent)
+    return _fastest(seconds)
+
+
+def _fastest(seconds: Mapping[int, Sequence[float]]) -> int:
+    return min(seconds, key=lambda size: min(seconds[size], default=math.inf))

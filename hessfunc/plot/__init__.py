@@ -1,0 +1,25 @@
+"""Figures of results, with matplotlib.
+
+Each function takes a result, draws it on the Axes ``ax`` and returns them; without ``ax`` it makes
+a new figure of pyplot, which is otherwise left alone.
+"""
+
+from hessfunc.plot.blocks import blocks
+from hessfunc.plot.contours import contours
+from hessfunc.plot.curves import curves
+from hessfunc.plot.density import density
+from hessfunc.plot.eigenvalues import eigenvalues
+from hessfunc.plot.history import history
+from hessfunc.plot.layers import layers
+from hessfunc.plot.surface import surface
+
+__all__ = [
+    "density",
+    "eigenvalues",
+    "history",
+    "layers",
+    "blocks",
+    "curves",
+    "contours",
+    "surface",
+]

@@ -1,0 +1,79 @@
+"""The spectra of the blocks of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from hessfunc.algorithms.results import Density, Eigenpairs
+from hessfunc.plot.density import draw as draw_density
+from hessfunc.plot.eigenvalues import draw as draw_eigenvalues
+from hessfunc.plot.style import clean, grid, note
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+__all__ = ["blocks"]
+
+# Of one panel, in inches.
+_PANEL = (2.4, 1.8)
+_MOST_COLUMNS = 4
+
+
+def blocks(
+    found: Mapping[str, Density | Eigenpairs], /, *, ax: Iterable[Axes] | None = None
+) -> NDArray[np.object_]:
+    """The spectrum of each block in a panel of its own, drawn as `density` or `eigenvalues`.
+
+    Each panel has its own axes, as spectra of blocks differ by orders of magnitude.
+
+    Args:
+        found: as `block_spectra` returns them.
+        ax: an array of Axes, one a block or more; by default a new figure.
+
+    Returns:
+        The Axes of the blocks ``(blocks,)``.
+
+    Raises:
+        TypeError: a block's result is neither a `Density` nor `Eigenpairs`.
+        ValueError: there is no block, or there are fewer Axes than blocks.
+    """
+    import numpy as np
+
+    if not found:
+        raise ValueError("there is no block to draw")
+    panels = _panels(len(found)) if ax is None else np.asarray(ax, dtype=object).ravel()
+    if len(panels) < len(found):
+        raise ValueError(f"{len(found)} blocks and {len(panels)} Axes: pass one for each")
+    for panel, (name, result) in zip(panels, found.items(), strict=False):
+        _draw(clean(panel), name, result)
+        panel.tick_params(labelsize="x-small")
+        panel.locator_params(axis="x", nbins=4)
+    return panels[: len(found)]
+
+
+def _panels(count: int) -> NDArray[np.object_]:
+    columns = min(count, _MOST_COLUMNS)
+    rows = math.ceil(count / columns)
+    panels = grid(rows, columns, (columns * _PANEL[0], rows * _PANEL[1] + 0.3))
+    for unused in panels[count:]:
+        unused.remove()
+    return panels[:count]
+
+
+def _draw(panel: Axes, name: str, result: Density | Eigenpairs) -> None:
+    match result:
+        case Density():
+            draw_density(result, panel, width=result.width, eigenvalues=None)
+            note(panel, (name, f"n = {result.n:,}"))
+        case Eigenpairs():
+            draw_eigenvalues(result, panel)
+            note(panel, (name,))
+        case _:
+            raise TypeError(
+                f"the result of block {name!r} is a {type(result).__name__}: a Density or "
+                "Eigenpairs can be drawn"
+            )

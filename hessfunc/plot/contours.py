@@ -1,0 +1,59 @@
+"""The loss on a plane, from above."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hessfunc.landscape import Landscape
+from hessfunc.plot.losses import LEVELS, Heights, Scale, label, losses, scaled, second_axis
+from hessfunc.plot.style import QUIET, SECOND, WHITE, clean, new_axes, shades
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["contours"]
+
+_SIZE = (6.4, 4.6)
+
+
+def contours(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None) -> Axes:
+    """The loss along two directions as contours, the darker the lower; the cross is params.
+
+    Args:
+        found: a landscape along two directions.
+        scale: of the levels, ``"linear"`` or ``"log"``; by default whichever suits their range.
+        ax: where to draw; by default a new figure.
+
+    Raises:
+        ValueError: the landscape is along one direction, or has less than 2 x 2 points; the loss
+            is nowhere finite, or not positive on a log scale.
+    """
+    from matplotlib.colors import LogNorm, Normalize
+
+    x, y, values = found.x, second_axis(found), losses(found)
+    scale = scaled(scale, values)
+    levels = _levels(values, scale)
+    norm = (LogNorm if scale == "log" else Normalize)(levels[0], levels[-1])
+    ax = clean(new_axes(_SIZE) if ax is None else ax)
+    drawn = ax.contourf(x, y, values.T, levels=levels, cmap=shades(), norm=norm)
+    ax.contour(drawn, colors=WHITE, linewidths=0.5, alpha=0.6)
+    ax.plot(0, 0, "+", color=SECOND, markersize=11, markeredgewidth=1.8)
+    bar = ax.figure.colorbar(drawn, ax=ax, label="loss", ticks=levels[::2], format="%.3g")
+    bar.ax.tick_params(labelsize="small", color=QUIET)
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)
+    ax.set(xlabel=label(found, 0), ylabel=label(found, 1))
+    first, second = found.lengths.tolist()
+    if found.normalise is not None or math.isclose(first, second, rel_tol=1e-3):
+        ax.set_aspect("equal")
+    return ax
+
+
+def _levels(values: Heights, scale: Scale) -> Heights:
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    # A plateau has one colour.
+    high = high if high > low else low + (abs(low) or 1.0)
+    return (np.geomspace if scale == "log" else np.linspace)(low, high, LEVELS)

@@ -1,0 +1,56 @@
+"""The loss along a line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hessfunc.landscape import Landscape
+from hessfunc.plot.losses import Scale, label, losses, only_axis, scaled
+from hessfunc.plot.style import PALETTE, QUIET, clean, legend, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["curves"]
+
+
+def curves(
+    found: Landscape | Mapping[str, Landscape],
+    /,
+    *,
+    scale: Scale | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """The loss along one direction, or along each of several; the dot is params.
+
+    Args:
+        found: a landscape along one direction, or several by name.
+        scale: of the loss, ``"linear"`` or ``"log"``; by default whichever suits its range.
+        ax: where to draw; by default a new figure.
+
+    Raises:
+        ValueError: there is no landscape, or one is along two directions; the loss is nowhere
+            finite, or not positive on a log scale.
+    """
+    named = {"": found} if isinstance(found, Landscape) else found
+    if not named:
+        raise ValueError("there is no landscape to draw")
+    lines = {name: (only_axis(one), losses(one)) for name, one in named.items()}
+    scale = scaled(scale, np.concatenate([values for _, values in lines.values()]))
+    ax = clean(new_axes() if ax is None else ax)
+    for i, (name, (x, values)) in enumerate(lines.items()):
+        ax.plot(x, values, color=PALETTE[i % len(PALETTE)], linewidth=1.6, label=name)
+    for x, values in lines.values():
+        here = x.numpy() == 0
+        ax.plot(x[here], values[here], "o", color=QUIET, markersize=5, zorder=3)
+    labels = {label(one, 0) for one in named.values()}
+    ax.set(
+        xlabel=labels.pop() if len(labels) == 1 else "along the direction",
+        ylabel="loss",
+        yscale=scale,
+    )
+    legend(ax)
+    return ax

@@ -1,0 +1,103 @@
+"""The spectral density."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.results import Density, Eigenpairs
+from hessfunc.plot.style import DASHED, FIRST, QUIET, SECOND, clean, legend, new_axes, note
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["density", "draw"]
+
+
+def density(
+    density: Density,
+    /,
+    *,
+    ax: Axes | None = None,
+    eigenvalues: Eigenpairs | None = None,
+    width: float | None = None,
+) -> Axes:
+    """The smoothed spectral density on a log axis, with its outliers as sticks.
+
+    The band reaches from the lowest to the highest density of a single probe. The dashed line is
+    the height of one single eigenvalue, ``1 / (n width sqrt(2 pi))``: a bump that reaches it
+    stands for about one.
+
+    Args:
+        density: as `slq` returns it.
+        ax: where to draw; by default a new figure.
+        eigenvalues: drawn as the sticks; by default the Ritz values that stand alone, five widths
+            or more from the next one of the same probe.
+        width: of the smoothing, in units of the eigenvalues; by default the density's own.
+    """
+    ax = clean(new_axes() if ax is None else ax)
+    width = density.width if width is None else width
+    draw(density, ax, width=width, eigenvalues=eigenvalues)
+    ax.set(xlabel="eigenvalue", ylabel="spectral density")
+    probes, steps = density.nodes.shape
+    note(
+        ax,
+        (
+            f"n = {density.n:,}",
+            f"{probes} probe{'s' * (probes > 1)} of {steps} steps",
+            f"Gaussians of width {width:.2g}",
+        ),
+    )
+    legend(ax)
+    return ax
+
+
+def draw(density: Density, ax: Axes, *, width: float, eigenvalues: Eigenpairs | None) -> None:
+    """The curve, its band and its outliers, on a log axis, without labels."""
+    one = 1 / (density.n * width * math.sqrt(2 * math.pi))
+    sticks = _lone_nodes(density, 5 * width) if eigenvalues is None else eigenvalues.values.cpu()
+    ends = torch.cat([density.nodes[density.weights > 0], sticks])
+    margin = max(5 * width, 0.03 * float(ends.max() - ends.min()))
+    low, high = float(ends.min()) - margin, float(ends.max()) + margin
+    # Four points a width, or peaks would be cut off.
+    grid = torch.linspace(low, high, max(1000, math.ceil(4 * (high - low) / width)))
+    curve, band = density.pdf(grid, width), _band(density, grid, width)
+    floor, top = 0.1 * min(one, float(curve.max())), 3 * float(curve.max())
+
+    ax.fill_between(grid, floor, curve.clamp_min(floor), color=FIRST, alpha=0.1, linewidth=0)
+    if band is not None:
+        below, above = (edge.clamp_min(floor) for edge in band)
+        name = f"range of {len(density.nodes)} probes"
+        ax.fill_between(grid, below, above, color=FIRST, alpha=0.25, linewidth=0, label=name)
+    ax.plot(grid, curve, color=FIRST, linewidth=1.4, label="density")
+    if len(sticks):
+        heights = density.pdf(sticks, width).clamp_min(2 * floor)
+        ax.vlines(sticks, floor, heights, color=SECOND, linewidth=1.1)
+        name = "Ritz values that stand alone" if eigenvalues is None else "eigenvalues"
+        ax.plot(sticks, heights, "o", color=SECOND, markersize=4, label=name)
+    ax.axhline(one, color=QUIET, linewidth=0.8, linestyle=DASHED, label="one eigenvalue")
+    ax.set(yscale="log", xlim=(low, high), ylim=(floor, top))
+
+
+def _band(density: Density, grid: Tensor, width: float) -> tuple[Tensor, Tensor] | None:
+    """The lowest and the highest density of a probe, if there are several."""
+    if len(density.nodes) == 1:
+        return None
+    probes = zip(density.nodes.split(1), density.weights.split(1), strict=True)
+    curves = [replace(density, nodes=n, weights=w).pdf(grid, width) for n, w in probes]
+    low, high = torch.stack(curves).aminmax(dim=0)
+    return low, high
+
+
+def _lone_nodes(density: Density, distance: float) -> Tensor:
+    """The nodes, of all probes, with no other node of their probe within a distance."""
+    found = []
+    for nodes, weights in zip(density.nodes, density.weights, strict=True):
+        nodes = nodes[weights > 0]
+        gaps = torch.cat([nodes.new_tensor([math.inf]), nodes.diff(), nodes.new_tensor([math.inf])])
+        found.append(nodes[torch.minimum(gaps[:-1], gaps[1:]) > distance])
+    return torch.cat(found)

@@ -1,0 +1,97 @@
+"""Eigenvalues in the course of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.plot.style import DASHED, FIRST, QUIET, SECOND, clean, legend, new_axes, shades
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["history"]
+
+Values: TypeAlias = Eigenpairs | Tensor | Sequence[float] | float
+
+
+def history(
+    found: Mapping[float, Values],
+    /,
+    *,
+    lr: Mapping[float, float] | float | None = None,
+    against: str = "step",
+    ax: Axes | None = None,
+) -> Axes:
+    """Eigenvalues against steps or epochs, one line an index, and where wanted the line 2 / lr.
+
+    Gradient descent with step size lr is stable on a quadratic whose eigenvalues are below 2 / lr.
+    Intervals of `Eigenpairs` are drawn as a band.
+
+    Args:
+        found: step or epoch -> the eigenvalues there; NaN where one was not measured.
+        lr: the step size, or that from each step or epoch on.
+        against: the name of the horizontal axis, ``"step"`` or ``"epoch"``.
+        ax: where to draw; by default a new figure.
+
+    Raises:
+        ValueError: there is nothing to draw, or the number of eigenvalues changes.
+    """
+    steps = sorted(found)
+    values = _stacked([_values(found[step]) for step in steps])
+    intervals = _stacked([_intervals(found[step]) for step in steps])
+    ax = clean(new_axes() if ax is None else ax)
+    several = values.shape[1] > 1
+    colours = [shades()(0.2 + 0.55 * i / values.shape[1]) for i in range(values.shape[1])]
+    # A point that stands alone has no line.
+    marker = "o" if len(steps) < 30 else None
+    for i, colour in enumerate(colours if several else [FIRST]):
+        name = f"eigenvalue {i + 1}" if several else "eigenvalue"
+        low, high = intervals[:, 2 * i], intervals[:, 2 * i + 1]
+        ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        style: Any = {"color": colour, "linewidth": 1.6, "marker": marker, "markersize": 3}
+        ax.plot(steps, values[:, i], label=name, **style)
+    if lr is not None:
+        _draw_edge(ax, dict.fromkeys(steps, lr) if isinstance(lr, float | int) else lr, steps[-1])
+    if bool((values < 0).any()):
+        ax.axhline(0, color=QUIET, linewidth=0.8)
+    ax.set(xlabel=against, ylabel="eigenvalue")
+    legend(ax)
+    return ax
+
+
+def _draw_edge(ax: Axes, lr: Mapping[float, float], end: float) -> None:
+    """The line 2 / lr, with a step where lr has one."""
+    steps = sorted(lr)
+    heights = [2 / lr[step] for step in steps]
+    style: Any = {"linewidth": 1.2, "linestyle": DASHED, "drawstyle": "steps-post"}
+    ax.plot(
+        [*steps, max(steps[-1], end)],
+        [*heights, heights[-1]],
+        color=SECOND,
+        label="2 / lr",
+        **style,
+    )
+
+
+def _values(found: Values) -> Tensor:
+    values = found.values if isinstance(found, Eigenpairs) else found
+    return torch.as_tensor(values, dtype=torch.float64).cpu().reshape(-1)
+
+
+def _intervals(found: Values) -> Tensor:
+    if isinstance(found, Eigenpairs):
+        return found.intervals.cpu().reshape(-1)
+    return _values(found).repeat_interleave(2)
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError(
+            "a history has at least one step, and the same number of eigenvalues at each"
+        )
+    return torch.stack(list(rows))

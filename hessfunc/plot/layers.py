@@ -1,0 +1,119 @@
+"""Traces by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from hessfunc.algorithms.quantiles import student_quantile
+from hessfunc.algorithms.results import Estimate
+from hessfunc.plot.style import FIRST, QUIET, SECOND, clean, new_axes, note
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["layers"]
+
+# Inches.
+_BAR, _MARGIN, _WIDTH = 0.2, 1.0, 7.2
+
+
+@dataclass(frozen=True)
+class _Bar:
+    value: float
+    low: float
+    high: float
+
+
+def layers(
+    found: Estimate | Sequence[Estimate] | Mapping[str, Estimate],
+    /,
+    *,
+    level: float = 0.95,
+    quantity: str = "trace",
+    ax: Axes | None = None,
+) -> Axes:
+    """A trace by layer, as bars from the first layer to the last, with intervals where known.
+
+    Args:
+        found: one estimate, whose ``by_leaf`` is drawn; several of the same matrix from
+            different seeds, whose ``by_leaf`` differ as the intervals say; or an estimate for
+            each layer, with its own interval.
+        level: of the intervals.
+        quantity: what the estimates are of.
+        ax: where to draw; by default a new figure, as high as there are layers.
+
+    Raises:
+        ValueError: there is no layer, two estimates share a seed, or their layers differ.
+    """
+    bars = _bars(found, level)
+    if not bars:
+        raise ValueError("the estimate has no part by layer: `by_leaf` is empty")
+    ax = clean(new_axes((_WIDTH, _MARGIN + _BAR * len(bars))) if ax is None else ax)
+    places = range(len(bars))
+    ax.axvline(0, color=QUIET, linewidth=0.8)
+    ax.barh(places, [bar.value for bar in bars.values()], height=0.72, color=FIRST, alpha=0.85)
+    ax.hlines(
+        places,
+        [bar.low for bar in bars.values()],
+        [bar.high for bar in bars.values()],
+        color=SECOND,
+        linewidth=1.6,
+    )
+    for place, bar in zip(places, bars.values(), strict=True):
+        ax.annotate(
+            f"{bar.value:.3g}",
+            (max(bar.value, bar.high, 0.0), place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="x-small",
+            color=QUIET,
+        )
+    ax.set_yticks(places, list(bars))
+    ax.tick_params(axis="y", length=0, labelsize="x-small")
+    ax.spines["left"].set_visible(False)
+    ax.set(xlabel=quantity, ylim=(len(bars) - 0.4, -0.6))
+    ax.margins(x=0.1)
+    note(ax, _notes(found, level))
+    return ax
+
+
+def _bars(
+    found: Estimate | Sequence[Estimate] | Mapping[str, Estimate], level: float
+) -> dict[str, _Bar]:
+    if isinstance(found, Estimate):
+        return {name: _Bar(value, value, value) for name, value in found.by_leaf.items()}
+    if isinstance(found, Mapping):
+        return {name: _Bar(one.value, *one.interval(level)) for name, one in found.items()}
+    return _spread(found, level)
+
+
+def _spread(found: Sequence[Estimate], level: float) -> dict[str, _Bar]:
+    """The means over estimates, and Student's intervals of these."""
+    if len(found) < 2 or len({one.seed for one in found}) < len(found):
+        raise ValueError("intervals by layer need two estimates or more, of different seeds")
+    names = list(found[0].by_leaf)
+    if any(list(one.by_leaf) != names for one in found):
+        raise ValueError("the estimates have different layers: they are of different matrices")
+    quantile = student_quantile((1 + level) / 2, len(found) - 1) / math.sqrt(len(found))
+    bars = {}
+    for name in names:
+        values = [one.by_leaf[name] for one in found]
+        value, half = fmean(values), quantile * stdev(values)
+        bars[name] = _Bar(value, value - half, value + half)
+    return bars
+
+
+def _notes(
+    found: Estimate | Sequence[Estimate] | Mapping[str, Estimate], level: float
+) -> list[str]:
+    if isinstance(found, Estimate):
+        low, high = found.interval(level)
+        return [f"sum {found.value:.4g}", f"{level:.0%} interval {low:.4g} to {high:.4g}"]
+    if isinstance(found, Mapping):
+        return [f"{level:.0%} intervals"]
+    return [f"mean of {len(found)} estimates", f"{level:.0%} intervals"]

@@ -1,0 +1,70 @@
+"""What the pictures of a landscape have in common: values, scales and labels."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hessfunc.landscape import Landscape
+
+__all__ = ["LEVELS", "Heights", "Scale", "label", "losses", "only_axis", "scaled", "second_axis"]
+
+Heights: TypeAlias = NDArray[np.float64]
+Scale: TypeAlias = Literal["linear", "log"]
+
+# Of contours.
+LEVELS = 15
+# The scale is log where the largest loss is more than so many times the smallest.
+_WIDE = 50
+
+
+def only_axis(found: Landscape, /) -> Tensor:
+    """The coordinates of a landscape along one direction."""
+    if found.y is not None:
+        raise ValueError("the landscape is along two directions: take `contours` or `surface`")
+    return found.x
+
+
+def second_axis(found: Landscape, /) -> Tensor:
+    """The coordinates on the second axis of a landscape along two directions."""
+    if found.y is None:
+        raise ValueError("the landscape is along one direction: take `curves`")
+    if min(found.values.shape) < 2:
+        raise ValueError(f"{tuple(found.values.shape)} points: a surface has 2 x 2 or more")
+    return found.y
+
+
+def losses(found: Landscape, /) -> Heights:
+    """The values, NaN where they are not finite."""
+    values = found.values.numpy()
+    if not np.isfinite(values).any():
+        raise ValueError("the loss is not finite at any point of the landscape")
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def scaled(scale: Scale | None, values: Heights, /) -> Scale:
+    """The scale that was asked for, or the one that suits the range of the values."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if scale is None:
+        return "log" if low > 0 and high > _WIDE * low else "linear"
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale={scale!r}: choose 'linear' or 'log'")
+    if scale == "log" and not low > 0:
+        raise ValueError(f"the smallest loss is {low:.3g}: a log scale needs positive ones")
+    return scale
+
+
+def label(found: Landscape, axis: int, /) -> str:
+    """What an axis of coordinates stands for, with its unit."""
+    which = "along the" if found.y is None else ("first", "second")[axis]
+    return f"{which} direction ({_unit(found, axis)})"
+
+
+def _unit(found: Landscape, axis: int) -> str:
+    length = float(found.lengths[axis])
+    if found.normalise == "filter":
+        return "filter norms"
+    return "distance" if abs(length - 1) < 1e-3 else f"times its length, {length:.3g}"

@@ -1,0 +1,89 @@
+"""The loss on a plane, in three dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hessfunc.landscape import Landscape
+from hessfunc.plot.losses import LEVELS, Scale, label, losses, scaled, second_axis
+from hessfunc.plot.style import FAINT, QUIET, WHITE, new_axes, shades
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["surface"]
+
+_SIZE = (6.4, 5.0)
+# Lines on each axis of the surface at most.
+_LINES = 101
+# From the lowest point of the surface to the contours below it, as a part of its height.
+_GAP = 0.35
+
+
+def surface(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None) -> Axes:
+    """The loss along two directions as a surface over its contours.
+
+    Args:
+        found: a landscape along two directions.
+        scale: of the loss, ``"linear"`` or ``"log"``; by default whichever suits its range.
+        ax: three-dimensional Axes, ``figure.add_subplot(projection="3d")``; by default a new
+            figure.
+
+    Raises:
+        ValueError: the landscape is along one direction, or has less than 2 x 2 points; the loss
+            is nowhere finite, or not positive on a log scale; the Axes are flat.
+    """
+    y, values = second_axis(found), losses(found)
+    scale = scaled(scale, values)
+    solid: Any = new_axes(_SIZE, projection="3d") if ax is None else ax
+    if solid.name != "3d":
+        raise ValueError("a surface needs three dimensions: figure.add_subplot(projection='3d')")
+    heights = np.log10(values) if scale == "log" else values
+    low, high = float(np.nanmin(heights)), float(np.nanmax(heights))
+    # A plateau has a height, too.
+    high = high if high > low else low + 1.0
+    floor = low - _GAP * (high - low)
+    grid = np.meshgrid(found.x.numpy(), y.numpy(), indexing="ij")
+    levels = np.linspace(low, high, LEVELS)
+    options = {"cmap": shades(), "vmin": low, "vmax": high}
+    lines = {"rcount": _LINES, "ccount": _LINES, "linewidth": 0.15, "edgecolor": (WHITE, 0.35)}
+    solid.plot_surface(*grid, heights, **options, **lines)
+    solid.contour(*grid, heights, levels, zdir="z", offset=floor, linewidths=0.8, **options)
+    solid.set(xlabel=label(found, 0), ylabel=label(found, 1), zlabel="loss", zlim=(floor, high))
+    _quieten(solid)
+    ticks = _ticks(low, high, scale)
+    solid.set_zticks(list(ticks), list(ticks.values()))
+    return solid
+
+
+def _quieten(solid: Any) -> None:
+    solid.view_init(elev=26, azim=-125)
+    # Smaller than its place, which leaves room for the labels.
+    solid.set_box_aspect((1, 1, 0.8), zoom=0.95)
+    for axis in (solid.xaxis, solid.yaxis, solid.zaxis):
+        axis.pane.set_visible(False)
+        axis.line.set_color(QUIET)
+        axis._axinfo["grid"].update(color=FAINT, linewidth=0.6)
+        axis.label.set_size("small")
+    solid.tick_params(labelsize="small", color=QUIET, pad=1)
+    for name in ("x", "y"):
+        solid.locator_params(axis=name, nbins=5)
+
+
+def _ticks(low: float, high: float, scale: Scale) -> dict[float, str]:
+    """Heights, and the losses that are written there."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    if scale == "linear":
+        return _within(MaxNLocator(5).tick_values(low, high), low, high)
+    few = (1.0, 2.0, 5.0) if high - low < 2 else (1.0,)
+    round_losses = LogLocator(subs=few, numticks=8).tick_values(10**low, 10**high)
+    found = _within(round_losses, 10**low, 10**high)
+    return {float(np.log10(loss)): text for loss, text in found.items()}
+
+
+def _within(candidates: Iterable[float], low: float, high: float) -> dict[float, str]:
+    return {float(loss): f"{loss:.4g}" for loss in candidates if low <= loss <= high}

@@ -1,0 +1,1 @@
+"""Curvature that is watched from other libraries' training loops; each file needs its library."""

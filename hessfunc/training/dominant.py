@@ -1,0 +1,66 @@
+"""The dominant eigenvalue of a model's Hessian as the model moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.nn import functional as F
+
+from hessfunc.algorithms.lanczos import lanczos
+from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.functional import functional, supervised
+from hessfunc.training.modes import eval_mode
+from hessfunc.training.steps import Criterion
+from hessfunc.transforms.batches import over_batches
+from hessfunc.transforms.hessian import hvp
+from hessfunc.trees import Tree
+
+__all__ = ["Watch", "watch"]
+
+# The vectors of the last measurement, or None -> the dominant eigenpair.
+Watch: TypeAlias = Callable[[Tree | None], Eigenpairs]
+
+
+def watch(
+    model: nn.Module,
+    batches: Iterable[Any],
+    /,
+    *,
+    criterion: Criterion = F.cross_entropy,
+    rtol: float = 1e-2,
+    max_matvecs: int = 10,
+    seed: int = 0,
+) -> Watch:
+    """What measures the eigenvalue that is largest in absolute value, at the current parameters.
+
+    In eval mode; the model is not changed. Started from the vectors of the last measurement it
+    needs a few products.
+
+    Args:
+        model: whose parameters move between two measurements.
+        batches: the Hessian is that of the mean loss over their examples.
+        criterion: ``(outputs, targets) -> mean over the examples``.
+        rtol: the relative residual that is small enough.
+        max_matvecs: the budget of a measurement.
+        seed: of the first start.
+
+    Cost: at most ``max_matvecs`` passes over the batches.
+    """
+    with eval_mode(model):
+        model_fn, params = functional(model)
+    curvature = over_batches(hvp(supervised(model_fn, criterion)))
+
+    def measure(start: Tree | None) -> Eigenpairs:
+        return lanczos(
+            curvature(params, batches),
+            params,
+            k=1,
+            rtol=rtol,
+            max_matvecs=max_matvecs,
+            start=start,
+            seed=seed,
+        )
+
+    return measure

@@ -1,0 +1,52 @@
+"""The loss and the accuracy of a classifier on many examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hessfunc.problems.data import Examples
+from hessfunc.training.batches import Source
+from hessfunc.training.modes import eval_mode
+from hessfunc.training.steps import Criterion
+
+__all__ = ["Evaluation", "evaluated"]
+
+_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over examples.
+
+    Attributes:
+        loss: the criterion's.
+        accuracy: the share of examples whose largest output is the target's.
+        examples: how many there are.
+    """
+
+    loss: float
+    accuracy: float
+    examples: int
+
+
+def evaluated(model: nn.Module, source: Source, criterion: Criterion, /) -> Evaluation:
+    """The model in eval mode on all examples.
+
+    Raises:
+        ValueError: there is no example.
+    """
+    device = next(model.parameters()).device
+    batches = source.batches(_AT_ONCE) if isinstance(source, Examples) else source
+    total, hits, count = 0.0, 0, 0
+    with torch.no_grad(), eval_mode(model):
+        for inputs, targets in batches:
+            outputs, expected = model(inputs.to(device)), targets.to(device)
+            total += len(targets) * float(criterion(outputs, expected))
+            hits += int((outputs.argmax(-1) == expected).sum())
+            count += len(targets)
+    if not count:
+        raise ValueError("the loader is empty")
+    return Evaluation(total / count, hits / count, count)

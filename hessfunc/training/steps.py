@@ -1,0 +1,111 @@
+"""Steps of an optimiser, each with the gradient of one or more batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hessfunc.training.work import Metered
+
+__all__ = ["DIVERGED", "Batch", "Criterion", "Spent", "Step", "Steps", "first_order"]
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+DIVERGED = "lower the learning rate, or raise alpha where there is one"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What moving the parameters has taken, beyond their gradient.
+
+    Attributes:
+        matvecs: products.
+        flops: floating-point operations.
+    """
+
+    matvecs: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Step(Spent):
+    """What one step tells.
+
+    Attributes:
+        loss: mean over its examples, before the step.
+    """
+
+    loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How the parameters of a model move.
+
+    Attributes:
+        model: whose gradients are found.
+        optimizer: whose learning rate a schedule may change, and whose state is kept.
+        move: takes the batches of a step, whose gradient is in the parameters, and moves these.
+        criterion: ``(outputs, targets) -> mean over the examples``.
+        meter: what counts the operations of ``move``.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    move: Callable[[Sequence[Batch]], Spent]
+    criterion: Criterion = F.cross_entropy
+    meter: Metered | None = None
+
+    def __call__(self, batches: Sequence[Batch], ratio: int = 1, /) -> Step:
+        """One step with the gradients of at most ``ratio`` batches, one after another.
+
+        Each batch counts by its examples, and all together as their number over ``ratio``:
+
+            sum_i n_i loss_i / sum_i n_i  *  len(batches) / ratio
+
+        so that a learning rate in proportion to the ratio suits fewer batches, too. Graphs are
+        freed batch by batch.
+
+        Raises:
+            FloatingPointError: the loss of a batch is not finite.
+        """
+        self.optimizer.zero_grad()
+        total, count = 0.0, sum(len(targets) for _, targets in batches)
+        for inputs, targets in batches:
+            loss = self.criterion(self.model(inputs), targets)
+            if not loss.isfinite():
+                raise FloatingPointError(f"the loss of a batch is {loss.item()}: {DIVERGED}")
+            # Exactly the ratio where all batches are of one size, and one gradient is untouched.
+            (loss / (ratio * (count / (len(batches) * len(targets))))).backward()
+            total += loss.item() * (len(targets) / count)
+        spent = self.move(batches)
+        return Step(loss=total, matvecs=spent.matvecs, flops=spent.flops)
+
+    def state(self) -> dict[str, Any]:
+        """What a later step depends on, besides the model."""
+        meter = None if self.meter is None else (self.meter.total, self.meter.found)
+        return {"optimizer": self.optimizer.state_dict(), "meter": meter}
+
+    def restore(self, state: Mapping[str, Any], /) -> None:
+        """Go on from a state."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.meter is not None:
+            self.meter.total, self.meter.found = state["meter"]
+
+
+def first_order(
+    model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Criterion = F.cross_entropy, /
+) -> Steps:
+    """The steps of any optimiser of torch that needs nothing but gradients."""
+
+    def move(batches: Sequence[Batch]) -> Spent:
+        optimizer.step()
+        return Spent()
+
+    return Steps(model, optimizer, move, criterion)

@@ -1,0 +1,116 @@
+"""The curve of a tracked quantity, beside the line at which training is stable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from hessfunc.training.tracking.point import Point
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["curve", "stability"]
+
+Quantity = Literal["top", "bottom", "trace", "preconditioned", "critical"]
+
+_COLOURS = ("#1f4e79", "#3a9aa8", "#588157", "#8e6c8a")
+_LINE = "#c8553d"
+_NAMES: dict[Quantity, str] = {
+    "top": "largest eigenvalue",
+    "bottom": "smallest eigenvalue",
+    "trace": "trace",
+    "preconditioned": "preconditioned sharpness",
+    "critical": "critical sharpness",
+}
+
+
+def stability(lr: float, /, *, momentum: float = 0.0) -> float:
+    """The curvature above which gradient descent on a quadratic diverges, (2 + 2 momentum) / lr."""
+    return (2 + 2 * momentum) / lr
+
+
+def curve(
+    points: Sequence[Point],
+    /,
+    *,
+    ax: Axes | None = None,
+    quantity: Quantity = "top",
+    threshold: Callable[[float], float] | None = stability,
+) -> Axes:
+    """A quantity against steps, with the line at which training is stable.
+
+    Bands are residuals, or twice the standard error of a trace.
+
+    Args:
+        points: of a `Tracker`, or from `read`.
+        ax: where to draw; by default a new figure.
+        quantity: ``"top"``, ``"bottom"``, ``"trace"``, ``"preconditioned"`` or ``"critical"``.
+        threshold: of the learning rate, 2 / lr by default; with Adam the preconditioned sharpness
+            has ``lambda lr: 38 / lr``. None draws no line.
+
+    Raises:
+        ValueError: no point has the quantity.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    lines = _lines(points, quantity)
+    if not lines:
+        raise ValueError(f"no point has {_NAMES[quantity]}: was it measured?")
+    ax = _new_axes() if ax is None else ax
+    ax.spines[["top", "right"]].set_visible(False)
+    for i, line in enumerate(lines):
+        steps, values, radii = zip(*line, strict=True)
+        colour = _COLOURS[i % len(_COLOURS)]
+        name = _NAMES[quantity] if len(lines) == 1 else f"{_NAMES[quantity]}, {i + 1}"
+        ax.plot(steps, values, color=colour, linewidth=1.4, label=name)
+        below = [value - radius for value, radius in zip(values, radii, strict=True)]
+        above = [value + radius for value, radius in zip(values, radii, strict=True)]
+        ax.fill_between(steps, below, above, color=colour, alpha=0.18, linewidth=0)
+    known = [(point.step, point.lr) for point in points if point.lr]
+    if threshold is not None and known:
+        ax.plot(
+            [step for step, _ in known],
+            [threshold(lr) for _, lr in known],
+            color=_LINE,
+            linewidth=1.1,
+            linestyle=(0, (5, 3)),
+            drawstyle="steps-post",
+            label="2 / lr" if threshold is stability else "edge of stability",
+        )
+    ax.set(xlabel="step", ylabel=_NAMES[quantity])
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _new_axes() -> Axes:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("figures need matplotlib: pip install 'hessfunc[plot]'") from None
+    return Figure(figsize=(7.2, 4.2), layout="constrained").subplots()
+
+
+def _lines(points: Sequence[Point], quantity: Quantity) -> list[list[tuple[int, float, float]]]:
+    """Of each line its steps, values and half-widths of the band."""
+    found: list[list[tuple[int, float, float]]] = []
+    for point in points:
+        for i, (value, radius) in enumerate(_values(point, quantity)):
+            if i == len(found):
+                found.append([])
+            found[i].append((point.step, value, radius))
+    return found
+
+
+def _values(point: Point, quantity: Quantity) -> list[tuple[float, float]]:
+    match quantity:
+        case "top":
+            return list(zip(point.top, point.top_residuals, strict=True))
+        case "bottom":
+            return list(zip(point.bottom, point.bottom_residuals, strict=True))
+        case "trace":
+            return [] if point.trace is None else [(point.trace, 2 * (point.trace_stderr or 0.0))]
+        case "preconditioned":
+            value, radius = point.preconditioned, point.preconditioned_residual
+            return [] if value is None else [(value, radius or 0.0)]
+        case "critical":
+            return [] if point.critical is None else [(point.critical, 0.0)]

@@ -1,0 +1,67 @@
+"""Points as JSON, one a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hessfunc.training.tracking.point import Point
+
+__all__ = ["json_lines", "read"]
+
+
+def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
+    """A function that appends a point to a file, as one line that is on the disk on return.
+
+    A last line that a kill has cut short is taken away first.
+    """
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    whole = _whole(file.read_bytes())
+    os.truncate(file, len(whole))
+
+    def append(point: Point) -> None:
+        line = json.dumps(asdict(point), allow_nan=False) + "\n"
+        with file.open("ab", buffering=0) as stream:
+            stream.write(line.encode())
+            os.fsync(stream.fileno())
+
+    return append
+
+
+def read(path: str | os.PathLike[str], /) -> list[Point]:
+    """The points of a file, in the order of their steps.
+
+    A last line that a kill has cut short is left out. Where a training went back, to its last
+    checkpoint, points of steps that were made again are left out, too.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no point.
+    """
+    points: list[Point] = []
+    for number, line in enumerate(_whole(Path(path).read_bytes()).splitlines(), start=1):
+        try:
+            point = _point(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"line {number} of {os.fspath(path)} is no point: {error}") from None
+        while points and points[-1].step >= point.step:
+            points.pop()
+        points.append(point)
+    return points
+
+
+def _point(**plain: Any) -> Point:
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()
+    }
+    return Point(**fields)
+
+
+def _whole(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]

@@ -1,0 +1,116 @@
+"""Curves, contours and surfaces."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hessfunc import plot
+from hessfunc.landscape import Landscape
+from tests.plot.conftest import bowl
+
+plt = pytest.importorskip("matplotlib.pyplot")
+
+PLANES = [plot.contours, plot.surface]
+
+
+def test_a_curve_has_a_dot_at_params(line: Landscape) -> None:
+    ax = plot.curves(line)
+    curve, dot = ax.lines
+    assert curve.get_xdata().tolist() == [-2, -1, 0, 1, 2]
+    assert list(curve.get_ydata()) == [5, 2, 1, 2, 5]
+    assert (dot.get_xdata().tolist(), list(dot.get_ydata())) == ([0], [1])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("along the direction (distance)", "loss")
+    assert ax.get_legend() is None
+
+
+def test_several_curves_are_named(line: Landscape) -> None:
+    ax = plot.curves({"top": line, "random": replace(line, values=2 * line.values)})
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["top", "random"]
+    assert len({one.get_color() for one in ax.lines[:2]}) == 2
+
+
+def test_labels_say_the_unit(line: Landscape, plane: Landscape) -> None:
+    long = replace(line, lengths=torch.tensor([3.0]).double())
+    assert plot.curves(long).get_xlabel() == "along the direction (times its length, 3)"
+    assert plot.curves({"a": line, "b": long}).get_xlabel() == "along the direction"
+    ax = plot.contours(replace(plane, normalise="filter"))
+    assert ax.get_xlabel() == "first direction (filter norms)"
+    assert ax.get_ylabel() == "second direction (filter norms)"
+
+
+def test_contours_cover_the_range_of_the_loss(plane: Landscape) -> None:
+    ax = plot.contours(plane)
+    levels = ax.collections[0].levels
+    assert (levels[0], levels[-1]) == (1, 6)
+    assert np.allclose(np.diff(levels), levels[1] - levels[0])
+    assert ax.get_aspect() == 1
+    assert ax.get_xlim() == (-2, 2)
+    assert ax.get_ylim() == (-1, 1)
+
+
+def test_a_wide_range_is_on_a_log_scale(plane: Landscape, steep: Landscape) -> None:
+    assert plot.curves(bowl(100.0, along=1)).get_yscale() == "log"
+    levels = plot.contours(steep).collections[0].levels
+    assert np.allclose(levels[1:] / levels[:-1], levels[1] / levels[0])
+    ticks = {text.get_text() for text in plot.surface(steep).get_zticklabels()}
+    assert ticks == {"1", "10", "100"}
+    linear = {text.get_text() for text in plot.surface(plane).get_zticklabels()}
+    assert linear == {"1", "2", "3", "4", "5", "6"}
+    assert np.allclose(
+        np.diff(plot.contours(steep, scale="linear").collections[0].levels), 500 / 14
+    )
+
+
+def test_the_surface_is_the_loss(plane: Landscape, monkeypatch: pytest.MonkeyPatch) -> None:
+    ax = plt.figure().add_subplot(projection="3d")
+    drawn: list[Any] = []
+    monkeypatch.setattr(ax, "plot_surface", lambda *grid, **_: drawn.extend(grid))
+    plot.surface(plane, ax=ax)
+    x, y, z = drawn
+    np.testing.assert_allclose(z, 1 + x**2 + y**2)
+    low, high = ax.get_zlim()
+    assert low < 1
+    assert high == pytest.approx(6)
+
+
+@pytest.mark.parametrize("picture", PLANES)
+def test_points_without_a_loss_are_left_out(picture: Callable[..., Any], plane: Landscape) -> None:
+    values = plane.values.clone()
+    values[0, 0], values[4, 2] = torch.inf, torch.nan
+    ax = picture(replace(plane, values=values))
+    ax.figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("picture", PLANES)
+@pytest.mark.parametrize("height", [0.0, 3.0])
+def test_a_plateau_is_drawn(picture: Callable[..., Any], plane: Landscape, height: float) -> None:
+    flat = replace(plane, values=torch.full_like(plane.values, height))
+    picture(flat).figure.draw_without_rendering()
+
+
+def test_the_other_dimension_is_refused(line: Landscape, plane: Landscape) -> None:
+    with pytest.raises(ValueError, match="take `contours` or `surface`"):
+        plot.curves(plane)
+    for picture in PLANES:
+        with pytest.raises(ValueError, match="take `curves`"):
+            picture(line)
+    with pytest.raises(ValueError, match=r"add_subplot\(projection='3d'\)"):
+        plot.surface(plane, ax=plt.figure().add_subplot())
+    with pytest.raises(ValueError, match="no landscape"):
+        plot.curves({})
+
+
+def test_what_cannot_be_drawn_is_refused(line: Landscape, plane: Landscape) -> None:
+    thin = replace(plane, values=plane.values[:1], x=plane.x[:1])
+    with pytest.raises(ValueError, match=r"\(1, 3\) points"):
+        plot.contours(thin)
+    with pytest.raises(ValueError, match="not finite at any point"):
+        plot.curves(replace(line, values=line.values * torch.nan))
+    with pytest.raises(ValueError, match="a log scale needs positive ones"):
+        plot.curves(replace(line, values=line.values - 1), scale="log")
+    with pytest.raises(ValueError, match="scale='cubic'"):
+        plot.curves(line, scale="cubic")  # type: ignore[arg-type]

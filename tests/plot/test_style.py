@@ -1,0 +1,117 @@
+"""What all pictures have in common."""
+
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hessfunc import plot
+from hessfunc.algorithms.results import Density, Eigenpairs
+from hessfunc.landscape import Landscape
+from hessfunc.plot.style import PALETTE, shades
+from tests.plot.test_layers import ONE
+
+plt = pytest.importorskip("matplotlib.pyplot")
+
+# Linear RGB as seen by people without the cones of one kind (Machado et al. 2009, severity 1).
+SEEN = {
+    "all": np.eye(3),
+    "no red": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "no green": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "no blue": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+XYZ = np.array(
+    [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.0721750],
+        [0.0193339, 0.1191920, 0.9503041],
+    ]
+)
+
+
+def cielab(colour: Any, seen: str) -> np.ndarray:
+    rgb = np.array(plt.matplotlib.colors.to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = XYZ @ np.clip(np.asarray(SEEN[seen]) @ linear, 0, 1) / XYZ.sum(1)
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_colours_are_told_apart_by_everyone(seen: str) -> None:
+    found = [cielab(colour, seen) for colour in PALETTE]
+    assert min(float(np.linalg.norm(a - b)) for a, b in combinations(found, 2)) > 25
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_shades_become_lighter_steadily(seen: str) -> None:
+    lightness = [cielab(shades()(place), seen)[0] for place in np.linspace(0, 1, 33)]
+    assert min(np.diff(lightness)) > 0.5
+
+
+@pytest.fixture(params=["density", "eigenvalues", "history", "layers", "curves", "contours"])
+def drawn(
+    request: pytest.FixtureRequest,
+    density: Density,
+    pairs: Eigenpairs,
+    line: Landscape,
+    plane: Landscape,
+) -> Callable[..., Any]:
+    result: Any = {
+        "density": density,
+        "eigenvalues": pairs,
+        "history": {0: pairs, 1: pairs},
+        "layers": ONE,
+        "curves": line,
+        "contours": plane,
+    }[request.param]
+    return lambda **options: getattr(plot, request.param)(result, **options)
+
+
+def test_pyplot_is_left_alone_where_axes_are_given(drawn: Callable[..., Any]) -> None:
+    from matplotlib.figure import Figure
+
+    ax = Figure().add_subplot()
+    before = plt.rcParams.copy()
+    assert drawn(ax=ax) is ax
+    assert plt.get_fignums() == []
+    assert plt.rcParams == before
+    ax.figure.draw_without_rendering()
+
+
+def test_without_axes_there_is_a_new_figure(drawn: Callable[..., Any]) -> None:
+    ax = drawn()
+    assert plt.get_fignums() == [1]
+    assert ax.get_xlabel()
+    assert not ax.spines["top"].get_visible()
+    ax.figure.draw_without_rendering()
+
+
+def test_a_surface_leaves_pyplot_alone_too(plane: Landscape) -> None:
+    from matplotlib.figure import Figure
+
+    ax = Figure().add_subplot(projection="3d")
+    assert plot.surface(plane, ax=ax) is ax
+    assert plt.get_fignums() == []
+    ax.figure.draw_without_rendering()
+
+
+def test_the_random_stream_stays(drawn: Callable[..., Any]) -> None:
+    before = torch.get_rng_state()
+    drawn()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,532 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import hessfunc as hf
+from hessfunc.problems.mlp import mlp
+from hessfunc.training.tracking import Point, curve, read, stability, tracked, tracking
+from hessfunc.training.tracking.following import follow
+from hessfunc.training.tracking.lines import json_lines
+from hessfunc.training.tracking.tensorboard import summary_writer
+from tests.reference import hessian
+
+Batch = tuple[Tensor, Tensor]
+
+
+def batches(count: int = 3, size: int = 8) -> list[Batch]:
+    return [(torch.randn(size + i, 4), torch.randint(3, (size + i,))) for i in range(count)]
+
+
+def problem() -> tuple[Any, dict[str, Tensor], nn.Module]:
+    model = mlp([4, 5, 3], nn.Tanh).double()
+    model_fn, params = hf.functional(model)
+    return hf.supervised(model_fn, F.cross_entropy), params, model
+
+
+def wide(data: list[Batch]) -> list[Batch]:
+    return [(inputs.double(), targets) for inputs, targets in data]
+
+
+def whole(data: list[Batch]) -> Batch:
+    return torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+
+
+def matrix(n: int, eigenvalues: Tensor) -> Tensor:
+    basis = torch.linalg.qr(torch.randn(n, n).double())[0]
+    return (basis * eigenvalues) @ basis.mT
+
+
+def followed(A: Tensor, before: Any = None, **options: Any) -> hf.Eigenpairs:
+    chosen = {"k": 1, "guards": 1, "end": "largest", "rtol": 1e-3, "max_matvecs": 200, **options}
+    like = torch.zeros(len(A), dtype=A.dtype)
+    return follow(hf.dense((A + A.mT) / 2), like, before=before, seed=0, **chosen)
+
+
+@pytest.mark.parametrize("end", ["largest", "smallest"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_pairs_of_either_end_are_those_of_the_dense_matrix(end: str, k: int) -> None:
+    values = torch.cat([torch.tensor([9.0, 7.0, 4.0, -8.0, -5.0, -3.0]), torch.rand(44)]).double()
+    A = matrix(50, values)
+    found = followed(A, k=k, end=end, rtol=1e-6)
+    expected = values.sort(descending=end == "largest").values[:k]
+    torch.testing.assert_close(found.values[:k], expected, rtol=1e-8, atol=0)
+    assert found.converged[:k].all()
+    rows = found.vectors @ A - found.values[:, None] * found.vectors
+    torch.testing.assert_close(found.residuals, rows.norm(dim=1), rtol=1e-3, atol=1e-10)
+    gram = found.vectors @ found.vectors.mT
+    torch.testing.assert_close(gram, torch.eye(k + 1).double())
+
+
+def test_a_small_change_takes_as_many_products_as_there_are_vectors() -> None:
+    A = matrix(200, torch.cat([torch.tensor([10.0, 8.0, 6.0]), torch.rand(197)]).double())
+    cold = followed(A, k=2, rtol=0.01)
+    change = matrix(200, torch.randn(200).double())
+    warm = followed(A + 0.01 * change, cold, k=2, rtol=0.01)
+    assert warm.matvecs == 3 < cold.matvecs
+    assert warm.converged[:2].all()
+
+
+def test_a_guard_sees_an_eigenvalue_that_overtakes() -> None:
+    fixed = torch.rand(48).double()
+    basis = torch.linalg.qr(torch.randn(50, 50).double())[0]
+
+    def at(rising: float) -> Tensor:
+        values = torch.cat([torch.tensor([10.0, rising]).double(), fixed])
+        return (basis * values) @ basis.mT
+
+    with_guard = without = None
+    for rising in (8.0, 9.0, 10.5, 12.0):
+        with_guard = followed(at(rising), with_guard, rtol=0.01)
+        without = followed(at(rising), without, guards=0, rtol=0.01)
+    assert float(with_guard.values[0]) == pytest.approx(12, rel=1e-3)
+    assert float(without.values[0]) == pytest.approx(10, rel=1e-3)
+
+
+def test_a_budget_that_is_spent_is_said() -> None:
+    A = matrix(100, torch.linspace(0, 1, 100).double())
+    found = followed(A, rtol=1e-10, max_matvecs=10)
+    assert found.matvecs == 10
+    assert not found.converged[0]
+    assert "the budget of 10 matvecs is spent" in found.reason
+
+
+def test_a_tolerance_below_rounding_is_that_of_rounding() -> None:
+    A = matrix(30, torch.linspace(1, 2, 30).double()).float()
+    found = followed(A, rtol=0.0, max_matvecs=10_000)
+    assert found.reason.startswith("converged")
+    assert 0 < float(found.residuals[0]) < 1e-5
+
+
+def test_a_matrix_that_is_not_symmetric_ends() -> None:
+    A = torch.tensor([[2.0, 1.0], [-1.0, 1.0]]).double()
+    options = {"end": "largest", "rtol": 0.01, "max_matvecs": 100, "before": None, "seed": 0}
+    like = torch.zeros(2).double()
+    found = follow(lambda block: block @ A.mT, like, k=1, guards=1, **options)
+    assert "lie in the basis" in found.reason
+    assert not found.converged[0]
+
+
+def test_a_matrix_smaller_than_the_basis_is_solved_exactly() -> None:
+    A = matrix(2, torch.tensor([3.0, -1.0]).double())
+    found = followed(A, k=2, guards=4, rtol=0.0)
+    torch.testing.assert_close(found.values, torch.tensor([3.0, -1.0]).double())
+    assert found.converged.all()
+
+
+def test_a_measurement_is_of_the_mean_over_examples() -> None:
+    loss, params, _ = problem()
+    data = wide(batches())
+    H = hessian(loss, params, whole(data))
+    values = torch.linalg.eigvalsh(H)
+    method = tracking(loss, top=2, bottom=2, trace_probes=50, critical=True, rtol=1e-8)
+    state, found = method.measure(method.init(params), params, data)
+    assert found.top == pytest.approx(values.flip(0)[:2].tolist(), rel=1e-8)
+    assert found.bottom == pytest.approx(values[:2].tolist(), rel=1e-8)
+    assert max(found.top_residuals) < 1e-7
+    assert found.loss == pytest.approx(float(loss(params, whole(data))))
+    assert abs(found.trace - float(H.trace())) < 4 * found.trace_stderr
+    gradient = torch.func.grad(loss)(params, whole(data))
+    expected = hf.critical_sharpness(loss)(params, whole(data), gradient)
+    assert found.critical == pytest.approx(expected.value, rel=0.02)
+    assert found.evaluations > 0
+    assert found.preconditioned is None
+    again = method.measure(state, params, data)[1]
+    assert again.top == pytest.approx(found.top)
+    assert again.matvecs < found.matvecs - 10
+    assert again.evaluations <= found.evaluations
+
+
+def test_the_preconditioned_matrix_is_measured_where_there_is_a_diagonal() -> None:
+    loss, params, _ = problem()
+    (batch,) = wide(batches(1))
+    diagonal = {name: torch.rand_like(p) + 0.1 for name, p in params.items()}
+    root = hf.ravel(diagonal).rsqrt()
+    expected = torch.linalg.eigvalsh(root[:, None] * hessian(loss, params, batch) * root)[-1]
+    method = tracking(loss, top=0, rtol=1e-8)
+    found = method.measure(method.init(params), params, [batch], diagonal)[1]
+    assert found.top == ()
+    assert found.preconditioned == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_measuring_is_pure() -> None:
+    loss, params, _ = problem()
+    data = wide(batches(1))
+    method = tracking(loss, critical=True)
+    first = method.measure(method.init(params), params, data)
+    kept = {name: p.clone() for name, p in params.items()}
+    state = copy.deepcopy(first[0])
+    results = [method.measure(first[0], params, data)[1] for _ in range(2)]
+    assert results[0] == results[1]
+    assert all(torch.equal(p, kept[name]) for name, p in params.items())
+    for name, leaf in state.top.vectors.items():
+        assert torch.equal(leaf, first[0].top.vectors[name])
+
+
+class Noisy(nn.Module):
+    """Everything that a measurement could disturb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.drop = nn.Dropout(0.4)
+        self.outer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.drop(torch.tanh(self.norm(self.inner(x)))))
+
+
+def disturbing(outputs: Any, targets: Tensor) -> Tensor:
+    random.random()
+    np.random.rand()
+    torch.rand(())
+    return F.cross_entropy(outputs, targets)
+
+
+@pytest.fixture
+def other_streams() -> Iterator[None]:
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    random.seed(3)
+    np.random.seed(3)
+    yield
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+
+
+def trained(
+    data: Any, to_measure: Any, *, track: bool, eval_mode: bool
+) -> tuple[list[Any], list[Point]]:
+    """Everything that a training leaves, and the points."""
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    model = Noisy()
+    model.inner.bias.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    with tracked(
+        model,
+        disturbing,
+        to_measure,
+        every=2,
+        optimizer=optimizer,
+        preconditioned=True,
+        eval_mode=eval_mode,
+        top=2,
+        bottom=1,
+        trace_probes=3,
+        critical=True,
+    ) as tracker:
+        if track:
+            tracker.measure()
+        for _ in range(2):
+            for inputs, targets in data:
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs + 0.1 * torch.randn_like(inputs)), targets).backward()
+                optimizer.step()
+                if track:
+                    tracker.step()
+    left = [
+        *model.state_dict().values(),
+        *(p.grad for p in model.parameters()),
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        [module.training for module in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+    ]
+    return left, tracker.points
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    return bool(left == right)
+
+
+@pytest.mark.usefixtures("other_streams")
+@pytest.mark.parametrize("eval_mode", [True, False])
+def test_the_training_is_the_same_bit_for_bit(eval_mode: bool) -> None:
+    data = batches(4)
+    held = [data[0]]
+    plain, none = trained(data, held, track=False, eval_mode=eval_mode)
+    watched, points = trained(data, held, track=True, eval_mode=eval_mode)
+    assert all(same(a, b) for a, b in zip(plain, watched, strict=True))
+    assert not none
+    assert [point.step for point in points] == [0, 2, 4, 6, 8]
+    assert points[0].preconditioned is None
+    assert all(point.preconditioned > 0 and point.lr == 0.01 for point in points[1:])
+
+
+@pytest.mark.usefixtures("other_streams")
+@pytest.mark.parametrize("own_generator", [True, False])
+def test_the_training_may_share_its_loader(own_generator: bool) -> None:
+    inputs, targets = torch.randn(20, 4), torch.randint(3, (20,))
+
+    def loader() -> DataLoader[Any]:
+        # Without one, each pass draws from torch's own stream.
+        generator = torch.Generator().manual_seed(5) if own_generator else None
+        data = TensorDataset(inputs, targets)
+        return DataLoader(data, batch_size=5, shuffle=True, generator=generator)
+
+    found = []
+    for track in (False, True):
+        shared = loader()
+        found.append(trained(shared, shared, track=track, eval_mode=True)[0])
+    assert all(same(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_loader_that_keeps_its_workers_is_refused() -> None:
+    data = TensorDataset(torch.randn(4, 4), torch.zeros(4).long())
+    loader = DataLoader(data, num_workers=1, persistent_workers=True)
+    with (
+        pytest.raises(ValueError, match="pass another loader"),
+        tracked(Noisy(), F.cross_entropy, loader),
+    ):
+        pass
+
+
+def test_curvature_is_that_of_eval_mode_by_default() -> None:
+    model = Noisy().double()
+    data = wide(batches(1))
+    model(data[0][0])
+    with tracked(model, F.cross_entropy, data, rtol=1e-8) as tracker:
+        found = tracker.measure()
+    model.eval()
+    model_fn, params = hf.functional(model)
+    H = hessian(hf.supervised(model_fn, F.cross_entropy), params, data[0])
+    assert found.top[0] == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=1e-8)
+
+
+def test_steps_are_counted_or_told() -> None:
+    _, _, model = problem()
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    seen: list[Point] = []
+    with tracked(
+        model,
+        F.cross_entropy,
+        wide(batches(1)),
+        every=3,
+        optimizer=optimizer,
+        callback=seen.append,
+        steps=4,
+    ) as tracker:
+        assert tracker.step() is None
+        assert tracker.step(epoch=0.5) is seen[0]
+        assert tracker.step(9, lr=0.1) is seen[1]
+        tracker.measure(epoch=1)
+    assert [(p.step, p.epoch, p.lr) for p in seen] == [(6, 0.5, 0.5), (9, None, 0.1), (9, 1, 0.5)]
+    assert tracker.points == seen
+
+
+def test_any_batch_by_a_composed_loss() -> None:
+    _, _, model = problem()
+    ((inputs, targets),) = wide(batches(1))
+    with tracked(
+        model,
+        lambda outputs, batch: F.cross_entropy(outputs, targets),
+        [(inputs,)],
+        compose=lambda model_fn, criterion: hf.composed(
+            lambda params, batch: model_fn(params, batch[0]), criterion
+        ),
+        curvature=hf.hvp,
+    ) as tracker:
+        assert len(tracker.measure().top) == 1
+
+
+def point(step: int, **fields: Any) -> Point:
+    return Point(step=step, loss=0.5, **fields)
+
+
+def test_points_are_read_as_they_were_written(tmp_path: Path) -> None:
+    append = json_lines(tmp_path / "folder" / "points.jsonl")
+    points = [point(0, top=(2.0, 1.0), top_residuals=(0.1, 0.2), lr=0.3), point(5, trace=4.0)]
+    for one in points:
+        append(one)
+    assert read(tmp_path / "folder" / "points.jsonl") == points
+
+
+def test_a_line_that_was_cut_short_is_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "points.jsonl"
+    json_lines(path)(point(0))
+    with path.open("a") as file:
+        file.write('{"step": 1, "lo')
+    assert [one.step for one in read(path)] == [0]
+    json_lines(path)(point(1))
+    assert [one.step for one in read(path)] == [0, 1]
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_points_of_steps_that_were_made_again_are_left_out(tmp_path: Path) -> None:
+    append = json_lines(tmp_path / "points.jsonl")
+    for step in (0, 10, 20, 30, 20, 30, 40):
+        append(point(step, epoch=step))
+    assert [one.step for one in read(tmp_path / "points.jsonl")] == [0, 10, 20, 30, 40]
+
+
+def test_a_line_that_is_no_point_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "points.jsonl"
+    json_lines(path)(point(0))
+    with path.open("a") as file:
+        file.write('{"steps": 1}\n')
+    with pytest.raises(ValueError, match="line 2 of"):
+        read(path)
+
+
+WRITER = """
+import sys
+from hessfunc.training.tracking.lines import json_lines
+from hessfunc.training.tracking.point import Point
+append = json_lines(sys.argv[1])
+for step in range(10**6):
+    append(Point(step=step, loss=1.0, top=(1.0,) * 300, top_residuals=(0.0,) * 300))
+"""
+
+
+@pytest.mark.slow
+def test_lines_are_whole_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "points.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=Path.cwd())
+    while not path.exists() or path.stat().st_size < 50_000:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    steps = [one.step for one in read(path)]
+    assert steps == list(range(len(steps)))
+    json_lines(path)(point(len(steps)))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [
+        *steps,
+        len(steps),
+    ]
+
+
+class Scalars:
+    def __init__(self) -> None:
+        self.found: list[tuple[str, float, int]] = []
+        self.flushed = 0
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.found.append((tag, scalar_value, global_step))
+
+    def flush(self) -> None:
+        self.flushed += 1
+
+
+def test_tensorboard_gets_the_numbers_that_were_measured(tmp_path: Path) -> None:
+    _, _, model = problem()
+    writer = Scalars()
+    out = tmp_path / "points.jsonl"
+    with tracked(
+        model, F.cross_entropy, wide(batches(1)), tensorboard=writer, out=out, top=2
+    ) as tracker:
+        first = tracker.measure(lr=0.5)
+    found = {tag: value for tag, value, step in writer.found if step == 0}
+    assert found == {
+        "curvature/top 1": first.top[0],
+        "curvature/top 2": first.top[1],
+        "curvature/loss": first.loss,
+        "curvature/matvecs": first.matvecs,
+        "curvature/2 over lr": 4.0,
+    }
+    assert writer.flushed == 1
+    assert read(out) == [first]
+
+
+def test_without_tensorboard_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
+        summary_writer(os.fspath(tmp_path))
+
+
+def test_a_curve_has_a_line_for_each_value_and_that_of_stability() -> None:
+    points = [point(s, top=(s + 1.0, 1.0), top_residuals=(0.1, 0.1), lr=0.5) for s in (0, 10)]
+    ax = curve([*points, point(20, top=(5.0, 2.0), top_residuals=(0.1, 0.1), lr=0.25)])
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert list(lines) == ["largest eigenvalue, 1", "largest eigenvalue, 2", "2 / lr"]
+    assert list(lines["largest eigenvalue, 1"].get_ydata()) == [1, 11, 5]
+    assert list(lines["2 / lr"].get_ydata()) == [4, 4, 8]
+    assert list(lines["2 / lr"].get_xdata()) == [0, 10, 20]
+    assert curve(points, ax=ax) is ax
+
+
+@pytest.mark.parametrize(
+    ("quantity", "fields"),
+    [
+        ("bottom", {"bottom": (-1.0,), "bottom_residuals": (0.1,)}),
+        ("trace", {"trace": 3.0, "trace_stderr": 0.5}),
+        ("preconditioned", {"preconditioned": 3.0, "preconditioned_residual": 0.5}),
+        ("critical", {"critical": 3.0}),
+    ],
+)
+def test_other_quantities_are_drawn(quantity: Any, fields: dict[str, Any]) -> None:
+    points = [point(0), point(10, **fields, lr=0.1), point(20, **fields, lr=0.1)]
+    ax = curve(points, quantity=quantity, threshold=lambda lr: 38 / lr)
+    assert list(ax.get_lines()[0].get_xdata()) == [10, 20]
+    assert list(ax.get_lines()[1].get_ydata()) == pytest.approx([380, 380])
+    assert len(curve(points, quantity=quantity, threshold=None).get_lines()) == 1
+    with pytest.raises(ValueError, match="was it measured"):
+        curve([point(0)], quantity=quantity)
+
+
+def test_momentum_raises_the_line() -> None:
+    assert stability(0.1) == pytest.approx(20)
+    assert stability(0.1, momentum=0.9) == pytest.approx(38)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every=0"),
+        ({"top": -1}, "top=-1"),
+        ({"top": 10**6, "max_matvecs": 10**7}, "eigenvalues"),
+        ({"trace_probes": 1}, "trace_probes=1"),
+        ({"max_matvecs": 2}, "max_matvecs=2"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with (
+        pytest.raises(ValueError, match=message),
+        tracked(Noisy(), F.cross_entropy, batches(1), **options),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "make", [lambda model: None, lambda model: torch.optim.SGD(model.parameters(), 0.1)]
+)
+def test_only_an_adam_preconditions(make: Callable[[nn.Module], Any]) -> None:
+    model = Noisy()
+    with (
+        pytest.raises(TypeError, match="needs the optimizer, an Adam"),
+        tracked(model, F.cross_entropy, [], optimizer=make(model), preconditioned=True),
+    ):
+        pass
+
+
+def test_a_loss_that_is_not_finite_is_said_and_leaves_the_streams() -> None:
+    _, _, model = problem()
+    inputs = torch.full((2, 4), float("nan")).double()
+    state = torch.get_rng_state()
+    with (
+        tracked(model, F.cross_entropy, [(inputs, torch.tensor([0, 1]))]) as tracker,
+        pytest.raises(ValueError, match="the loss is nan"),
+    ):
+        tracker.measure()
+    assert torch.equal(torch.get_rng_state(), state)
