@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 import hessfunc as hf
 from bench.report import environment
+from hessfunc import plot
 from hessfunc.problems.data import digits
 from hessfunc.problems.mlp import mlp
 from hessfunc.problems.training import seeded
-from hessfunc.training.tracking import Point, curve, stability, tracked
+from hessfunc.training.tracking import Point, stability, tracked
 
 __all__ = ["descend"]
 
@@ -145,7 +146,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for run, ax in zip(runs, figure.subplots(1, len(runs), sharey=True), strict=True):
-        curve(run.points, ax=ax)
+        plot.tracked(run.points, ax=ax)
         ax.set_title(f"lr = {run.lr}", fontsize="medium")
         ax.label_outer()
     figure.savefig(path, dpi=160)

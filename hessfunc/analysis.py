@@ -79,13 +79,10 @@ def analyse(
     density = partial(hf.slq, matvec, params, probes=probes, steps=steps, seed=seed)
     wanted = probes * steps
     yield part("density", kept("density", density), lambda running: running.matvecs / wanted)
-    if not points:
-        return
     for name, count in (("line", 1), ("plane", 2)):
-        if count <= k:
-            yield part(
-                name, partial(_landscape, problem, top.result, count, points, radius), _known
-            )
+        if points and count <= k:
+            along = partial(_landscape, problem, top.result, count, points, radius)
+            yield part(name, along, _known)
 
 
 def _landscape(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from enum import Enum
 
 import typer
 
@@ -12,7 +11,7 @@ __all__ = ["command_line"]
 
 def command_line(context: typer.Context, /) -> str:
     """The running command as a shell takes it, without options that were left as they are."""
-    words = [*context.command_path.split()]
+    words = context.command_path.split()
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
         source = context.get_parameter_source(parameter.name or "")
@@ -21,5 +20,5 @@ def command_line(context: typer.Context, /) -> str:
         if parameter.param_type_name == "option":
             words.append(parameter.opts[-1])
         if not isinstance(value, bool):
-            words.append(str(value.value if isinstance(value, Enum) else value))
+            words.append(str(value))
     return shlex.join(words)

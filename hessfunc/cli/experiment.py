@@ -88,8 +88,8 @@ def experiment(
     if name not in _NAMES:
         fail(f"NAME is {', '.join(_NAMES[:-1])} or {_NAMES[-1]}, not {name!r}")
 
+    from hessfunc.plot.trainings import draw
     from hessfunc.training import history, tasks
-    from hessfunc.training.curves import draw
     from hessfunc.training.experiments import EXPERIMENTS, compared
     from hessfunc.training.table import markdown, table
 

@@ -233,9 +233,9 @@ def train(
     in checkpoint.pt: stopped or killed at any moment, the same command goes on from there, and
     ends with the same bits.
     """
+    from hessfunc.plot.trainings import draw
     from hessfunc.training import tasks
     from hessfunc.training.checkpoint import TrainingCheckpoint
-    from hessfunc.training.curves import draw
     from hessfunc.training.history import write
     from hessfunc.training.methods import SGD
     from hessfunc.training.runs import run

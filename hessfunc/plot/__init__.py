@@ -12,6 +12,8 @@ from hessfunc.plot.eigenvalues import eigenvalues
 from hessfunc.plot.history import history
 from hessfunc.plot.layers import layers
 from hessfunc.plot.surface import surface
+from hessfunc.plot.tracked import tracked
+from hessfunc.plot.trainings import trainings
 
 __all__ = [
     "density",
@@ -22,4 +24,6 @@ __all__ = [
     "curves",
     "contours",
     "surface",
+    "tracked",
+    "trainings",
 ]

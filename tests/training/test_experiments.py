@@ -188,14 +188,14 @@ def test_tables() -> None:
 
 def test_curves(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from hessfunc.training.curves import curves, draw
+    from hessfunc.plot.trainings import draw, trainings
 
     runs = [
         Run(method=method, seed=seed, ended="complete", records=(record(), record(gradients=9.0)))
         for method in ("SGD", "PCH")
         for seed in (0, 1)
     ]
-    figure = curves(runs)
+    figure = trainings(runs)
     loss = figure.axes[0]
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["SGD", "PCH"]
     # No test examples, no dashed lines.

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessfunc as hf
+from hessfunc import plot
 from hessfunc.problems.mlp import mlp
-from hessfunc.training.tracking import Point, curve, read, stability, tracked, tracking
+from hessfunc.training.tracking import Point, read, stability, tracked, tracking
 from hessfunc.training.tracking.following import follow
 from hessfunc.training.tracking.lines import json_lines
 from hessfunc.training.tracking.tensorboard import summary_writer
@@ -457,13 +458,13 @@ def test_without_tensorboard_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_curve_has_a_line_for_each_value_and_that_of_stability() -> None:
     points = [point(s, top=(s + 1.0, 1.0), top_residuals=(0.1, 0.1), lr=0.5) for s in (0, 10)]
-    ax = curve([*points, point(20, top=(5.0, 2.0), top_residuals=(0.1, 0.1), lr=0.25)])
+    ax = plot.tracked([*points, point(20, top=(5.0, 2.0), top_residuals=(0.1, 0.1), lr=0.25)])
     lines = {line.get_label(): line for line in ax.get_lines()}
     assert list(lines) == ["largest eigenvalue, 1", "largest eigenvalue, 2", "2 / lr"]
     assert list(lines["largest eigenvalue, 1"].get_ydata()) == [1, 11, 5]
     assert list(lines["2 / lr"].get_ydata()) == [4, 4, 8]
     assert list(lines["2 / lr"].get_xdata()) == [0, 10, 20]
-    assert curve(points, ax=ax) is ax
+    assert plot.tracked(points, ax=ax) is ax
 
 
 @pytest.mark.parametrize(
@@ -477,12 +478,12 @@ def test_a_curve_has_a_line_for_each_value_and_that_of_stability() -> None:
 )
 def test_other_quantities_are_drawn(quantity: Any, fields: dict[str, Any]) -> None:
     points = [point(0), point(10, **fields, lr=0.1), point(20, **fields, lr=0.1)]
-    ax = curve(points, quantity=quantity, threshold=lambda lr: 38 / lr)
+    ax = plot.tracked(points, quantity=quantity, threshold=lambda lr: 38 / lr)
     assert list(ax.get_lines()[0].get_xdata()) == [10, 20]
     assert list(ax.get_lines()[1].get_ydata()) == pytest.approx([380, 380])
-    assert len(curve(points, quantity=quantity, threshold=None).get_lines()) == 1
+    assert len(plot.tracked(points, quantity=quantity, threshold=None).get_lines()) == 1
     with pytest.raises(ValueError, match="was it measured"):
-        curve([point(0)], quantity=quantity)
+        plot.tracked([point(0)], quantity=quantity)
 
 
 def test_momentum_raises_the_line() -> None:

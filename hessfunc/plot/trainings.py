@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hessfunc.files import write_whole
+from hessfunc.plot.style import PALETTE, clean, legend
 from hessfunc.training.history import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "draw"]
+__all__ = ["draw", "trainings"]
 
-_COLOURS = ("#1f4e79", "#c8553d", "#588157", "#8e6c8a", "#d19c2f", "#3a9aa8", "#8a8f98")
 # Of the training examples, and of the test examples.
 _STYLES: dict[str, Any] = {"": "-", "test_": (0, (4, 3))}
 _AGAINST = {"epoch": "epochs", "gradients": "gradient-equivalents"}
 
 
-def curves(runs: Sequence[Run], /) -> Figure:
+def trainings(runs: Sequence[Run], /) -> Figure:
     """One colour a method, one line a seed; of the test examples the lines are dashed.
 
     Raises:
@@ -32,6 +32,7 @@ def curves(runs: Sequence[Run], /) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ModuleNotFoundError("figures need matplotlib: pip install 'hessfunc[plot]'") from None
+    # A figure of its own, as commands write it to a file and never show it.
     figure = Figure(figsize=(9.6, 6.4), layout="constrained")
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
     for row, value in zip(panels, ("loss", "accuracy"), strict=True):
@@ -42,13 +43,13 @@ def curves(runs: Sequence[Run], /) -> Figure:
         ax.set_xlabel(name)
     # Methods differ by orders of magnitude in what a step takes.
     panels[1, 1].set_xscale("symlog", linthresh=1)
-    panels[0, 0].legend(frameon=False, fontsize="small")
+    legend(panels[0, 0])
     return figure
 
 
 def _draw_on(ax: Axes, runs: Sequence[Run], value: str, against: str) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    colours = dict(zip(dict.fromkeys(run.method for run in runs), cycle(_COLOURS), strict=False))
+    clean(ax)
+    colours = dict(zip(dict.fromkeys(run.method for run in runs), cycle(PALETTE), strict=False))
     labelled: set[str] = set()
     for run in runs:
         at = [getattr(record, against) for record in run.records]
@@ -63,5 +64,5 @@ def _draw_on(ax: Axes, runs: Sequence[Run], value: str, against: str) -> None:
 
 def draw(path: Path, runs: Sequence[Run], /) -> None:
     """Write the figure as a PNG."""
-    figure = curves(runs)
+    figure = trainings(runs)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=160))

@@ -1,21 +1,23 @@
-"""The curve of a tracked quantity, beside the line at which training is stable."""
+"""A tracked quantity, beside the line at which training is stable."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from hessfunc.plot.style import DASHED, PALETTE, SECOND, clean, legend, new_axes
 from hessfunc.training.tracking.point import Point
+from hessfunc.training.tracking.stability import stability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["curve", "stability"]
+__all__ = ["tracked"]
 
 Quantity = Literal["top", "bottom", "trace", "preconditioned", "critical"]
 
-_COLOURS = ("#1f4e79", "#3a9aa8", "#588157", "#8e6c8a")
-_LINE = "#c8553d"
+# The second colour is that of the line.
+_COLOURS = (PALETTE[0], *PALETTE[2:])
 _NAMES: dict[Quantity, str] = {
     "top": "largest eigenvalue",
     "bottom": "smallest eigenvalue",
@@ -25,12 +27,7 @@ _NAMES: dict[Quantity, str] = {
 }
 
 
-def stability(lr: float, /, *, momentum: float = 0.0) -> float:
-    """The curvature above which gradient descent on a quadratic diverges, (2 + 2 momentum) / lr."""
-    return (2 + 2 * momentum) / lr
-
-
-def curve(
+def tracked(
     points: Sequence[Point],
     /,
     *,
@@ -56,8 +53,7 @@ def curve(
     lines = _lines(points, quantity)
     if not lines:
         raise ValueError(f"no point has {_NAMES[quantity]}: was it measured?")
-    ax = _new_axes() if ax is None else ax
-    ax.spines[["top", "right"]].set_visible(False)
+    ax = clean(new_axes() if ax is None else ax)
     for i, line in enumerate(lines):
         steps, values, radii = zip(*line, strict=True)
         colour = _COLOURS[i % len(_COLOURS)]
@@ -71,23 +67,15 @@ def curve(
         ax.plot(
             [step for step, _ in known],
             [threshold(lr) for _, lr in known],
-            color=_LINE,
+            color=SECOND,
             linewidth=1.1,
-            linestyle=(0, (5, 3)),
+            linestyle=DASHED,
             drawstyle="steps-post",
             label="2 / lr" if threshold is stability else "edge of stability",
         )
     ax.set(xlabel="step", ylabel=_NAMES[quantity])
-    ax.legend(frameon=False, fontsize="small")
+    legend(ax)
     return ax
-
-
-def _new_axes() -> Axes:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("figures need matplotlib: pip install 'hessfunc[plot]'") from None
-    return Figure(figsize=(7.2, 4.2), layout="constrained").subplots()
 
 
 def _lines(points: Sequence[Point], quantity: Quantity) -> list[list[tuple[int, float, float]]]:
