@@ -74,8 +74,9 @@ def newton(*, lr: float = 0.1, alpha: float = 0.02, solve: Solver | None = None)
     Source: Martens 2010, Deep learning via Hessian-free optimization; Chen, Chou and Chang 2018,
     arXiv 1802.06502; Dangel, Harmeling and Hennig 2019, arXiv 1902.01813.
     """
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr={lr}: it must be positive and finite")
+    # Zero is where schedules start or end.
+    if not (lr >= 0 and math.isfinite(lr)):
+        raise ValueError(f"lr={lr}: it must be finite, and not negative")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha}: it must be in [0, 1]")
     solver = conjugate_gradients() if solve is None else solve

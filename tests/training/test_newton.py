@@ -299,7 +299,7 @@ def test_inputs_are_never_changed_and_the_state_adds_up() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, "lr=0.0: it must be positive"),
+        ({"lr": -0.1}, "lr=-0.1: it must be finite, and not negative"),
         ({"lr": math.inf}, "lr=inf"),
         ({"lr": math.nan}, "lr=nan"),
         ({"alpha": -0.1}, r"alpha=-0.1: it must be in \[0, 1\]"),
@@ -344,3 +344,28 @@ def test_direct_needs_an_inverse_that_exists() -> None:
 def test_tolerances_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         conjugate_gradients(**options)
+
+
+def trained(max_blocks: int | None, steps: int) -> list[float]:
+    """The losses of a perceptron in training on blocks of averaged Hessians."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = mlp([6, 8, 5, 3], nn.Sigmoid).double()
+        batch = torch.randn(30, 6).double(), torch.randint(3, (30,))
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    curvature = hf.hbp(loss, model, residual="abs", max_blocks=max_blocks)
+    method = newton(lr=0.5, alpha=0.02, solve=conjugate_gradients(rtol=1e-10, atol=0))
+    state, losses = method.init(params), []
+    for _ in range(steps):
+        losses.append(float(loss(params, batch)))
+        gradients = torch.func.grad(loss)(params, batch)
+        params, state = method.update(gradients, state, params, curvature(params, batch))
+    return losses
+
+
+def test_one_block_trains_as_the_whole_layer_over_50_steps() -> None:
+    whole = trained(None, 50)
+    assert trained(1, 50) == pytest.approx(whole, rel=1e-8)
+    assert whole[-1] < 0.5 * whole[0]
+    assert abs(trained(4, 50)[-1] - whole[-1]) > 1e-6

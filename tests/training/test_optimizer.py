@@ -144,3 +144,23 @@ def test_options_out_of_range_are_refused() -> None:
         made(lr=-1.0)
     with pytest.raises(ValueError, match="alpha=2.0"):
         made(alpha=2.0)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2),
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2),
+    ],
+    ids=["to zero", "from zero"],
+)
+def test_a_learning_rate_of_zero_moves_nothing(scheduler: Any) -> None:
+    model, optimizer, _ = made(lr=0.5, alpha=0.1)
+    schedule = scheduler(optimizer)
+    for batch in batches():
+        before = values(model)
+        backward(model, batch)
+        optimizer.step(batch)
+        still = all(torch.equal(before[name], leaf) for name, leaf in values(model).items())
+        assert still == (optimizer.param_groups[0]["lr"] == 0)
+        schedule.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.rounds import Products, of_starts, products_eps, rows_dtype
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Space, Tree, tree_map
 
-__all__ = ["End", "follow"]
+__all__ = ["End", "Followed", "follow"]
 
 End = Literal["largest", "smallest"]
 
@@ -19,6 +20,19 @@ End = Literal["largest", "smallest"]
 _ROOM = 8
 # Directions that lose more of their length outside of the basis are rounding.
 _SHORTEST = 1e-6
+# The share of a random vector in the scout.
+_STIRRED = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Followed(Eigenpairs):
+    """Eigenpairs, guards included, and where to look for others.
+
+    Attributes:
+        scout: a vector of a power iteration outside of these pairs, one step a point.
+    """
+
+    scout: Tree
 
 
 def follow(
@@ -30,9 +44,9 @@ def follow(
     end: End,
     rtol: float,
     max_matvecs: int,
-    before: Eigenpairs | None,
+    before: Followed | None,
     seed: int,
-) -> Eigenpairs:
+) -> Followed:
     """The k outermost eigenpairs, from the vectors of an earlier run, and some guards after them.
 
     Rayleigh-Ritz in the span of the earlier vectors; while one of the k has a residual
@@ -40,21 +54,34 @@ def follow(
     its own product, so residuals are measured and nothing is multiplied twice. The guards, the
     next pairs, are not asked to converge: they see an eigenvalue that overtakes the k-th.
 
-    Cost: k + guards products where the earlier vectors still serve, and one more for each pair
-    and step that do not; 2 (k + guards + 8) vectors of memory.
+    A span that has no part in some eigenvector would never see it, however large its value grows.
+    So one more vector is multiplied at each point, the scout: a power iteration outside of the
+    pairs, to which a random vector is added, so that no direction is lost. It takes the place of a
+    pair when its value is the larger one, some points after that has overtaken them.
+
+    Cost: k + guards + 1 products where the earlier vectors still serve, and one more for each pair
+    and step that do not; 2 (k + guards + 9) vectors of memory.
 
     Source: Davidson 1975, without a preconditioner; the restart: Stathopoulos, Saad and Wu 1998.
     """
     products = Products.of(matvec, like)
     space, dtype = products.space, rows_dtype(products.space)
     width = min(k + guards, space.n)
-    fresh = space.probes(range(width), kind="normal", seed=of_starts(seed), dtype=dtype)
-    new = fresh if before is None else space.ravel(before.vectors, dtype=dtype)
+    fresh = space.probes(range(width + 1), kind="normal", seed=of_starts(seed), dtype=dtype)
+    scout = _unit(space, fresh[-1:])
+    if before is None:
+        new = fresh
+    else:
+        scout = space.ravel(_block_of_one(before.scout), dtype=dtype) + _STIRRED * scout
+        new = torch.cat([space.ravel(before.vectors, dtype=dtype), scout])
     basis = images = new[:0]
     new = _orthonormal(space, new, basis)
     eps, largest = products_eps(space, dtype), 0.0
+    ahead = None
     while True:
         basis, images = torch.cat([basis, new]), torch.cat([images, products(new)])
+        if ahead is None:
+            ahead = space.combine(space.gram(scout, basis), images)
         values, rotation = _outermost(space.gram(basis, images), width, end)
         rows, moved = space.combine(rotation.mT, basis), space.combine(rotation.mT, images)
         residuals = moved - values.to(moved)[:, None] * rows
@@ -74,7 +101,12 @@ def follow(
         if not len(new):
             reason = "the residuals lie in the basis up to rounding: take a looser rtol, or float64"
             break
-    return Eigenpairs(
+    if end == "smallest" and float(space.gram(scout, ahead)) > 0:
+        # Shifted, the smallest eigenvalues are the largest in absolute value.
+        ahead = ahead - float(space.norms(ahead) / space.norms(scout)) * scout
+    ahead = ahead - space.combine(space.gram(ahead, rows), rows)
+    return Followed(
+        scout=space.unravel(_unit(space, ahead if bool(ahead.any()) else fresh[-1:])[0]),
         values=values,
         vectors=space.unravel(rows),
         residuals=lengths,
@@ -82,6 +114,14 @@ def follow(
         largest=largest,
         **products.cost(reason, seed),
     )
+
+
+def _unit(space: Space, row: Tensor) -> Tensor:
+    return row / space.norms(row).to(row)[:, None]
+
+
+def _block_of_one(tree: Tree) -> Tree:
+    return tree_map(lambda leaf: leaf[None], tree)
 
 
 def _outermost(projected: Tensor, width: int, end: End) -> tuple[Tensor, Tensor]:

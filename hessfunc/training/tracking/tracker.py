@@ -59,6 +59,8 @@ class Tracker:
     ) -> Point | None:
         """Tell that the optimiser has made a step, and measure where it is time.
 
+        It is time at each multiple of ``every``, or at the first step that is told after one.
+
         Args:
             steps: those made so far; by default one more than at the last call.
             lr: the learning rate of the next step; by default that of the optimiser.
@@ -67,8 +69,8 @@ class Tracker:
         Returns:
             The point, or None between two points.
         """
-        self.steps = self.steps + 1 if steps is None else steps
-        if self._every is None or self.steps % self._every:
+        before, self.steps = self.steps, self.steps + 1 if steps is None else steps
+        if self._every is None or self.steps // self._every <= before // self._every:
             return None
         return self.measure(lr=lr, epoch=epoch)
 
@@ -76,8 +78,7 @@ class Tracker:
         """Measure now, whatever the step: at the end of an epoch, say.
 
         Raises:
-            ValueError: the loss is not finite.
-            FloatingPointError: a product is not finite.
+            FloatingPointError: the loss is finite, and a product is not.
         """
         started = time.perf_counter()
         with undisturbed(self._model, self._batches):

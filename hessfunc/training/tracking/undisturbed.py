@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,19 @@ __all__ = ["refuse_busy_workers", "undisturbed"]
 
 @contextmanager
 def undisturbed(model: nn.Module, batches: Any, /) -> Iterator[None]:
-    """Afterwards all random streams are where they were.
+    """Afterwards all random streams are where they were; inside, autocast is off.
 
-    Those of Python, NumPy, torch on the CPU and on the model's devices, and a loader's own.
+    Streams of Python, NumPy, torch on the CPU and on the model's devices, and a loader's own.
     """
+    kinds = {p.device.type for p in model.parameters()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     generators = _generators(batches)
     of_loader = [generator.get_state() for generator in generators]
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(devices)):
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             yield
         finally:
