@@ -28,8 +28,9 @@ Normalise: TypeAlias = Literal["filter", "unit"]
 
 # Points in one pass of vmap that are tried, the smallest first; 1 is a loop.
 _SIZES = (1, 4, 16, 64)
-# After a size that takes so much longer for a point than the best, no larger one is tried.
-_HOPELESS = 1.25
+# Times that differ by a smaller factor may differ by chance. After a size that is so much slower
+# than the best no larger one is tried, and only one that is so much faster replaces the loop.
+_CLEAR = 1.25
 # Points that a loop takes between two looks at the clock.
 _IN_A_LOOP = 4
 # How often each is timed; the first time also warms it up.
@@ -85,7 +86,7 @@ def landscape(
 
     Costs one forward pass for each point and batch. Several points go through one pass by vmap
     where that is faster: the first points are taken in turns by a loop and in chunks, the rest in
-    the way that took less time.
+    the chunks that took the least time, or by the loop where none is 1.25 times as fast.
 
     Args:
         loss: ``(params, batch) -> scalar``. Models with BatchNorm belong in eval mode; dropout in
@@ -96,8 +97,8 @@ def landscape(
             or blocks of one or two of them (``Eigenpairs.vectors``, `random_like`).
         radius: coordinates reach from -radius to radius on each axis,
         points: in so many steps; an odd number has params in its middle.
-        at: coordinates ``(p,)`` in place of radius and points, the same on both axes or one tensor
-            an axis.
+        at: strictly increasing coordinates ``(p,)`` in place of radius and points, the same on
+            both axes or one tensor an axis.
         normalise: ``"unit"``: directions of unit length, so that coordinates are distances.
             ``"filter"``: each filter of a direction, that is each slice of a leaf along its first
             axis, as long as the filter of params; leaves with fewer than two axes, biases and
@@ -110,9 +111,10 @@ def landscape(
     Raises:
         TypeError: the batches are a single batch.
         ValueError: there are no or more than two directions; one is zero, not finite, or not
-            shaped like params; the coordinates are not one-dimensional and finite; there is no
-            batch; the loss at params is not a finite scalar; a model uses batch statistics
-            (BatchNorm in train mode) on more than one batch.
+            shaped like params; the radius or the number of points is not positive; the
+            coordinates are not one-dimensional, finite and strictly increasing; there is no batch;
+            the loss at params is not a finite scalar; a model uses batch statistics (BatchNorm in
+            train mode) on more than one batch.
 
     Source: Goodfellow et al. 2015, arXiv 1412.6544; filter normalisation and surfaces, Li et al.
     2018, arXiv 1712.09913.
@@ -177,16 +179,17 @@ def _rows(space: Space, directions: Sequence[Tree]) -> Tensor:
     for direction in directions:
         first = leaves(direction)[:1]
         if first and isinstance(first[0], Tensor) and first[0].dim() == len(space.shapes[0]) + 1:
-            parts.append(space.ravel(direction))
+            found = space.block_leaves(direction)
         else:
-            parts.append(space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(direction)]))
+            found = [leaf[None] for leaf in space.tree_leaves(direction)]
+        parts.append(space.ravel_leaves([leaf.detach() for leaf in found]))
     count = sum(map(len, parts))
     if count not in (1, 2):
         raise ValueError(
             f"{count} directions: a landscape is along one or two; of a block of more take the "
             "first, {name: leaf[:1] for name, leaf in block.items()}"
         )
-    return torch.cat(parts).detach()
+    return torch.cat(parts)
 
 
 def _normalised(space: Space, rows: Tensor, point: Tensor, normalise: Normalise | None) -> Tensor:
@@ -225,8 +228,10 @@ def _axes(
 ) -> list[Tensor]:
     """The coordinates on each axis."""
     if at is None:
-        if not 0 < radius < math.inf or points < 1:
-            raise ValueError(f"radius={radius}, points={points}: both must be positive")
+        if not 0 < radius < math.inf or points < 1 or points % 1:
+            raise ValueError(
+                f"radius={radius}, points={points}: both must be positive, and points an integer"
+            )
         # Symmetric to the last bit, so that the middle is params itself.
         places = torch.arange(points, dtype=torch.float64) - (points - 1) / 2
         at = places * (2 * radius / max(1, points - 1))
@@ -239,6 +244,10 @@ def _axes(
             raise ValueError(
                 f"at has an axis of shape {tuple(axis.shape)}: the coordinates on an axis are "
                 "one-dimensional, finite, and one at least"
+            )
+        if not bool((axis.diff() > 0).all()):
+            raise ValueError(
+                "at has an axis that is not strictly increasing: pass its `unique()` coordinates"
             )
     return axes
 
@@ -338,16 +347,19 @@ def _chunk(value: Callable[[Tensor], Tensor], steps: Tensor, size: int) -> Tenso
 
 
 def _next_size(seconds: Mapping[int, Sequence[float]]) -> int:
-    """Each size has its turns, until one is hopeless; then the fastest is taken."""
+    """Each size has its turns, until one is clearly slower; then the fastest is taken."""
     best = math.inf
     for size, spent in seconds.items():
         if len(spent) < _TURNS:
             return size
-        if min(spent) > _HOPELESS * best:
+        if min(spent) > _CLEAR * best:
             break
         best = min(best, *spent)
     return _fastest(seconds)
 
 
 def _fastest(seconds: Mapping[int, Sequence[float]]) -> int:
-    return min(seconds, key=lambda size: min(seconds[size], default=math.inf))
+    """The size whose best turn was the shortest; the loop, where it is not clearly slower."""
+    best = {size: min(spent, default=math.inf) for size, spent in seconds.items()}
+    size = min(best, key=lambda size: best[size])
+    return 1 if best.get(1, math.inf) < _CLEAR * best[size] else size

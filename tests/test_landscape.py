@@ -1,6 +1,8 @@
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +86,23 @@ def test_a_block_is_as_its_vectors() -> None:
     assert torch.equal(one.values, two.values)
 
 
+def test_directions_may_require_grad() -> None:
+    model = small_net()
+    loss = hf.supervised(hf.functional(model)[0], F.cross_entropy)
+    batch = batches_of([7])[0]
+    params = dict(model.named_parameters())
+    away = {name: 2 * p for name, p in params.items()}
+    grads = torch.autograd.grad(loss(params, batch), list(params.values()), create_graph=True)
+    gradient = dict(zip(params, grads, strict=True))
+    block = {name: torch.stack([away[name], gradient[name]]) for name in params}
+    for directions in [(params,), (away, gradient), (block,)]:
+        plain = [{name: leaf.detach() for name, leaf in tree.items()} for tree in directions]
+        found = landscape(loss, params, [batch], *directions, points=3)
+        expected = landscape(loss, params, [batch], *plain, points=3)
+        assert not found.values.requires_grad
+        assert torch.equal(found.values, expected.values)
+
+
 @pytest.mark.parametrize("like", ["tensor", "list", "scalar"])
 def test_params_are_any_tree(like: str) -> None:
     w, u = POINT["w"], U["w"]
@@ -158,6 +177,24 @@ def test_the_faster_way_is_taken(slow_way: str) -> None:
     torch.testing.assert_close(found.values, expected.values)
     (chosen,) = found.choices.values()
     assert (chosen == 1) == (slow_way == "vmap")
+
+
+@pytest.mark.parametrize(("of_a_loop", "expected"), [(0.9, 1), (0.85, 1), (0.75, 4), (2.0, 1)])
+def test_a_chunk_replaces_the_loop_where_it_is_clearly_faster(
+    of_a_loop: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def loss(params: Any, batch: Tensor) -> Tensor:
+        nonlocal now
+        chunk = torch._C._functorch.is_batchedtensor(params["w"])
+        now += 4 * of_a_loop if chunk else 1.0
+        return quadratic(params, batch)
+
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr(sys.modules[landscape.__module__], "time", clock)
+    found = landscape(loss, POINT, [H], U, points=40, weight=count)
+    assert list(found.choices.values()) == [expected]
 
 
 def test_chunks_are_tried_on_a_quarter_of_the_points_at_most() -> None:
@@ -372,6 +409,10 @@ ZERO = {"w": torch.zeros(3).double()}
         ([U], {"points": 0}, "points=0"),
         ([U], {"at": torch.zeros(2, 2)}, r"axis of shape \(2, 2\)"),
         ([U], {"at": torch.tensor([0.0, torch.inf])}, "finite"),
+        ([U], {"points": 5.5}, "points=5.5.*an integer"),
+        ([U], {"at": torch.tensor([0.0, 2.0, 1.0])}, "not strictly increasing"),
+        ([U], {"at": torch.tensor([0.0, 0.0])}, "not strictly increasing"),
+        ([U, V], {"at": [torch.arange(2.0), -torch.arange(3.0)]}, "not strictly increasing"),
         ([U], {"at": [torch.zeros(2), torch.zeros(3)]}, "2 axes for 1 directions"),
         ([U], {"chunk_size": 0}, "chunk_size=0"),
         ([U], {"weight": lambda _: -1.0}, "weight of a batch is -1.0"),

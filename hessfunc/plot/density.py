@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["density", "draw"]
 
+# Of the curve at least.
+_POINTS = 1000
+
 
 def density(
     density: Density,
@@ -38,9 +41,14 @@ def density(
         eigenvalues: drawn as the sticks; by default the Ritz values that stand alone, five widths
             or more from the next one of the same probe.
         width: of the smoothing, in units of the eigenvalues; by default the density's own.
+
+    Raises:
+        ValueError: the width is not positive and finite.
     """
-    ax = clean(new_axes() if ax is None else ax)
     width = density.width if width is None else width
+    if not 0 < width < math.inf:
+        raise ValueError(f"width={width}: a positive, finite number")
+    ax = clean(new_axes() if ax is None else ax)
     draw(density, ax, width=width, eigenvalues=eigenvalues)
     ax.set(xlabel="eigenvalue", ylabel="spectral density")
     probes, steps = density.nodes.shape
@@ -63,19 +71,19 @@ def draw(density: Density, ax: Axes, *, width: float, eigenvalues: Eigenpairs | 
     ends = torch.cat([density.nodes[density.weights > 0], sticks])
     margin = max(5 * width, 0.03 * float(ends.max() - ends.min()))
     low, high = float(ends.min()) - margin, float(ends.max()) + margin
-    # Four points a width, or peaks would be cut off.
-    grid = torch.linspace(low, high, max(1000, math.ceil(4 * (high - low) / width)))
-    curve, band = density.pdf(grid, width), _band(density, grid, width)
+    grid = _grid(density, low, high, width)
+    curves = _by_probe(density, grid, width)
+    curve = curves.mean(0)
     floor, top = 0.1 * min(one, float(curve.max())), 3 * float(curve.max())
 
     ax.fill_between(grid, floor, curve.clamp_min(floor), color=FIRST, alpha=0.1, linewidth=0)
-    if band is not None:
-        below, above = (edge.clamp_min(floor) for edge in band)
-        name = f"range of {len(density.nodes)} probes"
+    if len(curves) > 1:
+        below, above = (edge.clamp_min(floor) for edge in (curves.amin(0), curves.amax(0)))
+        name = f"range of {len(curves)} probes"
         ax.fill_between(grid, below, above, color=FIRST, alpha=0.25, linewidth=0, label=name)
     ax.plot(grid, curve, color=FIRST, linewidth=1.4, label="density")
     if len(sticks):
-        heights = density.pdf(sticks, width).clamp_min(2 * floor)
+        heights = _by_probe(density, sticks, width).mean(0).clamp_min(2 * floor)
         ax.vlines(sticks, floor, heights, color=SECOND, linewidth=1.1)
         name = "Ritz values that stand alone" if eigenvalues is None else "eigenvalues"
         ax.plot(sticks, heights, "o", color=SECOND, markersize=4, label=name)
@@ -83,14 +91,21 @@ def draw(density: Density, ax: Axes, *, width: float, eigenvalues: Eigenpairs | 
     ax.set(yscale="log", xlim=(low, high), ylim=(floor, top))
 
 
-def _band(density: Density, grid: Tensor, width: float) -> tuple[Tensor, Tensor] | None:
-    """The lowest and the highest density of a probe, if there are several."""
-    if len(density.nodes) == 1:
-        return None
+def _grid(density: Density, low: float, high: float, width: float) -> Tensor:
+    """Four points a width, or peaks would be cut off; where that is too many, around the nodes."""
+    near = density.nodes[density.weights > 0][:, None] + width * torch.arange(-5, 6)
+    wanted = 4 * (high - low) / width
+    if wanted <= _POINTS + near.numel():
+        return torch.linspace(low, high, max(_POINTS, math.ceil(wanted)), dtype=torch.float64)
+    even = torch.linspace(low, high, _POINTS, dtype=torch.float64)
+    return torch.cat([even, near.flatten()]).unique()
+
+
+def _by_probe(density: Density, points: Tensor, width: float) -> Tensor:
+    """The density of each probe ``(probes, points)``."""
+    # One after another, as each takes the memory of its nodes times the points.
     probes = zip(density.nodes.split(1), density.weights.split(1), strict=True)
-    curves = [replace(density, nodes=n, weights=w).pdf(grid, width) for n, w in probes]
-    low, high = torch.stack(curves).aminmax(dim=0)
-    return low, high
+    return torch.stack([replace(density, nodes=n, weights=w).pdf(points, width) for n, w in probes])
 
 
 def _lone_nodes(density: Density, distance: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -9,7 +10,17 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs
-from hessfunc.plot.style import DASHED, FIRST, QUIET, SECOND, clean, legend, new_axes, shades
+from hessfunc.plot.style import (
+    DASHED,
+    FIRST,
+    QUIET,
+    SECOND,
+    clean,
+    legend,
+    marker,
+    new_axes,
+    shades,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +45,7 @@ def history(
 
     Args:
         found: step or epoch -> the eigenvalues there; NaN where one was not measured.
-        lr: the step size, or that from each step or epoch on.
+        lr: the step size, or that from each step or epoch on; where it is 0 there is no line.
         against: the name of the horizontal axis, ``"step"`` or ``"epoch"``.
         ax: where to draw; by default a new figure.
 
@@ -47,14 +58,12 @@ def history(
     ax = clean(new_axes() if ax is None else ax)
     several = values.shape[1] > 1
     colours = [shades()(0.2 + 0.55 * i / values.shape[1]) for i in range(values.shape[1])]
-    # A point that stands alone has no line.
-    marker = "o" if len(steps) < 30 else None
     for i, colour in enumerate(colours if several else [FIRST]):
         name = f"eigenvalue {i + 1}" if several else "eigenvalue"
         low, high = intervals[:, 2 * i], intervals[:, 2 * i + 1]
         ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        style: Any = {"color": colour, "linewidth": 1.6, "marker": marker, "markersize": 3}
-        ax.plot(steps, values[:, i], label=name, **style)
+        style: Any = {"color": colour, "linewidth": 1.6, "markersize": 3}
+        ax.plot(steps, values[:, i], marker=marker(len(steps)), label=name, **style)
     if lr is not None:
         _draw_edge(ax, dict.fromkeys(steps, lr) if isinstance(lr, float | int) else lr, steps[-1])
     if bool((values < 0).any()):
@@ -65,9 +74,11 @@ def history(
 
 
 def _draw_edge(ax: Axes, lr: Mapping[float, float], end: float) -> None:
-    """The line 2 / lr, with a step where lr has one."""
+    """The line 2 / lr, with a step where lr has one, and a gap where lr is 0."""
+    if not any(lr.values()):
+        return
     steps = sorted(lr)
-    heights = [2 / lr[step] for step in steps]
+    heights = [2 / lr[step] if lr[step] else math.nan for step in steps]
     style: Any = {"linewidth": 1.2, "linestyle": DASHED, "drawstyle": "steps-post"}
     ax.plot(
         [*steps, max(steps[-1], end)],

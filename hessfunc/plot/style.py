@@ -23,6 +23,7 @@ __all__ = [
     "clean",
     "grid",
     "legend",
+    "marker",
     "new_axes",
     "note",
     "shades",
@@ -38,6 +39,8 @@ WHITE = "#ffffff"
 _SHADES = ("#0f2b46", "#1f4e79", "#4a86ae", "#8fc0c9", "#cfe0cf", "#f6efd9")
 DASHED = (0, (5, 4))
 SIZE = (7.2, 4.2)
+# Points of a line that are marked.
+_FEW = 30
 
 
 def new_axes(size: tuple[float, float] = SIZE, **options: Any) -> Axes:
@@ -73,6 +76,11 @@ def legend(ax: Axes, **options: Any) -> None:
     """A legend without a frame, of what has a name."""
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize="small", **options)
+
+
+def marker(points: int) -> str | None:
+    """Of a line through so many points: dots while they are few, as one alone has no line."""
+    return "o" if points < _FEW else None
 
 
 def note(ax: Axes, parts: Iterable[str]) -> None:

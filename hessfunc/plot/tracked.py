@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from hessfunc.plot.style import DASHED, PALETTE, SECOND, clean, legend, new_axes
+from hessfunc.plot.style import DASHED, PALETTE, SECOND, clean, legend, marker, new_axes
 from hessfunc.training.tracking.point import Point
 from hessfunc.training.tracking.stability import stability
 
@@ -47,9 +47,11 @@ def tracked(
             has ``lambda lr: 38 / lr``. None draws no line.
 
     Raises:
-        ValueError: no point has the quantity.
+        ValueError: the quantity is none of these, or no point has it.
         ModuleNotFoundError: matplotlib is not installed.
     """
+    if quantity not in _NAMES:
+        raise ValueError(f"quantity={quantity!r}: choose {', '.join(map(repr, _NAMES))}")
     lines = _lines(points, quantity)
     if not lines:
         raise ValueError(f"no point has {_NAMES[quantity]}: was it measured?")
@@ -58,7 +60,8 @@ def tracked(
         steps, values, radii = zip(*line, strict=True)
         colour = _COLOURS[i % len(_COLOURS)]
         name = _NAMES[quantity] if len(lines) == 1 else f"{_NAMES[quantity]}, {i + 1}"
-        ax.plot(steps, values, color=colour, linewidth=1.4, label=name)
+        style: Any = {"color": colour, "linewidth": 1.4, "markersize": 3}
+        ax.plot(steps, values, marker=marker(len(steps)), label=name, **style)
         below = [value - radius for value, radius in zip(values, radii, strict=True)]
         above = [value + radius for value, radius in zip(values, radii, strict=True)]
         ax.fill_between(steps, below, above, color=colour, alpha=0.18, linewidth=0)

@@ -73,3 +73,26 @@ def test_one_point_mass_is_drawn(density: Density) -> None:
     one = torch.ones(1, 1, dtype=torch.float64)
     point = Density(**{**vars(density), "nodes": 0 * one, "weights": one, "n": 10})
     plot.density(point).figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, math.nan, math.inf])
+def test_a_width_that_is_not_positive_is_refused(density: Density, width: float) -> None:
+    with pytest.raises(ValueError, match=f"width={width}: a positive, finite number"):
+        plot.density(density, width=width)
+    assert not plt.get_fignums()
+
+
+def test_peaks_of_a_tiny_width_are_drawn_with_few_points(density: Density) -> None:
+    width = 1e-9
+    ax = plot.density(density, width=width)
+    curve = next(line for line in ax.lines if line.get_label() == "density")
+    x, y = map(torch.as_tensor, curve.get_data())
+    assert len(x) < 2000
+    assert bool((x.diff() > 0).all())
+    nodes = density.nodes[density.weights > 0].unique()
+    peaks = [float(y[(x - node).abs() < 0.01].max()) for node in nodes]
+    assert peaks == pytest.approx(density.pdf(nodes, width).tolist())
+    # A peak is as narrow as it should be.
+    assert float(y[(x - 5 - width).abs().argmin()]) == pytest.approx(
+        peaks[-1] * math.exp(-0.5), rel=1e-5
+    )

@@ -45,6 +45,20 @@ def test_the_edge_has_a_step_where_the_step_size_has_one() -> None:
     assert ax.lines[-1].get_drawstyle() == "steps-post"
 
 
+def test_there_is_no_edge_where_the_step_size_is_zero() -> None:
+    ax = plot.history({0: 1.0, 8: 2.0}, lr={0: 0.0, 2: 0.5, 4: 0.0, 6: 0.25})
+    steps, heights = zip(*line(ax, "2 / lr"), strict=True)
+    assert steps == (0, 2, 4, 6, 8)
+    assert heights == pytest.approx((math.nan, 4.0, math.nan, 8.0, 8.0), nan_ok=True)
+    ax.figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("lr", [0, 0.0, {}, {0: 0.0}])
+def test_without_a_step_size_there_is_no_edge(lr: Any) -> None:
+    ax = plot.history({0: 1.0, 8: 2.0}, lr=lr)
+    assert [one.get_label() for one in ax.lines] == ["eigenvalue"]
+
+
 @pytest.mark.parametrize("found", [{}, {0: 1.0, 1: [1.0, 2.0]}])
 def test_nothing_and_unequal_numbers_are_refused(found: Any) -> None:
     with pytest.raises(ValueError, match="the same number of eigenvalues"):

@@ -1,0 +1,35 @@
+from typing import Any
+
+import pytest
+
+from hessfunc import plot
+from hessfunc.training.tracking.point import Point
+
+
+def traced(step: int, **fields: Any) -> Point:
+    return Point(step=step, loss=1.0, trace=3.0 + step, trace_stderr=0.5, **fields)
+
+
+def test_the_band_of_a_trace_is_twice_its_standard_error() -> None:
+    ax = plot.tracked([traced(0), traced(10)], quantity="trace")
+    (band,) = ax.collections
+    edges = {(float(x), float(y)) for x, y in band.get_paths()[0].vertices}
+    assert edges == {(0, 2.0), (0, 4.0), (10, 12.0), (10, 14.0)}
+
+
+def test_one_point_is_marked() -> None:
+    (line,) = plot.tracked([traced(0)], quantity="trace").lines
+    assert line.get_marker() == "o"
+    (line,) = plot.tracked([traced(step) for step in range(100)], quantity="trace").lines
+    assert line.get_marker() == "None"
+
+
+def test_points_without_a_step_size_have_no_edge() -> None:
+    ax = plot.tracked([traced(0, lr=0.0), traced(1, lr=0.5), traced(2)], quantity="trace")
+    assert list(ax.lines[1].get_xdata()) == [1]
+    assert list(ax.lines[1].get_ydata()) == [4.0]
+
+
+def test_an_unknown_quantity_is_refused() -> None:
+    with pytest.raises(ValueError, match="quantity='foo': choose 'top', 'bottom', 'trace'"):
+        plot.tracked([traced(0)], quantity="foo")  # type: ignore[arg-type]
