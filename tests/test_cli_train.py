@@ -81,8 +81,10 @@ def test_training(arguments: tuple[str, ...]) -> None:
 def test_the_seed_repeats_a_training() -> None:
     found = []
     for seed in ("1", "1", "2"):
-        train("--optimizer", "sgd", "--epochs", "1", "--examples", "100", "--seed", seed)
-        found.append(history()["runs"][0]["records"][-1]["loss"])
+        options = ("--epochs", "1", "--examples", "100", "--seed", seed)
+        train("--optimizer", "sgd", *options, "--out", f"seed{seed}-{len(found)}")
+        file = f"seed{seed}-{len(found)}/history.json"
+        found.append(history(file)["runs"][0]["records"][-1]["loss"])
     assert found[0] == found[1] != found[2]
 
 
@@ -148,6 +150,8 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
         (["--curvature", "ggn", "--max-blocks", "2"], "goes with hbp alone"),
         (["--curvature", "ggn", "--solve", "direct"], "solve by cg"),
         (["--lr", "0"], "lr=0.0: it must be positive"),
+        (["--lr", "inf"], "lr=inf: it must be positive and finite"),
+        (["--curvature", "ggn", "--lr", "nan"], "lr=nan: it must be positive and finite"),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--out", "file"], "--out file cannot be used: File exists"),
     ],
@@ -260,14 +264,17 @@ def test_a_training_that_was_killed_ends_with_the_same_bits() -> None:
     assert all(torch.equal(leaf, killed[name]) for name, leaf in whole.items())
 
 
-def test_an_unfinished_training_of_other_settings_is_refused() -> None:
+def test_a_training_of_other_settings_is_refused() -> None:
     options = ("--arch", "c1", "--examples", "60", "--epochs", "2")
     assert train(*options, "--minutes", "0").exit_code == 0
     refused = train(*options, "--lr", "0.3")
     assert refused.exit_code == 2
     assert "unfinished training of other settings, as lr was 0.1 and is 0.3" in refused.stderr
     assert train(*options).exit_code == 0
-    assert train(*options, "--lr", "0.3").exit_code == 0
+    refused = train(*options, "--lr", "0.3")
+    assert refused.exit_code == 2
+    assert "a finished training of other settings" in refused.stderr
+    assert refused.stderr.endswith("take another --out\n")
 
 
 def test_a_damaged_checkpoint_is_refused() -> None:
@@ -316,7 +323,7 @@ def test_eig_reads_plain_state_dicts_too() -> None:
     [
         (["--resume", "none.pt"], "no weights at none.pt: expected checkpoint.pt of hessfunc"),
         (["--resume", "text.pt"], "text.pt is no checkpoint"),
-        (["--resume", "mlp.pt", "--arch", "c1"], "does not hold the weights of a c1 for digits"),
+        (["--resume", "mlp.pt", "--arch", "c1"], "of a c1 for digits: give --arch and --data"),
         (["--resume", "mlp.pt", "--arch", "c9"], "there is no 'c9' for digits"),
         (["--resume", "mlp.pt", "--type", "some"], "--type is approximate or full, not 'some'"),
         (["--resume", "mlp.pt", "--data", "abacus"], "--data is digits, mnist or cifar10"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ def optimiser(
     """
     from hessfunc.training.methods import SGD, BlockNewton
 
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr}: it must be positive and finite")
     given = _given(of_newton)
     if name is None:
         name = "newton" if given else "sgd"

@@ -78,7 +78,7 @@ def train(
             show_default="1, of absa 128",
         ),
     ] = None,
-    lr: Annotated[float, typer.Option(min=0, metavar="X", help="The learning rate.")] = 0.1,
+    lr: Annotated[float, typer.Option(metavar="X", help="The learning rate.")] = 0.1,
     lr_decay: Annotated[
         float,
         typer.Option(
@@ -88,7 +88,7 @@ def train(
         ),
     ] = 0.2,
     lr_decay_epoch: Annotated[
-        str, typer.Option(metavar="N,N", help="Epochs, counted from 1.")
+        str, typer.Option(metavar="N,N", help="Epochs, counted from 1, with commas between.")
     ] = "30,60",
     adversarial_share: Annotated[
         float | None,
@@ -263,6 +263,7 @@ def train(
         make_folder(out)
         settings = {
             "data": data,
+            "data_path": None if data_path is None else str(data_path.resolve()),
             "arch": net,
             "optimizer": type(chosen).__name__,
             **asdict(chosen),

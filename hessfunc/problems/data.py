@@ -104,7 +104,7 @@ def cifar10(path: str | Path | None = None, split: Split = "test") -> Examples:
 
     Raises:
         FileNotFoundError: neither is there.
-        ValueError: an .npz file is damaged.
+        ValueError: a file is damaged, or its arrays are no such images.
     """
     root = data_root() if path is None else Path(path).expanduser()
     if root is None:
@@ -116,7 +116,8 @@ def cifar10(path: str | Path | None = None, split: Split = "test") -> Examples:
         if found is not None:
             images, labels = found
             return Examples(_normalised(images), torch.from_numpy(labels).long())
-    raise FileNotFoundError(f"no CIFAR-10 ({split}) at {root}: expected {_CIFAR10_LAYOUTS}")
+    layouts = _CIFAR10_LAYOUTS.replace("_test", f"_{split}")
+    raise FileNotFoundError(f"no CIFAR-10 ({split}) at {root}: expected {layouts}")
 
 
 def mnist(path: str | Path | None = None, split: Split = "train") -> Examples:
@@ -184,8 +185,22 @@ def _read_npz(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | None
             raise ValueError(f"{file} is damaged: it is no .npz file")
         with np.load(file, allow_pickle=False) as arrays:
             if {f"x_{split}", f"y_{split}"} <= set(arrays.files):
-                return arrays[f"x_{split}"], arrays[f"y_{split}"]
+                return _checked(file, arrays[f"x_{split}"], arrays[f"y_{split}"])
     return None
+
+
+def _checked(file: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images, and their labels [N], which may lie in a column."""
+    if (
+        images.dtype != np.uint8
+        or images.shape[1:] != (32, 32, 3)
+        or labels.shape not in ((len(images),), (len(images), 1))
+    ):
+        raise ValueError(
+            f"{file} has images {images.dtype} {list(images.shape)} and labels "
+            f"{list(labels.shape)}: expected uint8 [N, 32, 32, 3] and [N]"
+        )
+    return images, labels.reshape(-1)
 
 
 def _read_batches(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | None:
@@ -218,4 +233,8 @@ class _ArraysOnly(pickle.Unpickler):
 def _unpickle(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         # Written by Python 2, whose strings are bytes: latin1 maps each to one character.
-        return _ArraysOnly(stream, encoding="latin1").load()
+        try:
+            found: dict[str, Any] = _ArraysOnly(stream, encoding="latin1").load()
+        except Exception as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+    return found

@@ -83,19 +83,24 @@ def absa(
         `Schedule`. Its ``after_epoch`` takes the dominant eigenvalue of the Hessian.
 
     Raises:
-        ValueError: an option is out of range; (from ``after_epoch``) an eigenvalue is needed and
-            there is none, or it is not finite.
+        ValueError: an option is out of range, or no whole number; (from ``after_epoch``) an
+            eigenvalue is needed and there is none, or it is not finite.
 
     Source: Yao, Gholami, Keutzer and Mahoney 2018, arXiv 1810.01021.
     """
     at_least(1, epochs=epochs, max_ratio=max_ratio, patience=patience)
     at_least(2, factor=factor)
+    _whole(epochs=epochs, max_ratio=max_ratio, patience=patience, factor=factor)
     if not 0 <= adversarial_share <= 1:
         raise ValueError(f"adversarial_share={adversarial_share}: it must be in [0, 1]")
     decayed = _decay(lr_decay, lr_decay_epochs)
 
     def init() -> ScheduleState:
-        return ScheduleState(adversarial_share=adversarial_share, watching=max_ratio > 1)
+        start = ScheduleState(adversarial_share=adversarial_share, watching=max_ratio > 1)
+        return until_half_way(start)
+
+    def until_half_way(state: ScheduleState) -> ScheduleState:
+        return state if state.epoch < epochs // 2 else replace(state, adversarial_share=0.0)
 
     def grown(state: ScheduleState) -> ScheduleState:
         ratio = min(factor * state.ratio, max_ratio)
@@ -112,15 +117,15 @@ def absa(
         state = replace(state, waited=state.waited + 1)
         if state.reference is None:
             state = replace(state, reference=eigenvalue)
-        elif abs(eigenvalue) <= abs(state.reference) / factor:
+        # From a reference of 0 nothing can fall.
+        elif abs(eigenvalue) <= abs(state.reference) / factor < abs(state.reference):
             return grown(replace(state, reference=eigenvalue))
         return grown(state) if state.waited >= patience else state
 
     def after_epoch(state: ScheduleState, eigenvalue: float | None) -> ScheduleState:
         if state.watching:
             state = seen(state, _finite(eigenvalue))
-        state = decayed(state)
-        return state if state.epoch < epochs // 2 else replace(state, adversarial_share=0.0)
+        return until_half_way(decayed(state))
 
     return Schedule(init, after_epoch)
 
@@ -136,9 +141,10 @@ def constant(
         lr_decay_epochs: after each of these epochs, counted from 1.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or no whole number.
     """
     at_least(1, ratio=ratio)
+    _whole(ratio=ratio)
     decayed = _decay(lr_decay, lr_decay_epochs)
     return Schedule(lambda: ScheduleState(ratio=ratio), lambda state, eigenvalue: decayed(state))
 
@@ -156,6 +162,12 @@ def _decay(
         return replace(state, epoch=epoch, lr_factor=state.lr_factor * decay)
 
     return decayed
+
+
+def _whole(**options: object) -> None:
+    for name, value in options.items():
+        if not isinstance(value, int):
+            raise ValueError(f"{name}={value}: it must be a whole number")
 
 
 def _finite(eigenvalue: float | None) -> float:

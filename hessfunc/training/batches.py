@@ -11,7 +11,7 @@ import torch
 from hessfunc.problems.data import Examples
 from hessfunc.training.steps import Batch
 
-__all__ = ["Source", "epochs_of", "grouped"]
+__all__ = ["Source", "epochs_of", "grouped", "refuse_iterators"]
 
 # Examples in tensors, or a re-iterable of batches, such as a DataLoader.
 Source: TypeAlias = Examples | Iterable[Batch]
@@ -44,6 +44,20 @@ class _Taken:
     def __iter__(self) -> Iterator[Batch]:
         for index in self.indices:
             yield self.examples.inputs[index], self.examples.targets[index]
+
+
+def refuse_iterators(*sources: Source | None) -> None:
+    """Each epoch and each record is one more pass.
+
+    Raises:
+        ValueError: a source can be read only once.
+    """
+    for source in sources:
+        if isinstance(source, Iterator):
+            raise ValueError(
+                f"the batches can be read only once ({type(source).__name__}), and each "
+                "epoch reads them anew: pass a list or a DataLoader"
+            )
 
 
 def grouped(batches: Iterator[Batch], size: int, /) -> Iterator[tuple[list[Batch], bool]]:

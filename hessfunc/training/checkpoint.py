@@ -32,15 +32,15 @@ class TrainingCheckpoint:
     every: int = 100
 
     def write(self, state: Mapping[str, Any], /, *, finished: bool) -> None:
-        """Replace the state; a finished one may be replaced by a training of other settings."""
+        """Replace the state."""
         content = {**state, "settings": json.dumps(self.settings), "finished": finished}
         write_whole(self.path, lambda file: torch.save(content, file))
 
     def read(self) -> dict[str, Any] | None:
-        """The state, on the CPU, or None where there is none, or a finished one of other settings.
+        """The state, on the CPU, or None where there is none.
 
         Raises:
-            ValueError: the file is damaged, or holds an unfinished training of other settings.
+            ValueError: the file is damaged, or holds a training of other settings.
         """
         if not self.path.exists():
             return None
@@ -55,10 +55,8 @@ class TrainingCheckpoint:
         changed = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
         if not changed:
             return content
-        if finished:
-            return None
-        name = changed[0]
+        name, kind = changed[0], "a finished" if finished else "an unfinished"
         raise ValueError(
-            f"{self.path} holds an unfinished training of other settings, as {name} was "
-            f"{found.get(name)} and is {wanted.get(name)} now: finish it, or take another --out"
+            f"{self.path} holds {kind} training of other settings, as {name} was "
+            f"{found.get(name)} and is {wanted.get(name)} now: take another --out"
         )

@@ -46,23 +46,23 @@ class Measured:
     Attributes:
         steps: what is measured.
         peak: memory of the first step on the CPU, once it is known: to watch it takes time.
-        of_gradient: the floating-point operations of the gradient of a batch of each shape.
-        of_attack: the gradients that an attack on a share of it is worth.
+        unit: the floating-point operations of the gradient of a base batch, once they are known.
+        of_attack: the gradients that an attack on a share of a batch of each shape is worth.
     """
 
     steps: Steps
     peak: int = 0
-    of_gradient: dict[torch.Size, int] = field(default_factory=dict)
+    unit: int = 0
     of_attack: dict[tuple[torch.Size, float], float] = field(default_factory=dict)
 
     def step(self, batches: Sequence[Batch], ratio: int) -> tuple[Step, Cost]:
         """One step, and its cost."""
-        unit = self.unit(batches[0])
+        self.measure_unit(batches[0])
         start = time.perf_counter()
         found, peak = self._with_peak(lambda: self.steps(batches, ratio))
         return found, Cost(
             matvecs=found.matvecs,
-            gradients=len(batches) + found.flops / unit,
+            gradients=len(batches) + found.flops / self.unit,
             seconds=time.perf_counter() - start,
             peak_bytes=peak,
         )
@@ -71,7 +71,8 @@ class Measured:
         """A batch of which a share is adversarial; work is counted the first time of its kind."""
         kind = batch[0].shape, share
         if kind not in self.of_attack:
-            found, cost = self.counted(batch, lambda: partly(attack, batch, share))
+            self.measure_unit(batch)
+            found, cost = self.counted(lambda: partly(attack, batch, share))
             self.of_attack[kind] = cost.gradients
             return found, cost
         start = time.perf_counter()
@@ -79,27 +80,27 @@ class Measured:
         seconds = time.perf_counter() - start
         return found, Cost(gradients=self.of_attack[kind], seconds=seconds)
 
-    def counted(self, batch: Batch, run: Callable[[], Found], /) -> tuple[Found, Cost]:
-        """Any work, in units of the gradient of a batch."""
-        unit, start = self.unit(batch), time.perf_counter()
+    def counted(self, run: Callable[[], Found], /) -> tuple[Found, Cost]:
+        """Any work after the first batch, in units of the gradient of a base batch."""
+        start = time.perf_counter()
         with CountedFlops() as flops:
             found = run()
-        return found, Cost(gradients=flops.total / unit, seconds=time.perf_counter() - start)
+        return found, Cost(gradients=flops.total / self.unit, seconds=time.perf_counter() - start)
 
-    def unit(self, batch: Batch) -> int:
-        """The floating-point operations of the gradient of a batch."""
+    def measure_unit(self, batch: Batch) -> None:
+        """Take the unit from a batch, the first one: later ones may be smaller."""
+        if self.unit:
+            return
         inputs, targets = batch
-        if inputs.shape not in self.of_gradient:
-            model, device = self.steps.model, next(self.steps.model.parameters()).device
-            trainable = [p for p in model.parameters() if p.requires_grad]
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            # Neither the statistics of normalisation nor the training's random numbers move.
-            with CountedFlops() as flops, Stream.of(0, device).here():
-                outputs = functional_call(model, buffers, (inputs,))
-                loss = self.steps.criterion(outputs, targets)
-                torch.autograd.grad(loss, trainable, allow_unused=True)
-            self.of_gradient[inputs.shape] = flops.total
-        return self.of_gradient[inputs.shape]
+        model, device = self.steps.model, next(self.steps.model.parameters()).device
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        # Neither the statistics of normalisation nor the training's random numbers move.
+        with CountedFlops() as flops, Stream.of(0, device).here():
+            outputs = functional_call(model, buffers, (inputs,))
+            loss = self.steps.criterion(outputs, targets)
+            torch.autograd.grad(loss, trainable, allow_unused=True)
+        self.unit = flops.total
 
     def _with_peak(self, run: Callable[[], Step]) -> tuple[Step, int]:
         device = next(self.steps.model.parameters()).device

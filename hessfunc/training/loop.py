@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -13,13 +14,14 @@ from torch import nn
 from hessfunc.problems.data import Examples
 from hessfunc.training.absa import Schedule, ScheduleState, constant
 from hessfunc.training.adversarial import Attack
-from hessfunc.training.batches import Source, epochs_of, grouped
+from hessfunc.training.batches import Source, epochs_of, grouped, refuse_iterators
 from hessfunc.training.checkpoint import TrainingCheckpoint
 from hessfunc.training.cost import Cost, Measured
 from hessfunc.training.dominant import Watch
 from hessfunc.training.evaluation import evaluated
 from hessfunc.training.steps import DIVERGED, Batch, Steps
 from hessfunc.training.stream import Stream
+from hessfunc.training.tracking.undisturbed import refuse_busy_workers, undisturbed
 from hessfunc.trees import Tree, tree_map
 
 __all__ = ["Record", "train"]
@@ -41,7 +43,7 @@ class Record:
         matvecs: products so far.
         gradients: the work so far in gradient-equivalents: the floating-point operations of
             products, convolutions and decompositions of matrices, over those of one gradient of
-            the same base batch. A step of SGD is one for each of its base batches.
+            the first base batch. A step of SGD is one for each of its base batches.
         seconds: of the steps so far, without the evaluations.
         peak_bytes: memory that tensors made during a step have held at most: on the CPU during
             the first, on CUDA during any.
@@ -90,13 +92,14 @@ def train(
     """Train a classifier, and yield a `Record` at the start, after each epoch, and at the end.
 
     As many base batches as the schedule says make one step; no step crosses an epoch. Order and
-    draws are functions of the seed, torch's random stream stays as it was, and evaluations are
-    made in eval mode.
+    draws are functions of the seed, those of a loader too, except from a generator of its own.
+    Torch's random stream stays as it was, and evaluations are made in eval mode.
 
     Args:
         model: in the mode in which it is to be trained.
         steps: of its parameters.
-        source: examples to train on, or a loader of batches ``(inputs, targets)``.
+        source: examples to train on, or a loader or list of batches ``(inputs, targets)``, which
+            is read anew in each epoch and for each record.
         epochs: passes over them.
         batch_size: examples of a base batch; the last one of an epoch may be smaller. A loader
             has its own.
@@ -113,7 +116,8 @@ def train(
         on_step: called after each step with the examples so far of the epoch.
 
     Raises:
-        ValueError: there is no example, or an option is out of range, or missing.
+        ValueError: there is no example, or an option is out of range, or missing; a source is an
+            iterator, or a loader that keeps its workers and is read for records amid an epoch.
         FloatingPointError: the loss over all examples is not finite.
     """
     if epochs < 0 or batch_size < 1 or (isinstance(source, Examples) and not len(source)):
@@ -121,6 +125,9 @@ def train(
             f"epochs={epochs}, batch_size={batch_size}: epochs must not be negative, the other at "
             "least 1, and there must not be 0 examples"
         )
+    refuse_iterators(source, test)
+    if every:
+        refuse_busy_workers(source)
     if checkpoint is not None and not isinstance(source, Examples):
         raise ValueError(
             "the order of a loader cannot be taken up again: with a checkpoint, train on Examples"
@@ -161,7 +168,7 @@ def train(
     for order in islice(orders, training.place.schedule.epoch, epochs):
         if training.place.step and training.is_over():
             return
-        yield from training.epoch(iter(order))
+        yield from training.epoch(training.stream.each(order))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +218,6 @@ class _Training:
     stream: Stream
     measured: Measured
     place: _Place
-    last: Batch = field(init=False)
 
     def epoch(self, batches: Iterator[Batch]) -> Iterator[Record]:
         """The rest of the running epoch, or as much as the time allows."""
@@ -245,7 +251,6 @@ class _Training:
                 batches, spent = self.attacked(batches)
                 cost += spent
             step, spent = self.measured.step(batches, state.ratio)
-        self.last = batches[-1]
         self.place = replace(
             place,
             batches=place.batches + len(batches),
@@ -283,22 +288,30 @@ class _Training:
         """The eigenvalue; what it costs counts where the schedule needs it."""
         place, watch = self.place, self.watch
         assert watch is not None
-        found, cost = self.measured.counted(self.last, lambda: watch(place.vectors))
+        with self.aside():
+            found, cost = self.measured.counted(lambda: watch(place.vectors))
         cost = replace(cost, matvecs=found.matvecs) if place.schedule.watching else Cost()
         self.place = replace(place, vectors=found.vectors, cost=place.cost + cost)
         return float(found.values[0])
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is drawn inside is a function of the seed, and later batches and draws stay."""
+        with undisturbed(self.model, self.source), replace(self.stream).here():
+            yield
 
     def recorded(self) -> Record:
         return self.kept(self.record())
 
     def record(self, eigenvalue: float | None = None) -> Record:
         place, criterion = self.place, self.steps.criterion
-        seen = evaluated(self.model, self.source, criterion)
+        with self.aside():
+            seen = evaluated(self.model, self.source, criterion)
+            test = None if self.test is None else evaluated(self.model, self.test, criterion)
         if not math.isfinite(seen.loss):
             raise FloatingPointError(
                 f"the loss is {seen.loss} after {place.step} steps: {DIVERGED}"
             )
-        test = None if self.test is None else evaluated(self.model, self.test, criterion)
         return Record(
             step=place.step,
             epoch=place.schedule.epoch + place.examples / seen.examples,
@@ -331,6 +344,7 @@ class _Training:
             "state_dict": self.model.state_dict(),
             "steps": self.steps.state(),
             "stream": self.stream.states,
+            "unit": self.measured.unit,
             "place": place,
         }
         self.checkpoint.write(state, finished=self.place.schedule.epoch >= self.epochs)
@@ -354,3 +368,4 @@ class _Training:
             }
         )
         self.measured.peak = self.place.cost.peak_bytes
+        self.measured.unit = state.get("unit", 0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from hessfunc.problems.training import seeded
 
 __all__ = ["Stream"]
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -48,6 +51,18 @@ class Stream:
             self.states = [generator.get_state() for generator in generators]
             for generator, state in zip(generators, before, strict=True):
                 generator.set_state(state)
+
+    def each(self, items: Iterable[Item], /) -> Iterator[Item]:
+        """The items, which are made from this stream's draws."""
+        with self.here():
+            rest = iter(items)
+        while True:
+            with self.here():
+                try:
+                    item = next(rest)
+                except StopIteration:
+                    return
+            yield item
 
     def _generators(self) -> list[torch.Generator]:
         if self.device.type != "cuda":

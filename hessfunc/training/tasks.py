@@ -105,7 +105,10 @@ def saved(dataset: str, name: str, path: Path, /) -> nn.Module:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of a {name} for {dataset}") from error
+        raise ValueError(
+            f"{path} does not hold the weights of a {name} for {dataset}: give --arch and --data "
+            "of its training"
+        ) from error
     return model
 
 

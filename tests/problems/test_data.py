@@ -80,8 +80,28 @@ def test_a_batch_written_by_python_2_is_read(tmp_path: Path) -> None:
 
 def test_a_pickle_that_calls_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test_batch").write_bytes(pickle.dumps(Path("elsewhere")))
-    with pytest.raises(pickle.UnpicklingError, match="has no place in CIFAR-10"):
+    with pytest.raises(ValueError, match=r"test_batch is damaged: .* has no place in CIFAR-10"):
         data.cifar10(tmp_path)
+
+
+def test_half_of_a_batch_is_named(tmp_path: Path, images: np.ndarray) -> None:
+    write_batch(tmp_path / "test_batch", images, list(range(10)))
+    content = (tmp_path / "test_batch").read_bytes()
+    (tmp_path / "test_batch").write_bytes(content[:500])
+    with pytest.raises(ValueError, match="test_batch is damaged"):
+        data.cifar10(tmp_path)
+
+
+def test_arrays_that_are_no_such_images_are_refused(tmp_path: Path, images: np.ndarray) -> None:
+    file, labels = tmp_path / "cifar10.npz", np.arange(10)
+    for wrong in (images.transpose(0, 3, 1, 2), images / 255):
+        np.savez(file, x_test=wrong, y_test=labels)
+        with pytest.raises(ValueError, match=r"cifar10.npz has images .* expected uint8"):
+            data.cifar10(file)
+    np.savez(file, x_test=images, y_test=labels[:, None])
+    assert data.cifar10(file).targets.tolist() == labels.tolist()
+    with pytest.raises(FileNotFoundError, match="with x_train uint8"):
+        data.cifar10(tmp_path, "train")
 
 
 def test_missing_cifar10_says_what_is_expected(

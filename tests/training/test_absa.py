@@ -99,6 +99,16 @@ def test_the_size_of_an_eigenvalue_counts_not_its_sign() -> None:
     assert after(schedule, 8.0, -8.0)[-1].ratio == 1
 
 
+def test_nothing_falls_from_zero() -> None:
+    found = after(absa(lr_decay_epochs=()), 0.0, 0.0, 0.0)
+    assert [s.ratio for s in found] == [1, 1, 1, 1]
+
+
+def test_a_single_epoch_is_past_half_way() -> None:
+    assert absa(epochs=1).init().adversarial_share == 0
+    assert absa(epochs=2).init().adversarial_share == 0.2
+
+
 def test_a_cap_of_one_watches_nothing() -> None:
     found = after(absa(max_ratio=1, epochs=4, lr_decay_epochs=(1,)), None, None)
     assert [(s.ratio, s.watching, s.lr_factor) for s in found] == [
@@ -137,6 +147,8 @@ def test_an_eigenvalue_that_is_needed_must_be_finite(eigenvalue: float | None) -
         ({"max_ratio": 0}, "max_ratio=0"),
         ({"patience": 0}, "patience=0"),
         ({"factor": 1}, "factor=1: it must be at least 2"),
+        ({"factor": 2.5}, "factor=2.5: it must be a whole number"),
+        ({"max_ratio": 2.5}, "max_ratio=2.5: it must be a whole number"),
         ({"adversarial_share": 1.5}, "must be in"),
         ({"lr_decay": 0.0}, "lr_decay=0.0: it must be positive"),
     ],
@@ -149,5 +161,7 @@ def test_options_out_of_range_are_refused(options: dict[str, float], message: st
 def test_a_constant_schedule_refuses_them_too() -> None:
     with pytest.raises(ValueError, match="ratio=0"):
         constant(ratio=0)
+    with pytest.raises(ValueError, match=r"ratio=1.5: it must be a whole number"):
+        constant(ratio=1.5)
     with pytest.raises(ValueError, match="lr_decay=inf"):
         constant(lr_decay=float("inf"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hessfunc as hf
 from hessfunc.problems.data import Examples
@@ -253,6 +253,70 @@ def test_products_of_the_schedule_are_part_of_the_cost() -> None:
     assert records[1].gradients > 3
 
 
+def test_the_unit_of_work_is_the_first_batch_however_small_the_last_one_is() -> None:
+    def spent(count: int) -> float:
+        with seeded(0):
+            model = mlp([2, 6, 2])
+        records = train(
+            model,
+            SGD().steps(model),
+            blobs(count),
+            epochs=1,
+            batch_size=20,
+            schedule=absa(epochs=1, max_ratio=4),
+            attack=lambda batch: batch[0],
+            watch=watch(model, blobs(60).batches(60), max_matvecs=5, rtol=0.0),
+        )
+        return list(records)[-1].gradients
+
+    assert spent(61) == pytest.approx(spent(60) + 1)
+
+
+class Noisy(Dataset[Batch]):
+    """Examples with a draw on each of them."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> Any:
+        return blobs().inputs[index] + 0.1 * torch.randn(2), blobs().targets[index]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loader_that_shuffles_and_draws_is_a_function_of_the_seed(own: bool) -> None:
+    def trained(of_torch: int, seed: int = 0, every: int | None = None) -> list[float]:
+        generator = torch.Generator().manual_seed(8) if own else None
+        loader = DataLoader(Noisy(), batch_size=25, shuffle=True, generator=generator)
+        with seeded(2):
+            model = mlp([2, 4, 2])
+        with seeded(of_torch):
+            before = torch.get_rng_state()
+            records = train(model, SGD().steps(model), loader, epochs=2, seed=seed, every=every)
+            last = list(records)[-1]
+            assert torch.equal(torch.get_rng_state(), before)
+        return [last.loss, *torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()]
+
+    assert trained(0) == trained(1)
+    assert trained(0) != trained(0, seed=1)
+    # Records between do not move it.
+    assert trained(0) == trained(0, every=1)
+
+
+def test_batches_that_can_be_read_once_are_refused() -> None:
+    model = mlp([2, 2])
+    start = partial(train, model, SGD().steps(model), epochs=1)
+    for sources in ({"source": iter(blobs().batches(20))}, {"test": iter(blobs().batches(20))}):
+        with pytest.raises(ValueError, match=r"read only once \(list_iterator\)"):
+            next(start(sources.pop("source", blobs()), **sources))
+
+
+def test_a_loader_that_keeps_its_workers_has_no_records_amid_an_epoch() -> None:
+    model = mlp([2, 2])
+    loader = DataLoader(Noisy(), batch_size=20, num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="keeps its workers"):
+        next(train(model, SGD().steps(model), loader, epochs=1, every=1))
+
+
 def test_any_loader_and_optimiser() -> None:
     loader = DataLoader(TensorDataset(blobs().inputs, blobs().targets), batch_size=25)
     model = mlp([2, 8, 2])
@@ -300,7 +364,8 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("killed_at", [1, 10, 15, 22])
+# Nine steps make the first epoch; what is killed at the ninth goes on at a smaller batch.
+@pytest.mark.parametrize("killed_at", [1, 9, 10, 15, 22])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_killed_training_ends_with_the_same_bits(
     name: str, killed_at: int, tmp_path: Path
@@ -374,8 +439,8 @@ def test_a_state_of_other_settings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"state.pt holds an unfinished .* lr was 0.1 and is 0.2"):
         start(0.2, 3)
     assert [r.step for r in start(0.1, 3)] == [0, 1, 2, 3]
-    # A finished one makes room.
-    assert [r.step for r in start(0.2, 1)] == [0, 1]
+    with pytest.raises(ValueError, match=r"a finished .* lr was 0.1 and is 0.2 now: take another"):
+        start(0.2, 1)
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match=r"state.pt is damaged .*: remove it"):
         start(0.2, 1)

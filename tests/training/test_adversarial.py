@@ -36,6 +36,12 @@ def test_bounds_may_be_given() -> None:
     assert fgsm(linear, DIRECTION, BATCH, eps=4.0, bounds=(-9.0, 9.0))[1, 0] == 4.5
 
 
+def test_bounds_hold_where_inputs_lie_beyond_them() -> None:
+    far = torch.tensor([[5.0, -5.0, 0.3]]), BATCH[1][:1]
+    found = pgd(linear, DIRECTION, far, eps=0.1, step_size=0.05, steps=4, bounds=(0.0, 1.0))
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0, 0.3]]), rtol=0, atol=0)
+
+
 def test_pgd_stays_within_eps() -> None:
     def bowl(params: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         return (batch[0] - params).square().sum()

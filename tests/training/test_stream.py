@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -42,6 +44,24 @@ def test_the_global_stream_is_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError):
         failing()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_items_are_made_from_its_draws_and_others_draw_between() -> None:
+    def items() -> Iterator[torch.Tensor]:
+        for _ in range(2):
+            yield torch.rand(3)
+
+    with seeded(7):
+        expected = list(items())
+    found = []
+    before = torch.get_rng_state()
+    stream = Stream.of(7, CPU)
+    for item in stream.each(items()):
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(item)
+        with seeded(1):
+            torch.rand(5)
+    assert torch.equal(torch.stack(found), torch.stack(expected))
 
 
 @pytest.mark.gpu
