@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -19,7 +19,7 @@ from hessfunc.memory import PeakMemory, available_memory
 from hessfunc.transforms.batches import examples
 from hessfunc.transforms.blocks import Chunks, ChunkSize
 from hessfunc.transforms.hessian import checked
-from hessfunc.transforms.kernels import explained, precise
+from hessfunc.transforms.kernels import explained, precise, same_draws
 from hessfunc.trees import Space, Tree, leaves
 
 __all__ = ["Landscape", "Normalise", "landscape"]
@@ -274,23 +274,12 @@ def _along(
         with (
             torch.no_grad(),
             precise(space.device),
-            _same_masks(space.device),
+            same_draws(space.device),
             several_batches() if several else nullcontext(),
         ):
             return loss(space.unravel(point + step @ along), batch)
 
     return value
-
-
-@contextmanager
-def _same_masks(device: torch.device) -> Iterator[None]:
-    """Inside, random layers draw as they do in a product with the Hessian."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(0)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
-        yield
 
 
 def _start(

@@ -15,6 +15,7 @@ from rich.progress import Progress, TaskID
 
 from hessfunc.cli.command import command_line
 from hessfunc.cli.errors import fail, in_one_line
+from hessfunc.cli.options import Traceback
 from hessfunc.cli.places import DType, make_folder, place
 from hessfunc.cli.progress import bars, watch
 
@@ -148,9 +149,7 @@ def analyze(
     seed: Annotated[
         int, typer.Option(metavar="N", help="Of the training and of all random vectors.")
     ] = 0,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error was raised.")
-    ] = False,
+    traceback: Traceback = False,
 ) -> None:
     """Analyse the Hessian of a network's loss on its data.
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from hessfunc.cli.errors import fail, in_one_line
+from hessfunc.cli.options import Traceback
 from hessfunc.cli.places import make_folder, place
 from hessfunc.cli.progress import bars, line, share, watch
 
@@ -65,9 +66,7 @@ def experiment(
         Path | None,
         typer.Option(metavar="DIR", help="The folder of the results.", show_default="NAME"),
     ] = None,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error was raised.")
-    ] = False,
+    traceback: Traceback = False,
 ) -> None:
     """Compare Newton's method on blocks of the curvature with SGD, as in the literature.
 

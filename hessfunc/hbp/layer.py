@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.hbp.blocks import Block, Congruence, Dense, DirectSum, Kronecker
-from hessfunc.hbp.jacobians import Jacobian
+from hessfunc.hbp.jacobians import EachExample, Jacobian
 from hessfunc.transforms.positive_curvature import Residual, positive
 
 __all__ = ["Call", "Dependence", "General", "Layer", "SharedWeight", "with_sign"]
@@ -204,7 +204,7 @@ class General(Dependence):
 
     def entries(self, width: int, *, average: bool) -> int:
         n = self.shape.numel()
-        return self.examples * n * (2 * width + n) + n**2
+        return self._jacobian(width).entries + n**2
 
     def block(
         self,
@@ -215,12 +215,12 @@ class General(Dependence):
         average: bool,
         max_blocks: int | None,
     ) -> Block:
-        each = self.jacobians()
-        if average:
-            mean = each.mean(0)
-            matrix = mean.mT @ hessian @ mean
-        else:
-            matrix = each.flatten(0, 1).mT @ (hessian @ each).flatten(0, 1) / len(each)
+        jacobian = self._jacobian(len(hessian))
+        inner = jacobian.congruence if average else jacobian.mean_congruence
+        ((matrix,),) = inner(hessian)
         if slope is not None and residual != "zero":
             matrix = matrix + with_sign(self.curvature(slope), residual)
         return Dense(matrix, self.shape)
+
+    def _jacobian(self, width: int) -> EachExample:
+        return EachExample(self.jacobians, (self.examples, width, self.shape.numel()))

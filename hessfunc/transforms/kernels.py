@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from hessfunc.trees import Space, batch_leaves
 
-__all__ = ["differentiable_twice", "explained", "precise"]
+__all__ = ["differentiable_twice", "explained", "precise", "same_draws"]
 
 
 @contextmanager
@@ -27,14 +27,12 @@ def differentiable_twice(device: torch.device) -> Iterator[None]:
     was.
     """
     fast_attention = torch.backends.mha.get_fastpath_enabled()
-    devices = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_ExactWeightNorm())
-        stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(precise(device))
         stack.enter_context(torch.enable_grad())
-        _seed(device)
+        stack.enter_context(same_draws(device))
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
@@ -60,12 +58,16 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _seed(device: torch.device) -> None:
-    # torch.manual_seed would seed every device, and those that are not forked would stay so.
-    torch.default_generator.manual_seed(0)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(0)
+@contextmanager
+def same_draws(device: torch.device) -> Iterator[None]:
+    """Inside, random layers draw from a seed of their own; afterwards streams are as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # torch.manual_seed would seed every device, and those that are not forked would stay so.
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
 
 
 @contextmanager

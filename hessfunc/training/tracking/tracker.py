@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hessfunc.algorithms.rounds import at_least
-from hessfunc.functional import LossFunction, functional, supervised, training_flags
+from hessfunc.functional import LossFunction, functional, supervised
 from hessfunc.sharpness import adam_diagonal
+from hessfunc.training import modes
 from hessfunc.training.tracking.lines import json_lines
 from hessfunc.training.tracking.measuring import Tracking, TrackingState, tracking
 from hessfunc.training.tracking.point import Point
@@ -175,7 +176,7 @@ def tracked(
         raise TypeError(
             f"preconditioned=True needs the optimizer, an Adam, and got {type(optimizer).__name__}"
         )
-    with training_flags([(module, False) for module in model.modules()] if eval_mode else []):
+    with modes.eval_mode(model) if eval_mode else nullcontext():
         loss = compose(functional(model)[0], criterion)
     with ExitStack() as stack:
         writers: list[Callable[[Point], object]] = []
