@@ -26,6 +26,7 @@ from hessfunc.transforms.criteria import (
 )
 from hessfunc.transforms.hessian import checked
 from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.transforms.kernels.second_order import replacements
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
 from hessfunc.trees import Matvec, Space, Tree, flatten
 
@@ -172,7 +173,8 @@ def _gauss_newton(
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
         point = [leaf.detach() for leaf in space.tree_leaves(params)]
-        with explained(space, batch), differentiable_twice(space.device):
+        surroundings = differentiable_twice(space.device, replacements(twice=False))
+        with explained(space, batch), surroundings:
             product = _product(loss, middle, space, point, batch)
         return block_matvec(product, space, point, batch, chunks=chunks)
 

@@ -1,4 +1,4 @@
-"""The surroundings of a product: kernels that can be differentiated twice, and fixed randomness."""
+"""The surroundings of a product: exact second derivatives, fixed randomness, clear errors."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
+from hessfunc.transforms.kernels.replaced import EXACT, Replaced, Replacements
 from hessfunc.trees import Space, batch_leaves
 
 __all__ = ["differentiable_twice", "explained", "precise", "same_draws"]
 
 
 @contextmanager
-def differentiable_twice(device: torch.device) -> Iterator[None]:
+def differentiable_twice(device: torch.device, replaced: Replacements = EXACT) -> Iterator[None]:
     """Inside, a loss may be evaluated to be differentiated twice.
 
-    Attention runs in its unfused form: the fused kernels have no second derivative. So does weight
-    normalisation, whose fused kernel has a wrong one. Random layers draw from a seed of their own,
-    the same each time, so that a product is symmetric and torch's random stream stays where it
-    was.
+    Attention runs in its unfused form: the fused kernels have no second derivative. Functions that
+    stand in `replaced` are computed as it says. Random layers draw from a seed of their own, the
+    same each time, so that a product is symmetric and torch's random stream stays where it was.
+
+    Args:
+        device: of the parameters.
+        replaced: functions of torch, each with the one that is called in its place.
     """
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_ExactWeightNorm())
+        stack.enter_context(Replaced(replaced))
         stack.enter_context(precise(device))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(same_draws(device))
@@ -38,24 +41,6 @@ def differentiable_twice(device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
-
-
-class _ExactWeightNorm(TorchFunctionMode):
-    """Inside, weight normalisation is its definition, g v / |v|.
-
-    The fused kernel's second derivative leaves out that |v| depends on v.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch._weight_norm:
-            func = _weight_norm
-        return func(*args, **(kwargs or {}))
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 @contextmanager

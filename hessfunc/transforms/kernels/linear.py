@@ -1,0 +1,79 @@
+"""Linear layers, as bilinear maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hessfunc.transforms.kernels.bilinear import Layer, affine
+from hessfunc.transforms.kernels.matrices import has_faster, multiplied
+from hessfunc.transforms.kernels.replaced import plain
+from hessfunc.transforms.kernels.sources import Source, remember
+
+__all__ = ["Linear", "linear"]
+
+# Multiplications below which a call costs more than the product.
+_LARGE = 2**20
+
+
+@dataclass(frozen=True)
+class Linear(Layer):
+    """y = x w', with x ``[R, C]`` and w ``[O, C]``."""
+
+    def out(self, x: Tensor, w: Tensor, /) -> Tensor:
+        if x.dim() == 3:
+            return multiplied(x.flatten(0, 1), w.mT).unflatten(0, (len(x), -1))
+        if w.dim() == 3:
+            return torch.stack([multiplied(x, each.mT) for each in w])
+        return multiplied(x, w.mT)
+
+    def left(self, g: Tensor, w: Tensor, /) -> Tensor:
+        if g.dim() == 3:
+            return multiplied(g.flatten(0, 1), w).unflatten(0, (len(g), -1))
+        if w.dim() == 3:
+            return torch.stack([multiplied(g, each) for each in w])
+        return multiplied(g, w)
+
+    def right(self, g: Tensor, x: Tensor, /) -> Tensor:
+        if g.dim() == 3:
+            return torch.stack([multiplied(each.mT, x) for each in g])
+        if x.dim() == 3:
+            transposed = g.mT.contiguous()
+            return torch.stack([multiplied(transposed, each) for each in x])
+        return multiplied(g.mT, x)
+
+    def spread(self, b: Tensor, /) -> Tensor:
+        return b.unsqueeze(-2)
+
+    def gathered(self, g: Tensor, /) -> Tensor:
+        return g.sum(-2)
+
+    def tangent(self, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, /) -> Tensor:
+        found = self.out(dx, w)
+        if dw.dim() == 2:
+            return found.add_(multiplied(x, dw.mT))
+        for target, each in zip(found, dw, strict=True):
+            target.add_(multiplied(x, each.mT))
+        return found
+
+
+def linear(twice: bool) -> Callable[..., Tensor]:
+    """``F.linear``, to be differentiated twice."""
+
+    def mapped(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        large = input.numel() * len(weight) >= _LARGE and weight.dim() == 2
+        if not (large and plain(input, weight, bias) and has_faster(input)):
+            return F.linear(input, weight, bias)
+        form = Linear()
+        x = input.reshape(-1, input.shape[-1])
+        y = affine(form, x, weight, bias, twice=twice)
+        if input.dim() == 2:
+            remember(y, Source(form, x, weight, bias))
+            return y
+        return y.view(*input.shape[:-1], -1)
+
+    return mapped

@@ -1,0 +1,38 @@
+"""The tensors beneath those that `torch.vmap` hands to a backward formula.
+
+A formula that sees the whole block can choose how its probe axis lies, and so spare the copies
+and broadcasts of vmap's own rules, for which each operation stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch._C import _functorch as functorch
+
+__all__ = ["on_blocks"]
+
+
+def on_blocks(formula: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """A formula of plain tensors, on tensors some of which vmap may have wrapped.
+
+    Where one is, the formula sees it with a leading probe axis, and must return a block.
+    """
+    level = max((_level(tensor) for tensor in tensors), default=0)
+    if level == 0:
+        return formula(*tensors)
+    found = formula(*(_beneath(tensor, level) for tensor in tensors))
+    return functorch._add_batch_dim(found, 0, level)
+
+
+def _level(tensor: Tensor | None) -> int:
+    if tensor is None or not functorch.is_batchedtensor(tensor):
+        return 0
+    return int(functorch.maybe_get_level(tensor))
+
+
+def _beneath(tensor: Tensor | None, level: int) -> Tensor | None:
+    if tensor is None or _level(tensor) != level:
+        return tensor
+    return functorch.get_unwrapped(tensor).movedim(functorch.maybe_get_bdim(tensor), 0)
