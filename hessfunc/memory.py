@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,24 @@ class PeakMemory(TorchDispatchMode):
     Attributes:
         now: what those that are alive hold.
         peak: the most so far.
+        largest: of a single tensor.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held: dict[int, int] = {}
-        self.now = self.peak = 0
+        self.now = self.peak = self.largest = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map(_with_memory, (args, kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **kwargs)
-        for tensor in leaves(out):
-            if isinstance(tensor, Tensor) and not tensor._is_zerotensor():
-                self._hold(tensor.untyped_storage())
+        for storage in _storages(out):
+            # A view of what was made outside is not new.
+            if storage._cdata not in given:
+                self._hold(storage)
         return out
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -69,10 +73,17 @@ class PeakMemory(TorchDispatchMode):
             self.held[key] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
+            self.largest = max(self.largest, storage.nbytes())
             weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
         self.now -= self.held.pop(key, 0)
+
+
+def _storages(found: Any) -> Iterator[torch.UntypedStorage]:
+    for tensor in leaves(found):
+        if isinstance(tensor, Tensor) and not tensor._is_zerotensor():
+            yield tensor.untyped_storage()
 
 
 def _with_memory(value: Any) -> Any:

@@ -28,6 +28,9 @@ ChunkSize: TypeAlias = int | Literal["auto"]
 _SMALLEST_BLOCK = 4
 # How often each way is timed, in turns; the first time also warms it up.
 _TRIALS = 2
+# What glibc gives back to the system at once, and gets from it anew, page by page: tensors above
+# it are several times slower to write.
+_LARGEST_ON_CPU = 2**25
 
 
 @dataclass(frozen=True)
@@ -74,80 +77,117 @@ def block_matvec(
             for leaf, dtype in zip(space.block_leaves(block), space.dtypes, strict=True)
         ]
         k = len(tangents[0])
-        with (
-            torch.no_grad(),
-            precise(space.device),
-            explained(space, batch),
-            warnings.catch_warnings(),
-        ):
-            # Operations without a batching rule loop inside of vmap; trials see what that costs.
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            if k == 1 or (chunks.size == "auto" and k < _SMALLEST_BLOCK):
-                return space.tree(_loop(product, tangents))
+        with torch.no_grad(), precise(space.device), explained(space, batch):
+            if k == 1:
+                return space.tree(out[None] for out in product([t[0] for t in tangents]))
             if chunks.size != "auto":
                 return space.tree(_in_chunks(product, tangents, chunks.size)[0])
+            if k < _SMALLEST_BLOCK:
+                return space.tree(_in_chunks(product, tangents, 1)[0])
             key = f"{k} vectors of {space.n}, batch {', '.join(map(str, of_batch))}"
             recorded = current_choices()
-            size = recorded.get(key) or chunks.chosen.get(key) or _fastest(product, tangents)
-            found, size = _in_chunks(product, tangents, size)
+            size = recorded.get(key) or chunks.chosen.get(key)
+            if size is None:
+                found, size = _by_trial(product, tangents)
+            else:
+                found, size = _in_chunks(product, tangents, size)
             recorded[key] = chunks.chosen[key] = size
             return space.tree(found)
 
     return matvec
 
 
-def _loop(product: Product, tangents: Sequence[Tensor]) -> list[Tensor]:
-    if len(tangents[0]) == 1:
-        return [out[None] for out in product([t[0] for t in tangents])]
-    found = [torch.empty_like(t) for t in tangents]
-    for i in range(len(tangents[0])):
-        for target, out in zip(found, product([t[i] for t in tangents]), strict=True):
-            target[i].copy_(out)
-    return found
-
-
 def _in_chunks(
     product: Product, tangents: Sequence[Tensor], size: int
 ) -> tuple[Sequence[Tensor], int]:
     """The products of a block, and the chunk size with which they fitted in memory."""
-    if size == 1:
-        return _loop(product, tangents), 1
     k = len(tangents[0])
-    mapped = torch.vmap(product, randomness="same")
-    try:
-        if size >= k:
-            return mapped(tangents), size
-        found = [torch.empty_like(t) for t in tangents]
-        for start in range(0, k, size):
-            part = torch.vmap(product, randomness="same")(
-                [t[start : start + size] for t in tangents]
-            )
-            for target, out in zip(found, part, strict=True):
-                target[start : start + size].copy_(out)
-        return found, size
-    except torch.OutOfMemoryError:
+    if 1 < size >= k:
+        try:
+            return _mapped(product, tangents), size
+        except torch.OutOfMemoryError:
+            size = k // 2
         torch.cuda.empty_cache()
-    return _in_chunks(product, tangents, min(size, k) // 2)
+    pieces = _Pieces(product, tangents)
+    while pieces.done < k:
+        try:
+            pieces.take(min(size, k - pieces.done))
+            continue
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        torch.cuda.empty_cache()
+        size //= 2
+    return pieces.found, size
 
 
-def _fastest(product: Product, tangents: Sequence[Tensor]) -> int:
-    """The chunk that takes the least time for each vector; 1 is a loop."""
-    most = min(len(tangents[0]), _chunk_that_fits(product, tangents))
-    # Large blocks may leave the caches, or memory that the allocator can reuse.
-    sizes = {1} | {size for size in (_SMALLEST_BLOCK, most) if _SMALLEST_BLOCK <= size <= most}
-    if len(sizes) == 1:
-        return 1
-    seconds = dict.fromkeys(sizes, math.inf)
-    for _ in range(_TRIALS):
-        for size in sizes:
-            part = [t[:size] for t in tangents]
+def _mapped(product: Product, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+    with warnings.catch_warnings():
+        # Operations without a batching rule loop inside of vmap; trials see what that costs.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return torch.vmap(product, randomness="same")(tangents)
+
+
+class _Pieces:
+    """The products of a block, made piece by piece.
+
+    Attributes:
+        found: the leaves of the products.
+        done: how many vectors have been multiplied.
+    """
+
+    def __init__(self, product: Product, tangents: Sequence[Tensor]) -> None:
+        self.product = product
+        self.tangents = tangents
+        self.found = [torch.empty_like(t) for t in tangents]
+        self.done = 0
+
+    def take(self, size: int) -> None:
+        """Multiply the next vectors, or the last ones again where fewer are left."""
+        start = min(self.done, len(self.tangents[0]) - size)
+        if size == 1:
+            part = self.product([t[start] for t in self.tangents])
+            for target, out in zip(self.found, part, strict=True):
+                target[start].copy_(out)
+        else:
+            end = start + size
+            part = _mapped(self.product, [t[start:end] for t in self.tangents])
+            for target, out in zip(self.found, part, strict=True):
+                target[start:end].copy_(out)
+        self.done = max(self.done, start + size)
+
+
+def _by_trial(product: Product, tangents: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
+    """The products of a block, and the chunk that took the least time for each vector.
+
+    The trial's own products are part of the result.
+    """
+    k, device = len(tangents[0]), tangents[0].device
+    pieces = _Pieces(product, tangents)
+    most = _chunk_that_fits(pieces)
+    seconds: dict[int, float] = {}
+
+    def race(*sizes: int) -> None:
+        for size in sizes * _TRIALS:
             try:
-                spent = _seconds(partial(_in_chunks, product, part, size), part[0].device)
+                spent = _seconds(partial(pieces.take, size), device) / size
             except RuntimeError:
-                # An operation without a batching rule: the loop needs none.
+                # An operation without a batching rule, or no memory: the loop needs neither.
+                if size == 1:
+                    raise
                 continue
-            seconds[size] = min(seconds[size], spent / size)
-    return min(seconds, key=seconds.__getitem__)
+            seconds[size] = min(spent, seconds.get(size, math.inf))
+
+    if most >= _SMALLEST_BLOCK:
+        race(1, _SMALLEST_BLOCK)
+        # Larger blocks may leave the caches, or save calls.
+        larger = -(-k // -(-k // most))
+        if seconds.get(_SMALLEST_BLOCK, math.inf) < seconds[1] and larger > _SMALLEST_BLOCK:
+            race(larger)
+    size = min(seconds, key=seconds.__getitem__, default=1)
+    while pieces.done < k:
+        pieces.take(min(size, k - pieces.done))
+    return pieces.found, size
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -160,11 +200,14 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _chunk_that_fits(product: Product, tangents: Sequence[Tensor]) -> int:
+def _chunk_that_fits(pieces: _Pieces) -> int:
+    """The most vectors that should go through one pass, by what the first one takes."""
+    device = pieces.found[0].device
+    with PeakMemory() as memory:
+        pieces.take(1)
     # A CPU grants any allocation and the kernel kills the process later: predict. On CUDA
     # running out of memory is an exception, and the chunk is halved then.
-    if tangents[0].device.type != "cpu":
-        return len(tangents[0])
-    with PeakMemory() as memory:
-        _loop(product, [t[:1] for t in tangents])
-    return max(1, available_memory(tangents[0].device) // 2 // max(1, memory.peak))
+    if device.type != "cpu":
+        return len(pieces.found[0])
+    in_memory = available_memory(device) // 2 // max(1, memory.peak)
+    return max(1, min(len(pieces.found[0]), in_memory, _LARGEST_ON_CPU // max(1, memory.largest)))

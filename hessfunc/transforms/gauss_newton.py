@@ -28,6 +28,7 @@ from hessfunc.transforms.hessian import checked
 from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.transforms.kernels.second_order import replacements
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
+from hessfunc.transforms.pullback import pullback
 from hessfunc.trees import Matvec, Space, Tree, flatten
 
 __all__ = [
@@ -235,25 +236,13 @@ def linearised(
         .requires_grad_()
         for shape in shapes
     ]
-    pulled = torch.autograd.grad(
+    slopes = torch.autograd.grad(
         ends, inputs, cotangents, create_graph=True, materialize_grads=True
     )
-    moving = [i for i, g in enumerate(pulled) if g.requires_grad]
-    slopes = [pulled[i] for i in moving]
-
-    def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        pushed = torch.autograd.grad(
-            slopes,
-            cotangents,
-            [tangents[i] for i in moving],
-            retain_graph=True,
-            materialize_grads=True,
-        )
-        return torch.autograd.grad(
-            ends, inputs, between(list(pushed)), retain_graph=True, materialize_grads=True
-        )
-
-    return product
+    moving = [i for i, g in enumerate(slopes) if g.requires_grad]
+    pushed = pullback([slopes[i] for i in moving], cotangents)
+    pulled = pullback(ends, inputs)
+    return lambda tangents: pulled(between(pushed([tangents[i] for i in moving])))
 
 
 def hessian_of_outputs(

@@ -12,6 +12,7 @@ from hessfunc.functional import LossFunction
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.transforms.kernels.second_order import replacements
+from hessfunc.transforms.pullback import pullback
 from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["checked", "hvp"]
@@ -90,20 +91,8 @@ def _reverse(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: A
     with differentiable_twice(space.device, replacements(twice=True)):
         gradient = _gradient(loss, space, inputs, batch, create_graph=True)
     curved = [i for i, g in enumerate(gradient) if g.requires_grad]
-    outputs = [gradient[i] for i in curved]
-
-    def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        if not outputs:
-            return [torch.zeros_like(t) for t in tangents]
-        return torch.autograd.grad(
-            outputs,
-            inputs,
-            [tangents[i] for i in curved],
-            retain_graph=True,
-            materialize_grads=True,
-        )
-
-    return product
+    pulled = pullback([gradient[i] for i in curved], inputs)
+    return lambda tangents: pulled([tangents[i] for i in curved])
 
 
 def _forward(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any) -> Product:

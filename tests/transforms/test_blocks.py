@@ -155,13 +155,50 @@ def test_auto_takes_the_largest_chunk_that_fits_in_half_of_memory(
 
     def seconds(run: Callable[[], object], device: torch.device) -> float:
         tried.append(run)
+        run()
         return 1.0
 
     monkeypatch.setattr(blocks, "_seconds", seconds)
     chunks, v = Chunks(), block(16)
     torch.testing.assert_close(matvec_of(needs(100_000), chunks=chunks)(v), v @ A)
-    assert list(chunks.chosen.values()) == [5]
-    assert len(tried) == 2 * len({1, 4, 5})
+    # Five would fit, but four passes of four are as many.
+    assert list(chunks.chosen.values()) == [4]
+    assert len(tried) == 2 * len({1, 4})
+
+
+def test_auto_keeps_tensors_small_enough_for_memory_to_be_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks, "_seconds", lambda run, device: run() or 1.0)
+    monkeypatch.setattr(blocks, "_LARGEST_ON_CPU", 8 * 8 * 1000)
+    chunks, v = Chunks(), block(24)
+    torch.testing.assert_close(matvec_of(needs(1000), chunks=chunks)(v), v @ A)
+    assert list(chunks.chosen.values()) == [8]
+
+
+def test_the_trial_wastes_no_product_where_the_loop_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted = []
+
+    def product(tangents: Sequence[Tensor]) -> list[Tensor]:
+        counted.append(tangents)
+        return times_A(tangents)
+
+    def seconds(run: Callable[[], object], device: torch.device) -> float:
+        before = len(counted)
+        run()
+        return 1.0 if counted[before][0].dim() == 1 and not batched(counted[before][0]) else 100.0
+
+    def batched(v: Tensor) -> bool:
+        return torch._C._functorch.is_batchedtensor(v)
+
+    monkeypatch.setattr(blocks, "_seconds", seconds)
+    chunks, v = Chunks(), block(16)
+    torch.testing.assert_close(matvec_of(product, chunks=chunks)(v), v @ A)
+    assert list(chunks.chosen.values()) == [1]
+    # 1 to measure memory, 2 and 2 blocks of 4 in the trial, and the other 5.
+    assert len(counted) == 1 + 2 + 2 + 5
 
 
 def test_auto_loops_where_one_vector_hardly_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,3 +278,12 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
             del x, y, view
     assert memory.peak == 2 * 8 * 1000
     assert memory.now == 0
+
+
+def test_peak_memory_does_not_count_what_was_there_before() -> None:
+    x = torch.ones(1000, dtype=torch.float64)
+    with PeakMemory() as memory:
+        y = x.view(10, 100).mT
+        z = y + 1
+    assert memory.peak == memory.largest == 8 * 1000
+    del z
