@@ -147,7 +147,7 @@ class _Transposes(torch.autograd.Function):
                 of_g = _sum(
                     None if dx is None else _product(form, dx, w),
                     None if dw is None else _product(form, x, dw),
-                    None if db is None else form.spread(db),
+                    None if db is None else form.spread(db).expand_as(g),
                 )
             if needs_x and dw is not None:
                 of_x = _product(_Left(form), g, dw)
@@ -155,7 +155,7 @@ class _Transposes(torch.autograd.Function):
                 of_w = _product(_Right(form), g, dx)
         else:
             if needs_g:
-                of_g = on_blocks(_moved(form), x, w, dx, dw, db)
+                of_g = on_blocks(_moved(form, g.shape), x, w, dx, dw, db)
             if needs_x and dw is not None:
                 of_x = on_blocks(form.left, g, dw)
             if needs_w and dx is not None:
@@ -172,8 +172,8 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
     return sum(present[1:], present[0]) if present else None
 
 
-def _moved(form: Layer) -> Callable[..., Tensor]:
-    """The tangent of y: of those of x, w and b that are there."""
+def _moved(form: Layer, shape: torch.Size) -> Callable[..., Tensor]:
+    """The tangent of y, of a shape: from those of x, w and b that are there."""
 
     def moved(
         x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
@@ -186,7 +186,8 @@ def _moved(form: Layer) -> Callable[..., Tensor]:
             found = form.out(x, dw)
         else:
             assert db is not None
-            return form.spread(db)
+            spread = form.spread(db)
+            return spread.expand(*spread.shape[: spread.dim() - len(shape)], *shape)
         return found if db is None else found.add_(form.spread(db))
 
     return moved

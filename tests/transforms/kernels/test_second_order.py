@@ -10,7 +10,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.memory import PeakMemory
 from hessfunc.transforms.kernels import linear as linear_module
+from hessfunc.transforms.kernels import matrices
 from hessfunc.transforms.kernels.bilinear import affine
 from hessfunc.transforms.kernels.convolution import Convolution
 from hessfunc.transforms.kernels.linear import Linear
@@ -198,6 +200,23 @@ def test_products_are_those_of_torch(name, chunk_size):
             torch.testing.assert_close(found, reference, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["conv", "two convs", "conv, norm", "norm first", "layer norm"])
+def test_products_with_a_part_of_the_parameters_are_those_of_torch(name):
+    model, inputs, targets = made(name)
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.mse_loss)
+    whole = hf.hvp(loss)(params, (inputs, targets))
+    for chosen in params:
+        part, rest = hf.split(params, [chosen])
+        vector = hf.random_like(part, 3, kind="normal", seed=1)
+        zeros = {n: torch.zeros(3, *p.shape, dtype=p.dtype) for n, p in params.items()}
+        expected = whole(zeros | vector)[chosen]
+        held = hf.hold(loss, rest)
+        for chunk_size in (1, 3):
+            found = hf.hvp(held, chunk_size=chunk_size)(part, (inputs, targets))(vector)
+            torch.testing.assert_close(found[chosen], expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_values_are_those_of_torch(name):
     model, inputs, _ = made(name, torch.float32)
@@ -267,6 +286,12 @@ def test_images_are_laid_out_with_their_channels_last():
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 class TestLinear:
     """In float32 and with sizes for which oneDNN is called."""
+
+    def test_the_trial_of_libraries_is_not_seen_by_modes(self):
+        matrices._one_dnn_is_faster.cache_clear()
+        with PeakMemory() as memory:
+            matrices.has_faster(torch.ones(1))
+        assert memory.peak == 4
 
     def operands(self, *shapes):
         generator = torch.Generator().manual_seed(0)
