@@ -178,6 +178,7 @@ def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
         (["mine:quadratic", "--data", "x"], "go with cifar10 alone"),
         (["mine:quadratic", "--landscape", "2"], "--landscape is 0 or at least 3 points"),
         (["mine:quadratic", "--radius", "-1"], "--radius a positive number"),
+        (["mine:quadratic", "--seed", "1" + 20 * "0"], "--seed is a whole number from 0 to 2^63"),
         (["cifar10"], "set HESSFUNC_DATA"),
         (["cifar10", "--weights", "none.th"], "no weights at none.th"),
     ],
@@ -195,6 +196,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_traceback_shows_where(here: Path) -> None:
     assert isinstance(analyze("mine:breaking", "--traceback").exception, KeyError)
+
+
+@pytest.mark.parametrize("command", [[], ["analyze"], ["train"], ["eig"], ["experiment"]])
+def test_help_has_flags_without_types_and_defaults_in_one_pair_of_brackets(
+    command: list[str],
+) -> None:
+    text = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "100"}).stdout
+    assert "--help" in text
+    assert "<bool>" not in text
+    assert "[default: (" not in text
 
 
 def test_help_names_targets_and_options() -> None:

@@ -61,7 +61,7 @@ def test_training(arguments: tuple[str, ...]) -> None:
     assert done.stderr.startswith("epoch 0: loss 2.")
     assert "accuracy" in done.stdout
     assert done.stdout.endswith(
-        "history.json, history.png and checkpoint.pt are in hessfunc-train\n"
+        "report.html, history.json, history.png and checkpoint.pt are in hessfunc-train\n"
     )
     content = history()
     assert content["settings"]["examples"] == content["settings"]["test"] == 200
@@ -72,6 +72,7 @@ def test_training(arguments: tuple[str, ...]) -> None:
     assert (last["step"], last["epoch"]) == (8, 2.0)
     assert last["loss"] < first["loss"]
     assert {file.name for file in Path("hessfunc-train").iterdir()} == {
+        "report.html",
         "history.json",
         "history.png",
         "checkpoint.pt",
@@ -102,6 +103,9 @@ def test_numbers_that_are_not_finite_are_said_and_what_was_found_stays() -> None
     assert "lower the learning rate" in done.stderr.splitlines()[-1]
     (run,) = history()["runs"]
     assert "lower the learning rate" in run["ended"]
+    page = Path("hessfunc-train/report.html").read_text()
+    assert ">ended early<" in page
+    assert run["ended"] in page
     assert len(run["records"]) >= 1
 
 
@@ -118,6 +122,7 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
     assert stopped.stderr.endswith("interrupted; what is finished is in hessfunc-train\n")
     (run,) = history()["runs"]
     assert run["ended"] == "interrupted"
+    assert ">interrupted<" in Path("hessfunc-train/report.html").read_text()
     assert len(run["records"]) == 2
 
 
@@ -149,6 +154,7 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
         (["--curvature", "none"], "choose one of hbp-none"),
         (["--curvature", "ggn", "--max-blocks", "2"], "goes with hbp alone"),
         (["--curvature", "ggn", "--solve", "direct"], "solve by cg"),
+        (["--seed", "1" + 20 * "0"], "--seed is a whole number from 0 to 2^63 - 1, not 1000"),
         (["--lr", "0"], "lr=0.0: it must be positive"),
         (["--lr", "inf"], "lr=inf: it must be positive and finite"),
         (["--curvature", "ggn", "--lr", "nan"], "lr=nan: it must be positive and finite"),
@@ -217,6 +223,14 @@ def test_absa() -> None:
     assert ratios[-1] >= 2
     assert run["records"][-1]["step"] < 20
     assert all(record["eigenvalue"] is not None for record in run["records"][1:])
+    last = run["records"][-1]
+    shown = {" ".join(line.split()) for line in done.stdout.splitlines()}
+    assert f"dominant eigenvalue {last['eigenvalue']:.4g}" in shown
+    assert f"batch size {20 * last['ratio']}" in shown
+    assert f"learning rate {last['lr']:.4g}" in shown
+    page = Path("hessfunc-train/report.html").read_text()
+    assert f'<data value="{last["eigenvalue"]}">' in page
+    assert "train --arch c1 --method absa" in page
 
 
 def test_a_fixed_large_batch_and_a_resnet() -> None:
@@ -310,6 +324,40 @@ def test_eigenvalues_of_a_saved_net() -> None:
         assert [float(row[1]) for row in rows] == pytest.approx(expected, rel=1e-3)
 
 
+def test_eig_reads_from_a_checkpoint_what_is_not_given() -> None:
+    train("--epochs", "1", "--arch", "resnet", "--depth", "8", "--examples", "30")
+    file = "hessfunc-train/checkpoint.pt"
+    told = eig("--resume", file, "--data", "digits", "--arch", "resnet8", "--examples", "30")
+    assert told.exit_code == 0, told.output
+    for same in ((), ("--type", "full"), ("--depth", "8"), ("--arch", "resnet", "--depth", "8")):
+        assert eig("--resume", file, *same).stdout == told.stdout
+    assert "10 examples" in eig("--resume", file, "--examples", "10").stdout
+
+
+def test_eig_finds_the_data_where_the_training_did() -> None:
+    file = data_file("mnist")
+    train("--data", "mnist", "--data-path", str(file), "--epochs", "1", "--examples", "20")
+    done = eig("--resume", "hessfunc-train/checkpoint.pt", "--max-matvecs", "3")
+    assert done.exit_code == 0, done.output
+    elsewhere = eig("--resume", "hessfunc-train/checkpoint.pt", "--data-path", "none")
+    assert "no MNIST (train) at none" in elsewhere.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--arch", "c1"], "is of --arch mlp, not c1: leave --arch away"),
+        (["--depth", "8"], "is of --arch mlp, not resnet8: leave --arch away"),
+        (["--data", "mnist"], "is of --data digits, not mnist: leave --data away"),
+    ],
+)
+def test_options_that_contradict_a_checkpoint_are_refused(option: list[str], message: str) -> None:
+    train("--epochs", "1", "--examples", "20", "--minutes", "0")
+    refused = eig("--resume", "hessfunc-train/checkpoint.pt", *option)
+    assert refused.exit_code == 2
+    assert refused.stderr == f"hessfunc: hessfunc-train/checkpoint.pt {message}\n"
+
+
 def test_eig_reads_plain_state_dicts_too() -> None:
     model = tasks.net("digits", "mlp")()
     torch.save({f"module.{n}": p for n, p in model.state_dict().items()}, "plain.pt")
@@ -327,12 +375,19 @@ def test_eig_reads_plain_state_dicts_too() -> None:
         (["--resume", "mlp.pt", "--arch", "c9"], "there is no 'c9' for digits"),
         (["--resume", "mlp.pt", "--type", "some"], "--type is approximate or full, not 'some'"),
         (["--resume", "mlp.pt", "--data", "abacus"], "--data is digits, mnist or cifar10"),
+        (["--resume", "other.pt", "--arch", "c1"], "of a c1 for digits: give --arch and --data"),
+        (["--resume", "mlp.pt", "--data-path", "x"], "goes with --data mnist or cifar10 alone"),
+        (
+            ["--resume", "mlp.pt", "--seed", "-1"],
+            "--seed is a whole number from 0 to 2^63 - 1, not -1",
+        ),
         (["--resume", "mlp.pt", "--k", "9999"], "k=9999: the matrix has 2410 eigenvalues"),
     ],
 )
 def test_mistakes_of_eig_are_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
     Path("text.pt").write_text("not a checkpoint")
     torch.save(tasks.net("digits", "mlp")().state_dict(), "mlp.pt")
+    torch.save({"settings": "[]", "state_dict": {}}, "other.pt")
     refused = eig(*arguments)
     assert refused.exit_code == 2
     assert refused.stdout == ""

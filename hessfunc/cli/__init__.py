@@ -15,11 +15,13 @@ except ModuleNotFoundError as missing:
 from hessfunc.cli.analyze import analyze
 from hessfunc.cli.eig import eig
 from hessfunc.cli.experiment import experiment
+from hessfunc.cli.help import Command, Group
 from hessfunc.cli.train import train
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,7 +48,11 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+            "--version",
+            metavar="",
+            help="Show the version and exit.",
+            callback=_show_version,
+            is_eager=True,
         ),
     ] = False,
 ) -> None:
@@ -54,4 +60,4 @@ def _root(
 
 
 for command in (analyze, train, eig, experiment):
-    app.command()(command)
+    app.command(cls=Command)(command)

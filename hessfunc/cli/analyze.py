@@ -15,7 +15,8 @@ from rich.progress import Progress, TaskID
 
 from hessfunc.cli.command import command_line
 from hessfunc.cli.errors import fail, in_one_line
-from hessfunc.cli.options import Traceback
+from hessfunc.cli.help import unless_given
+from hessfunc.cli.options import Traceback, refuse_seed
 from hessfunc.cli.places import DType, make_folder, place
 from hessfunc.cli.progress import bars, watch
 
@@ -42,8 +43,7 @@ def analyze(
         typer.Option(
             min=1,
             metavar="N",
-            help="How many eigenvalues.",
-            show_default="10, or all of fewer",
+            help=unless_given("How many eigenvalues.", default="10, or all of fewer"),
             rich_help_panel=_EFFORT,
         ),
     ] = None,
@@ -107,8 +107,7 @@ def analyze(
         typer.Option(
             min=1,
             metavar="N",
-            help="Take the first N examples.",
-            show_default="200 of cifar10, else all",
+            help=unless_given("Take the first N examples.", default="200 of cifar10, else all"),
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -125,8 +124,10 @@ def analyze(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
-            show_default="in $HESSFUNC_DATA",
+            help=unless_given(
+                "CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
+                default="in $HESSFUNC_DATA",
+            ),
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -134,8 +135,7 @@ def analyze(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The checkpoint of the ResNet-20.",
-            show_default="in $HESSFUNC_DATA",
+            help=unless_given("The checkpoint of the ResNet-20.", default="in $HESSFUNC_DATA"),
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -182,6 +182,7 @@ def analyze(
     folder = report.Folder(out, report.Run(command_line(context), seed, began))
     status = "failed"
     try:
+        refuse_seed(seed)
         where, kind = place(device, dtype)
         make_folder(out)
         folder.clear()

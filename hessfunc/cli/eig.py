@@ -11,18 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from hessfunc.cli.errors import fail, in_one_line
+from hessfunc.cli.help import unless_given
 from hessfunc.cli.options import (
-    Arch,
-    DataPath,
-    Depth,
     Device,
     Traceback,
-    Training,
-    named_net,
-    refuse_data,
+    TrainedArch,
+    TrainedDataPath,
+    TrainedDepth,
+    TrainedOn,
+    refuse_seed,
 )
 from hessfunc.cli.places import place
 from hessfunc.cli.progress import bars, watch
+from hessfunc.cli.trained import trained
 
 if TYPE_CHECKING:
     from hessfunc import Eigenpairs
@@ -41,9 +42,9 @@ def eig(
             "state dict.",
         ),
     ],
-    data: Training = "digits",
-    arch: Arch = None,
-    depth: Depth = None,
+    data: TrainedOn = None,
+    arch: TrainedArch = None,
+    depth: TrainedDepth = None,
     kind: Annotated[
         str,
         typer.Option(
@@ -65,8 +66,10 @@ def eig(
         typer.Option(
             min=1,
             metavar="N",
-            help="Take the first N training examples.",
-            show_default=f"approximate {_EXAMPLES_OF_ONE_BATCH}, full all",
+            help=unless_given(
+                "Take the first N training examples.",
+                default=f"of those of the training, approximate {_EXAMPLES_OF_ONE_BATCH}, full all",
+            ),
             rich_help_panel="Data",
         ),
     ] = None,
@@ -76,7 +79,7 @@ def eig(
             min=1, metavar="N", help="So many at once, as memory allows.", rich_help_panel="Data"
         ),
     ] = 500,
-    data_path: DataPath = None,
+    data_path: TrainedDataPath = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the start.")] = 0,
     traceback: Traceback = False,
@@ -85,12 +88,16 @@ def eig(
 
     The Hessian is that of the mean cross-entropy of training examples, at the saved parameters, in
     eval mode. Each eigenvalue has its residual |A v - value v|: some eigenvalue is as near as that.
+
+    A checkpoint of hessfunc train knows its net, its data and how many examples it was trained on.
     """
     try:
-        refuse_data(data, data_path)
+        refuse_seed(seed)
         if kind not in ("approximate", "full"):
             raise ValueError(f"--type is approximate or full, not {kind!r}")
-        count = examples or (_EXAMPLES_OF_ONE_BATCH if kind == "approximate" else None)
+        of = trained(resume, data=data, data_path=data_path, arch=arch, depth=depth)
+        at_most = (of.examples, _EXAMPLES_OF_ONE_BATCH if kind == "approximate" else None)
+        count = examples or min(filter(None, at_most), default=None)
 
         from torch.nn.functional import cross_entropy
 
@@ -98,8 +105,8 @@ def eig(
         from hessfunc.training import tasks
 
         where, _ = place(device)
-        model = tasks.saved(data, named_net(arch, depth), resume).to(where).eval()
-        seen, _ = tasks.examples(data, path=data_path, count=count, device=where)
+        model = tasks.saved(of.data, of.arch, resume).to(where).eval()
+        seen, _ = tasks.examples(of.data, path=of.data_path, count=count, device=where)
         model_fn, params = hf.functional(model)
         loss = hf.supervised(model_fn, cross_entropy)
         matvec = hf.over_batches(hf.hvp(loss))(params, seen.batches(batch_size))

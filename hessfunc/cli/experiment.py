@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from hessfunc.cli.errors import fail, in_one_line
+from hessfunc.cli.help import unless_given
 from hessfunc.cli.options import Traceback
 from hessfunc.cli.places import make_folder, place
 from hessfunc.cli.progress import bars, line, share, watch
@@ -28,7 +29,9 @@ def experiment(
     epochs: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Passes over the examples.", show_default="the experiment's"
+            min=1,
+            metavar="N",
+            help=unless_given("Passes over the examples.", default="the experiment's"),
         ),
     ] = None,
     examples: Annotated[
@@ -36,13 +39,16 @@ def experiment(
         typer.Option(
             min=1,
             metavar="N",
-            help="Train on the first N examples, and test on N at most.",
-            show_default="all",
+            help=unless_given(
+                "Train on the first N examples, and test on N at most.", default="all"
+            ),
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Examples a step.", show_default="the experiment's"),
+        typer.Option(
+            min=1, metavar="N", help=unless_given("Examples a step.", default="the experiment's")
+        ),
     ] = None,
     seeds: Annotated[
         int, typer.Option(min=1, metavar="N", help="How many trainings for each method.")
@@ -55,8 +61,10 @@ def experiment(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
-            show_default="in $HESSFUNC_DATA",
+            help=unless_given(
+                "CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
+                default="in $HESSFUNC_DATA",
+            ),
         ),
     ] = None,
     device: Annotated[
@@ -64,7 +72,9 @@ def experiment(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The folder of the results.", show_default="NAME"),
+        typer.Option(
+            metavar="DIR", help=unless_given("The folder of the results.", default="NAME")
+        ),
     ] = None,
     traceback: Traceback = False,
 ) -> None:

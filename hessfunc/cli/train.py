@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 
+from hessfunc.cli.command import command_line
 from hessfunc.cli.errors import fail, in_one_line
+from hessfunc.cli.help import unless_given
 from hessfunc.cli.methods import OF_ABSA, OF_NEWTON, epochs_of, optimiser, schedule
 from hessfunc.cli.options import (
     Arch,
@@ -20,6 +23,7 @@ from hessfunc.cli.options import (
     Training,
     named_net,
     refuse_data,
+    refuse_seed,
 )
 from hessfunc.cli.places import make_folder, place
 from hessfunc.cli.progress import bars, line, share, watch
@@ -37,6 +41,7 @@ _ABSA = "--method absa"
 
 
 def train(
+    context: typer.Context,
     data: Training = "digits",
     arch: Arch = None,
     depth: Depth = None,
@@ -51,17 +56,18 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="sgd or newton.",
-            show_default="newton with one of its options, else sgd",
+            help=unless_given("sgd or newton.", default="newton with one of its options, else sgd"),
         ),
     ] = None,
     curvature: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="hbp-none, hbp-zero, hbp-clip, hbp-abs; pch-none, pch-zero, pch-clip, pch-abs; "
-            "ggn; hessian; kfra; kflr; kfac; ekfac.",
-            show_default="hbp-abs",
+            help=unless_given(
+                "hbp-none, hbp-zero, hbp-clip, hbp-abs; pch-none, pch-zero, pch-clip, pch-abs; "
+                "ggn; hessian; kfra; kflr; kfac; ekfac.",
+                default="hbp-abs",
+            ),
             rich_help_panel=_NEWTON,
         ),
     ] = None,
@@ -74,8 +80,9 @@ def train(
         typer.Option(
             min=1,
             metavar="N",
-            help="Base batches in a step: of sgd always, of absa at most.",
-            show_default="1, of absa 128",
+            help=unless_given(
+                "Base batches in a step: of sgd always, of absa at most.", default="1, of absa 128"
+            ),
         ),
     ] = None,
     lr: Annotated[float, typer.Option(metavar="X", help="The learning rate.")] = 0.1,
@@ -96,8 +103,9 @@ def train(
             min=0,
             max=1,
             metavar="X",
-            help="How much of each base batch is adversarial at first.",
-            show_default="0.2",
+            help=unless_given(
+                "How much of each base batch is adversarial at first.", default="0.2"
+            ),
             rich_help_panel=_ABSA,
         ),
     ] = None,
@@ -106,8 +114,7 @@ def train(
         typer.Option(
             min=0,
             metavar="X",
-            help="How far their inputs are moved.",
-            show_default="0.005",
+            help=unless_given("How far the adversarial inputs are moved.", default="0.005"),
             rich_help_panel=_ABSA,
         ),
     ] = None,
@@ -116,8 +123,7 @@ def train(
         typer.Option(
             min=1,
             metavar="N",
-            help="Epochs until the batch grows in any case.",
-            show_default="10",
+            help=unless_given("Epochs until the batch grows in any case.", default="10"),
             rich_help_panel=_ABSA,
         ),
     ] = None,
@@ -127,8 +133,7 @@ def train(
             min=0,
             max=1,
             metavar="X",
-            help="The share of the last step that is kept.",
-            show_default="0.9",
+            help=unless_given("The share of the last step that is kept.", default="0.9"),
             rich_help_panel=_SGD,
         ),
     ] = None,
@@ -138,8 +143,9 @@ def train(
             min=0,
             max=1,
             metavar="X",
-            help="How much of the identity is mixed into the curvature.",
-            show_default="0.02",
+            help=unless_given(
+                "How much of the identity is mixed into the curvature.", default="0.02"
+            ),
             rich_help_panel=_NEWTON,
         ),
     ] = None,
@@ -147,8 +153,9 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="cg, or direct with the inverse of the blocks' factors.",
-            show_default="cg",
+            help=unless_given(
+                "cg, or direct with the inverse of the blocks' factors.", default="cg"
+            ),
             rich_help_panel=_NEWTON,
         ),
     ] = None,
@@ -157,8 +164,9 @@ def train(
         typer.Option(
             min=1,
             metavar="N",
-            help="Products after which a parameter's equation is left as it is.",
-            show_default="50",
+            help=unless_given(
+                "Products after which a parameter's equation is left as it is.", default="50"
+            ),
             rich_help_panel=_NEWTON,
         ),
     ] = None,
@@ -167,8 +175,7 @@ def train(
         typer.Option(
             min=0,
             metavar="X",
-            help="The relative residual that is small enough.",
-            show_default="0.1",
+            help=unless_given("The relative residual that is small enough.", default="0.1"),
             rich_help_panel=_NEWTON,
         ),
     ] = None,
@@ -177,8 +184,7 @@ def train(
         typer.Option(
             min=0,
             metavar="X",
-            help="The absolute residual that is small enough.",
-            show_default="0",
+            help=unless_given("The absolute residual that is small enough.", default="0"),
             rich_help_panel=_NEWTON,
         ),
     ] = None,
@@ -187,8 +193,9 @@ def train(
         typer.Option(
             min=1,
             metavar="N",
-            help="Cut the curvature of each layer into so many blocks (hbp).",
-            show_default="one",
+            help=unless_given(
+                "Cut the curvature of each layer into so many blocks (hbp).", default="one"
+            ),
             rich_help_panel=_NEWTON,
         ),
     ] = None,
@@ -197,8 +204,9 @@ def train(
         typer.Option(
             min=1,
             metavar="N",
-            help="Train on the first N examples, and test on N at most.",
-            show_default="all",
+            help=unless_given(
+                "Train on the first N examples, and test on N at most.", default="all"
+            ),
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -207,9 +215,11 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Record the dominant eigenvalue of the Hessian after each epoch: top, of 200 "
-            "examples or a base batch if that is more; full, of all.",
-            show_default="not",
+            help=unless_given(
+                "Record the dominant eigenvalue of the Hessian after each epoch: top, of 200 "
+                "examples or a base batch if that is more; full, of all.",
+                default="none is recorded",
+            ),
         ),
     ] = None,
     minutes: Annotated[
@@ -228,23 +238,29 @@ def train(
 ) -> None:
     """Train a small net, with SGD or Newton's method, on batches that stay or grow.
 
-    Shows loss and accuracy after each epoch, and writes history.json and history.png: both against
-    epochs and against gradient-equivalents, the work in units of one gradient. The state is kept
-    in checkpoint.pt: stopped or killed at any moment, the same command goes on from there, and
-    ends with the same bits.
+    Shows loss and accuracy after each epoch, and writes report.html for the browser, history.json
+    and history.png: all against epochs and against gradient-equivalents, the work in units of one
+    gradient; with --track or --method absa also eigenvalue, batch size and learning rate. The
+    state is kept in checkpoint.pt: stopped or killed at any moment, the same command goes on from
+    there, and ends with the same bits.
     """
+    from hessfunc import report
+    from hessfunc.files import write_whole
     from hessfunc.plot.trainings import draw
     from hessfunc.training import tasks
     from hessfunc.training.checkpoint import TrainingCheckpoint
     from hessfunc.training.history import write
     from hessfunc.training.methods import SGD
     from hessfunc.training.runs import run
-    from hessfunc.training.table import table
+    from hessfunc.training.table import summary
 
     newton = (curvature, alpha, solve, cg_max, cg_rtol, cg_atol, max_blocks)
+    began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    started = report.Run(command_line(context), seed, began)
     running: list[Run] = []
     try:
         refuse_data(data, data_path)
+        refuse_seed(seed)
         if track not in (None, "top", "full"):
             raise ValueError(f"--track is top or full, not {track!r}")
         net = named_net(arch, depth)
@@ -281,6 +297,13 @@ def train(
             running[:] = [run]
             write(out / "history.json", settings, running)
 
+        def finish(run: Run) -> None:
+            keep(run)
+            draw(out / "history.png", running, batch_size=batch_size)
+            picture = (out / "history.png").read_bytes()
+            page = report.training(run, settings, started, picture).encode()
+            write_whole(out / "report.html", lambda file: file.write(page))
+
         with bars() as progress:
             kind = "sgd" if isinstance(chosen, SGD) else "newton"
             name = kind if method == "sgd" else f"{kind}, {method}"
@@ -315,11 +338,10 @@ def train(
                 callback=on_record,
                 on_step=on_step,
             )
-        keep(found)
-        draw(out / "history.png", [found])
+        finish(found)
     except KeyboardInterrupt:
         for run_so_far in running:
-            keep(replace(run_so_far, ended="interrupted"))
+            finish(replace(run_so_far, ended="interrupted"))
         fail(f"interrupted; what is finished is in {out}", code=130)
     except Exception as error:
         if traceback:
@@ -327,7 +349,7 @@ def train(
         fail(in_one_line(error))
 
     console = Console(markup=False, emoji=False)
-    console.print(table([found]))
-    console.print(f"history.json, history.png and checkpoint.pt are in {out}")
+    console.print(summary(found, batch_size=batch_size))
+    console.print(f"report.html, history.json, history.png and checkpoint.pt are in {out}")
     if found.ended not in ("complete", "time is up"):
         fail(found.ended)

@@ -2,7 +2,7 @@
 
 Each function takes a result, draws it on the Axes ``ax`` and returns them; without ``ax`` it makes
 a new figure of pyplot, which is otherwise left alone. `blocks` takes and returns an array of Axes,
-one a block. `trainings` takes no Axes: it returns a Figure of four, which pyplot does not know.
+one a block. `trainings` takes no Axes: it returns a Figure of several, which pyplot does not know.
 """
 
 from hessfunc.plot.blocks import blocks

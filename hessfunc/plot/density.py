@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ def density(
     /,
     *,
     ax: Axes | None = None,
-    eigenvalues: Eigenpairs | None = None,
+    eigenvalues: Eigenpairs | Sequence[Eigenpairs] | None = None,
     width: float | None = None,
 ) -> Axes:
     """The smoothed spectral density on a log axis, with its outliers as sticks.
@@ -38,8 +39,8 @@ def density(
     Args:
         density: as `slq` returns it.
         ax: where to draw; by default a new figure.
-        eigenvalues: drawn as the sticks; by default the Ritz values that stand alone, five widths
-            or more from the next one of the same probe.
+        eigenvalues: drawn as the sticks, those of one or several results; by default the Ritz
+            values that stand alone, five widths or more from the next one of the same probe.
         width: of the smoothing, in units of the eigenvalues; by default the density's own.
 
     Raises:
@@ -49,7 +50,8 @@ def density(
     if not 0 < width < math.inf:
         raise ValueError(f"width={width}: a positive, finite number")
     ax = clean(new_axes() if ax is None else ax)
-    draw(density, ax, width=width, eigenvalues=eigenvalues)
+    pairs = [eigenvalues] if isinstance(eigenvalues, Eigenpairs) else eigenvalues
+    draw(density, ax, width=width, eigenvalues=pairs)
     ax.set(xlabel="eigenvalue", ylabel="spectral density")
     probes, steps = density.nodes.shape
     note(
@@ -64,10 +66,15 @@ def density(
     return ax
 
 
-def draw(density: Density, ax: Axes, *, width: float, eigenvalues: Eigenpairs | None) -> None:
+def draw(
+    density: Density, ax: Axes, *, width: float, eigenvalues: Sequence[Eigenpairs] | None
+) -> None:
     """The curve, its band and its outliers, on a log axis, without labels."""
     one = 1 / (density.n * width * math.sqrt(2 * math.pi))
-    sticks = _lone_nodes(density, 5 * width) if eigenvalues is None else eigenvalues.values.cpu()
+    if eigenvalues:
+        sticks = torch.cat([pairs.values.cpu() for pairs in eigenvalues])
+    else:
+        sticks = _lone_nodes(density, 5 * width)
     ends = torch.cat([density.nodes[density.weights > 0], sticks])
     margin = max(5 * width, 0.03 * float(ends.max() - ends.min()))
     low, high = float(ends.min()) - margin, float(ends.max()) + margin
@@ -85,7 +92,7 @@ def draw(density: Density, ax: Axes, *, width: float, eigenvalues: Eigenpairs | 
     if len(sticks):
         heights = _by_probe(density, sticks, width).mean(0).clamp_min(2 * floor)
         ax.vlines(sticks, floor, heights, color=SECOND, linewidth=1.1)
-        name = "Ritz values that stand alone" if eigenvalues is None else "eigenvalues"
+        name = "eigenvalues" if eigenvalues else "Ritz values that stand alone"
         ax.plot(sticks, heights, "o", color=SECOND, markersize=4, label=name)
     ax.axhline(one, color=QUIET, linewidth=0.8, linestyle=DASHED, label="one eigenvalue")
     ax.set(yscale="log", xlim=(low, high), ylim=(floor, top))

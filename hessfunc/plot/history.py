@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,17 +9,8 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs
-from hessfunc.plot.style import (
-    DASHED,
-    FIRST,
-    QUIET,
-    SECOND,
-    clean,
-    legend,
-    marker,
-    new_axes,
-    shades,
-)
+from hessfunc.plot.edge import draw_edge
+from hessfunc.plot.style import FIRST, QUIET, clean, legend, marker, new_axes, shades
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,28 +55,13 @@ def history(
         style: Any = {"color": colour, "linewidth": 1.6, "markersize": 3}
         ax.plot(steps, values[:, i], marker=marker(len(steps)), label=name, **style)
     if lr is not None:
-        _draw_edge(ax, dict.fromkeys(steps, lr) if isinstance(lr, float | int) else lr, steps[-1])
+        rates = dict.fromkeys(steps, lr) if isinstance(lr, float | int) else lr
+        draw_edge(ax, rates, end=steps[-1])
     if bool((values < 0).any()):
         ax.axhline(0, color=QUIET, linewidth=0.8)
     ax.set(xlabel=against, ylabel="eigenvalue")
     legend(ax)
     return ax
-
-
-def _draw_edge(ax: Axes, lr: Mapping[float, float], end: float) -> None:
-    """The line 2 / lr, with a step where lr has one, and a gap where lr is 0."""
-    if not any(lr.values()):
-        return
-    steps = sorted(lr)
-    heights = [2 / lr[step] if lr[step] else math.nan for step in steps]
-    style: Any = {"linewidth": 1.2, "linestyle": DASHED, "drawstyle": "steps-post"}
-    ax.plot(
-        [*steps, max(steps[-1], end)],
-        [*heights, heights[-1]],
-        color=SECOND,
-        label="2 / lr",
-        **style,
-    )
 
 
 def _values(found: Values) -> Tensor:

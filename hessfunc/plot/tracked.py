@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from hessfunc.plot.style import DASHED, PALETTE, SECOND, clean, legend, marker, new_axes
+from hessfunc.plot.edge import draw_edge
+from hessfunc.plot.style import PALETTE, clean, legend, marker, new_axes
 from hessfunc.training.tracking.point import Point
 from hessfunc.training.tracking.stability import stability
 
@@ -65,17 +66,11 @@ def tracked(
         below = [value - radius for value, radius in zip(values, radii, strict=True)]
         above = [value + radius for value, radius in zip(values, radii, strict=True)]
         ax.fill_between(steps, below, above, color=colour, alpha=0.18, linewidth=0)
-    known = [(point.step, point.lr) for point in points if point.lr]
-    if threshold is not None and known:
-        ax.plot(
-            [step for step, _ in known],
-            [threshold(lr) for _, lr in known],
-            color=SECOND,
-            linewidth=1.1,
-            linestyle=DASHED,
-            drawstyle="steps-post",
-            label="2 / lr" if threshold is stability else "edge of stability",
-        )
+    if threshold is not None:
+        rates: dict[float, float] = {
+            point.step: point.lr for point in points if point.lr is not None
+        }
+        draw_edge(ax, rates, end=points[-1].step, threshold=threshold)
     ax.set(xlabel="step", ylabel=_NAMES[quantity])
     legend(ax)
     return ax

@@ -1,15 +1,17 @@
-"""Loss and accuracy of trainings, against epochs and against their work."""
+"""Trainings, against epochs and against their work."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from hessfunc.files import write_whole
 from hessfunc.plot.style import PALETTE, clean, legend
-from hessfunc.training.history import Run
+from hessfunc.training.history import Run, is_tracked
+from hessfunc.training.loop import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,13 +19,64 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "trainings"]
 
-# Of the training examples, and of the test examples.
-_STYLES: dict[str, Any] = {"": "-", "test_": (0, (4, 3))}
+Quantity: TypeAlias = Callable[[Record], float | None]
+
+_SOLID: Any = "-"
+_DASHED: Any = (0, (4, 3))
 _AGAINST = {"epoch": "epochs", "gradients": "gradient-equivalents"}
 
 
-def trainings(runs: Sequence[Run], /) -> Figure:
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What a row of Axes shows.
+
+    Attributes:
+        label: of its vertical axis.
+        lines: linestyle -> what a line of this style shows.
+        scale: of the vertical axis.
+        of_epochs: whether it is constant in each epoch, and has few values.
+        height: in inches.
+    """
+
+    label: str
+    lines: Mapping[Any, Quantity]
+    scale: Literal["linear", "log"] = "linear"
+    of_epochs: bool = False
+    height: float = 3.2
+
+
+def _rows(runs: Sequence[Run], batch_size: int | None) -> list[_Row]:
+    loss = {_SOLID: lambda r: r.loss, _DASHED: lambda r: r.test_loss}
+    accuracy = {_SOLID: lambda r: r.accuracy, _DASHED: lambda r: r.test_accuracy}
+    rows = [_Row(label="loss", lines=loss), _Row(label="accuracy", lines=accuracy)]
+    if not any(map(is_tracked, runs)):
+        return rows
+    step: Any = {"scale": "log", "of_epochs": True, "height": 2.0}
+    return [
+        *rows,
+        _Row(
+            label="|dominant eigenvalue|",
+            lines={_SOLID: lambda r: abs(r.eigenvalue) if r.eigenvalue else None},
+            scale="log",
+        ),
+        _Row(
+            label="base batches a step" if batch_size is None else "batch size",
+            lines={_SOLID: lambda r: r.ratio * (batch_size or 1)},
+            **step,
+        ),
+        _Row(label="learning rate", lines={_SOLID: lambda r: r.lr}, **step),
+    ]
+
+
+def trainings(runs: Sequence[Run], /, *, batch_size: int | None = None) -> Figure:
     """One colour a method, one line a seed; of the test examples the lines are dashed.
+
+    Where eigenvalues were measured, they are drawn too, with what follows them: the batch size
+    and the learning rate of each epoch.
+
+    Args:
+        runs: the trainings.
+        batch_size: examples of a base batch; without it, batch sizes are in base batches.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -32,37 +85,51 @@ def trainings(runs: Sequence[Run], /) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ModuleNotFoundError("figures need matplotlib: pip install 'hessfunc[plot]'") from None
+    rows = _rows(runs, batch_size)
+    heights = [row.height for row in rows]
     # A figure of its own, as commands write it to a file and never show it.
-    figure = Figure(figsize=(9.6, 6.4), layout="constrained")
-    panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    for row, value in zip(panels, ("loss", "accuracy"), strict=True):
-        row[0].set_ylabel(value)
-        for ax, against in zip(row, _AGAINST, strict=True):
-            _draw_on(ax, runs, value, against)
-    for ax, name in zip(panels[1], _AGAINST.values(), strict=True):
+    figure = Figure(figsize=(9.6, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(rows), 2, sharex="col", sharey="row", height_ratios=heights)
+    for row, panel in zip(rows, panels, strict=True):
+        panel[0].set_ylabel(row.label)
+        for ax, against in zip(panel, _AGAINST, strict=True):
+            _draw_on(ax, runs, row, against)
+    for ax, name in zip(panels[-1], _AGAINST.values(), strict=True):
         ax.set_xlabel(name)
     # Methods differ by orders of magnitude in what a step takes.
-    panels[1, 1].set_xscale("symlog", linthresh=1)
+    panels[-1, 1].set_xscale("symlog", linthresh=1)
+    panels[-1, 1].set_xlim(left=0)
     legend(panels[0, 0])
     return figure
 
 
-def _draw_on(ax: Axes, runs: Sequence[Run], value: str, against: str) -> None:
+def _draw_on(ax: Axes, runs: Sequence[Run], row: _Row, against: str) -> None:
     clean(ax)
+    ax.set_yscale(row.scale)
     colours = dict(zip(dict.fromkeys(run.method for run in runs), cycle(PALETTE), strict=False))
     labelled: set[str] = set()
+    shown: set[float] = set()
     for run in runs:
-        at = [getattr(record, against) for record in run.records]
-        for prefix, style in _STYLES.items():
-            heights = [getattr(record, prefix + value) for record in run.records]
-            if None not in heights:
-                label = None if run.method in labelled else run.method
+        for linestyle, quantity in row.lines.items():
+            points = [(getattr(r, against), quantity(r)) for r in run.records]
+            known = [(x, y) for x, y in points if y is not None]
+            if not known:
+                continue
+            style: Any = {"color": colours[run.method], "linewidth": 1.2, "linestyle": linestyle}
+            if run.method not in labelled:
                 labelled.add(run.method)
-                colour = colours[run.method]
-                ax.plot(at, heights, color=colour, linewidth=1.2, linestyle=style, label=label)
+                style["label"] = run.method
+            if row.of_epochs:
+                # A record is of the epoch that ends there.
+                style["drawstyle"] = "steps-pre"
+                shown |= {y for _, y in known}
+            ax.plot(*zip(*known, strict=True), **style)
+    if row.of_epochs:
+        ax.set_yticks(sorted(shown), labels=[f"{value:.4g}" for value in sorted(shown)])
+        ax.minorticks_off()
 
 
-def draw(path: Path, runs: Sequence[Run], /) -> None:
+def draw(path: Path, runs: Sequence[Run], /, *, batch_size: int | None = None) -> None:
     """Write the figure as a PNG."""
-    figure = trainings(runs)
+    figure = trainings(runs, batch_size=batch_size)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=160))

@@ -146,6 +146,7 @@ def mnist(path: str | Path | None = None, split: Split = "train") -> Examples:
                 raise ValueError(f"{place} has {len(images)} images and {len(labels)} labels")
             pixels = torch.from_numpy(images).unsqueeze(1).float().div(255)
             inputs = (pixels - MNIST_MEAN).div(MNIST_STD)
+            labels = _of_ten_classes(place, labels)
             return Examples(inputs, torch.from_numpy(labels).long())
     raise FileNotFoundError(f"no MNIST ({split}) at {root}: expected {_MNIST_LAYOUT}")
 
@@ -185,7 +186,11 @@ def _read_npz(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | None
             raise ValueError(f"{file} is damaged: it is no .npz file")
         with np.load(file, allow_pickle=False) as arrays:
             if {f"x_{split}", f"y_{split}"} <= set(arrays.files):
-                return _checked(file, arrays[f"x_{split}"], arrays[f"y_{split}"])
+                try:
+                    images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+                except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                    raise ValueError(f"{file} is damaged: {error}") from error
+                return _checked(file, images, labels)
     return None
 
 
@@ -194,13 +199,22 @@ def _checked(file: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.nda
     if (
         images.dtype != np.uint8
         or images.shape[1:] != (32, 32, 3)
+        or labels.dtype.kind not in "iu"
         or labels.shape not in ((len(images),), (len(images), 1))
     ):
         raise ValueError(
-            f"{file} has images {images.dtype} {list(images.shape)} and labels "
-            f"{list(labels.shape)}: expected uint8 [N, 32, 32, 3] and [N]"
+            f"{file} has images {images.dtype} {list(images.shape)} and labels {labels.dtype} "
+            f"{list(labels.shape)}: expected uint8 [N, 32, 32, 3] and whole numbers [N]"
         )
-    return images, labels.reshape(-1)
+    return images, _of_ten_classes(file, labels.reshape(-1))
+
+
+def _of_ten_classes(file: Path, labels: np.ndarray) -> np.ndarray:
+    if labels.size and not 0 <= labels.min() <= labels.max() < 10:
+        raise ValueError(
+            f"{file} has labels from {labels.min()} to {labels.max()}: expected 0 to 9"
+        )
+    return labels
 
 
 def _read_batches(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | None:
@@ -208,11 +222,22 @@ def _read_batches(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | 
     names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     for folder in (place, place / "cifar-10-batches-py"):
         if all((folder / name).is_file() for name in names):
-            parts = [_unpickle(folder / name) for name in names]
-            images = np.concatenate([part["data"] for part in parts])
-            labels = np.concatenate([part["labels"] for part in parts])
-            return images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+            images, labels = zip(*(_read_batch(folder / name) for name in names), strict=True)
+            return np.concatenate(images), np.concatenate(labels)
     return None
+
+
+def _read_batch(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    found = _unpickle(file)
+    try:
+        rows, labels = np.asarray(found["data"]), np.asarray(found["labels"])
+        images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no batch of CIFAR-10: expected a dict with data uint8 [N, 3072] and labels "
+            "[N]"
+        ) from error
+    return _checked(file, images, labels)
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -230,11 +255,10 @@ class _ArraysOnly(pickle.Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in CIFAR-10") from None
 
 
-def _unpickle(file: Path) -> dict[str, Any]:
+def _unpickle(file: Path) -> Any:
     with file.open("rb") as stream:
         # Written by Python 2, whose strings are bytes: latin1 maps each to one character.
         try:
-            found: dict[str, Any] = _ArraysOnly(stream, encoding="latin1").load()
+            return _ArraysOnly(stream, encoding="latin1").load()
         except Exception as error:
             raise ValueError(f"{file} is damaged: {error}") from error
-    return found

@@ -1,10 +1,11 @@
-"""What an analysis has found: a table for people, JSON for programs, a page for the browser."""
+"""What was found: a table for people, JSON for programs, a page for the browser."""
 
 from hessfunc.report.content import NAMES, Part, Run, Subject, as_json, as_text, content
 from hessfunc.report.folder import Folder
 from hessfunc.report.page import page
 from hessfunc.report.rows import Number, Row, brief, headline, plain, rows
 from hessfunc.report.table import table
+from hessfunc.report.training import training
 
 __all__ = [
     "Folder",
@@ -23,4 +24,5 @@ __all__ = [
     "plain",
     "table",
     "page",
+    "training",
 ]

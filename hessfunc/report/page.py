@@ -1,21 +1,16 @@
-"""One page for the browser, which needs nothing but itself."""
+"""The page of an analysis for the browser, which needs nothing but itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
-from importlib.resources import files
-from string import Template
 from typing import Any
 
 from hessfunc.report import sections
-from hessfunc.report.content import as_text
-from hessfunc.report.markup import marked
+from hessfunc.report.document import document
 from hessfunc.report.rows import headline
 
 __all__ = ["page"]
 
-_ASSETS = files("hessfunc.report") / "assets"
 _SCRIPTS = ("numbers", "svg", "zoom", "chart", "density", "landscape", "page")
 
 
@@ -31,24 +26,18 @@ def page(content: dict[str, Any], pictures: Mapping[str, bytes], /) -> str:
         pictures: of parts, by name, as PNG.
     """
     subject, results = content["subject"], content["results"]
-    parts = (
-        sections.headlines(subject, results),
-        sections.figures(results, pictures),
-        sections.tables(results),
-        sections.run(content),
-        sections.cost(results),
+    return document(
+        content,
+        title=subject["target"],
+        kind="Curvature of the loss of",
+        status=content["status"],
+        headline=headline(subject),
+        parts=(
+            sections.headlines(subject, results),
+            sections.figures(results, pictures),
+            sections.tables(results),
+            sections.run(content),
+            sections.cost(results),
+        ),
+        scripts=_SCRIPTS,
     )
-    return Template(_asset("page.html")).substitute(
-        target=escape(subject["target"]),
-        status=escape(content["status"]),
-        headline=marked(headline(subject)),
-        parts="\n".join(filter(None, parts)),
-        style=_asset("page.css"),
-        # In JSON a string may hold </script>, which would end the element.
-        content=as_text(content).replace("<", "\\u003c"),
-        script="\n".join(_asset(f"{name}.js") for name in _SCRIPTS),
-    )
-
-
-def _asset(name: str) -> str:
-    return (_ASSETS / name).read_text(encoding="utf-8")

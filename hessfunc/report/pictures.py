@@ -25,7 +25,7 @@ def picture(part: Part, before: Iterable[Part], /) -> bytes | None:
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     match part.result:
         case Density() as density:
-            pairs = next((p.result for p in before if isinstance(p.result, Eigenpairs)), None)
+            pairs = [p.result for p in before if isinstance(p.result, Eigenpairs)]
             plot.density(density, ax=figure.add_subplot(), eigenvalues=pairs)
         case Landscape(y=None) as line:
             plot.curves(line, ax=figure.add_subplot())

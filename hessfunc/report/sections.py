@@ -9,7 +9,7 @@ from typing import Any
 from hessfunc.report.markup import facts, image, marked, scrolled, section, table
 from hessfunc.report.rows import Number, Words, rows
 
-__all__ = ["cost", "figures", "headlines", "run", "tables"]
+__all__ = ["card", "cost", "figures", "headlines", "run", "tables"]
 
 _FIGURES = {
     "density": "Spectral density",
@@ -35,15 +35,16 @@ _COSTS = (("matvecs", ","), ("passes", ","), ("evaluations", ","), ("seconds", "
 
 def headlines(subject: Mapping[str, Any], results: Mapping[str, Any], /) -> str:
     """The numbers that most people come for."""
-    cards = [_card("loss", (Number(subject["loss"], ".4g"),), ("mean over the examples",))]
+    cards = [card("loss", (Number(subject["loss"], ".4g"),), ("mean over the examples",))]
     for name, (label, sureness) in _HEADLINES.items():
         if name in results:
             row = next(rows(name, results[name]))
-            cards.append(_card(label, row.value, (sureness, *row.sureness)))
+            cards.append(card(label, row.value, (sureness, *row.sureness)))
     return f'<dl class="headlines">\n{"".join(cards)}</dl>'
 
 
-def _card(label: str, value: Words, sureness: Words) -> str:
+def card(label: str, value: Words, sureness: Words) -> str:
+    """One of the headlines."""
     return (
         f"<div><dt>{escape(label)}</dt><dd>{marked(value)}</dd>"
         f'<dd class="sureness">{marked(sureness)}</dd></div>\n'

@@ -12,7 +12,7 @@ import torch
 
 from hessfunc.files import write_whole
 
-__all__ = ["TrainingCheckpoint"]
+__all__ = ["TrainingCheckpoint", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,14 @@ class TrainingCheckpoint:
             f"{self.path} holds {kind} training of other settings, as {name} was "
             f"{found.get(name)} and is {wanted.get(name)} now: take another --out"
         )
+
+
+def settings_of(path: Path, /) -> dict[str, Any]:
+    """The settings of the training that a file holds, or none where it holds something else."""
+    try:
+        content = torch.load(path.expanduser(), map_location="cpu", weights_only=True)
+        found = json.loads(content["settings"])
+    # Whatever is wrong is said by those who read the weights.
+    except Exception:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from hessfunc.memory import PeakMemory
 from hessfunc.training.adversarial import Attack, partly
-from hessfunc.training.steps import Batch, Step, Steps
+from hessfunc.training.steps import Batch, Step, Steps, single_examples_explained
 from hessfunc.training.stream import Stream
 from hessfunc.training.work import CountedFlops
 
@@ -96,7 +96,11 @@ class Measured:
         trainable = [p for p in model.parameters() if p.requires_grad]
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         # Neither the statistics of normalisation nor the training's random numbers move.
-        with CountedFlops() as flops, Stream.of(0, device).here():
+        with (
+            CountedFlops() as flops,
+            Stream.of(0, device).here(),
+            single_examples_explained(targets),
+        ):
             outputs = functional_call(model, buffers, (inputs,))
             loss = self.steps.criterion(outputs, targets)
             torch.autograd.grad(loss, trainable, allow_unused=True)

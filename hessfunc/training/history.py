@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from hessfunc.algorithms.results import versions
 from hessfunc.files import write_whole
 from hessfunc.training.loop import Record
 
-__all__ = ["Run", "read", "write"]
+__all__ = ["Run", "content", "is_tracked", "last_measured", "read", "write"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,24 @@ class Run:
     records: tuple[Record, ...]
 
 
-def write(path: Path, settings: dict[str, Any], runs: Sequence[Run], /) -> None:
+def last_measured(run: Run, /) -> Record | None:
+    """The last record with an eigenvalue, if there is one."""
+    return next((r for r in reversed(run.records) if r.eigenvalue is not None), None)
+
+
+def is_tracked(run: Run, /) -> bool:
+    """Whether eigenvalues were measured."""
+    return last_measured(run) is not None
+
+
+def content(settings: Mapping[str, Any], runs: Sequence[Run], /) -> dict[str, Any]:
+    """Plain data of trainings and of the settings that they share."""
+    return {"settings": settings, "versions": versions(), "runs": [asdict(run) for run in runs]}
+
+
+def write(path: Path, settings: Mapping[str, Any], runs: Sequence[Run], /) -> None:
     """Write trainings and the settings that they share."""
-    content = {"settings": settings, "versions": versions(), "runs": [asdict(run) for run in runs]}
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    text = json.dumps(content(settings, runs), indent=1, allow_nan=False) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
 
 
@@ -48,15 +62,15 @@ def read(path: Path, settings: dict[str, Any], /) -> list[Run]:
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_text())
-        found, runs = content["settings"], [_run(**run) for run in content["runs"]]
+        plain = json.loads(path.read_text())
+        found, runs = plain["settings"], [_run(**run) for run in plain["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or take another --out") from None
-    plain = json.loads(json.dumps(settings))
-    if changed := [name for name in {**found, **plain} if found.get(name) != plain.get(name)]:
+    wanted = json.loads(json.dumps(settings))
+    if changed := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
         raise ValueError(
             f"{path} holds trainings of other settings, as {changed[0]} was "
-            f"{found.get(changed[0])} and is {plain.get(changed[0])} now: take another --out"
+            f"{found.get(changed[0])} and is {wanted.get(changed[0])} now: take another --out"
         )
     return runs
 

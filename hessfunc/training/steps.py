@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +13,16 @@ from torch.nn import functional as F
 
 from hessfunc.training.work import Metered
 
-__all__ = ["DIVERGED", "Batch", "Criterion", "Spent", "Step", "Steps", "first_order"]
+__all__ = [
+    "DIVERGED",
+    "Batch",
+    "Criterion",
+    "Spent",
+    "Step",
+    "Steps",
+    "first_order",
+    "single_examples_explained",
+]
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -74,11 +84,13 @@ class Steps:
 
         Raises:
             FloatingPointError: the loss of a batch is not finite.
+            ValueError: a batch has one example, and the model normalises by its statistics.
         """
         self.optimizer.zero_grad()
         total, count = 0.0, sum(len(targets) for _, targets in batches)
         for inputs, targets in batches:
-            loss = self.criterion(self.model(inputs), targets)
+            with single_examples_explained(targets):
+                loss = self.criterion(self.model(inputs), targets)
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss of a batch is {loss.item()}: {DIVERGED}")
             # Exactly the ratio where all batches are of one size, and one gradient is untouched.
@@ -97,6 +109,25 @@ class Steps:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.meter is not None:
             self.meter.total, self.meter.found = state["meter"]
+
+
+@contextmanager
+def single_examples_explained(targets: Tensor, /) -> Iterator[None]:
+    """Inside, what batch normalisation refuses is said with what to do about it.
+
+    Raises:
+        ValueError: there is one target, and normalisation in train mode has refused its example.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if len(targets) > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "a batch has a single example, which has no statistics to normalise by: choose a batch "
+            "size that leaves more for the last batch of an epoch, or drop that one in a loader of "
+            "your own"
+        ) from error
 
 
 def first_order(

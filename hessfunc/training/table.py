@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from rich import box
 from rich.table import Table
 
-from hessfunc.training.history import Run
+from hessfunc.training.history import Run, last_measured
 from hessfunc.training.loop import Record
 
-__all__ = ["markdown", "table"]
+__all__ = ["markdown", "summary", "table"]
 
 _COLUMNS: dict[str, Callable[[Sequence[Record]], str]] = {
     "loss": lambda ends: _spread([e.loss for e in ends], "{:.4f}"),
@@ -39,6 +39,29 @@ def table(runs: Sequence[Run], /) -> Table:
         found.add_column(head[i], justify="right" if i else "left", min_width=longest)
     for row in _rows(runs):
         found.add_row(*(row[i] for i in shown))
+    return found
+
+
+def summary(run: Run, /, *, batch_size: int) -> Table:
+    """One training for the terminal, one line a number of its last record.
+
+    Args:
+        run: with a record at least.
+        batch_size: examples of a base batch.
+    """
+    last, measured = run.records[-1], last_measured(run)
+    cells = {name: cell([last]) for name, cell in _COLUMNS.items()}
+    if measured is not None:
+        when = "" if measured is last else f" (epoch {measured.epoch:g})"
+        cells |= {
+            "dominant eigenvalue": f"{measured.eigenvalue:.4g}{when}",
+            "batch size": f"{last.ratio * batch_size:,}",
+            "learning rate": f"{last.lr:.4g}",
+        }
+    found = Table("", run.method, box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, cell in cells.items():
+        if cell:
+            found.add_row(name, cell)
     return found
 
 

@@ -26,6 +26,9 @@ _DECOMPOSITIONS: dict[Any, float] = {
     torch.ops.aten._linalg_solve_ex: 2 / 3,
 }
 
+# A product of matrices by oneDNN, which torch's registry does not know; not all builds have it.
+_ONE_DNN = "mkldnn::_linear_pointwise"
+
 
 class CountedFlops(TorchDispatchMode):
     """Counts the floating-point operations of matrix products, convolutions and decompositions.
@@ -55,6 +58,8 @@ class CountedFlops(TorchDispatchMode):
             self.total += count(*args, **kwargs, out_val=out)
         elif func._overloadpacket in _DECOMPOSITIONS:
             self.total += _of_decomposition(func._overloadpacket, args[0])
+        elif func.name() == _ONE_DNN:
+            self.total += 2 * args[0].numel() * len(args[1])
         return out
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,14 @@ def test_given_eigenvalues_are_the_sticks(density: Density, pairs: Eigenpairs) -
     assert plot.density(density, ax=ax, eigenvalues=pairs) is ax
     assert sticks(ax) == [5.0, -0.5]
     ax.figure.draw_without_rendering()
+
+
+def test_eigenvalues_of_several_results_are_sticks(density: Density, pairs: Eigenpairs) -> None:
+    smallest = replace(pairs, values=pairs.values[1:] - 1)
+    ax = plot.density(density, eigenvalues=[pairs, smallest])
+    assert sticks(ax) == [5.0, -0.5, -1.5]
+    assert ax.get_xlim()[0] < -1.5
+    assert sticks(plot.density(density, eigenvalues=[])) == [5.0, 5.0]
 
 
 def test_one_point_mass_is_drawn(density: Density) -> None:

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -24,10 +25,17 @@ def test_one_point_is_marked() -> None:
     assert line.get_marker() == "None"
 
 
-def test_points_without_a_step_size_have_no_edge() -> None:
+def test_there_is_no_edge_where_the_step_size_is_zero_and_none_without_one() -> None:
     ax = plot.tracked([traced(0, lr=0.0), traced(1, lr=0.5), traced(2)], quantity="trace")
-    assert list(ax.lines[1].get_xdata()) == [1]
-    assert list(ax.lines[1].get_ydata()) == [4.0]
+    assert list(ax.lines[1].get_xdata()) == [0, 1, 2]
+    assert list(ax.lines[1].get_ydata()) == pytest.approx([math.nan, 4.0, 4.0], nan_ok=True)
+    assert len(plot.tracked([traced(0, lr=0.0), traced(1)], quantity="trace").lines) == 1
+
+
+def test_another_threshold_has_its_own_name() -> None:
+    ax = plot.tracked([traced(0, lr=0.5)], quantity="trace", threshold=lambda lr: 38 / lr)
+    assert ax.lines[1].get_label() == "edge of stability"
+    assert list(ax.lines[1].get_ydata()) == [76.0]
 
 
 def test_an_unknown_quantity_is_refused() -> None:

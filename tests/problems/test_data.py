@@ -92,6 +92,44 @@ def test_half_of_a_batch_is_named(tmp_path: Path, images: np.ndarray) -> None:
         data.cifar10(tmp_path)
 
 
+ROWS = np.zeros((2, 3072), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([ROWS, [0, 1]], "is no batch of CIFAR-10: expected a dict with data"),
+        ({"data": ROWS}, "is no batch of CIFAR-10"),
+        ({"labels": [0, 1]}, "is no batch of CIFAR-10"),
+        ({"data": ROWS[:, 1:], "labels": [0, 1]}, "is no batch of CIFAR-10"),
+        ({"data": ROWS, "labels": [[0], [1, 2]]}, "is no batch of CIFAR-10"),
+        ({"data": ROWS / 2, "labels": [0, 1]}, r"has images float64 \[2, 32, 32, 3\]"),
+        ({"data": ROWS, "labels": [0, 1, 2]}, r".* and labels int64 \[3\]: expected"),
+        ({"data": ROWS, "labels": ["cat", "dog"]}, ".* and labels <U3"),
+        ({"data": ROWS, "labels": [0.0, 1.0]}, ".* and labels float64"),
+        ({"data": ROWS, "labels": [0, 10]}, "has labels from 0 to 10: expected 0 to 9"),
+        ({"data": ROWS, "labels": [-1, 9]}, "has labels from -1 to 9"),
+    ],
+)
+def test_a_batch_of_other_content_is_named(tmp_path: Path, content: object, message: str) -> None:
+    (tmp_path / "test_batch").write_bytes(pickle.dumps(content, protocol=4))
+    with pytest.raises(ValueError, match=rf"test_batch {message}"):
+        data.cifar10(tmp_path)
+
+
+def test_pickled_and_damaged_arrays_are_refused(tmp_path: Path, images: np.ndarray) -> None:
+    file = tmp_path / "cifar10.npz"
+    np.savez(file, x_test=images, y_test=np.array([None] * 10))
+    with pytest.raises(ValueError, match=r"cifar10.npz is damaged: Object arrays"):
+        data.cifar10(file)
+    np.savez(file, x_test=images, y_test=np.arange(10))
+    content = bytearray(file.read_bytes())
+    content[5000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cifar10.npz is damaged: Bad CRC"):
+        data.cifar10(file)
+
+
 def test_arrays_that_are_no_such_images_are_refused(tmp_path: Path, images: np.ndarray) -> None:
     file, labels = tmp_path / "cifar10.npz", np.arange(10)
     for wrong in (images.transpose(0, 3, 1, 2), images / 255):
@@ -172,6 +210,7 @@ def test_missing_mnist_says_what_is_expected(
         ("train-images-idx3-ubyte", b"\0\0\x0d\x03" + bytes(12), "unsigned bytes with 3 axes"),
         ("train-images-idx3-ubyte", b"", "unsigned bytes with 3 axes"),
         ("train-labels-idx1-ubyte", idx(np.arange(5)), "6 images and 5 labels"),
+        ("train-labels-idx1-ubyte", idx(np.arange(5, 11)), "labels from 5 to 10: expected 0 to 9"),
     ],
 )
 def test_damaged_mnist_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

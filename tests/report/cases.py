@@ -1,12 +1,15 @@
-"""Results of a small analysis, made by hand."""
+"""Results of a small analysis, and a short training, made by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from hessfunc import report
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
 from hessfunc.landscape import Landscape
+from hessfunc.training import history
+from hessfunc.training.loop import Record
 
 COST = {"matvecs": 1234, "passes": 12, "reason": "converged", "seed": 7}
 
@@ -71,3 +74,48 @@ PARTS = [
     report.Part("line", LINE, 0.5),
     report.Part("plane", PLANE, 0.75),
 ]
+
+START = Record(
+    step=0,
+    epoch=0.0,
+    loss=2.5,
+    minibatch_loss=None,
+    accuracy=0.125,
+    test_loss=2.75,
+    test_accuracy=0.25,
+    matvecs=0,
+    gradients=0.0,
+    seconds=0.0,
+    peak_bytes=0,
+    lr=0.1,
+)
+LAST = replace(
+    START,
+    step=1234,
+    epoch=2.0,
+    loss=0.5,
+    minibatch_loss=0.75,
+    accuracy=0.875,
+    test_accuracy=0.625,
+    gradients=4321.5,
+    seconds=1.5,
+    matvecs=77,
+    ratio=4,
+    lr=0.4,
+)
+TRAINED = history.Run(
+    method="<sgd>, absa",
+    seed=3,
+    ended="complete",
+    records=(START, replace(LAST, epoch=1.0, eigenvalue=-12.5), LAST),
+)
+SETTINGS: dict[str, Any] = {
+    "data": "digits",
+    "arch": "c1",
+    "lr": 0.1,
+    "lr_decay_epochs": (30, 60),
+    "data_path": None,
+    "epochs": 2,
+    "batch_size": 32,
+    "examples": 100,
+}

@@ -1,5 +1,6 @@
 """The page in Chromium, driven by Playwright; both have to be installed."""
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from hessfunc import report
-from tests.report.cases import PARTS, RUN, SUBJECT
+from tests.report.cases import PARTS, RUN, SETTINGS, SUBJECT, TRAINED
 
 pytest.importorskip("matplotlib")
+from matplotlib.figure import Figure
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -37,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.path
 
 
-def opened(browser: Any, folder: Path, **options: Any) -> Any:
+def opened(browser: Any, folder: Path, ready: str = "#plane image", **options: Any) -> Any:
     """The page, which fails the test where it logs, raises, or asks for anything but itself."""
     page = browser.new_context(**options).new_page()
     page.said = []
@@ -49,7 +52,7 @@ def opened(browser: Any, folder: Path, **options: Any) -> Any:
     address = (folder / "report.html").as_uri()
     page.goto(address)
     if options.get("java_script_enabled", True):
-        page.wait_for_selector("#plane image")
+        page.wait_for_selector(ready)
     assert [url for url in asked if not url.startswith("data:")] == [address]
     return page
 
@@ -242,6 +245,20 @@ def test_pictures_take_the_place_of_scripts(browser: Any, folder: Path) -> None:
     page = opened(browser, folder, java_script_enabled=False)
     assert page.locator("figure img").count() == 3
     assert all(box["width"] > 300 for box in map(_box, page.locator("figure img").all()))
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_of_a_training_opens_quietly(browser: Any, tmp_path: Path, width: int) -> None:
+    figure = Figure()
+    figure.savefig(picture := io.BytesIO(), format="png")
+    html = report.training(TRAINED, SETTINGS, RUN, picture.getvalue())
+    (tmp_path / "report.html").write_text(html)
+    page = opened(browser, tmp_path, "figure img", viewport={"width": width, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator("figure img").evaluate("image => image.naturalWidth") > 100
+    assert page.locator(".headlines").get_by_text("62.5%").count() == 1
+    assert page.said == []
     page.context.close()
 
 

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 
+from hessfunc.problems import data
+from hessfunc.problems.convnet import digits_convnet
 from hessfunc.training.absa import Schedule, ScheduleState, absa, constant
+from hessfunc.training.loop import Record
+from hessfunc.training.methods import SGD
+from hessfunc.training.runs import run
 
 
 def after(schedule: Schedule, *eigenvalues: float | None) -> list[ScheduleState]:
@@ -165,3 +171,55 @@ def test_a_constant_schedule_refuses_them_too() -> None:
         constant(ratio=1.5)
     with pytest.raises(ValueError, match="lr_decay=inf"):
         constant(lr_decay=float("inf"))
+
+
+def record(epoch: int, eigenvalue: float | None) -> Record:
+    rest = dict.fromkeys(("minibatch_loss", "test_loss", "test_accuracy"))
+    cost = dict.fromkeys(("matvecs", "gradients", "seconds", "peak_bytes"), 0)
+    return Record(
+        step=epoch, epoch=epoch, loss=1.0, accuracy=0.5, eigenvalue=eigenvalue, **rest, **cost
+    )
+
+
+def test_the_benchmark_tells_growth_by_patience_from_growth_by_the_eigenvalue() -> None:
+    pytest.importorskip("matplotlib")
+    from bench.absa import CASES, growth
+
+    case = replace(CASES["digits"], max_ratio=16, patience=3)
+    # The last epoch has no batch after it that could be larger.
+    eigenvalues = (8.0, 7.0, 4.0, 5.0, 5.0, 4.0, 1.0, 0.1)
+    records = [record(0, None), *(record(i, e) for i, e in enumerate(eigenvalues, start=1))]
+    assert growth(case, records) == "3, *6*, 7"
+    assert growth(case, records[:3]) == "never"
+    # The first eigenvalue is a reference, and no fall.
+    assert growth(replace(case, patience=1), records[:3]) == "*1*"
+
+
+@pytest.mark.slow
+def test_on_digits_it_is_as_accurate_as_sgd_with_fewer_updates() -> None:
+    pytest.importorskip("sklearn")
+    digits = data.digits()
+    sets = digits[:1500], digits[1500:]
+    # Patience does not run out: whatever grows does so by the eigenvalue.
+    adaptive = absa(epochs=12, max_ratio=8, patience=12, lr_decay_epochs=())
+    ends: dict[str, list[Record]] = {"SGD": [], "ABSA": []}
+    for seed in range(3):
+        for method, schedule in (("SGD", None), ("ABSA", adaptive)):
+            found = run(
+                method,
+                digits_convnet,
+                SGD(lr=0.1),
+                *sets,
+                epochs=12,
+                batch_size=32,
+                seed=seed,
+                schedule=schedule,
+            )
+            assert found.ended == "complete"
+            ends[method].append(found.records[-1])
+    plain, grown = ends["SGD"], ends["ABSA"]
+    assert {record.step for record in plain} == {12 * 47}
+    assert max(record.step for record in grown) < 0.75 * 12 * 47
+    assert min(record.ratio for record in grown) >= 4
+    accuracies = (mean(r.test_accuracy or 0 for r in records) for records in (grown, plain))
+    assert next(accuracies) > next(accuracies) - 0.01

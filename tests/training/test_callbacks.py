@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import hessfunc as hf
 from hessfunc.problems.mlp import mlp
@@ -159,6 +160,73 @@ def test_epochs_of_lightning(lightning: Any) -> None:
     callback = lightning.CurvatureCallback(F.cross_entropy, held(), every=2, unit="epochs")
     lightning_training(callback, epochs=4, steps=3)
     assert [(p.step, p.epoch) for p in callback.points] == [(0, 0), (6, 2), (12, 4)]
+
+
+@pytest.fixture
+def real_lightning() -> Iterator[Any]:
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            library = importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+        sys.modules.pop("hessfunc.training.callbacks.lightning", None)
+        yield library
+        sys.modules.pop("hessfunc.training.callbacks.lightning", None)
+        return
+    pytest.skip("Lightning is not installed")
+
+
+def lightning_fit(library: Any, callbacks: list[Any]) -> dict[str, torch.Tensor]:
+    """The parameters after a training of six steps, of two batches each, in two epochs."""
+
+    class Module(library.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(mlp([4, 5, 3], nn.Tanh), nn.Dropout(0.2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    torch.manual_seed(1)
+    data = TensorDataset(torch.randn(24, 4), torch.randint(3, (24,)))
+    module = Module()
+    library.Trainer(
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    ).fit(module, DataLoader(data, 4, shuffle=True))
+    return module.state_dict()
+
+
+# Lightning's own use of torch, and its advice.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("steps", [(0, 0, 0.1), (2, 0, 0.1), (4, 1, 0.1), (6, 1, 0.1)]),
+        ("epochs", [(0, 0, 0.1), (6, 2, 0.1)]),
+    ],
+)
+def test_a_trainer_of_lightning(real_lightning: Any, unit: Any, expected: list[Any]) -> None:
+    from hessfunc.training.callbacks.lightning import CurvatureCallback
+
+    callback = CurvatureCallback(F.cross_entropy, held(), every=2, unit=unit)
+    watched = lightning_fit(real_lightning, [callback])
+    assert [(p.step, p.epoch, p.lr) for p in callback.points] == expected
+    plain = lightning_fit(real_lightning, [])
+    assert all(torch.equal(leaf, plain[name]) for name, leaf in watched.items())
 
 
 @pytest.mark.parametrize(

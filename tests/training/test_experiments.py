@@ -186,6 +186,31 @@ def test_tables() -> None:
     assert "…" not in text.getvalue()
 
 
+def test_a_summary_of_one_training() -> None:
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    from hessfunc.training.table import summary
+
+    def lines(run: Run) -> list[str]:
+        text = StringIO()
+        Console(width=80, file=text).print(summary(run, batch_size=32))
+        return [" ".join(line.split()) for line in text.getvalue().splitlines()]
+
+    plain = Run(method="SGD", seed=0, ended="complete", records=(record(), record(loss=1.0)))
+    found = lines(plain)
+    assert "SGD" in found[1]
+    assert "loss 1.0000" in found
+    assert not any(line.startswith(("test loss", "dominant", "batch size")) for line in found)
+    measured = record(epoch=4.0, eigenvalue=-2.5)
+    grown = replace(plain, records=(record(), measured, record(epoch=5.0, ratio=4, lr=0.4)))
+    assert {"dominant eigenvalue -2.5 (epoch 4)", "batch size 128", "learning rate 0.4"} <= set(
+        lines(grown)
+    )
+    at_the_end = replace(plain, records=(record(), replace(measured, lr=0.1)))
+    assert "dominant eigenvalue -2.5" in lines(at_the_end)
+
+
 def test_curves(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from hessfunc.plot.trainings import draw, trainings

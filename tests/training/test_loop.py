@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from hessfunc.problems.data import Examples
 from hessfunc.problems.mlp import mlp
@@ -27,7 +28,7 @@ def still(model: nn.Module) -> Steps:
 
 def run(model: nn.Module, **options: object) -> list[Record]:
     method = SGD(lr=0.5, momentum=0.5)
-    return list(train(model, method.steps(model), blobs(), batch_size=25, **options))
+    return list(train(model, method.steps(model), blobs(), **{"batch_size": 25, **options}))
 
 
 def test_records_at_the_start_after_each_epoch_and_of_both_sets() -> None:
@@ -130,6 +131,37 @@ def test_a_loss_that_is_not_finite_is_said() -> None:
         next(train(broken, still(broken), blobs(), epochs=1, batch_size=30))
     with pytest.raises(FloatingPointError, match="the loss of a batch is nan"):
         SGD().steps(broken)([(blobs().inputs, blobs().targets)])
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("batch_size", [59, 1])
+def test_a_single_example_that_is_normalised_is_said(batch_size: int) -> None:
+    with pytest.raises(ValueError, match="a batch has a single example.*choose a batch size"):
+        run(normalised(), epochs=1, batch_size=batch_size)
+
+
+def test_a_single_example_trains_where_it_is_not_normalised_by_its_batch() -> None:
+    frozen = normalised()
+    frozen[1].eval()
+    assert run(frozen, epochs=1, batch_size=59)[-1].step == 2
+    loader = DataLoader(TensorDataset(blobs().inputs, blobs().targets), 59, drop_last=True)
+    model = normalised()
+    assert list(train(model, SGD().steps(model), loader, epochs=1))[-1].step == 1
+
+
+def test_other_mistakes_with_a_single_example_are_left_as_they_are() -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("the model's own")
+
+    model = nn.Sequential(nn.BatchNorm1d(2), Wrong())
+    model[0].eval()
+    steps = SGD().steps(model)
+    with pytest.raises(ValueError, match="the model's own"):
+        steps([(blobs().inputs[:1], blobs().targets[:1])])
 
 
 @pytest.mark.parametrize("options", [{"epochs": -1}, {"batch_size": 0}])

@@ -180,6 +180,87 @@ def test_the_preconditioned_matrix_is_measured_where_there_is_a_diagonal() -> No
     assert found.preconditioned == pytest.approx(float(expected), rel=1e-8)
 
 
+def nudged(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Where a small step of a training leads."""
+    return {name: p + 1e-3 * torch.randn_like(p) for name, p in params.items()}
+
+
+@pytest.mark.parametrize("end", ["top", "bottom", "preconditioned"])
+def test_each_eigenpair_is_followed_for_a_product_a_vector(end: str) -> None:
+    loss, params, _ = problem()
+    data = wide(batches(1))
+    diagonal = {name: torch.rand_like(p) + 0.1 for name, p in params.items()}
+    wanted = {"top": 0, **({} if end == "preconditioned" else {end: 1})}
+    method = tracking(loss, **wanted, rtol=0.02)
+    preconditioner = diagonal if end == "preconditioned" else None
+    state, cold = method.measure(method.init(params), params, data, preconditioner)
+    later = nudged(params)
+    found = method.measure(state, later, data, preconditioner)[1]
+    # The pair, its guard and the scout.
+    assert found.matvecs == 3
+    assert cold.matvecs > 6
+    matrix = hessian(loss, later, data[0])
+    if end == "preconditioned":
+        root = hf.ravel(diagonal).rsqrt()
+        matrix = root[:, None] * matrix * root
+    values = torch.linalg.eigvalsh(matrix)
+    expected = float(values[0] if end == "bottom" else values[-1])
+    (value,) = {
+        "top": found.top,
+        "bottom": found.bottom,
+        "preconditioned": (found.preconditioned,),
+    }[end]
+    assert value == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_point_without_a_preconditioner_does_not_lose_its_vectors() -> None:
+    loss, params, _ = problem()
+    data = wide(batches(1))
+    diagonal = {name: torch.rand_like(p) + 0.1 for name, p in params.items()}
+    method = tracking(loss, top=0)
+    state, _ = method.measure(method.init(params), params, data, diagonal)
+    state, none = method.measure(state, params, data)
+    assert none.preconditioned is None
+    assert method.measure(state, params, data, diagonal)[1].matvecs == 3
+
+
+def test_critical_sharpness_starts_at_the_last_critical_step() -> None:
+    mean, params, _ = problem()
+    data = wide(batches(1))
+
+    # Steep, so that its critical step is far from 1, where the first search starts.
+    def loss(params: dict[str, Tensor], batch: Batch) -> Tensor:
+        return 1000 * mean(params, batch)
+
+    method = tracking(loss, top=0, critical=True)
+    state, _ = method.measure(method.init(params), params, data)
+    later = nudged(params)
+    gradient = torch.func.grad(loss)(later, data[0])
+    cold = hf.critical_sharpness(loss)(later, data[0], gradient)
+    warm = hf.critical_sharpness(loss, start=state.critical_step)(later, data[0], gradient)
+    found = method.measure(state, later, data)[1]
+    assert found.evaluations == warm.evaluations < cold.evaluations
+    assert found.critical == pytest.approx(warm.value)
+    assert state.critical_step != 1
+
+
+def test_the_trace_takes_the_followed_eigenpairs_out() -> None:
+    loss, params, _ = problem()
+    (batch,) = wide(batches(1))
+    method = tracking(loss, top=2, trace_probes=10, rtol=1e-8)
+    state, found = method.measure(method.init(params), params, [batch])
+    alone = tracking(loss, top=2, rtol=1e-8)
+    matvec = hf.hvp(loss)(params, batch)
+    of_pairs = alone.measure(alone.init(params), params, [batch])[1].matvecs
+    # The pairs and their products are at hand, so that the trace costs its probes.
+    assert found.matvecs == of_pairs + 10
+    plain = hf.hutchinson(matvec, params, max_matvecs=10, seed=0)
+    deflated = hf.hutchinson(matvec, params, deflate=state.top, max_matvecs=10, seed=0)
+    assert found.trace == pytest.approx(deflated.value)
+    assert found.trace_stderr == pytest.approx(deflated.stderr)
+    assert deflated.stderr < 0.95 * plain.stderr
+
+
 def test_measuring_is_pure() -> None:
     loss, params, _ = problem()
     data = wide(batches(1))
@@ -462,6 +543,28 @@ def test_tensorboard_gets_the_numbers_that_were_measured(tmp_path: Path) -> None
     }
     assert writer.flushed == 1
     assert read(out) == [first]
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed",
+    )
+    _, _, model = problem()
+    with tracked(model, F.cross_entropy, wide(batches(1)), tensorboard=tmp_path) as tracker:
+        for step in (0, 5):
+            tracker.step(step)
+            tracker.measure(lr=0.5)
+    found = events.EventAccumulator(os.fspath(tmp_path)).Reload()
+    assert set(found.Tags()["scalars"]) == {
+        "curvature/top 1",
+        "curvature/loss",
+        "curvature/matvecs",
+        "curvature/2 over lr",
+    }
+    top = [(event.step, event.value) for event in found.Scalars("curvature/top 1")]
+    assert top == [(p.step, pytest.approx(p.top[0])) for p in tracker.points]
+    assert [step for step, _ in top] == [0, 5]
 
 
 def test_without_tensorboard_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hessfunc.training.exact import exact_blocks
 from hessfunc.training.newton import newton
 from hessfunc.training.solvers import conjugate_gradients, direct
 from hessfunc.training.work import CountedFlops, Metered
+from hessfunc.transforms.kernels.matrices import multiplied
 
 
 def test_a_linear_layer_by_hand() -> None:
@@ -44,6 +45,15 @@ def test_decompositions_by_the_book(decompose: Any, flops: float) -> None:
     with CountedFlops() as counted:
         decompose(matrices)
     assert counted.total == pytest.approx(flops * 5 * 6**3)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+def test_a_product_by_one_dnn_counts_as_any_other() -> None:
+    a, b = torch.randn(7, 3), torch.randn(3, 5)
+    with CountedFlops() as counted:
+        product = multiplied(a, b)
+    torch.testing.assert_close(product, a @ b)
+    assert counted.total == 2 * 7 * 3 * 5
 
 
 def problem() -> tuple[hf.Loss, dict[str, Tensor], Any, dict[str, Tensor]]:
