@@ -145,7 +145,7 @@ def table(case: Case, runs: Sequence[Run]) -> str:
         largest = max(record.ratio for found in own for record in found.records)
         cells = (
             method,
-            f"{mean(accuracies):.2f} ± {spread:.2f} %",
+            f"{mean(accuracies):.2f}{f' ± {spread:.2f}' if len(own) > 1 else ''} %",
             f"{updates[method]:,.0f}",
             f"{1 - updates[method] / updates['SGD']:.0%}",
             f"{largest * case.batch_size:,}",
