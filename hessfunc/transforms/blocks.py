@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -18,7 +20,7 @@ from hessfunc.memory import PeakMemory, available_memory
 from hessfunc.transforms.kernels import explained, precise
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, unchanged
 
-__all__ = ["Chunks", "Curvature", "Product", "block_matvec"]
+__all__ = ["Chunks", "Curvature", "Product", "block_matvec", "guarding"]
 
 Curvature: TypeAlias = Callable[[Tree, Any], Matvec]
 Product: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -31,6 +33,19 @@ _TRIALS = 2
 # What glibc gives back to the system at once, and gets from it anew, page by page: tensors above
 # it are several times slower to write.
 _LARGEST_ON_CPU = 2**25
+
+
+_guards: ContextVar[list[Callable[[], None]]] = ContextVar("guards")
+
+
+@contextmanager
+def guarding(checks: list[Callable[[], None]], /) -> Iterator[None]:
+    """Inside, the checks that products make of their parameters are added to a list."""
+    token = _guards.set(checks)
+    try:
+        yield
+    finally:
+        _guards.reset(token)
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ def block_matvec(
 
     def matvec(block: Tree) -> Tree:
         refuse_if_changed()
+        _guards.get([]).append(refuse_if_changed)
         tangents = [
             leaf.to(dtype)
             for leaf, dtype in zip(space.block_leaves(block), space.dtypes, strict=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["has_faster", "multiplied"]
+__all__ = ["as_operations", "has_faster", "multiplied"]
 
 # How much faster it must be in the trial: noise must not decide.
 _MARGIN = 1.3
@@ -24,7 +26,37 @@ def has_faster(x: Tensor, /) -> bool:
 
 def multiplied(a: Tensor, b: Tensor, /) -> Tensor:
     """``a @ b``, by oneDNN: on CPUs that MKL does not favour it is twice as fast."""
+    return _operation()(a, b) if _as_operations.get() else _by_one_dnn(a, b)
+
+
+def _by_one_dnn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+
+
+_as_operations: ContextVar[bool] = ContextVar("as operations", default=False)
+
+
+@contextmanager
+def as_operations() -> Iterator[None]:
+    """Inside, `multiplied` is one operation, which a compiler leaves as it is.
+
+    Of oneDNN's own operation torch's compiler wants constant weights.
+    """
+    token = _as_operations.set(True)
+    try:
+        yield
+    finally:
+        _as_operations.reset(token)
+
+
+@cache
+def _operation() -> Callable[[Tensor, Tensor], Tensor]:
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return _by_one_dnn(a, b)
+
+    found = torch.library.custom_op("hessfunc::multiplied", product, mutates_args=())
+    found.register_fake(lambda a, b: a.new_empty(len(a), b.shape[1]))
+    return found
 
 
 @cache

@@ -1,0 +1,102 @@
+"""A matvec, compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hessfunc.transforms.blocks import guarding
+from hessfunc.transforms.kernels.matrices import as_operations
+from hessfunc.trees import Matvec, Tree, flatten
+
+__all__ = ["NotCompiledWarning", "compiled"]
+
+# Of leaves, (shape, dtype, device); and the products of such a block.
+_Shapes = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+_Products = Callable[..., Sequence[Tensor]]
+
+
+class NotCompiledWarning(UserWarning):
+    """A matvec could not be compiled, and runs as it is."""
+
+
+def compiled(matvec: Matvec, /, *, backend: str | Callable[..., Any] = "inductor") -> Matvec:
+    """The same matrix, with its products compiled: for thousands of them on a large net.
+
+    The operations of a product are written down once, with what they keep of the loss as
+    constants, and the whole is compiled: element-wise operations become one, copies and views go.
+    There is one compilation for each shape of a block. What is written down is what the matvec
+    does with such a block: its chunk size is that of its trial, or that which it was given.
+
+    Compiling takes a minute or two, and pays after
+
+        seconds of compilation / (seconds of a product - seconds of a compiled one)
+
+    products: thousands on a CPU, as `bench/results/speed.md` says. Where a product cannot be
+    written down, as where data are read anew for each one (`over_batches` without ``keep``), a
+    `NotCompiledWarning` says why, and the matvec runs as it is.
+
+    Args:
+        matvec: block -> block, of parameters and data that are fixed.
+        backend: of `torch.compile`.
+
+    Raises:
+        RuntimeError: (from the matvec) params have changed in place since it was made.
+    """
+    programs: dict[_Shapes, _Products] = {}
+    checks: list[Callable[[], None]] = []
+
+    def products(block: Tree) -> Tree:
+        for check in checks:
+            check()
+        found, structure = flatten(block)
+        key = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in found)
+        if key not in programs:
+            programs[key] = _program(matvec, block, backend, checks)
+        with torch.no_grad():
+            return structure.unflatten(programs[key](*found))
+
+    return products
+
+
+def _program(
+    matvec: Matvec,
+    block: Tree,
+    backend: str | Callable[..., Any],
+    checks: list[Callable[[], None]],
+) -> _Products:
+    found, structure = flatten(block)
+
+    def of_leaves(*leaves: Tensor) -> list[Tensor]:
+        return flatten(matvec(structure.unflatten(leaves)))[0]
+
+    # A trial of chunks is no part of the product.
+    of_leaves(*found)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(guarding(checks))
+            stack.enter_context(as_operations())
+            written = make_fx(of_leaves, tracing_mode="real")(*found)
+        for name, constant in list(written.named_buffers()):
+            setattr(written, name, constant.detach())
+        written.graph.eliminate_dead_code()
+        written.recompile()
+        program: _Products = torch.compile(written, fullgraph=True, dynamic=False, backend=backend)
+        with torch.no_grad():
+            program(*found)
+    except Exception as error:  # Whatever torch.compile cannot do, the matvec itself can.
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"the product is not compiled, and runs as it is: {reason}",
+            NotCompiledWarning,
+            stacklevel=3,
+        )
+        return of_leaves
+    return program
