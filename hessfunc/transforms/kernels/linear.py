@@ -40,6 +40,10 @@ class Linear(Layer):
 
     def right(self, g: Tensor, x: Tensor, /) -> Tensor:
         if g.dim() == 3:
+            rows, features = x.shape
+            if rows < features:
+                # Less is copied where the transposes of g are, than where the results are.
+                return multiplied(g.mT.reshape(-1, rows), x).unflatten(0, (len(g), -1))
             return torch.stack([multiplied(each.mT, x) for each in g])
         if x.dim() == 3:
             transposed = g.mT.contiguous()

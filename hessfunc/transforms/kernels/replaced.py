@@ -33,8 +33,10 @@ class Replaced(TorchFunctionMode):
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors of torch's own, under no transform of torch.func."""
+    """Whether these are tensors of torch's own, outside of autocast and of transforms."""
     if torch._C._are_functorch_transforms_active():
+        return False
+    if any(t is not None and torch.is_autocast_enabled(t.device.type) for t in tensors):
         return False
     return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 

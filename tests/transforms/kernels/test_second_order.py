@@ -385,3 +385,14 @@ def test_functions_that_torch_func_transforms_are_left_to_torch():
         found = torch.func.grad(loss, everywhere)(*leaves)
     for each, reference in itertools.zip_longest(found, expected):
         torch.testing.assert_close(each, reference)
+
+
+@pytest.mark.parametrize("name", ["conv, norm", "norm of rows", "gelu"])
+def test_autocast_is_left_to_torch(name):
+    model, inputs, _ = made(name, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(inputs.clone())
+        with Replaced(replacements(twice=True)):
+            found = model(inputs.clone())
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
