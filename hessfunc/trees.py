@@ -44,7 +44,10 @@ Tree: TypeAlias = Any
 Matvec: TypeAlias = Callable[[Tree], Tree]
 ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]
 
-_FEW_PRODUCTS = 16
+# Inner products of two blocks that are taken in float64 throughout.
+_FEW_PRODUCTS = 4
+# Entries that are converted to float64 at once: they stay in the cache.
+_PIECE = 2**16
 # The namespace in which optree sees the containers that are registered with torch.
 _NAMESPACE = "torch"
 
@@ -260,22 +263,35 @@ class Space:
         found = torch.bucketize(columns.cpu(), ends, right=True).unique()
         return [self.names[i] for i in found.tolist()]
 
-    def gram(self, rows: Tensor, others: Tensor, /) -> Tensor:
+    def gram(self, rows: Tensor, others: Tensor, /, *, run: int = 1024) -> Tensor:
         """The inner products ``rows @ others.T`` in float64, shape ``(j, k)``.
 
-        A few float32 products are taken in float64. Of many, short runs of entries are multiplied
-        in float32 and summed in float64: off by less than 1e-7 |x| |y| as well, at any length,
-        but for entries that are all alike, whose roundings add up (1e-6).
+        A few float32 products are taken in float64. Of many, runs of entries are multiplied in
+        float32 and summed in float64: off by less than 1e-7 |x| |y| as well, at any length, but
+        for entries that are all alike, whose roundings add up (1e-6). Runs of 2^14 are twice as
+        fast and off by up to 20 times as much.
         """
         wide = wide_dtype(rows.device)
-        if rows.dtype == wide or len(rows) * len(others) <= _FEW_PRODUCTS:
-            return rows.to(wide) @ others.to(wide).mT
-        run = 1024
-        whole = self.n // run * run
+        if rows.dtype == wide:
+            return rows @ others.to(wide).mT
+        if len(rows) > len(others):
+            # The kernels are twice as fast with the few on the left.
+            return self.gram(others, rows, run=run).mT
+        if len(rows) * len(others) <= _FEW_PRODUCTS:
+            return self._wide_gram(rows, others)
+        whole = rows.shape[1] // run * run
         left = rows[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
         right = others[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
         total = torch.bmm(left, right.mT).sum(0, dtype=wide)
-        return total + rows[:, whole:].to(wide) @ others[:, whole:].to(wide).mT
+        return total + rows[:, whole:] @ others[:, whole:].mT
+
+    def _wide_gram(self, rows: Tensor, others: Tensor) -> Tensor:
+        # In pieces, as a whole copy in float64 would take longer to allocate than to fill.
+        wide = wide_dtype(rows.device)
+        total = torch.zeros(len(rows), len(others), dtype=wide, device=rows.device)
+        for left, right in zip(rows.split(_PIECE, 1), others.split(_PIECE, 1), strict=True):
+            total += left.to(wide) @ right.to(wide).mT
+        return total
 
     def norms(self, rows: Tensor, /) -> Tensor:
         """The 2-norm of each row, in float64, shape ``(k,)``."""

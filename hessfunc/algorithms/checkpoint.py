@@ -32,7 +32,7 @@ Directory = str | os.PathLike[str] | None
 
 _MANIFEST = "manifest.json"
 _SEGMENT = ".rows"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.basis import appended, removed
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.results import Density, rounding
 from hessfunc.algorithms.rounds import (
@@ -84,20 +85,15 @@ def slq(
     group = _probes_that_fit(space, probes, steps)
 
     def step(state: _State, room: int) -> _State:
-        if all(run.ended for run in state.runs):
-            started = len(state.done) + len(state.runs)
+        if not state.active:
+            started = len(state.done) + len(state.taken)
             indices = range(started, min(started + state.group, probes))
-            state = replace(state, runs=_start(space, indices, seed), done=state.recurrences)
+            state = _started(space, state.complete, state.group, indices, steps, seed)
         for _ in range(_STEPS_A_ROUND):
-            active = [run for run in state.runs if not run.ended]
-            if not active or len(active) > room:
+            if not state.active or len(state.active) > room:
                 break
-            images = iter(products(torch.stack([run.current for run in active])))
-            runs = (
-                r if r.ended else _extended(space, r, next(images), steps, eps) for r in state.runs
-            )
-            state = replace(state, runs=tuple(runs))
-            room -= len(active)
+            room -= len(state.active)
+            state = _extended(products, state, steps, eps)
         return state
 
     def found(state: _State, reason: str) -> Density:
@@ -111,7 +107,7 @@ def slq(
         )
 
     def verdict(state: _State) -> str | None:
-        if len(state.done) + len(state.runs) < probes or not all(r.ended for r in state.runs):
+        if len(state.done) + len(state.taken) < probes or state.active:
             return None
         fewest = min(len(alphas) for alphas, _ in state.recurrences)
         if fewest < steps:
@@ -119,7 +115,7 @@ def slq(
         return f"complete: {steps} steps for each probe"
 
     state, reason = drive(
-        _State(_start(space, range(min(group, probes)), seed), (), group),
+        _started(space, (), group, range(min(group, probes)), steps, seed),
         products=products,
         step=step,
         verdict=verdict,
@@ -136,80 +132,92 @@ _Recurrence: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The Lanczos run of one probe.
-
-    Attributes:
-        basis: of the Krylov space, rows; one more than ``alphas``.
-        alphas: the diagonal of T.
-        betas: the off-diagonal of T.
-        ended: no step is left, or the Krylov space is exhausted.
-    """
-
-    basis: Tensor
-    alphas: tuple[float, ...] = ()
-    betas: tuple[float, ...] = ()
-    ended: bool = False
-
-    @property
-    def current(self) -> Tensor:
-        return self.basis[-1]
-
-
-@dataclass(frozen=True)
 class _State:
     """The runs of the present group of probes, and the recurrences of the groups before it.
 
     Attributes:
-        runs: of the present group.
-        done: of the groups before it.
+        basis: of the Krylov spaces, ``(m + 1, p, n)``: the block that is multiplied next comes
+            last. It lies in a workspace that a state shares with its successor.
+        alphas: the diagonals of T, float64 ``(m, p)``.
+        betas: the off-diagonals of T, one more at the end, float64 ``(m, p)``.
+        taken: the steps of each run that has ended, -1 of the others.
+        done: of the groups before this one.
         group: how many probes run at once.
     """
 
-    runs: tuple[_Run, ...]
+    basis: Tensor
+    alphas: Tensor
+    betas: Tensor
+    taken: tuple[int, ...]
     done: tuple[_Recurrence, ...]
     group: int
 
     @property
+    def active(self) -> list[int]:
+        """The runs that go on."""
+        return [i for i, taken in enumerate(self.taken) if taken < 0]
+
+    @property
     def recurrences(self) -> tuple[_Recurrence, ...]:
-        return (*self.done, *((run.alphas, run.betas) for run in self.runs if run.alphas))
+        if not len(self.alphas):
+            return self.done
+        return (*self.done, *(self._recurrence(i) for i in range(len(self.taken))))
 
     @property
     def complete(self) -> tuple[_Recurrence, ...]:
-        return (*self.done, *((run.alphas, run.betas) for run in self.runs if run.ended))
+        ended = (i for i, taken in enumerate(self.taken) if taken > 0)
+        return (*self.done, *map(self._recurrence, ended))
+
+    def _recurrence(self, i: int) -> _Recurrence:
+        m = self.taken[i] if self.taken[i] > 0 else len(self.alphas)
+        return tuple(self.alphas[:m, i].tolist()), tuple(self.betas[: m - 1, i].tolist())
 
 
-def _start(space: Space, indices: range, seed: int) -> tuple[_Run, ...]:
+def _started(
+    space: Space, done: tuple[_Recurrence, ...], group: int, indices: range, steps: int, seed: int
+) -> _State:
     probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
-    return tuple(_Run(probe[None] / math.sqrt(space.n)) for probe in probes)
+    probes /= math.sqrt(space.n)
+    none = torch.zeros(0, len(indices), dtype=torch.float64)
+    basis = appended(probes.new_empty(0, *probes.shape), probes[None], steps)
+    return _State(basis, none, none, (-1,) * len(indices), done, group)
 
 
-def _extended(space: Space, run: _Run, image: Tensor, steps: int, eps: float) -> _Run:
-    size = len(run.alphas) + 1
-    rest = image[None]
-    alpha = 0.0
-    # Twice is enough: the second pass removes what rounding left of the first.
-    for _ in range(2):
-        inner = space.gram(rest, run.basis)
-        rest = rest - space.combine(inner, run.basis)
-        alpha += float(inner[0, -1])
-    beta = float(space.norms(rest))
-    alphas = (*run.alphas, alpha)
-    largest = max(abs(a) for a in alphas) + 2 * max((*run.betas, beta))
-    if size == steps or beta <= rounding(eps, largest):
-        return replace(run, alphas=alphas, ended=True)
-    basis = _appended(run.basis, rest[0] / beta, steps)
-    return replace(run, basis=basis, alphas=alphas, betas=(*run.betas, beta))
-
-
-def _appended(basis: Tensor, row: Tensor, most: int) -> Tensor:
-    """The basis with one more row, in the same memory where that has room for ``most`` rows."""
-    size, n = basis.shape
-    if basis.untyped_storage().nbytes() < most * n * basis.itemsize:
-        basis = torch.cat([basis, basis.new_empty(most - size, n)])
-    basis = basis.as_strided((size + 1, n), (n, 1))
-    basis[size] = row
-    return basis
+def _extended(products: Products, state: _State, steps: int, eps: float) -> _State:
+    """One step of each run that goes on; their numbers go to the host all at once."""
+    space, basis, active = products.space, state.basis, state.active
+    all_go_on = len(active) == len(state.taken)
+    images = products(basis[-1] if all_go_on else basis[-1, active])
+    alphas = []
+    for i, image in zip(active, images.split(1), strict=True):
+        # Twice is enough: the second pass removes what rounding left of the first.
+        along = removed(space, image, basis[:, i]) + removed(space, image, basis[:, i])
+        alphas.append(along[0, -1])
+    numbers = torch.zeros(2, len(state.taken), dtype=torch.float64)
+    numbers[:, active] = torch.stack([torch.stack(alphas), space.norms(images)]).cpu().double()
+    state = replace(
+        state,
+        alphas=torch.cat([state.alphas, numbers[:1]]),
+        betas=torch.cat([state.betas, numbers[1:]]),
+    )
+    size = len(state.alphas)
+    largest = state.alphas.abs().amax(0) + 2 * state.betas.amax(0)
+    spent = {
+        i for i in active if size == steps or numbers[1, i] <= rounding(eps, float(largest[i]))
+    }
+    state = replace(
+        state, taken=tuple(size if i in spent else m for i, m in enumerate(state.taken))
+    )
+    if not state.active:
+        return state
+    # The rows of a run that has ended are zero.
+    lengths = numbers[1]
+    lengths[list(spent)] = math.inf
+    images /= lengths[active].to(images)[:, None]
+    block = images if all_go_on else torch.zeros_like(basis[-1])
+    if not all_go_on:
+        block[active] = images
+    return replace(state, basis=appended(basis, block[None], steps))
 
 
 def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor]:
@@ -219,8 +227,6 @@ def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor]:
     weights = torch.zeros_like(nodes)
     for row, weight, (alphas, betas) in zip(nodes, weights, recurrences, strict=True):
         m = len(alphas)
-        if m == 0:
-            continue
         off = torch.tensor(betas[: m - 1], dtype=torch.float64)
         projected = torch.tensor(alphas, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1)
         values, vectors = torch.linalg.eigh(projected)

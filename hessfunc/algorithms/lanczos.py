@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.basis import appended, combined, orthonormal, rotated
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.rounds import (
@@ -84,9 +86,14 @@ def lanczos(
             b times needs blocks of b to be sure of all of them.
         basis_size: the most vectors that are kept, k + 2 block_size at least; by default 2 k + 10,
             or k + 4 block_size if that is more.
-        basis_bytes: the most memory that the basis and its copy at a restart may take, in bytes;
-            by default half of what is available. It lowers ``basis_size`` where that is larger.
-        basis_dtype: of the basis; the vectors' own by default, float32 at least.
+        basis_bytes: the most memory that the basis, the next block and the pairs may take, in
+            bytes; by default half of what is available. It lowers ``basis_size`` where that is
+            larger.
+        basis_dtype: in which the basis is kept; the vectors' own by default, float32 at least.
+            ``torch.bfloat16`` takes half of the memory of float32. Products are still made and
+            combined in float32, but the entries of the basis are rounded to 2^-9 of their size,
+            and residuals do not fall far below 2e-3 |A|: take ``rtol=0.01`` or more. Where that
+            shows they are measured pair by pair, with k products more. Values lose up to 2^-9.
         rtol: the relative tolerance of residuals.
         atol: the absolute tolerance of residuals, in units of the eigenvalues.
         max_matvecs: the budget, the final check included.
@@ -106,7 +113,8 @@ def lanczos(
         FloatingPointError: a product is not finite.
 
     Cost: one matvec a basis vector, and one at the end; 2 to 8 more where block_size < k. A matvec
-    takes 4 basis_size n flops of reorthogonalisation, twice; basis_size n numbers of memory.
+    takes 4 basis_size n flops of reorthogonalisation, twice; (basis_size + block_size + k) n
+    numbers of memory.
 
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
     Musco and Rao 2025, arXiv 2508.06486.
@@ -122,8 +130,10 @@ def lanczos(
     block_size = min(block_size, space.n)
     at_least(max(k, block_size) + 1, max_matvecs=max_matvecs)
     at_least(min(space.n, k + 2 * block_size), basis_size=basis_size)
-    if basis_dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(f"basis_dtype={basis_dtype}: choose torch.float32 or torch.float64")
+    if basis_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"basis_dtype={basis_dtype}: choose torch.bfloat16, torch.float32 or torch.float64"
+        )
     dtype = basis_dtype or rows_dtype(space)
     eps = products_eps(space, dtype)
     store = Checkpoint.of(
@@ -140,20 +150,16 @@ def lanczos(
     )
     seed = store.seed
     size = min(space.n, basis_size or max(2 * k + 10, k + 4 * block_size))
-    size = _size_that_fits(space, size, k + 2 * block_size, dtype, basis_bytes)
-    problem = _Problem(k, which, block_size, rtol, atol, of_starts(seed), eps)
-    state = _start(problem, space, start, dtype, size)
+    problem = _Problem(k, which, block_size, rtol, atol, of_starts(seed), eps, dtype)
+    size = _size_that_fits(problem, space, size, basis_bytes)
+    state = _start(problem, space, start, size)
 
-    def found(state: _State, reason: str, residuals: Tensor | None = None) -> Eigenpairs:
-        values, vectors, of_recurrence = _chosen(problem, space, state)
-        residuals = of_recurrence if residuals is None else residuals
+    def found(state: _State, reason: str, pairs: _Pairs) -> Eigenpairs:
         return Eigenpairs(
-            values=values,
-            vectors=space.unravel(vectors),
-            residuals=residuals,
-            converged=_converged(
-                problem, state, values, of_recurrence if residuals is None else residuals
-            ),
+            values=pairs.values,
+            vectors=space.unravel(pairs.rows),
+            residuals=pairs.residuals,
+            converged=_converged(problem, state, pairs),
             largest=state.largest,
             **products.cost(reason, seed),
         )
@@ -163,13 +169,13 @@ def lanczos(
         products=products,
         step=lambda state, room: _round(problem, space, products, state, room),
         verdict=lambda state: _verdict(problem, state),
-        running=lambda state: found(state, "running"),
+        running=lambda state: found(state, "running", _chosen(problem, state)),
         max_matvecs=max_matvecs - 1,
         callback=callback,
         storage=store,
     )
-    residuals = _measured(problem, space, products, state, max_matvecs)
-    missing = int((~found(state, reason, residuals).converged).sum())
+    pairs = _measured(problem, space, products, state, max_matvecs)
+    missing = int((~_converged(problem, state, pairs)).sum())
     if reason.startswith("converged") and missing:
         reason = (
             f"the residuals of {missing} pairs cannot reach the tolerance: products are rounded "
@@ -184,7 +190,7 @@ def lanczos(
                 "loose for values that are close"
             )
             warnings.warn(reason, stacklevel=2)
-    return found(state, reason, residuals)
+    return found(state, reason, pairs)
 
 
 @dataclass(frozen=True)
@@ -196,11 +202,20 @@ class _Problem:
     atol: float
     seed: int
     eps: float
+    basis_dtype: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products and combinations."""
+        return torch.promote_types(self.basis_dtype, torch.float32)
 
 
 @dataclass(frozen=True)
 class _State:
     """``A V' = V' T + X' C``: V the first rows of the basis, X the rest, the next block.
+
+    The basis lies in a workspace that a state shares with its successor: a step writes behind the
+    basis alone. A restart writes over it, and leaves no state but the new one.
 
     Attributes:
         basis: orthonormal rows, V above X.
@@ -211,7 +226,7 @@ class _State:
         closed: the wanted values when an invariant subspace was last found.
         finished: nothing is left to be found outside of V.
         basis_size: the most vectors that are kept.
-        largest: the largest absolute Ritz value that was seen: restarts may let it go.
+        before: the largest absolute Ritz value before the last restart, which may let it go.
     """
 
     basis: Tensor
@@ -219,7 +234,7 @@ class _State:
     coupling: Tensor
     probes: int
     basis_size: int
-    largest: float = 0.0
+    before: float = 0.0
     steps: int = 0
     closed: Tensor | None = None
     finished: bool = False
@@ -228,11 +243,35 @@ class _State:
     def size(self) -> int:
         return len(self.projected)
 
+    @cached_property
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """All Ritz values, ascending, and their vectors in the basis, as columns."""
+        values, vectors = torch.linalg.eigh(self.projected)
+        return values, vectors
 
-def _start(
-    problem: _Problem, space: Space, start: Tree | None, dtype: torch.dtype, basis_size: int
-) -> _State:
-    b = problem.block_size
+    @property
+    def largest(self) -> float:
+        """The largest absolute Ritz value that was seen."""
+        return max(self.before, float(self.ritz[0].abs().max())) if self.size else 0.0
+
+    @property
+    def longest(self) -> float:
+        """The longest column of T, which is no longer than `largest`, and sooner computed."""
+        columns = torch.linalg.vector_norm(self.projected, dim=0)
+        return max([self.before, *columns.tolist()])
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The wanted Ritz values, their vectors as rows, and residuals."""
+
+    values: Tensor
+    rows: Tensor
+    residuals: Tensor
+
+
+def _start(problem: _Problem, space: Space, start: Tree | None, basis_size: int) -> _State:
+    b, dtype = problem.block_size, problem.dtype
     rows = space.probes(range(b), kind="normal", seed=problem.seed, dtype=dtype)
     if start is not None:
         given = _rows_of(space, start).to(dtype)
@@ -245,27 +284,27 @@ def _start(
         if not bool((lengths > 0).all()):
             raise ValueError("start has a vector of zeros")
         rows = torch.cat([given / lengths.to(dtype)[:, None], rows[len(given) :]])
-    empty = rows.new_zeros(0, space.n)
-    block, _ = _orthonormal(space, rows, empty, threshold=0.0)
+    empty = rows.new_zeros(0, space.n, dtype=problem.basis_dtype)
+    block, _, _ = orthonormal(space, rows, empty, threshold=lambda _: 0.0)
+    basis = appended(empty, block, basis_size + b)
     none = torch.zeros(0, 0, dtype=torch.float64)
     coupling = torch.zeros(len(block), 0, dtype=torch.float64)
-    return _State(block, none, coupling, probes=b, basis_size=basis_size)
+    return _State(basis, none, coupling, probes=b, basis_size=basis_size)
 
 
-def _size_that_fits(
-    space: Space, wanted: int, fewest: int, dtype: torch.dtype, limit: int | None
-) -> int:
-    fewest = min(space.n, fewest)
+def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | None) -> int:
+    k, b = problem.k, problem.block_size
+    fewest = min(space.n, k + 2 * b)
     if limit is None:
         limit = available_memory(space.device) // 2
-    # A restart holds the basis and its combinations at once.
-    most = limit // (2 * space.n * dtype.itemsize)
+    vector, pairs = space.n * problem.basis_dtype.itemsize, k * space.n * problem.dtype.itemsize
+    most = (limit - pairs) // vector - b
     if most < fewest:
         raise MemoryError(
             f"a basis of {fewest} vectors of {space.n} entries takes "
-            f"{2 * fewest * space.n * dtype.itemsize / 2**30:.2f} GiB with its copy, and "
+            f"{((fewest + b) * vector + pairs) / 2**30:.2f} GiB with the pairs, and "
             f"{limit / 2**30:.2f} GiB may be used: take fewer pairs, a smaller block, "
-            "`power_iteration`, or more `basis_bytes`"
+            "`basis_dtype=torch.bfloat16`, `power_iteration`, or more `basis_bytes`"
         )
     return min(wanted, most)
 
@@ -290,36 +329,37 @@ def _round(problem: _Problem, space: Space, products: Products, state: _State, r
 
 def _step(problem: _Problem, space: Space, products: Products, state: _State) -> _State:
     """Multiply the next block, and split the product in T's new columns and a new block."""
-    j = state.size
-    basis = state.basis
-    images = products(basis[j:])
-    columns = space.gram(basis, images)
-    images = images - space.combine(columns.mT, basis)
-    correction = space.gram(basis, images)
-    images = images - space.combine(correction.mT, basis)
-    columns = (columns + correction).cpu().double()
-
+    j, basis = state.size, state.basis
+    images = products(basis[j:].to(problem.dtype))
+    block, factor, inner = orthonormal(
+        space,
+        images,
+        basis,
+        threshold=lambda longest: rounding(problem.eps, max(state.longest, longest)),
+    )
+    columns = inner.mT
     projected = torch.zeros(len(basis), len(basis), dtype=torch.float64)
     projected[:j, :j] = state.projected
     projected[:, j:] = columns
     projected[j:, :j] = columns[:j].mT
     projected[j:, j:] = (columns[j:] + columns[j:].mT) / 2
-    scale = max(state.largest, float(torch.linalg.matrix_norm(projected, ord=2)))
-    _refuse_asymmetric(columns[:j] - state.coupling.mT, scale, max(1e-3, 10 * problem.eps))
-
-    threshold = rounding(problem.eps, scale)
-    block, factor = _orthonormal(space, images, basis, threshold)
     coupling = torch.zeros(len(block), len(basis), dtype=torch.float64)
     coupling[:, j:] = factor
-    state = replace(
+    following = replace(
         state,
-        basis=torch.cat([basis, block]),
+        basis=appended(basis, block, _room(problem, state)),
         projected=projected,
         coupling=coupling,
-        largest=scale,
         steps=state.steps + 1,
     )
-    return state if len(block) else _fresh_block(problem, space, state)
+    difference = columns[:j] - state.coupling.mT
+    _refuse_asymmetric(difference, following.longest, max(1e-3, 10 * problem.eps))
+    return following if len(block) else _fresh_block(problem, space, following)
+
+
+def _room(problem: _Problem, state: _State) -> int:
+    """How many vectors the workspace holds."""
+    return state.basis_size + problem.block_size
 
 
 def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
@@ -335,11 +375,11 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
         return replace(state, closed=values, finished=True)
     width = min(problem.block_size, space.n - state.size)
     indices = range(state.probes, state.probes + width)
-    rows = space.probes(indices, kind="sphere", seed=problem.seed, dtype=state.basis.dtype)
-    block, _ = _orthonormal(space, rows, state.basis, threshold=1e-3)
+    rows = space.probes(indices, kind="sphere", seed=problem.seed, dtype=problem.dtype)
+    block, _, _ = orthonormal(space, rows, state.basis, threshold=lambda _: 1e-3)
     return replace(
         state,
-        basis=torch.cat([state.basis, block]),
+        basis=appended(state.basis, block, _room(problem, state)),
         coupling=torch.zeros(len(block), state.size, dtype=torch.float64),
         probes=state.probes + width,
         steps=0,
@@ -350,34 +390,35 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
 
 def _measured(
     problem: _Problem, space: Space, products: Products, state: _State, max_matvecs: int
-) -> Tensor:
-    """The residuals of the wanted pairs, checked by a product.
+) -> _Pairs:
+    """The wanted pairs, with residuals that a product has checked.
 
     The recurrence says what A times any combination of Ritz vectors is. One product with a random
     combination shows by how much it fails, and that is added to each residual. Where it fails by
     more than rounding, or a residual is then too long, each vector is multiplied.
     """
-    values, vectors, residuals = _chosen(problem, space, state)
+    pairs = _chosen(problem, state)
+    values, rows = pairs.values, pairs.rows
     signs = uniforms(len(values), problem.seed, _KEY_OF_MIXTURE, device=torch.device("cpu")) < 0.5
     mixture = torch.where(signs, 1.0, -1.0).double()
-    predicted = space.combine((mixture * values)[None], vectors)
+    predicted = space.combine((mixture * values)[None], rows)
     if state.size < len(state.basis):
         leak = (state.coupling @ _ritz(problem, state)[1] @ mixture)[None]
-        predicted = predicted + space.combine(leak, state.basis[state.size :])
-    failure = float(space.norms(products(space.combine(mixture[None], vectors)) - predicted))
+        predicted += combined(leak, state.basis[state.size :], problem.dtype)
+    failure = float(space.norms(products(space.combine(mixture[None], rows)) - predicted))
     floor = rounding(problem.eps, state.largest) * len(values) ** 0.5
-    checked = residuals + failure
-    trusted = failure <= floor and bool(_converged(problem, state, values, checked).all())
+    checked = replace(pairs, residuals=pairs.residuals + failure)
+    trusted = failure <= floor and bool(_converged(problem, state, checked).all())
     if trusted or max_matvecs - products.matvecs < len(values):
         return checked
-    images = products(vectors)
-    return space.norms(images - values.to(images)[:, None] * vectors).cpu()
+    images = products(rows).addcmul_(values.to(rows)[:, None], rows, value=-1)
+    return replace(pairs, residuals=space.norms(images).cpu())
 
 
-def _converged(problem: _Problem, state: _State, values: Tensor, residuals: Tensor) -> Tensor:
-    floor = rounding(problem.eps, state.largest)
-    converged = residuals <= (problem.rtol * values.abs()).clamp_min(problem.atol)
-    return converged | ((values.abs() <= floor) & (residuals <= floor))
+def _converged(problem: _Problem, state: _State, pairs: _Pairs) -> Tensor:
+    floor, sizes = rounding(problem.eps, state.largest), pairs.values.abs()
+    converged = pairs.residuals <= (problem.rtol * sizes).clamp_min(problem.atol)
+    return converged | ((sizes <= floor) & (pairs.residuals <= floor))
 
 
 def _missed(
@@ -387,10 +428,11 @@ def _missed(
     inside, _ = _ritz(problem, state)
     known = state.basis[: state.size]
     steps = min(_STEPS_TO_TRUST, room, space.n - state.size)
-    rows = space.probes([state.probes], kind="sphere", seed=problem.seed, dtype=state.basis.dtype)
+    rows = space.probes([state.probes], kind="sphere", seed=problem.seed, dtype=problem.dtype)
     outside, images, values = rows[:0], rows[:0], inside[:0]
     for _ in range(steps):
-        row, _ = _orthonormal(space, rows, torch.cat([known, outside]), threshold=0.0)
+        # The rows are worked on in place, and the images are kept.
+        row, _, _ = orthonormal(space, rows.clone(), known, outside, threshold=lambda _: 0.0)
         if not len(row) or _would_be_seen(problem, inside, values, space.n):
             break
         rows = products(row)
@@ -433,43 +475,21 @@ def _would_be_seen(problem: _Problem, inside: Tensor, outside: Tensor, n: int) -
 
 
 def _restart(problem: _Problem, space: Space, state: _State) -> _State:
-    """Shrink the basis to its best Ritz vectors; the next block stays."""
-    values, vectors = torch.linalg.eigh(state.projected)
-    block = state.basis[state.size :]
+    """Shrink the basis to its best Ritz vectors, in its own memory; the next block stays."""
+    values, vectors = state.ritz
+    block = state.basis[state.size :].clone()
     room = state.basis_size - len(block)
     keep = min(room, problem.k + (state.basis_size - problem.k) // 2)
     kept = _preferred(problem.which, values)[: max(keep, 1)]
     rotation = vectors[:, kept]
-    rows = space.combine(rotation.mT, state.basis[: state.size])
-    # Lengths would drift away from 1 over many restarts.
-    rows = rows / space.norms(rows).to(rows.dtype)[:, None]
+    rows = rotated(space, rotation, state.basis[: state.size], problem.dtype)
     return replace(
         state,
-        basis=torch.cat([rows, block]),
+        basis=appended(rows, block, _room(problem, state)),
         projected=values[kept].diag(),
         coupling=state.coupling @ rotation,
+        before=state.largest,
     )
-
-
-def _orthonormal(
-    space: Space, rows: Tensor, basis: Tensor, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows Q, orthogonal to the basis, and F with rows = F' Q.
-
-    Directions of the rows that are shorter than the threshold are left out.
-    """
-    factor = torch.eye(len(rows), dtype=torch.float64)
-    for _ in range(2):
-        squares, rotation = torch.linalg.eigh(space.gram(rows, rows).cpu().double())
-        lengths = squares.clamp_min(0).sqrt()
-        longest = float(lengths.max()) if len(lengths) else 0.0
-        kept = lengths > max(threshold, 1e-6 * longest)
-        rotation, lengths = rotation[:, kept], lengths[kept]
-        rows = space.combine((rotation / lengths).mT, rows)
-        rows = rows - space.combine(space.gram(rows, basis), basis)
-        factor = (rotation * lengths).mT @ factor
-        threshold = 0.0
-    return rows, factor
 
 
 def _refuse_asymmetric(difference: Tensor, scale: float, tolerance: float) -> None:
@@ -500,16 +520,16 @@ def _wanted(problem: _Problem, values: Tensor) -> Tensor:
     return found.sort(descending=True).values if problem.which == "BE" else found
 
 
-def _chosen(problem: _Problem, space: Space, state: _State) -> tuple[Tensor, Tensor, Tensor]:
-    """The wanted Ritz values, their vectors as rows, and the residuals of the recurrence."""
+def _chosen(problem: _Problem, state: _State) -> _Pairs:
+    """The wanted pairs, with the residuals of the recurrence."""
     values, rotation = _ritz(problem, state)
-    rows = space.combine(rotation.mT, state.basis[: state.size])
-    return values, rows, torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
+    rows = combined(rotation.mT, state.basis[: state.size], problem.dtype)
+    return _Pairs(values, rows, torch.linalg.vector_norm(state.coupling @ rotation, dim=0))
 
 
 def _ritz(problem: _Problem, state: _State) -> tuple[Tensor, Tensor]:
     """The wanted Ritz values, and their vectors in the basis, as columns."""
-    values, vectors = torch.linalg.eigh(state.projected)
+    values, vectors = state.ritz
     wanted = _wanted(problem, values)
     return values[wanted], vectors[:, wanted]
 

@@ -50,6 +50,16 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "block lanczos": lambda matvec, path: hf.lanczos(
         matvec, LIKE, k=3, block_size=2, which="LA", rtol=1e-2, checkpoint=path, seed=1
     ),
+    "lanczos in bfloat16": lambda matvec, path: hf.lanczos(
+        matvec,
+        LIKE,
+        k=2,
+        basis_size=5,
+        basis_dtype=torch.bfloat16,
+        rtol=3e-2,
+        checkpoint=path,
+        seed=1,
+    ),
     "power_iteration": lambda matvec, path: hf.power_iteration(
         matvec, LIKE, k=2, rtol=3e-2, checkpoint=path, seed=1
     ),

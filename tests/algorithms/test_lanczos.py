@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.algorithms import lanczos
+from hessfunc.algorithms.rounds import Products
+from hessfunc.memory import PeakMemory
 from tests.algorithms.spectra import decaying, symmetric
 
 SPECTRUM = torch.cat([torch.linspace(-1, 1, 180), torch.tensor([9.0, -7.0, 5.0, -4.0, 3.0, 2.0])])
@@ -164,6 +167,86 @@ def test_float32_values_are_as_good_as_float32_products() -> None:
     assert found.vectors.dtype == torch.float32
 
 
+def test_a_bfloat16_basis_has_honest_residuals_and_takes_half_of_the_memory() -> None:
+    spectrum = torch.cat([torch.linspace(-1, 1, 50_000), torch.tensor([9.0, -7.0, 5.0])])
+    like = torch.zeros(len(spectrum))
+    rotation = hf.random_like(like, 1, kind="normal", seed=7)[0]
+    rotation /= rotation.norm()
+
+    def matvec(block: Tensor) -> Tensor:
+        # Between two reflections, for eigenvectors that have all entries.
+        block = block - 2 * (block @ rotation)[:, None] * rotation
+        block = block * spectrum
+        return block - 2 * (block @ rotation)[:, None] * rotation
+
+    peaks = []
+    for dtype in (torch.bfloat16, torch.float32):
+        with PeakMemory() as memory:
+            found = hf.lanczos(
+                matvec, like, k=3, basis_size=60, rtol=1e-2, basis_dtype=dtype, seed=0
+            )
+        peaks.append(memory.peak)
+        assert found.converged.all()
+        assert found.vectors.dtype == torch.float32
+        assert found.values.tolist() == pytest.approx([9, -7, 5], rel=2e-3)
+        rows = found.vectors
+        measured = (matvec(rows) - found.values[:, None].float() * rows).norm(dim=1).double()
+        assert bool((found.residuals >= 0.99 * measured).all())
+    assert peaks[1] - peaks[0] == pytest.approx(61 * len(spectrum) * 2, rel=0.05)
+
+
+@pytest.mark.parametrize("rtol", [1e-4, 1e-2, 0.1])
+def test_a_bfloat16_basis_converges_to_its_rounding_alone(rtol: float) -> None:
+    matrix = symmetric(SPECTRUM)
+    for seed in range(5):
+        found = hf.lanczos(
+            hf.dense(matrix.float()),
+            VECTOR.float(),
+            k=4,
+            rtol=rtol,
+            basis_dtype=torch.bfloat16,
+            seed=seed,
+        )
+        residuals = measured_residuals(matrix, found)
+        assert bool((found.residuals >= 0.99 * residuals).all())
+        within = found.residuals <= rtol * found.values.abs()
+        assert torch.equal(found.converged, within)
+        assert bool(found.converged.all()) or rtol < 0.1
+        assert ("cannot reach" in found.reason) == (not found.converged.all())
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_results_that_a_callback_keeps_stay_as_they_were(block_size: int) -> None:
+    kept: list[tuple[Tensor, Tensor]] = []
+    found = hf.lanczos(
+        hf.dense(symmetric(SPECTRUM)),
+        VECTOR,
+        k=3,
+        basis_size=8,
+        block_size=block_size,
+        rtol=1e-8,
+        callback=lambda running: kept.append((running.vectors, running.vectors.clone())),
+        seed=0,
+    )
+    assert found.matvecs > 2 * 8
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+def test_the_basis_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    workspaces: set[int] = set()
+    real = lanczos._step
+
+    def watched(*arguments: Any) -> Any:
+        state = real(*arguments)
+        workspaces.add(state.basis.data_ptr())
+        return state
+
+    monkeypatch.setattr(lanczos, "_step", watched)
+    found = hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, k=3, basis_size=8, seed=0)
+    assert found.matvecs > 2 * 8
+    assert len(workspaces) == 1
+
+
 def test_warm_start_takes_fewer_products() -> None:
     matrix = symmetric(SPECTRUM)
     cold = hf.lanczos(hf.dense(matrix), VECTOR, k=2, seed=0)
@@ -222,6 +305,11 @@ def test_product_that_is_not_finite_names_the_leaf() -> None:
         hf.lanczos(matvec, {"a": torch.zeros(3), "b": torch.zeros(4)}, k=1)
 
 
+def test_finite_products_whose_sum_overflows_are_let_through() -> None:
+    products = Products.of(lambda block: torch.full_like(block, 3e38), torch.zeros(9))
+    assert bool(products(torch.ones(1, 9)).isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -231,7 +319,7 @@ def test_product_that_is_not_finite_names_the_leaf() -> None:
         ({"atol": -1.0}, "atol=-1.0"),
         ({"which": "SM"}, "which='SM': choose"),
         ({"block_size": 0}, "block_size=0"),
-        ({"basis_dtype": torch.bfloat16}, "basis_dtype=torch.bfloat16: choose torch.float32"),
+        ({"basis_dtype": torch.float16}, "basis_dtype=torch.float16: choose torch.bfloat16"),
         ({"basis_bytes": -10}, "basis_bytes=-10: it must be at least 1"),
         ({"start": torch.full((len(SPECTRUM),), torch.nan).double()}, "NaN or infinite"),
         ({"basis_size": 3}, "basis_size=3: it must be at least 8"),
@@ -332,12 +420,12 @@ def test_memory_chooses_the_size_of_the_basis(monkeypatch: pytest.MonkeyPatch) -
         sizes.append(len(block))
         return matvec(block)
 
-    small = hf.lanczos(counted, VECTOR, k=3, basis_bytes=2 * 6 * vector, seed=0)
+    small = hf.lanczos(counted, VECTOR, k=3, basis_bytes=(6 + 1 + 3) * vector, seed=0)
     large = hf.lanczos(matvec, VECTOR, k=3, seed=0)
     torch.testing.assert_close(small.values, large.values)
     assert small.matvecs > large.matvecs
     with pytest.raises(MemoryError, match="a basis of 5 vectors of 186 entries .*fewer pairs"):
-        hf.lanczos(matvec, VECTOR, k=3, basis_bytes=2 * 3 * vector, seed=0)
+        hf.lanczos(matvec, VECTOR, k=3, basis_bytes=(4 + 1 + 3) * vector, seed=0)
     monkeypatch.setattr(lanczos, "available_memory", lambda device: 0)
     with pytest.raises(MemoryError, match="take fewer pairs"):
         hf.lanczos(matvec, VECTOR, k=3, seed=0)
@@ -355,7 +443,9 @@ def test_the_basis_never_exceeds_its_limit() -> None:
 
     lanczos._step = watched
     try:
-        hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, k=3, basis_bytes=16 * vector, seed=0)
+        hf.lanczos(
+            hf.dense(symmetric(SPECTRUM)), VECTOR, k=3, basis_bytes=(8 + 1 + 3) * vector, seed=0
+        )
     finally:
         lanczos._step = real
     assert max(states) <= 8 + 1
@@ -420,7 +510,9 @@ def test_copies_are_missed_aloud_where_the_basis_nearly_fills_the_space() -> Non
 def test_bytes_lower_a_given_basis_size() -> None:
     matvec, vector = hf.dense(symmetric(SPECTRUM)), len(SPECTRUM) * 8
     given = hf.lanczos(matvec, VECTOR, k=3, basis_size=8, seed=0)
-    lowered = hf.lanczos(matvec, VECTOR, k=3, basis_size=80, basis_bytes=16 * vector, seed=0)
+    lowered = hf.lanczos(
+        matvec, VECTOR, k=3, basis_size=80, basis_bytes=(8 + 1 + 3) * vector, seed=0
+    )
     assert lowered.matvecs == given.matvecs
 
 

@@ -16,7 +16,8 @@ class Solution(Result):
 
     Attributes:
         x: a tree like b.
-        residual: ``|b - (A + damping I) x|``, as measured at the end.
+        residual: ``|b - (A + damping I) x|``, as measured at the end; where it was not to be
+            measured, a bound: the length by the recurrence, and what rounding may have added.
         converged: whether the residual is within the stated tolerance.
         negative_curvature: a direction p with ``p'(A + damping I) p <= 0`` and unit length, where
             one was met; None otherwise.

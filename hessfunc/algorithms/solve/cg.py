@@ -29,6 +29,7 @@ def cg(
     rtol: float = 1e-5,
     atol: float = 0.0,
     max_matvecs: int = 1000,
+    measure: bool = True,
     callback: Callback[Solution] | None = None,
     checkpoint: Directory = None,
 ) -> Solution:
@@ -55,6 +56,9 @@ def cg(
         rtol: the relative tolerance of the residual.
         atol: the absolute tolerance of the residual.
         max_matvecs: the budget, the measurements of the residual included.
+        measure: measure the residual at the end. Else that of the recurrence is taken, with all
+            that rounding may have added to it, and a product is made only where this is too long:
+            for a matvec that is known to be linear and deterministic.
         callback: called with the running `Solution` after each round (the residual is that of
             the recurrence then); returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
@@ -70,12 +74,12 @@ def cg(
             not positive definite.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec an iteration, and one at the end; 11 vectors of memory.
+    Cost: one matvec an iteration, and one at the end if ``measure``; 11 vectors of memory.
 
     Source: Hestenes and Stiefel 1952; negative curvature: Steihaug 1983.
     """
     at_least(1, max_matvecs=max_matvecs)
-    system = System.of(matvec, b, damping, preconditioner, rtol, atol)
+    system = System.of(matvec, b, damping, preconditioner, rtol, atol, measure=measure)
     begun = system.begin(start)
     state = _State(**vars(begun), direction=begun.x, nearest=begun.x)
 
@@ -144,6 +148,7 @@ def _iterate(system: System, state: _State) -> _State:
         square=square,
         nearest=x if nearer else state.nearest,
         least=min(left, state.least),
+        path=state.path + step,
     )
 
 

@@ -40,6 +40,7 @@ class System:
         tolerance: the 2-norm of the residual of a solution.
         target: the residual at which a recurrence stops; below eps |b| it means nothing.
         eps: of the products.
+        measure: whether the residual of a solution is always measured by a product.
     """
 
     products: Products
@@ -49,6 +50,7 @@ class System:
     tolerance: float
     target: float
     eps: float
+    measure: bool
 
     @classmethod
     def of(
@@ -59,6 +61,8 @@ class System:
         preconditioner: Matvec | None,
         rtol: float,
         atol: float,
+        *,
+        measure: bool = True,
     ) -> System:
         at_least(0, rtol=rtol, atol=atol)
         if not math.isfinite(damping):
@@ -77,6 +81,7 @@ class System:
             tolerance=tolerance,
             target=max(tolerance, eps * length),
             eps=eps,
+            measure=measure,
         )
 
     @property
@@ -93,6 +98,7 @@ class System:
             b=self.b,
             damping=self.damping,
             preconditioned=self.preconditioner is not None,
+            measure=self.measure,
             start=start,
         )
 
@@ -121,8 +127,11 @@ class System:
             x = _finite_row(self.space, start, "start")
             if bool(x.any()):
                 x, residual, _ = self.measured(x)
-        length = float(self.space.norms(residual))
-        return Iterate(x=x, residual=residual, length=length, first=length, origin=(x, residual))
+        length, path = self.space.norms(torch.cat([residual, x])).tolist()
+        origin = (x, residual)
+        return Iterate(
+            x=x, residual=residual, length=length, first=length, origin=origin, path=path
+        )
 
     def measured(self, x: Tensor, /) -> tuple[Tensor, Tensor, float]:
         """x in the dtypes in which it is returned, and its residual by a product, with length."""
@@ -130,12 +139,23 @@ class System:
         residual = self.b - self.product(x)
         return x, residual, float(self.space.norms(residual))
 
+    def settled(self, state: Iterate, /) -> bool:
+        """Whether no further product is due before the residual is said to be within tolerance."""
+        if state.measured:
+            return state.length <= self.tolerance
+        return not self.measure and self.bound(state) <= self.tolerance
+
+    def bound(self, state: Iterate, /) -> float:
+        """The residual, the rounding of all products that led to it included."""
+        drift = 0.0 if state.measured else rounding(self.eps, state.largest) * state.path
+        return state.length + drift
+
     def solution(self, state: Iterate, reason: str, direction: Tensor | None = None) -> Solution:
         """The result, with a direction of negative curvature."""
         return Solution(
             x=self.space.unravel(state.x[0]),
-            residual=state.length,
-            converged=state.measured and state.length <= self.tolerance,
+            residual=self.bound(state),
+            converged=self.settled(state),
             negative_curvature=None if direction is None else self.space.unravel(direction[0]),
             **self.products.cost(reason, None),
         )
@@ -157,6 +177,7 @@ class Iterate:
         hidden: whether rounding hides the tolerance.
         again: whether it is not the first recurrence.
         largest: the longest product with a unit vector.
+        path: the length of the first x, and of all steps from there.
     """
 
     x: Tensor
@@ -170,6 +191,7 @@ class Iterate:
     hidden: bool = False
     again: bool = False
     largest: float = 0.0
+    path: float = 0.0
 
 
 AnyIterate = TypeVar("AnyIterate", bound=Iterate)
@@ -204,15 +226,16 @@ def solve(
             # The last product is kept for the measurement.
             over = left == 1 or state.inexact or state.stopped
             if over or state.length <= system.target:
-                return state if state.measured else _measure(system, state)
+                return state if state.measured or system.settled(state) else _measure(system, state)
             state = iterate(state)
         return state
 
     def verdict(state: AnyIterate) -> str | None:
+        if system.settled(state):
+            what = "residual" if state.measured else "residual of the recurrence"
+            return f"converged: the {what} is within the tolerance"
         if not state.measured:
             return None
-        if state.length <= system.tolerance:
-            return "converged: the residual is within the tolerance"
         if state.hidden:
             return _rounding_hides(system, state)
         return obstacle(state) if state.stopped else None
@@ -227,7 +250,8 @@ def solve(
         callback=callback,
         storage=store,
     )
-    return found(state if state.measured else _measure(system, state), reason)
+    due = not (state.measured or system.settled(state))
+    return found(_measure(system, state) if due else state, reason)
 
 
 def _measure(system: System, state: AnyIterate) -> AnyIterate:

@@ -58,6 +58,44 @@ def test_residual_is_the_measured_one_and_every_product_is_counted(rtol: float) 
     assert found.matvecs == sum(calls) == found.passes
 
 
+@pytest.mark.parametrize("rtol", [0.5, 0.1, 1e-2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_last_product_is_saved_where_rounding_is_small(rtol: float, dtype: torch.dtype) -> None:
+    matrix, b = MATRIX.to(dtype), B.to(dtype)
+    measured = cg(hf.dense(matrix), b, rtol=rtol)
+    found = cg(hf.dense(matrix), b, rtol=rtol, measure=False)
+    assert found.matvecs == measured.matvecs - 1
+    assert torch.equal(found.x, measured.x)
+    assert found.converged
+    assert found.reason == "converged: the residual of the recurrence is within the tolerance"
+    true = residual(matrix, b, found.x)
+    assert (1 - 1e-5) * true <= found.residual <= rtol * float(b.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_residual_that_is_not_measured_is_a_bound(dtype: torch.dtype) -> None:
+    saved = 0
+    for seed in range(30):
+        spectrum = torch.logspace(-(seed % 5), 0, 60).double()
+        matrix = symmetric(spectrum, seed).to(dtype)
+        b = torch.randn(60, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        # The matrix is that of the rounded entries; each product is rounded once.
+        matvec = hf.batched(lambda v, matrix=matrix: (matrix.double() @ v.double()).to(v.dtype))
+        rtol = 10.0 ** -(1 + seed % 6)
+        found = cg(matvec, b, rtol=rtol, measure=False, max_matvecs=300)
+        if "of the recurrence" in found.reason:
+            assert residual(matrix, b, found.x) <= found.residual <= rtol * float(b.double().norm())
+            saved += 1
+    assert saved >= {torch.float64: 24, torch.float32: 12, torch.bfloat16: 0}[dtype]
+
+
+def test_where_rounding_hides_the_tolerance_a_product_is_made_all_the_same() -> None:
+    matrix, b = symmetric(torch.logspace(-4, 1, 80)).float(), B.float()
+    found = cg(hf.dense(matrix), b, rtol=1e-5, measure=False, max_matvecs=5000)
+    assert not found.reason.startswith("converged: the residual of the recurrence")
+    assert found.residual == pytest.approx(residual(matrix, b, found.x), rel=0.2)
+
+
 def test_atol() -> None:
     found = cg(hf.dense(MATRIX), B, rtol=0.0, atol=0.1)
     assert found.converged

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms import basis as bases
+from hessfunc.algorithms.basis import appended, combined, orthonormal, removed, rotated
+from hessfunc.trees import Space
+from tests.algorithms.spectra import orthogonal
+
+N = 5000
+SPACE = Space.of(torch.zeros(N))
+
+
+@pytest.fixture(autouse=True)
+def several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "_PIECE", 2**13)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def orthonormal_rows(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(normal(N, count, seed=seed)).Q.mT.contiguous().to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 7)])
+def test_rows_are_appended_in_place_and_what_is_before_stays(shape: tuple[int, ...]) -> None:
+    rows = normal(6, *shape)
+    basis = appended(rows[:0], rows[:1], 4)
+    one = basis
+    for i in range(1, 4):
+        basis = appended(basis, rows[i : i + 1], 4)
+    assert basis.data_ptr() == one.data_ptr()
+    assert torch.equal(one, rows[:1])
+    assert torch.equal(basis, rows[:4])
+    longer = appended(basis, rows[4:], 4)
+    assert longer.data_ptr() != basis.data_ptr()
+    assert torch.equal(longer, rows)
+    assert torch.equal(basis, rows[:4])
+
+
+def test_a_basis_that_was_read_back_gets_a_workspace() -> None:
+    rows = normal(3, 7)
+    basis = appended(rows[:2].clone(), rows[2:], 9)
+    assert torch.equal(basis, rows)
+    assert basis.untyped_storage().nbytes() == 9 * 7 * 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 3e-3)]
+)
+def test_parts_along_a_basis_are_removed(dtype: torch.dtype, error: float) -> None:
+    working = torch.promote_types(dtype, torch.float32)
+    basis, before = orthonormal_rows(9, dtype), normal(2, N, seed=1).to(working)
+    rows = before.clone()
+    inner = removed(SPACE, rows, basis[:4], basis[4:])
+    torch.testing.assert_close(inner, before.double() @ basis.double().mT, rtol=1e-6, atol=1e-5)
+    again = combined(inner, basis, working) + rows
+    torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-5)
+    assert float((rows.double() @ basis.double().mT).abs().max()) < error * float(before.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_basis_is_rotated_in_its_own_memory(dtype: torch.dtype) -> None:
+    working = torch.promote_types(dtype, torch.float32)
+    basis, rotation = orthonormal_rows(9, dtype), orthogonal(9)[:, :4]
+    expected = combined(rotation.mT, basis, working)
+    found = rotated(SPACE, rotation, basis, working)
+    assert found.data_ptr() == basis.data_ptr()
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found.to(working), expected, **tolerance)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-4])
+def test_nearly_dependent_rows_become_orthonormal(smallest: float, scale: float) -> None:
+    basis, basics = orthonormal_rows(6), orthonormal_rows(3, seed=1)
+    uneven = torch.tensor([1.0, 0.5, smallest])[:, None] * basics
+    given = scale * (orthogonal(3).float() @ uneven + 1e3 * normal(3, 6, seed=2).float() @ basis)
+    rows, factor, inner = orthonormal(SPACE, given.clone(), basis, threshold=lambda _: 0.0)
+    both = torch.cat([rows, basis]).double()
+    torch.testing.assert_close(both @ both.mT, torch.eye(9).double(), rtol=0, atol=2e-6)
+    again = factor.mT @ rows.double() + inner @ basis.double()
+    assert float((again - given).norm()) < 1e-6 * float(given.norm())
+
+
+def test_directions_below_the_threshold_are_left_out() -> None:
+    basis, basics = orthonormal_rows(6), orthonormal_rows(2, seed=1)
+    given = torch.stack([basics[0], basics[0] + 1e-5 * basics[1], 3 * basis[0]])
+    lengths: list[float] = []
+
+    def threshold(longest: float) -> float:
+        lengths.append(longest)
+        return 1e-3
+
+    rows, factor, inner = orthonormal(SPACE, given.clone(), basis, threshold=threshold)
+    assert lengths == pytest.approx([3])
+    assert len(rows) == 1
+    again = factor.mT @ rows.double() + inner @ basis.double()
+    assert float((again - given).norm()) < 1e-4
+    none, _, _ = orthonormal(SPACE, basis[:2].clone(), basis, threshold=lambda _: 1e-5)
+    assert none.shape == (0, N)

@@ -1,0 +1,96 @@
+"""What `import hessfunc` makes of the package: all names, and no module before one is asked for."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+import hessfunc as hf
+
+STUB = Path(hf.__file__).with_suffix(".pyi")
+
+
+def fresh(code: str) -> Any:
+    """What this code prints in an interpreter of its own, read as JSON."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_the_import_loads_no_module_of_the_package_and_not_torch() -> None:
+    loaded = fresh("import hessfunc, json, sys; print(json.dumps(list(sys.modules)))")
+    assert [name for name in loaded if name.startswith("hessfunc.")] == ["hessfunc.deferred"]
+    assert not {"torch", "optree", "numpy"} & set(loaded)
+
+
+def test_what_is_seldom_used_is_not_loaded_with_a_hessian_and_its_eigenvalues() -> None:
+    code = "import hessfunc as hf, json, sys; hf.hvp, hf.lanczos; print(json.dumps([*sys.modules]))"
+    packages = ("hbp", "training", "landscape", "plot", "report", "cli", "problems")
+    seldom = tuple(f"hessfunc.{package}" for package in packages)
+    assert not [name for name in fresh(code) if name.startswith((*seldom, "matplotlib"))]
+
+
+def test_type_checkers_see_the_same_names_at_the_same_places() -> None:
+    imports = [
+        node for node in ast.parse(STUB.read_text()).body if isinstance(node, ast.ImportFrom)
+    ]
+    typed = {alias.asname: node.module for node in imports for alias in node.names}
+    assert typed == {name: f"hessfunc.{home}" for name, home in hf._HOMES.items()}
+
+
+def test_every_public_name_is_there() -> None:
+    star: dict[str, Any] = {}
+    exec("from hessfunc import *", star)
+    for name in hf.__all__:
+        assert star[name] is getattr(hf, name)
+        assert name in dir(hf)
+    assert {"__version__", "__doc__"} <= set(dir(hf))
+    assert len(set(hf.__all__)) == len(hf.__all__)
+
+
+def test_a_name_that_is_not_there_is_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'hessfunc' has no attribute 'hessian'"):
+        _ = hf.hessian
+    with pytest.raises(ImportError, match="cannot import name 'hessian'"):
+        exec("from hessfunc import hessian")
+
+
+@pytest.mark.parametrize("name", ["hbp", "landscape", "functional"])
+def test_a_function_is_not_hidden_by_the_module_of_its_name(name: str) -> None:
+    submodule = {"hbp": "hbp.rules"}.get(name, name)
+    code = (
+        f"import json, sys, hessfunc, hessfunc.{submodule}\n"
+        f"first = type(hessfunc.{name}).__name__\n"
+        f"from hessfunc import {name}\n"
+        f"module = type(sys.modules['hessfunc.{name}']).__name__\n"
+        f"print(json.dumps([first, type({name}).__name__, module]))"
+    )
+    assert fresh(code) == ["function", "function", "module"]
+
+
+def test_a_function_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "hbp", "another")
+    assert hf.hbp == "another"
+    monkeypatch.undo()
+    assert callable(hf.hbp)
+
+
+@pytest.mark.slow
+def test_the_import_takes_a_small_part_of_that_of_torch() -> None:
+    code = (
+        "import json, time\n"
+        "def taken(line):\n"
+        "    start = time.perf_counter(); exec(line); return time.perf_counter() - start\n"
+        "torch, package = taken('import torch'), taken('import hessfunc')\n"
+        "products = taken('import hessfunc as hf; hf.hvp, hf.lanczos')\n"
+        "print(json.dumps([package / torch, products / torch]))"
+    )
+    shares = [fresh(code) for _ in range(5)]
+    assert median(share for share, _ in shares) < 0.01
+    assert median(share for _, share in shares) < 0.15
