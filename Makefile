@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-fast clean
 
 demo: $(STAMP)
 	$(BIN)/hessfunc analyze digits --out demo
@@ -17,8 +17,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Twenty-five minutes of the most important cells; `python -m bench.speed` measures all of them.
 bench: $(STAMP)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q bench --benchmark-columns=median,rounds
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.speed --again --minutes 25
+
+bench-fast: $(STAMP)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.speed --again --fast
 
 clean:
 	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases import Case
 
-__all__ = ["Vector", "difference", "gradient", "kept", "rebuilt"]
+__all__ = ["Vector", "difference", "gauss_newton", "gradient", "kept", "rebuilt"]
 
 Vector: TypeAlias = Sequence[Tensor]
 
@@ -44,6 +44,23 @@ def rebuilt(case: Case) -> Callable[[Vector], Vector]:
     def product(vector: Vector) -> Vector:
         found = _differentiable(case)
         return torch.autograd.grad(found, case.parameters, vector)
+
+    return product
+
+
+def gauss_newton(case: Case) -> Callable[[Vector], Vector]:
+    """J'(H(J v)) through graphs that are made once, here: J v as the derivative of J'w by w."""
+    with _twice(case):
+        outputs = case.model(case.inputs)
+        cotangent = torch.zeros_like(outputs).requires_grad_()
+        pulled = torch.autograd.grad(outputs, case.parameters, cotangent, create_graph=True)
+    ends = outputs.detach().requires_grad_()
+    slope = torch.autograd.grad(case.criterion(ends, case.targets), ends, create_graph=True)
+
+    def product(vector: Vector) -> Vector:
+        pushed = torch.autograd.grad(pulled, cotangent, vector, retain_graph=True)
+        curved = torch.autograd.grad(slope, ends, pushed, retain_graph=True)
+        return torch.autograd.grad(outputs, case.parameters, curved, retain_graph=True)
 
     return product
 

@@ -26,8 +26,10 @@ class Ratio:
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
-    """The ratio of two alternatives, from their times in each of two or more rounds."""
+    """The ratio of two alternatives, from their times in each round; of one it has no spread."""
     found = [a / b for a, b in zip(above, below, strict=True)]
+    if len(found) == 1:
+        return Ratio(found[0], found[0], found[0])
     low, median, high = statistics.quantiles(found, n=4, method="inclusive")
     return Ratio(median, low, high)
 

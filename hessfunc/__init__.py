@@ -53,6 +53,7 @@ _HOMES = {
     "per_block": "transforms.arithmetic",
     "batched": "transforms.arithmetic",
     "dense": "transforms.arithmetic",
+    "compiled": "transforms.compiled",
     "ravel": "trees",
     "unravel": "trees",
     "random_like": "trees",

@@ -74,6 +74,7 @@ from hessfunc.transforms.arithmetic import shift as shift
 from hessfunc.transforms.batches import examples as examples
 from hessfunc.transforms.batches import microbatches as microbatches
 from hessfunc.transforms.batches import over_batches as over_batches
+from hessfunc.transforms.compiled import compiled as compiled
 from hessfunc.transforms.criteria import with_output_hessian as with_output_hessian
 from hessfunc.transforms.draws import Draws as Draws
 from hessfunc.transforms.draws import draws as draws

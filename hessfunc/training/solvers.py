@@ -49,13 +49,13 @@ def conjugate_gradients(
     Args:
         rtol: the relative tolerance of the residual.
         atol: the absolute tolerance of the residual.
-        max_matvecs: the budget for one parameter tensor, the measurement of the residual included.
+        max_matvecs: the budget for one parameter tensor.
 
     Raises:
         ValueError: an option is out of range; (from the solver) b is not finite.
         FloatingPointError: (from the solver) a product is not finite.
 
-    Cost: that of `cg`, one matvec an iteration and one at the end.
+    Cost: that of `cg` without a measurement, one matvec an iteration.
 
     Source: Nocedal and Wright 2006, Numerical Optimization, algorithm 7.1.
     """
@@ -70,6 +70,7 @@ def conjugate_gradients(
             rtol=rtol,
             atol=atol,
             max_matvecs=max_matvecs,
+            measure=False,
         )
         return Direction(
             value=found.x if bool(found.x.any()) else b,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,19 +20,22 @@ __all__ = ["NotCompiledWarning", "compiled"]
 # Of leaves, (shape, dtype, device); and the products of such a block.
 _Shapes = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 _Products = Callable[..., Sequence[Tensor]]
+# The tree of leaves.
+_Nested = Callable[[Iterable[Tensor]], Tree]
 
 
 class NotCompiledWarning(UserWarning):
     """A matvec could not be compiled, and runs as it is."""
 
 
-def compiled(matvec: Matvec, /, *, backend: str | Callable[..., Any] = "inductor") -> Matvec:
+def compiled(
+    matvec: Matvec, /, *, chunk_size: int = 4, backend: str | Callable[..., Any] = "inductor"
+) -> Matvec:
     """The same matrix, with its products compiled: for thousands of them on a large net.
 
     The operations of a product are written down once, with what they keep of the loss as
     constants, and the whole is compiled: element-wise operations become one, copies and views go.
-    There is one compilation for each shape of a block. What is written down is what the matvec
-    does with such a block: its chunk size is that of its trial, or that which it was given.
+    There is one compilation for each shape of a chunk: larger blocks go through it in pieces.
 
     Compiling takes a minute or two, and pays after
 
@@ -44,37 +47,47 @@ def compiled(matvec: Matvec, /, *, backend: str | Callable[..., Any] = "inductor
 
     Args:
         matvec: block -> block, of parameters and data that are fixed.
+        chunk_size: the most vectors that one program multiplies.
         backend: of `torch.compile`.
 
     Raises:
+        ValueError: the chunk size is not positive.
         RuntimeError: (from the matvec) params have changed in place since it was made.
     """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: at least 1")
     programs: dict[_Shapes, _Products] = {}
     checks: list[Callable[[], None]] = []
+
+    def of_chunk(found: Sequence[Tensor], nested: _Nested) -> Sequence[Tensor]:
+        key = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in found)
+        if key not in programs:
+            programs[key] = _program(matvec, found, nested, backend, checks)
+        with torch.no_grad():
+            return programs[key](*found)
 
     def products(block: Tree) -> Tree:
         for check in checks:
             check()
         found, structure = flatten(block)
-        key = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in found)
-        if key not in programs:
-            programs[key] = _program(matvec, block, backend, checks)
-        with torch.no_grad():
-            return structure.unflatten(programs[key](*found))
+        pieces = zip(*(leaf.split(chunk_size) for leaf in found), strict=True)
+        parts = [of_chunk(piece, structure.unflatten) for piece in pieces]
+        if len(parts) == 1:
+            return structure.unflatten(parts[0])
+        return structure.unflatten(torch.cat(leaves) for leaves in zip(*parts, strict=True))
 
     return products
 
 
 def _program(
     matvec: Matvec,
-    block: Tree,
+    found: Sequence[Tensor],
+    nested: _Nested,
     backend: str | Callable[..., Any],
     checks: list[Callable[[], None]],
 ) -> _Products:
-    found, structure = flatten(block)
-
     def of_leaves(*leaves: Tensor) -> list[Tensor]:
-        return flatten(matvec(structure.unflatten(leaves)))[0]
+        return flatten(matvec(nested(leaves)))[0]
 
     # A trial of chunks is no part of the product.
     of_leaves(*found)

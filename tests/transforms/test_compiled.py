@@ -34,6 +34,20 @@ def test_products_are_the_same(transform, chunk_size):
         torch.testing.assert_close(rows(fast(block)), rows(matvec(block)))
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3, 20])
+def test_a_block_goes_through_in_pieces(chunk_size):
+    loss, params, batch = problem()
+    matvec = hf.hvp(loss)(params, batch)
+    block = hf.random_like(params, 7, kind="normal", seed=0)
+    found = compiled(matvec, chunk_size=chunk_size, backend="eager")(block)
+    torch.testing.assert_close(rows(found), rows(matvec(block)))
+
+
+def test_a_chunk_of_no_vectors_is_refused():
+    with pytest.raises(ValueError, match="chunk_size=0: at least 1"):
+        compiled(lambda block: block, chunk_size=0)
+
+
 def test_a_shape_is_compiled_once():
     seen = []
 

@@ -1,0 +1,116 @@
+"""``python -m bench.speed``: measure what is not there, and write the tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from bench.speed.cells import Cell, about, read, write
+from bench.speed.plan import FAST, PLAN, measure, within
+from bench.speed.tables import markdown
+from bench.speed.turns import Effort
+
+RESULTS = Path(__file__).parents[1] / "results"
+PACKAGES = [
+    "PyHessian",
+    "hessian-eigenthings",
+    "curvlinops-for-pytorch",
+    "backpack-for-pytorch",
+    "scipy",
+    "numpy",
+    "transformers",
+]
+
+
+def main() -> None:
+    """Measure what is not there, and write the tables and figures."""
+    options = _options()
+    folder = RESULTS / ("speed-fast" if options.fast else "speed")
+    cells = read(folder / "cells")
+    names = [
+        name
+        for name in (FAST if options.fast else PLAN)
+        if any(fnmatch(name, chosen) for chosen in options.cells)
+        and (options.again or name not in cells or cells[name].absent)
+    ]
+    if options.list:
+        for name in PLAN:
+            known = f"{cells[name].seconds:.0f} s" if name in cells else f"some {PLAN[name]:.0f} s"
+            print(f"{name}: {'measured in ' if name in cells else ''}{known}")
+        return
+    effort = Effort(seconds=options.seconds, least=options.rounds)
+    if options.minutes is not None:
+        effort = Effort(seconds=options.seconds / 2, least=min(options.rounds, 3))
+    if options.fast:
+        effort = Effort(seconds=1.0, least=2)
+
+    def took(name: str) -> float | None:
+        return cells[name].seconds if name in cells else None
+
+    chosen = within(options.minutes or float("inf"), names, took, time.monotonic)
+    # torch warns about itself where it compiles its formulas for forward mode.
+    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
+    for name in [] if options.tables else chosen:
+        cells[name] = _measured(name, effort)
+        write(folder / "cells", name, cells[name])
+        _tell(name, cells[name])
+    _publish(cells, RESULTS, folder.name)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.speed", description="How fast curvature is.")
+    parser.add_argument("cells", nargs="*", default=["*"], help="globs of cells, such as 'block/*'")
+    parser.add_argument("--again", action="store_true", help="those that are there as well")
+    parser.add_argument("--minutes", type=float, help="no cell is begun that would take longer")
+    parser.add_argument("--fast", action="store_true", help="three minutes, in a folder of its own")
+    parser.add_argument("--list", action="store_true", help="the cells, and what each takes")
+    parser.add_argument("--tables", action="store_true", help="of what is there, measuring nothing")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of timing, for each cell")
+    parser.add_argument("--rounds", type=int, default=5, help="at the least, for each cell")
+    return parser.parse_args()
+
+
+def _measured(name: str, effort: Effort) -> Cell:
+    start = time.perf_counter()
+    try:
+        cell = measure(name, effort)
+    except (FileNotFoundError, ModuleNotFoundError) as absent:
+        cell = Cell(name, absent=str(absent))
+    # The graphs that other libraries leave at parameters hold themselves.
+    gc.collect()
+    return replace(cell, about=about(PACKAGES), seconds=time.perf_counter() - start)
+
+
+def _tell(name: str, cell: Cell) -> None:
+    costs = ", ".join(
+        f"{title} {row.gradients.median:.2f}" for title, row in cell.rows.items() if row.gradients
+    )
+    what = cell.absent or costs or "measured"
+    print(f"{name} ({cell.seconds:.0f} s): {what}", file=sys.stderr, flush=True)
+    for title, why in cell.gaps.items():
+        print(f"  {title}: {why}", file=sys.stderr, flush=True)
+
+
+def _publish(cells: Mapping[str, Cell], folder: Path, stem: str) -> None:
+    in_order = {name: cells[name] for name in PLAN if name in cells}
+    path = folder / f"{stem}.md"
+    path.write_text(markdown(in_order))
+    print(path)
+    try:
+        from bench.speed.figures import draw
+    except ModuleNotFoundError as absent:
+        print(f"no figures: {absent}", file=sys.stderr)
+        return
+    for figure in draw(in_order, folder, stem):
+        print(figure)
+
+
+if __name__ == "__main__":
+    main()

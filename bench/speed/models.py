@@ -1,0 +1,152 @@
+"""The nets, each with as many examples as are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.cases import Case
+from hessfunc.problems.data import cifar10, data_root
+from hessfunc.problems.gpt import GPT
+from hessfunc.problems.llama import stories260k, stories_batches
+from hessfunc.problems.mlp import mlp
+from hessfunc.problems.resnet import load_weights, resnet
+from hessfunc.problems.training import seeded
+from hessfunc.problems.vit import ViT
+
+__all__ = ["MODELS", "Model", "batches_of", "made"]
+
+Made = tuple[nn.Module, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a net and its examples are made.
+
+    Attributes:
+        title: for the tables.
+        examples: of a batch.
+        make: the net, inputs and targets, by the number of examples.
+        attention: it is in the net, and its fused kernels have no second derivative.
+        block: the vectors of a block.
+    """
+
+    title: str
+    examples: int
+    make: Callable[[int], Made]
+    attention: bool = False
+    block: int = 16
+
+
+def made(name: str, examples: int | None = None) -> Case:
+    """A net with one batch, of its own number of examples or another; the same each time.
+
+    Raises:
+        FileNotFoundError: its weights or data are not there.
+        ModuleNotFoundError: a library that it takes is not installed.
+    """
+    model = MODELS[name]
+    with seeded(0):
+        net, inputs, targets = model.make(examples or model.examples)
+    return Case(
+        model.title, net.eval(), F.cross_entropy, inputs, targets, attention=model.attention
+    )
+
+
+def batches_of(case: Case, count: int) -> list[tuple[Tensor, Tensor]]:
+    """A batch cut into so many of one size."""
+    parts = (x.chunk(count) for x in (case.inputs, case.targets))
+    return list(zip(*parts, strict=True))
+
+
+class _Tokens(nn.Module):
+    """A language model with the logits of all tokens in one axis, as cross-entropy takes them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found = self.model(tokens)
+        return (found if isinstance(found, Tensor) else found.logits).flatten(0, 1)
+
+
+def _perceptron(*widths: int) -> Callable[[int], Made]:
+    def make(examples: int) -> Made:
+        return mlp(widths), torch.randn(examples, widths[0]), torch.randint(10, (examples,))
+
+    return make
+
+
+def _gpt(examples: int) -> Made:
+    return _Tokens(GPT()), *_next(torch.randint(512, (examples, 65)))
+
+
+def _next(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
+
+
+def _resnet20(examples: int) -> Made:
+    return resnet(20), torch.randn(examples, 3, 32, 32), torch.randint(10, (examples,))
+
+
+def _trained_resnet20(examples: int) -> Made:
+    weights = load_weights(_data() / "resnet20_cifar10" / "resnet20-12fca82f.th")
+    net, images = resnet(20), cifar10(_data())[:examples]
+    net.load_state_dict(weights)
+    return net, images.inputs, images.targets
+
+
+def _stories260k(examples: int) -> Made:
+    net = stories260k(_data() / "stories260K" / "stories260K_torch.npz")
+    stories = stories_batches(_data() / "stories260K" / "tinystories_sample_ids.npz")
+    tokens = torch.cat([story["input_ids"][:, :129] for story in stories[:examples]])
+    return _Tokens(net), *_next(tokens)
+
+
+def _vit(examples: int) -> Made:
+    return ViT(), torch.randn(examples, 3, 32, 32), torch.randint(10, (examples,))
+
+
+def _llama(examples: int) -> Made:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    return _Tokens(LlamaForCausalLM(config)), *_next(torch.randint(512, (examples, 65)))
+
+
+def _data() -> Path:
+    root = data_root()
+    if root is None:
+        raise FileNotFoundError("HESSFUNC_DATA is not set")
+    return root
+
+
+MODELS: dict[str, Model] = {
+    "mlp-small": Model("MLP 64-32-10, batch 64", 64, _perceptron(64, 32, 10)),
+    "mlp-wide": Model("MLP 784-256-256-10, batch 256", 256, _perceptron(784, 256, 256, 10)),
+    "gpt": Model("GPT 4 x 128, T = 64, batch 8", 8, _gpt, attention=True),
+    "resnet20": Model("ResNet-20, random weights and images, batch 64", 64, _resnet20, block=8),
+    "resnet20-trained": Model(
+        "ResNet-20, trained, CIFAR-10, batch 64", 64, _trained_resnet20, block=8
+    ),
+    "stories260k": Model("stories260K, T = 128, batch 4", 4, _stories260k),
+    "vit": Model("ViT 6 x 384, 64 patches, batch 4", 4, _vit, attention=True),
+    "llama": Model("Llama 6 x 384, T = 64, batch 4", 4, _llama),
+}

@@ -1,0 +1,94 @@
+"""Ours."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any, Literal
+
+import hessfunc as hf
+from bench.speed.asked import Alternative, Asked, Work
+from hessfunc.transforms.blocks import ChunkSize, Curvature
+from hessfunc.trees import Matvec, Space, Tree
+
+__all__ = ["COMPILED", "DATA", "MODES", "PRODUCTS", "matvec_of"]
+
+
+def _curvature(asked: Asked, **options: Any) -> tuple[Curvature, Tree]:
+    model_fn, params = hf.functional(asked.case.model)
+    loss = hf.supervised(model_fn, asked.case.criterion)
+    return {"hessian": hf.hvp, "ggn": hf.ggnvp}[asked.matrix](loss, **options), params
+
+
+def matvec_of(asked: Asked) -> tuple[Matvec, Tree]:
+    """The matrix of one batch, or of many with the graph of each kept; and the parameters."""
+    curvature, params = _curvature(asked)
+    if asked.batches:
+        return hf.over_batches(curvature, keep=True)(params, asked.batches), params
+    return curvature(params, (asked.case.inputs, asked.case.targets)), params
+
+
+def _product(asked: Asked, **options: Any) -> Work:
+    curvature, params = _curvature(asked, **options)
+    return _work(asked, curvature(params, (asked.case.inputs, asked.case.targets)), params)
+
+
+def _work(asked: Asked, matvec: Matvec, params: Tree, note: str = "") -> Work:
+    space = Space.of(params)
+    block = space.unravel(asked.rows())
+    return Work(lambda: matvec(block), space.ravel, note)
+
+
+def _one_vector(asked: Asked, mode: Literal["reverse", "forward"], anew: bool = False) -> Work:
+    curvature, params = _curvature(asked, mode=mode)
+    batch = asked.case.inputs, asked.case.targets
+    space = Space.of(params)
+    block = space.unravel(asked.rows()[:1])
+    if anew:
+        return Work(lambda: curvature(params, batch)(block), space.ravel)
+    matvec = curvature(params, batch)
+    return Work(lambda: matvec(block), space.ravel)
+
+
+def _compiled(asked: Asked) -> Work:
+    curvature, params = _curvature(asked)
+    compiled = hf.compiled(curvature(params, (asked.case.inputs, asked.case.targets)))
+    work = _work(asked, compiled, params)
+    start = time.perf_counter()
+    work.call()
+    return _work(asked, compiled, params, f"compiled in {time.perf_counter() - start:.0f} s")
+
+
+def _over_batches(asked: Asked) -> Work:
+    curvature, params = _curvature(asked)
+    return _work(asked, hf.over_batches(curvature)(params, asked.batches), params)
+
+
+def _in_chunks(mode: str, size: ChunkSize) -> Alternative:
+    make = partial(_product, mode=mode, chunk_size=size)
+    how = "looped" if size == 1 else f"{size} at once"
+    return Alternative(f"hessfunc, {mode}, {how}", "hessfunc", "ours", make, f"{mode}, {how}")
+
+
+PRODUCTS = [Alternative("hessfunc", "hessfunc", "ours", _product)]
+COMPILED = [Alternative("hessfunc, compiled", "hessfunc", "ours", _compiled)]
+DATA = [Alternative("hessfunc", "hessfunc", "ours", _over_batches)]
+
+
+def MODES(block: int) -> list[Alternative]:
+    """Each mode with one vector, and with each size of a chunk of a block."""
+    singles = {
+        "reverse, 1 vector": ("graph kept, 1 vector", partial(_one_vector, mode="reverse")),
+        "reverse, made anew, 1 vector": (
+            "graph rebuilt, 1 vector",
+            partial(_one_vector, mode="reverse", anew=True),
+        ),
+        "forward, 1 vector": ("forward, 1 vector", partial(_one_vector, mode="forward")),
+    }
+    return [
+        *(
+            Alternative(f"hessfunc, {how}", "hessfunc", "ours", make, alike)
+            for how, (alike, make) in singles.items()
+        ),
+        *(_in_chunks(m, size) for m in ("reverse", "forward") for size in (1, 4, block)),
+    ]

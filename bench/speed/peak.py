@@ -1,0 +1,64 @@
+"""The peak of memory of one alternative, in a process that does nothing else.
+
+    python -m bench.speed.peak memory/gpt 'PyHessian, graph kept'
+
+What a first call alone takes, such as modules that are imported then, is not counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["peak_above", "peak_of"]
+
+_MINUTES = 10
+
+
+def peak_of(cell: str, alternative: str) -> int:
+    """In bytes: of preparing it and one call, the result included, above the net and the batch.
+
+    Raises:
+        RuntimeError: the process has ended with an error, of which the last line is told.
+    """
+    # Tensors that are freed go back to the system at once, and are not found again in the heap.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", __name__, cell, alternative]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60 * _MINUTES
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise RuntimeError(last)
+    return int(done.stdout)
+
+
+def peak_above(call: Callable[[], object]) -> int:
+    """The peak of resident memory in a call, its result included, above what was there before."""
+    gc.collect()
+    # Resets the peak.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    kept = call()
+    peak = _status("VmHWM")
+    del kept
+    return peak - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def _main() -> None:
+    from bench.speed import memory
+
+    print(memory.peak(*sys.argv[1].split("/"), sys.argv[2]))
+
+
+if __name__ == "__main__":
+    _main()

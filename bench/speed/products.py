@@ -1,0 +1,118 @@
+"""Cells of products: of the Hessian and the GGN, one or a block, of a batch or a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from torch import Tensor
+
+from bench import baselines
+from bench.speed import models, ours, plain
+from bench.speed.asked import Alternative, Asked, Matrix
+from bench.speed.cells import Cell
+from bench.speed.peers import backpack, curvlinops, eigenthings, pyhessian
+from bench.speed.turns import Effort, Judged, prepared, rows_of, timed
+from hessfunc.training.work import CountedFlops
+
+__all__ = ["block", "compiled", "data", "floor", "ggn", "judge", "product"]
+
+TOLERANCE = 1e-2
+BATCHES = 20
+BLOCK_OF_DATA = 8
+# Twenty batches of these are the 500 images of the other questions.
+_EXAMPLES = {"resnet20-trained": 25}
+
+_HESSIAN = [
+    *ours.PRODUCTS,
+    *pyhessian.PRODUCTS,
+    *eigenthings.PRODUCTS,
+    *curvlinops.PRODUCTS,
+    *backpack.PRODUCTS,
+    *plain.PRODUCTS,
+]
+_GGN = [
+    *ours.PRODUCTS,
+    *eigenthings.PRODUCTS,
+    *curvlinops.PRODUCTS,
+    *backpack.PRODUCTS,
+    *plain.GAUSS_NEWTON,
+]
+_DATA = [
+    *ours.DATA,
+    *pyhessian.DATA,
+    *eigenthings.PRODUCTS,
+    *curvlinops.PRODUCTS,
+    *plain.DATA,
+]
+
+
+def product(name: str, effort: Effort) -> Cell:
+    """One Hessian product, repeated on the same batch."""
+    return _of(Asked(models.made(name)), _HESSIAN, effort)
+
+
+def block(name: str, effort: Effort) -> Cell:
+    """A block of Hessian products."""
+    return _of(Asked(models.made(name), k=models.MODELS[name].block), _HESSIAN, effort)
+
+
+def ggn(name: str, effort: Effort) -> Cell:
+    """A block of GGN products."""
+    return _of(Asked(models.made(name), "ggn", models.MODELS[name].block), _GGN, effort)
+
+
+def compiled(name: str, effort: Effort) -> Cell:
+    """A block of Hessian products, with ours compiled."""
+    asked = Asked(models.made(name), k=models.MODELS[name].block)
+    return _of(asked, [*ours.COMPILED, *_HESSIAN], effort)
+
+
+def data(name: str, effort: Effort) -> Cell:
+    """A block of products of the Hessian of a data set, in batches."""
+    examples = _EXAMPLES.get(name, models.MODELS[name].examples)
+    case = models.made(name, BATCHES * examples)
+    asked = Asked(case, k=BLOCK_OF_DATA, batches=models.batches_of(case, BATCHES))
+    return _of(asked, _DATA, effort)
+
+
+def _of(asked: Asked, alternatives: Sequence[Alternative], effort: Effort) -> Cell:
+    ready, gaps = prepared(asked, alternatives, judge(plain.expected(asked)))
+    found = timed(asked, ready, effort, TOLERANCE)
+    return Cell(
+        title=asked.case.title,
+        rounds=len(found.gradients),
+        gradient=median(found.gradients),
+        floor=floor(asked),
+        tolerance=TOLERANCE,
+        rows=rows_of(ready, found),
+        gaps=gaps,
+    )
+
+
+def judge(expected: Tensor) -> Callable[[Tensor], Judged]:
+    """The largest relative error of the rows of products, which may be the first ones alone."""
+
+    def judged(rows: Tensor) -> Judged:
+        of = expected[: len(rows)]
+        return Judged(float(((rows - of).norm(dim=1) / of.norm(dim=1)).max()), len(rows))
+
+    return judged
+
+
+def floor(asked: Asked) -> float:
+    """The matrix products of one product over those of a gradient, by their operations.
+
+    Counted in plain autograd on kept graphs, so that inputs that need no gradient are seen.
+    """
+    case = asked.own().case
+    make: dict[Matrix, Callable[..., Callable[[baselines.Vector], object]]] = {
+        "hessian": baselines.kept,
+        "ggn": baselines.gauss_newton,
+    }
+    apply, vector = make[asked.matrix](case), asked.vectors()[0]
+    with CountedFlops() as of_product:
+        apply(vector)
+    with CountedFlops() as of_gradient:
+        baselines.gradient(case)
+    return of_product.total / of_gradient.total
