@@ -29,7 +29,7 @@ class NotCompiledWarning(UserWarning):
 
 
 def compiled(
-    matvec: Matvec, /, *, chunk_size: int = 4, backend: str | Callable[..., Any] = "inductor"
+    matvec: Matvec, /, *, chunk_size: int = 1, backend: str | Callable[..., Any] = "inductor"
 ) -> Matvec:
     """The same matrix, with its products compiled: for thousands of them on a large net.
 
@@ -37,7 +37,7 @@ def compiled(
     constants, and the whole is compiled: element-wise operations become one, copies and views go.
     There is one compilation for each shape of a chunk: larger blocks go through it in pieces.
 
-    Compiling takes a minute or two, and pays after
+    Compiling takes half a minute and more, and pays after
 
         seconds of compilation / (seconds of a product - seconds of a compiled one)
 
@@ -47,7 +47,7 @@ def compiled(
 
     Args:
         matvec: block -> block, of parameters and data that are fixed.
-        chunk_size: the most vectors that one program multiplies.
+        chunk_size: the most vectors that one program multiplies; one is compiled fastest.
         backend: of `torch.compile`.
 
     Raises:
