@@ -68,13 +68,13 @@ def _residual(asked: Asked, pairs: Pairs) -> float:
     return float((left.norm(dim=1) / pairs.values.to(rows).abs()).max())
 
 
-def _ours(asked: Asked) -> Work:
+def _ours(asked: Asked, **options: int) -> Work:
     cut = (x.split(_MICROBATCH) for x in (asked.case.inputs, asked.case.targets))
     in_parts = Asked(asked.case, asked.matrix, batches=list(zip(*cut, strict=True)))
 
     def call() -> hf.Eigenpairs:
         matvec, params = ours.matvec_of(in_parts)
-        return hf.lanczos(matvec, params, k=TOP, rtol=RESIDUAL, seed=0)
+        return hf.lanczos(matvec, params, k=TOP, rtol=RESIDUAL, seed=0, **options)
 
     def pairs(found: hf.Eigenpairs) -> Pairs:
         _, params = hf.functional(asked.case.model)
@@ -152,6 +152,7 @@ def _settled(
 
 
 ALTERNATIVES = [
+    Alternative("hessfunc, lanczos, no search", "hessfunc", "ours", partial(_ours, search=0)),
     Alternative("hessfunc, lanczos", "hessfunc", "ours", _ours),
     Alternative("PyHessian, power iteration", "PyHessian", "peer", _power_iteration),
     Alternative(

@@ -59,6 +59,13 @@ TARGETS = [
         0.5,
         "hessfunc, lanczos",
     ),
+    Target(
+        "the same, no search for repeated ones",
+        "eigenpairs",
+        ("resnet20-trained",),
+        0.5,
+        "hessfunc, lanczos, no search",
+    ),
     Target("trace to 2 %", "trace", ("resnet20-trained",), 0.4, "hessfunc, xtrace"),
     Target("density, 100 steps x 4 probes", "density", ("gpt",), 0.7, "hessfunc, slq"),
     Target(

@@ -52,6 +52,7 @@ def lanczos(
     rtol: float = 1e-4,
     atol: float = 0.0,
     max_matvecs: int = 1000,
+    search: int = 8,
     start: Tree | None = None,
     seed: int | None = None,
     callback: Callback[Eigenpairs] | None = None,
@@ -71,7 +72,7 @@ def lanczos(
     are not said to have converged, and the reason says so.
 
     A Krylov space of blocks of b vectors holds b copies of a repeated eigenvalue at the most.
-    Where b < k, up to 8 more steps are made from a fresh vector outside of the basis; if they meet
+    Where b < k, a few more steps are made from a fresh vector outside of the basis; if they meet
     an eigenvalue that should have been among the k, the run warns, and the reason says so. That
     they meet none is no proof.
 
@@ -97,6 +98,7 @@ def lanczos(
         rtol: the relative tolerance of residuals.
         atol: the absolute tolerance of residuals, in units of the eigenvalues.
         max_matvecs: the budget, the final check included.
+        search: the most steps from a fresh vector outside of the basis; 0 makes none.
         start: a tree to start from, or a block, such as the vectors of an earlier run: more of
             them than ``block_size`` are mixed; random by default.
         seed: of the start.
@@ -112,7 +114,7 @@ def lanczos(
         MemoryError: not even a basis of k + 2 block_size vectors fits in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec a basis vector, and one at the end; 2 to 8 more where block_size < k. A matvec
+    Cost: one matvec a basis vector, and one at the end; 2 to ``search`` more where block_size < k. A matvec
     takes 4 basis_size n flops of reorthogonalisation, twice; (basis_size + block_size + k) n
     numbers of memory.
 
@@ -125,7 +127,7 @@ def lanczos(
         raise ValueError(f"which={which!r}: choose 'LM', 'LA', 'SA' or 'BE'")
     if not 1 <= k <= space.n:
         raise ValueError(f"k={k}: the matrix has {space.n} eigenvalues, choose 1 to {space.n}")
-    at_least(0, rtol=rtol, atol=atol)
+    at_least(0, rtol=rtol, atol=atol, search=search)
     at_least(1, block_size=block_size, basis_bytes=basis_bytes)
     block_size = min(block_size, space.n)
     at_least(max(k, block_size) + 1, max_matvecs=max_matvecs)
@@ -182,7 +184,8 @@ def lanczos(
             f"to {eps:.0e} |A|; take a looser rtol, or float64"
         )
     elif reason.startswith("converged") and block_size < k and not state.finished:
-        missed = _missed(problem, space, products, state, max_matvecs - products.matvecs)
+        room = min(search, max_matvecs - products.matvecs)
+        missed = _missed(problem, space, products, state, room)
         if missed is not None:
             reason += (
                 f", but {missed:.6g} was met outside of the basis: repeated eigenvalues were "
@@ -427,7 +430,7 @@ def _missed(
     """A Ritz value from outside of the basis that should have been among the wanted ones."""
     inside, _ = _ritz(problem, state)
     known = state.basis[: state.size]
-    steps = min(_STEPS_TO_TRUST, room, space.n - state.size)
+    steps = min(room, space.n - state.size)
     rows = space.probes([state.probes], kind="sphere", seed=problem.seed, dtype=problem.dtype)
     outside, images, values = rows[:0], rows[:0], inside[:0]
     for _ in range(steps):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hessfunc.choices import current_choices
 from hessfunc.memory import PeakMemory, available_memory
-from hessfunc.transforms.kernels import explained, precise
+from hessfunc.transforms.kernels import explanation, precise
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, unchanged
 
 __all__ = ["Chunks", "Curvature", "Product", "block_matvec", "guarding"]
@@ -85,30 +85,40 @@ def block_matvec(
     refuse_if_changed = unchanged(space.names, point)
     of_batch = [tuple(x.shape) for x in batch_leaves(batch) if isinstance(x, Tensor)]
 
+    surroundings = precise if space.device.type == "cuda" else nullcontext
+
+    def products(tangents: Sequence[Tensor]) -> Iterable[Tensor]:
+        k = len(tangents[0])
+        if k == 1:
+            return [out[None] for out in product([t[0] for t in tangents])]
+        if chunks.size != "auto":
+            return _in_chunks(product, tangents, chunks.size)[0]
+        if k < _SMALLEST_BLOCK:
+            return _in_chunks(product, tangents, 1)[0]
+        key = f"{k} vectors of {space.n}, batch {', '.join(map(str, of_batch))}"
+        recorded = current_choices()
+        size = recorded.get(key) or chunks.chosen.get(key)
+        if size is None:
+            found, size = _by_trial(product, tangents)
+        else:
+            found, size = _in_chunks(product, tangents, size)
+        recorded[key] = chunks.chosen[key] = size
+        return found
+
+    # The way of one vector is short: on a small net it takes as long as the product.
     def matvec(block: Tree) -> Tree:
         refuse_if_changed()
         _guards.get([]).append(refuse_if_changed)
-        tangents = [
-            leaf.to(dtype)
-            for leaf, dtype in zip(space.block_leaves(block), space.dtypes, strict=True)
-        ]
-        k = len(tangents[0])
-        with torch.no_grad(), precise(space.device), explained(space, batch):
-            if k == 1:
-                return space.tree(out[None] for out in product([t[0] for t in tangents]))
-            if chunks.size != "auto":
-                return space.tree(_in_chunks(product, tangents, chunks.size)[0])
-            if k < _SMALLEST_BLOCK:
-                return space.tree(_in_chunks(product, tangents, 1)[0])
-            key = f"{k} vectors of {space.n}, batch {', '.join(map(str, of_batch))}"
-            recorded = current_choices()
-            size = recorded.get(key) or chunks.chosen.get(key)
-            if size is None:
-                found, size = _by_trial(product, tangents)
-            else:
-                found, size = _in_chunks(product, tangents, size)
-            recorded[key] = chunks.chosen[key] = size
-            return space.tree(found)
+        tangents = space.block_leaves(block)
+        if any(t.dtype is not dtype for t, dtype in zip(tangents, space.dtypes, strict=True)):
+            tangents = [t.to(dtype) for t, dtype in zip(tangents, space.dtypes, strict=True)]
+        try:
+            with torch.no_grad(), surroundings(space.device):
+                return space.tree(products(tangents))
+        except RuntimeError as error:
+            if (clearer := explanation(error, space, batch)) is not None:
+                raise clearer from error
+            raise
 
     return matvec
 

@@ -498,6 +498,18 @@ def test_a_restart_that_keeps_zeros_alone_remembers_the_scale(seed: int) -> None
     assert bool((found.values[:2].abs() < 1e-9).all())
 
 
+def test_a_search_is_not_made_where_it_is_not_asked_for() -> None:
+    A = torch.linspace(0, 6, 200, dtype=torch.float64).diag()
+    A[0, 0] = A[1, 1] = 9.0
+    like, start = torch.zeros(200, dtype=torch.float64), torch.ones(200, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="9 was met outside of the basis"):
+        searched = hf.lanczos(hf.dense(A), like, k=2, start=start, seed=0)
+    alone = hf.lanczos(hf.dense(A), like, k=2, start=start, seed=0, search=0)
+    torch.testing.assert_close(alone.values, searched.values)
+    assert alone.matvecs < searched.matvecs
+    assert alone.reason == "converged: all residuals are within the tolerance"
+
+
 def test_copies_are_missed_aloud_where_the_basis_nearly_fills_the_space() -> None:
     spectrum = torch.cat([torch.full((3,), 5.0), torch.linspace(-1, 1, 27)]).double()
     for seed in range(10):

@@ -3,8 +3,9 @@
 from hessfunc.transforms.kernels.surroundings import (
     differentiable_twice,
     explained,
+    explanation,
     precise,
     same_draws,
 )
 
-__all__ = ["differentiable_twice", "explained", "precise", "same_draws"]
+__all__ = ["differentiable_twice", "explained", "explanation", "precise", "same_draws"]

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hessfunc.transforms.kernels.replaced import EXACT, Replaced, Replacements
 from hessfunc.trees import Space, batch_leaves
 
-__all__ = ["differentiable_twice", "explained", "precise", "same_draws"]
+__all__ = ["differentiable_twice", "explained", "explanation", "precise", "same_draws"]
 
 
 @contextmanager
@@ -86,30 +86,36 @@ def explained(space: Space, batch: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if found := _NO_REVERSE.search(text):
-            raise NotImplementedError(
-                f"{_operation(found)} has no second derivative in torch: replace it, or take "
-                "`hvp(loss, mode='difference')`, the Hessian by finite differences of the "
-                "gradient, which need a smooth loss and are best in float64"
-            ) from error
-        if found := _NO_FORWARD.search(text):
-            raise NotImplementedError(
-                f"{_operation(found)}: not supported in forward mode: take "
-                "`hvp(loss, mode='reverse')`"
-            ) from error
-        if "use_reentrant=True" in text:
-            raise NotImplementedError(
-                "torch.utils.checkpoint (gradient checkpointing) does not work under second "
-                "derivatives: turn it off, and take functional(model, recompute='model.layers.*')"
-            ) from error
-        devices = {leaf.device for leaf in batch_leaves(batch) if isinstance(leaf, Tensor)}
-        if devices - {space.device}:
-            raise ValueError(
-                f"the parameters lie on {space.device}, but the batch has tensors on "
-                f"{', '.join(sorted(map(str, devices - {space.device})))}: move one to the other"
-            ) from error
+        if (clearer := explanation(error, space, batch)) is not None:
+            raise clearer from error
         raise
+
+
+def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | None:
+    """An error that says what to do."""
+    text = str(error)
+    if found := _NO_REVERSE.search(text):
+        return NotImplementedError(
+            f"{_operation(found)} has no second derivative in torch: replace it, or take "
+            "`hvp(loss, mode='difference')`, the Hessian by finite differences of the "
+            "gradient, which need a smooth loss and are best in float64"
+        )
+    if found := _NO_FORWARD.search(text):
+        return NotImplementedError(
+            f"{_operation(found)}: not supported in forward mode: take `hvp(loss, mode='reverse')`"
+        )
+    if "use_reentrant=True" in text:
+        return NotImplementedError(
+            "torch.utils.checkpoint (gradient checkpointing) does not work under second "
+            "derivatives: turn it off, and take functional(model, recompute='model.layers.*')"
+        )
+    devices = {leaf.device for leaf in batch_leaves(batch) if isinstance(leaf, Tensor)}
+    if devices - {space.device}:
+        return ValueError(
+            f"the parameters lie on {space.device}, but the batch has tensors on "
+            f"{', '.join(sorted(map(str, devices - {space.device})))}: move one to the other"
+        )
+    return None
 
 
 def _operation(found: re.Match[str]) -> str:
