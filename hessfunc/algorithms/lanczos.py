@@ -114,9 +114,9 @@ def lanczos(
         MemoryError: not even a basis of k + 2 block_size vectors fits in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec a basis vector, and one at the end; 2 to ``search`` more where block_size < k. A matvec
-    takes 4 basis_size n flops of reorthogonalisation, twice; (basis_size + block_size + k) n
-    numbers of memory.
+    Cost: one matvec a basis vector, and one at the end; 2 to ``search`` more where block_size < k.
+    A matvec takes 4 basis_size n flops of reorthogonalisation, twice; (basis_size + block_size + k)
+    n numbers of memory.
 
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
     Musco and Rao 2025, arXiv 2508.06486.

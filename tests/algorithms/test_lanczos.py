@@ -502,7 +502,7 @@ def test_a_search_is_not_made_where_it_is_not_asked_for() -> None:
     A = torch.linspace(0, 6, 200, dtype=torch.float64).diag()
     A[0, 0] = A[1, 1] = 9.0
     like, start = torch.zeros(200, dtype=torch.float64), torch.ones(200, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="9 was met outside of the basis"):
+    with pytest.warns(UserWarning, match="was met outside of the basis"):
         searched = hf.lanczos(hf.dense(A), like, k=2, start=start, seed=0)
     alone = hf.lanczos(hf.dense(A), like, k=2, start=start, seed=0, search=0)
     torch.testing.assert_close(alone.values, searched.values)
