@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import time
 import warnings
@@ -13,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from bench.speed.cells import Cell, about, read, write
+from bench.speed.device import VARIABLE, device
 from bench.speed.plan import FAST, PLAN, measure, within
 from bench.speed.tables import markdown
 from bench.speed.turns import Effort
@@ -32,7 +34,9 @@ PACKAGES = [
 def main() -> None:
     """Measure what is not there, and write the tables and figures."""
     options = _options()
-    folder = RESULTS / ("speed-fast" if options.fast else "speed")
+    os.environ[VARIABLE] = options.device
+    stem = "speed-fast" if options.fast else "speed"
+    folder = RESULTS / (stem if device().type == "cpu" else f"{stem}-{device().type}")
     cells = read(folder / "cells")
     names = [
         name
@@ -70,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="those that are there as well")
     parser.add_argument("--minutes", type=float, help="no cell is begun that would take longer")
     parser.add_argument("--fast", action="store_true", help="three minutes, in a folder of its own")
+    parser.add_argument("--device", default="cpu", help="such as cuda; each has its own folder")
     parser.add_argument("--list", action="store_true", help="the cells, and what each takes")
     parser.add_argument("--tables", action="store_true", help="of what is there, measuring nothing")
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing, for each cell")

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.baselines import Vector
 from bench.cases import Case
+from bench.speed.device import on_device
 from hessfunc.problems.training import seeded
 
 __all__ = ["Alternative", "Asked", "Kind", "Matrix", "Work", "differentiable_twice", "flat"]
@@ -104,7 +105,7 @@ class Alternative:
 @lru_cache(maxsize=1)
 def _rows(k: int, n: int) -> Tensor:
     with seeded(1):
-        return torch.randn(k, n)
+        return on_device(torch.randn(k, n))
 
 
 @lru_cache(maxsize=1)

@@ -130,13 +130,13 @@ def _eigsh(product: Callable[[Tensor], Tensor], n: int, like: Tensor, tol: float
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     def matvec(vector: np.ndarray) -> np.ndarray:
-        return product(torch.from_numpy(vector).to(like).flatten()).detach().numpy()
+        return product(torch.from_numpy(vector).to(like).flatten()).detach().cpu().numpy()
 
     counted = Counted(matvec)
     operator = LinearOperator((n, n), matvec=counted, dtype=np.float32)
     start = np.random.default_rng(0).standard_normal(n).astype(np.float32)
     values, vectors = eigsh(operator, k=TOP, which="LM", tol=tol, v0=start)
-    rows = torch.from_numpy(np.ascontiguousarray(vectors.T))
+    rows = torch.from_numpy(np.ascontiguousarray(vectors.T)).to(like)
     return Pairs(torch.from_numpy(values.copy()), rows, counted.count)
 
 

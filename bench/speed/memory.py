@@ -12,6 +12,7 @@ import hessfunc as hf
 from bench.speed import models, ours, plain
 from bench.speed.asked import Alternative, Asked, Work
 from bench.speed.cells import Cell
+from bench.speed.device import device
 from bench.speed.peak import peak_above, peak_of
 from bench.speed.peers import backpack, curvlinops, eigenthings, pyhessian
 from bench.speed.products import TOLERANCE, floor, judge
@@ -62,7 +63,7 @@ def peak(question: str, name: str, alternative: str) -> int:
 
 def basis_peak(size: int, n: int = 500_000) -> int:
     """That of Lanczos with a basis of so many vectors, on a matrix that takes no memory."""
-    diagonal = torch.linspace(0, 1, n)
+    diagonal = torch.linspace(0, 1, n, device=device())
     # So small a tolerance is not met: the basis is filled.
     return peak_above(
         lambda: hf.lanczos(

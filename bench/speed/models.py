@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cases import Case
+from bench.speed.device import device, on_device
 from hessfunc.problems.data import cifar10, data_root
 from hessfunc.problems.gpt import GPT
 from hessfunc.problems.llama import stories260k, stories_batches
@@ -53,9 +54,9 @@ def made(name: str, examples: int | None = None) -> Case:
     model = MODELS[name]
     with seeded(0):
         net, inputs, targets = model.make(examples or model.examples)
-    return Case(
-        model.title, net.eval(), F.cross_entropy, inputs, targets, attention=model.attention
-    )
+    net.eval().to(device())
+    batch = on_device(inputs), on_device(targets)
+    return Case(model.title, net, F.cross_entropy, *batch, attention=model.attention)
 
 
 def batches_of(case: Case, count: int) -> list[tuple[Tensor, Tensor]]:

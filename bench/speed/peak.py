@@ -14,6 +14,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from bench.speed.device import device, wait
+
 __all__ = ["peak_above", "peak_of"]
 
 _MINUTES = 10
@@ -38,13 +42,28 @@ def peak_of(cell: str, alternative: str) -> int:
 
 
 def peak_above(call: Callable[[], object]) -> int:
-    """The peak of resident memory in a call, its result included, above what was there before."""
+    """The peak of resident memory in a call, its result included, above what was there before.
+
+    On a GPU, of its own memory.
+    """
     gc.collect()
+    if device().type == "cuda":
+        return _peak_on_gpu(call)
     # Resets the peak.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     kept = call()
     peak = _status("VmHWM")
+    del kept
+    return peak - before
+
+
+def _peak_on_gpu(call: Callable[[], object]) -> int:
+    torch.cuda.reset_peak_memory_stats(device())
+    before = torch.cuda.memory_allocated(device())
+    kept = call()
+    wait()
+    peak = torch.cuda.max_memory_allocated(device())
     del kept
     return peak - before
 

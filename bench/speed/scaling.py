@@ -22,6 +22,7 @@ from bench.interleaved import Turns
 from bench.speed import models, ours
 from bench.speed.asked import Asked
 from bench.speed.cells import Cell, Line
+from bench.speed.device import device, on_device, wait
 from bench.speed.peak import peak_of
 from bench.speed.turns import Effort, taken
 from hessfunc.problems.mlp import mlp
@@ -39,7 +40,8 @@ def _parameters(effort: Effort) -> Cell:
         with seeded(0):
             net = mlp([64, width, width, width, 10])
             inputs, targets = torch.randn(64, 64), torch.randint(10, (64,))
-        return _products(Case("", net, F.cross_entropy, inputs, targets))
+        batch = on_device(inputs), on_device(targets)
+        return _products(Case("", net.to(device()), F.cross_entropy, *batch))
 
     sizes = [10**4, 10**5, 10**6, 10**7]
     return _lines("parameters of an MLP, batch 64", sizes, calls, effort, "parameters")
@@ -62,7 +64,13 @@ def _products(case: Case) -> dict[str, Callable[[], object]]:
 
 
 def _call(asked: Asked) -> Callable[[], object]:
-    return ours.PRODUCTS[0].make(asked).call
+    call = ours.PRODUCTS[0].make(asked).call
+
+    def to_its_end() -> None:
+        call()
+        wait()
+
+    return to_its_end
 
 
 def _vectors(name: str, effort: Effort) -> Cell:

@@ -31,7 +31,8 @@ _MEANING = (
     "matrix products of one product over those of a gradient, as plain autograd makes them on "
     "kept graphs; a cost below it says that operations run at a higher rate than in a gradient. "
     "**Bold**: an error beyond the tolerance, so no answer; its cost is that of one call. Memory: "
-    "the peak of a process that does nothing else, above the net, the batch and the vectors."
+    "the peak of a process that does nothing else, above the net, the batch and the vectors. Other "
+    "devices than the one named here have tables of their own, where they were measured."
 )
 
 

@@ -13,6 +13,7 @@ from bench import baselines
 from bench.interleaved import Turns, ratio
 from bench.speed.asked import Alternative, Asked, Work
 from bench.speed.cells import Row
+from bench.speed.device import wait
 
 __all__ = [
     "Effort",
@@ -93,6 +94,7 @@ def prepared(
             work = alternative.make(asked.own())
             start = time.perf_counter()
             found = work.call()
+            wait()
             seconds = time.perf_counter() - start
             ready.append(Prepared(alternative, work, judge(work.answer(found)), seconds))
         except Exception as broken:
@@ -130,7 +132,7 @@ def timed(
     turns = Turns(
         {
             _GRADIENT: partial(gradient_of, asked),
-            **{title: one.work.call for title, one in right.items()},
+            **{title: _to_its_end(one.work.call) for title, one in right.items()},
         }
     )
     gradient_of(asked)
@@ -142,6 +144,14 @@ def timed(
             for title, one in right.items()
         },
     )
+
+
+def _to_its_end(call: Callable[[], Any]) -> Callable[[], None]:
+    def called() -> None:
+        call()
+        wait()
+
+    return called
 
 
 def taken(turns: Turns, effort: Effort) -> None:
@@ -157,6 +167,7 @@ def gradient_of(asked: Asked) -> None:
     """A gradient of the batch, or of all batches."""
     for inputs, targets in asked.batches or [(asked.case.inputs, asked.case.targets)]:
         baselines.gradient(replace(asked.case, inputs=inputs, targets=targets))
+    wait()
 
 
 def rows_of(ready: Sequence[Prepared], found: Timed) -> dict[str, Row]:
