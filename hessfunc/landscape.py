@@ -128,7 +128,7 @@ def landscape(
     axes = _axes(at, radius, points, len(lengths))
     steps = torch.cartesian_prod(*axes).view(-1, len(axes)).to(space.device, space.dtype)
     seconds: dict[int, list[float]] = {size: [] for size in _sizes(chunk_size, len(steps))}
-    total = torch.zeros(len(steps), dtype=torch.float64)
+    total = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(total)
     evaluations = 0
 
@@ -233,12 +233,12 @@ def _axes(
                 f"radius={radius}, points={points}: both must be positive, and points an integer"
             )
         # Symmetric to the last bit, so that the middle is params itself.
-        places = torch.arange(points, dtype=torch.float64) - (points - 1) / 2
+        places = torch.arange(points, dtype=torch.float64, device="cpu") - (points - 1) / 2
         at = places * (2 * radius / max(1, points - 1))
     found = [at] * count if isinstance(at, Tensor) else list(at)
     if len(found) != count:
         raise ValueError(f"at has {len(found)} axes for {count} directions: pass one tensor each")
-    axes = [torch.as_tensor(axis, dtype=torch.float64).detach().cpu() for axis in found]
+    axes = [torch.as_tensor(axis, dtype=torch.float64, device="cpu").detach() for axis in found]
     for axis in axes:
         if axis.dim() != 1 or not len(axis) or not axis.isfinite().all():
             raise ValueError(

@@ -259,7 +259,7 @@ class Space:
 
     def leaf_of_columns(self, columns: Tensor, /) -> list[str]:
         """The names of the leaves in which these columns of a flat row lie."""
-        ends = torch.tensor(self.sizes).cumsum(0)
+        ends = torch.tensor(self.sizes, device="cpu").cumsum(0)
         found = torch.bucketize(columns.cpu(), ends, right=True).unique()
         return [self.names[i] for i in found.tolist()]
 

@@ -90,8 +90,8 @@ def orthonormal(
         Q, and F and C in float64 on the CPU.
     """
     width = sum(map(len, bases))
-    inner = torch.zeros(len(rows), width, dtype=torch.float64)
-    factor = torch.eye(len(rows), dtype=torch.float64)
+    inner = torch.zeros(len(rows), width, dtype=torch.float64, device="cpu")
+    factor = torch.eye(len(rows), dtype=torch.float64, device="cpu")
     before = removed(space, rows, *bases)
     for turn in range(2):
         again = removed(space, rows, *bases)

@@ -196,7 +196,11 @@ class Checkpoint:
             data += part
         self.segments[key] = value["tensor"]
         dtype = getattr(torch, value["dtype"])
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        flat = (
+            torch.frombuffer(data, dtype=dtype)
+            if data
+            else torch.empty(0, dtype=dtype, device="cpu")
+        )
         found = flat.reshape(value["shape"])
         return found.to(self.products.space.device) if value["on_device"] else found
 

@@ -178,7 +178,7 @@ def _started(
 ) -> _State:
     probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
     probes /= math.sqrt(space.n)
-    none = torch.zeros(0, len(indices), dtype=torch.float64)
+    none = torch.zeros(0, len(indices), dtype=torch.float64, device="cpu")
     basis = appended(probes.new_empty(0, *probes.shape), probes[None], steps)
     return _State(basis, none, none, (-1,) * len(indices), done, group)
 
@@ -193,7 +193,7 @@ def _extended(products: Products, state: _State, steps: int, eps: float) -> _Sta
         # Twice is enough: the second pass removes what rounding left of the first.
         along = removed(space, image, basis[:, i]) + removed(space, image, basis[:, i])
         alphas.append(along[0, -1])
-    numbers = torch.zeros(2, len(state.taken), dtype=torch.float64)
+    numbers = torch.zeros(2, len(state.taken), dtype=torch.float64, device="cpu")
     numbers[:, active] = torch.stack([torch.stack(alphas), space.norms(images)]).cpu().double()
     state = replace(
         state,
@@ -223,12 +223,16 @@ def _extended(products: Products, state: _State, steps: int, eps: float) -> _Sta
 def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor]:
     """Nodes and weights ``(p, m)``; short runs are filled up with nodes of weight 0."""
     longest = max(len(alphas) for alphas, _ in recurrences)
-    nodes = torch.zeros(len(recurrences), longest, dtype=torch.float64)
+    nodes = torch.zeros(len(recurrences), longest, dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(nodes)
     for row, weight, (alphas, betas) in zip(nodes, weights, recurrences, strict=True):
         m = len(alphas)
-        off = torch.tensor(betas[: m - 1], dtype=torch.float64)
-        projected = torch.tensor(alphas, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1)
+        off = torch.tensor(betas[: m - 1], dtype=torch.float64, device="cpu")
+        projected = (
+            torch.tensor(alphas, dtype=torch.float64, device="cpu").diag()
+            + off.diag(1)
+            + off.diag(-1)
+        )
         values, vectors = torch.linalg.eigh(projected)
         row[:m], row[m:] = values, values[-1]
         weight[:m] = vectors[0].square()

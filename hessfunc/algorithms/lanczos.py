@@ -290,8 +290,8 @@ def _start(problem: _Problem, space: Space, start: Tree | None, basis_size: int)
     empty = rows.new_zeros(0, space.n, dtype=problem.basis_dtype)
     block, _, _ = orthonormal(space, rows, empty, threshold=lambda _: 0.0)
     basis = appended(empty, block, basis_size + b)
-    none = torch.zeros(0, 0, dtype=torch.float64)
-    coupling = torch.zeros(len(block), 0, dtype=torch.float64)
+    none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+    coupling = torch.zeros(len(block), 0, dtype=torch.float64, device="cpu")
     return _State(basis, none, coupling, probes=b, basis_size=basis_size)
 
 
@@ -341,12 +341,12 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
         threshold=lambda longest: rounding(problem.eps, max(state.longest, longest)),
     )
     columns = inner.mT
-    projected = torch.zeros(len(basis), len(basis), dtype=torch.float64)
+    projected = torch.zeros(len(basis), len(basis), dtype=torch.float64, device="cpu")
     projected[:j, :j] = state.projected
     projected[:, j:] = columns
     projected[j:, :j] = columns[:j].mT
     projected[j:, j:] = (columns[j:] + columns[j:].mT) / 2
-    coupling = torch.zeros(len(block), len(basis), dtype=torch.float64)
+    coupling = torch.zeros(len(block), len(basis), dtype=torch.float64, device="cpu")
     coupling[:, j:] = factor
     following = replace(
         state,
@@ -383,7 +383,7 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
     return replace(
         state,
         basis=appended(state.basis, block, _room(problem, state)),
-        coupling=torch.zeros(len(block), state.size, dtype=torch.float64),
+        coupling=torch.zeros(len(block), state.size, dtype=torch.float64, device="cpu"),
         probes=state.probes + width,
         steps=0,
         closed=values,
@@ -512,8 +512,8 @@ def _preferred(which: Which, values: Tensor) -> Tensor:
         return values.abs().argsort(descending=True)
     if which == "BE":
         order = [i // 2 if i % 2 else last - i // 2 for i in range(last + 1)]
-        return torch.tensor(order, dtype=torch.int64)
-    ascending = torch.arange(last + 1)
+        return torch.tensor(order, dtype=torch.int64, device="cpu")
+    ascending = torch.arange(last + 1, device="cpu")
     return ascending if which == "SA" else ascending.flip(0)
 
 

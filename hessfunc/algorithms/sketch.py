@@ -32,7 +32,7 @@ class Sketch:
     @classmethod
     def empty(cls, space: Space, /) -> Sketch:
         none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
-        return cls(none, none, torch.zeros(0, 0, dtype=torch.float64))
+        return cls(none, none, torch.zeros(0, 0, dtype=torch.float64, device="cpu"))
 
     @property
     def full_rank(self) -> bool:
@@ -41,7 +41,7 @@ class Sketch:
     def extended(self, space: Space, products: Products, vectors: Tensor, /) -> Sketch:
         """The sketch of more vectors. Cost: at most one matvec each."""
         rank, p = self.factor.shape
-        rest, inner = vectors, torch.zeros(len(vectors), rank, dtype=torch.float64)
+        rest, inner = vectors, torch.zeros(len(vectors), rank, dtype=torch.float64, device="cpu")
         for _ in range(2):
             share = space.gram(rest, self.basis)
             rest = rest - space.combine(share, self.basis)
@@ -58,7 +58,7 @@ class Sketch:
         # What is short after the projection is not quite orthogonal to the basis.
         added = added - space.combine(space.gram(added, self.basis), self.basis)
 
-        factor = torch.zeros(rank + len(added), p + len(vectors), dtype=torch.float64)
+        factor = torch.zeros(rank + len(added), p + len(vectors), dtype=torch.float64, device="cpu")
         factor[:rank, :p] = self.factor
         factor[:rank, p:] = inner.mT
         factor[rank:, p:] = (lengths[kept, None] * axes[kept]).cpu().double()

@@ -135,10 +135,10 @@ def stochastic_power_iteration(
         floor = rounding(eps, largest)
         tolerance = max(rtol * abs(value), floor if abs(value) <= floor else 0.0)
         return Eigenpairs(
-            values=torch.tensor([value], dtype=torch.float64),
+            values=torch.tensor([value], dtype=torch.float64, device="cpu"),
             vectors=space.unravel(state.current),
-            residuals=torch.tensor([residual], dtype=torch.float64),
-            converged=torch.tensor([residual <= tolerance]),
+            residuals=torch.tensor([residual], dtype=torch.float64, device="cpu"),
+            converged=torch.tensor([residual <= tolerance], device="cpu"),
             largest=largest,
             **exact.cost(
                 f"{reason}; {state.drawn} of the {exact.matvecs} products were with one batch",

@@ -66,7 +66,7 @@ def history(
 
 def _values(found: Values) -> Tensor:
     values = found.values if isinstance(found, Eigenpairs) else found
-    return torch.as_tensor(values, dtype=torch.float64).cpu().reshape(-1)
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(-1)
 
 
 def _intervals(found: Values) -> Tensor:

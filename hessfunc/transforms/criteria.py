@@ -324,7 +324,7 @@ def _warn_unless_convex(
         for leaf in leaves:
             tangent = torch.zeros_like(leaf).detach()
             target = tangent[trial % examples] if leaf.dim() else tangent
-            target.copy_(torch.randn(target.shape, generator=generator))
+            target.copy_(torch.randn(target.shape, generator=generator, device="cpu"))
             tangents.append(tangent)
         found = product(tangents)
         curvature = sum(float((u * h).sum()) for u, h in zip(tangents, found, strict=True))

@@ -48,7 +48,7 @@ class Density(Result):
         """Evenly spaced points ``(points,)`` that cover the smoothed density."""
         low, high = float(self.nodes.min()), float(self.nodes.max())
         return torch.linspace(
-            low - 5 * self.width, high + 5 * self.width, points, dtype=torch.float64
+            low - 5 * self.width, high + 5 * self.width, points, dtype=torch.float64, device="cpu"
         )
 
     def pdf(self, grid: Tensor, width: float | None = None) -> Tensor:
@@ -99,7 +99,7 @@ class Density(Result):
         """
         if not 0 < level < 1:
             raise ValueError(f"level={level}: a probability between 0 and 1")
-        points = torch.as_tensor(x, dtype=torch.float64)
+        points = torch.as_tensor(x, dtype=torch.float64, device="cpu")
         if points.isnan().any():
             raise ValueError("x has entries that are NaN")
         lower, upper = self._enclosed(points)
@@ -119,7 +119,7 @@ class Density(Result):
         last = torch.where(before, cumulated, 0.0).amax(-1)
         # Up to the node before x, and up to the node after it.
         at = (before.sum(-1) - 1).clamp_min(0)
-        probe = torch.arange(len(self.nodes)).expand(at.shape)
+        probe = torch.arange(len(self.nodes), device="cpu").expand(at.shape)
         lower = (share - self.weights[probe, at] * (before.any(-1))).clamp_min(0)
         following = (at + before.any(-1)).clamp_max(self.nodes.shape[1] - 1)
         upper = torch.maximum(cumulated[probe, following], last).clamp_max(1)

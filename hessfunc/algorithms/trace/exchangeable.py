@@ -53,7 +53,7 @@ def spread(left_one: Tensor, left_two: Tensor | None, /) -> Spread:
         return Spread(naive, naive, p)
     if p < 3:
         return Spread(math.inf, math.inf, p)
-    same = torch.eye(p, dtype=torch.bool)
+    same = torch.eye(p, dtype=torch.bool, device="cpu")
     left_two = left_two.masked_fill(same, 0.0)
     means = left_two.sum(0) / (p - 1)
     inside = (left_two - means).masked_fill(same, 0.0).square().sum(0) / (p - 2)

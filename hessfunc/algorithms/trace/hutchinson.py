@@ -113,7 +113,7 @@ def hutchinson(
             return None
         return narrow_enough(found(state, "running"), rtol, atol)
 
-    none = torch.zeros(0, dtype=torch.float64)
+    none = torch.zeros(0, dtype=torch.float64, device="cpu")
     state, reason = drive(
         _State(none.new_zeros(0, len(space.names)), none),
         products=products,
@@ -159,7 +159,7 @@ class _Known:
 def _known(space: Space, pairs: Eigenpairs | None) -> _Known:
     if pairs is None:
         none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
-        return _Known(none, torch.zeros(len(space.names), dtype=torch.float64), 0.0)
+        return _Known(none, torch.zeros(len(space.names), dtype=torch.float64, device="cpu"), 0.0)
     basis = space.ravel(pairs.vectors, dtype=rows_dtype(space))
     if len(basis) >= space.n:
         raise ValueError("all eigenpairs are at hand: the trace is the sum of their values")

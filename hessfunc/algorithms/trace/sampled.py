@@ -142,7 +142,7 @@ def sampled_trace(
         return narrow_enough(found(state, "running"), rtol, atol)
 
     state, reason = drive(
-        _State(torch.zeros(0, probes, len(space.names), dtype=torch.float64)),
+        _State(torch.zeros(0, probes, len(space.names), dtype=torch.float64, device="cpu")),
         products=products,
         step=step,
         verdict=verdict,

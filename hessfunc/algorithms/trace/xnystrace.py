@@ -227,7 +227,7 @@ def _leave_one_out(space: Space, state: _State, approximation: _Nystrom) -> Tens
     missing = space.combine(approximation.directions.mT, approximation.factor)
     rescaling = (space.n - len(outer) + 1) / space.norms(outer).cpu().double().square()
     whole = space.by_leaf(approximation.factor, approximation.factor).sum(0).cpu().double()
-    whole -= approximation.shift * torch.tensor(space.sizes, dtype=torch.float64)
+    whole -= approximation.shift * torch.tensor(space.sizes, dtype=torch.float64, device="cpu")
     # (A + shift I - N_i) u_i is the missing direction times the root of the residual.
     scale = rescaling * approximation.residuals.sqrt()
     return (

@@ -67,7 +67,7 @@ def _one_dnn_is_faster() -> bool:
         return False
     # Modes that count operations, or watch memory, should not see the trial.
     with _disable_current_modes():
-        a = torch.ones(512, 512)
+        a = torch.ones(512, 512, device="cpu")
         try:
             return _MARGIN * _seconds(multiplied, a) < _seconds(torch.mm, a)
         except (RuntimeError, AttributeError):

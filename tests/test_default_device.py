@@ -1,0 +1,63 @@
+"""Small dense problems are on the CPU, whatever device a user has made torch's default."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+
+
+@pytest.fixture
+def problem() -> Iterator[tuple[Any, Any, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    batch = (
+        torch.randn(20, 5, dtype=torch.float64, generator=generator),
+        torch.randint(3, (20,), generator=generator),
+    )
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    # A tensor that is made without a device has no data, and what reads it fails.
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    yield loss, params, batch
+    torch.set_default_device(before)
+
+
+RUNS: dict[str, Callable[[Any, Any], object]] = {
+    "lanczos": lambda matvec, like: hf.lanczos(matvec, like, k=3, seed=0),
+    "lanczos of blocks": lambda matvec, like: hf.lanczos(
+        matvec, like, k=3, block_size=2, basis_size=8, seed=0
+    ),
+    "power_iteration": lambda matvec, like: hf.power_iteration(matvec, like, seed=0),
+    "hutchinson": lambda matvec, like: hf.hutchinson(matvec, like, max_matvecs=20, seed=0),
+    "hutchpp": lambda matvec, like: hf.hutchpp(matvec, like, max_matvecs=40, seed=0),
+    "xtrace": lambda matvec, like: hf.xtrace(matvec, like, max_matvecs=40, seed=0),
+    "xnystrace": lambda matvec, like: hf.xnystrace(matvec, like, max_matvecs=20, seed=0),
+    "hutchinson_diagonal": lambda matvec, like: hf.hutchinson_diagonal(
+        matvec, like, max_matvecs=20, seed=0
+    ),
+    "xdiag": lambda matvec, like: hf.xdiag(matvec, like, max_matvecs=20, seed=0),
+    "slq": lambda matvec, like: hf.slq(matvec, like, steps=10, probes=2, seed=0).count_above(0.1),
+    "cg": lambda matvec, like: hf.cg(matvec, like, damping=1.0),
+    "minres": lambda matvec, like: hf.minres(matvec, like),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_algorithms_run(problem: tuple[Any, Any, Any], name: str) -> None:
+    loss, params, batch = problem
+    matvec = hf.over_batches(hf.ggnvp(loss))(params, [batch])
+    RUNS[name](matvec, params)
+
+
+def test_landscapes_are_taken(problem: tuple[Any, Any, Any]) -> None:
+    loss, params, batch = problem
+    found = hf.landscape(loss, params, [batch], hf.random_like(params, 2, seed=0), points=5)
+    assert bool(found.values.isfinite().all())
