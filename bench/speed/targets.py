@@ -122,7 +122,8 @@ def verdicts(cells: Mapping[str, Cell]) -> list[Verdict]:
 def _of_time(target: Target, cell: Cell) -> Verdict:
     ours = cell.rows.get(target.ours)
     if ours is None or not _right(ours, cell):
-        why = cell.gaps.get(target.ours) or f"an error of {ours.error if ours else 'unknown':.0e}"
+        error = f"an error of {ours.error:.0e}" if ours and ours.error else "not measured"
+        why = cell.gaps.get(target.ours) or error
         return Verdict(target, cell.title, floor=cell.floor, why=why)
     peer, plain = (_cheapest(cell, kind) for kind in ("peer", "plain"))
     return Verdict(

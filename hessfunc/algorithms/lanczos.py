@@ -77,7 +77,8 @@ def lanczos(
     they meet none is no proof.
 
     Args:
-        matvec: block -> block, symmetric.
+        matvec: block -> block, symmetric. The block is a view of the basis, which restarts write
+            over: a matvec that keeps one must clone it.
         like: a tree that says what vectors look like.
         k: how many pairs, at most n.
         which: ``"LM"`` largest in absolute value, in that order; ``"LA"`` largest, descending;

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hessfunc.transforms.blocks import guarding
+from hessfunc.transforms.kernels import precise
 from hessfunc.transforms.kernels.matrices import as_operations
 from hessfunc.trees import Matvec, Tree, flatten
 
 __all__ = ["NotCompiledWarning", "compiled"]
 
+# Of products as they were written down, to those of the matvec.
+_TOLERANCE = 1e-3
 # Of leaves, (shape, dtype, device); and the products of such a block.
 _Shapes = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 _Products = Callable[..., Sequence[Tensor]]
@@ -63,8 +66,7 @@ def compiled(
         key = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in found)
         if key not in programs:
             programs[key] = _program(matvec, found, nested, backend, checks)
-        with torch.no_grad():
-            return programs[key](*found)
+        return programs[key](*found)
 
     def products(block: Tree) -> Tree:
         for check in checks:
@@ -92,24 +94,42 @@ def _program(
     # A trial of chunks is no part of the product.
     of_leaves(*found)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(guarding(checks))
-            stack.enter_context(as_operations())
+        with torch.no_grad(), guarding(checks), as_operations():
             written = make_fx(of_leaves, tracing_mode="real")(*found)
         for name, constant in list(written.named_buffers()):
             setattr(written, name, constant.detach())
         written.graph.eliminate_dead_code()
         written.recompile()
-        program: _Products = torch.compile(written, fullgraph=True, dynamic=False, backend=backend)
-        with torch.no_grad():
-            program(*found)
+        # What was not done by torch stands in the program as the first block found it.
+        other = [torch.linspace(-1, 1, t.numel()).to(t).view_as(t) for t in found]
+        _refuse_another(_precisely(written)(*other), of_leaves(*other))
+        program = _precisely(torch.compile(written, fullgraph=True, dynamic=False, backend=backend))
+        program(*found)
     except Exception as error:  # Whatever torch.compile cannot do, the matvec itself can.
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
             f"the product is not compiled, and runs as it is: {reason}",
             NotCompiledWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return of_leaves
     return program
+
+
+def _precisely(program: _Products) -> _Products:
+    def run(*found: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad(), precise(found[0].device):
+            return program(*found)
+
+    return run
+
+
+def _refuse_another(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    pairs = list(zip(found, expected, strict=True))
+    error = math.sqrt(sum(float((a - b).double().square().sum()) for a, b in pairs))
+    size = math.sqrt(sum(float(b.double().square().sum()) for _, b in pairs))
+    if not error <= _TOLERANCE * size:
+        raise ValueError(
+            f"products as they were written down, of length {size:.1e}, are off by {error:.1e}: does the matvec "
+            "leave torch, by way of NumPy or of Python's numbers?"
+        )

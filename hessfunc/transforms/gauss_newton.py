@@ -26,7 +26,8 @@ from hessfunc.transforms.criteria import (
 )
 from hessfunc.transforms.hessian import checked
 from hessfunc.transforms.kernels import differentiable_twice, explained
-from hessfunc.transforms.kernels.second_order import replacements
+from hessfunc.transforms.kernels.order import linear_in_cotangents
+from hessfunc.transforms.kernels.second_order import SECOND_ORDER
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
 from hessfunc.transforms.pullback import pullback
 from hessfunc.trees import Matvec, Space, Tree, flatten
@@ -174,7 +175,7 @@ def _gauss_newton(
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
         point = [leaf.detach() for leaf in space.tree_leaves(params)]
-        surroundings = differentiable_twice(space.device, replacements(twice=False))
+        surroundings = differentiable_twice(space.device, SECOND_ORDER)
         with explained(space, batch), surroundings:
             product = _product(loss, middle, space, point, batch)
         return block_matvec(product, space, point, batch, chunks=chunks)
@@ -236,9 +237,10 @@ def linearised(
         .requires_grad_()
         for shape in shapes
     ]
-    slopes = torch.autograd.grad(
-        ends, inputs, cotangents, create_graph=True, materialize_grads=True
-    )
+    with linear_in_cotangents():
+        slopes = torch.autograd.grad(
+            ends, inputs, cotangents, create_graph=True, materialize_grads=True
+        )
     moving = [i for i, g in enumerate(slopes) if g.requires_grad]
     pushed = pullback([slopes[i] for i in moving], cotangents)
     pulled = pullback(ends, inputs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hessfunc.functional import LossFunction
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.kernels import differentiable_twice, explained
-from hessfunc.transforms.kernels.second_order import replacements
+from hessfunc.transforms.kernels.second_order import SECOND_ORDER
 from hessfunc.transforms.pullback import pullback
 from hessfunc.trees import Matvec, Space, Tree
 
@@ -88,7 +88,7 @@ def _reverse_if_it_fits(
 
 def _reverse(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any) -> Product:
     inputs = [leaf.detach().requires_grad_() for leaf in point]
-    with differentiable_twice(space.device, replacements(twice=True)):
+    with differentiable_twice(space.device, SECOND_ORDER):
         gradient = _gradient(loss, space, inputs, batch, create_graph=True)
     curved = [i for i, g in enumerate(gradient) if g.requires_grad]
     pulled = pullback([gradient[i] for i in curved], inputs)

@@ -96,6 +96,15 @@ def test_what_cannot_be_written_down_runs_as_it_is():
     torch.testing.assert_close(fast(2 * v), 2 * v @ A)
 
 
+def test_what_leaves_torch_runs_as_it_is():
+    A = random_symmetric(6)
+    fast = compiled(lambda v: torch.from_numpy(v.numpy() @ A.numpy()), backend="eager")
+    v = torch.randn(1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(NotCompiledWarning):
+        fast(v)
+    torch.testing.assert_close(fast(2 * v), 2 * v @ A)
+
+
 def test_data_that_are_read_anew_are_not_compiled():
     loss, params, batch = problem()
     matvec = hf.over_batches(hf.hvp(loss))(params, [batch])

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hessfunc.transforms.kernels.probes import on_blocks
+from hessfunc.transforms.kernels.order import once_more
+from hessfunc.transforms.kernels.probes import batched, on_blocks
 
 __all__ = ["Bilinear", "Layer", "affine"]
 
@@ -25,7 +25,7 @@ class Bilinear(ABC):
     """A bilinear map and its transposes.
 
     Each argument, one of a call at the most, may be a block, with a leading probe axis; then the
-    result is one.
+    result is one. In grad mode all are of functions that torch differentiates.
     """
 
     @abstractmethod
@@ -41,8 +41,8 @@ class Bilinear(ABC):
         """What is like w, and of which the inner product with w is <g, B(x, w)>."""
 
     def tangent(self, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, /) -> Tensor:
-        """B(dx, w) + B(x, dw), with dx and dw blocks, or neither."""
-        return self.out(dx, w).add_(self.out(x, dw))
+        """B(dx, w) + B(x, dw); dx and dw may be blocks."""
+        return _plus(self.out(dx, w), self.out(x, dw))
 
 
 class Layer(Bilinear):
@@ -65,7 +65,6 @@ def affine(
     /,
     *,
     value: Tensor | None = None,
-    twice: bool,
 ) -> Tensor:
     """B(x, w) + b, and its derivatives of every order.
 
@@ -75,27 +74,25 @@ def affine(
         w: the weights.
         b: the bias.
         value: the result, where it is known.
-        twice: whether the gradient is to be differentiated with respect to x and w; without it
-            the gradient's graph is linear in the cotangents alone, and smaller.
     """
     # An argument of autograd.Function that is returned becomes a view, not to be changed in place.
     known = [] if value is None else [value]
-    return _Affine.apply(form, x, w, b, known, twice)  # type: ignore[no-untyped-call]
+    return _Affine.apply(form, x, w, b, known)  # type: ignore[no-untyped-call]
+
+
+def _plus(found: Tensor, other: Tensor) -> Tensor:
+    """The sum, in place where the first is as large: one of them alone may be a block."""
+    return found.add_(other) if found.dim() >= other.dim() else found + other
 
 
 class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        form: Layer,
-        x: Tensor,
-        w: Tensor,
-        b: Tensor | None,
-        known: list[Tensor],
-        twice: bool,
+        ctx: Any, form: Layer, x: Tensor, w: Tensor, b: Tensor | None, known: list[Tensor]
     ) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.form, ctx.twice = form, twice
+        _, of_x, of_w, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_w else None, w if of_x else None)
+        ctx.form = form
         if known:
             return known[0]
         found = form.out(x, w)
@@ -105,17 +102,22 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, w = ctx.saved_tensors
         form, needed = ctx.form, ctx.needs_input_grad[1:4]
-        if torch.is_grad_enabled():
-            if not ctx.twice:
-                x, w = x.detach(), w.detach()
-            found = _Transposes.apply(form, g, x, w, *needed)  # type: ignore[no-untyped-call]
-        else:
+        if not torch.is_grad_enabled():
             found = (
                 on_blocks(form.left, g, w) if needed[0] else None,
                 on_blocks(form.right, g, x) if needed[1] else None,
                 on_blocks(form.gathered, g) if needed[2] else None,
             )
-        return None, *found, None, None
+        elif batched(g):
+            # A Function without a rule for vmap would be applied to what vmap has wrapped.
+            found = (
+                form.left(g, w) if needed[0] else None,
+                form.right(g, x) if needed[1] else None,
+                form.gathered(g) if needed[2] else None,
+            )
+        else:
+            found = _Transposes.apply(form, g, *once_more(x, w), needed[2])  # type: ignore[no-untyped-call]
+        return None, *found, None
 
 
 class _Transposes(torch.autograd.Function):
@@ -123,15 +125,15 @@ class _Transposes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, form: Layer, g: Tensor, x: Tensor, w: Tensor, *needed: bool
+        ctx: Any, form: Layer, g: Tensor, x: Tensor | None, w: Tensor | None, biased: bool
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(g, x, w)
         ctx.form = form
         ctx.set_materialize_grads(False)
         return (
-            form.left(g, w) if needed[0] else None,
-            form.right(g, x) if needed[1] else None,
-            form.gathered(g) if needed[2] else None,
+            form.left(g, w) if w is not None else None,
+            form.right(g, x) if x is not None else None,
+            form.gathered(g) if biased else None,
         )
 
     @staticmethod
@@ -141,35 +143,17 @@ class _Transposes(torch.autograd.Function):
         g, x, w = ctx.saved_tensors
         form = ctx.form
         _, needs_g, needs_x, needs_w = ctx.needs_input_grad[:4]
-        of_g = of_x = of_w = None
-        if torch.is_grad_enabled():
-            if needs_g:
-                of_g = _sum(
-                    None if dx is None else _product(form, dx, w),
-                    None if dw is None else _product(form, x, dw),
-                    None if db is None else form.spread(db).expand_as(g),
-                )
-            if needs_x and dw is not None:
-                of_x = _product(_Left(form), g, dw)
-            if needs_w and dx is not None:
-                of_w = _product(_Right(form), g, dx)
-        else:
-            if needs_g:
-                of_g = on_blocks(_moved(form, g.shape), x, w, dx, dw, db)
-            if needs_x and dw is not None:
-                of_x = on_blocks(form.left, g, dw)
-            if needs_w and dx is not None:
-                of_w = on_blocks(form.right, g, dx)
-        return None, of_g, of_x, of_w, None, None, None
+        # Derivatives of higher orders are those of torch's own functions.
+        run = _as_it_is if torch.is_grad_enabled() else on_blocks
+        moved = _moved(form, g.shape)
+        of_g = run(moved, x, w, dx, dw, db) if needs_g else None
+        of_x = run(form.left, g, dw) if needs_x and dw is not None else None
+        of_w = run(form.right, g, dx) if needs_w and dx is not None else None
+        return None, of_g, of_x, of_w, None
 
 
-def _product(form: Bilinear, x: Tensor, w: Tensor) -> Tensor:
-    return _Affine.apply(form, x, w, None, [], True)  # type: ignore[no-untyped-call]
-
-
-def _sum(*terms: Tensor | None) -> Tensor | None:
-    present = [term for term in terms if term is not None]
-    return sum(present[1:], present[0]) if present else None
+def _as_it_is(formula: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    return formula(*tensors)
 
 
 def _moved(form: Layer, shape: torch.Size) -> Callable[..., Tensor]:
@@ -188,38 +172,6 @@ def _moved(form: Layer, shape: torch.Size) -> Callable[..., Tensor]:
             assert db is not None
             spread = form.spread(db)
             return spread.expand(*spread.shape[: spread.dim() - len(shape)], *shape)
-        return found if db is None else found.add_(form.spread(db))
+        return found if db is None else _plus(found, form.spread(db))
 
     return moved
-
-
-@dataclass(frozen=True)
-class _Left(Bilinear):
-    """The left transpose of a form, itself a bilinear map (g, w) -> dx."""
-
-    form: Bilinear
-
-    def out(self, x: Tensor, w: Tensor, /) -> Tensor:
-        return self.form.left(x, w)
-
-    def left(self, g: Tensor, w: Tensor, /) -> Tensor:
-        return self.form.out(g, w)
-
-    def right(self, g: Tensor, x: Tensor, /) -> Tensor:
-        return self.form.right(x, g)
-
-
-@dataclass(frozen=True)
-class _Right(Bilinear):
-    """The right transpose of a form, itself a bilinear map (g, x) -> dw."""
-
-    form: Bilinear
-
-    def out(self, x: Tensor, w: Tensor, /) -> Tensor:
-        return self.form.right(x, w)
-
-    def left(self, g: Tensor, w: Tensor, /) -> Tensor:
-        return self.form.out(w, g)
-
-    def right(self, g: Tensor, x: Tensor, /) -> Tensor:
-        return self.form.left(x, g)

@@ -2,6 +2,7 @@
 
 torch's own second derivative of a convolution takes the weights' gradient as a convolution with
 kernels as large as images, and under vmap copies whole activations from one layout to another.
+Images whose channels are last stay so.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from hessfunc.transforms.kernels.replaced import plain
 from hessfunc.transforms.kernels.sources import Source, remember
 
 __all__ = ["Convolution", "convolution"]
-
-_LAST = torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,9 @@ class Convolution(Layer):
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    is_last = x.dim() == 4 and x.is_contiguous(memory_format=_LAST)
-    return _LAST if is_last else torch.contiguous_format
+    last = torch.channels_last
+    is_last = x.dim() == 4 and x.is_contiguous(memory_format=last)
+    return last if is_last else torch.contiguous_format
 
 
 def _block(found: Sequence[Tensor]) -> Tensor:
@@ -99,13 +99,12 @@ def _block(found: Sequence[Tensor]) -> Tensor:
     return block
 
 
-def convolution(original: Callable[..., Tensor], dims: int, twice: bool) -> Callable[..., Tensor]:
+def convolution(original: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
     """``F.conv1d``, ``conv2d`` or ``conv3d``, to be differentiated twice.
 
     Args:
         original: the function of torch.
         dims: of an image.
-        twice: as in `affine`.
     """
 
     def convolved(
@@ -119,23 +118,16 @@ def convolution(original: Callable[..., Tensor], dims: int, twice: bool) -> Call
     ) -> Tensor:
         if isinstance(padding, str) or input.dim() != dims + 2 or not plain(input, weight, bias):
             return original(input, weight, bias, stride, padding, dilation, groups)
-        x = _as_is_fastest(input)
         options = _tuple(stride, dims), _tuple(padding, dims), _tuple(dilation, dims)
-        form = Convolution(*options, groups, x.shape, weight.shape)
-        y = affine(form, x, weight, bias, twice=twice)
-        remember(y, Source(form, x, weight, bias))
+        form = Convolution(*options, groups, input.shape, weight.shape)
+        y = affine(form, input, weight, bias)
+        remember(y, Source(form, input, weight, bias))
         return y
 
     return convolved
 
 
-def _as_is_fastest(x: Tensor) -> Tensor:
-    # oneDNN's kernels for this layout take and give it as it is; all others are reordered, at
-    # each call, to one of its own and back.
-    if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32:
-        return x
-    return x.contiguous(memory_format=_LAST)
-
-
 def _tuple(option: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    return (option,) * dims if isinstance(option, int) else tuple(option) * (dims // len(option))
+    if isinstance(option, Sequence):
+        return tuple(option) * (dims // len(option))
+    return (int(option),) * dims

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hessfunc.transforms.kernels.order import once_more
+from hessfunc.transforms.kernels.probes import batched
 from hessfunc.transforms.kernels.replaced import plain
 
-__all__ = ["elementwise", "gelu"]
+__all__ = ["ELEMENTWISE", "elementwise", "gelu"]
 
 Map = Callable[[Tensor], Tensor]
 
@@ -29,35 +31,40 @@ _LARGE = 2**14
 
 @dataclass(frozen=True)
 class _Activation:
-    """f and its derivatives, each of functions that torch differentiates."""
+    """f and its derivatives, each of functions that torch differentiates.
+
+    Attributes:
+        value: f.
+        slope: f', of what is kept.
+        curve: f'', of what is kept.
+        keeps_output: f(x) is kept, and not x, as torch does.
+    """
 
     value: Map
     slope: Map
     curve: Map
+    keeps_output: bool = False
 
 
-def elementwise(original: Map, twice: bool) -> Callable[..., Tensor]:
+def elementwise(original: Map) -> Callable[..., Tensor]:
     """``F.silu``, ``tanh`` or ``sigmoid``, to be differentiated twice."""
     activation = _ACTIVATIONS[original]
 
     def mapped(input: Tensor, *options: Any, **named: Any) -> Tensor:
-        if any(options) or any(named.values()) or not _applies(input):
+        plainly = not options and (not named or named == {"inplace": False})
+        if not (plainly and _applies(input)):
             return original(input, *options, **named)
-        return _Mapped.apply(activation, input, twice)  # type: ignore[no-untyped-call]
+        return _Mapped.apply(activation, input)  # type: ignore[no-untyped-call]
 
     return mapped
 
 
-def gelu(twice: bool) -> Callable[..., Tensor]:
+def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     """``F.gelu``, to be differentiated twice."""
-
-    def mapped(input: Tensor, *, approximate: str = "none") -> Tensor:
-        if not _applies(input):
-            return F.gelu(input, approximate=approximate)
-        activation = _GELU if approximate == "none" else _GELU_BY_TANH
-        return _Mapped.apply(activation, input, twice)  # type: ignore[no-untyped-call]
-
-    return mapped
+    activation = _GELUS.get(approximate)
+    if activation is None or not _applies(input):
+        return F.gelu(input, approximate=approximate)
+    return _Mapped.apply(activation, input)  # type: ignore[no-untyped-call]
 
 
 def _applies(x: Tensor) -> bool:
@@ -66,46 +73,50 @@ def _applies(x: Tensor) -> bool:
 
 class _Mapped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, activation: _Activation, x: Tensor, twice: bool) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.activation, ctx.twice = activation, twice
-        ctx.slope = None
-        return activation.value(x)
+    def forward(ctx: Any, activation: _Activation, x: Tensor) -> Tensor:
+        y = activation.value(x)
+        ctx.save_for_backward(y if activation.keeps_output else x)
+        ctx.activation, ctx.slope = activation, None
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
+        (kept,) = ctx.saved_tensors
+        if torch.is_grad_enabled() and batched(g):
+            # A Function without a rule for vmap would be applied to what vmap has wrapped.
+            return None, g * ctx.activation.slope(kept)
         if ctx.slope is None:
             with torch.no_grad():
-                ctx.slope = ctx.activation.slope(x)
+                ctx.slope = ctx.activation.slope(kept)
         if not torch.is_grad_enabled():
-            return None, g * ctx.slope, None
-        x = x if ctx.twice else x.detach()
-        return None, _Scaled.apply(ctx.activation, g, x, ctx.slope), None  # type: ignore[no-untyped-call]
+            return None, g * ctx.slope
+        return None, _Scaled.apply(ctx.activation, g, *once_more(kept), ctx.slope)  # type: ignore[no-untyped-call]
 
 
 class _Scaled(torch.autograd.Function):
     """g f'(x), with the slope f'(x) at hand."""
 
     @staticmethod
-    def forward(ctx: Any, activation: _Activation, g: Tensor, x: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(g, x)
+    def forward(
+        ctx: Any, activation: _Activation, g: Tensor, kept: Tensor, slope: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(g, kept)
         ctx.activation, ctx.slope = activation, slope
         ctx.curve = None
         return g * slope
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        g, x = ctx.saved_tensors
-        _, needs_g, needs_x, _ = ctx.needs_input_grad
+        g, kept = ctx.saved_tensors
+        _, needs_g, needs_kept, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            of_g = v * ctx.activation.slope(x) if needs_g else None
-            of_x = v * g * ctx.activation.curve(x) if needs_x else None
-            return None, of_g, of_x, None
-        if needs_x and ctx.curve is None:
-            ctx.curve = g * ctx.activation.curve(x)
-        of_x = v * ctx.curve if needs_x else None
-        return None, v * ctx.slope if needs_g else None, of_x, None
+            of_g = v * ctx.activation.slope(kept) if needs_g else None
+            of_kept = v * g * ctx.activation.curve(kept) if needs_kept else None
+            return None, of_g, of_kept, None
+        if needs_kept and ctx.curve is None:
+            ctx.curve = g * ctx.activation.curve(kept)
+        of_kept = v * ctx.curve if needs_kept else None
+        return None, v * ctx.slope if needs_g else None, of_kept, None
 
 
 def _normal_density(x: Tensor) -> Tensor:
@@ -135,7 +146,10 @@ def _curve_by_tanh(x: Tensor) -> Tensor:
     return (1 - t * t) * (du + 0.5 * x * (ddu - 2 * t * du * du))
 
 
-_GELU_BY_TANH = _Activation(lambda x: F.gelu(x, approximate="tanh"), _slope_by_tanh, _curve_by_tanh)
+_GELUS = {
+    "none": _GELU,
+    "tanh": _Activation(lambda x: F.gelu(x, approximate="tanh"), _slope_by_tanh, _curve_by_tanh),
+}
 
 
 def _slope_of_silu(x: Tensor) -> Tensor:
@@ -148,27 +162,9 @@ def _curve_of_silu(x: Tensor) -> Tensor:
     return s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
-def _slope_of_tanh(x: Tensor) -> Tensor:
-    return 1 - torch.tanh(x) ** 2
-
-
-def _curve_of_tanh(x: Tensor) -> Tensor:
-    t = torch.tanh(x)
-    return -2 * t * (1 - t * t)
-
-
-def _slope_of_sigmoid(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 - s)
-
-
-def _curve_of_sigmoid(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 - s) * (1 - 2 * s)
-
-
-_TANH = _Activation(torch.tanh, _slope_of_tanh, _curve_of_tanh)
-_SIGMOID = _Activation(torch.sigmoid, _slope_of_sigmoid, _curve_of_sigmoid)
+# By the value y: dy/dx = f'(y), and the curve is the slope's derivative with respect to y.
+_TANH = _Activation(torch.tanh, lambda y: 1 - y * y, lambda y: -2 * y, keeps_output=True)
+_SIGMOID = _Activation(torch.sigmoid, lambda y: y * (1 - y), lambda y: 1 - 2 * y, keeps_output=True)
 _ACTIVATIONS: dict[Any, _Activation] = {
     F.silu: _Activation(F.silu, _slope_of_silu, _curve_of_silu),
     torch.tanh: _TANH,
@@ -176,3 +172,4 @@ _ACTIVATIONS: dict[Any, _Activation] = {
     torch.sigmoid: _SIGMOID,
     Tensor.sigmoid: _SIGMOID,
 }
+ELEMENTWISE = tuple(_ACTIVATIONS)

@@ -2,63 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessfunc.transforms.kernels.bilinear import Layer, affine
+from hessfunc.transforms.kernels.bilinear import affine
+from hessfunc.transforms.kernels.channels import Channels
+from hessfunc.transforms.kernels.order import once_more
+from hessfunc.transforms.kernels.probes import batched
 from hessfunc.transforms.kernels.replaced import plain
 
 __all__ = ["layer_norm"]
 
 
-def layer_norm(twice: bool) -> Callable[..., Tensor]:
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     """``F.layer_norm`` over the last axis, to be differentiated twice."""
-
-    def normalised(
-        input: Tensor,
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        applies = len(normalized_shape) == 1 and input.requires_grad
-        if not (applies and plain(input, weight, bias)):
-            return F.layer_norm(input, normalized_shape, weight, bias, eps)
-        x = input.reshape(-1, input.shape[-1])
-        with torch.no_grad():
-            value, mean, scale = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
-            known = (x - mean).mul_(scale)
-        standard = _Standardised.apply(x, [known], scale, eps, twice)  # type: ignore[no-untyped-call]
-        if weight is not None:
-            standard = affine(Features(), standard, weight, bias, value=value, twice=twice)
-        return standard.view(input.shape)
-
-    return normalised
-
-
-@dataclass(frozen=True)
-class Features(Layer):
-    """y = x with each column c times w_c, with x ``[R, C]``."""
-
-    def out(self, x: Tensor, w: Tensor, /) -> Tensor:
-        return x * self.spread(w)
-
-    def left(self, g: Tensor, w: Tensor, /) -> Tensor:
-        return g * self.spread(w)
-
-    def right(self, g: Tensor, x: Tensor, /) -> Tensor:
-        return (g * x).sum(-2)
-
-    def spread(self, b: Tensor, /) -> Tensor:
-        return b.unsqueeze(-2)
-
-    def gathered(self, g: Tensor, /) -> Tensor:
-        return g.sum(-2)
+    applies = len(normalized_shape) == 1 and input.requires_grad
+    if not (applies and plain(input, weight, bias)):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    x = input.reshape(-1, input.shape[-1])
+    with torch.no_grad():
+        value, mean, scale = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+        z = (x - mean).mul_(scale)
+        # What is returned may be changed in place; what is kept is another tensor, as one that
+        # is returned would keep the graph that keeps it.
+        kept = z.detach()
+    returned = value if weight is None else z
+    standard = _Standardised.apply(x, [returned], kept, scale, eps)  # type: ignore[no-untyped-call]
+    if weight is not None:
+        standard = affine(Channels(2), standard, weight, bias, value=value)
+    return standard.view(input.shape)
 
 
 class _Standardised(torch.autograd.Function):
@@ -69,21 +51,28 @@ class _Standardised(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, known: list[Tensor], scale: Tensor, eps: float, twice: bool
+        ctx: Any, x: Tensor, returned: list[Tensor], z: Tensor, scale: Tensor, eps: float
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.known = known[0].view_as(known[0]), scale
-        ctx.eps, ctx.twice = eps, twice
-        return known[0]
+        ctx.known, ctx.eps = (z, scale), eps
+        return returned[0]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
         z, scale = ctx.known
         if not torch.is_grad_enabled():
-            return _projected(g - g.mean(-1, keepdim=True), z, scale)[0], None, None, None, None
-        (x,) = ctx.saved_tensors
-        x = x if ctx.twice else x.detach()
-        return _Projected.apply(g, x, z, scale, ctx.eps), None, None, None, None  # type: ignore[no-untyped-call]
+            found = _projected(_centred(g), z, scale)[0]
+        elif batched(g):
+            # A Function without a rule for vmap would be applied to what vmap has wrapped.
+            found = _by_definition(g, x, ctx.eps)
+        else:
+            found = _Projected.apply(g, *once_more(x), z, scale, ctx.eps)  # type: ignore[no-untyped-call]
+        return found, None, None, None, None
+
+
+def _centred(v: Tensor) -> Tensor:
+    return v - v.mean(-1, keepdim=True)
 
 
 def _projected(centred: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +96,7 @@ class _Projected(torch.autograd.Function):
         ctx.save_for_backward(g, x)
         ctx.known, ctx.eps = (z, scale), eps
         ctx.of_gradient = None
-        return _projected(g - g.mean(-1, keepdim=True), z, scale)[0]
+        return _projected(_centred(g), z, scale)[0]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
@@ -115,12 +104,12 @@ class _Projected(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_by_autograd(g, x, v, ctx.eps), None, None, None
         z, scale = ctx.known
-        centred = v - v.mean(-1, keepdim=True)
+        centred = _centred(v)
         of_g, a = _projected(centred, z, scale)
         if not ctx.needs_input_grad[1]:
             return of_g, None, None, None, None
         if ctx.of_gradient is None:
-            scaled = (g - g.mean(-1, keepdim=True)) * scale**2
+            scaled = _centred(g) * scale**2
             ctx.of_gradient = scaled, _mean_product(scaled, z)
         scaled, b = ctx.of_gradient
         of_x = torch.addcmul(b * centred, a, scaled)
@@ -128,10 +117,19 @@ class _Projected(torch.autograd.Function):
         return of_g, of_x.addcmul(along, z).neg(), None, None, None
 
 
+def _by_definition(g: Tensor, x: Tensor, eps: float) -> Tensor:
+    """P g, of functions that torch differentiates."""
+    centred = _centred(x)
+    scale = torch.rsqrt(_mean_product(centred, centred) + eps)
+    return _projected(_centred(g), centred * scale, scale)[0]
+
+
 def _by_autograd(g: Tensor, x: Tensor, v: Tensor, eps: float) -> tuple[Tensor | None, ...]:
     # Derivatives of a higher order than those of a product. Views, as g may depend on x.
     g, x = g.view_as(g), x.view_as(x)
-    centred = x - x.mean(-1, keepdim=True)
-    scale = torch.rsqrt(_mean_product(centred, centred) + eps)
-    found = _projected(g - g.mean(-1, keepdim=True), centred * scale, scale)[0]
-    return torch.autograd.grad(found, (g, x), v, create_graph=True, allow_unused=True)
+    moving = [t for t in (g, x) if t.requires_grad]
+    found = torch.autograd.grad(
+        _by_definition(g, x, eps), moving, v, create_graph=True, allow_unused=True
+    )
+    slopes = iter(found)
+    return tuple(next(slopes) if t.requires_grad else None for t in (g, x))

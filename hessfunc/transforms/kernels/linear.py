@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,27 +56,24 @@ class Linear(Layer):
         return g.sum(-2)
 
     def tangent(self, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, /) -> Tensor:
+        if dx.dim() == 2 or dw.dim() == 2:
+            return super().tangent(x, w, dx, dw)
         found = self.out(dx, w)
-        if dw.dim() == 2:
-            return found.add_(multiplied(x, dw.mT))
         for target, each in zip(found, dw, strict=True):
             target.add_(multiplied(x, each.mT))
         return found
 
 
-def linear(twice: bool) -> Callable[..., Tensor]:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, to be differentiated twice."""
-
-    def mapped(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        large = input.numel() * len(weight) >= _LARGE and weight.dim() == 2
-        if not (large and plain(input, weight, bias) and has_faster(input)):
-            return F.linear(input, weight, bias)
-        form = Linear()
-        x = input.reshape(-1, input.shape[-1])
-        y = affine(form, x, weight, bias, twice=twice)
-        if input.dim() == 2:
-            remember(y, Source(form, x, weight, bias))
-            return y
+    large = weight.dim() == 2 and input.numel() * len(weight) >= _LARGE
+    one_bias = bias is None or bias.dim() == 1
+    if not (large and one_bias and plain(input, weight, bias) and has_faster(input)):
+        return F.linear(input, weight, bias)
+    form = Linear()
+    x = input.reshape(-1, input.shape[-1])
+    y = affine(form, x, weight, bias)
+    if input.dim() > 2:
         return y.view(*input.shape[:-1], -1)
-
-    return mapped
+    remember(y, Source(form, x, weight, bias))
+    return y

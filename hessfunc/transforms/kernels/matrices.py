@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from hessfunc.transforms.kernels.probes import batched
+
 __all__ = ["as_operations", "has_faster", "multiplied"]
 
 # How much faster it must be in the trial: noise must not decide.
@@ -25,7 +27,12 @@ def has_faster(x: Tensor, /) -> bool:
 
 
 def multiplied(a: Tensor, b: Tensor, /) -> Tensor:
-    """``a @ b``, by oneDNN: on CPUs that MKL does not favour it is twice as fast."""
+    """``a @ b``, by oneDNN: on CPUs that MKL does not favour it is twice as fast.
+
+    By torch itself where it is to be differentiated, or mapped over.
+    """
+    if batched(a, b) or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+        return a @ b
     return _operation()(a, b) if _as_operations.get() else _by_one_dnn(a, b)
 
 
@@ -67,7 +74,7 @@ def _one_dnn_is_faster() -> bool:
         return False
     # Modes that count operations, or watch memory, should not see the trial.
     with _disable_current_modes():
-        a = torch.ones(512, 512, device="cpu")
+        a = torch.ones(512, 512, dtype=torch.float32, device="cpu")
         try:
             return _MARGIN * _seconds(multiplied, a) < _seconds(torch.mm, a)
         except (RuntimeError, AttributeError):

@@ -11,7 +11,15 @@ from collections.abc import Callable
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-__all__ = ["on_blocks"]
+__all__ = ["batched", "on_blocks"]
+
+
+def batched(*tensors: Tensor | None) -> bool:
+    """Whether vmap, or a gradient with `is_grads_batched`, has wrapped one of these."""
+    return any(
+        t is not None and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
+        for t in tensors
+    )
 
 
 def on_blocks(formula: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["EXACT", "Replaced", "Replacements", "plain"]
@@ -33,12 +34,22 @@ class Replaced(TorchFunctionMode):
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors of torch's own, outside of autocast and of transforms."""
-    if torch._C._are_functorch_transforms_active():
+    """Whether these are real tensors of torch's own, in no surroundings that change what is done.
+
+    Such are transforms of torch.func, forward mode, autocast, inference mode, and hooks on what
+    is saved for the backward pass, as those of checkpointing, which computes a region again.
+    """
+    if (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.is_inference_mode_enabled()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ):
         return False
-    if any(t is not None and torch.is_autocast_enabled(t.device.type) for t in tensors):
+    present = [t for t in tensors if t is not None]
+    if any(torch.is_autocast_enabled(device) for device in {t.device.type for t in present}):
         return False
-    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_complex() for t in present)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -1,13 +1,19 @@
 """Functions that are computed in another way have torch's values and derivatives."""
 
 import copy
+import gc
 import itertools
+import weakref
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hessfunc as hf
 from hessfunc.memory import PeakMemory
@@ -16,8 +22,9 @@ from hessfunc.transforms.kernels import matrices
 from hessfunc.transforms.kernels.bilinear import affine
 from hessfunc.transforms.kernels.convolution import Convolution
 from hessfunc.transforms.kernels.linear import Linear
+from hessfunc.transforms.kernels.order import linear_in_cotangents
 from hessfunc.transforms.kernels.replaced import Replaced
-from hessfunc.transforms.kernels.second_order import replacements
+from hessfunc.transforms.kernels.second_order import SECOND_ORDER
 
 
 class Residual(nn.Module):
@@ -45,17 +52,6 @@ class ChangedInPlace(nn.Module):
         y = self.conv(x)
         y.mul_(2.0)
         return self.norm(y).tanh()
-
-
-class Viewed(nn.Module):
-    """An image's features, as a `view` that needs torch's own layout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x):
-        return torch.tanh(self.conv(x)).view(len(x), -1)
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
@@ -113,7 +109,6 @@ MODELS = {
     ),
     "conv read twice": (Residual, IMAGE),
     "conv changed in place": (ChangedInPlace, IMAGE),
-    "viewed": (Viewed, IMAGE),
     "layer norm": (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)), ROWS),
     "layer norm without weight": (
         lambda: nn.Sequential(
@@ -221,7 +216,7 @@ def test_products_with_a_part_of_the_parameters_are_those_of_torch(name):
 def test_values_are_those_of_torch(name):
     model, inputs, _ = made(name, torch.float32)
     expected = model(inputs.clone())
-    with Replaced(replacements(twice=True)):
+    with Replaced(SECOND_ORDER):
         found = model(inputs.clone())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -242,13 +237,13 @@ def test_derivatives_of_the_third_order_are_those_of_torch(name):
     # The fused layer norm's own is wrong by half in torch 2.13.
     with Replaced({F.layer_norm: by_definition}):
         expected = third(model)
-    with Replaced(replacements(twice=True)):
+    with Replaced(SECOND_ORDER):
         found = third(model)
     for each, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(each, reference, rtol=1e-9, atol=1e-10)
 
 
-def by_definition(x, shape, weight, bias, eps):
+def by_definition(x, shape, weight=None, bias=None, eps=1e-5):
     centred = x - x.mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return centred * scale * weight + bias
@@ -270,17 +265,20 @@ def test_the_signs_of_activations_are_those_of_torch():
     # The folded norm would round the inputs of a ReLU another way, and flip some that are near 0.
     model, _, _ = made("conv, norm", torch.float32)
     inputs = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    by_torch = model[1](model[0](inputs.contiguous(memory_format=torch.channels_last)))
-    with Replaced(replacements(twice=True)):
+    by_torch = model[1](model[0](inputs))
+    with Replaced(SECOND_ORDER):
         ours = model[1](model[0](inputs))
     assert torch.equal(ours, by_torch)
 
 
-def test_images_are_laid_out_with_their_channels_last():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_are_laid_out_as_torch_does(layout):
     model, _, _ = made("two convs", torch.float32)
     inputs = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    with Replaced(replacements(twice=True)):
-        assert model(inputs).is_contiguous(memory_format=torch.channels_last)
+    inputs = inputs.contiguous(memory_format=layout)
+    with Replaced(SECOND_ORDER):
+        found = model(inputs)
+    assert found.stride() == model(inputs).stride()
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -361,14 +359,14 @@ def test_each_face_of_a_convolution_takes_a_block(groups):
 
 def test_a_graph_for_gauss_newton_products_holds_no_second_derivative():
     w = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
     g = torch.ones(6, 4, requires_grad=True)
-    for twice in (False, True):
-        (slope,) = torch.autograd.grad(
-            affine(Linear(), x.requires_grad_(), w, None, twice=twice), x, g, create_graph=True
-        )
+    for surroundings, differentiable in ((nullcontext, True), (linear_in_cotangents, False)):
+        y = affine(Linear(), x, w, None)
+        with surroundings():
+            (slope,) = torch.autograd.grad(y, x, g, create_graph=True)
         (of_w,) = torch.autograd.grad(slope.sum(), w, allow_unused=True)
-        assert (of_w is not None) == twice
+        assert (of_w is not None) == differentiable
 
 
 def test_functions_that_torch_func_transforms_are_left_to_torch():
@@ -381,7 +379,7 @@ def test_functions_that_torch_func_transforms_are_left_to_torch():
 
     everywhere = tuple(range(len(leaves)))
     expected = torch.func.grad(loss, everywhere)(*leaves)
-    with Replaced(replacements(twice=True)):
+    with Replaced(SECOND_ORDER):
         found = torch.func.grad(loss, everywhere)(*leaves)
     for each, reference in itertools.zip_longest(found, expected):
         torch.testing.assert_close(each, reference)
@@ -392,7 +390,222 @@ def test_autocast_is_left_to_torch(name):
     model, inputs, _ = made(name, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(inputs.clone())
-        with Replaced(replacements(twice=True)):
+        with Replaced(SECOND_ORDER):
             found = model(inputs.clone())
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+# Losses that do more than call a module
+
+
+def products(loss, params, batch, transform=hf.hvp, chunk_size=1):
+    block = hf.random_like(params, 2, kind="normal", seed=1)
+    found = transform(loss, chunk_size=chunk_size)(params, batch)(block)
+    return torch.cat([leaf.flatten(1) for leaf in found.values()], dim=1)
+
+
+def torch_alone(monkeypatch):
+    """Products without any replaced function."""
+    for module in ("hessian", "gauss_newton"):
+        monkeypatch.setattr(f"hessfunc.transforms.{module}.SECOND_ORDER", {})
+
+
+def assert_same_as_torch_alone(monkeypatch, loss, params, batch, transforms=(hf.hvp, hf.ggnvp)):
+    found = [products(loss, params, batch, t, k) for t in transforms for k in (1, 2)]
+    with monkeypatch.context() as alone:
+        torch_alone(alone)
+        expected = [products(loss, params, batch, t) for t in transforms for _ in (1, 2)]
+    for each, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, reference, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda y, t: (torch.sigmoid(y) - t).square().mean(),
+        lambda y, t: F.layer_norm(y, y.shape[-1:]).sub(t).square().mean(),
+        lambda y, t: F.gelu(y).sub(t).pow(4).mean(),
+        lambda y, t: F.linear(y.flatten(1), torch.ones(2, y[0].numel()).to(y)).tanh().sum(),
+    ],
+    ids=["sigmoid", "layer norm", "gelu", "linear"],
+)
+@pytest.mark.filterwarnings("ignore:the criterion is not convex")
+def test_a_criterion_may_be_curved_by_any_of_them(monkeypatch, criterion):
+    model, inputs, targets = made("two convs")
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, criterion)
+    assert_same_as_torch_alone(monkeypatch, loss, params, (inputs, targets))
+
+
+def slope_net():
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(2, 8), nn.Tanh(), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 2)
+    ).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    x = torch.randn(6, 2, dtype=torch.float64, generator=generator)
+    return *hf.functional(model), x
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_loss_may_take_derivatives_by_its_inputs(monkeypatch, order):
+    model_fn, params, x = slope_net()
+
+    def outputs(params, x):
+        x = x.detach().requires_grad_()
+        u = model_fn(params, x)
+        for _ in range(order):
+            (u,) = torch.autograd.grad(u.square().sum(), x, create_graph=True)
+        return u
+
+    loss = hf.composed(outputs, lambda u, _: u.square().mean())
+    # The fused layer norm's own third derivative is wrong in torch 2.13.
+    monkeypatch.setattr(F, "layer_norm", by_definition)
+    assert_same_as_torch_alone(monkeypatch, loss, params, x)
+
+
+def test_a_loss_may_take_a_block_of_derivatives(monkeypatch):
+    model_fn, params, x = slope_net()
+
+    def outputs(params, x):
+        x = x.detach().requires_grad_()
+        u = model_fn(params, x)
+        eye = torch.eye(2, dtype=u.dtype)[:, None].expand(2, *u.shape)
+        (slopes,) = torch.autograd.grad(u, x, eye, create_graph=True, is_grads_batched=True)
+        return slopes
+
+    loss = hf.composed(outputs, lambda u, _: u.square().mean())
+    monkeypatch.setattr(F, "layer_norm", by_definition)
+    assert_same_as_torch_alone(monkeypatch, loss, params, x)
+
+
+def test_a_checkpointed_region_is_left_to_torch(monkeypatch):
+    weights = {"w": torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).double()}
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).double()
+
+    def outputs(params, x):
+        return checkpoint(lambda h: torch.tanh(h @ params["w"]), x, use_reentrant=False)
+
+    loss = hf.composed(outputs, lambda u, _: u.square().mean())
+    assert_same_as_torch_alone(monkeypatch, loss, weights, x)
+
+
+def conv_norm():
+    model, inputs, _ = made("conv, norm")
+    return *model, inputs
+
+
+FORBIDDING = {
+    "no_grad": lambda conv, x: torch.no_grad()(conv)(x),
+    "detach": lambda conv, x: conv(x).detach(),
+    "detach in place": lambda conv, x: conv(x).detach_(),
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDING)
+def test_a_norm_does_not_reach_past_what_ends_the_graph(name):
+    conv, norm, _, x = conv_norm()
+    with Replaced(SECOND_ORDER):
+        out = norm(FORBIDDING[name](conv, x)).square().sum()
+    (found,) = torch.autograd.grad(out, conv.weight, allow_unused=True)
+    assert found is None
+
+
+def test_a_hook_between_convolution_and_norm_is_heard():
+    conv, norm, _, x = conv_norm()
+    slopes = []
+    for table in (SECOND_ORDER, {}):
+        with Replaced(table):
+            y = conv(x)
+            y.register_hook(lambda g: 3 * g)
+            slopes.append(torch.autograd.grad(norm(y).square().sum(), conv.weight)[0])
+    torch.testing.assert_close(*slopes)
+
+
+def test_what_changes_in_place_before_the_norm_is_not_made_one_with_it():
+    conv, norm, _, x = conv_norm()
+    x = x.clone()
+    with Replaced(SECOND_ORDER):
+        y = conv(x)
+        x.mul_(3.0)
+        out = norm(y).square().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, conv.weight)
+
+
+def test_complex_activations_are_left_to_torch():
+    z = torch.randn(4, 4, dtype=torch.complex128, requires_grad=True)
+    with Replaced(SECOND_ORDER):
+        out = torch.tanh(z)
+    assert "Tanh" in out.grad_fn.name()
+
+
+def test_calls_of_every_form_are_taken():
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    w, b = torch.randn(4, 3, 3, 3), torch.randn(4)
+    out = torch.empty(2, 3, 8, 8)
+    with Replaced(SECOND_ORDER), torch.no_grad():
+        assert torch.sigmoid(x.detach(), out=out) is out
+    with Replaced(SECOND_ORDER):
+        torch.testing.assert_close(F.conv2d(x, w, b, np.int64(2)), F.conv2d(x, w, b, 2))
+        assert F.linear(torch.randn(2, 3), torch.randn(4, 3), torch.randn(2, 4)).shape == (2, 4)
+        with pytest.raises(RuntimeError, match="approximate"):
+            F.gelu(x, approximate="none at all")
+        with torch.inference_mode():
+            assert F.conv2d(x, w).shape == (2, 4, 6, 6)
+        with fwAD.dual_level():
+            dual = fwAD.make_dual(x.detach(), torch.ones_like(x))
+            assert fwAD.unpack_dual(torch.tanh(F.conv2d(dual, w))).tangent is not None
+
+
+def test_what_torch_lets_change_in_place_may_change():
+    h = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    with Replaced(SECOND_ORDER):
+        x = 2 * h
+        y = torch.tanh(x)
+        x.add_(1.0)
+        torch.autograd.grad(y.sum(), h)
+        z = F.layer_norm(2 * h, (4,))
+        z.mul_(2.0)
+        torch.autograd.grad(z.square().sum(), h)
+
+
+@pytest.mark.parametrize("name", ["layer norm", "layer norm without weight", "gelu", "tanh"])
+@pytest.mark.parametrize("transform", [hf.hvp, hf.ggnvp])
+def test_a_matvec_that_is_dropped_leaves_nothing(name, transform):
+    model, inputs, targets = made(name)
+    model_fn, params = hf.functional(model)
+    seen = []
+
+    class Mark:
+        pass
+
+    def outputs(params, x):
+        out = model_fn(params, x)
+        mark = out.grad_fn.metadata["mark"] = Mark()
+        seen.append(weakref.ref(mark))
+        return out
+
+    loss = hf.supervised(outputs, F.mse_loss)
+    matvec = transform(loss)(params, (inputs, targets))
+    matvec(hf.random_like(params, 2, seed=0))
+    assert seen[0]() is not None
+    del matvec
+    gc.collect()
+    assert seen[0]() is None
+
+
+def test_one_leaf_of_a_vector_may_be_mapped_over():
+    model, inputs, targets = made("two convs")
+    model_fn, params = hf.functional(model)
+    matvec = hf.hvp(hf.supervised(model_fn, F.mse_loss), chunk_size=1)(params, (inputs, targets))
+    vector = {name: leaf[0] for name, leaf in hf.random_like(params, 1, seed=0).items()}
+    name = list(params)[-2]
+    block = hf.random_like({name: params[name]}, 3, kind="normal", seed=1)[name]
+    found = torch.vmap(lambda leaf: hf.apply(matvec, {**vector, name: leaf}))(block)
+    for i, leaf in enumerate(block):
+        expected = hf.apply(matvec, {**vector, name: leaf})
+        for key in params:
+            torch.testing.assert_close(found[key][i], expected[key])

@@ -1,0 +1,33 @@
+"""Scales of channels, as bilinear maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hessfunc.transforms.kernels.bilinear import Layer
+
+__all__ = ["Channels"]
+
+
+@dataclass(frozen=True)
+class Channels(Layer):
+    """y = x with its channel c, of the second axis of ``dims``, times w_c."""
+
+    dims: int
+
+    def out(self, x: Tensor, w: Tensor, /) -> Tensor:
+        return x * self.spread(w)
+
+    def left(self, g: Tensor, w: Tensor, /) -> Tensor:
+        return g * self.spread(w)
+
+    def right(self, g: Tensor, x: Tensor, /) -> Tensor:
+        return self.gathered(g * x)
+
+    def spread(self, b: Tensor, /) -> Tensor:
+        return b.view(*b.shape[:-1], 1, -1, *[1] * (self.dims - 2))
+
+    def gathered(self, g: Tensor, /) -> Tensor:
+        return g.sum((-self.dims, *range(2 - self.dims, 0)))
