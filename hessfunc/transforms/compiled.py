@@ -130,6 +130,6 @@ def _refuse_another(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None
     size = math.sqrt(sum(float(b.double().square().sum()) for _, b in pairs))
     if not error <= _TOLERANCE * size:
         raise ValueError(
-            f"products as they were written down, of length {size:.1e}, are off by {error:.1e}: does the matvec "
-            "leave torch, by way of NumPy or of Python's numbers?"
+            f"products as they were written down, of length {size:.1e}, are off by {error:.1e}: "
+            "does the matvec leave torch, by way of NumPy or of Python's numbers?"
         )
