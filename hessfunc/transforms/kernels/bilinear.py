@@ -18,7 +18,7 @@ from torch import Tensor
 from hessfunc.transforms.kernels.order import once_more
 from hessfunc.transforms.kernels.probes import batched, on_blocks
 
-__all__ = ["Bilinear", "Layer", "affine"]
+__all__ = ["Bilinear", "affine"]
 
 
 class Bilinear(ABC):
@@ -40,25 +40,21 @@ class Bilinear(ABC):
     def right(self, g: Tensor, x: Tensor, /) -> Tensor:
         """What is like w, and of which the inner product with w is <g, B(x, w)>."""
 
-    def tangent(self, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, /) -> Tensor:
-        """B(dx, w) + B(x, dw); dx and dw may be blocks."""
-        return _plus(self.out(dx, w), self.out(x, dw))
-
-
-class Layer(Bilinear):
-    """A bilinear map to which a bias may be added."""
-
     @abstractmethod
     def spread(self, b: Tensor, /) -> Tensor:
-        """A vector of the weights' outputs, as it is added to y."""
+        """A bias, as it is added to y."""
 
     @abstractmethod
     def gathered(self, g: Tensor, /) -> Tensor:
         """The transpose of `spread`."""
 
+    def tangent(self, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, /) -> Tensor:
+        """B(dx, w) + B(x, dw); dx and dw may be blocks."""
+        return _plus(self.out(dx, w), self.out(x, dw))
+
 
 def affine(
-    form: Layer,
+    form: Bilinear,
     x: Tensor,
     w: Tensor,
     b: Tensor | None,
@@ -88,7 +84,7 @@ def _plus(found: Tensor, other: Tensor) -> Tensor:
 class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, form: Layer, x: Tensor, w: Tensor, b: Tensor | None, known: list[Tensor]
+        ctx: Any, form: Bilinear, x: Tensor, w: Tensor, b: Tensor | None, known: list[Tensor]
     ) -> Tensor:
         _, of_x, of_w, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_w else None, w if of_x else None)
@@ -102,21 +98,16 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, w = ctx.saved_tensors
         form, needed = ctx.form, ctx.needs_input_grad[1:4]
-        if not torch.is_grad_enabled():
-            found = (
-                on_blocks(form.left, g, w) if needed[0] else None,
-                on_blocks(form.right, g, x) if needed[1] else None,
-                on_blocks(form.gathered, g) if needed[2] else None,
-            )
-        elif batched(g):
-            # A Function without a rule for vmap would be applied to what vmap has wrapped.
-            found = (
-                form.left(g, w) if needed[0] else None,
-                form.right(g, x) if needed[1] else None,
-                form.gathered(g) if needed[2] else None,
-            )
-        else:
+        if torch.is_grad_enabled() and not batched(g):
             found = _Transposes.apply(form, g, *once_more(x, w), needed[2])  # type: ignore[no-untyped-call]
+        else:
+            # A Function without a rule for vmap would be applied to what vmap has wrapped.
+            run = _as_it_is if torch.is_grad_enabled() else on_blocks
+            found = (
+                run(form.left, g, w) if needed[0] else None,
+                run(form.right, g, x) if needed[1] else None,
+                run(form.gathered, g) if needed[2] else None,
+            )
         return None, *found, None
 
 
@@ -125,7 +116,7 @@ class _Transposes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, form: Layer, g: Tensor, x: Tensor | None, w: Tensor | None, biased: bool
+        ctx: Any, form: Bilinear, g: Tensor, x: Tensor | None, w: Tensor | None, biased: bool
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(g, x, w)
         ctx.form = form
@@ -156,7 +147,7 @@ def _as_it_is(formula: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor
     return formula(*tensors)
 
 
-def _moved(form: Layer, shape: torch.Size) -> Callable[..., Tensor]:
+def _moved(form: Bilinear, shape: torch.Size) -> Callable[..., Tensor]:
     """The tangent of y, of a shape: from those of x, w and b that are there."""
 
     def moved(

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hessfunc.transforms.kernels.bilinear import Layer
+from hessfunc.transforms.kernels.bilinear import Bilinear
 
 __all__ = ["Channels"]
 
 
 @dataclass(frozen=True)
-class Channels(Layer):
+class Channels(Bilinear):
     """y = x with its channel c, of the second axis of ``dims``, times w_c."""
 
     dims: int

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.transforms.kernels.bilinear import Layer, affine
+from hessfunc.transforms.kernels.bilinear import Bilinear, affine
 from hessfunc.transforms.kernels.replaced import plain
 from hessfunc.transforms.kernels.sources import Source, remember
 
@@ -22,7 +22,7 @@ __all__ = ["Convolution", "convolution"]
 
 
 @dataclass(frozen=True)
-class Convolution(Layer):
+class Convolution(Bilinear):
     """y = x * w, with x ``[N, C, ...]`` and w ``[O, C / groups, ...]``."""
 
     stride: tuple[int, ...]

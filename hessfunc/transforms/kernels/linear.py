@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessfunc.transforms.kernels.bilinear import Layer, affine
+from hessfunc.transforms.kernels.bilinear import Bilinear, affine
 from hessfunc.transforms.kernels.matrices import has_faster, multiplied
 from hessfunc.transforms.kernels.replaced import plain
 from hessfunc.transforms.kernels.sources import Source, remember
@@ -20,7 +20,7 @@ _LARGE = 2**20
 
 
 @dataclass(frozen=True)
-class Linear(Layer):
+class Linear(Bilinear):
     """y = x w', with x ``[R, C]`` and w ``[O, C]``."""
 
     def out(self, x: Tensor, w: Tensor, /) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hessfunc.transforms.kernels.bilinear import Layer
+from hessfunc.transforms.kernels.bilinear import Bilinear
 
 __all__ = ["Source", "remember", "source_of"]
 
@@ -17,7 +17,7 @@ __all__ = ["Source", "remember", "source_of"]
 class Source:
     """y = form(x, w) + b."""
 
-    form: Layer
+    form: Bilinear
     x: Tensor
     w: Tensor
     b: Tensor | None
