@@ -15,6 +15,7 @@ import torch
 
 import hessfunc
 from bench.interleaved import Ratio, ratio
+from bench.markdown import table
 
 __all__ = [
     "DEFAULT",
@@ -156,7 +157,7 @@ def _of_net(results: Sequence[Measured]) -> str:
         f"{k}: {r.rounds} rounds, a gradient in {1e3 * r.gradient_seconds:.3g} ms"
         for k, r in zip(ks, results, strict=True)
     )
-    parts = [f"## {results[0].title}, n = {results[0].n:,}", _padded(rows), f"{about}."]
+    parts = [f"## {results[0].title}, n = {results[0].n:,}", table(rows), f"{about}."]
     wrong = [
         f"{mode} at k = {result.k} takes {_with_spread(choice)} times the faster of loop and vmap"
         for result in results
@@ -170,16 +171,6 @@ def _of_net(results: Sequence[Measured]) -> str:
 
 def _with_spread(found: Ratio) -> str:
     return f"{found.median:.2f} ({found.low:.2f}-{found.high:.2f})"
-
-
-def _padded(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def environment() -> dict[str, object]:

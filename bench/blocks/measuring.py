@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Mapping
@@ -10,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -18,6 +16,7 @@ import torch
 from bench.blocks.problems import problem
 from bench.blocks.questions import QUESTIONS, Question
 from bench.interleaved import Ratio, Turns, ratio
+from bench.resident import peak_above
 
 __all__ = ["Cell", "measure", "processes"]
 
@@ -100,16 +99,4 @@ def _peak(name: str, number: int, which: str) -> int:
     work(case)()
     # Anew: some leave results at the model.
     call = work(case)
-    gc.collect()
-    # Resets the peak.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    kept = call()
-    peak = _status("VmHWM")
-    del kept
-    return peak - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+    return peak_above(call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from bench.blocks.measuring import Cell
 from bench.blocks.problems import PROBLEMS
 from bench.blocks.questions import QUESTIONS, Question
 from bench.interleaved import Ratio
+from bench.markdown import table
 from bench.report import environment
 
 __all__ = ["read", "write"]
@@ -83,7 +84,7 @@ def _of_net(name: str, cells: Mapping[str, Cell]) -> str:
         if cell is not None:
             rows += _rows(question, cell)
     days = ", ".join(sorted({cell.day for cell in cells.values()}))
-    return f"## {title}, {examples} examples\n\nMeasured on {days}.\n\n{_padded(rows)}"
+    return f"## {title}, {examples} examples\n\nMeasured on {days}.\n\n{table(rows)}"
 
 
 def key(question: Question) -> str:
@@ -112,13 +113,3 @@ def _rows(question: Question, cell: Cell) -> list[list[str]]:
 
 def _error(error: float | str) -> str:
     return error if isinstance(error, str) else f"{error:.0e}"
-
-
-def _padded(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])

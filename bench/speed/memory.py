@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from statistics import median
 
 import torch
 
@@ -15,8 +14,8 @@ from bench.speed.cells import Cell
 from bench.speed.device import device
 from bench.speed.peak import peak_above, peak_of
 from bench.speed.peers import backpack, curvlinops, eigenthings, pyhessian
-from bench.speed.products import TOLERANCE, floor, judge
-from bench.speed.turns import Effort, prepared, reason_of, rows_of, timed
+from bench.speed.products import cell_of
+from bench.speed.turns import Effort, reason_of
 
 __all__ = ["basis_peak", "memory", "peak"]
 
@@ -24,24 +23,14 @@ __all__ = ["basis_peak", "memory", "peak"]
 def memory(name: str, effort: Effort) -> Cell:
     """The time and the peak of memory of each way to a Hessian product, and of a block."""
     asked = _asked(name)
-    ready, gaps = prepared(asked, list(_alternatives(name).values()), judge(plain.expected(asked)))
-    found = timed(asked, ready, effort, TOLERANCE)
-    rows = rows_of(ready, found)
-    del ready
+    cell = cell_of(asked, list(_alternatives(name).values()), effort)
+    rows, gaps = dict(cell.rows), dict(cell.gaps)
     for title, row in rows.items():
         try:
             rows[title] = replace(row, bytes=peak_of(f"memory/{name}", title))
         except (OSError, RuntimeError) as broken:
             gaps[f"{title}: memory"] = reason_of(broken)
-    return Cell(
-        title=asked.case.title,
-        rounds=len(found.gradients),
-        gradient=median(found.gradients),
-        floor=floor(asked),
-        tolerance=TOLERANCE,
-        rows=rows,
-        gaps=gaps,
-    )
+    return replace(cell, rows=rows, gaps=gaps)
 
 
 def peak(question: str, name: str, alternative: str) -> int:

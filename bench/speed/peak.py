@@ -7,15 +7,14 @@ What a first call alone takes, such as modules that are imported then, is not co
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from bench import resident
 from bench.speed.device import device, wait
 
 __all__ = ["peak_above", "peak_of"]
@@ -42,20 +41,8 @@ def peak_of(cell: str, alternative: str) -> int:
 
 
 def peak_above(call: Callable[[], object]) -> int:
-    """The peak of resident memory in a call, its result included, above what was there before.
-
-    On a GPU, of its own memory.
-    """
-    gc.collect()
-    if device().type == "cuda":
-        return _peak_on_gpu(call)
-    # Resets the peak.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    kept = call()
-    peak = _status("VmHWM")
-    del kept
-    return peak - before
+    """The peak of memory in a call, its result included, above what was there before."""
+    return _peak_on_gpu(call) if device().type == "cuda" else resident.peak_above(call)
 
 
 def _peak_on_gpu(call: Callable[[], object]) -> int:
@@ -66,11 +53,6 @@ def _peak_on_gpu(call: Callable[[], object]) -> int:
     peak = torch.cuda.max_memory_allocated(device())
     del kept
     return peak - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _main() -> None:

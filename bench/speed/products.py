@@ -15,7 +15,7 @@ from bench.speed.peers import backpack, curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, Judged, prepared, rows_of, timed
 from hessfunc.training.work import CountedFlops
 
-__all__ = ["block", "compiled", "data", "floor", "ggn", "judge", "product"]
+__all__ = ["block", "cell_of", "compiled", "data", "floor", "ggn", "judge", "product"]
 
 TOLERANCE = 1e-2
 BATCHES = 20
@@ -49,23 +49,23 @@ _DATA = [
 
 def product(name: str, effort: Effort) -> Cell:
     """One Hessian product, repeated on the same batch."""
-    return _of(Asked(models.made(name)), _HESSIAN, effort)
+    return cell_of(Asked(models.made(name)), _HESSIAN, effort)
 
 
 def block(name: str, effort: Effort) -> Cell:
     """A block of Hessian products."""
-    return _of(Asked(models.made(name), k=models.MODELS[name].block), _HESSIAN, effort)
+    return cell_of(Asked(models.made(name), k=models.MODELS[name].block), _HESSIAN, effort)
 
 
 def ggn(name: str, effort: Effort) -> Cell:
     """A block of GGN products."""
-    return _of(Asked(models.made(name), "ggn", models.MODELS[name].block), _GGN, effort)
+    return cell_of(Asked(models.made(name), "ggn", models.MODELS[name].block), _GGN, effort)
 
 
 def compiled(name: str, effort: Effort) -> Cell:
     """A block of Hessian products, with ours compiled."""
     asked = Asked(models.made(name), k=models.MODELS[name].block)
-    return _of(asked, [*ours.COMPILED, *_HESSIAN], effort)
+    return cell_of(asked, [*ours.COMPILED, *_HESSIAN], effort)
 
 
 def data(name: str, effort: Effort) -> Cell:
@@ -73,10 +73,11 @@ def data(name: str, effort: Effort) -> Cell:
     examples = _EXAMPLES.get(name, models.MODELS[name].examples)
     case = models.made(name, BATCHES * examples)
     asked = Asked(case, k=BLOCK_OF_DATA, batches=models.batches_of(case, BATCHES))
-    return _of(asked, _DATA, effort)
+    return cell_of(asked, _DATA, effort)
 
 
-def _of(asked: Asked, alternatives: Sequence[Alternative], effort: Effort) -> Cell:
+def cell_of(asked: Asked, alternatives: Sequence[Alternative], effort: Effort) -> Cell:
+    """The cell of products, one or a block, by all alternatives."""
     ready, gaps = prepared(asked, alternatives, judge(plain.expected(asked)))
     found = timed(asked, ready, effort, TOLERANCE)
     return Cell(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bench.interleaved import Ratio
+from bench.markdown import table
 from bench.speed.cells import Cell, Row
 from bench.speed.fits import power
 from bench.speed.targets import Verdict, verdicts
@@ -93,7 +94,7 @@ def _targets(found: Sequence[Verdict]) -> str:
                 one.why if one.met is None else "met" if one.met else "**missed**",
             ]
         )
-    return _padded(rows)
+    return table(rows)
 
 
 def _question(cells: Sequence[Cell]) -> str:
@@ -119,7 +120,7 @@ def _question(cells: Sequence[Cell]) -> str:
     about = "; ".join(
         f"{c.title}: {c.rounds} rounds, a gradient in {1e3 * c.gradient:.3g} ms" for c in cells
     )
-    return f"{_padded(rows)}\n\n{about}."
+    return f"{table(rows)}\n\n{about}."
 
 
 def _scaling(cells: Sequence[Cell]) -> str:
@@ -136,7 +137,7 @@ def _scaling(cells: Sequence[Cell]) -> str:
                     f"{', '.join(f'{cost:.3g}' for cost in line.costs)} {cell.units[1]}",
                 ]
             )
-    return _padded(rows)
+    return table(rows)
 
 
 def _ratio(found: Ratio | None) -> str:
@@ -155,13 +156,3 @@ def _error(row: Row, cell: Cell) -> str:
 
 def _bytes(row: Row | None) -> str:
     return "" if row is None or row.bytes is None else f"{row.bytes / 2**20:.1f}"
-
-
-def _padded(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
