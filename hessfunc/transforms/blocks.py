@@ -84,7 +84,6 @@ def block_matvec(
     """
     refuse_if_changed = unchanged(space.names, point)
     of_batch = [tuple(x.shape) for x in batch_leaves(batch) if isinstance(x, Tensor)]
-
     surroundings = precise if space.device.type == "cuda" else nullcontext
 
     def products(tangents: Sequence[Tensor]) -> Iterable[Tensor]:
@@ -171,16 +170,15 @@ class _Pieces:
     def take(self, size: int) -> None:
         """Multiply the next vectors, or the last ones again where fewer are left."""
         start = min(self.done, len(self.tangents[0]) - size)
+        end = start + size
         if size == 1:
             part = self.product([t[start] for t in self.tangents])
-            for target, out in zip(self.found, part, strict=True):
-                target[start].copy_(out)
         else:
-            end = start + size
             part = _mapped(self.product, [t[start:end] for t in self.tangents])
-            for target, out in zip(self.found, part, strict=True):
-                target[start:end].copy_(out)
-        self.done = max(self.done, start + size)
+        for target, out in zip(self.found, part, strict=True):
+            # One product has no probe axis, and is broadcast.
+            target[start:end].copy_(out)
+        self.done = max(self.done, end)
 
 
 def _by_trial(product: Product, tangents: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:

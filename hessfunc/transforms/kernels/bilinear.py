@@ -40,13 +40,18 @@ class Bilinear(ABC):
     def right(self, g: Tensor, x: Tensor, /) -> Tensor:
         """What is like w, and of which the inner product with w is <g, B(x, w)>."""
 
+    @property
     @abstractmethod
+    def dims(self) -> int:
+        """The axes of y, the second of which is that of the bias."""
+
     def spread(self, b: Tensor, /) -> Tensor:
         """A bias, as it is added to y."""
+        return b.view(*b.shape[:-1], 1, -1, *[1] * (self.dims - 2))
 
-    @abstractmethod
     def gathered(self, g: Tensor, /) -> Tensor:
         """The transpose of `spread`."""
+        return g.sum((-self.dims, *range(2 - self.dims, 0)))
 
     def tangent(self, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, /) -> Tensor:
         """B(dx, w) + B(x, dw); dx and dw may be blocks."""

@@ -13,9 +13,13 @@ __all__ = ["Channels"]
 
 @dataclass(frozen=True)
 class Channels(Bilinear):
-    """y = x with its channel c, of the second axis of ``dims``, times w_c."""
+    """y = x with its channel c, of the second axis of ``axes``, times w_c."""
 
-    dims: int
+    axes: int
+
+    @property
+    def dims(self) -> int:
+        return self.axes
 
     def out(self, x: Tensor, w: Tensor, /) -> Tensor:
         return x * self.spread(w)
@@ -25,9 +29,3 @@ class Channels(Bilinear):
 
     def right(self, g: Tensor, x: Tensor, /) -> Tensor:
         return self.gathered(g * x)
-
-    def spread(self, b: Tensor, /) -> Tensor:
-        return b.view(*b.shape[:-1], 1, -1, *[1] * (self.dims - 2))
-
-    def gathered(self, g: Tensor, /) -> Tensor:
-        return g.sum((-self.dims, *range(2 - self.dims, 0)))

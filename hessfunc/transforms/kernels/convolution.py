@@ -32,6 +32,10 @@ class Convolution(Bilinear):
     inputs: torch.Size
     weights: torch.Size
 
+    @property
+    def dims(self) -> int:
+        return len(self.inputs)
+
     def out(self, x: Tensor, w: Tensor, /) -> Tensor:
         if x.dim() > len(self.inputs):
             return self._out(x.flatten(0, 1), w).unflatten(0, (len(x), -1))
@@ -52,13 +56,6 @@ class Convolution(Bilinear):
         if x.dim() > len(self.inputs):
             return torch.stack([self._right(g, each) for each in x])
         return self._right(g, x)
-
-    def spread(self, b: Tensor, /) -> Tensor:
-        return b.view(*b.shape[:-1], 1, -1, *[1] * len(self.stride))
-
-    def gathered(self, g: Tensor, /) -> Tensor:
-        axes = range(-len(self.stride), 0)
-        return g.sum((-len(self.inputs), *axes))
 
     def _out(self, x: Tensor, w: Tensor) -> Tensor:
         return torch.ops.aten.convolution(x, w, None, *self._options())

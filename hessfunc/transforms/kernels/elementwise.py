@@ -36,7 +36,7 @@ class _Activation:
     Attributes:
         value: f.
         slope: f', of what is kept.
-        curve: f'', of what is kept.
+        curve: the derivative of the slope with respect to what is kept.
         keeps_output: f(x) is kept, and not x, as torch does.
     """
 

@@ -23,6 +23,10 @@ _LARGE = 2**20
 class Linear(Bilinear):
     """y = x w', with x ``[R, C]`` and w ``[O, C]``."""
 
+    @property
+    def dims(self) -> int:
+        return 2
+
     def out(self, x: Tensor, w: Tensor, /) -> Tensor:
         if x.dim() == 3:
             return multiplied(x.flatten(0, 1), w.mT).unflatten(0, (len(x), -1))
@@ -48,12 +52,6 @@ class Linear(Bilinear):
             transposed = g.mT.contiguous()
             return torch.stack([multiplied(transposed, each) for each in x])
         return multiplied(g.mT, x)
-
-    def spread(self, b: Tensor, /) -> Tensor:
-        return b.unsqueeze(-2)
-
-    def gathered(self, g: Tensor, /) -> Tensor:
-        return g.sum(-2)
 
     def tangent(self, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, /) -> Tensor:
         if dx.dim() == 2 or dw.dim() == 2:
