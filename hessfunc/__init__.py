@@ -31,6 +31,7 @@ _HOMES = {
     "activations": "transforms.activations",
     "with_output_hessian": "transforms.criteria",
     "over_batches": "transforms.batches",
+    "sharded": "distributed.sharded",
     "draws": "transforms.draws",
     "Draws": "transforms.draws",
     "examples": "transforms.batches",

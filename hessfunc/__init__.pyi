@@ -25,6 +25,7 @@ from hessfunc.algorithms.trace.xnystrace import xnystrace as xnystrace
 from hessfunc.algorithms.trace.xtrace import xtrace as xtrace
 from hessfunc.checks import Check as Check
 from hessfunc.checks import check as check
+from hessfunc.distributed.sharded import sharded as sharded
 from hessfunc.functional import Loss as Loss
 from hessfunc.functional import composed as composed
 from hessfunc.functional import functional as functional

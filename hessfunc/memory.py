@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hessfunc.trees import leaves, tree_map
+from hessfunc.trees import Space, leaves, tree_map
 
-__all__ = ["PeakMemory", "available_memory"]
+__all__ = ["PeakMemory", "available_memory", "available_to"]
 
 
 def available_memory(device: torch.device, /) -> int:
@@ -24,6 +24,11 @@ def available_memory(device: torch.device, /) -> int:
     limit, used = _control_group("memory.max"), _control_group("memory.current")
     free = _of_machine()
     return free if limit is None or used is None else max(0, min(free, limit - used))
+
+
+def available_to(space: Space, /) -> int:
+    """The bytes that every rank of a space may still take of its device."""
+    return space.least(available_memory(space.device))
 
 
 def _of_machine() -> int:

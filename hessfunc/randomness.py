@@ -30,29 +30,33 @@ def mixed(*numbers: int) -> int:
     return state
 
 
-def signs(key: int, count: int, device: torch.device, /) -> Tensor:
-    """+1 or -1, int8 ``(count,)``."""
-    octets = _words(key, -(-count // 64), device).view(torch.uint8)
-    places = torch.arange(8, dtype=torch.uint8, device=device)
-    bits = (octets[:, None] >> places).bitwise_and_(1).flatten()[:count]
+def signs(key: int, places: range, device: torch.device, /) -> Tensor:
+    """+1 or -1 at these places of an endless sequence, int8."""
+    first = places.start // 64
+    octets = _words(key, range(first, -(-places.stop // 64)), device).view(torch.uint8)
+    within = torch.arange(8, dtype=torch.uint8, device=device)
+    bits = (octets[:, None] >> within).bitwise_and_(1).flatten()
+    bits = bits[places.start - 64 * first : places.stop - 64 * first]
     return bits.to(torch.int8).mul_(2).sub_(1)
 
 
-def normals(key: int, count: int, device: torch.device, /) -> Tensor:
-    """Standard normals ``(count,)``, float64 where the device has it.
+def normals(key: int, places: range, device: torch.device, /) -> Tensor:
+    """Standard normals at these places of an endless sequence, float64 where the device has it.
 
     Box and Muller 1958: each word gives two 32-bit uniforms, and they two normals.
     """
     wide = wide_dtype(device)
-    words = _words(key, -(-count // 2), device)
+    first = places.start // 2
+    words = _words(key, range(first, -(-places.stop // 2)), device)
     radius = _shifted(words, 32).to(wide).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
     angle = words.bitwise_and_((1 << 32) - 1).to(wide).mul_(2 * math.pi * 2.0**-32)
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()[:count]
+    both = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()
+    return both[places.start - 2 * first : places.stop - 2 * first]
 
 
 def uniforms(count: int, /, *key: int, device: torch.device) -> Tensor:
     """Numbers of (0, 1), float64 where the device has it: a function of the key alone."""
-    words = _shifted(_words(mixed(*key), count, device), 12)
+    words = _shifted(_words(mixed(*key), range(count), device), 12)
     return words.to(wide_dtype(device)).add_(0.5).mul_(2.0**-52)
 
 
@@ -60,9 +64,9 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _words(key: int, count: int, device: torch.device) -> Tensor:
-    """The 64-bit words 0 .. count - 1 of a key."""
-    words = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+def _words(key: int, places: range, device: torch.device) -> Tensor:
+    """The 64-bit words of a key at these places."""
+    words = torch.arange(places.start + 1, places.stop + 1, dtype=torch.int64, device=device)
     words.mul_(_signed(_GOLDEN)).add_(_signed(key))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))

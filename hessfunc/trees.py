@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,6 +165,57 @@ class Space:
         """The dimension."""
         return sum(self.sizes)
 
+    @property
+    def spans(self) -> list[range]:
+        """The entries of each flat leaf that a row holds here: all of them, on one rank."""
+        return [range(size) for size in self.sizes]
+
+    @property
+    def width(self) -> int:
+        """The number of entries that a row holds here."""
+        return sum(map(len, self.spans))
+
+    def zeros(self, count: int, dtype: torch.dtype, /) -> Tensor:
+        """Rows of zeros."""
+        return torch.zeros(count, self.width, dtype=dtype, device=self.device)
+
+    def units(self, dtype: torch.dtype, /) -> Tensor:
+        """All n unit vectors, as rows."""
+        return torch.eye(self.n, dtype=dtype, device=self.device)
+
+    def summed(self, numbers: Tensor, /) -> Tensor:
+        """The sum over the parts of a row, from what was computed of each."""
+        return numbers
+
+    def least(self, number: int, /) -> int:
+        """The least of a number, which every rank has its own of."""
+        return number
+
+    def vectors(self, rows: Tensor, /) -> Tree:
+        """The block of these rows, as a result holds it."""
+        return self.unravel(rows)
+
+    def rows(self, vectors: Tree, /, *, dtype: torch.dtype | None = None) -> Tensor:
+        """The rows of a block, as a result holds it, or the row of one vector."""
+        first = leaves(vectors)
+        if first and isinstance(first[0], Tensor) and first[0].dim() == len(self.shapes[0]):
+            return self.ravel_leaves([x[None] for x in self.tree_leaves(vectors)], dtype=dtype)
+        return self.ravel(vectors, dtype=dtype)
+
+    def factored(self, rows: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Orthonormal rows Q and a small R with ``rows = R' Q``."""
+        basis, triangle = torch.linalg.qr(rows.mT)
+        return basis.mT, triangle
+
+    def fingerprint(self) -> dict[str, float]:
+        """Numbers that are the same where the leaves have the same names, shapes and dtypes."""
+        described = repr((self.names, self.shapes, self.dtypes)).encode()
+        return {
+            "the number of leaves": len(self.names),
+            "the number of entries": self.n,
+            "the names, shapes and dtypes of leaves": zlib.crc32(described) >> 4,
+        }
+
     def tree(self, found: Iterable[Tensor], /) -> Tree:
         """The tree, or block, of these leaves."""
         return self.structure.unflatten(found)
@@ -250,6 +302,10 @@ class Space:
         views = self._views(rows)
         return self.tree(v.to(dtype) for v, dtype in zip(views, self.dtypes, strict=True))
 
+    def views(self, rows: Tensor, /) -> Tree:
+        """The block of whole rows ``(k, n)``: views, in the dtype of the rows."""
+        return self.tree(self._views(rows))
+
     def _views(self, rows: Tensor) -> list[Tensor]:
         parts = rows.split(self.sizes, dim=-1)
         return [
@@ -258,10 +314,11 @@ class Space:
         ]
 
     def leaf_of_columns(self, columns: Tensor, /) -> list[str]:
-        """The names of the leaves in which these columns of a flat row lie."""
-        ends = torch.tensor(self.sizes, device="cpu").cumsum(0)
-        found = torch.bucketize(columns.cpu(), ends, right=True).unique()
-        return [self.names[i] for i in found.tolist()]
+        """The names of the leaves in which these columns of a row lie, on whatever rank."""
+        ends = torch.tensor([len(span) for span in self.spans], device="cpu").cumsum(0)
+        found = torch.bucketize(columns.cpu(), ends, right=True)
+        counts = torch.bincount(found, minlength=len(self.names)).to(self.device)
+        return [name for name, count in zip(self.names, self.summed(counts), strict=True) if count]
 
     def gram(self, rows: Tensor, others: Tensor, /, *, run: int = 1024) -> Tensor:
         """The inner products ``rows @ others.T`` in float64, shape ``(j, k)``.
@@ -271,12 +328,15 @@ class Space:
         for entries that are all alike, whose roundings add up (1e-6). Runs of 2^14 are twice as
         fast and off by up to 20 times as much.
         """
+        return self.summed(self._gram(rows, others, run))
+
+    def _gram(self, rows: Tensor, others: Tensor, run: int) -> Tensor:
         wide = wide_dtype(rows.device)
         if rows.dtype == wide:
             return rows @ others.to(wide).mT
         if len(rows) > len(others):
             # The kernels are twice as fast with the few on the left.
-            return self.gram(others, rows, run=run).mT
+            return self._gram(others, rows, run).mT
         if len(rows) * len(others) <= _FEW_PRODUCTS:
             return self._wide_gram(rows, others)
         whole = rows.shape[1] // run * run
@@ -304,8 +364,8 @@ class Space:
     def by_leaf(self, rows: Tensor, others: Tensor, /) -> Tensor:
         """The inner product of each row with its other, leaf by leaf: float64 ``(k, leaves)``."""
         wide = wide_dtype(rows.device)
-        products = (rows * others).split(self.sizes, dim=1)
-        return torch.stack([part.sum(1, dtype=wide) for part in products], dim=1)
+        products = (rows * others).split([len(span) for span in self.spans], dim=1)
+        return self.summed(torch.stack([part.sum(1, dtype=wide) for part in products], dim=1))
 
     def probes(
         self,
@@ -327,11 +387,12 @@ class Space:
         """
         if kind not in get_args(ProbeKind):
             raise ValueError(f"kind={kind!r}: choose 'signs', 'normal' or 'sphere'")
-        rows = torch.empty(len(indices), self.n, dtype=dtype or self.dtype, device=self.device)
+        rows = torch.empty(len(indices), self.width, dtype=dtype or self.dtype, device=self.device)
         draw = signs if kind == "signs" else normals
+        spans = self.spans
         for row, index in zip(rows, indices, strict=True):
-            for i, part in enumerate(row.split(self.sizes)):
-                part.copy_(draw(mixed(seed, index, i), part.numel(), self.device))
+            for i, part in enumerate(row.split([len(span) for span in spans])):
+                part.copy_(draw(mixed(seed, index, i), spans[i], self.device))
         if kind == "sphere":
             rows *= (math.sqrt(self.n) / self.norms(rows)).to(rows.dtype)[:, None]
         return rows

@@ -80,11 +80,11 @@ class Checkpoint:
             **{name: _described(value) for name, value in options.items()},
         }
         if path is None:
-            return cls(None, fingerprint, products, drawn(seed))
+            return cls(None, fingerprint, products, space.least(drawn(seed)))
         directory = Path(path)
         manifest = _read_manifest(directory)
         if manifest is None:
-            return cls(directory, fingerprint, products, drawn(seed))
+            return cls(directory, fingerprint, products, space.least(drawn(seed)))
         _refuse_another_run(directory, manifest, fingerprint, seed)
         return cls(directory, fingerprint, products, manifest["seed"], manifest)
 

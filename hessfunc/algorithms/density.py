@@ -21,7 +21,7 @@ from hessfunc.algorithms.rounds import (
     products_eps,
     rows_dtype,
 )
-from hessfunc.memory import available_memory
+from hessfunc.memory import available_to
 from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["slq"]
@@ -38,6 +38,7 @@ def slq(
     steps: int = 100,
     max_matvecs: int | None = None,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[Density] | None = None,
     checkpoint: Directory = None,
 ) -> Density:
@@ -57,6 +58,8 @@ def slq(
         steps: Lanczos steps a probe. The density is resolved to about 12 / steps of its range.
         max_matvecs: the budget; ``probes * steps`` by default.
         seed: of the probes.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `Density` every few steps; returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
@@ -74,7 +77,7 @@ def slq(
     Source: Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019, arXiv 1901.10159; steps
     and probes: Chen, Trogdon and Ubaru 2021, arXiv 2105.06595.
     """
-    products = Products.of(matvec, like)
+    products = Products.of(matvec, like, space)
     space = products.space
     at_least(1, probes=probes, steps=steps)
     at_least(probes, max_matvecs=max_matvecs)
@@ -241,11 +244,11 @@ def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor]:
 
 def _probes_that_fit(space: Space, probes: int, steps: int) -> int:
     """How many probes may run at once, for the bases to take at most half of the memory."""
-    basis = steps * space.n * rows_dtype(space).itemsize
-    free = available_memory(space.device)
+    basis = steps * space.width * rows_dtype(space).itemsize
+    free = available_to(space)
     if basis > free:
         raise MemoryError(
-            f"the basis of one probe, {steps} vectors of {space.n} entries, takes "
+            f"the basis of one probe, {steps} vectors of {space.width} entries, takes "
             f"{basis / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: take fewer steps"
         )
     return max(1, min(probes, free // 2 // basis))

@@ -39,9 +39,9 @@ def exact_trace(products: Products, seed: int, /) -> Estimate:
 
 def exact_diagonal(products: Products, seed: int, /) -> DiagonalEstimate:
     """The diagonal up to rounding, in n matvecs."""
-    space, _, images, rounding = _products(products)
-    diagonal = images.diagonal()
-    squares = images.double().square().sum(1)
+    space, rows, images, rounding = _products(products)
+    diagonal = (rows * images).sum(0)
+    squares = images.double().square().sum(0)
     return DiagonalEstimate(
         value=space.unravel(diagonal),
         stderr=space.unravel(torch.full_like(diagonal, rounding)),
@@ -54,6 +54,6 @@ def exact_diagonal(products: Products, seed: int, /) -> DiagonalEstimate:
 def _products(products: Products) -> tuple[Space, Tensor, Tensor, float]:
     space = products.space
     dtype = rows_dtype(space)
-    rows = torch.eye(space.n, dtype=dtype, device=space.device)
+    rows = space.units(dtype)
     images = products(rows)
-    return space, rows, images, 10 * products_eps(space, dtype) * float(images.abs().max())
+    return space, rows, images, 10 * products_eps(space, dtype) * float(space.norms(images).max())

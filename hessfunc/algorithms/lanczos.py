@@ -23,9 +23,9 @@ from hessfunc.algorithms.rounds import (
     products_eps,
     rows_dtype,
 )
-from hessfunc.memory import available_memory
+from hessfunc.memory import available_to
 from hessfunc.randomness import uniforms
-from hessfunc.trees import Matvec, Space, Tree, leaves
+from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["lanczos"]
 
@@ -55,6 +55,7 @@ def lanczos(
     search: int = 8,
     start: Tree | None = None,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[Eigenpairs] | None = None,
     checkpoint: Directory = None,
 ) -> Eigenpairs:
@@ -103,6 +104,8 @@ def lanczos(
         start: a tree to start from, or a block, such as the vectors of an earlier run: more of
             them than ``block_size`` are mixed; random by default.
         seed: of the start.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `Eigenpairs` after each round (residuals are those of
             the recurrence then); returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
@@ -122,7 +125,7 @@ def lanczos(
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
     Musco and Rao 2025, arXiv 2508.06486.
     """
-    products = Products.of(matvec, like)
+    products = Products.of(matvec, like, space)
     space = products.space
     if which not in ("LM", "LA", "SA", "BE"):
         raise ValueError(f"which={which!r}: choose 'LM', 'LA', 'SA' or 'BE'")
@@ -160,7 +163,7 @@ def lanczos(
     def found(state: _State, reason: str, pairs: _Pairs) -> Eigenpairs:
         return Eigenpairs(
             values=pairs.values,
-            vectors=space.unravel(pairs.rows),
+            vectors=space.vectors(pairs.rows),
             residuals=pairs.residuals,
             converged=_converged(problem, state, pairs),
             largest=state.largest,
@@ -278,7 +281,7 @@ def _start(problem: _Problem, space: Space, start: Tree | None, basis_size: int)
     b, dtype = problem.block_size, problem.dtype
     rows = space.probes(range(b), kind="normal", seed=problem.seed, dtype=dtype)
     if start is not None:
-        given = _rows_of(space, start).to(dtype)
+        given = space.rows(start, dtype=dtype)
         if len(given) > b:
             # Every given vector has its part in the block, in random proportions.
             given = space.combine(space.gram(rows, given), given)
@@ -288,7 +291,7 @@ def _start(problem: _Problem, space: Space, start: Tree | None, basis_size: int)
         if not bool((lengths > 0).all()):
             raise ValueError("start has a vector of zeros")
         rows = torch.cat([given / lengths.to(dtype)[:, None], rows[len(given) :]])
-    empty = rows.new_zeros(0, space.n, dtype=problem.basis_dtype)
+    empty = space.zeros(0, problem.basis_dtype)
     block, _, _ = orthonormal(space, rows, empty, threshold=lambda _: 0.0)
     basis = appended(empty, block, basis_size + b)
     none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
@@ -300,23 +303,18 @@ def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | N
     k, b = problem.k, problem.block_size
     fewest = min(space.n, k + 2 * b)
     if limit is None:
-        limit = available_memory(space.device) // 2
-    vector, pairs = space.n * problem.basis_dtype.itemsize, k * space.n * problem.dtype.itemsize
-    most = (limit - pairs) // vector - b
+        limit = available_to(space) // 2
+    vector = space.width * problem.basis_dtype.itemsize
+    pairs = k * space.width * problem.dtype.itemsize
+    most = (limit - pairs) // max(vector, 1) - b
     if most < fewest:
         raise MemoryError(
-            f"a basis of {fewest} vectors of {space.n} entries takes "
+            f"a basis of {fewest} vectors of {space.width} entries takes "
             f"{((fewest + b) * vector + pairs) / 2**30:.2f} GiB with the pairs, and "
             f"{limit / 2**30:.2f} GiB may be used: take fewer pairs, a smaller block, "
             "`basis_dtype=torch.bfloat16`, `power_iteration`, or more `basis_bytes`"
         )
     return min(wanted, most)
-
-
-def _rows_of(space: Space, start: Tree) -> Tensor:
-    if leaves(start)[0].dim() == len(space.shapes[0]):
-        return space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(start)])
-    return space.ravel(start)
 
 
 def _round(problem: _Problem, space: Space, products: Products, state: _State, room: int) -> _State:

@@ -39,6 +39,7 @@ def power_iteration(
     max_matvecs: int = 1000,
     start: Tree | None = None,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[Eigenpairs] | None = None,
     checkpoint: Directory = None,
 ) -> Eigenpairs:
@@ -64,6 +65,8 @@ def power_iteration(
         max_matvecs: the budget.
         start: a tree to start from; random by default.
         seed: of the start.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `Eigenpairs` after each round; returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
@@ -80,7 +83,7 @@ def power_iteration(
 
     Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670.
     """
-    products = Products.of(matvec, like)
+    products = Products.of(matvec, like, space)
     space = products.space
     if which not in ("LM", "LA", "SA"):
         raise ValueError(f"which={which!r}: choose 'LM', 'LA' or 'SA'; `lanczos` has 'BE'")
@@ -130,7 +133,7 @@ def power_iteration(
         values, vectors, residuals = _ritz(space, state, which, k)
         return Eigenpairs(
             values=values,
-            vectors=space.unravel(vectors),
+            vectors=space.vectors(vectors),
             residuals=residuals,
             converged=residuals <= tolerance(values, _largest(space, state)),
             largest=_largest(space, state),

@@ -24,6 +24,7 @@ __all__ = [
     "drive",
     "of_starts",
     "products_eps",
+    "refuse_infinite",
     "rows_dtype",
     "unit_start",
 ]
@@ -56,8 +57,12 @@ class Products:
     first: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, matvec: Matvec, like: Tree, /) -> Products:
-        space = Space.of(like)
+    def of(cls, matvec: Matvec, like: Tree, space: Space | None = None, /) -> Products:
+        """Of a matvec in the given space, or in that of ``like``."""
+        if space is None:
+            space = Space.of(like)
+        else:
+            space.tree_leaves(like)
         if space.n == 0:
             raise ValueError("the leaves of the tree have no entries: there is no matrix")
         return cls(matvec, space)
@@ -80,12 +85,8 @@ class Products:
         if len(product) != len(rows):
             raise ValueError(f"the matvec gave {len(product)} products of {len(rows)} vectors")
         # The sum is finite where all entries are, but for an overflow, and fast.
-        if not product.sum().isfinite() and not product.isfinite().all():
-            columns = torch.nonzero(~torch.isfinite(product).all(0)).flatten()
-            raise FloatingPointError(
-                "a product has entries that are NaN or infinite, at "
-                + ", ".join(self.space.leaf_of_columns(columns)[:4])
-            )
+        if not self.space.summed(product.sum()).isfinite():
+            refuse_infinite(self.space, product, "a product", FloatingPointError)
         return product
 
     def cost(self, reason: str, seed: int | None) -> dict[str, Any]:
@@ -171,10 +172,19 @@ def unit_start(space: Space, start: Tree | None, seed: int) -> Tensor:
     if start is None:
         row = space.probes([0], kind="normal", seed=of_starts(seed), dtype=dtype)
     else:
-        row = space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(start)], dtype=dtype)
-        if not bool(row.any()):
+        row = space.rows(start, dtype=dtype)
+        if len(row) > 1:
+            raise ValueError(f"start is a block of {len(row)} vectors: one is due")
+        if not bool(space.norms(row) > 0):
             raise ValueError("start is a vector of zeros")
     return row / space.norms(row).to(dtype)[:, None]
+
+
+def refuse_infinite(space: Space, rows: Tensor, what: str, kind: type[Exception], /) -> None:
+    """Raise where entries are not finite, with the leaves in which they lie."""
+    columns = torch.nonzero(~torch.isfinite(rows).all(0)).flatten()
+    if names := space.leaf_of_columns(columns):
+        raise kind(f"{what} has entries that are NaN or infinite, at {', '.join(names[:4])}")
 
 
 def at_least(least: float, **options: float | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.rounds import Products, rows_dtype
-from hessfunc.memory import available_memory
+from hessfunc.memory import available_to
 from hessfunc.trees import Space
 
 __all__ = ["Sketch", "vectors_that_fit"]
@@ -31,7 +31,7 @@ class Sketch:
 
     @classmethod
     def empty(cls, space: Space, /) -> Sketch:
-        none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
+        none = space.zeros(0, rows_dtype(space))
         return cls(none, none, torch.zeros(0, 0, dtype=torch.float64, device="cpu"))
 
     @property
@@ -47,14 +47,14 @@ class Sketch:
             rest = rest - space.combine(share, self.basis)
             inner += share.cpu().double()
         # The small factor is rotated so that what depends on the rest stands out as short.
-        added, triangle = torch.linalg.qr(rest.mT)
+        added, triangle = space.factored(rest)
         rotation, lengths, axes = torch.linalg.svd(triangle)
         longest = max(
             float(space.norms(vectors).max()),
             float(self.factor.norm(dim=0).max()) if p else 0.0,
         )
         kept = lengths > 100 * torch.finfo(vectors.dtype).eps * longest
-        added = space.combine(rotation.mT[kept], added.mT)
+        added = space.combine(rotation.mT[kept], added)
         # What is short after the projection is not quite orthogonal to the basis.
         added = added - space.combine(space.gram(added, self.basis), self.basis)
 
@@ -83,11 +83,11 @@ class Sketch:
 
 def vectors_that_fit(space: Space, copies: int, /) -> int:
     """How many vectors may be kept in ``copies`` copies, for half of the memory at the most."""
-    free = available_memory(space.device)
-    most = free // 2 // (copies * space.n * rows_dtype(space).itemsize)
+    free = available_to(space)
+    most = free // 2 // (copies * space.width * rows_dtype(space).itemsize)
     if most < 2:
         raise MemoryError(
-            f"two probes of {space.n} entries, with their products, do not fit in "
+            f"two probes of {space.width} entries, with their products, do not fit in "
             f"{free / 2**30:.1f} GiB: take `hutchinson`, which keeps none"
         )
     return most

@@ -35,6 +35,7 @@ def stochastic_power_iteration(
     max_matvecs: int = 1000,
     start: Tree | None = None,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[Eigenpairs] | None = None,
     checkpoint: Directory = None,
 ) -> Eigenpairs:
@@ -76,6 +77,8 @@ def stochastic_power_iteration(
         max_matvecs: the budget of products of either kind.
         start: a tree to start from; random by default.
         seed: of the start.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `Eigenpairs` after each epoch; returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from; the
             draws must have a fixed seed.
@@ -94,7 +97,7 @@ def stochastic_power_iteration(
     Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670, algorithm VR Power+M; that
     epochs are taken back is not in it.
     """
-    exact = Products.of(matvec, like)
+    exact = Products.of(matvec, like, space)
     space = exact.space
     at_least(0, rtol=rtol, momentum=momentum, steps_per_epoch=steps_per_epoch)
     at_least(1, max_matvecs=max_matvecs)
@@ -136,7 +139,7 @@ def stochastic_power_iteration(
         tolerance = max(rtol * abs(value), floor if abs(value) <= floor else 0.0)
         return Eigenpairs(
             values=torch.tensor([value], dtype=torch.float64, device="cpu"),
-            vectors=space.unravel(state.current),
+            vectors=space.vectors(state.current),
             residuals=torch.tensor([residual], dtype=torch.float64, device="cpu"),
             converged=torch.tensor([residual <= tolerance], device="cpu"),
             largest=largest,

@@ -1,10 +1,11 @@
-"""Sums over batches: the curvature of a whole data set."""
+"""Means over batches: the curvature of a whole data set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +13,11 @@ from torch import Tensor
 from hessfunc.functional import several_batches
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.checksum import Checksum
-from hessfunc.trees import Matvec, Space, Tree, batch_leaves, flatten, leaves, unchanged
+from hessfunc.transforms.share import Loader, Share, Sum
+from hessfunc.trees import Matvec, Space, Tree, batch_leaves, flatten, unchanged
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["examples", "microbatches", "over_batches"]
 
@@ -63,6 +68,8 @@ def over_batches(
     *,
     weight: Callable[[Any], float] = examples,
     keep: bool = False,
+    mesh: DeviceMesh | None = None,
+    loader: Loader = "whole",
 ) -> Curvature:
     """The weighted mean of a curvature over batches, as a function ``(params, batches) -> matvec``.
 
@@ -75,18 +82,37 @@ def over_batches(
     parameters and buffers are read anew in each pass, so they must stay. (A DataLoader draws a
     number from torch's random stream in each pass, shuffling or not.)
 
+    On a mesh the batches are divided among the ranks of its axis "data", and the vectors of a
+    block among those of its axis "probe". Sums and weights are then added up over ranks, so that
+    shares may be uneven. Every rank makes the matvec and calls it with the same block, and every
+    rank gets the whole mean. A rank that fails, or asks for another product, is an error on all.
+
     Args:
         curvature: of one batch.
         weight: what a batch counts; by default its examples. Pass your own where the loss is a
             mean over something else, such as tokens that are not padding. Batches of weight 0 are
             left out.
         keep: keep the graph of every batch: products are faster, memory grows with the data.
+        mesh: of ranks, with the axes "data", "probe" or both.
+        loader: who divides the data. ``"whole"``: the batches are the same on every rank, in the
+            same order, and rank r takes each R-th of them, from the r-th on. ``"sharded"``: those
+            of each rank are its own part already. A sampler that pads the parts to one length
+            counts examples twice, and is refused.
 
     Raises:
         TypeError: (from the curvature function) the batches can be read only once.
         ValueError: there is no batch; weights sum to zero; two passes saw different examples; a
-            model uses batch statistics (BatchNorm in train mode) on more than one batch.
+            model uses batch statistics (BatchNorm in train mode) on more than one batch; the mesh
+            has another axis. From the matvec or the curvature function: ranks differ in their
+            parameters, their blocks or their data, or count examples twice.
+        RuntimeError: another rank has failed.
+        ConnectionError: another rank has ended, or does not come within the timeout.
+
+    Cost: one pass over the batches a block. On a mesh, one sum of k n + 2 numbers over "data",
+    and k n numbers gathered over "probe".
     """
+    if loader not in get_args(Loader):
+        raise ValueError(f"loader={loader!r}: choose 'whole' or 'sharded'")
 
     def of_data(params: Tree, batches: Iterable[Any]) -> Matvec:
         if isinstance(batches, Iterator):
@@ -97,36 +123,56 @@ def over_batches(
         if isinstance(batches, (Tensor, Mapping)) or _is_pair(batches):
             raise TypeError("batches is a single batch: pass a list of batches, [batch]")
         space = Space.of(params)
-        refuse_if_changed = unchanged(space.names, space.tree_leaves(params))
+        if mesh is None:
+            share: Share = Share()
+        else:
+            # torch.distributed takes a while to import.
+            from hessfunc.transforms.mesh import MeshShare
 
-        def count(batch: Any) -> float:
-            counted = float(weight(batch))
-            if not counted >= 0:
-                raise ValueError(f"the weight of a batch is {counted}: at least 0")
-            return counted
+            share = MeshShare.of(mesh, loader, params, batches)
+        reading = _Reading(curvature, params, batches, weight, space, share)
+        return share.over(space, reading.kept() if keep else reading.anew())
 
-        def at(batch: Any, place: int) -> Matvec:
-            with several_batches() if place else nullcontext():
-                return curvature(params, batch)
+    return of_data
 
-        if keep:
-            kept = [(w, at(batch, i)) for i, batch in enumerate(batches) if (w := count(batch))]
-            return lambda block: _mean(space, block, ((w, matvec(block)) for w, matvec in kept))
 
+@dataclass(frozen=True)
+class _Reading:
+    """A pass over the batches of which this rank has a share."""
+
+    curvature: Curvature
+    params: Tree
+    batches: Iterable[Any]
+    weight: Callable[[Any], float]
+    space: Space
+    share: Share
+
+    def kept(self) -> Callable[[Tree], Sum]:
+        """The graphs of all batches are made now."""
+        checksum = Checksum(self.space.device)
+        found: list[tuple[float, Matvec]] = []
+
+        def make() -> None:
+            found.extend((w, self._at(batch, i)) for i, batch, w in self._mine(checksum))
+
+        self.share.all_well(make)
+
+        def products(block: Tree) -> Sum:
+            return Sum.of(self.space, block, ((w, a(block)) for w, a in found), checksum.total)
+
+        return products
+
+    def anew(self) -> Callable[[Tree], Sum]:
+        """The graph of a batch is made in every pass."""
+        refuse_if_changed = unchanged(self.space.names, self.space.tree_leaves(self.params))
         first_pass: list[Tensor] = []
 
-        def matvec(block: Tree) -> Tree:
+        def products(block: Tree) -> Sum:
             refuse_if_changed()
-            checksum = Checksum(space.device)
-
-            def products() -> Iterator[tuple[float, Tree]]:
-                for i, batch in enumerate(batches):
-                    checksum.add(batch)
-                    # The matvec is not named: its graph is gone before the next one is built.
-                    if w := count(batch):
-                        yield w, at(batch, i)(block)
-
-            mean = _mean(space, block, products())
+            checksum = Checksum(self.space.device)
+            # The matvec is not named: its graph is gone before the next one is built.
+            found = ((w, self._at(batch, i)(block)) for i, batch, w in self._mine(checksum))
+            total = Sum.of(self.space, block, found, checksum.total)
             if not first_pass:
                 first_pass.append(checksum.total)
             elif not torch.allclose(first_pass[0], checksum.total, rtol=1e-9, atol=0.0):
@@ -135,31 +181,29 @@ def over_batches(
                     "to different matrices: turn off random augmentation, and `shuffle` where "
                     "`drop_last` is set; or read the batches once, list(loader)"
                 )
-            return mean
+            return total
 
-        return matvec
+        return products
 
-    return of_data
+    def _mine(self, checksum: Checksum) -> Iterator[tuple[int, Any, float]]:
+        """The batches of this rank that count, with their place among all and their weight."""
+        for i, batch in enumerate(self.batches):
+            checksum.add(batch)
+            place = self.share.place(i)
+            if place is not None and (counted := self._weight(batch)):
+                yield place, batch, counted
+
+    def _weight(self, batch: Any) -> float:
+        counted = float(self.weight(batch))
+        if not counted >= 0:
+            raise ValueError(f"the weight of a batch is {counted}: at least 0")
+        return counted
+
+    def _at(self, batch: Any, place: int) -> Matvec:
+        with several_batches() if place else nullcontext():
+            return self.curvature(self.params, batch)
 
 
 def _is_pair(batches: Any) -> bool:
     is_pair = isinstance(batches, tuple) and len(batches) == 2
     return is_pair and isinstance(batches[1], Tensor)
-
-
-def _mean(space: Space, block: Tree, products: Iterable[tuple[float, Tree]]) -> Tree:
-    total = [
-        torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
-        for leaf in space.block_leaves(block)
-    ]
-    weights = 0.0
-    for weight, product in products:
-        weights += weight
-        for target, out in zip(total, leaves(product), strict=True):
-            target.add_(out, alpha=weight)
-    if not weights > 0:
-        raise ValueError(
-            "the weights of the batches sum to zero: is the loader empty, or does `weight` count "
-            "nothing?"
-        )
-    return space.tree(target.div_(weights) for target in total)

@@ -139,11 +139,11 @@ def test_probes_that_do_not_fit_run_in_groups(monkeypatch: pytest.MonkeyPatch) -
     matvec = hf.dense(symmetric(SPECTRUM))
     together = hf.slq(matvec, VECTOR, probes=5, steps=20, seed=0)
     basis = 20 * 200 * 8
-    monkeypatch.setattr(density, "available_memory", lambda device: 4 * basis)
+    monkeypatch.setattr(density, "available_to", lambda space: 4 * basis)
     apart = hf.slq(matvec, VECTOR, probes=5, steps=20, seed=0)
     torch.testing.assert_close(apart.nodes, together.nodes)
     assert apart.passes == 60
-    monkeypatch.setattr(density, "available_memory", lambda device: basis - 1)
+    monkeypatch.setattr(density, "available_to", lambda space: basis - 1)
     with pytest.raises(MemoryError, match="take fewer steps"):
         hf.slq(matvec, VECTOR, probes=5, steps=20, seed=0)
 
@@ -397,7 +397,7 @@ def test_rounding_is_not_counted_as_an_eigenvalue() -> None:
 def test_probes_that_the_budget_cuts_short_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = symmetric(torch.linspace(-1, 1, 60))
     like = torch.zeros(60).double()
-    monkeypatch.setattr(density, "available_memory", lambda device: 2 * 2 * 20 * 60 * 8)
+    monkeypatch.setattr(density, "available_to", lambda space: 2 * 2 * 20 * 60 * 8)
     found = hf.slq(hf.dense(matrix), like, probes=5, steps=20, max_matvecs=50, seed=0)
     assert found.nodes.shape == (2, 20)
     torch.testing.assert_close(found.weights.sum(1), torch.ones(2).double())

@@ -426,7 +426,7 @@ def test_memory_chooses_the_size_of_the_basis(monkeypatch: pytest.MonkeyPatch) -
     assert small.matvecs > large.matvecs
     with pytest.raises(MemoryError, match="a basis of 5 vectors of 186 entries .*fewer pairs"):
         hf.lanczos(matvec, VECTOR, k=3, basis_bytes=(4 + 1 + 3) * vector, seed=0)
-    monkeypatch.setattr(lanczos, "available_memory", lambda device: 0)
+    monkeypatch.setattr(lanczos, "available_to", lambda space: 0)
     with pytest.raises(MemoryError, match="take fewer pairs"):
         hf.lanczos(matvec, VECTOR, k=3, seed=0)
 

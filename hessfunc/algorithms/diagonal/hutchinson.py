@@ -14,7 +14,7 @@ from hessfunc.algorithms.results import DiagonalEstimate
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES
 from hessfunc.precision import wide_dtype
-from hessfunc.trees import Matvec, Tree
+from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["hutchinson_diagonal"]
 
@@ -27,6 +27,7 @@ def hutchinson_diagonal(
     max_matvecs: int = 100,
     block_size: int = 10,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[DiagonalEstimate] | None = None,
     checkpoint: Directory = None,
 ) -> DiagonalEstimate:
@@ -45,6 +46,8 @@ def hutchinson_diagonal(
         max_matvecs: the budget: so many probes at the most.
         block_size: how many probes are multiplied at once.
         seed: of the probes.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `DiagonalEstimate` after each round; returning True
             stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
@@ -60,7 +63,7 @@ def hutchinson_diagonal(
 
     Source: Bekas, Kokiopoulou and Saad 2007.
     """
-    products = Products.of(matvec, like)
+    products = Products.of(matvec, like, space)
     space = products.space
     at_least(0, rtol=rtol)
     at_least(2, max_matvecs=max_matvecs)
@@ -102,7 +105,7 @@ def hutchinson_diagonal(
             )
         return None
 
-    none = torch.zeros(space.n, dtype=wide_dtype(space.device), device=space.device)
+    none = space.zeros(1, wide_dtype(space.device))[0]
     state, reason = drive(
         _State(_Moments(0, none, none), _Moments(0, none, none)),
         products=products,

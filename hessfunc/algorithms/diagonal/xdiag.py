@@ -33,6 +33,7 @@ def xdiag(
     max_matvecs: int = 100,
     block_size: int = 10,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[DiagonalEstimate] | None = None,
     checkpoint: Directory = None,
 ) -> DiagonalEstimate:
@@ -54,6 +55,8 @@ def xdiag(
         max_matvecs: the budget, two a probe.
         block_size: how many vectors are multiplied at once.
         seed: of the probes.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `DiagonalEstimate` after each round; returning True
             stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
@@ -71,7 +74,7 @@ def xdiag(
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825.
     """
-    products = Products.of(matvec, like)
+    products = Products.of(matvec, like, space)
     space = products.space
     at_least(0, rtol=rtol)
     at_least(4, max_matvecs=max_matvecs)
@@ -124,7 +127,7 @@ def xdiag(
             )
         return None
 
-    none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
+    none = space.zeros(0, rows_dtype(space))
     state, reason = drive(
         _State(none, none, Sketch.empty(space)),
         products=products,

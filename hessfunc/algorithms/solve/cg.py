@@ -14,7 +14,7 @@ from hessfunc.algorithms.rounds import (
     at_least,
 )
 from hessfunc.algorithms.solve.system import Iterate, System, solve
-from hessfunc.trees import Matvec, Tree
+from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["cg"]
 
@@ -30,6 +30,7 @@ def cg(
     atol: float = 0.0,
     max_matvecs: int = 1000,
     measure: bool = True,
+    space: Space | None = None,
     callback: Callback[Solution] | None = None,
     checkpoint: Directory = None,
 ) -> Solution:
@@ -59,6 +60,8 @@ def cg(
         measure: measure the residual at the end. Else that of the recurrence is taken, with all
             that rounding may have added to it, and a product is made only where this is too long:
             for a matvec that is known to be linear and deterministic.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `Solution` after each round (the residual is that of
             the recurrence then); returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
@@ -79,7 +82,7 @@ def cg(
     Source: Hestenes and Stiefel 1952; negative curvature: Steihaug 1983.
     """
     at_least(1, max_matvecs=max_matvecs)
-    system = System.of(matvec, b, damping, preconditioner, rtol, atol, measure=measure)
+    system = System.of(matvec, b, damping, preconditioner, rtol, atol, space=space, measure=measure)
     begun = system.begin(start)
     state = _State(**vars(begun), direction=begun.x, nearest=begun.x)
 

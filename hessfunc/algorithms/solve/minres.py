@@ -12,7 +12,7 @@ from hessfunc.algorithms.checkpoint import Directory
 from hessfunc.algorithms.results import Solution, rounding
 from hessfunc.algorithms.rounds import Callback, at_least
 from hessfunc.algorithms.solve.system import Iterate, System, solve
-from hessfunc.trees import Matvec, Tree
+from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["minres"]
 
@@ -27,6 +27,7 @@ def minres(
     rtol: float = 1e-5,
     atol: float = 0.0,
     max_matvecs: int = 1000,
+    space: Space | None = None,
     callback: Callback[Solution] | None = None,
     checkpoint: Directory = None,
 ) -> Solution:
@@ -54,6 +55,8 @@ def minres(
         rtol: the relative tolerance of the residual.
         atol: the absolute tolerance of the residual.
         max_matvecs: the budget, the measurements of the residual included.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `Solution` after each round (the residual is that of
             the recurrence then); returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
@@ -73,7 +76,7 @@ def minres(
     Source: Paige and Saunders 1975; residual vectors: Choi, Paige and Saunders 2011.
     """
     at_least(1, max_matvecs=max_matvecs)
-    system = System.of(matvec, b, damping, preconditioner, rtol, atol)
+    system = System.of(matvec, b, damping, preconditioner, rtol, atol, space=space)
     begun = system.begin(start)
     x = begun.x
     return solve(

@@ -18,6 +18,7 @@ from hessfunc.algorithms.rounds import (
     at_least,
     drive,
     products_eps,
+    refuse_infinite,
     rows_dtype,
 )
 from hessfunc.trees import Matvec, Space, Tree
@@ -62,12 +63,13 @@ class System:
         rtol: float,
         atol: float,
         *,
+        space: Space | None = None,
         measure: bool = True,
     ) -> System:
         at_least(0, rtol=rtol, atol=atol)
         if not math.isfinite(damping):
             raise ValueError(f"damping={damping}: it must be finite")
-        products = Products.of(matvec, b)
+        products = Products.of(matvec, b, space)
         space = products.space
         row = _finite_row(space, b, "b")
         length = float(space.norms(row))
@@ -95,7 +97,7 @@ class System:
             algorithm,
             self.products,
             None,
-            b=self.b,
+            b=self.space.unravel(self.b[0]),
             damping=self.damping,
             preconditioned=self.preconditioner is not None,
             measure=self.measure,
@@ -112,10 +114,10 @@ class System:
             return row, float(self.space.norms(row)) ** 2
         image = self.preconditioner(row)
         square = float(self.space.gram(row, image))
-        if not square > 0 and bool(row.any()):
+        if not square > 0 and (length := float(self.space.norms(row))):
             raise ValueError(
                 f"the preconditioner is not positive definite: r'Mr = {square:.1e} for a residual "
-                f"of length {float(self.space.norms(row)):.1e}"
+                f"of length {length:.1e}"
             )
         return image, square
 
@@ -123,9 +125,9 @@ class System:
         """Where to start, and the residual there."""
         x, residual = torch.zeros_like(self.b), self.b
         # With b = 0 the solution is known without a product.
-        if start is not None and bool(self.b.any()):
+        if start is not None and bool(self.space.norms(self.b) > 0):
             x = _finite_row(self.space, start, "start")
-            if bool(x.any()):
+            if bool(self.space.norms(x) > 0):
                 x, residual, _ = self.measured(x)
         length, path = self.space.norms(torch.cat([residual, x])).tolist()
         origin = (x, residual)
@@ -291,8 +293,5 @@ def _rounding_hides(system: System, state: Iterate) -> str:
 def _finite_row(space: Space, tree: Tree, what: str) -> Tensor:
     found = [leaf.detach()[None] for leaf in space.tree_leaves(tree)]
     row = space.ravel_leaves(found, dtype=rows_dtype(space))
-    columns = torch.nonzero(~torch.isfinite(row[0])).flatten()
-    if len(columns):
-        names = ", ".join(space.leaf_of_columns(columns)[:4])
-        raise ValueError(f"{what} has entries that are NaN or infinite, at {names}")
+    refuse_infinite(space, row, what, ValueError)
     return row

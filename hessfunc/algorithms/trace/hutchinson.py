@@ -28,6 +28,7 @@ def hutchinson(
     deflate: Eigenpairs | None = None,
     block_size: int = 10,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[Estimate] | None = None,
     checkpoint: Directory = None,
 ) -> Estimate:
@@ -53,6 +54,8 @@ def hutchinson(
             have converged.
         block_size: how many probes are multiplied at once.
         seed: of the probes.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `Estimate` after each round; returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
@@ -68,7 +71,7 @@ def hutchinson(
 
     Source: Girard 1989; Hutchinson 1990; the interval: Johnson 1978.
     """
-    products = Products.of(matvec, like)
+    products = Products.of(matvec, like, space)
     space = products.space
     at_least(0, rtol=rtol, atol=atol)
     at_least(2, max_matvecs=max_matvecs)
@@ -80,7 +83,7 @@ def hutchinson(
         seed,
         block_size=block_size,
         kind=kind,
-        deflate=None if deflate is None else (deflate.values, deflate.vectors),
+        deflate=None if deflate is None else (deflate.values, space.rows(deflate.vectors)),
     )
     seed = store.seed
     known = _known(space, deflate)
@@ -158,9 +161,9 @@ class _Known:
 
 def _known(space: Space, pairs: Eigenpairs | None) -> _Known:
     if pairs is None:
-        none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
+        none = space.zeros(0, rows_dtype(space))
         return _Known(none, torch.zeros(len(space.names), dtype=torch.float64, device="cpu"), 0.0)
-    basis = space.ravel(pairs.vectors, dtype=rows_dtype(space))
+    basis = space.rows(pairs.vectors, dtype=rows_dtype(space))
     if len(basis) >= space.n:
         raise ValueError("all eigenpairs are at hand: the trace is the sum of their values")
     values = pairs.values.cpu().double()

@@ -28,6 +28,7 @@ def hutchpp(
     max_matvecs: int = 100,
     block_size: int = 10,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[Estimate] | None = None,
     checkpoint: Directory = None,
 ) -> Estimate:
@@ -53,6 +54,8 @@ def hutchpp(
         max_matvecs: the budget.
         block_size: how many vectors of each kind join in one round.
         seed: of the probes.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `Estimate` after each round; returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
@@ -68,7 +71,7 @@ def hutchpp(
 
     Source: Meyer, Musco, Musco and Woodruff 2021, arXiv 2010.09649; the interval: Johnson 1978.
     """
-    products = Products.of(matvec, like)
+    products = Products.of(matvec, like, space)
     space = products.space
     at_least(0, rtol=rtol, atol=atol)
     at_least(6, max_matvecs=max_matvecs)
@@ -119,7 +122,7 @@ def hutchpp(
             return None
         return narrow_enough(found(state, "running"), rtol, atol)
 
-    none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
+    none = space.zeros(0, rows_dtype(space))
     state, reason = drive(
         _State(none, none, Sketch.empty(space)),
         products=products,

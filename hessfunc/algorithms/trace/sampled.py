@@ -33,6 +33,7 @@ def sampled_trace(
     kind: ProbeKind = "signs",
     block_size: int = 10,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[SampledEstimate] | None = None,
     checkpoint: Directory = None,
 ) -> SampledEstimate:
@@ -66,6 +67,8 @@ def sampled_trace(
         kind: ``"signs"``, ``"normal"`` or ``"sphere"``.
         block_size: how many probes of one draw are multiplied at once.
         seed: of the probes: the j-th of draw i is probe ``i r + j``.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `SampledEstimate` after each round of draws; returning
             True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from; the
@@ -87,8 +90,8 @@ def sampled_trace(
     at_least(0, rtol=rtol, atol=atol)
     at_least(1, probes=probes, block_size=block_size)
     at_least(2 * probes, max_matvecs=max_matvecs)
-    space = Space.of(like)
-    products = Products(lambda block: draws(0)(block), space)
+    products = Products.of(lambda block: draws(0)(block), like, space)
+    space = products.space
     store = Checkpoint.of(
         checkpoint,
         "sampled_trace",

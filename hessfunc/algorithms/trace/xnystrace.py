@@ -42,6 +42,7 @@ def xnystrace(
     max_matvecs: int = 100,
     block_size: int = 10,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[Estimate] | None = None,
     checkpoint: Directory = None,
 ) -> Estimate:
@@ -64,6 +65,8 @@ def xnystrace(
         max_matvecs: the budget: so many probes at the most.
         block_size: how many probes are multiplied at once.
         seed: of the probes.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `Estimate` after each round; returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
@@ -84,7 +87,7 @@ def xnystrace(
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825, by an eigendecomposition of the
     core; the interval: Efron and Stein 1981.
     """
-    products = Products.of(matvec, like)
+    products = Products.of(matvec, like, space)
     space = products.space
     at_least(0, rtol=rtol, atol=atol)
     at_least(3, max_matvecs=max_matvecs)
@@ -135,7 +138,7 @@ def xnystrace(
             return None
         return narrow_enough(found(state, "running", cautious=True), rtol, atol)
 
-    none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
+    none = space.zeros(0, rows_dtype(space))
     state, reason = drive(
         _State(none, none),
         products=products,

@@ -35,6 +35,7 @@ def xtrace(
     max_matvecs: int = 100,
     block_size: int = 10,
     seed: int | None = None,
+    space: Space | None = None,
     callback: Callback[Estimate] | None = None,
     checkpoint: Directory = None,
 ) -> Estimate:
@@ -57,6 +58,8 @@ def xtrace(
         max_matvecs: the budget, two a probe.
         block_size: how many vectors are multiplied at once.
         seed: of the probes.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
         callback: called with the running `Estimate` after each round; returning True stops.
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
@@ -77,7 +80,7 @@ def xtrace(
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825; the interval: Efron and Stein 1981.
     """
-    products = Products.of(matvec, like)
+    products = Products.of(matvec, like, space)
     space = products.space
     at_least(0, rtol=rtol, atol=atol)
     at_least(4, max_matvecs=max_matvecs)
@@ -131,7 +134,7 @@ def xtrace(
             return None
         return narrow_enough(found(state, "running", cautious=True), rtol, atol)
 
-    none = torch.zeros(0, space.n, dtype=rows_dtype(space), device=space.device)
+    none = space.zeros(0, rows_dtype(space))
     state, reason = drive(
         _State(none, none, Sketch.empty(space)),
         products=products,

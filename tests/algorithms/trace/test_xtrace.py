@@ -79,11 +79,11 @@ def test_float32() -> None:
 def test_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     matvec = hf.dense(symmetric(SPECTRA["flat"]))
     probe = 16 * N * 8
-    monkeypatch.setattr(sketches, "available_memory", lambda device: 2 * 12 * probe)
+    monkeypatch.setattr(sketches, "available_to", lambda space: 2 * 12 * probe)
     found = hf.xtrace(matvec, LIKE, max_matvecs=100, seed=0)
     assert found.matvecs == 24
     assert "no more than 12 probes fit in memory" in found.reason
-    monkeypatch.setattr(sketches, "available_memory", lambda device: probe)
+    monkeypatch.setattr(sketches, "available_to", lambda space: probe)
     with pytest.raises(MemoryError, match="hutchinson"):
         hf.xtrace(matvec, LIKE, seed=0)
 

@@ -1,0 +1,181 @@
+"""The processes along one axis of a mesh, and what they tell each other.
+
+Every collective is outside of torch's transforms, and none is begun before all ranks have said
+that they are ready for the same one: so a rank that fails, or that asks for something else, is an
+error on every rank, and none of them waits for what never comes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Ranks", "by_rank"]
+
+Made = TypeVar("Made")
+
+# Its name from torch 2.13 on, which warns of the other.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+# Sums of the same numbers on unlike processors differ by their rounding.
+_ALIKE = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Processes that take part in the same collectives.
+
+    Attributes:
+        group: of torch.distributed.
+        size: how many there are.
+        rank: which one this is.
+    """
+
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, axis: str | None = None, /) -> Ranks:
+        """Those of an axis of a mesh that this process is among, or of all of a mesh of one axis.
+
+        Raises:
+            ValueError: this process is not of the mesh; the mesh has no such axis, or several.
+        """
+        if mesh.get_coordinate() is None:
+            raise ValueError(f"rank {dist.get_rank()} is not of the mesh {mesh}")
+        if axis is not None and axis not in (mesh.mesh_dim_names or ()):
+            raise ValueError(f"the mesh has no axis {axis!r}: its axes are {mesh.mesh_dim_names}")
+        if axis is None and mesh.ndim > 1:
+            return cls._of(_group_of_all(mesh))
+        return cls._of(mesh.get_group(axis))
+
+    @classmethod
+    def _of(cls, group: dist.ProcessGroup) -> Ranks:
+        return cls(group, dist.get_world_size(group), dist.get_rank(group))
+
+    def parts(self, count: int, /) -> list[range]:
+        """The numbers below ``count`` in runs, one a rank, as even as may be."""
+        ends = [count * r // self.size for r in range(self.size + 1)]
+        return [range(a, b) for a, b in pairwise(ends)]
+
+    def sum(self, numbers: Tensor, /) -> Tensor:
+        """The sum over ranks, the same bits on each; in place where that can be."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def least(self, number: int, /, device: torch.device) -> int:
+        """The least of the numbers of the ranks."""
+        found = torch.tensor([number], dtype=torch.int64, device=device)
+        return int(self._reduced(found, dist.ReduceOp.MIN))
+
+    def _reduced(self, numbers: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        numbers = numbers.contiguous()
+        with _in_contact():
+            dist.all_reduce(numbers, how, group=self.group)
+        return numbers
+
+    def gathered(self, part: Tensor, lengths: Sequence[int], /) -> list[Tensor]:
+        """The parts of all ranks, which differ in the length of their first axis."""
+        longest, rest = max(lengths), part.shape[1:]
+        mine = part.contiguous()
+        if len(part) < longest:
+            mine = part.new_zeros(longest, *rest)
+            mine[: len(part)] = part
+        found = part.new_empty(self.size * longest, *rest)
+        with _in_contact():
+            _all_gather(found, mine, group=self.group)
+        return [x[:length] for x, length in zip(found.split(longest), lengths, strict=True)]
+
+    def objects(self, one: Made, /) -> list[Made]:
+        """What each rank has, on every rank."""
+        found: list[Made | None] = [None] * self.size
+        with _in_contact():
+            dist.all_gather_object(found, one, group=self.group)
+        return found  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        with _in_contact():
+            dist.barrier(group=self.group)
+
+    def agree(self, same: Mapping[str, float], /, device: torch.device) -> None:
+        """Raise on every rank unless all have the same numbers.
+
+        Args:
+            same: what each rank must have alike, by name, and as many on each.
+            device: of the collective.
+
+        Raises:
+            ValueError: the numbers differ.
+        """
+        table = self.told(list(same.values()), device)
+        for name, values in zip(same, zip(*table, strict=True), strict=True):
+            if not all(math.isclose(v, values[0], rel_tol=_ALIKE) for v in values):
+                raise ValueError(f"the ranks disagree on {name}: {by_rank(values)}")
+
+    def told(
+        self,
+        numbers: Sequence[float],
+        /,
+        device: torch.device,
+        failure: Exception | None = None,
+    ) -> list[list[float]]:
+        """The numbers of all ranks, on each, if all are well.
+
+        Args:
+            numbers: of this rank, as many on each.
+            device: of the collective.
+            failure: what went wrong on this rank.
+
+        Raises:
+            RuntimeError: another rank failed. The failure itself, on the rank where it came up.
+        """
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        mine = torch.tensor([[failure is not None, *numbers]], dtype=dtype, device=device)
+        table: list[list[float]] = torch.cat(self.gathered(mine, [1] * self.size)).tolist()
+        if any(row[0] for row in table):
+            self._tell(failure)
+        return [row[1:] for row in table]
+
+    def _tell(self, failure: Exception | None) -> None:
+        told = self.objects("" if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]
+        raise RuntimeError("failed on another rank, so this one stops: " + "; ".join(failed))
+
+
+def by_rank(values: Sequence[float], /) -> str:
+    """The number of each rank, in words."""
+    return ", ".join(f"rank {rank} has {value:.12g}" for rank, value in enumerate(values))
+
+
+@cache
+def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh, made once: making one is a collective of its own."""
+    ranks = mesh.mesh.flatten().tolist()
+    # Ranks outside of the mesh do not come here, and are not waited for.
+    group = dist.new_group(ranks, use_local_synchronization=True)
+    assert group is not None
+    return group
+
+
+@contextmanager
+def _in_contact() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as lost:
+        raise ConnectionError(
+            f"rank {dist.get_rank()} has lost contact with the other ranks: one of them has ended, "
+            "or has not come to the same place within the timeout of its process group "
+            f"({lost})"
+        ) from lost

@@ -1,0 +1,115 @@
+"""A small net with uneven batches, and matrices of known spectra, on every rank the same."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn import functional as F
+
+import hessfunc as hf
+
+SIZES = (5, 3, 4, 1, 6, 2, 5)
+CURVATURES = ["hvp", "hvp forward", "ggnvp", "fvp", "sampled fvp", "efvp", "pchvp"]
+
+
+def mesh(*shape: int, names: tuple[str, ...] = ("data", "probe")) -> DeviceMesh:
+    """Of the first so many ranks on each axis."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=names[: len(shape)])
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """Of uneven sizes, more of them than ranks and not divisible by their number."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (
+            torch.randn(size, 4, dtype=torch.float64, generator=generator),
+            torch.randint(3, (size,), generator=generator),
+        )
+        for size in SIZES
+    ]
+
+
+def model_and_loss() -> tuple[hf.Loss, dict[str, Tensor]]:
+    model_fn, params = hf.functional(net())
+    return hf.supervised(model_fn, F.cross_entropy), params
+
+
+def curvature(name: str) -> Any:
+    loss, _ = model_and_loss()
+    made = {
+        "hvp": lambda: hf.hvp(loss),
+        "hvp forward": lambda: hf.hvp(loss, mode="forward"),
+        "ggnvp": lambda: hf.ggnvp(loss),
+        "fvp": lambda: hf.fvp(loss),
+        "sampled fvp": lambda: hf.fvp(loss, samples=2, seed=3),
+        "efvp": lambda: hf.efvp(loss),
+        "pchvp": lambda: hf.pchvp(loss),
+    }
+    return made[name]()
+
+
+def symmetric(n: int = 37, *, positive: bool = False) -> Tensor:
+    """With eigenvalues that decay from 10 on, of both signs unless positive."""
+    generator = torch.Generator().manual_seed(4)
+    basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
+    values = 10 * 0.8 ** torch.arange(n, dtype=torch.float64)
+    if not positive:
+        values[1::3] *= -1
+    return (basis * values) @ basis.mT
+
+
+def like(n: int = 37) -> dict[str, Tensor]:
+    """A tree of n entries, in leaves that no cut into equal parts respects."""
+    sizes = {"a": (2, 3), "b": (1,), "c": (n - 17, 1), "d": (2, 5)}
+    return {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+
+
+def vector(n: int = 37) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return hf.unravel(torch.randn(n, dtype=torch.float64, generator=generator), like(n))
+
+
+def as_matvec(matrix: Tensor) -> Any:
+    """The matrix as a product with blocks of trees."""
+
+    def matvec(block: Any) -> Any:
+        rows = torch.cat([leaf.flatten(1) for leaf in block.values()], dim=1)
+        return hf.unravel(rows @ matrix, like(len(matrix)))
+
+    return matvec
+
+
+def pairs() -> hf.Eigenpairs:
+    matrix = symmetric()
+    return hf.lanczos(as_matvec(matrix), like(), k=3, rtol=1e-10, seed=1)
+
+
+ALGORITHMS = {
+    "power_iteration": partial(hf.power_iteration, k=2, rtol=1e-6, max_matvecs=300),
+    "lanczos": partial(hf.lanczos, k=4, rtol=1e-9),
+    "lanczos, restarted": partial(hf.lanczos, k=3, basis_size=9, rtol=1e-9),
+    "lanczos, blocks": partial(hf.lanczos, k=4, block_size=3, which="BE", rtol=1e-9),
+    "lanczos, to its end": partial(hf.lanczos, k=37, rtol=1e-9),
+    "hutchinson": partial(hf.hutchinson, max_matvecs=24),
+    "hutchinson, sphere": partial(hf.hutchinson, kind="sphere", max_matvecs=24),
+    "hutchpp": partial(hf.hutchpp, max_matvecs=30),
+    "xtrace": partial(hf.xtrace, max_matvecs=30),
+    "xtrace, all": partial(hf.xtrace, max_matvecs=100),
+    "xnystrace": partial(hf.xnystrace, max_matvecs=24),
+    "hutchinson_diagonal": partial(hf.hutchinson_diagonal, max_matvecs=24),
+    "xdiag": partial(hf.xdiag, max_matvecs=30),
+    "slq": partial(hf.slq, probes=3, steps=12),
+}
+SOLVERS = {
+    "cg": partial(hf.cg, damping=1.0, rtol=1e-12),
+    "minres": partial(hf.minres, damping=1.0, rtol=1e-12),
+}

@@ -1,0 +1,302 @@
+"""The mean over batches, with the batches and the vectors of a block divided among ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+
+import hessfunc as hf
+from hessfunc.trees import leaves
+from tests.distributed import problems
+from tests.distributed.ranks import Ranks
+
+SHAPES = [
+    ((2,), ("data",)),
+    ((2,), ("probe",)),
+    ((3,), ("data",)),
+    ((4,), ("data",)),
+    ((2, 2), ("data", "probe")),
+]
+
+
+def error(found: Any, wanted: Any) -> float:
+    pairs = zip(leaves(found), leaves(wanted), strict=True)
+    return max(float((a - b).abs().max() / (b.abs().max() + 1e-300)) for a, b in pairs)
+
+
+def curvature_differs_by(
+    name: str, shape: tuple[int, ...], names: tuple[str, ...], options: dict[str, Any]
+) -> float:
+    _, params = problems.model_and_loss()
+    block = hf.random_like(params, 5, seed=1)
+    curvature, batches = problems.curvature(name), problems.batches()
+    mesh = problems.mesh(*shape, names=names)
+    wanted = hf.over_batches(curvature, **options)(params, batches)(block)
+    matvec = hf.over_batches(curvature, mesh=mesh, **options)(params, batches)
+    return max(error(matvec(block), wanted) for _ in range(2))
+
+
+def size_of(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+@pytest.fixture
+def of_size(two: Ranks, three: Ranks, four: Ranks) -> dict[int, Ranks]:
+    return {2: two, 3: three, 4: four}
+
+
+@pytest.mark.parametrize(("shape", "names"), SHAPES)
+@pytest.mark.parametrize("name", problems.CURVATURES)
+def test_curvatures_of_uneven_shares_are_those_of_one_process(
+    name: str, shape: tuple[int, ...], names: tuple[str, ...], of_size: dict[int, Ranks]
+) -> None:
+    found = of_size[size_of(shape)].run(curvature_differs_by, name, shape, names, {})
+    assert max(found) < 1e-12
+
+
+def tokens(batch: Any) -> float:
+    return float((batch[1] > 0).sum()) + 2.0**24
+
+
+@pytest.mark.parametrize("options", [{"keep": True}, {"weight": tokens}])
+def test_options_on_a_mesh(options: dict[str, Any], four: Ranks) -> None:
+    found = four.run(curvature_differs_by, "hvp", (2, 2), ("data", "probe"), options)
+    assert max(found) < 1e-12
+
+
+def in_float32(weight: float) -> float:
+    model_fn, params = hf.functional(problems.net().float())
+    loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+    batches = [(x.float(), y) for x, y in problems.batches()]
+    block = hf.random_like(params, 2, seed=1)
+
+    def counted(batch: Any) -> float:
+        return weight * len(batch[1])
+
+    wanted = hf.over_batches(hf.hvp(loss), weight=counted)(params, batches)(block)
+    mesh = problems.mesh(2, names=("data",))
+    found = hf.over_batches(hf.hvp(loss), weight=counted, mesh=mesh)(params, batches)(block)
+    return error(found, wanted)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0**24 + 1, 1 / 3])
+def test_weights_are_added_exactly_in_float32(weight: float, two: Ranks) -> None:
+    assert max(two.run(in_float32, weight)) < 2e-6
+
+
+def one_vector_on_the_probe_axis() -> float:
+    return curvature_of_block(1)
+
+
+def curvature_of_block(k: int) -> float:
+    loss, params = problems.model_and_loss()
+    block = hf.random_like(params, k, seed=1)
+    mesh, batches = problems.mesh(1, 4), problems.batches()
+    wanted = hf.over_batches(hf.hvp(loss))(params, batches)(block)
+    return error(hf.over_batches(hf.hvp(loss), mesh=mesh)(params, batches)(block), wanted)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 9])
+def test_blocks_of_any_size_are_divided(k: int, four: Ranks) -> None:
+    assert max(four.run(curvature_of_block, k)) < 1e-12
+
+
+def with_a_batch_for_the_first_alone() -> float:
+    loss, params = problems.model_and_loss()
+    block = hf.random_like(params, 2, seed=1)
+    batches = problems.batches()[:1]
+    wanted = hf.over_batches(hf.hvp(loss))(params, batches)(block)
+    mesh = problems.mesh(2)
+    return error(hf.over_batches(hf.hvp(loss), mesh=mesh)(params, batches)(block), wanted)
+
+
+def test_a_rank_may_have_no_batch(two: Ranks) -> None:
+    assert max(two.run(with_a_batch_for_the_first_alone)) < 1e-12
+
+
+def algorithm_on_a_mesh(shape: tuple[int, ...]) -> float:
+    loss, params = problems.model_and_loss()
+    mesh, batches = problems.mesh(*shape), problems.batches()
+    whole = hf.over_batches(hf.hvp(loss))(params, batches)
+    matvec = hf.over_batches(hf.hvp(loss), mesh=mesh)(params, batches)
+    space = hf.sharded(params, mesh)
+    wanted = hf.lanczos(whole, params, k=3, rtol=1e-10, seed=0)
+    found = hf.lanczos(matvec, params, k=3, rtol=1e-10, seed=0, space=space)
+    assert found.matvecs == wanted.matvecs
+    return error(found.values, wanted.values)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
+def test_algorithms_on_a_mesh_with_a_sharded_basis(shape: tuple[int, ...], four: Ranks) -> None:
+    assert max(four.run(algorithm_on_a_mesh, shape)) < 1e-10
+
+
+def data(count: int = 24) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 4, dtype=torch.float64, generator=generator)
+    return TensorDataset(x, torch.randint(3, (count,), generator=generator))
+
+
+def loader_of(kind: str) -> DataLoader[Any]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if kind == "subset":
+        return DataLoader(Subset(data(23), range(rank, 23, ranks)), batch_size=4)
+    if kind == "same":
+        return DataLoader(data(), batch_size=4)
+    if kind == "others":
+        return DataLoader(Subset(data(), range(12 * rank, 12 * (rank + 1))), batch_size=4)
+    if kind == "shuffled":
+        return DataLoader(data(22 + rank), batch_size=4)
+    count = {"even": 24, "padded": 23, "hidden": 23}[kind]
+    sampler: Any = DistributedSampler(data(count), ranks, rank, shuffle=False)
+    if kind == "hidden":
+        # Such as the samplers of other libraries, which are of no class that is known here.
+        sampler = list(sampler)
+    return DataLoader(data(count), batch_size=4, sampler=sampler)
+
+
+def loaded(kind: str, loader: Any) -> float:
+    loss, params = problems.model_and_loss()
+    count = 23 if kind == "subset" else 24
+    wanted = hf.hvp(loss)(params, data(count)[:])
+    block = hf.random_like(params, 2, seed=1)
+    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2), loader=loader)
+    return error(curvature(params, loader_of(kind))(block), wanted(block))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loader"),
+    [("subset", "sharded"), ("even", "sharded"), ("others", "sharded"), ("same", "whole")],
+)
+def test_whoever_divides_the_data_all_of_it_counts_once(kind: str, loader: str, two: Ranks) -> None:
+    assert max(two.run(loaded, kind, loader)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("kind", "loader", "message"),
+    [
+        ("padded", "sharded", "the DistributedSampler pads 23 examples to 24, so some count twice"),
+        ("hidden", "sharded", "the ranks read 24 examples of 23, so some count twice"),
+        ("same", "sharded", "every rank reads the same examples, so nothing is sharded"),
+        ("others", "whole", "the ranks read different batches"),
+        ("shuffled", "whole", "the ranks read different batches"),
+        ("same", "halves", "choose 'whole' or 'sharded'"),
+    ],
+)
+def test_data_that_would_not_count_once_are_refused(
+    kind: str, loader: str, message: str, two: Ranks
+) -> None:
+    for outcome in two.outcomes(loaded, kind, loader):
+        assert outcome.error is not None
+        assert outcome.error.startswith("ValueError")
+        assert message in outcome.error
+
+
+def fails_on_one(rank: int, where: str) -> None:
+    loss, params = problems.model_and_loss()
+    batches = problems.batches()
+
+    def broken(params: Any, batch: Any) -> Any:
+        if dist.get_rank() == rank:
+            raise KeyError("no such column")
+        return loss(params, batch)
+
+    curvature = hf.over_batches(hf.hvp(broken), mesh=problems.mesh(2), keep=where == "kept")
+    matvec = curvature(params, batches)
+    matvec(hf.random_like(params, 2, seed=0))
+
+
+@pytest.mark.parametrize("where", ["kept", "anew"])
+def test_a_rank_that_fails_is_an_error_on_all(where: str, two: Ranks) -> None:
+    first, second = two.outcomes(fails_on_one, 1, where)
+    assert second.error == "KeyError: 'no such column'"
+    assert first.error == (
+        "RuntimeError: failed on another rank, so this one stops: rank 1: KeyError: "
+        "'no such column'"
+    )
+
+
+def asks_for(what: str) -> None:
+    loss, params = problems.model_and_loss()
+    last = dist.get_rank() == 1
+    if what == "parameters" and last:
+        params = {name: leaf + 0.1 for name, leaf in params.items()}
+    matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2))(params, problems.batches())
+    k = 3 if what == "count" and last else 2
+    matvec(hf.random_like(params, k, seed=1 if what == "seed" and last else 0))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("count", "the ranks ask for different products: of the vectors, rank 0 has 2, rank 1"),
+        ("seed", "the ranks do not have the same in the block"),
+        ("parameters", "the ranks do not have the same in the parameters"),
+    ],
+)
+def test_ranks_that_ask_for_different_products_are_told(
+    what: str, message: str, two: Ranks
+) -> None:
+    for outcome in two.outcomes(asks_for, what):
+        assert outcome.error is not None
+        assert message in outcome.error
+
+
+def on_axes(*names: str) -> None:
+    loss, params = problems.model_and_loss()
+    mesh = problems.mesh(2, names=names)
+    hf.over_batches(hf.hvp(loss), mesh=mesh)(params, problems.batches())
+
+
+def test_axes_must_be_known(two: Ranks) -> None:
+    for outcome in two.outcomes(on_axes, "dp"):
+        assert outcome.error is not None
+        assert "the mesh has the axes ('dp',): name them 'data', 'probe' or both" in outcome.error
+
+
+def with_batch_statistics() -> None:
+    norm = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)).double()
+    model_fn, params = hf.functional(norm)
+    loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+    batches = problems.batches()[:2]
+    matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2))(params, batches)
+    matvec(hf.random_like(params, 1, seed=0))
+
+
+def test_batch_statistics_over_several_ranks_are_refused(two: Ranks) -> None:
+    first, second = two.outcomes(with_batch_statistics)
+    assert second.error is not None
+    assert "BatchNorm" in second.error
+    assert first.error is not None
+    assert first.error.startswith("RuntimeError: failed on another rank")
+
+
+def bytes_sent(k: int) -> tuple[int, int]:
+    """Numbers that are summed over ranks for one product, and the calls in which they are."""
+    from hessfunc.distributed.ranks import Ranks as Along
+
+    loss, params = problems.model_and_loss()
+    matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2))(params, problems.batches())
+    sizes: list[int] = []
+    plain = Along.sum
+
+    def counted(self: Along, numbers: Tensor) -> Tensor:
+        sizes.append(numbers.numel())
+        return plain(self, numbers)
+
+    Along.sum = counted  # type: ignore[method-assign]
+    try:
+        matvec(hf.random_like(params, k, seed=0))
+    finally:
+        Along.sum = plain  # type: ignore[method-assign]
+    return sizes, sum(leaf.numel() for leaf in params.values())  # type: ignore[return-value]
+
+
+def test_one_flat_sum_serves_a_whole_block(two: Ranks) -> None:
+    sizes, n = two.run(bytes_sent, 5)[0]
+    assert sizes == [5 * n + 2]

@@ -1,0 +1,178 @@
+"""Every algorithm on vectors that are cut over ranks does what it does on one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hessfunc as hf
+from hessfunc.algorithms.results import Result
+from hessfunc.trees import leaves
+from tests.distributed import problems
+from tests.distributed.ranks import Ranks
+
+
+def difference(found: Any, wanted: Any) -> float:
+    """The largest relative difference of two results, over all that they hold."""
+    if isinstance(wanted, Result):
+        return max(
+            difference(getattr(found, item.name), getattr(wanted, item.name))
+            for item in dataclasses.fields(wanted)
+        )
+    if isinstance(wanted, (str, type(None))):
+        return 0.0 if found == wanted else float("inf")
+    if not leaves(wanted):
+        return 0.0 if found == wanted else float("inf")
+    errors = [0.0]
+    for mine, his in zip(leaves(found), leaves(wanted), strict=True):
+        if isinstance(his, str):
+            errors.append(0.0 if mine == his else float("inf"))
+            continue
+        a, b = torch.as_tensor(mine).double(), torch.as_tensor(his).double()
+        size = max(1.0, float(b.abs().max())) if b.numel() else 1.0
+        same = (a == b) | (a.isnan() & b.isnan())
+        errors.append(float(torch.where(same, 0.0, (a - b).abs() / size).max()) if size else 0.0)
+    return max(errors)
+
+
+def algorithm_differs_by(name: str, ranks: int) -> float:
+    matrix = problems.symmetric(positive=name == "xnystrace")
+    matvec, like = problems.as_matvec(matrix), problems.like()
+    space = hf.sharded(like, problems.mesh(ranks))
+    run = problems.ALGORITHMS[name]
+    wanted, found = run(matvec, like, seed=7), run(matvec, like, seed=7, space=space)
+    if isinstance(found, hf.Eigenpairs):
+        assert found.vectors.shape == (len(found.values), space.width)
+        # An eigenvector is known up to its sign.
+        whole = torch.cat([x.flatten(1) for x in leaves(space.gathered(found.vectors))], 1)
+        plain = torch.cat([x.flatten(1) for x in leaves(wanted.vectors)], 1)
+        signs = (whole * plain).sum(1).sign()[:, None]
+        found = dataclasses.replace(found, vectors=signs * whole)
+        wanted = dataclasses.replace(wanted, vectors=plain)
+    return difference(found, wanted)
+
+
+@pytest.mark.parametrize("name", problems.ALGORITHMS)
+def test_algorithms_find_what_one_process_finds(name: str, two: Ranks, four: Ranks) -> None:
+    for ranks, size in ((two, 2), (four, 4)):
+        for error in ranks.run(algorithm_differs_by, name, size):
+            assert error < 1e-8 if "lanczos" in name or "power" in name else error < 1e-10
+
+
+def solver_differs_by(name: str, ranks: int) -> float:
+    matvec = problems.as_matvec(problems.symmetric(positive=True))
+    b = problems.vector()
+    run = problems.SOLVERS[name]
+    wanted = run(matvec, b)
+    found = run(matvec, b, space=hf.sharded(b, problems.mesh(ranks)))
+    return difference(found.x, wanted.x)
+
+
+@pytest.mark.parametrize("name", problems.SOLVERS)
+def test_solvers_find_what_one_process_finds(name: str, two: Ranks, four: Ranks) -> None:
+    for ranks, size in ((two, 2), (four, 4)):
+        assert max(ranks.run(solver_differs_by, name, size)) < 1e-10
+
+
+def probes_of(kind: str, ranks: int) -> tuple[Tensor, Tensor]:
+    like = problems.like(211)
+    space = hf.sharded(like, problems.mesh(ranks))
+    rows = space.probes([0, 5, 2], kind=kind, seed=3)
+    whole = torch.cat([x.flatten(1) for x in leaves(space.gathered(rows))], 1)
+    alone = torch.cat([hf.random_like(like, 6, kind=kind, seed=3)[x].flatten(1) for x in like], 1)
+    return whole, alone[[0, 5, 2]]
+
+
+@pytest.mark.parametrize("kind", ["signs", "normal", "sphere"])
+def test_a_seed_gives_the_same_probes_on_any_number_of_ranks(
+    kind: str, two: Ranks, three: Ranks
+) -> None:
+    for ranks, size in ((two, 2), (three, 3)):
+        for whole, alone in ranks.run(probes_of, kind, size):
+            torch.testing.assert_close(whole, alone, rtol=1e-14, atol=0.0)
+
+
+def a_drawn_seed() -> int | None:
+    like = problems.like()
+    space = hf.sharded(like, problems.mesh(2))
+    return hf.hutchinson(problems.as_matvec(problems.symmetric()), like, space=space).seed
+
+
+def test_ranks_draw_one_seed(two: Ranks) -> None:
+    first, second = two.run(a_drawn_seed)
+    assert first == second
+    assert two.run(a_drawn_seed)[0] != first
+
+
+def widths(ranks: int) -> tuple[int, int]:
+    space = hf.sharded(problems.like(), problems.mesh(ranks))
+    return space.width, space.n
+
+
+def test_each_rank_holds_an_even_part(four: Ranks) -> None:
+    assert sorted(four.run(widths, 4)) == [(9, 37), (9, 37), (9, 37), (10, 37)]
+
+
+def more_ranks_than_entries() -> float:
+    matrix = problems.symmetric(2)
+    like = {"w": torch.zeros(2, dtype=torch.float64)}
+    space = hf.sharded(like, problems.mesh(3))
+    top = hf.lanczos(lambda block: {"w": block["w"] @ matrix}, like, k=1, space=space)
+    return float(abs(top.values[0]) - torch.linalg.eigvalsh(matrix).abs().max())
+
+
+def test_a_rank_may_hold_nothing(three: Ranks) -> None:
+    assert max(map(abs, three.run(more_ranks_than_entries))) < 1e-12
+
+
+def of_other_leaves(rank_with_more: int) -> None:
+    import torch.distributed as dist
+
+    like = problems.like(38 if dist.get_rank() == rank_with_more else 37)
+    hf.sharded(like, problems.mesh(2))
+
+
+def test_other_leaves_on_one_rank_are_an_error_on_all(two: Ranks) -> None:
+    for outcome in two.outcomes(of_other_leaves, 1):
+        assert outcome.error is not None
+        assert "the ranks disagree on the number of entries" in outcome.error
+        assert "rank 0 has 37, rank 1 has 38" in outcome.error
+
+
+def start_again_from_vectors() -> tuple[int, int]:
+    matvec, like = problems.as_matvec(problems.symmetric()), problems.like()
+    space = hf.sharded(like, problems.mesh(2))
+    first = hf.lanczos(matvec, like, k=3, rtol=1e-8, space=space, seed=0)
+    again = hf.lanczos(
+        matvec, like, k=3, block_size=3, rtol=1e-7, space=space, seed=0, start=first.vectors
+    )
+    trace = hf.hutchinson(matvec, like, deflate=first, space=space, seed=1, max_matvecs=40)
+    assert abs(float(trace.value) - float(problems.symmetric().trace())) < 4 * float(trace.stderr)
+    return first.matvecs, again.matvecs
+
+
+def test_vectors_of_a_result_are_taken_up(two: Ranks) -> None:
+    first, again = two.run(start_again_from_vectors)[0]
+    assert again < first
+
+
+def infinite(rank: int) -> None:
+    like = problems.like()
+    space = hf.sharded(like, problems.mesh(2))
+
+    def matvec(block: Any) -> Any:
+        # The last columns, which the last rank alone holds.
+        return block | {"d": block["d"] / 0.0}
+
+    hf.lanczos(matvec, like, k=2, space=space, seed=0)
+
+
+def test_a_product_that_is_not_finite_is_an_error_on_all(two: Ranks) -> None:
+    for outcome in two.outcomes(infinite, 1):
+        assert outcome.error is not None
+        assert outcome.error.startswith("FloatingPointError: a product has entries that are NaN")
+        assert outcome.error.endswith("at d")
