@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import hessfunc as hf
 from hessfunc.algorithms.results import Result
@@ -14,6 +15,9 @@ from hessfunc.landscape import Landscape, landscape
 from hessfunc.problems.targets import Problem
 from hessfunc.report import Part, brief
 from hessfunc.trees import Space, tree_map
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Tick", "Watch", "analyse"]
 
@@ -33,6 +37,7 @@ def analyse(
     radius: float,
     seed: int,
     checkpoint: Path | None,
+    mesh: DeviceMesh | None = None,
     watch: Watch,
 ) -> Iterator[Part]:
     """Each part of the analysis of a Hessian, as soon as it is finished.
@@ -47,19 +52,24 @@ def analyse(
         radius: how far that line and that plane reach along the unit eigenvectors.
         seed: of all random vectors.
         checkpoint: a folder that keeps the state of each part, to go on from; None for nowhere.
+        mesh: of ranks that divide the work, all of which call this; None for this process alone.
         watch: called with the name of each part that starts; gives a function that is called with
             the share of the part that is done and a few words.
     """
     params = problem.params
     k = min(10, Space.of(params).n) if k is None else k
     max_matvecs = max(max_matvecs, 2 * k, 4)
-    matvec = hf.over_batches(hf.hvp(problem.loss))(params, problem.batches)
-    pairs = partial(hf.lanczos, matvec, params, rtol=1e-3, max_matvecs=max_matvecs, seed=seed)
+    matvec = hf.over_batches(hf.hvp(problem.loss), mesh=mesh)(params, problem.batches)
+    space = None if mesh is None else hf.sharded(params, mesh)
+    common: dict[str, Any] = {"seed": seed, "space": space}
+    pairs = partial(hf.lanczos, matvec, params, rtol=1e-3, max_matvecs=max_matvecs, **common)
 
     def part(name: str, run: Callable[..., Result], share: Callable[[Any], float]) -> Part:
         tick = watch(name)
         started = time.perf_counter()
         result = run(callback=lambda running: tick(share(running), brief(running)))
+        if space is not None and isinstance(result, hf.Eigenpairs):
+            result = replace(result, vectors=space.gathered(result.vectors))
         tick(1.0, brief(result))
         return Part(name, result, time.perf_counter() - started)
 
@@ -74,11 +84,14 @@ def analyse(
     # The lower end is often close to the bulk, where a short basis would restart again and again.
     smallest = partial(pairs, k=1, which="SA", basis_size=40)
     yield part("smallest", kept("smallest", smallest), converged)
-    trace = partial(hf.xtrace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, seed=seed)
+    trace = partial(hf.xtrace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, **common)
     yield part("trace", kept("trace", trace), lambda running: running.matvecs / max_matvecs)
-    density = partial(hf.slq, matvec, params, probes=probes, steps=steps, seed=seed)
+    density = partial(hf.slq, matvec, params, probes=probes, steps=steps, **common)
     wanted = probes * steps
     yield part("density", kept("density", density), lambda running: running.matvecs / wanted)
+    if space is not None and space.along.rank:
+        # The first rank alone looks at the loss, of which the others have no part.
+        return
     for name, count in (("line", 1), ("plane", 2)):
         if points and count <= k:
             along = partial(_landscape, problem, top.result, count, points, radius)

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import optree
 import torch
@@ -24,9 +24,13 @@ from torch import Tensor
 from hessfunc.precision import wide_dtype
 from hessfunc.randomness import mixed, normals, signs
 
+if TYPE_CHECKING:
+    from hessfunc.distributed.ranks import Ranks
+
 __all__ = [
     "Matvec",
     "ProbeKind",
+    "Rows",
     "Space",
     "Tree",
     "batch_leaves",
@@ -42,6 +46,8 @@ __all__ = [
 ]
 
 Tree: TypeAlias = Any
+# A tensor whose last axis runs over the entries of a vector, or over those that are held here.
+Rows: TypeAlias = Tensor
 Matvec: TypeAlias = Callable[[Tree], Tree]
 ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]
 
@@ -164,6 +170,16 @@ class Space:
     def n(self) -> int:
         """The dimension."""
         return sum(self.sizes)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that each hold a part of every row; None of rows that are whole."""
+        return None
+
+    @property
+    def columns(self) -> range:
+        """The entries of a row that are held here, where these are a run."""
+        return range(self.n)
 
     @property
     def spans(self) -> list[range]:

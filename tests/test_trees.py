@@ -287,7 +287,7 @@ def test_probes_are_the_same_in_every_dtype() -> None:
 
 def test_words_are_those_of_splitmix64() -> None:
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
-    found = _words(0, 4, torch.device("cpu")).tolist()
+    found = _words(0, range(4), torch.device("cpu")).tolist()
     assert [word % 2**64 for word in found] == published
 
 

@@ -22,7 +22,7 @@ from hessfunc.algorithms.rounds import (
     rows_dtype,
 )
 from hessfunc.memory import available_to
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["slq"]
 
@@ -148,7 +148,7 @@ class _State:
         group: how many probes run at once.
     """
 
-    basis: Tensor
+    basis: Rows
     alphas: Tensor
     betas: Tensor
     taken: tuple[int, ...]

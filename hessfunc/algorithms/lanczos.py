@@ -25,7 +25,7 @@ from hessfunc.algorithms.rounds import (
 )
 from hessfunc.memory import available_to
 from hessfunc.randomness import uniforms
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["lanczos"]
 
@@ -236,7 +236,7 @@ class _State:
         before: the largest absolute Ritz value before the last restart, which may let it go.
     """
 
-    basis: Tensor
+    basis: Rows
     projected: Tensor
     coupling: Tensor
     probes: int

@@ -20,7 +20,7 @@ from hessfunc.algorithms.rounds import (
     rows_dtype,
     unit_start,
 )
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["power_iteration"]
 
@@ -164,11 +164,11 @@ class _State:
     ``shift`` is None until the dominant eigenvalue, which fixes it, is known.
     """
 
-    current: Tensor
-    previous: Tensor
-    image: Tensor | None
-    vectors: Tensor
-    images: Tensor
+    current: Rows
+    previous: Rows
+    image: Rows | None
+    vectors: Rows
+    images: Rows
     shift: float | None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.rounds import Products, rows_dtype
 from hessfunc.memory import available_to
-from hessfunc.trees import Space
+from hessfunc.trees import Rows, Space
 
 __all__ = ["Sketch", "vectors_that_fit"]
 
@@ -25,8 +25,8 @@ class Sketch:
             each other.
     """
 
-    basis: Tensor
-    images: Tensor
+    basis: Rows
+    images: Rows
     factor: Tensor
 
     @classmethod

@@ -19,7 +19,7 @@ from hessfunc.algorithms.rounds import (
     rows_dtype,
     unit_start,
 )
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["stochastic_power_iteration"]
 
@@ -175,9 +175,9 @@ class _State:
     ``drawn`` batches were multiplied so far; the next epoch has as many as ``steps``.
     """
 
-    current: Tensor
-    previous: Tensor
-    image: Tensor | None
+    current: Rows
+    previous: Rows
+    image: Rows | None
     drawn: int
     steps: int
 

@@ -19,8 +19,11 @@ from hessfunc.cli.help import unless_given
 from hessfunc.cli.options import Traceback, refuse_seed
 from hessfunc.cli.places import DType, make_folder, place
 from hessfunc.cli.progress import bars, watch
+from hessfunc.cli.ranks import mesh_of_all, on_all, speaks
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from hessfunc.problems.targets import Problem
     from hessfunc.report import Subject
 
@@ -158,6 +161,9 @@ def analyze(
     as it is there, so Ctrl-C leaves what is finished: report.html for the browser, results.json,
     pictures, and an .npz file for each.
 
+    Under torchrun, as in `torchrun --nproc-per-node 2 -m hessfunc analyze digits`, batches and
+    vectors are divided among the processes; the first of them writes and prints.
+
     TARGET is one of
 
     - **digits**: a small conv net, trained in seconds on scikit-learn's digits
@@ -184,19 +190,24 @@ def analyze(
     try:
         refuse_seed(seed)
         where, kind = place(device, dtype)
-        make_folder(out)
-        folder.clear()
-        with bars() as progress:
-            returned = _returned(target, data, weights, seed, progress)
-            problem = make_problem(
-                target,
-                returned,
-                device=where,
-                dtype=kind,
-                count=200 if target == "cifar10" and examples is None else examples,
-                batch_size=batch_size,
-            )
+        with mesh_of_all(where) as (mesh, where), bars() as progress:
+            if speaks():
+                make_folder(out)
+                folder.clear()
+
+            def make() -> Problem:
+                return make_problem(
+                    target,
+                    _returned(target, data, weights, seed, progress),
+                    device=where,
+                    dtype=kind,
+                    count=200 if target == "cifar10" and examples is None else examples,
+                    batch_size=batch_size,
+                )
+
+            problem = on_all(mesh, make)
             folder.subject = _subject(target, problem, progress)
+            problem = _for_each(mesh, problem, folder.subject)
             if folder.subject.batches > 1:
                 task = progress.add_task("one pass", total=folder.subject.batches, detail="")
                 problem = replace(problem, batches=_Watched(problem.batches, progress, task))
@@ -211,9 +222,11 @@ def analyze(
                 radius=radius,
                 seed=seed,
                 checkpoint=checkpoint,
+                mesh=mesh,
                 watch=lambda name: watch(progress, name),
             ):
-                folder.add(part)
+                if speaks():
+                    folder.add(part)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -224,8 +237,11 @@ def analyze(
             raise
         fail(in_one_line(error))
     finally:
-        folder.close(status)
+        if speaks():
+            folder.close(status)
 
+    if not speaks():
+        return
     console = Console(markup=False, emoji=False)
     found = folder.content
     console.print(f"\n{target}: {report.plain(report.headline(found['subject']))}", highlight=False)
@@ -267,6 +283,16 @@ def _subject(target: str, problem: Problem, progress: Progress) -> Subject:
         dtype=str(space.dtype).removeprefix("torch."),
         device=str(space.device),
     )
+
+
+def _for_each(mesh: DeviceMesh | None, problem: Problem, subject: Subject) -> Problem:
+    """The problem in batches so small that each rank has one."""
+    if mesh is None or subject.batches >= mesh.size():
+        return problem
+    from hessfunc.problems.targets import Batches
+
+    size = math.ceil(subject.examples / mesh.size())
+    return replace(problem, batches=Batches(problem.batches, size=size))
 
 
 @dataclass(frozen=True)

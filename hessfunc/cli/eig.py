@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,10 +24,14 @@ from hessfunc.cli.options import (
 )
 from hessfunc.cli.places import place
 from hessfunc.cli.progress import bars, watch
+from hessfunc.cli.ranks import mesh_of_all, on_all, speaks
 from hessfunc.cli.trained import trained
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hessfunc import Eigenpairs
+    from hessfunc.problems.data import Examples
 
 __all__ = ["eig"]
 
@@ -105,12 +110,19 @@ def eig(
         from hessfunc.training import tasks
 
         where, _ = place(device)
-        model = tasks.saved(of.data, of.arch, resume).to(where).eval()
-        seen, _ = tasks.examples(of.data, path=of.data_path, count=count, device=where)
-        model_fn, params = hf.functional(model)
-        loss = hf.supervised(model_fn, cross_entropy)
-        matvec = hf.over_batches(hf.hvp(loss))(params, seen.batches(batch_size))
-        with bars() as progress:
+        with mesh_of_all(where) as (mesh, where), bars() as progress:
+
+            def make() -> tuple[nn.Module, Examples]:
+                model = tasks.saved(of.data, of.arch, resume).to(where).eval()
+                seen, _ = tasks.examples(of.data, path=of.data_path, count=count, device=where)
+                return model, seen
+
+            model, seen = on_all(mesh, make)
+            model_fn, params = hf.functional(model)
+            loss = hf.supervised(model_fn, cross_entropy)
+            ranks = 1 if mesh is None else mesh.size()
+            batches = seen.batches(min(batch_size, math.ceil(len(seen) / ranks)))
+            matvec = hf.over_batches(hf.hvp(loss), mesh=mesh)(params, batches)
             tick = watch(progress, f"{k} eigenvalue{'s' * (k > 1)} of {len(seen)} examples")
 
             def on_round(found: Eigenpairs) -> None:
@@ -123,6 +135,7 @@ def eig(
                 rtol=rtol,
                 max_matvecs=max_matvecs,
                 seed=seed,
+                space=None if mesh is None else hf.sharded(params, mesh),
                 callback=on_round,
             )
     except KeyboardInterrupt:
@@ -132,6 +145,8 @@ def eig(
             raise
         fail(in_one_line(error))
 
+    if not speaks():
+        return
     console = Console(markup=False, emoji=False)
     console.print(_table(found))
     console.print(

@@ -6,12 +6,15 @@ from typing import NoReturn
 
 import typer
 
+from hessfunc.cli.ranks import speaks
+
 __all__ = ["fail", "in_one_line"]
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Say what is wrong, and end the command."""
-    typer.echo(f"hessfunc: {message}", err=True)
+    if speaks():
+        typer.echo(f"hessfunc: {message}", err=True)
     raise typer.Exit(code)
 
 

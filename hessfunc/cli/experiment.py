@@ -15,6 +15,7 @@ from hessfunc.cli.help import unless_given
 from hessfunc.cli.options import Traceback
 from hessfunc.cli.places import make_folder, place
 from hessfunc.cli.progress import bars, line, share, watch
+from hessfunc.cli.ranks import refuse_several
 
 if TYPE_CHECKING:
     from hessfunc.training.history import Run
@@ -107,6 +108,7 @@ def experiment(
     out = out or Path(name)
     runs: list[Run] = []
     try:
+        refuse_several("experiment")
         where, _ = place(device)
         seen, held_out = tasks.examples(of.dataset, path=data_path, count=examples, device=where)
         make_folder(out)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hessfunc.cli.ranks import speaks
+
 if TYPE_CHECKING:
     from hessfunc.training.loop import Record
 
@@ -25,7 +27,7 @@ def bars() -> Progress:
         TextColumn("{task.fields[detail]}", markup=False),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and speaks()),
     )
 
 

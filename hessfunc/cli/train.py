@@ -27,6 +27,7 @@ from hessfunc.cli.options import (
 )
 from hessfunc.cli.places import make_folder, place
 from hessfunc.cli.progress import bars, line, share, watch
+from hessfunc.cli.ranks import refuse_several
 
 if TYPE_CHECKING:
     from hessfunc.training.history import Run
@@ -260,6 +261,7 @@ def train(
     running: list[Run] = []
     try:
         refuse_data(data, data_path)
+        refuse_several("train")
         refuse_seed(seed)
         if track not in (None, "top", "full"):
             raise ValueError(f"--track is top or full, not {track!r}")

@@ -8,7 +8,7 @@ error on every rank, and none of them waits for what never comes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -106,6 +106,21 @@ class Ranks:
         """Until all ranks are here."""
         with _in_contact():
             dist.barrier(group=self.group)
+
+    def all_do(self, act: Callable[[], Made], /, device: torch.device) -> Made:
+        """What ``act``, which waits for no other rank, returns here, if it fails nowhere.
+
+        Raises:
+            RuntimeError: it failed on another rank. Its own error, on the rank where it failed.
+        """
+        made: list[Made] = []
+        failure: Exception | None = None
+        try:
+            made.append(act())
+        except Exception as error:
+            failure = error
+        self.told([], device, failure)
+        return made[0]
 
     def agree(self, same: Mapping[str, float], /, device: torch.device) -> None:
         """Raise on every rank unless all have the same numbers.

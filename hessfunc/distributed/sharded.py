@@ -49,7 +49,7 @@ def sharded(like: Tree, mesh: DeviceMesh, /) -> ShardedSpace:
     ranks = Ranks.of(mesh)
     ranks.agree(whole.fingerprint(), whole.device)
     own = {item.name: getattr(whole, item.name) for item in fields(Space)}
-    return ShardedSpace(**own, ranks=ranks)
+    return ShardedSpace(**own, along=ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +57,17 @@ class ShardedSpace(Space):
     """Rows of which each rank holds a run of columns.
 
     Attributes:
-        ranks: that hold them.
+        along: the ranks that hold them.
     """
 
-    ranks: Ranks
+    along: Ranks
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.along
 
     @cached_property
     def columns(self) -> range:
-        """The columns of a row that this rank holds."""
         return self.ranks.parts(self.n)[self.ranks.rank]
 
     @cached_property

@@ -88,7 +88,7 @@ class MeshShare(Share):
         return i if i % parts == part else None
 
     def all_well(self, act: Callable[[], None], /) -> None:
-        self.everyone.told([], self.device, _failure_of(act))
+        self.everyone.all_do(act, self.device)
 
     def over(self, space: Space, local: Callable[[Tree], Sum], /) -> Matvec:
         def matvec(block: Tree) -> Tree:

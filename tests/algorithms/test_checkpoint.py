@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from hessfunc.algorithms import checkpoint as checkpoints
+from hessfunc import files
 from tests.algorithms.spectra import symmetric
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
@@ -124,7 +124,7 @@ class Boundaries:
     def install(self) -> None:
         for name in ("fsync", "replace", "unlink", "mkdir"):
             setattr(os, name, self._before(getattr(os, name)))
-        whole = checkpoints.write_whole
+        whole = files.write_whole
 
         def torn(path: Path, write: Callable[[BinaryIO], object]) -> None:
             if self.reached():
@@ -134,7 +134,7 @@ class Boundaries:
                 die()
             whole(path, write)
 
-        checkpoints.write_whole = torn
+        files.write_whole = torn
 
     def _before(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(*args: Any, **kwargs: Any) -> Any:

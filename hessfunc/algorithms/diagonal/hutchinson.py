@@ -14,7 +14,7 @@ from hessfunc.algorithms.results import DiagonalEstimate
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES
 from hessfunc.precision import wide_dtype
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["hutchinson_diagonal"]
 
@@ -124,8 +124,8 @@ class _Moments:
     """The mean and the sum of squared deviations of samples, entry by entry."""
 
     count: int
-    mean: Tensor
-    deviations: Tensor
+    mean: Rows
+    deviations: Rows
 
     def extended(self, samples: Tensor) -> _Moments:
         """With more samples, as rows (Chan, Golub and LeVeque 1979)."""

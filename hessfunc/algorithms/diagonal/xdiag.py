@@ -15,7 +15,7 @@ from hessfunc.algorithms.results import DiagonalEstimate
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.precision import wide_dtype
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["xdiag"]
 
@@ -145,8 +145,8 @@ def xdiag(
 class _State:
     """Rows: probes W and products AW, with a sketch of the products."""
 
-    probes: Tensor
-    images: Tensor
+    probes: Rows
+    images: Rows
     sketch: Sketch
 
 

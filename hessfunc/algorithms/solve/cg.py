@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from hessfunc.algorithms.checkpoint import Directory
 from hessfunc.algorithms.results import Solution, rounding
 from hessfunc.algorithms.rounds import (
@@ -14,7 +12,7 @@ from hessfunc.algorithms.rounds import (
     at_least,
 )
 from hessfunc.algorithms.solve.system import Iterate, System, solve
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["cg"]
 
@@ -114,8 +112,8 @@ class _State(Iterate):
         curvature: p'(A + damping I)p of unit p, where it is not positive beyond rounding.
     """
 
-    direction: Tensor
-    nearest: Tensor
+    direction: Rows
+    nearest: Rows
     least: float = math.inf
     square: float = 1.0
     curvature: float | None = None

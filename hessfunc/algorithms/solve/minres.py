@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Directory
 from hessfunc.algorithms.results import Solution, rounding
 from hessfunc.algorithms.rounds import Callback, at_least
 from hessfunc.algorithms.solve.system import Iterate, System, solve
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["minres"]
 
@@ -110,8 +109,8 @@ class _State(Iterate):
         slope: |A r| / |r| of the residual with which the recurrence began, in M-norms.
     """
 
-    lanczos: tuple[Tensor, Tensor, Tensor]
-    search: tuple[Tensor, Tensor]
+    lanczos: tuple[Rows, Rows, Rows]
+    search: tuple[Rows, Rows]
     beta: float = 0.0
     reflection: tuple[float, float] = (-1.0, 0.0)
     carried: tuple[float, float] = (0.0, 0.0)

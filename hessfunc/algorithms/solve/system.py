@@ -21,7 +21,7 @@ from hessfunc.algorithms.rounds import (
     refuse_infinite,
     rows_dtype,
 )
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["Iterate", "System", "solve"]
 
@@ -182,11 +182,11 @@ class Iterate:
         path: the length of the first x, and of all steps from there.
     """
 
-    x: Tensor
-    residual: Tensor
+    x: Rows
+    residual: Rows
     length: float
     first: float
-    origin: tuple[Tensor, Tensor]
+    origin: tuple[Rows, Rows]
     measured: bool = True
     inexact: bool = False
     stopped: bool = False

@@ -14,7 +14,7 @@ from hessfunc.algorithms.results import Estimate, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["hutchpp"]
 
@@ -140,8 +140,8 @@ def hutchpp(
 class _State:
     """Rows: probes G and products AG, with a sketch that is independent of them."""
 
-    probes: Tensor
-    images: Tensor
+    probes: Rows
+    images: Rows
     sketch: Sketch
 
 

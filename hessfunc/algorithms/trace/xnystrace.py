@@ -22,7 +22,7 @@ from hessfunc.algorithms.rounds import (
 from hessfunc.algorithms.samples import FEWEST_SAMPLES
 from hessfunc.algorithms.sketch import vectors_that_fit
 from hessfunc.algorithms.trace.exchangeable import Spread, spread
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["xnystrace"]
 
@@ -161,8 +161,8 @@ def _stderr_to_stop(errors: Spread) -> float:
 class _State:
     """Rows: probes W and products AW."""
 
-    probes: Tensor
-    images: Tensor
+    probes: Rows
+    images: Rows
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""A state as plain values, with its tensors in segments, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfunc import files
+from hessfunc.algorithms.checkpoint.manifest import SEGMENT, damaged, digest_of
+from hessfunc.trees import Space
+
+__all__ = ["Part", "Segments", "bytes_of"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank has written.
+
+    Attributes:
+        columns: of the vectors, that it held.
+        values: the state as plain values; of all but vectors the first rank's are read.
+    """
+
+    columns: range
+    values: Any
+
+
+@dataclass
+class Segments:
+    """The segments of one rank's part of a state.
+
+    Attributes:
+        directory: of the run.
+        space: of its vectors.
+        written: the segments of each tensor as last written, for their rows to be reused.
+    """
+
+    directory: Path
+    space: Space
+    written: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The files that make up the part as last written."""
+        return [segment["file"] for found in self.written.values() for segment in found]
+
+    def encoded(self, value: Any, key: str, kind: str = "") -> Any:
+        """The value, with the rows of its tensors on the disk.
+
+        Args:
+            value: a dataclass, tuple, tensor or plain value.
+            key: where it stands in the state.
+            kind: as what it is declared: the last axis of `Rows` is cut over ranks.
+        """
+        if isinstance(value, Tensor):
+            cut = "Rows" in kind
+            if not cut and self.space.ranks is not None and self.space.ranks.rank:
+                return {"of_first": True}
+            return self._encoded_tensor(value, key) | {"cut": cut}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {
+                item.name: self.encoded(
+                    getattr(value, item.name), f"{key}.{item.name}", str(item.type)
+                )
+                for item in dataclasses.fields(value)
+            }
+            return {"state": type(value).__name__, "fields": fields}
+        if isinstance(value, tuple):
+            return {"tuple": [self.encoded(v, f"{key}[{i}]", kind) for i, v in enumerate(value)]}
+        return {"value": value}
+
+    def _encoded_tensor(self, value: Tensor, key: str) -> dict[str, Any]:
+        rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
+        kept, start = [], 0
+        for segment in self.written.get(key, []):
+            end = start + segment["rows"]
+            if end > len(rows) or digest_of(bytes_of(rows[start:end])) != segment["digest"]:
+                break
+            kept.append(segment)
+            start = end
+        if start < len(rows):
+            data = bytes_of(rows[start:])
+            digest = digest_of(data)
+            file = self.directory / self._name(digest)
+            if not file.exists():
+                files.write_whole(file, lambda out: out.write(data))
+            kept.append({"file": file.name, "rows": len(rows) - start, "digest": digest})
+        self.written[key] = kept
+        return {
+            "tensor": kept,
+            "shape": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "on_device": value.device == self.space.device,
+        }
+
+    def _name(self, digest: str) -> str:
+        # Ranks that write the same bytes do not write the same file at once.
+        ranks = self.space.ranks
+        return f"{digest}{SEGMENT}" if ranks is None else f"{digest}.{ranks.rank}{SEGMENT}"
+
+    def decoded(self, parts: Sequence[Part], home: Any, key: str) -> Any:
+        """The value of which these are the parts of all ranks.
+
+        Args:
+            parts: in the order of ranks.
+            home: the module of its dataclasses.
+            key: where it stands in the state.
+        """
+        first = parts[0].values
+        if "tensor" in first:
+            return self._decoded_tensor(parts, key)
+        if "state" in first:
+            fields = {
+                name: self.decoded(_inside(parts, "fields", name), home, f"{key}.{name}")
+                for name in first["fields"]
+            }
+            return getattr(home, first["state"])(**fields)
+        if "tuple" in first:
+            return tuple(
+                self.decoded(_inside(parts, "tuple", i), home, f"{key}[{i}]")
+                for i in range(len(first["tuple"]))
+            )
+        return first["value"]
+
+    def _decoded_tensor(self, parts: Sequence[Part], key: str) -> Tensor:
+        first = parts[0].values
+        found = self._together(parts, key) if first["cut"] else self._read(first)
+        if not first["cut"]:
+            self.written[key] = first["tensor"]
+        return found.to(self.space.device) if first["on_device"] else found
+
+    def _together(self, parts: Sequence[Part], key: str) -> Tensor:
+        mine, pieces = self.space.columns, []
+        for part in parts:
+            begin, end = max(part.columns.start, mine.start), min(part.columns.stop, mine.stop)
+            if part.columns == mine:
+                self.written[key] = part.values["tensor"]
+                return self._read(part.values)
+            if begin < end or part is parts[0]:
+                offset = part.columns.start
+                end = max(begin, end)
+                pieces.append(self._read(part.values)[..., begin - offset : end - offset])
+        return torch.cat(pieces, dim=-1)
+
+    def _read(self, value: dict[str, Any]) -> Tensor:
+        data = bytearray()
+        for segment in value["tensor"]:
+            part = self._read_segment(segment["file"])
+            if digest_of(part) != segment["digest"]:
+                raise damaged(self.directory, f"segment {segment['file']}")
+            data += part
+        dtype = getattr(torch, value["dtype"])
+        flat = (
+            torch.frombuffer(data, dtype=dtype)
+            if data
+            else torch.empty(0, dtype=dtype, device="cpu")
+        )
+        return flat.reshape(value["shape"])
+
+    def _read_segment(self, name: str) -> bytes:
+        try:
+            return (self.directory / name).read_bytes()
+        except FileNotFoundError:
+            raise damaged(self.directory, f"segment {name} is missing, so the state") from None
+
+
+def _inside(parts: Sequence[Part], kind: str, at: Any) -> list[Part]:
+    return [Part(part.columns, part.values[kind][at]) for part in parts]
+
+
+def bytes_of(rows: Tensor, /) -> memoryview:
+    """The bytes of a tensor."""
+    return rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,147 @@
+"""A run whose vectors are cut over ranks is taken up again, on as many ranks or on others."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import hessfunc as hf
+from hessfunc.trees import leaves
+from tests.distributed import problems
+from tests.distributed.ranks import Ranks
+
+# By the name of the run: the budget of its first part, and of the whole.
+RUNS = {
+    "power_iteration": (7, 40),
+    "lanczos": (8, 60),
+    "lanczos, restarted": (14, 60),
+    "hutchinson": (10, 30),
+    "hutchpp": (12, 30),
+    "xtrace": (12, 30),
+    "xnystrace": (10, 30),
+    "hutchinson_diagonal": (10, 30),
+    "xdiag": (12, 30),
+    "slq": (15, 36),
+    "cg": (6, 60),
+    "minres": (6, 60),
+}
+
+
+def run(name: str, path: Path | None, ranks: int, most: int, pause: float = 0.0) -> list[Tensor]:
+    """What the run found, as plain tensors, and the products that it made."""
+    matvec = problems.as_matvec(problems.symmetric(positive=True))
+    solves = name in problems.SOLVERS
+    like = problems.vector() if solves else problems.like()
+    found = (problems.ALGORITHMS | problems.SOLVERS)[name](
+        matvec,
+        like,
+        max_matvecs=most,
+        space=hf.sharded(like, problems.mesh(ranks)) if ranks > 1 else None,
+        checkpoint=path,
+        callback=lambda _: time.sleep(pause),
+        **({} if solves else {"seed": 3}),
+    )
+    if solves:
+        # A budget that was spent ends with a product more, to measure the residual.
+        return leaves(found.x)
+    kinds = {hf.Eigenpairs: "values", hf.Density: "nodes"}
+    numbers = leaves(getattr(found, kinds.get(type(found), "value")))
+    return [torch.as_tensor(x) for x in (*numbers, found.matvecs)]
+
+
+def same(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> bool:
+    return all(
+        torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_with_other_ranks(
+    name: str, tmp_path: Path, two: Ranks, three: Ranks
+) -> None:
+    few, most = RUNS[name]
+    wanted = run(name, None, 1, most)
+    three.run(run, name, tmp_path / "down", 3, few)
+    for found in two.run(run, name, tmp_path / "down", 2, most):
+        assert same(found, wanted, 1e-8)
+    two.run(run, name, tmp_path / "up", 2, few)
+    for found in three.run(run, name, tmp_path / "up", 3, most):
+        assert same(found, wanted, 1e-8)
+    assert same(run(name, tmp_path / "up", 1, most), wanted, 1e-8)
+    run(name, tmp_path / "alone", 1, few)
+    for found in two.run(run, name, tmp_path / "alone", 2, most):
+        assert same(found, wanted, 1e-8)
+
+
+@pytest.mark.parametrize("name", ["lanczos, restarted", "slq"])
+def test_a_run_that_goes_on_with_the_same_ranks_has_the_same_bits(
+    name: str, tmp_path: Path, two: Ranks
+) -> None:
+    few, most = RUNS[name]
+    wanted = two.run(run, name, None, 2, most)
+    two.run(run, name, tmp_path / "run", 2, few)
+    assert [
+        same(*pair, 0.0)
+        for pair in zip(two.run(run, name, tmp_path / "run", 2, most), wanted, strict=True)
+    ]
+
+
+def test_segments_of_other_ranks_are_removed(tmp_path: Path, two: Ranks, three: Ranks) -> None:
+    three.run(run, "lanczos", tmp_path, 3, 8)
+    assert any(".2.rows" in file.name for file in tmp_path.iterdir())
+    two.run(run, "lanczos", tmp_path, 2, 12)
+    assert not any(".2.rows" in file.name for file in tmp_path.iterdir())
+    assert not any(file.name.endswith(".part") for file in tmp_path.iterdir())
+
+
+def test_each_rank_writes_its_own_columns(tmp_path: Path, two: Ranks) -> None:
+    two.run(run, "slq", tmp_path / "two", 2, 30)
+    run("slq", tmp_path / "one", 1, 30)
+
+    def size(folder: Path, end: str = ".rows") -> int:
+        return sum(file.stat().st_size for file in folder.glob(f"*{end}"))
+
+    alone = size(tmp_path / "one")
+    assert size(tmp_path / "two") < 1.02 * alone
+    assert size(tmp_path / "two", ".1.rows") < 0.52 * alone
+
+
+def test_damage_to_the_part_of_one_rank_is_an_error_on_all(tmp_path: Path, two: Ranks) -> None:
+    two.run(run, "lanczos", tmp_path, 2, 8)
+    victim = max(tmp_path.glob("*.1.rows"), key=lambda file: file.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    first, second = two.outcomes(run, "lanczos", tmp_path, 2, 20)
+    assert second.error is not None
+    assert "is damaged, nothing was changed" in second.error
+    assert first.error is not None
+    assert first.error.startswith("RuntimeError: failed on another rank")
+    assert "rank 1: ValueError: checkpoint" in first.error
+
+
+def in_a_directory_of_its_own(path: Path) -> None:
+    run("lanczos", path if dist.get_rank() == 0 else path / "elsewhere", 2, 20)
+
+
+def test_ranks_that_see_different_directories_are_told(tmp_path: Path, two: Ranks) -> None:
+    two.run(run, "lanczos", tmp_path, 2, 8)
+    for outcome in two.outcomes(in_a_directory_of_its_own, tmp_path):
+        assert outcome.error is not None
+        assert "the ranks disagree on the checkpoint" in outcome.error
+
+
+def whole_on_each(path: Path) -> None:
+    dist.barrier()
+    run("lanczos", path, 1, 60, pause=0.02)
+
+
+def test_ranks_that_hold_whole_vectors_do_not_share_a_directory(tmp_path: Path, two: Ranks) -> None:
+    errors = [outcome.error for outcome in two.outcomes(whole_on_each, tmp_path)]
+    assert any("another process has written to it" in (error or "") for error in errors), errors

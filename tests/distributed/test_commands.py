@@ -1,0 +1,116 @@
+"""The commands under torchrun: the numbers of one process, printed and written once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer")
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(ranks: int, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start = (
+        [*torchrun, "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else [sys.executable, "-m"]
+    )
+    return subprocess.run(
+        [*start, "hessfunc", *words],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())["results"]
+    return found
+
+
+MINE = """
+import torch
+from torch.nn import functional as F
+
+def problem():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)
+    ).double()
+    x, y = torch.randn(31, 4).double(), torch.randint(3, (31,))
+    return model, F.cross_entropy, list(zip(x.split(7), y.split(7)))
+
+def broken():
+    import os
+    if os.environ["RANK"] == "1":
+        raise OSError("no such disk here")
+    return problem()
+"""
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "mine.py").write_text(MINE)
+    return folder
+
+
+OPTIONS = ("--k", "3", "--probes", "2", "--steps", "15", "--landscape", "3")
+
+
+@pytest.mark.slow
+def test_analyze_prints_once_and_finds_what_one_process_finds(mine: Path) -> None:
+    alone = command(1, "analyze", "mine:problem", *OPTIONS, "--out", "one", cwd=mine)
+    both = command(2, "analyze", "mine:problem", *OPTIONS, "--out", "two", cwd=mine)
+    assert (alone.returncode, both.returncode) == (0, 0), both.stderr
+    assert both.stdout.count("report.html") == 1
+    assert sorted(x.name for x in (mine / "one").iterdir()) == sorted(
+        x.name for x in (mine / "two").iterdir()
+    )
+    one, two = numbers(mine / "one"), numbers(mine / "two")
+    assert two.keys() == one.keys()
+    _compare(one, two)
+
+
+def _compare(one: Any, two: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"seconds", "choices", "residuals", "passes"}:
+            _compare(one[key], two[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, two, strict=True):
+            _compare(a, b)
+    elif isinstance(one, float):
+        assert two == pytest.approx(one, rel=1e-8, abs=1e-9)
+    else:
+        assert one == two
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_process_is_said_once(mine: Path) -> None:
+    found = command(2, "analyze", "mine:broken", *OPTIONS, "--out", "broken", cwd=mine)
+    assert found.returncode != 0
+    said = [line for line in found.stderr.splitlines() if line.startswith("hessfunc: ")]
+    assert len(said) == 1
+    assert "rank 1" in said[0]
+    assert "no such disk here" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("train", "--epochs", "1"), ("experiment", "exp08")])
+def test_commands_that_do_not_share_work_say_so(words: tuple[str, ...], tmp_path: Path) -> None:
+    found = command(2, *words, cwd=tmp_path)
+    assert found.returncode != 0
+    said = [line for line in found.stderr.splitlines() if line.startswith("hessfunc: ")]
+    assert said == [
+        f"hessfunc: {words[0]} runs in one process, and torchrun has started 2: run it "
+        "without torchrun"
+    ]
