@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["launched", "local_device"]
 
@@ -22,8 +24,17 @@ def launched(device: torch.device, /, *, timeout: float = 600.0) -> Iterator[Dev
         device: on which this process computes: gloo for the CPU, NCCL for CUDA.
         timeout: the seconds after which a rank that does not come is an error on the others.
     """
+    limit = timedelta(seconds=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=limit))
+    # torchrun starts killed processes again beside the same store, where torch would find the
+    # addresses of the dead.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout)
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=size,
+        timeout=limit,
     )
     try:
         yield init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))

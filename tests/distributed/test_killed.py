@@ -1,0 +1,106 @@
+"""A rank that is killed ends the run, clearly and soon, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hessfunc as hf
+from tests.distributed import problems
+from tests.distributed.killed import TIMEOUT
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+NOBODY = -1
+
+
+def start(folder: Path, ranks: int, victim: int, fatal: int) -> list[subprocess.Popen[str]]:
+    # A file that two runs share would hold the addresses of the dead.
+    port = str(20000 + (os.getpid() * 7 + time.time_ns() // 1000) % 20000)
+    shared = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(ranks),
+    }
+    words = [sys.executable, "-m", "tests.distributed.killed", str(folder), str(victim), str(fatal)]
+    return [
+        subprocess.Popen(
+            words, cwd=ROOT, env=shared | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(ranks)
+    ]
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    return [(p.wait(), errors) for p in processes for errors in [p.communicate(timeout=120)[1]]]
+
+
+def found(folder: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return told
+
+
+def uninterrupted() -> hf.Eigenpairs:
+    loss, params = problems.model_and_loss()
+    matvec = hf.over_batches(hf.hvp(loss))(params, problems.batches())
+    return hf.lanczos(matvec, params, k=4, basis_size=12, rtol=1e-10, seed=0)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_kill_9_of_one_rank_ends_the_others_and_fewer_go_on(victim: int, tmp_path: Path) -> None:
+    processes = start(tmp_path, 3, victim, fatal=4)
+    processes[victim].wait(120)
+    killed = time.monotonic()
+    outcomes = ended(processes)
+    assert time.monotonic() - killed < TIMEOUT + 15
+    assert outcomes[victim][0] == -9
+    for rank, (status, errors) in enumerate(outcomes):
+        if rank != victim:
+            assert status > 0
+            assert f"rank {rank} has lost contact with the other ranks" in errors
+    assert not (tmp_path / "found.json").exists()
+    assert all(status == 0 for status, _ in ended(start(tmp_path, 2, NOBODY, 0)))
+
+    wanted, again = uninterrupted(), found(tmp_path)
+    torch.testing.assert_close(
+        torch.tensor(again["values"], dtype=torch.float64), wanted.values, rtol=1e-9, atol=1e-12
+    )
+    assert again["matvecs"] == wanted.matvecs
+
+
+def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["--nproc-per-node", "2", "--max-restarts", "1", "-m", "tests.distributed.killed"]
+    done = subprocess.run(
+        [*torchrun, *words, str(tmp_path), "1", "4"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    wanted, again = uninterrupted(), found(tmp_path)
+    torch.testing.assert_close(
+        torch.tensor(again["values"], dtype=torch.float64), wanted.values, rtol=1e-9, atol=1e-12
+    )
+    # The second start did not begin anew.
+    assert 0 < again["rounds"] < rounds_of_all()
+
+
+def rounds_of_all() -> int:
+    loss, params = problems.model_and_loss()
+    matvec = hf.over_batches(hf.hvp(loss))(params, problems.batches())
+    rounds = []
+    hf.lanczos(matvec, params, k=4, basis_size=12, rtol=1e-10, seed=0, callback=rounds.append)
+    return len(rounds)
