@@ -1,0 +1,140 @@
+"""How well ranks share work: ``torchrun --standalone --nproc-per-node 2 -m bench.ranks``.
+
+In every round the first rank does all of the work while the others wait, and then all ranks do it
+together. So each efficiency is a ratio within a round, on the machine as it is at that moment.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import hessfunc as hf
+from bench.cases import Case
+from bench.markdown import table
+from bench.speed.cells import about
+from bench.speed.models import batches_of, made
+from hessfunc.distributed.launched import launched
+
+RESULTS = Path(__file__).parent / "results" / "ranks.md"
+ROUNDS = 9
+BATCHES = 8
+_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something that one process can do, or all of them.
+
+    Attributes:
+        title: for the table.
+        alone: the work, by one.
+        together: the same work, called on every rank.
+    """
+
+    title: str
+    alone: Callable[[], object]
+    together: Callable[[], object]
+
+
+def products(case: Case, axis: str, k: int, batches: int) -> Work:
+    """A block of the Hessian of several batches, divided along one axis."""
+    model_fn, params = hf.functional(case.model)
+    curvature = hf.hvp(hf.supervised(model_fn, case.criterion))
+    data = batches_of(case, batches)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(axis,))
+    block = hf.random_like(params, k, seed=0)
+    alone = hf.over_batches(curvature)(params, data)
+    together = hf.over_batches(curvature, mesh=mesh)(params, data)
+    title = f"{case.title}: {batches} batches, block of {k}, divided by {axis}"
+    return Work(title, lambda: alone(block), lambda: together(block))
+
+
+def density(case: Case, mesh: DeviceMesh) -> Work:
+    """Lanczos steps with a basis that is cut over ranks, and the batches divided."""
+    model_fn, params = hf.functional(case.model)
+    curvature = hf.hvp(hf.supervised(model_fn, case.criterion))
+    data = batches_of(case, BATCHES)
+    one = hf.over_batches(curvature)(params, data)
+    all_of_them = hf.over_batches(curvature, mesh=mesh)(params, data)
+    space = hf.sharded(params, mesh)
+
+    def together() -> object:
+        return hf.slq(all_of_them, params, probes=2, steps=_STEPS, seed=0, space=space)
+
+    return Work(
+        f"{case.title}: density, {_STEPS} steps x 2 probes, basis cut over ranks",
+        lambda: hf.slq(one, params, probes=2, steps=_STEPS, seed=0),
+        together,
+    )
+
+
+def efficiencies(work: Work) -> list[float]:
+    """``T_1 / (R T_R)`` of each round, on the first rank."""
+    found = []
+    for turn in range(ROUNDS + 1):
+        alone = _seconds(work.alone) if dist.get_rank() == 0 else 0.0
+        dist.barrier()
+        together = _seconds(work.together)
+        dist.barrier()
+        # The first round has warmed up both.
+        if turn:
+            found.append(alone / (dist.get_world_size() * together))
+    return found
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+def markdown(rows: Sequence[tuple[str, list[float]]]) -> str:
+    """The page of these efficiencies."""
+    facts = ", ".join(f"{name}: {value}" for name, value in about([]).items())
+    head = ["work", f"efficiency of {dist.get_world_size()} ranks", "quartiles", "rounds"]
+    body = [
+        [title, f"{statistics.median(found):.2f}", f"{low:.2f}-{high:.2f}", str(len(found))]
+        for title, found in rows
+        for low, _, high in [statistics.quantiles(found, n=4, method="inclusive")]
+    ]
+    return (
+        f"# How well ranks share work\n\n{facts}\n\n"
+        "The time of one process over R times that of R processes, for the same work (strong "
+        "scaling); one thread each, by gloo on one machine. One process leaves the other core "
+        "free: what the cores share, memory and clock, counts against R processes.\n\n"
+        f"{table([head, *body])}\n"
+    )
+
+
+def main() -> None:
+    """Measure, and write the table."""
+    torch.set_num_threads(1)
+    with launched(torch.device("cpu")) as mesh:
+        resnet, gpt = made("resnet20", 256), made("gpt", 32)
+        works = [
+            products(resnet, "data", 4, BATCHES),
+            products(resnet, "probe", 16, 2),
+            products(gpt, "data", 4, BATCHES),
+            products(gpt, "probe", 16, 2),
+            density(gpt, mesh),
+        ]
+        rows = []
+        for work in works:
+            rows.append((work.title, efficiencies(work)))
+            if dist.get_rank() == 0:
+                print(f"{work.title}: {statistics.median(rows[-1][1]):.3f}", flush=True)
+        if dist.get_rank() == 0:
+            RESULTS.write_text(markdown(rows))
+            print(RESULTS)
+
+
+if __name__ == "__main__":
+    main()
