@@ -144,13 +144,21 @@ def drive(
         state = step(state, room)
         if storage is not None:
             storage.save(state)
-        if callback is not None and callback(running(state)) is True:
+        if callback is not None and _says_stop(products.space, callback, running(state)):
             return state, "stopped by the callback"
         if products.matvecs == before:
             return state, (
                 f"the budget of {max_matvecs} matvecs is spent but for {room}, too few for a round"
             )
     return state, reason
+
+
+def _says_stop(space: Space, callback: Callback[Found], found: Found) -> bool:
+    """Whether the callback has returned True, on any rank: a clock is not the same on each."""
+    if space.ranks is None:
+        return callback(found) is True
+    goes_on = space.ranks.all_do(lambda: callback(found) is not True, space.device)
+    return space.least(goes_on) == 0
 
 
 def drawn(seed: int | None) -> int:

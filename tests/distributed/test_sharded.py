@@ -176,3 +176,47 @@ def test_a_product_that_is_not_finite_is_an_error_on_all(two: Ranks) -> None:
         assert outcome.error is not None
         assert outcome.error.startswith("FloatingPointError: a product has entries that are NaN")
         assert outcome.error.endswith("at d")
+
+
+def stopped_by_one(rank: int) -> tuple[str, int]:
+    import torch.distributed as dist
+
+    def callback(found: hf.Eigenpairs) -> bool:
+        return dist.get_rank() == rank and found.matvecs >= 6
+
+    like = problems.like()
+    found = hf.lanczos(
+        problems.as_matvec(problems.symmetric()),
+        like,
+        k=3,
+        seed=0,
+        callback=callback,
+        space=hf.sharded(like, problems.mesh(2)),
+    )
+    return found.reason, found.matvecs
+
+
+def test_a_callback_that_stops_on_one_rank_stops_all(two: Ranks) -> None:
+    first, second = two.run(stopped_by_one, 1)
+    assert first == second
+    assert first[0] == "stopped by the callback"
+
+
+def raises_on_one(rank: int) -> None:
+    import torch.distributed as dist
+
+    def callback(found: hf.Eigenpairs) -> None:
+        if dist.get_rank() == rank:
+            raise OSError("the disk is full")
+
+    like = problems.like()
+    space = hf.sharded(like, problems.mesh(2))
+    matvec = problems.as_matvec(problems.symmetric())
+    hf.lanczos(matvec, like, k=3, seed=0, callback=callback, space=space)
+
+
+def test_a_callback_that_raises_on_one_rank_is_an_error_on_all(two: Ranks) -> None:
+    first, second = two.outcomes(raises_on_one, 1)
+    assert second.error == "OSError: the disk is full"
+    assert first.error is not None
+    assert first.error.endswith("rank 1: OSError: the disk is full")
