@@ -23,8 +23,8 @@ _AXES = ("data", "probe")
 _ALIKE = 1e-9
 # Ranks that each run the same algorithm may drift apart by rounding, and by no more.
 _DRIFT = 1e-3
-# Entries of each leaf that are compared.
-_COMPARED = 4096
+# Entries of each leaf of a vector that are compared.
+_COMPARED = 256
 # The largest weight that float32 adds exactly is 2^24: it goes in two parts.
 _PART = 2.0**20
 
@@ -228,13 +228,13 @@ def _nothing(space: Space) -> Sum:
 
 def _sampled(block: Sequence[Tensor]) -> list[float]:
     """A number of some entries of a block that another block would not have, and their size."""
-    number, square = 0.0, 0.0
-    for leaf in block:
-        entries = leaf.detach().flatten(1)[:, :_COMPARED].flatten().cpu().double()
-        place = torch.arange(1, len(entries) + 1, dtype=torch.float64, device="cpu")
-        number += float(entries @ torch.cos(1.618 * place))
-        square += float(entries.square().sum())
-    return [number, math.sqrt(square)]
+    wide = wide_dtype(block[0].device)
+    parts = [leaf.detach().flatten(1)[:, :_COMPARED].flatten().to(wide) for leaf in block]
+    entries = torch.cat(parts)
+    place = torch.arange(1, len(entries) + 1, dtype=wide, device=entries.device)
+    number = (entries * torch.cos(1.618 * place)).sum()
+    # One copy to the host.
+    return torch.stack([number, torch.linalg.vector_norm(entries)]).tolist()
 
 
 def _refuse_unlike(table: Sequence[Sequence[float]], what: str) -> None:
