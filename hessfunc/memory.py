@@ -26,9 +26,9 @@ def available_memory(device: torch.device, /) -> int:
     return free if limit is None or used is None else max(0, min(free, limit - used))
 
 
-def available_to(space: Space, /) -> int:
-    """The bytes that every rank of a space may still take of its device."""
-    return space.least(available_memory(space.device))
+def available_to(space: Space, device: torch.device | None = None, /) -> int:
+    """The bytes that every rank of a space may still take of its device, or of another one."""
+    return space.least(available_memory(device or space.device))
 
 
 def _of_machine() -> int:

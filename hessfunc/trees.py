@@ -191,6 +191,11 @@ class Space:
         """The number of entries that a row holds here."""
         return sum(map(len, self.spans))
 
+    @property
+    def widest(self) -> int:
+        """The most entries that a row holds on any rank, so the same number on all."""
+        return self.width
+
     def zeros(self, count: int, dtype: torch.dtype, /) -> Tensor:
         """Rows of zeros."""
         return torch.zeros(count, self.width, dtype=dtype, device=self.device)

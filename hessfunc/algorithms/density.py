@@ -21,6 +21,7 @@ from hessfunc.algorithms.rounds import (
     products_eps,
     rows_dtype,
 )
+from hessfunc.algorithms.streamed import brought, home, is_far, room_beside, settled
 from hessfunc.memory import available_to
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
@@ -36,6 +37,7 @@ def slq(
     *,
     probes: int = 1,
     steps: int = 100,
+    basis_device: torch.device | str | None = None,
     max_matvecs: int | None = None,
     seed: int | None = None,
     space: Space | None = None,
@@ -56,6 +58,11 @@ def slq(
         like: a tree that says what vectors look like.
         probes: random vectors. In high dimension one is nearly enough: spend on steps.
         steps: Lanczos steps a probe. The density is resolved to about 12 / steps of its range.
+        basis_device: where the bases are kept; by default where the vectors are. ``"cpu"`` keeps
+            those of a GPU's vectors in the memory of the host, page-locked, and brings them to
+            the GPU a piece at a time, the next one while one is worked on. The GPU then holds
+            two pieces, of 128 MiB or of one vector, besides the probes. The results are those of
+            bases on the GPU up to rounding.
         max_matvecs: the budget; ``probes * steps`` by default.
         seed: of the probes.
         space: in which every rank holds a part of each vector, made by `sharded`; by default
@@ -69,10 +76,12 @@ def slq(
 
     Raises:
         ValueError: an option is out of range.
-        MemoryError: the basis of one probe, steps * n numbers, does not fit in memory.
+        MemoryError: the basis of one probe, steps * n numbers, does not fit in memory, or the
+            pieces of one that is kept elsewhere do not.
         FloatingPointError: a product is not finite.
 
     Cost: probes * steps matvecs, in ``steps`` passes where the bases of all probes fit in memory.
+    From another device step m brings the m vectors of each probe twice: 2 m n probes numbers.
 
     Source: Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019, arXiv 1901.10159; steps
     and probes: Chen, Trogdon and Ubaru 2021, arXiv 2105.06595.
@@ -85,18 +94,23 @@ def slq(
     seed = store.seed
     steps = min(steps, space.n)
     eps = products_eps(space, rows_dtype(space))
-    group = _probes_that_fit(space, probes, steps)
+    device = home(space, basis_device)
+    group = _probes_that_fit(space, probes, steps, device)
 
     def step(state: _State, room: int) -> _State:
+        if state.basis.device != device:
+            # A stored state, of a run that kept it elsewhere.
+            state = replace(state, basis=state.basis.to(device))
         if not state.active:
             started = len(state.done) + len(state.taken)
             indices = range(started, min(started + state.group, probes))
-            state = _started(space, state.complete, state.group, indices, steps, seed)
+            state = _started(space, device, state.complete, state.group, indices, steps, seed)
         for _ in range(_STEPS_A_ROUND):
             if not state.active or len(state.active) > room:
                 break
             room -= len(state.active)
             state = _extended(products, state, steps, eps)
+        settled(state.basis, space.device)
         return state
 
     def found(state: _State, reason: str) -> Density:
@@ -118,7 +132,7 @@ def slq(
         return f"complete: {steps} steps for each probe"
 
     state, reason = drive(
-        _started(space, (), group, range(min(group, probes)), steps, seed),
+        _started(space, device, (), group, range(min(group, probes)), steps, seed),
         products=products,
         step=step,
         verdict=verdict,
@@ -177,12 +191,18 @@ class _State:
 
 
 def _started(
-    space: Space, done: tuple[_Recurrence, ...], group: int, indices: range, steps: int, seed: int
+    space: Space,
+    device: torch.device,
+    done: tuple[_Recurrence, ...],
+    group: int,
+    indices: range,
+    steps: int,
+    seed: int,
 ) -> _State:
     probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
     probes /= math.sqrt(space.n)
     none = torch.zeros(0, len(indices), dtype=torch.float64, device="cpu")
-    basis = appended(probes.new_empty(0, *probes.shape), probes[None], steps)
+    basis = appended(probes.new_empty(0, *probes.shape, device=device), probes[None], steps)
     return _State(basis, none, none, (-1,) * len(indices), done, group)
 
 
@@ -190,7 +210,8 @@ def _extended(products: Products, state: _State, steps: int, eps: float) -> _Sta
     """One step of each run that goes on; their numbers go to the host all at once."""
     space, basis, active = products.space, state.basis, state.active
     all_go_on = len(active) == len(state.taken)
-    images = products(basis[-1] if all_go_on else basis[-1, active])
+    last = brought(basis[-1], space.device)
+    images = products(last if all_go_on else last[active])
     alphas = []
     for i, image in zip(active, images.split(1), strict=True):
         # Twice is enough: the second pass removes what rounding left of the first.
@@ -217,7 +238,7 @@ def _extended(products: Products, state: _State, steps: int, eps: float) -> _Sta
     lengths = numbers[1]
     lengths[list(spent)] = math.inf
     images /= lengths[active].to(images)[:, None]
-    block = images if all_go_on else torch.zeros_like(basis[-1])
+    block = images if all_go_on else torch.zeros_like(last)
     if not all_go_on:
         block[active] = images
     return replace(state, basis=appended(basis, block[None], steps))
@@ -242,13 +263,19 @@ def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor]:
     return nodes, weights
 
 
-def _probes_that_fit(space: Space, probes: int, steps: int) -> int:
+def _probes_that_fit(space: Space, probes: int, steps: int, device: torch.device) -> int:
     """How many probes may run at once, for the bases to take at most half of the memory."""
-    basis = steps * space.width * rows_dtype(space).itemsize
-    free = available_to(space)
+    dtype = rows_dtype(space)
+    basis = steps * space.widest * dtype.itemsize
+    free = available_to(space, device)
     if basis > free:
         raise MemoryError(
-            f"the basis of one probe, {steps} vectors of {space.width} entries, takes "
-            f"{basis / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: take fewer steps"
+            f"the basis of one probe, {steps} vectors of {space.widest} entries, takes "
+            f"{basis / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: take fewer steps, or "
+            "`basis_device='cpu'` on a GPU"
         )
-    return max(1, min(probes, free // 2 // basis))
+    group = max(1, min(probes, free // 2 // basis))
+    if is_far(device, space.device):
+        vector = space.widest * dtype.itemsize
+        group = min(group, room_beside(space, dtype, vector) // vector)
+    return group

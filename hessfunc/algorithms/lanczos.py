@@ -23,6 +23,7 @@ from hessfunc.algorithms.rounds import (
     products_eps,
     rows_dtype,
 )
+from hessfunc.algorithms.streamed import brought, home, is_far, room_beside, settled
 from hessfunc.memory import available_to
 from hessfunc.randomness import uniforms
 from hessfunc.trees import Matvec, Rows, Space, Tree
@@ -49,6 +50,7 @@ def lanczos(
     basis_size: int | None = None,
     basis_bytes: int | None = None,
     basis_dtype: torch.dtype | None = None,
+    basis_device: torch.device | str | None = None,
     rtol: float = 1e-4,
     atol: float = 0.0,
     max_matvecs: int = 1000,
@@ -91,12 +93,18 @@ def lanczos(
             or k + 4 block_size if that is more.
         basis_bytes: the most memory that the basis, the next block and the pairs may take, in
             bytes; by default half of what is available. It lowers ``basis_size`` where that is
-            larger.
+            larger. With ``basis_device`` it is that device's, and the pairs are not counted. Say
+            it where several ranks keep theirs in the memory of one host.
         basis_dtype: in which the basis is kept; the vectors' own by default, float32 at least.
             ``torch.bfloat16`` takes half of the memory of float32. Products are still made and
             combined in float32, but the entries of the basis are rounded to 2^-9 of their size,
             and residuals do not fall far below 2e-3 |A|: take ``rtol=0.01`` or more. Where that
             shows they are measured pair by pair, with k products more. Values lose up to 2^-9.
+        basis_device: where the basis is kept; by default where the vectors are. ``"cpu"`` keeps
+            that of a GPU's vectors in the memory of the host, page-locked, and brings it to the
+            GPU a piece at a time, the next one while one is worked on. The GPU then holds two
+            pieces, of 128 MiB or of one vector, besides the block and the pairs. The results are
+            those of a basis on the GPU up to rounding, and a run may go on with either.
         rtol: the relative tolerance of residuals.
         atol: the absolute tolerance of residuals, in units of the eigenvalues.
         max_matvecs: the budget, the final check included.
@@ -115,12 +123,14 @@ def lanczos(
 
     Raises:
         ValueError: an option is out of range, or the matvec is not symmetric.
-        MemoryError: not even a basis of k + 2 block_size vectors fits in memory.
+        MemoryError: not even a basis of k + 2 block_size vectors fits in memory, or the pieces of
+            one that is kept elsewhere do not.
         FloatingPointError: a product is not finite.
 
     Cost: one matvec a basis vector, and one at the end; 2 to ``search`` more where block_size < k.
     A matvec takes 4 basis_size n flops of reorthogonalisation, twice; (basis_size + block_size + k)
-    n numbers of memory.
+    n numbers of memory. From another device each block step brings the m vectors that are there
+    twice, once for either projection: 2 m n numbers, and a restart moves up to 4 m n.
 
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
     Musco and Rao 2025, arXiv 2508.06486.
@@ -141,6 +151,7 @@ def lanczos(
             f"basis_dtype={basis_dtype}: choose torch.bfloat16, torch.float32 or torch.float64"
         )
     dtype = basis_dtype or rows_dtype(space)
+    device = home(space, basis_device)
     eps = products_eps(space, dtype)
     store = Checkpoint.of(
         checkpoint,
@@ -156,9 +167,8 @@ def lanczos(
     )
     seed = store.seed
     size = min(space.n, basis_size or max(2 * k + 10, k + 4 * block_size))
-    problem = _Problem(k, which, block_size, rtol, atol, of_starts(seed), eps, dtype)
+    problem = _Problem(k, which, block_size, rtol, atol, of_starts(seed), eps, dtype, device)
     size = _size_that_fits(problem, space, size, basis_bytes)
-    state = _start(problem, space, start, size)
 
     def found(state: _State, reason: str, pairs: _Pairs) -> Eigenpairs:
         return Eigenpairs(
@@ -170,12 +180,13 @@ def lanczos(
             **products.cost(reason, seed),
         )
 
+    # The start is not held on to: its workspace is as large as that of a stored state.
     state, reason = drive(
-        state,
+        _start(problem, space, start, size),
         products=products,
         step=lambda state, room: _round(problem, space, products, state, room),
         verdict=lambda state: _verdict(problem, state),
-        running=lambda state: found(state, "running", _chosen(problem, state)),
+        running=lambda state: found(state, "running", _chosen(problem, space, state)),
         max_matvecs=max_matvecs - 1,
         callback=callback,
         storage=store,
@@ -210,6 +221,7 @@ class _Problem:
     seed: int
     eps: float
     basis_dtype: torch.dtype
+    basis_device: torch.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -291,7 +303,7 @@ def _start(problem: _Problem, space: Space, start: Tree | None, basis_size: int)
         if not bool((lengths > 0).all()):
             raise ValueError("start has a vector of zeros")
         rows = torch.cat([given / lengths.to(dtype)[:, None], rows[len(given) :]])
-    empty = space.zeros(0, problem.basis_dtype)
+    empty = torch.empty(0, space.width, dtype=problem.basis_dtype, device=problem.basis_device)
     block, _, _ = orthonormal(space, rows, empty, threshold=lambda _: 0.0)
     basis = appended(empty, block, basis_size + b)
     none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
@@ -303,21 +315,31 @@ def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | N
     k, b = problem.k, problem.block_size
     fewest = min(space.n, k + 2 * b)
     if limit is None:
-        limit = available_to(space) // 2
-    vector = space.width * problem.basis_dtype.itemsize
-    pairs = k * space.width * problem.dtype.itemsize
+        limit = available_to(space, problem.basis_device) // 2
+    vector = space.widest * problem.basis_dtype.itemsize
+    pairs = k * space.widest * problem.dtype.itemsize
+    far = is_far(problem.basis_device, space.device)
+    if far:
+        block = b * space.widest * problem.dtype.itemsize
+        room_beside(space, problem.basis_dtype, block + pairs)
+        pairs = 0
     most = (limit - pairs) // max(vector, 1) - b
     if most < fewest:
         raise MemoryError(
-            f"a basis of {fewest} vectors of {space.width} entries takes "
-            f"{((fewest + b) * vector + pairs) / 2**30:.2f} GiB with the pairs, and "
+            f"a basis of {fewest} vectors of {space.widest} entries takes "
+            f"{((fewest + b) * vector + pairs) / 2**30:.2f} GiB"
+            f"{'' if far else ' with the pairs'}, and "
             f"{limit / 2**30:.2f} GiB may be used: take fewer pairs, a smaller block, "
-            "`basis_dtype=torch.bfloat16`, `power_iteration`, or more `basis_bytes`"
+            "`basis_dtype=torch.bfloat16`, `basis_device='cpu'` on a GPU, `power_iteration`, or "
+            "more `basis_bytes`"
         )
     return min(wanted, most)
 
 
 def _round(problem: _Problem, space: Space, products: Products, state: _State, room: int) -> _State:
+    if state.basis.device != problem.basis_device:
+        # A stored state, of a run that kept it elsewhere.
+        state = replace(state, basis=state.basis.to(problem.basis_device))
     for _ in range(max(1, int(_GROWTH_A_ROUND * state.size / problem.block_size))):
         width = len(state.basis) - state.size
         if state.size + width > state.basis_size:
@@ -326,13 +348,14 @@ def _round(problem: _Problem, space: Space, products: Products, state: _State, r
             break
         state = _step(problem, space, products, state)
         room -= width
+    settled(state.basis, space.device)
     return state
 
 
 def _step(problem: _Problem, space: Space, products: Products, state: _State) -> _State:
     """Multiply the next block, and split the product in T's new columns and a new block."""
     j, basis = state.size, state.basis
-    images = products(basis[j:].to(problem.dtype))
+    images = products(brought(basis[j:], space.device).to(problem.dtype))
     block, factor, inner = orthonormal(
         space,
         images,
@@ -399,14 +422,14 @@ def _measured(
     combination shows by how much it fails, and that is added to each residual. Where it fails by
     more than rounding, or a residual is then too long, each vector is multiplied.
     """
-    pairs = _chosen(problem, state)
+    pairs = _chosen(problem, space, state)
     values, rows = pairs.values, pairs.rows
     signs = uniforms(len(values), problem.seed, _KEY_OF_MIXTURE, device=torch.device("cpu")) < 0.5
     mixture = torch.where(signs, 1.0, -1.0).double()
     predicted = space.combine((mixture * values)[None], rows)
     if state.size < len(state.basis):
         leak = (state.coupling @ _ritz(problem, state)[1] @ mixture)[None]
-        predicted += combined(leak, state.basis[state.size :], problem.dtype)
+        predicted += combined(space, leak, state.basis[state.size :], problem.dtype)
     failure = float(space.norms(products(space.combine(mixture[None], rows)) - predicted))
     floor = rounding(problem.eps, state.largest) * len(values) ** 0.5
     checked = replace(pairs, residuals=pairs.residuals + failure)
@@ -479,7 +502,7 @@ def _would_be_seen(problem: _Problem, inside: Tensor, outside: Tensor, n: int) -
 def _restart(problem: _Problem, space: Space, state: _State) -> _State:
     """Shrink the basis to its best Ritz vectors, in its own memory; the next block stays."""
     values, vectors = state.ritz
-    block = state.basis[state.size :].clone()
+    block = brought(state.basis[state.size :], space.device).clone()
     room = state.basis_size - len(block)
     keep = min(room, problem.k + (state.basis_size - problem.k) // 2)
     kept = _preferred(problem.which, values)[: max(keep, 1)]
@@ -522,10 +545,10 @@ def _wanted(problem: _Problem, values: Tensor) -> Tensor:
     return found.sort(descending=True).values if problem.which == "BE" else found
 
 
-def _chosen(problem: _Problem, state: _State) -> _Pairs:
+def _chosen(problem: _Problem, space: Space, state: _State) -> _Pairs:
     """The wanted pairs, with the residuals of the recurrence."""
     values, rotation = _ritz(problem, state)
-    rows = combined(rotation.mT, state.basis[: state.size], problem.dtype)
+    rows = combined(space, rotation.mT, state.basis[: state.size], problem.dtype)
     return _Pairs(values, rows, torch.linalg.vector_norm(state.coupling @ rotation, dim=0))
 
 

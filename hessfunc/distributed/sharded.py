@@ -80,6 +80,10 @@ class ShardedSpace(Space):
             begin += size
         return found
 
+    @property
+    def widest(self) -> int:
+        return max(map(len, self.ranks.parts(self.n)))
+
     def gathered(self, vectors: Tensor, /) -> Tree:
         """The block of these vectors of a result, whole on every rank."""
         return self.unravel(vectors)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from hessfunc.algorithms import basis as bases
 from hessfunc.algorithms.basis import appended, combined, orthonormal, removed, rotated
 from hessfunc.trees import Space
+from tests.algorithms.far import counted_copies, every_basis_is_far
 from tests.algorithms.spectra import orthogonal
 
 N = 5000
@@ -58,7 +61,7 @@ def test_parts_along_a_basis_are_removed(dtype: torch.dtype, error: float) -> No
     rows = before.clone()
     inner = removed(SPACE, rows, basis[:4], basis[4:])
     torch.testing.assert_close(inner, before.double() @ basis.double().mT, rtol=1e-6, atol=1e-5)
-    again = combined(inner, basis, working) + rows
+    again = combined(SPACE, inner, basis, working) + rows
     torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-5)
     assert float((rows.double() @ basis.double().mT).abs().max()) < error * float(before.norm())
 
@@ -67,7 +70,7 @@ def test_parts_along_a_basis_are_removed(dtype: torch.dtype, error: float) -> No
 def test_a_basis_is_rotated_in_its_own_memory(dtype: torch.dtype) -> None:
     working = torch.promote_types(dtype, torch.float32)
     basis, rotation = orthonormal_rows(9, dtype), orthogonal(9)[:, :4]
-    expected = combined(rotation.mT, basis, working)
+    expected = combined(SPACE, rotation.mT, basis, working)
     found = rotated(SPACE, rotation, basis, working)
     assert found.data_ptr() == basis.data_ptr()
     tolerance = {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
@@ -103,3 +106,90 @@ def test_directions_below_the_threshold_are_left_out() -> None:
     assert float((again - given).norm()) < 1e-4
     none, _, _ = orthonormal(SPACE, basis[:2].clone(), basis, threshold=lambda _: 1e-5)
     assert none.shape == (0, N)
+
+
+# Bytes of a piece: one row, a few with a rest, all of the basis.
+PIECES = [1, 16 * N, 2**22]
+PRECISION = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 3e-3}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_parts_along_a_basis_from_afar_are_removed_as_well(dtype: torch.dtype, piece: int) -> None:
+    working = torch.promote_types(dtype, torch.float32)
+    basis, before = orthonormal_rows(9, dtype), normal(2, N, seed=1).to(working)
+    near, far = before.clone(), before.clone()
+    expected = removed(SPACE, near, basis)
+    with every_basis_is_far(piece), counted_copies() as copies:
+        inner = removed(SPACE, far, basis[:4], basis[4:])
+    # Each row is brought once.
+    assert sum(copies) == 9 * N * dtype.itemsize
+    torch.testing.assert_close(inner, expected, rtol=1e-6, atol=1e2 * PRECISION[dtype])
+    left = [float((rows.double() @ basis.double().mT).norm()) for rows in (near, far)]
+    assert left[1] < 1.5 * left[0] + 1e-15 * float(before.norm())
+    again = combined(SPACE, inner, basis, working) + far
+    torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_a_basis_from_afar_is_combined_and_rotated(dtype: torch.dtype, piece: int) -> None:
+    working = torch.promote_types(dtype, torch.float32)
+    basis, rotation = orthonormal_rows(9, dtype), orthogonal(9)[:, :4]
+    kept = basis.clone()
+    expected = rotated(SPACE, rotation, basis.clone(), working)
+    with every_basis_is_far(piece):
+        combination = combined(SPACE, rotation.mT, kept, working)
+        found = rotated(SPACE, rotation, kept, working)
+    assert found.data_ptr() == kept.data_ptr()
+    assert torch.equal(kept[4:], basis[4:])
+    tolerance = {"rtol": 2**-7, "atol": 1e-4} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found, expected, **tolerance)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype != torch.float64 else {}
+    torch.testing.assert_close(
+        combination, combined(SPACE, rotation.mT, basis, working), **tolerance
+    )
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_many_rows_are_orthonormal_to_rounding_wherever_the_basis_is(piece: int) -> None:
+    # Each row is nearly that before it: what Gram-Schmidt in one pass loses is lost here.
+    step = 1e-3 * normal(40, N, seed=3).float()
+    errors = []
+    for far in (False, True):
+        with every_basis_is_far(piece) if far else nullcontext():
+            basis = appended(torch.empty(0, N), torch.nn.functional.normalize(step[:1]), 40)
+            for row in step[1:]:
+                given = basis[-1:] + row
+                block, _, _ = orthonormal(SPACE, given, basis, threshold=lambda _: 0.0)
+                basis = appended(basis, block, 40)
+        gram = basis.double() @ basis.double().mT
+        errors.append(float((gram - torch.eye(40).double()).abs().max()))
+    assert errors[0] < 1e-6
+    assert errors[1] < 1e-6
+
+
+class OneOfTwo(Space):
+    """Where the other rank holds one column more."""
+
+    @property
+    def widest(self) -> int:
+        return self.width + 1
+
+
+def test_ranks_make_as_many_pieces_though_one_holds_fewer_columns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    piece = 2**13 // 9 + 1
+    widths: list[int] = []
+    gram = Space.gram
+
+    def watched(space: Space, rows: Tensor, others: Tensor, **options: int) -> Tensor:
+        widths.append(rows.shape[1])
+        return gram(space, rows, others, **options)
+
+    monkeypatch.setattr(Space, "gram", watched)
+    basis = orthonormal_rows(9, torch.bfloat16)[:, : 2 * piece]
+    space = OneOfTwo.of(torch.zeros(2 * piece))
+    removed(space, normal(2, 2 * piece).float(), basis)
+    assert widths == [piece, piece, 0]

@@ -3,13 +3,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
 import hessfunc as hf
-from hessfunc.algorithms import density
+from hessfunc.algorithms import density, streamed
 from hessfunc.algorithms.results import Density
+from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
 from tests.algorithms.spectra import spiked, symmetric
 
 SPECTRUM = torch.linspace(-1, 3, 200)
@@ -139,11 +141,11 @@ def test_probes_that_do_not_fit_run_in_groups(monkeypatch: pytest.MonkeyPatch) -
     matvec = hf.dense(symmetric(SPECTRUM))
     together = hf.slq(matvec, VECTOR, probes=5, steps=20, seed=0)
     basis = 20 * 200 * 8
-    monkeypatch.setattr(density, "available_to", lambda space: 4 * basis)
+    monkeypatch.setattr(density, "available_to", lambda *_: 4 * basis)
     apart = hf.slq(matvec, VECTOR, probes=5, steps=20, seed=0)
     torch.testing.assert_close(apart.nodes, together.nodes)
     assert apart.passes == 60
-    monkeypatch.setattr(density, "available_to", lambda space: basis - 1)
+    monkeypatch.setattr(density, "available_to", lambda *_: basis - 1)
     with pytest.raises(MemoryError, match="take fewer steps"):
         hf.slq(matvec, VECTOR, probes=5, steps=20, seed=0)
 
@@ -397,7 +399,7 @@ def test_rounding_is_not_counted_as_an_eigenvalue() -> None:
 def test_probes_that_the_budget_cuts_short_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = symmetric(torch.linspace(-1, 1, 60))
     like = torch.zeros(60).double()
-    monkeypatch.setattr(density, "available_to", lambda space: 2 * 2 * 20 * 60 * 8)
+    monkeypatch.setattr(density, "available_to", lambda *_: 2 * 2 * 20 * 60 * 8)
     found = hf.slq(hf.dense(matrix), like, probes=5, steps=20, max_matvecs=50, seed=0)
     assert found.nodes.shape == (2, 20)
     torch.testing.assert_close(found.weights.sum(1), torch.ones(2).double())
@@ -410,3 +412,73 @@ def test_bounds_take_a_number_and_refuse_nan() -> None:
     assert float(low) <= 0.5 <= float(high)
     with pytest.raises(ValueError, match="NaN"):
         found.count_above(float("nan"))
+
+
+def test_bases_from_afar_give_the_same_density(tmp_path: Path) -> None:
+    # One of the probes ends early.
+    spectrum = torch.cat([torch.linspace(-1, 1, 100), torch.zeros(20)]).double()
+    cut = torch.arange(120) < 60
+
+    def matvec(block: torch.Tensor) -> torch.Tensor:
+        images = block * spectrum
+        return torch.where(torch.arange(len(block))[:, None] == 1, images * 0, images) * cut
+
+    like, options = torch.zeros(120).double(), {"probes": 3, "steps": 40, "seed": 0}
+    expected = hf.slq(matvec, like, **options)
+    with every_basis_is_far(5 * 120 * 8), counted_copies() as copies:
+        found = hf.slq(matvec, like, **options)
+    rows = sum(2 * m for m in range(1, 41))
+    # Twice for each step of the two probes, with a block a step, there and back.
+    assert sum(copies) <= (2 * rows + 2 * 3 * 41) * 120 * 8
+    torch.testing.assert_close(found.nodes, expected.nodes, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=0, atol=1e-10)
+    assert (found.reason, found.matvecs) == (expected.reason, expected.matvecs)
+    with every_basis_is_far(5 * 120 * 8):
+        with copies_are_late():
+            late = hf.slq(matvec, like, **options)
+            hf.slq(matvec, like, checkpoint=tmp_path, callback=lambda running: True, **options)
+        again = hf.slq(matvec, like, checkpoint=tmp_path, **options)
+    assert torch.equal(late.nodes, found.nodes)
+    assert torch.equal(again.nodes, found.nodes)
+
+
+def test_probes_whose_bases_are_afar_must_fit_beside_two_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matvec, vector = hf.dense(symmetric(SPECTRUM)), 200 * 8
+    together = hf.slq(matvec, VECTOR, probes=5, steps=20, seed=0)
+    with every_basis_is_far(piece=vector):
+        monkeypatch.setattr(streamed, "available_to", lambda _: 2 * (2 + 2) * vector)
+        apart = hf.slq(matvec, VECTOR, probes=5, steps=20, seed=0)
+        monkeypatch.setattr(streamed, "available_to", lambda _: 2 * 2 * vector)
+        with pytest.raises(MemoryError, match="two pieces of a basis that is kept elsewhere"):
+            hf.slq(matvec, VECTOR, probes=5, steps=20, seed=0)
+    torch.testing.assert_close(apart.nodes, together.nodes)
+    assert apart.passes == 60
+
+
+@pytest.mark.gpu
+def test_the_bases_of_a_gpu_in_the_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, steps, probes = 2**19, 60, 2
+    monkeypatch.setattr(streamed, "_PIECE", 2**24)
+    spectrum = torch.linspace(-1, 3, n, dtype=torch.float64, device="cuda")
+    found, peaks = [], []
+    for device in (None, "cpu"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found.append(
+            hf.slq(
+                lambda block: block * spectrum,
+                torch.zeros_like(spectrum),
+                probes=probes,
+                steps=steps,
+                basis_device=device,
+                seed=0,
+            )
+        )
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    on_gpu, on_host = found
+    torch.testing.assert_close(on_host.nodes, on_gpu.nodes, rtol=0, atol=1e-10)
+    torch.testing.assert_close(on_host.weights, on_gpu.weights, rtol=0, atol=1e-10)
+    assert peaks[0] - peaks[1] > 0.8 * (steps * probes * n * 8 - 2 * 2**24)
