@@ -55,6 +55,8 @@ ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]
 _FEW_PRODUCTS = 4
 # Entries that are converted to float64 at once: they stay in the cache.
 _PIECE = 2**16
+# The same for other devices, where starting the kernels of a piece would take longer than they do.
+_PIECE_OF_DEVICE = 2**22
 # The namespace in which optree sees the containers that are registered with torch.
 _NAMESPACE = "torch"
 
@@ -370,7 +372,8 @@ class Space:
         # In pieces, as a whole copy in float64 would take longer to allocate than to fill.
         wide = wide_dtype(rows.device)
         total = torch.zeros(len(rows), len(others), dtype=wide, device=rows.device)
-        for left, right in zip(rows.split(_PIECE, 1), others.split(_PIECE, 1), strict=True):
+        piece = _PIECE if rows.device.type == "cpu" else _PIECE_OF_DEVICE
+        for left, right in zip(rows.split(piece, 1), others.split(piece, 1), strict=True):
             total += left.to(wide) @ right.to(wide).mT
         return total
 
