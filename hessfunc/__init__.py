@@ -32,6 +32,8 @@ _HOMES = {
     "with_output_hessian": "transforms.criteria",
     "over_batches": "transforms.batches",
     "sharded": "distributed.sharded",
+    "hvp_by_backward": "transforms.by_backward",
+    "unsharded": "distributed.unsharded",
     "draws": "transforms.draws",
     "Draws": "transforms.draws",
     "examples": "transforms.batches",

@@ -26,6 +26,7 @@ from hessfunc.algorithms.trace.xtrace import xtrace as xtrace
 from hessfunc.checks import Check as Check
 from hessfunc.checks import check as check
 from hessfunc.distributed.sharded import sharded as sharded
+from hessfunc.distributed.unsharded import unsharded as unsharded
 from hessfunc.functional import Loss as Loss
 from hessfunc.functional import composed as composed
 from hessfunc.functional import functional as functional
@@ -75,6 +76,7 @@ from hessfunc.transforms.arithmetic import shift as shift
 from hessfunc.transforms.batches import examples as examples
 from hessfunc.transforms.batches import microbatches as microbatches
 from hessfunc.transforms.batches import over_batches as over_batches
+from hessfunc.transforms.by_backward import hvp_by_backward as hvp_by_backward
 from hessfunc.transforms.compiled import compiled as compiled
 from hessfunc.transforms.criteria import with_output_hessian as with_output_hessian
 from hessfunc.transforms.draws import Draws as Draws

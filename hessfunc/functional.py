@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
@@ -227,7 +228,9 @@ def functional(
 
     Raises:
         ValueError: there is no parameter left, or no module to recompute.
+        NotImplementedError: the module is sharded by `fully_shard`.
     """
+    _refuse_if_fully_sharded(model)
     params = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
@@ -270,6 +273,16 @@ def functional(
         return outputs if dtype is None else _cast(outputs, own_dtype)
 
     return model_fn, params
+
+
+def _refuse_if_fully_sharded(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise NotImplementedError(
+            f"{type(model).__name__} is sharded by `fully_shard`, which knows the module's own "
+            "parameters alone and first derivatives alone: take `hvp_by_backward(model, loss)`; or "
+            "`unsharded(model)`, with `functional` of the same module before it was sharded"
+        )
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

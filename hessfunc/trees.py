@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import optree
@@ -43,6 +44,7 @@ __all__ = [
     "tree_map",
     "unchanged",
     "unravel",
+    "whole",
 ]
 
 Tree: TypeAlias = Any
@@ -98,6 +100,11 @@ def tree_map(fn: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:
     return structure.unflatten(map(fn, first, *others))
 
 
+def whole(leaf: Tensor, /) -> Tensor:
+    """A leaf, gathered where it is a DTensor."""
+    return leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf
+
+
 def _names(structure: optree.PyTreeSpec) -> tuple[str, ...]:
     return tuple(".".join(map(_label, path)) or "params" for path in structure.paths())
 
@@ -133,11 +140,11 @@ class Space:
 
     @classmethod
     def of(cls, like: Tree, /) -> Space:
-        """The space of vectors that look like ``like``.
+        """The space of vectors that look like ``like``; where they are DTensors, so are these.
 
         Raises:
             TypeError: a leaf is not a tensor, or not of a real floating-point dtype.
-            ValueError: there is no leaf, or leaves lie on several devices.
+            ValueError: there is no leaf, or leaves lie on several devices or meshes.
         """
         found, structure = flatten(like)
         names = _names(structure)
@@ -161,7 +168,18 @@ class Space:
         for other in dtypes[1:]:
             dtype = torch.promote_types(dtype, other)
         shapes = tuple(leaf.shape for leaf in found)
-        return cls(structure, names, shapes, dtype, dtypes, found[0].device)
+        space = cls(structure, names, shapes, dtype, dtypes, found[0].device)
+        if any(hasattr(leaf, "device_mesh") for leaf in found):
+            # torch.distributed takes a while to import.
+            from hessfunc.distributed.dtensors import DTensorSpace
+
+            return DTensorSpace.over(space, found)
+        return space
+
+    @property
+    def distributed(self) -> bool:
+        """Whether leaves are DTensors, which neither vmap nor forward mode can take."""
+        return False
 
     @property
     def sizes(self) -> list[int]:
@@ -213,6 +231,11 @@ class Space:
     def least(self, number: int, /) -> int:
         """The least of a number, which every rank has its own of."""
         return number
+
+    def tell(self, failure: Exception | None, /) -> None:
+        """Raise on every rank what went wrong on one; every rank calls this."""
+        if failure is not None:
+            raise failure
 
     def vectors(self, rows: Tensor, /) -> Tree:
         """The block of these rows, as a result holds it."""
@@ -329,6 +352,11 @@ class Space:
         """The block of whole rows ``(k, n)``: views, in the dtype of the rows."""
         return self.tree(self._views(rows))
 
+    def accumulate(self, rows: Tensor, block: Tree, /, *, weight: float) -> None:
+        """Add a block, times a weight, to whole rows."""
+        for target, leaf in zip(self._views(rows), leaves(block), strict=True):
+            target.add_(leaf, alpha=weight)
+
     def _views(self, rows: Tensor) -> list[Tensor]:
         parts = rows.split(self.sizes, dim=-1)
         return [
@@ -391,6 +419,10 @@ class Space:
         products = (rows * others).split([len(span) for span in self.spans], dim=1)
         return self.summed(torch.stack([part.sum(1, dtype=wide) for part in products], dim=1))
 
+    def entries(self, i: int, of: Callable[[range, torch.device], Tensor], /) -> Tensor:
+        """What a function of places in the flat i-th leaf is at those that a row holds here."""
+        return of(self.spans[i], self.device)
+
     def probes(
         self,
         indices: Sequence[int],
@@ -413,10 +445,10 @@ class Space:
             raise ValueError(f"kind={kind!r}: choose 'signs', 'normal' or 'sphere'")
         rows = torch.empty(len(indices), self.width, dtype=dtype or self.dtype, device=self.device)
         draw = signs if kind == "signs" else normals
-        spans = self.spans
+        widths = [len(span) for span in self.spans]
         for row, index in zip(rows, indices, strict=True):
-            for i, part in enumerate(row.split([len(span) for span in spans])):
-                part.copy_(draw(mixed(seed, index, i), spans[i], self.device))
+            for i, part in enumerate(row.split(widths)):
+                part.copy_(self.entries(i, partial(draw, mixed(seed, index, i))))
         if kind == "sphere":
             rows *= (math.sqrt(self.n) / self.norms(rows)).to(rows.dtype)[:, None]
         return rows

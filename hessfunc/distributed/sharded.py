@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from hessfunc.distributed.divided import DividedSpace
 from hessfunc.distributed.ranks import Ranks
-from hessfunc.precision import wide_dtype
 from hessfunc.trees import Space, Tree
 
 __all__ = ["ShardedSpace", "sharded"]
@@ -53,18 +53,8 @@ def sharded(like: Tree, mesh: DeviceMesh, /) -> ShardedSpace:
 
 
 @dataclass(frozen=True, eq=False)
-class ShardedSpace(Space):
-    """Rows of which each rank holds a run of columns.
-
-    Attributes:
-        along: the ranks that hold them.
-    """
-
-    along: Ranks
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.along
+class ShardedSpace(DividedSpace):
+    """Rows of which each rank holds a run of columns."""
 
     @cached_property
     def columns(self) -> range:
@@ -126,25 +116,3 @@ class ShardedSpace(Space):
         rows = self.zeros(self.n, dtype)
         rows[list(self.columns), range(self.width)] = 1
         return rows
-
-    def summed(self, numbers: Tensor, /) -> Tensor:
-        return self.ranks.sum(numbers)
-
-    def least(self, number: int, /) -> int:
-        return self.ranks.least(number, self.device)
-
-    def norms(self, rows: Tensor, /) -> Tensor:
-        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=wide_dtype(rows.device))
-        return self.summed(lengths.square()).sqrt()
-
-    def factored(self, rows: Tensor, /) -> tuple[Tensor, Tensor]:
-        # Demmel, Grigori, Hoemmen and Langou 2012, arXiv 0808.2664: each rank factors its own
-        # part, and all factor the small factors of all.
-        k = len(rows)
-        basis, triangle = torch.linalg.qr(rows.mT)
-        if len(triangle) < k:
-            basis = torch.nn.functional.pad(basis, (0, k - len(triangle)))
-            triangle = torch.nn.functional.pad(triangle, (0, 0, 0, k - len(triangle)))
-        triangles = self.ranks.gathered(triangle, [k] * self.ranks.size)
-        rotation, triangle = torch.linalg.qr(torch.cat(triangles))
-        return (basis @ rotation[k * self.ranks.rank : k * (self.ranks.rank + 1)]).mT, triangle

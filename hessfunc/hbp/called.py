@@ -11,8 +11,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from hessfunc.functional import Loss, uses_batch_statistics
+from hessfunc.trees import Space
 
-__all__ = ["Called", "called", "full_name", "hooked", "refusing_train_mode"]
+__all__ = [
+    "Called",
+    "called",
+    "full_name",
+    "hooked",
+    "refuse_dtensors",
+    "refusing_train_mode",
+]
+
+
+def refuse_dtensors(space: Space, /) -> None:
+    """Raise where parameters are DTensors: a rank sees a part of each layer alone."""
+    if space.distributed:
+        raise NotImplementedError(
+            "blocks with structure are of parameters that every rank has whole: take them from "
+            "`unsharded(model)`, and the module before it was sharded; or `per_block` of products"
+        )
 
 
 @dataclass(frozen=True)

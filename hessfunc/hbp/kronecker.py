@@ -29,7 +29,7 @@ from hessfunc.hbp.blocks import (
     Kronecker,
     refuse_unless_fits,
 )
-from hessfunc.hbp.called import full_name, hooked, refusing_train_mode
+from hessfunc.hbp.called import full_name, hooked, refuse_dtensors, refusing_train_mode
 from hessfunc.hbp.layer import Call, SharedWeight
 from hessfunc.hbp.outputs import each_hessian
 from hessfunc.hbp.propagate import BlockCurvature, Reached, backpropagated
@@ -244,6 +244,7 @@ def _factored(
 
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = Space.of(params)
+        refuse_dtensors(space)
         with torch.enable_grad():
             leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
             outputs, uses = _observed(model, loss, leaves, batch)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hessfunc.functional import Loss, training_flags
 from hessfunc.hbp.blocks import Block, Blocks, refuse_unless_fits
-from hessfunc.hbp.called import called
+from hessfunc.hbp.called import called, refuse_dtensors
 from hessfunc.hbp.frontier import Frontier
 from hessfunc.hbp.layer import Dependence, Layer, with_sign
 from hessfunc.hbp.network import EXACT_PRODUCTS, Step, steps_of
@@ -136,6 +136,7 @@ def backpropagated(
 
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = Space.of(params)
+        refuse_dtensors(space)
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
         with torch.enable_grad():
             found = called(model, loss, leaves, batch)

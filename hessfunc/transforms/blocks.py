@@ -88,6 +88,8 @@ def block_matvec(
 
     def products(tangents: Sequence[Tensor]) -> Iterable[Tensor]:
         k = len(tangents[0])
+        if space.distributed:
+            return _in_chunks(product, tangents, 1)[0]
         if k == 1:
             return [out[None] for out in product([t[0] for t in tangents])]
         if chunks.size != "auto":

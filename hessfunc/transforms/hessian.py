@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from hessfunc.transforms.kernels.second_order import SECOND_ORDER
 from hessfunc.transforms.pullback import pullback
 from hessfunc.trees import Matvec, Space, Tree
 
-__all__ = ["checked", "hvp"]
+__all__ = ["checked", "filled", "gradient_differences", "hvp", "scalar"]
 
+Gradient: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Mode = Literal["reverse", "forward", "difference", "auto"]
 
 
@@ -28,7 +29,8 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
         H v = d/dt g(params + t v) at t = 0.
 
     Randomness in the loss (dropout in train mode) is drawn once, from a seed of its own, and is
-    the same for every product. Attention runs in the form that has a second derivative.
+    the same for every product. Attention runs in the form that has a second derivative. Where
+    params are DTensors, so are the vectors, one after another, in mode reverse or difference.
 
     Args:
         loss: ``(params, batch) -> scalar``, pure.
@@ -96,6 +98,12 @@ def _reverse(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: A
 
 
 def _forward(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any) -> Product:
+    if space.distributed:
+        raise NotImplementedError(
+            "DTensors have no forward mode: take `hvp(loss, mode='reverse')`; where its graph does "
+            "not fit in memory, cut the batch by `microbatches`, or take mode='difference'"
+        )
+
     def value(*found: Tensor) -> Tensor:
         return loss(space.tree(found), batch)
 
@@ -119,11 +127,16 @@ def _difference(loss: LossFunction, space: Space, point: Sequence[Tensor], batch
             return _gradient(loss, space, inputs, batch, create_graph=False)
 
     gradient(point)
+    return gradient_differences(gradient, space, point)
+
+
+def gradient_differences(gradient: Gradient, space: Space, point: Sequence[Tensor]) -> Product:
+    """The central difference of a gradient along one vector."""
     eps = max(torch.finfo(dtype).eps for dtype in space.dtypes)
-    step = eps ** (1 / 3) * (_norm(point) or 1.0)
+    step = eps ** (1 / 3) * (_norm(space, point) or 1.0)
 
     def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        length = _norm(tangents)
+        length = _norm(space, tangents)
         if length == 0:
             return [torch.zeros_like(t) for t in tangents]
         t = step / length
@@ -134,8 +147,8 @@ def _difference(loss: LossFunction, space: Space, point: Sequence[Tensor], batch
     return product
 
 
-def _norm(vector: Sequence[Tensor]) -> float:
-    return float(torch.stack([torch.linalg.vector_norm(leaf) for leaf in vector]).norm())
+def _norm(space: Space, vector: Sequence[Tensor]) -> float:
+    return float(space.norms(space.ravel_leaves([leaf[None] for leaf in vector])))
 
 
 def _gradient(
@@ -150,6 +163,11 @@ def _gradient(
     found: Sequence[Tensor | None] = ()
     if value.requires_grad:
         found = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
+    return filled(found, inputs)
+
+
+def filled(found: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient, with zeros where a leaf is not used, if any is."""
     if all(g is None for g in found):
         raise ValueError(
             "the loss does not depend on params: is it computed from the module itself, or under "
@@ -162,12 +180,18 @@ def _gradient(
 
 def checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
     """The value of a loss, if it is a finite scalar."""
-    if not isinstance(value, Tensor) or value.dim() > 0:
-        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"the loss must be a scalar tensor, and is of {what}: take its mean")
+    value = scalar(value)
     if not torch.isfinite(value):
         for name, leaf in zip(space.names, point, strict=True):
             if not torch.isfinite(leaf).all():
                 raise ValueError(f"parameter {name!r} has entries that are NaN or infinite")
         raise ValueError(f"the loss is {value.item()} at finite parameters: check the batch")
+    return value
+
+
+def scalar(value: Any) -> Tensor:
+    """The value of a loss, if it is a scalar."""
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the loss must be a scalar tensor, and is of {what}: take its mean")
     return value

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from hessfunc.distributed.ranks import Ranks, by_rank
 from hessfunc.precision import wide_dtype
@@ -229,7 +230,8 @@ def _nothing(space: Space) -> Sum:
 def _sampled(block: Sequence[Tensor]) -> list[float]:
     """A number of some entries of a block that another block would not have, and their size."""
     wide = wide_dtype(block[0].device)
-    parts = [leaf.detach().flatten(1)[:, :_COMPARED].flatten().to(wide) for leaf in block]
+    shards = [leaf.to_local() if isinstance(leaf, DTensor) else leaf for leaf in block]
+    parts = [leaf.detach().flatten(1)[:, :_COMPARED].flatten().to(wide) for leaf in shards]
     entries = torch.cat(parts)
     place = torch.arange(1, len(entries) + 1, dtype=wide, device=entries.device)
     number = (entries * torch.cos(1.618 * place)).sum()

@@ -23,7 +23,7 @@ class Sum:
     Attributes:
         flat: the rows one after another, and room behind them for two numbers, so that all can be
             added up over ranks at once.
-        rows: ``(k, n)``, a view.
+        rows: ``(k, n)``, or the columns of this rank; a view.
         weight: of all of these batches.
         checksum: of the examples that were read.
     """
@@ -36,20 +36,18 @@ class Sum:
     @classmethod
     def zero(cls, space: Space, k: int, checksum: Tensor) -> Sum:
         dtype = torch.promote_types(space.dtype, torch.float32)
-        flat = torch.zeros(k * space.n + 2, dtype=dtype, device=space.device)
-        return cls(flat, flat[:-2].view(k, space.n), 0.0, checksum)
+        flat = torch.zeros(k * space.width + 2, dtype=dtype, device=space.device)
+        return cls(flat, flat[:-2].view(k, space.width), 0.0, checksum)
 
     @classmethod
     def of(
         cls, space: Space, block: Tree, products: Iterable[tuple[float, Tree]], checksum: Tensor
     ) -> Sum:
         total = cls.zero(space, len(space.block_leaves(block)[0]), checksum)
-        targets = leaves(space.views(total.rows))
         weights = 0.0
         for weight, product in products:
             weights += weight
-            for target, out in zip(targets, leaves(product), strict=True):
-                target.add_(out, alpha=weight)
+            space.accumulate(total.rows, product, weight=weight)
         return replace(total, weight=weights)
 
     def mean(self, space: Space) -> Tree:

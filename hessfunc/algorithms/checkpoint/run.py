@@ -15,7 +15,7 @@ from torch import Tensor
 from hessfunc.algorithms.checkpoint import manifest as manifests
 from hessfunc.algorithms.checkpoint.segments import Part, Segments, bytes_of
 from hessfunc.algorithms.rounds import Products, drawn, products_eps, rows_dtype
-from hessfunc.trees import leaves
+from hessfunc.trees import leaves, whole
 
 __all__ = ["Checkpoint", "Directory"]
 
@@ -208,4 +208,4 @@ def _of_another_process(directory: Path) -> ValueError:
 def _described(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return ", ".join(manifests.digest_of(bytes_of(leaf)) for leaf in leaves(value))
+    return ", ".join(manifests.digest_of(bytes_of(whole(leaf))) for leaf in leaves(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -36,6 +37,11 @@ def differentiable_twice(device: torch.device, replaced: Replacements = EXACT) -
         stack.enter_context(precise(device))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(same_draws(device))
+        if "torch.distributed.tensor" in sys.modules:
+            # It takes a while to import, and is there already where a model has DTensors.
+            from hessfunc.distributed.redistribution import twice_differentiable
+
+            stack.enter_context(twice_differentiable())
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
@@ -78,6 +84,7 @@ _NO_REVERSE = re.compile(
 _NO_FORWARD = re.compile(
     r"forward AD with (?:aten::)?(\w+)|(ZeroTensors are immutable)|support (saved tensor hooks)"
 )
+_MIXED = re.compile(r"(?:aten\.)?(\w+)\S* got mixed torch.Tensor and DTensor")
 
 
 @contextmanager
@@ -103,6 +110,12 @@ def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | No
     if found := _NO_FORWARD.search(text):
         return NotImplementedError(
             f"{_operation(found)}: not supported in forward mode: take `hvp(loss, mode='reverse')`"
+        )
+    if found := _MIXED.search(text):
+        return ValueError(
+            f"{_operation(found)} meets a plain tensor beside a DTensor: let the model make "
+            "DTensors of its inputs and constants (`input_fn` of distribute_module, or "
+            "torch.distributed.tensor.experimental.implicit_replication), or take `unsharded`"
         )
     if "use_reentrant=True" in text:
         return NotImplementedError(

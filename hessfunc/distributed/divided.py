@@ -1,0 +1,54 @@
+"""The arithmetic of rows whose columns are divided among ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessfunc.distributed.ranks import Ranks
+from hessfunc.precision import wide_dtype
+from hessfunc.trees import Space
+
+__all__ = ["DividedSpace"]
+
+
+@dataclass(frozen=True, eq=False)
+class DividedSpace(Space):
+    """Rows of which each rank holds some columns, and no two ranks the same.
+
+    Attributes:
+        along: the ranks that hold them.
+    """
+
+    along: Ranks
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.along
+
+    def summed(self, numbers: Tensor, /) -> Tensor:
+        return self.ranks.sum(numbers)
+
+    def least(self, number: int, /) -> int:
+        return self.ranks.least(number, self.device)
+
+    def tell(self, failure: Exception | None, /) -> None:
+        self.ranks.told([], self.device, failure)
+
+    def norms(self, rows: Tensor, /) -> Tensor:
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=wide_dtype(rows.device))
+        return self.summed(lengths.square()).sqrt()
+
+    def factored(self, rows: Tensor, /) -> tuple[Tensor, Tensor]:
+        # Demmel, Grigori, Hoemmen and Langou 2012, arXiv 0808.2664: each rank factors its own
+        # part, and all factor the small factors of all.
+        k = len(rows)
+        basis, triangle = torch.linalg.qr(rows.mT)
+        if len(triangle) < k:
+            basis = torch.nn.functional.pad(basis, (0, k - len(triangle)))
+            triangle = torch.nn.functional.pad(triangle, (0, 0, 0, k - len(triangle)))
+        triangles = self.ranks.gathered(triangle, [k] * self.ranks.size)
+        rotation, triangle = torch.linalg.qr(torch.cat(triangles))
+        return (basis @ rotation[k * self.ranks.rank : k * (self.ranks.rank + 1)]).mT, triangle
