@@ -407,7 +407,13 @@ class Space:
 
     def norms(self, rows: Tensor, /) -> Tensor:
         """The 2-norm of each row, in float64, shape ``(k,)``."""
-        return torch.linalg.vector_norm(rows, dim=1, dtype=wide_dtype(rows.device))
+        return self._norms(rows)
+
+    def _norms(self, rows: Tensor) -> Tensor:
+        # One by one, as torch makes a copy in float64.
+        wide = wide_dtype(rows.device)
+        lengths = [torch.linalg.vector_norm(row, dim=1, dtype=wide) for row in rows.split(1)]
+        return torch.cat(lengths)
 
     def combine(self, coefficients: Tensor, rows: Tensor, /) -> Tensor:
         """The combinations ``coefficients @ rows`` in the rows' dtype, shape ``(j, n)``."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hessfunc.distributed.ranks import Ranks
-from hessfunc.precision import wide_dtype
 from hessfunc.trees import Space
 
 __all__ = ["DividedSpace"]
@@ -38,8 +37,7 @@ class DividedSpace(Space):
         self.ranks.told([], self.device, failure)
 
     def norms(self, rows: Tensor, /) -> Tensor:
-        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=wide_dtype(rows.device))
-        return self.summed(lengths.square()).sqrt()
+        return self.summed(self._norms(rows).square()).sqrt()
 
     def factored(self, rows: Tensor, /) -> tuple[Tensor, Tensor]:
         # Demmel, Grigori, Hoemmen and Langou 2012, arXiv 0808.2664: each rank factors its own
