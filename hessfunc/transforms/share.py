@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import starmap
 from typing import Literal, TypeAlias
 
 import torch
@@ -44,11 +45,13 @@ class Sum:
         cls, space: Space, block: Tree, products: Iterable[tuple[float, Tree]], checksum: Tensor
     ) -> Sum:
         total = cls.zero(space, len(space.block_leaves(block)[0]), checksum)
-        weights = 0.0
-        for weight, product in products:
-            weights += weight
+
+        def add(weight: float, product: Tree) -> float:
             space.accumulate(total.rows, product, weight=weight)
-        return replace(total, weight=weights)
+            return weight
+
+        # No product is named here: it is gone before the next one is made.
+        return replace(total, weight=sum(starmap(add, products), 0.0))
 
     def mean(self, space: Space) -> Tree:
         if not self.weight > 0:
