@@ -436,7 +436,9 @@ def _measured(
     trusted = failure <= floor and bool(_converged(problem, state, checked).all())
     if trusted or max_matvecs - products.matvecs < len(values):
         return checked
-    images = products(rows).addcmul_(values.to(rows)[:, None], rows, value=-1)
+    # In blocks: where rows are cut over ranks, so many of them are put together at once.
+    images = torch.cat([products(part) for part in rows.split(problem.block_size)])
+    images.addcmul_(values.to(rows)[:, None], rows, value=-1)
     return replace(pairs, residuals=space.norms(images).cpu())
 
 
