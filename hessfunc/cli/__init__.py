@@ -16,6 +16,7 @@ from hessfunc.cli.analyze import analyze
 from hessfunc.cli.eig import eig
 from hessfunc.cli.experiment import experiment
 from hessfunc.cli.help import Command, Group
+from hessfunc.cli.plan import plan
 from hessfunc.cli.train import train
 
 __all__ = ["app", "main"]
@@ -59,5 +60,5 @@ def _root(
     """Curvature of neural networks: eigenvalues, traces, spectral densities, and training."""
 
 
-for command in (analyze, train, eig, experiment):
+for command in (analyze, train, eig, experiment, plan):
     app.command(cls=Command)(command)
