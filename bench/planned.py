@@ -33,7 +33,7 @@ import hessfunc as hf
 from bench import resident
 from bench.markdown import table
 from hessfunc.memory import PeakMemory
-from hessfunc.plan import Algorithm, Lanczos, Machine, Network, Plan, Setting, Slq, plan
+from hessfunc.plan import Algorithm, Hutchinson, Lanczos, Machine, Network, Plan, Setting, Slq, plan
 from hessfunc.problems.mlp import mlp
 
 __all__ = ["ALGORITHMS", "WIDTHS", "Compared", "Taken", "compared", "markdown", "planned", "taken"]
@@ -44,6 +44,7 @@ RANKS = (1, 2, 4)
 ALGORITHMS: dict[str, Algorithm] = {
     "lanczos": Lanczos(k=4, steps=40),
     "slq": Slq(probes=2, steps=15),
+    "hutchinson": Hutchinson(probes=10),
 }
 BATCHES, EXAMPLES = 4, 8
 MIB = 2**20
@@ -179,6 +180,8 @@ def _run(width: int, algorithm: str, mesh: Any) -> Any:
             )
         case Slq(probes=probes, steps=steps):
             return hf.slq(matvec, params, probes=probes, steps=steps, seed=0, space=space)
+        case Hutchinson(probes=probes):
+            return hf.hutchinson(matvec, params, max_matvecs=probes, seed=0, space=space)
     raise ValueError(f"{algorithm} is not measured here")
 
 

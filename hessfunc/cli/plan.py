@@ -23,6 +23,7 @@ from hessfunc.plan import (
     Transformer,
     Xtrace,
 )
+from hessfunc.plan import gradient_seconds as of_gradient
 
 __all__ = ["plan"]
 
@@ -215,7 +216,7 @@ def plan(
     try:
         if dtype not in BYTES:
             raise ValueError(f"--dtype is {', '.join(BYTES)}, not {dtype!r}")
-        shape = Transformer(round(params), vocabulary)
+        shape = Transformer.usual(round(params), vocabulary)
         network = shape.network(dtype, tokens=round(batch_tokens), context=sequence)
         if recompute:
             network = network.computed_again()
@@ -226,8 +227,15 @@ def plan(
         setting = Setting(network, ranks, not unsharded)
         chosen = _algorithm(algorithm, k, steps, probes, block_size, basis_size, basis_dtype)
         rate = _TERAFLOPS[dtype] if teraflops is None else teraflops
+        _above_zero(
+            teraflops=rate,
+            utilisation=utilisation,
+            memory_bandwidth=memory_bandwidth,
+            network_bandwidth=network_bandwidth,
+        )
         if gradient_seconds is None:
-            gradient_seconds = 6 * network.params * tokens / ranks / (1e12 * rate * utilisation)
+            reached = 1e12 * rate * utilisation
+            gradient_seconds = of_gradient(network.params, tokens / ranks, reached)
         machine = Machine(
             gradient_seconds=gradient_seconds,
             memory_bandwidth=memory_bandwidth * GIB,
@@ -276,6 +284,12 @@ def plan(
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     for part in shown(verdict, machine, numbers):
         console.print(part)
+
+
+def _above_zero(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not rate > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is above 0, not {rate:g}")
 
 
 class _Given:

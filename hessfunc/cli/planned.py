@@ -88,7 +88,8 @@ def _described(algorithm: Algorithm) -> str:
             return f"lanczos: {algorithm.k} pairs, {algorithm.steps} products, {basis}"
         case Slq():
             at_once = f", {algorithm.at_once} at once" if algorithm.groups > 1 else ""
-            return f"slq: {algorithm.probes} probes{at_once} of {algorithm.steps} steps"
+            probes = f"{algorithm.probes} probe{'s' * (algorithm.probes > 1)}"
+            return f"slq: {probes}{at_once} of {algorithm.steps} steps"
         case Hutchinson() | Xtrace():
             name = type(algorithm).__name__.lower()
             return f"{name}: {algorithm.probes} probes, {algorithm.at_once} at once"

@@ -5,7 +5,7 @@ machine. `hessfunc plan` prints it, docs/planning.md compares it with what was m
 """
 
 from hessfunc.plan.algorithms import Algorithm, Hutchinson, Lanczos, Slq, Xtrace
-from hessfunc.plan.machine import Cost, Machine
+from hessfunc.plan.machine import Cost, Machine, gradient_seconds
 from hessfunc.plan.memory import Moment, Setting
 from hessfunc.plan.network import BYTES, Network, Transformer
 from hessfunc.plan.plans import Plan, plan
@@ -29,6 +29,7 @@ __all__ = [
     "Work",
     "Xtrace",
     "fewest_ranks",
+    "gradient_seconds",
     "plan",
     "remedies",
     "whole",

@@ -7,12 +7,25 @@ from dataclasses import dataclass
 from hessfunc.plan.memory import Setting
 from hessfunc.plan.work import Work
 
-__all__ = ["Cost", "Machine"]
+__all__ = ["Cost", "Machine", "gradient_seconds"]
 
 # Bytes of a number in which vectors of several ranks are added up: float64.
 _WIDE = 8
 # What ranks tell each other before a sum, and that a product is finite.
 _TOLD = 2
+
+
+def gradient_seconds(params: int, tokens: float, flops: float, /) -> float:
+    """A gradient of the loss of so many tokens takes 6 operations a parameter and token.
+
+    Args:
+        params: of a network whose parameters each take part once for each token.
+        tokens: of one rank.
+        flops: operations a second that the rank reaches.
+
+    Source: Kaplan et al. 2020, arXiv 2001.08361, section 2.1.
+    """
+    return 6 * params * tokens / flops
 
 
 @dataclass(frozen=True)

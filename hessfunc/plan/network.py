@@ -11,7 +11,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 # Numbers that the graph of a Hessian product holds at its peak for each token, by least squares
 # over ten GPTs of 2 to 24 layers, 96 to 256 wide: within 10 %, and 15 % where layers are computed
-# again. `bench.planned` measures them.
+# again. `bench.graphs` measures them.
 _KEPT = {"layer": 61.4, "score": 6.5, "logit": 7.6}
 _AGAIN = {"residual": 3.0, "layer": 53.0, "score": 9.8, "logit": 4.7}
 
@@ -70,34 +70,35 @@ class Network:
 
 @dataclass(frozen=True)
 class Transformer:
-    """A causal transformer of the usual shape, of which the number of parameters alone is known.
-
-    n = 12 layers width^2 without embeddings, and the width is 100 times the depth: between GPT-3
-    of 125M (64) and of 6.7B (128), and that of Llama 2 of 70B.
+    """A causal transformer, by its sizes.
 
     Attributes:
-        params: n.
+        params: the entries of all leaves.
+        layers: its depth.
+        width: of what flows between layers.
+        heads: of each layer.
         vocabulary: the outputs of the head.
-
-    Source: Kaplan et al. 2020, arXiv 2001.08361 (n); Brown et al. 2020, arXiv 2005.14165, and
-    Touvron et al. 2023, arXiv 2307.09288 (shapes).
     """
 
     params: int
-    vocabulary: int = 32_000
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
 
-    @property
-    def layers(self) -> int:
-        return max(1, round((self.params / 120_000) ** (1 / 3)))
+    @classmethod
+    def usual(cls, params: int, /, vocabulary: int = 32_000) -> Transformer:
+        """Of the usual shape, where the number of parameters alone is known.
 
-    @property
-    def width(self) -> int:
-        return max(1, round((self.params / (12 * self.layers)) ** 0.5))
+        params = 12 layers width^2, and the width is 100 times the depth: between GPT-3 of 125M
+        (64) and of 6.7B (128), and that of Llama 2 of 70B. Heads are 128 wide.
 
-    @property
-    def heads(self) -> int:
-        """Each 128 wide."""
-        return max(1, round(self.width / 128))
+        Source: Kaplan et al. 2020, arXiv 2001.08361 (params); Brown et al. 2020, arXiv 2005.14165,
+        and Touvron et al. 2023, arXiv 2307.09288 (shapes).
+        """
+        layers = max(1, round((params / 120_000) ** (1 / 3)))
+        width = max(1, round((params / (12 * layers)) ** 0.5))
+        return cls(params, layers, width, max(1, round(width / 128)), vocabulary)
 
     @property
     def largest(self) -> int:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from hessfunc.plan.algorithms import Algorithm, Lanczos
 from hessfunc.plan.memory import Setting
-from hessfunc.plan.network import BYTES
 from hessfunc.plan.plans import plan
 
 __all__ = ["Remedy", "fewest_ranks", "remedies", "whole"]
@@ -54,28 +53,51 @@ class Remedy:
 
 def remedies(setting: Setting, algorithm: Algorithm, /) -> Iterator[Remedy]:
     """Changes that take less memory on as many ranks, each alone, and at last all of them."""
-    network, smallest = setting.network, algorithm
-    least = setting
-    if not setting.sharded and setting.ranks > 1:
-        least = replace(least, sharded=True)
-        yield Remedy("space=hf.sharded(params, mesh)", least, algorithm)
-    if isinstance(algorithm, Lanczos) and algorithm.basis_dtype != "bfloat16":
-        smallest = replace(algorithm, basis_dtype="bfloat16")
-        yield Remedy("basis_dtype=torch.bfloat16", setting, smallest)
-    if network.itemsize > BYTES["bfloat16"]:
-        network = network.in_bfloat16()
-        how = "parameters in bfloat16"
-        yield Remedy(how, replace(setting, network=network), algorithm)
-    if network.recomputed is not None:
-        network = network.computed_again()
-        again = replace(setting, network=setting.network.computed_again())
-        yield Remedy('functional(recompute="layers.*")', again, algorithm)
-    how, fewer = algorithm.smaller()
-    smallest = smallest.smaller()[1]
-    yield Remedy(how, setting, fewer)
-    yield Remedy("the basis in host memory", setting, algorithm, offloaded=True)
-    least = replace(least, network=network)
-    yield Remedy("all of these", least, smallest, offloaded=True)
+    as_it_is = every = Remedy("all of these", setting, algorithm)
+    for change in (
+        _with_sharded_vectors,
+        _with_a_coarse_basis,
+        _with_coarse_parameters,
+        _with_layers_computed_again,
+        _with_less_to_find,
+        _with_an_offloaded_basis,
+    ):
+        alone = change(as_it_is)
+        if alone.peak < as_it_is.peak:
+            yield alone
+            every = replace(change(every), how=every.how)
+    yield every
+
+
+def _with_sharded_vectors(run: Remedy) -> Remedy:
+    setting = replace(run.setting, sharded=True)
+    return replace(run, how="space=hf.sharded(params, mesh)", setting=setting)
+
+
+def _with_a_coarse_basis(run: Remedy) -> Remedy:
+    if not isinstance(run.algorithm, Lanczos):
+        return run
+    algorithm = replace(run.algorithm, basis_dtype="bfloat16")
+    return replace(run, how="basis_dtype=torch.bfloat16", algorithm=algorithm)
+
+
+def _with_coarse_parameters(run: Remedy) -> Remedy:
+    setting = replace(run.setting, network=run.setting.network.in_bfloat16())
+    return replace(run, how="parameters in bfloat16", setting=setting)
+
+
+def _with_layers_computed_again(run: Remedy) -> Remedy:
+    setting = replace(run.setting, network=run.setting.network.computed_again())
+    return replace(run, how='functional(recompute="layers.*")', setting=setting)
+
+
+def _with_less_to_find(run: Remedy) -> Remedy:
+    how, algorithm = run.algorithm.smaller()
+    return replace(run, how=how, algorithm=algorithm)
+
+
+def _with_an_offloaded_basis(run: Remedy) -> Remedy:
+    return replace(run, how="the basis in host memory", offloaded=True)
 
 
 def fewest_ranks(remedy: Remedy, memory: int, /) -> int | None:

@@ -1,0 +1,20 @@
+"""What ranks hold beside what was planned, in processes that do nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.planned import ALGORITHMS, WIDTHS, compared
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_plan_is_within_15_percent(algorithm: str, width: int, ranks: int) -> None:
+    found = compared(width, ranks, algorithm)
+    assert found.resident == pytest.approx(1, abs=0.15)
+    if algorithm != "hutchinson":
+        # Copies that kernels make for themselves are no tensors.
+        assert found.counted == pytest.approx(1, abs=0.15)
