@@ -1,5 +1,6 @@
 import copy
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 import hessfunc as hf
+from bench.resident import peak_above
 from hessfunc.randomness import _words
 from hessfunc.trees import Space, leaves, merge
 from tests.cases import TiedHead
@@ -415,3 +417,13 @@ def test_a_split_that_cannot_be_meant_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         hf.split(tree, pattern)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+def test_lengths_of_rows_take_the_memory_of_one() -> None:
+    rows = torch.ones(20, 2_000_000)
+    space = Space.of(torch.zeros(2_000_000))
+    space.norms(rows)
+    # Pages that the system counts late are of a first call alone.
+    assert min(peak_above(lambda: space.norms(rows)) for _ in range(3)) < 3 * rows[0].nbytes

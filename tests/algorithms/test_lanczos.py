@@ -701,3 +701,30 @@ def test_a_run_goes_on_with_the_basis_elsewhere(
             matvec, like, basis_device=device, checkpoint=tmp_path, callback=stopped, **options
         )
     torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_pairs_are_checked_in_blocks(block_size: int) -> None:
+    matrix, lengths = symmetric(SPECTRUM).float(), list[int]()
+
+    def matvec(block: Tensor) -> Tensor:
+        lengths.append(len(block))
+        return block @ matrix
+
+    found = hf.lanczos(
+        matvec,
+        VECTOR.float(),
+        k=5,
+        block_size=block_size,
+        basis_dtype=torch.bfloat16,
+        rtol=1e-2,
+        search=0,
+        seed=0,
+    )
+    assert lengths[-3:] == ([1, 3, 2] if block_size > 1 else [1, 1, 1])
+    assert max(lengths) == block_size
+    rows = found.vectors
+    residuals = torch.linalg.vector_norm(
+        rows @ matrix - found.values.to(rows)[:, None] * rows, dim=1
+    )
+    torch.testing.assert_close(found.residuals.float(), residuals, rtol=1e-3, atol=1e-5)

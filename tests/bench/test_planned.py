@@ -5,9 +5,7 @@ import pytest
 from bench.planned import ALGORITHMS, WIDTHS, Compared, Taken, markdown, planned
 from hessfunc.plan import Machine
 
-RATES = Machine(
-    gradient_seconds=0.1, memory_bandwidth=1e9, network_bandwidth=1e8, latency=1e-4
-)
+RATES = Machine(gradient_seconds=0.1, memory_bandwidth=1e9, network_bandwidth=1e8, latency=1e-4)
 
 
 def rank(counted: int, seconds: float) -> Taken:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import hessfunc as hf
+from hessfunc.memory import PeakMemory
 from tests.cases import CLOSED_FORMS, case, closed_form, dense_hessian
 from tests.graphs import counted_graphs
 from tests.reference import hessian, matrix, relative_error, rows
@@ -412,3 +413,15 @@ def test_a_batch_cut_into_pieces_has_the_hessian_of_the_whole() -> None:
     pieces = hf.microbatches((X, Y), 4)
     matvec = hf.over_batches(hf.hvp(loss), keep=True)(params, pieces)
     assert relative_error(matrix(matvec, params), hessian(loss, params, (X, Y))) < 1e-12
+
+
+def test_more_batches_take_no_more_memory() -> None:
+    of = case("mlp")
+    peaks = []
+    for count in (1, 4):
+        matvec = hf.over_batches(hf.hvp(of.loss))(of.params, [of.batch] * count)
+        block = hf.random_like(of.params, 1, seed=0)
+        with PeakMemory() as memory:
+            matvec(block)
+        peaks.append(memory.peak)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
