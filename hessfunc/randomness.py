@@ -7,13 +7,14 @@ device, in any order and in any part.
 from __future__ import annotations
 
 import math
+import secrets
 
 import torch
 from torch import Tensor
 
 from hessfunc.precision import wide_dtype
 
-__all__ = ["mixed", "normals", "signs", "uniforms"]
+__all__ = ["mixed", "normals", "of_matrix", "signs", "uniforms"]
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -28,6 +29,23 @@ def mixed(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
         state ^= state >> 31
     return state
+
+
+def of_matrix(seed: int | None, /) -> int:
+    """The seed of a random matrix, or a fresh one.
+
+    Raises:
+        ValueError: none was given, and the other processes of torch.distributed would draw others.
+    """
+    if seed is not None:
+        return seed
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            "without a seed every rank would draw one of its own, and multiply another matrix: "
+            "pass the same `seed=` on all"
+        )
+    return secrets.randbits(63)
 
 
 def signs(key: int, places: range, device: torch.device, /) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 import optree
 import torch
@@ -47,6 +47,7 @@ __all__ = [
     "whole",
 ]
 
+Made = TypeVar("Made")
 Tree: TypeAlias = Any
 # A tensor whose last axis runs over the entries of a vector, or over those that are held here.
 Rows: TypeAlias = Tensor
@@ -232,10 +233,9 @@ class Space:
         """The least of a number, which every rank has its own of."""
         return number
 
-    def tell(self, failure: Exception | None, /) -> None:
-        """Raise on every rank what went wrong on one; every rank calls this."""
-        if failure is not None:
-            raise failure
+    def on_all(self, act: Callable[[], Made], /) -> Made:
+        """What ``act`` returns, called on every rank; its error on one is an error on all."""
+        return act()
 
     def vectors(self, rows: Tensor, /) -> Tree:
         """The block of these rows, as a result holds it."""

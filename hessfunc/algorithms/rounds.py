@@ -79,7 +79,9 @@ class Products:
         """Products that are no part of the run's cost."""
         version = rows._version
         with recording(self.choices):
-            product = self.space.ravel(self.matvec(self.space.unravel(rows)), dtype=rows.dtype)
+            images = self.space.on_all(lambda: self.matvec(self.space.unravel(rows)))
+        product = self.space.ravel(images, dtype=rows.dtype)
+        del images
         if rows._version != version:
             raise ValueError("the matvec changes its block in place: return a new one")
         if len(product) != len(rows):
@@ -134,6 +136,8 @@ def drive(
     Returns:
         The last state, and the reason for which the run stopped.
     """
+    # The result so far is computed by all ranks together, whoever looks at it.
+    watched = products.space.least(callback is None) == 0
     if storage is not None:
         state = storage.restored(state)
     while (reason := verdict(state)) is None:
@@ -144,7 +148,7 @@ def drive(
         state = step(state, room)
         if storage is not None:
             storage.save(state)
-        if callback is not None and _says_stop(products.space, callback, running(state)):
+        if watched and _says_stop(products.space, callback, running(state)):
             return state, "stopped by the callback"
         if products.matvecs == before:
             return state, (
@@ -153,12 +157,13 @@ def drive(
     return state, reason
 
 
-def _says_stop(space: Space, callback: Callback[Found], found: Found) -> bool:
+def _says_stop(space: Space, callback: Callback[Found] | None, found: Found) -> bool:
     """Whether the callback has returned True, on any rank: a clock is not the same on each."""
-    if space.ranks is None:
-        return callback(found) is True
-    goes_on = space.ranks.all_do(lambda: callback(found) is not True, space.device)
-    return space.least(goes_on) == 0
+
+    def goes_on() -> bool:
+        return callback is None or callback(found) is not True
+
+    return space.least(space.on_all(goes_on)) == 0
 
 
 def drawn(seed: int | None) -> int:

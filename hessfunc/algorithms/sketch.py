@@ -84,10 +84,10 @@ class Sketch:
 def vectors_that_fit(space: Space, copies: int, /) -> int:
     """How many vectors may be kept in ``copies`` copies, for half of the memory at the most."""
     free = available_to(space)
-    most = free // 2 // (copies * space.width * rows_dtype(space).itemsize)
+    most = free // 2 // (copies * max(1, space.widest) * rows_dtype(space).itemsize)
     if most < 2:
         raise MemoryError(
-            f"two probes of {space.width} entries, with their products, do not fit in "
+            f"two probes of {space.widest} entries, with their products, do not fit in "
             f"{free / 2**30:.1f} GiB: take `hutchinson`, which keeps none"
         )
     return most

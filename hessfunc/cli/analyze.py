@@ -22,8 +22,6 @@ from hessfunc.cli.progress import bars, watch
 from hessfunc.cli.ranks import mesh_of_all, on_all, speaks
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from hessfunc.problems.targets import Problem
     from hessfunc.report import Subject
 
@@ -162,7 +160,8 @@ def analyze(
     pictures, and an .npz file for each.
 
     Under torchrun, as in `torchrun --nproc-per-node 2 -m hessfunc analyze digits`, batches and
-    vectors are divided among the processes; the first of them writes and prints.
+    vectors are divided among the processes, and the first of them writes and prints. With fewer
+    batches than processes some have none: --batch-size makes more.
 
     TARGET is one of
 
@@ -206,8 +205,7 @@ def analyze(
                 )
 
             problem = on_all(mesh, make)
-            folder.subject = _subject(target, problem, progress)
-            problem = _for_each(mesh, problem, folder.subject)
+            folder.subject = on_all(mesh, lambda: _subject(target, problem, progress))
             if folder.subject.batches > 1:
                 task = progress.add_task("one pass", total=folder.subject.batches, detail="")
                 problem = replace(problem, batches=_Watched(problem.batches, progress, task))
@@ -235,7 +233,7 @@ def analyze(
     except Exception as error:
         if traceback:
             raise
-        fail(in_one_line(error))
+        fail(in_one_line(error), alone=isinstance(error, ConnectionError))
     finally:
         if speaks():
             folder.close(status)
@@ -283,16 +281,6 @@ def _subject(target: str, problem: Problem, progress: Progress) -> Subject:
         dtype=str(space.dtype).removeprefix("torch."),
         device=str(space.device),
     )
-
-
-def _for_each(mesh: DeviceMesh | None, problem: Problem, subject: Subject) -> Problem:
-    """The problem in batches so small that each rank has one."""
-    if mesh is None or subject.batches >= mesh.size():
-        return problem
-    from hessfunc.problems.targets import Batches
-
-    size = math.ceil(subject.examples / mesh.size())
-    return replace(problem, batches=Batches(problem.batches, size=size))
 
 
 @dataclass(frozen=True)

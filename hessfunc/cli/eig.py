@@ -143,7 +143,7 @@ def eig(
     except Exception as error:
         if traceback:
             raise
-        fail(in_one_line(error))
+        fail(in_one_line(error), alone=isinstance(error, ConnectionError))
 
     if not speaks():
         return

@@ -11,9 +11,15 @@ from hessfunc.cli.ranks import speaks
 __all__ = ["fail", "in_one_line"]
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Say what is wrong, and end the command."""
-    if speaks():
+def fail(message: str, code: int = 2, *, alone: bool = False) -> NoReturn:
+    """Say what is wrong, and end the command.
+
+    Args:
+        message: what is wrong.
+        code: with which the process ends.
+        alone: the first of several processes may not be there any more to say it.
+    """
+    if speaks() or alone:
         typer.echo(f"hessfunc: {message}", err=True)
     raise typer.Exit(code)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hessfunc.distributed.ranks import Ranks
 from hessfunc.trees import Space
+
+Made = TypeVar("Made")
 
 __all__ = ["DividedSpace"]
 
@@ -33,8 +37,8 @@ class DividedSpace(Space):
     def least(self, number: int, /) -> int:
         return self.ranks.least(number, self.device)
 
-    def tell(self, failure: Exception | None, /) -> None:
-        self.ranks.told([], self.device, failure)
+    def on_all(self, act: Callable[[], Made], /) -> Made:
+        return self.ranks.all_do(act, self.device)
 
     def norms(self, rows: Tensor, /) -> Tensor:
         return self.summed(self._norms(rows).square()).sqrt()

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
 
@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Ranks", "by_rank"]
+__all__ = ["ALIKE", "Ranks", "attempted", "by_rank"]
 
 Made = TypeVar("Made")
 
 # Its name from torch 2.13 on, which warns of the other.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 # Sums of the same numbers on unlike processors differ by their rounding.
-_ALIKE = 1e-9
+ALIKE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +51,17 @@ class Ranks:
         Raises:
             ValueError: this process is not of the mesh; the mesh has no such axis, or several.
         """
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(
+                f"mesh is a {type(mesh).__name__}: pass a DeviceMesh, as of "
+                'init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))'
+            )
         if mesh.get_coordinate() is None:
             raise ValueError(f"rank {dist.get_rank()} is not of the mesh {mesh}")
         if axis is not None and axis not in (mesh.mesh_dim_names or ()):
             raise ValueError(f"the mesh has no axis {axis!r}: its axes are {mesh.mesh_dim_names}")
         if axis is None and mesh.ndim > 1:
-            return cls._of(_group_of_all(mesh))
+            return cls._of(_group_of_all(mesh, dist.group.WORLD))
         return cls._of(mesh.get_group(axis))
 
     @classmethod
@@ -102,23 +107,13 @@ class Ranks:
             dist.all_gather_object(found, one, group=self.group)
         return found  # type: ignore[return-value]
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        with _in_contact():
-            dist.barrier(group=self.group)
-
     def all_do(self, act: Callable[[], Made], /, device: torch.device) -> Made:
         """What ``act``, which waits for no other rank, returns here, if it fails nowhere.
 
         Raises:
             RuntimeError: it failed on another rank. Its own error, on the rank where it failed.
         """
-        made: list[Made] = []
-        failure: Exception | None = None
-        try:
-            made.append(act())
-        except Exception as error:
-            failure = error
+        made, failure = attempted(act)
         self.told([], device, failure)
         return made[0]
 
@@ -134,7 +129,7 @@ class Ranks:
         """
         table = self.told(list(same.values()), device)
         for name, values in zip(same, zip(*table, strict=True), strict=True):
-            if not all(math.isclose(v, values[0], rel_tol=_ALIKE) for v in values):
+            if not all(math.isclose(v, values[0], rel_tol=ALIKE) for v in values):
                 raise ValueError(f"the ranks disagree on {name}: {by_rank(values)}")
 
     def told(
@@ -174,9 +169,22 @@ def by_rank(values: Sequence[float], /) -> str:
     return ", ".join(f"rank {rank} has {value:.12g}" for rank, value in enumerate(values))
 
 
-@cache
-def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The group of all ranks of a mesh, made once: making one is a collective of its own."""
+def attempted(act: Callable[[], Made], /) -> tuple[Sequence[Made], Exception | None]:
+    """What ``act`` returns, if it does, and what it raised, if it did."""
+    try:
+        return (act(),), None
+    except Exception as failure:
+        return (), failure
+
+
+@lru_cache(maxsize=16)
+def _group_of_all(mesh: DeviceMesh, world: object) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh, made once: making one is a collective of its own.
+
+    Args:
+        mesh: of the ranks.
+        world: the default group; with another one all groups are made anew.
+    """
     ranks = mesh.mesh.flatten().tolist()
     # Ranks outside of the mesh do not come here, and are not waited for.
     group = dist.new_group(ranks, use_local_synchronization=True)
@@ -188,9 +196,11 @@ def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
 def _in_contact() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as lost:
         raise ConnectionError(
             f"rank {dist.get_rank()} has lost contact with the other ranks: one of them has ended, "
-            "or has not come to the same place within the timeout of its process group "
-            f"({lost})"
+            "or has not come to the same place within the timeout of its process group. Start all "
+            f"again: with `checkpoint=` a run goes on from where it was ({lost})"
         ) from lost

@@ -82,7 +82,8 @@ class ShardedSpace(DividedSpace):
         return rows
 
     def rows(self, vectors: Tree, /, *, dtype: torch.dtype | None = None) -> Tensor:
-        if isinstance(vectors, Tensor) and vectors.shape[1:] == (self.width,):
+        is_vector = self.shapes == (getattr(vectors, "shape", None),)
+        if isinstance(vectors, Tensor) and vectors.shape[1:] == (self.width,) and not is_vector:
             return vectors.to(dtype or self.dtype)
         return super().rows(vectors, dtype=dtype)
 
@@ -92,7 +93,7 @@ class ShardedSpace(DividedSpace):
         rows = torch.empty(len(found[0]), self.width, dtype=dtype or self.dtype, device=self.device)
         parts = rows.split([len(span) for span in self.spans], dim=1)
         for part, leaf, span in zip(parts, found, self.spans, strict=True):
-            part.copy_(leaf.flatten(1)[:, span.start : span.stop])
+            part.copy_(_flat(leaf)[:, span.start : span.stop])
         return rows
 
     def unravel(self, rows: Tensor, /) -> Tree:
@@ -116,3 +117,8 @@ class ShardedSpace(DividedSpace):
         rows = self.zeros(self.n, dtype)
         rows[list(self.columns), range(self.width)] = 1
         return rows
+
+
+def _flat(leaf: Tensor) -> Tensor:
+    # A block of numbers has no axis to flatten.
+    return leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]

@@ -11,7 +11,6 @@ of which each has a target; the second, positions that are averaged before the l
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +33,7 @@ from hessfunc.hbp.layer import Call, SharedWeight
 from hessfunc.hbp.outputs import each_hessian
 from hessfunc.hbp.propagate import BlockCurvature, Reached, backpropagated
 from hessfunc.hbp.rules import rule_of
+from hessfunc.randomness import of_matrix
 from hessfunc.transforms.checksum import batch_key
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_gradients
@@ -215,7 +215,7 @@ def _sampled(loss: Loss, samples: int, seed: int | None) -> _Columns:
     refuse_without_likelihood(loss.criterion)
     if samples < 1:
         raise ValueError(f"samples={samples}: at least 1")
-    drawn = secrets.randbits(63) if seed is None else seed
+    drawn = of_matrix(seed)
 
     def columns(outputs: Tensor, batch: Any) -> Tensor:
         key = batch_key(drawn, batch, outputs.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from hessfunc.functional import several_batches
 from hessfunc.transforms.blocks import Curvature
-from hessfunc.transforms.checksum import Checksum
-from hessfunc.transforms.share import Loader, Share, Sum
+from hessfunc.transforms.share import Loader, Read, Share, Sum
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, flatten, unchanged
 
 if TYPE_CHECKING:
@@ -115,25 +115,36 @@ def over_batches(
         raise ValueError(f"loader={loader!r}: choose 'whole' or 'sharded'")
 
     def of_data(params: Tree, batches: Iterable[Any]) -> Matvec:
-        if isinstance(batches, Iterator):
-            raise TypeError(
-                f"batches is a {type(batches).__name__}, which can be read only once, but each "
-                "product is a pass over the data: pass a list or a DataLoader"
-            )
-        if isinstance(batches, (Tensor, Mapping)) or _is_pair(batches):
-            raise TypeError("batches is a single batch: pass a list of batches, [batch]")
-        space = Space.of(params)
-        if mesh is None:
-            share: Share = Share()
-        else:
-            # torch.distributed takes a while to import.
-            from hessfunc.transforms.mesh import MeshShare
+        share = Share() if mesh is None else _share_of(mesh, loader)
 
-            share = MeshShare.of(mesh, loader, params, batches)
+        def checked() -> Space:
+            _refuse_one_batch(batches)
+            return Space.of(params)
+
+        space = share.all_well(checked)
+        share.refuse_unlike(space, params, batches)
         reading = _Reading(curvature, params, batches, weight, space, share)
-        return share.over(space, reading.kept() if keep else reading.anew())
+        return share.over(space, batches, reading.kept() if keep else reading.anew())
 
     return of_data
+
+
+def _share_of(mesh: DeviceMesh, loader: Loader) -> Share:
+    # torch.distributed takes a while to import.
+    from hessfunc.transforms.mesh import MeshShare
+
+    return MeshShare.of(mesh, loader)
+
+
+def _refuse_one_batch(batches: Iterable[Any]) -> None:
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, which can be read only once, but each "
+            "product is a pass over the data: pass a list or a DataLoader"
+        )
+    is_pair = isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[1], Tensor)
+    if isinstance(batches, (Tensor, Mapping)) or is_pair:
+        raise TypeError("batches is a single batch: pass a list of batches, [batch]")
 
 
 @dataclass(frozen=True)
@@ -149,18 +160,14 @@ class _Reading:
 
     def kept(self) -> Callable[[Tree], Sum]:
         """The graphs of all batches are made now."""
-        checksum = Checksum(self.space.device)
-        found: list[tuple[float, Matvec]] = []
+        read = Read.nothing(self.space.device)
 
-        def make() -> None:
-            found.extend((w, self._at(batch, i)) for i, batch, w in self._mine(checksum))
+        def make() -> list[tuple[float, Callable[[], Matvec]]]:
+            found = ((w, self._at(batch, i)) for i, batch, w in self._mine(read))
+            return [(w, partial(_itself, matvec)) for w, matvec in found]
 
-        self.share.all_well(make)
-
-        def products(block: Tree) -> Sum:
-            return Sum.of(self.space, block, ((w, a(block)) for w, a in found), checksum.total)
-
-        return products
+        found = self.share.all_well(make)
+        return lambda block: Sum.of(self.space, block, found, read)
 
     def anew(self) -> Callable[[Tree], Sum]:
         """The graph of a batch is made in every pass."""
@@ -169,13 +176,12 @@ class _Reading:
 
         def products(block: Tree) -> Sum:
             refuse_if_changed()
-            checksum = Checksum(self.space.device)
-            # The matvec is not named: its graph is gone before the next one is built.
-            found = ((w, self._at(batch, i)(block)) for i, batch, w in self._mine(checksum))
-            total = Sum.of(self.space, block, found, checksum.total)
+            read = Read.nothing(self.space.device)
+            found = ((w, partial(self._at, batch, i)) for i, batch, w in self._mine(read))
+            total = Sum.of(self.space, block, found, read)
             if not first_pass:
-                first_pass.append(checksum.total)
-            elif not torch.allclose(first_pass[0], checksum.total, rtol=1e-9, atol=0.0):
+                first_pass.append(read.all.total)
+            elif not torch.allclose(first_pass[0], read.all.total, rtol=1e-9, atol=0.0):
                 raise ValueError(
                     "two passes over the batches saw different examples, so the products belong "
                     "to different matrices: turn off random augmentation, and `shuffle` where "
@@ -185,11 +191,11 @@ class _Reading:
 
         return products
 
-    def _mine(self, checksum: Checksum) -> Iterator[tuple[int, Any, float]]:
+    def _mine(self, read: Read) -> Iterator[tuple[int, Any, float]]:
         """The batches of this rank that count, with their place among all and their weight."""
         for i, batch in enumerate(self.batches):
-            checksum.add(batch)
             place = self.share.place(i)
+            read.add(batch, own=place is not None)
             if place is not None and (counted := self._weight(batch)):
                 yield place, batch, counted
 
@@ -204,6 +210,5 @@ class _Reading:
             return self.curvature(self.params, batch)
 
 
-def _is_pair(batches: Any) -> bool:
-    is_pair = isinstance(batches, tuple) and len(batches) == 2
-    return is_pair and isinstance(batches[1], Tensor)
+def _itself(matvec: Matvec) -> Matvec:
+    return matvec

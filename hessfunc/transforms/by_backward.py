@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
             with _moved(model, own, at), same_draws(space.device), precise(space.device):
                 value = scalar(loss(batch))
                 # A rank that raised alone would leave the others waiting in the backward pass.
-                space.tell(None if value.isfinite() else ValueError(f"the loss is {value.item()}"))
+                space.on_all(partial(_refuse_infinite, value))
                 value.backward()
                 return filled([parameter.grad for parameter in own], own)
 
@@ -75,6 +76,11 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
         return block_matvec(product, space, point, batch, chunks=Chunks(1))
 
     return curvature
+
+
+def _refuse_infinite(loss: Tensor) -> None:
+    if not loss.isfinite():
+        raise ValueError(f"the loss is {loss.item()}")
 
 
 def _parameters(model: nn.Module, space: Space) -> list[nn.Parameter]:

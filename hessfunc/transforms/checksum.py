@@ -24,12 +24,13 @@ class Checksum:
     def __init__(self, device: torch.device) -> None:
         self.total = torch.zeros(3, dtype=wide_dtype(device), device=device)
 
-    def add(self, batch: Any) -> None:
+    def add(self, batch: Any) -> Tensor:
+        """Add the examples of a batch: the checksum of these alone."""
         tensors = [
             x for x in batch_leaves(batch) if isinstance(x, Tensor) and x.dim() > 0 and len(x)
         ]
         if not tensors:
-            return
+            return torch.zeros_like(self.total)
         dtype, device = self.total.dtype, self.total.device
         projected = torch.zeros(len(tensors[0]), dtype=dtype, device=device)
         for i, tensor in enumerate(tensors):
@@ -40,13 +41,15 @@ class Checksum:
             projected = projected + (
                 projection if len(projection) == len(projected) else projection.sum()
             )
-        self.total += torch.stack(
+        found = torch.stack(
             [
                 torch.ones_like(projected).sum(),
                 projected.square().sum(),
                 (projected + 1).square().sum(),
             ]
         )
+        self.total += found
+        return found
 
 
 def batch_key(seed: int, batch: Any, device: torch.device, /) -> tuple[int, ...]:

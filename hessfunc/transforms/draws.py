@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from hessfunc.functional import several_batches
-from hessfunc.randomness import uniforms
+from hessfunc.randomness import of_matrix, uniforms
 from hessfunc.transforms.batches import examples, over_batches
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.trees import Matvec, Space, Tree, unchanged
@@ -86,7 +85,7 @@ def draws(
 
     Cost: each batch is read once to be weighed; a draw costs what ``curvature`` of its batch does.
     """
-    seed = secrets.randbits(63) if seed is None else seed
+    seed = of_matrix(seed)
 
     def of_data(params: Tree, batches: Sequence[Any]) -> Draws:
         if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")):

@@ -6,7 +6,6 @@ the outputs; they differ in B alone.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.functional import Loss
+from hessfunc.randomness import of_matrix
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.checksum import batch_key
 from hessfunc.transforms.criteria import (
@@ -121,7 +121,7 @@ def fvp(
         return _gauss_newton(loss, hessian_of_outputs, chunk_size)
     if samples < 1:
         raise ValueError(f"samples={samples}: at least 1, or None for the exact matrix")
-    seed = secrets.randbits(63) if seed is None else seed
+    seed = of_matrix(seed)
 
     def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
         key = batch_key(seed, batch, outputs.device)

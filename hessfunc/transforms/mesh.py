@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from hessfunc.distributed.ranks import Ranks, by_rank
+from hessfunc.distributed.ranks import Ranks, attempted, by_rank
 from hessfunc.precision import wide_dtype
+from hessfunc.transforms import shards
 from hessfunc.transforms.share import Loader, Share, Sum
 from hessfunc.trees import Matvec, Space, Tree, leaves
 
 __all__ = ["MeshShare"]
 
+Made = TypeVar("Made")
+
 _AXES = ("data", "probe")
-# Sums of the same examples on unlike processors differ by their rounding.
-_ALIKE = 1e-9
 # Ranks that each run the same algorithm may drift apart by rounding, and by no more.
 _DRIFT = 1e-3
 # Entries of each leaf of a vector that are compared.
 _COMPARED = 256
+# Entries whose bits are looked at at once.
+_PIECE = 2**20
 # The largest weight that float32 adds exactly is 2^24: it goes in two parts.
 _PART = 2.0**20
 
@@ -37,9 +39,8 @@ class MeshShare(Share):
     Attributes:
         everyone: all ranks of the mesh.
         data: those that divide the batches.
-        probe: those that divide the block; the ranks of one block have the same data.
+        probe: those that divide the block, and have the same data.
         loader: who divides the batches.
-        examples: of the whole data set, where each rank takes a part of it by its sampler.
         device: of the products.
     """
 
@@ -47,35 +48,25 @@ class MeshShare(Share):
     data: Ranks | None
     probe: Ranks | None
     loader: Loader
-    examples: int | None
     device: torch.device
 
     @classmethod
-    def of(
-        cls, mesh: DeviceMesh, loader: Loader, params: Tree, batches: Iterable[Any], /
-    ) -> MeshShare:
+    def of(cls, mesh: DeviceMesh, loader: Loader, /) -> MeshShare:
         """Of this rank.
 
         Raises:
-            ValueError: the mesh has other axes; ranks differ in their parameters; the sampler of
-                the loader counts examples twice.
+            ValueError: the mesh has other axes.
         """
+        everyone = Ranks.of(mesh)
         names = mesh.mesh_dim_names or ()
         if not names or not set(names) <= set(_AXES):
             raise ValueError(
                 f"the mesh has the axes {names or None}: name them 'data', 'probe' or both, as in "
-                'init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe"))'
+                'init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe")); of a mesh '
+                'with further axes pass these alone, mesh["data"]'
             )
-        space = Space.of(params)
-        everyone = Ranks.of(mesh)
         data, probe = (Ranks.of(mesh, name) if name in names else None for name in _AXES)
-        everyone.agree(space.fingerprint(), space.device)
-        if loader == "sharded":
-            _refuse_padding(batches)
-        share = cls(everyone, data, probe, loader, _examples_of(batches), space.device)
-        table = everyone.told(_sampled([leaf[None] for leaf in leaves(params)]), space.device)
-        _refuse_unlike(table, "the parameters: give every rank the same ones")
-        return share
+        return cls(everyone, data, probe, loader, torch.device(mesh.device_type))
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -88,81 +79,63 @@ class MeshShare(Share):
             return i * parts + part
         return i if i % parts == part else None
 
-    def all_well(self, act: Callable[[], None], /) -> None:
-        self.everyone.all_do(act, self.device)
+    def all_well(self, act: Callable[[], Made], /) -> Made:
+        return self.everyone.all_do(act, self.device)
 
-    def over(self, space: Space, local: Callable[[Tree], Sum], /) -> Matvec:
+    def refuse_unlike(self, space: Space, params: Tree, batches: Iterable[Any], /) -> None:
+        self.everyone.agree(space.fingerprint(), self.device)
+        bits = [_bits(leaf) for leaf in leaves(params)]
+        for name, values in zip(
+            space.names, zip(*self.everyone.told(bits, self.device), strict=True), strict=True
+        ):
+            if len(set(values)) > 1:
+                raise ValueError(
+                    f"parameter {name!r} is not the same on all ranks: load the same weights on "
+                    "each, or broadcast them from one"
+                )
+        if self.loader == "sharded":
+            drawn = self.all_well(lambda: shards.refuse_sampler(batches, self._place[1]))
+            self.everyone.agree(drawn, self.device)
+
+    def over(self, space: Space, batches: Iterable[Any], local: Callable[[Tree], Sum], /) -> Matvec:
+        examples = shards.examples_of(batches)
+
         def matvec(block: Tree) -> Tree:
-            given = space.block_leaves(block)
-            parts = [range(len(given[0]))]
+            (*made,), failure = attempted(lambda: self._made(space, block, local))
+            numbers = made[0].numbers if made else [0.0] * _NUMBERS
+            table = self.everyone.told([self._place[0], *numbers], self.device, failure)
+            self._refuse_differences(table, examples)
+            total = self._over_data(made[0].total)
             if self.probe is not None:
-                parts = self.probe.parts(len(given[0]))
-            mine = parts[self.probe.rank if self.probe is not None else 0]
-            found: list[Sum] = []
-
-            def multiply() -> None:
-                if len(mine):
-                    own = space.tree(leaf[mine.start : mine.stop] for leaf in given)
-                    found.append(local(own))
-
-            failure = _failure_of(multiply)
-            total = found[0] if found else _nothing(space)
-            self._refuse_differences(given, total, failure)
-            total = self._over_data(total)
-            if self.probe is not None:
-                total = self._over_probes(total, [len(part) for part in parts])
+                rows = self.probe.gathered(total.rows, [len(part) for part in made[0].parts])
+                total = replace(total, rows=torch.cat(rows))
             return total.mean(space)
 
         return matvec
 
-    def _refuse_differences(
-        self, given: Sequence[Tensor], total: Sum, failure: Exception | None
-    ) -> None:
-        """Raise on every rank what went wrong on one, or what is not alike."""
-        part, _ = self._place
-        numbers = [len(given[0]), part, *_sampled(given), *total.checksum.tolist()]
-        table = self.everyone.told(numbers, self.device, failure)
-        counts = [row[0] for row in table]
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"the ranks ask for different products: of the vectors, {by_rank(counts)}. Call "
-                "the same algorithm with the same options on each"
-            )
-        _refuse_unlike(
-            [row[2:4] for row in table],
-            "the block: call the same algorithm on each, with the same start and `seed=`",
-        )
-        # Ranks without a vector have read nothing.
-        read = [(int(row[1]), row[4:]) for row in table if not math.isnan(row[4])]
-        if self.loader == "whole":
-            if any(not _alike(sums, read[0][1]) for _, sums in read):
-                raise ValueError(
-                    "the ranks read different batches, and each takes a part of what it reads: "
-                    "give every rank the same loader, with the same order; or say "
-                    "loader='sharded' if each loader yields a part already"
-                )
-            return
-        self._refuse_repeated(dict(read), read)
+    def _made(self, space: Space, block: Tree, local: Callable[[Tree], Sum]) -> _Made:
+        given = space.block_leaves(block)
+        parts, mine = [range(len(given[0]))], 0
+        if self.probe is not None:
+            parts, mine = self.probe.parts(len(given[0])), self.probe.rank
+        rows = slice(parts[mine].start, parts[mine].stop)
+        return _Made(given, parts, local(space.tree(leaf[rows] for leaf in given)))
 
-    def _refuse_repeated(
-        self, parts: dict[int, list[float]], read: list[tuple[int, list[float]]]
-    ) -> None:
-        if any(not _alike(sums, parts[part]) for part, sums in read):
+    def _refuse_differences(self, table: list[list[float]], examples: int | None) -> None:
+        """Raise on every rank what is not alike."""
+        if len({row[1] for row in table}) > 1:
             raise ValueError(
-                "ranks that differ on the axis 'probe' alone read different batches: shard the "
-                "loader over the axis 'data'"
+                "the ranks ask for different products: of the vectors, "
+                f"{by_rank([row[1] for row in table])}. {_SAME}"
             )
-        found = list(parts.values())
-        if len(found) > 1 and all(_alike(sums, found[0]) for sums in found):
-            raise ValueError(
-                "every rank reads the same examples, so nothing is sharded: say loader='whole'"
-            )
-        counted = round(sum(sums[0] for sums in found))
-        if self.examples is not None and counted > self.examples:
-            raise ValueError(
-                f"the ranks read {counted} examples of {self.examples}, so some count twice: a "
-                f"sampler pads the parts. {_REMEDY}"
-            )
+        _, _, first, size, *_ = table[0]
+        if any(abs(row[2] - first) > _DRIFT * size for row in table):
+            raise ValueError(f"the ranks do not have the same block. {_SAME}")
+        read = [shards.Part(int(row[0]), tuple(row[4:7]), tuple(row[7:])) for row in table]
+        if self.loader == "whole":
+            shards.refuse_other_order(read)
+        else:
+            shards.refuse_repeated(read, examples)
 
     def _over_data(self, total: Sum) -> Sum:
         if self.data is None:
@@ -172,78 +145,56 @@ class MeshShare(Share):
         high, low = self.data.sum(total.flat)[-2:].tolist()
         return replace(total, weight=high * _PART + low)
 
-    def _over_probes(self, total: Sum, lengths: Sequence[int]) -> Sum:
-        assert self.probe is not None
-        rows = torch.cat(self.probe.gathered(total.rows, lengths))
-        # A rank without a vector has added up no weights.
-        weights = self.probe.told([total.weight], self.device)
-        return replace(total, rows=rows, weight=max(row[0] for row in weights))
+
+@dataclass(frozen=True)
+class _Made:
+    """A rank's part of a product.
+
+    Attributes:
+        given: the leaves of the whole block.
+        parts: which rows of it each rank takes.
+        total: of this rank's rows and batches.
+    """
+
+    given: Sequence[Tensor]
+    parts: Sequence[range]
+    total: Sum
+
+    @property
+    def numbers(self) -> list[float]:
+        """What other ranks compare with theirs."""
+        read = self.total.read
+        sums = torch.cat([read.all.total, read.own]).tolist()
+        return [len(self.given[0]), *_sampled(self.given), *sums]
 
 
-_REMEDY = (
-    "Pass the same DataLoader on every rank and say loader='whole'; or give each rank a "
-    "torch.utils.data.Subset of its own indices, range(rank, n, ranks)"
+# Of `_Made.numbers`.
+_NUMBERS = 9
+_SAME = (
+    "Call the same algorithm with the same options, start and `seed=` on each rank; where they "
+    "share a `space=sharded(params, mesh)` they agree on sizes and seeds by themselves"
 )
-
-
-def _refuse_padding(batches: Iterable[Any]) -> None:
-    from torch.utils.data import DistributedSampler
-
-    sampler = getattr(batches, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
-        examples = len(sampler.dataset)  # type: ignore[arg-type]
-        if examples % sampler.num_replicas:
-            raise ValueError(
-                f"the DistributedSampler pads {examples} examples to {sampler.total_size}, so some "
-                f"count twice. {_REMEDY}"
-            )
-
-
-def _examples_of(batches: Iterable[Any]) -> int | None:
-    """The length of the data set, where a sampler of its own gives each rank a part of it."""
-    from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
-
-    plain = (SequentialSampler, RandomSampler)
-    by_one = type(getattr(batches, "sampler", None)) in plain
-    in_batches = type(getattr(batches, "batch_sampler", None)) in (BatchSampler, type(None))
-    if by_one and in_batches:
-        return None
-    try:
-        return len(batches.dataset)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):
-        return None
-
-
-def _failure_of(act: Callable[[], None]) -> Exception | None:
-    try:
-        act()
-    except Exception as failure:
-        return failure
-    return None
-
-
-def _nothing(space: Space) -> Sum:
-    unread = torch.full((3,), math.nan, dtype=wide_dtype(space.device), device=space.device)
-    return Sum.zero(space, 0, unread)
 
 
 def _sampled(block: Sequence[Tensor]) -> list[float]:
     """A number of some entries of a block that another block would not have, and their size."""
     wide = wide_dtype(block[0].device)
     shards = [leaf.to_local() if isinstance(leaf, DTensor) else leaf for leaf in block]
-    parts = [leaf.detach().flatten(1)[:, :_COMPARED].flatten().to(wide) for leaf in shards]
-    entries = torch.cat(parts)
+    parts = [leaf.detach()[..., None].flatten(1)[:, :_COMPARED].flatten() for leaf in shards]
+    entries = torch.cat([part.to(wide) for part in parts])
     place = torch.arange(1, len(entries) + 1, dtype=wide, device=entries.device)
     number = (entries * torch.cos(1.618 * place)).sum()
     # One copy to the host.
     return torch.stack([number, torch.linalg.vector_norm(entries)]).tolist()
 
 
-def _refuse_unlike(table: Sequence[Sequence[float]], what: str) -> None:
-    (first, size), *others = table
-    if any(not abs(number - first) <= _DRIFT * size for number, _ in others):
-        raise ValueError(f"the ranks do not have the same in {what}")
-
-
-def _alike(sums: Sequence[float], others: Sequence[float]) -> bool:
-    return all(math.isclose(a, b, rel_tol=_ALIKE) for a, b in zip(sums, others, strict=True))
+def _bits(leaf: Tensor) -> int:
+    """A number of 24 bits that any change of a leaf changes, but for one in millions."""
+    leaf = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[leaf.itemsize]
+    total = torch.zeros((), dtype=torch.int64, device=leaf.device)
+    for i, part in enumerate(leaf.detach().contiguous().flatten().view(whole).split(_PIECE)):
+        place = torch.arange(i * _PIECE, i * _PIECE + len(part), device=leaf.device)
+        total += (part.long() * (2 * place + 1)).sum()
+    # The upper bits depend on all below them.
+    return (int(total) >> 20) & 0xFFFFFF ^ int(total) & 0xFFFFFF

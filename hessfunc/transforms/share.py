@@ -5,16 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import starmap
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from hessfunc.transforms.checksum import Checksum
 from hessfunc.trees import Matvec, Space, Tree, leaves
 
-__all__ = ["Loader", "Share", "Sum"]
+__all__ = ["Loader", "Read", "Share", "Sum"]
+
+Made = TypeVar("Made")
 
 Loader: TypeAlias = Literal["whole", "sharded"]
+
+
+@dataclass
+class Read:
+    """The checksums of one pass over the batches.
+
+    Attributes:
+        all: of what was read.
+        own: of the batches that this process multiplies.
+    """
+
+    all: Checksum
+    own: Tensor
+
+    @classmethod
+    def nothing(cls, device: torch.device) -> Read:
+        none = Checksum(device)
+        return cls(none, none.total.clone())
+
+    def add(self, batch: Any, *, own: bool) -> None:
+        found = self.all.add(batch)
+        if own:
+            self.own += found
 
 
 @dataclass(frozen=True)
@@ -26,32 +52,39 @@ class Sum:
             added up over ranks at once.
         rows: ``(k, n)``, or the columns of this rank; a view.
         weight: of all of these batches.
-        checksum: of the examples that were read.
+        read: the checksums of the pass.
     """
 
     flat: Tensor
     rows: Tensor
     weight: float
-    checksum: Tensor
+    read: Read
 
     @classmethod
-    def zero(cls, space: Space, k: int, checksum: Tensor) -> Sum:
+    def zero(cls, space: Space, k: int, read: Read) -> Sum:
         dtype = torch.promote_types(space.dtype, torch.float32)
         flat = torch.zeros(k * space.width + 2, dtype=dtype, device=space.device)
-        return cls(flat, flat[:-2].view(k, space.width), 0.0, checksum)
+        return cls(flat, flat[:-2].view(k, space.width), 0.0, read)
 
     @classmethod
     def of(
-        cls, space: Space, block: Tree, products: Iterable[tuple[float, Tree]], checksum: Tensor
+        cls,
+        space: Space,
+        block: Tree,
+        batches: Iterable[tuple[float, Callable[[], Matvec]]],
+        read: Read,
     ) -> Sum:
-        total = cls.zero(space, len(space.block_leaves(block)[0]), checksum)
+        """Over all batches, each with its weight and what makes its matvec."""
+        total = cls.zero(space, len(space.block_leaves(block)[0]), read)
 
-        def add(weight: float, product: Tree) -> float:
-            space.accumulate(total.rows, product, weight=weight)
+        def add(weight: float, matvec: Callable[[], Matvec]) -> float:
+            # A rank that has no vector to multiply reads its batches, and no more.
+            if len(total.rows):
+                space.accumulate(total.rows, matvec()(block), weight=weight)
             return weight
 
-        # No product is named here: it is gone before the next one is made.
-        return replace(total, weight=sum(starmap(add, products), 0.0))
+        # Neither matvec nor product is named: they are gone before the next graph is made.
+        return replace(total, weight=sum(starmap(add, batches), 0.0))
 
     def mean(self, space: Space) -> Tree:
         if not self.weight > 0:
@@ -72,10 +105,13 @@ class Share:
         """Where the i-th batch of this process stands among all; None if another takes it."""
         return i
 
-    def all_well(self, act: Callable[[], None], /) -> None:
-        """Do it, and raise on every process if it fails on one."""
-        act()
+    def all_well(self, act: Callable[[], Made], /) -> Made:
+        """What ``act`` returns; its error on one process is an error on every one."""
+        return act()
 
-    def over(self, space: Space, local: Callable[[Tree], Sum], /) -> Matvec:
+    def refuse_unlike(self, space: Space, params: Tree, batches: Iterable[Any], /) -> None:
+        """Raise where processes are not given the same."""
+
+    def over(self, space: Space, batches: Iterable[Any], local: Callable[[Tree], Sum], /) -> Matvec:
         """The matvec of the mean, given the sum of one process."""
         return lambda block: local(block).mean(space)

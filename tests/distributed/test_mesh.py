@@ -89,10 +89,6 @@ def test_weights_are_added_exactly_in_float32(weight: float, two: Ranks) -> None
     assert max(two.run(in_float32, weight)) < 2e-6
 
 
-def one_vector_on_the_probe_axis() -> float:
-    return curvature_of_block(1)
-
-
 def curvature_of_block(k: int) -> float:
     loss, params = problems.model_and_loss()
     block = hf.random_like(params, k, seed=1)
@@ -182,7 +178,7 @@ def test_whoever_divides_the_data_all_of_it_counts_once(kind: str, loader: str, 
     [
         ("padded", "sharded", "the DistributedSampler pads 23 examples to 24, so some count twice"),
         ("hidden", "sharded", "the ranks read 24 examples of 23, so some count twice"),
-        ("same", "sharded", "every rank reads the same examples, so nothing is sharded"),
+        ("same", "sharded", "two ranks read the same examples, which would count twice"),
         ("others", "whole", "the ranks read different batches"),
         ("shuffled", "whole", "the ranks read different batches"),
         ("same", "halves", "choose 'whole' or 'sharded'"),
@@ -235,8 +231,8 @@ def asks_for(what: str) -> None:
     ("what", "message"),
     [
         ("count", "the ranks ask for different products: of the vectors, rank 0 has 2, rank 1"),
-        ("seed", "the ranks do not have the same in the block"),
-        ("parameters", "the ranks do not have the same in the parameters"),
+        ("seed", "the ranks do not have the same block. Call the same algorithm"),
+        ("parameters", "parameter '0.weight' is not the same on all ranks"),
     ],
 )
 def test_ranks_that_ask_for_different_products_are_told(
@@ -276,8 +272,8 @@ def test_batch_statistics_over_several_ranks_are_refused(two: Ranks) -> None:
     assert first.error.startswith("RuntimeError: failed on another rank")
 
 
-def bytes_sent(k: int) -> tuple[int, int]:
-    """Numbers that are summed over ranks for one product, and the calls in which they are."""
+def sums_over_ranks(k: int) -> tuple[list[int], int]:
+    """The lengths of all sums over ranks for one product, and n."""
     from hessfunc.distributed.ranks import Ranks as Along
 
     loss, params = problems.model_and_loss()
@@ -294,9 +290,9 @@ def bytes_sent(k: int) -> tuple[int, int]:
         matvec(hf.random_like(params, k, seed=0))
     finally:
         Along.sum = plain  # type: ignore[method-assign]
-    return sizes, sum(leaf.numel() for leaf in params.values())  # type: ignore[return-value]
+    return sizes, sum(leaf.numel() for leaf in params.values())
 
 
 def test_one_flat_sum_serves_a_whole_block(two: Ranks) -> None:
-    sizes, n = two.run(bytes_sent, 5)[0]
+    sizes, n = two.run(sums_over_ranks, 5)[0]
     assert sizes == [5 * n + 2]

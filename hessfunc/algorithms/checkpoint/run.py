@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +14,11 @@ from torch import Tensor
 from hessfunc.algorithms.checkpoint import manifest as manifests
 from hessfunc.algorithms.checkpoint.segments import Part, Segments, bytes_of
 from hessfunc.algorithms.rounds import Products, drawn, products_eps, rows_dtype
-from hessfunc.trees import leaves, whole
+from hessfunc.trees import Space, leaves, whole
 
 __all__ = ["Checkpoint", "Directory"]
 
 State = TypeVar("State")
-Made = TypeVar("Made")
 Directory = str | os.PathLike[str] | None
 
 
@@ -69,8 +67,10 @@ class Checkpoint:
             },
             **{name: _described(value) for name, value in options.items()},
         }
+        if space.ranks is not None:
+            _refuse_unlike_seeds(space, seed)
         if path is None:
-            return cls(None, fingerprint, products, space.least(drawn(seed)))
+            return cls(None, fingerprint, products, _drawn(space, seed))
         directory = Path(path)
         segments = Segments(directory, space)
         stamp = manifests.stamp(directory)
@@ -81,8 +81,8 @@ class Checkpoint:
             space.ranks.agree(same, space.device)
         manifest = manifests.read(directory)
         if manifest is None:
-            return cls(segments, fingerprint, products, space.least(drawn(seed)))
-        _refuse_another_run(directory, manifest, fingerprint, seed)
+            return cls(segments, fingerprint, products, _drawn(space, seed))
+        space.on_all(lambda: _refuse_another_run(directory, manifest, fingerprint, seed))
         return cls(segments, fingerprint, products, manifest["seed"], manifest, stamp)
 
     def restored(self, state: State, /) -> State:
@@ -98,18 +98,13 @@ class Checkpoint:
             return tuple(segments.decoded(self._parts(of), home, of) for of in ("state", "first"))
 
         found: State
-        found, self.products.first = self._on_all(read)
+        found, self.products.first = self.products.space.on_all(read)
         self.products.choices.update(self._mine()["choices"])
         if self.products.first is not None:
             self._refuse_another_matrix(self.segments.directory, *self.products.first)
         self.products.matvecs = self.manifest["matvecs"]
         self.products.passes = self.manifest["passes"]
         return found
-
-    def _on_all(self, act: Callable[[], Made]) -> Made:
-        """What ``act`` returns; its error on one rank is an error on all."""
-        space = self.products.space
-        return act() if space.ranks is None else space.ranks.all_do(act, space.device)
 
     def _parts(self, of: str) -> list[Part]:
         assert self.manifest is not None
@@ -127,7 +122,7 @@ class Checkpoint:
         if self.segments is None:
             return
         ranks = self.products.space.ranks
-        parts = [self._on_all(lambda: self._part(state))]
+        parts = [self.products.space.on_all(lambda: self._part(state))]
         names = set(self.segments.names)
         if ranks is not None:
             found = ranks.objects((parts[0], self.segments.names))
@@ -138,7 +133,7 @@ class Checkpoint:
                 self._replace(parts, names)
 
         # No rank writes segments of the next state before those of the last are removed.
-        self._on_all(replace)
+        self.products.space.on_all(replace)
 
     def _part(self, state: object) -> dict[str, Any]:
         assert self.segments is not None
@@ -203,6 +198,18 @@ def _of_another_process(directory: Path) -> ValueError:
         "processes that run the same algorithm side by side need a directory each, or one space "
         "of vectors that are cut over them: `space=sharded(params, mesh)`"
     )
+
+
+def _drawn(space: Space, seed: int | None) -> int:
+    """The seed, or a fresh one, the same on all ranks."""
+    return seed if seed is not None else space.least(drawn(None))
+
+
+def _refuse_unlike_seeds(space: Space, seed: int | None) -> None:
+    assert space.ranks is not None
+    given = -1 if seed is None else seed
+    halves = {"seed=": given & 0xFFFFFFFF, "the upper half of seed=": given >> 32}
+    space.ranks.agree(halves, space.device)
 
 
 def _described(value: Any) -> Any:

@@ -131,7 +131,7 @@ class Segments:
     def _decoded_tensor(self, parts: Sequence[Part], key: str) -> Tensor:
         first = parts[0].values
         found = self._together(parts, key) if first["cut"] else self._read(first)
-        if not first["cut"]:
+        if not first["cut"] and (self.space.ranks is None or not self.space.ranks.rank):
             self.written[key] = first["tensor"]
         return found.to(self.space.device) if first["on_device"] else found
 
