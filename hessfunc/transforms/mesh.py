@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hessfunc.distributed.ranks import Ranks, attempted, by_rank
 from hessfunc.precision import wide_dtype
+from hessfunc.randomness import mixed
 from hessfunc.transforms import shards
 from hessfunc.transforms.share import Loader, Share, Sum
 from hessfunc.trees import Matvec, Space, Tree, leaves
@@ -196,5 +197,4 @@ def _bits(leaf: Tensor) -> int:
     for i, part in enumerate(leaf.detach().contiguous().flatten().view(whole).split(_PIECE)):
         place = torch.arange(i * _PIECE, i * _PIECE + len(part), device=leaf.device)
         total += (part.long() * (2 * place + 1)).sum()
-    # The upper bits depend on all below them.
-    return (int(total) >> 20) & 0xFFFFFF ^ int(total) & 0xFFFFFF
+    return mixed(int(total)) >> 40

@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    Subset,
+    TensorDataset,
+)
 
 import hessfunc as hf
 from hessfunc.trees import leaves
@@ -296,3 +302,203 @@ def sums_over_ranks(k: int) -> tuple[list[int], int]:
 def test_one_flat_sum_serves_a_whole_block(two: Ranks) -> None:
     sizes, n = two.run(sums_over_ranks, 5)[0]
     assert sizes == [5 * n + 2]
+
+
+def in_an_order_of_its_own(kind: str) -> None:
+    loss, params = problems.model_and_loss()
+    second, batches = dist.get_rank() == 1, problems.batches()[:6]
+    if kind == "reversed" and second:
+        batches = batches[::-1]
+    if kind == "cut" and second:
+        batches = [part for batch in batches for part in hf.microbatches(batch, 2)]
+    loader: Any = batches
+    if kind == "shuffled":
+        torch.manual_seed(dist.get_rank())
+        loader = DataLoader(data(), batch_size=4, shuffle=True)
+    matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2), keep=kind == "reversed")
+    matvec(params, loader)(hf.random_like(params, 1, seed=0))
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "reversed", "cut"])
+def test_another_order_on_one_rank_is_refused(kind: str, two: Ranks) -> None:
+    for outcome in two.outcomes(in_an_order_of_its_own, kind):
+        assert outcome.error is not None
+        assert "or the same in another order" in outcome.error
+
+
+def sharded_by_the_wrong_rank() -> None:
+    loss, params = problems.model_and_loss()
+    mine = problems.batches()[dist.get_rank() :: 4]
+    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2, 2), loader="sharded")
+    curvature(params, mine)(hf.random_like(params, 1, seed=0))
+
+
+def test_a_loader_that_is_sharded_over_probes_as_well_is_refused(four: Ranks) -> None:
+    for outcome in four.outcomes(sharded_by_the_wrong_rank):
+        assert outcome.error is not None
+        assert "shard the loader over the axis 'data'" in outcome.error
+
+
+class Moved:
+    """A loader inside of another object, as libraries have them."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Any:
+        return iter(self.loader)
+
+
+def with_sampler(kind: str) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    count = 23 if kind in ("in a batch sampler", "wrapped") else 24
+    sampler: Any = DistributedSampler(
+        data(count), 4 if kind == "of four" else ranks, rank, shuffle=kind == "epochs"
+    )
+    if kind == "epochs":
+        sampler.set_epoch(rank)
+    loader: Any = DataLoader(data(count), batch_size=4, sampler=sampler)
+    if kind == "in a batch sampler":
+        loader = DataLoader(data(count), batch_sampler=BatchSampler(sampler, 4, False))
+    if kind == "wrapped":
+        loader = Moved(loader)
+    loss, params = problems.model_and_loss()
+    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2), loader="sharded")
+    curvature(params, loader)(hf.random_like(params, 1, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("in a batch sampler", "pads 23 examples to 24"),
+        ("wrapped", "pads 23 examples to 24"),
+        ("of four", "divides the data in 4 parts, and the mesh has 2"),
+        ("epochs", "the ranks disagree on the sampler's seed and epoch"),
+    ],
+)
+def test_samplers_that_do_not_divide_the_data_are_refused(
+    kind: str, message: str, two: Ranks
+) -> None:
+    for outcome in two.outcomes(with_sampler, kind):
+        assert outcome.error is not None
+        assert message in outcome.error
+
+
+def two_of_three_alike() -> None:
+    loss, params = problems.model_and_loss()
+    part = problems.batches()[min(dist.get_rank(), 1) :: 2]
+    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(3), loader="sharded")
+    curvature(params, part)(hf.random_like(params, 1, seed=0))
+
+
+def test_two_ranks_with_one_part_are_told(three: Ranks) -> None:
+    for outcome in three.outcomes(two_of_three_alike):
+        assert outcome.error is not None
+        assert "two ranks read the same examples" in outcome.error
+
+
+def opaque() -> float:
+    """Batches without a tensor, which no checksum sees."""
+    x, y = data()[:]
+    model_fn, params = hf.functional(problems.net())
+    loss = hf.composed(
+        lambda params, batch: model_fn(params, x[list(batch)]),
+        torch.nn.functional.cross_entropy,
+        targets=lambda batch: y[list(batch)],
+    )
+    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2), loader="sharded", weight=len)
+    mine = [frozenset(range(dist.get_rank(), 24, 2))]
+    block = hf.random_like(params, 2, seed=0)
+    whole = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+    return error(curvature(params, mine)(block), hf.hvp(whole)(params, (x, y))(block))
+
+
+def test_batches_without_tensors(two: Ranks) -> None:
+    assert max(two.run(opaque)) < 1e-12
+
+
+def without_a_seed(what: str) -> None:
+    loss, _ = problems.model_and_loss()
+    hf.fvp(loss, samples=2) if what == "fvp" else hf.draws(hf.hvp(loss))
+
+
+@pytest.mark.parametrize("what", ["fvp", "draws"])
+def test_matrices_that_each_rank_would_draw_for_itself_are_refused(what: str, two: Ranks) -> None:
+    for outcome in two.outcomes(without_a_seed, what):
+        assert outcome.error is not None
+        assert "pass the same `seed=` on all" in outcome.error
+
+
+def with_a_number() -> float:
+    model_fn, params = hf.functional(problems.net())
+    params = {"temperature": torch.tensor(1.5, dtype=torch.float64), **params}
+
+    def outputs(params: Any, batch: Any) -> Tensor:
+        rest = {name: leaf for name, leaf in params.items() if name != "temperature"}
+        return model_fn(rest, batch[0]) * params["temperature"]
+
+    loss = hf.composed(outputs, torch.nn.functional.cross_entropy, targets=lambda batch: batch[1])
+    mesh, batches = problems.mesh(2), problems.batches()
+    found = hf.lanczos(
+        hf.over_batches(hf.hvp(loss), mesh=mesh)(params, batches),
+        params,
+        k=2,
+        rtol=1e-10,
+        seed=0,
+        space=hf.sharded(params, mesh),
+    )
+    wanted = hf.lanczos(
+        hf.over_batches(hf.hvp(loss))(params, batches), params, k=2, rtol=1e-10, seed=0
+    )
+    return error(found.values, wanted.values)
+
+
+def test_parameters_may_be_numbers(two: Ranks) -> None:
+    assert max(two.run(with_a_number)) < 1e-10
+
+
+def on_one_rank(what: str) -> None:
+    loss, params = problems.model_and_loss()
+    second = dist.get_rank() == 1
+    batches: Any = problems.batches()
+    if what == "iterator" and second:
+        batches = iter(batches)
+    if what == "dtype" and second:
+        params = params | {"0.bias": params["0.bias"].long()}
+    matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2))(params, batches)
+    block = hf.random_like(params, 1, seed=0)
+    if what == "structure" and second:
+        block = {"0.weight": block["0.weight"]}
+    matvec(block)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("iterator", "which can be read only once"),
+        ("dtype", "needs real floating-point leaves"),
+        ("structure", "does not have the structure of the parameters"),
+    ],
+)
+def test_a_mistake_on_one_rank_is_an_error_on_all(what: str, message: str, two: Ranks) -> None:
+    for outcome in two.outcomes(on_one_rank, what):
+        assert outcome.error is not None
+        assert message in outcome.error
+
+
+def far_apart(change: float) -> None:
+    wide = torch.nn.Linear(100, 80).double()
+    model_fn, params = hf.functional(wide)
+    if dist.get_rank() == 1:
+        params = params | {"weight": params["weight"].clone()}
+        params["weight"][-1, -1] *= 1 + change
+    loss = hf.supervised(model_fn, torch.nn.functional.mse_loss)
+    x, y = torch.ones(2, 100).double(), torch.ones(2, 80).double()
+    hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2))(params, [(x, y)])
+
+
+@pytest.mark.parametrize("change", [1.0, 1e-12])
+def test_one_entry_that_differs_is_seen(change: float, two: Ranks) -> None:
+    for outcome in two.outcomes(far_apart, change):
+        assert outcome.error is not None
+        assert "parameter 'weight' is not the same on all ranks" in outcome.error

@@ -220,3 +220,94 @@ def test_a_callback_that_raises_on_one_rank_is_an_error_on_all(two: Ranks) -> No
     assert second.error == "OSError: the disk is full"
     assert first.error is not None
     assert first.error.endswith("rank 1: OSError: the disk is full")
+
+
+def watched_by_the_first(name: str) -> int:
+    import torch.distributed as dist
+
+    like = problems.like()
+    seen: list[Any] = []
+    problems.ALGORITHMS[name](
+        problems.as_matvec(problems.symmetric(positive=True)),
+        like,
+        seed=0,
+        callback=seen.append if dist.get_rank() == 0 else None,
+        space=hf.sharded(like, problems.mesh(2)),
+    )
+    return len(seen)
+
+
+@pytest.mark.parametrize("name", ["power_iteration", "lanczos", "xtrace", "xdiag", "slq"])
+def test_a_callback_of_one_rank_alone(name: str, two: Ranks) -> None:
+    first, second = two.run(watched_by_the_first, name)
+    assert first > 0
+    assert second == 0
+
+
+def multiply_on_one() -> None:
+    import torch.distributed as dist
+
+    def matvec(block: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError("no such disk here")
+        return block
+
+    like = problems.like()
+    hf.lanczos(matvec, like, k=2, seed=0, space=hf.sharded(like, problems.mesh(2)))
+
+
+def test_a_matvec_that_raises_on_one_rank_is_an_error_on_all(two: Ranks) -> None:
+    first, second = two.outcomes(multiply_on_one)
+    assert second.error == "OSError: no such disk here"
+    assert first.error is not None
+    assert first.error.endswith("rank 1: OSError: no such disk here")
+
+
+def seeded_by_rank() -> None:
+    import torch.distributed as dist
+
+    like = problems.like()
+    space = hf.sharded(like, problems.mesh(2))
+    matvec = problems.as_matvec(problems.symmetric())
+    hf.hutchinson(matvec, like, seed=10 + dist.get_rank(), space=space)
+
+
+def test_another_seed_on_one_rank_is_an_error_on_all(two: Ranks) -> None:
+    for outcome in two.outcomes(seeded_by_rank):
+        assert outcome.error is not None
+        assert "the ranks disagree on seed=: rank 0 has 10, rank 1 has 11" in outcome.error
+
+
+def values_differ_by(ranks: int) -> float:
+    matvec, like = problems.as_matvec(problems.symmetric()), problems.like()
+    space = hf.sharded(like, problems.mesh(ranks))
+    errors = []
+    for name, run in problems.ALGORITHMS.items():
+        if "lanczos" in name or "power" in name:
+            wanted, found = run(matvec, like, seed=7), run(matvec, like, seed=7, space=space)
+            errors.append(difference(found.values, wanted.values))
+    return max(errors)
+
+
+def test_eigenvalues_are_those_of_one_process(four: Ranks) -> None:
+    assert max(four.run(values_differ_by, 4)) < 1e-10
+
+
+def in_little_memory(name: str) -> str:
+    from hessfunc import memory
+
+    like = problems.like()
+    space = hf.sharded(like, problems.mesh(2))
+    # Widths are 18 and 19, and as many vectors must fit on both.
+    plain, memory.available_memory = memory.available_memory, lambda device: 2 * 19 * 8 * 16 * 7
+    try:
+        run = problems.ALGORITHMS[name]
+        return str(run(problems.as_matvec(problems.symmetric()), like, seed=0, space=space).reason)
+    finally:
+        memory.available_memory = plain
+
+
+@pytest.mark.parametrize("name", ["xtrace", "xdiag", "slq", "lanczos"])
+def test_ranks_of_unlike_widths_choose_the_same_sizes(name: str, two: Ranks) -> None:
+    first, second = two.run(in_little_memory, name)
+    assert first == second
