@@ -212,12 +212,18 @@ def plan(
     Every rank holds the parameters whole, and makes Hessian products in reverse mode, one vector
     after another, through graphs that are made anew in each pass.
     """
-    given = _Given(context)
+
+    def given(option: str, otherwise: str = "assumed") -> str:
+        source = context.get_parameter_source(option)
+        return "given" if source is not None and source.name == "COMMANDLINE" else otherwise
+
     try:
         if dtype not in BYTES:
             raise ValueError(f"--dtype is {', '.join(BYTES)}, not {dtype!r}")
         shape = Transformer.usual(round(params), vocabulary)
-        network = shape.network(dtype, tokens=round(batch_tokens), context=sequence)
+        network = shape.network(
+            dtype, tokens=round(batch_tokens), context=min(sequence, round(batch_tokens))
+        )
         if recompute:
             network = network.computed_again()
         if graph_memory is not None:
@@ -290,17 +296,6 @@ def _above_zero(**rates: float) -> None:
     for name, rate in rates.items():
         if not rate > 0:
             raise ValueError(f"--{name.replace('_', '-')} is above 0, not {rate:g}")
-
-
-class _Given:
-    """Where the value of an option comes from."""
-
-    def __init__(self, context: typer.Context) -> None:
-        self.context = context
-
-    def __call__(self, option: str, otherwise: str = "assumed") -> str:
-        source = self.context.get_parameter_source(option)
-        return "given" if source is not None and source.name == "COMMANDLINE" else otherwise
 
 
 def _algorithm(
