@@ -322,6 +322,10 @@ class Space:
                 )
         return found
 
+    def stacked(self, vectors: Sequence[Sequence[Tensor]], /) -> list[Tensor]:
+        """The leaves of a block, from those of its vectors."""
+        return [torch.stack(found) for found in zip(*vectors, strict=True)]
+
     def ravel(self, block: Tree, /, *, dtype: torch.dtype | None = None) -> Tensor:
         """The rows ``(k, n)`` of a block: one copy."""
         return self.ravel_leaves(self.block_leaves(block), dtype=dtype)

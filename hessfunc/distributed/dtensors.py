@@ -149,6 +149,12 @@ class DTensorSpace(DividedSpace):
     def widest(self) -> int:
         return sum(layout.widest for layout in self.layouts)
 
+    def stacked(self, vectors: Sequence[Sequence[Tensor]], /) -> list[Tensor]:
+        return [
+            layout.tensor(torch.cat([layout.local(leaf[None]) for leaf in found]), 1)
+            for layout, found in zip(self.layouts, zip(*vectors, strict=True), strict=True)
+        ]
+
     def ravel_leaves(
         self, found: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
     ) -> Tensor:

@@ -89,7 +89,7 @@ def block_matvec(
     def products(tangents: Sequence[Tensor]) -> Iterable[Tensor]:
         k = len(tangents[0])
         if space.distributed:
-            return _in_chunks(product, tangents, 1)[0]
+            return space.stacked([product([t[i] for t in tangents]) for i in range(k)])
         if k == 1:
             return [out[None] for out in product([t[0] for t in tangents])]
         if chunks.size != "auto":

@@ -1,4 +1,4 @@
-"""The page on many processes runs, as one script on two of them."""
+"""The pages on many processes run, each as one script on two of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "many-ranks.md"
 
 
 @pytest.mark.slow
-def test_the_script_runs_on_two_ranks(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+@pytest.mark.parametrize(("page", "printed"), [("many-ranks.md", 1), ("sharded-parameters.md", 0)])
+def test_the_script_runs_on_two_ranks(page: str, printed: int, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     assert len(blocks) == 4
     script = tmp_path / "curvature.py"
     script.write_text("\n".join(blocks))
@@ -30,4 +30,4 @@ def test_the_script_runs_on_two_ranks(tmp_path: Path) -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tensor(") == 1
+    assert done.stdout.count("tensor(") == printed

@@ -85,6 +85,7 @@ _NO_FORWARD = re.compile(
     r"forward AD with (?:aten::)?(\w+)|(ZeroTensors are immutable)|support (saved tensor hooks)"
 )
 _MIXED = re.compile(r"(?:aten\.)?(\w+)\S* got mixed torch.Tensor and DTensor")
+_NO_MOVE = re.compile(r"redistribute from (\S+) to (\S+) not supported")
 
 
 @contextmanager
@@ -116,6 +117,12 @@ def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | No
             f"{_operation(found)} meets a plain tensor beside a DTensor: let the model make "
             "DTensors of its inputs and constants (`input_fn` of distribute_module, or "
             "torch.distributed.tensor.experimental.implicit_replication), or take `unsharded`"
+        )
+    if found := _NO_MOVE.search(text):
+        return NotImplementedError(
+            f"torch cannot move a DTensor from {found[1]} to {found[2]}, as a second derivative "
+            "needs here: place some parameters otherwise (Shard(0), or Replicate), or take "
+            "`unsharded` parameters, or `hvp(loss, mode='difference')`"
         )
     if "use_reentrant=True" in text:
         return NotImplementedError(
