@@ -89,7 +89,7 @@ def analyse(
     density = partial(hf.slq, matvec, params, probes=probes, steps=steps, **common)
     wanted = probes * steps
     yield part("density", kept("density", density), lambda running: running.matvecs / wanted)
-    if space is not None and space.along.rank:
+    if space is not None and space.ranks.rank:
         # The first rank alone looks at the loss, of which the others have no part.
         return
     for name, count in (("line", 1), ("plane", 2)):
