@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -161,8 +162,8 @@ class DTensorSpace(DividedSpace):
         rows = torch.empty(len(found[0]), self.width, dtype=dtype or self.dtype, device=self.device)
         parts = rows.split([len(run) for run in self.spans], dim=1)
         for part, leaf, layout in zip(parts, found, self.layouts, strict=True):
-            run = layout.run
-            part.copy_(layout.local(leaf).flatten(1)[:, run.start : run.stop])
+            shards = layout.local(leaf).reshape(len(leaf), math.prod(layout.extent))
+            part.copy_(shards[:, layout.run.start : layout.run.stop])
         return rows
 
     def unravel(self, rows: Tensor, /) -> Tree:

@@ -168,6 +168,19 @@ def test_copies_are_divided(two: Ranks) -> None:
     assert two.run(widths, "first axes") == [3 + 1 + 10 + 5, 3 + 0 + 10 + 5]
 
 
+def with_a_number() -> float:
+    mesh = problems.mesh(2)
+    whole = {"scale": torch.zeros(()), "weight": torch.zeros(3, 2)}
+    like = cut(whole, mesh, [[Replicate()], [Shard(0)]])
+    space, block = Space.of(like), hf.random_like(like, 2, kind="normal", seed=0)
+    assert torch.equal(space.ravel(block), space.probes([0, 1], kind="normal", seed=0))
+    return modules.error(block, hf.random_like(whole, 2, kind="normal", seed=0))
+
+
+def test_a_leaf_may_be_one_number(two: Ranks) -> None:
+    assert two.run(with_a_number) == [0.0, 0.0]
+
+
 def with_other_placements() -> float:
     mesh, cuts = on_mesh((2,), "first axes")
     like = cut(problems.like(), mesh, cuts)
