@@ -24,7 +24,7 @@ from bench.speed.models import batches_of, made
 from hessfunc.distributed.launched import launched
 
 RESULTS = Path(__file__).parent / "results" / "ranks.md"
-ROUNDS = 9
+ROUNDS = 5
 BATCHES = 8
 _STEPS = 20
 
@@ -118,7 +118,7 @@ def main() -> None:
     """Measure, and write the table."""
     torch.set_num_threads(1)
     with launched(torch.device("cpu")) as mesh:
-        resnet, gpt = made("resnet20", 256), made("gpt", 32)
+        resnet, gpt = made("resnet20", 128), made("gpt", 16)
         works = [
             products(resnet, "data", 4, BATCHES),
             products(resnet, "probe", 16, 2),

@@ -121,8 +121,8 @@ def space(n: int) -> Space:
     return Space.of(torch.zeros(n))
 
 
-def gives(free: int) -> Callable[[Space], int]:
-    return lambda _: free
+def gives(free: int) -> Callable[..., int]:
+    return lambda *_: free
 
 
 @pytest.mark.parametrize("vectors", [13.0, 30.0, 50.0, 200.0])
@@ -133,7 +133,7 @@ def test_a_basis_is_cut_as_lanczos_cuts_it(
     free = round(4000 * vectors)
     monkeypatch.setattr(lanczos, "available_to", gives(free))
     dtype = torch.bfloat16 if coarse else torch.float32
-    problem = lanczos._Problem(5, "LM", 2, 0.1, 0.0, 0, 1e-7, dtype)
+    problem = lanczos._Problem(5, "LM", 2, 0.1, 0.0, 0, 1e-7, dtype, space(1000).device)
     asked = Lanczos(k=5, block_size=2, basis_dtype="bfloat16" if coarse else None)
     setting = Setting(Network(1000, 1000))
     try:
@@ -153,7 +153,7 @@ def test_probes_are_grouped_as_slq_groups_them(
     monkeypatch.setattr(density, "available_to", gives(free))
     setting, asked = Setting(Network(1000, 1000)), Slq(probes=6, steps=10)
     try:
-        wanted = density._probes_that_fit(space(1000), 6, 10)
+        wanted = density._probes_that_fit(space(1000), 6, 10, space(1000).device)
     except MemoryError:
         with pytest.raises(MemoryError, match="slq would not begin"):
             asked.fitted(setting, free)
