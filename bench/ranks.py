@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def products(case: Case, axis: str, k: int, batches: int) -> Work:
     block = hf.random_like(params, k, seed=0)
     alone = hf.over_batches(curvature)(params, data)
     together = hf.over_batches(curvature, mesh=mesh)(params, data)
-    title = f"{case.title}: {batches} batches, block of {k}, divided by {axis}"
+    title = f"{_name(case)}: batches: {batches}, block of {k}, divided by {axis}"
     return Work(title, lambda: alone(block), lambda: together(block))
 
 
@@ -70,23 +71,44 @@ def density(case: Case, mesh: DeviceMesh) -> Work:
         return hf.slq(all_of_them, params, probes=2, steps=_STEPS, seed=0, space=space)
 
     return Work(
-        f"{case.title}: density, {_STEPS} steps x 2 probes, basis cut over ranks",
+        f"{_name(case)}: density, {_STEPS} steps x 2 probes, basis cut over ranks",
         lambda: hf.slq(one, params, probes=2, steps=_STEPS, seed=0),
         together,
     )
 
 
-def efficiencies(work: Work) -> list[float]:
-    """``T_1 / (R T_R)`` of each round, on the first rank."""
-    found = []
+def _name(case: Case) -> str:
+    return f"{case.title.rpartition(',')[0]}, {len(case.inputs)} examples"
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Of each round, on the first rank.
+
+    Attributes:
+        shared: ``T_1 / (R T_R)``, the work divided among R ranks.
+        apart: ``T_1 / T'_R``, where each of R ranks does all of the work for itself: what one
+            process loses where others run beside it.
+    """
+
+    shared: list[float]
+    apart: list[float]
+
+
+def efficiency(work: Work) -> Efficiency:
+    """Rounds of one process, of all side by side, and of all together."""
+    found = Efficiency([], [])
     for turn in range(ROUNDS + 1):
         alone = _seconds(work.alone) if dist.get_rank() == 0 else 0.0
         dist.barrier()
+        apart = _seconds(work.alone)
+        dist.barrier()
         together = _seconds(work.together)
         dist.barrier()
-        # The first round has warmed up both.
+        # The first round has warmed up all.
         if turn:
-            found.append(alone / (dist.get_world_size() * together))
+            found.shared.append(alone / (dist.get_world_size() * together))
+            found.apart.append(alone / apart)
     return found
 
 
@@ -96,41 +118,55 @@ def _seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def markdown(rows: Sequence[tuple[str, list[float]]]) -> str:
+def markdown(rows: Sequence[tuple[str, Efficiency]]) -> str:
     """The page of these efficiencies."""
     facts = ", ".join(f"{name}: {value}" for name, value in about([]).items())
-    head = ["work", f"efficiency of {dist.get_world_size()} ranks", "quartiles", "rounds"]
+    ranks = dist.get_world_size()
+    head = ["work", f"efficiency of {ranks} ranks", f"{ranks} processes side by side", "of these"]
     body = [
-        [title, f"{statistics.median(found):.2f}", f"{low:.2f}-{high:.2f}", str(len(found))]
+        [
+            title,
+            _spread(found.shared),
+            _spread(found.apart),
+            f"{statistics.median(map(truediv, found.shared, found.apart)):.2f}",
+        ]
         for title, found in rows
-        for low, _, high in [statistics.quantiles(found, n=4, method="inclusive")]
     ]
     return (
         f"# How well ranks share work\n\n{facts}\n\n"
-        "The time of one process over R times that of R processes, for the same work (strong "
-        "scaling); one thread each, by gloo on one machine. One process leaves the other core "
-        "free: what the cores share, memory and clock, counts against R processes.\n\n"
+        "**Efficiency**: the time of one process over R times that of R processes, for the same "
+        "work (strong scaling), one thread each, by gloo on one machine. One process leaves the "
+        "other core free. **Side by side**: the time of a process that is alone over that of the "
+        "same process while R - 1 others do the same, each for itself, without a word: what cores "
+        "take from each other, memory and clock. **Of these**: the first over the second, what "
+        f"sharing itself costs. Medians of {ROUNDS} rounds, with quartiles.\n\n"
         f"{table([head, *body])}\n"
     )
+
+
+def _spread(found: Sequence[float]) -> str:
+    low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+    return f"{median:.2f} ({low:.2f}-{high:.2f})"
 
 
 def main() -> None:
     """Measure, and write the table."""
     torch.set_num_threads(1)
     with launched(torch.device("cpu")) as mesh:
-        resnet, gpt = made("resnet20", 128), made("gpt", 16)
         works = [
-            products(resnet, "data", 4, BATCHES),
-            products(resnet, "probe", 16, 2),
-            products(gpt, "data", 4, BATCHES),
-            products(gpt, "probe", 16, 2),
-            density(gpt, mesh),
+            products(made("resnet20", 64), "data", 2, 4),
+            products(made("resnet20", 64), "probe", 8, 1),
+            products(made("gpt", 16), "data", 4, BATCHES),
+            products(made("gpt", 16), "probe", 16, 2),
+            density(made("gpt", 16), mesh),
         ]
         rows = []
         for work in works:
-            rows.append((work.title, efficiencies(work)))
+            rows.append((work.title, efficiency(work)))
             if dist.get_rank() == 0:
-                print(f"{work.title}: {statistics.median(rows[-1][1]):.3f}", flush=True)
+                print(
+                    work.title, _spread(rows[-1][1].shared), _spread(rows[-1][1].apart), flush=True
+                )
         if dist.get_rank() == 0:
             RESULTS.write_text(markdown(rows))
             print(RESULTS)
