@@ -23,7 +23,10 @@ def available_memory(device: torch.device, /) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     limit, used = _control_group("memory.max"), _control_group("memory.current")
     free = _of_machine()
-    return free if limit is None or used is None else max(0, min(free, limit - used))
+    if limit is not None and used is not None:
+        free = max(0, min(free, limit - used))
+    # torchrun says how many processes share the machine.
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def available_to(space: Space, device: torch.device | None = None, /) -> int:

@@ -383,15 +383,16 @@ class Space:
         for entries that are all alike, whose roundings add up (1e-6). Runs of 2^14 are twice as
         fast and off by up to 20 times as much.
         """
-        return self.summed(self._gram(rows, others, run))
+        return self.summed(self.gram_here(rows, others, run=run))
 
-    def _gram(self, rows: Tensor, others: Tensor, run: int) -> Tensor:
+    def gram_here(self, rows: Tensor, others: Tensor, /, *, run: int) -> Tensor:
+        """The part of `gram` of the entries that are held here."""
         wide = wide_dtype(rows.device)
         if rows.dtype == wide:
             return rows @ others.to(wide).mT
         if len(rows) > len(others):
             # The kernels are twice as fast with the few on the left.
-            return self._gram(others, rows, run).mT
+            return self.gram_here(others, rows, run=run).mT
         if len(rows) * len(others) <= _FEW_PRODUCTS:
             return self._wide_gram(rows, others)
         whole = rows.shape[1] // run * run

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from hessfunc.memory import available_memory
 from tests.peaks import (
     LOGITS_BYTES,
     deep_model,
@@ -38,3 +40,10 @@ def test_a_large_vocabulary_costs_no_more_than_three_logits() -> None:
 def test_recomputation_saves_most_of_the_graph() -> None:
     kept, again, nothing = peak(deep_model), peak(recomputed), peak(no_examples_to_speak_of)
     assert again - nothing < 0.4 * (kept - nothing)
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    alone = available_memory(cpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert 0 < available_memory(cpu) < 0.3 * alone

@@ -172,20 +172,17 @@ def orthonormal(
 
 def _coefficients(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
     parts = _by_columns(space, rows, basis)
-    found = [space.gram(columns, part, run=_RUN) for columns, part in parts]
-    return torch.stack(found).sum(0)
+    found = [space.gram_here(columns, part, run=_RUN) for columns, part in parts]
+    return space.summed(torch.stack(found).sum(0))
 
 
 def _by_columns(space: Space, rows: Tensor, basis: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Corresponding columns of the rows and of the basis, in the rows' dtype.
-
-    As many on each rank, though one may hold fewer columns.
-    """
+    """Corresponding columns of the rows and of the basis, in the rows' dtype."""
     if basis.dtype == rows.dtype:
         yield rows, basis
         return
     width = _PIECE // max(len(basis), 1) + 1
-    for begin in range(0, space.widest, width):
+    for begin in range(0, max(space.width, 1), width):
         columns = slice(begin, begin + width)
         yield rows[:, columns], basis[:, columns].to(rows.dtype)
 

@@ -91,6 +91,8 @@ class Ranks:
     def gathered(self, part: Tensor, lengths: Sequence[int], /) -> list[Tensor]:
         """The parts of all ranks, which differ in the length of their first axis."""
         longest, rest = max(lengths), part.shape[1:]
+        if not longest:
+            return [part] * self.size
         mine = part.contiguous()
         if len(part) < longest:
             mine = part.new_zeros(longest, *rest)

@@ -132,7 +132,7 @@ class Lanczos:
             yield Moment("what the search has found", setting.parameters | found | joined)
 
     def work(self, setting: Setting, /) -> Work:
-        b, (stored, entry) = self.block_size, self._entries(setting)
+        b, (stored, _) = self.block_size, self._entries(setting)
         blocks = -(-self.steps // b)
         size, read = 0, 0
         for _ in range(blocks):
@@ -143,17 +143,14 @@ class Lanczos:
             size += b
             # Two projections, each of which reads the basis twice.
             read += 4 * size
-        pieces = 1
-        if stored < entry:
-            pieces = -(-setting.width // (_CONVERTED // self.vectors + 1))
         mean = read / (4 * blocks)
         return Work(
             steps=blocks,
             block=b,
             checks=1 + self.k + self.searches,
             traffic=read * stored * setting.width,
-            sums=2 * pieces * b * mean + b * b + 1,
-            exchanges=2 * pieces + 2,
+            sums=2 * b * mean + b * b + 1,
+            exchanges=4,
         )
 
     def fitted(self, setting: Setting, free: int, /) -> Lanczos:
