@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -311,3 +312,26 @@ def in_little_memory(name: str) -> str:
 def test_ranks_of_unlike_widths_choose_the_same_sizes(name: str, two: Ranks) -> None:
     first, second = two.run(in_little_memory, name)
     assert first == second
+
+
+def with_draws_differs_by(name: str, ranks: int) -> float:
+    loss, params = problems.model_and_loss()
+    batches = problems.batches()
+    space = hf.sharded(params, problems.mesh(ranks))
+    draws = hf.draws(hf.hvp(loss), seed=3)(params, batches)
+    if name == "sampled_trace":
+        run = partial(hf.sampled_trace, draws, params, probes=2, max_matvecs=40, seed=5)
+        return difference(run(space=space), run())
+    matvec = hf.over_batches(hf.hvp(loss))(params, batches)
+    run = partial(
+        hf.stochastic_power_iteration, matvec, draws, params, rtol=1e-8, max_matvecs=400, seed=5
+    )
+    return difference(run(space=space).values, run().values)
+
+
+@pytest.mark.parametrize("name", ["sampled_trace", "stochastic_power_iteration"])
+def test_random_batches_find_what_they_find_on_one_process(
+    name: str, two: Ranks, four: Ranks
+) -> None:
+    assert max(two.run(with_draws_differs_by, name, 2)) < 1e-10
+    assert max(four.run(with_draws_differs_by, name, 4)) < 1e-10
