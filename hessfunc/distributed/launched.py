@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["launched", "local_device"]
+
+# Seconds.
+_TO_END = 0.5
 
 
 @contextmanager
@@ -40,6 +44,8 @@ def launched(device: torch.device, /, *, timeout: float = 600.0) -> Iterator[Dev
         yield init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
     finally:
         dist.destroy_process_group()
+        # gloo's threads end a moment later, and an interpreter that ends before them aborts.
+        time.sleep(_TO_END)
 
 
 def local_device(device: torch.device, /) -> torch.device:

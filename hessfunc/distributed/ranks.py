@@ -11,14 +11,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+    GroupName,
+    _resolve_process_group,
+    _world,
+)
 
 __all__ = ["ALIKE", "Ranks", "attempted", "by_rank"]
 
@@ -35,12 +40,12 @@ class Ranks:
     """Processes that take part in the same collectives.
 
     Attributes:
-        group: of torch.distributed.
+        name: of their group, which is not held: it may be destroyed while this lives.
         size: how many there are.
         rank: which one this is.
     """
 
-    group: dist.ProcessGroup
+    name: str
     size: int
     rank: int
 
@@ -61,12 +66,16 @@ class Ranks:
         if axis is not None and axis not in (mesh.mesh_dim_names or ()):
             raise ValueError(f"the mesh has no axis {axis!r}: its axes are {mesh.mesh_dim_names}")
         if axis is None and mesh.ndim > 1:
-            return cls._of(_group_of_all(mesh, dist.group.WORLD))
+            return cls._of(_group_of_all(mesh))
         return cls._of(mesh.get_group(axis))
 
     @classmethod
     def _of(cls, group: dist.ProcessGroup) -> Ranks:
-        return cls(group, dist.get_world_size(group), dist.get_rank(group))
+        return cls(group.group_name, dist.get_world_size(group), dist.get_rank(group))
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return _resolve_process_group(GroupName(self.name))
 
     def parts(self, count: int, /) -> list[range]:
         """The numbers below ``count`` in runs, one a rank, as even as may be."""
@@ -179,19 +188,20 @@ def attempted(act: Callable[[], Made], /) -> tuple[Sequence[Made], Exception | N
         return (), failure
 
 
-@lru_cache(maxsize=16)
-def _group_of_all(mesh: DeviceMesh, world: object) -> dist.ProcessGroup:
-    """The group of all ranks of a mesh, made once: making one is a collective of its own.
+# The names of groups of all ranks of a mesh.
+_of_all: WeakKeyDictionary[DeviceMesh, str] = WeakKeyDictionary()
 
-    Args:
-        mesh: of the ranks.
-        world: the default group; with another one all groups are made anew.
-    """
-    ranks = mesh.mesh.flatten().tolist()
-    # Ranks outside of the mesh do not come here, and are not waited for.
-    group = dist.new_group(ranks, use_local_synchronization=True)
-    assert group is not None
-    return group
+
+def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh, made once: making one is a collective of its own."""
+    name = _of_all.get(mesh)
+    if name is None or name not in _world.pg_names.values():
+        # Ranks outside of the mesh do not come here, and are not waited for.
+        ranks = mesh.mesh.flatten().tolist()
+        group = dist.new_group(ranks, use_local_synchronization=True)
+        assert group is not None
+        _of_all[mesh] = name = group.group_name
+    return _resolve_process_group(GroupName(name))
 
 
 @contextmanager

@@ -64,7 +64,12 @@ class Ranks:
         for connection in self.connections:
             connection.close()
         for process in self.processes:
-            process.wait(SECONDS)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                # Of those that wait for one that has died.
+                process.kill()
+                process.wait()
         self.folder.cleanup()
 
 

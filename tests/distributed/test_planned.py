@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", WIDTHS[:2])
 @pytest.mark.parametrize("algorithm", ["lanczos", "slq"])
 def test_the_plan_is_within_15_percent(algorithm: str, width: int, ranks: int) -> None:
     found = compared(width, ranks, algorithm)
