@@ -166,9 +166,9 @@ def _says_stop(space: Space, callback: Callback[Found] | None, found: Found) -> 
     return space.least(space.on_all(goes_on)) == 0
 
 
-def drawn(seed: int | None) -> int:
-    """The seed, or a fresh one, which the result records."""
-    return secrets.randbits(63) if seed is None else seed
+def drawn(space: Space, seed: int | None) -> int:
+    """The seed, or a fresh one, the same on all ranks, which the result records."""
+    return space.least(secrets.randbits(63)) if seed is None else seed
 
 
 def of_starts(seed: int) -> int:

@@ -180,8 +180,8 @@ _SAME = (
 def _sampled(block: Sequence[Tensor]) -> list[float]:
     """A number of some entries of a block that another block would not have, and their size."""
     wide = wide_dtype(block[0].device)
-    shards = [leaf.to_local() if isinstance(leaf, DTensor) else leaf for leaf in block]
-    parts = [leaf.detach()[..., None].flatten(1)[:, :_COMPARED].flatten() for leaf in shards]
+    found = [_local(leaf)[..., None].flatten(1) for leaf in block]
+    parts = [leaf[:, :_COMPARED].flatten() for leaf in found]
     entries = torch.cat([part.to(wide) for part in parts])
     place = torch.arange(1, len(entries) + 1, dtype=wide, device=entries.device)
     number = (entries * torch.cos(1.618 * place)).sum()
@@ -191,10 +191,15 @@ def _sampled(block: Sequence[Tensor]) -> list[float]:
 
 def _bits(leaf: Tensor) -> int:
     """A number of 24 bits that any change of a leaf changes, but for one in millions."""
-    leaf = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+    leaf = _local(leaf)
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[leaf.itemsize]
     total = torch.zeros((), dtype=torch.int64, device=leaf.device)
-    for i, part in enumerate(leaf.detach().contiguous().flatten().view(whole).split(_PIECE)):
+    for i, part in enumerate(leaf.contiguous().flatten().view(whole).split(_PIECE)):
         place = torch.arange(i * _PIECE, i * _PIECE + len(part), device=leaf.device)
         total += (part.long() * (2 * place + 1)).sum()
     return mixed(int(total)) >> 40
+
+
+def _local(leaf: Tensor) -> Tensor:
+    """What this rank holds of a leaf."""
+    return (leaf.to_local() if isinstance(leaf, DTensor) else leaf).detach()

@@ -70,7 +70,7 @@ class Checkpoint:
         if space.ranks is not None:
             _refuse_unlike_seeds(space, seed)
         if path is None:
-            return cls(None, fingerprint, products, _drawn(space, seed))
+            return cls(None, fingerprint, products, drawn(space, seed))
         directory = Path(path)
         segments = Segments(directory, space)
         stamp = manifests.stamp(directory)
@@ -81,7 +81,7 @@ class Checkpoint:
             space.ranks.agree(same, space.device)
         manifest = manifests.read(directory)
         if manifest is None:
-            return cls(segments, fingerprint, products, _drawn(space, seed))
+            return cls(segments, fingerprint, products, drawn(space, seed))
         space.on_all(lambda: _refuse_another_run(directory, manifest, fingerprint, seed))
         return cls(segments, fingerprint, products, manifest["seed"], manifest, stamp)
 
@@ -198,11 +198,6 @@ def _of_another_process(directory: Path) -> ValueError:
         "processes that run the same algorithm side by side need a directory each, or one space "
         "of vectors that are cut over them: `space=sharded(params, mesh)`"
     )
-
-
-def _drawn(space: Space, seed: int | None) -> int:
-    """The seed, or a fresh one, the same on all ranks."""
-    return seed if seed is not None else space.least(drawn(None))
 
 
 def _refuse_unlike_seeds(space: Space, seed: int | None) -> None:
