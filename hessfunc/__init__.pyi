@@ -33,6 +33,7 @@ from hessfunc.functional import functional as functional
 from hessfunc.functional import hold as hold
 from hessfunc.functional import sliced as sliced
 from hessfunc.functional import supervised as supervised
+from hessfunc.gauss_newton_diagonal import ggn_diagonal as ggn_diagonal
 from hessfunc.hbp import Block as Block
 from hessfunc.hbp import Blocks as Blocks
 from hessfunc.hbp import ekfac as ekfac
@@ -40,6 +41,7 @@ from hessfunc.hbp import hbp as hbp
 from hessfunc.hbp import kfac as kfac
 from hessfunc.hbp import kflr as kflr
 from hessfunc.hbp import kfra as kfra
+from hessfunc.hessian_trace import hessian_trace as hessian_trace
 from hessfunc.landscape import Landscape as Landscape
 from hessfunc.landscape import landscape as landscape
 from hessfunc.recompute import recomputed as recomputed
@@ -81,6 +83,7 @@ from hessfunc.transforms.compiled import compiled as compiled
 from hessfunc.transforms.criteria import with_output_hessian as with_output_hessian
 from hessfunc.transforms.draws import Draws as Draws
 from hessfunc.transforms.draws import draws as draws
+from hessfunc.transforms.functional_hessian import functional_hvp as functional_hvp
 from hessfunc.transforms.gauss_newton import efvp as efvp
 from hessfunc.transforms.gauss_newton import fvp as fvp
 from hessfunc.transforms.gauss_newton import ggnvp as ggnvp

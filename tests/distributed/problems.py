@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import hessfunc as hf
 
 SIZES = (5, 3, 4, 1, 6, 2, 5)
-CURVATURES = ["hvp", "hvp forward", "ggnvp", "fvp", "sampled fvp", "efvp", "pchvp"]
+CURVATURES = ["hvp", "hvp forward", "ggnvp", "fvp", "sampled fvp", "efvp", "pchvp", "functional"]
 
 
 def mesh(*shape: int, names: tuple[str, ...] = ("data", "probe")) -> DeviceMesh:
@@ -53,6 +53,7 @@ def curvature(name: str) -> Any:
         "sampled fvp": lambda: hf.fvp(loss, samples=2, seed=3),
         "efvp": lambda: hf.efvp(loss),
         "pchvp": lambda: hf.pchvp(loss),
+        "functional": lambda: hf.functional_hvp(loss),
     }
     return made[name]()
 

@@ -12,6 +12,7 @@ from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.results import Eigenpairs, Estimate, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
+from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, ProbeKind, Space, Tree
 
 __all__ = ["hutchinson"]
@@ -26,6 +27,7 @@ def hutchinson(
     max_matvecs: int = 100,
     kind: ProbeKind = "signs",
     deflate: Eigenpairs | None = None,
+    known: Tree | None = None,
     block_size: int = 10,
     seed: int | None = None,
     space: Space | None = None,
@@ -41,7 +43,11 @@ def hutchinson(
     and 2 n / (n + 2) (|A|_F^2 - tr(A)^2 / n) for the sphere, for a symmetric A. Eigenpairs
     that are at hand need not be sampled:
 
-        tr A = sum_i value_i + E[u'Au],  u = (I - VV') w.
+        tr A = sum_i value_i + E[u'Au],  u = (I - VV') w,
+
+    and neither need a part of the matrix whose diagonal is known, if ``matvec`` leaves it out:
+
+        tr (A + K) = tr K + E[w'Aw].
 
     Args:
         matvec: block -> block.
@@ -52,6 +58,7 @@ def hutchinson(
         kind: ``"signs"``, ``"normal"`` or ``"sphere"``.
         deflate: eigenpairs of A, from `lanczos`. Their vectors must be orthonormal; they need not
             have converged.
+        known: the diagonal of K, as a tree like one vector; the estimate is then of tr (A + K).
         block_size: how many probes are multiplied at once.
         seed: of the probes.
         space: in which every rank holds a part of each vector, made by `sharded`; by default
@@ -61,7 +68,7 @@ def hutchinson(
 
     Returns:
         `Estimate`, with the part of each leaf in ``by_leaf`` (those of eigenpairs up to their
-        residuals), and ``squared_frobenius`` from the same products.
+        residuals), and ``squared_frobenius`` from the same products, where no part is known.
 
     Raises:
         ValueError: an option is out of range; the eigenpairs are of other parameters.
@@ -86,28 +93,32 @@ def hutchinson(
         deflate=None if deflate is None else (deflate.values, space.rows(deflate.vectors)),
     )
     seed = store.seed
-    known = _known(space, deflate)
+    outside = 0.0 if known is None else _sums(space, known)
+    pairs = _spanned(space, deflate)
 
     def step(state: _State, room: int) -> _State:
         first = len(state.parts)
         indices = range(first, first + min(room, block_size))
         probes = space.probes(indices, kind=kind, seed=seed, dtype=rows_dtype(space))
-        probes = known.complement(space, probes, on_sphere=kind == "sphere")
+        probes = pairs.complement(space, probes, on_sphere=kind == "sphere")
         images = products(probes)
         parts = space.by_leaf(probes, images).cpu().double()
         squares = space.norms(images).cpu().double().square()
         return _State(torch.cat([state.parts, parts]), torch.cat([state.squares, squares]))
 
     def found(state: _State, reason: str) -> Estimate:
-        samples = known.parts.sum() + state.parts.sum(1)
-        parts = known.parts + state.parts.mean(0)
+        exact = pairs.parts + outside
+        samples = exact.sum() + state.parts.sum(1)
+        parts = exact + state.parts.mean(0)
         return Estimate(
             value=float(samples.mean()),
             stderr=standard_error(samples),
             degrees=len(samples) - 1,
             samples=samples,
             by_leaf=dict(zip(space.names, parts.tolist(), strict=True)),
-            squared_frobenius=squared_frobenius(known.squares + state.squares, products, seed),
+            squared_frobenius=None
+            if known is not None
+            else squared_frobenius(pairs.squares + state.squares, products, seed),
             **products.cost(reason, seed),
         )
 
@@ -139,7 +150,7 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Spanned:
     """What eigenpairs tell: orthonormal rows, the trace of each leaf and ``|AV|_F^2``."""
 
     basis: Tensor
@@ -159,15 +170,21 @@ class _Known:
         return outer
 
 
-def _known(space: Space, pairs: Eigenpairs | None) -> _Known:
+def _sums(space: Space, vector: Tree) -> Tensor:
+    """Of the entries of each leaf."""
+    wide = wide_dtype(space.device)
+    return torch.stack([leaf.sum(dtype=wide).cpu().double() for leaf in space.tree_leaves(vector)])
+
+
+def _spanned(space: Space, pairs: Eigenpairs | None) -> _Spanned:
     if pairs is None:
         none = space.zeros(0, rows_dtype(space))
-        return _Known(none, torch.zeros(len(space.names), dtype=torch.float64, device="cpu"), 0.0)
+        return _Spanned(none, torch.zeros(len(space.names), dtype=torch.float64, device="cpu"), 0.0)
     basis = space.rows(pairs.vectors, dtype=rows_dtype(space))
     if len(basis) >= space.n:
         raise ValueError("all eigenpairs are at hand: the trace is the sum of their values")
     values = pairs.values.cpu().double()
-    return _Known(
+    return _Spanned(
         basis,
         (values[:, None] * space.by_leaf(basis, basis).cpu().double()).sum(0),
         float(values.square().sum() + pairs.residuals.square().sum()),

@@ -152,3 +152,28 @@ def test_the_seed_of_the_eigenpairs_may_be_that_of_the_probes() -> None:
         low, high = found.interval()
         covered += low <= float(spectrum.sum()) <= high
     assert covered / 200 > 0.92
+
+
+def test_a_known_part_is_added_exactly() -> None:
+    known = {
+        "a": torch.linspace(0, 1, 30, dtype=torch.float64).view(3, 10),
+        "b": torch.full((50,), 2.0).double(),
+    }
+    alone = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=40, seed=0)
+    found = hf.hutchinson(hf.dense(MATRIX), LIKE, known=known, max_matvecs=40, seed=0)
+    assert found.value == pytest.approx(alone.value + 15 + 100, rel=1e-12)
+    assert found.stderr == pytest.approx(alone.stderr, rel=1e-9)
+    assert found.by_leaf["a"] == pytest.approx(alone.by_leaf["a"] + 15, rel=1e-12)
+    assert found.squared_frobenius is None
+
+
+def test_a_tolerance_is_of_the_whole() -> None:
+    known = {"a": torch.full((3, 10), 1e3).double(), "b": torch.zeros(50).double()}
+    found = hf.hutchinson(hf.dense(MATRIX), LIKE, known=known, rtol=1e-2, max_matvecs=1000, seed=0)
+    assert "converged" in found.reason
+    assert found.matvecs == 20
+
+
+def test_a_known_part_of_other_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="a"):
+        hf.hutchinson(hf.dense(MATRIX), LIKE, known={"a": torch.zeros(3, 9), "b": torch.zeros(50)})

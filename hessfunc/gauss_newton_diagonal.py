@@ -1,0 +1,233 @@
+"""The diagonal of a Gauss-Newton matrix, exactly, from the Jacobian of each example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from hessfunc.functional import Loss
+from hessfunc.hbp.outputs import each_hessian
+from hessfunc.precision import wide_dtype
+from hessfunc.transforms.batches import examples, microbatches, over_batches
+from hessfunc.transforms.blocks import Curvature
+from hessfunc.transforms.gauss_newton import (
+    checked_outputs,
+    hessian_of_outputs,
+    refuse_without_halves,
+)
+from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.transforms.share import Loader
+from hessfunc.trees import Matvec, Space, Tree, flatten, tree_map
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["ggn_diagonal"]
+
+_Build: TypeAlias = Callable[[Sequence[Tensor]], Any]
+
+# Squares of a few gradients of a few examples at once: more leave the cache.
+_BYTES_AT_ONCE = 64 * 2**20
+
+
+def ggn_diagonal(
+    loss: Loss,
+    params: Tree,
+    batches: Iterable[Any],
+    /,
+    *,
+    weight: Callable[[Any], float] = examples,
+    mesh: DeviceMesh | None = None,
+    loader: Loader = "whole",
+    chunk_size: int | None = None,
+) -> Tree:
+    """The diagonal of the generalised Gauss-Newton matrix, without any sampling.
+
+        diag G = sum_b sum_c s_bc (J_b' u_bc)^2,  H_b = sum_c s_bc u_bc u_bc'
+
+    with J_b the Jacobian of the outputs of example b, H_b its block of the Hessian of the
+    criterion, and s_bc, u_bc the eigenpairs of that. Its sum is the trace of G. For a criterion
+    that is the negative logarithm of a likelihood (cross-entropy, BCE-with-logits) it is also the
+    diagonal of the Fisher matrix.
+
+    Args:
+        loss: with its two halves, as made by `supervised` or `composed`. Examples lie along the
+            first axis of inputs and outputs, and do not see each other.
+        params: at which the diagonal is taken.
+        batches: of which the weighted mean is taken, as in `over_batches`.
+        weight, mesh, loader: as in `over_batches`.
+        chunk_size: how many examples go through one pass by vmap; 1 is a loop without vmap. By
+            default as many as have their gradients in 64 MiB.
+
+    Returns:
+        A tree of the shapes of params.
+
+    Raises:
+        TypeError: the loss does not show its halves; batches can be read only once.
+        ValueError: examples see each other, as in batch norm in train mode; they cannot be told
+            apart; there are no batches.
+        RuntimeError: the model does not go through vmap, as an LSTM; ``chunk_size=1`` does not
+            take it.
+
+    Cost: for C outputs an example C - 1 backward passes (cross-entropy) or C; with 10 classes some
+    9 gradients on a convolutional net. For many outputs (words of a language model) take
+    ``hutchinson_diagonal(ggnvp(loss)(params, batch), params)``.
+
+    Source: Schraudolph 2002; as in Dangel, Kunstner and Hennig 2020, BackPACK, arXiv 1912.10985.
+    """
+    refuse_without_halves(loss)
+    ones = tree_map(lambda leaf: torch.ones_like(leaf)[None], params)
+    matvec = over_batches(_of_batch(loss, chunk_size), weight=weight, mesh=mesh, loader=loader)
+    return tree_map(lambda leaf: leaf[0], matvec(params, batches)(ones))
+
+
+def _of_batch(loss: Loss, chunk_size: int | None) -> Curvature:
+    """The diagonal matrix of one batch."""
+
+    def curvature(params: Tree, batch: Any) -> Matvec:
+        space = Space.of(params)
+        if space.distributed:
+            raise NotImplementedError(
+                "the exact diagonal takes whole parameters, and these are DTensors: gather them "
+                "by `unsharded`, or take `hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
+            )
+        point = tuple(leaf.detach() for leaf in space.tree_leaves(params))
+        with explained(space, batch), differentiable_twice(space.device):
+            diagonal = space.tree(_diagonal(loss, space, point, batch, chunk_size))
+        return lambda block: tree_map(torch.mul, block, diagonal)
+
+    return curvature
+
+
+def _diagonal(
+    loss: Loss, space: Space, point: tuple[Tensor, ...], batch: Any, chunk_size: int | None
+) -> list[Tensor]:
+    outputs = _outputs(loss, space, point, batch)
+    values, vectors = _eigenpairs(loss, outputs, batch)
+    at_once = max(1, _BYTES_AT_ONCE // sum(leaf.numel() * leaf.element_size() for leaf in point))
+    size = chunk_size or max(1, at_once // max(1, values.shape[1]))
+    total = [torch.zeros_like(leaf) for leaf in point]
+    for piece, together, value, vector in zip(
+        microbatches(batch, size),
+        outputs.split(size),
+        values.split(size),
+        vectors.split(size),
+        strict=True,
+    ):
+        rows, build = _examples(piece)
+        each = partial(_of_example, loss, space, point, build, at_once, chunk_size != 1)
+        if chunk_size == 1:
+            alone, squares = each(value[0], vector[0], *(row[0] for row in rows))
+        else:
+            alone, every = _over_examples(each, value, vector, *rows)
+            squares = [found.sum(0) for found in every]
+        _refuse_unless_apart(alone.view_as(together), together)
+        for sums, found in zip(total, squares, strict=True):
+            sums += found
+    return total
+
+
+def _of_example(
+    loss: Loss,
+    space: Space,
+    point: Sequence[Tensor],
+    build: _Build,
+    at_once: int,
+    mapped: bool,
+    values: Tensor,
+    vectors: Tensor,
+    *rows: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """The outputs of one example, and ``sum_c s_c (J'u_c)^2`` leaf by leaf."""
+
+    def model(*leaves: Tensor) -> Tensor:
+        return loss.outputs(space.tree(leaves), build(rows))[0]
+
+    outputs, pull, *_ = vjp(model, *point)
+    pulled = vmap(pull) if mapped else _stacked(pull)
+    total = [torch.zeros_like(leaf) for leaf in point]
+    for value, vector in zip(values.split(at_once), vectors.split(at_once), strict=True):
+        gradients = pulled(vector.reshape(-1, *outputs.shape))
+        total = [
+            sums + torch.einsum("c,c...->...", value, gradient.square())
+            for sums, gradient in zip(total, gradients, strict=True)
+        ]
+    return outputs, total
+
+
+def _over_examples(each: Callable[..., Any], *rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+    try:
+        return vmap(each, randomness="different")(*rows)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the examples of this model do not go through vmap ({str(error).splitlines()[0]}): "
+            "call model.eval() if a layer sees the whole batch, as batch norm in train mode does; "
+            "otherwise take chunk_size=1, which is a loop"
+        ) from error
+
+
+def _stacked(
+    pull: Callable[[Tensor], tuple[Tensor, ...]],
+) -> Callable[[Tensor], list[Tensor]]:
+    """As ``vmap(pull)``, by a loop."""
+    return lambda rows: [torch.stack(found) for found in zip(*map(pull, rows), strict=True)]
+
+
+def _outputs(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> Tensor:
+    inputs = [leaf.detach().requires_grad_() for leaf in point]
+    outputs = checked_outputs(loss, space, inputs, batch)
+    if not isinstance(outputs, Tensor) or not outputs.dim():
+        raise TypeError(
+            "the exact diagonal takes a model whose outputs are one tensor, with a row for each "
+            f"example, and these are {type(outputs).__name__}: make them one in `composed`"
+        )
+    _, product = hessian_of_outputs(loss, outputs, batch)
+    first = torch.zeros_like(outputs)
+    first[0] = torch.arange(1.0, outputs[0].numel() + 1).cos().to(first).view_as(first[0])
+    (image,) = product([first])
+    if bool((image[1:].abs() > 1e-4 * image.abs().amax()).any()):
+        raise ValueError(
+            "the criterion's second derivatives couple examples, and the exact diagonal takes "
+            "one that is a sum over examples: take "
+            "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
+        )
+    return outputs.detach()
+
+
+def _eigenpairs(loss: Loss, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    """Of each example's block: values ``(B, r)`` and vectors ``(B, r, C)``, without the kernel."""
+    blocks = each_hessian(loss.criterion, outputs, batch)
+    values, vectors = torch.linalg.eigh(blocks.to(wide_dtype(blocks.device)))
+    largest = values.abs().amax(0)
+    counts = largest > len(largest) * torch.finfo(blocks.dtype).eps * largest.max()
+    # One at the least: no map over none.
+    counts[-1] = True
+    return values[:, counts].to(blocks.dtype), vectors.mT[:, counts].to(blocks.dtype)
+
+
+def _examples(batch: Any) -> tuple[list[Tensor], _Build]:
+    """The tensors with a row for each example, and the batch of one example by its rows."""
+    found, structure = flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+    cut = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+
+    def build(rows: Sequence[Tensor]) -> Any:
+        inner = list(found)
+        for i, row in zip(cut, rows, strict=True):
+            inner[i] = row[None]
+        return structure.unflatten(inner)
+
+    return [found[i] for i in cut], build
+
+
+def _refuse_unless_apart(alone: Tensor, together: Tensor) -> None:
+    limit = torch.finfo(alone.dtype).eps ** 0.5 * together.abs().amax()
+    if not bool((alone - together).abs().amax() <= limit):
+        raise ValueError(
+            "the outputs of an example alone are not those in its batch: examples see each other "
+            "(batch norm in train mode) or layers are random (dropout): call model.eval()"
+        )

@@ -1,0 +1,88 @@
+"""The trace of a Hessian: its Gauss-Newton part exactly, the rest by probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from hessfunc.algorithms.checkpoint import Directory
+from hessfunc.algorithms.results import Estimate
+from hessfunc.algorithms.rounds import Callback
+from hessfunc.algorithms.trace.hutchinson import hutchinson
+from hessfunc.functional import Loss
+from hessfunc.gauss_newton_diagonal import ggn_diagonal
+from hessfunc.transforms.batches import examples, over_batches
+from hessfunc.transforms.functional_hessian import functional_hvp
+from hessfunc.transforms.share import Loader
+from hessfunc.trees import Space, Tree
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["hessian_trace"]
+
+
+def hessian_trace(
+    loss: Loss,
+    params: Tree,
+    batches: Iterable[Any],
+    /,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_matvecs: int = 100,
+    weight: Callable[[Any], float] = examples,
+    keep: bool = False,
+    mesh: DeviceMesh | None = None,
+    loader: Loader = "whole",
+    block_size: int = 10,
+    seed: int | None = None,
+    space: Space | None = None,
+    callback: Callback[Estimate] | None = None,
+    checkpoint: Directory = None,
+) -> Estimate:
+    """The trace of the Hessian of a loss over batches, by exact and by random parts.
+
+        tr H = tr G + E[w' (H - G) w],  tr G = sum_b sum_c s_bc |J_b' u_bc|^2
+
+    with G the generalised Gauss-Newton matrix, whose trace `ggn_diagonal` finds without sampling,
+    and probes for what it leaves out, `functional_hvp`. Of a net that fits its data that is
+    little: the variance of a probe, at most 2 |H - G|_F^2, is then a small part of 2 |H|_F^2.
+
+    Args:
+        loss: with its two halves, as made by `supervised` or `composed`.
+        params: at which the trace is taken.
+        batches: of which the weighted mean is taken.
+        rtol, atol, max_matvecs, block_size, seed, space, callback, checkpoint: as in `hutchinson`,
+            of the whole trace.
+        weight, keep, mesh, loader: as in `over_batches`.
+
+    Returns:
+        `Estimate`, with the part of each leaf in ``by_leaf``; ``matvecs`` counts products with
+        H - G.
+
+    Raises:
+        TypeError, ValueError: as `ggn_diagonal`, `over_batches` and `hutchinson`.
+
+    Cost: the backward passes of `ggn_diagonal`, C or less an example for C outputs, and a product
+    a probe. For a model of many outputs take `xtrace`.
+
+    Source: the parts: Schraudolph 2002; the probes: Hutchinson 1990.
+    """
+    known = ggn_diagonal(loss, params, batches, weight=weight, mesh=mesh, loader=loader)
+    rest = over_batches(functional_hvp(loss), weight=weight, keep=keep, mesh=mesh, loader=loader)(
+        params, batches
+    )
+    return hutchinson(
+        rest,
+        params,
+        known=known,
+        rtol=rtol,
+        atol=atol,
+        max_matvecs=max_matvecs,
+        block_size=block_size,
+        seed=seed,
+        space=space,
+        callback=callback,
+        checkpoint=checkpoint,
+    )

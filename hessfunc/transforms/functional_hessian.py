@@ -1,0 +1,70 @@
+"""What a Gauss-Newton matrix leaves out of the Hessian."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfunc.functional import Loss, composed
+from hessfunc.transforms.blocks import ChunkSize, Curvature
+from hessfunc.transforms.criteria import output_gradient
+from hessfunc.transforms.gauss_newton import refuse_without_halves
+from hessfunc.transforms.hessian import Mode, hvp
+from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.trees import Matvec, Space, Tree, flatten
+
+__all__ = ["functional_hvp"]
+
+
+def functional_hvp(
+    loss: Loss, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "auto"
+) -> Curvature:
+    """The functional Hessian, as a curvature function ``(params, batch) -> matvec``.
+
+        H - G = sum_i r_i d2 f_i / d params2
+
+    with f_i the outputs of the model and r_i the derivative of the criterion with respect to each:
+    the Hessian less the generalised Gauss-Newton matrix. It is small where the model fits, and
+    has no trace in a net of linear and piecewise linear layers, in which each layer's block is 0.
+
+    Args:
+        loss: with its two halves, as made by `supervised` or `composed`.
+        mode: as in `hvp`.
+        chunk_size: as in `hvp`.
+
+    Raises:
+        TypeError: the loss does not show its halves.
+        ValueError: (from the curvature function) the loss does not depend on params.
+
+    Cost: as `hvp`, and the outputs once more for each batch.
+
+    Source: Schraudolph 2002; the name: Singh, Bachmann and Hofmann 2021, arXiv 2106.16225.
+    """
+    refuse_without_halves(loss)
+
+    def along_gradient(outputs: Tree, fixed: _Fixed) -> Tensor:
+        used, slopes = fixed
+        found = flatten(outputs)[0]
+        return torch.stack([(found[i] * r).sum() for i, r in zip(used, slopes, strict=True)]).sum()
+
+    linear = composed(
+        lambda params, pair: loss.outputs(params, pair[0]),
+        along_gradient,
+        targets=lambda pair: pair[1],
+    )
+    second = hvp(linear, mode=mode, chunk_size=chunk_size)
+
+    def curvature(params: Tree, batch: Any) -> Matvec:
+        space = Space.of(params)
+        inputs = [leaf.detach().requires_grad_() for leaf in space.tree_leaves(params)]
+        with explained(space, batch), differentiable_twice(space.device):
+            outputs = loss.outputs(space.tree(inputs), batch)
+            used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
+        return second(params, (batch, (used, slopes)))
+
+    return curvature
+
+
+_Fixed = tuple[list[int], list[Tensor]]

@@ -1,0 +1,140 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from tests.cases import NAMES, Case, case
+from tests.reference import flat, gauss_newton, matrix, relative_error
+
+# What is random, what sees the whole batch, and outputs that are no tensor.
+REFUSED = ("batch norm, train", "transformer encoder layer, dropout", "dropout", "bert, dropout")
+TREES = ("gpt2", "unused")
+APART = [name for name in NAMES if name not in (*REFUSED, *TREES, "lstm")]
+
+
+def net(criterion: Any, targets: Tensor, outputs: int = 3) -> Case:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
+        batch = torch.randn(len(targets), 3).double(), targets
+    model_fn, params = hf.functional(model)
+    return Case(model, hf.supervised(model_fn, criterion), params, batch)
+
+
+def expected(found: Case) -> Tensor:
+    return gauss_newton(found.loss, found.params, found.batch).diagonal()
+
+
+@pytest.mark.parametrize("name", APART)
+def test_it_is_that_of_the_dense_matrix(name: str) -> None:
+    found = case(name)
+    diagonal = hf.ggn_diagonal(found.loss, found.params, [found.batch])
+    assert {n: leaf.shape for n, leaf in diagonal.items()} == {
+        n: leaf.shape for n, leaf in found.params.items()
+    }
+    assert relative_error(flat(diagonal), expected(found)) < 1e-10
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
+def test_it_does_not_depend_on_how_examples_are_cut(chunk_size: int) -> None:
+    found = case("conv")
+    diagonal = hf.ggn_diagonal(found.loss, found.params, [found.batch], chunk_size=chunk_size)
+    assert relative_error(flat(diagonal), expected(found)) < 1e-10
+
+
+def test_more_outputs_than_are_pulled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hessfunc.gauss_newton_diagonal._BYTES_AT_ONCE", 600)
+    found = net(F.mse_loss, torch.linspace(-1, 1, 35).double().view(5, 7), outputs=7)
+    diagonal = hf.ggn_diagonal(found.loss, found.params, [found.batch])
+    assert relative_error(flat(diagonal), expected(found)) < 1e-10
+
+
+CRITERIA = {
+    "cross-entropy, some ignored": (F.cross_entropy, torch.tensor([0, 2, -100, 1, -100])),
+    "a sum": (nn.CrossEntropyLoss(reduction="sum"), torch.tensor([0, 2, 2, 1, 1])),
+    "soft targets": (F.cross_entropy, torch.eye(3).double()[[0, 1, 2, 1]] * 0.7 + 0.1),
+    "mean squares": (F.mse_loss, torch.linspace(-1, 1, 12).double().view(4, 3)),
+    "bce": (F.binary_cross_entropy_with_logits, (torch.arange(12.0) % 2).double().view(4, 3)),
+    "of the user": (
+        lambda z, y: (z - y).pow(4).mean(),
+        torch.linspace(0, 1, 12).double().view(4, 3),
+    ),
+    "not convex": (lambda z, y: (z - y).cos().mean(), torch.linspace(0, 1, 12).double().view(4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_criteria(name: str) -> None:
+    found = net(*CRITERIA[name])
+    diagonal = hf.ggn_diagonal(found.loss, found.params, [found.batch])
+    assert relative_error(flat(diagonal), expected(found)) < 1e-10
+
+
+def test_the_sum_is_the_trace_and_the_fisher_matrix_has_the_same() -> None:
+    found = net(F.cross_entropy, torch.tensor([0, 2, 2, 1, 1]))
+    diagonal = flat(hf.ggn_diagonal(found.loss, found.params, [found.batch]))
+    fisher = matrix(hf.fvp(found.loss)(found.params, found.batch), found.params)
+    assert torch.allclose(diagonal, fisher.diagonal(), rtol=1e-10)
+    assert float(diagonal.sum()) == pytest.approx(float(fisher.trace()), rel=1e-10)
+
+
+def test_the_mean_over_batches_is_that_of_all_examples() -> None:
+    found = case("conv")
+    x, y = found.batch
+    count = len(y)
+    batches = list(zip(x.split([count - 1, 1]), y.split([count - 1, 1]), strict=True))
+    diagonal = hf.ggn_diagonal(found.loss, found.params, batches)
+    assert relative_error(flat(diagonal), expected(found)) < 1e-10
+    first = hf.ggn_diagonal(found.loss, found.params, batches, weight=lambda b: len(b[1]) > 1)
+    assert (
+        relative_error(flat(first), flat(hf.ggn_diagonal(found.loss, found.params, batches[:1])))
+        < 1e-12
+    )
+
+
+def test_a_model_that_does_not_go_through_vmap() -> None:
+    found = case("lstm")
+    with pytest.raises(RuntimeError, match="chunk_size=1"):
+        hf.ggn_diagonal(found.loss, found.params, [found.batch])
+    diagonal = hf.ggn_diagonal(found.loss, found.params, [found.batch], chunk_size=1)
+    assert relative_error(flat(diagonal), expected(found)) < 1e-10
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("name", ["batch norm, train", "dropout"])
+def test_examples_that_see_each_other_are_refused(name: str, chunk_size: int | None) -> None:
+    found = case(name)
+    with pytest.raises((ValueError, RuntimeError), match=r"model.eval\(\)"):
+        hf.ggn_diagonal(found.loss, found.params, [found.batch], chunk_size=chunk_size)
+
+
+def test_a_criterion_that_couples_examples_is_refused() -> None:
+    found = net(lambda z, y: (z.mean(0) - y.mean(0)).square().sum(), torch.zeros(4, 3).double())
+    with pytest.raises(ValueError, match="couple examples"):
+        hf.ggn_diagonal(found.loss, found.params, [found.batch])
+
+
+def test_outputs_that_are_no_tensor_are_refused() -> None:
+    found = case("gpt2")
+    with pytest.raises(TypeError, match="one tensor"):
+        hf.ggn_diagonal(found.loss, found.params, [found.batch])
+
+
+def test_a_single_batch_and_a_loss_without_halves_are_refused() -> None:
+    found = case("mlp")
+    with pytest.raises(TypeError, match="single batch"):
+        hf.ggn_diagonal(found.loss, found.params, found.batch)
+    with pytest.raises(TypeError, match="two halves"):
+        hf.ggn_diagonal(lambda p, b: p.sum(), found.params, [found.batch])  # type: ignore[arg-type]
+
+
+def test_params_and_the_random_stream_stay_as_they_are() -> None:
+    found = case("mlp")
+    before = {name: leaf.clone() for name, leaf in found.params.items()}
+    state = torch.random.get_rng_state()
+    hf.ggn_diagonal(found.loss, found.params, [found.batch])
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[name], leaf) for name, leaf in found.params.items())
