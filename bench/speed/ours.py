@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
+
+from torch import Tensor
 
 import hessfunc as hf
 from bench.speed.asked import Alternative, Asked, Work
 from hessfunc.transforms.blocks import ChunkSize, Curvature
 from hessfunc.trees import Matvec, Space, Tree
 
-__all__ = ["COMPILED", "DATA", "MODES", "PRODUCTS", "matvec_of"]
+__all__ = ["COMPILED", "DATA", "MODES", "PRODUCTS", "loss_of", "matvec_of"]
+
+
+def loss_of(asked: Asked) -> tuple[hf.Loss, Tree, Sequence[tuple[Tensor, Tensor]]]:
+    """The loss, the parameters and the batches."""
+    model_fn, params = hf.functional(asked.case.model)
+    loss = hf.supervised(model_fn, asked.case.criterion)
+    return loss, params, asked.batches or [(asked.case.inputs, asked.case.targets)]
 
 
 def _curvature(asked: Asked, **options: Any) -> tuple[Curvature, Tree]:
-    model_fn, params = hf.functional(asked.case.model)
-    loss = hf.supervised(model_fn, asked.case.criterion)
+    loss, params, _ = loss_of(asked)
     return {"hessian": hf.hvp, "ggn": hf.ggnvp}[asked.matrix](loss, **options), params
 
 

@@ -66,7 +66,7 @@ TARGETS = [
         0.5,
         "hessfunc, lanczos, no search",
     ),
-    Target("trace to 2 %", "trace", ("resnet20-trained",), 0.4, "hessfunc, xtrace"),
+    Target("trace to 2 %", "trace", ("resnet20-trained",), 0.4, "hessfunc, hessian_trace"),
     Target("density, 100 steps x 4 probes", "density", ("gpt",), 0.7, "hessfunc, slq"),
     Target(
         "peak memory, same mode and block", "memory", ("mlp-wide", "gpt", "resnet20-trained"), 1.0

@@ -153,7 +153,15 @@ def _in_parts(asked: Asked) -> Asked:
     return replace(asked, batches=list(zip(*cut, strict=True)))
 
 
-def _ours(asked: Asked, seed: int) -> Traced:
+def _hessian_trace(asked: Asked, seed: int) -> Traced:
+    loss, params, parts = ours.loss_of(_in_parts(asked))
+    found = hf.hessian_trace(
+        loss, params, parts, rtol=_INTERVAL * ACCURACY, max_matvecs=2000, keep=True, seed=seed
+    )
+    return Traced(float(found.value), found.matvecs)
+
+
+def _xtrace(asked: Asked, seed: int) -> Traced:
     matvec, params = ours.matvec_of(_in_parts(asked))
     found = hf.xtrace(matvec, params, rtol=_INTERVAL * ACCURACY, max_matvecs=2000, seed=seed)
     return Traced(float(found.value), found.matvecs)
@@ -192,7 +200,14 @@ _FEW = 16
 _BUDGET = 60
 
 METHODS = [
-    _Method("hessfunc, xtrace", "hessfunc", "ours", _ours, "stops at a standard error of 2 %"),
+    _Method(
+        "hessfunc, hessian_trace",
+        "hessfunc",
+        "ours",
+        _hessian_trace,
+        "exact for the Gauss-Newton matrix; stops at a standard error of 2 %",
+    ),
+    _Method("hessfunc, xtrace", "hessfunc", "ours", _xtrace, "stops at a standard error of 2 %"),
     _Method(
         "PyHessian, trace",
         "PyHessian",
