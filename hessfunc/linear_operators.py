@@ -1,0 +1,128 @@
+"""Matvecs as linear operators of SciPy, and the other way round."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.rounds import Products, rows_dtype
+from hessfunc.trees import Matvec, Space, Tree, tree_map
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+__all__ = ["from_scipy", "to_scipy"]
+
+_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+
+
+def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
+    """The ``LinearOperator`` of a matvec, for ``eigsh``, ``svds``, ``minres`` and all else.
+
+    Vectors are NumPy arrays ``(n,)`` in the order of `ravel`; the columns of ``(n, k)`` go
+    through the matvec as one block. The operator is its own adjoint. Its dtype is that of the
+    parameters, and products are made in it, whatever the dtype of a vector; float16 and bfloat16,
+    which NumPy or LAPACK do not know, become float32, as they do in the algorithms here.
+
+    Args:
+        matvec: block -> block, symmetric.
+        like: a tree that says what vectors look like, on any device.
+
+    Raises:
+        ModuleNotFoundError: SciPy is not installed.
+        TypeError: (from a product) the vector is complex.
+        ValueError: (from a product) the vector does not have n entries.
+        FloatingPointError: (from a product) an entry of the product is not finite.
+
+    Cost: one matvec a vector; two copies of the vector, to the device of ``like`` and back.
+    """
+    products = Products.of(matvec, like)
+    space = products.space
+    dtype = rows_dtype(space)
+
+    def product(vectors: np.ndarray) -> np.ndarray:
+        if np.iscomplexobj(vectors):
+            raise TypeError("the operator is real, and the vector is complex: multiply its parts")
+        rows = torch.tensor(vectors.reshape(space.n, -1).T, dtype=dtype, device=space.device)
+        images = products(rows).detach().cpu().numpy()
+        return images.T.reshape(vectors.shape)
+
+    return _linalg().LinearOperator(
+        (space.n, space.n),
+        matvec=product,
+        rmatvec=product,
+        matmat=product,
+        rmatmat=product,
+        dtype=torch.empty(0, dtype=dtype, device="cpu").numpy().dtype,
+    )
+
+
+def from_scipy(operator: Any, /) -> Matvec:
+    """The matvec of a linear operator, sparse matrix or array of SciPy, or of a NumPy array.
+
+    It takes flat vectors ``(n,)`` or trees of n entries, of the operator's own dtype, on any
+    device; a block is one product of the operator with n x k numbers. Integers count as float64.
+    Results of the algorithms are tensors, which NumPy reads as they are:
+
+        top = hf.lanczos(hf.from_scipy(A), torch.zeros(n, dtype=torch.float64), k=3)
+        values = np.asarray(top.values)
+
+    Args:
+        operator: symmetric; of a ``LinearOperator``, `check` can tell.
+
+    Raises:
+        ModuleNotFoundError: SciPy is not installed.
+        TypeError: it is no operator, or not of float32, float64 or integers; (from a product) the
+            vectors have another dtype.
+        ValueError: it is not square, or a matrix and not symmetric; (from a product) the vectors
+            do not have n entries.
+
+    Cost: one product of the operator a vector; two copies of the vector.
+    """
+    if isinstance(operator, Tensor):
+        raise TypeError("a tensor is no operator of SciPy: use `dense`")
+    linear = _linalg().aslinearoperator(operator)
+    n = linear.shape[0]
+    if linear.shape != (n, n):
+        raise ValueError(f"an operator of shape {linear.shape} is not square")
+    own = np.dtype(np.float64) if linear.dtype.kind in "biu" else linear.dtype
+    if own not in _DTYPES:
+        raise TypeError(f"the operator has dtype {own}: curvature is real, in float32 or float64")
+    dtype = _DTYPES[own]
+    if not hasattr(operator, "matvec"):
+        _refuse_asymmetric(operator.astype(own))
+
+    def matvec(block: Tree) -> Tree:
+        space = Space.of(tree_map(lambda leaf: leaf[0], block))
+        if space.n != n:
+            raise ValueError(f"the operator takes vectors of {n} entries, and got {space.n}")
+        if space.dtype != dtype:
+            raise TypeError(
+                f"the operator has dtype {own}, and vectors {space.dtype}: pass `like` in {dtype}, "
+                f"such as torch.zeros({n}, dtype={dtype})"
+            )
+        columns = space.ravel(block).detach().cpu().numpy().T
+        images = linear.matmat(columns).T.astype(own, order="C", casting="same_kind")
+        return space.unravel(torch.from_numpy(images).to(space.device))
+
+    return matvec
+
+
+def _refuse_asymmetric(matrix: Any) -> None:
+    tolerance = 10 * np.finfo(matrix.dtype).eps * abs(matrix).max()
+    if abs(matrix - matrix.T).max() > tolerance:
+        raise ValueError("the matrix is not symmetric: take (A + A.T) / 2 if it should be")
+
+
+def _linalg() -> ModuleType:
+    try:
+        import scipy.sparse.linalg
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "this needs SciPy, which is not installed: pip install 'hessfunc[scipy]'"
+        ) from None
+    return scipy.sparse.linalg
