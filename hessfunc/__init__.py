@@ -57,6 +57,8 @@ _HOMES = {
     "per_block": "transforms.arithmetic",
     "batched": "transforms.arithmetic",
     "dense": "transforms.arithmetic",
+    "to_scipy": "linear_operators",
+    "from_scipy": "linear_operators",
     "compiled": "transforms.compiled",
     "ravel": "trees",
     "unravel": "trees",

@@ -44,6 +44,8 @@ from hessfunc.hbp import kfra as kfra
 from hessfunc.hessian_trace import hessian_trace as hessian_trace
 from hessfunc.landscape import Landscape as Landscape
 from hessfunc.landscape import landscape as landscape
+from hessfunc.linear_operators import from_scipy as from_scipy
+from hessfunc.linear_operators import to_scipy as to_scipy
 from hessfunc.recompute import recomputed as recomputed
 from hessfunc.sharpness import Sharpness as Sharpness
 from hessfunc.sharpness import adam_diagonal as adam_diagonal
