@@ -1,0 +1,127 @@
+"""The Hessian of a model's loss over a data set, or of its batches in turn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessfunc.compat.eigenthings.operator import Operator
+from hessfunc.functional import (
+    Loss,
+    functional,
+    supervised,
+    training_flags,
+    uses_batch_statistics,
+)
+from hessfunc.transforms.batches import microbatches, over_batches
+from hessfunc.transforms.blocks import Curvature
+from hessfunc.transforms.hessian import hvp
+from hessfunc.trees import Matvec, Space, Tree, tree_map
+
+__all__ = ["HVPOperator"]
+
+
+class HVPOperator(Operator):
+    """The Hessian of the mean loss over all examples of a loader, or of one batch after another.
+
+    The parameters are read at each product, so that an operator follows a training.
+
+    Args:
+        model: of which all parameters that require a gradient count.
+        dataloader: of batches ``(inputs, targets)``; one that is read again gives the same
+            examples.
+        criterion: ``(outputs, targets) -> scalar``, a mean over examples.
+        use_gpu: move the model to CUDA, where there is one.
+        fp16: products are rounded to float16.
+        full_dataset: each product is with all batches; or with the next one.
+        max_possible_gpu_samples: a batch is cut into pieces of at most so many examples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataloader: Iterable[Any],
+        criterion: Callable[[Any, Any], Tensor],
+        use_gpu: bool = True,
+        fp16: bool = False,
+        full_dataset: bool = True,
+        max_possible_gpu_samples: int = 256,
+    ) -> None:
+        self.model = model.cuda() if use_gpu and torch.cuda.is_available() else model
+        super().__init__(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        self.dataloader = dataloader
+        self.criterion = criterion
+        self.use_gpu = use_gpu
+        self.fp16 = fp16
+        self.full_dataset = full_dataset
+        self.max_possible_gpu_samples = max_possible_gpu_samples
+        self._batches: Iterator[Any] = iter(())
+        if any(module.training for module in _normalising_batches(model)):
+            warnings.warn(
+                "BatchNorm in train mode uses the statistics of each batch: the Hessian is that of "
+                "eval mode, with the running statistics; call `model.eval()` to say so",
+                stacklevel=2,
+            )
+
+    def apply(self, vec: Tensor) -> Tensor:
+        """The product with one vector, of all batches or of the next one."""
+        draw = self.draws()
+        matvec = self.matvec() if draw is None else draw(0)
+        image = matvec(vec[None])[0]
+        return image.half() if self.fp16 else image
+
+    def matvec(self) -> Matvec:
+        """The Hessian of all batches on flat blocks, at the parameters as they are now."""
+        loss, params = self._functional()
+        return _flat(params, over_batches(self._curvature(loss))(params, self.dataloader))
+
+    def draws(self) -> Callable[[int], Matvec] | None:
+        """The Hessian of the next batch, or None if each product is with all of them."""
+        return None if self.full_dataset else self._of_next_batch
+
+    def like(self, *, use_gpu: bool) -> Tensor:
+        """What a vector looks like: it lies where the parameters do."""
+        space = Space.of(self._functional()[1])
+        return space.zeros(1, space.dtype)[0]
+
+    def _functional(self) -> tuple[Loss, Tree]:
+        modules = [(module, False) for module in _normalising_batches(self.model)]
+        with training_flags(modules):
+            model_fn, params = functional(self.model)
+        return supervised(model_fn, self.criterion), params
+
+    def _of_next_batch(self, _: int) -> Matvec:
+        loss, params = self._functional()
+        return _flat(params, self._curvature(loss)(params, self._next_batch()))
+
+    def _next_batch(self) -> Any:
+        for _ in range(2):
+            for batch in self._batches:
+                return batch
+            self._batches = iter(self.dataloader)
+        raise ValueError("the dataloader has no batch")
+
+    def _curvature(self, loss: Loss) -> Curvature:
+        def of_batch(params: Tree, batch: Any) -> Matvec:
+            batch = _moved(batch, Space.of(params).device)
+            pieces = microbatches(batch, self.max_possible_gpu_samples)
+            return over_batches(hvp(loss), keep=len(pieces) == 1)(params, pieces)
+
+        return of_batch
+
+
+def _normalising_batches(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if uses_batch_statistics(module)]
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+
+
+def _flat(params: Tree, matvec: Matvec) -> Matvec:
+    space = Space.of(params)
+    return lambda rows: space.ravel(matvec(space.unravel(rows)))

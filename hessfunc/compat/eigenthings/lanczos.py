@@ -1,0 +1,83 @@
+"""Lanczos, with restarts."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from numpy.typing import NDArray
+
+from hessfunc.algorithms.lanczos import lanczos as thick_restart_lanczos
+from hessfunc.algorithms.results import Eigenpairs, rounding
+from hessfunc.compat.eigenthings.operator import Operator, Start
+
+__all__ = ["lanczos"]
+
+
+def lanczos(
+    operator: Operator,
+    num_eigenthings: int = 10,
+    which: Literal["LM", "LA", "SA", "BE"] = "LM",
+    max_steps: int = 20,
+    tol: float = 1e-6,
+    num_lanczos_vectors: int | None = None,
+    init_vec: Any = None,
+    use_gpu: bool = False,
+    fp16: bool = False,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Extreme eigenpairs.
+
+    Args:
+        operator: of the matrix; of one that takes another batch in each product, the next.
+        num_eigenthings: how many pairs.
+        which: ``"LM"`` largest in absolute value, ``"LA"`` largest, ``"SA"`` smallest, ``"BE"``
+            half from each end. ``"SM"``, inside of the spectrum, is refused: `to_scipy`, and
+            ``eigsh`` on it.
+        max_steps: the most restarts.
+        tol: of the residual, relative to the value; in float32 the rounding of the products where
+            that is larger.
+        num_lanczos_vectors: the most vectors that are kept; by default 2 num_eigenthings + 10.
+        init_vec: to start from; random by default.
+        use_gpu: vectors lie on CUDA, where there is one; those of a model where it is.
+        fp16: vectors are in float16.
+
+    Returns:
+        ``(values, vectors)``, ``(k,)`` in ascending order and ``(k, n)``.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Warns:
+        UserWarning: pairs have not converged.
+
+    Cost: at most max_steps (m - k) + m products, m vectors being kept.
+    """
+    start = Start.of(operator, init_vec, use_gpu=use_gpu, fp16=fp16)
+    kept = max(num_lanczos_vectors or 2 * num_eigenthings + 10, num_eigenthings + 2)
+    draw = operator.draws()
+    pairs = thick_restart_lanczos(
+        operator.matvec() if draw is None else draw(0),
+        start.like,
+        k=num_eigenthings,
+        which=which,
+        basis_size=kept,
+        rtol=tol,
+        max_matvecs=kept + max_steps * (kept - num_eigenthings),
+        start=start.vector,
+        seed=start.seed,
+    )
+    _warn_of_residuals(pairs, tol)
+    order = pairs.values.argsort()
+    return pairs.values[order].numpy(), pairs.vectors.cpu()[order].numpy()
+
+
+def _warn_of_residuals(pairs: Eigenpairs, tol: float) -> None:
+    floor = rounding(torch.finfo(pairs.vectors.dtype).eps, pairs.largest)
+    missing = pairs.residuals > (tol * pairs.values.abs()).clamp(min=floor)
+    if missing.any():
+        warnings.warn(
+            f"{int(missing.sum())} of {len(missing)} pairs have not converged, with residuals of "
+            f"up to {float(pairs.residuals.max()):.1e}: {pairs.reason}",
+            stacklevel=3,
+        )

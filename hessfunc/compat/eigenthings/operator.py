@@ -1,0 +1,81 @@
+"""Linear maps of flat vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfunc.transforms.arithmetic import batched
+from hessfunc.trees import Matvec
+
+__all__ = ["LambdaOperator", "Operator", "Start"]
+
+
+class Operator:
+    """A symmetric linear map of flat vectors; a subclass says what `apply` does.
+
+    Attributes:
+        size: the number of entries of a vector, or the shape of the matrix.
+    """
+
+    def __init__(self, size: int | Sequence[int]) -> None:
+        self.size = size
+
+    def apply(self, vec: Tensor) -> Tensor:
+        """The product with one vector."""
+        raise NotImplementedError
+
+    def matvec(self) -> Matvec:
+        """The map on flat blocks, the same at each product."""
+        return batched(self.apply, chunk_size=1)
+
+    def draws(self) -> Callable[[int], Matvec] | None:
+        """Random maps whose mean is `matvec`; None where there is nothing to draw from."""
+        return None
+
+    def like(self, *, use_gpu: bool) -> Tensor:
+        """What a vector looks like."""
+        entries = self.size if isinstance(self.size, int) else self.size[0]
+        device = "cuda" if use_gpu and torch.cuda.is_available() else "cpu"
+        return torch.zeros(entries, dtype=torch.float32, device=device)
+
+
+class LambdaOperator(Operator):
+    """The map of a function of one vector."""
+
+    def __init__(self, apply_fn: Callable[[Tensor], Tensor], size: int | Sequence[int]) -> None:
+        super().__init__(size)
+        self.apply_fn = apply_fn
+
+    def apply(self, vec: Tensor) -> Tensor:
+        """The product with one vector."""
+        return self.apply_fn(vec)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run on an operator starts.
+
+    Attributes:
+        like: what its vectors look like.
+        vector: the first; None for a random one.
+        seed: of that.
+    """
+
+    like: Tensor
+    vector: Tensor | None
+    seed: int
+
+    @classmethod
+    def of(cls, operator: Operator, vector: Any = None, /, *, use_gpu: bool, fp16: bool) -> Start:
+        """From this vector, or from a random one, by the random stream of torch."""
+        like = operator.like(use_gpu=use_gpu)
+        if fp16:
+            like = like.half()
+        if vector is not None:
+            vector = torch.as_tensor(vector).to(like)
+        return cls(like, vector, int(torch.randint(2**62, (), device="cpu")))

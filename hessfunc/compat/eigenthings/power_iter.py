@@ -1,0 +1,119 @@
+"""Power iteration, one pair after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.power import power_iteration as exact_power_iteration
+from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.algorithms.stochastic_power import stochastic_power_iteration
+from hessfunc.compat.eigenthings.operator import Operator, Start
+from hessfunc.transforms.arithmetic import deflate
+
+__all__ = ["deflated_power_iteration", "power_iteration"]
+
+
+def deflated_power_iteration(
+    operator: Operator,
+    num_eigenthings: int = 10,
+    power_iter_steps: int = 20,
+    power_iter_err_threshold: float = 1e-4,
+    momentum: float = 0.0,
+    use_gpu: bool = True,
+    fp16: bool = False,
+    to_numpy: bool = True,
+) -> tuple[Any, Any]:
+    """The eigenpairs of largest absolute value, each on the matrix without those before it.
+
+    Args:
+        operator: of the matrix.
+        num_eigenthings: how many pairs.
+        power_iter_steps: the most products for each.
+        power_iter_err_threshold: of the residual, relative to the value.
+        momentum: in units of the eigenvalue squared; best near (lambda_2 / 2)^2.
+        use_gpu: vectors lie on CUDA, where there is one; those of a model where it is.
+        fp16: vectors are in float16.
+        to_numpy: return NumPy arrays, rather than tensors on the CPU.
+
+    Returns:
+        ``(values, vectors)``, ``(k,)`` in descending order and ``(k, n)``.
+
+    Cost: ``power_iter_steps`` products a pair.
+    """
+    found: list[Eigenpairs] = []
+    for _ in range(num_eigenthings):
+        start = Start.of(operator, use_gpu=use_gpu, fp16=fp16)
+        pair = _dominant(
+            operator, start, found, power_iter_steps, power_iter_err_threshold, momentum
+        )
+        found.append(pair)
+    values = torch.cat([pair.values for pair in found])
+    order = values.argsort(descending=True)
+    values = values[order]
+    vectors = torch.cat([pair.vectors for pair in found]).cpu()[order]
+    return (values.numpy(), vectors.numpy()) if to_numpy else (values, vectors)
+
+
+def power_iteration(
+    operator: Operator,
+    steps: int = 20,
+    error_threshold: float = 1e-4,
+    momentum: float = 0.0,
+    use_gpu: bool = True,
+    fp16: bool = False,
+    init_vec: Any = None,
+) -> tuple[float, Tensor]:
+    """The eigenpair of largest absolute value, as ``(value, vector)``.
+
+    Args:
+        operator: of the matrix.
+        steps: the most products.
+        error_threshold: of the residual, relative to the value.
+        momentum: in units of the eigenvalue squared; best near (lambda_2 / 2)^2.
+        use_gpu: the vector lies on CUDA, where there is one; that of a model where it is.
+        fp16: the vector is in float16.
+        init_vec: to start from; random by default.
+
+    Cost: ``steps`` products.
+    """
+    start = Start.of(operator, init_vec, use_gpu=use_gpu, fp16=fp16)
+    pair = _dominant(operator, start, [], steps, error_threshold, momentum)
+    return float(pair.values[0]), pair.vectors[0]
+
+
+def _dominant(
+    operator: Operator,
+    start: Start,
+    found: Sequence[Eigenpairs],
+    steps: int,
+    threshold: float,
+    momentum: float,
+) -> Eigenpairs:
+    """The dominant pair of the matrix without those that were found."""
+    matvec = reduce(deflate, found, operator.matvec())
+    draw = operator.draws()
+    if draw is None:
+        return exact_power_iteration(
+            matvec,
+            start.like,
+            momentum=momentum,
+            rtol=threshold,
+            max_matvecs=steps,
+            start=start.vector,
+            seed=start.seed,
+        )
+    return stochastic_power_iteration(
+        matvec,
+        lambda i: reduce(deflate, found, draw(i)),
+        start.like,
+        momentum=momentum,
+        rtol=threshold,
+        max_matvecs=steps,
+        start=start.vector,
+        seed=start.seed,
+    )
