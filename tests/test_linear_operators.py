@@ -157,6 +157,15 @@ def test_products_leave_what_they_are_given() -> None:
     np.testing.assert_array_equal(frozen, normals(4))
 
 
+@pytest.mark.gpu
+def test_vectors_are_moved_to_the_device_and_back() -> None:
+    matvec, like = hf.dense(torch.from_numpy(H).cuda()), FLAT.cuda()
+    np.testing.assert_allclose(to_scipy(matvec, like) @ np.eye(N), H, rtol=1e-12)
+    found = from_scipy(H)(torch.eye(N, dtype=torch.float64, device="cuda"))
+    assert found.is_cuda
+    np.testing.assert_allclose(found.cpu().numpy(), H, rtol=1e-12)
+
+
 def test_vectors_of_another_kind_are_refused(operator: LinearOperator) -> None:
     with pytest.raises(TypeError, match="the operator is real, and the vector is complex"):
         operator @ (1j * normals(N))

@@ -26,7 +26,10 @@ power iteration descending, by Lanczos ascending, vectors ``(k, n)`` in the orde
 - ``use_gpu=True`` failed without CUDA; vectors are where the parameters are. With CUDA the model
   is moved there, as before.
 - A parameter that is frozen, or that the loss does not depend on, failed; the first is left out,
-  the second has zeros. A loss in float64 failed; vectors have the dtype of the parameters.
+  the second has zeros.
+- In float64 power iteration failed, and Lanczos rounded its vectors to float32; vectors have the
+  dtype of the parameters.
+- Arrays were reversed views, which `torch.from_numpy` refuses; they are plain.
 
 Each call draws the seed of its start from torch's random stream, so that `torch.manual_seed`
 makes a script repeat itself. Nothing is printed.

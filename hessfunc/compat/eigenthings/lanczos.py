@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from hessfunc.algorithms.lanczos import lanczos as thick_restart_lanczos
 from hessfunc.algorithms.results import Eigenpairs, rounding
-from hessfunc.compat.eigenthings.operator import Operator, Start
+from hessfunc.compat.eigenthings.operator import Operator
+from hessfunc.compat.eigenthings.start import Start
 
 __all__ = ["lanczos"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch import Tensor
 from hessfunc.transforms.arithmetic import batched
 from hessfunc.trees import Matvec
 
-__all__ = ["LambdaOperator", "Operator", "Start"]
+__all__ = ["LambdaOperator", "Operator"]
 
 
 class Operator:
@@ -54,28 +52,3 @@ class LambdaOperator(Operator):
     def apply(self, vec: Tensor) -> Tensor:
         """The product with one vector."""
         return self.apply_fn(vec)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run on an operator starts.
-
-    Attributes:
-        like: what its vectors look like.
-        vector: the first; None for a random one.
-        seed: of that.
-    """
-
-    like: Tensor
-    vector: Tensor | None
-    seed: int
-
-    @classmethod
-    def of(cls, operator: Operator, vector: Any = None, /, *, use_gpu: bool, fp16: bool) -> Start:
-        """From this vector, or from a random one, by the random stream of torch."""
-        like = operator.like(use_gpu=use_gpu)
-        if fp16:
-            like = like.half()
-        if vector is not None:
-            vector = torch.as_tensor(vector).to(like)
-        return cls(like, vector, int(torch.randint(2**62, (), device="cpu")))

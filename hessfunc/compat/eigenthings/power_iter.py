@@ -12,7 +12,8 @@ from torch import Tensor
 from hessfunc.algorithms.power import power_iteration as exact_power_iteration
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.stochastic_power import stochastic_power_iteration
-from hessfunc.compat.eigenthings.operator import Operator, Start
+from hessfunc.compat.eigenthings.operator import Operator
+from hessfunc.compat.eigenthings.start import Start
 from hessfunc.transforms.arithmetic import deflate
 
 __all__ = ["deflated_power_iteration", "power_iteration"]
@@ -96,24 +97,16 @@ def _dominant(
 ) -> Eigenpairs:
     """The dominant pair of the matrix without those that were found."""
     matvec = reduce(deflate, found, operator.matvec())
+    options: dict[str, Any] = {
+        "momentum": momentum,
+        "rtol": threshold,
+        "max_matvecs": steps,
+        "start": start.vector,
+        "seed": start.seed,
+    }
     draw = operator.draws()
     if draw is None:
-        return exact_power_iteration(
-            matvec,
-            start.like,
-            momentum=momentum,
-            rtol=threshold,
-            max_matvecs=steps,
-            start=start.vector,
-            seed=start.seed,
-        )
+        return exact_power_iteration(matvec, start.like, **options)
     return stochastic_power_iteration(
-        matvec,
-        lambda i: reduce(deflate, found, draw(i)),
-        start.like,
-        momentum=momentum,
-        rtol=threshold,
-        max_matvecs=steps,
-        start=start.vector,
-        seed=start.seed,
+        matvec, lambda i: reduce(deflate, found, draw(i)), start.like, **options
     )
