@@ -279,6 +279,37 @@ def test_random_batches_give_the_pair_of_all() -> None:
         np.testing.assert_allclose(values, exact[[-1, -2]].numpy(), rtol=1e-3)
 
 
+def test_most_products_on_random_batches_are_with_one() -> None:
+    read: dict[bool, int] = {}
+    for full in (True, False):
+
+        def counted(logits: Tensor, targets: Tensor, full: bool = full) -> Tensor:
+            read[full] = read.get(full, 0) + len(logits)
+            return cross_entropy(logits, targets)
+
+        compute_hessian_eigenthings(
+            net(),
+            loader(5),
+            counted,
+            1,
+            full_dataset=full,
+            power_iter_steps=22,
+            power_iter_err_threshold=0.0,
+        )
+    assert read[False] < read[True] / 3
+
+
+def test_batches_may_be_shuffled() -> None:
+    model = net()
+    shuffled = DataLoader(TensorDataset(*data()), batch_size=20, shuffle=True)
+    found = HVPOperator(model, shuffled, cross_entropy)
+    vector = torch.ones(found.size, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(found.apply(vector), dense(model, data()) @ vector)
+    values, _ = compute_hessian_eigenthings(model, shuffled, cross_entropy, 2, mode="lanczos")
+    assert values[-1] == pytest.approx(float(torch.linalg.eigvalsh(dense(model, data()))[-1]))
+
+
 def test_a_product_with_one_batch_takes_the_next() -> None:
     model, (inputs, targets) = net(), data()
     found = HVPOperator(model, loader(20), cross_entropy, full_dataset=False)
