@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench bench-fast clean
+.PHONY: demo test lint package bench bench-fast clean
 
 demo: $(STAMP)
 	$(BIN)/hessfunc analyze digits --out demo
@@ -16,6 +16,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+package: $(STAMP)
+	.ci/package
 
 # Twenty-five minutes of the most important cells; `python -m bench.speed` measures all of them.
 bench: $(STAMP)
