@@ -1,0 +1,72 @@
+"""A smoothed density from nodes and weights, and its picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["density_generate", "get_esd_plot"]
+
+# Added to the density, whose logarithm is drawn.
+_FLOOR = 1e-7
+
+
+def get_esd_plot(eigenvalues: ArrayLike, weights: ArrayLike) -> Axes:
+    """The density on a log axis, in a new figure, which is also written to ``example.pdf``.
+
+    Args:
+        eigenvalues: nodes, ``(runs, m)``.
+        weights: of the nodes, ``(runs, m)``.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from hessfunc.plot.style import clean, new_axes
+
+    density, grids = density_generate(eigenvalues, weights)
+    ax = clean(new_axes())
+    ax.semilogy(grids, density + _FLOOR)
+    ax.set(
+        xlabel="Eigenvalue",
+        ylabel="Density (Log Scale)",
+        xlim=(np.min(eigenvalues) - 1, np.max(eigenvalues) + 1),
+    )
+    figure: Any = ax.figure
+    figure.savefig("example.pdf")
+    return ax
+
+
+def density_generate(
+    eigenvalues: ArrayLike,
+    weights: ArrayLike,
+    num_bins: int = 10000,
+    sigma_squared: float = 1e-5,
+    overhead: float = 0.01,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The mean over runs of Gaussians around the nodes, scaled to a sum of 1 over the grid.
+
+    Args:
+        eigenvalues: nodes, ``(runs, m)``.
+        weights: of the nodes, ``(runs, m)``.
+        num_bins: points of the grid, from the mean lowest to the mean highest node.
+        sigma_squared: the variance of a Gaussian, times the length of the grid where that is
+            above 1. From a length of sigma_squared num_bins^2 on, 1000 by default, Gaussians are
+            narrower than a step of the grid: pass more of either.
+        overhead: by how much the grid is longer, at each end.
+
+    Returns:
+        ``(density, grids)``, each ``(num_bins,)``.
+    """
+    nodes, masses = np.asarray(eigenvalues, np.float64), np.asarray(weights, np.float64)
+    low, high = nodes.min(axis=1).mean() - overhead, nodes.max(axis=1).mean() + overhead
+    grids = np.linspace(low, high, num_bins)
+    variance = sigma_squared * max(1.0, high - low)
+    density = np.zeros(num_bins)
+    for run, mass in zip(nodes, masses, strict=True):
+        density += np.exp(-((grids[:, None] - run) ** 2) / (2 * variance)) @ mass
+    return density / (density.sum() * (grids[1] - grids[0])), grids
