@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint package bench bench-fast clean
+.PHONY: demo test lint docs links package bench bench-fast clean
 
 demo: $(STAMP)
 	$(BIN)/hessfunc analyze digits --out demo
@@ -17,6 +17,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# A warning is an error, and so is a link within the site that leads nowhere.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Those to the outside, too, which needs a network.
+links: docs
+	$(BIN)/linkchecker --no-status --check-extern site/index.html
+
 package: $(STAMP)
 	.ci/package
 
@@ -28,7 +36,7 @@ bench-fast: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.speed --again --fast
 
 clean:
-	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv demo site build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find hessfunc tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,5 +45,5 @@ $(STAMP): pyproject.toml constraints.txt
 	  exit 1; }
 	@echo "setting up .venv (once, a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev,docs]'
 	@touch $@
