@@ -19,7 +19,7 @@ lint: $(STAMP)
 
 # A warning is an error, and so is a link within the site that leads nowhere.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Those to the outside, too, which needs a network.
 links: docs
