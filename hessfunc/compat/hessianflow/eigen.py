@@ -1,0 +1,112 @@
+"""The dominant eigenvalue of the Hessian, in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessfunc.algorithms.lanczos import lanczos
+from hessfunc.compat.hessianflow.place import Placed, device_of, on_one_device
+from hessfunc.functional import functional, supervised
+from hessfunc.training.batches import refuse_iterators
+from hessfunc.training.modes import eval_mode
+from hessfunc.training.tracking.undisturbed import undisturbed
+from hessfunc.transforms.batches import over_batches
+from hessfunc.transforms.hessian import hvp
+
+__all__ = ["get_eigen", "get_eigen_full_dataset"]
+
+Criterion = Callable[[Any, Any], Tensor]
+
+
+def get_eigen(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any,
+    criterion: Criterion,
+    cuda: bool = True,
+    maxIter: int = 50,
+    tol: float = 1e-3,
+) -> tuple[float, list[Tensor]]:
+    """The eigenvalue of largest absolute value of the Hessian on one batch, and its vector.
+
+    Args:
+        model: in eval mode here, whatever its mode.
+        inputs: of the batch.
+        targets: of the batch.
+        criterion: ``(outputs, targets) -> mean over the examples``.
+        cuda: not read: the batch goes to where the parameters lie.
+        maxIter: the most products.
+        tol: stop when |H v - value v| <= tol |value|.
+
+    Returns:
+        ``(value, vector)``, the vector of unit length, as one tensor for each trainable parameter
+        in the order of ``model.parameters()``. The random start is a function of torch's seed.
+
+    Raises:
+        ValueError: an option is out of range.
+        FloatingPointError: a product is not finite.
+
+    Cost: at most ``maxIter`` products, by Lanczos, which takes fewer than power iteration.
+    """
+    return _dominant(model, [(inputs, targets)], criterion, maxIter, tol, keep=True)
+
+
+def get_eigen_full_dataset(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    criterion: Criterion,
+    cuda: bool = True,
+    maxIter: int = 50,
+    tol: float = 1e-3,
+) -> tuple[float, list[Tensor]]:
+    """The eigenvalue of largest absolute value of the Hessian on a data set, and its vector.
+
+    Args:
+        model: as for `get_eigen`, like all below.
+        dataloader: of batches ``(inputs, targets)``, each of which counts by its examples.
+        criterion: ``(outputs, targets) -> mean over the examples``.
+        cuda: not read.
+        maxIter: the most products.
+        tol: of the residual.
+
+    Returns:
+        As `get_eigen`.
+
+    Raises:
+        ValueError: an option is out of range; the batches can be read only once, or differ from
+            one pass to the next, as with random augmentation.
+        FloatingPointError: a product is not finite.
+
+    Cost: at most ``maxIter`` products, each one pass over the data.
+    """
+    return _dominant(model, dataloader, criterion, maxIter, tol, keep=False)
+
+
+def _dominant(
+    model: nn.Module,
+    batches: Iterable[Any],
+    criterion: Criterion,
+    most: int,
+    tol: float,
+    *,
+    keep: bool,
+) -> tuple[float, list[Tensor]]:
+    refuse_iterators(batches)
+    model = on_one_device(model)
+    with eval_mode(model):
+        model_fn, params = functional(model)
+    curvature = over_batches(hvp(supervised(model_fn, criterion)), keep=keep)
+    with undisturbed(model, batches):
+        found = lanczos(
+            curvature(params, Placed(batches, device_of(model))),
+            params,
+            k=1,
+            rtol=tol,
+            max_matvecs=most,
+            seed=torch.initial_seed(),
+        )
+    return float(found.values[0]), [block[0] for block in found.vectors.values()]
