@@ -1,0 +1,102 @@
+"""The Hessian spectrum of every layer of a small language model.
+
+The blocks of a transformer's Hessian differ widely from layer to layer and from kind to kind, so
+that one learning rate does not suit them all, and Adam's many do (Zhang et al. 2024, Why
+transformers need Adam, arXiv 2402.16788). `block_spectra` goes through them one after another, each
+with all other parameters held fixed.
+
+The model is stories260K, a trained Llama with five layers, if HESSFUNC_DATA is a folder that has
+it; else one of the same architecture with random weights, on random tokens.
+
+    python examples/llm_layers.py       # a table, and llm_layers.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import hessfunc as hf
+from hessfunc import plot
+from hessfunc.algorithms.results import Density
+from hessfunc.problems.data import data_root
+from hessfunc.problems.llama import stories260k, stories_batches, tokens
+
+Batch = dict[str, Tensor]
+
+
+def model_and_batches() -> tuple[nn.Module, list[Batch]]:
+    root = data_root()
+    folder = None if root is None else root / "stories260K"
+    if folder is not None and folder.is_dir():
+        print("stories260K, trained")
+        stories = stories_batches(folder / "tinystories_sample_ids.npz")
+        return stories260k(folder / "stories260K_torch.npz"), stories
+    print("random weights and tokens: HESSFUNC_DATA has no folder stories260K")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=512, use_cache=False, **sizes, **heads))
+        ids = torch.randint(512, (1, 128))
+    return model.eval(), [{"input_ids": ids, "labels": ids}]
+
+
+def next_token_loss(model_fn: Any) -> hf.Loss:
+    def logits(params: Any, batch: Batch) -> Tensor:
+        return model_fn(params, {"input_ids": batch["input_ids"]}).logits[:, :-1].transpose(1, 2)
+
+    return hf.composed(logits, cross_entropy, targets=lambda batch: batch["labels"][:, 1:])
+
+
+def blocks_of(layers: int) -> dict[str, str]:
+    """The name of each block, and which parameters it has."""
+    blocks = {"embedding": "model.embed_tokens.*"}
+    for i in range(layers):
+        blocks[f"attention {i}"] = f"model.layers.{i}.self_attn.*"
+        blocks[f"MLP {i}"] = f"model.layers.{i}.mlp.*"
+    return blocks
+
+
+def trace(density: Density) -> float:
+    """tr H / n, the mean eigenvalue."""
+    return float((density.nodes * density.weights).sum() / len(density.nodes))
+
+
+def main(*, small: bool = False, out: Path = Path("llm_layers.png")) -> dict[str, Density]:
+    model, batches = model_and_batches()
+    if small:
+        batches = [{name: row[:, :24] for name, row in batches[0].items()}]
+    model_fn, params = hf.functional(model)
+    print(f"{'block':14}{'n':>9}{'largest':>11}{'smallest':>11}{'mean':>11}")
+
+    def show(name: str, density: Density) -> None:
+        low, high = float(density.nodes.min()), float(density.nodes.max())
+        print(f"{name:14}{density.n:9,}{high:11.4f}{low:11.4f}{trace(density):11.2e}")
+
+    found: dict[str, Density] = hf.block_spectra(
+        next_token_loss(model_fn),
+        params,
+        batches[: 1 if small else 3],
+        blocks=blocks_of(model.config.num_hidden_layers),
+        weight=tokens,
+        algorithm=partial(hf.slq, probes=1, steps=6 if small else 40, seed=0),
+        callback=show,
+    )
+    plot.blocks(found)[0].figure.savefig(out, dpi=150)
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a few seconds")
+    parser.add_argument("--out", type=Path, default=Path("llm_layers.png"))
+    main(**vars(parser.parse_args()))

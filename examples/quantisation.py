@@ -1,0 +1,124 @@
+"""Bit widths of each layer from the traces of the Hessian (HAWQ).
+
+A layer whose weights are quantised moves by dW, and near a minimum the loss rises by about
+tr(H) |dW|^2 / 2n, if dW points nowhere in particular. HAWQ-V2 (Dong et al. 2020, arXiv 1911.03852;
+HAWQ: Dong et al. 2019, arXiv 1905.03696) takes
+
+    sensitivity(layer, bits) = (tr H_layer / n_layer) |Q(W, bits) - W|^2
+
+and chooses the bits of all layers at once: the least total sensitivity within a budget of size.
+The traces of all layers come from one call of `xtrace`, as their parts of the whole. It pays where
+layers differ: here the wide layers at the end, as in a conv net, stand fewer bits than the first.
+
+    python examples/quantisation.py     # a table
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import hessfunc as hf
+from hessfunc.problems.data import Examples, digits
+from hessfunc.problems.mlp import mlp
+from hessfunc.problems.training import accuracy, train
+
+Params = dict[str, Tensor]
+
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A net whose layers are quantised: mean bits a weight, training loss, test accuracy."""
+
+    name: str
+    bits: tuple[int, ...]
+    mean_bits: float
+    sensitivity: float
+    loss: float
+    accuracy: float
+
+
+def quantised(weight: Tensor, bits: int) -> Tensor:
+    """The nearest of 2^bits evenly spaced values between the least and the largest weight."""
+    low, high = weight.aminmax()
+    step = (high - low) / (2**bits - 1)
+    return low + step * ((weight - low) / step).round()
+
+
+def average_traces(model: nn.Module, seen: Examples) -> dict[str, float]:
+    """tr H / n of each weight."""
+    model_fn, params = hf.functional(model)
+    weights, biases = hf.split(params, "*.weight")
+    loss = hf.hold(hf.supervised(model_fn, cross_entropy), biases)
+    trace = hf.xtrace(hf.over_batches(hf.hvp(loss))(weights, seen.batches(500)), weights, seed=0)
+    low, high = trace.interval()
+    print(f"trace {trace.value:.1f}, 95 % interval {low:.1f} to {high:.1f}\n")
+    return {name: trace.by_leaf[name] / w.numel() for name, w in weights.items()}
+
+
+def sensitivities(weights: Params, traces: dict[str, float]) -> dict[str, dict[int, float]]:
+    """Of each layer, at each number of bits."""
+    return {
+        name: {b: traces[name] * float((quantised(w, b) - w).square().sum()) for b in BITS}
+        for name, w in weights.items()
+    }
+
+
+def best(sizes: list[int], costs: list[dict[int, float]], mean_bits: float) -> tuple[int, ...]:
+    """The bits of each layer of the least total sensitivity, within the size of ``mean_bits``."""
+    budget = mean_bits * sum(sizes)
+    within = (
+        bits
+        for bits in product(BITS, repeat=len(sizes))
+        if sum(b * n for b, n in zip(bits, sizes, strict=True)) <= budget
+    )
+    return min(within, key=lambda bits: sum(c[b] for c, b in zip(costs, bits, strict=True)))
+
+
+def main(*, small: bool = False) -> list[Row]:
+    images = digits()
+    seen, held_out = images[:1500], images[1500:]
+    model = train(lambda: mlp([64, 32, 64, 128, 10]), seen, epochs=15 if small else 40)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("weight")}
+    traces = average_traces(model, seen)
+    costs = sensitivities(weights, traces)
+    sizes = [w.numel() for w in weights.values()]
+    print(f"{'layer':12}{'weights':>9}{'trace / n':>12}{'|dW|^2 at 4 bits':>18}")
+    for name, w in weights.items():
+        moved = float((quantised(w, 4) - w).square().sum())
+        print(f"{name:12}{w.numel():9,}{traces[name]:12.5f}{moved:18.4f}")
+
+    def row(name: str, bits: tuple[int, ...]) -> Row:
+        chosen = {n: quantised(w, b) for (n, w), b in zip(weights.items(), bits, strict=True)}
+        model.load_state_dict(chosen, strict=False)
+        with torch.no_grad():
+            loss = float(cross_entropy(model(seen.inputs), seen.targets))
+        size = sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)
+        cost = sum(c[b] for c, b in zip(costs.values(), bits, strict=True))
+        return Row(name, bits, size, cost, loss, accuracy(model, held_out))
+
+    rows = []
+    for mean_bits in (3, 4, 5):
+        rows.append(row("uniform", (mean_bits,) * len(sizes)))
+        rows.append(row("by traces", best(sizes, list(costs.values()), mean_bits)))
+    print(f"\n{'':11}{'bits':18}{'mean':>5}{'sensitivity':>13}{'loss':>9}{'accuracy':>10}")
+    for r in rows:
+        bits = " ".join(map(str, r.bits))
+        print(
+            f"{r.name:11}{bits:18}{r.mean_bits:5.2f}{r.sensitivity:13.4f}{r.loss:9.4f}"
+            f"{r.accuracy:10.1%}"
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a few seconds")
+    main(**vars(parser.parse_args()))
