@@ -26,18 +26,18 @@ import hessfunc as hf
 from hessfunc import plot
 from hessfunc.algorithms.results import Density
 from hessfunc.problems.data import data_root
-from hessfunc.problems.llama import stories260k, stories_batches, tokens
+from hessfunc.problems.llama import stories260k, stories_batches
 
 Batch = dict[str, Tensor]
 
 
-def model_and_batches() -> tuple[nn.Module, list[Batch]]:
+def model_and_batch() -> tuple[nn.Module, Batch]:
     root = data_root()
     folder = None if root is None else root / "stories260K"
     if folder is not None and folder.is_dir():
         print("stories260K, trained")
         stories = stories_batches(folder / "tinystories_sample_ids.npz")
-        return stories260k(folder / "stories260K_torch.npz"), stories
+        return stories260k(folder / "stories260K_torch.npz"), stories[0]
     print("random weights and tokens: HESSFUNC_DATA has no folder stories260K")
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,8 +46,8 @@ def model_and_batches() -> tuple[nn.Module, list[Batch]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=512, use_cache=False, **sizes, **heads))
-        ids = torch.randint(512, (1, 128))
-    return model.eval(), [{"input_ids": ids, "labels": ids}]
+        ids = torch.randint(512, (1, 200))
+    return model.eval(), {"input_ids": ids, "labels": ids}
 
 
 def next_token_loss(model_fn: Any) -> hf.Loss:
@@ -66,29 +66,29 @@ def blocks_of(layers: int) -> dict[str, str]:
     return blocks
 
 
-def trace(density: Density) -> float:
-    """tr H / n, the mean eigenvalue."""
+def mean(density: Density) -> float:
+    """The mean eigenvalue, tr H / n."""
     return float((density.nodes * density.weights).sum() / len(density.nodes))
 
 
 def main(*, small: bool = False, out: Path = Path("llm_layers.png")) -> dict[str, Density]:
-    model, batches = model_and_batches()
-    if small:
-        batches = [{name: row[:, :24] for name, row in batches[0].items()}]
+    model, batch = model_and_batch()
+    length = 24 if small else 200
+    batch = {name: row[:, :length] for name, row in batch.items()}
     model_fn, params = hf.functional(model)
     print(f"{'block':14}{'n':>9}{'largest':>11}{'smallest':>11}{'mean':>11}")
 
     def show(name: str, density: Density) -> None:
         low, high = float(density.nodes.min()), float(density.nodes.max())
-        print(f"{name:14}{density.n:9,}{high:11.4f}{low:11.4f}{trace(density):11.2e}")
+        print(f"{name:14}{density.n:9,}{high:11.4f}{low:11.4f}{mean(density):11.2e}")
 
     found: dict[str, Density] = hf.block_spectra(
         next_token_loss(model_fn),
         params,
-        batches[: 1 if small else 3],
+        [batch],
         blocks=blocks_of(model.config.num_hidden_layers),
-        weight=tokens,
-        algorithm=partial(hf.slq, probes=1, steps=6 if small else 40, seed=0),
+        keep=True,
+        algorithm=partial(hf.slq, probes=1, steps=6 if small else 30, seed=0),
         callback=show,
     )
     plot.blocks(found)[0].figure.savefig(out, dpi=150)

@@ -76,6 +76,7 @@ def draw(found: dict[str, list[hf.Point]], out: Path) -> None:
     from hessfunc.plot.style import grid, note
 
     panels = grid(1, len(found), (9.6, 3.6))
+    panels[1].sharey(panels[0])
     for panel, (name, points) in zip(panels, found.items(), strict=True):
         plot.tracked(points, ax=panel)
         note(panel, (name,))

@@ -354,3 +354,18 @@ def test_what_scripts_with_their_own_loop_import(capsys: pytest.CaptureFixture[s
     hessianflow.progress_bar(0, 2, "Loss: 1")
     hessianflow.progress_bar(1, 2, "Loss: 2")
     assert capsys.readouterr().out == "1/2 Loss: 1\r2/2 Loss: 2\n"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_batches_come_from_the_cpu() -> None:
+    model, data = net(), batches(8, 8)
+    expected, _ = hessianflow.get_eigen_full_dataset(model, data, criterion, tol=1e-6)
+    model.cuda()
+    value, vector = hessianflow.get_eigen_full_dataset(model, data, criterion, tol=1e-6)
+    assert value == pytest.approx(expected, rel=1e-8)
+    assert vector[0].is_cuda
+    hessianflow.baseline(model, data, data, criterion, sgd(model), 1, [], 1.0)
+    hessianflow.absa(
+        *(model, data, data, data, criterion, sgd(model), 2, [], 1.0),
+        **{"adv_ratio": 0.2, "eps": 0.01, "max_large_ratio": 2},
+    )
