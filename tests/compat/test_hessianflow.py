@@ -1,4 +1,4 @@
-"""The face of HessianFlow beside dense Hessians, and beside HessianFlow's own loops, written out."""
+"""The face of HessianFlow beside dense Hessians, and beside HessianFlow's loops, written out."""
 
 from __future__ import annotations
 
@@ -325,7 +325,9 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "eigenvalue" not in "".join(lines)
     hessianflow.absa(
         *(model, data, data, data, criterion, sgd(model), 2, [], 1.0),
-        **{"batch_size": 8, "max_large_ratio": 2, "print_flag": True},
+        batch_size=8,
+        max_large_ratio=2,
+        print_flag=True,
     )
     last = capsys.readouterr().out.splitlines()[-1]
     assert "batch size 8" in last
@@ -367,5 +369,7 @@ def test_on_a_gpu_batches_come_from_the_cpu() -> None:
     hessianflow.baseline(model, data, data, criterion, sgd(model), 1, [], 1.0)
     hessianflow.absa(
         *(model, data, data, data, criterion, sgd(model), 2, [], 1.0),
-        **{"adv_ratio": 0.2, "eps": 0.01, "max_large_ratio": 2},
+        adv_ratio=0.2,
+        eps=0.01,
+        max_large_ratio=2,
     )

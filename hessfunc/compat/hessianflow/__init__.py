@@ -17,6 +17,7 @@ One module stands for ``hessianflow``, ``hessianflow.optimizer``, ``.optm_utils`
 - ``absa`` compares eigenvalues of one and the same batch, not of a new one after each epoch, and by
   their absolute value. Its adversarial examples are those of the criterion.
 - A loss that is not finite ends a training with an error.
+- The checkpoint of ``--resume`` was never loaded; ``hessfunc eig --resume`` loads it.
 
 Source: Yao, Gholami, Lei, Keutzer and Mahoney 2018, arXiv 1802.08241; Yao, Gholami, Keutzer and
 Mahoney 2018, arXiv 1810.01021.

@@ -39,7 +39,7 @@ def get_eigen(
         targets: of the batch.
         criterion: ``(outputs, targets) -> mean over the examples``.
         cuda: not read: the batch goes to where the parameters lie.
-        maxIter: the most products.
+        maxIter: the most products, 2 at least.
         tol: stop when |H v - value v| <= tol |value|.
 
     Returns:
@@ -70,7 +70,7 @@ def get_eigen_full_dataset(
         dataloader: of batches ``(inputs, targets)``, each of which counts by its examples.
         criterion: ``(outputs, targets) -> mean over the examples``.
         cuda: not read.
-        maxIter: the most products.
+        maxIter: the most products, 2 at least.
         tol: of the residual.
 
     Returns:
