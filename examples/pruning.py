@@ -2,8 +2,7 @@
 
 At a minimum, setting a weight w_i to zero raises the loss by h_ii w_i^2 / 2, if the others stay and
 the Hessian is diagonal: its saliency. LeCun, Denker and Solla 1990, Optimal brain damage, take the
-diagonal of the Gauss-Newton matrix, which is positive; here `xdiag` estimates it from products, and
-says how well. Weights of least saliency go first, of all layers together, in one shot: nothing is
+diagonal of the Gauss-Newton matrix, which is positive, and which `ggn_diagonal` has exactly. Weights of least saliency go first, of all layers together, in one shot: nothing is
 trained again.
 
     python examples/pruning.py          # a table, and pruning.png
@@ -43,12 +42,9 @@ def saliencies(model: nn.Module, seen: Examples) -> dict[str, Params]:
     model_fn, params = hf.functional(model)
     weights, biases = hf.split(params, "*.weight")
     loss = hf.hold(hf.supervised(model_fn, cross_entropy), biases)
-    matvec = hf.over_batches(hf.ggnvp(loss))(weights, seen.batches(500))
-    diagonal = hf.xdiag(matvec, weights, max_matvecs=200, seed=0)
-    print(f"the diagonal, from {diagonal.matvecs} products: {diagonal.relative_error():.1%} off\n")
+    diagonal = hf.ggn_diagonal(loss, weights, seen.batches(500))
     return {
-        # A saliency below zero is an estimate that is not certain of its sign.
-        "diagonal": {n: diagonal.value[n].clamp_min(0) * w**2 / 2 for n, w in weights.items()},
+        "diagonal": {n: diagonal[n] * w**2 / 2 for n, w in weights.items()},
         "magnitude": {n: w.abs() for n, w in weights.items()},
         "random": hf.unravel(torch.rand(hf.ravel(weights).numel(), generator=seeded()), weights),
     }
