@@ -2,8 +2,8 @@
 
 At a minimum, setting a weight w_i to zero raises the loss by h_ii w_i^2 / 2, if the others stay and
 the Hessian is diagonal: its saliency. LeCun, Denker and Solla 1990, Optimal brain damage, take the
-diagonal of the Gauss-Newton matrix, which is positive, and which `ggn_diagonal` has exactly. Weights of least saliency go first, of all layers together, in one shot: nothing is
-trained again.
+diagonal of the Gauss-Newton matrix, which is positive, and which `ggn_diagonal` has exactly.
+Weights of least saliency go first, of all layers together, in one shot: nothing is trained again.
 
     python examples/pruning.py          # a table, and pruning.png
 """
