@@ -60,7 +60,9 @@ def ggn_diagonal(
             first axis of inputs and outputs, and do not see each other.
         params: at which the diagonal is taken.
         batches: of which the weighted mean is taken, as in `over_batches`.
-        weight, mesh, loader: as in `over_batches`.
+        weight: what a batch counts, as in `over_batches`.
+        mesh: of ranks that share the batches, as in `over_batches`.
+        loader: who divides the data among ranks, as in `over_batches`.
         chunk_size: how many examples go through one pass by vmap; 1 is a loop without vmap. By
             default as many as have their gradients in 64 MiB.
 

@@ -53,9 +53,20 @@ def hessian_trace(
         loss: with its two halves, as made by `supervised` or `composed`.
         params: at which the trace is taken.
         batches: of which the weighted mean is taken.
-        rtol, atol, max_matvecs, block_size, seed, space, callback, checkpoint: as in `hutchinson`,
-            of the whole trace.
-        weight, keep, mesh, loader: as in `over_batches`.
+        rtol: stop when the half-width of the 95 % interval is below rtol |value|.
+        atol: stop when it is below atol. Without rtol and atol the whole budget is used.
+        max_matvecs: the budget: so many probes at the most.
+        weight: what a batch counts, as in `over_batches`.
+        keep: keep the graph of every batch, as in `over_batches`.
+        mesh: of ranks that share the batches, as in `over_batches`.
+        loader: who divides the data among ranks, as in `over_batches`.
+        block_size: how many probes are multiplied at once.
+        seed: of the probes.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
+        callback: called with the running `Estimate` after each round; returning True stops.
+        checkpoint: a directory that keeps the state of the probes, for a run that was killed to
+            go on from.
 
     Returns:
         `Estimate`, with the part of each leaf in ``by_leaf``; ``matvecs`` counts products with
