@@ -172,7 +172,7 @@ class DTensorSpace(DividedSpace):
                 f"a flat vector of shape {tuple(rows.shape)} where the part of this rank, "
                 f"({self.width},) or (k, {self.width}), is due"
             )
-        shards = self._shards(rows.view(-1, self.width))
+        shards = self._shards(torch.atleast_2d(rows))
         return self.tree(
             layout.tensor((shard if rows.dim() == 2 else shard[0]).to(dtype), rows.dim() - 1)
             for layout, shard, dtype in zip(self.layouts, shards, self.dtypes, strict=True)

@@ -106,7 +106,7 @@ def test_algorithms_find_what_one_process_finds(name: str, two: Ranks) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "kind"), [((2, 2), "one")])
+@pytest.mark.parametrize(("shape", "kind"), [((2, 2), "one"), ((4,), "last axes")])
 @pytest.mark.parametrize("name", ["lanczos", "hutchinson", "xtrace", "hutchinson_diagonal"])
 def test_on_other_meshes(name: str, shape: tuple[int, ...], kind: str, four: Ranks) -> None:
     assert max(four.run(algorithm_differs_by, name, shape, kind)) < bound(name)
@@ -148,9 +148,10 @@ def space_is_right(shape: tuple[int, ...], kind: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", CUTS)
-def test_rows_are_the_shards(kind: str, two: Ranks, three: Ranks) -> None:
+def test_rows_are_the_shards(kind: str, two: Ranks, three: Ranks, four: Ranks) -> None:
     assert all(two.run(space_is_right, (2,), kind))
     assert all(three.run(space_is_right, (3,), kind))
+    assert all(four.run(space_is_right, (4,), kind))
 
 
 @pytest.mark.parametrize("kind", CUTS_IN_TWO)
@@ -158,14 +159,19 @@ def test_rows_are_the_shards_of_two_axes(kind: str, four: Ranks) -> None:
     assert all(four.run(space_is_right, (2, 2), kind))
 
 
-def widths(kind: str) -> int:
-    mesh, cuts = on_mesh((2,), kind)
+def widths(ranks: int, kind: str) -> int:
+    mesh, cuts = on_mesh((ranks,), kind)
     return Space.of(cut(problems.like(), mesh, cuts)).width
 
 
 def test_copies_are_divided(two: Ranks) -> None:
-    assert two.run(widths, "copies") == [18, 19]
-    assert two.run(widths, "first axes") == [3 + 1 + 10 + 5, 3 + 0 + 10 + 5]
+    assert two.run(widths, 2, "copies") == [18, 19]
+    assert two.run(widths, 2, "first axes") == [3 + 1 + 10 + 5, 3 + 0 + 10 + 5]
+
+
+def test_a_rank_may_hold_nothing(four: Ranks) -> None:
+    assert four.run(widths, 4, "last axes") == [2 + 1 + 20 + 4, 2 + 0 + 0 + 4, 2 + 0 + 0 + 2, 0]
+    assert max(four.run(algorithm_differs_by, "xdiag", (4,), "last axes")) < 1e-10
 
 
 def with_a_number() -> float:

@@ -171,4 +171,7 @@ def _mean_and_spread(space: Space, state: _State) -> tuple[Tensor, Tensor]:
 
 
 def _spread(samples: Tensor) -> Tensor:
-    return samples.std(0) if len(samples) > 1 else torch.full_like(samples[0], torch.inf)
+    if len(samples) == 1:
+        return torch.full_like(samples[0], torch.inf)
+    # A rank may hold no entry, of which torch would warn.
+    return samples.std(0) if samples.numel() else samples[0]
