@@ -116,7 +116,7 @@ class DTensorSpace(DividedSpace):
                 "or hold those of all but one by `split` and `hold`"
             )
         mesh = meshes.pop()
-        ranks = Ranks.of(mesh)
+        ranks = Ranks.apart(mesh)
         layouts: list[Layout] = []
         copies: dict[tuple[int, ...], tuple[Ranks, list[int]]] = {}
         for i, (name, leaf) in enumerate(zip(space.names, found, strict=True)):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -61,13 +62,25 @@ class Ranks:
                 f"mesh is a {type(mesh).__name__}: pass a DeviceMesh, as of "
                 'init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))'
             )
-        if mesh.get_coordinate() is None:
-            raise ValueError(f"rank {dist.get_rank()} is not of the mesh {mesh}")
+        _refuse_outside(mesh)
         if axis is not None and axis not in (mesh.mesh_dim_names or ()):
             raise ValueError(f"the mesh has no axis {axis!r}: its axes are {mesh.mesh_dim_names}")
         if axis is None and mesh.ndim > 1:
-            return cls._of(_group_of_all(mesh))
+            return cls.apart(mesh)
         return cls._of(mesh.get_group(axis))
+
+    @classmethod
+    def apart(cls, mesh: DeviceMesh, /) -> Ranks:
+        """All of a mesh, in a group in which no model sends.
+
+        Where a rank fails within a model the others wait in the model's next collective. What it
+        says of that must not reach them as the numbers that they wait for: gloo would abort.
+
+        Raises:
+            ValueError: this process is not of the mesh.
+        """
+        _refuse_outside(mesh)
+        return cls._of(_group_of_all(mesh))
 
     @classmethod
     def _of(cls, group: dist.ProcessGroup) -> Ranks:
@@ -159,10 +172,15 @@ class Ranks:
 
         Raises:
             RuntimeError: another rank failed. The failure itself, on the rank where it came up.
+            ConnectionError: another rank has not come; its cause is the failure, if any, on this.
         """
         dtype = torch.float32 if device.type == "mps" else torch.float64
         mine = torch.tensor([[failure is not None, *numbers]], dtype=dtype, device=device)
-        table: list[list[float]] = torch.cat(self.gathered(mine, [1] * self.size)).tolist()
+        try:
+            table: list[list[float]] = torch.cat(self.gathered(mine, [1] * self.size)).tolist()
+        except ConnectionError as lost:
+            # What failed here may be why the others have not come.
+            raise lost from failure or lost.__cause__
         if any(row[0] for row in table):
             self._tell(failure)
         return [row[1:] for row in table]
@@ -188,6 +206,11 @@ def attempted(act: Callable[[], Made], /) -> tuple[Sequence[Made], Exception | N
         return (), failure
 
 
+def _refuse_outside(mesh: DeviceMesh) -> None:
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"rank {dist.get_rank()} is not of the mesh {mesh}")
+
+
 # The names of groups of all ranks of a mesh.
 _of_all: WeakKeyDictionary[DeviceMesh, str] = WeakKeyDictionary()
 
@@ -196,12 +219,22 @@ def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The group of all ranks of a mesh, made once: making one is a collective of its own."""
     name = _of_all.get(mesh)
     if name is None or name not in _world.pg_names.values():
-        # Ranks outside of the mesh do not come here, and are not waited for.
         ranks = mesh.mesh.flatten().tolist()
-        group = dist.new_group(ranks, use_local_synchronization=True)
+        group = dist.new_group(
+            ranks,
+            timeout=_timeout(mesh),
+            # Ranks outside of the mesh do not come here, and are not waited for.
+            use_local_synchronization=len(ranks) < dist.get_world_size(),
+        )
         assert group is not None
         _of_all[mesh] = name = group.group_name
     return _resolve_process_group(GroupName(name))
+
+
+def _timeout(mesh: DeviceMesh) -> timedelta:
+    """That of its first axis, where torch would take half an hour."""
+    backend = mesh.get_group(0)._get_backend(torch.device(mesh.device_type))
+    return backend.options._timeout
 
 
 @contextmanager

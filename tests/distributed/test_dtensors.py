@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -254,6 +255,31 @@ def test_what_would_be_wrong_is_refused(refused: object, message: str, two: Rank
     for outcome in two.outcomes(refused):  # type: ignore[arg-type]
         assert outcome.error is not None
         assert outcome.error.startswith(message)
+
+
+def fails_on_one(rank: int) -> None:
+    group = dist.new_group(timeout=timedelta(seconds=8))
+    mesh, cuts = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("z",)), CUTS["first axes"]
+    plain = as_matvec(problems.symmetric(), mesh, cuts)
+
+    def matvec(block: Any) -> Any:
+        if dist.get_rank() == rank:
+            raise KeyError("no such column")
+        return plain(block)
+
+    hf.hutchinson(matvec, cut(problems.like(), mesh, cuts), seed=0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_before_a_collective_is_an_error_on_all(two: Ranks) -> None:
+    first, second = two.outcomes(fails_on_one, 1)
+    # Which of the two that wait for each other gives up first is open.
+    assert first.error is not None
+    assert first.error.startswith(("ConnectionError: rank 0 has lost", "RuntimeError: [/"))
+    assert second.error is not None
+    assert second.error.startswith(("ConnectionError: rank 1 has lost", "KeyError"))
+    assert "KeyError: 'no such column'" in second.trace
+    assert two.run(widths, 2, "copies") == [18, 19]
 
 
 CURVATURES = {
