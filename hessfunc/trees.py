@@ -199,8 +199,13 @@ class Space:
 
     @property
     def columns(self) -> range:
-        """The entries of a row that are held here, where these are a run."""
+        """The numbers of the entries of a row that are held here, which no other rank has."""
         return range(self.n)
+
+    @property
+    def cut(self) -> str | None:
+        """How leaves are cut over ranks, where the numbers of entries depend on it."""
+        return None
 
     @property
     def spans(self) -> list[range]:

@@ -137,10 +137,17 @@ class DTensorSpace(DividedSpace):
 
     @property
     def columns(self) -> range:
-        raise NotImplementedError(
-            "the columns of DTensors are no run, which a checkpoint can store: take `unsharded` "
-            "parameters with `space=sharded(params, mesh)`, or no checkpoint"
-        )
+        first = self.ranks.rank * self.widest
+        return range(first, first + self.width)
+
+    @property
+    def cut(self) -> str:
+        mesh = next(layout.mesh for layout in self.layouts if layout.mesh is not None)
+        placed = [
+            f"{name} {' '.join(map(str, layout.placements))}"
+            for name, layout in zip(self.names, self.layouts, strict=True)
+        ]
+        return f"{mesh.mesh.tolist()}: {', '.join(placed)}"
 
     @cached_property
     def spans(self) -> list[range]:

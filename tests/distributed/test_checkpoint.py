@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.trees import leaves
-from tests.distributed import problems
+from tests.distributed import problems, test_dtensors
 from tests.distributed.ranks import Ranks
 
 # By the name of the run: the budget of its first part, and of the whole.
@@ -124,6 +124,52 @@ def test_damage_to_the_part_of_one_rank_is_an_error_on_all(tmp_path: Path, two: 
     assert first.error is not None
     assert first.error.startswith("RuntimeError: failed on another rank")
     assert "rank 1: ValueError: checkpoint" in first.error
+
+
+def run_of_dtensors(
+    name: str, path: Path | None, kind: str, ranks: int, most: int
+) -> tuple[list[Tensor], int]:
+    """What the run found of leaves that are cut, and the products that it made just now."""
+    mesh, cuts = test_dtensors.on_mesh((ranks,), kind)
+    plain = test_dtensors.as_matvec(problems.symmetric(positive=True), mesh, cuts)
+    made: list[int] = []
+
+    def matvec(block: dict[str, Tensor]) -> dict[str, Tensor]:
+        made.append(len(block["a"]))
+        return plain(block)  # type: ignore[no-any-return]
+
+    like = test_dtensors.cut(problems.like(), mesh, cuts)
+    found = problems.ALGORITHMS[name](matvec, like, max_matvecs=most, checkpoint=path, seed=3)
+    whole = test_dtensors.gathered(found)
+    values = (whole.vectors, whole.values) if isinstance(found, hf.Eigenpairs) else whole.value
+    return leaves(values), sum(made)
+
+
+@pytest.mark.parametrize("name", ["lanczos, restarted", "hutchinson_diagonal"])
+@pytest.mark.parametrize("kind", ["last axes", "some of each"])
+def test_a_run_of_dtensors_goes_on_as_they_are_cut(
+    name: str, kind: str, tmp_path: Path, four: Ranks
+) -> None:
+    few, most = RUNS[name]
+    wanted = four.run(run_of_dtensors, name, None, kind, 4, most)
+    four.run(run_of_dtensors, name, tmp_path, kind, 4, few)
+    found = four.run(run_of_dtensors, name, tmp_path, kind, 4, most)
+    for (again, made), (at_once, of_all) in zip(found, wanted, strict=True):
+        assert same(again, at_once, 0.0)
+        # One is made again, to see that the matrix is the same.
+        assert made < of_all - few // 2
+
+
+def test_a_run_of_dtensors_on_another_mesh_is_refused(
+    tmp_path: Path, two: Ranks, three: Ranks
+) -> None:
+    three.run(run_of_dtensors, "lanczos", tmp_path, "last axes", 3, 8)
+    for outcome in two.outcomes(run_of_dtensors, "lanczos", tmp_path, "last axes", 2, 60):
+        assert outcome.error is not None
+        assert "the cut of leaves over ranks was [0, 1, 2]: a S(1), b S(0)" in outcome.error
+        assert "and is [0, 1]: a S(1), b S(0)" in outcome.error
+    with pytest.raises(ValueError, match="the cut of leaves over ranks was .* and is None now"):
+        run("lanczos", tmp_path, 1, 60)
 
 
 def in_a_directory_of_its_own(path: Path) -> None:

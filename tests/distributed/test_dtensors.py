@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -226,14 +225,6 @@ def with_rows_of_another_length() -> None:
     hf.unravel(torch.zeros(37), cut(problems.like(), mesh, cuts))
 
 
-def with_a_checkpoint() -> None:
-    mesh, cuts = on_mesh((2,), "first axes")
-    matvec, like = as_matvec(problems.symmetric(), mesh, cuts), cut(problems.like(), mesh, cuts)
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(folder)
-    hf.lanczos(matvec, like, k=2, checkpoint=folder[0], seed=0)
-
-
 def with_a_plain_batch() -> None:
     module = modules.distributed("mlp", problems.mesh(2))
     module._forward_pre_hooks.clear()
@@ -247,7 +238,6 @@ def with_a_plain_batch() -> None:
         (with_a_partial_leaf, "ValueError: leaf 'a' is placed by P(sum), where Shard or"),
         (with_a_plain_vector, "ValueError: a leaf of the vector is a plain tensor where one on"),
         (with_rows_of_another_length, "ValueError: a flat vector of shape (37,) where the part of"),
-        (with_a_checkpoint, "NotImplementedError: the columns of DTensors are no run"),
         (with_a_plain_batch, "ValueError: addmm meets a plain tensor beside a DTensor"),
     ],
 )

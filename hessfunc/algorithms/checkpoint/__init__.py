@@ -8,7 +8,8 @@ a whole state is there, the one before or the one after.
 
 Where vectors are cut over ranks each of them writes its columns, into one directory that all of
 them see, and the first writes the manifest once all are done. Columns are put together anew as
-they are read: a run may go on with another number of ranks.
+they are read: a run may go on with another number of ranks. Of DTensors a rank's columns are those
+of its shards, and a run goes on where they are cut alike.
 """
 
 from hessfunc.algorithms.checkpoint.run import Checkpoint, Directory

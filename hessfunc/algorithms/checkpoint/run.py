@@ -65,6 +65,7 @@ class Checkpoint:
                 name: f"{dtype} {tuple(shape)}"
                 for name, shape, dtype in zip(space.names, space.shapes, space.dtypes, strict=True)
             },
+            "the cut of leaves over ranks": space.cut,
             **{name: _described(value) for name, value in options.items()},
         }
         if space.ranks is not None:
