@@ -87,11 +87,11 @@ def block_matvec(
     surroundings = precise if space.device.type == "cuda" else nullcontext
 
     def products(tangents: Sequence[Tensor]) -> Iterable[Tensor]:
-        k = len(tangents[0])
+        k = tangents[0].shape[0]
         if space.distributed:
             return space.stacked([product([t[i] for t in tangents]) for i in range(k)])
         if k == 1:
-            return [out[None] for out in product([t[0] for t in tangents])]
+            return [out.unsqueeze(0) for out in product([t.squeeze(0) for t in tangents])]
         if chunks.size != "auto":
             return _in_chunks(product, tangents, chunks.size)[0]
         if k < _SMALLEST_BLOCK:
