@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from hessfunc.functional import Loss
+from hessfunc.algorithms.rounds import rows_dtype
+from hessfunc.functional import Loss, several_batches
 from hessfunc.hbp.outputs import each_hessian
 from hessfunc.precision import wide_dtype
-from hessfunc.transforms.batches import examples, microbatches, over_batches
+from hessfunc.transforms.batches import Passes, examples, mean_over, microbatches
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.gauss_newton import (
     checked_outputs,
@@ -27,7 +28,7 @@ from hessfunc.trees import Matvec, Space, Tree, flatten, tree_map
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["ggn_diagonal"]
+__all__ = ["diagonal_of", "ggn_diagonal"]
 
 _Build: TypeAlias = Callable[[Sequence[Tensor]], Any]
 
@@ -67,25 +68,62 @@ def ggn_diagonal(
             default as many as have their gradients in 64 MiB.
 
     Returns:
-        A tree of the shapes of params.
+        A tree of the shapes of params, in float32 at least.
 
     Raises:
-        TypeError: the loss does not show its halves; batches can be read only once.
-        ValueError: examples see each other, as in batch norm in train mode; they cannot be told
-            apart; there are no batches.
+        TypeError: the loss does not show its halves; outputs are not one tensor; batches can be
+            read only once.
+        ValueError: examples see each other, as in batch norm in train mode; the criterion couples
+            them; they cannot be told apart; there are no batches.
+        MemoryError: the blocks H_b do not fit.
         RuntimeError: the model does not go through vmap, as an LSTM; ``chunk_size=1`` does not
             take it.
 
     Cost: for C outputs an example C - 1 backward passes (cross-entropy) or C; with 10 classes some
-    9 gradients on a convolutional net. For many outputs (words of a language model) take
-    ``hutchinson_diagonal(ggnvp(loss)(params, batch), params)``.
+    9 gradients on a convolutional net; C^3 operations and C^2 numbers an example for the blocks.
+    From some hundred outputs on take ``hutchinson_diagonal(ggnvp(loss)(params, batch), params)``.
 
     Source: Schraudolph 2002; as in Dangel, Kunstner and Hennig 2020, BackPACK, arXiv 1912.10985.
     """
+    return diagonal_of(
+        loss,
+        params,
+        batches,
+        passes=Passes(),
+        weight=weight,
+        mesh=mesh,
+        loader=loader,
+        chunk_size=chunk_size,
+    )
+
+
+def diagonal_of(
+    loss: Loss,
+    params: Tree,
+    batches: Iterable[Any],
+    /,
+    *,
+    passes: Passes,
+    weight: Callable[[Any], float],
+    mesh: DeviceMesh | None,
+    loader: Loader,
+    chunk_size: int | None,
+) -> Tree:
+    """As `ggn_diagonal`, in a pass that may be compared with those of another matrix."""
     refuse_without_halves(loss)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: at least 1, or None for what fits in the cache")
     ones = tree_map(lambda leaf: torch.ones_like(leaf)[None], params)
-    matvec = over_batches(_of_batch(loss, chunk_size), weight=weight, mesh=mesh, loader=loader)
-    return tree_map(lambda leaf: leaf[0], matvec(params, batches)(ones))
+    # A diagonal is a matrix too: its mean over batches is found as that of any other.
+    mean = mean_over(
+        _of_batch(loss, chunk_size),
+        passes=passes,
+        weight=weight,
+        keep=False,
+        mesh=mesh,
+        loader=loader,
+    )
+    return tree_map(lambda leaf: leaf[0], mean(params, batches)(ones))
 
 
 def _of_batch(loss: Loss, chunk_size: int | None) -> Curvature:
@@ -99,7 +137,7 @@ def _of_batch(loss: Loss, chunk_size: int | None) -> Curvature:
                 "by `unsharded`, or take `hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
             )
         point = tuple(leaf.detach() for leaf in space.tree_leaves(params))
-        with explained(space, batch), differentiable_twice(space.device):
+        with explained(space, batch), differentiable_twice(space.device), several_batches():
             diagonal = space.tree(_diagonal(loss, space, point, batch, chunk_size))
         return lambda block: tree_map(torch.mul, block, diagonal)
 
@@ -110,25 +148,29 @@ def _diagonal(
     loss: Loss, space: Space, point: tuple[Tensor, ...], batch: Any, chunk_size: int | None
 ) -> list[Tensor]:
     outputs = _outputs(loss, space, point, batch)
-    values, vectors = _eigenpairs(loss, outputs, batch)
-    at_once = max(1, _BYTES_AT_ONCE // sum(leaf.numel() * leaf.element_size() for leaf in point))
-    size = chunk_size or max(1, at_once // max(1, values.shape[1]))
-    total = [torch.zeros_like(leaf) for leaf in point]
+    values, vectors = _eigenpairs(loss, outputs.to(rows_dtype(space)), batch)
+    gradient = sum(leaf.numel() for leaf in point) * values.element_size()
+    at_once = max(1, _BYTES_AT_ONCE // gradient)
+    pieces = microbatches(batch, chunk_size or max(1, at_once // values.shape[1]))
+    sizes = [examples(piece) for piece in pieces]
+    if sum(sizes) != len(outputs):
+        raise ValueError(
+            f"the outputs have {len(outputs)} rows along their first axis, and the batch "
+            f"{sum(sizes)} examples: let `composed` make outputs with a row for each example"
+        )
+    total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
     for piece, together, value, vector in zip(
-        microbatches(batch, size),
-        outputs.split(size),
-        values.split(size),
-        vectors.split(size),
-        strict=True,
+        pieces, outputs.split(sizes), values.split(sizes), vectors.split(sizes), strict=True
     ):
         rows, build = _examples(piece)
         each = partial(_of_example, loss, space, point, build, at_once, chunk_size != 1)
         if chunk_size == 1:
             alone, squares = each(value[0], vector[0], *(row[0] for row in rows))
+            alone = alone[None]
         else:
             alone, every = _over_examples(each, value, vector, *rows)
             squares = [found.sum(0) for found in every]
-        _refuse_unless_apart(alone.view_as(together), together)
+        _refuse_unless_apart(alone, together)
         for sums, found in zip(total, squares, strict=True):
             sums += found
     return total
@@ -151,12 +193,14 @@ def _of_example(
         return loss.outputs(space.tree(leaves), build(rows))[0]
 
     outputs, pull, *_ = vjp(model, *point)
+    if outputs.numel() != vectors.shape[1]:
+        return outputs, []
     pulled = vmap(pull) if mapped else _stacked(pull)
-    total = [torch.zeros_like(leaf) for leaf in point]
+    total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
     for value, vector in zip(values.split(at_once), vectors.split(at_once), strict=True):
-        gradients = pulled(vector.reshape(-1, *outputs.shape))
+        gradients = pulled(vector.reshape(-1, *outputs.shape).to(outputs.dtype))
         total = [
-            sums + torch.einsum("c,c...->...", value, gradient.square())
+            sums + torch.einsum("c,c...->...", value, gradient.to(value).square())
             for sums, gradient in zip(total, gradients, strict=True)
         ]
     return outputs, total
@@ -168,8 +212,8 @@ def _over_examples(each: Callable[..., Any], *rows: Tensor) -> tuple[Tensor, lis
     except RuntimeError as error:
         raise RuntimeError(
             f"the examples of this model do not go through vmap ({str(error).splitlines()[0]}): "
-            "call model.eval() if a layer sees the whole batch, as batch norm in train mode does; "
-            "otherwise take chunk_size=1, which is a loop"
+            "call model.eval() if a layer sees the whole batch; otherwise take chunk_size=1, "
+            "which is a loop"
         ) from error
 
 
@@ -188,28 +232,35 @@ def _outputs(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> T
             "the exact diagonal takes a model whose outputs are one tensor, with a row for each "
             f"example, and these are {type(outputs).__name__}: make them one in `composed`"
         )
-    _, product = hessian_of_outputs(loss, outputs, batch)
-    first = torch.zeros_like(outputs)
-    first[0] = torch.arange(1.0, outputs[0].numel() + 1).cos().to(first).view_as(first[0])
-    (image,) = product([first])
-    if bool((image[1:].abs() > 1e-4 * image.abs().amax()).any()):
-        raise ValueError(
-            "the criterion's second derivatives couple examples, and the exact diagonal takes "
-            "one that is a sum over examples: take "
-            "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
-        )
     return outputs.detach()
 
 
 def _eigenpairs(loss: Loss, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
     """Of each example's block: values ``(B, r)`` and vectors ``(B, r, C)``, without the kernel."""
     blocks = each_hessian(loss.criterion, outputs, batch)
+    _refuse_if_coupled(loss, outputs, batch, blocks)
     values, vectors = torch.linalg.eigh(blocks.to(wide_dtype(blocks.device)))
-    largest = values.abs().amax(0)
-    counts = largest > len(largest) * torch.finfo(blocks.dtype).eps * largest.max()
-    # One at the least: no map over none.
-    counts[-1] = True
+    size, order = values.abs().amax(0).sort()
+    counts = torch.ones_like(order, dtype=torch.bool)
+    # All that is left out, together, is no more than rounding. One column stays at the least.
+    left_out = size.cumsum(0) <= 10 * torch.finfo(blocks.dtype).eps * size.sum()
+    counts[order[:-1][left_out[:-1]]] = False
     return values[:, counts].to(blocks.dtype), vectors.mT[:, counts].to(blocks.dtype)
+
+
+def _refuse_if_coupled(loss: Loss, outputs: Tensor, batch: Any, blocks: Tensor) -> None:
+    """Raise unless the blocks of the examples are all of the criterion's Hessian."""
+    tangent = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos().to(outputs)
+    _, product = hessian_of_outputs(loss, outputs.clone().requires_grad_(), batch)
+    (image,) = product([tangent.view_as(outputs)])
+    apart = torch.einsum("bij,bj->bi", blocks, tangent.view(len(outputs), -1))
+    difference = (image.reshape_as(apart) - apart).abs().amax()
+    if difference > torch.finfo(blocks.dtype).eps ** 0.5 * blocks.abs().sum(2).amax():
+        raise ValueError(
+            "the criterion's second derivatives couple examples, and the exact diagonal takes "
+            "one that is a sum over examples: take "
+            "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
+        )
 
 
 def _examples(batch: Any) -> tuple[list[Tensor], _Build]:
@@ -227,9 +278,16 @@ def _examples(batch: Any) -> tuple[list[Tensor], _Build]:
 
 
 def _refuse_unless_apart(alone: Tensor, together: Tensor) -> None:
-    limit = torch.finfo(alone.dtype).eps ** 0.5 * together.abs().amax()
-    if not bool((alone - together).abs().amax() <= limit):
-        raise ValueError(
-            "the outputs of an example alone are not those in its batch: examples see each other "
-            "(batch norm in train mode) or layers are random (dropout): call model.eval()"
-        )
+    """Raise unless examples have the same outputs alone as in their batch, up to rounding."""
+    if alone.shape == together.shape:
+        # Of a model that computes in a narrower dtype than its outputs have.
+        narrow = (torch.bfloat16, torch.float16)
+        exact = [d for d in narrow if torch.equal(together.to(d).to(together.dtype), together)]
+        eps = torch.finfo(exact[0] if exact else together.dtype).eps
+        if bool((alone - together).abs().amax() <= eps**0.5 * together.abs().amax()):
+            return
+    raise ValueError(
+        "the outputs of an example alone are not those in its batch: their first axis is not that "
+        "of the examples, or a layer sees the whole batch (batch norm in train mode) or is random "
+        "(dropout): call model.eval()"
+    )

@@ -10,8 +10,8 @@ from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.rounds import Callback
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.functional import Loss
-from hessfunc.gauss_newton_diagonal import ggn_diagonal
-from hessfunc.transforms.batches import examples, over_batches
+from hessfunc.gauss_newton_diagonal import diagonal_of
+from hessfunc.transforms.batches import Passes, examples, mean_over
 from hessfunc.transforms.functional_hessian import functional_hvp
 from hessfunc.transforms.share import Loader
 from hessfunc.trees import Space, Tree
@@ -35,6 +35,7 @@ def hessian_trace(
     keep: bool = False,
     mesh: DeviceMesh | None = None,
     loader: Loader = "whole",
+    chunk_size: int | None = None,
     block_size: int = 10,
     seed: int | None = None,
     space: Space | None = None,
@@ -60,6 +61,7 @@ def hessian_trace(
         keep: keep the graph of every batch, as in `over_batches`.
         mesh: of ranks that share the batches, as in `over_batches`.
         loader: who divides the data among ranks, as in `over_batches`.
+        chunk_size: how many examples go through one pass of `ggn_diagonal`.
         block_size: how many probes are multiplied at once.
         seed: of the probes.
         space: in which every rank holds a part of each vector, made by `sharded`; by default
@@ -80,10 +82,21 @@ def hessian_trace(
 
     Source: the parts: Schraudolph 2002; the probes: Hutchinson 1990.
     """
-    known = ggn_diagonal(loss, params, batches, weight=weight, mesh=mesh, loader=loader)
-    rest = over_batches(functional_hvp(loss), weight=weight, keep=keep, mesh=mesh, loader=loader)(
-        params, batches
+    # Of both parts, so that they are of the same examples.
+    passes = Passes()
+    known = diagonal_of(
+        loss,
+        params,
+        batches,
+        passes=passes,
+        weight=weight,
+        mesh=mesh,
+        loader=loader,
+        chunk_size=chunk_size,
     )
+    rest = mean_over(
+        functional_hvp(loss), passes=passes, weight=weight, keep=keep, mesh=mesh, loader=loader
+    )(params, batches)
     return hutchinson(
         rest,
         params,

@@ -111,10 +111,85 @@ def test_examples_that_see_each_other_are_refused(name: str, chunk_size: int | N
         hf.ggn_diagonal(found.loss, found.params, [found.batch], chunk_size=chunk_size)
 
 
-def test_a_criterion_that_couples_examples_is_refused() -> None:
-    found = net(lambda z, y: (z.mean(0) - y.mean(0)).square().sum(), torch.zeros(4, 3).double())
+COUPLED = {
+    "the mean of outputs": lambda z, y: (z.mean(0) - y).square().sum(),
+    "a square, first example ignored": lambda z, y: F.cross_entropy(z[1:], y[1:]).square(),
+    "two of the others": lambda z, y: F.cross_entropy(z, y) + (z[1] - z[2]).square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_criterion_that_couples_examples_is_refused(name: str) -> None:
+    targets = torch.zeros(4).double() if name.endswith("outputs") else torch.tensor([0, 2, 1, 1])
+    found = net(COUPLED[name], targets[:, None] if targets.is_floating_point() else targets)
     with pytest.raises(ValueError, match="couple examples"):
         hf.ggn_diagonal(found.loss, found.params, [found.batch])
+
+
+def test_a_criterion_without_second_derivative_has_none() -> None:
+    found = net(F.l1_loss, torch.zeros(4, 3).double())
+    assert not flat(hf.ggn_diagonal(found.loss, found.params, [found.batch])).any()
+
+
+@pytest.mark.parametrize("classes", [10, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_dtypes_lose_their_own_rounding_alone(dtype: torch.dtype, classes: int) -> None:
+    found = net(F.cross_entropy, torch.arange(24) % classes, outputs=classes)
+    narrow = {name: leaf.to(dtype) for name, leaf in found.params.items()}
+    wide = {name: leaf.double() for name, leaf in narrow.items()}
+    x, y = found.batch
+    x = x.to(dtype)
+    exact = hf.ggn_diagonal(found.loss, wide, [(x.double(), y)])
+    for chunk_size in (None, 4):
+        diagonal = hf.ggn_diagonal(found.loss, narrow, [(x, y)], chunk_size=chunk_size)
+        assert {leaf.dtype for leaf in diagonal.values()} == {torch.float32}
+        assert relative_error(flat(diagonal).double(), flat(exact)) < 4 * torch.finfo(dtype).eps
+
+
+def test_many_examples_are_added_up_in_single_precision_at_least() -> None:
+    found = net(F.cross_entropy, torch.arange(2000) % 3)
+    narrow = {name: leaf.bfloat16() for name, leaf in found.params.items()}
+    batch = found.batch[0].bfloat16(), found.batch[1]
+    diagonal = hf.ggn_diagonal(found.loss, narrow, [batch], chunk_size=4)
+    wide = {name: leaf.double() for name, leaf in narrow.items()}
+    exact = hf.ggn_diagonal(found.loss, wide, [(batch[0].double(), batch[1])])
+    assert float(flat(diagonal).sum()) == pytest.approx(float(flat(exact).sum()), rel=0.01)
+
+
+def test_a_model_that_computes_in_bfloat16() -> None:
+    found = net(F.cross_entropy, torch.arange(24) % 3)
+    model_fn, params = hf.functional(found.model.float(), dtype=torch.bfloat16)
+    batch = found.batch[0].float(), found.batch[1]
+    diagonal = hf.ggn_diagonal(hf.supervised(model_fn, F.cross_entropy), params, [batch])
+    assert relative_error(flat(diagonal).double(), expected(case_of(found, batch))) < 0.05
+
+
+def case_of(found: Case, batch: tuple[Tensor, Tensor]) -> Case:
+    wide = {name: leaf.double() for name, leaf in found.params.items()}
+    return Case(found.model, found.loss, wide, (batch[0].double(), batch[1]))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("positions", [2, 4])
+def test_rows_of_outputs_that_are_no_examples_are_refused(
+    positions: int, chunk_size: int | None
+) -> None:
+    found = net(F.mse_loss, torch.zeros(positions, 4, 3).double())
+    x = torch.randn(
+        4, positions, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    time_first = hf.composed(
+        lambda params, batch: found.loss.outputs(params, (batch, None)).transpose(0, 1),
+        lambda outputs, batch: outputs.square().mean(),
+    )
+    with pytest.raises(ValueError, match="first axis"):
+        hf.ggn_diagonal(time_first, found.params, [x], chunk_size=chunk_size)
+
+
+def test_chunks_have_an_example_at_least() -> None:
+    found = case("mlp")
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        hf.ggn_diagonal(found.loss, found.params, [found.batch], chunk_size=0)
 
 
 def test_outputs_that_are_no_tensor_are_refused() -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.problems.training import seeded
+from tests.cases import case
 from tests.reference import hessian
 
 Problem: TypeAlias = tuple[hf.Loss, dict[str, Tensor], list[tuple[Tensor, Tensor]]]
@@ -82,3 +84,32 @@ def test_a_run_goes_on_from_its_checkpoint(problem: Problem, tmp_path: Path) -> 
     assert stopped.matvecs == 20
     resumed = hf.hessian_trace(loss, params, batches, checkpoint=tmp_path, **options)
     assert torch.equal(resumed.samples, whole.samples)
+
+
+class Augmented:
+    """Other examples in each pass."""
+
+    def __init__(self, loader: list[tuple[Tensor, Tensor]]) -> None:
+        self.loader = loader
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        for x, y in self.loader:
+            yield x * self.passes, y
+
+
+@pytest.mark.parametrize("options", [{"keep": True}, {"max_matvecs": 10}])
+def test_both_parts_are_of_the_same_examples(problem: Problem, options: dict[str, Any]) -> None:
+    loss, params, batches = problem
+    with pytest.raises(ValueError, match="saw different examples"):
+        hf.hessian_trace(loss, params, Augmented(batches), seed=0, **options)
+
+
+def test_a_model_that_does_not_go_through_vmap() -> None:
+    found = case("lstm")
+    trace = float(hessian(found.loss, found.params, found.batch).trace())
+    options: dict[str, Any] = {"chunk_size": 1, "max_matvecs": 400, "seed": 0}
+    estimate = hf.hessian_trace(found.loss, found.params, [found.batch], **options)
+    low, high = estimate.interval(0.999)
+    assert low <= trace <= high

@@ -19,7 +19,7 @@ from hessfunc.trees import Matvec, Space, Tree, batch_leaves, flatten, unchanged
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["examples", "microbatches", "over_batches"]
+__all__ = ["Passes", "examples", "mean_over", "microbatches", "over_batches"]
 
 
 def examples(batch: Any, /) -> int:
@@ -115,6 +115,53 @@ def over_batches(
         raise ValueError(f"loader={loader!r}: choose 'whole' or 'sharded'")
 
     def of_data(params: Tree, batches: Iterable[Any]) -> Matvec:
+        mean = mean_over(
+            curvature, passes=Passes(), weight=weight, keep=keep, mesh=mesh, loader=loader
+        )
+        return mean(params, batches)
+
+    return of_data
+
+
+@dataclass
+class Passes:
+    """Passes over batches that must see the same examples, of one matrix or of several.
+
+    Attributes:
+        first: the checksum of the first pass, once it is made.
+    """
+
+    first: Tensor | None = None
+
+    def add(self, total: Tensor) -> None:
+        """One more pass, of this checksum.
+
+        Raises:
+            ValueError: it saw other examples than the first.
+        """
+        if self.first is None:
+            self.first = total
+        elif not torch.allclose(self.first, total, rtol=1e-9, atol=0.0):
+            raise ValueError(
+                "two passes over the batches saw different examples, so the products belong "
+                "to different matrices: turn off random augmentation, and `shuffle` where "
+                "`drop_last` is set; or read the batches once, list(loader)"
+            )
+
+
+def mean_over(
+    curvature: Curvature,
+    /,
+    *,
+    passes: Passes,
+    weight: Callable[[Any], float],
+    keep: bool,
+    mesh: DeviceMesh | None,
+    loader: Loader,
+) -> Curvature:
+    """As `over_batches`, with passes that may be compared with those of another matrix."""
+
+    def of_data(params: Tree, batches: Iterable[Any]) -> Matvec:
         share = Share() if mesh is None else _share_of(mesh, loader)
 
         def checked() -> Space:
@@ -123,7 +170,7 @@ def over_batches(
 
         space = share.all_well(checked)
         share.refuse_unlike(space, params, batches)
-        reading = _Reading(curvature, params, batches, weight, space, share)
+        reading = _Reading(curvature, params, batches, weight, space, share, passes)
         return share.over(space, batches, reading.kept() if keep else reading.anew())
 
     return of_data
@@ -157,14 +204,18 @@ class _Reading:
     weight: Callable[[Any], float]
     space: Space
     share: Share
+    passes: Passes
 
     def kept(self) -> Callable[[Tree], Sum]:
         """The graphs of all batches are made now."""
         read = Read.nothing(self.space.device)
 
         def make() -> list[tuple[float, Callable[[], Matvec]]]:
-            found = ((w, self._at(batch, i)) for i, batch, w in self._mine(read))
-            return [(w, partial(_itself, matvec)) for w, matvec in found]
+            found: list[tuple[float, Callable[[], Matvec]]] = [
+                (w, partial(_itself, self._at(batch, i))) for i, batch, w in self._mine(read)
+            ]
+            self.passes.add(read.all.total)
+            return found
 
         found = self.share.all_well(make)
         return lambda block: Sum.of(self.space, block, found, read)
@@ -172,21 +223,13 @@ class _Reading:
     def anew(self) -> Callable[[Tree], Sum]:
         """The graph of a batch is made in every pass."""
         refuse_if_changed = unchanged(self.space.names, self.space.tree_leaves(self.params))
-        first_pass: list[Tensor] = []
 
         def products(block: Tree) -> Sum:
             refuse_if_changed()
             read = Read.nothing(self.space.device)
             found = ((w, partial(self._at, batch, i)) for i, batch, w in self._mine(read))
             total = Sum.of(self.space, block, found, read)
-            if not first_pass:
-                first_pass.append(read.all.total)
-            elif not torch.allclose(first_pass[0], read.all.total, rtol=1e-9, atol=0.0):
-                raise ValueError(
-                    "two passes over the batches saw different examples, so the products belong "
-                    "to different matrices: turn off random augmentation, and `shuffle` where "
-                    "`drop_last` is set; or read the batches once, list(loader)"
-                )
+            self.passes.add(read.all.total)
             return total
 
         return products

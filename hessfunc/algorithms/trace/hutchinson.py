@@ -173,7 +173,10 @@ class _Spanned:
 def _sums(space: Space, vector: Tree) -> Tensor:
     """Of the entries of each leaf."""
     wide = wide_dtype(space.device)
-    return torch.stack([leaf.sum(dtype=wide).cpu().double() for leaf in space.tree_leaves(vector)])
+    sums = torch.stack([leaf.sum(dtype=wide).cpu().double() for leaf in space.tree_leaves(vector)])
+    if not bool(sums.isfinite().all()):
+        raise FloatingPointError("known has entries that are NaN or infinite")
+    return sums
 
 
 def _spanned(space: Space, pairs: Eigenpairs | None) -> _Spanned:
