@@ -113,7 +113,7 @@ def check(
         problems.append(
             f"not linear: A(2x - 3y) is off by {nonlinearity:.1e}. Usual causes: the function is "
             "no product but the gradient at the vector, an added constant, finite differences "
-            "with too large a step"
+            "with too large a step or across kinks, a model that computes in low precision"
         )
     if not asymmetry <= tolerance:
         problems.append(

@@ -39,7 +39,7 @@ _TURNS = 2
 _SHARE = 0.25
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Landscape(Result):
     """A loss along one direction u, or along two, u and v.
 
@@ -61,6 +61,11 @@ class Landscape(Result):
     lengths: Tensor
     normalise: Normalise | None
     evaluations: int
+
+    def _headline(self) -> dict[str, object]:
+        known = self.values[self.values.isfinite()]
+        loss = f"[{float(known.min()):.4g}, {float(known.max()):.4g}]" if len(known) else "[]"
+        return {"shape": tuple(self.values.shape), "loss": loss, "evaluations": self.evaluations}
 
 
 def landscape(

@@ -14,6 +14,7 @@ import hessfunc as hf
 from hessfunc.algorithms import lanczos, streamed
 from hessfunc.algorithms.rounds import Products
 from hessfunc.memory import PeakMemory
+from hessfunc.problems.training import seeded
 from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
 from tests.algorithms.spectra import decaying, symmetric
 
@@ -728,3 +729,21 @@ def test_pairs_are_checked_in_blocks(block_size: int) -> None:
         rows @ matrix - found.values.to(rows)[:, None] * rows, dim=1
     )
     torch.testing.assert_close(found.residuals.float(), residuals, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_that_computes_in_bfloat16() -> None:
+    with seeded(0):
+        model = torch.nn.Sequential(
+            torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3)
+        )
+        batch = torch.randn(50, 20), torch.randint(3, (50,))
+    model_fn, params = hf.functional(model, dtype=torch.bfloat16)
+    loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+    exact_fn, exact = hf.functional(model.double())
+    wide = hf.supervised(exact_fn, torch.nn.functional.cross_entropy)
+    expected = hf.lanczos(hf.hvp(wide)(exact, (batch[0].double(), batch[1])), exact, k=2, seed=0)
+    for seed in range(5):
+        found = hf.lanczos(hf.hvp(loss)(params, batch), params, k=2, rtol=0.02, seed=seed)
+        torch.testing.assert_close(found.values, expected.values, rtol=0.03, atol=0)
+    with pytest.raises(ValueError, match="low precision"):
+        hf.lanczos(hf.hvp(loss)(params, batch), params, k=2, rtol=1e-4, seed=0)

@@ -52,3 +52,24 @@ def test_results_are_frozen_and_say_what_made_them() -> None:
     assert isinstance(result.seed, int)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.value = 0.0
+
+
+def test_what_is_printed_fits_on_a_line_or_two() -> None:
+    matrix = torch.diag(torch.linspace(-1, 3, 200).double())
+    matvec, like = hf.dense(matrix), {"a": torch.zeros(150).double(), "b": torch.zeros(50).double()}
+    top = hf.lanczos(matvec, like, k=12, seed=0)
+    results = {
+        "values=[3, ": top,
+        "residual=": hf.cg(matvec, like, damping=2.0),
+        "interval=[": hf.hutchinson(matvec, like, max_matvecs=20, seed=0),
+        "nodes=[-1, 3]": hf.slq(matvec, like, steps=80, seed=0),
+        "entries=200": hf.hutchinson_diagonal(matvec, like, max_matvecs=20, seed=0),
+    }
+    for text, result in results.items():
+        printed = repr(result)
+        assert text in printed
+        assert f"matvecs={result.matvecs}" in printed
+        assert result.reason in printed
+        assert len(printed) < 500
+        assert "tensor" not in printed
+    assert "..." in repr(top)

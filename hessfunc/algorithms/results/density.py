@@ -13,7 +13,7 @@ from torch import Tensor
 from hessfunc.algorithms.quantiles import kolmogorov_quantile
 from hessfunc.algorithms.results.eigenpairs import rounding
 from hessfunc.algorithms.results.estimate import Estimate
-from hessfunc.algorithms.results.result import Result
+from hessfunc.algorithms.results.result import Result, shown
 
 __all__ = ["Density"]
 
@@ -21,7 +21,7 @@ __all__ = ["Density"]
 _ROUNDING = 1e-12
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Density(Result):
     """A spectral density: a mixture of point masses for each probe.
 
@@ -37,6 +37,11 @@ class Density(Result):
     weights: Tensor
     n: int
     eps: float = torch.finfo(torch.float64).eps
+
+    def _headline(self) -> dict[str, object]:
+        probes, steps = self.nodes.shape
+        reach = shown(torch.stack([self.nodes.min(), self.nodes.max()]))
+        return {"n": self.n, "probes": probes, "steps": steps, "nodes": reach}
 
     @property
     def width(self) -> float:

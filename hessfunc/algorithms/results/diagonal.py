@@ -13,7 +13,7 @@ from hessfunc.trees import Tree, leaves, tree_map
 __all__ = ["DiagonalEstimate"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DiagonalEstimate(Result):
     """One number for each entry of a tree, with its standard error.
 
@@ -29,6 +29,10 @@ class DiagonalEstimate(Result):
     stderr: Tree
     degrees: int
     squared_row_norms: DiagonalEstimate | None = None
+
+    def _headline(self) -> dict[str, object]:
+        entries = sum(leaf.numel() for leaf in leaves(self.value))
+        return {"entries": entries, "relative_error": f"{self.relative_error():.2g}"}
 
     def interval(self, level: float = 0.95) -> tuple[Tree, Tree]:
         """The two-sided Student intervals at this level, entry by entry: two trees.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.results.result import Result
+from hessfunc.algorithms.results.result import Result, shown
 from hessfunc.trees import Tree, leaves
 
 __all__ = ["Eigenpairs", "rounding"]
@@ -16,7 +16,7 @@ __all__ = ["Eigenpairs", "rounding"]
 _HALF_PRECISION = 1e-4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Eigenpairs(Result):
     """Eigenvalues with vectors, in the order that the algorithm states.
 
@@ -33,6 +33,11 @@ class Eigenpairs(Result):
     residuals: Tensor
     converged: Tensor
     largest: float
+
+    def _headline(self) -> dict[str, object]:
+        done = f"{int(self.converged.sum())} of {len(self.converged)}"
+        residuals = shown(self.residuals, 2)
+        return {"values": shown(self.values), "residuals": residuals, "converged": done}
 
     @property
     def intervals(self) -> Tensor:

@@ -15,7 +15,7 @@ from hessfunc.algorithms.results.result import Result
 __all__ = ["Estimate", "narrow_enough", "pool"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Estimate(Result):
     """A number with its standard error.
 
@@ -34,6 +34,10 @@ class Estimate(Result):
     samples: Tensor
     by_leaf: dict[str, float]
     squared_frobenius: Estimate | None = None
+
+    def _headline(self) -> dict[str, object]:
+        low, high = self.interval()
+        return {"value": f"{self.value:.6g}", "interval": f"[{low:.6g}, {high:.6g}]"}
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The two-sided Student interval at this level."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from hessfunc.files import write_whole
 from hessfunc.trees import Tree, flatten, leaves
 
-__all__ = ["Result", "load", "versions"]
+__all__ = ["Result", "load", "shown", "versions"]
 
 
 @cache
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """What every result tells.
 
@@ -60,6 +60,15 @@ class Result:
         super().__init_subclass__(**kwargs)
         Result.kinds[cls.__name__] = cls
 
+    def __repr__(self) -> str:
+        """What one asks first; vectors and samples stay in their fields."""
+        said = {**self._headline(), "matvecs": self.matvecs, "reason": repr(self.reason)}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in said.items())})"
+
+    def _headline(self) -> dict[str, object]:
+        """Names and values that stand first, as they are shown."""
+        return {}
+
     def save(self, path: str | os.PathLike[str], /) -> None:
         """Write to one ``.npz`` file, whole or not at all; `load` reads it without pickle.
 
@@ -69,6 +78,12 @@ class Result:
         plain = _plain(self, "", arrays)
         arrays["result"] = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
         write_whole(Path(path), lambda file: np.savez(file, allow_pickle=False, **arrays))
+
+
+def shown(numbers: Tensor, digits: int = 6) -> str:
+    """The first ten numbers of a vector, as text."""
+    first = [f"{x:.{digits}g}" for x in numbers[:10].tolist()]
+    return f"[{', '.join([*first, '...'] if len(numbers) > 10 else first)}]"
 
 
 def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:

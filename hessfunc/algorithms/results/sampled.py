@@ -13,7 +13,7 @@ __all__ = ["SampledEstimate"]
 _COST_OF_A_BATCH = 1.25
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SampledEstimate(Estimate):
     """An estimate from m random batches with r probes each; ``samples`` are the batches' means.
 
@@ -32,6 +32,9 @@ class SampledEstimate(Estimate):
     variance_data: float
     draws: int
     probes_per_draw: int
+
+    def _headline(self) -> dict[str, object]:
+        return {**super()._headline(), "draws": self.draws, "data_share": f"{self.data_share:.2g}"}
 
     @property
     def data_share(self) -> float:

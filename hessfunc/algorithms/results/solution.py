@@ -10,7 +10,7 @@ from hessfunc.trees import Tree
 __all__ = ["Solution"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Solution(Result):
     """A solution of ``(A + damping I) x = b``.
 
@@ -27,3 +27,10 @@ class Solution(Result):
     residual: float
     converged: bool
     negative_curvature: Tree | None
+
+    def _headline(self) -> dict[str, object]:
+        return {
+            "residual": f"{self.residual:.2g}",
+            "converged": self.converged,
+            "negative_curvature": self.negative_curvature is not None,
+        }
