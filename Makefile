@@ -20,7 +20,6 @@ lint: $(STAMP)
 # A warning is an error, and so is a link within the site that leads nowhere.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	$(BIN)/linkchecker --no-status --output none site/index.html
 
 # Those to the outside, too, which needs a network.
 links: docs
