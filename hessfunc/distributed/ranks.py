@@ -112,9 +112,21 @@ class Ranks:
 
     def gathered(self, part: Tensor, lengths: Sequence[int], /) -> list[Tensor]:
         """The parts of all ranks, which differ in the length of their first axis."""
-        longest, rest = max(lengths), part.shape[1:]
-        if not longest:
+        if not max(lengths):
             return [part] * self.size
+        found = self._padded(part, max(lengths)).split(max(lengths))
+        return [x[:length] for x, length in zip(found, lengths, strict=True)]
+
+    def joined(self, part: Tensor, lengths: Sequence[int], /) -> Tensor:
+        """The parts of all ranks, one behind another."""
+        if set(lengths) == {lengths[0]} != {0}:
+            # They arrive so: a large block is not copied once more.
+            return self._padded(part, lengths[0])
+        return torch.cat(self.gathered(part, lengths))
+
+    def _padded(self, part: Tensor, longest: int) -> Tensor:
+        """The parts one behind another, each with what makes it as long as the longest."""
+        rest = part.shape[1:]
         mine = part.contiguous()
         if len(part) < longest:
             mine = part.new_zeros(longest, *rest)
@@ -122,7 +134,7 @@ class Ranks:
         found = part.new_empty(self.size * longest, *rest)
         with _in_contact():
             _all_gather(found, mine, group=self.group)
-        return [x[:length] for x, length in zip(found.split(longest), lengths, strict=True)]
+        return found
 
     def objects(self, one: Made, /) -> list[Made]:
         """What each rank has, on every rank."""
@@ -177,7 +189,7 @@ class Ranks:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         mine = torch.tensor([[failure is not None, *numbers]], dtype=dtype, device=device)
         try:
-            table: list[list[float]] = torch.cat(self.gathered(mine, [1] * self.size)).tolist()
+            table: list[list[float]] = self.joined(mine, [1] * self.size).tolist()
         except ConnectionError as lost:
             # What failed here may be why the others have not come.
             raise lost from failure or lost.__cause__

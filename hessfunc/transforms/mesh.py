@@ -108,8 +108,8 @@ class MeshShare(Share):
             self._refuse_differences(table, examples)
             total = self._over_data(made[0].total)
             if self.probe is not None:
-                rows = self.probe.gathered(total.rows, [len(part) for part in made[0].parts])
-                total = replace(total, rows=torch.cat(rows))
+                rows = self.probe.joined(total.rows, [len(part) for part in made[0].parts])
+                total = replace(total, rows=rows)
             return total.mean(space)
 
         return matvec
