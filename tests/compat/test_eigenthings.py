@@ -48,7 +48,7 @@ def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     for parameter in model.parameters():
         nn.init.normal_(parameter, generator=generator)
-    return model.to(dtype)
+    return model.to(dtype).eval()
 
 
 def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -347,7 +347,7 @@ def test_batch_norm_uses_and_keeps_its_running_statistics() -> None:
     with torch.no_grad():
         model(data()[0])
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with pytest.warns(UserWarning, match="the Hessian is that of eval mode"):
+    with pytest.warns(UserWarning, match="in train mode, and the Hessian is that of eval mode"):
         found = HVPOperator(model, loader(20), cross_entropy)
     vector = torch.ones(found.size, dtype=torch.float64)
     product = found.apply(vector)

@@ -310,6 +310,19 @@ def test_parameters_are_those_of_the_moment() -> None:
     assert made.eigenvalues()[0][0] == pytest.approx(float(largest), rel=1e-3)
 
 
+def test_parameters_that_are_thawed_later_count() -> None:
+    model, found = net(), batches()
+    model[0].requires_grad_(False)
+    made = face.hessian(model, cross_entropy, data=found[0])
+    model.requires_grad_(True)
+    _, (vector,) = made.eigenvalues()
+    assert [v.shape for v in vector] == [p.shape for p in made.params]
+    product = face.hessian_vector_product(made.gradsH, made.params, vector)
+    torch.testing.assert_close(
+        list(product), made.dataloader_hv_product(vector)[1], rtol=1e-3, atol=1e-4
+    )
+
+
 def test_a_parameter_that_the_loss_does_not_use_has_zeros(peer: Any) -> None:
     model, batch = PartlyUnused(), (torch.randn(5, 3), torch.randint(4, (5,)))
     arguments = (model, lambda outputs, y: cross_entropy(outputs[0], y) + outputs[1], batch)
@@ -411,20 +424,6 @@ def test_a_model_that_is_wrapped_for_data_parallelism_is_unwrapped() -> None:
     made = face.hessian(nn.DataParallel(model), cross_entropy, data=found[0])
     made.trace(maxIter=2)
     assert list(made.results["trace"].by_leaf) == [name for name, _ in model.named_parameters()]
-
-
-def test_a_model_is_called_with_the_inputs_as_they_are() -> None:
-    class OfPair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(4, 3)
-
-        def forward(self, pair: Batch) -> Tensor:
-            return self.linear(pair[0] + pair[1])
-
-    x, y = batches()[0]
-    values, _ = face.hessian(OfPair(), cross_entropy, data=((x, x), y)).eigenvalues()
-    assert values[0] > 0
 
 
 def test_what_is_refused() -> None:

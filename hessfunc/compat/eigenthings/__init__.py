@@ -21,8 +21,8 @@ power iteration descending, by Lanczos ascending, vectors ``(k, n)`` in the orde
 - A fresh batch for each product (``full_dataset=False``) kept power iteration at the noise of a
   batch; its noise is reduced by a few products with all of them. Lanczos took its products from
   several matrices; it takes one batch for the whole run.
-- BatchNorm in train mode moved its statistics at each product; no module is touched, and BatchNorm
-  uses its running statistics, as in eval mode, with a warning.
+- In train mode BatchNorm moved its statistics at each product, and with Dropout each was with
+  another matrix; the model is evaluated in eval mode, with a warning, and no module is touched.
 - ``use_gpu=True`` failed without CUDA; vectors are where the parameters are. With CUDA the model
   is moved there, as before.
 - A parameter that is frozen, or that the loss does not depend on, failed; the first is left out,

@@ -34,7 +34,7 @@ def compute_hessian_eigenthings(
     """Eigenvalues ``(k,)`` and eigenvectors ``(k, n)`` of the Hessian of the mean loss.
 
     Args:
-        model: of which all parameters that require a gradient count.
+        model: of which all parameters that require a gradient count; evaluated in eval mode.
         dataloader: of batches ``(inputs, targets)``.
         loss: ``(outputs, targets) -> scalar``, a mean over examples.
         num_eigenthings: how many pairs, of largest absolute value.

@@ -10,17 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.compat.eigenthings.operator import Operator
-from hessfunc.functional import (
-    Loss,
-    functional,
-    supervised,
-    training_flags,
-    uses_batch_statistics,
-)
+from hessfunc.compat.place import evaluated_loss
+from hessfunc.functional import LossFunction
 from hessfunc.transforms.batches import microbatches, over_batches
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.hessian import hvp
-from hessfunc.trees import Matvec, Space, Tree, tree_map
+from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["HVPOperator"]
 
@@ -31,7 +26,8 @@ class HVPOperator(Operator):
     The parameters are read at each product, so that an operator follows a training.
 
     Args:
-        model: of which all parameters that require a gradient count.
+        model: of which all parameters that require a gradient count; evaluated in eval mode, and
+            unwrapped where it is wrapped for data parallelism.
         dataloader: of batches ``(inputs, targets)``; one that is read again gives the same
             examples.
         criterion: ``(outputs, targets) -> scalar``, a mean over examples.
@@ -60,10 +56,10 @@ class HVPOperator(Operator):
         self.full_dataset = full_dataset
         self.max_possible_gpu_samples = max_possible_gpu_samples
         self._batches: Iterator[Any] = iter(())
-        if any(module.training for module in _normalising_batches(model)):
+        if model.training:
             warnings.warn(
-                "BatchNorm in train mode uses the statistics of each batch: the Hessian is that of "
-                "eval mode, with the running statistics; call `model.eval()` to say so",
+                "the model is in train mode, and the Hessian is that of eval mode, without Dropout "
+                "and with the running statistics of BatchNorm: call `model.eval()` to say so",
                 stacklevel=2,
             )
 
@@ -76,7 +72,7 @@ class HVPOperator(Operator):
 
     def matvec(self) -> Matvec:
         """The Hessian of all batches on flat blocks, at the parameters as they are now."""
-        loss, params = self._functional()
+        loss, params = self._loss()
         return _flat(params, over_batches(self._curvature(loss))(params, self.dataloader))
 
     def draws(self) -> Callable[[int], Matvec] | None:
@@ -85,17 +81,14 @@ class HVPOperator(Operator):
 
     def like(self, *, use_gpu: bool) -> Tensor:
         """What a vector looks like: it lies where the parameters do."""
-        space = Space.of(self._functional()[1])
+        space = Space.of(self._loss()[1])
         return space.zeros(1, space.dtype)[0]
 
-    def _functional(self) -> tuple[Loss, Tree]:
-        modules = [(module, False) for module in _normalising_batches(self.model)]
-        with training_flags(modules):
-            model_fn, params = functional(self.model)
-        return supervised(model_fn, self.criterion), params
+    def _loss(self) -> tuple[LossFunction, Tree]:
+        return evaluated_loss(self.model, self.criterion)
 
     def _of_next_batch(self, _: int) -> Matvec:
-        loss, params = self._functional()
+        loss, params = self._loss()
         return _flat(params, self._curvature(loss)(params, self._next_batch()))
 
     def _next_batch(self) -> Any:
@@ -105,21 +98,12 @@ class HVPOperator(Operator):
             self._batches = iter(self.dataloader)
         raise ValueError("the dataloader has no batch")
 
-    def _curvature(self, loss: Loss) -> Curvature:
+    def _curvature(self, loss: LossFunction) -> Curvature:
         def of_batch(params: Tree, batch: Any) -> Matvec:
-            batch = _moved(batch, Space.of(params).device)
             pieces = microbatches(batch, self.max_possible_gpu_samples)
             return over_batches(hvp(loss), keep=len(pieces) == 1)(params, pieces)
 
         return of_batch
-
-
-def _normalising_batches(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if uses_batch_statistics(module)]
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
 
 
 def _flat(params: Tree, matvec: Matvec) -> Matvec:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.algorithms.lanczos import lanczos
-from hessfunc.compat.hessianflow.place import Placed, device_of, on_one_device
-from hessfunc.functional import functional, supervised
+from hessfunc.compat.place import evaluated_loss
 from hessfunc.training.batches import refuse_iterators
-from hessfunc.training.modes import eval_mode
 from hessfunc.training.tracking.undisturbed import undisturbed
 from hessfunc.transforms.batches import over_batches
 from hessfunc.transforms.hessian import hvp
@@ -96,13 +94,10 @@ def _dominant(
     keep: bool,
 ) -> tuple[float, list[Tensor]]:
     refuse_iterators(batches)
-    model = on_one_device(model)
-    with eval_mode(model):
-        model_fn, params = functional(model)
-    curvature = over_batches(hvp(supervised(model_fn, criterion)), keep=keep)
+    loss, params = evaluated_loss(model, criterion)
     with undisturbed(model, batches):
         found = lanczos(
-            curvature(params, Placed(batches, device_of(model))),
+            over_batches(hvp(loss), keep=keep)(params, batches),
             params,
             k=1,
             rtol=tol,

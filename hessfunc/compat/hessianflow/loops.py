@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn, optim
 from torch.nn import functional as F
 
-from hessfunc.compat.hessianflow.place import on_one_device
+from hessfunc.compat.place import bare
 from hessfunc.training.evaluation import evaluated
 from hessfunc.training.steps import Batch
 
@@ -23,7 +23,7 @@ def exp_lr_scheduler(optimizer: optim.Optimizer, decay_ratio: float = 0.1) -> op
 
 def test(model: nn.Module, test_loader: Iterable[Batch]) -> float:
     """The accuracy in eval mode, in percent, which is printed, too."""
-    accuracy = 100 * evaluated(on_one_device(model), test_loader, F.cross_entropy).accuracy
+    accuracy = 100 * evaluated(bare(model), test_loader, F.cross_entropy).accuracy
     print(f"test accuracy {accuracy:.3f} %")
     return accuracy
 

@@ -9,13 +9,11 @@ from typing import TypeAlias
 import torch
 from torch import nn, optim
 
-from hessfunc.compat.hessianflow.place import Placed, device_of, on_one_device
-from hessfunc.functional import functional, supervised
+from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
 from hessfunc.training import absa as schedules
 from hessfunc.training.adversarial import Attack, fgsm
 from hessfunc.training.dominant import Watch, watch
 from hessfunc.training.loop import Record, train
-from hessfunc.training.modes import eval_mode
 from hessfunc.training.steps import Batch, Criterion, first_order
 from hessfunc.training.tracking.undisturbed import undisturbed
 
@@ -67,8 +65,8 @@ def baseline(
     schedule = schedules.constant(
         ratio=max_large_ratio, lr_decay=lr_decay_ratio, lr_decay_epochs=lr_decay_epoch
     )
-    bare = on_one_device(model)
-    updates = _updates(bare, train_loader, test_loader, criterion, optimizer, epochs, schedule)
+    alone = bare(model)
+    updates = _updates(alone, train_loader, test_loader, criterion, optimizer, epochs, schedule)
     return model, updates
 
 
@@ -119,17 +117,17 @@ def absa(
         lr_decay=lr_decay_ratio,
         lr_decay_epochs=lr_decay_epoch,
     )
-    bare = on_one_device(model)
+    alone = bare(model)
     updates = _updates(
-        bare,
+        alone,
         train_loader,
         test_loader,
         criterion,
         optimizer,
         epochs,
         schedule,
-        attack=_fgsm(bare, criterion, eps),
-        watch=_first_batch_watched(bare, hessian_loader, criterion),
+        attack=_fgsm(alone, criterion, eps),
+        watch=_first_batch_watched(alone, hessian_loader, criterion),
         batch_size=batch_size if print_flag else None,
     )
     return model, updates
@@ -180,12 +178,11 @@ def _line(record: Record, batch_size: int | None) -> str:
 
 
 def _fgsm(model: nn.Module, criterion: Criterion, eps: float) -> Attack:
-    with eval_mode(model):
-        model_fn, params = functional(model)
-    return partial(fgsm, supervised(model_fn, criterion), params, eps=eps)
+    loss, params = evaluated_loss(model, criterion)
+    return partial(fgsm, loss, params, eps=eps)
 
 
 def _first_batch_watched(model: nn.Module, loader: Loader, criterion: Criterion) -> Watch:
     with undisturbed(model, loader):
-        batch = next(iter(Placed(loader, device_of(model))))
+        batch = moved(next(iter(loader)), device_of(model))
     return watch(model, [batch], criterion=criterion, seed=torch.initial_seed())

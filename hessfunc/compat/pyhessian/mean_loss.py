@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
-from hessfunc.functional import LossFunction, functional, supervised
-from hessfunc.training.modes import eval_mode
+from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
+from hessfunc.functional import LossFunction
 from hessfunc.transforms.batches import over_batches
 from hessfunc.transforms.blocks import Curvature
-from hessfunc.trees import Tree, tree_map
 
 __all__ = ["MeanLoss", "Results", "seed_of_stream"]
 
@@ -43,7 +42,7 @@ class MeanLoss:
         cuda: without effect: batches are moved to where the parameters are.
 
     Attributes:
-        params: the model's own parameters that require a gradient.
+        params: the model's own parameters that require a gradient, as it says now.
         results: the last result of each method, with residuals, intervals and costs.
         full_dataset: whether there is a dataloader.
         data: the batch or the dataloader.
@@ -52,6 +51,7 @@ class MeanLoss:
     Raises:
         ValueError: there are both a batch and a dataloader, or neither; no parameter requires a
             gradient.
+        TypeError: a batch is no pair.
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class MeanLoss:
         self.criterion = criterion
         self.full_dataset = data is None
         self.data: Any = dataloader if data is None else data
-        self.params = [p for p in model.parameters() if p.requires_grad]
         self.results: Results = {}
         if not self.params:
             raise ValueError(f"no parameter of {type(model).__name__} requires a gradient")
@@ -76,15 +75,19 @@ class MeanLoss:
             self.inputs, self.targets = self.moved(data)
 
     @property
+    def params(self) -> list[Tensor]:
+        """The model's own parameters that require a gradient."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
     def device(self) -> str:
         """Where the parameters are."""
-        return str(self.params[0].device)
+        return str(device_of(self.model))
 
     @property
     def module(self) -> nn.Module:
         """The model itself, where it is wrapped for data parallelism."""
-        wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        return self.model.module if isinstance(self.model, wrappers) else self.model
+        return bare(self.model)
 
     @property
     def batches(self) -> Iterable[Any]:
@@ -93,18 +96,15 @@ class MeanLoss:
 
     def loss(self) -> tuple[LossFunction, dict[str, Tensor]]:
         """The loss ``(params, batch) -> scalar``, and the parameters as they are now."""
-        with eval_mode(self.module):
-            model_fn, params = functional(self.module)
-        of_batch = supervised(lambda found, x: model_fn(found, (x,)), self.criterion)
-        return lambda found, batch: of_batch(found, self.moved(batch)), params
+        return evaluated_loss(self.model, self.criterion)
 
     def over_data(self, curvature: Curvature) -> Curvature:
         """The curvature of the batch, or the mean over the batches."""
         return over_batches(curvature) if self.full_dataset else curvature
 
-    def moved(self, batch: Any) -> Tree:
-        """A batch, where the parameters are."""
-        return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, batch)
+    def moved(self, batch: Any) -> tuple[Any, Any]:
+        """The inputs and targets of a batch, where the parameters are."""
+        return moved(batch, device_of(self.model))
 
 
 def seed_of_stream() -> int:
