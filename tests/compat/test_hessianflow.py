@@ -106,6 +106,7 @@ def test_where_hessianflow_converges_it_finds_the_same() -> None:
     assert abs(float(cosine)) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*has not converged")
 def test_with_the_settings_of_the_scripts_it_is_no_farther_from_the_truth() -> None:
     for seed in range(5):
         torch.manual_seed(seed)
@@ -160,6 +161,24 @@ def test_data_parallel_frozen_and_unused_parameters() -> None:
     assert len(hessianflow.get_eigen(model, *data[0], criterion)[1]) == 3
 
 
+def test_an_eigenvalue_that_has_not_converged_is_warned_of() -> None:
+    model, data = net(), batches(30)
+    for steps, expected in (
+        (3, r"converged to tol=0.001: .* residual is (.*), and the budget .* raise maxIter"),
+        # Lanczos makes two products at least.
+        (1, "has not converged"),
+    ):
+        with pytest.warns(UserWarning, match=expected) as warned:
+            value, vector = hessianflow.get_eigen(model, *data[0], criterion, maxIter=steps)
+        with pytest.warns(UserWarning, match="has not converged"):
+            hessianflow.get_eigen_full_dataset(model, data, criterion, maxIter=steps)
+        assert warned[0].filename == __file__
+        flat = reference.flat(vector)
+        residual = float((dense(model, data) @ flat - value * flat).norm())
+        assert f"residual is {residual:.1e}" in str(warned[0].message)
+
+
+@pytest.mark.filterwarnings("ignore:.*has not converged")
 def test_the_start_is_a_function_of_torchs_seed() -> None:
     model, data = net(), batches(30)
 

@@ -15,7 +15,7 @@ power iteration descending, by Lanczos ascending, vectors ``(k, n)`` in the orde
 - A deflated power iteration started from the vector before, which deflation sends to zero; each
   start is its own.
 - Power iteration stopped when two estimates were close; it stops when the residual is small,
-  relative to the value, or the steps are spent. Both belong to one pair.
+  relative to the value, or, with a warning, when the steps are spent. Both belong to one pair.
 - ARPACK raised where it did not converge in ``max_steps`` restarts; pairs are returned, with a
   warning that tells their residuals.
 - A fresh batch for each product (``full_dataset=False``) kept power iteration at the noise of a

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal
 
-import torch
 from numpy.typing import NDArray
 
 from hessfunc.algorithms.lanczos import lanczos as thick_restart_lanczos
-from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.compat.eigenthings.operator import Operator
+from hessfunc.compat.eigenthings.residuals import warn_of_residuals
 from hessfunc.compat.eigenthings.start import Start
 
 __all__ = ["lanczos"]
@@ -68,17 +66,6 @@ def lanczos(
         start=start.vector,
         seed=start.seed,
     )
-    _warn_of_residuals(pairs, tol)
+    warn_of_residuals([pairs], tol, budget="max_steps")
     order = pairs.values.argsort()
     return pairs.values[order].numpy(), pairs.vectors.cpu()[order].numpy()
-
-
-def _warn_of_residuals(pairs: Eigenpairs, tol: float) -> None:
-    floor = rounding(torch.finfo(pairs.vectors.dtype).eps, pairs.largest)
-    missing = pairs.residuals > (tol * pairs.values.abs()).clamp(min=floor)
-    if missing.any():
-        warnings.warn(
-            f"{int(missing.sum())} of {len(missing)} pairs have not converged, with residuals of "
-            f"up to {float(pairs.residuals.max()):.1e}: {pairs.reason}",
-            stacklevel=3,
-        )

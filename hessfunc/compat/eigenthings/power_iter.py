@@ -13,6 +13,7 @@ from hessfunc.algorithms.power import power_iteration as exact_power_iteration
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.stochastic_power import stochastic_power_iteration
 from hessfunc.compat.eigenthings.operator import Operator
+from hessfunc.compat.eigenthings.residuals import warn_of_residuals
 from hessfunc.compat.eigenthings.start import Start
 from hessfunc.transforms.arithmetic import deflate
 
@@ -44,6 +45,9 @@ def deflated_power_iteration(
     Returns:
         ``(values, vectors)``, ``(k,)`` in descending order and ``(k, n)``.
 
+    Warns:
+        UserWarning: pairs have not converged.
+
     Cost: ``power_iter_steps`` products a pair.
     """
     found: list[Eigenpairs] = []
@@ -53,6 +57,7 @@ def deflated_power_iteration(
             operator, start, found, power_iter_steps, power_iter_err_threshold, momentum
         )
         found.append(pair)
+    warn_of_residuals(found, power_iter_err_threshold, budget="power_iter_steps")
     values = torch.cat([pair.values for pair in found])
     order = values.argsort(descending=True)
     values = values[order]
@@ -80,10 +85,14 @@ def power_iteration(
         fp16: the vector is in float16.
         init_vec: to start from; random by default.
 
+    Warns:
+        UserWarning: the pair has not converged.
+
     Cost: ``steps`` products.
     """
     start = Start.of(operator, init_vec, use_gpu=use_gpu, fp16=fp16)
     pair = _dominant(operator, start, [], steps, error_threshold, momentum)
+    warn_of_residuals([pair], error_threshold, budget="steps")
     return float(pair.values[0]), pair.vectors[0]
 
 

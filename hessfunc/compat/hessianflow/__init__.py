@@ -7,7 +7,8 @@ One module stands for ``hessianflow``, ``hessianflow.optimizer``, ``.optm_utils`
 - Every batch counts, by its examples; those smaller than the first were left out.
 - A gradient that is made for an eigenvalue leaves no graph behind, and nothing in ``.grad``; the
   model keeps its mode, and torch's random stream its place.
-- An eigenvalue is found when its residual is small, not when it has stopped to move.
+- An eigenvalue is found when its residual is small, not when it has stopped to move; one that has
+  not converged is warned of.
 - ``baseline`` takes ``max_large_ratio`` batches a step, as it says; it always took one.
 - No step crosses an epoch. Gradients that were left over went into a step of the next epoch, whose
   number of batches might be another.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,7 +38,7 @@ def get_eigen(
         targets: of the batch.
         criterion: ``(outputs, targets) -> mean over the examples``.
         cuda: not read: the batch goes to where the parameters lie.
-        maxIter: the most products, 2 at least.
+        maxIter: the most products; at least two are made.
         tol: stop when |H v - value v| <= tol |value|.
 
     Returns:
@@ -47,6 +48,9 @@ def get_eigen(
     Raises:
         ValueError: an option is out of range.
         FloatingPointError: a product is not finite.
+
+    Warns:
+        UserWarning: the residual is above the tolerance.
 
     Cost: at most ``maxIter`` products, by Lanczos, which takes fewer than power iteration.
     """
@@ -68,7 +72,7 @@ def get_eigen_full_dataset(
         dataloader: of batches ``(inputs, targets)``, each of which counts by its examples.
         criterion: ``(outputs, targets) -> mean over the examples``.
         cuda: not read.
-        maxIter: the most products, 2 at least.
+        maxIter: the most products; at least two are made.
         tol: of the residual.
 
     Returns:
@@ -78,6 +82,9 @@ def get_eigen_full_dataset(
         ValueError: an option is out of range; the batches can be read only once, or differ from
             one pass to the next, as with random augmentation.
         FloatingPointError: a product is not finite.
+
+    Warns:
+        UserWarning: the residual is above the tolerance.
 
     Cost: at most ``maxIter`` products, each one pass over the data.
     """
@@ -101,7 +108,14 @@ def _dominant(
             params,
             k=1,
             rtol=tol,
-            max_matvecs=most,
+            max_matvecs=max(most, 2),
             seed=torch.initial_seed(),
         )
-    return float(found.values[0]), [block[0] for block in found.vectors.values()]
+    value, residual = float(found.values[0]), float(found.residuals[0])
+    if not found.converged[0]:
+        warnings.warn(
+            f"the eigenvalue {value:.3g} has not converged to tol={tol:g}: its residual is "
+            f"{residual:.1e}, and {found.reason}; raise maxIter, or tol",
+            stacklevel=3,
+        )
+    return value, [block[0] for block in found.vectors.values()]
