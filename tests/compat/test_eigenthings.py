@@ -197,6 +197,30 @@ def test_pairs_that_have_not_converged_are_warned_of() -> None:
         deflated_power_iteration(well_apart, 3, power_iter_steps=30)
 
 
+def test_without_a_number_of_restarts_there_are_as_many_as_it_takes() -> None:
+    close = 1 + torch.arange(400) / 1e5
+    slow = LambdaOperator(lambda vector: close * vector, 400)
+    with pytest.warns(UserWarning, match="not converged"):
+        lanczos(slow, 2, num_lanczos_vectors=6, max_steps=3)
+    values, _ = lanczos(slow, 2, num_lanczos_vectors=6, max_steps=None)
+    np.testing.assert_allclose(values, close[-2:].numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["power_iter", "lanczos"])
+def test_a_model_in_bfloat16_gives_arrays_in_float32(mode: Any) -> None:
+    exact = float(torch.linalg.eigvalsh(dense(net(), data()))[-1])
+    values, vectors = compute_hessian_eigenthings(
+        net(torch.bfloat16),
+        loader(20, torch.bfloat16),
+        cross_entropy,
+        1,
+        mode=mode,
+        **{"power_iter": {"power_iter_err_threshold": 0.1}, "lanczos": {"tol": 0.05}}[mode],
+    )
+    assert vectors.dtype == np.float32
+    assert values[0] == pytest.approx(exact, rel=0.1)
+
+
 def test_float16_is_that_of_the_vectors() -> None:
     seen: set[torch.dtype] = set()
 
@@ -390,6 +414,11 @@ def test_parameters_that_are_frozen_or_unused() -> None:
 def test_what_is_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="choose 'power_iter' or 'lanczos'"):
         compute_hessian_eigenthings(net(), loader(20), cross_entropy, mode="arnoldi")  # type: ignore[arg-type]
+    for count in (0, 9):
+        with pytest.raises(ValueError, match=f"={count}: .* 8 eigenvalues, choose 1 to 8"):
+            deflated_power_iteration(operator(), count)
+        with pytest.raises(ValueError, match=f"={count}: .* 8 eigenvalues, choose 1 to 8"):
+            lanczos(operator(), count)
     empty = HVPOperator(net(), [], cross_entropy, full_dataset=False)
     with pytest.raises(ValueError, match="the dataloader has no batch"):
         empty.apply(torch.ones(43, dtype=torch.float64))

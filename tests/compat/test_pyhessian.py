@@ -384,6 +384,8 @@ def test_the_trace_stops_where_its_interval_is_narrow_enough() -> None:
     assert 10 < len(samples) < 2000
     assert len(made.trace(maxIter=50, tol=1e-3)) == 50
     assert len(made.trace(maxIter=1)) == 2
+    # Nothing is below it, in PyHessian too.
+    assert len(made.trace(maxIter=50, tol=-math.inf)) == 50
 
 
 def test_a_krylov_space_that_is_exhausted_ends_the_density() -> None:
@@ -562,6 +564,8 @@ def test_layers_that_cannot_be_chosen_are_refused() -> None:
         made.trace_activ()
     with pytest.raises(ValueError, match="the name of no layer ends with 'conv': 0.branch.0"):
         made.insert_hook("conv")
+    with pytest.raises(ValueError, match="contains param_name='conv.weight': 0.branch.0.weight, "):
+        made.trace()
     made.insert_hook("2")
     with pytest.raises(ValueError, match="a batch of 20 examples comes after a first one of 7"):
         made.trace_activ()

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from hessfunc.algorithms.lanczos import lanczos as thick_restart_lanczos
+from hessfunc.compat.eigenthings.arrays import array
 from hessfunc.compat.eigenthings.operator import Operator
 from hessfunc.compat.eigenthings.residuals import warn_of_residuals
 from hessfunc.compat.eigenthings.start import Start
@@ -18,7 +19,7 @@ def lanczos(
     operator: Operator,
     num_eigenthings: int = 10,
     which: Literal["LM", "LA", "SA", "BE"] = "LM",
-    max_steps: int = 20,
+    max_steps: int | None = 20,
     tol: float = 1e-6,
     num_lanczos_vectors: int | None = None,
     init_vec: Any = None,
@@ -33,7 +34,7 @@ def lanczos(
         which: ``"LM"`` largest in absolute value, ``"LA"`` largest, ``"SA"`` smallest, ``"BE"``
             half from each end. ``"SM"``, inside of the spectrum, is refused: `to_scipy`, and
             ``eigsh`` on it.
-        max_steps: the most restarts.
+        max_steps: the most restarts; None for ten times the number of entries, as ARPACK has it.
         tol: of the residual, relative to the value; in float32 the rounding of the products where
             that is larger.
         num_lanczos_vectors: the most vectors that are kept; by default 2 num_eigenthings + 10.
@@ -54,6 +55,7 @@ def lanczos(
     """
     start = Start.of(operator, init_vec, use_gpu=use_gpu, fp16=fp16)
     kept = max(num_lanczos_vectors or 2 * num_eigenthings + 10, num_eigenthings + 2)
+    restarts = 10 * start.like.numel() if max_steps is None else max_steps
     draw = operator.draws()
     pairs = thick_restart_lanczos(
         operator.matvec() if draw is None else draw(0),
@@ -62,10 +64,10 @@ def lanczos(
         which=which,
         basis_size=kept,
         rtol=tol,
-        max_matvecs=kept + max_steps * (kept - num_eigenthings),
+        max_matvecs=kept + restarts * (kept - num_eigenthings),
         start=start.vector,
         seed=start.seed,
     )
     warn_of_residuals([pairs], tol, budget="max_steps")
     order = pairs.values.argsort()
-    return pairs.values[order].numpy(), pairs.vectors.cpu()[order].numpy()
+    return array(pairs.values[order]), array(pairs.vectors.cpu()[order])

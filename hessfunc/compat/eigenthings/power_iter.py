@@ -12,6 +12,7 @@ from torch import Tensor
 from hessfunc.algorithms.power import power_iteration as exact_power_iteration
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.stochastic_power import stochastic_power_iteration
+from hessfunc.compat.eigenthings.arrays import array
 from hessfunc.compat.eigenthings.operator import Operator
 from hessfunc.compat.eigenthings.residuals import warn_of_residuals
 from hessfunc.compat.eigenthings.start import Start
@@ -45,11 +46,19 @@ def deflated_power_iteration(
     Returns:
         ``(values, vectors)``, ``(k,)`` in descending order and ``(k, n)``.
 
+    Raises:
+        ValueError: there are not so many pairs, or another option is out of range.
+
     Warns:
         UserWarning: pairs have not converged.
 
     Cost: ``power_iter_steps`` products a pair.
     """
+    n = operator.like(use_gpu=use_gpu).numel()
+    if not 1 <= num_eigenthings <= n:
+        raise ValueError(
+            f"num_eigenthings={num_eigenthings}: the matrix has {n} eigenvalues, choose 1 to {n}"
+        )
     found: list[Eigenpairs] = []
     for _ in range(num_eigenthings):
         start = Start.of(operator, use_gpu=use_gpu, fp16=fp16)
@@ -62,7 +71,7 @@ def deflated_power_iteration(
     order = values.argsort(descending=True)
     values = values[order]
     vectors = torch.cat([pair.vectors for pair in found]).cpu()[order]
-    return (values.numpy(), vectors.numpy()) if to_numpy else (values, vectors)
+    return (array(values), array(vectors)) if to_numpy else (values, vectors)
 
 
 def power_iteration(

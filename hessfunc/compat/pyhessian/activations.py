@@ -52,7 +52,7 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
         Args:
             maxIter: samples at the most; at least two are drawn.
             tol: enough when the half-width of the 95 % interval of the sum over layers is below
-                tol times that sum.
+                tol times that sum; 0 or less for ``maxIter`` samples.
 
         Returns:
             A list over samples of lists over layers, in the order of the model's modules, which
@@ -73,6 +73,10 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
             ValueError: there is none.
         """
         loss, params = self.loss()
+        if not any(param_name in name for name in params):
+            raise ValueError(
+                f"the name of no parameter contains param_name={param_name!r}: {', '.join(params)}"
+            )
         chosen, rest = split(params, lambda name, _: param_name in name)
         matvec = self.over_data(hvp(hold(loss, rest)))(chosen, self.data)
         self.results["trace"], samples = _sampled(matvec, chosen, maxIter, tol)
@@ -121,5 +125,7 @@ def _sampled(
         samples.extend(space.by_leaf(space.ravel(block), space.ravel(images)).tolist())
         return images
 
-    estimate = hutchinson(watched, like, rtol=rtol, max_matvecs=max(most, 2), seed=seed_of_stream())
+    estimate = hutchinson(
+        watched, like, rtol=max(rtol, 0.0), max_matvecs=max(most, 2), seed=seed_of_stream()
+    )
     return estimate, samples

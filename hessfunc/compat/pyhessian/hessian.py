@@ -82,11 +82,16 @@ class hessian(MeanLoss):  # noqa: N801
 
         Args:
             maxIter: samples at the most; at least two are drawn.
-            tol: enough when the half-width of the 95 % interval is below ``tol |mean|``.
+            tol: enough when the half-width of the 95 % interval is below ``tol |mean|``; 0 or less
+                for ``maxIter`` samples.
         """
         matvec, params = self.matvec()
         estimate = hutchinson(
-            matvec, params, rtol=tol, max_matvecs=max(maxIter, 2), seed=seed_of_stream()
+            matvec,
+            params,
+            rtol=max(tol, 0.0),
+            max_matvecs=max(maxIter, 2),
+            seed=seed_of_stream(),
         )
         self.results["trace"] = estimate
         return estimate.samples.tolist()
