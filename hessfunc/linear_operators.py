@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["from_scipy", "to_scipy"]
 
-_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+_DTYPES: dict[np.dtype[Any], torch.dtype] = {
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
+_NUMPY_DTYPES = {dtype: own for own, dtype in _DTYPES.items()}
 
 
 def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
@@ -43,12 +47,16 @@ def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
     products = Products.of(matvec, like)
     space = products.space
     dtype = rows_dtype(space)
+    own = _NUMPY_DTYPES[dtype]
 
     def product(vectors: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(vectors):
             raise TypeError("the operator is real, and the vector is complex: multiply its parts")
-        rows = torch.tensor(vectors.reshape(space.n, -1).T, dtype=dtype, device=space.device)
-        images = products(rows).detach().cpu().numpy()
+        if not vectors.size:
+            return np.zeros(vectors.shape, own)
+        # A copy, for torch takes neither negative strides nor every dtype.
+        rows = np.array(vectors.reshape(space.n, -1).T, dtype=own, order="C")
+        images = products(torch.from_numpy(rows).to(space.device)).detach().cpu().numpy()
         return images.T.reshape(vectors.shape)
 
     return _linalg().LinearOperator(
@@ -57,7 +65,7 @@ def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
         rmatvec=product,
         matmat=product,
         rmatmat=product,
-        dtype=torch.empty(0, dtype=dtype, device="cpu").numpy().dtype,
+        dtype=own,
     )
 
 
@@ -78,8 +86,8 @@ def from_scipy(operator: Any, /) -> Matvec:
         ModuleNotFoundError: SciPy is not installed.
         TypeError: it is no operator, or not of float32, float64 or integers; (from a product) the
             vectors have another dtype.
-        ValueError: it is not square, or a matrix and not symmetric; (from a product) the vectors
-            do not have n entries.
+        ValueError: it is not square, or a matrix that is not symmetric or not finite; (from a
+            product) the vectors do not have n entries.
 
     Cost: one product of the operator a vector; two copies of the vector.
     """
@@ -113,7 +121,11 @@ def from_scipy(operator: Any, /) -> Matvec:
 
 
 def _refuse_asymmetric(matrix: Any) -> None:
+    # Not every sparse format knows its largest entry.
+    matrix = matrix.tocsr() if hasattr(matrix, "tocsr") else matrix
     tolerance = 10 * np.finfo(matrix.dtype).eps * abs(matrix).max()
+    if not np.isfinite(tolerance):
+        raise ValueError("the matrix has an entry that is NaN or infinite")
     if abs(matrix - matrix.T).max() > tolerance:
         raise ValueError("the matrix is not symmetric: take (A + A.T) / 2 if it should be")
 

@@ -102,6 +102,15 @@ def test_svds(operator: LinearOperator) -> None:
     np.testing.assert_allclose(np.sort(found)[::-1], exact, rtol=0, atol=1e-8)
 
 
+# SciPy takes a dense solver for so small a matrix, with columns in reverse order.
+@pytest.mark.filterwarnings("ignore:The problem size 12")
+def test_svds_by_lobpcg() -> None:
+    given = random_symmetric(12, seed=0)
+    found = svds(to_scipy(hf.dense(given), given[0]), k=3, solver="lobpcg", v0=normals(12))
+    exact = np.linalg.svd(given.numpy(), compute_uv=False)[:3]
+    np.testing.assert_allclose(np.sort(found[1])[::-1], exact, rtol=1e-6)
+
+
 def test_lobpcg(operator: LinearOperator) -> None:
     values, _ = lobpcg(operator, normals(N, 4), tol=1e-9, maxiter=300)
     exact = np.sort(np.linalg.eigvalsh(H))[::-1][:4]
@@ -149,6 +158,40 @@ def test_the_dtype_is_that_of_the_parameters(dtype: torch.dtype, expected: type)
         np.testing.assert_array_equal(found, [0, 3, 6, 9])
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        normals(N)[::-1],
+        normals(N, 4)[:, ::-1],
+        normals(4, N).T[::-1, ::2],
+        normals(N).astype(">f8"),
+        normals(N, 2).astype(np.longdouble),
+        normals(N, 2).astype(np.float16),
+        np.arange(N, dtype=np.uint16),
+    ],
+    ids=[
+        "reversed",
+        "columns",
+        "both",
+        "big-endian",
+        "longdouble",
+        "float16",
+        "uint16",
+    ],
+)
+def test_any_array_is_a_vector(operator: LinearOperator, given: NDArray[Any]) -> None:
+    found = operator @ given
+    assert found.dtype == np.float64
+    assert found.shape == given.shape
+    np.testing.assert_allclose(found, H @ given.astype(np.float64), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("matvec", [hf.dense(torch.eye(3)), hf.batched(lambda v: 2 * v)])
+def test_no_vectors_have_no_products(matvec: Matvec) -> None:
+    found = to_scipy(matvec, torch.zeros(3)) @ np.empty((3, 0))
+    assert (found.shape, found.dtype) == ((3, 0), np.float32)
+
+
 def test_products_leave_what_they_are_given() -> None:
     frozen = normals(4)
     frozen.flags.writeable = False
@@ -183,6 +226,10 @@ SOURCES: dict[str, Callable[[scipy.sparse.csr_array], Any]] = {
     "csr_array": lambda a: a,
     "coo_matrix": scipy.sparse.coo_matrix,
     "lil_array": lambda a: a.tolil(),
+    "dia_array": scipy.sparse.dia_array,
+    "dia_matrix": scipy.sparse.dia_matrix,
+    "dok_array": lambda a: a.todok(),
+    "bsr_array": scipy.sparse.bsr_array,
     "numpy": lambda a: a.toarray(),
     "numpy, columns first": lambda a: np.asfortranarray(a.toarray()),
     "LinearOperator": aslinearoperator,
@@ -268,8 +315,14 @@ def test_a_solution_is_scipys() -> None:
         (np.eye(3, dtype=np.longdouble), TypeError, "float32 or float64"),
         (torch.eye(3), TypeError, "use `dense`"),
         ("matrix", TypeError, "type not understood"),
+        (np.diag([1.0, np.nan]), ValueError, "NaN or infinite"),
+        (scipy.sparse.diags_array([1.0, np.inf]), ValueError, "NaN or infinite"),
+        (scipy.sparse.diags_array([1.0], offsets=[1], shape=(2, 2)), ValueError, "not symmetric"),
     ],
-    ids=["shape", "array", "sparse", "complex", "half", "long double", "tensor", "text"],
+    ids=[
+        *("shape", "array", "sparse", "complex", "half", "long double", "tensor", "text"),
+        *("NaN", "infinite", "diagonals"),
+    ],
 )
 def test_other_operators_are_refused(operator: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
