@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.utils.data import DataLoader
 
 from hessfunc.recompute import recomputing, segments_of
 from hessfunc.trees import Space, Tree, leaves, merge, tree_map, unchanged
@@ -28,6 +29,7 @@ __all__ = [
     "composed",
     "functional",
     "hold",
+    "refuse_module",
     "sliced",
     "supervised",
     "training_flags",
@@ -67,7 +69,11 @@ def composed(
         criterion: ``(outputs, batch) -> scalar``; with ``targets``, ``(outputs, targets)``.
         targets: batch -> targets. A usual criterion, such as ``cross_entropy``, then stays known,
             so that Gauss-Newton and Fisher matrices take its closed forms.
+
+    Raises:
+        TypeError: ``outputs`` is a module, which has no params to be given.
     """
+    refuse_module(outputs)
     return Loss(outputs, criterion if targets is None else OfTargets(criterion, targets))
 
 
@@ -80,8 +86,26 @@ def supervised(
         model_fn: as `functional` returns it.
         criterion: ``(outputs, targets) -> scalar``, such as ``torch.nn.functional.cross_entropy``
             or a loss module.
+
+    Raises:
+        TypeError: ``model_fn`` is a module; from the loss: a batch is no pair.
     """
+    refuse_module(model_fn)
     return Loss(_OfInputs(model_fn), OfTargets(criterion))
+
+
+def refuse_module(function: object, /) -> None:
+    """Raise where a module stands in place of a pure function.
+
+    Raises:
+        TypeError: it is so.
+    """
+    if isinstance(function, nn.Module):
+        raise TypeError(
+            f"{type(function).__name__} is a module, and no function of (params, ...): make it "
+            "pure, `model_fn, params = functional(model)`, and take "
+            "`supervised(model_fn, criterion)`"
+        )
 
 
 @dataclass(frozen=True)
@@ -111,9 +135,23 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     size = f" of length {len(batch)}" if isinstance(batch, (tuple, list, Mapping)) else ""
+    remedy = (
+        "for many batches take `over_batches(hvp(loss))(params, loader)`"
+        if _is_many(batch)
+        else "use `composed(outputs, criterion)` for any other batch"
+    )
     raise TypeError(
         f"a supervised loss takes batches (inputs, targets), and got a {type(batch).__name__}"
-        f"{size}: use `composed(outputs, criterion)` for any other batch"
+        f"{size}: {remedy}"
+    )
+
+
+def _is_many(batch: Any) -> bool:
+    """Whether it is batches (inputs, targets), not one."""
+    return isinstance(batch, DataLoader) or (
+        isinstance(batch, (tuple, list))
+        and bool(batch)
+        and all(isinstance(one, (tuple, list)) and len(one) == 2 for one in batch)
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import hessfunc as hf
 from hessfunc.functional import several_batches
@@ -160,6 +161,38 @@ def test_a_supervised_loss_of_another_batch_names_composed(batch: Any, named: st
     loss = hf.supervised(model_fn, F.cross_entropy)
     with pytest.raises(TypeError, match=rf"got {named}.*use `composed\(outputs, criterion\)`"):
         loss(params, batch)
+
+
+PAIR = (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("batches", "named"),
+    [
+        (DataLoader(TensorDataset(*PAIR)), "a DataLoader"),
+        ([PAIR], "a list of length 1"),
+        ([PAIR, PAIR, PAIR], "a list of length 3"),
+    ],
+)
+def test_a_supervised_loss_of_many_batches_names_over_batches(batches: Any, named: str) -> None:
+    model_fn, params = hf.functional(nn.Linear(3, 2))
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    with pytest.raises(TypeError, match=rf"got {named}: .*over_batches\(hvp\(loss\)\)"):
+        hf.hvp(loss)(params, batches)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda model: hf.supervised(model, F.cross_entropy),
+        lambda model: hf.composed(model, F.cross_entropy),
+        hf.hvp,
+    ],
+    ids=["supervised", "composed", "hvp"],
+)
+def test_a_module_in_place_of_a_pure_function_is_refused(made: Any) -> None:
+    with pytest.raises(TypeError, match=r"Linear is a module.*params = functional\(model\)"):
+        made(nn.Linear(3, 2))
 
 
 def test_a_composed_loss_gives_both_halves_the_batch() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Products:
         """Products that are no part of the run's cost."""
         version = rows._version
         with recording(self.choices):
-            images = self.space.on_all(lambda: self.matvec(self.space.unravel(rows)))
+            images = self.space.on_all(lambda: self._images(rows))
         product = self.space.ravel(images, dtype=rows.dtype)
         del images
         if rows._version != version:
@@ -91,6 +92,18 @@ class Products:
             refuse_infinite(self.space, product, "a product", FloatingPointError)
         return product
 
+    def _images(self, rows: Tensor) -> Tree:
+        try:
+            return self.matvec(self.space.unravel(rows))
+        except TypeError as error:
+            # Looked at only now: a signature takes as long as a small product.
+            if _is_of_params_and_batch(self.matvec):
+                raise TypeError(
+                    "this is a curvature function or a loss, and no matvec: call a curvature "
+                    "function with (params, batch) to get one, `hvp(loss)(params, batch)`"
+                ) from error
+            raise
+
     def cost(self, reason: str, seed: int | None) -> dict[str, Any]:
         """What every result tells of its run."""
         return {
@@ -100,6 +113,20 @@ class Products:
             "seed": seed,
             "choices": dict(self.choices),
         }
+
+
+def _is_of_params_and_batch(matvec: object) -> bool:
+    """Whether it can be called with two arguments, and not with one."""
+    try:
+        signature = inspect.signature(cast("Callable[..., object]", matvec))
+        signature.bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    try:
+        signature.bind(None)
+    except TypeError:
+        return True
+    return False
 
 
 class Storage(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -100,7 +100,8 @@ def over_batches(
             counts examples twice, and is refused.
 
     Raises:
-        TypeError: (from the curvature function) the batches can be read only once.
+        TypeError: (from the curvature function) the batches can be read only once; (also from the
+            matvec) ``curvature`` gives no matvec.
         ValueError: there is no batch; weights sum to zero; two passes saw different examples; a
             model uses batch statistics (BatchNorm in train mode) on more than one batch; the mesh
             has another axis. From the matvec or the curvature function: ranks differ in their
@@ -250,7 +251,16 @@ class _Reading:
 
     def _at(self, batch: Any, place: int) -> Matvec:
         with several_batches() if place else nullcontext():
-            return self.curvature(self.params, batch)
+            return _matvec(self.curvature(self.params, batch))
+
+
+def _matvec(made: Any) -> Matvec:
+    if not callable(made):
+        raise TypeError(
+            f"curvature(params, batch) gave a {type(made).__name__}, not a matvec: pass a "
+            "curvature function, such as `over_batches(hvp(loss))`"
+        )
+    return cast("Matvec", made)
 
 
 def _itself(matvec: Matvec) -> Matvec:

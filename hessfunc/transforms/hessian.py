@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.functional import LossFunction
+from hessfunc.functional import LossFunction, refuse_module
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.transforms.kernels.second_order import SECOND_ORDER
@@ -48,6 +48,7 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
             ``"auto"`` times both once for each shape and keeps the faster.
 
     Raises:
+        TypeError: the loss is a module.
         ValueError: (from the curvature function) the loss is not a finite scalar that depends on
             params.
         NotImplementedError: (also from the matvec) an operation has no second derivative.
@@ -55,6 +56,7 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
 
     Source: Pearlmutter 1994, Fast exact multiplication by the Hessian.
     """
+    refuse_module(loss)
     if mode not in ("reverse", "forward", "difference", "auto"):
         raise ValueError(f"mode={mode!r}: choose 'reverse', 'forward', 'difference' or 'auto'")
     chunks = Chunks(chunk_size)
@@ -192,6 +194,7 @@ def checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
 def scalar(value: Any) -> Tensor:
     """The value of a loss, if it is a scalar."""
     if not isinstance(value, Tensor) or value.dim() > 0:
-        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"the loss must be a scalar tensor, and is of {what}: take its mean")
+        is_tensor = isinstance(value, Tensor)
+        what = f"shape {tuple(value.shape)}: take its mean" if is_tensor else type(value).__name__
+        raise ValueError(f"the loss must be a scalar tensor, and is of {what}")
     return value

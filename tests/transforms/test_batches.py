@@ -322,6 +322,16 @@ def test_batch_statistics_are_refused_for_several_batches(mode: Any, keep: bool)
         curvature(found.params, [found.batch, found.batch])(v)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_loss_in_place_of_a_curvature_function_is_named(keep: bool) -> None:
+    found = case("mlp")
+    with pytest.raises(TypeError, match=r"gave a Tensor, not a matvec.*over_batches\(hvp\(loss"):
+        hf.apply(
+            hf.over_batches(found.loss, keep=keep)(found.params, [found.batch]),
+            found.params,
+        )
+
+
 def test_a_single_batch_in_place_of_batches_is_named() -> None:
     found = case("mlp")
     curvature = hf.over_batches(hf.hvp(found.loss))

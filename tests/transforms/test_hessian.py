@@ -286,7 +286,13 @@ def squares(params: Any, batch: Any) -> Tensor:
             lambda p, _: 1.0,
             {"w": torch.ones(3)},
             ValueError,
-            "the loss must be a scalar tensor, and is of float",
+            "the loss must be a scalar tensor, and is of float$",
+        ),
+        (
+            lambda p, _: None,
+            {"w": torch.ones(3)},
+            ValueError,
+            "the loss must be a scalar tensor, and is of NoneType$",
         ),
         (
             squares,
