@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.transforms.kernels import differentiable_twice
-from hessfunc.trees import Tree, flatten, leaves
+from hessfunc.trees import Tree, first_of, flatten, leaves
 
-__all__ = ["recomputed", "recomputing", "segments_of"]
+__all__ = ["no_module", "recomputed", "recomputing", "segments_of"]
 
 Pure = Callable[..., tuple[Tensor, ...]]
 
@@ -87,11 +87,18 @@ def segments_of(model: nn.Module, pattern: str, /) -> list[Segment]:
         if name and not inside and fnmatch.fnmatchcase(name, pattern):
             found[name] = Segment(module)
     if not found:
-        names = [name for name, _ in model.named_modules() if name]
-        raise ValueError(
-            f"recompute={pattern!r} chooses none of the modules {', '.join(names[:8])}, ..."
-        )
+        raise no_module(f"recompute={pattern!r}", model)
     return list(found.values())
+
+
+def no_module(choice: str, model: nn.Module, /) -> ValueError:
+    """The error of a choice that fits none of the modules within."""
+    if names := [name for name, _ in model.named_modules() if name]:
+        return ValueError(f"{choice} chooses none of the modules {first_of(names)}")
+    return ValueError(
+        f"{choice} chooses nothing: a bare {type(model).__name__} has no modules within, and "
+        "itself no name"
+    )
 
 
 @contextmanager

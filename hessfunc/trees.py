@@ -35,6 +35,7 @@ __all__ = [
     "Space",
     "Tree",
     "batch_leaves",
+    "first_of",
     "flatten",
     "leaves",
     "merge",
@@ -533,49 +534,61 @@ def split(
 
     Args:
         tree: a mapping of names to tensors, or to further mappings.
-        pattern: a glob over dotted names (``"layer3.*"``), the exact names, or a predicate
-            ``(name, tensor) -> bool``.
+        pattern: a glob over dotted names (``"layer3.*"``), several of them or of exact names, or a
+            predicate ``(name, tensor) -> bool``.
 
     Raises:
         TypeError: the tree has containers other than mappings.
-        ValueError: nothing, or one of the listed names not at all, is found.
+        ValueError: nothing, or nothing by one of several patterns, is found.
     """
+    found = list(_named(tree, (), ()))
+    names = [name for name, _, _ in found]
+    unknown: list[str] = []
+    if callable(pattern):
+        wanted = {name for name, _, leaf in found if pattern(name, leaf)}
+    else:
+        patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+        fitting = {one: _fitting(one, names) for one in patterns}
+        wanted = set().union(*fitting.values())
+        unknown = [one for one, fit in fitting.items() if not fit]
+    if not wanted:
+        raise ValueError(f"{pattern!r} chooses none of the leaves {first_of(names)}")
+    if unknown:
+        raise ValueError(f"there is no leaf named {', '.join(unknown)} among {first_of(names)}")
     chosen: dict[str, Any] = {}
     rest: dict[str, Any] = {}
-    is_chosen = _predicate(pattern)
-    seen: list[str] = []
-
-    def visit(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
-        for key, value in node.items():
-            here = (*path, str(key))
-            if isinstance(value, Mapping):
-                visit(value, here)
-            elif isinstance(value, Tensor):
-                seen.append(".".join(here))
-                _insert(chosen if is_chosen(seen[-1], value) else rest, (*path, key), value)
-            else:
-                raise TypeError(
-                    f"{'.'.join(here)!r} is a {type(value).__name__}: `split` takes tensors in "
-                    "(nested) mappings"
-                )
-
-    visit(tree, ())
-    if not chosen:
-        raise ValueError(f"{pattern!r} chooses none of the leaves {', '.join(seen[:8])}, ...")
-    if isinstance(pattern, (list, tuple, set, frozenset)) and set(pattern) - set(seen):
-        raise ValueError(f"there is no leaf named {', '.join(sorted(set(pattern) - set(seen)))}")
+    for name, path, leaf in found:
+        _insert(chosen if name in wanted else rest, path, leaf)
     return chosen, rest
 
 
-def _predicate(
-    pattern: str | Iterable[str] | Callable[[str, Tensor], bool],
-) -> Callable[[str, Tensor], bool]:
-    if isinstance(pattern, str):
-        return lambda name, _: fnmatch.fnmatchcase(name, pattern)
-    if callable(pattern):
-        return pattern
-    names = frozenset(pattern)
-    return lambda name, _: name in names
+def _named(
+    tree: Mapping[str, Any], names: tuple[str, ...], path: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
+    """The dotted name, the keys and the tensor of each leaf of a mapping."""
+    for key, value in tree.items():
+        here, keys = (*names, str(key)), (*path, key)
+        if isinstance(value, Mapping):
+            yield from _named(value, here, keys)
+        elif isinstance(value, Tensor):
+            yield ".".join(here), keys, value
+        else:
+            raise TypeError(
+                f"{'.'.join(here)!r} is a {type(value).__name__}: `split` takes tensors in "
+                "(nested) mappings"
+            )
+
+
+def _fitting(pattern: str, names: Sequence[str]) -> set[str]:
+    # A name may have brackets, which a glob takes for a set of letters.
+    if pattern in names:
+        return {pattern}
+    return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+
+
+def first_of(names: Sequence[str], /) -> str:
+    """The first of some names, for a message."""
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)
 
 
 def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Tensor) -> None:

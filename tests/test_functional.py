@@ -355,8 +355,12 @@ def test_recomputation_leaves_the_modules_as_they_were() -> None:
 
 
 def test_a_pattern_without_a_module_is_refused() -> None:
-    with pytest.raises(ValueError, match="recompute='layer9' chooses none of the modules"):
+    with pytest.raises(
+        ValueError, match="recompute='layer9' chooses none of the modules 0, 1, 2, 3$"
+    ):
         hf.functional(small_net(), recompute="layer9")
+    with pytest.raises(ValueError, match="a bare Linear has no modules within"):
+        hf.functional(nn.Linear(2, 2), recompute="layer9")
 
 
 class Checkpointed(nn.Module):

@@ -376,6 +376,7 @@ PARAMS = {name: torch.zeros(i) for i, name in enumerate(("l1.w", "l1.b", "l2.w",
         ("l?.b", ["l1.b", "l2.b"]),
         ("head", ["head"]),
         (["head", "l1.w"], ["l1.w", "head"]),
+        (["head", "l1.*"], ["l1.w", "l1.b", "head"]),
         ((name for name in ("head",)), ["head"]),
         (lambda name, tensor: "l" in name and len(tensor) > 1, ["l2.w", "l2.b"]),
     ],
@@ -385,6 +386,11 @@ def test_split_chooses_by_glob_names_or_predicate(pattern: Any, expected: list[s
     assert list(chosen) == expected
     assert list(rest) == [name for name in PARAMS if name not in expected]
     assert all(chosen[name] is PARAMS[name] for name in chosen)
+
+
+def test_a_name_with_brackets_is_found_by_itself() -> None:
+    tree = {"w[0]": torch.zeros(1), "w0": torch.zeros(1)}
+    assert list(hf.split(tree, ["w[0]"])[0]) == ["w[0]"]
 
 
 def test_split_sees_nested_mappings_by_dotted_names() -> None:
@@ -406,8 +412,10 @@ def test_merge_undoes_split(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("tree", "pattern", "error", "message"),
     [
-        (PARAMS, "layer3.*", ValueError, "'layer3.*' chooses none of the leaves l1.w, l1.b"),
-        (PARAMS, ["head", "tail"], ValueError, "there is no leaf named tail"),
+        (PARAMS, "layer3.*", ValueError, "'layer3.*' chooses none of the leaves l1.w, .*, head$"),
+        (PARAMS, ["head", "tail"], ValueError, "there is no leaf named tail among l1.w"),
+        (PARAMS, ["l1.*", "l3.*"], ValueError, r"there is no leaf named l3\.\* among l1.w"),
+        ({str(i): torch.zeros(1) for i in range(9)}, "x", ValueError, r", 7, \.\.\.$"),
         (PARAMS, lambda *_: False, ValueError, "chooses none of the leaves"),
         ({"a": [torch.zeros(1)]}, "a", TypeError, "'a' is a list"),
     ],

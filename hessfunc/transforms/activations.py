@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.functional import Loss, functional, supervised
+from hessfunc.recompute import no_module
 from hessfunc.transforms.kernels import differentiable_twice
 from hessfunc.trees import tree_map
 
@@ -67,8 +68,7 @@ def activations(
         raise ValueError(f"at={at!r}: choose 'input' or 'output'")
     chosen = {name: m for name, m in model.named_modules() if _is_chosen(select, name, m)}
     if not chosen:
-        names = [name for name, _ in model.named_modules() if name]
-        raise ValueError(f"{select!r} chooses none of the modules {', '.join(names[:8])}, ...")
+        raise no_module(repr(select), model)
     model_fn, params = functional(model, trainable_only=False)
 
     def zeros(inputs: Any, /) -> dict[Key, Tensor]:

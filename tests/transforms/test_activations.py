@@ -293,6 +293,11 @@ def test_traces_by_layer_name_the_modules_and_pool_over_batches() -> None:
 def test_a_choice_without_modules_is_refused() -> None:
     with pytest.raises(ValueError, match="'conv9' chooses none of the modules 0, 1, 1.branch"):
         hf.activations(residual_net(), F.cross_entropy, "conv9")
+    few = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    with pytest.raises(ValueError, match="none of the modules 0, 1$"):
+        hf.activations(few, F.cross_entropy, "conv9")
+    with pytest.raises(ValueError, match="a bare Linear has no modules within"):
+        hf.activations(nn.Linear(2, 2), F.cross_entropy, "weight")
 
 
 def test_an_unknown_place_is_refused() -> None:
