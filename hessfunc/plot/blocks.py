@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hessfunc.algorithms.results import Density, Eigenpairs
 from hessfunc.plot.density import draw as draw_density
 from hessfunc.plot.eigenvalues import draw as draw_eigenvalues
-from hessfunc.plot.style import clean, grid, note
+from hessfunc.plot.style import clean, grid, note, refuse_other
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,11 +38,12 @@ def blocks(
         The Axes of the blocks ``(blocks,)``.
 
     Raises:
-        TypeError: a block's result is neither a `Density` nor `Eigenpairs`.
+        TypeError: these are no results by block, or one is neither a `Density` nor `Eigenpairs`.
         ValueError: there is no block, or there are fewer Axes than blocks.
     """
     import numpy as np
 
+    refuse_other(found, Mapping, "`blocks` takes results by block, as block_spectra gives them")
     if not found:
         raise ValueError("there is no block to draw")
     panels = _panels(len(found)) if ax is None else np.asarray(ax, dtype=object).ravel()

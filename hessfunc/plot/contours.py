@@ -9,7 +9,7 @@ import numpy as np
 
 from hessfunc.landscape import Landscape
 from hessfunc.plot.losses import LEVELS, Heights, Scale, label, losses, scaled, second_axis
-from hessfunc.plot.style import QUIET, SECOND, WHITE, clean, new_axes, shades
+from hessfunc.plot.style import QUIET, SECOND, WHITE, clean, new_axes, refuse_other, shades
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,11 +28,13 @@ def contours(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None
         ax: where to draw; by default a new figure.
 
     Raises:
+        TypeError: it is no `Landscape`.
         ValueError: the landscape is along one direction, or has less than 2 x 2 points; the loss
             is nowhere finite, or not positive on a log scale.
     """
     from matplotlib.colors import LogNorm, Normalize
 
+    refuse_other(found, Landscape, "`contours` takes a landscape, as landscape(...) gives it")
     x, y, values = found.x, second_axis(found), losses(found)
     scale = scaled(scale, values)
     levels = _levels(values, scale)

@@ -9,7 +9,7 @@ import numpy as np
 
 from hessfunc.landscape import Landscape
 from hessfunc.plot.losses import Scale, label, losses, only_axis, scaled
-from hessfunc.plot.style import PALETTE, QUIET, clean, legend, new_axes
+from hessfunc.plot.style import PALETTE, QUIET, clean, legend, new_axes, refuse_other
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,10 +32,13 @@ def curves(
         ax: where to draw; by default a new figure.
 
     Raises:
+        TypeError: it is no `Landscape`.
         ValueError: there is no landscape, or one is along two directions; the loss is nowhere
             finite, or not positive on a log scale.
     """
-    named = {"": found} if isinstance(found, Landscape) else found
+    named = found if isinstance(found, Mapping) else {"": found}
+    for one in named.values():
+        refuse_other(one, Landscape, "`curves` takes a landscape, as landscape(...) gives it")
     if not named:
         raise ValueError("there is no landscape to draw")
     lines = {name: (only_axis(one), losses(one)) for name, one in named.items()}

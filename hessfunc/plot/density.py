@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Density, Eigenpairs
-from hessfunc.plot.style import DASHED, FIRST, QUIET, SECOND, clean, legend, new_axes, note
+from hessfunc.plot.style import (
+    DASHED,
+    FIRST,
+    QUIET,
+    SECOND,
+    clean,
+    legend,
+    new_axes,
+    note,
+    refuse_other,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,8 +54,10 @@ def density(
         width: of the smoothing, in units of the eigenvalues; by default the density's own.
 
     Raises:
+        TypeError: it is no density.
         ValueError: the width is not positive and finite.
     """
+    refuse_other(density, Density, "`density` takes a density, as slq(matvec, params) gives it")
     width = density.width if width is None else width
     if not 0 < width < math.inf:
         raise ValueError(f"width={width}: a positive, finite number")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hessfunc.algorithms.results import Eigenpairs
-from hessfunc.plot.style import FIRST, QUIET, SECOND, WHITE, clean, legend, new_axes
+from hessfunc.plot.style import FIRST, QUIET, SECOND, WHITE, clean, legend, new_axes, refuse_other
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,11 @@ def eigenvalues(pairs: Eigenpairs, /, *, ax: Axes | None = None) -> Axes:
     Args:
         pairs: as `lanczos` or `power_iteration` returns them.
         ax: where to draw; by default a new figure.
+
+    Raises:
+        TypeError: it is no `Eigenpairs`.
     """
+    refuse_other(pairs, Eigenpairs, "`eigenvalues` takes the result of lanczos(matvec, params)")
     ax = clean(new_axes() if ax is None else ax)
     draw(pairs, ax)
     ax.set(xlabel="index", ylabel="eigenvalue")

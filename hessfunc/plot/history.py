@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.plot.edge import draw_edge
-from hessfunc.plot.style import FIRST, QUIET, clean, legend, marker, new_axes, shades
+from hessfunc.plot.style import FIRST, QUIET, clean, legend, marker, new_axes, refuse_other, shades
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,8 +40,10 @@ def history(
         ax: where to draw; by default a new figure.
 
     Raises:
+        TypeError: it does not say to which step the eigenvalues belong.
         ValueError: there is nothing to draw, or the number of eigenvalues changes.
     """
+    refuse_other(found, Mapping, "`history` takes {step: eigenvalues}, such as {0: lanczos(...)}")
     steps = sorted(found)
     values = _stacked([_values(found[step]) for step in steps])
     intervals = _stacked([_intervals(found[step]) for step in steps])

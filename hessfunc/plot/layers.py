@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hessfunc.algorithms.quantiles import student_quantile
 from hessfunc.algorithms.results import Estimate
-from hessfunc.plot.style import FIRST, QUIET, SECOND, clean, new_axes, note
+from hessfunc.plot.style import FIRST, QUIET, SECOND, clean, new_axes, note, refuse_other
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +19,7 @@ __all__ = ["layers"]
 
 # Inches.
 _BAR, _MARGIN, _WIDTH = 0.2, 1.0, 7.2
+_TAKES = "`layers` takes a trace, such as xtrace(matvec, params), or several"
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ def layers(
         ax: where to draw; by default a new figure, as high as there are layers.
 
     Raises:
+        TypeError: it is no estimate.
         ValueError: there is no layer, two estimates share a seed, or their layers differ.
     """
+    refuse_other(found, (Estimate, Sequence, Mapping), _TAKES)
     bars = _bars(found, level)
     if not bars:
         raise ValueError("the estimate has no part by layer: `by_leaf` is empty")
@@ -87,9 +90,12 @@ def _bars(
 ) -> dict[str, _Bar]:
     if isinstance(found, Estimate):
         return {name: _Bar(value, value, value) for name, value in found.by_leaf.items()}
+    several = list(found.values() if isinstance(found, Mapping) else found)
+    for one in several:
+        refuse_other(one, Estimate, _TAKES)
     if isinstance(found, Mapping):
         return {name: _Bar(one.value, *one.interval(level)) for name, one in found.items()}
-    return _spread(found, level)
+    return _spread(several, level)
 
 
 def _spread(found: Sequence[Estimate], level: float) -> dict[str, _Bar]:

@@ -26,6 +26,7 @@ __all__ = [
     "marker",
     "new_axes",
     "note",
+    "refuse_other",
     "shades",
 ]
 
@@ -86,6 +87,16 @@ def marker(points: int) -> str | None:
 def note(ax: Axes, parts: Iterable[str]) -> None:
     """What the figure is of, in small letters above it."""
     ax.set_title(" · ".join(parts), fontsize="small", color=QUIET, loc="left")
+
+
+def refuse_other(found: object, kind: type | tuple[type, ...], takes: str) -> None:
+    """Raise for what a figure is not of.
+
+    Raises:
+        TypeError: it is so.
+    """
+    if not isinstance(found, kind):
+        raise TypeError(f"{takes}, and got a {type(found).__name__}")
 
 
 def shades() -> Colormap:

@@ -9,7 +9,7 @@ import numpy as np
 
 from hessfunc.landscape import Landscape
 from hessfunc.plot.losses import LEVELS, Scale, label, losses, scaled, second_axis
-from hessfunc.plot.style import FAINT, QUIET, WHITE, new_axes, shades
+from hessfunc.plot.style import FAINT, QUIET, WHITE, new_axes, refuse_other, shades
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,9 +33,11 @@ def surface(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None 
             figure.
 
     Raises:
+        TypeError: it is no `Landscape`.
         ValueError: the landscape is along one direction, or has less than 2 x 2 points; the loss
             is nowhere finite, or not positive on a log scale; the Axes are flat.
     """
+    refuse_other(found, Landscape, "`surface` takes a landscape, as landscape(...) gives it")
     y, values = second_axis(found), losses(found)
     scale = scaled(scale, values)
     solid: Any = new_axes(_SIZE, projection="3d") if ax is None else ax

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from hessfunc.plot.edge import draw_edge
-from hessfunc.plot.style import PALETTE, clean, legend, marker, new_axes
+from hessfunc.plot.style import PALETTE, clean, legend, marker, new_axes, refuse_other
 from hessfunc.training.tracking.point import Point
 from hessfunc.training.tracking.stability import stability
 
@@ -48,11 +48,15 @@ def tracked(
             has ``lambda lr: 38 / lr``. None draws no line.
 
     Raises:
+        TypeError: these are no points.
         ValueError: the quantity is none of these, or no point has it.
         ModuleNotFoundError: matplotlib is not installed.
     """
     if quantity not in _NAMES:
         raise ValueError(f"quantity={quantity!r}: choose {', '.join(map(repr, _NAMES))}")
+    refuse_other(points, Sequence, "`tracked` takes points, as in tracker.points")
+    for point in points:
+        refuse_other(point, Point, "`tracked` takes points, as in tracker.points")
     lines = _lines(points, quantity)
     if not lines:
         raise ValueError(f"no point has {_NAMES[quantity]}: was it measured?")
