@@ -176,6 +176,7 @@ def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
         (["mine:quadratic", "--device", "abacus"], "--device abacus cannot be used: "),
         (["mine:quadratic", "--out", "mine.py"], "--out mine.py cannot be used: File exists"),
         (["mine:quadratic", "--data", "x"], "go with cifar10 alone"),
+        (["mine:quadratic", "--data-path", "x"], "go with cifar10 alone"),
         (["mine:quadratic", "--landscape", "2"], "--landscape is 0 or at least 3 points"),
         (["mine:quadratic", "--radius", "-1"], "--radius a positive number"),
         (["mine:quadratic", "--seed", "1" + 20 * "0"], "--seed is a whole number from 0 to 2^63"),

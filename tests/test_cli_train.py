@@ -45,7 +45,7 @@ def history(file: str = "hessfunc-train/history.json") -> dict[str, object]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--optimizer", "sgd", "--momentum", "0.5"),
+        ("--optimizer", "sgd", "--momentum", "0.5", "--weight-decay", "5e-4"),
         ("--curvature", "pch-abs", "--alpha", "0.1", "--cg-max", "10"),
         ("--curvature", "hbp-clip", "--max-blocks", "2"),
         ("--curvature", "kflr", "--solve", "direct", "--alpha", "0.2"),
@@ -141,6 +141,8 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
         (["--eps", "0.1"], "--eps goes with --method absa alone"),
         (["--patience", "3"], "--patience goes with --method absa alone"),
         (["--lr-decay-epoch", "soon"], "--lr-decay-epoch is a list such as 30,60, not 'soon'"),
+        (["--lr-decay-epoch", "30", "60"], "--lr-decay-epoch takes one word, with commas: 30,60"),
+        (["--lr-decay-epoch", "30,60", "soon"], "'soon' belongs to no option"),
         (["--lr-decay", "0"], "lr_decay=0.0: it must be positive"),
         (["--track", "all"], "--track is top or full, not 'all'"),
         (["--arch", "c4d3"], "there is no 'c4d3' for digits: choose mlp, convnet"),
@@ -150,6 +152,10 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
         (
             ["--optimizer", "newton", "--momentum", "0.9"],
             "--momentum goes with --optimizer sgd alone",
+        ),
+        (
+            ["--curvature", "ggn", "--weight-decay", "5e-4", "--optimizer", "newton"],
+            "--weight-decay goes with --optimizer sgd alone",
         ),
         (["--curvature", "none"], "choose one of hbp-none"),
         (["--curvature", "ggn", "--max-blocks", "2"], "goes with hbp alone"),
@@ -371,11 +377,18 @@ def test_eig_reads_plain_state_dicts_too() -> None:
     [
         (["--resume", "none.pt"], "no weights at none.pt: expected checkpoint.pt of hessfunc"),
         (["--resume", "text.pt"], "text.pt is no checkpoint"),
-        (["--resume", "mlp.pt", "--arch", "c1"], "of a c1 for digits: give --arch and --data"),
+        (
+            ["--resume", "mlp.pt", "--arch", "c1", "--data", "digits"],
+            "of a c1 for digits, as 0.weight is missing and 1.weight is not expected: are --arch",
+        ),
+        (
+            ["--resume", "wide.pt"],
+            "as 1.weight has shape (9, 64), not (32, 64): are --arch and --data those",
+        ),
         (["--resume", "mlp.pt", "--arch", "c9"], "there is no 'c9' for digits"),
         (["--resume", "mlp.pt", "--type", "some"], "--type is approximate or full, not 'some'"),
         (["--resume", "mlp.pt", "--data", "abacus"], "--data is digits, mnist or cifar10"),
-        (["--resume", "other.pt", "--arch", "c1"], "of a c1 for digits: give --arch and --data"),
+        (["--resume", "other.pt", "--arch", "c1"], "is missing: are --arch and --data those"),
         (["--resume", "mlp.pt", "--data-path", "x"], "goes with --data mnist or cifar10 alone"),
         (
             ["--resume", "mlp.pt", "--seed", "-1"],
@@ -387,6 +400,8 @@ def test_eig_reads_plain_state_dicts_too() -> None:
 def test_mistakes_of_eig_are_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
     Path("text.pt").write_text("not a checkpoint")
     torch.save(tasks.net("digits", "mlp")().state_dict(), "mlp.pt")
+    wide = {**tasks.net("digits", "mlp")().state_dict(), "1.weight": torch.zeros(9, 64)}
+    torch.save(wide, "wide.pt")
     torch.save({"settings": "[]", "state_dict": {}}, "other.pt")
     refused = eig(*arguments)
     assert refused.exit_code == 2

@@ -60,5 +60,7 @@ def _root(
     """Curvature of neural networks: eigenvalues, traces, spectral densities, and training."""
 
 
-for command in (analyze, train, eig, experiment, plan):
+for command in (analyze, eig, experiment, plan):
     app.command(cls=Command)(command)
+# What is too much may be epochs without commas, and is refused there.
+app.command(cls=Command, context_settings={"allow_extra_args": True})(train)

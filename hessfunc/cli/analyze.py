@@ -124,6 +124,8 @@ def analyze(
     data: Annotated[
         Path | None,
         typer.Option(
+            "--data",
+            "--data-path",
             metavar="PATH",
             help=unless_given(
                 "CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
@@ -175,7 +177,7 @@ def analyze(
     if target not in ("digits", "cifar10") and not all(target.partition(":")):
         fail(f"TARGET is digits, cifar10 or module:function, not {target!r}")
     if target != "cifar10" and (data or weights):
-        fail("--data and --weights go with cifar10 alone")
+        fail("--data-path and --weights go with cifar10 alone")
     if landscape in (1, 2) or not 0 < radius < math.inf:
         fail("--landscape is 0 or at least 3 points, --radius a positive number")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hessfunc.training.absa import Schedule
     from hessfunc.training.methods import Method
 
-__all__ = ["OF_ABSA", "OF_NEWTON", "epochs_of", "optimiser", "schedule"]
+__all__ = ["OF_ABSA", "OF_NEWTON", "OF_SGD", "epochs_of", "optimiser", "schedule"]
 
-# What the settings of Newton's method, and those of ABSA, are called here.
+# What the settings of SGD, of Newton's method and of ABSA are called here.
+OF_SGD = {"momentum": "--momentum", "weight_decay": "--weight-decay"}
 OF_NEWTON = {
     "curvature": "--curvature",
     "alpha": "--alpha",
@@ -32,7 +33,7 @@ _MAX_RATIO = 128
 
 
 def optimiser(
-    name: str | None, lr: float, momentum: float | None, of_newton: Mapping[str, Any], /
+    name: str | None, lr: float, of_sgd: Mapping[str, Any], of_newton: Mapping[str, Any], /
 ) -> Method:
     """The optimiser of these options, of which those that are not given are None.
 
@@ -43,18 +44,18 @@ def optimiser(
 
     if not 0 < lr < math.inf:
         raise ValueError(f"lr={lr}: it must be positive and finite")
-    given = _given(of_newton)
+    sgd, newton = _given(of_sgd), _given(of_newton)
     if name is None:
-        name = "newton" if given else "sgd"
+        name = "newton" if newton else "sgd"
     if name == "newton":
-        if momentum is not None:
-            raise ValueError("--momentum goes with --optimizer sgd alone")
-        return BlockNewton(lr=lr, **{"curvature": "hbp-abs", **given})
+        if sgd:
+            raise ValueError(f"{OF_SGD[next(iter(sgd))]} goes with --optimizer sgd alone")
+        return BlockNewton(lr=lr, **{"curvature": "hbp-abs", **newton})
     if name != "sgd":
         raise ValueError(f"--optimizer is sgd or newton, not {name!r}")
-    if given:
-        raise ValueError(f"{OF_NEWTON[next(iter(given))]} goes with --optimizer newton alone")
-    return SGD(lr=lr, momentum=0.9 if momentum is None else momentum)
+    if newton:
+        raise ValueError(f"{OF_NEWTON[next(iter(newton))]} goes with --optimizer newton alone")
+    return SGD(lr=lr, **sgd)
 
 
 def schedule(
@@ -88,12 +89,21 @@ def schedule(
     return absa(**settings), {**settings, **given}
 
 
-def epochs_of(text: str, /) -> tuple[int, ...]:
+def epochs_of(text: str, more: Sequence[str] = (), /) -> tuple[int, ...]:
     """The epochs of ``"30,60"`` or ``"30 60"``.
 
+    Args:
+        text: of the option.
+        more: words of the command that belong to no option.
+
     Raises:
-        ValueError: these are no whole numbers.
+        ValueError: these are no whole numbers, or there are more words.
     """
+    if more and all(word.isdecimal() for word in (text, *more)):
+        wanted = ",".join((text, *more))
+        raise ValueError(f"--lr-decay-epoch takes one word, with commas: {wanted}")
+    if more:
+        raise ValueError(f"{' '.join(more)!r} belongs to no option")
     words = text.replace(",", " ").split()
     if not all(word.isdecimal() for word in words):
         raise ValueError(f"--lr-decay-epoch is a list such as 30,60, not {text!r}")

@@ -13,7 +13,7 @@ from rich.console import Console
 from hessfunc.cli.command import command_line
 from hessfunc.cli.errors import fail, in_one_line
 from hessfunc.cli.help import unless_given
-from hessfunc.cli.methods import OF_ABSA, OF_NEWTON, epochs_of, optimiser, schedule
+from hessfunc.cli.methods import OF_ABSA, OF_NEWTON, OF_SGD, epochs_of, optimiser, schedule
 from hessfunc.cli.options import (
     Arch,
     DataPath,
@@ -138,6 +138,19 @@ def train(
             rich_help_panel=_SGD,
         ),
     ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help=unless_given(
+                "So much of the parameters is added to the gradient, as half their square to the "
+                "loss.",
+                default="0",
+            ),
+            rich_help_panel=_SGD,
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -255,6 +268,7 @@ def train(
     from hessfunc.training.runs import run
     from hessfunc.training.table import summary
 
+    sgd = (momentum, weight_decay)
     newton = (curvature, alpha, solve, cg_max, cg_rtol, cg_atol, max_blocks)
     began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
     started = report.Run(command_line(context), seed, began)
@@ -266,13 +280,15 @@ def train(
         if track not in (None, "top", "full"):
             raise ValueError(f"--track is top or full, not {track!r}")
         net = named_net(arch, depth)
-        chosen = optimiser(optimizer, lr, momentum, dict(zip(OF_NEWTON, newton, strict=True)))
+        epochs_of_decay = epochs_of(lr_decay_epoch, context.args)
+        of_sgd = dict(zip(OF_SGD, sgd, strict=True))
+        chosen = optimiser(optimizer, lr, of_sgd, dict(zip(OF_NEWTON, newton, strict=True)))
         plan, of_plan = schedule(
             method,
             epochs=epochs,
             large_ratio=large_ratio,
             lr_decay=lr_decay,
-            lr_decay_epochs=epochs_of(lr_decay_epoch),
+            lr_decay_epochs=epochs_of_decay,
             of_absa=dict(zip(OF_ABSA, (adversarial_share, patience, eps), strict=True)),
         )
         where, _ = place(device)

@@ -37,16 +37,20 @@ class SGD:
     Attributes:
         lr: the learning rate.
         momentum: the share of the last step that is kept.
+        weight_decay: what is added to the gradient, in units of the parameters.
     """
 
     lr: float = 0.1
     momentum: float = 0.9
+    weight_decay: float = 0.0
 
     def steps(self, model: nn.Module, /, *, seed: int = 0) -> Steps:
         """Its steps for a model, on the cross-entropy; nothing is random."""
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr}: it must be positive")
-        optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=self.momentum)
+        optimizer = torch.optim.SGD(
+            model.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
         return first_order(model, optimizer)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hessfunc.problems import data
 from hessfunc.problems.c3d3 import c3d3
@@ -105,11 +105,24 @@ def saved(dataset: str, name: str, path: Path, /) -> nn.Module:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
+        difference = _difference(state, model.state_dict())
         raise ValueError(
-            f"{path} does not hold the weights of a {name} for {dataset}: give --arch and --data "
-            "of its training"
+            f"{path} does not hold the weights of a {name} for {dataset}, as {difference}: are "
+            "--arch and --data those of its training?"
         ) from error
     return model
+
+
+def _difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """The first things in which two state dicts differ."""
+    missing = [f"{name} is missing" for name in wanted if name not in found]
+    unexpected = [f"{name} is not expected" for name in found if name not in wanted]
+    others = [
+        f"{name} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    return " and ".join(missing[:1] + unexpected[:1] or others[:1])
 
 
 def examples(

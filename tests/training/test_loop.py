@@ -56,11 +56,14 @@ def test_sgd_works_one_gradient_a_step() -> None:
     assert records[0].peak_bytes == 0 < records[1].peak_bytes
 
 
-def test_sgd_is_that_of_torch() -> None:
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_sgd_is_that_of_torch(weight_decay: float) -> None:
     model = mlp([2, 4, 2])
     same = copy.deepcopy(model)
-    run(model, epochs=2, seed=7)
-    optimizer = torch.optim.SGD(same.parameters(), 0.5, momentum=0.5)
+    method = SGD(lr=0.5, momentum=0.5, weight_decay=weight_decay)
+    list(train(model, method.steps(model), blobs(), batch_size=25, epochs=2, seed=7))
+    options = {"momentum": 0.5, "weight_decay": weight_decay}
+    optimizer = torch.optim.SGD(same.parameters(), 0.5, **options)
     generator = torch.Generator().manual_seed(7)
     for _ in range(2):
         for index in torch.randperm(60, generator=generator).split(25):
