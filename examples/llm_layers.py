@@ -73,8 +73,10 @@ def mean(density: Density) -> float:
 
 def main(*, small: bool = False, out: Path = Path("llm_layers.png")) -> dict[str, Density]:
     model, batch = model_and_batch()
-    length = 24 if small else 200
+    length, steps = (24, 6) if small else (200, 30)
     batch = {name: row[:, :length] for name, row in batch.items()}
+    rows = batch["input_ids"].shape[0]
+    print(f"{rows} sequence{'s' * (rows > 1)} of {length} tokens, {steps} products a block")
     model_fn, params = hf.functional(model)
     print(f"{'block':14}{'n':>9}{'largest':>11}{'smallest':>11}{'mean':>11}")
 
@@ -88,7 +90,7 @@ def main(*, small: bool = False, out: Path = Path("llm_layers.png")) -> dict[str
         [batch],
         blocks=blocks_of(model.config.num_hidden_layers),
         keep=True,
-        algorithm=partial(hf.slq, probes=1, steps=6 if small else 30, seed=0),
+        algorithm=partial(hf.slq, probes=1, steps=steps, seed=0),
         callback=show,
     )
     plot.blocks(found)[0].figure.savefig(out, dpi=150)

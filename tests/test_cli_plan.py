@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("typer")
@@ -34,6 +37,25 @@ def test_what_fits_is_said_to_fit() -> None:
     (peak,) = number(done.stdout, "all")
     assert last == f"It fits: {peak:.2f} of 21.00 GiB of each rank."
     assert "what would take less" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "verdict"),
+    [
+        (
+            "--params 3e9 --dtype bfloat16 --recompute --ranks 64 --gpu-memory 80",
+            r"^It fits: 4[78]\.\d+ of 77\.00 GiB",
+        ),
+        (
+            "--params 1e9 --ranks 8 --gpu-memory 80",
+            r"^It does not fit(?s:.*)recompute=.* yes ",
+        ),
+    ],
+)
+def test_the_plans_of_the_page_are_what_it_says(options: str, verdict: str) -> None:
+    page = Path(__file__).parent.parent / "docs/how-to/command-line.md"
+    assert f"hessfunc plan {options} " in page.read_text()
+    assert re.search(verdict, plan(*options.split()).stdout, re.MULTILINE)
 
 
 def test_the_parts_are_those_of_the_plan() -> None:

@@ -74,7 +74,10 @@ def test_sharpness_rises_to_the_edge_in_full_batches_and_stays_below_in_small_on
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_spectra_of_all_layers_of_a_language_model(
-    trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("transformers")
     from examples.llm_layers import main
@@ -83,6 +86,7 @@ def test_spectra_of_all_layers_of_a_language_model(
         pytest.skip(f"no {DATA / 'stories260K'}")
     monkeypatch.setenv("HESSFUNC_DATA", str(DATA if trained else tmp_path))
     found = main(small=True, out=tmp_path / "layers.png")
+    assert "\n1 sequence of 24 tokens, 6 products a block\n" in capsys.readouterr().out
     kinds = [f"{kind} {layer}" for layer in range(5) for kind in ("attention", "MLP")]
     assert list(found) == ["embedding", *kinds]
     assert sum(density.n for density in found.values()) == 32768 + 5 * (12288 + 33024)
