@@ -158,6 +158,7 @@ def main() -> None:
             products(made("resnet20", 64), "probe", 8, 1),
             products(made("gpt", 16), "data", 4, BATCHES),
             products(made("gpt", 16), "probe", 16, 2),
+            products(made("gpt", 16), "probe", 16, 1),
             density(made("gpt", 16), mesh),
         ]
         rows = []
