@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,7 +14,7 @@ from hessfunc.algorithms.rounds import rows_dtype
 from hessfunc.functional import Loss, several_batches
 from hessfunc.hbp.outputs import each_hessian
 from hessfunc.precision import wide_dtype
-from hessfunc.transforms.batches import Passes, examples, mean_over, microbatches
+from hessfunc.transforms.batches import Passes, examples, mean_over, microbatches, rows_of
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.gauss_newton import (
     checked_outputs,
@@ -23,7 +23,7 @@ from hessfunc.transforms.gauss_newton import (
 )
 from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.transforms.share import Loader
-from hessfunc.trees import Matvec, Space, Tree, flatten, tree_map
+from hessfunc.trees import Matvec, Space, Tree, tree_map
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -162,7 +162,7 @@ def _diagonal(
     for piece, together, value, vector in zip(
         pieces, outputs.split(sizes), values.split(sizes), vectors.split(sizes), strict=True
     ):
-        rows, build = _examples(piece)
+        rows, build = rows_of(piece)
         each = partial(_of_example, loss, space, point, build, at_once, chunk_size != 1)
         if chunk_size == 1:
             alone, squares = each(value[0], vector[0], *(row[0] for row in rows))
@@ -190,7 +190,7 @@ def _of_example(
     """The outputs of one example, and ``sum_c s_c (J'u_c)^2`` leaf by leaf."""
 
     def model(*leaves: Tensor) -> Tensor:
-        return loss.outputs(space.tree(leaves), build(rows))[0]
+        return loss.outputs(space.tree(leaves), build([row[None] for row in rows]))[0]
 
     outputs, pull, *_ = vjp(model, *point)
     if outputs.numel() != vectors.shape[1]:
@@ -261,20 +261,6 @@ def _refuse_if_coupled(loss: Loss, outputs: Tensor, batch: Any, blocks: Tensor) 
             "one that is a sum over examples: take "
             "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
         )
-
-
-def _examples(batch: Any) -> tuple[list[Tensor], _Build]:
-    """The tensors with a row for each example, and the batch of one example by its rows."""
-    found, structure = flatten(dict(batch) if isinstance(batch, Mapping) else batch)
-    cut = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-
-    def build(rows: Sequence[Tensor]) -> Any:
-        inner = list(found)
-        for i, row in zip(cut, rows, strict=True):
-            inner[i] = row[None]
-        return structure.unflatten(inner)
-
-    return [found[i] for i in cut], build
 
 
 def _refuse_unless_apart(alone: Tensor, together: Tensor) -> None:

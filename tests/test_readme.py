@@ -6,20 +6,17 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.docs.blocks import python_blocks, run
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.slow
 def test_blocks_run() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = python_blocks(README.read_text())
     assert len(blocks) >= 3
-    names: dict[str, object] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for block in blocks:
-            exec(compile(block, str(README), "exec"), names)
+    run(blocks, str(README))
 
 
 def test_links_lead_somewhere() -> None:

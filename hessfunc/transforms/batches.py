@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from hessfunc.trees import Matvec, Space, Tree, batch_leaves, flatten, unchanged
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Passes", "examples", "mean_over", "microbatches", "over_batches"]
+__all__ = ["Passes", "examples", "mean_over", "microbatches", "over_batches", "rows_of"]
 
 
 def examples(batch: Any, /) -> int:
@@ -44,22 +44,32 @@ def microbatches(batch: Any, size: int, /) -> list[Any]:
     """
     if size < 1:
         raise ValueError(f"size={size}: a microbatch has at least one example")
-    # Such as the BatchEncoding of Hugging Face, which is no pytree.
-    found, structure = flatten(dict(batch) if isinstance(batch, Mapping) else batch)
-    cut = [isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in found]
-    lengths = {len(leaf) for leaf, is_cut in zip(found, cut, strict=True) if is_cut}
+    rows, build = rows_of(batch)
+    lengths = {len(leaf) for leaf in rows}
     if len(lengths) != 1:
         raise ValueError(
             f"the tensors of the batch have {sorted(lengths)} examples: cut it yourself, and pass "
             "the pieces to `over_batches`"
         )
     return [
-        structure.unflatten(
-            leaf[start : start + size] if is_cut else leaf
-            for leaf, is_cut in zip(found, cut, strict=True)
-        )
+        build([leaf[start : start + size] for leaf in rows])
         for start in range(0, lengths.pop(), size)
     ]
+
+
+def rows_of(batch: Any, /) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors of a batch that have a first axis, and the batch with others in their place."""
+    # Such as the BatchEncoding of Hugging Face, which is no pytree.
+    found, structure = flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+    cut = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+
+    def build(rows: Sequence[Tensor]) -> Any:
+        inner = list(found)
+        for i, row in zip(cut, rows, strict=True):
+            inner[i] = row
+        return structure.unflatten(inner)
+
+    return [found[i] for i in cut], build
 
 
 def over_batches(

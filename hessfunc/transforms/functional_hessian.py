@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.trees import Matvec, Space, Tree, flatten
 
 __all__ = ["functional_hvp"]
+
+# The indices of the output leaves that matter, and the derivative with respect to each.
+_Fixed: TypeAlias = tuple[list[int], list[Tensor]]
 
 
 def functional_hvp(
@@ -65,6 +68,3 @@ def functional_hvp(
         return second(params, (batch, (used, slopes)))
 
     return curvature
-
-
-_Fixed = tuple[list[int], list[Tensor]]

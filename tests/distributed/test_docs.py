@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.docs.blocks import python_blocks
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "printed"), [("many-ranks.md", 1), ("sharded-parameters.md", 0)])
 def test_the_script_runs_on_two_ranks(page: str, printed: int, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    blocks = python_blocks((ROOT / "docs" / page).read_text())
     assert len(blocks) == 4
     script = tmp_path / "curvature.py"
     script.write_text("\n".join(blocks))

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.datapath import DATA, data_file
+from tests.docs.blocks import python_blocks, run
 
 DOCS = Path(__file__).parents[2] / "docs"
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # tests/distributed/test_docs.py runs them on two processes.
 ON_RANKS = {"many-ranks.md", "sharded-parameters.md"}
 LIBRARIES = ("accelerate", "matplotlib", "pytorch_lightning", "scipy", "transformers")
@@ -21,7 +20,7 @@ LIBRARIES = ("accelerate", "matplotlib", "pytorch_lightning", "scipy", "transfor
 
 def scripts() -> dict[str, list[str]]:
     pages = {page.relative_to(DOCS).as_posix(): page for page in sorted(DOCS.rglob("*.md"))}
-    found = {name: BLOCK.findall(page.read_text()) for name, page in pages.items()}
+    found = {name: python_blocks(page.read_text()) for name, page in pages.items()}
     return {name: blocks for name, blocks in found.items() if blocks and name not in ON_RANKS}
 
 
@@ -47,11 +46,7 @@ def test_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         data_file("resnet20_cifar10/resnet20-12fca82f.th")
         monkeypatch.setenv("HESSFUNC_DATA", str(DATA))
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "__main__"}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for block in scripts()[page]:
-            exec(compile(block, page, "exec"), names)
+    run(scripts()[page], page)
 
 
 def test_all_pages_are_found() -> None:

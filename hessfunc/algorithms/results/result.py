@@ -18,7 +18,7 @@ from torch import Tensor
 from hessfunc.files import write_whole
 from hessfunc.trees import Tree, flatten, leaves
 
-__all__ = ["Result", "load", "shown", "versions"]
+__all__ = ["Result", "array", "load", "shown", "versions"]
 
 
 @cache
@@ -80,6 +80,12 @@ class Result:
         write_whole(Path(path), lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
+def array(tensor: Tensor, /) -> np.ndarray[Any, Any]:
+    """A tensor as a NumPy array; bfloat16, which NumPy does not know, becomes float32."""
+    known = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    return known.detach().cpu().numpy()
+
+
 def shown(numbers: Tensor, digits: int = 6) -> str:
     """The first ten numbers of a vector, as text."""
     first = [f"{x:.{digits}g}" for x in numbers[:10].tolist()]
@@ -97,9 +103,7 @@ def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]])
             found, structure = flatten(value)
             plain[item.name] = {"paths": [list(map(str, path)) for path in structure.paths()]}
             for i, leaf in enumerate(found):
-                # NumPy has no bfloat16; float32 holds it exactly.
-                plain_leaf = leaf.float() if leaf.dtype == torch.bfloat16 else leaf
-                arrays[f"{key}/{i}"] = plain_leaf.detach().cpu().numpy()
+                arrays[f"{key}/{i}"] = array(leaf)
         else:
             plain[item.name] = {"value": value}
     return plain

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.compat.eigenthings.operator import Operator
+from hessfunc.compat.seeds import seed_of_stream
 
 __all__ = ["Start"]
 
@@ -35,4 +36,4 @@ class Start:
             like = like.half()
         if vector is not None:
             vector = torch.as_tensor(vector).to(like)
-        return cls(like, vector, int(torch.randint(2**62, (), device="cpu")))
+        return cls(like, vector, seed_of_stream())

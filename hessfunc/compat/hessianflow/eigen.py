@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from hessfunc.algorithms.lanczos import lanczos
 from hessfunc.compat.place import evaluated_loss
 from hessfunc.training.batches import refuse_iterators
+from hessfunc.training.steps import Criterion
 from hessfunc.training.tracking.undisturbed import undisturbed
 from hessfunc.transforms.batches import over_batches
 from hessfunc.transforms.hessian import hvp
 
 __all__ = ["get_eigen", "get_eigen_full_dataset"]
-
-Criterion = Callable[[Any, Any], Tensor]
 
 
 def get_eigen(

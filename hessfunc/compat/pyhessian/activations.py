@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.trace.hutchinson import hutchinson
-from hessfunc.compat.pyhessian.mean_loss import MeanLoss, seed_of_stream
+from hessfunc.compat.pyhessian.mean_loss import MeanLoss
+from hessfunc.compat.seeds import seed_of_stream
 from hessfunc.functional import hold
 from hessfunc.training.modes import eval_mode
 from hessfunc.transforms.activations import activations

@@ -12,8 +12,9 @@ from torch import Tensor
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.lanczos import lanczos
 from hessfunc.algorithms.trace.hutchinson import hutchinson
-from hessfunc.compat.pyhessian.mean_loss import MeanLoss, seed_of_stream
+from hessfunc.compat.pyhessian.mean_loss import MeanLoss
 from hessfunc.compat.pyhessian.vectors import group_product
+from hessfunc.compat.seeds import seed_of_stream
 from hessfunc.transforms.arithmetic import apply
 from hessfunc.transforms.batches import examples
 from hessfunc.transforms.hessian import filled, hvp

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor, nn
 
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
@@ -14,7 +13,7 @@ from hessfunc.functional import LossFunction
 from hessfunc.transforms.batches import over_batches
 from hessfunc.transforms.blocks import Curvature
 
-__all__ = ["MeanLoss", "Results", "seed_of_stream"]
+__all__ = ["MeanLoss", "Results"]
 
 
 class Results(TypedDict, total=False):
@@ -105,8 +104,3 @@ class MeanLoss:
     def moved(self, batch: Any) -> tuple[Any, Any]:
         """The inputs and targets of a batch, where the parameters are."""
         return moved(batch, device_of(self.model))
-
-
-def seed_of_stream() -> int:
-    """A seed drawn from torch's random stream."""
-    return int(torch.randint(2**62, (), device="cpu"))

@@ -1,0 +1,24 @@
+"""The Python blocks of a page, and how they run: in order, as one script."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+
+__all__ = ["python_blocks", "run"]
+
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def python_blocks(text: str) -> list[str]:
+    return _BLOCK.findall(text)
+
+
+def run(blocks: Iterable[str], page: str) -> None:
+    names: dict[str, object] = {"__name__": "__main__"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for block in blocks:
+            exec(compile(block, page, "exec"), names)
