@@ -1,8 +1,12 @@
+import signal
+
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what runs in its background with interrupts ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Tests run side by side, one a core: threads beside them would wait for each other.
     torch.set_num_threads(1)
     # Torch's own forward mode compiles its formulas with what it has deprecated itself.
