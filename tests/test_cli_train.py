@@ -311,9 +311,9 @@ def eig(*arguments: str) -> Result:
 
 
 def test_eigenvalues_of_a_saved_net() -> None:
-    train("--epochs", "1", "--arch", "c1", "--examples", "250")
+    train("--epochs", "1", "--arch", "mlp", "--examples", "250")
     file = "hessfunc-train/checkpoint.pt"
-    model = tasks.saved("digits", "c1", Path(file)).eval()
+    model = tasks.saved("digits", "mlp", Path(file)).eval()
     seen, _ = tasks.examples("digits")
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
@@ -321,7 +321,7 @@ def test_eigenvalues_of_a_saved_net() -> None:
         ("approximate", (), 200),
         ("full", ("--examples", "250", "--batch-size", "100"), 250),
     ):
-        done = eig("--resume", file, "--arch", "c1", "--type", kind, "--k", "2", *more)
+        done = eig("--resume", file, "--arch", "mlp", "--type", kind, "--k", "2", *more)
         assert done.exit_code == 0, done.output
         assert f"{count} examples" in done.stdout
         rows = [line.split() for line in done.stdout.splitlines() if "yes" in line]
