@@ -91,7 +91,7 @@ def _program(
     def of_leaves(*leaves: Tensor) -> list[Tensor]:
         return flatten(matvec(nested(leaves)))[0]
 
-    # A trial of chunks is no part of the product.
+    # The first product of a shape also measures its operations, which is no part of the program.
     of_leaves(*found)
     try:
         with torch.no_grad(), guarding(checks), as_operations():
