@@ -14,7 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from bench.speed.cells import Cell, about, read, write
-from bench.speed.device import VARIABLE, device
+from bench.speed.device import VARIABLE, device, full_precision
+from bench.speed.machine import slug, title
 from bench.speed.plan import FAST, PLAN, measure, within
 from bench.speed.tables import markdown
 from bench.speed.turns import Effort
@@ -35,8 +36,10 @@ def main() -> None:
     """Measure what is not there, and write the tables and figures."""
     options = _options()
     os.environ[VARIABLE] = options.device
-    stem = "speed-fast" if options.fast else "speed"
-    folder = RESULTS / (stem if device().type == "cpu" else f"{stem}-{device().type}")
+    if device().type == "cuda":
+        full_precision()
+    root = options.into or RESULTS / ("speed-fast" if options.fast else "speed")
+    folder = root / slug(title())
     cells = read(folder / "cells")
     names = [
         name
@@ -65,7 +68,7 @@ def main() -> None:
         cells[name] = _measured(name, effort)
         write(folder / "cells", name, cells[name])
         _tell(name, cells[name])
-    _publish(cells, RESULTS, folder.name)
+    _publish(cells, folder)
 
 
 def _options() -> argparse.Namespace:
@@ -74,7 +77,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="those that are there as well")
     parser.add_argument("--minutes", type=float, help="no cell is begun that would take longer")
     parser.add_argument("--fast", action="store_true", help="three minutes, in a folder of its own")
-    parser.add_argument("--device", default="cpu", help="such as cuda; each has its own folder")
+    parser.add_argument("--device", default="cpu", help="Device to measure, such as cuda.")
+    parser.add_argument("--into", type=Path, help="Folder in which the machine's folder lies.")
     parser.add_argument("--list", action="store_true", help="the cells, and what each takes")
     parser.add_argument("--tables", action="store_true", help="of what is there, measuring nothing")
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing, for each cell")
@@ -99,13 +103,16 @@ def _tell(name: str, cell: Cell) -> None:
     )
     what = cell.absent or costs or "measured"
     print(f"{name} ({cell.seconds:.0f} s): {what}", file=sys.stderr, flush=True)
-    for title, why in cell.gaps.items():
-        print(f"  {title}: {why}", file=sys.stderr, flush=True)
+    for alternative, why in cell.gaps.items():
+        print(f"  {alternative}: {why}", file=sys.stderr, flush=True)
 
 
-def _publish(cells: Mapping[str, Cell], folder: Path, stem: str) -> None:
+def _publish(cells: Mapping[str, Cell], folder: Path) -> None:
     in_order = {name: cells[name] for name in PLAN if name in cells}
-    path = folder / f"{stem}.md"
+    if not in_order:
+        print(f"no cells in {folder}: its tables stay as they are", file=sys.stderr)
+        return
+    path = folder / "speed.md"
     path.write_text(markdown(in_order))
     print(path)
     try:
@@ -113,7 +120,7 @@ def _publish(cells: Mapping[str, Cell], folder: Path, stem: str) -> None:
     except ModuleNotFoundError as absent:
         print(f"no figures: {absent}", file=sys.stderr)
         return
-    for figure in draw(in_order, folder, stem):
+    for figure in draw(in_order, folder):
         print(figure)
 
 

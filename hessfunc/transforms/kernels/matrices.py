@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from hessfunc.transforms.kernels.probes import batched
 
-__all__ = ["as_operations", "has_faster", "multiplied"]
+__all__ = ["as_operations", "has_faster", "multiplied", "torchs_own"]
 
 # How much faster it must be in the trial: noise must not decide.
 _MARGIN = 1.3
@@ -23,7 +23,21 @@ _TRIALS = 5
 
 def has_faster(x: Tensor, /) -> bool:
     """Whether `multiplied` beats ``@`` on large matrices of this dtype, on this machine."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and _one_dnn_is_faster()
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return on_cpu and not _torchs_own.get() and _one_dnn_is_faster()
+
+
+_torchs_own: ContextVar[bool] = ContextVar("torchs own", default=False)
+
+
+@contextmanager
+def torchs_own() -> Iterator[None]:
+    """Graphs built inside multiply matrices by torch's own library."""
+    token = _torchs_own.set(True)
+    try:
+        yield
+    finally:
+        _torchs_own.reset(token)
 
 
 def multiplied(a: Tensor, b: Tensor, /) -> Tensor:
