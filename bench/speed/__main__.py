@@ -18,7 +18,7 @@ from bench.speed.device import VARIABLE, device, full_precision
 from bench.speed.machine import slug, title
 from bench.speed.plan import FAST, PLAN, measure, within
 from bench.speed.tables import markdown
-from bench.speed.turns import Effort
+from bench.speed.turns import Effort, reason_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = [
@@ -65,24 +65,39 @@ def main() -> None:
     # torch warns about itself where it compiles its formulas for forward mode.
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
     for name in [] if options.tables else chosen:
-        cells[name] = _measured(name, effort)
-        write(folder / "cells", name, cells[name])
-        _tell(name, cells[name])
+        cell = _measured(name, effort)
+        _tell(name, cell)
+        # Without its data a cell that was measured before is kept.
+        if not cell.absent or name not in cells:
+            cells[name] = cell
+            write(folder / "cells", name, cell)
     _publish(cells, folder)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.speed", description="How fast curvature is.")
-    parser.add_argument("cells", nargs="*", default=["*"], help="globs of cells, such as 'block/*'")
-    parser.add_argument("--again", action="store_true", help="those that are there as well")
-    parser.add_argument("--minutes", type=float, help="no cell is begun that would take longer")
-    parser.add_argument("--fast", action="store_true", help="three minutes, in a folder of its own")
+    parser = argparse.ArgumentParser(
+        prog="bench.speed", description="Time products and answers beside other libraries."
+    )
+    parser.add_argument(
+        "cells", nargs="*", default=["*"], help="Globs of cells, such as 'block/*'."
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="Measure cells again that were measured before."
+    )
+    parser.add_argument("--minutes", type=float, help="Start no cell that would take longer.")
+    parser.add_argument(
+        "--fast", action="store_true", help="Measure for three minutes, in another folder."
+    )
     parser.add_argument("--device", default="cpu", help="Device to measure, such as cuda.")
     parser.add_argument("--into", type=Path, help="Folder in which the machine's folder lies.")
-    parser.add_argument("--list", action="store_true", help="the cells, and what each takes")
-    parser.add_argument("--tables", action="store_true", help="of what is there, measuring nothing")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of timing, for each cell")
-    parser.add_argument("--rounds", type=int, default=5, help="at the least, for each cell")
+    parser.add_argument(
+        "--list", action="store_true", help="List the cells with the time that each takes."
+    )
+    parser.add_argument("--tables", action="store_true", help="Write tables and figures only.")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="Seconds of timing for each cell."
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="Fewest rounds of each cell.")
     return parser.parse_args()
 
 
@@ -92,6 +107,9 @@ def _measured(name: str, effort: Effort) -> Cell:
         cell = measure(name, effort)
     except (FileNotFoundError, ModuleNotFoundError) as absent:
         cell = Cell(name, absent=str(absent))
+    except Exception as broken:
+        # A net that does not run with these versions must not end the run of the others.
+        cell = Cell(name, absent=reason_of(broken))
     # The graphs that other libraries leave at parameters hold themselves.
     gc.collect()
     return replace(cell, about=about(PACKAGES), seconds=time.perf_counter() - start)
