@@ -143,7 +143,7 @@ def test_narrow_dtypes_lose_their_own_rounding_alone(dtype: torch.dtype, classes
     for chunk_size in (None, 4):
         diagonal = hf.ggn_diagonal(found.loss, narrow, [(x, y)], chunk_size=chunk_size)
         assert {leaf.dtype for leaf in diagonal.values()} == {torch.float32}
-        assert relative_error(flat(diagonal).double(), flat(exact)) < 4 * torch.finfo(dtype).eps
+        assert relative_error(flat(diagonal).double(), flat(exact)) < 8 * torch.finfo(dtype).eps
 
 
 def test_many_examples_are_added_up_in_single_precision_at_least() -> None:

@@ -316,7 +316,7 @@ def test_exact_fisher_equals_its_definition_and_the_ggn(name: str) -> None:
     fisher = matrix(hf.fvp(found.loss)(found.params, found.batch), found.params)
     assert relative_error(fisher, expected) < 1e-8
     ggn = matrix(hf.ggnvp(found.loss)(found.params, found.batch), found.params)
-    assert torch.equal(fisher, ggn)
+    assert relative_error(fisher, ggn) < 1e-12
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -378,8 +378,9 @@ def test_monte_carlo_fisher_is_the_same_in_every_pass() -> None:
     ]
     first = rows(of_seed[0](v))
     torch.rand(3)
-    assert torch.equal(rows(of_seed[0](v)), first)
-    assert torch.equal(rows(of_seed[1](v)), first)
+    # Other draws would differ in the first digit.
+    assert relative_error(rows(of_seed[0](v)), first) < 1e-12
+    assert relative_error(rows(of_seed[1](v)), first) < 1e-12
     backwards = hf.over_batches(hf.fvp(found.loss, samples=2, seed=7))(found.params, parts[::-1])
     assert relative_error(rows(backwards(v)), first) < 1e-12
 
