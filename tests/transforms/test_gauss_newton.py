@@ -446,7 +446,9 @@ def test_empirical_fisher_is_the_mean_of_outer_products_of_gradients(name: str) 
 )
 def test_empirical_fisher_of_other_criteria(criterion: Any, targets: Tensor) -> None:
     found = net(criterion, targets)
-    expected = sum(g.outer(g) for g in of_examples(found)) / 6
+    expected = sum(g.outer(g) for g in of_examples(found))
+    if getattr(criterion, "reduction", "mean") == "mean":
+        expected = expected / 6
     product = matrix(hf.efvp(found.loss)(found.params, found.batch), found.params)
     assert relative_error(product, expected) < 1e-8
 
@@ -459,7 +461,8 @@ def test_ignored_examples_do_not_count_in_the_empirical_fisher(reduction: str) -
     kept = y != 1
     expected = matrix(hf.efvp(found.loss)(found.params, (x[kept], y[kept])), found.params)
     gradients = of_examples(Case(found.model, found.loss, found.params, (x[kept], y[kept])))
-    assert relative_error(expected, sum(g.outer(g) for g in gradients) / 4) < 1e-8
+    right = sum(g.outer(g) for g in gradients)
+    assert relative_error(expected, right / 4 if reduction == "mean" else right) < 1e-8
     product = matrix(hf.efvp(found.loss)(found.params, found.batch), found.params)
     assert relative_error(product, expected) < 1e-8
 
@@ -545,7 +548,7 @@ def test_outputs_of_several_numbers_of_examples_have_no_empirical_fisher() -> No
     loss = hf.composed(
         lambda p, _: (p["w"][:2], p["w"]), lambda out, _: out[0].sum() * out[1].sum()
     )
-    with pytest.raises(ValueError, match=r"\[2, 3\] examples along their first axes"):
+    with pytest.raises(ValueError, match=r"outputs have first axes of \[2, 3\]"):
         hf.efvp(loss)({"w": torch.ones(3)}, None)
 
 
@@ -656,10 +659,43 @@ def test_an_empirical_fisher_of_padded_tokens_is_that_of_its_parts() -> None:
     assert relative_error(matrix(parts(params, hf.microbatches(batch, 1)), params), whole) < 1e-12
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_an_empirical_fisher_of_no_mean_over_examples_is_refused(reduction: str) -> None:
-    loss, params, batch = of_dicts(
-        lambda outputs, b: F.cross_entropy(outputs, b["y"], reduction=reduction)
-    )
-    with pytest.raises(ValueError, match=r"the mean of its examples' is .*targets=lambda"):
+def test_an_empirical_fisher_of_no_mean_over_examples_is_refused() -> None:
+    loss, params, batch = of_dicts(lambda outputs, b: F.cross_entropy(outputs, b["y"]))
+    with pytest.raises(ValueError, match=r"its examples have the mean .*targets=lambda"):
         hf.efvp(loss)(params, batch)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_empirical_fisher_of_a_sum_is_the_sum_of_outer_products(parts: int) -> None:
+    loss, params, batch = of_dicts(
+        lambda outputs, b: F.cross_entropy(outputs, b["y"], reduction="sum")
+    )
+    pieces = hf.microbatches(batch, 1)
+    expected = sum(g.outer(g) for g in (gradient(loss, params, piece) for piece in pieces))
+    cut = hf.microbatches(batch, 3 if parts == 1 else 2)
+    found = matrix(hf.over_batches(hf.efvp(loss))(params, cut), params)
+    assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("criterion", "reason"),
+    [
+        (lambda out, y: (out - y)[1].square().sum(), "index 1 is out of bounds"),
+        (lambda out, y: (out - y).square().sum() / y.std(0).numel() * one_line(y), "one line"),
+        (lambda out, y: {"loss": (out - y).square().mean()}["loss" if len(y) > 1 else "no"], "no"),
+    ],
+    ids=["index", "value", "key"],
+)
+def test_a_criterion_that_fails_on_one_example_has_no_empirical_fisher(
+    criterion: Any, reason: str
+) -> None:
+    found = net(criterion, torch.linspace(-1, 1, 18).double().view(6, 3))
+    message = rf"could not be evaluated on one example alone \(.*{reason}.*`composed"
+    with pytest.raises(ValueError, match=message):
+        hf.efvp(found.loss)(found.params, found.batch)
+
+
+def one_line(y: Tensor) -> int:
+    if len(y) < 2:
+        raise ValueError("one line")
+    return 1
