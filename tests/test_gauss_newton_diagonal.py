@@ -234,11 +234,7 @@ def test_nodes_of_a_graph_are_no_examples(reach: int, chunk_size: int | None) ->
     model_fn, params = hf.functional(Graph().double())
     loss = hf.supervised(model_fn, F.cross_entropy)
     nodes = torch.arange(6)
-    edges = (
-        torch.stack([nodes, (nodes + 1) % 6], 1)
-        if reach > 1
-        else torch.zeros_like(nodes)[:, None].expand(-1, 2)
-    )
+    edges = torch.stack([nodes, (nodes + 1) % 6], 1) if reach > 1 else torch.zeros(6, 2).long()
     batch = (torch.randn(6, 3).double(), edges), nodes % 3
     with pytest.raises((ValueError, RuntimeError), match="example"):
         hf.ggn_diagonal(loss, params, [batch], chunk_size=chunk_size)

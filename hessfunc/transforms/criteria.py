@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessfunc.functional import OfTargets
-from hessfunc.transforms.examples import rows_of
+from hessfunc.transforms.examples import Rows, rows_of
 from hessfunc.transforms.reductions import Reduction, declared_reduction
 from hessfunc.trees import Tree, opened
 
@@ -132,8 +132,9 @@ def reduction_over_examples(
         "a mean or a sum over the first axis of the outputs, or a known one, as in "
         "`composed(outputs, cross_entropy, targets=lambda batch: batch['labels'])`"
     )
+    rows, targets_rows = rows_of(outputs, what="outputs"), rows_of(targets, what="targets")
     try:
-        alone = _of_each(inner, outputs, targets)
+        alone = torch.stack([inner(*one) for one in _apart(rows, targets_rows)])
     except (ValueError, RuntimeError, IndexError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -154,25 +155,22 @@ def reduction_over_examples(
     return declared_reduction(inner)
 
 
-def _of_each(criterion: Callable[[Any, Any], Tensor], outputs: Tree, targets: Any) -> Tensor:
-    """Return the values of a criterion at each example alone.
+def _apart(outputs: Rows, targets: Rows) -> Iterator[tuple[Any, Any]]:
+    """Yield the outputs and targets of each example alone.
 
     Arrays of another length than the outputs are the same for all examples, such as constants of
     the model or weights of classes.
     """
-    rows, build = rows_of(outputs)
-    of_targets, build_targets = rows_of(targets)
-    lengths = {len(row) for row in rows if isinstance(row, Tensor) and row.requires_grad}
-    if len(lengths) != 1:
-        raise ValueError(f"outputs have first axes of {sorted(lengths)}")
-    count = lengths.pop()
-
-    def only(arrays: Sequence[Any], i: int) -> list[Any]:
-        return [x[i : i + 1] if len(x) == count else x for x in arrays]
-
-    return torch.stack(
-        [criterion(build(only(rows, i)), build_targets(only(of_targets, i))) for i in range(count)]
-    )
+    moving = {len(x) for x in outputs[0] if isinstance(x, Tensor) and x.requires_grad}
+    if len(moving) != 1:
+        raise ValueError(f"outputs have first axes of {sorted(moving)}")
+    (count,) = moving
+    for i in range(count):
+        one, target = (
+            build([x[i : i + 1] if len(x) == count else x for x in arrays])
+            for arrays, build in (outputs, targets)
+        )
+        yield one, target
 
 
 def with_targets(criterion: Callable[[Any, Any], Tensor], batch: Any, /) -> tuple[Any, Any]:

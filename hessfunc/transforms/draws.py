@@ -110,7 +110,8 @@ def draws(
             refuse_if_changed()
             with several_batches() if len(ends) > 1 else nullcontext(), watching() as seen:
                 matvec = curvature(params, batches[place])
-                average.decide(seen)
+                # A batch of one example does not tell a mean from a sum.
+                average.decide(seen, batch=batches[counted.index(max(counted))])
             return scale(matvec, ends[-1] / counted[place]) if average.is_sum else matvec
 
         return Draws(full, len(ends), seed, ends, of_batch)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from hessfunc.trees import is_array, leaf_paths, opened
 
-__all__ = ["examples", "microbatches", "rows_of"]
+__all__ = ["Rows", "examples", "microbatches", "rows_of"]
+
+# Arrays that have a first axis, and a function that puts others in their place.
+Rows: TypeAlias = tuple[list[Any], Callable[[Sequence[Any]], Any]]
 
 
 def examples(batch: Any, /) -> int:
@@ -101,13 +104,12 @@ def microbatches(batch: Any, size: int, /) -> list[Any]:
     ]
 
 
-def rows_of(
-    batch: Any, /, *, columns_of: int | None = None
-) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+def rows_of(batch: Any, /, *, what: str = "batch", columns_of: int | None = None) -> Rows:
     """Return the arrays of a batch that have a first axis, and a function that replaces them.
 
     Args:
         batch: Batch, or outputs of a model.
+        what: Name of it for messages.
         columns_of: Number of examples; lists of so many texts or numbers are arrays then.
 
     Raises:
@@ -117,7 +119,7 @@ def rows_of(
     def is_leaf(leaf: Any) -> bool:
         return _is_packed(leaf) or (columns_of is not None and _is_column(leaf, columns_of))
 
-    found, rebuilt = opened(batch, "batch", is_leaf=is_leaf)
+    found, rebuilt = opened(batch, what, is_leaf=is_leaf)
     if any(map(_is_packed, found)):
         raise ValueError(
             "a PackedSequence cannot be cut: pack the sequences inside of the model, from a padded "

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -146,15 +146,25 @@ class Average:
         """Return the number by which the weighted sum is divided, given the sum of weights."""
         return 1.0 if self.is_sum else total
 
-    def decide(self, seen: list[Noted]) -> None:
-        """Find the reduction of the losses of a batch, unless it is known.
+    def look(self, loss: LossFunction, params: Tree, batch: Any) -> None:
+        """Find the reduction of a loss that is evaluated on a batch, unless it is known."""
+        self.decide([Noted(loss, params, batch)])
+
+    def decide(self, seen: list[Noted], *, batch: Any = None) -> None:
+        """Find the reduction of the losses of one curvature, unless it is known.
+
+        Args:
+            seen: Losses and what they were evaluated on.
+            batch: Batch that tells more than that on which they were evaluated.
 
         Raises:
-            ValueError: The losses of one curvature have different reductions.
+            ValueError: The losses have different reductions.
         """
         if self.weight is not None:
             return
         for one in seen:
+            if batch is not None:
+                one = replace(one, batch=batch)
             found = declared_reduction(one.loss.criterion) if isinstance(one.loss, Loss) else None
             if found is None and self.several and not self._is_tested:
                 found = self._tested(one)

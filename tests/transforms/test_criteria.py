@@ -204,24 +204,19 @@ def test_log_softmax_before_nll_loss_is_recognised(criterion: Any) -> None:
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, criterion)
     batch = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
-    of_model = (hf.kflr, hf.ekfac, hf.kfra)
-    made = [
-        functools.partial(made, params)
-        for made in (hf.ggnvp(loss), *(of(loss, model) for of in of_model))
-    ]
-    made.append(lambda batch: hf.ggn_diagonal(loss, params, [batch]))
-    for make in made:
+    curvatures = [hf.ggnvp(loss), *(of(loss, model) for of in (hf.kflr, hf.ekfac, hf.kfra))]
+    for curvature in curvatures:
         with pytest.warns(LinearCriterionWarning, match=r"nll_loss is linear.*cross_entropy"):
-            make(batch)
+            curvature(params, batch)
+    with pytest.warns(LinearCriterionWarning, match=r"nll_loss is linear.*cross_entropy"):
+        hf.ggn_diagonal(loss, params, [batch])
 
 
 def test_a_criterion_that_is_linear_near_some_outputs_only_gives_no_warning() -> None:
     outputs = 10 * LOGITS.sign()
     outputs[0] = 0.01
-    loss, params = (
-        of_outputs(lambda out, _: F.huber_loss(out, torch.zeros_like(out))),
-        {"z": outputs},
-    )
+    loss = of_outputs(lambda out, _: F.huber_loss(out, torch.zeros_like(out)))
+    params = {"z": outputs}
     assert matrix(hf.ggnvp(loss)(params, (None, TARGETS)), params).any()
 
 

@@ -1,5 +1,9 @@
 import functools
+import warnings
+from collections import UserDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +13,12 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.transforms.blocks import Curvature
+from hessfunc.transforms.criteria import NotConvexWarning
 from tests.cases import NAMES, Case, case, closed_form
 from tests.reference import (
     gauss_newton,
     gradient,
+    hessian,
     jacobian,
     matrix,
     relative_error,
@@ -208,6 +214,77 @@ def test_outputs_may_be_any_tree(named: bool) -> None:
     )
     found = matrix(hf.efvp(loss)(params, batch), params)
     assert relative_error(found, per_example / 5) < 1e-8
+
+
+@dataclass
+class Heads:
+    left: Tensor
+    right: Any
+
+
+HIDDEN: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "namespace": lambda left, right: (SimpleNamespace(left=left), right),
+    "nested": lambda left, right: SimpleNamespace(all=[{"left": left}, Heads(right, None)]),
+    "data class": Heads,
+    "distribution": lambda left, right: (torch.distributions.Normal(left, right.exp()), None),
+    "mapping": lambda left, right: UserDict(left=left, right=right),
+}
+SEEN: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
+    "namespace": lambda out: (out[0].left, out[1]),
+    "nested": lambda out: (out.all[0]["left"], out.all[1].left),
+    "data class": lambda out: (out.left, out.right),
+    "distribution": lambda out: (out[0].loc, out[0].scale),
+    "mapping": lambda out: (out["left"], out["right"]),
+}
+
+
+@pytest.mark.parametrize("of", ["ggnvp", "efvp", "functional", "pchvp"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_outputs_in_objects_count(name: str, of: str) -> None:
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    params = {key: torch.randn(3, 3, dtype=torch.float64) for key in ("a", "b")}
+
+    def heads(params: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        return batch[0] @ params["a"], torch.tanh(batch[0] @ params["b"])
+
+    def likelihood(mean: Tensor, size: Tensor, y: Tensor) -> Tensor:
+        return ((mean - y).square() * (1 + size.square())).mean()
+
+    def hidden(out: Any, y: Tensor) -> Tensor:
+        return likelihood(*SEEN[name](out), y)
+
+    loss = hf.composed(lambda p, b: HIDDEN[name](*heads(p, b)), hidden, targets=lambda b: b[1])
+    scaled = (lambda t: t.exp()) if name == "distribution" else (lambda t: t)
+    plain = hf.composed(
+        lambda p, b: [heads(p, b)[0], scaled(heads(p, b)[1])],
+        lambda out, b: likelihood(*out, b[1]),
+    )
+    G, H = gauss_newton(plain, params, (x, y)), hessian(plain, params, (x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvexWarning)
+        if of == "ggnvp":
+            found, right = matrix(hf.ggnvp(loss)(params, (x, y)), params), G
+        elif of == "functional":
+            found, right = matrix(hf.functional_hvp(loss)(params, (x, y)), params), H - G
+        elif of == "pchvp":
+            found = matrix(hf.pchvp(loss, residual="zero")(params, (x, y)), params)
+            right = torch.block_diag(G[:9, :9], G[9:, 9:])
+        else:
+            each = [gradient(plain, params, (x[i : i + 1], y[i : i + 1])) for i in range(5)]
+            found = matrix(hf.efvp(loss)(params, (x, y)), params)
+            right = sum(g.outer(g) for g in each) / 5
+    assert relative_error(found, right) < 1e-8
+
+
+@pytest.mark.parametrize("of", ["ggnvp", "efvp", "functional_hvp"])
+def test_outputs_that_cannot_be_reached_are_refused(of: str) -> None:
+    def outputs(params: Any, x: Tensor) -> Any:
+        z = x @ params["w"]
+        return z, lambda: z.square()
+
+    loss = hf.composed(outputs, lambda out, _: (out[0] * out[1]()).mean())
+    with pytest.raises(TypeError, match=r"outputs\[1\] is a function that holds tensors"):
+        getattr(hf, of)(loss)({"w": torch.randn(3, 2)}, torch.randn(4, 3))
 
 
 def test_ggn_of_a_loss_over_points_without_targets() -> None:
@@ -681,7 +758,7 @@ def test_the_empirical_fisher_of_a_sum_is_the_sum_of_outer_products(parts: int) 
     ("criterion", "reason"),
     [
         (lambda out, y: (out - y)[1].square().sum(), "index 1 is out of bounds"),
-        (lambda out, y: (out - y).square().sum() / y.std(0).numel() * one_line(y), "one line"),
+        (lambda out, y: (out - y).square().sum() / one_line(y), "one line"),
         (lambda out, y: {"loss": (out - y).square().mean()}["loss" if len(y) > 1 else "no"], "no"),
     ],
     ids=["index", "value", "key"],
