@@ -390,13 +390,13 @@ def _warn_unless_convex(
     product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]
 ) -> None:
     # Directions that move one example alone see a negative curvature that a sum would hide.
-    examples = min(len(leaf) if leaf.dim() else 1 for leaf in leaves)
+    examples = max(1, min(len(leaf) if leaf.dim() else 1 for leaf in leaves))
     generator = torch.Generator().manual_seed(0)
     for trial in range(_DIRECTIONS_TRIED):
         tangents = []
         for leaf in leaves:
             tangent = torch.zeros_like(leaf).detach()
-            target = tangent[trial % examples] if leaf.dim() else tangent
+            target = tangent[trial % examples] if leaf.dim() and len(leaf) else tangent
             target.copy_(torch.randn(target.shape, generator=generator, device="cpu"))
             tangents.append(tangent)
         found = product(tangents)
