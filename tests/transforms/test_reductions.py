@@ -250,3 +250,14 @@ def test_reductions_of_torch_are_known(criterion: Any, expected: str | None) -> 
     assert declared_reduction(criterion) == expected
     composed = hf.composed(lambda p, b: p, criterion, targets=lambda b: b)
     assert declared_reduction(composed.criterion) == expected
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_landscape_of_a_sum_is_the_sum_over_batches(own: bool) -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, per_row("sum") if own else nn.CrossEntropyLoss(reduction="sum"))
+    direction = {name: torch.ones_like(leaf) for name, leaf in params.items()}
+    found = hf.landscape(loss, params, BATCHES, direction, at=torch.tensor([0.0, 0.5]).double())
+    moved = {name: leaf + 0.5 for name, leaf in params.items()}
+    right = torch.stack([loss(params, (X, Y)), loss(moved, (X, Y))]).detach()
+    assert relative_error(found.values, right) < 1e-10
