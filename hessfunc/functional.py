@@ -21,7 +21,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.data import DataLoader
 
 from hessfunc.recompute import recomputing, segments_of
-from hessfunc.trees import Space, Tree, leaves, merge, tree_map, unchanged
+from hessfunc.trees import Space, Tree, leaves, mapped, merge, tree_map, unchanged
 
 __all__ = [
     "Loss",
@@ -245,10 +245,10 @@ def functional(
 ) -> tuple[Callable[[Tree, Any], Any], dict[str, Tensor]]:
     """A pure function of a module's parameters, and these parameters.
 
-    ``model_fn(params, inputs)`` takes inputs that are a tensor, a tuple (positional arguments) or
-    a mapping (keyword arguments), and returns what the module returns. The module is never
-    changed: buffers are cloned inside each call, so that BatchNorm works in train mode too. The
-    training flag of each submodule is read once, here.
+    ``model_fn(params, inputs)`` takes inputs that are a tensor, a tuple (positional arguments), a
+    mapping (keyword arguments) or anything else, such as a named tuple (one argument), and returns
+    what the module returns. The module is never changed: buffers are cloned inside each call, so
+    that BatchNorm works in train mode too. The training flag of each submodule is read once, here.
 
     Args:
         model: the module.
@@ -326,17 +326,17 @@ def _refuse_if_fully_sharded(model: nn.Module) -> None:
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
+    # A named tuple, such as a PackedSequence, is one argument.
+    if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
         return tuple(inputs), {}
     return (inputs,), {}
 
 
 def _cast(tree: Tree, dtype: torch.dtype) -> Tree:
-    def cast(leaf: Any) -> Any:
-        is_floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return leaf.to(dtype) if is_floating else leaf
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
-    return tree_map(cast, tree)
+    return mapped(cast, tree, "inputs")
 
 
 def _without_cudnn() -> AbstractContextManager[None]:

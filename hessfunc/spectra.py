@@ -10,7 +10,7 @@ from torch import Tensor
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.results import Density
 from hessfunc.functional import LossFunction, hold
-from hessfunc.transforms.batches import examples, over_batches
+from hessfunc.transforms.batches import over_batches
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Matvec, Space, Tree, split
@@ -31,7 +31,7 @@ def block_spectra(
     /,
     *,
     blocks: Mapping[str, Pattern] | Iterable[str] | None = None,
-    weight: Callable[[Any], float] = examples,
+    weight: Callable[[Any], float] | None = None,
     keep: bool = False,
     curvature: Callable[[Any], Curvature] = hvp,
     algorithm: Callable[[Matvec, Tree], Any] = _density,
@@ -47,7 +47,7 @@ def block_spectra(
         params: at which the curvature is taken.
         batches: any re-iterable of batches; of several the mean weighted by examples is taken.
         blocks: the name of each block and its leaves, as patterns of `split`; or patterns alone.
-            By default each leaf is a block.
+            By default each leaf that has entries is a block.
         weight: what a batch counts, as in `over_batches`: for language models, its tokens.
         keep: keep the graphs of all batches while a block is worked on.
         curvature: loss -> curvature function, such as `hvp` or `ggnvp`.
@@ -65,7 +65,10 @@ def block_spectra(
     """
     patterns: Mapping[str, Pattern]
     if blocks is None:
-        patterns = {name: [name] for name in Space.of(params).names}
+        space = Space.of(params)
+        patterns = {
+            name: [name] for name, size in zip(space.names, space.sizes, strict=True) if size
+        }
     elif isinstance(blocks, Mapping):
         patterns = blocks
     else:

@@ -13,7 +13,8 @@ from hessfunc.transforms.criteria import output_gradient
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.hessian import Mode, hvp
 from hessfunc.transforms.kernels import differentiable_twice, explained
-from hessfunc.trees import Matvec, Space, Tree, flatten
+from hessfunc.transforms.reductions import noted
+from hessfunc.trees import Matvec, Space, Tree, opened
 
 __all__ = ["functional_hvp"]
 
@@ -49,7 +50,7 @@ def functional_hvp(
 
     def along_gradient(outputs: Tree, fixed: _Fixed) -> Tensor:
         used, slopes = fixed
-        found = flatten(outputs)[0]
+        found, _ = opened(outputs, "outputs")
         return torch.stack([(found[i] * r).sum() for i, r in zip(used, slopes, strict=True)]).sum()
 
     linear = composed(
@@ -62,9 +63,13 @@ def functional_hvp(
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
         inputs = [leaf.detach().requires_grad_() for leaf in space.tree_leaves(params)]
-        with explained(space, batch), differentiable_twice(space.device):
+        with (
+            noted(loss, params, batch),
+            explained(space, batch),
+            differentiable_twice(space.device),
+        ):
             outputs = loss.outputs(space.tree(inputs), batch)
             used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
-        return second(params, (batch, (used, slopes)))
+            return second(params, (batch, (used, slopes)))
 
     return curvature

@@ -13,6 +13,7 @@ from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, bl
 from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.transforms.kernels.second_order import SECOND_ORDER
 from hessfunc.transforms.pullback import pullback
+from hessfunc.transforms.reductions import noted
 from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["checked", "filled", "gradient_differences", "hvp", "scalar"]
@@ -66,7 +67,7 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
         point = [leaf.detach() for leaf in space.tree_leaves(params)]
-        with explained(space, batch):
+        with explained(space, batch), noted(loss, params, batch):
             match mode:
                 case "forward":
                     product = _forward(loss, space, point, batch)

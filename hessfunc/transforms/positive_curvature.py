@@ -21,7 +21,8 @@ from hessfunc.transforms.gauss_newton import (
 )
 from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.kernels import differentiable_twice, explained
-from hessfunc.trees import Matvec, Space, Tree, flatten
+from hessfunc.transforms.reductions import noted
+from hessfunc.trees import Matvec, Space, Tree, opened
 
 __all__ = ["Residual", "pchvp", "positive"]
 
@@ -95,7 +96,8 @@ def pchvp(
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
         point = [leaf.detach() for leaf in space.tree_leaves(params)]
-        with explained(space, batch), differentiable_twice(space.device):
+        surroundings = differentiable_twice(space.device)
+        with explained(space, batch), noted(loss, params, batch), surroundings:
             found = _with_residual(loss, space, point, batch, allow_products=residual == "zero")
 
         def blocks(kind: Residual) -> Matvec:
@@ -245,7 +247,8 @@ def _with_residual(
     # A view of each leaf: a tap may then sit on a parameter itself.
     outputs = checked_outputs(loss, space, [leaf.view_as(leaf) for leaf in inputs], batch)
     used, outer = hessian_of_outputs(loss, outputs, batch)
-    ends = [flatten(outputs)[0][i] for i in used]
+    leaves, _ = opened(outputs, "outputs")
+    ends = [leaves[i] for i in used]
     nodes = _nodes(ends)
     products = [] if allow_products else _products(nodes, inputs, space)
     curved = [n for n in nodes if n.name() in _ELEMENTWISE | _ROWWISE and _input_of(n)]
