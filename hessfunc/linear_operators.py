@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.rounds import Products, rows_dtype
+from hessfunc.fingerprints import digest_of, with_fingerprint
 from hessfunc.trees import Matvec, Space, Tree, tree_map
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def from_scipy(operator: Any, /) -> Matvec:
         images = linear.matmat(columns).T.astype(own, order="C", casting="same_kind")
         return space.unravel(torch.from_numpy(images).to(space.device))
 
+    if isinstance(operator, np.ndarray):
+        return with_fingerprint(matvec, lambda: {"matrix": digest_of(operator.tobytes())})
     return matvec
 
 

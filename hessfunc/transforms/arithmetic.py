@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessfunc.fingerprints import checksum, combined, with_fingerprint
 from hessfunc.trees import Matvec, Space, Tree, leaves, tree_map
 
 __all__ = [
@@ -30,12 +31,14 @@ def apply(matvec: Matvec, vector: Tree, /) -> Tree:
 
 def shift(matvec: Matvec, s: float, /) -> Matvec:
     """A + s I."""
-    return lambda block: tree_map(lambda out, v: out + s * v, matvec(block), block)
+    return _made_of(
+        lambda block: tree_map(lambda out, v: out + s * v, matvec(block), block), matvec
+    )
 
 
 def scale(matvec: Matvec, a: float, /) -> Matvec:
     """a A."""
-    return lambda block: tree_map(lambda out: a * out, matvec(block))
+    return _made_of(lambda block: tree_map(lambda out: a * out, matvec(block)), matvec)
 
 
 def add(*matvecs: Matvec) -> Matvec:
@@ -43,13 +46,18 @@ def add(*matvecs: Matvec) -> Matvec:
     if not matvecs:
         raise ValueError("add takes at least one matvec")
 
-    def matvec(block: Tree) -> Tree:
-        total = matvecs[0](block)
+    def total(block: Tree) -> Tree:
+        products = matvecs[0](block)
         for other in matvecs[1:]:
-            total = tree_map(torch.add, total, other(block))
-        return total
+            products = tree_map(torch.add, products, other(block))
+        return products
 
-    return matvec
+    return _made_of(total, *matvecs)
+
+
+def _made_of(matvec: Matvec, *others: Matvec) -> Matvec:
+    """A matvec with the fingerprints of others; their scalars show in the products."""
+    return with_fingerprint(matvec, lambda: combined(others))
 
 
 def deflate(matvec: Matvec, pairs: Any, /) -> Matvec:
@@ -68,7 +76,7 @@ def deflate(matvec: Matvec, pairs: Any, /) -> Matvec:
         moved = space.combine(inner * pairs.values.to(inner), basis)
         return tree_map(torch.sub, matvec(block), space.unravel(moved))
 
-    return deflated
+    return _made_of(deflated, matvec)
 
 
 def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
@@ -89,7 +97,7 @@ def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
         images = space.block_leaves(matvec(space.tree(inner)))
         return space.tree(v * r for v, r in zip(images, root, strict=True))
 
-    return preconditioned
+    return _made_of(preconditioned, matvec)
 
 
 def per_block(
@@ -134,7 +142,7 @@ def per_block(
             for name, leaf, image in zip(space.names, found, images, strict=True)
         )
 
-    return diagonal_blocks
+    return _made_of(diagonal_blocks, matvec)
 
 
 def batched(fn: Callable[[Tree], Tree], /, *, chunk_size: int | None = None) -> Matvec:
@@ -172,4 +180,4 @@ def dense(matrix: Tensor, /) -> Matvec:
         space = Space.of(tree_map(lambda leaf: leaf[0], block))
         return space.unravel(space.ravel(block).to(matrix.dtype) @ matrix)
 
-    return matvec
+    return with_fingerprint(matvec, lambda: {"matrix": checksum([matrix])})

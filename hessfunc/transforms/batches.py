@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from torch import Tensor
 
+from hessfunc.fingerprints import Fingerprint, checksum, of_batches, with_fingerprint
 from hessfunc.functional import several_batches
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.share import Loader, Read, Share, Sum
@@ -182,9 +183,18 @@ def mean_over(
         space = share.all_well(checked)
         share.refuse_unlike(space, params, batches)
         reading = _Reading(curvature, params, batches, weight, space, share, passes)
-        return share.over(space, batches, reading.kept() if keep else reading.anew())
+        mean = share.over(space, batches, reading.kept() if keep else reading.anew())
+        return with_fingerprint(mean, partial(_fingerprint, space, params, batches, loader))
 
     return of_data
+
+
+def _fingerprint(space: Space, params: Tree, batches: Iterable[Any], loader: Loader) -> Fingerprint:
+    """Of the parameters, and of batches that are at hand: a loader would be read once more."""
+    of_params = {"parameters": checksum(space.tree_leaves(params))}
+    if loader == "sharded" or not isinstance(batches, Sequence):
+        return of_params
+    return of_params | {"batches": of_batches(batches)}
 
 
 def _share_of(mesh: DeviceMesh, loader: Loader) -> Share:

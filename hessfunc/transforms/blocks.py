@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.choices import current_choices
+from hessfunc.fingerprints import checksum, of_batches, with_fingerprint
 from hessfunc.memory import PeakMemory, available_memory
 from hessfunc.transforms.kernels import explanation, precise
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, unchanged
@@ -121,7 +122,9 @@ def block_matvec(
                 raise clearer from error
             raise
 
-    return matvec
+    return with_fingerprint(
+        matvec, lambda: {"parameters": checksum(point), "batches": of_batches([batch])}
+    )
 
 
 def _in_chunks(

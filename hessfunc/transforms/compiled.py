@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hessfunc.fingerprints import fingerprint, with_fingerprint
 from hessfunc.transforms.blocks import guarding
 from hessfunc.transforms.kernels import precise
 from hessfunc.transforms.kernels.matrices import as_operations
@@ -78,7 +79,7 @@ def compiled(
             return structure.unflatten(parts[0])
         return structure.unflatten(torch.cat(leaves) for leaves in zip(*parts, strict=True))
 
-    return products
+    return with_fingerprint(products, lambda: fingerprint(matvec))
 
 
 def _program(
