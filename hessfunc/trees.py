@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
+import numpy as np
 import optree
 import torch
 import torch.utils._cxx_pytree  # Registers torch's containers, and those to come, with optree.
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessfunc.precision import wide_dtype
 from hessfunc.randomness import mixed, normals, signs
@@ -115,6 +116,15 @@ def _label(key: Any) -> str:
     return f"{key[0]}[{key[1]}]" if isinstance(key, tuple) and len(key) == 2 else str(key)
 
 
+def _advice(leaf: object) -> str:
+    """The tensor that should stand in the place of another object, as the end of a message."""
+    if isinstance(leaf, np.ndarray):
+        return ": pass torch.from_numpy(array), or `from_scipy(operator)` for a NumPy function"
+    if isinstance(leaf, nn.Module):
+        return ": pass its parameters, `model_fn, params = functional(model)`"
+    return ""
+
+
 def _described(names: Sequence[str]) -> str:
     shown = ", ".join(names[:4])
     return f"{len(names)} leaves ({shown}{', ...' if len(names) > 4 else ''})"
@@ -154,7 +164,9 @@ class Space:
             raise ValueError("the tree has no leaf: are all parameters frozen?")
         for name, leaf in zip(names, found, strict=True):
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}, not a tensor")
+                raise TypeError(
+                    f"leaf {name!r} is a {type(leaf).__name__}, not a tensor{_advice(leaf)}"
+                )
             if not leaf.is_floating_point():
                 raise TypeError(
                     f"leaf {name!r} has dtype {leaf.dtype}; curvature needs real floating-point "
@@ -284,7 +296,8 @@ class Space:
         found = self._leaves_of_structure(tree)
         length = found[0].shape[:batch_dims]
         for name, shape, leaf in zip(self.names, self.shapes, found, strict=True):
-            if leaf.shape != length + shape or leaf.device != self.device:
+            fits = leaf.shape == length + shape and leaf.device == self.device
+            if not (fits and leaf.is_floating_point()):
                 self._refuse(name, shape, leaf, length, batch_dims)
         return found
 
@@ -292,6 +305,11 @@ class Space:
         self, name: str, shape: torch.Size, leaf: Tensor, length: torch.Size, batch_dims: int
     ) -> None:
         what = "block" if batch_dims else "vector"
+        if not leaf.is_floating_point():
+            raise TypeError(
+                f"leaf {name!r} of the {what} has dtype {leaf.dtype}, and vectors are real and "
+                f"floating-point: {'take its real part' if leaf.is_complex() else 'call .float()'}"
+            )
         if leaf.device != self.device:
             raise ValueError(
                 f"leaf {name!r} of the {what} lies on {leaf.device}, expected {self.device}"
@@ -324,7 +342,7 @@ class Space:
             if not isinstance(leaf, Tensor):
                 raise ValueError(
                     f"the vector does not have the structure of the parameters: at {name!r} it "
-                    f"has a {type(leaf).__name__} where a tensor is due"
+                    f"has a {type(leaf).__name__} where a tensor is due{_advice(leaf)}"
                 )
         return found
 
