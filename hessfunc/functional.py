@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.data import DataLoader
 
+from hessfunc.options import validated
 from hessfunc.recompute import recomputing, segments_of
 from hessfunc.trees import Space, Tree, leaves, merge, tree_map, unchanged
 
@@ -55,6 +56,7 @@ class Loss:
         return self.criterion(self.outputs(params, batch), batch)
 
 
+@validated
 def composed(
     outputs: Callable[[Tree, Any], Any],
     criterion: Callable[[Any, Any], Tensor],
@@ -77,6 +79,7 @@ def composed(
     return Loss(outputs, criterion if targets is None else OfTargets(criterion, targets))
 
 
+@validated
 def supervised(
     model_fn: Callable[[Tree, Any], Any], criterion: Callable[[Any, Any], Tensor], /
 ) -> Loss:
@@ -155,6 +158,7 @@ def _is_many(batch: Any) -> bool:
     )
 
 
+@validated
 def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
     """A loss of some of the parameters alone; the others stay as they are.
 
@@ -185,6 +189,7 @@ def _of_whole(loss: LossFunction, whole: Callable[[Tree], Tree]) -> LossFunction
     return lambda part, batch: loss(whole(part), batch)
 
 
+@validated
 def sliced(
     loss: LossFunction, params: Mapping[str, Tensor], slices: Mapping[str, Any], /
 ) -> tuple[LossFunction, dict[str, Tensor]]:
@@ -235,6 +240,7 @@ def sliced(
     return _of_whole(loss, whole), chosen
 
 
+@validated
 def functional(
     model: nn.Module,
     /,

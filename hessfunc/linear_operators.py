@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessfunc.algorithms.rounds import Products, rows_dtype
 from hessfunc.fingerprints import digest_of, with_fingerprint
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Space, Tree, tree_map
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _DTYPES: dict[np.dtype[Any], torch.dtype] = {
 _NUMPY_DTYPES = {dtype: own for own, dtype in _DTYPES.items()}
 
 
+@validated
 def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
     """The ``LinearOperator`` of a matvec, for ``eigsh``, ``svds``, ``minres`` and all else.
 
@@ -70,6 +72,7 @@ def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
     )
 
 
+@validated
 def from_scipy(operator: Any, /) -> Matvec:
     """The matvec of a linear operator, sparse matrix or array of SciPy, or of a NumPy array.
 
@@ -94,6 +97,11 @@ def from_scipy(operator: Any, /) -> Matvec:
     """
     if isinstance(operator, Tensor):
         raise TypeError("a tensor is no operator of SciPy: use `dense`")
+    if isinstance(operator, (nn.Module, str)) or not hasattr(operator, "shape"):
+        raise TypeError(
+            f"a {type(operator).__name__} is no operator of SciPy: pass a matrix, or "
+            "scipy.sparse.linalg.LinearOperator((n, n), f) for a function f of arrays"
+        )
     linear = _linalg().aslinearoperator(operator)
     n = linear.shape[0]
     if linear.shape != (n, n):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessfunc.options import validated
 from hessfunc.transforms.kernels import differentiable_twice
 from hessfunc.trees import Tree, first_of, flatten, leaves
 
@@ -19,6 +20,7 @@ __all__ = ["no_module", "recomputed", "recomputing", "segments_of"]
 Pure = Callable[..., tuple[Tensor, ...]]
 
 
+@validated
 def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
     """A function that keeps its arguments alone for the derivatives, and computes the rest again.
 

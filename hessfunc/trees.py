@@ -23,6 +23,8 @@ import torch
 import torch.utils._cxx_pytree  # Registers torch's containers, and those to come, with optree.
 from torch import Tensor, nn
 
+from hessfunc import options
+from hessfunc.options import validated
 from hessfunc.precision import wide_dtype
 from hessfunc.randomness import mixed, normals, signs
 
@@ -505,12 +507,14 @@ def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], 
     return refuse_if_changed
 
 
+@options.validated(tree=options.tree)
 def ravel(tree: Tree, /) -> Tensor:
     """One flat vector ``(n,)`` of a tree, in the order of ``parameters_to_vector``."""
     space = Space.of(tree)
     return space.ravel_leaves([leaf[None] for leaf in leaves(tree)])[0]
 
 
+@validated
 def unravel(flat: Tensor, like: Tree, /) -> Tree:
     """The tree of a flat vector ``(n,)``, or the block of rows ``(k, n)``: views, no copy.
 
@@ -524,6 +528,7 @@ def unravel(flat: Tensor, like: Tree, /) -> Tree:
     return Space.of(like).unravel(flat)
 
 
+@options.validated(start=options.whole_number)
 def random_like(
     like: Tree, k: int, /, *, kind: ProbeKind = "signs", seed: int, start: int = 0
 ) -> Tree:
@@ -543,6 +548,7 @@ def random_like(
     return space.unravel(space.probes(range(start, start + k), kind=kind, seed=seed))
 
 
+@validated
 def split(
     tree: Mapping[str, Any],
     pattern: str | Iterable[str] | Callable[[str, Tensor], bool],

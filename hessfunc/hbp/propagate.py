@@ -16,6 +16,7 @@ from hessfunc.hbp.frontier import Frontier
 from hessfunc.hbp.layer import Dependence, Layer, with_sign
 from hessfunc.hbp.network import EXACT_PRODUCTS, Step, steps_of
 from hessfunc.hbp.outputs import mean_hessian
+from hessfunc.options import validated
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.positive_curvature import Residual
 from hessfunc.trees import Space
@@ -25,6 +26,7 @@ __all__ = ["BlockCurvature", "Reached", "backpropagated", "hbp", "refuse_residua
 BlockCurvature: TypeAlias = Callable[[Mapping[str, Tensor], Any], Blocks]
 
 
+@validated
 def hbp(
     loss: Loss,
     model: nn.Module,

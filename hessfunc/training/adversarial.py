@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.rounds import at_least
 from hessfunc.functional import LossFunction
+from hessfunc.options import validated
 from hessfunc.trees import Tree
 
 __all__ = ["Attack", "fgsm", "partly", "pgd"]
@@ -21,6 +22,7 @@ Bounds: TypeAlias = tuple[float, float] | None
 Attack: TypeAlias = Callable[[Batch], Tensor]
 
 
+@validated
 def fgsm(
     loss: LossFunction,
     params: Tree,
@@ -56,6 +58,7 @@ def fgsm(
     return pgd(loss, params, batch, eps=eps, step_size=eps, steps=1, bounds=bounds)
 
 
+@validated
 def pgd(
     loss: LossFunction,
     params: Tree,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hessfunc.fingerprints import Fingerprint, checksum, of_batches, with_fingerprint
 from hessfunc.functional import several_batches
+from hessfunc.options import validated
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.share import Loader, Read, Share, Sum
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, flatten, unchanged
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Passes", "examples", "mean_over", "microbatches", "over_batches", "rows_of"]
 
 
+@validated
 def examples(batch: Any, /) -> int:
     """The number of examples of a batch: the length of its first tensor with an axis."""
     for leaf in batch_leaves(batch):
@@ -34,6 +36,7 @@ def examples(batch: Any, /) -> int:
     )
 
 
+@validated
 def microbatches(batch: Any, size: int, /) -> list[Any]:
     """A batch cut into pieces of at most ``size`` examples, each of the same structure.
 
@@ -73,6 +76,7 @@ def rows_of(batch: Any, /) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], A
     return [found[i] for i in cut], build
 
 
+@validated
 def over_batches(
     curvature: Curvature,
     /,

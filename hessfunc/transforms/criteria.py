@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessfunc.functional import OfTargets
+from hessfunc.options import validated
 from hessfunc.transforms.batches import microbatches
 from hessfunc.trees import Tree, flatten
 
@@ -44,6 +45,7 @@ class Criterion:
         return self.criterion(outputs, targets)
 
 
+@validated
 def with_output_hessian(
     criterion: Callable[[Any, Any], Tensor], output_hessian: OutputHessian, /
 ) -> Criterion:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.functional import Loss
+from hessfunc.options import validated
 from hessfunc.randomness import of_matrix
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.checksum import batch_key
@@ -46,6 +47,7 @@ __all__ = [
 _Middle: TypeAlias = tuple[list[int], Callable[[list[Tensor]], Sequence[Tensor]]]
 
 
+@validated
 def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     """The generalised Gauss-Newton matrix, as a curvature function ``(params, batch) -> matvec``.
 
@@ -81,6 +83,7 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     return _gauss_newton(loss, middle, chunk_size)
 
 
+@validated
 def fvp(
     loss: Loss,
     /,
@@ -131,6 +134,7 @@ def fvp(
     return _gauss_newton(loss, middle, chunk_size)
 
 
+@validated
 def efvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     """The empirical Fisher matrix, as a curvature function ``(params, batch) -> matvec``.
 

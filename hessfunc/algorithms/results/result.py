@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.files import write_whole
+from hessfunc.options import validated
 from hessfunc.trees import Tree, flatten, leaves
 
 __all__ = ["Result", "array", "load", "shown", "versions"]
@@ -120,6 +121,7 @@ def _is_tree(value: Any) -> bool:
     return bool(found) and all(isinstance(leaf, Tensor) for leaf in found)
 
 
+@validated
 def load(path: str | os.PathLike[str], /) -> Result:
     """A result that was written by ``save``.
 
