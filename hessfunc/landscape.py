@@ -69,7 +69,7 @@ class Landscape(Result):
         return {"shape": tuple(self.values.shape), "loss": loss, "evaluations": self.evaluations}
 
 
-@options.validated(at=options.anything)
+@options.validated(at=options.coordinates)
 def landscape(
     loss: LossFunction,
     params: Tree,

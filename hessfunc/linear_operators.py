@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessfunc.algorithms.rounds import Products, rows_dtype
 from hessfunc.fingerprints import digest_of, with_fingerprint
@@ -97,7 +97,8 @@ def from_scipy(operator: Any, /) -> Matvec:
     """
     if isinstance(operator, Tensor):
         raise TypeError("a tensor is no operator of SciPy: use `dense`")
-    if isinstance(operator, (nn.Module, str)) or not hasattr(operator, "shape"):
+    shape = getattr(operator, "shape", None)
+    if not (isinstance(shape, tuple) and len(shape) == 2):
         raise TypeError(
             f"a {type(operator).__name__} is no operator of SciPy: pass a matrix, or "
             "scipy.sparse.linalg.LinearOperator((n, n), f) for a function f of arrays"

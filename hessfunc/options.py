@@ -13,7 +13,7 @@ import inspect
 import math
 import os
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, overload
 
@@ -31,7 +31,8 @@ __all__ = [
     "anything",
     "finite",
     "flag",
-    "function",
+    "factory",
+    "function_of",
     "mapping",
     "text",
     "tree",
@@ -170,7 +171,7 @@ def _scalar(value: Any) -> Any:
     """A scalar of NumPy or torch as Python's own; anything else as given."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         return value.item()
-    if isinstance(value, Tensor) and value.dim() == 0 and value.device.type != "meta":
+    if isinstance(value, Tensor) and value.dim() == 0 and not _is_meta(value):
         return value.item()
     return value
 
@@ -184,6 +185,8 @@ def whole_number(name: str, value: Any, /) -> int:
     """An int of Python, NumPy or torch, and no bool."""
     plain = _scalar(value)
     if isinstance(plain, Integral) and not _is_bool(plain):
+        if abs(int(plain)) >= 2**63:
+            raise ValueError(f"{name} has {int(plain).bit_length()} bits: it must be below 2^63")
         return int(plain)
     example = "10"
     if isinstance(plain, bool | float) and math.isfinite(plain):
@@ -223,7 +226,8 @@ def flag(name: str, value: Any, /) -> bool:
     plain = _scalar(value)
     if isinstance(plain, bool):
         return plain
-    raise _refused(name, value, "True or False", f"pass {name}={value in (1, 'True', 'true')}")
+    example = isinstance(plain, int | str) and plain in (1, "True", "true")
+    raise _refused(name, value, "True or False", f"pass {name}={example}")
 
 
 def text(name: str, value: Any, /) -> str:
@@ -257,23 +261,32 @@ def device(name: str, value: Any, /) -> torch.device:
     """A device of torch, or its name."""
     if not isinstance(value, str | torch.device):
         raise _refused(name, value, "a device", f"pass {name}='cpu', for instance")
-    try:
-        return torch.device(value)
-    except RuntimeError:
-        raise ValueError(f"{name}={value!r} is no device of torch: pass {name}='cpu'") from None
+    with contextlib.suppress(RuntimeError):
+        if (found := torch.device(value)).type != "meta":
+            return found
+    raise ValueError(f"{name}={str(value)!r} is no device of torch with memory: pass {name}='cpu'")
+
+
+def _items(value: Any) -> list[Any] | None:
+    """The items of a collection with one axis; None for anything else."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.tolist() if value.ndim == 1 and not _is_meta(value) else None
+    if isinstance(value, Collection | Iterator) and not isinstance(value, str | bytes | Mapping):
+        return list(value)
+    return None
 
 
 def whole_numbers(name: str, value: Any, /) -> tuple[int, ...]:
     """A collection of ints."""
-    if isinstance(value, Iterable) and not isinstance(value, str | Iterator):
-        return tuple(whole_number(f"each of {name}", one) for one in value)
+    if (items := _items(value)) is not None:
+        return tuple(whole_number(f"each of {name}", one) for one in items)
     raise _refused(name, value, "a collection of whole numbers", f"pass {name}=(30, 60)")
 
 
 def numbers(name: str, value: Any, /) -> list[float]:
     """A sequence of numbers."""
-    if isinstance(value, Sequence | np.ndarray | Tensor) and not isinstance(value, str):
-        return [finite(f"each of {name}", one) for one in value]
+    if (items := _items(value)) is not None and not isinstance(value, set | frozenset):
+        return [finite(f"each of {name}", one) for one in items]
     raise _refused(name, value, "a sequence of numbers", f"pass {name}=[1.0, 2.0]")
 
 
@@ -302,6 +315,10 @@ def tree(name: str, value: Any, /) -> Any:
                 f"{name} must be a tree of tensors, and is {inside}{described(where)}: pass a "
                 "tensor, or a (nested) dict, list or tuple of tensors"
             )
+        if leaf.device.type == "meta":
+            raise ValueError(f"{name} lies on the meta device, without numbers: move it to another")
+        if leaf.layout != torch.strided:
+            raise TypeError(f"{name} has a leaf of layout {leaf.layout}: pass leaf.to_dense()")
     if not found:
         raise ValueError(
             f"{name} is {described(value)} without tensors: pass the parameters, such as "
@@ -313,7 +330,7 @@ def tree(name: str, value: Any, /) -> Any:
 def mapping(name: str, value: Any, /) -> Any:
     """A mapping of names to tensors, or to further mappings."""
     if isinstance(value, Mapping):
-        return value
+        return tree(name, value) if value else value
     raise _refused(
         name,
         value,
@@ -323,12 +340,54 @@ def mapping(name: str, value: Any, /) -> Any:
     )
 
 
+def indices(name: str, value: Any, /) -> Any:
+    """A mapping of names to indices of tensors."""
+    if isinstance(value, Mapping):
+        return value
+    raise _refused(name, value, "a dict", f"pass {name}={{'0.weight': slice(0, 8)}}")
+
+
+def coordinates(name: str, value: Any, /) -> Any:
+    """The coordinates on every axis, or those of each axis."""
+    if isinstance(value, np.ndarray | Tensor) and not _is_meta(value):
+        return torch.as_tensor(finite_array(name, value))
+    if isinstance(value, list | tuple) and value:
+        if all(isinstance(axis, Sequence | np.ndarray | Tensor) for axis in value):
+            return [torch.as_tensor(finite_array(name, axis)) for axis in value]
+        return torch.tensor(numbers(name, value), dtype=torch.float64)
+    due = "a tensor of coordinates, or one for each axis"
+    raise _refused(name, value, due, f"pass {name}=torch.linspace(-1, 1, 21)")
+
+
+def finite_array(name: str, value: Any, /) -> Any:
+    """An array, tensor or sequence of real numbers."""
+    if isinstance(value, Sequence):
+        return numbers(name, value)
+    kind = value.dtype
+    real = kind.kind in "fiu" if isinstance(value, np.ndarray) else not kind.is_complex
+    if real and kind not in (torch.bool,):
+        return value
+    raise _refused(name, value, "of real numbers", f"its dtype is {kind}")
+
+
+def _is_sparse(value: object) -> bool:
+    """Whether a value is a matrix or an operator of SciPy."""
+    return hasattr(value, "tocsr") or hasattr(value, "matmat")
+
+
+def _is_meta(value: object) -> bool:
+    """Whether a value is a tensor without numbers."""
+    return isinstance(value, Tensor) and value.device.type == "meta"
+
+
 def tensor(name: str, value: Any, /) -> Tensor:
     """A tensor."""
+    if _is_meta(value):
+        raise ValueError(f"{name} lies on the meta device, without numbers: move it to another")
     if isinstance(value, Tensor):
         return value
     remedy = "pass torch.as_tensor(array)" if isinstance(value, np.ndarray) else "pass a tensor"
-    if hasattr(value, "tocsr") or hasattr(value, "matmat"):
+    if _is_sparse(value):
         remedy = "pass it to hessfunc.from_scipy"
     raise _refused(name, value, "a tensor", remedy)
 
@@ -337,7 +396,8 @@ def batches(name: str, value: Any, /) -> Any:
     """A list of batches, or a loader."""
     # Sequences of the old protocol have places, and no iterator of their own.
     readable = isinstance(value, Iterable) or hasattr(value, "__getitem__")
-    if not readable or isinstance(value, str | bytes | nn.Module | type):
+    other = isinstance(value, str | bytes | nn.Module | type) or _is_sparse(value)
+    if not readable or other or getattr(value, "ndim", 1) == 0:
         raise _refused(name, value, "a list of batches or a DataLoader", "pass [batch]")
     return value
 
@@ -383,6 +443,82 @@ def optimizer(name: str, value: Any, /) -> torch.optim.Optimizer:
     raise _refused(name, value, "an optimiser of torch.optim", f"pass {name}=optimizer")
 
 
+def pattern(name: str, value: Any, /) -> Any:
+    """A glob over names, several of them, or a predicate."""
+    if isinstance(value, str):
+        return str(value)
+    if _is_function(value, 2):
+        return value
+    if (items := _items(value)) is not None and all(isinstance(one, str) for one in items):
+        return items
+    due = "a glob, a list of names or a predicate"
+    raise _refused(name, value, due, f"pass {name}='layer1.*', for instance")
+
+
+def selection(name: str, value: Any, /) -> Any:
+    """A glob over names of modules, a type of module or several, or a predicate."""
+    if isinstance(value, str):
+        return str(value)
+    types_ = value if isinstance(value, tuple) and value else (value,)
+    if all(isinstance(one, type) and issubclass(one, nn.Module) for one in types_):
+        return value
+    if _is_function(value, 2):
+        return value
+    due = "a glob over the names of modules, a type of module or a predicate"
+    raise _refused(name, value, due, f"pass {name}='layer1.*' or {name}=torch.nn.Linear")
+
+
+def groups(name: str, value: Any, /) -> dict[str, list[str]]:
+    """A mapping of names to lists of names."""
+    fits = isinstance(value, Mapping) and all(_items(names) is not None for names in value.values())
+    if not fits:
+        due = "a dict of groups of names"
+        raise _refused(name, value, due, f"pass {name}={{'first': ['0.weight', '0.bias']}}")
+    return {
+        group: [text(f"each of {name}", one) for one in _items(names) or ()]
+        for group, names in value.items()
+    }
+
+
+def parts(name: str, value: Any, /) -> Any:
+    """A pattern, several of them, or a mapping of names to patterns."""
+    if isinstance(value, Mapping):
+        return {key: pattern(f"{name}[{key!r}]", one) for key, one in value.items()}
+    if callable(value):
+        due = "patterns, or a dict of names and patterns"
+        raise _refused(name, value, due, f"pass {name}={{'name': predicate}}")
+    return pattern(name, value)
+
+
+def pair(name: str, value: Any, /) -> Any:
+    """Two values, such as inputs and targets."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        return value
+    raise _refused(name, value, "a pair", f"pass {name}=(first, second)")
+
+
+def limits(name: str, value: Any, /) -> tuple[float, float]:
+    """A least and a largest number."""
+    if isinstance(value, np.ndarray | Tensor) and value.ndim == 1:
+        value = value.tolist()
+    low, high = pair(name, value)
+    return finite(f"the first of {name}", low), finite(f"the second of {name}", high)
+
+
+def writer(name: str, value: Any, /) -> Any:
+    """A folder, or a writer of TensorBoard."""
+    if hasattr(value, "add_scalar") and hasattr(value, "flush"):
+        return value
+    return path(name, value)
+
+
+def called(name: str, value: Any, /) -> Any:
+    """A function of any arguments, or a module."""
+    if callable(value) and not isinstance(value, type):
+        return value
+    raise _refused(name, value, "a function", f"pass {name}=f, without calling it")
+
+
 def anything(name: str, value: Any, /) -> Any:
     """A value that the function itself checks."""
     return value
@@ -391,17 +527,31 @@ def anything(name: str, value: Any, /) -> Any:
 # Functions
 
 
-def function(name: str, value: Any, /) -> Any:
-    """A function, a module or another callable object."""
-    if callable(value):
+def function_of(count: int, takes: str, /) -> Check:
+    """The check of a function of so many arguments, which is no module or class."""
+
+    def check(name: str, value: Any, /) -> Any:
+        if _is_function(value, count):
+            return value
+        raise _refused(name, value, f"a function of {takes}", f"pass {name}=f, without calling it")
+
+    return check
+
+
+def criterion(name: str, value: Any, /) -> Any:
+    """A criterion: a function or a loss module of (outputs, targets)."""
+    due = "a criterion of (outputs, targets)"
+    if isinstance(value, type):
+        raise _refused(name, value, due, f"pass an instance, {name}={value.__name__}()")
+    if callable(value) and _takes(value, 2):
         return value
-    raise _refused(name, value, "a function", f"pass {name}=f, without calling it")
+    raise _refused(name, value, due, f"pass {name}=torch.nn.functional.cross_entropy, for instance")
 
 
 def _takes(value: Any, count: int) -> bool:
     """Whether a callable takes so many arguments, as far as its signature says."""
     try:
-        signature = inspect.signature(value)
+        signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
     except (TypeError, ValueError):
         return True
     try:
@@ -409,6 +559,11 @@ def _takes(value: Any, count: int) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _is_function(value: Any, count: int) -> bool:
+    """Whether a value is a function of so many arguments, and no module or class."""
+    return callable(value) and not isinstance(value, nn.Module | type) and _takes(value, count)
 
 
 def _is_loss(value: object) -> bool:
@@ -423,7 +578,7 @@ def pure(name: str, value: Any, /) -> Any:
             "pure, `model_fn, params = functional(model)`, and take "
             "`supervised(model_fn, criterion)`"
         )
-    if callable(value) and _takes(value, 2):
+    if _is_function(value, 2):
         return value
     remedy = "pass the first result of hessfunc.functional(model)"
     raise _refused(name, value, "a function of (params, inputs)", remedy)
@@ -433,7 +588,7 @@ def loss(name: str, value: Any, /) -> Any:
     """A function of (params, batch) that returns a scalar."""
     if isinstance(value, nn.Module):
         return pure(name, value)
-    if callable(value) and _takes(value, 2):
+    if _is_function(value, 2):
         return value
     remedy = "pass hessfunc.supervised(model_fn, criterion), or a function of your own"
     raise _refused(name, value, "a function of (params, batch)", remedy)
@@ -443,10 +598,10 @@ def curvature(name: str, value: Any, /) -> Any:
     """A curvature function (params, batch) -> matvec."""
     due = "a curvature function of (params, batch)"
     remedy = "pass hessfunc.hvp(loss), for instance"
-    if _is_loss(value) or isinstance(value, nn.Module) or not callable(value):
+    if _is_loss(value):
         raise _refused(name, value, due, remedy)
-    if not _takes(value, 2):
-        if _takes(value, 1):
+    if not _is_function(value, 2):
+        if _is_function(value, 1):
             remedy += "; this function takes one argument, as a matvec does"
         raise _refused(name, value, due, remedy)
     return value
@@ -465,23 +620,29 @@ def matvec(name: str, value: Any, /) -> Any:
         )
     if isinstance(value, Tensor):
         raise _refused(name, value, due, "pass hessfunc.dense(matrix)")
-    if isinstance(value, np.ndarray) or hasattr(value, "tocsr") or hasattr(value, "matmat"):
+    if isinstance(value, np.ndarray) or _is_sparse(value):
         raise _refused(name, value, due, "pass hessfunc.from_scipy(matrix)")
-    if not callable(value):
-        raise _refused(name, value, due, "pass hessfunc.hvp(loss)(params, batch), for instance")
-    if not _takes(value, 1):
-        if _takes(value, 2):
+    if not _is_function(value, 1):
+        if _is_function(value, 2):
             raise TypeError(
                 f"{name} is a curvature function or a loss, and no matvec: call a curvature "
                 "function with (params, batch) to get one, `hvp(loss)(params, batch)`"
             )
-        raise _refused(name, value, due, "pass a function of one argument")
+        raise _refused(name, value, due, "pass hessfunc.hvp(loss)(params, batch), for instance")
     return value
+
+
+def factory(name: str, value: Any, /) -> Any:
+    """A function of a loss that returns a curvature function."""
+    if _is_function(value, 1):
+        return value
+    remedy = f"pass {name}=hessfunc.hvp, without calling it"
+    raise _refused(name, value, "a function of a loss", remedy)
 
 
 def by_draw(name: str, value: Any, /) -> Any:
     """A function i -> the matvec of the i-th random batch."""
-    if callable(value) and not isinstance(value, nn.Module) and _takes(value, 1):
+    if _is_function(value, 1):
         return value
     remedy = "pass hessfunc.draws(curvature)(params, batches)"
     raise _refused(name, value, "a function of the number of a draw", remedy)
@@ -498,22 +659,22 @@ ARGUMENTS: dict[str, Check] = {
     "loss": loss,
     "model_fn": pure,
     "outputs": pure,
-    "criterion": function,
-    "targets": function,
-    "output_hessian": function,
-    "weight": function,
-    "fn": function,
-    "gradient": function,
-    "algorithm": function,
-    "callback": function,
-    "compose": function,
-    "solve": function,
+    "criterion": criterion,
+    "targets": function_of(1, "a batch"),
+    "output_hessian": function_of(2, "(outputs, targets)"),
+    "weight": function_of(1, "a batch"),
+    "gradient": function_of(1, "params"),
+    "algorithm": function_of(2, "(matvec, params)"),
+    "callback": function_of(1, "the result so far"),
+    "compose": function_of(2, "(model_fn, criterion)"),
+    "solve": function_of(2, "(matvec, gradient)"),
+    "fn": function_of(1, "one argument"),
     # Models, and what is chosen of them
     "model": module,
     "optimizer": optimizer,
-    "recompute": anything,
-    "pattern": anything,
-    "select": anything,
+    "recompute": text,
+    "pattern": pattern,
+    "select": selection,
     # Trees and data
     "like": tree,
     "params": tree,
@@ -525,8 +686,8 @@ ARGUMENTS: dict[str, Check] = {
     "b": tree,
     "tree": mapping,
     "rest": mapping,
-    "slices": mapping,
-    "blocks": anything,
+    "slices": indices,
+    "blocks": parts,
     "flat": tensor,
     "matrix": tensor,
     "operator": anything,
@@ -577,7 +738,7 @@ ARGUMENTS: dict[str, Check] = {
     "adversarial_share": finite,
     "eps": finite,
     "step_size": finite,
-    "bounds": anything,
+    "bounds": limits,
     # Flags
     "trainable_only": flag,
     "keep": flag,
@@ -606,5 +767,5 @@ ARGUMENTS: dict[str, Check] = {
     "checkpoint": path,
     "path": path,
     "out": path,
-    "tensorboard": anything,
+    "tensorboard": writer,
 }

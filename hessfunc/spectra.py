@@ -25,7 +25,11 @@ def _density(matvec: Matvec, like: Tree) -> Density:
     return slq(matvec, like, probes=1, steps=50)
 
 
-@options.validated(curvature=options.function)
+@options.validated(
+    params=options.mapping,
+    curvature=options.factory,
+    callback=options.function_of(2, "(name, result)"),
+)
 def block_spectra(
     loss: LossFunction,
     params: Mapping[str, Any],

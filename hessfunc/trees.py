@@ -360,6 +360,11 @@ class Space:
         self, found: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
     ) -> Tensor:
         """The rows ``(k, n)`` of a block's leaves: one copy."""
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in found):
+            # Autograd has no copy into a view of one tensor among several.
+            return torch.cat([leaf.flatten(1) for leaf in map(_with_axis, found)], dim=1).to(
+                dtype or self.dtype
+            )
         rows = torch.empty(len(found[0]), self.n, dtype=dtype or self.dtype, device=self.device)
         for target, leaf in zip(self._views(rows), found, strict=True):
             target.copy_(leaf)
@@ -384,8 +389,9 @@ class Space:
 
     def accumulate(self, rows: Tensor, block: Tree, /, *, weight: float) -> None:
         """Add a block, times a weight, to whole rows."""
-        for target, leaf in zip(self._views(rows), leaves(block), strict=True):
-            target.add_(leaf, alpha=weight)
+        with torch.no_grad():
+            for target, leaf in zip(self._views(rows), leaves(block), strict=True):
+                target.add_(leaf, alpha=weight)
 
     def _views(self, rows: Tensor) -> list[Tensor]:
         parts = rows.split(self.sizes, dim=-1)
@@ -491,6 +497,11 @@ class Space:
         return rows
 
 
+def _with_axis(leaf: Tensor) -> Tensor:
+    """A leaf of a block, with an axis of entries if those are numbers."""
+    return leaf if leaf.dim() > 1 else leaf[:, None]
+
+
 def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], None]:
     """A check that raises once one of these leaves has been changed in place."""
     versions = [leaf._version for leaf in found]
@@ -511,7 +522,7 @@ def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], 
 def ravel(tree: Tree, /) -> Tensor:
     """One flat vector ``(n,)`` of a tree, in the order of ``parameters_to_vector``."""
     space = Space.of(tree)
-    return space.ravel_leaves([leaf[None] for leaf in leaves(tree)])[0]
+    return space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(tree)])[0]
 
 
 @validated

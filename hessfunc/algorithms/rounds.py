@@ -63,6 +63,13 @@ class Products:
     keep_first: bool = False
     first: tuple[Tensor, Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        # What a function of the caller's has returned is checked nowhere else.
+        given: object = self.matvec
+        if not callable(given):
+            kind = type(given).__name__
+            raise TypeError(f"the draw is a {kind}, and not a matvec: take `hessfunc.draws`")
+
     @classmethod
     def of(cls, matvec: Matvec, like: Tree, space: Space | None = None, /) -> Products:
         """Of a matvec in the given space, or in that of ``like``."""

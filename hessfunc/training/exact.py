@@ -18,7 +18,7 @@ from hessfunc.trees import Matvec, unchanged
 __all__ = ["exact_blocks"]
 
 
-@options.validated(curvature=options.function)
+@options.validated(curvature=options.factory)
 def exact_blocks(
     curvature: Callable[[Any], Curvature], loss: LossFunction, /
 ) -> Callable[[Mapping[str, Tensor], Any], Mapping[str, Matvec]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hessfunc import options
 from hessfunc.fingerprints import checksum, combined, with_fingerprint
 from hessfunc.options import validated
-from hessfunc.trees import Matvec, Space, Tree, leaves, tree_map
+from hessfunc.trees import Matvec, Space, Tree, first_of, flatten, leaves, tree_map
 
 __all__ = [
     "add",
@@ -29,7 +29,16 @@ __all__ = [
 @validated
 def apply(matvec: Matvec, vector: Tree, /) -> Tree:
     """The product with one tree."""
-    return tree_map(lambda leaf: leaf[0], matvec(tree_map(lambda leaf: leaf[None], vector)))
+    found, structure = flatten(vector)
+    product, given = flatten(matvec(structure.unflatten(leaf[None] for leaf in found)))
+    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in product]
+    wanted = [(1, *leaf.shape) for leaf in found]
+    if given != structure or shapes != wanted:
+        raise ValueError(
+            "the matvec's product is not like its block: its leaves have the shapes "
+            f"{first_of([*map(str, shapes)])}, and those of the block {first_of([*map(str, wanted)])}"
+        )
+    return structure.unflatten(leaf[0] for leaf in product)
 
 
 @validated
@@ -95,9 +104,9 @@ def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
     Raises:
         ValueError: an entry of the diagonal is not positive.
     """
+    space = Space.of(diagonal)
     if not all(bool((leaf > 0).all()) for leaf in leaves(diagonal)):
         raise ValueError("the diagonal of a preconditioner must be positive: add a damping")
-    space = Space.of(diagonal)
     root = [torch.rsqrt(leaf) for leaf in space.tree_leaves(diagonal)]
 
     def preconditioned(block: Tree) -> Tree:
@@ -108,7 +117,7 @@ def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
     return _made_of(preconditioned, matvec)
 
 
-@validated
+@options.validated(blocks=options.groups)
 def per_block(
     matvec: Matvec, like: Tree, /, blocks: Mapping[str, Iterable[str]] | None = None
 ) -> Matvec:
@@ -201,6 +210,8 @@ def dense(matrix: Tensor, /) -> Matvec:
         TypeError: The matrix is not of a real floating-point dtype.
         ValueError: the matrix is not square, not finite, or not symmetric.
     """
+    if matrix.layout != torch.strided:
+        raise TypeError(f"the matrix has layout {matrix.layout}: pass matrix.to_dense()")
     if not matrix.is_floating_point():
         raise TypeError(f"the matrix has dtype {matrix.dtype}: pass matrix.double(), or its parts")
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -215,6 +226,10 @@ def dense(matrix: Tensor, /) -> Matvec:
 
     def matvec(block: Tree) -> Tree:
         space = Space.of(tree_map(lambda leaf: leaf[0], block))
+        if space.n != len(matrix):
+            raise ValueError(
+                f"the matrix takes vectors of {len(matrix)} entries, and got one of {space.n}"
+            )
         return space.unravel(space.ravel(block).to(matrix.dtype) @ matrix)
 
     return with_fingerprint(matvec, lambda: {"matrix": checksum([matrix])})

@@ -21,7 +21,7 @@ from hessfunc.trees import Matvec, Space, Tree
 __all__ = ["hvp_by_backward"]
 
 
-@options.validated(loss=options.function)
+@options.validated(loss=options.function_of(1, "a batch"))
 def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curvature:
     """The Hessian of a module that is sharded by `fully_shard`, or wrapped in another way.
 

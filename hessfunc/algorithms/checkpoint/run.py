@@ -139,7 +139,7 @@ class Checkpoint:
 
         def take() -> None:
             if space.ranks is None or space.ranks.rank == 0:
-                directory.mkdir(parents=True, exist_ok=True)
+                _make(directory)
                 self.owner = locks.acquire(directory, segments.run)
                 if manifests.stamp(directory) != self.stamp:
                     self.release()
@@ -241,6 +241,16 @@ class Checkpoint:
                 f"{size:.1e} from the one made now, so the state belongs to another matrix (other "
                 "parameters, data or loss): choose another directory"
             )
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint {directory}: the directory cannot be made ({error.strerror}): choose one "
+            "that can be written"
+        ) from None
 
 
 def _of_matrix(products: Products) -> dict[str, str]:

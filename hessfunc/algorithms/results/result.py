@@ -138,6 +138,10 @@ def load(path: str | os.PathLike[str], /) -> Result:
             f"{name} holds a result of kind {kind.args[0]!r}, which this version of hessfunc does "
             "not know: load it with the version that wrote it"
         ) from None
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise ValueError(f"{name} cannot be read: {error.strerror}") from None
+        raise _MissingFileError(f"there is no file {name}: pass the path given to save") from None
     except (
         ValueError,
         TypeError,
@@ -152,6 +156,10 @@ def load(path: str | os.PathLike[str], /) -> Result:
             f"{name} holds no result of hessfunc, or is damaged: pass a file that was written by "
             "result.save(path)"
         ) from None
+
+
+class _MissingFileError(FileNotFoundError, ValueError):
+    """A wrong path, which is a wrong argument as well as a missing file."""
 
 
 class _UnknownKindError(Exception):

@@ -96,7 +96,7 @@ class Tracking:
     measure: Measure
 
 
-@options.validated(curvature=options.function)
+@options.validated(curvature=options.factory)
 def tracking(
     loss: LossFunction,
     /,
