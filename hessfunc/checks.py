@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Space, Tree, ravel
 
 __all__ = ["Check", "check"]
@@ -51,6 +52,7 @@ class Check:
         return "\n".join(self.problems + self.notes) or "linear, symmetric and deterministic"
 
 
+@validated
 def check(
     matvec: Matvec,
     like: Tree,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from hessfunc import options
 from hessfunc.algorithms.rounds import rows_dtype
 from hessfunc.functional import Loss, several_batches
 from hessfunc.hbp.outputs import each_hessian
@@ -36,6 +37,7 @@ _Build: TypeAlias = Callable[[Sequence[Tensor]], Any]
 _BYTES_AT_ONCE = 64 * 2**20
 
 
+@options.validated(chunk_size=options.whole_number)
 def ggn_diagonal(
     loss: Loss,
     params: Tree,

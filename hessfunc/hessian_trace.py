@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from hessfunc import options
 from hessfunc.algorithms.checkpoint import Directory
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.rounds import Callback
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["hessian_trace"]
 
 
+@options.validated(chunk_size=options.whole_number)
 def hessian_trace(
     loss: Loss,
     params: Tree,

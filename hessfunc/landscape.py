@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from hessfunc import options
 from hessfunc.algorithms.results import Result
 from hessfunc.functional import LossFunction, several_batches
 from hessfunc.memory import Footprint
@@ -68,6 +69,7 @@ class Landscape(Result):
         return {"shape": tuple(self.values.shape), "loss": loss, "evaluations": self.evaluations}
 
 
+@options.validated(at=options.coordinates)
 def landscape(
     loss: LossFunction,
     params: Tree,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessfunc import options
 from hessfunc.transforms.kernels import differentiable_twice
 from hessfunc.trees import Tree, batch_leaves, first_of, flatten, leaves
 
@@ -19,6 +20,7 @@ __all__ = ["no_module", "recomputed", "recomputing", "segments_of"]
 Pure = Callable[..., tuple[Tensor, ...]]
 
 
+@options.validated(fn=options.called)
 def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
     """A function that keeps its arguments alone for the derivatives, and computes the rest again.
 
@@ -53,10 +55,13 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
             inner_args, inner_kwargs = structure.unflatten(leaves)
             with replayed() if returned else nullcontext():
                 out, out_structure = flatten(fn(*inner_args, **inner_kwargs))
-            if not all(_is_floating(leaf) for leaf in out):
+            if not out or not all(_is_floating(leaf) for leaf in out):
                 raise TypeError("a recomputed function must return floating-point tensors alone")
             returned[:] = [out_structure]
-            return tuple(out)
+            # An argument that is returned as it is must not be saved as an output.
+            return tuple(
+                leaf.view_as(leaf) if any(leaf is one for one in tensors) else leaf for leaf in out
+            )
 
         tensors = [found[i] for i in floating + others]
         out = _Recomputed.apply(pure, len(floating), *tensors)  # type: ignore[no-untyped-call]

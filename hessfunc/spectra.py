@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hessfunc import options
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.results import Density
 from hessfunc.functional import LossFunction, hold
@@ -24,6 +25,11 @@ def _density(matvec: Matvec, like: Tree) -> Density:
     return slq(matvec, like, probes=1, steps=50)
 
 
+@options.validated(
+    params=options.mapping,
+    curvature=options.factory,
+    callback=options.function_of(2, "(name, result)"),
+)
 def block_spectra(
     loss: LossFunction,
     params: Mapping[str, Any],

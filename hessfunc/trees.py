@@ -26,8 +26,10 @@ import numpy as np
 import optree
 import torch
 import torch.utils._cxx_pytree  # Registers torch's containers, and those to come, with optree.
-from torch import Tensor
+from torch import Tensor, nn
 
+from hessfunc import options
+from hessfunc.options import validated
 from hessfunc.precision import wide_dtype
 from hessfunc.randomness import mixed, normals, signs
 
@@ -420,6 +422,15 @@ def _label(key: Any) -> str:
     return f"{key[0]}[{key[1]}]" if isinstance(key, tuple) and len(key) == 2 else str(key)
 
 
+def _advice(leaf: object) -> str:
+    """The tensor that should stand in the place of another object, as the end of a message."""
+    if isinstance(leaf, np.ndarray):
+        return ": pass torch.from_numpy(array), or `from_scipy(operator)` for a NumPy function"
+    if isinstance(leaf, nn.Module):
+        return ": pass its parameters, `model_fn, params = functional(model)`"
+    return ""
+
+
 def _described(names: Sequence[str]) -> str:
     shown = ", ".join(names[:4])
     return f"{len(names)} leaves ({shown}{', ...' if len(names) > 4 else ''})"
@@ -459,7 +470,9 @@ class Space:
             raise ValueError("the tree has no leaf: are all parameters frozen?")
         for name, leaf in zip(names, found, strict=True):
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}, not a tensor")
+                raise TypeError(
+                    f"leaf {name!r} is a {type(leaf).__name__}, not a tensor{_advice(leaf)}"
+                )
             if not leaf.is_floating_point():
                 raise TypeError(
                     f"leaf {name!r} has dtype {leaf.dtype}; curvature needs real floating-point "
@@ -589,7 +602,8 @@ class Space:
         found = self._leaves_of_structure(tree)
         length = found[0].shape[:batch_dims]
         for name, shape, leaf in zip(self.names, self.shapes, found, strict=True):
-            if leaf.shape != length + shape or leaf.device != self.device:
+            fits = leaf.shape == length + shape and leaf.device == self.device
+            if not (fits and leaf.is_floating_point()):
                 self._refuse(name, shape, leaf, length, batch_dims)
         return found
 
@@ -597,6 +611,11 @@ class Space:
         self, name: str, shape: torch.Size, leaf: Tensor, length: torch.Size, batch_dims: int
     ) -> None:
         what = "block" if batch_dims else "vector"
+        if not leaf.is_floating_point():
+            raise TypeError(
+                f"leaf {name!r} of the {what} has dtype {leaf.dtype}, and vectors are real and "
+                f"floating-point: {'take its real part' if leaf.is_complex() else 'call .float()'}"
+            )
         if leaf.device != self.device:
             raise ValueError(
                 f"leaf {name!r} of the {what} lies on {leaf.device}, expected {self.device}"
@@ -629,7 +648,7 @@ class Space:
             if not isinstance(leaf, Tensor):
                 raise ValueError(
                     f"the vector does not have the structure of the parameters: at {name!r} it "
-                    f"has a {type(leaf).__name__} where a tensor is due"
+                    f"has a {type(leaf).__name__} where a tensor is due{_advice(leaf)}"
                 )
         return found
 
@@ -645,6 +664,11 @@ class Space:
         self, found: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
     ) -> Tensor:
         """The rows ``(k, n)`` of a block's leaves: one copy."""
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in found):
+            # Autograd has no copy into a view of one tensor among several.
+            return torch.cat([leaf.flatten(1) for leaf in map(_with_axis, found)], dim=1).to(
+                dtype or self.dtype
+            )
         rows = torch.empty(len(found[0]), self.n, dtype=dtype or self.dtype, device=self.device)
         for target, leaf in zip(self._views(rows), found, strict=True):
             target.copy_(leaf)
@@ -669,8 +693,9 @@ class Space:
 
     def accumulate(self, rows: Tensor, block: Tree, /, *, weight: float) -> None:
         """Add a block, times a weight, to whole rows."""
-        for target, leaf in zip(self._views(rows), leaves(block), strict=True):
-            target.add_(leaf, alpha=weight)
+        with torch.no_grad():
+            for target, leaf in zip(self._views(rows), leaves(block), strict=True):
+                target.add_(leaf, alpha=weight)
 
     def _views(self, rows: Tensor) -> list[Tensor]:
         parts = rows.split(self.sizes, dim=-1)
@@ -776,6 +801,11 @@ class Space:
         return rows
 
 
+def _with_axis(leaf: Tensor) -> Tensor:
+    """A leaf of a block, with an axis of entries if those are numbers."""
+    return leaf if leaf.dim() > 1 else leaf[:, None]
+
+
 def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], None]:
     """A check that raises once one of these leaves has been changed in place."""
     versions = [leaf._version for leaf in found]
@@ -792,12 +822,14 @@ def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], 
     return refuse_if_changed
 
 
+@options.validated(tree=options.tree)
 def ravel(tree: Tree, /) -> Tensor:
     """One flat vector ``(n,)`` of a tree, in the order of ``parameters_to_vector``."""
     space = Space.of(tree)
-    return space.ravel_leaves([leaf[None] for leaf in leaves(tree)])[0]
+    return space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(tree)])[0]
 
 
+@validated
 def unravel(flat: Tensor, like: Tree, /) -> Tree:
     """The tree of a flat vector ``(n,)``, or the block of rows ``(k, n)``: views, no copy.
 
@@ -811,6 +843,7 @@ def unravel(flat: Tensor, like: Tree, /) -> Tree:
     return Space.of(like).unravel(flat)
 
 
+@options.validated(start=options.whole_number)
 def random_like(
     like: Tree, k: int, /, *, kind: ProbeKind = "signs", seed: int, start: int = 0
 ) -> Tree:
@@ -830,6 +863,7 @@ def random_like(
     return space.unravel(space.probes(range(start, start + k), kind=kind, seed=seed))
 
 
+@validated
 def split(
     tree: Mapping[str, Any],
     pattern: str | Iterable[str] | Callable[[str, Tensor], bool],

@@ -23,6 +23,7 @@ from hessfunc.algorithms.rounds import (
 )
 from hessfunc.algorithms.streamed import brought, home, is_far, room_beside, settled
 from hessfunc.memory import available_to
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["slq"]
@@ -31,6 +32,7 @@ __all__ = ["slq"]
 _STEPS_A_ROUND = 10
 
 
+@validated
 def slq(
     matvec: Matvec,
     like: Tree,

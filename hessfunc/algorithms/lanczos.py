@@ -25,6 +25,7 @@ from hessfunc.algorithms.rounds import (
 )
 from hessfunc.algorithms.streamed import brought, home, is_far, room_beside, settled
 from hessfunc.memory import available_to
+from hessfunc.options import validated
 from hessfunc.randomness import uniforms
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
@@ -40,6 +41,7 @@ _KEY_OF_MIXTURE = -1
 _STEPS_TO_TRUST = 8
 
 
+@validated
 def lanczos(
     matvec: Matvec,
     like: Tree,

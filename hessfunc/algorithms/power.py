@@ -20,6 +20,7 @@ from hessfunc.algorithms.rounds import (
     rows_dtype,
     unit_start,
 )
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["power_iteration"]
@@ -28,6 +29,7 @@ __all__ = ["power_iteration"]
 _STEPS_A_ROUND = 4
 
 
+@validated
 def power_iteration(
     matvec: Matvec,
     like: Tree,

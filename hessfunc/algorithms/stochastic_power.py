@@ -19,11 +19,13 @@ from hessfunc.algorithms.rounds import (
     rows_dtype,
     unit_start,
 )
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["stochastic_power_iteration"]
 
 
+@validated
 def stochastic_power_iteration(
     matvec: Matvec,
     draws: Callable[[int], Matvec],

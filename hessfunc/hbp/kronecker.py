@@ -33,6 +33,7 @@ from hessfunc.hbp.layer import Call, SharedWeight
 from hessfunc.hbp.outputs import each_hessian
 from hessfunc.hbp.propagate import BlockCurvature, Reached, backpropagated
 from hessfunc.hbp.rules import rule_of
+from hessfunc.options import validated
 from hessfunc.randomness import of_matrix
 from hessfunc.transforms.checksum import batch_key
 from hessfunc.transforms.gauss_newton import refuse_without_halves
@@ -51,6 +52,7 @@ _ONLY_WEIGHTS = "Kronecker factors are for the weights and biases of linear maps
 _HOLD = "hold the others fixed by `split` and `hold`"
 
 
+@validated
 def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
     """Kronecker-factored recursive approximation: ``(params, batch) -> blocks``.
 
@@ -95,6 +97,7 @@ def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
     )
 
 
+@validated
 def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
     """Kronecker-factored low rank: ``(params, batch) -> blocks``, with exact output factors.
 
@@ -126,6 +129,7 @@ def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
     return _factored(loss, model, _exact(loss), sharing)
 
 
+@validated
 def kfac(
     loss: Loss,
     model: nn.Module,
@@ -159,6 +163,7 @@ def kfac(
     return _factored(loss, model, _sampled(loss, samples, seed), sharing, exact=False)
 
 
+@validated
 def ekfac(
     loss: Loss,
     model: nn.Module,

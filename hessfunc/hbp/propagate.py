@@ -16,6 +16,7 @@ from hessfunc.hbp.frontier import Frontier
 from hessfunc.hbp.layer import Dependence, Layer, with_sign
 from hessfunc.hbp.network import EXACT_PRODUCTS, Step, steps_of
 from hessfunc.hbp.outputs import mean_hessian, warn_if_zero
+from hessfunc.options import validated
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.positive_curvature import Residual
 from hessfunc.transforms.reductions import noted
@@ -26,6 +27,7 @@ __all__ = ["BlockCurvature", "Reached", "backpropagated", "hbp", "refuse_residua
 BlockCurvature: TypeAlias = Callable[[Mapping[str, Tensor], Any], Blocks]
 
 
+@validated
 def hbp(
     loss: Loss,
     model: nn.Module,

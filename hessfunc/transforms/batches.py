@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from torch import Tensor
 
+from hessfunc.fingerprints import Fingerprint, checksum, of_batches, with_fingerprint
 from hessfunc.functional import several_batches
+from hessfunc.options import validated
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.examples import examples, microbatches, rows_of
 from hessfunc.transforms.reductions import Average, watching
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Passes", "examples", "mean_over", "microbatches", "over_batches", "rows_of"]
 
 
+@validated
 def over_batches(
     curvature: Curvature,
     /,
@@ -144,9 +147,18 @@ def mean_over(
         several = mesh is not None or not isinstance(batches, Sized) or len(batches) != 1
         average = Average(weight, several)
         reading = _Reading(curvature, params, batches, average, space, share, passes)
-        return share.over(space, batches, reading.kept() if keep else reading.anew())
+        mean = share.over(space, batches, reading.kept() if keep else reading.anew())
+        return with_fingerprint(mean, partial(_fingerprint, space, params, batches, loader))
 
     return of_data
+
+
+def _fingerprint(space: Space, params: Tree, batches: Iterable[Any], loader: Loader) -> Fingerprint:
+    """Of the parameters, and of batches that are at hand: a loader would be read once more."""
+    of_params = {"parameters": checksum(space.tree_leaves(params))}
+    if loader == "sharded" or not isinstance(batches, Sequence):
+        return of_params
+    return of_params | {"batches": of_batches(batches)}
 
 
 def _share_of(mesh: DeviceMesh, loader: Loader) -> Share:

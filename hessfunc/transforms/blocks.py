@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from hessfunc.fingerprints import checksum, of_batches, with_fingerprint
 from hessfunc.memory import Footprint
 from hessfunc.transforms.kernels import explanation, precise
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, unchanged
@@ -125,7 +126,9 @@ def block_matvec(
                 raise clearer from error
             raise
 
-    return matvec
+    return with_fingerprint(
+        matvec, lambda: {"parameters": checksum(point), "batches": of_batches([batch])}
+    )
 
 
 def _by_vmap_or_loop(pieces: _Pieces, size: int) -> tuple[Sequence[Tensor], int]:

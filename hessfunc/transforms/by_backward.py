@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from hessfunc import options
 from hessfunc.transforms.blocks import Chunks, Curvature, block_matvec
 from hessfunc.transforms.hessian import filled, gradient_differences, scalar
 from hessfunc.transforms.kernels import precise, same_draws
@@ -20,6 +21,7 @@ from hessfunc.trees import Matvec, Space, Tree
 __all__ = ["hvp_by_backward"]
 
 
+@options.validated(loss=options.function_of(1, "a batch"))
 def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curvature:
     """The Hessian of a module that is sharded by `fully_shard`, or wrapped in another way.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessfunc.functional import OfTargets
+from hessfunc.options import validated
 from hessfunc.transforms.examples import Rows, rows_of
 from hessfunc.transforms.reductions import Reduction, declared_reduction
 from hessfunc.trees import Tree, opened
@@ -45,6 +46,7 @@ class Criterion:
         return self.criterion(outputs, targets)
 
 
+@validated
 def with_output_hessian(
     criterion: Callable[[Any, Any], Tensor], output_hessian: OutputHessian, /
 ) -> Criterion:

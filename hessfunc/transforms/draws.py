@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hessfunc.functional import several_batches
+from hessfunc.options import validated
 from hessfunc.randomness import of_matrix, uniforms
 from hessfunc.transforms.arithmetic import scale
 from hessfunc.transforms.batches import examples, over_batches
@@ -54,6 +55,7 @@ class Draws:
         return self.of_batch(self.batch(i))
 
 
+@validated
 def draws(
     curvature: Curvature,
     /,

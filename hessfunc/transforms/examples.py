@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from hessfunc.options import validated
 from hessfunc.trees import is_array, leaf_paths, opened
 
 __all__ = ["Rows", "examples", "microbatches", "rows_of"]
@@ -17,6 +18,7 @@ __all__ = ["Rows", "examples", "microbatches", "rows_of"]
 Rows: TypeAlias = tuple[list[Any], Callable[[Sequence[Any]], Any]]
 
 
+@validated
 def examples(batch: Any, /) -> int:
     """Return the number of examples of a batch: the length that all of its arrays share.
 
@@ -73,6 +75,7 @@ def _likely(lengths: dict[str, int]) -> str:
     return f"len({list(lengths)[-1]})"
 
 
+@validated
 def microbatches(batch: Any, size: int, /) -> list[Any]:
     """Cut a batch into pieces of at most ``size`` examples, each of the same structure.
 

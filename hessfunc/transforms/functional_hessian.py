@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.functional import Loss, composed
+from hessfunc.options import validated
 from hessfunc.transforms.blocks import ChunkSize, Curvature
 from hessfunc.transforms.criteria import output_gradient
 from hessfunc.transforms.gauss_newton import refuse_without_halves
@@ -22,6 +23,7 @@ __all__ = ["functional_hvp"]
 _Fixed: TypeAlias = tuple[list[int], list[Tensor]]
 
 
+@validated
 def functional_hvp(
     loss: Loss, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "auto"
 ) -> Curvature:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.functional import Loss
+from hessfunc.options import validated
 from hessfunc.randomness import of_matrix
 from hessfunc.transforms.blocks import (
     GAUSS_NEWTON_ENTRIES,
@@ -54,6 +55,7 @@ __all__ = [
 _Middle: TypeAlias = tuple[list[int], Callable[[list[Tensor]], Sequence[Tensor]]]
 
 
+@validated
 def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     """The generalised Gauss-Newton matrix, as a curvature function ``(params, batch) -> matvec``.
 
@@ -89,6 +91,7 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     return _gauss_newton(loss, middle, chunk_size)
 
 
+@validated
 def fvp(
     loss: Loss,
     /,
@@ -139,6 +142,7 @@ def fvp(
     return _gauss_newton(loss, middle, chunk_size)
 
 
+@validated
 def efvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     """The empirical Fisher matrix, as a curvature function ``(params, batch) -> matvec``.
 

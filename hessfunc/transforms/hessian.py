@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.functional import LossFunction, refuse_module
+from hessfunc.options import validated
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.kernels import differentiable_twice, explained
 from hessfunc.transforms.kernels.second_order import SECOND_ORDER
@@ -22,6 +23,7 @@ Gradient: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Mode = Literal["reverse", "forward", "difference", "auto"]
 
 
+@validated
 def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "auto") -> Curvature:
     """The Hessian of a loss, as a curvature function ``(params, batch) -> matvec``.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from hessfunc.functional import Loss
+from hessfunc.options import validated
 from hessfunc.transforms.arithmetic import per_block
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.gauss_newton import (
@@ -49,6 +50,7 @@ _ROWWISE = _SOFTMAX | _NORMALISATION
 _LONGEST_ROW = 4096
 
 
+@validated
 def pchvp(
     loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = "auto"
 ) -> Curvature:

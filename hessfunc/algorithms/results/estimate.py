@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.quantiles import student_quantile
 from hessfunc.algorithms.results.result import Result
+from hessfunc.options import validated
 
 __all__ = ["Estimate", "narrow_enough", "pool"]
 
@@ -55,6 +56,7 @@ def narrow_enough(estimate: Estimate, rtol: float | None, atol: float | None, /)
     return None
 
 
+@validated
 def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, /) -> Estimate:
     """The weighted mean of independent estimates, such as one for each of several batches.
 

@@ -12,11 +12,13 @@ from hessfunc.algorithms.rounds import (
     at_least,
 )
 from hessfunc.algorithms.solve.system import Iterate, System, solve
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["cg"]
 
 
+@validated
 def cg(
     matvec: Matvec,
     b: Tree,

@@ -11,11 +11,13 @@ from hessfunc.algorithms.checkpoint import Directory
 from hessfunc.algorithms.results import Solution, rounding
 from hessfunc.algorithms.rounds import Callback, at_least
 from hessfunc.algorithms.solve.system import Iterate, System, solve
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["minres"]
 
 
+@validated
 def minres(
     matvec: Matvec,
     b: Tree,

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from hessfunc import options
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.rounds import at_least
 from hessfunc.algorithms.trace.hutchinson import hutchinson
@@ -96,6 +97,7 @@ class Tracking:
     measure: Measure
 
 
+@options.validated(curvature=options.factory)
 def tracking(
     loss: LossFunction,
     /,

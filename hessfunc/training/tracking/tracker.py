@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hessfunc.algorithms.rounds import at_least
 from hessfunc.functional import LossFunction, functional, supervised
+from hessfunc.options import validated
 from hessfunc.sharpness import adam_diagonal
 from hessfunc.training import modes
 from hessfunc.training.tracking.lines import json_lines
@@ -112,6 +113,7 @@ class Tracker:
         return adam_diagonal(self._optimizer, self._model)
 
 
+@validated
 @contextmanager
 def tracked(
     model: nn.Module,
