@@ -24,6 +24,7 @@ from hessfunc.algorithms.rounds import (
     rows_dtype,
 )
 from hessfunc.algorithms.streamed import brought, home, is_far, room_beside, settled
+from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.memory import available_to
 from hessfunc.randomness import uniforms
 from hessfunc.trees import Matvec, Rows, Space, Tree
@@ -380,8 +381,8 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
     difference = columns[:j] - state.coupling.mT
     # Products of a model that computes in bfloat16 are symmetric up to that alone, and its vectors
     # do not tell; but who asks for less than that is not to be refused.
-    tolerance = max(1e-3, 10 * problem.eps, 2 * problem.rtol)
-    _refuse_asymmetric(difference, following.longest, tolerance)
+    tolerance = max(SYMMETRIC, 10 * problem.eps, 2 * problem.rtol)
+    refuse_asymmetric(difference, following.longest, tolerance)
     return following if len(block) else _fresh_block(problem, space, following)
 
 
@@ -520,17 +521,6 @@ def _restart(problem: _Problem, space: Space, state: _State) -> _State:
         coupling=state.coupling @ rotation,
         before=state.largest,
     )
-
-
-def _refuse_asymmetric(difference: Tensor, scale: float, tolerance: float) -> None:
-    if difference.numel() and float(difference.abs().max()) > tolerance * scale:
-        raise ValueError(
-            "the matvec is not symmetric or not deterministic: u'Av and v'Au differ by "
-            f"{float(difference.abs().max() / scale):.1e} of the largest eigenvalue. Common "
-            "causes: randomness in the loss, a loader that changes between passes, a matrix that "
-            "is no Hessian, products in low precision (take rtol=0.02 or more), differences of a "
-            "loss with kinks. `check(matvec, like)` tells more"
-        )
 
 
 def _preferred(which: Which, values: Tensor) -> Tensor:
