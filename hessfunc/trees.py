@@ -426,10 +426,16 @@ class Space:
         return self._norms(rows)
 
     def _norms(self, rows: Tensor) -> Tensor:
-        # One by one, as torch makes a copy in float64.
+        # In pieces, as torch makes a copy in float64.
         wide = wide_dtype(rows.device)
-        lengths = [torch.linalg.vector_norm(row, dim=1, dtype=wide) for row in rows.split(1)]
-        return torch.cat(lengths)
+        piece = _PIECE if rows.device.type == "cpu" else _PIECE_OF_DEVICE
+        if rows.dtype == wide or rows.shape[1] <= piece:
+            lengths = [torch.linalg.vector_norm(row, dim=1, dtype=wide) for row in rows.split(1)]
+            return torch.cat(lengths)
+        parts = [
+            torch.linalg.vector_norm(part.to(wide), dim=1) for part in rows.split(piece, dim=1)
+        ]
+        return torch.linalg.vector_norm(torch.stack(parts), dim=0)
 
     def combine(self, coefficients: Tensor, rows: Tensor, /) -> Tensor:
         """The combinations ``coefficients @ rows`` in the rows' dtype, shape ``(j, n)``."""

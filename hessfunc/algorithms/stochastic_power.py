@@ -154,9 +154,9 @@ def stochastic_power_iteration(
             return None
         return "converged: the residual is within the tolerance"
 
-    first = unit_start(space, start, seed)
+    # The start is not held on to.
     state, reason = drive(
-        _State(first, torch.zeros_like(first), None, 0, steps_per_epoch),
+        _begun(space, start, seed, steps_per_epoch),
         products=exact,
         step=step,
         verdict=verdict,
@@ -180,6 +180,11 @@ class _State:
     image: Rows | None
     drawn: int
     steps: int
+
+
+def _begun(space: Space, start: Tree | None, seed: int, steps: int) -> _State:
+    first = unit_start(space, start, seed)
+    return _State(first, torch.zeros_like(first), None, 0, steps)
 
 
 def _epoch(
