@@ -350,7 +350,7 @@ def _start(
     basis = appended(empty, block, basis_size + b + (not trusted))
     none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     coupling = torch.zeros(len(block), 0, dtype=torch.float64, device="cpu")
-    return _State(basis, none, coupling, probes=b, basis_size=basis_size, trusted=start is None)
+    return _State(basis, none, coupling, probes=b, basis_size=basis_size, trusted=trusted)
 
 
 def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | None) -> int:

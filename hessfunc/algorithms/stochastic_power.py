@@ -92,7 +92,7 @@ def stochastic_power_iteration(
         FloatingPointError: a product is not finite.
 
     Cost: one product with A, and ``steps_per_epoch`` with one batch each, an epoch; 7 vectors of
-    memory.
+    memory, besides those of a product.
 
     Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670, algorithm VR Power+M; that
     epochs are taken back is not in it.
