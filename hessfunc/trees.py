@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from itertools import pairwise
 from logging import Logger
 from pathlib import PurePath
 from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from hessfunc import options
 from hessfunc.options import validated
 from hessfunc.precision import wide_dtype
-from hessfunc.randomness import mixed, normals, signs
+from hessfunc.randomness import keys, normals, signs
 
 if TYPE_CHECKING:
     from hessfunc.distributed.ranks import Ranks
@@ -65,12 +66,17 @@ Tree: TypeAlias = Any
 # A tensor whose last axis runs over the entries of a vector, or over those that are held here.
 Rows: TypeAlias = Tensor
 Matvec: TypeAlias = Callable[[Tree], Tree]
+# (keys, places, device) -> random numbers.
+Draw: TypeAlias = Callable[[Tensor, Sequence[range], torch.device], Tensor]
 ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]
 
 # Inner products of two blocks that are taken in float64 throughout.
 _FEW_PRODUCTS = 4
 # Entries that are converted to float64 at once: they stay in the cache.
 _PIECE = 2**16
+# Random entries that are drawn at once, which take about 2 and 24 bytes each.
+_PIECE_OF_SIGNS = 2**18
+_PIECE_OF_NORMALS = 2**15
 # The same for other devices, where starting the kernels of a piece would take longer than they do.
 _PIECE_OF_DEVICE = 2**22
 # The namespace in which optree sees the containers that are registered with torch.
@@ -751,10 +757,16 @@ class Space:
         return self._norms(rows)
 
     def _norms(self, rows: Tensor) -> Tensor:
-        # One by one, as torch makes a copy in float64.
+        # In pieces, as torch makes a copy in float64.
         wide = wide_dtype(rows.device)
-        lengths = [torch.linalg.vector_norm(row, dim=1, dtype=wide) for row in rows.split(1)]
-        return torch.cat(lengths)
+        piece = _PIECE if rows.device.type == "cpu" else _PIECE_OF_DEVICE
+        if rows.dtype == wide or rows.shape[1] <= piece:
+            lengths = [torch.linalg.vector_norm(row, dim=1, dtype=wide) for row in rows.split(1)]
+            return torch.cat(lengths)
+        parts = [
+            torch.linalg.vector_norm(part.to(wide), dim=1) for part in rows.split(piece, dim=1)
+        ]
+        return torch.linalg.vector_norm(torch.stack(parts), dim=0)
 
     def combine(self, coefficients: Tensor, rows: Tensor, /) -> Tensor:
         """The combinations ``coefficients @ rows`` in the rows' dtype, shape ``(j, n)``."""
@@ -766,9 +778,27 @@ class Space:
         products = (rows * others).split([len(span) for span in self.spans], dim=1)
         return self.summed(torch.stack([part.sum(1, dtype=wide) for part in products], dim=1))
 
-    def entries(self, i: int, of: Callable[[range, torch.device], Tensor], /) -> Tensor:
-        """What a function of places in the flat i-th leaf is at those that a row holds here."""
-        return of(self.spans[i], self.device)
+    def draw(
+        self, rows: Tensor, of: Draw, keys: Callable[[range], Tensor], scratch: int, /
+    ) -> None:
+        """Fill rows with random numbers, one call of ``of`` for many small leaves.
+
+        Args:
+            rows: Rows to fill.
+            of: Function of keys and places, as `signs`.
+            keys: Function of a range of leaves: their keys for each row, ``(k, leaves)``.
+            scratch: Entries that are drawn at once: they stay in the cache.
+        """
+        begin = 0
+        for leaves_, places in _grouped(self.spans, max(1, scratch // len(rows))):
+            end = begin + sum(map(len, places))
+            of_rows = [slice(0, len(rows))]
+            if (end - begin) * len(rows) > scratch:
+                of_rows = [slice(i, i + 1) for i in range(len(rows))]
+            found = keys(leaves_)
+            for some in of_rows:
+                rows[some, begin:end] = of(found[some], places, self.device)
+            begin = end
 
     def probes(
         self,
@@ -791,11 +821,17 @@ class Space:
         if kind not in get_args(ProbeKind):
             raise ValueError(f"kind={kind!r}: choose 'signs', 'normal' or 'sphere'")
         rows = torch.empty(len(indices), self.width, dtype=dtype or self.dtype, device=self.device)
-        draw = signs if kind == "signs" else normals
-        widths = [len(span) for span in self.spans]
-        for row, index in zip(rows, indices, strict=True):
-            for i, part in enumerate(row.split(widths)):
-                part.copy_(self.entries(i, partial(draw, mixed(seed, index, i))))
+        if len(indices):
+            on_cpu = self.device.type == "cpu"
+            of, piece = (
+                (signs, _PIECE_OF_SIGNS) if kind == "signs" else (normals, _PIECE_OF_NORMALS)
+            )
+            self.draw(
+                rows,
+                of,
+                lambda leaves_: keys(seed, indices, leaves_, self.device),
+                piece if on_cpu else _PIECE_OF_DEVICE,
+            )
         if kind == "sphere":
             rows *= (math.sqrt(self.n) / self.norms(rows)).to(rows.dtype)[:, None]
         return rows
@@ -804,6 +840,27 @@ class Space:
 def _with_axis(leaf: Tensor) -> Tensor:
     """A leaf of a block, with an axis of entries if those are numbers."""
     return leaf if leaf.dim() > 1 else leaf[:, None]
+
+
+def _grouped(spans: Sequence[range], most: int) -> Iterator[tuple[range, list[range]]]:
+    """Runs of leaves with their places, or pieces of one leaf, of ``most`` entries at most."""
+    # Each word of random bits gives 64 signs.
+    most = max(64, most // 64 * 64)
+    begin, places, total = 0, list[range](), 0
+    for i, span in enumerate(spans):
+        if places and total + len(span) > most:
+            yield range(begin, i), places
+            begin, places, total = i, [], 0
+        if len(span) > most:
+            cuts = [*range(span.start, span.stop, most), span.stop]
+            for start, stop in pairwise(cuts):
+                yield range(i, i + 1), [range(start, stop)]
+            begin = i + 1
+        else:
+            places.append(span)
+            total += len(span)
+    if places:
+        yield range(begin, len(spans)), places
 
 
 def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], None]:

@@ -72,7 +72,8 @@ def minres(
             not positive definite.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec an iteration, and one at the end; 13 vectors of memory.
+    Cost: one matvec an iteration, and one at the end; 20 vectors of memory, besides those
+    of a product.
 
     Source: Paige and Saunders 1975; residual vectors: Choi, Paige and Saunders 2011.
     """
