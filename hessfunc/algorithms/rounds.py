@@ -78,12 +78,12 @@ class Products:
 
     def uncounted(self, rows: Tensor, /) -> Tensor:
         """Products that are no part of the run's cost."""
-        version = rows._version
+        version = None if rows.is_inference() else rows._version
         with recording(self.choices):
             images = self.space.on_all(lambda: self._images(rows))
         product = self.space.ravel(images, dtype=rows.dtype)
         del images
-        if rows._version != version:
+        if version is not None and rows._version != version:
             raise ValueError("the matvec changes its block in place: return a new one")
         if len(product) != len(rows):
             raise ValueError(f"the matvec gave {len(product)} products of {len(rows)} vectors")

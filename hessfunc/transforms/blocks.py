@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hessfunc.choices import current_choices
 from hessfunc.memory import PeakMemory, available_memory
-from hessfunc.transforms.kernels import explanation, precise
+from hessfunc.transforms.kernels import explanation, precise, refuse_autocast
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, unchanged
 
 __all__ = ["Chunks", "Curvature", "Product", "block_matvec", "guarding"]
@@ -108,6 +108,7 @@ def block_matvec(
 
     # The way of one vector is short: on a small net it takes as long as the product.
     def matvec(block: Tree) -> Tree:
+        refuse_autocast(space.device)
         refuse_if_changed()
         _guards.get([]).append(refuse_if_changed)
         tangents = space.block_leaves(block)
@@ -121,7 +122,13 @@ def block_matvec(
                 raise clearer from error
             raise
 
-    return matvec
+    def outside_of_inference_mode(block: Tree) -> Tree:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return matvec(block)
+        return matvec(block)
+
+    return outside_of_inference_mode
 
 
 def _in_chunks(
