@@ -21,7 +21,13 @@ from hessfunc.transforms.gauss_newton import (
     hessian_of_outputs,
     refuse_without_halves,
 )
-from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.transforms.kernels import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+)
+from hessfunc.transforms.pullback import pullback
 from hessfunc.transforms.share import Loader
 from hessfunc.trees import Matvec, Space, Tree, tree_map
 
@@ -136,9 +142,12 @@ def _of_batch(loss: Loss, chunk_size: int | None) -> Curvature:
                 "the exact diagonal takes whole parameters, and these are DTensors: gather them "
                 "by `unsharded`, or take `hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
             )
-        point = tuple(leaf.detach() for leaf in space.tree_leaves(params))
-        with explained(space, batch), differentiable_twice(space.device), several_batches():
-            diagonal = space.tree(_diagonal(loss, space, point, batch, chunk_size))
+        refuse_autocast(space.device)
+        with torch.inference_mode(False), explained(space, batch), several_batches():
+            batch = plain_batch(batch)
+            point = tuple(leaf.detach() for leaf in plain_batch(space.tree_leaves(params)))
+            with differentiable_twice(space.device):
+                diagonal = space.tree(_diagonal(loss, space, point, batch, chunk_size))
         return lambda block: tree_map(torch.mul, block, diagonal)
 
     return curvature
@@ -163,9 +172,15 @@ def _diagonal(
         pieces, outputs.split(sizes), values.split(sizes), vectors.split(sizes), strict=True
     ):
         rows, build = rows_of(piece)
+        rows = [row.detach() for row in rows]
         each = partial(_of_example, loss, space, point, build, at_once, chunk_size != 1)
         if chunk_size == 1:
-            alone, squares = each(value[0], vector[0], *(row[0] for row in rows))
+            try:
+                alone, squares = each(value[0], vector[0], *(row[0] for row in rows))
+            except (NotImplementedError, torch.OutOfMemoryError):
+                raise
+            except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise _no_example(error) from error
             alone = alone[None]
         else:
             alone, every = _over_examples(each, value, vector, *rows)
@@ -192,10 +207,13 @@ def _of_example(
     def model(*leaves: Tensor) -> Tensor:
         return loss.outputs(space.tree(leaves), build([row[None] for row in rows]))[0]
 
-    outputs, pull, *_ = vjp(model, *point)
+    if mapped:
+        outputs, pull, *_ = vjp(model, *point)
+        pulled = vmap(pull)
+    else:
+        outputs, pulled = _by_autograd(model, point)
     if outputs.numel() != vectors.shape[1]:
         return outputs, []
-    pulled = vmap(pull) if mapped else _stacked(pull)
     total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
     for value, vector in zip(values.split(at_once), vectors.split(at_once), strict=True):
         gradients = pulled(vector.reshape(-1, *outputs.shape).to(outputs.dtype))
@@ -215,13 +233,32 @@ def _over_examples(each: Callable[..., Any], *rows: Tensor) -> tuple[Tensor, lis
             "call model.eval() if a layer sees the whole batch; otherwise take chunk_size=1, "
             "which is a loop"
         ) from error
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise _no_example(error) from error
 
 
-def _stacked(
-    pull: Callable[[Tensor], tuple[Tensor, ...]],
-) -> Callable[[Tensor], list[Tensor]]:
-    """As ``vmap(pull)``, by a loop."""
-    return lambda rows: [torch.stack(found) for found in zip(*map(pull, rows), strict=True)]
+def _no_example(error: Exception) -> ValueError:
+    return ValueError(
+        "the model cannot be evaluated on one example of the batch alone "
+        f"({type(error).__name__}: {error}): the first axis of some tensor is not that of the "
+        "examples, as in a graph, or it has to see all of them. Take "
+        "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
+    )
+
+
+def _by_autograd(
+    model: Callable[..., Tensor], point: Sequence[Tensor]
+) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+    """Return the outputs and the pullback of rows, by plain autograd.
+
+    Some models, such as those that pack sequences, do not run under torch.func.
+    """
+    inputs = [leaf.detach().requires_grad_() for leaf in point]
+    outputs = model(*inputs)
+    pull = pullback([outputs], inputs)
+    return outputs.detach(), lambda rows: [
+        torch.stack(found) for found in zip(*(pull([row]) for row in rows), strict=True)
+    ]
 
 
 def _outputs(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> Tensor:

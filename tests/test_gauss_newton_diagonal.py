@@ -213,3 +213,41 @@ def test_params_and_the_random_stream_stay_as_they_are() -> None:
     hf.ggn_diagonal(found.loss, found.params, [found.batch])
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(before[name], leaf) for name, leaf in found.params.items())
+
+
+def test_a_loop_takes_models_that_pack_their_inputs() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(2, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(
+                x, lengths, batch_first=True, enforce_sorted=False
+            )
+            return self.head(self.rnn(packed)[1][-1])
+
+    model_fn, params = hf.functional(Packed().double())
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    inputs = torch.randn(3, 4, 2).double(), torch.tensor([4, 2, 3])
+    batch = inputs, torch.tensor([0, 1, 1])
+    found = hf.ggn_diagonal(loss, params, [batch], chunk_size=1)
+    torch.testing.assert_close(flat(found), gauss_newton(loss, params, batch).diagonal())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_batch_that_cannot_be_cut_into_examples_is_refused(chunk_size: int | None) -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            return self.layer(torch.zeros_like(x).index_add(0, edges[:, 1], x[edges[:, 0]]))
+
+    model_fn, params = hf.functional(Graph())
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    edges = torch.stack([torch.arange(6), torch.arange(6).roll(1)], 1)
+    batch = (torch.randn(6, 4), edges), torch.tensor([0, 1, 2, 0, 1, 1])
+    with pytest.raises(ValueError, match="cannot be evaluated on one example.*graph"):
+        hf.ggn_diagonal(loss, params, [batch], chunk_size=chunk_size)
