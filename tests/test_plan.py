@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import hessfunc as hf
 from hessfunc.algorithms import basis, density, lanczos
 from hessfunc.distributed import sharded
-from hessfunc.memory import PeakMemory
+from hessfunc.memory import Footprint
 from hessfunc.plan import (
     BYTES,
     Algorithm,
@@ -64,7 +64,7 @@ def taken(run: Callable[..., Any], width: int, dtype: torch.dtype) -> int:
         (torch.randn(2, 16, generator=generator, dtype=dtype), torch.tensor([i, 4 - i]))
         for i in range(3)
     ]
-    with PeakMemory() as found, warnings.catch_warnings():
+    with Footprint() as found, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*met outside of the basis")
         model_fn, params = hf.functional(net(width, dtype))
         loss = hf.supervised(model_fn, cross_entropy)
@@ -268,7 +268,7 @@ def test_the_graph_of_a_transformer_is_as_large_as_is_said(recompute: str | None
     loss = hf.composed(model_fn, next_token_loss)
     tokens = torch.randint(vocabulary, (4, context), generator=torch.Generator().manual_seed(1))
     vector = hf.random_like(params, 1, seed=0)
-    with PeakMemory() as found:
+    with Footprint() as found:
         hf.hvp(loss)(params, tokens)(vector)
     sizes = [leaf.numel() for leaf in params.values()]
     n, largest = sum(sizes), max(sizes)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Result
-from hessfunc.choices import Choices, recording
 from hessfunc.randomness import mixed
 from hessfunc.trees import Matvec, Space, Tree
 
@@ -44,7 +43,6 @@ class Products:
         space: of its vectors.
         matvecs: products with one vector so far.
         passes: calls so far.
-        choices: of chunk sizes, made so far.
         keep_first: keep the first vector with its product.
         first: these two.
     """
@@ -53,7 +51,6 @@ class Products:
     space: Space
     matvecs: int = 0
     passes: int = 0
-    choices: Choices = field(default_factory=dict)
     keep_first: bool = False
     first: tuple[Tensor, Tensor] | None = None
 
@@ -79,8 +76,7 @@ class Products:
     def uncounted(self, rows: Tensor, /) -> Tensor:
         """Products that are no part of the run's cost."""
         version = None if rows.is_inference() else rows._version
-        with recording(self.choices):
-            images = self.space.on_all(lambda: self._images(rows))
+        images = self.space.on_all(lambda: self._images(rows))
         product = self.space.ravel(images, dtype=rows.dtype)
         del images
         if version is not None and rows._version != version:
@@ -111,7 +107,6 @@ class Products:
             "passes": self.passes,
             "reason": reason,
             "seed": seed,
-            "choices": dict(self.choices),
         }
 
 

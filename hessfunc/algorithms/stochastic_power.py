@@ -116,7 +116,7 @@ def stochastic_power_iteration(
     eps = products_eps(space, dtype)
 
     def random_product(draw: int, rows: Tensor) -> Tensor:
-        of_batch = Products(draws(draw), space, choices=exact.choices)
+        of_batch = Products(draws(draw), space)
         image = of_batch(rows)
         exact.matvecs += of_batch.matvecs
         exact.passes += of_batch.passes

@@ -44,9 +44,9 @@ def compiled(
 
         seconds of compilation / (seconds of a product - seconds of a compiled one)
 
-    products: thousands on a CPU, as `bench/results/speed.md` says. Where a product cannot be
-    written down, as where data are read anew for each one (`over_batches` without ``keep``), a
-    `NotCompiledWarning` says why, and the matvec runs as it is.
+    products: thousands on a CPU, as the tables in `bench/results/speed` say. A product that cannot
+    be compiled, such as one that reads its data each time (`over_batches` without ``keep``), runs
+    as it is, and a `NotCompiledWarning` says why.
 
     Args:
         matvec: block -> block, of parameters and data that are fixed.
@@ -91,7 +91,7 @@ def _program(
     def of_leaves(*leaves: Tensor) -> list[Tensor]:
         return flatten(matvec(nested(leaves)))[0]
 
-    # A trial of chunks is no part of the product.
+    # The first product of a shape also measures its operations, which is no part of the program.
     of_leaves(*found)
     try:
         with torch.no_grad(), guarding(checks), as_operations():

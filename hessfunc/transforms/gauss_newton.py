@@ -14,7 +14,14 @@ from torch import Tensor
 
 from hessfunc.functional import Loss
 from hessfunc.randomness import of_matrix
-from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
+from hessfunc.transforms.blocks import (
+    GAUSS_NEWTON_ENTRIES,
+    Chunks,
+    ChunkSize,
+    Curvature,
+    Product,
+    block_matvec,
+)
 from hessfunc.transforms.checksum import batch_key
 from hessfunc.transforms.criteria import (
     INDEPENDENT,
@@ -67,8 +74,8 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
 
     Args:
         loss: with its two halves, as made by `supervised` or `composed`.
-        chunk_size: how many vectors of a block go through one pass by vmap; 1 is a loop;
-            ``"auto"`` times both once for each shape and keeps the faster.
+        chunk_size: Number of vectors of a block that go through one pass by vmap, 1 for a loop,
+            or ``"auto"`` for the rule that `hvp` describes.
 
     Raises:
         TypeError: the loss does not show its halves.
@@ -183,7 +190,7 @@ def _gauss_newton(
     loss: Loss, middle: Callable[[Loss, Tree, Any], _Middle], chunk_size: ChunkSize
 ) -> Curvature:
     refuse_without_halves(loss)
-    chunks = Chunks(chunk_size)
+    chunks = Chunks(chunk_size, GAUSS_NEWTON_ENTRIES)
     verified: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:

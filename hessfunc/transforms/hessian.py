@@ -62,8 +62,10 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
             accurate to about 1e-9 in float64 and 1e-4 in float32 for smooth losses. With kinks
             (ReLU, max-pooling) it means little in float32, where the step crosses them.
             ``"auto"``: reverse, or forward where the graph does not fit on the GPU.
-        chunk_size: how many vectors of a block go through one pass by vmap; 1 is a loop.
-            ``"auto"`` times both once for each shape and keeps the faster.
+        chunk_size: Number of vectors of a block that go through one pass by vmap; 1 is a loop.
+            ``"auto"`` follows a rule from the sizes of the product's operations, the same in every
+            run: the whole block where they are small, a loop where they are large. `tune` measures
+            a chunk instead.
 
     Raises:
         TypeError: the loss is a module.

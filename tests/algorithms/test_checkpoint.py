@@ -310,17 +310,14 @@ def test_a_directory_of_other_files_is_refused(tmp_path: Path) -> None:
         run_lanczos(tmp_path / "file")
 
 
-def test_chunk_choices_are_recorded_and_made_again(tmp_path: Path) -> None:
+def test_a_block_of_products_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
     model_fn, params = hf.functional(model.double())
     loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
     batch = (torch.randn(8, 5).double(), torch.randint(3, (8,)))
     options = {"seed": 1, "block_size": 8, "checkpoint": tmp_path}
     first = hf.hutchinson(hf.hvp(loss)(params, batch), params, max_matvecs=24, **options)
-    (key,) = first.choices
-    assert key.startswith("8 vectors of 39, batch (8, 5)")
     again = hf.hutchinson(hf.hvp(loss)(params, batch), params, max_matvecs=48, **options)
-    assert again.choices == first.choices
     assert torch.equal(again.samples[:24], first.samples)
 
 

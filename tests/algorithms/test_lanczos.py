@@ -13,7 +13,7 @@ from torch import Tensor
 import hessfunc as hf
 from hessfunc.algorithms import lanczos, streamed
 from hessfunc.algorithms.rounds import Products
-from hessfunc.memory import PeakMemory
+from hessfunc.memory import Footprint
 from hessfunc.problems.training import seeded
 from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
 from tests.algorithms.spectra import decaying, symmetric
@@ -184,7 +184,7 @@ def test_a_bfloat16_basis_has_honest_residuals_and_takes_half_of_the_memory() ->
 
     peaks = []
     for dtype in (torch.bfloat16, torch.float32):
-        with PeakMemory() as memory:
+        with Footprint() as memory:
             found = hf.lanczos(
                 matvec, like, k=3, basis_size=60, rtol=1e-2, basis_dtype=dtype, seed=0
             )
@@ -603,7 +603,7 @@ def test_a_step_brings_the_basis_twice_and_no_more_than_two_pieces() -> None:
     peaks = []
     for far in (False, True):
         where = every_basis_is_far(piece) if far else nullcontext()
-        with where, counted_copies() as copies, PeakMemory() as memory:
+        with where, counted_copies() as copies, Footprint() as memory:
             hf.lanczos(lambda block: block * spectrum, like, **options)
         peaks.append(memory.peak)
     # A look at the pairs reads it once more, which is seldom.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import hessfunc as hf
-from hessfunc.memory import PeakMemory
+from hessfunc.memory import Footprint
 from tests.cases import CLOSED_FORMS, case, closed_form, dense_hessian
 from tests.graphs import counted_graphs
 from tests.reference import hessian, matrix, relative_error, rows
@@ -431,7 +431,7 @@ def test_more_batches_take_no_more_memory() -> None:
     for count in (1, 4):
         matvec = hf.over_batches(hf.hvp(of.loss))(of.params, [of.batch] * count)
         block = hf.random_like(of.params, 1, seed=0)
-        with PeakMemory() as memory:
+        with Footprint() as memory:
             matvec(block)
         peaks.append(memory.peak)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)

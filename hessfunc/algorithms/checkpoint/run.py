@@ -29,7 +29,7 @@ class Checkpoint:
     Attributes:
         segments: of the state.
         fingerprint: what must be the same for a state to be taken up again.
-        products: of the run; its counts and choices are part of the state.
+        products: Products of the run; their counts are part of the state.
         seed: of the run: as given, as stored, or drawn.
         manifest: what was found.
         stamp: of the manifest that this run has read or written last.
@@ -100,7 +100,6 @@ class Checkpoint:
 
         found: State
         found, self.products.first = self.products.space.on_all(read)
-        self.products.choices.update(self._mine()["choices"])
         if self.products.first is not None:
             self._refuse_another_matrix(self.segments.directory, *self.products.first)
         self.products.matvecs = self.manifest["matvecs"]
@@ -110,13 +109,6 @@ class Checkpoint:
     def _parts(self, of: str) -> list[Part]:
         assert self.manifest is not None
         return [Part(range(*part["columns"]), part[of]) for part in self.manifest["parts"]]
-
-    def _mine(self) -> dict[str, Any]:
-        """The part of this rank, or of the first one where there were fewer ranks."""
-        assert self.manifest is not None
-        parts: list[dict[str, Any]] = self.manifest["parts"]
-        ranks = self.products.space.ranks
-        return parts[ranks.rank if ranks is not None and ranks.rank < len(parts) else 0]
 
     def save(self, state: object, /) -> None:
         """Replace what is stored."""
@@ -143,7 +135,6 @@ class Checkpoint:
         try:
             return {
                 "columns": [columns.start, columns.stop],
-                "choices": self.products.choices,
                 "first": self.segments.encoded(self.products.first, "first", "Rows"),
                 "state": self.segments.encoded(state, "state"),
             }

@@ -43,7 +43,6 @@ class Result:
         passes: calls of the matvec; each serves a whole block.
         reason: why the run stopped, in words.
         seed: with which the run can be repeated.
-        choices: chunk sizes that timed trials chose, 1 for a loop, for each shape of a block.
         versions: of the packages that made it.
     """
 
@@ -51,7 +50,6 @@ class Result:
     passes: int
     reason: str
     seed: int | None
-    choices: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
     kinds: ClassVar[dict[str, type[Result]]] = {}

@@ -106,7 +106,7 @@ def sampled_trace(
 
     def of_draw(i: int) -> Tensor:
         # The matvec, and with it the batch's graph, is gone before the next draw is made.
-        of_batch = Products(draws(i), space, choices=products.choices, keep_first=i == 0)
+        of_batch = Products(draws(i), space, keep_first=i == 0)
         parts = []
         for first in range(i * probes, (i + 1) * probes, block_size):
             indices = range(first, min(first + block_size, (i + 1) * probes))

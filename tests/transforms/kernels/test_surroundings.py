@@ -115,7 +115,7 @@ class Around(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize("around", [lambda m: m, Around])
 def test_data_parallel_and_jit_are_refused(around: Callable[[nn.Module], nn.Module]) -> None:
     place = r"model(\.inner)?"
