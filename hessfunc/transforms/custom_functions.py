@@ -193,10 +193,9 @@ def _is_trusted(function: type[Function]) -> bool:
 
 
 def _is_foreign(name: str) -> bool:
-    return not name.startswith("torch::autograd::") or name in (
-        "torch::autograd::WarnNotImplemented",
-        "torch::autograd::NotImplemented",
-    )
+    """Whether a C++ node may have a formula that is not torch's: ``CppNode<Function>`` has."""
+    known = name.startswith("torch::autograd::") and "CppNode" not in name
+    return not known or name.endswith("NotImplemented")
 
 
 def _named(function: type[Function]) -> str:

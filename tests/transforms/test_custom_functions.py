@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.transforms.custom_functions import _is_foreign
 from tests.reference import gauss_newton, hessian, matrix, relative_error
 
 Map = Callable[[Tensor], Tensor]
@@ -363,6 +364,15 @@ def test_an_operator_without_an_autograd_kernel_is_refused() -> None:
     loss, params = problem(lambda x: x + torch.ops.hessfunc_tests_raw.twice(x))
     with pytest.raises(NotImplementedError, match="custom operator without a derivative"):
         hf.hvp(loss)(params, (X, Y))
+
+
+def test_nodes_of_extensions_are_told_from_those_of_torch() -> None:
+    # As C++ names them; to compile an extension takes a minute.
+    for name in ("torch::autograd::CppNode<Function>", "torch::autograd::WarnNotImplemented"):
+        assert _is_foreign(name)
+    moved = torch.ones(3, requires_grad=True).clone()
+    moved[1] = 2
+    assert not _is_foreign(moved.grad_fn.name())  # type: ignore[union-attr]
 
 
 # Hooks
