@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
@@ -23,6 +24,8 @@ from torch.utils.data import DataLoader
 from hessfunc import options
 from hessfunc.options import validated
 from hessfunc.recompute import recomputing, segments_of
+from hessfunc.transforms.kernels.embedding import pure_lookup
+from hessfunc.transforms.kernels.replaced import Replaced
 from hessfunc.trees import Space, Tree, first_of, leaves, mapped, merge, tree_map, unchanged
 
 __all__ = [
@@ -279,9 +282,11 @@ def functional(
 
     Raises:
         ValueError: there is no parameter left, or no module to recompute.
-        NotImplementedError: the module is sharded by `fully_shard`.
+        NotImplementedError: the module is sharded by `fully_shard`, or wrapped in `DataParallel`,
+            `DistributedDataParallel` or `torch.jit`.
     """
     _refuse_if_fully_sharded(model)
+    _refuse_wrapped(model)
     params = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
@@ -297,6 +302,7 @@ def functional(
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     own_dtype = next(iter(params.values())).dtype
     named = {name for name, _ in model.named_parameters()}
+    renormalises = _renormalises(model)
     batch_statistics = [
         name for name, module in model.named_modules() if uses_batch_statistics(module)
     ]
@@ -322,6 +328,7 @@ def functional(
             recomputing(segments),
             _without_checkpointing(),
             _without_cudnn() if recurrent else nullcontext(),
+            Replaced(pure_lookup()) if renormalises else nullcontext(),
         ):
             outputs = torch.func.functional_call(model, state, args, kwargs)
         return outputs if dtype is None else _cast(outputs, own_dtype)
@@ -351,6 +358,44 @@ def _refuse_if_fully_sharded(model: nn.Module) -> None:
             "parameters alone and first derivatives alone: take `hvp_by_backward(model, loss)`; or "
             "`unsharded(model)`, with `functional` of the same module before it was sharded"
         )
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        place = f"model.{name}" if name else "model"
+        if isinstance(module, nn.DataParallel) or type(module).__name__ == (
+            "DistributedDataParallel"
+        ):
+            raise NotImplementedError(
+                f"{place} is a {type(module).__name__}, which copies its parameters to devices or "
+                f"averages gradients by itself: take `functional({place}.module)`, the plain "
+                "module, and `over_batches(..., mesh=...)` for several processes"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotImplementedError(
+                f"{place} is a {type(module).__name__}, compiled by torch.jit, whose parameters "
+                "cannot be replaced: take the plain module that it was made from"
+            )
+
+
+def _renormalises(model: nn.Module) -> bool:
+    """Whether a module has embeddings that are rescaled when they are looked up.
+
+    Raises:
+        NotImplementedError: If another module uses such a weight, too, and would see it rescaled.
+    """
+    chosen = [
+        m
+        for m in model.modules()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+    ]
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    if any(uses[id(module.weight)] > 1 for module in chosen):
+        raise NotImplementedError(
+            "an embedding with `max_norm` shares its weight with another module, which would see "
+            "rows that are rescaled as they are looked up: set its `max_norm = None`"
+        )
+    return bool(chosen)
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

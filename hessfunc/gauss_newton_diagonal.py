@@ -21,7 +21,12 @@ from hessfunc.transforms.gauss_newton import (
     checked_outputs,
     refuse_without_halves,
 )
-from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.transforms.kernels import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+)
 from hessfunc.transforms.reductions import noted
 from hessfunc.transforms.share import Loader
 from hessfunc.trees import Matvec, Space, Tree, tree_map
@@ -138,14 +143,12 @@ def _of_batch(loss: Loss, chunk_size: int | None) -> Curvature:
                 "the exact diagonal takes whole parameters, and these are DTensors: gather them "
                 "by `unsharded`, or take `hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
             )
-        point = tuple(leaf.detach() for leaf in space.tree_leaves(params))
-        with (
-            noted(loss, params, batch),
-            explained(space, batch),
-            differentiable_twice(space.device),
-            several_batches(),
-        ):
-            diagonal = space.tree(_diagonal(loss, space, point, batch, chunk_size))
+        refuse_autocast(space.device)
+        with torch.inference_mode(False), explained(space, batch), several_batches():
+            batch = plain_batch(batch)
+            point = tuple(leaf.detach() for leaf in plain_batch(space.tree_leaves(params)))
+            with noted(loss, params, batch), differentiable_twice(space.device):
+                diagonal = space.tree(_diagonal(loss, space, point, batch, chunk_size))
         return lambda block: tree_map(torch.mul, block, diagonal)
 
     return curvature

@@ -865,10 +865,13 @@ def _grouped(spans: Sequence[range], most: int) -> Iterator[tuple[range, list[ra
 
 def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], None]:
     """A check that raises once one of these leaves has been changed in place."""
-    versions = [leaf._version for leaf in found]
+    # Inference tensors have no version.
+    tracked = [
+        (n, x, x._version) for n, x in zip(names, found, strict=True) if not x.is_inference()
+    ]
 
     def refuse_if_changed() -> None:
-        for name, leaf, version in zip(names, found, versions, strict=True):
+        for name, leaf, version in tracked:
             if leaf._version != version:
                 raise RuntimeError(
                     f"parameter {name!r} has changed in place since this matvec was made (an "

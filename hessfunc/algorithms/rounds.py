@@ -88,13 +88,14 @@ class Products:
 
     def uncounted(self, rows: Tensor, /) -> Tensor:
         """Products that are no part of the run's cost."""
-        version = rows._version
+        version = None if rows.is_inference() else rows._version
         # A write through NumPy or `.data` moves no version: look for it in the first products.
         before = _bits(rows) if self.passes < _PRODUCTS_LOOKED_AT else None
         images = self.space.on_all(lambda: self._images(rows))
         product = self._ravelled(images, rows.dtype)
         del images
-        if rows._version != version or (before is not None and not _same_bits(before, rows)):
+        moved = version is not None and rows._version != version
+        if moved or (before is not None and not _same_bits(before, rows)):
             raise ValueError(
                 "the matvec changes its block in place, and the block is the algorithm's own "
                 "memory: return a new one, `v * d` instead of `v.mul_(d)` or `v.numpy()[:] *= d`"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hessfunc.fingerprints import checksum, of_batches, with_fingerprint
 from hessfunc.memory import Footprint
-from hessfunc.transforms.kernels import explanation, precise
+from hessfunc.transforms.kernels import explanation, precise, refuse_autocast
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, unchanged
 
 __all__ = ["Chunks", "Curvature", "Product", "block_matvec", "guarding"]
@@ -113,6 +113,7 @@ def block_matvec(
 
     # The way of one vector is short: on a small net it takes as long as the product.
     def matvec(block: Tree) -> Tree:
+        refuse_autocast(space.device)
         refuse_if_changed()
         _guards.get([]).append(refuse_if_changed)
         tangents = space.block_leaves(block)
@@ -126,8 +127,15 @@ def block_matvec(
                 raise clearer from error
             raise
 
+    def outside_of_inference_mode(block: Tree) -> Tree:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return matvec(block)
+        return matvec(block)
+
     return with_fingerprint(
-        matvec, lambda: {"parameters": checksum(point), "batches": of_batches([batch])}
+        outside_of_inference_mode,
+        lambda: {"parameters": checksum(point), "batches": of_batches([batch])},
     )
 
 

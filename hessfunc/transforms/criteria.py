@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hessfunc.functional import OfTargets
 from hessfunc.options import validated
+from hessfunc.transforms.custom_functions import Verified, refuse_if_cut
 from hessfunc.transforms.examples import Rows, rows_of
 from hessfunc.transforms.reductions import Reduction, declared_reduction
 from hessfunc.trees import Tree, opened
@@ -345,6 +346,7 @@ def by_autodiff(
     /,
     *,
     try_convexity: bool,
+    verified: Verified | None = None,
 ) -> tuple[list[int], Callable[[list[Tensor]], list[Tensor]]]:
     """The output Hessian of any criterion, through a kept graph of its gradient.
 
@@ -353,6 +355,10 @@ def by_autodiff(
         depends, and the product with one vector of such leaves.
     """
     used, leaves, slopes = output_gradient(criterion, outputs, batch, create_graph=True)
+    if verified is None or "criterion" not in verified:
+        _refuse_if_cut(criterion, outputs, batch, used, leaves)
+    if verified is not None:
+        verified.add("criterion")
     curved = [i for i, slope in enumerate(slopes) if slope.requires_grad]
 
     def product(tangents: list[Tensor]) -> list[Tensor]:
@@ -383,6 +389,25 @@ def _is_zero(product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tenso
         for leaf in leaves
     ]
     return not any(bool(image.any()) for image in product(tangents))
+
+
+def _refuse_if_cut(
+    criterion: Callable[[Any, Any], Tensor],
+    outputs: Tree,
+    batch: Any,
+    used: Sequence[int],
+    leaves: Sequence[Tensor],
+) -> None:
+    """Refuse a criterion whose gradient autograd cannot differentiate."""
+    found, rebuilt = opened(outputs, "outputs")
+
+    def again(at: Sequence[Tensor]) -> list[Tensor]:
+        inner = list(found)
+        for i, leaf in zip(used, at, strict=True):
+            inner[i] = leaf
+        return [criterion(rebuilt(inner), batch)]
+
+    refuse_if_cut(again(leaves), leaves, again, verified=set())
 
 
 _DIRECTIONS_TRIED = 16

@@ -12,8 +12,13 @@ from hessfunc.options import validated
 from hessfunc.transforms.blocks import ChunkSize, Curvature
 from hessfunc.transforms.criteria import output_gradient
 from hessfunc.transforms.gauss_newton import refuse_without_halves
-from hessfunc.transforms.hessian import Mode, hvp
-from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.transforms.hessian import Mode, hvp, kept
+from hessfunc.transforms.kernels import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+)
 from hessfunc.transforms.reductions import noted
 from hessfunc.trees import Matvec, Space, Tree, opened
 
@@ -64,14 +69,16 @@ def functional_hvp(
 
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
-        inputs = [leaf.detach().requires_grad_() for leaf in space.tree_leaves(params)]
-        with (
-            noted(loss, params, batch),
-            explained(space, batch),
-            differentiable_twice(space.device),
-        ):
-            outputs = loss.outputs(space.tree(inputs), batch)
-            used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
-            return second(params, (batch, (used, slopes)))
+        refuse_autocast(space.device)
+        with torch.inference_mode(False), explained(space, batch):
+            batch = plain_batch(batch)
+            inputs = [leaf.requires_grad_() for leaf in kept(space.tree_leaves(params))]
+            with noted(loss, params, batch):
+                with differentiable_twice(space.device):
+                    outputs = loss.outputs(space.tree(inputs), batch)
+                    used, _, slopes = output_gradient(
+                        loss.criterion, outputs, batch, create_graph=False
+                    )
+                return second(params, (batch, (used, slopes)))
 
     return curvature

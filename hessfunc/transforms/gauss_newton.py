@@ -32,12 +32,19 @@ from hessfunc.transforms.criteria import (
     output_gradient,
     reduction_over_examples,
 )
-from hessfunc.transforms.hessian import checked
-from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.transforms.custom_functions import Verified, refuse_if_cut
+from hessfunc.transforms.hessian import checked, kept
+from hessfunc.transforms.kernels import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+)
 from hessfunc.transforms.kernels.order import linear_in_cotangents
+from hessfunc.transforms.kernels.replaced import Replaced
 from hessfunc.transforms.kernels.second_order import SECOND_ORDER
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
-from hessfunc.transforms.pullback import pullback
+from hessfunc.transforms.pullback import edges, pullback
 from hessfunc.transforms.reductions import Reduction, noted
 from hessfunc.trees import Matvec, Space, Tree, opened
 
@@ -48,6 +55,7 @@ __all__ = [
     "ggnvp",
     "hessian_of_outputs",
     "linearised",
+    "refuse_if_outputs_are_cut",
     "refuse_without_halves",
 ]
 
@@ -75,16 +83,21 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     Raises:
         TypeError: the loss does not show its halves.
         ValueError: (from the curvature function) the loss is not a finite scalar.
-        RuntimeError: (from the matvec) params have changed in place since it was made.
+        NotImplementedError: (from the curvature function) autograd would lose a derivative, of a
+            custom function whose backward detaches or leaves torch, or through a hook.
+        RuntimeError: (from the matvec) params have changed in place since it was made. Autocast
+            is enabled.
 
-    Cost: the model is linearised once a batch; a product costs 4/3 gradients on a deep net.
+    Cost: the model is linearised once a batch; a product costs 4/3 gradients on a deep net. Models
+    with custom autograd functions or hooks are checked once, as in `hvp`.
 
     Source: Schraudolph 2002, Fast curvature matrix-vector products; Martens 2014, arXiv 1412.1193.
     """
     tried: list[bool] = []
+    verified: Verified = set()
 
     def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
-        found = hessian_of_outputs(loss, outputs, batch, try_convexity=not tried)
+        found = hessian_of_outputs(loss, outputs, batch, try_convexity=not tried, verified=verified)
         tried.append(True)
         return found
 
@@ -193,14 +206,19 @@ def _gauss_newton(
 ) -> Curvature:
     refuse_without_halves(loss)
     chunks = Chunks(chunk_size, GAUSS_NEWTON_ENTRIES)
+    verified: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
-        point = [leaf.detach() for leaf in space.tree_leaves(params)]
-        surroundings = differentiable_twice(space.device, SECOND_ORDER)
-        with explained(space, batch), noted(loss, params, batch), surroundings:
-            product = _product(loss, middle, space, point, batch)
-        return block_matvec(product, space, point, batch, chunks=chunks)
+        refuse_autocast(space.device)
+        leaves = space.tree_leaves(params)
+        with torch.inference_mode(False), explained(space, batch):
+            batch = plain_batch(batch)
+            point = kept(leaves)
+            surroundings = differentiable_twice(space.device, SECOND_ORDER)
+            with noted(loss, params, batch), surroundings as seen:
+                product = _product(loss, middle, space, point, batch, seen, verified)
+        return block_matvec(product, space, leaves, batch, chunks=chunks)
 
     return curvature
 
@@ -220,13 +238,39 @@ def _product(
     space: Space,
     point: Sequence[Tensor],
     batch: Any,
+    seen: Replaced,
+    verified: Verified,
 ) -> Product:
     inputs = [leaf.detach().requires_grad_() for leaf in point]
     outputs = checked_outputs(loss, space, inputs, batch)
+    hooks = tuple(seen.hooks)
     used, between = middle(loss, outputs, batch)
     leaves, _ = opened(outputs, "outputs")
     ends = [leaves[i] for i in used]
+    refuse_if_outputs_are_cut(loss, space, inputs, ends, used, batch, hooks, verified)
     return linearised(inputs, ends, [end.shape for end in ends], between)
+
+
+def refuse_if_outputs_are_cut(
+    loss: Loss,
+    space: Space,
+    inputs: Sequence[Tensor],
+    ends: Sequence[Tensor],
+    used: Sequence[int],
+    batch: Any,
+    hooks: Sequence[str],
+    verified: Verified,
+) -> None:
+    """Refuse outputs whose Jacobian autograd would lose part of.
+
+    J v is found as the derivative of the pullback J'w with respect to w.
+    """
+
+    def again(leaves: Sequence[Tensor]) -> list[Tensor]:
+        found, _ = opened(loss.outputs(space.tree(leaves), batch), "outputs")
+        return [found[i] for i in used]
+
+    refuse_if_cut(ends, inputs, again, hooks=hooks, verified=verified, linear=True)
 
 
 def checked_outputs(loss: Loss, space: Space, inputs: Sequence[Tensor], batch: Any) -> Tree:
@@ -265,18 +309,30 @@ def linearised(
             ends, inputs, cotangents, create_graph=True, materialize_grads=True
         )
     moving = [i for i, g in enumerate(slopes) if g.requires_grad]
-    pushed = pullback([slopes[i] for i in moving], cotangents)
+    # Only where they stand in the graph: their values, zero, are not needed.
+    pushed = pullback(edges([slopes[i] for i in moving]), cotangents)
     pulled = pullback(ends, inputs)
     return lambda tangents: pulled(between(pushed([tangents[i] for i in moving])))
 
 
 def hessian_of_outputs(
-    loss: Loss, outputs: Tree, batch: Any, *, try_convexity: bool = False
+    loss: Loss,
+    outputs: Tree,
+    batch: Any,
+    *,
+    try_convexity: bool = False,
+    verified: Verified | None = None,
 ) -> _Middle:
     """B = the Hessian of the criterion."""
     known = closed_form(loss.criterion)
     if known is None or not isinstance(outputs, Tensor):
-        return by_autodiff(loss.criterion, outputs, batch, try_convexity=try_convexity)
+        return by_autodiff(
+            loss.criterion,
+            outputs,
+            batch,
+            try_convexity=try_convexity,
+            verified=verified,
+        )
     product = known(outputs.detach(), batch)
     return [0], lambda tangents: [product(tangents[0])]
 
