@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Space, Tree, ravel
 
 __all__ = ["Check", "check"]
@@ -63,6 +64,7 @@ class Check:
         )
 
 
+@validated
 def check(
     matvec: Matvec,
     like: Tree,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -12,13 +12,14 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from hessfunc import options
 from hessfunc.algorithms.results import Result
 from hessfunc.functional import LossFunction, several_batches
 from hessfunc.memory import Footprint
-from hessfunc.transforms.batches import examples
 from hessfunc.transforms.blocks import Chunks, ChunkSize
 from hessfunc.transforms.hessian import checked
 from hessfunc.transforms.kernels import explained, precise, same_draws
+from hessfunc.transforms.reductions import Average
 from hessfunc.trees import Space, Tree, leaves
 
 __all__ = ["Landscape", "Normalise", "landscape"]
@@ -68,6 +69,7 @@ class Landscape(Result):
         return {"shape": tuple(self.values.shape), "loss": loss, "evaluations": self.evaluations}
 
 
+@options.validated(at=options.coordinates)
 def landscape(
     loss: LossFunction,
     params: Tree,
@@ -78,7 +80,7 @@ def landscape(
     points: int = 51,
     at: Tensor | Sequence[Tensor] | None = None,
     normalise: Normalise | None = None,
-    weight: Callable[[Any], float] = examples,
+    weight: Callable[[Any], float] | None = None,
     chunk_size: ChunkSize = "auto",
     callback: Callable[[Landscape], object] | None = None,
 ) -> Landscape:
@@ -109,7 +111,8 @@ def landscape(
             axis, as long as the filter of params; leaves with fewer than two axes, biases and
             norms, are left out. Shapes of nets whose weights differ in scale can then be
             compared. None: directions as they are.
-        weight: what a batch counts; by default its examples.
+        weight: Weight of a batch in the mean; by default its examples, or the sum of batches for a
+            loss that is a sum, as in `over_batches`.
         chunk_size: points in one pass, 1 for a loop, or ``"auto"``.
         callback: called with the landscape so far after each chunk.
 
@@ -136,11 +139,12 @@ def landscape(
     size = 1 if fixed == "auto" else fixed
     total = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(total)
+    average = Average(weight, several=not isinstance(batches, Sized) or len(batches) != 1)
     evaluations = 0
 
     def so_far(reason: str) -> Landscape:
         return Landscape(
-            values=(total / weights).view(*map(len, axes)),
+            values=(total if average.is_sum else total / weights).view(*map(len, axes)),
             x=axes[0],
             y=axes[1] if len(axes) > 1 else None,
             lengths=lengths,
@@ -153,10 +157,10 @@ def landscape(
         )
 
     for batch in _not_single(batches):
-        if not (counted := float(weight(batch))) >= 0:
-            raise ValueError(f"the weight of a batch is {counted}: at least 0")
-        if counted == 0:
+        if not average.counts(batch):
             continue
+        average.look(loss, params, batch)
+        counted = average.of(batch)
         value = _along(loss, space, point, along, batch, several=evaluations > 0)
         if not evaluations:
             measured = _start(value, space, params, batch, torch.zeros_like(steps[0]))

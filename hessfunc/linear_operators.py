@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.rounds import Products, rows_dtype
+from hessfunc.fingerprints import digest_of, with_fingerprint
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Space, Tree, tree_map
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ _DTYPES: dict[np.dtype[Any], torch.dtype] = {
 _NUMPY_DTYPES = {dtype: own for own, dtype in _DTYPES.items()}
 
 
+@validated
 def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
     """The ``LinearOperator`` of a matvec, for ``eigsh``, ``svds``, ``minres`` and all else.
 
@@ -69,6 +72,7 @@ def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
     )
 
 
+@validated
 def from_scipy(operator: Any, /) -> Matvec:
     """The matvec of a linear operator, sparse matrix or array of SciPy, or of a NumPy array.
 
@@ -93,6 +97,12 @@ def from_scipy(operator: Any, /) -> Matvec:
     """
     if isinstance(operator, Tensor):
         raise TypeError("a tensor is no operator of SciPy: use `dense`")
+    shape = getattr(operator, "shape", None)
+    if not (isinstance(shape, tuple) and len(shape) == 2):
+        raise TypeError(
+            f"a {type(operator).__name__} is no operator of SciPy: pass a matrix, or "
+            "scipy.sparse.linalg.LinearOperator((n, n), f) for a function f of arrays"
+        )
     linear = _linalg().aslinearoperator(operator)
     n = linear.shape[0]
     if linear.shape != (n, n):
@@ -117,6 +127,8 @@ def from_scipy(operator: Any, /) -> Matvec:
         images = linear.matmat(columns).T.astype(own, order="C", casting="same_kind")
         return space.unravel(torch.from_numpy(images).to(space.device))
 
+    if isinstance(operator, np.ndarray):
+        return with_fingerprint(matvec, lambda: {"matrix": digest_of(operator.tobytes())})
     return matvec
 
 

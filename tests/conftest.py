@@ -1,10 +1,26 @@
+import os
+import shutil
+import signal
+from pathlib import Path
+
+# Tests run side by side, one a core, and so do the processes that they start: threads beside them
+# would wait for each other. Libraries read this when they are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
+MEMORY = Path("/dev/shm")
+GIB = 2**30
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Tests run side by side, one a core: threads beside them would wait for each other.
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    # A shell starts what runs in its background with interrupts ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Checkpoints are flushed to the disk at every write, where most of their tests' time would go.
+    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > GIB:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     # Torch's own forward mode compiles its formulas with what it has deprecated itself.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
 

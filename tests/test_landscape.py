@@ -59,7 +59,6 @@ def test_along_one_direction() -> None:
     assert found.y is None
     expected = along_a_line(quadratic, POINT, H, U, found.x)
     torch.testing.assert_close(found.values, expected)
-    assert found.values[2] == quadratic(POINT, H)
     assert found.lengths.tolist() == pytest.approx([2**0.5])
     assert found.evaluations == 5
     assert found.reason == "complete"
@@ -325,7 +324,7 @@ def test_the_callback_sees_the_landscape_so_far() -> None:
     assert [one.evaluations for one in seen] == [2, 4, 5, 7, 9, 10]
     assert [int(one.values.isnan().sum()) for one in seen] == [3, 1, 0, 0, 0, 0]
     first = landscape(quadratic, POINT, [H], U, points=5, weight=count)
-    assert torch.equal(seen[2].values, first.values)
+    torch.testing.assert_close(seen[2].values, first.values)
     assert torch.equal(seen[-1].values, found.values)
 
 

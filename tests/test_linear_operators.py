@@ -314,7 +314,7 @@ def test_a_solution_is_scipys() -> None:
         (np.eye(3, dtype=np.float16), TypeError, "dtype float16"),
         (np.eye(3, dtype=np.longdouble), TypeError, "float32 or float64"),
         (torch.eye(3), TypeError, "use `dense`"),
-        ("matrix", TypeError, "type not understood"),
+        ("matrix", TypeError, "a str is no operator of SciPy"),
         (np.diag([1.0, np.nan]), ValueError, "NaN or infinite"),
         (scipy.sparse.diags_array([1.0, np.inf]), ValueError, "NaN or infinite"),
         (scipy.sparse.diags_array([1.0], offsets=[1], shape=(2, 2)), ValueError, "not symmetric"),

@@ -50,7 +50,7 @@ def matvec_of(asked: Asked) -> tuple[Matvec, Tree]:
     """The matrix of one batch, or of many with the graph of each kept; and the parameters."""
     curvature, params = _curvature(asked)
     if asked.batches:
-        return hf.over_batches(curvature, keep=True)(params, asked.batches), params
+        return hf.over_batches(curvature, weight=_targets, keep=True)(params, asked.batches), params
     return curvature(params, (asked.case.inputs, asked.case.targets)), params
 
 
@@ -87,7 +87,12 @@ def _compiled(asked: Asked) -> Work:
 
 def _over_batches(asked: Asked) -> Work:
     curvature, params = _curvature(asked)
-    return _work(asked, hf.over_batches(curvature)(params, asked.batches), params)
+    return _work(asked, hf.over_batches(curvature, weight=_targets)(params, asked.batches), params)
+
+
+def _targets(batch: tuple[Tensor, Tensor]) -> int:
+    """The number of targets: those of tokens are flattened."""
+    return len(batch[1])
 
 
 def in_chunks(asked: Asked, size: ChunkSize) -> Work:

@@ -33,6 +33,12 @@ State = TypeVar("State")
 Found = TypeVar("Found", bound=Result)
 Callback = Callable[[Found], object]
 
+# Of a run. A matvec that writes into its block does so from the first product on.
+_PRODUCTS_LOOKED_AT = 2
+# Entries of a block that are kept to be compared after a product.
+_SAMPLED = 2**16
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass
 class Products:
@@ -53,6 +59,13 @@ class Products:
     passes: int = 0
     keep_first: bool = False
     first: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        # What a function of the caller's has returned is checked nowhere else.
+        given: object = self.matvec
+        if not callable(given):
+            kind = type(given).__name__
+            raise TypeError(f"the draw is a {kind}, and not a matvec: take `hessfunc.draws`")
 
     @classmethod
     def of(cls, matvec: Matvec, like: Tree, space: Space | None = None, /) -> Products:
@@ -76,17 +89,31 @@ class Products:
     def uncounted(self, rows: Tensor, /) -> Tensor:
         """Products that are no part of the run's cost."""
         version = None if rows.is_inference() else rows._version
+        # A write through NumPy or `.data` moves no version: look for it in the first products.
+        before = _bits(rows) if self.passes < _PRODUCTS_LOOKED_AT else None
         images = self.space.on_all(lambda: self._images(rows))
-        product = self.space.ravel(images, dtype=rows.dtype)
+        product = self._ravelled(images, rows.dtype)
         del images
-        if version is not None and rows._version != version:
-            raise ValueError("the matvec changes its block in place: return a new one")
+        moved = version is not None and rows._version != version
+        if moved or (before is not None and not _same_bits(before, rows)):
+            raise ValueError(
+                "the matvec changes its block in place, and the block is the algorithm's own "
+                "memory: return a new one, `v * d` instead of `v.mul_(d)` or `v.numpy()[:] *= d`"
+            )
         if len(product) != len(rows):
             raise ValueError(f"the matvec gave {len(product)} products of {len(rows)} vectors")
         # The sum is finite where all entries are, but for an overflow, and fast.
         if not self.space.summed(product.sum()).isfinite():
             refuse_infinite(self.space, product, "a product", FloatingPointError)
         return product
+
+    def _ravelled(self, images: Tree, dtype: torch.dtype) -> Tensor:
+        try:
+            # No gradient is taken through an algorithm, whatever graph a product carries.
+            with torch.no_grad():
+                return self.space.ravel(images, dtype=dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the matvec's product is not like its block: {error}") from None
 
     def _images(self, rows: Tensor) -> Tree:
         try:
@@ -110,6 +137,16 @@ class Products:
         }
 
 
+def _bits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A sample of the entries of a block, and the sum of all, both in their bits as integers."""
+    words = rows.view(_WORDS[rows.itemsize])
+    return words[:, :: max(1, words.numel() // _SAMPLED)].clone(), words.sum()
+
+
+def _same_bits(before: tuple[Tensor, Tensor], rows: Tensor) -> bool:
+    return all(torch.equal(*pair) for pair in zip(before, _bits(rows), strict=True))
+
+
 def _is_of_params_and_batch(matvec: object) -> bool:
     """Whether it can be called with two arguments, and not with one."""
     try:
@@ -125,11 +162,13 @@ def _is_of_params_and_batch(matvec: object) -> bool:
 
 
 class Storage(Protocol):
-    """What keeps the state of a run."""
+    """What keeps the state of a run, for this run alone from `restored` until `release`."""
 
     def restored(self, state: State, /) -> State: ...
 
     def save(self, state: object, /) -> None: ...
+
+    def release(self) -> None: ...
 
 
 def drive(
@@ -160,23 +199,28 @@ def drive(
     """
     # The result so far is computed by all ranks together, whoever looks at it.
     watched = products.space.least(callback is None) == 0
-    if storage is not None:
-        state = storage.restored(state)
-    while (reason := verdict(state)) is None:
-        room = max_matvecs - products.matvecs
-        if room < 1:
-            return state, f"the budget of {max_matvecs} matvecs is spent"
-        before = products.matvecs
-        state = step(state, room)
+    try:
         if storage is not None:
-            storage.save(state)
-        if watched and _says_stop(products.space, callback, running(state)):
-            return state, "stopped by the callback"
-        if products.matvecs == before:
-            return state, (
-                f"the budget of {max_matvecs} matvecs is spent but for {room}, too few for a round"
-            )
-    return state, reason
+            state = storage.restored(state)
+        while (reason := verdict(state)) is None:
+            room = max_matvecs - products.matvecs
+            if room < 1:
+                return state, f"the budget of {max_matvecs} matvecs is spent"
+            before = products.matvecs
+            state = step(state, room)
+            if storage is not None:
+                storage.save(state)
+            if watched and _says_stop(products.space, callback, running(state)):
+                return state, "stopped by the callback"
+            if products.matvecs == before:
+                return state, (
+                    f"the budget of {max_matvecs} matvecs is spent but for {room}, too few for a "
+                    "round"
+                )
+        return state, reason
+    finally:
+        if storage is not None:
+            storage.release()
 
 
 def _says_stop(space: Space, callback: Callback[Found] | None, found: Found) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from hessfunc.fingerprints import checksum, of_batches, with_fingerprint
 from hessfunc.memory import Footprint
 from hessfunc.transforms.kernels import explanation, precise, refuse_autocast
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, unchanged
@@ -78,6 +79,7 @@ def block_matvec(
     batch: Any,
     *,
     chunks: Chunks,
+    copies: Sequence[Tensor] | None = None,
 ) -> Matvec:
     """The matvec of a product of one vector.
 
@@ -87,6 +89,7 @@ def block_matvec(
         point: the leaves of the parameters at which the product was made.
         batch: the batch for which it was made; its shapes tell similar products apart.
         chunks: how the block is cut.
+        copies: Leaves at which the product was made, if they are copies of ``point``.
     """
     refuse_if_changed = unchanged(space.names, point)
     shapes = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
@@ -132,7 +135,13 @@ def block_matvec(
                 return matvec(block)
         return matvec(block)
 
-    return outside_of_inference_mode
+    return with_fingerprint(
+        outside_of_inference_mode,
+        lambda: {
+            "parameters": checksum(point if copies is None else copies),
+            "batches": of_batches([batch]),
+        },
+    )
 
 
 def _by_vmap_or_loop(pieces: _Pieces, size: int) -> tuple[Sequence[Tensor], int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from hessfunc import options
 from hessfunc.transforms.blocks import Chunks, Curvature, block_matvec
 from hessfunc.transforms.custom_functions import refuse_unless_derivatives
 from hessfunc.transforms.hessian import filled, gradient_differences, kept, scalar
@@ -25,6 +26,7 @@ from hessfunc.trees import Matvec, Space, Tree
 __all__ = ["hvp_by_backward"]
 
 
+@options.validated(loss=options.function_of(1, "a batch"))
 def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curvature:
     """The Hessian of a module that is sharded by `fully_shard`, or wrapped in another way.
 
@@ -100,7 +102,7 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
             point = kept(leaves)
             gradient(point, first=True)
         product = gradient_differences(gradient, space, point)
-        return block_matvec(product, space, leaves, batch, chunks=Chunks(1))
+        return block_matvec(product, space, leaves, batch, chunks=Chunks(1), copies=point)
 
     return curvature
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hessfunc import options
+from hessfunc.fingerprints import fingerprint, with_fingerprint
 from hessfunc.transforms.blocks import guarding
 from hessfunc.transforms.kernels import precise
 from hessfunc.transforms.kernels.matrices import as_operations
@@ -31,6 +33,7 @@ class NotCompiledWarning(UserWarning):
     """A matvec could not be compiled, and runs as it is."""
 
 
+@options.validated(chunk_size=options.whole_number)
 def compiled(
     matvec: Matvec, /, *, chunk_size: int = 1, backend: str | Callable[..., Any] = "inductor"
 ) -> Matvec:
@@ -78,7 +81,7 @@ def compiled(
             return structure.unflatten(parts[0])
         return structure.unflatten(torch.cat(leaves) for leaves in zip(*parts, strict=True))
 
-    return products
+    return with_fingerprint(products, lambda: fingerprint(matvec))
 
 
 def _program(

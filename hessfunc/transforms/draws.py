@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from hessfunc.functional import several_batches
+from hessfunc.options import validated
 from hessfunc.randomness import of_matrix, uniforms
+from hessfunc.transforms.arithmetic import scale
 from hessfunc.transforms.batches import examples, over_batches
 from hessfunc.transforms.blocks import Curvature
+from hessfunc.transforms.reductions import Average, watching
 from hessfunc.trees import Matvec, Space, Tree, unchanged
 
 __all__ = ["Draws", "draws"]
@@ -52,11 +55,12 @@ class Draws:
         return self.of_batch(self.batch(i))
 
 
+@validated
 def draws(
     curvature: Curvature,
     /,
     *,
-    weight: Callable[[Any], float] = examples,
+    weight: Callable[[Any], float] | None = None,
     seed: int | None = None,
 ) -> Callable[[Tree, Sequence[Any]], Draws]:
     """Random batches of a data set, as a function ``(params, batches) -> Draws``.
@@ -66,11 +70,15 @@ def draws(
 
         E[A_draw] = sum_b weight(b) A_b / sum_b weight(b).
 
+    Where the loss is a sum over examples and no weight is given, the curvature of the data set is
+    the sum over batches, and A_draw is A_b over the probability of batch b.
+
     Draws are independent of one another, and so is what is estimated from each.
 
     Args:
         curvature: of one batch.
-        weight: what a batch counts; by default its examples. Batches of weight 0 are never drawn.
+        weight: Weight of a batch; by default the number of its examples. Batches of weight 0 are
+            never drawn.
         seed: of the draws: the i-th depends on (seed, i) alone. None draws a seed once, here.
 
     Returns:
@@ -94,14 +102,19 @@ def draws(
                 "picked: pass list(loader), or the pieces of `microbatches`"
             )
         full = over_batches(curvature, weight=weight)(params, batches)
-        ends = _running_sum([float(weight(batches[b])) for b in range(len(batches))])
+        counted = [float((weight or examples)(batches[b])) for b in range(len(batches))]
+        ends = _running_sum(counted)
+        average = Average(weight, several=len(ends) > 1)
         space = Space.of(params)
         refuse_if_changed = unchanged(space.names, space.tree_leaves(params))
 
         def of_batch(place: int) -> Matvec:
             refuse_if_changed()
-            with several_batches() if len(ends) > 1 else nullcontext():
-                return curvature(params, batches[place])
+            with several_batches() if len(ends) > 1 else nullcontext(), watching() as seen:
+                matvec = curvature(params, batches[place])
+                # A batch of one example does not tell a mean from a sum.
+                average.decide(seen, batch=batches[counted.index(max(counted))])
+            return scale(matvec, ends[-1] / counted[place]) if average.is_sum else matvec
 
         return Draws(full, len(ends), seed, ends, of_batch)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.functional import Loss, composed
+from hessfunc.options import validated
 from hessfunc.transforms.blocks import ChunkSize, Curvature
 from hessfunc.transforms.criteria import output_gradient
 from hessfunc.transforms.gauss_newton import refuse_without_halves
@@ -18,7 +19,8 @@ from hessfunc.transforms.kernels import (
     plain_batch,
     refuse_autocast,
 )
-from hessfunc.trees import Matvec, Space, Tree, flatten
+from hessfunc.transforms.reductions import noted
+from hessfunc.trees import Matvec, Space, Tree, opened
 
 __all__ = ["functional_hvp"]
 
@@ -26,6 +28,7 @@ __all__ = ["functional_hvp"]
 _Fixed: TypeAlias = tuple[list[int], list[Tensor]]
 
 
+@validated
 def functional_hvp(
     loss: Loss, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "auto"
 ) -> Curvature:
@@ -54,7 +57,7 @@ def functional_hvp(
 
     def along_gradient(outputs: Tree, fixed: _Fixed) -> Tensor:
         used, slopes = fixed
-        found = flatten(outputs)[0]
+        found, _ = opened(outputs, "outputs")
         return torch.stack([(found[i] * r).sum() for i, r in zip(used, slopes, strict=True)]).sum()
 
     linear = composed(
@@ -67,7 +70,7 @@ def functional_hvp(
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
         refuse_autocast(space.device)
-        with torch.inference_mode(False), explained(space, batch):
+        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
             batch = plain_batch(batch)
             inputs = [leaf.requires_grad_() for leaf in kept(space.tree_leaves(params))]
             with differentiable_twice(space.device):
@@ -75,6 +78,6 @@ def functional_hvp(
                 used, _, slopes = output_gradient(
                     loss.criterion, outputs, batch, create_graph=False
                 )
-        return second(params, (batch, (used, slopes)))
+            return second(params, (batch, (used, slopes)))
 
     return curvature

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.functional import LossFunction, refuse_module
+from hessfunc.options import validated
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.custom_functions import (
     Verified,
@@ -27,6 +28,7 @@ from hessfunc.transforms.kernels.forward_mode import DIFFERENCES, FORWARD
 from hessfunc.transforms.kernels.replaced import Replaced
 from hessfunc.transforms.kernels.second_order import SECOND_ORDER
 from hessfunc.transforms.pullback import edges, pullback
+from hessfunc.transforms.reductions import noted
 from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["checked", "filled", "gradient_differences", "hvp", "kept", "scalar"]
@@ -35,6 +37,7 @@ Gradient: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Mode = Literal["reverse", "forward", "difference", "auto"]
 
 
+@validated
 def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "auto") -> Curvature:
     """The Hessian of a loss, as a curvature function ``(params, batch) -> matvec``.
 
@@ -92,9 +95,10 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
         space = Space.of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
-        with torch.inference_mode(False), explained(space, batch):
+        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
             batch = plain_batch(batch)
-            problem = _Problem(loss, space, kept(leaves), batch, verified)
+            point = kept(leaves)
+            problem = _Problem(loss, space, point, batch, verified)
             match mode:
                 case "forward":
                     product = _forward(problem)
@@ -105,7 +109,7 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
                 case "auto":
                     product = _reverse_if_it_fits(problem)
         size = Chunks(1) if mode == "difference" else chunks
-        return block_matvec(product, space, leaves, batch, chunks=size)
+        return block_matvec(product, space, leaves, batch, chunks=size, copies=point)
 
     return curvature
 

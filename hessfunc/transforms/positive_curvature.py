@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from hessfunc.functional import Loss
+from hessfunc.options import validated
 from hessfunc.transforms.arithmetic import per_block
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.custom_functions import Verified
@@ -29,7 +30,8 @@ from hessfunc.transforms.kernels import (
     refuse_autocast,
 )
 from hessfunc.transforms.kernels.replaced import Replaced
-from hessfunc.trees import Matvec, Space, Tree, flatten
+from hessfunc.transforms.reductions import noted
+from hessfunc.trees import Matvec, Space, Tree, opened
 
 __all__ = ["Residual", "pchvp", "positive"]
 
@@ -56,6 +58,7 @@ _ROWWISE = _SOFTMAX | _NORMALISATION
 _LONGEST_ROW = 4096
 
 
+@validated
 def pchvp(
     loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = "auto"
 ) -> Curvature:
@@ -105,7 +108,7 @@ def pchvp(
         space = Space.of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
-        with torch.inference_mode(False), explained(space, batch):
+        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
             batch = plain_batch(batch)
             point = kept(leaves)
             with differentiable_twice(space.device) as seen:
@@ -116,7 +119,7 @@ def pchvp(
         def blocks(kind: Residual) -> Matvec:
             with torch.inference_mode(False):
                 product = found.product(kind)
-            matvec = block_matvec(product, space, leaves, batch, chunks=chunks)
+            matvec = block_matvec(product, space, leaves, batch, chunks=chunks, copies=point)
             return per_block(matvec, params)
 
         if not verified and residual != "zero":
@@ -269,7 +272,8 @@ def _with_residual(
     outputs = checked_outputs(loss, space, [leaf.view_as(leaf) for leaf in inputs], batch)
     hooks = tuple(seen.hooks)
     used, outer = hessian_of_outputs(loss, outputs, batch, verified=sound)
-    ends = [flatten(outputs)[0][i] for i in used]
+    leaves, _ = opened(outputs, "outputs")
+    ends = [leaves[i] for i in used]
     refuse_if_outputs_are_cut(loss, space, inputs, ends, used, batch, hooks, sound)
     nodes = _nodes(ends)
     products = [] if allow_products else _products(nodes, inputs, space)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from hessfunc.memory import Footprint, available_memory
+from hessfunc.options import validated
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.trees import Matvec, Space, Tree
 
@@ -22,6 +23,7 @@ class _Family(Protocol):
     def __call__(self, *, chunk_size: int) -> Curvature: ...
 
 
+@validated
 def tune(
     family: _Family,
     params: Tree,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ def test_dominant_pair_of_opposite_sign() -> None:
     assert found.converged.all()
 
 
-@pytest.mark.parametrize("factor", [1e-8, 1e8])
+@pytest.mark.parametrize("factor", [2.0**-27, 2.0**27])
 def test_scale_of_the_matrix_does_not_matter(factor: float) -> None:
     matrix = symmetric(SPECTRUM)
     plain = hf.lanczos(hf.dense(matrix), VECTOR, k=4, seed=0)
@@ -505,21 +507,106 @@ def test_a_search_is_not_made_where_it_is_not_asked_for() -> None:
     A = torch.linspace(0, 6, 200, dtype=torch.float64).diag()
     A[0, 0] = A[1, 1] = 9.0
     like, start = torch.zeros(200, dtype=torch.float64), torch.ones(200, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="was met outside of the basis"):
-        searched = hf.lanczos(hf.dense(A), like, k=2, start=start, seed=0)
+    # Two equal entries of the start hide one copy of 9 from its Krylov space.
+    searched = hf.lanczos(hf.dense(A), like, k=2, start=start, seed=0)
     alone = hf.lanczos(hf.dense(A), like, k=2, start=start, seed=0, search=0)
-    torch.testing.assert_close(alone.values, searched.values)
+    assert searched.values.tolist() == pytest.approx([9, 9])
+    assert alone.values.tolist() == pytest.approx([9, 6], rel=0.01)
     assert alone.matvecs < searched.matvecs
     assert alone.reason == "converged: all residuals are within the tolerance"
 
 
-def test_copies_are_missed_aloud_where_the_basis_nearly_fills_the_space() -> None:
-    spectrum = torch.cat([torch.full((3,), 5.0), torch.linspace(-1, 1, 27)]).double()
+BULK = torch.linspace(-0.1, 0.1, 198, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize(
+    ("which", "top", "right"),
+    [
+        ("LA", [4.9, 5.6], [5.6]),
+        ("LM", [4.9, -5.6], [-5.6]),
+        ("SA", [-4.9, -5.6], [-5.6]),
+        ("LA", [4.9, 5.0], [5.0]),
+        ("LA", [0.2, 0.25], [0.25]),
+        ("BE", [3.0, 3.5], [3.5, -0.1]),
+        ("LA", [4.9, 4.9], [4.9]),
+    ],
+)
+def test_a_start_in_an_invariant_subspace_is_not_trusted(
+    which: str, top: list[float], right: list[float], block_size: int
+) -> None:
+    spectrum = torch.cat([torch.tensor(top, dtype=torch.float64), BULK])
+    like, start = torch.zeros(200, dtype=torch.float64), torch.zeros(200, dtype=torch.float64)
+    start[0] = 1
+    options: dict[str, Any] = {"k": len(right), "which": which, "block_size": block_size}
+    for seed in range(4):
+        found = hf.lanczos(
+            lambda v: v * spectrum, like, start=start, rtol=1e-3, seed=seed, **options
+        )
+        assert found.values.tolist() == pytest.approx(right, rel=1e-3)
+        assert found.converged.all()
+        assert found.reason.startswith("converged")
+
+
+def test_a_start_in_one_block_of_a_matrix_finds_the_other_block() -> None:
+    first, second = symmetric(torch.linspace(0, 3, 50)), symmetric(torch.linspace(0, 9, 50))
+    matrix = torch.block_diag(first, second)
+    start = torch.cat([torch.randn(50), torch.zeros(50)]).double()
+    found = hf.lanczos(
+        hf.dense(matrix), torch.zeros(100).double(), k=2, which="LA", start=start, seed=0
+    )
+    assert found.values.tolist() == pytest.approx([9, 9 - 9 / 49])
+
+
+def test_a_budget_that_is_too_small_to_trust_a_start_is_said() -> None:
+    spectrum = torch.cat([torch.tensor([0.2, 0.25], dtype=torch.float64), BULK])
+    start = torch.eye(200, dtype=torch.float64)[0]
+    with pytest.warns(UserWarning, match="no wanted eigenvalue lies outside of the Krylov space"):
+        found = hf.lanczos(
+            lambda v: v * spectrum, torch.zeros_like(start), k=1, start=start, max_matvecs=4, seed=0
+        )
+    assert not found.reason.startswith("converged")
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_rounding_of_products_is_measured_and_left_room_for(k: int) -> None:
+    # Products in 8 bits of vectors in float32, which do not tell.
+    matrix = symmetric(torch.cat([torch.linspace(-1, 1, 97), torch.tensor([9.0, 8.0, 7.0])]))
+    low = matrix.bfloat16()
+
+    def matvec(block: Tensor) -> Tensor:
+        return (block.bfloat16() @ low).float()
+
+    like = torch.zeros(100)
     for seed in range(10):
-        with pytest.warns(UserWarning, match="outside of the basis"):
-            hf.lanczos(
-                lambda v: v * spectrum, torch.zeros(30).double(), k=10, which="LA", seed=seed
-            )
+        options: dict[str, Any] = {"k": k, "which": "LA", "max_matvecs": 100, "seed": seed}
+        found = hf.lanczos(matvec, like, rtol=0.02, **options)
+        assert found.converged.all()
+        images = matvec(found.vectors).double()
+        residuals = (images - found.values[:, None] * found.vectors.double()).norm(dim=1)
+        assert bool((residuals <= 0.02 * found.values.abs()).all())
+        hidden = hf.lanczos(matvec, like, rtol=1e-4, **options)
+        assert not hidden.converged.any()
+        quoted = re.search(r"rounded to (\S+) \|A\|", hidden.reason)
+        assert quoted
+        assert 5e-4 < float(quoted[1]) < 1e-2
+
+
+def test_copies_are_found_or_missed_aloud_where_the_basis_nearly_fills_the_space() -> None:
+    # The cluster at zero ends the run after 12 or 13 vectors, before 15 span an invariant space.
+    cluster = torch.linspace(-1e-3, 1e-3, 5)
+    spectrum = torch.cat([torch.full((3,), 5.0), torch.linspace(1, 4, 9), cluster]).double()
+    like = torch.zeros(17).double()
+    options: dict[str, Any] = {"k": 10, "which": "LA", "rtol": 1e-2}
+    for seed in range(10):
+        # Two copies have no part in the start: zeros stay zero, however sums are rounded.
+        start = hf.random_like(like, 1, kind="normal", seed=seed)[0]
+        start[1:3] = 0.0
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = hf.lanczos(lambda v: v * spectrum, like, start=start, seed=seed, **options)
+        copies = int((found.values > 4.9).sum())
+        assert copies == 3 or "outside of the" in str(said[0].message)
 
 
 def test_bytes_lower_a_given_basis_size() -> None:
@@ -532,7 +619,7 @@ def test_bytes_lower_a_given_basis_size() -> None:
 
 
 def test_a_matvec_that_works_in_place_is_refused() -> None:
-    with pytest.raises(ValueError, match="changes its block in place: return a new one"):
+    with pytest.raises(ValueError, match="changes its block in place, .* return a new one"):
         hf.lanczos(lambda block: block.mul_(2), torch.zeros(9), k=1)
 
 
@@ -562,7 +649,9 @@ def test_a_basis_from_afar_gives_the_same_pairs(name: str) -> None:
     with every_basis_is_far(), counted_copies() as copies:
         found = hf.lanczos(matvec, VECTOR, seed=0, **options)
     assert copies
-    assert (found.matvecs, found.reason) == (expected.matvecs, expected.reason)
+    # Pieces are added up in another order, which may move the last round by one.
+    assert found.matvecs == pytest.approx(expected.matvecs, rel=0.15)
+    assert found.reason == expected.reason
     # Of two values of one size either may come first.
     for mine, his in ((found.values, expected.values), (found.residuals, expected.residuals)):
         torch.testing.assert_close(mine.sort()[0], his.sort()[0], rtol=1e-10, atol=1e-10)

@@ -2,25 +2,32 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import Forks, Ranks
 
 
-def _ranks(size: int) -> Iterator[Ranks]:
-    found = Ranks(size)
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    found = Forks()
+    yield found
+    found.close()
+
+
+def _ranks(size: int, forks: Forks) -> Iterator[Ranks]:
+    found = Ranks(size, forks)
     yield found
     found.close()
 
 
 @pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
-    yield from _ranks(2)
+def two(forks: Forks) -> Iterator[Ranks]:
+    yield from _ranks(2, forks)
 
 
 @pytest.fixture(scope="session")
-def three() -> Iterator[Ranks]:
-    yield from _ranks(3)
+def three(forks: Forks) -> Iterator[Ranks]:
+    yield from _ranks(3, forks)
 
 
 @pytest.fixture(scope="session")
-def four() -> Iterator[Ranks]:
-    yield from _ranks(4)
+def four(forks: Forks) -> Iterator[Ranks]:
+    yield from _ranks(4, forks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,23 +27,40 @@ class Outcome(NamedTuple):
     trace: str
 
 
+class Forks:
+    """A process that has imported what ranks need, and forks them: an import takes seconds."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        address = str(Path(self.folder.name, "socket"))
+        with Listener(address) as listener:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.distributed.ranks", address],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                cwd=Path(__file__).parents[2],
+                start_new_session=True,
+            )
+            self.connection = listener.accept()
+
+    def ranks(self, address: str, size: int) -> None:
+        """Have so many ranks connect to this address."""
+        self.connection.send((address, size))
+
+    def close(self) -> None:
+        # Ranks that wait for one that has died are ended with the others.
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.folder.cleanup()
+
+
 class Ranks:
     """So many gloo processes; `run` calls a function of a module on each of them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, forks: Forks) -> None:
         self.folder = tempfile.TemporaryDirectory()
         address = str(Path(self.folder.name, "socket"))
-        listener = Listener(address)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.distributed.ranks", address, str(r), str(size)],
-                env=environment,
-                cwd=Path(__file__).parents[2],
-            )
-            for r in range(size)
-        ]
-        with listener:
+        with Listener(address) as listener:
+            forks.ranks(address, size)
             unordered = [listener.accept() for _ in range(size)]
         by_rank = {connection.recv(): connection for connection in unordered}
         self.connections: list[Connection] = [by_rank[rank] for rank in range(size)]
@@ -63,14 +81,29 @@ class Ranks:
     def close(self) -> None:
         for connection in self.connections:
             connection.close()
-        for process in self.processes:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                # Of those that wait for one that has died.
-                process.kill()
-                process.wait()
         self.folder.cleanup()
+
+
+def _fork(address: str) -> None:
+    import torch
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel
+
+    import tests.distributed.problems  # noqa: F401
+
+    torch.set_num_threads(1)
+    # The ends of ranks are waited for by nobody.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with Client(address) as connection:
+        while True:
+            try:
+                address, size = connection.recv()
+            except EOFError:
+                return
+            for rank in range(size):
+                if os.fork() == 0:
+                    _serve(address, rank, size)
+                    os._exit(0)
 
 
 def _serve(address: str, rank: int, size: int) -> None:
@@ -80,7 +113,6 @@ def _serve(address: str, rank: int, size: int) -> None:
     warnings.simplefilter("error")
     # As in tests/conftest.py.
     warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{address}.store",
@@ -106,4 +138,4 @@ def _serve(address: str, rank: int, size: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    _fork(sys.argv[1])

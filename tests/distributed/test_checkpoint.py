@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,15 +174,26 @@ def test_a_run_of_dtensors_on_another_mesh_is_refused(
         run("lanczos", tmp_path, 1, 60)
 
 
-def in_a_directory_of_its_own(path: Path) -> None:
-    run("lanczos", path if dist.get_rank() == 0 else path / "elsewhere", 2, 20)
+def in_a_directory_of_its_own(path: Path, ranks: int, most: int) -> None:
+    run("lanczos", path if dist.get_rank() == 0 else path / "elsewhere", ranks, most)
 
 
-def test_ranks_that_see_different_directories_are_told(tmp_path: Path, two: Ranks) -> None:
+def test_ranks_that_see_different_states_are_told(tmp_path: Path, two: Ranks) -> None:
     two.run(run, "lanczos", tmp_path, 2, 8)
-    for outcome in two.outcomes(in_a_directory_of_its_own, tmp_path):
+    for outcome in two.outcomes(in_a_directory_of_its_own, tmp_path, 2, 20):
         assert outcome.error is not None
         assert "the ranks disagree on the checkpoint" in outcome.error
+
+
+def test_a_directory_that_is_not_shared_is_noticed_before_the_first_product(
+    tmp_path: Path, two: Ranks
+) -> None:
+    first, second = two.outcomes(in_a_directory_of_its_own, tmp_path / "new", 2, 8)
+    assert second.error is not None
+    assert "the ranks do not share this directory" in second.error
+    assert first.error is not None
+    assert "rank 1: ValueError: checkpoint" in first.error
+    assert not list((tmp_path / "new").rglob("*.*"))
 
 
 def whole_on_each(path: Path) -> None:
@@ -190,4 +203,26 @@ def whole_on_each(path: Path) -> None:
 
 def test_ranks_that_hold_whole_vectors_do_not_share_a_directory(tmp_path: Path, two: Ranks) -> None:
     errors = [outcome.error for outcome in two.outcomes(whole_on_each, tmp_path)]
-    assert any("another process has written to it" in (error or "") for error in errors), errors
+    # One of them has the directory, and the other one is told whose it is.
+    (refusal,) = filter(None, errors)
+    assert re.search(r"process \d+ on host \S+ is running in this directory", refusal)
+    assert "space=sharded(params, mesh)" in refusal
+
+
+def with_options(path: Path | None, options: list[dict[str, Any]]) -> None:
+    like = problems.like()
+    hf.lanczos(
+        problems.as_matvec(problems.symmetric(positive=True)),
+        like,
+        space=hf.sharded(like, problems.mesh(2)),
+        checkpoint=path,
+        **({"seed": 3} | options[dist.get_rank()]),
+    )
+
+
+@pytest.mark.parametrize("options", [{"k": 3}, {"block_size": 2}, {"which": "LA"}, {"seed": 4}])
+def test_options_that_differ_are_named_on_every_rank(options: dict[str, Any], two: Ranks) -> None:
+    (name,) = options
+    for outcome in two.outcomes(with_options, None, [{}, options]):
+        assert outcome.error is not None
+        assert f"ValueError: the ranks disagree on {name}: rank 0 has" in outcome.error

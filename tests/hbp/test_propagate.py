@@ -76,7 +76,7 @@ def test_one_block_is_the_whole_layer() -> None:
     case = eight_rows(examples=5)
     whole = hf.hbp(case.loss, case.model)(case.params, case.batch)
     one = hf.hbp(case.loss, case.model, max_blocks=1)(case.params, case.batch)
-    assert largest_error(dense(one), dense(whole)) == 0
+    assert largest_error(dense(one), dense(whole)) < 1e-12
 
 
 def test_blocks_are_a_matvec_of_the_whole() -> None:

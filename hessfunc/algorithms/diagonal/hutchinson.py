@@ -13,12 +13,14 @@ from hessfunc.algorithms.norms import squared_row_norms
 from hessfunc.algorithms.results import DiagonalEstimate
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES
+from hessfunc.options import validated
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["hutchinson_diagonal"]
 
 
+@validated
 def hutchinson_diagonal(
     matvec: Matvec,
     like: Tree,

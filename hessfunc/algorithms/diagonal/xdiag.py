@@ -14,6 +14,7 @@ from hessfunc.algorithms.norms import squared_row_norms
 from hessfunc.algorithms.results import DiagonalEstimate
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
+from hessfunc.options import validated
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
@@ -25,6 +26,7 @@ _WIDENING = 1.45
 _FEWEST_PROBES = 10
 
 
+@validated
 def xdiag(
     matvec: Matvec,
     like: Tree,

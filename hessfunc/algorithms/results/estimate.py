@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.quantiles import student_quantile
 from hessfunc.algorithms.results.result import Result
+from hessfunc.options import validated
 
 __all__ = ["Estimate", "narrow_enough", "pool"]
 
@@ -25,6 +26,8 @@ class Estimate(Result):
         degrees: of freedom, with which the standard error is itself known.
         samples: float64 ``(p,)``, one a probe.
         by_leaf: the part of each leaf; the parts sum to the value.
+        bounds: Enclosure of the value for these very probes, where that has an error of its own,
+            such as that of a quadrature; None where it has none. The interval contains it.
         squared_frobenius: of the same matrix, |A|_F^2, where the same products tell it.
     """
 
@@ -33,6 +36,7 @@ class Estimate(Result):
     degrees: int
     samples: Tensor
     by_leaf: dict[str, float]
+    bounds: tuple[float, float] | None = None
     squared_frobenius: Estimate | None = None
 
     def _headline(self) -> dict[str, object]:
@@ -44,7 +48,8 @@ class Estimate(Result):
         if not 0 < level < 1:
             raise ValueError(f"level={level}: a probability between 0 and 1")
         half = student_quantile((1 + level) / 2, self.degrees) * self.stderr
-        return self.value - half, self.value + half
+        low, high = self.bounds or (self.value, self.value)
+        return low - half, high + half
 
 
 def narrow_enough(estimate: Estimate, rtol: float | None, atol: float | None, /) -> str | None:
@@ -55,6 +60,7 @@ def narrow_enough(estimate: Estimate, rtol: float | None, atol: float | None, /)
     return None
 
 
+@validated
 def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, /) -> Estimate:
     """The weighted mean of independent estimates, such as one for each of several batches.
 
@@ -83,6 +89,8 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
     for s, estimate in zip(share, estimates, strict=True):
         for name, part in estimate.by_leaf.items():
             by_leaf[name] = by_leaf.get(name, 0.0) + s * part
+    bounds = [e.bounds or (e.value, e.value) for e in estimates]
+    ends = [sum(s * b[i] for s, b in zip(share, bounds, strict=True)) for i in (0, 1)]
     variances = [(s * e.stderr) ** 2 for s, e in zip(share, estimates, strict=True)]
     return Estimate(
         value=sum(s * e.value for s, e in zip(share, estimates, strict=True)),
@@ -90,6 +98,7 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
         degrees=_pooled_degrees(variances, [e.degrees for e in estimates]),
         samples=torch.cat([e.samples for e in estimates]),
         by_leaf=by_leaf,
+        bounds=(ends[0], ends[1]) if any(e.bounds for e in estimates) else None,
         matvecs=sum(e.matvecs for e in estimates),
         passes=sum(e.passes for e in estimates),
         reason=f"pooled from {len(estimates)} estimates",

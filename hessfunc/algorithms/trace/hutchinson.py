@@ -12,12 +12,14 @@ from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.results import Eigenpairs, Estimate, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
+from hessfunc.options import validated
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, ProbeKind, Space, Tree
 
 __all__ = ["hutchinson"]
 
 
+@validated
 def hutchinson(
     matvec: Matvec,
     like: Tree,

@@ -14,11 +14,13 @@ from hessfunc.algorithms.results import Estimate, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["hutchpp"]
 
 
+@validated
 def hutchpp(
     matvec: Matvec,
     like: Tree,

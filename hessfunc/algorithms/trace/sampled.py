@@ -14,6 +14,7 @@ from hessfunc.algorithms.results import narrow_enough
 from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
 from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, ProbeKind, Space, Tree
 
 __all__ = ["sampled_trace"]
@@ -22,6 +23,7 @@ __all__ = ["sampled_trace"]
 _DRAWS_A_ROUND = 10
 
 
+@validated
 def sampled_trace(
     draws: Callable[[int], Matvec],
     like: Tree,

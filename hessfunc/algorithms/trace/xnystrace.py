@@ -22,6 +22,7 @@ from hessfunc.algorithms.rounds import (
 from hessfunc.algorithms.samples import FEWEST_SAMPLES
 from hessfunc.algorithms.sketch import vectors_that_fit
 from hessfunc.algorithms.trace.exchangeable import Spread, spread
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["xnystrace"]
@@ -33,6 +34,7 @@ _SHARE, _WIDENING = 0.5, 1.5
 _DOUBTFUL = 5
 
 
+@validated
 def xnystrace(
     matvec: Matvec,
     like: Tree,

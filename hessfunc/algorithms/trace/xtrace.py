@@ -15,6 +15,7 @@ from hessfunc.algorithms.results import Estimate, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.trace.exchangeable import Spread, spread
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["xtrace"]
@@ -26,6 +27,7 @@ _FEWEST_PROBES = 10
 _CAUTION = 1.15
 
 
+@validated
 def xtrace(
     matvec: Matvec,
     like: Tree,

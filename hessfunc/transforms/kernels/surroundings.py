@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfunc.transforms.kernels.exact import EXACT
 from hessfunc.transforms.kernels.replaced import Replaced, Replacements
-from hessfunc.trees import Space, batch_leaves, tree_map
+from hessfunc.trees import Space, batch_leaves, mapped
 
 __all__ = [
     "differentiable_twice",
@@ -95,10 +95,9 @@ def refuse_autocast(device: torch.device, /) -> None:
 
 def plain_batch(batch: Any, /) -> Any:
     """Return a batch whose tensors are no inference tensors, which autograd cannot save."""
-    inferred = [x for x in batch_leaves(batch) if isinstance(x, Tensor) and x.is_inference()]
-    if not inferred:
+    if not any(isinstance(x, Tensor) and x.is_inference() for x in batch_leaves(batch)):
         return batch
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, batch)
+    return mapped(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, batch, "batch")
 
 
 @contextmanager

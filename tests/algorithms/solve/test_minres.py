@@ -98,7 +98,8 @@ def test_takes_no_more_products_than_scipy(rtol: float, spectrum: Tensor) -> Non
     needed = 1 + next(i for i, r in enumerate(lengths) if r <= rtol * B.norm())
     found = minres(hf.dense(matrix), B, rtol=rtol)
     assert found.converged
-    assert found.matvecs <= needed + 2
+    # Rounding delays either, by a share that grows with the condition number.
+    assert found.matvecs <= 1.1 * needed + 2
 
 
 def test_preconditioner_takes_fewer_products() -> None:
@@ -192,9 +193,11 @@ def test_incompatible_system_with_a_preconditioner() -> None:
 
 def test_start_at_a_least_squares_solution() -> None:
     x = torch.linalg.pinv(symmetric(SINGULAR)) @ B
+    cold = minres(hf.dense(symmetric(SINGULAR)), B)
     found = minres(hf.dense(symmetric(SINGULAR)), B, start=x)
     assert found.reason.startswith("a least-squares solution")
-    assert found.matvecs <= 10
+    # A few steps show that only rounding is left, and how many is up to the rounding.
+    assert found.matvecs < cold.matvecs / 4
     assert (found.x - x).norm() < 1e-6 * x.norm()
 
 

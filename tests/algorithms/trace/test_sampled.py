@@ -143,8 +143,8 @@ def test_equal_batches_have_no_noise_of_data() -> None:
 def test_diagonal_batches_have_no_noise_of_probes() -> None:
     diagonals = torch.rand(7, N, dtype=torch.float64).diag_embed()
     found = sampled_trace(drawn_from(diagonals), LIKE, probes=2, max_matvecs=1000, seed=0)
-    assert found.variance_probes == 0
-    assert found.data_share == 1
+    assert found.variance_probes < 1e-20 * found.variance_data
+    assert found.data_share == pytest.approx(1)
     assert found.variance_data == pytest.approx(variance_of_traces(diagonals), rel=0.2)
 
 
