@@ -301,8 +301,8 @@ def functional(
     segments = [] if recompute is None else segments_of(model, recompute)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     own_dtype = next(iter(params.values())).dtype
-    named = {name for name, _ in model.named_parameters()}
     renormalises = _renormalises(model)
+    named = {name for name, _ in model.named_parameters()}
     batch_statistics = [
         name for name, module in model.named_modules() if uses_batch_statistics(module)
     ]

@@ -144,7 +144,12 @@ def _of_batch(loss: Loss, chunk_size: int | None) -> Curvature:
                 "by `unsharded`, or take `hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
             )
         refuse_autocast(space.device)
-        with torch.inference_mode(False), explained(space, batch), several_batches():
+        with (
+            torch.inference_mode(False),
+            noted(loss, params, batch),
+            explained(space, batch),
+            several_batches(),
+        ):
             batch = plain_batch(batch)
             point = tuple(leaf.detach() for leaf in plain_batch(space.tree_leaves(params)))
             with noted(loss, params, batch), differentiable_twice(space.device):
@@ -237,6 +242,8 @@ def _of_one(
     inputs = [leaf.detach().requires_grad_() for leaf in point]
     try:
         outputs = loss.outputs(space.tree(inputs), batch)
+    except NotImplementedError:
+        raise
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise ValueError(
             f"the model cannot be evaluated on one example alone ({_line(error)}): are the entries "

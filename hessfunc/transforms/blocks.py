@@ -79,6 +79,7 @@ def block_matvec(
     batch: Any,
     *,
     chunks: Chunks,
+    copies: Sequence[Tensor] | None = None,
 ) -> Matvec:
     """The matvec of a product of one vector.
 
@@ -88,6 +89,7 @@ def block_matvec(
         point: the leaves of the parameters at which the product was made.
         batch: the batch for which it was made; its shapes tell similar products apart.
         chunks: how the block is cut.
+        copies: Leaves at which the product was made, if they are copies of ``point``.
     """
     refuse_if_changed = unchanged(space.names, point)
     shapes = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
@@ -135,7 +137,10 @@ def block_matvec(
 
     return with_fingerprint(
         outside_of_inference_mode,
-        lambda: {"parameters": checksum(point), "batches": of_batches([batch])},
+        lambda: {
+            "parameters": checksum(point if copies is None else copies),
+            "batches": of_batches([batch]),
+        },
     )
 
 

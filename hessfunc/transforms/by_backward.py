@@ -102,7 +102,7 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
             point = kept(leaves)
             gradient(point, first=True)
         product = gradient_differences(gradient, space, point)
-        return block_matvec(product, space, leaves, batch, chunks=Chunks(1))
+        return block_matvec(product, space, leaves, batch, chunks=Chunks(1), copies=point)
 
     return curvature
 

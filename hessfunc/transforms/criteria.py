@@ -382,15 +382,6 @@ def by_autodiff(
     return used, product
 
 
-def _is_zero(product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]) -> bool:
-    """Whether the image of a vector without zeros is zero."""
-    tangents = [
-        torch.arange(1.0, leaf.numel() + 1, device=leaf.device).cos().to(leaf).view_as(leaf)
-        for leaf in leaves
-    ]
-    return not any(bool(image.any()) for image in product(tangents))
-
-
 def _refuse_if_cut(
     criterion: Callable[[Any, Any], Tensor],
     outputs: Tree,
@@ -408,6 +399,15 @@ def _refuse_if_cut(
         return [criterion(rebuilt(inner), batch)]
 
     refuse_if_cut(again(leaves), leaves, again, verified=set())
+
+
+def _is_zero(product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]) -> bool:
+    """Whether the image of a vector without zeros is zero."""
+    tangents = [
+        torch.arange(1.0, leaf.numel() + 1, device=leaf.device).cos().to(leaf).view_as(leaf)
+        for leaf in leaves
+    ]
+    return not any(bool(image.any()) for image in product(tangents))
 
 
 _DIRECTIONS_TRIED = 16

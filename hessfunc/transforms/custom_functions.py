@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function
 
-from hessfunc.randomness import keys, normals
 from hessfunc.transforms.kernels import same_draws
 
 __all__ = ["Verified", "refuse_if_cut", "refuse_unless_derivatives"]
@@ -450,10 +449,11 @@ def _directions(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return directions
 
 
-def _random(like: Tensor, stream: int, leaf: int) -> Tensor:
-    key = keys(0, [stream], range(leaf, leaf + 1), like.device)
-    numbers = normals(key, [range(like.numel())], like.device)
-    return numbers.view(like.shape).to(like.dtype)
+def _random(like: Tensor, kind: int, which: int) -> Tensor:
+    """Standard normal numbers, the same for each (kind, which)."""
+    generator = torch.Generator().manual_seed(1000 * kind + which)
+    numbers = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return numbers.to(like)
 
 
 def _refuse_cut_graph(

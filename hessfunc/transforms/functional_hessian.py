@@ -70,15 +70,14 @@ def functional_hvp(
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
         refuse_autocast(space.device)
-        with torch.inference_mode(False), explained(space, batch):
+        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
             batch = plain_batch(batch)
             inputs = [leaf.requires_grad_() for leaf in kept(space.tree_leaves(params))]
-            with noted(loss, params, batch):
-                with differentiable_twice(space.device):
-                    outputs = loss.outputs(space.tree(inputs), batch)
-                    used, _, slopes = output_gradient(
-                        loss.criterion, outputs, batch, create_graph=False
-                    )
-                return second(params, (batch, (used, slopes)))
+            with differentiable_twice(space.device):
+                outputs = loss.outputs(space.tree(inputs), batch)
+                used, _, slopes = output_gradient(
+                    loss.criterion, outputs, batch, create_graph=False
+                )
+            return second(params, (batch, (used, slopes)))
 
     return curvature

@@ -212,13 +212,12 @@ def _gauss_newton(
         space = Space.of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
-        with torch.inference_mode(False), explained(space, batch):
+        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
             batch = plain_batch(batch)
             point = kept(leaves)
-            surroundings = differentiable_twice(space.device, SECOND_ORDER)
-            with noted(loss, params, batch), surroundings as seen:
+            with differentiable_twice(space.device, SECOND_ORDER) as seen:
                 product = _product(loss, middle, space, point, batch, seen, verified)
-        return block_matvec(product, space, leaves, batch, chunks=chunks)
+        return block_matvec(product, space, leaves, batch, chunks=chunks, copies=point)
 
     return curvature
 
@@ -267,8 +266,8 @@ def refuse_if_outputs_are_cut(
     """
 
     def again(leaves: Sequence[Tensor]) -> list[Tensor]:
-        found, _ = opened(loss.outputs(space.tree(leaves), batch), "outputs")
-        return [found[i] for i in used]
+        outputs, _ = opened(loss.outputs(space.tree(leaves), batch), "outputs")
+        return [outputs[i] for i in used]
 
     refuse_if_cut(ends, inputs, again, hooks=hooks, verified=verified, linear=True)
 

@@ -97,7 +97,8 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
         leaves = space.tree_leaves(params)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
             batch = plain_batch(batch)
-            problem = _Problem(loss, space, kept(leaves), batch, verified)
+            point = kept(leaves)
+            problem = _Problem(loss, space, point, batch, verified)
             match mode:
                 case "forward":
                     product = _forward(problem)
@@ -108,7 +109,7 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
                 case "auto":
                     product = _reverse_if_it_fits(problem)
         size = Chunks(1) if mode == "difference" else chunks
-        return block_matvec(product, space, leaves, batch, chunks=size)
+        return block_matvec(product, space, leaves, batch, chunks=size, copies=point)
 
     return curvature
 

@@ -119,7 +119,7 @@ def pchvp(
         def blocks(kind: Residual) -> Matvec:
             with torch.inference_mode(False):
                 product = found.product(kind)
-            matvec = block_matvec(product, space, leaves, batch, chunks=chunks)
+            matvec = block_matvec(product, space, leaves, batch, chunks=chunks, copies=point)
             return per_block(matvec, params)
 
         if not verified and residual != "zero":

@@ -95,10 +95,9 @@ def refuse_autocast(device: torch.device, /) -> None:
 
 def plain_batch(batch: Any, /) -> Any:
     """Return a batch whose tensors are no inference tensors, which autograd cannot save."""
-    inferred = [x for x in batch_leaves(batch) if isinstance(x, Tensor) and x.is_inference()]
-    if not inferred:
+    if not any(isinstance(x, Tensor) and x.is_inference() for x in batch_leaves(batch)):
         return batch
-    return mapped(lambda x: x.clone() if x.is_inference() else x, batch, "batch")
+    return mapped(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, batch, "batch")
 
 
 @contextmanager
