@@ -67,6 +67,7 @@ def validated(function: Any = None, /, **own: Check) -> Any:
     if function is None:
         return functools.partial(validated, **own)
     parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     ordered: list[tuple[str, Check]] = []
     rest: tuple[str, Check] | None = None
     by_name: dict[str, Check] = {}
@@ -102,9 +103,10 @@ def validated(function: Any = None, /, **own: Check) -> Any:
         ranks, device = together
         args, kwargs = ranks.all_do(lambda: checked(args, kwargs), device)  # type: ignore[assignment]
         named = zip((name for name, _ in ordered), args, strict=False)
+        given = defaults | dict(named) | kwargs
         ranks.alike(
             {"the function": function.__name__}
-            | {name: _outline(value) for name, value in [*named, *sorted(kwargs.items())]}
+            | {name: _outline(value) for name, value in given.items() if name not in _OF_ONE_RANK}
         )
         return function(*args, **kwargs)
 

@@ -71,7 +71,10 @@ def add(*matvecs: Matvec) -> Matvec:
 
 
 def _made_of(matvec: Matvec, *others: Matvec) -> Matvec:
-    """A matvec with the fingerprints of others; their scalars show in the products."""
+    """A matvec with the fingerprints and ranks of others; their scalars show in the products."""
+    for other in others:
+        if (ranks := getattr(other, "ranks", None)) is not None:
+            vars(matvec)["ranks"] = ranks
     return with_fingerprint(matvec, lambda: combined(others))
 
 
