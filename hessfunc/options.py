@@ -34,6 +34,7 @@ __all__ = [
     "factory",
     "function_of",
     "mapping",
+    "of_numpy",
     "text",
     "tree",
     "validated",
@@ -66,6 +67,7 @@ def validated(function: Any = None, /, **own: Check) -> Any:
     if function is None:
         return functools.partial(validated, **own)
     parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     ordered: list[tuple[str, Check]] = []
     rest: tuple[str, Check] | None = None
     by_name: dict[str, Check] = {}
@@ -101,9 +103,10 @@ def validated(function: Any = None, /, **own: Check) -> Any:
         ranks, device = together
         args, kwargs = ranks.all_do(lambda: checked(args, kwargs), device)  # type: ignore[assignment]
         named = zip((name for name, _ in ordered), args, strict=False)
+        given = defaults | dict(named) | kwargs
         ranks.alike(
             {"the function": function.__name__}
-            | {name: _outline(value) for name, value in [*named, *sorted(kwargs.items())]}
+            | {name: _outline(value) for name, value in given.items() if name not in _OF_ONE_RANK}
         )
         return function(*args, **kwargs)
 
@@ -188,11 +191,10 @@ def whole_number(name: str, value: Any, /) -> int:
         if abs(int(plain)) >= 2**63:
             raise ValueError(f"{name} has {int(plain).bit_length()} bits: it must be below 2^63")
         return int(plain)
-    example = "10"
-    if isinstance(plain, bool | float) and math.isfinite(plain):
-        example = f"{plain:.0f}"
-    elif isinstance(plain, str) and plain.strip().isdecimal():
-        example = plain.strip()
+    if isinstance(plain, float):
+        example = f"{plain:.0f}" if math.isfinite(plain) else "10"
+        raise ValueError(f"{name}={plain}: it must be a whole number, such as {name}={example}")
+    example = plain.strip() if isinstance(plain, str) and plain.strip().isdecimal() else "10"
     raise _refused(name, value, "a whole number", f"pass {name}={example}, for instance")
 
 
@@ -640,6 +642,16 @@ def factory(name: str, value: Any, /) -> Any:
     raise _refused(name, value, "a function of a loss", remedy)
 
 
+def of_numpy(error: Exception, /) -> TypeError | None:
+    """The clearer error of a function of arrays that was given tensors; None for other errors."""
+    if "numpy" not in str(error) or "from_scipy" in str(error):
+        return None
+    return TypeError(
+        f"the function does not take tensors ({error}): pass a matrix of NumPy as "
+        "hessfunc.from_scipy(A), a function f as from_scipy(LinearOperator((n, n), f))"
+    )
+
+
 def by_draw(name: str, value: Any, /) -> Any:
     """A function i -> the matvec of the i-th random batch."""
     if _is_function(value, 1):
@@ -679,7 +691,7 @@ ARGUMENTS: dict[str, Check] = {
     "algorithm": function_of(2, "(matvec, params)"),
     "callback": function_of(1, "the result so far"),
     "compose": function_of(2, "(model_fn, criterion)"),
-    "solve": function_of(2, "(matvec, gradient)"),
+    "solve": called,
     "fn": function_of(1, "one argument"),
     # Models, and what is chosen of them
     "model": module,

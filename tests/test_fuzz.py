@@ -303,7 +303,6 @@ OF_CALLER = {
 # They need a mesh or a file, and are right where they refuse what stands in its place.
 REFUSED = {"load", "sharded"}
 
-POOR = []
 POOL: list[Callable[[], Any]] = [
     lambda: None, lambda: "abc", lambda: "", lambda: b"bytes", lambda: math.nan, lambda: math.inf,
     lambda: -math.inf, lambda: -1, lambda: 0, lambda: -2.5, lambda: 2.5, lambda: 10**30,
@@ -410,8 +409,6 @@ def outcome(name: str, changed: dict[str, Any]) -> tuple[Any, str]:
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         if Path(frame.filename).is_relative_to(HOME) and str(error):
-            poor = f"{frame.filename}:{frame.lineno} {frame.line} | {error}"
-            POOR.append(poor) if not frame.line.startswith("raise") else 0
             return error, ""
         return None, f"{type(error).__name__} from {frame.filename}:{frame.lineno}: {error}"
     except Exception as error:

@@ -371,7 +371,7 @@ ZERO = {"w": torch.zeros(3).double()}
         ([U], {"points": 0}, "points=0"),
         ([U], {"at": torch.zeros(2, 2)}, r"axis of shape \(2, 2\)"),
         ([U], {"at": torch.tensor([0.0, torch.inf])}, "finite"),
-        ([U], {"points": 5.5}, "points=5.5.*an integer"),
+        ([U], {"points": 5.5}, "points=5.5: it must be a whole number"),
         ([U], {"at": torch.tensor([0.0, 2.0, 1.0])}, "not strictly increasing"),
         ([U], {"at": torch.tensor([0.0, 0.0])}, "not strictly increasing"),
         ([U, V], {"at": [torch.arange(2.0), -torch.arange(3.0)]}, "not strictly increasing"),

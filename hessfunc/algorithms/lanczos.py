@@ -235,7 +235,7 @@ def lanczos(
                 f"missed, take block_size={min(2 * block_size + 2, k)} or more; or rtol is too "
                 "loose for values that are close"
             )
-            warnings.warn(reason, stacklevel=2)
+            warnings.warn(reason, stacklevel=3)
     return found(state, reason, pairs)
 
 

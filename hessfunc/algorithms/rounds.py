@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Result
+from hessfunc.options import of_numpy
 from hessfunc.randomness import mixed
 from hessfunc.trees import Matvec, Space, Tree
 
@@ -97,8 +98,8 @@ class Products:
         moved = version is not None and rows._version != version
         if moved or (before is not None and not _same_bits(before, rows)):
             raise ValueError(
-                "the matvec changes its block in place, and the block is the algorithm's own "
-                "memory: return a new one, `v * d` instead of `v.mul_(d)` or `v.numpy()[:] *= d`"
+                "the matvec changes its block in place: return a new one, such as v * d instead "
+                "of v.mul_(d), as the block is the algorithm's own memory"
             )
         if len(product) != len(rows):
             raise ValueError(f"the matvec gave {len(product)} products of {len(rows)} vectors")
@@ -119,6 +120,8 @@ class Products:
         try:
             return self.matvec(self.space.unravel(rows))
         except TypeError as error:
+            if (clearer := of_numpy(error)) is not None:
+                raise clearer from error
             # Looked at only now: a signature takes as long as a small product.
             if _is_of_params_and_batch(self.matvec):
                 raise TypeError(

@@ -36,8 +36,7 @@ def apply(matvec: Matvec, vector: Tree, /) -> Tree:
     if given != structure or shapes != wanted:
         raise ValueError(
             "the matvec's product is not like its block: its leaves have the shapes "
-            f"{first_of([*map(str, shapes)])}, and those of the block "
-            f"{first_of([*map(str, wanted)])}"
+            f"{first_of([*map(str, shapes)])}, those of the block {first_of([*map(str, wanted)])}"
         )
     return structure.unflatten(leaf[0] for leaf in product)
 
@@ -72,7 +71,10 @@ def add(*matvecs: Matvec) -> Matvec:
 
 
 def _made_of(matvec: Matvec, *others: Matvec) -> Matvec:
-    """A matvec with the fingerprints of others; their scalars show in the products."""
+    """A matvec with the fingerprints and ranks of others; their scalars show in the products."""
+    for other in others:
+        if (ranks := getattr(other, "ranks", None)) is not None:
+            vars(matvec)["ranks"] = ranks
     return with_fingerprint(matvec, lambda: combined(others))
 
 
@@ -178,7 +180,7 @@ def batched(fn: Callable[[Tree], Tree], /, *, chunk_size: int | None = None) -> 
 
     def loop(block: Tree) -> Tree:
         rows = range(len(leaves(block)[0]))
-        found = [_of_tensors(fn(tree_map(lambda leaf, i=i: leaf[i], block))) for i in rows]
+        found = [_of_tensors(fn, tree_map(lambda leaf, i=i: leaf[i], block)) for i in rows]
         return tree_map(lambda *out: torch.stack(out), *found)
 
     def mapped(block: Tree) -> Tree:
@@ -186,14 +188,20 @@ def batched(fn: Callable[[Tree], Tree], /, *, chunk_size: int | None = None) -> 
             return torch.vmap(fn, chunk_size=chunk_size)(block)
         except (RuntimeError, TypeError, ValueError):
             # A function that leaves torch fails inside of vmap, with whatever NumPy makes of that.
-            _of_tensors(fn(tree_map(lambda leaf: leaf[0], block)))
+            _of_tensors(fn, tree_map(lambda leaf: leaf[0], block))
             raise
 
     return loop if chunk_size == 1 else mapped
 
 
-def _of_tensors(product: Tree) -> Tree:
-    """The product, if it is a tree of tensors."""
+def _of_tensors(fn: Callable[[Tree], Tree], vector: Tree) -> Tree:
+    """The product of one vector, if it is a tree of tensors."""
+    try:
+        product = fn(vector)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if (clearer := options.of_numpy(error)) is not None:
+            raise clearer from error
+        raise
     for leaf in leaves(product):
         if not isinstance(leaf, Tensor):
             raise TypeError(

@@ -114,6 +114,8 @@ class MeshShare(Share):
                 total = replace(total, rows=rows)
             return total.mean(space)
 
+        # An algorithm compares its options on these ranks before it asks for the first product.
+        vars(matvec)["ranks"] = self.everyone, self.device
         return matvec
 
     def _made(self, space: Space, block: Tree, local: Callable[[Tree], Sum]) -> _Made:

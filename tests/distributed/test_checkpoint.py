@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -220,9 +221,47 @@ def with_options(path: Path | None, options: list[dict[str, Any]]) -> None:
     )
 
 
-@pytest.mark.parametrize("options", [{"k": 3}, {"block_size": 2}, {"which": "LA"}, {"seed": 4}])
-def test_options_that_differ_are_named_on_every_rank(options: dict[str, Any], two: Ranks) -> None:
+def of_data(path: Path | None, options: list[dict[str, Any]]) -> None:
+    """Vectors are whole on each rank, and batches are divided."""
+    loss, params = problems.model_and_loss()
+    matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2))(params, problems.batches())
+    hf.lanczos(hf.shift(matvec, 0.0), params, **({"seed": 3, "k": 2} | options[dist.get_rank()]))
+
+
+def of_dtensors(path: Path | None, options: list[dict[str, Any]]) -> None:
+    mesh, cuts = test_dtensors.on_mesh((2,), "last axes")
+    matvec = test_dtensors.as_matvec(problems.symmetric(positive=True), mesh, cuts)
+    like = test_dtensors.cut(problems.like(), mesh, cuts)
+    hf.lanczos(matvec, like, **({"seed": 3} | options[dist.get_rank()]))
+
+
+@pytest.mark.parametrize("run_with", [with_options, of_data, of_dtensors])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 3}, {"block_size": 2}, {"which": "LA"}, {"seed": 4}, {"max_matvecs": 9},
+        {"rtol": 0.5}, {"search": 0}, {"basis_dtype": torch.bfloat16},
+    ],
+)  # fmt: skip
+def test_options_that_differ_are_named_on_every_rank(
+    run_with: Any, options: dict[str, Any], two: Ranks
+) -> None:
     (name,) = options
-    for outcome in two.outcomes(with_options, None, [{}, options]):
+    for outcome in two.outcomes(run_with, None, [{}, options]):
         assert outcome.error is not None
-        assert f"ValueError: the ranks disagree on {name}: rank 0 has" in outcome.error
+        assert f"ValueError: the ranks disagree on {name}: rank 0 has " in outcome.error
+        assert f", rank 1 has {options[name]}; pass the same value" in outcome.error
+
+
+def test_a_default_that_one_rank_passes_is_the_same(two: Ranks) -> None:
+    defaults = {"which": "LM", "block_size": np.int64(1), "k": 6, "rtol": np.float64(1e-4)}
+    assert two.run(with_options, None, [{}, defaults]) == [None, None]
+
+
+@pytest.mark.parametrize("run_with", [with_options, of_data, of_dtensors])
+def test_an_option_that_is_wrong_on_one_rank_is_an_error_on_all(run_with: Any, two: Ranks) -> None:
+    first, second = two.outcomes(run_with, None, [{}, {"k": "3"}])
+    assert second.error is not None
+    assert "k must be a whole number" in second.error
+    assert first.error is not None
+    assert "failed on another rank, so this one stops: rank 1: TypeError: k must" in first.error

@@ -472,6 +472,14 @@ def test_a_line_that_was_cut_short_is_taken_away(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"a": 1}\n', "step,loss\n1,2.0\n", "a,b", "[1"])
+def test_a_file_of_something_else_stays(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text(text)
+    with pytest.raises(ValueError, match="is no point"):
+        json_lines(tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == text
+
+
 def test_points_of_steps_that_were_made_again_are_left_out(tmp_path: Path) -> None:
     append = json_lines(tmp_path / "points.jsonl")
     for step in (0, 10, 20, 30, 20, 30, 40):

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hessfunc.training.tracking.point import Point
 
 __all__ = ["json_lines", "read"]
-
-# Of the line of a point.
-_BEGIN = f'{{"{fields(Point)[0].name}": '.encode()
 
 
 def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
@@ -37,7 +34,7 @@ def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
         ) from None
     whole = _whole(content)
     read(path)
-    if not content[len(whole) :].startswith(_BEGIN[: len(content) - len(whole)]):
+    if not _is_cut_short(content[len(whole) :]):
         raise ValueError(f"the last line of {os.fspath(path)} is no point: pass another out=")
     os.truncate(file, len(whole))
 
@@ -77,6 +74,15 @@ def _point(**plain: Any) -> Point:
         name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()
     }
     return Point(**values)
+
+
+def _is_cut_short(line: bytes) -> bool:
+    """Whether a line without an end may be the beginning of a point."""
+    try:
+        json.loads(line or b"{")
+    except ValueError:
+        return b'{"'.startswith(line[:2])
+    return False
 
 
 def _whole(content: bytes) -> bytes:
