@@ -3,14 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint docs links package bench bench-fast gpu clean
+.PHONY: demo test test-machines lint docs links package bench bench-fast gpu clean
 
 demo: $(STAMP)
 	$(BIN)/hessfunc analyze digits --out demo
 
 test: $(STAMP)
-	$(BIN)/pytest -q -n auto -p no:benchmark -m "not slow"
-	$(BIN)/pytest -q -n auto -p no:benchmark -m slow
+	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m "not slow"
+	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m slow
+
+# The fast ones with the rounding, the threads and the load of other machines, one after another;
+# `make test-machines SETTING=busy` takes one of them.
+test-machines: $(STAMP)
+	.ci/machines $(SETTING)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
 
-TOKENS, VOCABULARY, WIDTH = 1024, 50_000, 64
+TOKENS, VOCABULARY, WIDTH = 512, 50_000, 64
 LOGITS_BYTES = 4 * TOKENS * VOCABULARY
 
 
@@ -45,7 +45,7 @@ def gauss_newton() -> None:
     hf.apply(matvec, {name: torch.ones_like(leaf) for name, leaf in params.items()})
 
 
-def deep_model(recompute: str | None = None, examples: int = 16384) -> None:
+def deep_model(recompute: str | None = None, examples: int = 4096) -> None:
     """One Hessian product of 16 wide layers, each of many activations."""
     layers = [
         nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.LayerNorm(256), nn.Linear(256, 64))

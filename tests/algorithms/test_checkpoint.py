@@ -47,18 +47,18 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
         matvec, LIKE, max_matvecs=24, block_size=4, checkpoint=path, seed=1
     ),
     "lanczos": lambda matvec, path: hf.lanczos(
-        matvec, LIKE, k=2, basis_size=5, rtol=3e-2, checkpoint=path, seed=1
+        matvec, LIKE, k=1, basis_size=3, rtol=1e-2, checkpoint=path, seed=1
     ),
     "block lanczos": lambda matvec, path: hf.lanczos(
-        matvec, LIKE, k=3, block_size=2, which="LA", rtol=1e-2, checkpoint=path, seed=1
+        matvec, LIKE, k=3, block_size=2, which="LA", rtol=1e-1, checkpoint=path, seed=1
     ),
     "lanczos in bfloat16": lambda matvec, path: hf.lanczos(
         matvec,
         LIKE,
-        k=2,
-        basis_size=5,
+        k=1,
+        basis_size=3,
         basis_dtype=torch.bfloat16,
-        rtol=3e-2,
+        rtol=1e-2,
         checkpoint=path,
         seed=1,
     ),
@@ -175,16 +175,19 @@ def test_kill_9_in_the_middle(name: str, tmp_path: Path) -> None:
     run, matvec = RUNS[name], hf.dense(MATRIX)
     uninterrupted = run(matvec, tmp_path / "whole")
 
-    def slow(block: Any) -> Any:
-        time.sleep(0.05)
+    path = tmp_path / "killed"
+
+    def endless(block: Any) -> Any:
+        # However late the kill comes, the run has not ended.
+        if (path / "manifest.json").exists():
+            time.sleep(600)
         return matvec(block)
 
-    path = tmp_path / "killed"
     child = os.fork()
     if child == 0:
-        run(slow, path)
+        run(endless, path)
         os._exit(0)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while not (path / "manifest.json").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(child, signal.SIGKILL)

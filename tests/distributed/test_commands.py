@@ -83,7 +83,9 @@ def test_analyze_prints_once_and_finds_what_one_process_finds(mine: Path) -> Non
 def _compare(one: Any, two: Any) -> None:
     if isinstance(one, dict):
         assert one.keys() == two.keys()
-        for key in one.keys() - {"seconds", "choices", "residuals", "passes"}:
+        # Two ranks add up in another order, which may move the last round by one.
+        assert two.get("matvecs") == pytest.approx(one.get("matvecs"), rel=0.15)
+        for key in one.keys() - {"seconds", "choices", "residuals", "matvecs", "passes"}:
             _compare(one[key], two[key])
     elif isinstance(one, list):
         for a, b in zip(one, two, strict=True):

@@ -62,7 +62,7 @@ def test_kill_9_of_one_rank_ends_the_others_and_fewer_go_on(victim: int, tmp_pat
     processes[victim].wait(120)
     killed = time.monotonic()
     outcomes = ended(processes)
-    assert time.monotonic() - killed < TIMEOUT + 15
+    assert time.monotonic() - killed < 3 * TIMEOUT
     assert outcomes[victim][0] == -9
     for rank, (status, errors) in enumerate(outcomes):
         if rank != victim:

@@ -153,17 +153,17 @@ LIKELIHOODS = {
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_expectation_of_kfac_is_kflr(likelihood: str) -> None:
-    """10,000 draws in 100 groups: the mean of these within 4 standard errors, entry by entry."""
+    """4,000 draws in 40 groups: the mean of these within 5 standard errors, entry by entry."""
     case = LIKELIHOODS[likelihood]
     exact = hf.kflr(case.loss, case.model)(case.params, case.batch)
     groups = [
         hf.kfac(case.loss, case.model, samples=100, seed=seed)(case.params, case.batch)
-        for seed in range(100)
+        for seed in range(40)
     ]
     for name, block in exact.items():
         found = torch.stack([group[name].left for group in groups])
-        error = found.std(0) / 10
-        assert bool(((found.mean(0) - block.left).abs() <= 4 * error + 1e-12).all())
+        error = found.std(0) / 40**0.5
+        assert bool(((found.mean(0) - block.left).abs() <= 5 * error + 1e-12).all())
         torch.testing.assert_close(groups[0][name].right, block.right)
 
 
