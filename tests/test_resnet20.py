@@ -42,7 +42,7 @@ def by_double_backward(model: nn.Module, x: Tensor, y: Tensor) -> LinearOperator
 
 def data_hessian(dtype: torch.dtype) -> tuple[hf.trees.Matvec, hf.trees.Tree]:
     data = cifar10(data_file("cifar10"))
-    examples = (data.inputs[:20].to(dtype), data.targets[:20])
+    examples = (data.inputs[:8].to(dtype), data.targets[:8])
     model_fn, params = hf.functional(trained().to(dtype))
     loss = hf.supervised(model_fn, cross_entropy)
     return hf.hvp(loss, chunk_size=1)(params, examples), params
@@ -66,15 +66,15 @@ def tree_of(pairs: hf.Eigenpairs) -> hf.trees.Tree:
 
 def test_five_largest_eigenvalues_are_scipys() -> None:
     examples = (
-        cifar10(data_file("cifar10")).inputs[:200],
-        cifar10(data_file("cifar10")).targets[:200],
+        cifar10(data_file("cifar10")).inputs[:40],
+        cifar10(data_file("cifar10")).targets[:40],
     )
     model = trained()
     model_fn, params = hf.functional(model)
     matvec = hf.over_batches(hf.hvp(hf.supervised(model_fn, cross_entropy)), keep=True)(
-        params, hf.microbatches(examples, 100)
+        params, hf.microbatches(examples, 20)
     )
     found = hf.lanczos(matvec, params, k=5, which="LA", rtol=1e-3, seed=0)
-    expected = eigsh(by_double_backward(model, *examples), k=5, which="LA", tol=1e-5)[0]
+    expected = eigsh(by_double_backward(model, *examples), k=5, which="LA", tol=1e-4)[0]
     assert found.converged.all()
     np.testing.assert_allclose(found.values.numpy(), expected[::-1], rtol=1e-4)

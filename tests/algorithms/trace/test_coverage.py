@@ -23,7 +23,7 @@ def test_intervals_cover_and_are_not_huge(estimator: Callable[..., hf.Estimate],
     values = SPECTRA[name]
     trace, like = float(values.sum()), torch.zeros(N).double()
     for stop in STOPS:
-        found = [estimator(lambda v: v * values, like, seed=s, **stop) for s in range(150)]
+        found = [estimator(lambda v: v * values, like, seed=s, **stop) for s in range(100)]
         errors = torch.tensor([abs(one.value - trace) for one in found])
         widths = torch.tensor([one.interval()[1] - one.value for one in found])
         assert float((errors <= widths).double().mean()) > 0.9
