@@ -46,8 +46,8 @@ R = TypeVar("R")
 # (name, value) -> the normalised value.
 Check: TypeAlias = Callable[[str, Any], Any]
 
-# Arguments that may differ between the ranks of one run.
-_OF_ONE_RANK = frozenset({"callback", "space", "mesh", "checkpoint"})
+# Arguments that each rank of one run has of its own; a checkpoint is compared by its contents.
+_OF_ONE_RANK = frozenset({"callback", "space", "mesh"})
 
 
 @overload
@@ -106,7 +106,7 @@ def validated(function: Any = None, /, **own: Check) -> Any:
         given = defaults | dict(named) | kwargs
         ranks.alike(
             {"the function": function.__name__}
-            | {name: _outline(value) for name, value in given.items() if name not in _OF_ONE_RANK}
+            | {n: _outline(n, value) for n, value in given.items() if n not in _OF_ONE_RANK}
         )
         return function(*args, **kwargs)
 
@@ -131,10 +131,16 @@ def _together(
     return None
 
 
-def _outline(value: Any) -> Any:
+def _outline(name: str, value: Any) -> Any:
     """What ranks can compare of an argument."""
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return value if plain else str(value) if isinstance(value, torch.dtype) else "given"
+    plain = isinstance(value, bool | int | float | str) and name != "checkpoint"
+    return (
+        value
+        if plain or value is None
+        else str(value)
+        if isinstance(value, torch.dtype)
+        else "given"
+    )
 
 
 def _optional(check: Check, name: str, value: Any) -> Any:
@@ -415,10 +421,10 @@ def eigenpairs(name: str, value: Any, /) -> Any:
 def estimates(name: str, value: Any, /) -> Any:
     """A sequence of estimates."""
     fits = isinstance(value, Sequence) and all(hasattr(one, "samples") for one in value)
-    if fits and len(value):
+    if fits:
         return value
     remedy = "pass the results of hessfunc.hutchinson, one for each seed"
-    raise _refused(name, value, "a list of one Estimate or more", remedy)
+    raise _refused(name, value, "a list of Estimates", remedy)
 
 
 def space(name: str, value: Any, /) -> Space:

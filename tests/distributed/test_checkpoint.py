@@ -210,6 +210,33 @@ def test_ranks_that_hold_whole_vectors_do_not_share_a_directory(tmp_path: Path, 
     assert "space=sharded(params, mesh)" in refusal
 
 
+def from_vectors(path: Path, most: int) -> tuple[int, int]:
+    like = problems.like()
+    matvec, space = problems.as_matvec(problems.symmetric()), hf.sharded(like, problems.mesh(2))
+    first = hf.lanczos(matvec, like, k=2, space=space, seed=0)
+    products = 0
+
+    def counted(block: Any) -> Any:
+        nonlocal products
+        products += 1
+        return matvec(block)
+
+    again = hf.lanczos(
+        *(counted, like),
+        k=2, block_size=2, rtol=1e-12, space=space, seed=1, start=first.vectors,
+        max_matvecs=most, checkpoint=path,
+    )  # fmt: skip
+    return products, again.passes
+
+
+def test_a_start_of_which_each_rank_has_a_part_is_the_same_again(
+    tmp_path: Path, two: Ranks
+) -> None:
+    two.run(from_vectors, tmp_path, 6)
+    for products, passes in two.run(from_vectors, tmp_path, 10):
+        assert products < passes
+
+
 def with_options(path: Path | None, options: list[dict[str, Any]]) -> None:
     like = problems.like()
     hf.lanczos(

@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,10 +86,10 @@ class Checkpoint:
             "the cut of leaves over ranks": space.cut,
             **{name: _described(value) for name, value in options.items()},
         }
-        if space.ranks is not None:
-            space.ranks.alike(known | {"seed": seed})
         if path is None:
             return cls(None, known, {}, products, drawn(space, seed))
+        if space.ranks is not None:
+            known = _of_all(space.ranks.objects(known))
         directory = Path(path)
         space.on_all(lambda: locks.refuse_if_held(directory))
         stamp = manifests.stamp(directory)
@@ -242,6 +243,15 @@ def _make(directory: Path) -> None:
             f"checkpoint {directory}: the directory cannot be made ({error.strerror}): choose one "
             "that can be written"
         ) from None
+
+
+def _of_all(known: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The options of all ranks, which may each hold a part of a vector, such as the start."""
+    values = {name: [one[name] for one in known] for name in known[0]}
+    return {
+        name: each[0] if all(one == each[0] for one in each) else digest_of(repr(each).encode())
+        for name, each in values.items()
+    }
 
 
 def _of_matrix(products: Products) -> dict[str, str]:
