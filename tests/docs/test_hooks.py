@@ -29,8 +29,9 @@ def hook(name: str) -> ModuleType:
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "speed.md").write_text("# Speed\n\nhead\n\n## One\n\nfirst\n\n## Two\n\nsecond\n")
     (tmp_path / "coverage.md").write_text(
-        "| estimator | spectrum | stop | covered |\n|---|---|---|---|\n"
-        "| a | i | 30 | 96.0 % |\n| a | j | 30 | 94.0 % |\n| a | j | 70 | 95.0 % |\n"
+        "| estimator | spectrum | stop | at 80 % | at 95 % | width |\n|---|---|---|---|---|---|\n"
+        "| a | i | 30 | 81.0 % | 96.0 % | 1 |\n| a | j | 30 | 80.0 % | 94.0 % | 1 |\n"
+        "| a | j | 70 | 83.0 % | 95.0 % | 2 |\n"
     )
     module = hook("measured")
     monkeypatch.setattr(module, "_RESULTS", tmp_path)
@@ -48,7 +49,8 @@ def test_a_table_takes_the_place_of_its_line(measured: ModuleType) -> None:
 
 def test_coverage_is_told_by_estimator(measured: ModuleType) -> None:
     table = measured.on_page_markdown("{{ coverage.md by estimator }}")
-    assert table.splitlines()[2:] == ["| a | 94.0 % | 95.0 % | 3 |"]
+    assert table.splitlines()[0] == "| estimator | at 80 % | at 95 % | cases |"
+    assert table.splitlines()[2:] == ["| a | 80.0 % (81.0 %) | 94.0 % (95.0 %) | 3 |"]
 
 
 @pytest.mark.parametrize("line", ["{{ absent.md }}", "{{ speed.md: Three }}"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hessfunc.algorithms.quantiles import chi_squared_quantile, student_quantile
 from hessfunc.algorithms.results.result import Result
 from hessfunc.trees import Tree, leaves, tree_map
 
-__all__ = ["DiagonalEstimate"]
+__all__ = ["DiagonalEstimate", "close_enough", "settled"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -69,6 +69,23 @@ class DiagonalEstimate(Result):
             return math.inf
         terms = error**2 / _power_sum(self.stderr, 4) / 2
         return math.sqrt(error * chi_squared_quantile(level, terms) / terms) / size
+
+
+def close_enough(estimate: DiagonalEstimate, rtol: float | None, /) -> str | None:
+    """Return why a diagonal need not be refined, in words, or None."""
+    if rtol is not None and estimate.relative_error() <= rtol:
+        return "converged: the error in the 2-norm is within the tolerance, with 95 % confidence"
+    return None
+
+
+def settled(estimate: DiagonalEstimate, rtol: float | None, /) -> DiagonalEstimate:
+    """Return the last estimate of a run, which has converged if and only if it is close enough."""
+    reason = close_enough(estimate, rtol)
+    if reason is None or estimate.reason == reason:
+        return estimate
+    if estimate.reason.startswith("exact"):
+        reason = f"{reason} ({estimate.reason})"
+    return replace(estimate, reason=reason)
 
 
 def _power_sum(tree: Tree, power: int) -> float:
