@@ -215,7 +215,9 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
 def _refuse_other_matrices(estimates: Sequence[Estimate]) -> None:
     first = estimates[0]
     for other in estimates[1:]:
-        if first.n != other.n or _described(first) != _described(other):
+        if first.n == other.n and _described(first) == _described(other):
+            continue
+        if _examples(first) is None or _per_example(first) != _per_example(other):
             raise ValueError(
                 f"the estimates are of different matrices: n={first.n} with the leaves "
                 f"{_described(first)}, and n={other.n} with {_described(other)}. Pool estimates "
@@ -226,6 +228,21 @@ def _refuse_other_matrices(estimates: Sequence[Estimate]) -> None:
 def _described(estimate: Estimate) -> dict[str, list[int] | None]:
     shapes = estimate.leaf_shapes
     return {name: list(shapes[name]) if name in shapes else None for name in estimate.by_leaf}
+
+
+def _examples(estimate: Estimate) -> int | None:
+    """Return the length of the first axis that all leaves share, as activations do, or None."""
+    lengths = {
+        tuple(shape)[:1] if len(shape) > 1 else () for shape in estimate.leaf_shapes.values()
+    }
+    return next(iter(lengths))[0] if len(lengths) == 1 and () not in lengths else None
+
+
+def _per_example(estimate: Estimate) -> dict[str, list[int]] | None:
+    """Return the shapes of activations without the axis of examples, which batches differ in."""
+    if _examples(estimate) is None:
+        return None
+    return {name: list(shape)[1:] for name, shape in estimate.leaf_shapes.items()}
 
 
 def _refuse_shared_seeds(estimates: Sequence[Estimate]) -> None:
