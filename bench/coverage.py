@@ -78,6 +78,18 @@ def deflated(matvec: Matvec, like: Tensor, *, seed: int, **options: Any) -> hf.E
     return hf.hutchinson(matvec, like, deflate=top, kind="sphere", seed=seed, **options)
 
 
+def sampled(matvec: Matvec, like: Tensor, *, seed: int, **options: Any) -> hf.SampledEstimate:
+    """The trace from random ones of 30 batches, the matrix plus multiples of the identity."""
+    shifts = torch.linspace(-1, 1, 30, dtype=torch.float64).tolist()
+    scale = float(matvec(torch.eye(N, dtype=torch.float64)).square().sum() / N) ** 0.5
+
+    def curvature(params: Tensor, shift: float) -> Matvec:
+        return lambda block: matvec(block) + scale * shift * block
+
+    draws = hf.draws(curvature, weight=lambda shift: 1.0, seed=seed)(like, shifts)
+    return hf.sampled_trace(draws, like, probes=2, seed=seed, **options)
+
+
 CASES = {
     "hutchinson": Case(
         partial(hf.hutchinson, kind="sphere"), _budgets(3, 5, 10, 30) + _tolerances(0.1, 0.03)
@@ -93,6 +105,7 @@ CASES = {
     "xnystrace": Case(
         hf.xnystrace, _budgets(3, 5, 10, 20, 40) + _tolerances(0.1, 0.03), definite=True
     ),
+    "sampled_trace": Case(sampled, _budgets(20, 40, 60, 90) + _tolerances(0.1), rotated=True),
     "hutchinson_diagonal": Case(
         hf.hutchinson_diagonal, _budgets(3, 5, 10, 30) + _tolerances(0.3), True, True
     ),
