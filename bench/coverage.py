@@ -1,6 +1,6 @@
 """How often intervals cover, and how wide they are, for every estimator of traces and diagonals.
 
-    python -m bench.coverage [--seeds 1000] [--only xtrace] [--minutes 5]
+    python -m bench.coverage [--seeds 1000] [--only xtrace] [--minutes 5] [--jobs 2]
 
 Ten spectra of n = 120 and a matrix of zeros, at fixed budgets from 3 products on and under adaptive
 stops, at the levels 80, 90, 95 and 99 %. An interval should cover at most 2 points less often than
@@ -19,8 +19,10 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -217,28 +219,45 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1000, help="Number of seeds of each row.")
     parser.add_argument("--only", choices=list(CASES), help="Estimator to run.")
     parser.add_argument("--minutes", type=float, help="Stop after this long, to continue later.")
+    parser.add_argument("--jobs", type=int, default=1, help="Number of processes.")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     end = time.monotonic() + 60 * (arguments.minutes or 1e9)
-    for name in [arguments.only] if arguments.only else CASES:
-        for spectrum, values in spectra().items():
-            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            done = results.get(name, {}).get(spectrum, {}).get("seeds", 0) >= arguments.seeds
-            if done or (CASES[name].definite and bool((values < 0).any())):
-                continue
-            if time.monotonic() > end:
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    todo = [
+        (name, spectrum)
+        for name in ([arguments.only] if arguments.only else CASES)
+        for spectrum, values in spectra().items()
+        if results.get(name, {}).get(spectrum, {}).get("seeds", 0) < arguments.seeds
+        and not (CASES[name].definite and bool((values < 0).any()))
+    ]
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        found = [pool.submit(_rows, *one, arguments.seeds, end) for one in todo]
+        for (name, spectrum), future in zip(todo, found, strict=True):
+            rows = future.result()
+            if not rows:
                 print("stopped early: run it again to continue")
                 return
-            rows = list(measured(CASES[name], spectrum, arguments.seeds))
             results.setdefault(name, {})[spectrum] = {"seeds": arguments.seeds, "rows": rows}
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=1))
-            RESULTS.with_suffix(".md").write_text(table(results))
+            _write(results)
             for row in rows:
                 covered = " ".join(f"{100 * share:5.1f}" for share in row["covered"])
                 ratios = " ".join("  - " if r is None else f"{r:4.2f}" for r in row["ratios"])
                 marks = "low " * too_little(row) + "wide" * _too_wide(row)
                 print(name, spectrum, row["stop"], covered, ratios, marks, sep="  ", flush=True)
+
+
+def _rows(name: str, spectrum: str, seeds: int, end: float) -> list[dict[str, Any]]:
+    """All rows of a case on a spectrum, in a process of its own; none after the end."""
+    torch.set_num_threads(1)
+    return list(measured(CASES[name], spectrum, seeds)) if time.monotonic() < end else []
+
+
+def _write(results: dict[str, dict[str, Any]]) -> None:
+    """Write all results, the estimators in the order of `CASES`."""
+    ordered = {name: results[name] for name in CASES if name in results}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(ordered, indent=1))
+    RESULTS.with_suffix(".md").write_text(table(ordered))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 from hessfunc.algorithms.norms import squared_frobenius, squared_row_norms
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate, leaf_fields
 from hessfunc.algorithms.rounds import Products, products_eps, rows_dtype
-from hessfunc.algorithms.samples import FEWEST_SAMPLES
+from hessfunc.algorithms.samples import FEWEST_SAMPLES, rounding_of_sum
 from hessfunc.trees import Space
 
 __all__ = [
@@ -88,7 +88,9 @@ def exact_trace(
     frobenius = None
     if known is None:
         frobenius = squared_frobenius(squares.expand(2), products, seed)
-        frobenius = replace(frobenius, stderr=10 * _eps(space) * frobenius.value, reason=reason)
+        frobenius = replace(
+            frobenius, stderr=rounding_of_sum(_eps(space)) * frobenius.value, reason=reason
+        )
     return Estimate(
         value=float(parts.sum()),
         stderr=rounding,
@@ -145,7 +147,7 @@ def _products(
     rows = space.units(rows_dtype(space))
     images = torch.cat([products(block) for block in rows.split(block_size)])
     lengths = space.norms(images).cpu().double()
-    rounding = 10 * _eps(space) * float(lengths.norm())
+    rounding = rounding_of_sum(_eps(space)) * float(lengths.norm())
     matrix = images.double() if space.ranks is None else space.gram(rows, images)
     asymmetry = float((matrix - matrix.mT).abs().max())
     # Random products are not symmetric, unless there is a single entry.

@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["FEWEST_SAMPLES", "STOPPED", "leaf_errors", "sphere_error", "standard_error"]
+__all__ = [
+    "FEWEST_SAMPLES",
+    "STOPPED",
+    "leaf_errors",
+    "rounding_of_sum",
+    "sphere_error",
+    "standard_error",
+]
 
 # The interval of fewer samples does not stop a run, since the variance is too uncertain.
 FEWEST_SAMPLES = 20
@@ -15,6 +22,19 @@ FEWEST_SAMPLES = 20
 # are widened by this factor from the first round on, so that the interval that is compared with
 # the tolerance is the one that is reported (bench/results/coverage.md).
 STOPPED = 1.1
+
+
+def rounding_of_sum(eps: float, /, *, halves: float = 0.5) -> float:
+    """Return the relative standard error that rounding gives a sum of products.
+
+    Products in 16 bits are rounded once, at the end, and their errors average out; those in 32 bits
+    and more are rounded in every sum.
+
+    Args:
+        eps: Relative rounding of the products.
+        halves: Factor of eps for products in 16 bits.
+    """
+    return (10 if eps < 1e-4 else halves) * eps
 
 
 def sphere_error(quadratics: Tensor, squares: Tensor, dimension: int, /) -> float:

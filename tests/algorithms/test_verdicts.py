@@ -146,6 +146,25 @@ def test_entries_that_agree_by_chance_have_an_error() -> None:
     assert sum(covered) / 60 > 0.93
 
 
+@pytest.mark.parametrize("estimator", ["hutchpp", "xtrace", "xnystrace"])
+def test_products_in_bfloat16_reach_a_tolerance_above_their_rounding(estimator: str) -> None:
+    basis = torch.linalg.qr(
+        torch.randn(N, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ).Q
+    A = (basis * torch.arange(1, 6)) @ basis.mT
+    for seed in range(5):
+        found = TRACES[estimator](
+            lambda block: (block.double() @ A).bfloat16(),
+            LIKE.bfloat16(),
+            rtol=0.08,
+            max_matvecs=100,
+            seed=seed,
+        )
+        low, high = found.interval(0.99)
+        assert low <= 15 <= high
+        assert found.reason.startswith("converged")
+
+
 # Products that are random, or of a matrix that is not symmetric
 
 

@@ -13,7 +13,7 @@ from hessfunc.algorithms.exact import exact_diagonal, random_budget, unit_vector
 from hessfunc.algorithms.norms import squared_row_norms
 from hessfunc.algorithms.results import DiagonalEstimate, close_enough, settled
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
-from hessfunc.algorithms.samples import FEWEST_SAMPLES, STOPPED
+from hessfunc.algorithms.samples import FEWEST_SAMPLES, STOPPED, rounding_of_sum
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
@@ -94,8 +94,8 @@ def hutchinson_diagonal(
 
     def found(state: _State, reason: str) -> DiagonalEstimate:
         diagonal, squares, count = state.diagonal, state.squares, state.diagonal.count
-        rounding = (
-            10 * products_eps(space, rows_dtype(space)) * (diagonal.mean.abs() + diagonal.spread)
+        rounding = rounding_of_sum(products_eps(space, rows_dtype(space))) * (
+            diagonal.mean.abs() + diagonal.spread
         )
         spread = diagonal.spread
         if count < _FEWEST_SIGNS:

@@ -18,6 +18,7 @@ from hessfunc.algorithms.exact import (
 from hessfunc.algorithms.norms import squared_row_norms
 from hessfunc.algorithms.results import DiagonalEstimate, close_enough, settled
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
+from hessfunc.algorithms.samples import rounding_of_sum
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, Rows, Space, Tree
@@ -112,7 +113,7 @@ def xdiag(
     def found(state: _State, reason: str) -> DiagonalEstimate:
         mean, spread = _mean_and_spread(space, state)
         p = len(state.probes)
-        rounding = 10 * products_eps(space, rows_dtype(space)) * (mean.abs() + spread)
+        rounding = rounding_of_sum(products_eps(space, rows_dtype(space))) * (mean.abs() + spread)
         squares = state.images.to(mean).square()
         return DiagonalEstimate(
             value=space.unravel(mean),

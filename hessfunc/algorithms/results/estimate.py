@@ -249,6 +249,13 @@ def _refuse_shared_seeds(estimates: Sequence[Estimate]) -> None:
     seeds = [seed for estimate in estimates for seed in _seeds(estimate)]
     if len(set(seeds)) < len(seeds):
         raise ValueError("two estimates share a seed, so they are not independent: vary `seed=`")
+    draws = [getattr(estimate, "draws_seed", None) for estimate in estimates]
+    known = [seed for seed in draws if seed is not None]
+    if len(set(known)) < len(known):
+        raise ValueError(
+            "two estimates share the seed of their draws, so they are from the same batches: vary "
+            "`draws(..., seed=)`"
+        )
 
 
 def _seeds(estimate: Estimate) -> list[int]:

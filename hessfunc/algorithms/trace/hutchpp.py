@@ -17,7 +17,7 @@ from hessfunc.algorithms.exact import (
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.results import Estimate, judged, leaf_fields, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
-from hessfunc.algorithms.samples import STOPPED, leaf_errors, sphere_error
+from hessfunc.algorithms.samples import STOPPED, leaf_errors, rounding_of_sum, sphere_error
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
@@ -119,7 +119,7 @@ def hutchpp(
         basis = state.sketch.basis
         quadratics = samples - float(space.by_leaf(basis, state.sketch.images).sum())
         stderr = sphere_error(quadratics, outside, space.n - len(basis))
-        rounding = 10 * eps * float(parts.abs().sum(1).mean())
+        rounding = rounding_of_sum(eps) * float(parts.abs().sum(1).mean())
         squares = space.norms(state.images).cpu().double().square()
         stderr = (stderr + rounding) * (STOPPED if tolerance else 1.0)
         return Estimate(

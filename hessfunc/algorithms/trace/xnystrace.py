@@ -24,7 +24,7 @@ from hessfunc.algorithms.rounds import (
     products_eps,
     rows_dtype,
 )
-from hessfunc.algorithms.samples import STOPPED, leaf_errors
+from hessfunc.algorithms.samples import STOPPED, leaf_errors, rounding_of_sum
 from hessfunc.algorithms.sketch import vectors_that_fit
 from hessfunc.algorithms.trace.exchangeable import Complements, standard_error_of_mean
 from hessfunc.trees import Matvec, Rows, Space, Tree
@@ -129,7 +129,8 @@ def xnystrace(
         stderr = 0.0
         if not spanned:
             stderr = standard_error_of_mean(samples, two, complements, jackknife=_JACKKNIFE)
-        rounding = 10 * eps * float(parts.abs().sum(1).mean())
+        # The shift of the approximation biases it by as much.
+        rounding = rounding_of_sum(eps, halves=2) * float(parts.abs().sum(1).mean())
         stderr = (stderr + rounding) * (STOPPED if tolerance else 1.0)
         squares = space.norms(state.images).cpu().double().square()
         return Estimate(

@@ -17,7 +17,7 @@ from hessfunc.algorithms.exact import (
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.results import Estimate, judged, leaf_fields, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
-from hessfunc.algorithms.samples import STOPPED, leaf_errors
+from hessfunc.algorithms.samples import STOPPED, leaf_errors, rounding_of_sum
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.trace.exchangeable import Complements, standard_error_of_mean
 from hessfunc.trees import Matvec, Rows, Space, Tree
@@ -121,7 +121,7 @@ def xtrace(
         samples = parts.sum(1)
         two = _leave_two_out(space, state) if state.sketch.full_rank else None
         stderr = standard_error_of_mean(samples, two, complements, jackknife=_JACKKNIFE)
-        rounding = 10 * eps * float(parts.abs().sum(1).mean())
+        rounding = rounding_of_sum(eps) * float(parts.abs().sum(1).mean())
         stderr = (stderr + rounding) * (STOPPED if tolerance else 1.0)
         squares = space.norms(state.images).cpu().double().square()
         return Estimate(

@@ -424,6 +424,16 @@ def test_one_probe_a_draw_converges_after_two_passes() -> None:
     assert (found.draws, found.reason.startswith("converged")) == (24, True)
 
 
+def test_estimates_from_the_same_batches_are_not_pooled() -> None:
+    runs = [
+        sampled_trace(drawn_from(shifted(1.0), seed=draw), LIKE, max_matvecs=20, seed=seed)
+        for draw, seed in [(0, 0), (0, 1), (1, 2)]
+    ]
+    assert hf.pool(runs[1:]).matvecs == 40
+    with pytest.raises(ValueError, match="the seed of their draws"):
+        hf.pool(runs)
+
+
 @pytest.mark.parametrize("count", [15, 30, 40])
 def test_intervals_without_replacement_cover_and_are_narrower(count: int) -> None:
     """At 30 draws of 30 batches only the noise of the probes is left."""
