@@ -40,7 +40,6 @@ def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
         like: a tree that says what vectors look like, on any device.
 
     Raises:
-        ModuleNotFoundError: SciPy is not installed.
         TypeError: (from a product) the vector is complex.
         ValueError: (from a product) the vector does not have n entries.
         FloatingPointError: (from a product) an entry of the product is not finite.
@@ -87,7 +86,6 @@ def from_scipy(operator: Any, /) -> Matvec:
         operator: symmetric; of a ``LinearOperator``, `check` can tell.
 
     Raises:
-        ModuleNotFoundError: SciPy is not installed.
         TypeError: it is no operator, or not of float32, float64 or integers; (from a product) the
             vectors have another dtype.
         ValueError: it is not square, or a matrix that is not symmetric or not finite; (from a
@@ -143,10 +141,7 @@ def _refuse_asymmetric(matrix: Any) -> None:
 
 
 def _linalg() -> ModuleType:
-    try:
-        import scipy.sparse.linalg
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "this needs SciPy, which is not installed: pip install 'hessfunc[scipy]'"
-        ) from None
+    # The import takes as long as a few hundred products.
+    import scipy.sparse.linalg
+
     return scipy.sparse.linalg

@@ -421,7 +421,16 @@ def whole(leaf: Tensor, /) -> Tensor:
 
 
 def _names(structure: optree.PyTreeSpec) -> tuple[str, ...]:
-    return tuple(".".join(map(_label, path)) or "params" for path in structure.paths())
+    paths = structure.paths()
+    dotted = [".".join(map(_label, path)) or "params" for path in paths]
+    if len(set(dotted)) == len(dotted):
+        return tuple(dotted)
+    # The keys 1 and "1", or "a.b" and "a" before "b", look alike with dots.
+    several = {name for name in dotted if dotted.count(name) > 1}
+    return tuple(
+        "".join(f"[{key!r}]" for key in path) if name in several else name
+        for name, path in zip(dotted, paths, strict=True)
+    )
 
 
 def _label(key: Any) -> str:

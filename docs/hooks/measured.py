@@ -95,15 +95,21 @@ def _of_machine(folder: Path) -> str:
 
 
 def _by_estimator(text: str) -> str:
-    """Return the table of coverage, with all spectra and stops of an estimator in one row."""
+    """Return the table of coverage with all spectra and stops of an estimator in one row."""
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()]
-    covered: dict[str, list[float]] = {}
-    for estimator, _, _, share, *_ in rows[2:]:
-        covered.setdefault(estimator, []).append(float(share.removesuffix(" %")))
-    lines = ["| estimator | least covered | median | cases |", "|---|---:|---:|---:|"]
-    for estimator, shares in covered.items():
-        least, middle = min(shares), median(shares)
-        lines.append(f"| {estimator} | {least:.1f} % | {middle:.1f} % | {len(shares)} |")
+    levels = [name for name in rows[0] if name.startswith("at ")]
+    covered: dict[str, list[list[float]]] = {}
+    for estimator, _, _, *cells in rows[2:]:
+        shares = [float(cell.removesuffix(" %")) for cell in cells[: len(levels)]]
+        covered.setdefault(estimator, []).append(shares)
+    lines = [
+        f"| estimator | {' | '.join(levels)} | cases |",
+        "|---" + "|---:" * (len(levels) + 1) + "|",
+    ]
+    for estimator, cases in covered.items():
+        by_level = zip(*cases, strict=True)
+        cells = [f"{min(shares):.1f} % ({median(shares):.1f} %)" for shares in by_level]
+        lines.append(f"| {estimator} | {' | '.join(cells)} | {len(cases)} |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -274,6 +275,8 @@ def at_least(least: float, **options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not value >= least:
             raise ValueError(f"{name}={value}: it must be at least {least}")
+        if value is not None and math.isinf(value):
+            raise ValueError(f"{name}={value}: it must be finite, such as {name}=1000")
 
 
 def products_eps(space: Space, dtype: torch.dtype) -> float:

@@ -40,8 +40,9 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             f"| one product | GPT 4 x 128 | {ours} | {ours} (1-2) | 2.00 |\n\n## More\n\nrows\n"
         )
     (tmp_path / "coverage.md").write_text(
-        "| estimator | spectrum | stop | covered |\n|---|---|---|---|\n"
-        "| a | i | 30 | 96.0 % |\n| a | j | 30 | 94.0 % |\n| a | j | 70 | 95.0 % |\n"
+        "| estimator | spectrum | stop | at 80 % | at 95 % | width |\n|---|---|---|---|---|---|\n"
+        "| a | i | 30 | 81.0 % | 96.0 % | 1 |\n| a | j | 30 | 80.0 % | 94.0 % | 1 |\n"
+        "| a | j | 70 | 83.0 % | 95.0 % | 2 |\n"
     )
     module = hook("measured")
     monkeypatch.setattr(module, "_RESULTS", tmp_path)
@@ -59,7 +60,8 @@ def test_a_table_takes_the_place_of_its_line(measured: ModuleType) -> None:
 
 def test_coverage_is_told_by_estimator(measured: ModuleType) -> None:
     table = measured.on_page_markdown("{{ coverage.md by estimator }}")
-    assert table.splitlines()[2:] == ["| a | 94.0 % | 95.0 % | 3 |"]
+    assert table.splitlines()[0] == "| estimator | at 80 % | at 95 % | cases |"
+    assert table.splitlines()[2:] == ["| a | 80.0 % (81.0 %) | 94.0 % (95.0 %) | 3 |"]
 
 
 def test_machines_are_compared_and_have_a_section_each(measured: ModuleType) -> None:
