@@ -133,14 +133,9 @@ def _together(
 
 def _outline(name: str, value: Any) -> Any:
     """What ranks can compare of an argument."""
-    plain = isinstance(value, bool | int | float | str) and name != "checkpoint"
-    return (
-        value
-        if plain or value is None
-        else str(value)
-        if isinstance(value, torch.dtype)
-        else "given"
-    )
+    if value is None or (isinstance(value, bool | int | float | str) and name != "checkpoint"):
+        return value
+    return str(value) if isinstance(value, torch.dtype) else "given"
 
 
 def _optional(check: Check, name: str, value: Any) -> Any:

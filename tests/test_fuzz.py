@@ -455,7 +455,9 @@ def test_every_public_function_is_called() -> None:
         assert options <= call.options.keys() | {"blocks"}, name
         # Checked by name where it comes in.
         assert {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} <= ARGUMENTS.keys()
-        assert getattr(hf, name).__code__.co_filename.endswith("options.py") or not parameters
+        wrapped = getattr(hf, name).__code__.co_filename.endswith("options.py")
+        # A product of one vector is too short for it.
+        assert wrapped or name == "apply"
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in REFUSED])

@@ -143,8 +143,9 @@ class Products:
 
 def _bits(rows: Tensor) -> tuple[Tensor, Tensor]:
     """A sample of the entries of a block, and the sum of all, both in their bits as integers."""
-    words = rows.view(_WORDS[rows.itemsize])
-    return words[:, :: max(1, words.numel() // _SAMPLED)].clone(), words.sum()
+    sample = rows[:, :: max(1, rows.numel() // _SAMPLED)].clone()
+    words = _WORDS[rows.itemsize]
+    return sample.view(words), rows.sum().view(words)
 
 
 def _same_bits(before: tuple[Tensor, Tensor], rows: Tensor) -> bool:

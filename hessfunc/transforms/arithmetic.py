@@ -26,11 +26,17 @@ __all__ = [
 ]
 
 
-@validated
 def apply(matvec: Matvec, vector: Tree, /) -> Tree:
     """The product with one tree."""
     found, structure = flatten(vector)
-    product, given = flatten(matvec(structure.unflatten(leaf[None] for leaf in found)))
+    # The way of one vector is short: signatures are looked at only where something is wrong.
+    if not all(isinstance(leaf, Tensor) for leaf in found):
+        options.tree("vector", vector)
+    try:
+        product, given = flatten(matvec(structure.unflatten(leaf[None] for leaf in found)))
+    except TypeError:
+        options.matvec("matvec", matvec)
+        raise
     shapes = [tuple(getattr(leaf, "shape", ())) for leaf in product]
     wanted = [(1, *leaf.shape) for leaf in found]
     if given != structure or shapes != wanted:
