@@ -773,6 +773,7 @@ ARGUMENTS: dict[str, Check] = {
     "critical": flag,
     "preconditioned": flag,
     "eval_mode": flag,
+    "replace": flag,
     # Words
     "mode": text,
     "residual": text,

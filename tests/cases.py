@@ -230,7 +230,7 @@ def _gpt2() -> Case:
     def criterion(outputs: Any, tokens: Tensor) -> Tensor:
         return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
-    config = GPT2Config(vocab_size=7, n_positions=6, n_embd=4, n_layer=1, n_head=2, n_inner=6)
+    config = GPT2Config(vocab_size=7, n_positions=6, n_embd=4, n_layer=1, n_head=2)
     tokens = torch.randint(7, (2, 6))
     return _case(GPT2LMHeadModel(config).eval(), criterion, {"input_ids": tokens}, tokens)
 
