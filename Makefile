@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-machines lint docs links package bench bench-fast clean
+.PHONY: demo test test-machines lint docs links package bench bench-fast gpu clean
 
 demo: $(STAMP)
 	$(BIN)/hessfunc analyze digits --out demo
@@ -33,12 +33,20 @@ links: docs
 package: $(STAMP)
 	.ci/package
 
-# Twenty-five minutes of the most important cells; `python -m bench.speed` measures all of them.
+# The most important cells in 25 minutes; `python -m bench.speed` measures all of them.
 bench: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.speed --again --minutes 25
 
 bench-fast: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.speed --again --fast
+
+# All checks that need a GPU, in at most 8 minutes. $(PYTHON) is used as it is if its torch sees one.
+gpu:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	  $(PYTHON) -m bench.gpu; \
+	else \
+	  $(MAKE) $(STAMP) && $(BIN)/python -m bench.gpu; \
+	fi
 
 clean:
 	rm -rf .venv demo site build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,20 +1,28 @@
-"""How often intervals cover, and how wide they are: every trace and diagonal estimator.
+"""How often intervals cover, and how wide they are, for every estimator of traces and diagonals.
 
-    python -m bench.coverage [--seeds 1000] [--only xtrace]
+    python -m bench.coverage [--seeds 1000] [--only xtrace] [--minutes 5] [--jobs 2]
 
-On six spectra of n = 1000, at fixed budgets and under the adaptive stop. Covered must be at least
-93 %, and the median half-width at most twice the 95 % quantile of the true error, but for cases
-whose error is only rounding, below 1e-12 of the trace. For diagonals both are taken entry by
-entry: coverage is the mean over entries, the ratio the median. Results are written to
-bench/results/coverage.md after each estimator; what is there is not run again.
+Ten spectra of n = 120 and a matrix of zeros, at fixed budgets from 3 products on and under adaptive
+stops, at the levels 80, 90, 95 and 99 %. An interval should cover at most 2 points less often than
+its level says, and its median half-width should be at most twice the same quantile of the true
+error, or 2.5 times below 10 products, where the error is more than rounding. For diagonals both are
+taken entry by entry: coverage is the mean over entries, the ratio is the median.
+
+Results are written to bench/results/coverage.json and coverage.md after each spectrum of an
+estimator. A run continues where the last one stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,149 +30,234 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from hessfunc.trees import Matvec
+from hessfunc.algorithms.quantiles import student_quantile
+from hessfunc.trees import Matvec, leaves
 
-N = 1000
+__all__ = ["CASES", "LEVELS", "N", "Case", "measured", "spectra", "too_little"]
+
+N = 120
+LEVELS = (0.8, 0.9, 0.95, 0.99)
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
+# An error below this share of the matrix is rounding, to which no width is compared.
+ROUNDING = 1e-11
+
+Stop = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An estimator with the budgets and tolerances at which it is tried.
+
+    Attributes:
+        run: Function of a matvec, a tree like one vector, a seed and a stop.
+        stops: Options of each run.
+        rotated: Whether the matrix has a random eigenbasis, which matters to random signs.
+        diagonal: Whether the diagonal is estimated, rather than the trace.
+        definite: Whether the matrix must have no negative eigenvalue.
+    """
+
+    run: Callable[..., Any]
+    stops: tuple[Stop, ...]
+    rotated: bool = False
+    diagonal: bool = False
+    definite: bool = False
+
+
+def _budgets(*budgets: int) -> tuple[Stop, ...]:
+    return tuple({"max_matvecs": budget} for budget in budgets)
+
+
+def _tolerances(*tolerances: float) -> tuple[Stop, ...]:
+    return tuple({"rtol": rtol, "max_matvecs": 110} for rtol in tolerances)
 
 
 def deflated(matvec: Matvec, like: Tensor, *, seed: int, **options: Any) -> hf.Estimate:
-    """Hutchinson's estimate beside five eigenpairs, whose products are not counted."""
+    """Hutchinson's estimate beside three eigenpairs, whose products are not counted."""
     with warnings.catch_warnings():
         # Repeated eigenvalues are missed on purpose: the complement is unbiased all the same.
         warnings.simplefilter("ignore")
-        top = hf.lanczos(matvec, like, k=5, rtol=1e-2, seed=seed)
+        top = hf.lanczos(matvec, like, k=3, rtol=1e-2, seed=seed)
     return hf.hutchinson(matvec, like, deflate=top, kind="sphere", seed=seed, **options)
 
 
-TRACES: dict[str, Callable[..., hf.Estimate]] = {
-    "hutchinson": hf.hutchinson,
-    "deflated hutchinson": deflated,
-    "hutchpp": hf.hutchpp,
-    "xtrace": hf.xtrace,
-    "xnystrace": hf.xnystrace,
+def sampled(matvec: Matvec, like: Tensor, *, seed: int, **options: Any) -> hf.SampledEstimate:
+    """The trace from random ones of 30 batches, the matrix plus multiples of the identity."""
+    shifts = torch.linspace(-1, 1, 30, dtype=torch.float64).tolist()
+    scale = float(matvec(torch.eye(N, dtype=torch.float64)).square().sum() / N) ** 0.5
+
+    def curvature(params: Tensor, shift: float) -> Matvec:
+        return lambda block: matvec(block) + scale * shift * block
+
+    draws = hf.draws(curvature, weight=lambda shift: 1.0, seed=seed)(like, shifts)
+    return hf.sampled_trace(draws, like, probes=2, seed=seed, **options)
+
+
+CASES = {
+    "hutchinson": Case(
+        partial(hf.hutchinson, kind="sphere"), _budgets(3, 5, 10, 30) + _tolerances(0.1, 0.03)
+    ),
+    "hutchinson, signs": Case(
+        partial(hf.hutchinson, kind="signs"),
+        _budgets(3, 5, 10, 30) + _tolerances(0.1, 0.03),
+        rotated=True,
+    ),
+    "hutchinson, deflated": Case(deflated, _budgets(3, 10) + _tolerances(0.03)),
+    "hutchpp": Case(hf.hutchpp, _budgets(6, 12, 30, 60) + _tolerances(0.1, 0.03)),
+    "xtrace": Case(hf.xtrace, _budgets(4, 6, 10, 20, 40, 70) + _tolerances(0.1, 0.03)),
+    "xnystrace": Case(
+        hf.xnystrace, _budgets(3, 5, 10, 20, 40) + _tolerances(0.1, 0.03), definite=True
+    ),
+    "sampled_trace": Case(sampled, _budgets(20, 40, 60, 90) + _tolerances(0.1), rotated=True),
+    "hutchinson_diagonal": Case(
+        hf.hutchinson_diagonal, _budgets(3, 5, 10, 30) + _tolerances(0.3), True, True
+    ),
+    "xdiag": Case(hf.xdiag, _budgets(4, 6, 10, 20, 40) + _tolerances(0.3), True, True),
 }
-DIAGONALS = {"hutchinson_diagonal": hf.hutchinson_diagonal, "xdiag": hf.xdiag}
-FIXED: list[dict[str, Any]] = [{"max_matvecs": m} for m in (30, 70, 120)]
-ADAPTIVE: list[dict[str, Any]] = [{"rtol": r, "max_matvecs": 300} for r in (0.1, 0.03, 0.01)]
-ADAPTIVE_DIAGONAL: list[dict[str, Any]] = [{"rtol": r, "max_matvecs": 300} for r in (0.3, 0.1)]
-ROUNDING = 1e-12
 
 
+@cache
 def spectra() -> dict[str, Tensor]:
+    """The eigenvalues of ten matrices, and of zero."""
     i = torch.arange(1, N + 1, dtype=torch.float64)
+    outliers = torch.tensor([100, 60, 30, 20, 10, 8, 6, 5, 4, 3], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    bulk = 0.02 * torch.randn(N - 10, dtype=torch.float64, generator=generator)
     return {
-        "linspace(1, 3)": torch.linspace(1, 3, N, dtype=torch.float64),
+        "10 outliers and a bulk": torch.cat([outliers, bulk.abs()]),
+        "i^-0.5": i**-0.5,
+        "i^-1": i**-1,
         "i^-2": i**-2,
         "0.9^i": 0.9**i,
-        "0.7^i": 0.7**i,
-        "50 ones, 1e-3": torch.where(i <= 50, 1.0, 1e-3).double(),
-        "50 ones, 1e-8": torch.where(i <= 50, 1.0, 1e-8).double(),
+        "10 ones, 1e-3": torch.where(i <= 10, 1.0, 1e-3).double(),
+        "+-1/i": torch.where(i % 2 == 0, -1.0, 1.0).double() / i,
+        "linspace(1, 3)": torch.linspace(1, 3, N, dtype=torch.float64),
+        "rank one": torch.where(i == 1, 1.0, 0.0).double(),
+        "linspace(-1, 1)": torch.linspace(-1, 1, N, dtype=torch.float64),
+        "zero": 0 * i,
     }
 
 
-def eigenbasis() -> Tensor:
+@cache
+def _eigenbasis() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.linalg.qr(torch.randn(N, N, dtype=torch.float64, generator=generator)).Q
 
 
-def traces(estimator: Callable[..., hf.Estimate], seeds: int) -> Iterator[list[object]]:
-    basis, like = eigenbasis(), torch.zeros(N, dtype=torch.float64)
-    for name, spectrum in spectra().items():
-        matrix, trace = basis * spectrum @ basis.mT, float(spectrum.sum())
-        matvec = hf.dense((matrix + matrix.mT) / 2)
-        if estimator is not hf.hutchinson:
-            # The eigenbasis makes no difference to probes on the sphere.
-            matvec = scaled(spectrum)
-        for options in FIXED + ADAPTIVE:
-            found = [estimator(matvec, like, seed=seed, **options) for seed in range(seeds)]
-            errors = torch.tensor([abs(one.value - trace) for one in found])
-            widths = torch.tensor([one.interval()[1] - one.value for one in found])
-            quantile = float(errors.quantile(0.95))
-            ratio = float(widths.median()) / quantile if quantile > ROUNDING * trace else None
-            yield row(name, options, errors <= widths, quantile / trace, ratio, found)
-
-
-def scaled(spectrum: Tensor) -> Matvec:
-    return lambda block: block * spectrum
-
-
-def diagonals(estimator: Callable[..., hf.DiagonalEstimate], seeds: int) -> Iterator[list[object]]:
-    basis, like = eigenbasis(), torch.zeros(N, dtype=torch.float64)
-    for name, spectrum in spectra().items():
-        matrix = basis * spectrum @ basis.mT
+def measured(case: Case, spectrum: str, seeds: int) -> Iterator[dict[str, Any]]:
+    """Try a case on a spectrum: one row for each stop."""
+    values = spectra()[spectrum]
+    like = torch.zeros(N, dtype=torch.float64)
+    truth, matvec = values.sum(), _scaled(values)
+    if case.rotated:
+        matrix = _eigenbasis() * values @ _eigenbasis().mT
         matrix = (matrix + matrix.mT) / 2
-        diagonal, matvec = matrix.diagonal(), hf.dense(matrix)
-        for options in FIXED + ADAPTIVE_DIAGONAL:
-            found = [estimator(matvec, like, seed=seed, **options) for seed in range(seeds)]
-            errors = torch.stack([(one.value - diagonal).abs() for one in found])
-            widths = torch.stack([one.interval()[1] - one.value for one in found])
-            quantiles = errors.quantile(0.95, dim=0)
-            ratio = float((widths.median(0).values / quantiles).median())
-            relative = float((errors.norm(dim=1) / diagonal.norm()).quantile(0.95))
-            yield row(name, options, errors <= widths, relative, ratio, found)
+        matvec = hf.dense(matrix)
+        truth = matrix.diagonal() if case.diagonal else truth
+    scale = float(values.abs().sum()) or 1.0
+    for stop in case.stops:
+        found = [case.run(matvec, like, seed=seed, **stop) for seed in range(seeds)]
+        errors = torch.stack([(_tensor(one.value) - truth).abs() for one in found])
+        stderr = torch.stack([_tensor(one.stderr) for one in found])
+        degrees = [one.degrees for one in found]
+        covered, ratios = [], []
+        for level in LEVELS:
+            quantiles = {d: student_quantile((1 + level) / 2, d) for d in set(degrees)}
+            t = torch.tensor([quantiles[d] for d in degrees], dtype=torch.float64)
+            widths = stderr * t.view(-1, *[1] * (stderr.dim() - 1))
+            covered.append(float((errors <= widths + 1e-15 * scale).double().mean()))
+            true = errors.quantile(level, dim=0)
+            ratio = float((widths.median(0).values / true).median())
+            ratios.append(ratio if float(true.median()) > ROUNDING * scale else None)
+        yield {
+            "stop": f"rtol {stop['rtol']}" if "rtol" in stop else f"{stop['max_matvecs']} products",
+            "covered": covered,
+            "ratios": ratios,
+            "products": sum(one.matvecs for one in found) / seeds,
+        }
 
 
-def row(
-    name: str,
-    options: dict[str, Any],
-    covered: Tensor,
-    error: float,
-    ratio: float | None,
-    found: list[Any],
-) -> list[object]:
-    stop = f"rtol {options['rtol']}" if "rtol" in options else f"{options['max_matvecs']} products"
-    matvecs = sum(one.matvecs for one in found) / len(found)
-    return [name, stop, float(covered.double().mean()), error, ratio, matvecs]
+def _tensor(value: Tensor | float) -> Tensor:
+    return leaves(value)[0] if isinstance(value, Tensor) else torch.tensor(value).double()
 
 
-def table(results: dict[str, Any]) -> str:
+def _scaled(values: Tensor) -> Matvec:
+    return lambda block: block * values
+
+
+def too_little(row: dict[str, Any], points: float = 0.02) -> bool:
+    """Whether an interval of the row covers this much less often than its level says."""
+    return any(share < level - points for share, level in zip(row["covered"], LEVELS, strict=True))
+
+
+def _too_wide(row: dict[str, Any]) -> bool:
+    most = 2.5 if row["products"] < 10 else 2.0
+    return any(ratio is not None and ratio > most for ratio in row["ratios"])
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """All rows as a table in Markdown."""
     lines = [
-        "| estimator | spectrum | stop | covered | 95 % error, relative | half-width / error "
-        "| products |",
-        "|---|---|---|---|---|---|---|",
+        "| estimator | spectrum | stop | at 80 % | at 90 % | at 95 % | at 99 % "
+        "| half-width / error at 95 % | products | seeds |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, rows in results.items():
-        for spectrum, stop, covered, error, ratio, matvecs in rows["rows"]:
-            shown = "rounding" if ratio is None else f"{ratio:.2f}"
-            lines.append(
-                f"| {name} | {spectrum} | {stop} | {100 * covered:.1f} % | {error:.1e} | {shown} "
-                f"| {matvecs:.0f} |"
-            )
+    for name, found in results.items():
+        for spectrum, result in found.items():
+            for row in result["rows"]:
+                covered = " | ".join(f"{100 * share:.1f} %" for share in row["covered"])
+                ratio = row["ratios"][LEVELS.index(0.95)]
+                shown = "rounding" if ratio is None else f"{ratio:.2f}"
+                lines.append(
+                    f"| {name} | {spectrum} | {row['stop']} | {covered} | {shown} | "
+                    f"{row['products']:.0f} | {result['seeds']} |"
+                )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=1000)
-    parser.add_argument("--only", choices=[*TRACES, *DIAGONALS])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=1000, help="Number of seeds of each row.")
+    parser.add_argument("--only", choices=list(CASES), help="Estimator to run.")
+    parser.add_argument("--minutes", type=float, help="Stop after this long, to continue later.")
+    parser.add_argument("--jobs", type=int, default=1, help="Number of processes.")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in [arguments.only] if arguments.only else [*TRACES, *DIAGONALS]:
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        if results.get(name, {}).get("seeds") == arguments.seeds:
-            continue
-        rows = (
-            traces(TRACES[name], arguments.seeds)
-            if name in TRACES
-            else diagonals(DIAGONALS[name], arguments.seeds)
-        )
-        found = []
-        for one in rows:
-            found.append(one)
-            print(name, *one, flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        results[name] = {"seeds": arguments.seeds, "rows": found}
-        RESULTS.write_text(json.dumps(results, indent=1))
-        RESULTS.with_suffix(".md").write_text(table(results))
-    worst = [
-        (name, *one)
-        for name, result in json.loads(RESULTS.read_text()).items()
-        for one in result["rows"]
-        if one[2] < 0.93 or (one[4] or 0) > 2
+    end = time.monotonic() + 60 * (arguments.minutes or 1e9)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    todo = [
+        (name, spectrum)
+        for name in ([arguments.only] if arguments.only else CASES)
+        for spectrum, values in spectra().items()
+        if results.get(name, {}).get(spectrum, {}).get("seeds", 0) < arguments.seeds
+        and not (CASES[name].definite and bool((values < 0).any()))
     ]
-    print("every case holds" if not worst else "\n".join(map(str, worst)))
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        found = [pool.submit(_rows, *one, arguments.seeds, end) for one in todo]
+        for (name, spectrum), future in zip(todo, found, strict=True):
+            rows = future.result()
+            if not rows:
+                print("stopped early: run it again to continue")
+                return
+            results.setdefault(name, {})[spectrum] = {"seeds": arguments.seeds, "rows": rows}
+            _write(results)
+            for row in rows:
+                covered = " ".join(f"{100 * share:5.1f}" for share in row["covered"])
+                ratios = " ".join("  - " if r is None else f"{r:4.2f}" for r in row["ratios"])
+                marks = "low " * too_little(row) + "wide" * _too_wide(row)
+                print(name, spectrum, row["stop"], covered, ratios, marks, sep="  ", flush=True)
+
+
+def _rows(name: str, spectrum: str, seeds: int, end: float) -> list[dict[str, Any]]:
+    """All rows of a case on a spectrum, in a process of its own; none after the end."""
+    torch.set_num_threads(1)
+    return list(measured(CASES[name], spectrum, seeds)) if time.monotonic() < end else []
+
+
+def _write(results: dict[str, dict[str, Any]]) -> None:
+    """Write all results, the estimators in the order of `CASES`."""
+    ordered = {name: results[name] for name in CASES if name in results}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(ordered, indent=1))
+    RESULTS.with_suffix(".md").write_text(table(ordered))
 
 
 if __name__ == "__main__":

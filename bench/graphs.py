@@ -18,7 +18,7 @@ import torch
 
 import hessfunc as hf
 from bench.markdown import table
-from hessfunc.memory import PeakMemory
+from hessfunc.memory import Footprint
 from hessfunc.plan import Transformer
 from hessfunc.problems.gpt import GPT, next_token_loss
 
@@ -69,7 +69,7 @@ def held(size: Size, recompute: str | None) -> Held:
     loss = hf.composed(model_fn, next_token_loss)
     tokens = torch.randint(size.vocabulary, (size.sequences, size.context))
     vector = hf.random_like(params, 1, seed=0)
-    with PeakMemory() as found:
+    with Footprint() as found:
         hf.hvp(loss)(params, tokens)(vector)
     sizes = [leaf.numel() for leaf in params.values()]
     return Held(found.peak / 4 - 2 * sum(sizes) - 2 * max(sizes), sum(sizes))

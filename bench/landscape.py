@@ -95,7 +95,6 @@ class Row:
     name: str
     parameters: int
     points: int
-    chunk: int
     ours: float
     plain: float
     ratio: float
@@ -133,7 +132,6 @@ def measured(case: Case, *, points: int) -> tuple[Row, Landscape]:
         name=case.name,
         parameters=sum(p.numel() for p in case.model.parameters()),
         points=points,
-        chunk=next(iter(found.choices.values())),
         ours=1e3 * means["ours"],
         plain=1e3 * means["plain"],
         ratio=of_plain.median,
@@ -179,13 +177,13 @@ def table(rows: list[Row]) -> str:
         f"Surfaces over {EXAMPLES} examples, {torch.get_num_threads()} thread, torch "
         f"{torch.__version__}; the means include all that is done once.",
         "",
-        "| net | parameters | points | in one pass | ms a point | of a plain loop "
+        "| net | parameters | points | ms a point | of a plain loop "
         "| ratio (quartiles) | largest relative difference |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row.name} | {row.parameters:,} | {row.points}^2 | {row.chunk} | {row.ours:.3g} "
+            f"| {row.name} | {row.parameters:,} | {row.points}^2 | {row.ours:.3g} "
             f"| {row.plain:.3g} | {row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) "
             f"| {row.difference:.0e} |"
         )

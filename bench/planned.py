@@ -4,7 +4,7 @@
 
 Each rank is a process of its own that runs an algorithm with `sharded` vectors and batches that
 are divided over gloo, and does nothing else. The tensors of a rank are counted exactly by
-`PeakMemory`; its resident memory has in addition what kernels take for themselves. Of both the
+`Footprint`; its resident memory has in addition what kernels take for themselves. Of both the
 rank counts that takes the most. Results are written to bench/results/planned.md.
 """
 
@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 import hessfunc as hf
 from bench import resident
 from bench.markdown import table
-from hessfunc.memory import PeakMemory
+from hessfunc.memory import Footprint
 from hessfunc.plan import Algorithm, Hutchinson, Lanczos, Machine, Network, Plan, Setting, Slq, plan
 from hessfunc.problems.mlp import mlp
 
@@ -145,11 +145,11 @@ def taken(width: int, algorithm: str) -> Taken:
     loss = hf.supervised(model_fn, cross_entropy)
     own = sum(leaf.numel() * leaf.itemsize for leaf in params.values())
     data = batches()
-    with PeakMemory() as graph:
+    with Footprint() as graph:
         kept = hf.hvp(loss)(params, data[0])
     activations = graph.now - own
     del kept
-    with PeakMemory() as memory:
+    with Footprint() as memory:
         held = resident.peak_above(lambda: _run(width, algorithm, mesh))
     started = time.perf_counter()
     found = _run(width, algorithm, mesh)

@@ -26,7 +26,9 @@ __all__ = [
     "Measured",
     "Product",
     "markdown",
+    "environment",
     "measured",
+    "processor",
     "write",
 ]
 
@@ -177,7 +179,7 @@ def environment() -> dict[str, object]:
     """Where and when, and with which versions."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _processor(),
+        "machine": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "threads that wait": os.environ.get("OMP_WAIT_POLICY", "default").lower(),
@@ -188,7 +190,8 @@ def environment() -> dict[str, object]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's own name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

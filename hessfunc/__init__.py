@@ -60,6 +60,7 @@ _HOMES = {
     "to_scipy": "linear_operators",
     "from_scipy": "linear_operators",
     "compiled": "transforms.compiled",
+    "tune": "transforms.tuning",
     "ravel": "trees",
     "unravel": "trees",
     "random_like": "trees",

@@ -91,6 +91,7 @@ from hessfunc.transforms.gauss_newton import fvp as fvp
 from hessfunc.transforms.gauss_newton import ggnvp as ggnvp
 from hessfunc.transforms.hessian import hvp as hvp
 from hessfunc.transforms.positive_curvature import pchvp as pchvp
+from hessfunc.transforms.tuning import tune as tune
 from hessfunc.trees import random_like as random_like
 from hessfunc.trees import ravel as ravel
 from hessfunc.trees import split as split

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -20,8 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.data import DataLoader
 
+from hessfunc import options
+from hessfunc.options import validated
 from hessfunc.recompute import recomputing, segments_of
-from hessfunc.trees import Space, Tree, leaves, merge, tree_map, unchanged
+from hessfunc.transforms.kernels.embedding import pure_lookup
+from hessfunc.transforms.kernels.replaced import Replaced
+from hessfunc.trees import Space, Tree, first_of, leaves, mapped, merge, tree_map, unchanged
 
 __all__ = [
     "Loss",
@@ -55,6 +60,7 @@ class Loss:
         return self.criterion(self.outputs(params, batch), batch)
 
 
+@validated
 def composed(
     outputs: Callable[[Tree, Any], Any],
     criterion: Callable[[Any, Any], Tensor],
@@ -77,6 +83,7 @@ def composed(
     return Loss(outputs, criterion if targets is None else OfTargets(criterion, targets))
 
 
+@validated
 def supervised(
     model_fn: Callable[[Tree, Any], Any], criterion: Callable[[Any, Any], Tensor], /
 ) -> Loss:
@@ -155,6 +162,7 @@ def _is_many(batch: Any) -> bool:
     )
 
 
+@validated
 def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
     """A loss of some of the parameters alone; the others stay as they are.
 
@@ -185,6 +193,7 @@ def _of_whole(loss: LossFunction, whole: Callable[[Tree], Tree]) -> LossFunction
     return lambda part, batch: loss(whole(part), batch)
 
 
+@options.validated(params=options.mapping)
 def sliced(
     loss: LossFunction, params: Mapping[str, Tensor], slices: Mapping[str, Any], /
 ) -> tuple[LossFunction, dict[str, Tensor]]:
@@ -200,20 +209,15 @@ def sliced(
         ``(loss, chosen)``, with ``chosen`` a dict of the cut tensors.
 
     Raises:
-        KeyError: there is no parameter of that name.
-        ValueError: a slice is empty, or names an entry twice.
+        ValueError: There is no parameter of that name; a slice is no index of it, is empty, or
+            names an entry twice.
     """
     if not slices:
         raise ValueError("slices is empty: name a parameter, and which part of it")
     if unknown := sorted(set(slices) - set(params)):
-        raise KeyError(f"there is no parameter named {', '.join(unknown)}")
+        raise ValueError(f"there is no parameter named {', '.join(unknown)}")
     fixed = {name: leaf.detach() for name, leaf in params.items()}
-    places = {
-        name: torch.arange(fixed[name].numel(), device=fixed[name].device)
-        .view(fixed[name].shape)[index]
-        .flatten()
-        for name, index in slices.items()
-    }
+    places = {name: _places(name, fixed[name], index) for name, index in slices.items()}
     for name, place in places.items():
         if not len(place) or len(place.unique()) < len(place):
             raise ValueError(f"the slice of {name!r} is empty or names an entry twice")
@@ -235,6 +239,18 @@ def sliced(
     return _of_whole(loss, whole), chosen
 
 
+def _places(name: str, leaf: Tensor, index: Any) -> Tensor:
+    """The numbers of the entries of a flat leaf that an index chooses."""
+    try:
+        found = torch.arange(leaf.numel(), device=leaf.device).view(leaf.shape)[index]
+    except (IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"slices[{name!r}] is no index of a tensor of shape {tuple(leaf.shape)}: {error}"
+        ) from None
+    return found.flatten()
+
+
+@validated
 def functional(
     model: nn.Module,
     /,
@@ -245,10 +261,10 @@ def functional(
 ) -> tuple[Callable[[Tree, Any], Any], dict[str, Tensor]]:
     """A pure function of a module's parameters, and these parameters.
 
-    ``model_fn(params, inputs)`` takes inputs that are a tensor, a tuple (positional arguments) or
-    a mapping (keyword arguments), and returns what the module returns. The module is never
-    changed: buffers are cloned inside each call, so that BatchNorm works in train mode too. The
-    training flag of each submodule is read once, here.
+    ``model_fn(params, inputs)`` takes inputs that are a tensor, a tuple (positional arguments), a
+    mapping (keyword arguments) or anything else, such as a named tuple (one argument), and returns
+    what the module returns. The module is never changed: buffers are cloned inside each call, so
+    that BatchNorm works in train mode too. The training flag of each submodule is read once, here.
 
     Args:
         model: the module.
@@ -266,9 +282,11 @@ def functional(
 
     Raises:
         ValueError: there is no parameter left, or no module to recompute.
-        NotImplementedError: the module is sharded by `fully_shard`.
+        NotImplementedError: the module is sharded by `fully_shard`, or wrapped in `DataParallel`,
+            `DistributedDataParallel` or `torch.jit`.
     """
     _refuse_if_fully_sharded(model)
+    _refuse_wrapped(model)
     params = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
@@ -283,11 +301,15 @@ def functional(
     segments = [] if recompute is None else segments_of(model, recompute)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     own_dtype = next(iter(params.values())).dtype
+    renormalises = _renormalises(model)
+    named = {name for name, _ in model.named_parameters()}
     batch_statistics = [
         name for name, module in model.named_modules() if uses_batch_statistics(module)
     ]
 
     def model_fn(params: Tree, inputs: Any, /) -> Any:
+        if not (isinstance(params, Mapping) and params.keys() <= named):
+            raise _unlike(params, named)
         if batch_statistics and _SEVERAL_BATCHES.get():
             raise ValueError(
                 f"BatchNorm {batch_statistics[0]!r} uses the statistics of each batch, so the "
@@ -296,21 +318,36 @@ def functional(
             )
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
-        state = params, buffers
+        state = dict(params), buffers
         if dtype is not None:
             fixed = {n: p for n, p in model.named_parameters() if n not in params}
-            state = _cast((fixed | params, buffers), dtype)
+            state = _cast((fixed | state[0], buffers), dtype)
             args, kwargs = _cast((args, kwargs), dtype)
         with (
             training_flags(training),
             recomputing(segments),
             _without_checkpointing(),
             _without_cudnn() if recurrent else nullcontext(),
+            Replaced(pure_lookup()) if renormalises else nullcontext(),
         ):
             outputs = torch.func.functional_call(model, state, args, kwargs)
         return outputs if dtype is None else _cast(outputs, own_dtype)
 
     return model_fn, params
+
+
+def _unlike(params: object, named: Collection[str]) -> Exception:
+    """The error of params that are not those of the model."""
+    if not isinstance(params, Mapping):
+        return TypeError(
+            f"params is a {type(params).__name__}, and not the dict of named parameters that "
+            "`functional(model)` returns"
+        )
+    others = [str(name) for name in params if name not in named]
+    return ValueError(
+        f"the model has no parameter named {first_of(others)}: its parameters are "
+        f"{first_of(sorted(named))}"
+    )
 
 
 def _refuse_if_fully_sharded(model: nn.Module) -> None:
@@ -323,20 +360,58 @@ def _refuse_if_fully_sharded(model: nn.Module) -> None:
         )
 
 
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        place = f"model.{name}" if name else "model"
+        if isinstance(module, nn.DataParallel) or type(module).__name__ == (
+            "DistributedDataParallel"
+        ):
+            raise NotImplementedError(
+                f"{place} is a {type(module).__name__}, which copies its parameters to devices or "
+                f"averages gradients by itself: take `functional({place}.module)`, the plain "
+                "module, and `over_batches(..., mesh=...)` for several processes"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotImplementedError(
+                f"{place} is a {type(module).__name__}, compiled by torch.jit, whose parameters "
+                "cannot be replaced: take the plain module that it was made from"
+            )
+
+
+def _renormalises(model: nn.Module) -> bool:
+    """Whether a module has embeddings that are rescaled when they are looked up.
+
+    Raises:
+        NotImplementedError: If another module uses such a weight, too, and would see it rescaled.
+    """
+    chosen = [
+        m
+        for m in model.modules()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+    ]
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    if any(uses[id(module.weight)] > 1 for module in chosen):
+        raise NotImplementedError(
+            "an embedding with `max_norm` shares its weight with another module, which would see "
+            "rows that are rescaled as they are looked up: set its `max_norm = None`"
+        )
+    return bool(chosen)
+
+
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
+    # A named tuple, such as a PackedSequence, is one argument.
+    if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
         return tuple(inputs), {}
     return (inputs,), {}
 
 
 def _cast(tree: Tree, dtype: torch.dtype) -> Tree:
-    def cast(leaf: Any) -> Any:
-        is_floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return leaf.to(dtype) if is_floating else leaf
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
-    return tree_map(cast, tree)
+    return mapped(cast, tree, "inputs")
 
 
 def _without_cudnn() -> AbstractContextManager[None]:

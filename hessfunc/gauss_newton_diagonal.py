@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from hessfunc import options
 from hessfunc.algorithms.rounds import rows_dtype
 from hessfunc.functional import Loss, several_batches
 from hessfunc.hbp.outputs import each_hessian
@@ -18,10 +19,15 @@ from hessfunc.transforms.batches import Passes, examples, mean_over, microbatche
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.gauss_newton import (
     checked_outputs,
-    hessian_of_outputs,
     refuse_without_halves,
 )
-from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.transforms.kernels import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+)
+from hessfunc.transforms.reductions import noted
 from hessfunc.transforms.share import Loader
 from hessfunc.trees import Matvec, Space, Tree, tree_map
 
@@ -36,13 +42,14 @@ _Build: TypeAlias = Callable[[Sequence[Tensor]], Any]
 _BYTES_AT_ONCE = 64 * 2**20
 
 
+@options.validated(chunk_size=options.whole_number)
 def ggn_diagonal(
     loss: Loss,
     params: Tree,
     batches: Iterable[Any],
     /,
     *,
-    weight: Callable[[Any], float] = examples,
+    weight: Callable[[Any], float] | None = None,
     mesh: DeviceMesh | None = None,
     loader: Loader = "whole",
     chunk_size: int | None = None,
@@ -76,8 +83,8 @@ def ggn_diagonal(
         ValueError: examples see each other, as in batch norm in train mode; the criterion couples
             them; they cannot be told apart; there are no batches.
         MemoryError: the blocks H_b do not fit.
-        RuntimeError: the model does not go through vmap, as an LSTM; ``chunk_size=1`` does not
-            take it.
+        RuntimeError: the model does not go through vmap, as an LSTM; ``chunk_size=1`` is a loop
+            by plain autograd.
 
     Cost: for C outputs an example C - 1 backward passes (cross-entropy) or C; with 10 classes some
     9 gradients on a convolutional net; C^3 operations and C^2 numbers an example for the blocks.
@@ -104,7 +111,7 @@ def diagonal_of(
     /,
     *,
     passes: Passes,
-    weight: Callable[[Any], float],
+    weight: Callable[[Any], float] | None,
     mesh: DeviceMesh | None,
     loader: Loader,
     chunk_size: int | None,
@@ -136,9 +143,17 @@ def _of_batch(loss: Loss, chunk_size: int | None) -> Curvature:
                 "the exact diagonal takes whole parameters, and these are DTensors: gather them "
                 "by `unsharded`, or take `hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
             )
-        point = tuple(leaf.detach() for leaf in space.tree_leaves(params))
-        with explained(space, batch), differentiable_twice(space.device), several_batches():
-            diagonal = space.tree(_diagonal(loss, space, point, batch, chunk_size))
+        refuse_autocast(space.device)
+        with (
+            torch.inference_mode(False),
+            noted(loss, params, batch),
+            explained(space, batch),
+            several_batches(),
+        ):
+            batch = plain_batch(batch)
+            point = tuple(leaf.detach() for leaf in plain_batch(space.tree_leaves(params)))
+            with noted(loss, params, batch), differentiable_twice(space.device):
+                diagonal = space.tree(_diagonal(loss, space, point, batch, chunk_size))
         return lambda block: tree_map(torch.mul, block, diagonal)
 
     return curvature
@@ -162,17 +177,17 @@ def _diagonal(
     for piece, together, value, vector in zip(
         pieces, outputs.split(sizes), values.split(sizes), vectors.split(sizes), strict=True
     ):
-        rows, build = rows_of(piece)
-        each = partial(_of_example, loss, space, point, build, at_once, chunk_size != 1)
         if chunk_size == 1:
-            alone, squares = each(value[0], vector[0], *(row[0] for row in rows))
-            alone = alone[None]
+            alone, squares = _of_one(loss, space, point, piece, value[0], vector[0])
         else:
+            rows, build = rows_of(piece)
+            each = partial(_of_example, loss, space, point, build, at_once)
             alone, every = _over_examples(each, value, vector, *rows)
             squares = [found.sum(0) for found in every]
         _refuse_unless_apart(alone, together)
         for sums, found in zip(total, squares, strict=True):
-            sums += found
+            # The batch itself may require a gradient.
+            sums += found.detach()
     return total
 
 
@@ -182,7 +197,6 @@ def _of_example(
     point: Sequence[Tensor],
     build: _Build,
     at_once: int,
-    mapped: bool,
     values: Tensor,
     vectors: Tensor,
     *rows: Tensor,
@@ -195,10 +209,9 @@ def _of_example(
     outputs, pull, *_ = vjp(model, *point)
     if outputs.numel() != vectors.shape[1]:
         return outputs, []
-    pulled = vmap(pull) if mapped else _stacked(pull)
     total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
     for value, vector in zip(values.split(at_once), vectors.split(at_once), strict=True):
-        gradients = pulled(vector.reshape(-1, *outputs.shape).to(outputs.dtype))
+        gradients = vmap(pull)(vector.reshape(-1, *outputs.shape).to(outputs.dtype))
         total = [
             sums + torch.einsum("c,c...->...", value, gradient.to(value).square())
             for sums, gradient in zip(total, gradients, strict=True)
@@ -209,19 +222,52 @@ def _of_example(
 def _over_examples(each: Callable[..., Any], *rows: Tensor) -> tuple[Tensor, list[Tensor]]:
     try:
         return vmap(each, randomness="different")(*rows)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise RuntimeError(
-            f"the examples of this model do not go through vmap ({str(error).splitlines()[0]}): "
-            "call model.eval() if a layer sees the whole batch; otherwise take chunk_size=1, "
-            "which is a loop"
+            f"the examples of this model do not go through vmap ({_line(error)}): call "
+            "model.eval() if a layer sees the whole batch; otherwise take chunk_size=1, which is a "
+            "loop"
         ) from error
 
 
-def _stacked(
-    pull: Callable[[Tensor], tuple[Tensor, ...]],
-) -> Callable[[Tensor], list[Tensor]]:
-    """As ``vmap(pull)``, by a loop."""
-    return lambda rows: [torch.stack(found) for found in zip(*map(pull, rows), strict=True)]
+def _of_one(
+    loss: Loss,
+    space: Space,
+    point: Sequence[Tensor],
+    batch: Any,
+    values: Tensor,
+    vectors: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """As `_of_example`, for a batch of one example and without `torch.func`."""
+    inputs = [leaf.detach().requires_grad_() for leaf in point]
+    try:
+        outputs = loss.outputs(space.tree(inputs), batch)
+    except NotImplementedError:
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"the model cannot be evaluated on one example alone ({_line(error)}): are the entries "
+            "of the first axis no examples, as the nodes of a graph? Take "
+            "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
+        ) from error
+    total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
+    if outputs.numel() == vectors.shape[1]:
+        for value, vector in zip(values, vectors, strict=True):
+            gradients = torch.autograd.grad(
+                outputs,
+                inputs,
+                vector.view_as(outputs).to(outputs.dtype),
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            for sums, gradient in zip(total, gradients, strict=True):
+                sums += value * gradient.to(value).square()
+    return outputs.detach(), total
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _outputs(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> Tensor:
@@ -238,7 +284,6 @@ def _outputs(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> T
 def _eigenpairs(loss: Loss, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
     """Of each example's block: values ``(B, r)`` and vectors ``(B, r, C)``, without the kernel."""
     blocks = each_hessian(loss.criterion, outputs, batch)
-    _refuse_if_coupled(loss, outputs, batch, blocks)
     values, vectors = torch.linalg.eigh(blocks.to(wide_dtype(blocks.device)))
     size, order = values.abs().amax(0).sort()
     counts = torch.ones_like(order, dtype=torch.bool)
@@ -246,21 +291,6 @@ def _eigenpairs(loss: Loss, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor
     left_out = size.cumsum(0) <= 10 * torch.finfo(blocks.dtype).eps * size.sum()
     counts[order[:-1][left_out[:-1]]] = False
     return values[:, counts].to(blocks.dtype), vectors.mT[:, counts].to(blocks.dtype)
-
-
-def _refuse_if_coupled(loss: Loss, outputs: Tensor, batch: Any, blocks: Tensor) -> None:
-    """Raise unless the blocks of the examples are all of the criterion's Hessian."""
-    tangent = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos().to(outputs)
-    _, product = hessian_of_outputs(loss, outputs.clone().requires_grad_(), batch)
-    (image,) = product([tangent.view_as(outputs)])
-    apart = torch.einsum("bij,bj->bi", blocks, tangent.view(len(outputs), -1))
-    difference = (image.reshape_as(apart) - apart).abs().amax()
-    if difference > torch.finfo(blocks.dtype).eps ** 0.5 * blocks.abs().sum(2).amax():
-        raise ValueError(
-            "the criterion's second derivatives couple examples, and the exact diagonal takes "
-            "one that is a sum over examples: take "
-            "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
-        )
 
 
 def _refuse_unless_apart(alone: Tensor, together: Tensor) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from hessfunc import options
 from hessfunc.algorithms.checkpoint import Directory
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.rounds import Callback
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.functional import Loss
 from hessfunc.gauss_newton_diagonal import diagonal_of
-from hessfunc.transforms.batches import Passes, examples, mean_over
+from hessfunc.transforms.batches import Passes, mean_over
 from hessfunc.transforms.functional_hessian import functional_hvp
 from hessfunc.transforms.share import Loader
 from hessfunc.trees import Space, Tree
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["hessian_trace"]
 
 
+@options.validated(chunk_size=options.whole_number)
 def hessian_trace(
     loss: Loss,
     params: Tree,
@@ -31,7 +33,7 @@ def hessian_trace(
     rtol: float | None = None,
     atol: float | None = None,
     max_matvecs: int = 100,
-    weight: Callable[[Any], float] = examples,
+    weight: Callable[[Any], float] | None = None,
     keep: bool = False,
     mesh: DeviceMesh | None = None,
     loader: Loader = "whole",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -13,30 +12,32 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from hessfunc import options
 from hessfunc.algorithms.results import Result
 from hessfunc.functional import LossFunction, several_batches
-from hessfunc.memory import PeakMemory, available_memory
-from hessfunc.transforms.batches import examples
+from hessfunc.memory import Footprint
 from hessfunc.transforms.blocks import Chunks, ChunkSize
 from hessfunc.transforms.hessian import checked
 from hessfunc.transforms.kernels import explained, precise, same_draws
+from hessfunc.transforms.reductions import Average
 from hessfunc.trees import Space, Tree, leaves
 
 __all__ = ["Landscape", "Normalise", "landscape"]
 
 Normalise: TypeAlias = Literal["filter", "unit"]
 
-# Points in one pass of vmap that are tried, the smallest first; 1 is a loop.
-_SIZES = (1, 4, 16, 64)
-# Times that differ by a smaller factor may differ by chance. After a size that is so much slower
-# than the best no larger one is tried, and only one that is so much faster replaces the loop.
-_CLEAR = 1.25
-# Points that a loop takes between two looks at the clock.
+# Points that may go through one pass of vmap, the most first; 1 is a loop.
+_SIZES = (64, 16, 4, 1)
+# The most entries that an operation may write on average for all points of a pass: beyond that,
+# vmap only moves the arithmetic of small operations out of the caches. Over 13 nets the size that
+# follows takes at most 1.12 times the fastest one's time, on a CPU with one thread.
+_ENTRIES = 2**19
+# An accelerator needs more to be busy.
+_ACCELERATOR_ENTRIES = 2**24
+# The most memory that a pass may take on a CPU: a constant, because what is free changes.
+_PASS_BYTES = 2**30
+# Points between two calls of the callback where a loop takes one after another.
 _IN_A_LOOP = 4
-# How often each is timed; the first time also warms it up.
-_TURNS = 2
-# Of all points that a size may be tried on: where it is slow, little is lost.
-_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -68,6 +69,7 @@ class Landscape(Result):
         return {"shape": tuple(self.values.shape), "loss": loss, "evaluations": self.evaluations}
 
 
+@options.validated(at=options.coordinates)
 def landscape(
     loss: LossFunction,
     params: Tree,
@@ -78,7 +80,7 @@ def landscape(
     points: int = 51,
     at: Tensor | Sequence[Tensor] | None = None,
     normalise: Normalise | None = None,
-    weight: Callable[[Any], float] = examples,
+    weight: Callable[[Any], float] | None = None,
     chunk_size: ChunkSize = "auto",
     callback: Callable[[Landscape], object] | None = None,
 ) -> Landscape:
@@ -89,9 +91,9 @@ def landscape(
     Along a unit eigenvector of the loss's Hessian the second derivative at 0 is its eigenvalue;
     where the loss has kinks, those of ReLU, between any two of them.
 
-    Costs one forward pass for each point and batch. Several points go through one pass by vmap
-    where that is faster: the first points are taken in turns by a loop and in chunks, the rest in
-    the chunks that took the least time, or by the loop where none is 1.25 times as fast.
+    Costs one forward pass for each point and batch, and two more to see what one takes. With
+    ``chunk_size="auto"`` up to 64 points go through one pass by vmap; their number follows from the
+    sizes of the loss's operations, so that every run takes the same path.
 
     Args:
         loss: ``(params, batch) -> scalar``. Models with BatchNorm belong in eval mode; dropout in
@@ -109,7 +111,8 @@ def landscape(
             axis, as long as the filter of params; leaves with fewer than two axes, biases and
             norms, are left out. Shapes of nets whose weights differ in scale can then be
             compared. None: directions as they are.
-        weight: what a batch counts; by default its examples.
+        weight: Weight of a batch in the mean; by default its examples, or the sum of batches for a
+            loss that is a sum, as in `over_batches`.
         chunk_size: points in one pass, 1 for a loop, or ``"auto"``.
         callback: called with the landscape so far after each chunk.
 
@@ -132,14 +135,16 @@ def landscape(
         raise ValueError(_not_a_direction(lengths, normalise))
     axes = _axes(at, radius, points, len(lengths))
     steps = torch.cartesian_prod(*axes).view(-1, len(axes)).to(space.device, space.dtype)
-    seconds: dict[int, list[float]] = {size: [] for size in _sizes(chunk_size, len(steps))}
+    fixed = Chunks(chunk_size).size
+    size = 1 if fixed == "auto" else fixed
     total = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(total)
+    average = Average(weight, several=not isinstance(batches, Sized) or len(batches) != 1)
     evaluations = 0
 
     def so_far(reason: str) -> Landscape:
         return Landscape(
-            values=(total / weights).view(*map(len, axes)),
+            values=(total if average.is_sum else total / weights).view(*map(len, axes)),
             x=axes[0],
             y=axes[1] if len(axes) > 1 else None,
             lengths=lengths,
@@ -149,18 +154,20 @@ def landscape(
             passes=0,
             reason=reason,
             seed=None,
-            choices={f"{len(steps)} points of {space.n}": _fastest(seconds)},
         )
 
     for batch in _not_single(batches):
-        if not (counted := float(weight(batch))) >= 0:
-            raise ValueError(f"the weight of a batch is {counted}: at least 0")
-        if counted == 0:
+        if not average.counts(batch):
             continue
+        average.look(loss, params, batch)
+        counted = average.of(batch)
         value = _along(loss, space, point, along, batch, several=evaluations > 0)
         if not evaluations:
-            _start(value, space, params, batch, seconds, torch.zeros_like(steps[0]))
-        for part, found in _values(value, steps, seconds):
+            measured = _start(value, space, params, batch, torch.zeros_like(steps[0]))
+            if fixed == "auto":
+                size = _size_by_rule(measured, space.device)
+                size = size if _maps(value, steps[:1]) else 1
+        for part, found in _values(value, steps, size, by_rule=fixed == "auto"):
             total[part] += counted * found
             weights[part] += counted
             evaluations += len(found)
@@ -257,13 +264,6 @@ def _axes(
     return axes
 
 
-def _sizes(chunk_size: ChunkSize, points: int) -> list[int]:
-    fixed = Chunks(chunk_size).size
-    if isinstance(fixed, int):
-        return [fixed]
-    return [size for size in _SIZES if size == 1 or _TURNS * size <= _SHARE * points]
-
-
 def _along(
     loss: LossFunction,
     space: Space,
@@ -288,45 +288,60 @@ def _along(
 
 
 def _start(
-    value: Callable[[Tensor], Tensor],
-    space: Space,
-    params: Tree,
-    batch: Any,
-    seconds: dict[int, list[float]],
-    origin: Tensor,
-) -> None:
-    """Look whether there is a loss at params, and leave out chunks that do not fit in memory."""
-    with explained(space, batch), PeakMemory() as memory:
+    value: Callable[[Tensor], Tensor], space: Space, params: Tree, batch: Any, origin: Tensor
+) -> Footprint:
+    """Check that there is a loss at params, and measure one evaluation."""
+    with explained(space, batch), Footprint() as measured:
         checked(value(origin), space, space.tree_leaves(params))
-    fit = available_memory(space.device) // 2 // max(1, memory.peak)
-    for size in [size for size in seconds if size > max(fit, min(seconds))]:
-        del seconds[size]
+    return measured
+
+
+def _size_by_rule(of_one: Footprint, device: torch.device) -> int:
+    """The points of one pass, from the operations of one evaluation of the loss."""
+    on_cpu = device.type == "cpu"
+    entries = (_ENTRIES if on_cpu else _ACCELERATOR_ENTRIES) * max(1, of_one.operations)
+    largest = _PASS_BYTES // max(1, of_one.peak) if on_cpu else _SIZES[0]
+    return next(
+        (size for size in _SIZES if size * of_one.entries <= entries and size <= largest), 1
+    )
+
+
+def _maps(value: Callable[[Tensor], Tensor], steps: Tensor) -> bool:
+    """Whether all operations of the loss have batching rules."""
+    try:
+        _chunk(value, steps, 2)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _values(
-    value: Callable[[Tensor], Tensor], steps: Tensor, seconds: dict[int, list[float]]
+    value: Callable[[Tensor], Tensor], steps: Tensor, size: int, *, by_rule: bool
 ) -> Iterator[tuple[slice, Tensor]]:
     """The values at each of these coordinates, chunk by chunk, on the CPU.
 
     Args:
-        seconds: for a point, in chunks of each size that may be taken; times are added in place.
+        value: Coordinates of one point -> the loss there.
+        steps: Coordinates of all points.
+        size: Points in one pass.
+        by_rule: Whether smaller passes may take over where one of this size fails.
     """
     start = 0
     while start < len(steps):
-        size = _next_size(seconds)
         part = slice(start, start + (_IN_A_LOOP if size == 1 else size))
-        began = time.perf_counter()
         try:
             found = _chunk(value, steps[part], size).to("cpu", torch.float64)
-        except RuntimeError:
-            # An operation without a batching rule, or no memory: smaller chunks may need less.
-            if size == min(seconds):
+        except torch.OutOfMemoryError:
+            if size == 1 or not by_rule:
                 raise
-            for larger in [other for other in seconds if other >= size]:
-                del seconds[larger]
+            size = max(1, size // 4)
             continue
-        if len(seconds[size]) < _TURNS:
-            seconds[size].append((time.perf_counter() - began) / len(found))
+        except RuntimeError:
+            # An operation without a batching rule; an error of the loss comes again from the loop.
+            if size == 1 or not by_rule:
+                raise
+            size = 1
+            continue
         yield part, found
         start += len(found)
 
@@ -335,25 +350,6 @@ def _chunk(value: Callable[[Tensor], Tensor], steps: Tensor, size: int) -> Tenso
     if size == 1:
         return torch.stack([value(step) for step in steps])
     with warnings.catch_warnings():
-        # Operations without a batching rule loop inside of vmap; the turns see what that costs.
+        # Operations without a batching rule loop inside of vmap.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         return torch.vmap(value, randomness="same")(steps)
-
-
-def _next_size(seconds: Mapping[int, Sequence[float]]) -> int:
-    """Each size has its turns, until one is clearly slower; then the fastest is taken."""
-    best = math.inf
-    for size, spent in seconds.items():
-        if len(spent) < _TURNS:
-            return size
-        if min(spent) > _CLEAR * best:
-            break
-        best = min(best, *spent)
-    return _fastest(seconds)
-
-
-def _fastest(seconds: Mapping[int, Sequence[float]]) -> int:
-    """The size whose best turn was the shortest; the loop, where it is not clearly slower."""
-    best = {size: min(spent, default=math.inf) for size, spent in seconds.items()}
-    size = min(best, key=lambda size: best[size])
-    return 1 if best.get(1, math.inf) < _CLEAR * best[size] else size

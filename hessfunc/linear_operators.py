@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.rounds import Products, rows_dtype
+from hessfunc.fingerprints import digest_of, with_fingerprint
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Space, Tree, tree_map
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ _DTYPES: dict[np.dtype[Any], torch.dtype] = {
 _NUMPY_DTYPES = {dtype: own for own, dtype in _DTYPES.items()}
 
 
+@validated
 def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
     """The ``LinearOperator`` of a matvec, for ``eigsh``, ``svds``, ``minres`` and all else.
 
@@ -37,7 +40,6 @@ def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
         like: a tree that says what vectors look like, on any device.
 
     Raises:
-        ModuleNotFoundError: SciPy is not installed.
         TypeError: (from a product) the vector is complex.
         ValueError: (from a product) the vector does not have n entries.
         FloatingPointError: (from a product) an entry of the product is not finite.
@@ -69,6 +71,7 @@ def to_scipy(matvec: Matvec, like: Tree, /) -> LinearOperator:
     )
 
 
+@validated
 def from_scipy(operator: Any, /) -> Matvec:
     """The matvec of a linear operator, sparse matrix or array of SciPy, or of a NumPy array.
 
@@ -83,7 +86,6 @@ def from_scipy(operator: Any, /) -> Matvec:
         operator: symmetric; of a ``LinearOperator``, `check` can tell.
 
     Raises:
-        ModuleNotFoundError: SciPy is not installed.
         TypeError: it is no operator, or not of float32, float64 or integers; (from a product) the
             vectors have another dtype.
         ValueError: it is not square, or a matrix that is not symmetric or not finite; (from a
@@ -93,6 +95,12 @@ def from_scipy(operator: Any, /) -> Matvec:
     """
     if isinstance(operator, Tensor):
         raise TypeError("a tensor is no operator of SciPy: use `dense`")
+    shape = getattr(operator, "shape", None)
+    if not (isinstance(shape, tuple) and len(shape) == 2):
+        raise TypeError(
+            f"a {type(operator).__name__} is no operator of SciPy: pass a matrix, or "
+            "scipy.sparse.linalg.LinearOperator((n, n), f) for a function f of arrays"
+        )
     linear = _linalg().aslinearoperator(operator)
     n = linear.shape[0]
     if linear.shape != (n, n):
@@ -117,6 +125,8 @@ def from_scipy(operator: Any, /) -> Matvec:
         images = linear.matmat(columns).T.astype(own, order="C", casting="same_kind")
         return space.unravel(torch.from_numpy(images).to(space.device))
 
+    if isinstance(operator, np.ndarray):
+        return with_fingerprint(matvec, lambda: {"matrix": digest_of(operator.tobytes())})
     return matvec
 
 
@@ -131,10 +141,7 @@ def _refuse_asymmetric(matrix: Any) -> None:
 
 
 def _linalg() -> ModuleType:
-    try:
-        import scipy.sparse.linalg
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "this needs SciPy, which is not installed: pip install 'hessfunc[scipy]'"
-        ) from None
+    # The import takes as long as a few hundred products.
+    import scipy.sparse.linalg
+
     return scipy.sparse.linalg

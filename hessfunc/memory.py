@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessfunc.trees import Space, leaves, tree_map
 
-__all__ = ["PeakMemory", "available_memory", "available_to"]
+__all__ = ["Footprint", "available_memory", "available_to"]
 
 
 def available_memory(device: torch.device, /) -> int:
@@ -49,19 +49,22 @@ def _control_group(entry: str) -> int | None:
         return None
 
 
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at once, on any device.
+class Footprint(TorchDispatchMode):
+    """What a computation takes: its peak of memory, and its operations and their sizes.
 
     Attributes:
-        now: what those that are alive hold.
-        peak: the most so far.
-        largest: of a single tensor.
+        now: Bytes of the tensors that were made inside and are alive.
+        peak: Largest value of ``now`` so far.
+        largest: Bytes of the largest single tensor.
+        operations: Number of operations that made new tensors; views do not count.
+        entries: Number of entries that these operations wrote.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held: dict[int, int] = {}
         self.now = self.peak = self.largest = 0
+        self.operations = self.entries = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -69,6 +72,9 @@ class PeakMemory(TorchDispatchMode):
         args, kwargs = tree_map(_with_memory, (args, kwargs or {}))
         given = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **kwargs)
+        if not func.is_view:
+            self.operations += 1
+            self.entries += sum(x.numel() for x in leaves(out) if isinstance(x, Tensor))
         for storage in _storages(out):
             # A view of what was made outside is not new.
             if storage._cdata not in given:

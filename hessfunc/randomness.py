@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from hessfunc.precision import wide_dtype
 
-__all__ = ["mixed", "normals", "of_matrix", "signs", "uniforms"]
+__all__ = ["keys", "mixed", "normals", "of_matrix", "signs", "uniforms"]
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -48,28 +50,46 @@ def of_matrix(seed: int | None, /) -> int:
     return secrets.randbits(63)
 
 
-def signs(key: int, places: range, device: torch.device, /) -> Tensor:
-    """+1 or -1 at these places of an endless sequence, int8."""
-    first = places.start // 64
-    octets = _words(key, range(first, -(-places.stop // 64)), device).view(torch.uint8)
+def keys(seed: int, indices: Sequence[int], leaves: range, device: torch.device, /) -> Tensor:
+    """The keys ``mixed(seed, index, leaf)``, int64 ``(indices, leaves)``."""
+    states = [_signed((mixed(seed, index) + _GOLDEN) & _WORD) for index in indices]
+    rows = torch.tensor(states, dtype=torch.int64, device=device)[:, None]
+    return _finalised(rows + torch.arange(leaves.start, leaves.stop, device=device))
+
+
+def signs(keys: Tensor, places: Sequence[range], device: torch.device, /) -> Tensor:
+    """+1 or -1 at places of endless sequences, one for each key, one behind another: int8.
+
+    Args:
+        keys: Keys ``(k, l)``.
+        places: Places in the sequences of each column.
+        device: Device of the result.
+
+    Returns:
+        Signs ``(k, total number of places)``.
+    """
+    words, chosen = _chosen(keys, places, 64, device)
+    octets = words.view(torch.uint8)
     within = torch.arange(8, dtype=torch.uint8, device=device)
-    bits = (octets[:, None] >> within).bitwise_and_(1).flatten()
-    bits = bits[places.start - 64 * first : places.stop - 64 * first]
-    return bits.to(torch.int8).mul_(2).sub_(1)
+    bits = (octets[:, :, None] >> within).bitwise_and_(1).flatten(1)
+    return bits[:, chosen].view(torch.int8).mul_(2).sub_(1)
 
 
-def normals(key: int, places: range, device: torch.device, /) -> Tensor:
-    """Standard normals at these places of an endless sequence, float64 where the device has it.
+def normals(keys: Tensor, places: Sequence[range], device: torch.device, /) -> Tensor:
+    """Standard normals at places of endless sequences, float64 where the device has it.
 
-    Box and Muller 1958: each word gives two 32-bit uniforms, and they two normals.
+    Box and Muller 1958: each word gives two 32-bit uniforms, and they two normals. Arguments are
+    those of `signs`.
     """
     wide = wide_dtype(device)
-    first = places.start // 2
-    words = _words(key, range(first, -(-places.stop // 2)), device)
+    words, chosen = _chosen(keys, places, 2, device)
     radius = _shifted(words, 32).to(wide).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
     angle = words.bitwise_and_((1 << 32) - 1).to(wide).mul_(2 * math.pi * 2.0**-32)
-    both = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()
-    return both[places.start - 2 * first : places.stop - 2 * first]
+    del words
+    both = torch.empty(*radius.shape, 2, dtype=wide, device=device)
+    torch.mul(radius, angle.cos(), out=both[..., 0])
+    torch.mul(radius, angle.sin_(), out=both[..., 1])
+    return both.flatten(1)[:, chosen]
 
 
 def uniforms(count: int, /, *key: int, device: torch.device) -> Tensor:
@@ -85,7 +105,52 @@ def _signed(word: int) -> int:
 def _words(key: int, places: range, device: torch.device) -> Tensor:
     """The 64-bit words of a key at these places."""
     words = torch.arange(places.start + 1, places.stop + 1, dtype=torch.int64, device=device)
-    words.mul_(_signed(_GOLDEN)).add_(_signed(key))
+    return _finalised(words.mul_(_signed(_GOLDEN)).add_(_signed(key)))
+
+
+def _chosen(
+    keys: Tensor, places: Sequence[range], entries: int, device: torch.device
+) -> tuple[Tensor, slice | Tensor]:
+    """The words of which the places are made, and which of their entries are at the places.
+
+    Args:
+        keys: Keys ``(k, l)``.
+        places: Places in the sequences of each column.
+        entries: How many entries a word gives.
+        device: Device of the words.
+
+    Returns:
+        Words ``(k, w)``, and the chosen ones among ``w * entries`` entries.
+    """
+    firsts = [part.start // entries for part in places]
+    counts = [
+        -(-part.stop // entries) - a if part else 0 for part, a in zip(places, firsts, strict=True)
+    ]
+    if len(places) == 1:
+        positions = torch.arange(firsts[0] + 1, firsts[0] + counts[0] + 1, device=device)
+        begin = places[0].start - entries * firsts[0]
+        chosen: slice | Tensor = slice(begin, begin + len(places[0]))
+        words = keys.expand(-1, counts[0])
+    else:
+        lengths = list(map(len, places))
+        before = list(accumulate(counts, initial=0))[:-1]
+        at = list(accumulate(lengths, initial=0))[:-1]
+        shifts = [a - b for a, b in zip(firsts, before, strict=True)]
+        offsets = [
+            entries * (b - a) + part.start - c
+            for part, a, b, c in zip(places, firsts, before, at, strict=True)
+        ]
+        table = torch.tensor([counts, lengths, shifts, offsets], dtype=torch.int64, device=device)
+        positions = torch.arange(1, sum(counts) + 1, device=device)
+        positions += table[2].repeat_interleave(table[0], output_size=sum(counts))
+        chosen = torch.arange(sum(lengths), device=device)
+        chosen += table[3].repeat_interleave(table[1], output_size=sum(lengths))
+        words = keys.repeat_interleave(table[0], dim=1, output_size=sum(counts))
+    return _finalised(words + positions * _signed(_GOLDEN)), chosen
+
+
+def _finalised(words: Tensor) -> Tensor:
+    """SplitMix64's finaliser, in place."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
     return words.bitwise_xor_(_shifted(words, 31))

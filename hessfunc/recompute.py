@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hessfunc import options
 from hessfunc.transforms.kernels import differentiable_twice
-from hessfunc.trees import Tree, first_of, flatten, leaves
+from hessfunc.trees import Tree, batch_leaves, first_of, flatten, leaves
 
 __all__ = ["no_module", "recomputed", "recomputing", "segments_of"]
 
 Pure = Callable[..., tuple[Tensor, ...]]
 
 
+@options.validated(fn=options.called)
 def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
     """A function that keeps its arguments alone for the derivatives, and computes the rest again.
 
@@ -32,11 +34,13 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
             require a gradient must not come by closure.
 
     Raises:
-        TypeError: (from the function) it returns something else than floating-point tensors.
+        TypeError: (from the function) it returns something else than floating-point tensors; an
+            object among its arguments holds tensors that require a gradient.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         found, structure = flatten((args, kwargs))
+        _refuse_hidden(found)
         floating = [i for i, leaf in enumerate(found) if _is_floating(leaf)]
         others = [
             i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and i not in floating
@@ -51,16 +55,31 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
             inner_args, inner_kwargs = structure.unflatten(leaves)
             with replayed() if returned else nullcontext():
                 out, out_structure = flatten(fn(*inner_args, **inner_kwargs))
-            if not all(_is_floating(leaf) for leaf in out):
+            if not out or not all(_is_floating(leaf) for leaf in out):
                 raise TypeError("a recomputed function must return floating-point tensors alone")
             returned[:] = [out_structure]
-            return tuple(out)
+            # An argument that is returned as it is must not be saved as an output.
+            return tuple(
+                leaf.view_as(leaf) if any(leaf is one for one in tensors) else leaf for leaf in out
+            )
 
         tensors = [found[i] for i in floating + others]
         out = _Recomputed.apply(pure, len(floating), *tensors)  # type: ignore[no-untyped-call]
         return returned[0].unflatten(out)
 
     return call
+
+
+def _refuse_hidden(arguments: Sequence[Any]) -> None:
+    """Raise where an object among the arguments holds tensors that require a gradient."""
+    for leaf in arguments:
+        inner = [] if isinstance(leaf, Tensor) else batch_leaves(leaf)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in inner):
+            raise TypeError(
+                f"a {type(leaf).__name__} among the arguments of a recomputed function holds "
+                "tensors that require a gradient, which would be lost: pass them in a tuple or a "
+                "dict"
+            )
 
 
 class Segment(nn.Module):

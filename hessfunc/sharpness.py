@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessfunc import options
 from hessfunc.functional import LossFunction
+from hessfunc.options import validated
 from hessfunc.transforms.kernels import differentiable_twice
 from hessfunc.trees import Space, Tree
 
@@ -36,6 +38,7 @@ class Sharpness:
     converged: bool
 
 
+@options.validated(start=options.finite)
 def critical_sharpness(
     loss: LossFunction, /, *, rtol: float = 0.01, start: float = 1.0, max_evaluations: int = 100
 ) -> Callable[[Tree, Any, Tree], Sharpness]:
@@ -120,6 +123,7 @@ def critical_sharpness(
     return of
 
 
+@validated
 def adam_diagonal(optimizer: torch.optim.Optimizer, model: nn.Module, /) -> dict[str, Tensor]:
     """The diagonal P by which Adam divides its steps, a tree like the params of ``functional``.
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from hessfunc import options
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.results import Density
 from hessfunc.functional import LossFunction, hold
-from hessfunc.transforms.batches import examples, over_batches
+from hessfunc.transforms.batches import over_batches
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Matvec, Space, Tree, split
@@ -24,6 +25,11 @@ def _density(matvec: Matvec, like: Tree) -> Density:
     return slq(matvec, like, probes=1, steps=50)
 
 
+@options.validated(
+    params=options.mapping,
+    curvature=options.factory,
+    callback=options.function_of(2, "(name, result)"),
+)
 def block_spectra(
     loss: LossFunction,
     params: Mapping[str, Any],
@@ -31,7 +37,7 @@ def block_spectra(
     /,
     *,
     blocks: Mapping[str, Pattern] | Iterable[str] | None = None,
-    weight: Callable[[Any], float] = examples,
+    weight: Callable[[Any], float] | None = None,
     keep: bool = False,
     curvature: Callable[[Any], Curvature] = hvp,
     algorithm: Callable[[Matvec, Tree], Any] = _density,
@@ -47,7 +53,7 @@ def block_spectra(
         params: at which the curvature is taken.
         batches: any re-iterable of batches; of several the mean weighted by examples is taken.
         blocks: the name of each block and its leaves, as patterns of `split`; or patterns alone.
-            By default each leaf is a block.
+            By default each leaf that has entries is a block.
         weight: what a batch counts, as in `over_batches`: for language models, its tokens.
         keep: keep the graphs of all batches while a block is worked on.
         curvature: loss -> curvature function, such as `hvp` or `ggnvp`.
@@ -65,7 +71,10 @@ def block_spectra(
     """
     patterns: Mapping[str, Pattern]
     if blocks is None:
-        patterns = {name: [name] for name in Space.of(params).names}
+        space = Space.of(params)
+        patterns = {
+            name: [name] for name, size in zip(space.names, space.sizes, strict=True) if size
+        }
     elif isinstance(blocks, Mapping):
         patterns = blocks
     else:

@@ -7,23 +7,32 @@ a tree without a copy, and its leaves are written back to one row with one copy.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import fnmatch
+import gc
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
+from itertools import pairwise
+from logging import Logger
+from pathlib import PurePath
+from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
+import numpy as np
 import optree
 import torch
 import torch.utils._cxx_pytree  # Registers torch's containers, and those to come, with optree.
-from torch import Tensor
+from torch import Tensor, nn
 
+from hessfunc import options
+from hessfunc.options import validated
 from hessfunc.precision import wide_dtype
-from hessfunc.randomness import mixed, normals, signs
+from hessfunc.randomness import keys, normals, signs
 
 if TYPE_CHECKING:
     from hessfunc.distributed.ranks import Ranks
@@ -37,8 +46,12 @@ __all__ = [
     "batch_leaves",
     "first_of",
     "flatten",
+    "is_array",
+    "leaf_paths",
     "leaves",
+    "mapped",
     "merge",
+    "opened",
     "random_like",
     "ravel",
     "split",
@@ -53,12 +66,17 @@ Tree: TypeAlias = Any
 # A tensor whose last axis runs over the entries of a vector, or over those that are held here.
 Rows: TypeAlias = Tensor
 Matvec: TypeAlias = Callable[[Tree], Tree]
+# (keys, places, device) -> random numbers.
+Draw: TypeAlias = Callable[[Tensor, Sequence[range], torch.device], Tensor]
 ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]
 
 # Inner products of two blocks that are taken in float64 throughout.
 _FEW_PRODUCTS = 4
 # Entries that are converted to float64 at once: they stay in the cache.
 _PIECE = 2**16
+# Random entries that are drawn at once, which take about 2 and 24 bytes each.
+_PIECE_OF_SIGNS = 2**18
+_PIECE_OF_NORMALS = 2**15
 # The same for other devices, where starting the kernels of a piece would take longer than they do.
 _PIECE_OF_DEVICE = 2**22
 # The namespace in which optree sees the containers that are registered with torch.
@@ -85,14 +103,309 @@ def leaves(tree: Tree, /) -> list[Any]:
 
 
 def batch_leaves(batch: Any, /) -> list[Any]:
-    """The leaves of whatever a loader yields: mappings and data classes count as containers."""
-    found = leaves(batch)
-    if len(found) == 1 and found[0] is batch and not isinstance(batch, Tensor):
-        if isinstance(batch, Mapping):
-            return leaves(dict(batch))
-        if dataclasses.is_dataclass(batch):
-            return leaves(vars(batch))
+    """Return the leaves of a batch, with objects that hold tensors opened.
+
+    An object that cannot be opened is a leaf; `opened` refuses it.
+    """
+    return _Opened.of(batch, None, {}).leaves
+
+
+def opened(
+    tree: Any, what: str, /, *, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """Return the leaves of any structure that holds tensors, and a function that rebuilds it.
+
+    Beside the containers that are registered with torch, every object that holds tensors is
+    opened: mappings, subclasses of dict, list and tuple, data classes and instances of any other
+    class, by their ``__dict__`` and ``__slots__``. The function takes other leaves and returns a
+    copy of the structure that holds them; it never writes into the original.
+
+    Args:
+        tree: Batch, inputs or outputs.
+        what: Name of the tree for messages, such as ``"batch"``.
+        is_leaf: Predicate of further values that count as leaves.
+
+    Raises:
+        TypeError: An object holds tensors and cannot be opened, or (from the function) copied.
+    """
+    found = _Opened.of(tree, is_leaf, {})
+    found.refuse_hidden(what)
+    return found.leaves, lambda leaves: found.rebuilt(iter(leaves), {})
+
+
+def leaf_paths(
+    tree: Any, root: str, /, *, is_leaf: Callable[[Any], bool] | None = None
+) -> list[str]:
+    """Return the expression that reaches each leaf of `opened` from a variable named root."""
+    return _Opened.of(tree, is_leaf, {}).paths(root)
+
+
+def mapped(fn: Callable[[Tensor], Tensor], tree: Any, what: str, /) -> Any:
+    """Return a structure with ``fn`` of each of its tensors, objects opened as by `opened`."""
+    found, rebuilt = opened(tree, what)
+    if not any(isinstance(leaf, Tensor) for leaf in found):
+        return tree
+    return rebuilt(fn(leaf) if isinstance(leaf, Tensor) else leaf for leaf in found)
+
+
+def is_array(leaf: Any, /) -> bool:
+    """Whether a leaf is a tensor or a NumPy array of numbers, text or dates."""
+    return isinstance(leaf, Tensor) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind != "O")
+
+
+# Values that hold no tensors, or are leaves themselves.
+_CLOSED = (
+    *(Tensor, np.ndarray, np.generic, str, bytes, bytearray, int, float, complex, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.Generator, torch.Size),
+    *(type, ModuleType, CodeType, Enum, PurePath, range, slice),
+)
+# Objects within objects that are opened.
+_DEEPEST = 16
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Another reference to an object that is opened elsewhere in the structure."""
+
+    owner: Any
+
+
+@dataclass(frozen=True)
+class _Hiding:
+    """A leaf that holds tensors and cannot be opened."""
+
+    leaf: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Content:
+    """What an object holds: its attributes, and the items of a mapping or elements of a sequence.
+
+    Attributes:
+        owner: Object itself.
+        kinds: Kind of each place: ``"attribute"``, ``"slot"``, ``"item"`` or ``"element"``.
+        places: Name of each attribute, key of each item or number of each element.
+        values: Value at each place, opened.
+    """
+
+    owner: Any
+    kinds: tuple[str, ...]
+    places: tuple[Any, ...]
+    values: _Opened
+
+    @classmethod
+    def of(
+        cls, owner: Any, is_leaf: Callable[[Any], bool] | None, seen: dict[int, Any], depth: int
+    ) -> _Content | None:
+        """Open an object; None if it holds no tensor, or lies too deep to be data."""
+        held = [*_attributes(owner), *_items(owner)]
+        if not held or isinstance(owner, FunctionType | partial | Logger):
+            return None
+        seen[id(owner)] = owner
+        kinds, places, values = zip(*held, strict=True)
+        inner = _Opened.of(list(values), is_leaf, seen, depth + 1)
+        holds = any(isinstance(x, _Content | _Hiding) or is_array(x) for x in inner.slots)
+        return cls(owner, kinds, places, inner) if holds else None
+
+    def rebuilt(self, found: Iterator[Any], made: dict[int, Any]) -> Any:
+        """Return a copy of the object that holds the next of these leaves."""
+        if isinstance(self.owner, tuple | MappingProxyType):
+            return self._immutable(self.values.rebuilt(found, made))
+        try:
+            new = copy.copy(self.owner)
+        except (TypeError, NotImplementedError, AttributeError, copy.Error) as error:
+            raise self._not_copied(str(error)) from None
+        if new is self.owner:
+            raise self._not_copied("`copy.copy` returns the object itself")
+        made[id(self.owner)] = new
+        if getattr(self.owner, "__dict__", None) is self.owner:
+            # A dict whose attributes are its items stays one.
+            new.__dict__ = new
+        values = self.values.rebuilt(found, made)
+        for kind, place, value in zip(self.kinds, self.places, values, strict=True):
+            match kind:
+                case "attribute":
+                    new.__dict__[place] = value
+                case "slot":
+                    object.__setattr__(new, place, value)
+                case "item":
+                    dict.__setitem__(new, place, value)
+                case _:
+                    list.__setitem__(new, place, value)
+        return new
+
+    def _immutable(self, values: Sequence[Any]) -> Any:
+        if isinstance(self.owner, MappingProxyType):
+            return MappingProxyType(dict(zip(self.places, values, strict=True)))
+        elements = [v for v, kind in zip(values, self.kinds, strict=True) if kind == "element"]
+        new = tuple.__new__(type(self.owner), elements)
+        for kind, place, value in zip(self.kinds, self.places, values, strict=True):
+            if kind == "attribute":
+                new.__dict__[place] = value
+        return new
+
+    def _not_copied(self, reason: str) -> TypeError:
+        return TypeError(
+            f"a {type(self.owner).__name__} holds tensors and cannot be copied ({reason}): "
+            "hold them in a tuple, a dict or a dataclass"
+        )
+
+    def paths(self, root: str) -> list[str]:
+        """Return the expression that reaches each leaf from the object, named root."""
+        roots = [
+            f"{root}.{place}" if kind in ("attribute", "slot") else f"{root}[{place!r}]"
+            for kind, place in zip(self.kinds, self.places, strict=True)
+        ]
+        # The structure is that of the list of values.
+        return self.values.below(
+            [one[1:].codify(roots[one[0].entry]) for one in self.values.structure.accessors()]
+        )
+
+
+def _attributes(owner: Any) -> list[tuple[str, Any, Any]]:
+    """Return the attributes of an instance that hold its state: (kind, name, value)."""
+    state = getattr(owner, "__dict__", None)
+    found = []
+    # A dict whose attributes are its items, by ``self.__dict__ = self``, has no others.
+    if isinstance(state, dict) and state is not owner:
+        found = [("attribute", name, value) for name, value in state.items()]
+    for kind in type(owner).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else tuple(slots):
+            private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
+            if slot not in ("__dict__", "__weakref__") and hasattr(owner, name):
+                found.append(("slot", name, getattr(owner, name)))
     return found
+
+
+def _items(owner: Any) -> list[tuple[str, Any, Any]]:
+    """Return the items of a dict or the elements of a list or tuple: (kind, place, value)."""
+    if isinstance(owner, dict):
+        return [("item", key, value) for key, value in dict.items(owner)]
+    if isinstance(owner, MappingProxyType):
+        return [("item", key, value) for key, value in owner.items()]
+    if isinstance(owner, list):
+        return [("element", i, value) for i, value in enumerate(list.__iter__(owner))]
+    if isinstance(owner, tuple):
+        return [("element", i, value) for i, value in enumerate(tuple.__iter__(owner))]
+    return []
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """A structure of registered containers, with the objects among its leaves opened.
+
+    Attributes:
+        structure: Structure of the registered containers.
+        slots: Leaves of the structure: each a leaf, `_Content`, `_Seen` or `_Hiding`.
+    """
+
+    structure: optree.PyTreeSpec
+    slots: list[Any]
+
+    @classmethod
+    def of(
+        cls,
+        tree: Any,
+        is_leaf: Callable[[Any], bool] | None,
+        seen: dict[int, Any],
+        depth: int = 0,
+    ) -> _Opened:
+        """Open a structure; ``seen`` has the objects that are opened already, by their id."""
+
+        def slot(leaf: Any) -> Any:
+            is_object = isinstance(leaf, np.ndarray) and leaf.dtype.kind == "O"
+            if isinstance(leaf, _CLOSED) and not is_object:
+                return leaf
+            if is_leaf is not None and is_leaf(leaf):
+                return leaf
+            if id(leaf) in seen:
+                return _Seen(leaf)
+            content = _Content.of(leaf, is_leaf, seen, depth) if depth < _DEEPEST else None
+            if content is None:
+                return _Hiding(leaf) if _hides_tensors(leaf) else leaf
+            return content
+
+        with _torch_order():
+            found, structure = optree.tree_flatten(tree, is_leaf, namespace=_NAMESPACE)
+        return cls(structure, [slot(leaf) for leaf in found])
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The leaves, with those of each object in its place."""
+        found: list[Any] = []
+        for slot in self.slots:
+            if isinstance(slot, _Content):
+                found.extend(slot.values.leaves)
+            elif not isinstance(slot, _Seen):
+                found.append(slot.leaf if isinstance(slot, _Hiding) else slot)
+        return found
+
+    def rebuilt(self, found: Iterator[Any], made: dict[int, Any]) -> Any:
+        """Return the structure with the next of these leaves; ``made`` has the copied objects."""
+
+        def value(slot: Any) -> Any:
+            if isinstance(slot, _Content):
+                return slot.rebuilt(found, made)
+            if isinstance(slot, _Seen):
+                return made.get(id(slot.owner), slot.owner)
+            return next(found)
+
+        return self.structure.unflatten(map(value, self.slots))
+
+    def paths(self, root: str) -> list[str]:
+        """Return the expression that reaches each leaf from a variable named root."""
+        return self.below([one.codify(root) for one in self.structure.accessors()])
+
+    def below(self, paths: Sequence[str]) -> list[str]:
+        """Return the expression that reaches each leaf, given those of the slots."""
+        found: list[str] = []
+        for path, slot in zip(paths, self.slots, strict=True):
+            if isinstance(slot, _Content):
+                found.extend(slot.paths(path))
+            elif not isinstance(slot, _Seen):
+                found.append(path)
+        return found
+
+    def refuse_hidden(self, what: str) -> None:
+        """Raise for a leaf that holds tensors and cannot be opened."""
+        for hiding in self._hiding():
+            names = (p for p, x in zip(self.paths(what), self.leaves, strict=True) if x is hiding)
+            raise TypeError(
+                f"{next(names)} is a {type(hiding).__name__} that holds tensors, which would not "
+                "be seen: hold them in a tuple, a dict or a dataclass"
+            )
+
+    def _hiding(self) -> Iterator[Any]:
+        for slot in self.slots:
+            if isinstance(slot, _Content):
+                yield from slot.values._hiding()
+            elif isinstance(slot, _Hiding):
+                yield slot.leaf
+
+
+def _hides_tensors(leaf: Any, depth: int = 4) -> bool:
+    """Whether a value that cannot be opened, such as a closure or a set, holds a tensor."""
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype.kind == "O" and any(isinstance(x, Tensor) for x in leaf.flat)
+    if isinstance(leaf, _CLOSED) or depth == 0:
+        return False
+    if isinstance(leaf, FunctionType):
+        # What a function reads from its module is not its own.
+        cells = [cell.cell_contents for cell in leaf.__closure__ or () if _is_filled(cell)]
+        held = [*cells, *(leaf.__defaults__ or ()), *(leaf.__kwdefaults__ or {}).values()]
+    else:
+        held = gc.get_referents(leaf)
+    return any(isinstance(x, Tensor) or _hides_tensors(x, depth - 1) for x in leaves(held))
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
 
 
 def tree_map(fn: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:
@@ -108,11 +421,29 @@ def whole(leaf: Tensor, /) -> Tensor:
 
 
 def _names(structure: optree.PyTreeSpec) -> tuple[str, ...]:
-    return tuple(".".join(map(_label, path)) or "params" for path in structure.paths())
+    paths = structure.paths()
+    dotted = [".".join(map(_label, path)) or "params" for path in paths]
+    if len(set(dotted)) == len(dotted):
+        return tuple(dotted)
+    # The keys 1 and "1", or "a.b" and "a" before "b", look alike with dots.
+    several = {name for name in dotted if dotted.count(name) > 1}
+    return tuple(
+        "".join(f"[{key!r}]" for key in path) if name in several else name
+        for name, path in zip(dotted, paths, strict=True)
+    )
 
 
 def _label(key: Any) -> str:
     return f"{key[0]}[{key[1]}]" if isinstance(key, tuple) and len(key) == 2 else str(key)
+
+
+def _advice(leaf: object) -> str:
+    """The tensor that should stand in the place of another object, as the end of a message."""
+    if isinstance(leaf, np.ndarray):
+        return ": pass torch.from_numpy(array), or `from_scipy(operator)` for a NumPy function"
+    if isinstance(leaf, nn.Module):
+        return ": pass its parameters, `model_fn, params = functional(model)`"
+    return ""
 
 
 def _described(names: Sequence[str]) -> str:
@@ -154,7 +485,9 @@ class Space:
             raise ValueError("the tree has no leaf: are all parameters frozen?")
         for name, leaf in zip(names, found, strict=True):
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}, not a tensor")
+                raise TypeError(
+                    f"leaf {name!r} is a {type(leaf).__name__}, not a tensor{_advice(leaf)}"
+                )
             if not leaf.is_floating_point():
                 raise TypeError(
                     f"leaf {name!r} has dtype {leaf.dtype}; curvature needs real floating-point "
@@ -284,7 +617,8 @@ class Space:
         found = self._leaves_of_structure(tree)
         length = found[0].shape[:batch_dims]
         for name, shape, leaf in zip(self.names, self.shapes, found, strict=True):
-            if leaf.shape != length + shape or leaf.device != self.device:
+            fits = leaf.shape == length + shape and leaf.device == self.device
+            if not (fits and leaf.is_floating_point()):
                 self._refuse(name, shape, leaf, length, batch_dims)
         return found
 
@@ -292,6 +626,11 @@ class Space:
         self, name: str, shape: torch.Size, leaf: Tensor, length: torch.Size, batch_dims: int
     ) -> None:
         what = "block" if batch_dims else "vector"
+        if not leaf.is_floating_point():
+            raise TypeError(
+                f"leaf {name!r} of the {what} has dtype {leaf.dtype}, and vectors are real and "
+                f"floating-point: {'take its real part' if leaf.is_complex() else 'call .float()'}"
+            )
         if leaf.device != self.device:
             raise ValueError(
                 f"leaf {name!r} of the {what} lies on {leaf.device}, expected {self.device}"
@@ -324,7 +663,7 @@ class Space:
             if not isinstance(leaf, Tensor):
                 raise ValueError(
                     f"the vector does not have the structure of the parameters: at {name!r} it "
-                    f"has a {type(leaf).__name__} where a tensor is due"
+                    f"has a {type(leaf).__name__} where a tensor is due{_advice(leaf)}"
                 )
         return found
 
@@ -340,6 +679,11 @@ class Space:
         self, found: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
     ) -> Tensor:
         """The rows ``(k, n)`` of a block's leaves: one copy."""
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in found):
+            # Autograd has no copy into a view of one tensor among several.
+            return torch.cat([leaf.flatten(1) for leaf in map(_with_axis, found)], dim=1).to(
+                dtype or self.dtype
+            )
         rows = torch.empty(len(found[0]), self.n, dtype=dtype or self.dtype, device=self.device)
         for target, leaf in zip(self._views(rows), found, strict=True):
             target.copy_(leaf)
@@ -364,8 +708,9 @@ class Space:
 
     def accumulate(self, rows: Tensor, block: Tree, /, *, weight: float) -> None:
         """Add a block, times a weight, to whole rows."""
-        for target, leaf in zip(self._views(rows), leaves(block), strict=True):
-            target.add_(leaf, alpha=weight)
+        with torch.no_grad():
+            for target, leaf in zip(self._views(rows), leaves(block), strict=True):
+                target.add_(leaf, alpha=weight)
 
     def _views(self, rows: Tensor) -> list[Tensor]:
         parts = rows.split(self.sizes, dim=-1)
@@ -421,10 +766,16 @@ class Space:
         return self._norms(rows)
 
     def _norms(self, rows: Tensor) -> Tensor:
-        # One by one, as torch makes a copy in float64.
+        # In pieces, as torch makes a copy in float64.
         wide = wide_dtype(rows.device)
-        lengths = [torch.linalg.vector_norm(row, dim=1, dtype=wide) for row in rows.split(1)]
-        return torch.cat(lengths)
+        piece = _PIECE if rows.device.type == "cpu" else _PIECE_OF_DEVICE
+        if rows.dtype == wide or rows.shape[1] <= piece:
+            lengths = [torch.linalg.vector_norm(row, dim=1, dtype=wide) for row in rows.split(1)]
+            return torch.cat(lengths)
+        parts = [
+            torch.linalg.vector_norm(part.to(wide), dim=1) for part in rows.split(piece, dim=1)
+        ]
+        return torch.linalg.vector_norm(torch.stack(parts), dim=0)
 
     def combine(self, coefficients: Tensor, rows: Tensor, /) -> Tensor:
         """The combinations ``coefficients @ rows`` in the rows' dtype, shape ``(j, n)``."""
@@ -436,9 +787,27 @@ class Space:
         products = (rows * others).split([len(span) for span in self.spans], dim=1)
         return self.summed(torch.stack([part.sum(1, dtype=wide) for part in products], dim=1))
 
-    def entries(self, i: int, of: Callable[[range, torch.device], Tensor], /) -> Tensor:
-        """What a function of places in the flat i-th leaf is at those that a row holds here."""
-        return of(self.spans[i], self.device)
+    def draw(
+        self, rows: Tensor, of: Draw, keys: Callable[[range], Tensor], scratch: int, /
+    ) -> None:
+        """Fill rows with random numbers, one call of ``of`` for many small leaves.
+
+        Args:
+            rows: Rows to fill.
+            of: Function of keys and places, as `signs`.
+            keys: Function of a range of leaves: their keys for each row, ``(k, leaves)``.
+            scratch: Entries that are drawn at once: they stay in the cache.
+        """
+        begin = 0
+        for leaves_, places in _grouped(self.spans, max(1, scratch // len(rows))):
+            end = begin + sum(map(len, places))
+            of_rows = [slice(0, len(rows))]
+            if (end - begin) * len(rows) > scratch:
+                of_rows = [slice(i, i + 1) for i in range(len(rows))]
+            found = keys(leaves_)
+            for some in of_rows:
+                rows[some, begin:end] = of(found[some], places, self.device)
+            begin = end
 
     def probes(
         self,
@@ -461,22 +830,57 @@ class Space:
         if kind not in get_args(ProbeKind):
             raise ValueError(f"kind={kind!r}: choose 'signs', 'normal' or 'sphere'")
         rows = torch.empty(len(indices), self.width, dtype=dtype or self.dtype, device=self.device)
-        draw = signs if kind == "signs" else normals
-        widths = [len(span) for span in self.spans]
-        for row, index in zip(rows, indices, strict=True):
-            for i, part in enumerate(row.split(widths)):
-                part.copy_(self.entries(i, partial(draw, mixed(seed, index, i))))
+        if len(indices):
+            on_cpu = self.device.type == "cpu"
+            of, piece = (
+                (signs, _PIECE_OF_SIGNS) if kind == "signs" else (normals, _PIECE_OF_NORMALS)
+            )
+            self.draw(
+                rows,
+                of,
+                lambda leaves_: keys(seed, indices, leaves_, self.device),
+                piece if on_cpu else _PIECE_OF_DEVICE,
+            )
         if kind == "sphere":
             rows *= (math.sqrt(self.n) / self.norms(rows)).to(rows.dtype)[:, None]
         return rows
 
 
+def _with_axis(leaf: Tensor) -> Tensor:
+    """A leaf of a block, with an axis of entries if those are numbers."""
+    return leaf if leaf.dim() > 1 else leaf[:, None]
+
+
+def _grouped(spans: Sequence[range], most: int) -> Iterator[tuple[range, list[range]]]:
+    """Runs of leaves with their places, or pieces of one leaf, of ``most`` entries at most."""
+    # Each word of random bits gives 64 signs.
+    most = max(64, most // 64 * 64)
+    begin, places, total = 0, list[range](), 0
+    for i, span in enumerate(spans):
+        if places and total + len(span) > most:
+            yield range(begin, i), places
+            begin, places, total = i, [], 0
+        if len(span) > most:
+            cuts = [*range(span.start, span.stop, most), span.stop]
+            for start, stop in pairwise(cuts):
+                yield range(i, i + 1), [range(start, stop)]
+            begin = i + 1
+        else:
+            places.append(span)
+            total += len(span)
+    if places:
+        yield range(begin, len(spans)), places
+
+
 def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], None]:
     """A check that raises once one of these leaves has been changed in place."""
-    versions = [leaf._version for leaf in found]
+    # Inference tensors have no version.
+    tracked = [
+        (n, x, x._version) for n, x in zip(names, found, strict=True) if not x.is_inference()
+    ]
 
     def refuse_if_changed() -> None:
-        for name, leaf, version in zip(names, found, versions, strict=True):
+        for name, leaf, version in tracked:
             if leaf._version != version:
                 raise RuntimeError(
                     f"parameter {name!r} has changed in place since this matvec was made (an "
@@ -487,12 +891,14 @@ def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], 
     return refuse_if_changed
 
 
+@options.validated(tree=options.tree)
 def ravel(tree: Tree, /) -> Tensor:
     """One flat vector ``(n,)`` of a tree, in the order of ``parameters_to_vector``."""
     space = Space.of(tree)
-    return space.ravel_leaves([leaf[None] for leaf in leaves(tree)])[0]
+    return space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(tree)])[0]
 
 
+@validated
 def unravel(flat: Tensor, like: Tree, /) -> Tree:
     """The tree of a flat vector ``(n,)``, or the block of rows ``(k, n)``: views, no copy.
 
@@ -506,6 +912,7 @@ def unravel(flat: Tensor, like: Tree, /) -> Tree:
     return Space.of(like).unravel(flat)
 
 
+@options.validated(start=options.whole_number)
 def random_like(
     like: Tree, k: int, /, *, kind: ProbeKind = "signs", seed: int, start: int = 0
 ) -> Tree:
@@ -525,6 +932,7 @@ def random_like(
     return space.unravel(space.probes(range(start, start + k), kind=kind, seed=seed))
 
 
+@validated
 def split(
     tree: Mapping[str, Any],
     pattern: str | Iterable[str] | Callable[[str, Tensor], bool],

@@ -98,3 +98,58 @@ def test_asymmetry_is_found() -> None:
     matrix = torch.arange(25.0).view(5, 5)
     found = hf.check(lambda block: block @ matrix, torch.zeros(5))
     assert [p.split(":")[0] for p in found.problems] == ["not symmetric"]
+
+
+def test_a_random_gradient_is_named_and_kinks_are_not_blamed() -> None:
+    loss, params = problem(nn.Tanh(), torch.float64)
+
+    def noisy(p: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss(p, (batch[0] + torch.randn_like(batch[0]), batch[1]))
+
+    gradient = torch.func.grad(lambda p: noisy(p, (X, Y)))
+    found = hf.check(hf.hvp(noisy)(params, (X, Y)), params, gradient=gradient)
+    assert not found
+    assert found.problems[0].startswith("the gradient is random")
+    assert "kinks" not in str(found)
+    assert found.consistent is None
+    assert found.inconsistency is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.GELU()])
+def test_a_scale_that_is_off_by_a_percent_is_found_in_float32(
+    activation: nn.Module, seed: int
+) -> None:
+    loss, params = problem(activation, torch.float32)
+    matvec = hf.hvp(loss)(params, (X, Y))
+    gradient = torch.func.grad(lambda p: loss(p, (X, Y)))
+    assert hf.check(matvec, params, gradient=gradient, seed=seed)
+    found = hf.check(hf.scale(matvec, 1.01), params, gradient=gradient, seed=seed)
+    assert not found
+    assert found.consistent is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wrong_entry_is_found_or_below_what_the_check_says_it_sees(dtype: torch.dtype) -> None:
+    matrix = torch.diag(torch.linspace(1, 2, 20, dtype=dtype))
+    wrong = matrix.clone()
+    wrong[3, 3] *= 1.01
+    found = hf.check(hf.dense(wrong), torch.ones(20, dtype=dtype), gradient=lambda p: matrix @ p)
+    if found:
+        assert found.resolution is not None
+        assert "up to" in str(found)
+        off = torch.linalg.matrix_norm(wrong - matrix, 2) / torch.linalg.matrix_norm(matrix, 2)
+        # What is said to be seen is no less than what was missed on these vectors.
+        assert found.tolerance >= 0.1 * off
+    else:
+        assert found.consistent is False
+
+
+def test_what_differences_show_is_told() -> None:
+    loss, params = problem(nn.Tanh(), torch.float32)
+    gradient = torch.func.grad(lambda p: loss(p, (X, Y)))
+    found = hf.check(hf.hvp(loss)(params, (X, Y)), params, gradient=gradient)
+    assert found.resolution is not None
+    assert 0 < found.resolution < found.tolerance
+    assert "% of the length of a product" in str(found)
+    assert str(hf.check(hf.hvp(loss)(params, (X, Y)), params)).endswith("deterministic")

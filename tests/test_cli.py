@@ -195,6 +195,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in refused.stderr
 
 
+@pytest.mark.parametrize("target", ["nowhere_to_be_found:it", "mine:breaking", "mine:number"])
+def test_a_target_that_fails_leaves_the_results_of_an_earlier_analysis(
+    here: Path, target: str
+) -> None:
+    assert analyze("mine:quadratic", "--k", "1", "--out", "found").exit_code == 0
+    before = {file.name: file.read_bytes() for file in (here / "found").iterdir()}
+    assert analyze(target, "--out", "found").exit_code == 2
+    assert {file.name: file.read_bytes() for file in (here / "found").iterdir()} == before
+
+
+def test_results_of_something_else_stay(here: Path) -> None:
+    (here / "results.json").write_text("{}")
+    refused = analyze("mine:quadratic", "--out", ".")
+    assert refused.exit_code == 2
+    assert "results.json that no analysis has written" in refused.stderr
+    assert (here / "results.json").read_text() == "{}"
+
+
 def test_traceback_shows_where(here: Path) -> None:
     assert isinstance(analyze("mine:breaking", "--traceback").exception, KeyError)
 

@@ -475,3 +475,12 @@ def test_experiments_run(name: str) -> None:
     assert done.exit_code == 0, done.output
     runs = history(f"{name}/results.json")["runs"]
     assert {run["ended"] for run in runs} <= {"complete", "time is up"}
+
+
+@pytest.mark.parametrize("name", ["history.json", "history.png", "report.html"])
+def test_files_of_other_programs_are_not_overwritten(name: str) -> None:
+    Path("mine").mkdir()
+    Path("mine", name).write_text("precious")
+    done = train("--out", "mine", "--epochs", "1", "--examples", "20", "--batch-size", "10")
+    assert done.exit_code == 2
+    assert Path("mine", name).read_text() == "precious"

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.transforms.criteria import LinearCriterionWarning
 from tests.cases import NAMES, Case, case
 from tests.reference import flat, gauss_newton, matrix, relative_error
 
@@ -128,7 +129,8 @@ def test_a_criterion_that_couples_examples_is_refused(name: str) -> None:
 
 def test_a_criterion_without_second_derivative_has_none() -> None:
     found = net(F.l1_loss, torch.zeros(4, 3).double())
-    assert not flat(hf.ggn_diagonal(found.loss, found.params, [found.batch])).any()
+    with pytest.warns(LinearCriterionWarning, match="linear in the model's outputs"):
+        assert not flat(hf.ggn_diagonal(found.loss, found.params, [found.batch])).any()
 
 
 @pytest.mark.parametrize("classes", [10, 200])
@@ -213,3 +215,70 @@ def test_params_and_the_random_stream_stay_as_they_are() -> None:
     hf.ggn_diagonal(found.loss, found.params, [found.batch])
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(before[name], leaf) for name, leaf in found.params.items())
+
+
+class Graph(nn.Module):
+    """Sums over the edges of a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return self.layer(torch.zeros_like(x).index_add(0, edges[:, 1], x[edges[:, 0]]))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("reach", [5, 1])
+def test_nodes_of_a_graph_are_no_examples(reach: int, chunk_size: int | None) -> None:
+    model_fn, params = hf.functional(Graph().double())
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    nodes = torch.arange(6)
+    edges = torch.stack([nodes, (nodes + 1) % 6], 1) if reach > 1 else torch.zeros(6, 2).long()
+    batch = (torch.randn(6, 3).double(), edges), nodes % 3
+    with pytest.raises((ValueError, RuntimeError), match="example"):
+        hf.ggn_diagonal(loss, params, [batch], chunk_size=chunk_size)
+
+
+class Packs(nn.Module):
+    """A recurrent net that packs its padded inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.GRU(2, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, lengths, batch_first=True, enforce_sorted=False
+        )
+        return self.head(self.cells(packed)[1][-1])
+
+
+def test_a_loop_takes_models_that_torch_func_does_not() -> None:
+    model = Packs().double()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    batch = (torch.randn(3, 4, 2).double(), torch.tensor([4, 2, 3])), torch.tensor([0, 1, 1])
+    with pytest.raises(RuntimeError, match="take chunk_size=1"):
+        hf.ggn_diagonal(loss, params, [batch])
+    diagonal = hf.ggn_diagonal(loss, params, [batch], chunk_size=1)
+    right = gauss_newton(loss, params, batch).diagonal()
+    assert relative_error(flat(diagonal), right) < 1e-10
+
+
+def test_a_packed_sequence_is_refused() -> None:
+    cells = nn.GRU(2, 3).double()
+    model_fn, params = hf.functional(cells)
+    loss = hf.supervised(lambda p, x: model_fn(p, x)[1][-1], F.mse_loss)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 2).double() for n in (3, 2)])
+    with pytest.raises(ValueError, match="a PackedSequence cannot be cut: pack the sequences in"):
+        hf.ggn_diagonal(loss, params, [(packed, torch.zeros(2, 3).double())])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_batch_that_requires_a_gradient(chunk_size: int | None) -> None:
+    found = net(F.mse_loss, torch.linspace(-1, 1, 15).double().view(5, 3))
+    batch = tuple(leaf.clone().requires_grad_() for leaf in found.batch)
+    diagonal = hf.ggn_diagonal(found.loss, found.params, [batch], chunk_size=chunk_size)
+    assert not any(leaf.requires_grad for leaf in diagonal.values())
+    assert relative_error(flat(diagonal), expected(found)) < 1e-10

@@ -342,7 +342,7 @@ def test_a_sliced_loss_has_the_value_of_the_whole_and_leaves_params_alone() -> N
 
 def test_slices_of_an_unknown_parameter_are_refused() -> None:
     found = case("mlp")
-    with pytest.raises(KeyError, match=r"no parameter named 3\.weight"):
+    with pytest.raises(ValueError, match=r"no parameter named 3\.weight"):
         hf.sliced(found.loss, found.params, {"3.weight": slice(1)})
 
 
@@ -397,7 +397,7 @@ def test_the_pool_of_one_estimate_is_that_estimate() -> None:
     [
         ([0, 1], [1.0], "2 estimates and 1 weights"),
         ([0, 1], [0.0, 0.0], "weights"),
-        ([], None, "0 estimates"),
+        ([], None, "estimates must be a list of one Estimate or more"),
         ([3, 3], None, "share a seed"),
     ],
 )
@@ -405,7 +405,7 @@ def test_estimates_that_cannot_be_pooled_are_refused(
     seeds: list[int], weights: list[float] | None, message: str
 ) -> None:
     _, estimates = traces(seeds, [2] * len(seeds))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         hf.pool(estimates, weights)
 
 

@@ -57,7 +57,7 @@ def test_the_wheel_says_what_it_is(wheel: dict[str, bytes]) -> None:
     metadata = message_from_bytes(wheel[f"{info}/METADATA"])
     required = metadata.get_all("Requires-Dist") or []
     plain = {line.split(">=")[0] for line in required if "extra ==" not in line}
-    assert plain == {"torch", "numpy", "optree"}
+    assert plain == {"torch", "numpy", "optree", "scipy"}
     assert metadata["Version"] == hf.__version__
     assert metadata["License-Expression"] == "MIT"
     assert wheel[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ from torch.nn.functional import cross_entropy
 import hessfunc as hf
 from hessfunc.algorithms import basis, density, lanczos
 from hessfunc.distributed import sharded
-from hessfunc.memory import PeakMemory
+from hessfunc.memory import Footprint
 from hessfunc.plan import (
     BYTES,
     Algorithm,
@@ -64,7 +65,7 @@ def taken(run: Callable[..., Any], width: int, dtype: torch.dtype) -> int:
         (torch.randn(2, 16, generator=generator, dtype=dtype), torch.tensor([i, 4 - i]))
         for i in range(3)
     ]
-    with PeakMemory() as found, warnings.catch_warnings():
+    with Footprint() as found, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*met outside of the basis")
         model_fn, params = hf.functional(net(width, dtype))
         loss = hf.supervised(model_fn, cross_entropy)
@@ -161,18 +162,19 @@ def test_probes_are_grouped_as_slq_groups_them(
     assert asked.fitted(setting, free).at_once == wanted
 
 
+def default_of(function: Any, name: str) -> Any:
+    return inspect.signature(function).parameters[name].default
+
+
 def test_what_is_said_of_the_code_is_so() -> None:
     assert memory._GATHERED == sharded._GATHERED
     assert algorithms._CONVERTED == basis._PIECE
     for name, size in BYTES.items():
         assert getattr(torch, name).itemsize == size
-    defaults = hf.lanczos.__kwdefaults__
-    assert (Lanczos().block_size, Lanczos().search) == (
-        defaults["block_size"],
-        defaults["search"],
-    )
-    assert Hutchinson().block_size == hf.hutchinson.__kwdefaults__["block_size"]
-    assert Xtrace().block_size == hf.xtrace.__kwdefaults__["block_size"]
+    assert Lanczos().block_size == default_of(hf.lanczos, "block_size")
+    assert Lanczos().search == default_of(hf.lanczos, "search")
+    assert Hutchinson().block_size == default_of(hf.hutchinson, "block_size")
+    assert Xtrace().block_size == default_of(hf.xtrace, "block_size")
 
 
 def test_vectors_alone_are_divided_by_ranks() -> None:
@@ -268,7 +270,7 @@ def test_the_graph_of_a_transformer_is_as_large_as_is_said(recompute: str | None
     loss = hf.composed(model_fn, next_token_loss)
     tokens = torch.randint(vocabulary, (4, context), generator=torch.Generator().manual_seed(1))
     vector = hf.random_like(params, 1, seed=0)
-    with PeakMemory() as found:
+    with Footprint() as found:
         hf.hvp(loss)(params, tokens)(vector)
     sizes = [leaf.numel() for leaf in params.values()]
     n, largest = sum(sizes), max(sizes)

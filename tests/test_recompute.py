@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -179,3 +180,17 @@ def test_the_kept_graph_holds_the_arguments_alone(of: Any) -> None:
         return allocated(lambda: of(loss)({"w": torch.randn(4, 4)}, torch.randn(2000, 4))).kept
 
     assert kept(hf.recomputed(deep)) < kept(deep) / 4
+
+
+def test_an_object_that_holds_tensors_is_no_argument() -> None:
+    square = hf.recomputed(lambda x, of: torch.tanh(x * of.scale))
+
+    def loss(params: Any, x: Tensor) -> Tensor:
+        return square(x @ params["w"], SimpleNamespace(scale=params["w"].sum())).sum()
+
+    params = {"w": torch.ones(3)}
+    with pytest.raises(TypeError, match="a SimpleNamespace among the arguments .* would be lost"):
+        hf.hvp(loss)(params, torch.ones(2, 3))
+    fixed = SimpleNamespace(scale=torch.tensor(2.0))
+    matvec = hf.hvp(lambda p, x: square(x @ p["w"], fixed).sum())(params, torch.ones(2, 3))
+    assert matvec({"w": torch.ones(1, 3)})["w"].any()

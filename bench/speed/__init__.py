@@ -10,11 +10,15 @@
 A cell is one question about one net: all alternatives compute the same thing, which is verified
 against plain autograd before any of them is timed, and then take turns (`bench.interleaved`), with
 a gradient of the same loss on the same batch among them, the unit in which costs are given. Each
-cell is written to bench/results/speed/cells/ as soon as it is measured, with the machine, the
-threads, the versions, the day and the commit, so that a run may be stopped and started again.
+cell is written as soon as it is measured, so that a run may be stopped and started again. Every
+machine has a folder of its own, bench/results/speed/<processor or GPU>/: its cells, with the
+machine, the matrix libraries, the threads, the versions, the day and the commit; its tables in
+speed.md; its figures. `python -m bench.speed.machines` compares the machines.
+
+Where hessfunc multiplies large matrices by oneDNN and torch by another library, ours is measured
+twice: as it is, and with torch's own library, as all others.
 
 Other libraries are the extra ``peers``; what cannot be imported or does not work is a named gap.
 Trained nets and images are read from the folder HESSFUNC_DATA, and left out without it. On a
-machine that is shared set OMP_WAIT_POLICY=PASSIVE. The table of targets is
-bench/results/speed.md, the figures lie beside it.
+machine that is shared set OMP_WAIT_POLICY=PASSIVE.
 """

@@ -14,10 +14,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from bench.speed.cells import Cell, about, read, write
-from bench.speed.device import VARIABLE, device
+from bench.speed.device import VARIABLE, device, full_precision
+from bench.speed.machine import slug, title
 from bench.speed.plan import FAST, PLAN, measure, within
 from bench.speed.tables import markdown
-from bench.speed.turns import Effort
+from bench.speed.turns import Effort, reason_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = [
@@ -35,8 +36,10 @@ def main() -> None:
     """Measure what is not there, and write the tables and figures."""
     options = _options()
     os.environ[VARIABLE] = options.device
-    stem = "speed-fast" if options.fast else "speed"
-    folder = RESULTS / (stem if device().type == "cpu" else f"{stem}-{device().type}")
+    if device().type == "cuda":
+        full_precision()
+    root = options.into or RESULTS / ("speed-fast" if options.fast else "speed")
+    folder = root / slug(title())
     cells = read(folder / "cells")
     names = [
         name
@@ -62,23 +65,39 @@ def main() -> None:
     # torch warns about itself where it compiles its formulas for forward mode.
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
     for name in [] if options.tables else chosen:
-        cells[name] = _measured(name, effort)
-        write(folder / "cells", name, cells[name])
-        _tell(name, cells[name])
-    _publish(cells, RESULTS, folder.name)
+        cell = _measured(name, effort)
+        _tell(name, cell)
+        # Without its data a cell that was measured before is kept.
+        if not cell.absent or name not in cells:
+            cells[name] = cell
+            write(folder / "cells", name, cell)
+    _publish(cells, folder)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.speed", description="How fast curvature is.")
-    parser.add_argument("cells", nargs="*", default=["*"], help="globs of cells, such as 'block/*'")
-    parser.add_argument("--again", action="store_true", help="those that are there as well")
-    parser.add_argument("--minutes", type=float, help="no cell is begun that would take longer")
-    parser.add_argument("--fast", action="store_true", help="three minutes, in a folder of its own")
-    parser.add_argument("--device", default="cpu", help="such as cuda; each has its own folder")
-    parser.add_argument("--list", action="store_true", help="the cells, and what each takes")
-    parser.add_argument("--tables", action="store_true", help="of what is there, measuring nothing")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of timing, for each cell")
-    parser.add_argument("--rounds", type=int, default=5, help="at the least, for each cell")
+    parser = argparse.ArgumentParser(
+        prog="bench.speed", description="Time products and answers beside other libraries."
+    )
+    parser.add_argument(
+        "cells", nargs="*", default=["*"], help="Globs of cells, such as 'block/*'."
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="Measure cells again that were measured before."
+    )
+    parser.add_argument("--minutes", type=float, help="Start no cell that would take longer.")
+    parser.add_argument(
+        "--fast", action="store_true", help="Measure for three minutes, in another folder."
+    )
+    parser.add_argument("--device", default="cpu", help="Device to measure, such as cuda.")
+    parser.add_argument("--into", type=Path, help="Folder in which the machine's folder lies.")
+    parser.add_argument(
+        "--list", action="store_true", help="List the cells with the time that each takes."
+    )
+    parser.add_argument("--tables", action="store_true", help="Write tables and figures only.")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="Seconds of timing for each cell."
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="Fewest rounds of each cell.")
     return parser.parse_args()
 
 
@@ -88,6 +107,9 @@ def _measured(name: str, effort: Effort) -> Cell:
         cell = measure(name, effort)
     except (FileNotFoundError, ModuleNotFoundError) as absent:
         cell = Cell(name, absent=str(absent))
+    except Exception as broken:
+        # A net that does not run with these versions must not end the run of the others.
+        cell = Cell(name, absent=reason_of(broken))
     # The graphs that other libraries leave at parameters hold themselves.
     gc.collect()
     return replace(cell, about=about(PACKAGES), seconds=time.perf_counter() - start)
@@ -99,13 +121,16 @@ def _tell(name: str, cell: Cell) -> None:
     )
     what = cell.absent or costs or "measured"
     print(f"{name} ({cell.seconds:.0f} s): {what}", file=sys.stderr, flush=True)
-    for title, why in cell.gaps.items():
-        print(f"  {title}: {why}", file=sys.stderr, flush=True)
+    for alternative, why in cell.gaps.items():
+        print(f"  {alternative}: {why}", file=sys.stderr, flush=True)
 
 
-def _publish(cells: Mapping[str, Cell], folder: Path, stem: str) -> None:
+def _publish(cells: Mapping[str, Cell], folder: Path) -> None:
     in_order = {name: cells[name] for name in PLAN if name in cells}
-    path = folder / f"{stem}.md"
+    if not in_order:
+        print(f"no cells in {folder}: its tables stay as they are", file=sys.stderr)
+        return
+    path = folder / "speed.md"
     path.write_text(markdown(in_order))
     print(path)
     try:
@@ -113,7 +138,7 @@ def _publish(cells: Mapping[str, Cell], folder: Path, stem: str) -> None:
     except ModuleNotFoundError as absent:
         print(f"no figures: {absent}", file=sys.stderr)
         return
-    for figure in draw(in_order, folder, stem):
+    for figure in draw(in_order, folder):
         print(figure)
 
 

@@ -18,7 +18,20 @@ from bench.cases import Case
 from bench.speed.device import on_device
 from hessfunc.problems.training import seeded
 
-__all__ = ["Alternative", "Asked", "Kind", "Matrix", "Work", "differentiable_twice", "flat"]
+__all__ = [
+    "BY_TORCH",
+    "Alternative",
+    "Asked",
+    "Kind",
+    "Matrix",
+    "Work",
+    "differentiable_twice",
+    "flat",
+]
+
+# Ends the title of an alternative of ours whose matrix products are torch's own.
+BY_TORCH = ", torch's matrix products"
+
 
 Matrix = Literal["hessian", "ggn"]
 Kind = Literal["ours", "peer", "plain"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.interleaved import Ratio
 from bench.report import environment
-from bench.speed import device
+from bench.speed import machine
 from bench.speed.asked import Kind
 
 __all__ = ["Cell", "Line", "Row", "about", "read", "write"]
@@ -97,7 +97,7 @@ def about(packages: Iterable[str]) -> dict[str, Any]:
     versions = {
         name: found for name in sorted({*packages} - {"", "hessfunc"}) if (found := _version(name))
     }
-    return {**environment(), "commit": _commit(), "device": device.name(), **versions}
+    return {**environment(), **machine.described(), "commit": _commit(), **versions}
 
 
 def _version(package: str) -> str | None:

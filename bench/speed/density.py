@@ -43,7 +43,7 @@ def density(name: str, effort: Effort, steps: int = STEPS) -> Cell:
         largest = found.nodes.nan_to_num(-torch.inf).amax(1)
         return Judged(float((largest / top - 1).abs().max()), found.products)
 
-    ready, gaps = prepared(asked, _alternatives(steps), judge)
+    ready, gaps = prepared(asked, ours.with_both_libraries(_alternatives(steps)), judge)
     found = timed(asked, ready, effort, TOLERANCE, each=False)
     return Cell(
         title=f"{asked.case.title}: {steps} steps, {PROBES} probes",

@@ -1,6 +1,6 @@
-"""The device on which all is measured: the environment variable HESSFUNC_BENCH_DEVICE, or the CPU.
+"""The device that is measured: the environment variable HESSFUNC_BENCH_DEVICE, or the CPU.
 
-A variable, as processes that measure memory inherit it.
+Processes that measure memory inherit the variable.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["VARIABLE", "device", "name", "on_device", "wait"]
+__all__ = ["VARIABLE", "device", "full_precision", "on_device", "wait"]
 
 VARIABLE = "HESSFUNC_BENCH_DEVICE"
 
@@ -20,9 +20,9 @@ def device() -> torch.device:
     return torch.device(os.environ.get(VARIABLE, "cpu"))
 
 
-def name() -> str:
-    """The device as its maker calls it."""
-    return torch.cuda.get_device_name(device()) if device().type == "cuda" else "cpu"
+def full_precision() -> None:
+    """Turn TF32 off for everybody: products of ours never use it, and times are compared."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def on_device(found: Tensor) -> Tensor:

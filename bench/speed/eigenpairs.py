@@ -46,7 +46,9 @@ def eigenpairs(name: str, effort: Effort, examples: int = IMAGES) -> Cell:
     """
     asked = Asked(models.made(name, examples))
     ready, gaps = prepared(
-        asked, ALTERNATIVES, lambda pairs: Judged(_residual(asked, pairs), pairs.products)
+        asked,
+        ours.with_both_libraries(ALTERNATIVES),
+        lambda pairs: Judged(_residual(asked, pairs), pairs.products),
     )
     found = timed(asked, ready, effort, RESIDUAL, each=False)
     return Cell(

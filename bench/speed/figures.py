@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.speed.cells import Cell
+from bench.speed.asked import BY_TORCH
+from bench.speed.cells import Cell, Row
 from bench.speed.fits import power
 from bench.speed.targets import front, verdicts
 from hessfunc.plot.style import FIRST, PALETTE, QUIET, SECOND, clean, legend, note
@@ -19,8 +20,8 @@ __all__ = ["draw"]
 _COLOURS = {"ours": FIRST, "peer": SECOND, "plain": QUIET}
 
 
-def draw(cells: Mapping[str, Cell], folder: Path, stem: str) -> list[Path]:
-    """The figures of the cells that are there, as files ``stem-*.png`` of the folder."""
+def draw(cells: Mapping[str, Cell], folder: Path) -> list[Path]:
+    """Draw the figures of the cells into the folder, and return their paths."""
     figures = {
         "targets": _targets(cells),
         "costs": _costs(cells),
@@ -30,7 +31,7 @@ def draw(cells: Mapping[str, Cell], folder: Path, stem: str) -> list[Path]:
     written = []
     for name, figure in figures.items():
         if figure is not None:
-            path = folder / f"{stem}-{name}.png"
+            path = folder / f"{name}.png"
             figure.savefig(path, dpi=160)
             written.append(path)
     return written
@@ -69,8 +70,8 @@ def _costs(cells: Mapping[str, Cell]) -> Figure | None:
     for ax, (title, found) in zip(axes, of.items(), strict=True):
         for cell in found:
             place = nets.index(cell.title)
-            for row in reversed(cell.rows.values()):
-                ax.plot(row.gradients.median, place, "o", color=_COLOURS[row.kind], markersize=5)
+            for alternative, row in reversed(cell.rows.items()):
+                ax.plot(row.gradients.median, place, "o", markersize=5, **_marked(alternative, row))
             ax.plot(cell.floor, place, "|", color="black", markersize=12)
         ax.set_yticks(range(len(nets)), nets if ax is axes[0] else [], fontsize="x-small")
         ax.set(ylim=(-0.5, len(nets) - 0.5), xlabel="gradients a product")
@@ -78,9 +79,17 @@ def _costs(cells: Mapping[str, Cell]) -> Figure | None:
         note(ax, [title])
     for kind, label in {"ours": "hessfunc", "peer": "others", "plain": "autograd"}.items():
         axes[0].plot([], [], "o", color=_COLOURS[kind], label=label)
+    hollow = {"color": FIRST, "markerfacecolor": "none"}
+    if any(title.endswith(BY_TORCH) for cs in of.values() for c in cs for title in c.rows):
+        axes[0].plot([], [], "o", label="hessfunc, torch's matrix products", **hollow)
     axes[0].plot([], [], "|", color="black", markersize=12, label="floor, in operations")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
     return figure
+
+
+def _marked(title: str, row: Row) -> dict[str, str]:
+    face = "none" if title.endswith(BY_TORCH) else _COLOURS[row.kind]
+    return {"color": _COLOURS[row.kind], "markerfacecolor": face}
 
 
 def _octaves(ax: Any, *, of: str = "x") -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from bench.cases import Case
 from bench.speed.device import device, on_device
+from hessfunc.problems.convnet import digits_convnet
 from hessfunc.problems.data import cifar10, data_root
 from hessfunc.problems.gpt import GPT
 from hessfunc.problems.llama import stories260k, stories_batches
@@ -132,6 +133,31 @@ def _llama(examples: int) -> Made:
     return _Tokens(LlamaForCausalLM(config)), *_next(torch.randint(512, (examples, 65)))
 
 
+class _Last(nn.Module):
+    """An LSTM's logits of the last step: ``[N, T, 32]`` -> ``[N, 10]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(32, 64, batch_first=True)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, sequences: Tensor) -> Tensor:
+        return self.head(self.recurrent(sequences)[0][:, -1])
+
+
+def _lstm(examples: int) -> Made:
+    return _Last(), torch.randn(examples, 16, 32), torch.randint(10, (examples,))
+
+
+def _conv_small(examples: int) -> Made:
+    return digits_convnet(), torch.randn(examples, 1, 8, 8), torch.randint(10, (examples,))
+
+
+def _gpt_tiny(examples: int) -> Made:
+    net = GPT(vocabulary=64, context=16, width=32, layers=2, heads=2)
+    return _Tokens(net), *_next(torch.randint(64, (examples, 17)))
+
+
 def _data() -> Path:
     root = data_root()
     if root is None:
@@ -150,4 +176,8 @@ MODELS: dict[str, Model] = {
     "stories260k": Model("stories260K, T = 128, batch 4", 4, _stories260k),
     "vit": Model("ViT 6 x 384, 64 patches, batch 4", 4, _vit, attention=True),
     "llama": Model("Llama 6 x 384, T = 64, batch 4", 4, _llama),
+    # The rule for chunks was made without the last two, and is tried on them.
+    "lstm": Model("LSTM 32-64, T = 16, batch 16", 16, _lstm),
+    "conv-small": Model("conv net 16-32, 8 x 8 images, batch 32", 32, _conv_small),
+    "gpt-tiny": Model("GPT 2 x 32, T = 16, batch 4", 4, _gpt_tiny, attention=True),
 }

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 import hessfunc as hf
-from bench.speed.asked import Alternative, Asked, Work
+from bench.speed.asked import BY_TORCH, Alternative, Asked, Matrix, Work
+from bench.speed.device import on_device
 from hessfunc.transforms.blocks import ChunkSize, Curvature
+from hessfunc.transforms.kernels.matrices import has_faster, torchs_own
 from hessfunc.trees import Matvec, Space, Tree
 
-__all__ = ["COMPILED", "DATA", "MODES", "PRODUCTS", "loss_of", "matvec_of"]
+__all__ = [
+    "COMPILED",
+    "DATA",
+    "MODES",
+    "PRODUCTS",
+    "by_torch",
+    "has_other_library",
+    "in_chunks",
+    "loss_of",
+    "matvec_of",
+    "with_both_libraries",
+]
+
+Result = TypeVar("Result")
 
 
 def loss_of(asked: Asked) -> tuple[hf.Loss, Tree, Sequence[tuple[Tensor, Tensor]]]:
@@ -33,7 +50,7 @@ def matvec_of(asked: Asked) -> tuple[Matvec, Tree]:
     """The matrix of one batch, or of many with the graph of each kept; and the parameters."""
     curvature, params = _curvature(asked)
     if asked.batches:
-        return hf.over_batches(curvature, keep=True)(params, asked.batches), params
+        return hf.over_batches(curvature, weight=_targets, keep=True)(params, asked.batches), params
     return curvature(params, (asked.case.inputs, asked.case.targets)), params
 
 
@@ -70,7 +87,51 @@ def _compiled(asked: Asked) -> Work:
 
 def _over_batches(asked: Asked) -> Work:
     curvature, params = _curvature(asked)
-    return _work(asked, hf.over_batches(curvature)(params, asked.batches), params)
+    return _work(asked, hf.over_batches(curvature, weight=_targets)(params, asked.batches), params)
+
+
+def _targets(batch: tuple[Tensor, Tensor]) -> int:
+    """The number of targets: those of tokens are flattened."""
+    return len(batch[1])
+
+
+def in_chunks(asked: Asked, size: ChunkSize) -> Work:
+    """Return the products of the block with this ``chunk_size``, in mode reverse."""
+    return _product(asked, chunk_size=size, **_REVERSE[asked.matrix])
+
+
+def has_other_library() -> bool:
+    """Whether hessfunc multiplies large matrices by another library than torch does."""
+    return has_faster(on_device(torch.empty(0)))
+
+
+def by_torch(call: Callable[..., Result], /) -> Callable[..., Result]:
+    """Return the call with matrix products by torch's own library, in graphs that it builds."""
+
+    def called(*arguments: Any, **options: Any) -> Result:
+        with torchs_own():
+            return call(*arguments, **options)
+
+    return called
+
+
+def with_both_libraries(alternatives: Sequence[Alternative]) -> list[Alternative]:
+    """Return the alternatives; each of ours also by torch's library, if it has another."""
+    both: list[Alternative] = []
+    for alternative in alternatives:
+        both.append(alternative)
+        if alternative.kind == "ours" and has_other_library():
+            title = f"{alternative.title}{BY_TORCH}"
+            both.append(replace(alternative, title=title, make=_by_torch(alternative.make)))
+    return both
+
+
+def _by_torch(make: Callable[[Asked], Work]) -> Callable[[Asked], Work]:
+    def made(asked: Asked) -> Work:
+        work = by_torch(make)(asked)
+        return replace(work, call=by_torch(work.call))
+
+    return made
 
 
 def _in_chunks(mode: str, size: ChunkSize) -> Alternative:
@@ -80,6 +141,8 @@ def _in_chunks(mode: str, size: ChunkSize) -> Alternative:
 
 
 PRODUCTS = [Alternative("hessfunc", "hessfunc", "ours", _product)]
+# The GGN has one mode.
+_REVERSE: dict[Matrix, dict[str, str]] = {"hessian": {"mode": "reverse"}, "ggn": {}}
 COMPILED = [Alternative("hessfunc, compiled", "hessfunc", "ours", _compiled)]
 DATA = [Alternative("hessfunc", "hessfunc", "ours", _over_batches)]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from bench.speed import density, eigenpairs, memory, products, trace
 from bench.speed.cells import Cell
+from bench.speed.rule import rule
 from bench.speed.scaling import SCALINGS
 from bench.speed.turns import Effort
 
@@ -22,6 +23,7 @@ _QUESTIONS: dict[str, Callable[[str, Effort], Cell]] = {
     "eigenpairs": eigenpairs.eigenpairs,
     "trace": trace.trace,
     "density": density.density,
+    "rule": rule,
     "scaling": lambda name, effort: SCALINGS[name](effort),
 }
 
@@ -66,6 +68,25 @@ PLAN: dict[str, float] = {
     "compiled/gpt": 200,
     "compiled/llama": 600,
     "compiled/vit": 600,
+    "eigenpairs/mlp-small": 30,
+    "eigenpairs/mlp-wide": 120,
+    "eigenpairs/resnet20": 2400,
+    "rule/mlp-small": 15,
+    "rule/mlp-wide": 40,
+    "rule/lstm": 40,
+    "rule/conv-small": 30,
+    "rule/gpt-tiny": 30,
+    "rule/gpt": 150,
+    "rule/resnet20": 200,
+    "rule/resnet20-trained": 200,
+    "rule/stories260k": 150,
+    "rule/vit": 600,
+    "rule/llama": 600,
+    "rule/mlp-small/64": 30,
+    "rule/mlp-wide/64": 120,
+    "rule/lstm/64": 120,
+    "rule/conv-small/64": 60,
+    "rule/gpt-tiny/64": 60,
     "scaling/parameters": 20,
     "scaling/batch": 20,
     "scaling/vectors": 20,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import median
 
+import torch
 from torch import Tensor
 
 from bench import baselines
 from bench.speed import models, ours, plain
-from bench.speed.asked import Alternative, Asked, Matrix
+from bench.speed.asked import Alternative, Asked, differentiable_twice
 from bench.speed.cells import Cell
+from bench.speed.ours import with_both_libraries as both
 from bench.speed.peers import backpack, curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, Judged, prepared, rows_of, timed
 from hessfunc.training.work import CountedFlops
@@ -49,23 +51,24 @@ _DATA = [
 
 def product(name: str, effort: Effort) -> Cell:
     """One Hessian product, repeated on the same batch."""
-    return cell_of(Asked(models.made(name)), _HESSIAN, effort)
+    return cell_of(Asked(models.made(name)), both(_HESSIAN), effort)
 
 
 def block(name: str, effort: Effort) -> Cell:
     """A block of Hessian products."""
-    return cell_of(Asked(models.made(name), k=models.MODELS[name].block), _HESSIAN, effort)
+    return cell_of(Asked(models.made(name), k=models.MODELS[name].block), both(_HESSIAN), effort)
 
 
 def ggn(name: str, effort: Effort) -> Cell:
     """A block of GGN products."""
-    return cell_of(Asked(models.made(name), "ggn", models.MODELS[name].block), _GGN, effort)
+    asked = Asked(models.made(name), "ggn", models.MODELS[name].block)
+    return cell_of(asked, both(_GGN), effort)
 
 
 def compiled(name: str, effort: Effort) -> Cell:
     """A block of Hessian products, with ours compiled."""
     asked = Asked(models.made(name), k=models.MODELS[name].block)
-    return cell_of(asked, [*ours.COMPILED, *_HESSIAN], effort)
+    return cell_of(asked, both([*ours.COMPILED, *_HESSIAN]), effort)
 
 
 def data(name: str, effort: Effort) -> Cell:
@@ -73,7 +76,7 @@ def data(name: str, effort: Effort) -> Cell:
     examples = _EXAMPLES.get(name, models.MODELS[name].examples)
     case = models.made(name, BATCHES * examples)
     asked = Asked(case, k=BLOCK_OF_DATA, batches=models.batches_of(case, BATCHES))
-    return cell_of(asked, _DATA, effort)
+    return cell_of(asked, both(_DATA), effort)
 
 
 def cell_of(asked: Asked, alternatives: Sequence[Alternative], effort: Effort) -> Cell:
@@ -102,18 +105,24 @@ def judge(expected: Tensor) -> Callable[[Tensor], Judged]:
 
 
 def floor(asked: Asked) -> float:
-    """The matrix products of one product over those of a gradient, by their operations.
+    """Return the operations of one product's matrix products over those of a gradient.
 
-    Counted in plain autograd on kept graphs, so that inputs that need no gradient are seen.
+    A Hessian product is counted in plain autograd on a kept graph. A GGN product J'HJv takes a
+    pullback and a pushforward, and these have the same number of operations. Inputs that need no
+    gradient lower both. Attention is counted unfused, so that no kernel changes the count.
     """
     case = asked.own().case
-    make: dict[Matrix, Callable[..., Callable[[baselines.Vector], object]]] = {
-        "hessian": baselines.kept,
-        "ggn": baselines.gauss_newton,
-    }
-    apply, vector = make[asked.matrix](case), asked.vectors()[0]
-    with CountedFlops() as of_product:
-        apply(vector)
-    with CountedFlops() as of_gradient:
-        baselines.gradient(case)
-    return of_product.total / of_gradient.total
+    with differentiable_twice(case):
+        gradient = _operations(lambda: baselines.gradient(case))
+        if asked.matrix == "ggn":
+            with torch.no_grad():
+                forward = _operations(case.loss)
+            return 2 * (gradient - forward) / gradient
+        product, vector = baselines.kept(case), asked.vectors()[0]
+        return _operations(lambda: product(vector)) / gradient
+
+
+def _operations(call: Callable[[], object]) -> int:
+    with CountedFlops() as counted:
+        call()
+    return counted.total

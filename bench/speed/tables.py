@@ -8,7 +8,8 @@ from bench.interleaved import Ratio
 from bench.markdown import table
 from bench.speed.cells import Cell, Row
 from bench.speed.fits import power
-from bench.speed.targets import Verdict, verdicts
+from bench.speed.rule import choices
+from bench.speed.targets import Verdict, by_torch, verdicts
 
 __all__ = ["markdown"]
 
@@ -29,11 +30,12 @@ _MEANING = (
     "medians over rounds of the ratio in a round, with quartiles. All alternatives of a cell take "
     "turns. **Best peer**: the cheapest of the other libraries whose answer is right; plain "
     "autograd, which is no library, has a column of its own. **Floor**: the operations of the "
-    "matrix products of one product over those of a gradient, as plain autograd makes them on "
-    "kept graphs; a cost below it says that operations run at a higher rate than in a gradient. "
+    "matrix products of one product over those of a gradient: 2 for the Hessian and 4/3 for the "
+    "GGN of a deep net, less where the first layer's input needs no gradient. A cost below it "
+    "says that operations run at a higher rate than in a gradient. "
     "**Bold**: an error beyond the tolerance, so no answer; its cost is that of one call. Memory: "
-    "the peak of a process that does nothing else, above the net, the batch and the vectors. Other "
-    "devices than the one named here have tables of their own, where they were measured."
+    "the peak of a process that does nothing else, above the net, the batch and the vectors. "
+    "**By torch**: ours multiplies matrices by torch's own library, as all others do."
 )
 
 
@@ -47,6 +49,9 @@ def markdown(cells: Mapping[str, Cell]) -> str:
             gaps = [f"- {c.title}: {which}: {why}" for c in of for which, why in c.gaps.items()]
             if gaps:
                 parts.append("\n".join(gaps))
+    ruled = [c for name, c in cells.items() if name.startswith("rule/") and c.rows]
+    if ruled:
+        parts += ["## The rule for chunks, in mode reverse", _rules(ruled)]
     grown = [cell for cell in cells.values() if cell.lines]
     if grown:
         parts += ["## What costs grow with", _scaling(grown)]
@@ -73,6 +78,7 @@ def _targets(found: Sequence[Verdict]) -> str:
             "ours / best peer",
             "best peer",
             "ours / plain autograd",
+            "ours / best peer, by torch",
             "ours",
             "floor",
             "",
@@ -89,20 +95,26 @@ def _targets(found: Sequence[Verdict]) -> str:
                 _ratio(one.of_peer),
                 one.peer,
                 _ratio(one.of_plain),
+                _ratio(one.by_torch),
                 f"{ours} {'MiB' if memory else ''}".strip() if one.ours else "",
                 "" if memory or one.floor is None else f"{one.floor:.2f}",
-                one.why if one.met is None else "met" if one.met else "**missed**",
+                _met(one),
             ]
         )
     return table(rows)
 
 
+def _met(found: Verdict) -> str:
+    verdict = found.why if found.met is None else "met" if found.met else "**missed**"
+    return f"{verdict}; not installed: {', '.join(found.missing)}" if found.missing else verdict
+
+
 def _question(cells: Sequence[Cell]) -> str:
-    rows = [
-        ["net", "alternative", "gradients", "floor", "ours / it", "error", "products", "MiB", ""]
-    ]
+    head = ["net", "alternative", "gradients", "floor", "ours / it", "ours, by torch, / it"]
+    rows = [[*head, "error", "products", "MiB", ""]]
     for cell in cells:
         floor = "" if cell.floor is None else f"{cell.floor:.2f}"
+        ours = next((title for title, row in cell.rows.items() if row.kind == "ours"), "")
         for title, row in cell.rows.items():
             rows.append(
                 [
@@ -110,7 +122,8 @@ def _question(cells: Sequence[Cell]) -> str:
                     title,
                     _ratio(row.gradients),
                     floor,
-                    _ratio(next(iter(row.ours.values()), None)),
+                    _ratio(row.ours.get(ours)),
+                    _ratio(row.ours.get(by_torch(cell, ours))),
                     _error(row, cell),
                     f"{row.products:g}",
                     _bytes(row),
@@ -121,6 +134,17 @@ def _question(cells: Sequence[Cell]) -> str:
         f"{c.title}: {c.rounds} rounds, a gradient in {1e3 * c.gradient:.3g} ms" for c in cells
     )
     return f"{table(rows)}\n\n{about}."
+
+
+def _rules(cells: Sequence[Cell]) -> str:
+    rows = [["net", "matrix", "by the rule", "chunks: gradients", "rule / best"]]
+    for cell in cells:
+        for found in choices(cell):
+            fixed = ", ".join(f"{size}: {cost.median:.2f}" for size, cost in found.fixed.items())
+            rows.append(
+                [cell.title, found.matrix, _ratio(found.rule), fixed, _ratio(found.of_best)]
+            )
+    return table(rows)
 
 
 def _scaling(cells: Sequence[Cell]) -> str:

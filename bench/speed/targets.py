@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.interleaved import Ratio
+from bench.speed.asked import BY_TORCH
 from bench.speed.cells import Cell, Row
 from bench.speed.models import MODELS
+from bench.speed.turns import NOT_INSTALLED
 
-__all__ = ["TARGETS", "Target", "Verdict", "front", "verdicts"]
+__all__ = ["TARGETS", "Target", "Verdict", "by_torch", "front", "verdicts"]
 
 _NETS = (
     "mlp-small",
@@ -84,9 +86,11 @@ class Verdict:
         of_peer: ours / the best of the other libraries; nothing where one of them has no answer.
         peer: the best of the other libraries.
         of_plain: ours / the best of plain autograd.
+        by_torch: Ours / the best peer, with torch's own matrix library on both sides.
         ours: the row of ours.
         floor: of the cell.
         why: where there is no ratio.
+        missing: Libraries that could not be compared, as they are not installed.
     """
 
     target: Target
@@ -94,9 +98,11 @@ class Verdict:
     of_peer: Ratio | None = None
     peer: str = ""
     of_plain: Ratio | None = None
+    by_torch: Ratio | None = None
     ours: Row | None = None
     floor: float | None = None
     why: str = ""
+    missing: Sequence[str] = ()
 
     @property
     def met(self) -> bool | None:
@@ -132,10 +138,20 @@ def _of_time(target: Target, cell: Cell) -> Verdict:
         cell.rows[peer].ours[target.ours] if peer else None,
         peer,
         cell.rows[plain].ours[target.ours] if plain else None,
+        cell.rows[peer].ours.get(by_torch(cell, target.ours)) if peer else None,
         ours,
         cell.floor,
         "" if peer else "no other library has an answer",
+        [title for title, reason in cell.gaps.items() if reason.startswith(NOT_INSTALLED)],
     )
+
+
+def by_torch(cell: Cell, ours: str) -> str:
+    """Return the title of an alternative of ours with torch's own matrix products.
+
+    Where hessfunc uses no other library, that is the alternative itself.
+    """
+    return ours if cell.about.get("matrices, hessfunc") == "torch's" else f"{ours}{BY_TORCH}"
 
 
 def _cheapest(cell: Cell, kind: str) -> str:
@@ -160,7 +176,7 @@ def _of_memory(target: Target, cell: Cell) -> list[Verdict]:
         if ours and peer:
             of_peer, of_plain = (_shares(ours, group, title) for title in (peer, plain))
             net = f"{cell.title}: {alike}"
-            found.append(Verdict(target, net, of_peer, peer, of_plain, ours, cell.floor))
+            found.append(Verdict(target, net, of_peer, peer, of_plain, ours=ours, floor=cell.floor))
     return found
 
 

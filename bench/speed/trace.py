@@ -12,7 +12,7 @@ from typing import NamedTuple
 import hessfunc as hf
 from bench.interleaved import Turns, ratio
 from bench.speed import models, ours
-from bench.speed.asked import Asked, Kind
+from bench.speed.asked import BY_TORCH, Asked, Kind
 from bench.speed.cells import Cell, Row
 from bench.speed.peers import curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, gradient_of, reason_of
@@ -67,11 +67,12 @@ def trace(name: str, effort: Effort, examples: int = IMAGES) -> Cell:
     """
     asked = Asked(models.made(name, examples))
     reference = _reference(asked)
-    turns, found, gaps = _run(asked, effort)
-    seconds = {m.title: turns.seconds[m.title] for m in METHODS if m.title not in gaps}
+    methods = _methods()
+    turns, found, gaps = _run(asked, methods, effort)
+    seconds = {m.title: turns.seconds[m.title] for m in methods if m.title not in gaps}
     spread = _relative_spread(found, float(reference.value))
     rows: dict[str, Row] = {}
-    for method in METHODS:
+    for method in methods:
         if method.title in gaps:
             continue
         shipped = _row(method, found[method.title], float(reference.value), spread)
@@ -86,7 +87,7 @@ def trace(name: str, effort: Effort, examples: int = IMAGES) -> Cell:
             note = f"{enough} samples are a standard error of 2 %; computed from the time of each"
             rows[title] = Row(method.kind, error=ACCURACY, products=enough, note=note)
     gradients = turns.seconds[_GRADIENT]
-    by_ours = [m.title for m in METHODS if m.kind == "ours" and m.title in rows]
+    by_ours = [m.title for m in methods if m.kind == "ours" and m.title in rows]
     return Cell(
         title=f"{asked.case.title.rpartition(',')[0]}, {examples} images: the trace is "
         f"{float(reference.value):.5g}, standard error {float(reference.stderr):.2g}",
@@ -105,9 +106,22 @@ def trace(name: str, effort: Effort, examples: int = IMAGES) -> Cell:
     )
 
 
-def _run(asked: Asked, effort: Effort) -> tuple[Turns, Mapping[str, list[Traced]], dict[str, str]]:
+def _methods() -> list[_Method]:
+    """Return the methods; each of ours also by torch's matrix library, if it has another."""
+    both: list[_Method] = []
+    for method in METHODS:
+        both.append(method)
+        if method.kind == "ours" and ours.has_other_library():
+            estimate = ours.by_torch(method.estimate)
+            both.append(replace(method, title=f"{method.title}{BY_TORCH}", estimate=estimate))
+    return both
+
+
+def _run(
+    asked: Asked, methods: Sequence[_Method], effort: Effort
+) -> tuple[Turns, Mapping[str, list[Traced]], dict[str, str]]:
     """A round for each seed."""
-    found: dict[str, list[Traced]] = {method.title: [] for method in METHODS}
+    found: dict[str, list[Traced]] = {method.title: [] for method in methods}
     gaps: dict[str, str] = {}
 
     def call(method: _Method) -> None:
@@ -118,7 +132,7 @@ def _run(asked: Asked, effort: Effort) -> tuple[Turns, Mapping[str, list[Traced]
         except Exception as broken:
             gaps[method.title] = reason_of(broken)
 
-    calls = {method.title: partial(call, method) for method in METHODS}
+    calls = {method.title: partial(call, method) for method in methods}
     turns = Turns({_GRADIENT: partial(gradient_of, asked), **calls})
     gradient_of(asked)
     for _ in range(effort.least):

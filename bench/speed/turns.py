@@ -16,6 +16,7 @@ from bench.speed.cells import Row
 from bench.speed.device import wait
 
 __all__ = [
+    "NOT_INSTALLED",
     "Effort",
     "Judged",
     "Prepared",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 _GRADIENT = "a gradient"
+NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def reason_of(broken: Exception) -> str:
     """What went wrong, in one line."""
     text = " ".join(str(broken).split())
     if isinstance(broken, ModuleNotFoundError):
-        return f"not installed ({text})"
+        return f"{NOT_INSTALLED} ({text})"
     return f"{type(broken).__name__}: {text[:200]}"
 
 

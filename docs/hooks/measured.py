@@ -1,17 +1,20 @@
-"""What was measured is taken from `bench/results` whenever the site is built.
+"""Insert measured tables and figures from `bench/results` whenever the site is built.
 
 On a line of its own in a page,
 
-    {{ speed.md }}                          all that stands before the first section of that table
+    {{ accuracy.md }}                       everything before the first section of that table
     {{ accuracy.md: The trace to 1 % }}     that section
-    {{ coverage.md by estimator }}          how often the intervals of each estimator covered
+    {{ coverage.md by estimator }}          coverage of the intervals of each estimator
+    {{ speed by machine }}                  costs of products on all machines, and ratios as ranges
+    {{ speed of each machine }}             a section for each machine: its targets and figures
 
-A figure of that folder is linked as if it lay in ``images/``.
+Figures of a machine are linked as ``images/<folder of the machine>-<figure>.png``.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,55 +22,99 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-_RESULTS = Path(__file__).parents[2] / "bench" / "results"
-_FIGURES = ("speed-costs.png", "speed-pareto.png", "speed-scaling.png")
-_DIRECTIVE = re.compile(r"^\{\{ (\S+\.md)(?:: (.+)| (by estimator))? \}\}$", re.MULTILINE)
+_ROOT = Path(__file__).parents[2]
+# mkdocs runs from its own folder, and does not find the benchmarks otherwise.
+sys.path.append(str(_ROOT))
+
+from bench.speed.machines import compared, machines  # noqa: E402
+
+_RESULTS = _ROOT / "bench" / "results"
+_FIGURES = {
+    "costs": "Costs of products beside other libraries",
+    "pareto": "Time beside the peak of memory",
+    "scaling": "Growth of costs with sizes",
+}
+_DIRECTIVE = re.compile(
+    r"^\{\{ (?:(\S+\.md)(?:: (.+)| (by estimator))?|speed (by machine|of each machine)) \}\}$",
+    re.MULTILINE,
+)
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """Add the figures to the files of the site."""
-    for name in _FIGURES:
-        source = str(_measured(name))
-        files.append(File.generated(config, f"images/{name}", abs_src_path=source))
+    """Add the figures of all machines to the files of the site."""
+    for folder in _folders():
+        for path in _figures(folder):
+            name = f"images/{folder.name}-{path.name}"
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Put tables in place of the lines that name them."""
-    return _DIRECTIVE.sub(_table, markdown)
+    return _DIRECTIVE.sub(_inserted, markdown)
 
 
-def _table(found: re.Match[str]) -> str:
-    name, section, by_estimator = found.groups()
+def _inserted(found: re.Match[str]) -> str:
+    name, section, by_estimator, speed = found.groups()
+    if speed == "by machine":
+        return compared(machines(_RESULTS / "speed"))
+    if speed:
+        return "\n\n".join(map(_of_machine, _folders()))
     text = _measured(name).read_text()
     if by_estimator:
         return _by_estimator(text)
-    # Without its title, which the page has.
-    head, *sections = re.split(r"^## ", text.partition("\n")[2], flags=re.MULTILINE)
+    head, sections = _parts(text)
     if section is None:
         return head
-    for one in sections:
-        title, _, body = one.partition("\n")
-        if title == section:
-            return body
-    raise PluginError(f"bench/results/{name} has no section {section!r}")
+    if section not in sections:
+        raise PluginError(f"bench/results/{name} has no section {section!r}")
+    return sections[section]
+
+
+def _parts(text: str) -> tuple[str, dict[str, str]]:
+    """Return the text before the first section without its title, and the sections by title."""
+    head, *sections = re.split(r"^## ", text.partition("\n")[2], flags=re.MULTILINE)
+    return head, {title: body for title, _, body in (one.partition("\n") for one in sections)}
+
+
+def _folders() -> list[Path]:
+    return sorted(path.parent for path in (_RESULTS / "speed").glob("*/speed.md"))
+
+
+def _figures(folder: Path) -> list[Path]:
+    return [path for name in _FIGURES if (path := folder / f"{name}.png").exists()]
+
+
+def _of_machine(folder: Path) -> str:
+    head, _ = _parts((folder / "speed.md").read_text())
+    (machine,) = machines(_RESULTS / "speed", folder.name)
+    figures = [
+        f"![{_FIGURES[path.stem]}](images/{folder.name}-{path.name})" for path in _figures(folder)
+    ]
+    return "\n\n".join([f"### {machine.title}", head, *figures])
 
 
 def _by_estimator(text: str) -> str:
-    """The table of coverage, with all spectra and stops of an estimator in one row."""
+    """Return the table of coverage with all spectra and stops of an estimator in one row."""
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()]
-    covered: dict[str, list[float]] = {}
-    for estimator, _, _, share, *_ in rows[2:]:
-        covered.setdefault(estimator, []).append(float(share.removesuffix(" %")))
-    lines = ["| estimator | least covered | median | cases |", "|---|---:|---:|---:|"]
-    for estimator, shares in covered.items():
-        least, middle = min(shares), median(shares)
-        lines.append(f"| {estimator} | {least:.1f} % | {middle:.1f} % | {len(shares)} |")
+    levels = [name for name in rows[0] if name.startswith("at ")]
+    covered: dict[str, list[list[float]]] = {}
+    for estimator, _, _, *cells in rows[2:]:
+        shares = [float(cell.removesuffix(" %")) for cell in cells[: len(levels)]]
+        covered.setdefault(estimator, []).append(shares)
+    lines = [
+        f"| estimator | {' | '.join(levels)} | cases |",
+        "|---" + "|---:" * (len(levels) + 1) + "|",
+    ]
+    for estimator, cases in covered.items():
+        by_level = zip(*cases, strict=True)
+        cells = [f"{min(shares):.1f} % ({median(shares):.1f} %)" for shares in by_level]
+        lines.append(f"| {estimator} | {' | '.join(cells)} | {len(cases)} |")
     return "\n".join(lines)
 
 
 def _measured(name: str) -> Path:
     path = _RESULTS / name
     if not path.exists():
-        raise PluginError(f"bench/results/{name} is missing: `make bench` or its script writes it")
+        raise PluginError(f"bench/results/{name} is missing: run the script that writes it")
     return path

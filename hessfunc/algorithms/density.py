@@ -22,15 +22,20 @@ from hessfunc.algorithms.rounds import (
     rows_dtype,
 )
 from hessfunc.algorithms.streamed import brought, home, is_far, room_beside, settled
+from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.memory import available_to
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["slq"]
 
 # Lanczos steps between two looks of the callback.
 _STEPS_A_ROUND = 10
+# Smaller than any scale of a matrix.
+_TINY = 1e-300
 
 
+@validated
 def slq(
     matvec: Matvec,
     like: Tree,
@@ -75,7 +80,7 @@ def slq(
         short are left out, unless none is complete.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or the matvec is not symmetric.
         MemoryError: the basis of one probe, steps * n numbers, does not fit in memory, or the
             pieces of one that is kept elsewhere do not.
         FloatingPointError: a product is not finite.
@@ -104,7 +109,10 @@ def slq(
         if not state.active:
             started = len(state.done) + len(state.taken)
             indices = range(started, min(started + state.group, probes))
-            state = _started(space, device, state.complete, state.group, indices, steps, seed)
+            started_anew = _started(
+                space, device, state.complete, state.group, indices, steps, seed
+            )
+            state = replace(started_anew, asymmetry=state.asymmetry)
         for _ in range(_STEPS_A_ROUND):
             if not state.active or len(state.active) > room:
                 break
@@ -114,12 +122,13 @@ def slq(
         return state
 
     def found(state: _State, reason: str) -> Density:
-        nodes, weights = _quadrature(state.complete or state.recurrences)
+        nodes, weights, residuals = _quadrature(state.complete or state.recurrences)
         return Density(
             nodes=nodes,
             weights=weights,
+            residuals=residuals,
             n=space.n,
-            eps=eps,
+            eps=max(eps, state.asymmetry),
             **products.cost(reason, seed),
         )
 
@@ -144,7 +153,8 @@ def slq(
     return found(state, reason)
 
 
-# The diagonal and the off-diagonal of T.
+# The diagonal of T, and the norms of its residual vectors: the last one is 0 where the Krylov space
+# is exhausted, and the others are the off-diagonal.
 _Recurrence: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -160,6 +170,7 @@ class _State:
         taken: the steps of each run that has ended, -1 of the others.
         done: of the groups before this one.
         group: how many probes run at once.
+        asymmetry: Largest |u'Av - v'Au| of basis vectors so far, in units of |A|.
     """
 
     basis: Rows
@@ -168,6 +179,7 @@ class _State:
     taken: tuple[int, ...]
     done: tuple[_Recurrence, ...]
     group: int
+    asymmetry: float = 0.0
 
     @property
     def active(self) -> list[int]:
@@ -187,7 +199,7 @@ class _State:
 
     def _recurrence(self, i: int) -> _Recurrence:
         m = self.taken[i] if self.taken[i] > 0 else len(self.alphas)
-        return tuple(self.alphas[:m, i].tolist()), tuple(self.betas[: m - 1, i].tolist())
+        return tuple(self.alphas[:m, i].tolist()), tuple(self.betas[:m, i].tolist())
 
 
 def _started(
@@ -212,25 +224,33 @@ def _extended(products: Products, state: _State, steps: int, eps: float) -> _Sta
     all_go_on = len(active) == len(state.taken)
     last = brought(basis[-1], space.device)
     images = products(last if all_go_on else last[active])
-    alphas = []
+    alphas, asymmetries = [], []
     for i, image in zip(active, images.split(1), strict=True):
         # Twice is enough: the second pass removes what rounding left of the first.
         along = removed(space, image, basis[:, i]) + removed(space, image, basis[:, i])
         alphas.append(along[0, -1])
-    numbers = torch.zeros(2, len(state.taken), dtype=torch.float64, device="cpu")
-    numbers[:, active] = torch.stack([torch.stack(alphas), space.norms(images)]).cpu().double()
+        asymmetries.append(_asymmetry(along[0, :-1], state.betas[:, i]))
+    numbers = torch.zeros(3, len(state.taken), dtype=torch.float64, device="cpu")
+    found = [torch.stack(alphas), space.norms(images), torch.stack(asymmetries)]
+    numbers[:, active] = torch.stack(found).cpu().double()
     state = replace(
         state,
         alphas=torch.cat([state.alphas, numbers[:1]]),
-        betas=torch.cat([state.betas, numbers[1:]]),
+        betas=torch.cat([state.betas, numbers[1:2]]),
     )
     size = len(state.alphas)
     largest = state.alphas.abs().amax(0) + 2 * state.betas.amax(0)
-    spent = {
-        i for i in active if size == steps or numbers[1, i] <= rounding(eps, float(largest[i]))
+    refuse_asymmetric(numbers[2], float(largest.max()), max(SYMMETRIC, 10 * eps))
+    relative = float((numbers[2] / largest.clamp_min(_TINY)).max())
+    exhausted = {
+        i for i in active if size == space.n or numbers[1, i] <= rounding(eps, float(largest[i]))
     }
+    state.betas[-1, list(exhausted)] = 0.0
+    spent = exhausted if size < steps else set(active)
     state = replace(
-        state, taken=tuple(size if i in spent else m for i, m in enumerate(state.taken))
+        state,
+        taken=tuple(size if i in spent else m for i, m in enumerate(state.taken)),
+        asymmetry=max(state.asymmetry, relative),
     )
     if not state.active:
         return state
@@ -244,12 +264,21 @@ def _extended(products: Products, state: _State, steps: int, eps: float) -> _Sta
     return replace(state, basis=appended(basis, block[None], steps))
 
 
-def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor]:
-    """Nodes and weights ``(p, m)``; short runs are filled up with nodes of weight 0."""
+def _asymmetry(along: Tensor, betas: Tensor) -> Tensor:
+    """The largest difference of q_i'A q_m and q_m'A q_i, of which all but one are zero."""
+    if not len(along):
+        return along.new_zeros(())
+    last = (along[-1] - betas[-1].to(along)).abs()
+    return torch.cat([along[:-1].abs(), last[None]]).amax()
+
+
+def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor, Tensor]:
+    """Nodes, weights and residual norms ``(p, m)``; short runs are filled up with weights of 0."""
     longest = max(len(alphas) for alphas, _ in recurrences)
     nodes = torch.zeros(len(recurrences), longest, dtype=torch.float64, device="cpu")
-    weights = torch.zeros_like(nodes)
-    for row, weight, (alphas, betas) in zip(nodes, weights, recurrences, strict=True):
+    weights, residuals = torch.zeros_like(nodes), torch.zeros_like(nodes)
+    rows = zip(nodes, weights, residuals, recurrences, strict=True)
+    for row, weight, residual, (alphas, betas) in rows:
         m = len(alphas)
         off = torch.tensor(betas[: m - 1], dtype=torch.float64, device="cpu")
         projected = (
@@ -260,7 +289,8 @@ def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(projected)
         row[:m], row[m:] = values, values[-1]
         weight[:m] = vectors[0].square()
-    return nodes, weights
+        residual[:m] = betas[m - 1] * vectors[-1].abs()
+    return nodes, weights, residuals
 
 
 def _probes_that_fit(space: Space, probes: int, steps: int, device: torch.device) -> int:

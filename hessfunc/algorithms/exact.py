@@ -2,44 +2,111 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.norms import squared_frobenius, squared_row_norms
-from hessfunc.algorithms.results import DiagonalEstimate, Estimate
+from hessfunc.algorithms.results import DiagonalEstimate, Estimate, leaf_fields
 from hessfunc.algorithms.rounds import Products, products_eps, rows_dtype
+from hessfunc.algorithms.samples import FEWEST_SAMPLES, rounding_of_sum
 from hessfunc.trees import Space
 
-__all__ = ["exact_diagonal", "exact_trace", "is_small"]
+__all__ = [
+    "exact_diagonal",
+    "exact_trace",
+    "random_budget",
+    "refuse_asymmetric",
+    "unit_vectors_left",
+]
 
-# So many products an estimate takes at least: below, all unit vectors cost less.
-_FEW = 20
+_EXACT = "exact: all unit vectors were multiplied"
+_SMALL = 60
+# All unit vectors of more entries than this take too much memory.
+_LARGEST = 4096
 
 
-def is_small(products: Products, max_matvecs: int, /) -> bool:
-    """Whether all unit vectors are the better probes."""
-    return products.space.n <= min(_FEW, max_matvecs)
+def random_budget(products: Products, max_matvecs: int, /, *, tolerance: bool) -> int:
+    """Return how many products random probes may take before all unit vectors cost less.
+
+    Without a tolerance, n unit vectors are better than a budget of n random ones. With one, random
+    probes may reach it earlier: they are given as many products, or what is left over. Where next
+    to nothing is left over, the unit vectors of a small matrix come first, and those of a larger
+    one are not multiplied at all.
+
+    Args:
+        products: Products of the run.
+        max_matvecs: Budget of the run.
+        tolerance: Whether the run may stop earlier.
+    """
+    n = products.space.n
+    if n > min(max_matvecs, _LARGEST):
+        return max_matvecs
+    most = min(n, max_matvecs - n) if tolerance else 0
+    if most > FEWEST_SAMPLES:
+        return most
+    return max_matvecs if tolerance and n > _SMALL else 0
 
 
-def exact_trace(products: Products, seed: int, /) -> Estimate:
-    """The trace up to rounding, in n matvecs."""
-    space, rows, images, rounding = _products(products)
+def unit_vectors_left(products: Products, max_matvecs: int, random: int, reason: str, /) -> bool:
+    """Return whether all unit vectors should be multiplied after random probes.
+
+    Args:
+        products: Products of the run.
+        max_matvecs: Budget of the run.
+        random: What `random_budget` returned.
+        reason: Why random probes stopped.
+    """
+    if random == max_matvecs or reason.startswith(("converged", "exact", "stopped")):
+        return False
+    return products.matvecs + products.space.n <= max_matvecs
+
+
+def exact_trace(
+    products: Products,
+    seed: int,
+    /,
+    *,
+    max_matvecs: int,
+    block_size: int,
+    known: Tensor | None = None,
+) -> Estimate:
+    """Return the trace up to rounding, in n matvecs.
+
+    Args:
+        products: Products of the run.
+        seed: Seed of the run.
+        max_matvecs: Budget of the run, at least n above what it has taken.
+        block_size: Number of vectors that are multiplied at once.
+        known: Trace of a part that the matvec leaves out, leaf by leaf.
+    """
+    space, rows, images, rounding, reason = _products(products, max_matvecs, block_size)
     parts = space.by_leaf(rows, images).sum(0).cpu().double()
+    parts = parts if known is None else parts + known
     squares = space.norms(images).cpu().double().square().sum()
+    frobenius = None
+    if known is None:
+        frobenius = squared_frobenius(squares.expand(2), products, seed)
+        frobenius = replace(
+            frobenius, stderr=rounding_of_sum(_eps(space)) * frobenius.value, reason=reason
+        )
     return Estimate(
         value=float(parts.sum()),
         stderr=rounding,
         degrees=space.n,
         samples=parts.sum()[None],
-        by_leaf=dict(zip(space.names, parts.tolist(), strict=True)),
-        squared_frobenius=squared_frobenius(squares.expand(2), products, seed),
-        **products.cost("exact: all unit vectors were multiplied", seed),
+        **leaf_fields(space, parts, [rounding] * len(parts)),
+        squared_frobenius=frobenius,
+        **products.cost(reason, seed),
     )
 
 
-def exact_diagonal(products: Products, seed: int, /) -> DiagonalEstimate:
-    """The diagonal up to rounding, in n matvecs."""
-    space, rows, images, rounding = _products(products)
+def exact_diagonal(
+    products: Products, seed: int, /, *, max_matvecs: int, block_size: int
+) -> DiagonalEstimate:
+    """Return the diagonal up to rounding, in n matvecs; arguments are those of `exact_trace`."""
+    space, rows, images, rounding, reason = _products(products, max_matvecs, block_size)
     diagonal = (rows * images).sum(0)
     squares = images.double().square().sum(0)
     return DiagonalEstimate(
@@ -47,13 +114,52 @@ def exact_diagonal(products: Products, seed: int, /) -> DiagonalEstimate:
         stderr=space.unravel(torch.full_like(diagonal, rounding)),
         degrees=space.n,
         squared_row_norms=squared_row_norms(squares, 0 * squares, space.n, products, seed),
-        **products.cost("exact: all unit vectors were multiplied", seed),
+        **products.cost(reason, seed),
     )
 
 
-def _products(products: Products) -> tuple[Space, Tensor, Tensor, float]:
+def refuse_asymmetric(space: Space, probes: Tensor, images: Tensor, /) -> None:
+    """Raise if products A w_i of probes w_i do not satisfy ``w_i'A w_j = w_j'A w_i``.
+
+    Raises:
+        ValueError: If the matrix is not symmetric, or if its products are random.
+    """
+    forms = space.gram(probes, images).cpu().double()
+    largest = float((space.norms(probes) * space.norms(images).max()).max())
+    difference = float((forms - forms.mT).abs().max())
+    if difference > _eps(space) ** 0.5 * largest:
+        raise ValueError(
+            f"the matvec is not symmetric, or not deterministic: v'Aw and w'Av differ by "
+            f"{difference:.1e}, of lengths |v| |Aw| up to {largest:.1e}. Take `hutchinson` for a "
+            "matrix that is not symmetric, and call model.eval() if the loss is random"
+        )
+
+
+def _eps(space: Space) -> float:
+    return products_eps(space, rows_dtype(space))
+
+
+def _products(
+    products: Products, max_matvecs: int, block_size: int
+) -> tuple[Space, Tensor, Tensor, float, str]:
+    """Return the space, all unit vectors, their products, the rounding of a sum, and a reason."""
     space = products.space
-    dtype = rows_dtype(space)
-    rows = space.units(dtype)
-    images = products(rows)
-    return space, rows, images, 10 * products_eps(space, dtype) * float(space.norms(images).max())
+    rows = space.units(rows_dtype(space))
+    images = torch.cat([products(block) for block in rows.split(block_size)])
+    lengths = space.norms(images).cpu().double()
+    rounding = rounding_of_sum(_eps(space)) * float(lengths.norm())
+    matrix = images.double() if space.ranks is None else space.gram(rows, images)
+    asymmetry = float((matrix - matrix.mT).abs().max())
+    # Random products are not symmetric, unless there is a single entry.
+    if space.n > 1 and asymmetry <= _eps(space) ** 0.5 * float(lengths.max()):
+        return space, rows, images, rounding, _EXACT
+    if products.matvecs >= max_matvecs:
+        return space, rows, images, rounding, f"{_EXACT}, if the same product twice is the same"
+    difference = float(space.norms(products(rows[:1]) - images[:1]))
+    if difference > _eps(space) ** 0.5 * float(lengths[0]):
+        raise ValueError(
+            f"the matvec is not deterministic: the same product twice differs by {difference:.1e} "
+            f"of {float(lengths[0]):.1e}. Call model.eval() if the loss has dropout, or pass a "
+            "seed to what it samples"
+        )
+    return space, rows, images, rounding, _EXACT

@@ -24,7 +24,9 @@ from hessfunc.algorithms.rounds import (
     rows_dtype,
 )
 from hessfunc.algorithms.streamed import brought, home, is_far, room_beside, settled
+from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.memory import available_to
+from hessfunc.options import validated
 from hessfunc.randomness import uniforms
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
@@ -34,12 +36,23 @@ Which = Literal["LM", "LA", "SA", "BE"]
 
 # Between two looks at the Ritz values the basis grows by this share: a look costs m^3 flops.
 _GROWTH_A_ROUND = 1 / 16
+# Residuals must fall so many times the rounding of products below the tolerance, where that is less
+# than this part of it.
+_SAFETY = 1.25
+_REACHABLE = 0.7
+# chi2_1 is smaller once in 100 times.
+_UNLIKELY = 1.57e-4
+# Larger than any number of eigenvalues, over that.
+_PLENTY = 1e40
+# Smaller than any scale of a matrix.
+_TINY = 1e-300
 # Probes of the same seed are functions of other keys: (seed, index, leaf), no index negative.
 _KEY_OF_MIXTURE = -1
 # So many steps from a fresh vector, outside of what was found, must find nothing better.
 _STEPS_TO_TRUST = 8
 
 
+@validated
 def lanczos(
     matvec: Matvec,
     like: Tree,
@@ -108,9 +121,12 @@ def lanczos(
         rtol: the relative tolerance of residuals.
         atol: the absolute tolerance of residuals, in units of the eigenvalues.
         max_matvecs: the budget, the final check included.
-        search: the most steps from a fresh vector outside of the basis; 0 makes none.
+        search: the most steps from a fresh vector outside of the basis; 0 makes none, and takes a
+            start on trust.
         start: a tree to start from, or a block, such as the vectors of an earlier run: more of
-            them than ``block_size`` are mixed; random by default.
+            them than ``block_size`` are mixed; random by default. As a start may lie in an
+            invariant subspace, Lanczos steps from a random vector outside of the basis follow, at
+            one product each, until a wanted eigenvalue there would have been met.
         seed: of the start.
         space: in which every rank holds a part of each vector, made by `sharded`; by default
             every rank holds the whole.
@@ -127,7 +143,8 @@ def lanczos(
             one that is kept elsewhere do not.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec a basis vector, and one at the end; 2 to ``search`` more where block_size < k.
+    Cost: one matvec a basis vector, and one at the end; 2 to ``search`` more where block_size < k,
+    and with a start as many as show that nothing was missed, about as a few pairs take.
     A matvec takes 4 basis_size n flops of reorthogonalisation, twice; (basis_size + block_size + k)
     n numbers of memory. From another device each block step brings the m vectors that are there
     twice, once for either projection: 2 m n numbers, and a restart moves up to 4 m n.
@@ -182,23 +199,34 @@ def lanczos(
 
     # The start is not held on to: its workspace is as large as that of a stored state.
     state, reason = drive(
-        _start(problem, space, start, size),
+        _start(problem, space, start, size, trusted=start is None or not search),
         products=products,
         step=lambda state, room: _round(problem, space, products, state, room),
-        verdict=lambda state: _verdict(problem, state),
+        verdict=lambda state: _verdict(problem, state, last=products.matvecs >= max_matvecs - 1),
         running=lambda state: found(state, "running", _chosen(problem, space, state)),
         max_matvecs=max_matvecs - 1,
         callback=callback,
         storage=store,
     )
+    if state.failure is None:
+        state = replace(state, failure=_failure(problem, space, products, state))
+    assert state.failure is not None
     pairs = _measured(problem, space, products, state, max_matvecs)
     missing = int((~_converged(problem, state, pairs)).sum())
     if reason.startswith("converged") and missing:
+        noise = max(state.noise, state.failure / k**0.5)
+        rounded = max(eps, noise / max(state.largest, _TINY))
         reason = (
             f"the residuals of {missing} pairs cannot reach the tolerance: products are rounded "
-            f"to {eps:.0e} |A|; take a looser rtol, or float64"
+            f"to {rounded:.0e} |A|; take a looser rtol, or float64"
         )
-    elif reason.startswith("converged") and block_size < k and not state.finished:
+    elif not (state.trusted or state.finished or missing):
+        reason += (
+            ", before a random vector could show that no wanted eigenvalue lies outside of the "
+            "Krylov space of `start`: take more max_matvecs, or no start"
+        )
+        warnings.warn(reason, stacklevel=2)
+    elif reason.startswith("converged") and block_size < k and not (state.finished or state.proved):
         room = min(search, max_matvecs - products.matvecs)
         missed = _missed(problem, space, products, state, room)
         if missed is not None:
@@ -207,7 +235,7 @@ def lanczos(
                 f"missed, take block_size={min(2 * block_size + 2, k)} or more; or rtol is too "
                 "loose for values that are close"
             )
-            warnings.warn(reason, stacklevel=2)
+            warnings.warn(reason, stacklevel=3)
     return found(state, reason, pairs)
 
 
@@ -246,6 +274,15 @@ class _State:
         finished: nothing is left to be found outside of V.
         basis_size: the most vectors that are kept.
         before: the largest absolute Ritz value before the last restart, which may let it go.
+        trusted: Whether a random vector has had its part in the Krylov space, or has shown that no
+            wanted eigenvalue lies outside of it.
+        proved: Whether a random vector has shown it after all pairs had converged, so that nothing
+            is left to be searched.
+        owed: Block steps from the last random vector that must be made, as so many of them have
+            shown a wanted eigenvalue outside of the basis.
+        failure: Length by which the recurrence fails for a combination of all pairs, as measured
+            by a product; None until then.
+        noise: Largest rounding of a product with a unit vector, as far as it was measured.
     """
 
     basis: Rows
@@ -257,6 +294,11 @@ class _State:
     steps: int = 0
     closed: Tensor | None = None
     finished: bool = False
+    trusted: bool = True
+    owed: int = 0
+    proved: bool = False
+    failure: float | None = None
+    noise: float = 0.0
 
     @property
     def size(self) -> int:
@@ -289,7 +331,9 @@ class _Pairs:
     residuals: Tensor
 
 
-def _start(problem: _Problem, space: Space, start: Tree | None, basis_size: int) -> _State:
+def _start(
+    problem: _Problem, space: Space, start: Tree | None, basis_size: int, *, trusted: bool
+) -> _State:
     b, dtype = problem.block_size, problem.dtype
     rows = space.probes(range(b), kind="normal", seed=problem.seed, dtype=dtype)
     if start is not None:
@@ -305,10 +349,10 @@ def _start(problem: _Problem, space: Space, start: Tree | None, basis_size: int)
         rows = torch.cat([given / lengths.to(dtype)[:, None], rows[len(given) :]])
     empty = torch.empty(0, space.width, dtype=problem.basis_dtype, device=problem.basis_device)
     block, _, _ = orthonormal(space, rows, empty, threshold=lambda _: 0.0)
-    basis = appended(empty, block, basis_size + b)
+    basis = appended(empty, block, basis_size + b + (not trusted))
     none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     coupling = torch.zeros(len(block), 0, dtype=torch.float64, device="cpu")
-    return _State(basis, none, coupling, probes=b, basis_size=basis_size)
+    return _State(basis, none, coupling, probes=b, basis_size=basis_size, trusted=trusted)
 
 
 def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | None) -> int:
@@ -340,6 +384,8 @@ def _round(problem: _Problem, space: Space, products: Products, state: _State, r
     if state.basis.device != problem.basis_device:
         # A stored state, of a run that kept it elsewhere.
         state = replace(state, basis=state.basis.to(problem.basis_device))
+    if _is_settled(problem, state):
+        return _examined(problem, space, products, state, room)
     for _ in range(max(1, int(_GROWTH_A_ROUND * state.size / problem.block_size))):
         width = len(state.basis) - state.size
         if state.size + width > state.basis_size:
@@ -376,18 +422,20 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
         projected=projected,
         coupling=coupling,
         steps=state.steps + 1,
+        failure=None,
     )
     difference = columns[:j] - state.coupling.mT
     # Products of a model that computes in bfloat16 are symmetric up to that alone, and its vectors
     # do not tell; but who asks for less than that is not to be refused.
-    tolerance = max(1e-3, 10 * problem.eps, 2 * problem.rtol)
-    _refuse_asymmetric(difference, following.longest, tolerance)
+    tolerance = max(SYMMETRIC, 10 * problem.eps, 2 * problem.rtol)
+    refuse_asymmetric(difference, following.longest, tolerance)
     return following if len(block) else _fresh_block(problem, space, following)
 
 
 def _room(problem: _Problem, state: _State) -> int:
-    """How many vectors the workspace holds."""
-    return state.basis_size + problem.block_size
+    """How many vectors the workspace holds: with a block that was met outside, one more."""
+    width = len(state.basis) - state.size
+    return state.basis_size + max(problem.block_size, width) + (not state.trusted)
 
 
 def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
@@ -416,33 +464,146 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
     )
 
 
+def _examined(
+    problem: _Problem, space: Space, products: Products, state: _State, room: int
+) -> _State:
+    """A state whose recurrence has converged, after the next doubt was looked into.
+
+    The first is the rounding of products, which one product measures. Where it leaves room below
+    the tolerance, residuals must fall by as much again. The second is a start that was given, as
+    it may lie in an invariant subspace.
+    """
+    if state.failure is None:
+        failure = _failure(problem, space, products, state)
+        noise = max(state.noise, failure / problem.k**0.5)
+        pairs = _chosen(problem, space, state)
+        checked = replace(pairs, residuals=pairs.residuals + failure)
+        if bool(_converged(problem, state, checked).all()):
+            return replace(state, failure=failure)
+        return replace(state, failure=failure, noise=noise)
+    return _proved(problem, space, products, state, room)
+
+
+def _failure(problem: _Problem, space: Space, products: Products, state: _State) -> float:
+    """How far A times a random combination of the wanted Ritz vectors is from the recurrence's."""
+    pairs = _chosen(problem, space, state)
+    values, rows, mixture = pairs.values, pairs.rows, _mixture(problem, len(pairs.values))
+    predicted = space.combine((mixture * values)[None], rows)
+    if state.size < len(state.basis):
+        leak = (state.coupling @ _ritz(problem, state)[1] @ mixture)[None]
+        predicted += combined(space, leak, state.basis[state.size :], problem.dtype)
+    return float(space.norms(products(space.combine(mixture[None], rows)) - predicted))
+
+
+def _mixture(problem: _Problem, count: int) -> Tensor:
+    signs = uniforms(count, problem.seed, _KEY_OF_MIXTURE, device=torch.device("cpu")) < 0.5
+    return torch.where(signs, 1.0, -1.0).double()
+
+
 def _measured(
     problem: _Problem, space: Space, products: Products, state: _State, max_matvecs: int
 ) -> _Pairs:
     """The wanted pairs, with residuals that a product has checked.
 
     The recurrence says what A times any combination of Ritz vectors is. One product with a random
-    combination shows by how much it fails, and that is added to each residual. Where it fails by
-    more than rounding, or a residual is then too long, each vector is multiplied.
+    combination has shown by how much it fails, and that is added to each residual. Where it fails
+    by more than rounding, or a residual is then too long, each vector is multiplied.
     """
+    assert state.failure is not None
     pairs = _chosen(problem, space, state)
     values, rows = pairs.values, pairs.rows
-    signs = uniforms(len(values), problem.seed, _KEY_OF_MIXTURE, device=torch.device("cpu")) < 0.5
-    mixture = torch.where(signs, 1.0, -1.0).double()
-    predicted = space.combine((mixture * values)[None], rows)
-    if state.size < len(state.basis):
-        leak = (state.coupling @ _ritz(problem, state)[1] @ mixture)[None]
-        predicted += combined(space, leak, state.basis[state.size :], problem.dtype)
-    failure = float(space.norms(products(space.combine(mixture[None], rows)) - predicted))
     floor = rounding(problem.eps, state.largest) * len(values) ** 0.5
-    checked = replace(pairs, residuals=pairs.residuals + failure)
-    trusted = failure <= floor and bool(_converged(problem, state, checked).all())
+    checked = replace(pairs, residuals=pairs.residuals + state.failure)
+    trusted = state.failure <= floor and bool(_converged(problem, state, checked).all())
     if trusted or max_matvecs - products.matvecs < len(values):
         return checked
     # In blocks: where rows are cut over ranks, so many of them are put together at once.
     images = torch.cat([products(part) for part in rows.split(problem.block_size)])
     images.addcmul_(values.to(rows)[:, None], rows, value=-1)
     return replace(pairs, residuals=space.norms(images).cpu())
+
+
+def _proved(
+    problem: _Problem, space: Space, products: Products, state: _State, room: int
+) -> _State:
+    """A state that can be trusted, or one with a random vector that leads to a wanted eigenvalue.
+
+    Lanczos steps from a random vector outside of the basis go on until they have met a value that
+    should be among the wanted ones, or would have met it, or until their own outermost value has
+    converged, as that of a run without a start. They keep two vectors.
+    """
+    inside, _ = _ritz(problem, state)
+    tolerance = float(_tolerance(problem, inside, state).max())
+    known = state.basis[: state.size]
+    rows = space.probes([state.probes], kind="sphere", seed=problem.seed, dtype=problem.dtype)
+    first, _, _ = orthonormal(space, rows, known, threshold=lambda _: 0.0)
+    row, before = first, first[:0]
+    diagonal, off = list[float](), list[float]()
+    for step in range(1, room + 1):
+        if not len(row):
+            # The rest of the space is invariant.
+            return replace(state, trusted=True, proved=True)
+        following, factor, inner = orthonormal(
+            space,
+            products(row),
+            known,
+            before,
+            row,
+            threshold=lambda longest: rounding(problem.eps, max(state.longest, longest)),
+        )
+        diagonal.append(float(inner[0, -1]))
+        values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off))
+        outermost = _preferred(problem.which, values)[: 1 + (problem.which == "BE")]
+        if _better(problem, state, inside, values) is not None:
+            coupling = torch.zeros(1, state.size, dtype=torch.float64, device="cpu")
+            # Not only outside of V, but of the next block.
+            fresh, _, _ = orthonormal(space, first.clone(), state.basis, threshold=lambda _: 1e-6)
+            return replace(
+                state,
+                basis=appended(state.basis, fresh, _room(problem, state)),
+                coupling=torch.cat([state.coupling, coupling[: len(fresh)]]),
+                probes=state.probes + 1,
+                steps=0,
+                owed=step,
+                failure=None,
+            )
+        off.append(float(factor.norm()))
+        converged = off[-1] * vectors[-1, outermost].abs() <= tolerance
+        seen = _least_seen(problem, inside, values, diagonal, off) * space.n < _UNLIKELY
+        if seen or bool(converged.all()):
+            return replace(state, trusted=True, proved=True)
+        before, row = row, following
+    return state
+
+
+def _least_seen(
+    problem: _Problem, inside: Tensor, values: Tensor, diagonal: list[float], off: list[float]
+) -> float:
+    """The most that an unseen eigenvector of a wanted value may have of a vector, squared.
+
+    With the orthonormal polynomials p_j of the recurrence it is ``1 / sum_j p_j(x)^2``.
+    """
+    seen = math.inf
+    for edge in _edges(problem, inside):
+        if float(values[0]) <= edge <= float(values[-1]):
+            return 1.0
+        before, here, total = 0.0, 1.0, 1.0
+        for i, (alpha, beta) in enumerate(zip(diagonal, off, strict=True)):
+            if not beta > 0 or total > _PLENTY:
+                break
+            step = (edge - alpha) * here - (off[i - 1] if i else 0.0) * before
+            before, here = here, step / beta
+            total += here**2
+        seen = min(seen, total)
+    return 1 / seen
+
+
+def _tridiagonal(diagonal: list[float], off: list[float]) -> Tensor:
+    matrix = torch.tensor(diagonal, dtype=torch.float64, device="cpu").diag()
+    if off:
+        side = torch.tensor(off, dtype=torch.float64, device="cpu")
+        matrix += side.diag(1) + side.diag(-1)
+    return matrix
 
 
 def _converged(problem: _Problem, state: _State, pairs: _Pairs) -> Tensor:
@@ -468,6 +629,11 @@ def _missed(
         rows = products(row)
         outside, images = torch.cat([outside, row]), torch.cat([images, rows])
         values = torch.linalg.eigvalsh(space.gram(outside, images).cpu().double())
+    return _better(problem, state, inside, values)
+
+
+def _better(problem: _Problem, state: _State, inside: Tensor, values: Tensor) -> float | None:
+    """A value from outside of the basis that should be among the wanted ones."""
     both = torch.cat([inside, values])
     order = both.argsort()
     preferred = order[_wanted(problem, both[order])]
@@ -488,13 +654,7 @@ def _would_be_seen(problem: _Problem, inside: Tensor, outside: Tensor, n: int) -
     steps = len(outside)
     if steps < 2:
         return False
-    least, k = float(inside[-1]), problem.k
-    edges = {
-        "LM": (abs(least), -abs(least)),
-        "LA": (least,),
-        "SA": (least,),
-        "BE": (float(inside[(k - 1) // 2]), float(inside[(k + 1) // 2 if k > 1 else 0])),
-    }[problem.which]
+    edges = _edges(problem, inside)
     centre = float(outside[0] + outside[-1]) / 2
     radius = float(outside[-1] - outside[0]) / 2
     ratio = min(abs(edge - centre) for edge in edges) / max(radius, 1e-300)
@@ -502,6 +662,17 @@ def _would_be_seen(problem: _Problem, inside: Tensor, outside: Tensor, n: int) -
         return False
     growth = (steps - 1) * math.acosh(min(ratio, 1e300))
     return 2 * growth - 2 * math.log(2) > math.log(1e4 * n)
+
+
+def _edges(problem: _Problem, inside: Tensor) -> tuple[float, ...]:
+    """The values beyond which an eigenvalue is a wanted one."""
+    least, k = float(inside[-1]), problem.k
+    return {
+        "LM": (abs(least), -abs(least)),
+        "LA": (least,),
+        "SA": (least,),
+        "BE": (float(inside[(k - 1) // 2]), float(inside[(k + 1) // 2 if k > 1 else 0])),
+    }[problem.which]
 
 
 def _restart(problem: _Problem, space: Space, state: _State) -> _State:
@@ -520,17 +691,6 @@ def _restart(problem: _Problem, space: Space, state: _State) -> _State:
         coupling=state.coupling @ rotation,
         before=state.largest,
     )
-
-
-def _refuse_asymmetric(difference: Tensor, scale: float, tolerance: float) -> None:
-    if difference.numel() and float(difference.abs().max()) > tolerance * scale:
-        raise ValueError(
-            "the matvec is not symmetric or not deterministic: u'Av and v'Au differ by "
-            f"{float(difference.abs().max() / scale):.1e} of the largest eigenvalue. Common "
-            "causes: randomness in the loss, a loader that changes between passes, a matrix that "
-            "is no Hessian, products in low precision (take rtol=0.02 or more), differences of a "
-            "loss with kinks. `check(matvec, like)` tells more"
-        )
 
 
 def _preferred(which: Which, values: Tensor) -> Tensor:
@@ -566,20 +726,35 @@ def _ritz(problem: _Problem, state: _State) -> tuple[Tensor, Tensor]:
 
 
 def _tolerance(problem: _Problem, values: Tensor, state: _State) -> Tensor:
-    """The residuals of the recurrence at which to stop: below eps |A| they mean nothing."""
+    """The residuals of the recurrence at which to stop: below eps |A| they mean nothing.
+
+    The rounding of products comes on top of them, and is left out where it is too large for that.
+    """
     least = max(problem.atol, problem.eps * state.largest)
-    return (problem.rtol * values.abs()).clamp_min(least)
+    tolerance = (problem.rtol * values.abs()).clamp_min(least)
+    below = (tolerance - _SAFETY * state.noise).clamp_min(problem.eps * state.largest)
+    return torch.where(state.noise < _REACHABLE * tolerance, below, tolerance)
 
 
-def _verdict(problem: _Problem, state: _State) -> str | None:
+def _is_settled(problem: _Problem, state: _State) -> bool:
+    """Whether the residuals of the recurrence are small enough, or cannot become smaller."""
     if state.size < problem.k:
+        return False
+    if state.finished:
+        return True
+    if state.steps < (_STEPS_TO_TRUST if state.closed is not None else state.owed):
+        return False
+    values, rotation = _ritz(problem, state)
+    residuals = torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
+    return bool((residuals <= _tolerance(problem, values, state)).all())
+
+
+def _verdict(problem: _Problem, state: _State, *, last: bool) -> str | None:
+    """Why the run is finished, or None. No product may be left for an examination."""
+    if not _is_settled(problem, state):
+        return None
+    if not last and (state.failure is None or not (state.trusted or state.finished)):
         return None
     if state.finished:
         return "converged: the basis spans an invariant subspace"
-    if state.closed is not None and state.steps < _STEPS_TO_TRUST:
-        return None
-    values, rotation = _ritz(problem, state)
-    residuals = torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
-    if bool((residuals <= _tolerance(problem, values, state)).all()):
-        return "converged: all residuals are within the tolerance"
-    return None
+    return "converged: all residuals are within the tolerance"

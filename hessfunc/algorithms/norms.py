@@ -24,6 +24,7 @@ def squared_frobenius(samples: Tensor, products: Products, seed: int, /) -> Esti
         degrees=len(samples) - 1,
         samples=samples,
         by_leaf={},
+        n=products.space.n,
         **products.cost("from the products of the trace", seed),
     )
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Result
-from hessfunc.choices import Choices, recording
+from hessfunc.options import of_numpy
 from hessfunc.randomness import mixed
 from hessfunc.trees import Matvec, Space, Tree
 
@@ -34,6 +35,12 @@ State = TypeVar("State")
 Found = TypeVar("Found", bound=Result)
 Callback = Callable[[Found], object]
 
+# Of a run. A matvec that writes into its block does so from the first product on.
+_PRODUCTS_LOOKED_AT = 2
+# Entries of a block that are kept to be compared after a product.
+_SAMPLED = 2**16
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass
 class Products:
@@ -44,7 +51,6 @@ class Products:
         space: of its vectors.
         matvecs: products with one vector so far.
         passes: calls so far.
-        choices: of chunk sizes, made so far.
         keep_first: keep the first vector with its product.
         first: these two.
     """
@@ -53,9 +59,15 @@ class Products:
     space: Space
     matvecs: int = 0
     passes: int = 0
-    choices: Choices = field(default_factory=dict)
     keep_first: bool = False
     first: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        # What a function of the caller's has returned is checked nowhere else.
+        given: object = self.matvec
+        if not callable(given):
+            kind = type(given).__name__
+            raise TypeError(f"the draw is a {kind}, and not a matvec: take `hessfunc.draws`")
 
     @classmethod
     def of(cls, matvec: Matvec, like: Tree, space: Space | None = None, /) -> Products:
@@ -78,13 +90,18 @@ class Products:
 
     def uncounted(self, rows: Tensor, /) -> Tensor:
         """Products that are no part of the run's cost."""
-        version = rows._version
-        with recording(self.choices):
-            images = self.space.on_all(lambda: self._images(rows))
-        product = self.space.ravel(images, dtype=rows.dtype)
+        version = None if rows.is_inference() else rows._version
+        # A write through NumPy or `.data` moves no version: look for it in the first products.
+        before = _bits(rows) if self.passes < _PRODUCTS_LOOKED_AT else None
+        images = self.space.on_all(lambda: self._images(rows))
+        product = self._ravelled(images, rows.dtype)
         del images
-        if rows._version != version:
-            raise ValueError("the matvec changes its block in place: return a new one")
+        moved = version is not None and rows._version != version
+        if moved or (before is not None and not _same_bits(before, rows)):
+            raise ValueError(
+                "the matvec changes its block in place: return a new one, such as v * d instead "
+                "of v.mul_(d), as the block is the algorithm's own memory"
+            )
         if len(product) != len(rows):
             raise ValueError(f"the matvec gave {len(product)} products of {len(rows)} vectors")
         # The sum is finite where all entries are, but for an overflow, and fast.
@@ -92,10 +109,20 @@ class Products:
             refuse_infinite(self.space, product, "a product", FloatingPointError)
         return product
 
+    def _ravelled(self, images: Tree, dtype: torch.dtype) -> Tensor:
+        try:
+            # No gradient is taken through an algorithm, whatever graph a product carries.
+            with torch.no_grad():
+                return self.space.ravel(images, dtype=dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the matvec's product is not like its block: {error}") from None
+
     def _images(self, rows: Tensor) -> Tree:
         try:
             return self.matvec(self.space.unravel(rows))
         except TypeError as error:
+            if (clearer := of_numpy(error)) is not None:
+                raise clearer from error
             # Looked at only now: a signature takes as long as a small product.
             if _is_of_params_and_batch(self.matvec):
                 raise TypeError(
@@ -111,8 +138,18 @@ class Products:
             "passes": self.passes,
             "reason": reason,
             "seed": seed,
-            "choices": dict(self.choices),
         }
+
+
+def _bits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A sample of the entries of a block, and the sum of all, both in their bits as integers."""
+    sample = rows[:, :: max(1, rows.numel() // _SAMPLED)].clone()
+    words = _WORDS[rows.itemsize]
+    return sample.view(words), rows.sum().view(words)
+
+
+def _same_bits(before: tuple[Tensor, Tensor], rows: Tensor) -> bool:
+    return all(torch.equal(*pair) for pair in zip(before, _bits(rows), strict=True))
 
 
 def _is_of_params_and_batch(matvec: object) -> bool:
@@ -130,11 +167,13 @@ def _is_of_params_and_batch(matvec: object) -> bool:
 
 
 class Storage(Protocol):
-    """What keeps the state of a run."""
+    """What keeps the state of a run, for this run alone from `restored` until `release`."""
 
     def restored(self, state: State, /) -> State: ...
 
     def save(self, state: object, /) -> None: ...
+
+    def release(self) -> None: ...
 
 
 def drive(
@@ -165,23 +204,28 @@ def drive(
     """
     # The result so far is computed by all ranks together, whoever looks at it.
     watched = products.space.least(callback is None) == 0
-    if storage is not None:
-        state = storage.restored(state)
-    while (reason := verdict(state)) is None:
-        room = max_matvecs - products.matvecs
-        if room < 1:
-            return state, f"the budget of {max_matvecs} matvecs is spent"
-        before = products.matvecs
-        state = step(state, room)
+    try:
         if storage is not None:
-            storage.save(state)
-        if watched and _says_stop(products.space, callback, running(state)):
-            return state, "stopped by the callback"
-        if products.matvecs == before:
-            return state, (
-                f"the budget of {max_matvecs} matvecs is spent but for {room}, too few for a round"
-            )
-    return state, reason
+            state = storage.restored(state)
+        while (reason := verdict(state)) is None:
+            room = max_matvecs - products.matvecs
+            if room < 1:
+                return state, f"the budget of {max_matvecs} matvecs is spent"
+            before = products.matvecs
+            state = step(state, room)
+            if storage is not None:
+                storage.save(state)
+            if watched and _says_stop(products.space, callback, running(state)):
+                return state, "stopped by the callback"
+            if products.matvecs == before:
+                return state, (
+                    f"the budget of {max_matvecs} matvecs is spent but for {room}, too few for a "
+                    "round"
+                )
+        return state, reason
+    finally:
+        if storage is not None:
+            storage.release()
 
 
 def _says_stop(space: Space, callback: Callback[Found] | None, found: Found) -> bool:
@@ -232,6 +276,8 @@ def at_least(least: float, **options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not value >= least:
             raise ValueError(f"{name}={value}: it must be at least {least}")
+        if value is not None and math.isinf(value):
+            raise ValueError(f"{name}={value}: it must be finite, such as {name}=1000")
 
 
 def products_eps(space: Space, dtype: torch.dtype) -> float:

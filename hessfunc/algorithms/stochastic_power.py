@@ -19,11 +19,13 @@ from hessfunc.algorithms.rounds import (
     rows_dtype,
     unit_start,
 )
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["stochastic_power_iteration"]
 
 
+@validated
 def stochastic_power_iteration(
     matvec: Matvec,
     draws: Callable[[int], Matvec],
@@ -92,7 +94,7 @@ def stochastic_power_iteration(
         FloatingPointError: a product is not finite.
 
     Cost: one product with A, and ``steps_per_epoch`` with one batch each, an epoch; 7 vectors of
-    memory.
+    memory, besides those of a product.
 
     Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670, algorithm VR Power+M; that
     epochs are taken back is not in it.
@@ -116,7 +118,7 @@ def stochastic_power_iteration(
     eps = products_eps(space, dtype)
 
     def random_product(draw: int, rows: Tensor) -> Tensor:
-        of_batch = Products(draws(draw), space, choices=exact.choices)
+        of_batch = Products(draws(draw), space)
         image = of_batch(rows)
         exact.matvecs += of_batch.matvecs
         exact.passes += of_batch.passes
@@ -154,9 +156,9 @@ def stochastic_power_iteration(
             return None
         return "converged: the residual is within the tolerance"
 
-    first = unit_start(space, start, seed)
+    # The start is not held on to.
     state, reason = drive(
-        _State(first, torch.zeros_like(first), None, 0, steps_per_epoch),
+        _begun(space, start, seed, steps_per_epoch),
         products=exact,
         step=step,
         verdict=verdict,
@@ -180,6 +182,11 @@ class _State:
     image: Rows | None
     drawn: int
     steps: int
+
+
+def _begun(space: Space, start: Tree | None, seed: int, steps: int) -> _State:
+    first = unit_start(space, start, seed)
+    return _State(first, torch.zeros_like(first), None, 0, steps)
 
 
 def _epoch(

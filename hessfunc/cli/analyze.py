@@ -194,7 +194,7 @@ def analyze(
         with mesh_of_all(where) as (mesh, where), bars() as progress:
             if speaks():
                 make_folder(out)
-                folder.clear()
+                folder.begin()
 
             def make() -> Problem:
                 return make_problem(

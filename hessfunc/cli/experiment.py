@@ -13,7 +13,7 @@ from rich.console import Console
 from hessfunc.cli.errors import fail, in_one_line
 from hessfunc.cli.help import unless_given
 from hessfunc.cli.options import Traceback
-from hessfunc.cli.places import make_folder, place
+from hessfunc.cli.places import make_folder, place, refuse_other_files
 from hessfunc.cli.progress import bars, line, share, watch
 from hessfunc.cli.ranks import refuse_several
 
@@ -112,6 +112,7 @@ def experiment(
         where, _ = place(device)
         seen, held_out = tasks.examples(of.dataset, path=data_path, count=examples, device=where)
         make_folder(out)
+        refuse_other_files(out, ("results.md", "curves.png"), "results.json")
         settings = {
             **of.settings(),
             "examples": len(seen),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DType", "make_folder", "place"]
+__all__ = ["DType", "make_folder", "place", "refuse_other_files"]
 
 
 class DType(StrEnum):
@@ -50,3 +51,22 @@ def make_folder(path: Path, /) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {path} cannot be used: {error.strerror}") from error
+
+
+def refuse_other_files(folder: Path, names: Iterable[str], own: str, /) -> None:
+    """Raise where results would overwrite files that no earlier run has written.
+
+    Args:
+        folder: The folder of the results.
+        names: The names of the results.
+        own: The file without which the folder belongs to no earlier run.
+
+    Raises:
+        ValueError: One of the names is taken.
+    """
+    there = [name for name in names if (folder / name).exists()]
+    if there and not (folder / own).exists():
+        raise ValueError(
+            f"--out {folder} has a {there[0]}, and no {own} of an earlier run: choose another "
+            "folder, or move that file"
+        )

@@ -25,7 +25,7 @@ from hessfunc.cli.options import (
     refuse_data,
     refuse_seed,
 )
-from hessfunc.cli.places import make_folder, place
+from hessfunc.cli.places import make_folder, place, refuse_other_files
 from hessfunc.cli.progress import bars, line, share, watch
 from hessfunc.cli.ranks import refuse_several
 
@@ -263,7 +263,7 @@ def train(
     from hessfunc.plot.trainings import draw
     from hessfunc.training import tasks
     from hessfunc.training.checkpoint import TrainingCheckpoint
-    from hessfunc.training.history import write
+    from hessfunc.training.history import read, write
     from hessfunc.training.methods import SGD
     from hessfunc.training.runs import run
     from hessfunc.training.table import summary
@@ -310,6 +310,11 @@ def train(
             "track": track,
             "seed": seed,
         }
+
+        if not (out / "checkpoint.pt").exists():
+            refuse_other_files(out, ("history.png", "report.html"), "history.json")
+            # Trainings of other settings, and files of other programs, stay.
+            read(out / "history.json", settings)
 
         def keep(run: Run) -> None:
             running[:] = [run]

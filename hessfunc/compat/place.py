@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hessfunc.functional import LossFunction, functional, supervised
 from hessfunc.training.modes import eval_mode
-from hessfunc.trees import tree_map
+from hessfunc.trees import mapped
 
 __all__ = ["bare", "device_of", "evaluated_loss", "moved"]
 
@@ -38,7 +38,7 @@ def moved(batch: Any, device: torch.device, /) -> tuple[Any, Any]:
             f"a batch is a pair (inputs, targets), and this is a {type(batch).__name__}{size}: "
             "gather what the model takes into inputs, and what the criterion takes into targets"
         )
-    inputs, targets = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+    inputs, targets = mapped(lambda x: x.to(device), batch, "batch")
     return inputs, targets
 
 

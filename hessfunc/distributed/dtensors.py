@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, _redi
 
 from hessfunc.distributed.divided import DividedSpace
 from hessfunc.distributed.ranks import Ranks
-from hessfunc.trees import Space, Tree, whole
+from hessfunc.trees import Draw, Space, Tree, whole
 
 __all__ = ["DTensorSpace"]
 
@@ -212,18 +212,31 @@ class DTensorSpace(DividedSpace):
             for part, layout in zip(parts, self.layouts, strict=True)
         ]
 
-    def entries(self, i: int, of: Callable[[range, torch.device], Tensor], /) -> Tensor:
-        return self.layouts[i].entries(lambda places: of(places, self.device))
+    def draw(
+        self, rows: Tensor, of: Draw, keys: Callable[[range], Tensor], scratch: int, /
+    ) -> None:
+        parts = rows.split([len(run) for run in self.spans], dim=1)
+        for i, (part, layout) in enumerate(zip(parts, self.layouts, strict=True)):
+            found = keys(range(i, i + 1))
+            for row, key in zip(part, found, strict=True):
+                row.copy_(layout.entries(partial(_drawn, of, key[None], self.device)))
 
     def units(self, dtype: torch.dtype, /) -> Tensor:
-        def numbers(places: range, device: torch.device) -> Tensor:
-            return torch.arange(places.start, places.stop, device=device)
+        def numbers(places: range) -> Tensor:
+            return torch.arange(places.start, places.stop, device=self.device)
 
         begins = list(accumulate(self.sizes, initial=0))[:-1]
-        places = [begin + self.entries(i, numbers) for i, begin in enumerate(begins)]
+        places = [
+            begin + layout.entries(numbers)
+            for begin, layout in zip(begins, self.layouts, strict=True)
+        ]
         rows = self.zeros(self.n, dtype)
         rows[torch.cat(places), range(self.width)] = 1
         return rows
+
+
+def _drawn(of: Draw, key: Tensor, device: torch.device, places: range) -> Tensor:
+    return of(key, [places], device)[0]
 
 
 def _placements_of(name: str, leaf: Tensor, mesh: DeviceMesh) -> tuple[Placement, ...]:

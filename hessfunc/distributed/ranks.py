@@ -168,6 +168,24 @@ class Ranks:
             if not all(math.isclose(v, values[0], rel_tol=ALIKE) for v in values):
                 raise ValueError(f"the ranks disagree on {name}: {by_rank(values)}")
 
+    def alike(self, own: Mapping[str, object], /) -> None:
+        """Raise on every rank unless all have equal values.
+
+        Args:
+            own: Plain values by name.
+
+        Raises:
+            ValueError: The values of a name differ.
+        """
+        table = self.objects(dict(own))
+        for name in dict.fromkeys(name for row in table for name in row):
+            values = [row.get(name) for row in table]
+            if any(value != values[0] for value in values):
+                shown = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+                raise ValueError(
+                    f"the ranks disagree on {name}: {shown}; pass the same value on all ranks"
+                )
+
     def told(
         self,
         numbers: Sequence[float],

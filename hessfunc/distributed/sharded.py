@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hessfunc.distributed.divided import DividedSpace
 from hessfunc.distributed.ranks import Ranks
+from hessfunc.options import validated
 from hessfunc.trees import Space, Tree
 
 __all__ = ["ShardedSpace", "sharded"]
@@ -20,6 +21,7 @@ __all__ = ["ShardedSpace", "sharded"]
 _GATHERED = 2**22
 
 
+@validated
 def sharded(like: Tree, mesh: DeviceMesh, /) -> ShardedSpace:
     """The space of vectors that look like ``like``, each of them cut over the ranks of a mesh.
 

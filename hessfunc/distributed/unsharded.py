@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hessfunc.options import validated
 from hessfunc.trees import whole
 
 __all__ = ["unsharded"]
 
 
+@validated
 def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, Tensor]:
     """The parameters of a module of DTensors, such as `fully_shard` makes, whole on every rank.
 

@@ -12,7 +12,7 @@ of which each has a target; the second, positions that are averaged before the l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -33,10 +33,12 @@ from hessfunc.hbp.layer import Call, SharedWeight
 from hessfunc.hbp.outputs import each_hessian
 from hessfunc.hbp.propagate import BlockCurvature, Reached, backpropagated
 from hessfunc.hbp.rules import rule_of
+from hessfunc.options import validated
 from hessfunc.randomness import of_matrix
 from hessfunc.transforms.checksum import batch_key
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_gradients
+from hessfunc.transforms.reductions import noted
 from hessfunc.trees import Space
 
 __all__ = ["Sharing", "ekfac", "kfac", "kflr", "kfra"]
@@ -50,6 +52,7 @@ _ONLY_WEIGHTS = "Kronecker factors are for the weights and biases of linear maps
 _HOLD = "hold the others fixed by `split` and `hold`"
 
 
+@validated
 def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
     """Kronecker-factored recursive approximation: ``(params, batch) -> blocks``.
 
@@ -82,7 +85,7 @@ def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
         view = hessian.view(2 * (weight.groups, outputs, positions))
         summed = "gopgap->goa" if sharing == "expand" else "gopgaq->goa"
         left = torch.einsum(summed, view)
-        return Kronecker(left, _second_moments(weight, sharing), weight.shape)
+        return Kronecker(left, _second_moments(weight.each(), sharing), weight.shape)
 
     return backpropagated(
         loss,
@@ -94,6 +97,7 @@ def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
     )
 
 
+@validated
 def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
     """Kronecker-factored low rank: ``(params, batch) -> blocks``, with exact output factors.
 
@@ -105,15 +109,19 @@ def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
     Args:
         loss: with its two halves, as made by `supervised` or `composed`.
         model: the module of which the loss is made; any architecture, as long as the parameters
-            are those of modules whose outputs depend on them linearly, and are called once.
+            are those of modules whose outputs depend on them linearly. The calls of a module, and
+            those of modules that share a weight, are taken together like positions.
         sharing: how positions that share a weight are taken together.
 
     Raises:
         TypeError: the loss does not show its halves.
         ValueError, NotImplementedError: (from the curvature function) a parameter is not one of
-            such a module: hold it fixed by `split` and `hold`.
+            such a module, or is used by another function too: hold it fixed by `split` and
+            `hold`; the examples do not lie one after another along first axes, or see each other.
 
-    Cost: one backward pass an output of an example.
+    Cost: one backward pass an output of an example, and two that check that examples are apart and
+    that no use of a parameter is missed. Where an example has several rows of outputs, as with
+    outputs flattened over positions, its outputs are those of all of its rows.
 
     Source: Botev, Ritter and Barber 2017, arXiv 1706.03662; sharing: Eschenhagen, Immer, Turner,
     Schneider and Hennig 2023, arXiv 2311.00636.
@@ -121,6 +129,7 @@ def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
     return _factored(loss, model, _exact(loss), sharing)
 
 
+@validated
 def kfac(
     loss: Loss,
     model: nn.Module,
@@ -146,14 +155,15 @@ def kfac(
         ValueError: the criterion is not the negative logarithm of a known likelihood, or samples
             is not positive; and as `kflr`.
 
-    Cost: one backward pass a sample.
+    Cost: one backward pass a sample, and one that checks that no use of a parameter is missed.
 
     Source: Martens and Grosse 2015, arXiv 1503.05671; convolutions: Grosse and Martens 2016,
     arXiv 1602.01407.
     """
-    return _factored(loss, model, _sampled(loss, samples, seed), sharing)
+    return _factored(loss, model, _sampled(loss, samples, seed), sharing, exact=False)
 
 
+@validated
 def ekfac(
     loss: Loss,
     model: nn.Module,
@@ -187,7 +197,7 @@ def ekfac(
     Source: George, Laurent, Bouthillier, Ballas and Vincent 2018, arXiv 1806.03884.
     """
     columns = _exact(loss) if samples is None else _sampled(loss, samples, seed)
-    return _factored(loss, model, columns, sharing, corrected=True)
+    return _factored(loss, model, columns, sharing, corrected=True, exact=samples is None)
 
 
 def _refuse_sharing(sharing: str) -> None:
@@ -226,10 +236,46 @@ def _sampled(loss: Loss, samples: int, seed: int | None) -> _Columns:
 
 @dataclass(frozen=True)
 class _Use:
-    """How a module uses a parameter, and the module's output."""
+    """How the model uses a parameter: once for each call of a module that has it.
 
-    weight: SharedWeight
-    output: Tensor
+    The positions of all calls are taken together.
+
+    Attributes:
+        weights: How each output depends on the parameter.
+        outputs: Output of each call.
+        examples: Number of examples, B. An output may have more rows along its first axis, as many
+            for each example, one example after another.
+    """
+
+    weights: tuple[SharedWeight, ...]
+    outputs: tuple[Tensor, ...]
+    examples: int
+
+    def inputs(self) -> Tensor:
+        """What the parameter meets at each position, ``(B, G, K, P)``, or one for all examples."""
+        parts = []
+        for weight, output in zip(self.weights, self.outputs, strict=True):
+            inputs, rows = weight.each(), len(output) // self.examples
+            # Inputs that all rows share have a first axis of 1.
+            is_shared = len(inputs) < len(output)
+            parts.append(
+                inputs.repeat(1, 1, 1, rows) if is_shared else _grouped(inputs, self.examples)
+            )
+        count = max(map(len, parts))
+        return torch.cat([part.expand(count, -1, -1, -1) for part in parts], -1)
+
+    def slopes(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The gradients at the outputs, as ``(B, G, O, P)``."""
+        pairs = zip(self.weights, gradients, strict=True)
+        parts = [weight.slopes(slope.reshape(len(slope), -1)) for weight, slope in pairs]
+        return torch.cat([_grouped(part, self.examples) for part in parts], -1)
+
+
+def _grouped(rows: Tensor, examples: int) -> Tensor:
+    """``(B R, G, N, P)`` -> ``(B, G, N, R P)``: the rows of one example are further positions."""
+    if len(rows) == examples:
+        return rows
+    return rows.unflatten(0, (examples, -1)).movedim(1, 3).flatten(3)
 
 
 def _factored(
@@ -239,25 +285,33 @@ def _factored(
     sharing: Sharing,
     *,
     corrected: bool = False,
+    exact: bool = True,
 ) -> BlockCurvature:
     _refuse_sharing(sharing)
 
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = Space.of(params)
         refuse_dtensors(space)
-        with torch.enable_grad():
+        with torch.enable_grad(), noted(loss, params, batch):
             leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
             outputs, uses = _observed(model, loss, leaves, batch)
+        # Draws of different rows are independent, and the expand factor keeps positions apart: no
+        # row needs to be told from another.
+        grouped = exact or corrected or sharing == "reduce"
+        _refuse_unless_seen(outputs, leaves, uses, grouped=grouped)
         found = columns(outputs.detach(), batch)
+        examples = next(iter(uses.values())).examples
+        apart = _apart(found, examples) if exact else list(found)
         # A module's weight and bias have the same B.
-        sites = {name: (id(use.output), use.weight.groups) for name, use in uses.items()}
+        sites = {name: (*map(id, use.outputs), use.weights[0].groups) for name, use in uses.items()}
         lefts = _summed(
             outputs,
-            found,
+            apart,
             {sites[name]: use for name, use in uses.items()},
             lambda _, slopes: _outer(slopes, sharing),
         )
-        rights = {name: _second_moments(use.weight, sharing) for name, use in uses.items()}
+        inputs = {name: use.inputs() for name, use in uses.items()}
+        rights = {name: _second_moments(each, sharing) for name, each in inputs.items()}
         if not corrected:
             return Blocks(
                 {
@@ -268,10 +322,10 @@ def _factored(
             )
         lefts = {site: torch.linalg.eigh(factor).eigenvectors for site, factor in lefts.items()}
         rights = {name: torch.linalg.eigh(factor).eigenvectors for name, factor in rights.items()}
-        turned = {name: rights[name].mT @ use.weight.each() for name, use in uses.items()}
+        turned = {name: rights[name].mT @ inputs[name] for name in uses}
         values = _summed(
             outputs,
-            found,
+            apart,
             uses,
             lambda name, slopes: _squares(lefts[sites[name]].mT @ slopes, turned[name]),
         )
@@ -286,21 +340,98 @@ def _factored(
     return curvature
 
 
+def _apart(columns: Tensor, examples: int) -> list[Tensor]:
+    """Columns that are zero but at one row of each example: squares of a sum have cross terms."""
+    rows = columns.shape[1] // examples
+    if rows == 1:
+        return list(columns)
+    found = []
+    for column in columns:
+        for row in range(rows):
+            one = torch.zeros_like(column).unflatten(0, (examples, rows))
+            one[:, row] = column.unflatten(0, (examples, rows))[:, row]
+            found.append(one.flatten(0, 1))
+    return found
+
+
+def _refuse_unless_seen(
+    outputs: Tensor, leaves: Mapping[str, Tensor], uses: Mapping[str, _Use], *, grouped: bool
+) -> None:
+    """Raise unless the uses of each parameter give its gradient, and examples are apart.
+
+    Two gradients tell. Along one vector w at the outputs, the gradient of a parameter must be
+    ``sum_bp g_bp x_bp'``. Along ``s_b w_b``, with another s_b for each example, the gradient at the
+    outputs of a module must be ``s_b g_b``.
+    """
+    examples = next(iter(uses.values())).examples
+    ends = {id(end): (name, end) for name, use in uses.items() for end in use.outputs}
+    along = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos()
+    along = along.to(outputs).view_as(outputs)
+    found = torch.autograd.grad(
+        outputs,
+        [*(end for _, end in ends.values()), *leaves.values()],
+        along,
+        retain_graph=True,
+        materialize_grads=True,
+    )
+    slopes = dict(zip(ends, found, strict=False))
+    for name, gradient in zip(leaves, found[len(ends) :], strict=True):
+        use = uses[name]
+        own = use.slopes([slopes[id(end)] for end in use.outputs]).to(gradient)
+        inputs = use.inputs().to(gradient).expand(len(own), -1, -1, -1)
+        if not _is_close(torch.einsum("bgop,bgkp->gok", own, inputs), gradient):
+            raise ValueError(
+                f"parameter {name!r} is used in other ways than by the modules that have it, such "
+                f"as a shared weight in `F.linear(x, self.weight)`: {_HOLD}"
+            )
+    if not grouped or examples == 1:
+        return
+    scales = torch.linspace(1, 2, examples, dtype=outputs.dtype, device=outputs.device)
+    scaled = _by_example(along, examples) * scales[:, None]
+    again = torch.autograd.grad(
+        outputs,
+        [end for _, end in ends.values()],
+        scaled.view_as(outputs),
+        retain_graph=True,
+        materialize_grads=True,
+    )
+    for (name, _), slope, other in zip(ends.values(), found, again, strict=False):
+        expected = _by_example(slope, examples) * scales.to(slope)[:, None]
+        if not _is_close(_by_example(other, examples), expected):
+            raise ValueError(
+                f"the {len(slope)} rows of the module of {name!r} and the {len(outputs)} rows of "
+                f"the outputs do not follow {examples} examples along their first axis, one after "
+                "another, or examples see each other: keep the examples first, as in outputs "
+                "`(examples, classes, positions)`, `model_fn(params, x).movedim(-1, 1)`"
+            )
+
+
+def _by_example(rows: Tensor, examples: int) -> Tensor:
+    return rows.reshape(examples, -1)
+
+
+def _is_close(ours: Tensor, right: Tensor) -> bool:
+    size = right.abs().amax()
+    difference = (ours.reshape_as(right) - right).abs().amax()
+    return bool(difference <= torch.finfo(right.dtype).eps ** 0.5 * size)
+
+
 def _summed(
     outputs: Tensor,
-    columns: Tensor,
+    columns: Sequence[Tensor],
     uses: Mapping[_Key, _Use],
     fn: Callable[[_Key, Tensor], Tensor],
 ) -> dict[_Key, Tensor]:
     """For each use, the sum over columns of a function of the gradients at its module's output."""
-    ends = [use.output for use in uses.values()]
+    ends = {id(end): end for use in uses.values() for end in use.outputs}
     total: dict[_Key, Tensor] = {}
     for column in columns:
         found = torch.autograd.grad(
-            outputs, ends, column, retain_graph=True, materialize_grads=True
+            outputs, list(ends.values()), column, retain_graph=True, materialize_grads=True
         )
-        for (key, use), slope in zip(uses.items(), found, strict=True):
-            part = fn(key, use.weight.slopes(slope.reshape(len(slope), -1)))
+        slopes = dict(zip(ends, found, strict=True))
+        for key, use in uses.items():
+            part = fn(key, use.slopes([slopes[id(end)] for end in use.outputs]))
             total[key] = total[key] + part if key in total else part
     return total
 
@@ -310,9 +441,8 @@ def _outer(slopes: Tensor, sharing: Sharing) -> Tensor:
     return _gram(slopes if sharing == "expand" else slopes.sum(-1, keepdim=True))
 
 
-def _second_moments(weight: SharedWeight, sharing: Sharing) -> Tensor:
-    """A, ``(G, K, K)``."""
-    inputs = weight.each()
+def _second_moments(inputs: Tensor, sharing: Sharing) -> Tensor:
+    """A, ``(G, K, K)``, from inputs ``(B, G, K, P)``."""
     if sharing == "reduce":
         inputs = inputs.mean(-1, keepdim=True)
     return _gram(inputs).div_(len(inputs) * inputs.shape[-1])
@@ -362,54 +492,100 @@ def _observed(
     model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any
 ) -> tuple[Tensor, dict[str, _Use]]:
     """The model's outputs, and where each parameter is used."""
+    named = _canonical_names(model, params)
     paths = {
         module: path
         for path, module in model.named_modules()
-        if any(full_name(path, own) in params for own in _own_parameters(module))
+        if any(full_name(path, own) in named for own in _own_parameters(module))
     }
     seen: dict[str, list[_Seen]] = {}
 
     def observe(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor:
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if not isinstance(output, Tensor) or not given:
+            raise _not_linear(paths[module], module)
         state = {name: value.detach() for name, value in module.named_parameters()}
-        inputs = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).detach()
-        one = _Seen(module, module.training, state, inputs, output)
-        seen.setdefault(paths[module], []).append(one)
-        # What comes after may change its input in place.
-        return output.clone()
+        one = _Seen(module, module.training, state, given[0].detach(), output)
+        # What comes after may change its input in place: the output is kept as it is.
+        out = output.clone()
+        seen.setdefault(paths[module], []).append(replace(one, output=out))
+        return out.clone()
 
     with refusing_train_mode(model), hooked(dict.fromkeys(paths, observe)):
         outputs = loss.outputs(params, batch)
-    uses = {
-        full_name(path, own): use
-        for path, calls in seen.items()
-        for own, use in _uses(path, calls).items()
-        if full_name(path, own) in params
-    }
+    if not isinstance(outputs, Tensor) or not outputs.dim():
+        raise TypeError(
+            "Kronecker factors take a model whose outputs are one tensor, with the examples along "
+            f"its first axis, and these are {type(outputs).__name__}: make them one in `composed`"
+        )
+    calls: dict[str, list[tuple[SharedWeight, Tensor]]] = {}
+    for path, of_module in seen.items():
+        for one in of_module:
+            for own, weight in _weights_of(path, one).items():
+                if (name := named.get(full_name(path, own))) is not None:
+                    calls.setdefault(name, []).append((weight, one.output))
     for name, leaf in params.items():
-        if name not in uses or uses[name].weight.shape != leaf.shape:
+        if name not in calls or calls[name][0][0].shape != leaf.shape:
             raise ValueError(
                 f"{name!r} of shape {tuple(leaf.shape)} is no parameter of a module that the loss "
                 f"calls: {_HOLD}"
             )
+        if len({(weight.groups, weight.shape) for weight, _ in calls[name]}) > 1:
+            raise NotImplementedError(
+                f"parameter {name!r} is shared by layers of different kinds: {_HOLD}"
+            )
+    examples = _count(outputs, [output for found in calls.values() for _, output in found])
+    uses = {}
+    for name in params:
+        weights, ends = zip(*calls[name], strict=True)
+        uses[name] = _Use(weights, ends, examples)
     return outputs, uses
+
+
+def _canonical_names(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name in params of each name that a parameter has in the model."""
+    names: dict[int, str] = {}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in every.items():
+        if name in params:
+            names.setdefault(id(parameter), name)
+    return {
+        name: name if name in params else names[id(parameter)]
+        for name, parameter in every.items()
+        if id(parameter) in names
+    }
+
+
+def _count(outputs: Tensor, ends: Sequence[Tensor]) -> int:
+    """The number of examples: the least first axis, of which all others are multiples."""
+    lengths = [len(outputs), *(len(end) if end.dim() else 1 for end in ends)]
+    examples = min(lengths)
+    if any(length % examples for length in lengths):
+        raise ValueError(
+            f"the first axes of outputs and modules have lengths {sorted(set(lengths))}, which are "
+            "no multiples of a number of examples: keep the examples along the first axis"
+        )
+    return examples
 
 
 def _own_parameters(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
-def _uses(path: str, calls: Sequence[_Seen]) -> dict[str, _Use]:
-    """Where a module uses its parameters.
+def _not_linear(path: str, module: nn.Module) -> NotImplementedError:
+    return NotImplementedError(
+        f"{_ONLY_WEIGHTS}, and {path!r} is a {type(module).__name__}: {_HOLD}, or take `hbp`"
+    )
+
+
+def _weights_of(path: str, seen: _Seen) -> dict[str, SharedWeight]:
+    """How a call of a module depends on each of its parameters.
 
     Raises:
-        ValueError: it is called several times.
-        NotImplementedError: it does not depend on them as on a weight.
+        NotImplementedError: One of them is not the weight or bias of a linear map.
     """
-    if len(calls) > 1:
-        raise ValueError(f"module {path!r} is called {len(calls)} times a batch: {_HOLD}")
-    (seen,) = calls
     found = rule_of(type(seen.module))
     call = Call(
         partial(torch.func.functional_call, seen.module),
@@ -423,8 +599,5 @@ def _uses(path: str, calls: Sequence[_Seen]) -> dict[str, _Use]:
         dependences = {} if found is None else found(call).parameters
     weights = {name: d for name, d in dependences.items() if isinstance(d, SharedWeight)}
     if len(weights) < len(_own_parameters(seen.module)):
-        raise NotImplementedError(
-            f"{_ONLY_WEIGHTS}, and {path!r} is a {type(seen.module).__name__}: {_HOLD}, or "
-            "take `hbp`"
-        )
-    return {name: _Use(weight, seen.output) for name, weight in weights.items()}
+        raise _not_linear(path, seen.module)
+    return weights

@@ -15,9 +15,11 @@ from hessfunc.hbp.called import called, refuse_dtensors
 from hessfunc.hbp.frontier import Frontier
 from hessfunc.hbp.layer import Dependence, Layer, with_sign
 from hessfunc.hbp.network import EXACT_PRODUCTS, Step, steps_of
-from hessfunc.hbp.outputs import mean_hessian
+from hessfunc.hbp.outputs import mean_hessian, warn_if_zero
+from hessfunc.options import validated
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.positive_curvature import Residual
+from hessfunc.transforms.reductions import noted
 from hessfunc.trees import Space
 
 __all__ = ["BlockCurvature", "Reached", "backpropagated", "hbp", "refuse_residual"]
@@ -25,6 +27,7 @@ __all__ = ["BlockCurvature", "Reached", "backpropagated", "hbp", "refuse_residua
 BlockCurvature: TypeAlias = Callable[[Mapping[str, Tensor], Any], Blocks]
 
 
+@validated
 def hbp(
     loss: Loss,
     model: nn.Module,
@@ -138,7 +141,7 @@ def backpropagated(
         space = Space.of(params)
         refuse_dtensors(space)
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
-        with torch.enable_grad():
+        with torch.enable_grad(), noted(loss, params, batch):
             found = called(model, loss, leaves, batch)
         with training_flags(found.training):
             with torch.enable_grad():
@@ -147,6 +150,9 @@ def backpropagated(
             layers = [step.layer() for step in steps]
             _refuse_unless_fits(steps, layers, average=average_parameter_jacobian)
             hessian = mean_hessian(loss.criterion, steps[-1].output.detach(), batch)
+            if residual == "zero":
+                # With the second terms, the Hessian is right however the loss is split.
+                warn_if_zero(loss.criterion, hessian)
             with torch.no_grad():
                 blocks = _backward(
                     steps, layers, slopes, hessian, block, residual, average_input_jacobian

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hessfunc.landscape import Landscape
-from hessfunc.plot.losses import LEVELS, Heights, Scale, label, losses, scaled, second_axis
+from hessfunc.plot.losses import LEVELS, Heights, Scale, aspect, label, losses, scaled, second_axis
 from hessfunc.plot.style import QUIET, SECOND, WHITE, clean, new_axes, refuse_other, shades
 
 if TYPE_CHECKING:
@@ -48,9 +47,7 @@ def contours(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
     ax.set(xlabel=label(found, 0), ylabel=label(found, 1))
-    first, second = found.lengths.tolist()
-    if found.normalise is not None or math.isclose(first, second, rel_tol=1e-3):
-        ax.set_aspect("equal")
+    ax.set_aspect(aspect(found))
     return ax
 
 

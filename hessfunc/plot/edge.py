@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hessfunc.plot.style import DASHED, SECOND
-from hessfunc.training.tracking.stability import stability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,33 +14,26 @@ if TYPE_CHECKING:
 __all__ = ["draw_edge"]
 
 
-def draw_edge(
-    ax: Axes,
-    lr: Mapping[float, float],
-    /,
-    *,
-    end: float,
-    threshold: Callable[[float], float] = stability,
-) -> None:
-    """The threshold of the learning rate, 2 / lr, on Axes of curvature against steps.
+def draw_edge(ax: Axes, edges: Mapping[float, float], /, *, end: float, label: str) -> None:
+    """The edge of stability, on Axes of curvature against steps.
 
     Args:
         ax: where to draw.
-        lr: step -> the learning rate from there on; where it is 0 the line has a gap, and where
-            there is no other there is no line.
+        edges: step -> the edge from there on; where it is not finite the line has a gap, and where
+            none is finite there is no line.
         end: the step to which the line reaches at least.
-        threshold: learning rate -> curvature.
+        label: Name of the line.
     """
-    if not any(lr.values()):
+    if not any(map(math.isfinite, edges.values())):
         return
-    rates, last = dict(sorted(lr.items())), max(lr)
-    rates.setdefault(max(last, end), lr[last])
+    drawn, last = dict(sorted(edges.items())), max(edges)
+    drawn.setdefault(max(last, end), edges[last])
     ax.plot(
-        list(rates),
-        [threshold(rate) if rate else math.nan for rate in rates.values()],
+        list(drawn),
+        [edge if math.isfinite(edge) else math.nan for edge in drawn.values()],
         color=SECOND,
         linewidth=1.2,
         linestyle=DASHED,
         drawstyle="steps-post",
-        label="2 / lr" if threshold is stability else "edge of stability",
+        label=label,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.plot.edge import draw_edge
 from hessfunc.plot.style import FIRST, QUIET, clean, legend, marker, new_axes, refuse_other, shades
+from hessfunc.training.tracking.stability import stability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +37,8 @@ def history(
 
     Args:
         found: step or epoch -> the eigenvalues there; NaN where one was not measured.
-        lr: the step size, or that from each step or epoch on; where it is 0 there is no line.
+        lr: Step size of plain gradient descent, or that from each step or epoch on; where it is 0
+            there is no line.
         against: the name of the horizontal axis, ``"step"`` or ``"epoch"``.
         ax: where to draw; by default a new figure.
 
@@ -58,7 +61,8 @@ def history(
         ax.plot(steps, values[:, i], marker=marker(len(steps)), label=name, **style)
     if lr is not None:
         rates = dict.fromkeys(steps, lr) if isinstance(lr, float | int) else lr
-        draw_edge(ax, rates, end=steps[-1])
+        edges = {step: stability(rate) if rate else math.nan for step, rate in rates.items()}
+        draw_edge(ax, edges, end=steps[-1], label="2 / lr")
     if bool((values < 0).any()):
         ax.axhline(0, color=QUIET, linewidth=0.8)
     ax.set(xlabel=against, ylabel="eigenvalue")

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from hessfunc.landscape import Landscape
 
-__all__ = ["LEVELS", "Heights", "Scale", "label", "losses", "only_axis", "scaled", "second_axis"]
+__all__ = [
+    "LEVELS",
+    "Heights",
+    "Scale",
+    "aspect",
+    "label",
+    "losses",
+    "only_axis",
+    "scaled",
+    "second_axis",
+]
 
 Heights: TypeAlias = NDArray[np.float64]
 Scale: TypeAlias = Literal["linear", "log"]
@@ -61,6 +71,14 @@ def label(found: Landscape, axis: int, /) -> str:
     """What an axis of coordinates stands for, with its unit."""
     which = "along the" if found.y is None else ("first", "second")[axis]
     return f"{which} direction ({_unit(found, axis)})"
+
+
+def aspect(found: Landscape, /) -> float:
+    """The length of a unit of the second axis in units of the first."""
+    if found.normalise is not None:
+        return 1.0
+    first, second = found.lengths.tolist()
+    return second / first if first > 0 and second > 0 else 1.0
 
 
 def _unit(found: Landscape, axis: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hessfunc.landscape import Landscape
-from hessfunc.plot.losses import LEVELS, Scale, label, losses, scaled, second_axis
+from hessfunc.plot.losses import LEVELS, Scale, aspect, label, losses, scaled, second_axis
 from hessfunc.plot.style import FAINT, QUIET, WHITE, new_axes, refuse_other, shades
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ def surface(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None 
     solid.contour(*grid, heights, levels, zdir="z", offset=floor, linewidths=0.8, **options)
     solid.set(xlabel=label(found, 0), ylabel=label(found, 1), zlabel="loss", zlim=(floor, high))
     _quieten(solid)
+    sides = np.array([np.ptp(found.x.numpy()), np.ptp(y.numpy()) * aspect(found)])
+    # Smaller than its place, which leaves room for the labels.
+    solid.set_box_aspect((*sides / sides.max(), 0.8), zoom=0.95)
     ticks = _ticks(low, high, scale)
     solid.set_zticks(list(ticks), list(ticks.values()))
     return solid
@@ -63,8 +66,6 @@ def surface(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None 
 
 def _quieten(solid: Any) -> None:
     solid.view_init(elev=26, azim=-125)
-    # Smaller than its place, which leaves room for the labels.
-    solid.set_box_aspect((1, 1, 0.8), zoom=0.95)
     for axis in (solid.xaxis, solid.yaxis, solid.zaxis):
         axis.pane.set_visible(False)
         axis.line.set_color(QUIET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,18 +35,21 @@ def tracked(
     *,
     ax: Axes | None = None,
     quantity: Quantity = "top",
-    threshold: Callable[[float], float] | None = stability,
+    threshold: Callable[[float], float] | Literal["known"] | None = "known",
 ) -> Axes:
     """A quantity against steps, with the line at which training is stable.
 
-    Bands are residuals, or twice the standard error of a trace.
+    Bands are residuals, or twice the standard error of a trace. The line bounds one quantity alone:
+    the largest eigenvalue for SGD, at (2 + 2 momentum) / lr, and the preconditioned sharpness for
+    Adam, at (2 + 2 beta_1) / ((1 - beta_1) lr). Where the optimiser is not known, it is that of
+    plain gradient descent, 2 / lr, beside the largest eigenvalue and critical sharpness.
 
     Args:
         points: of a `Tracker`, or from `read`.
         ax: where to draw; by default a new figure.
         quantity: ``"top"``, ``"bottom"``, ``"trace"``, ``"preconditioned"`` or ``"critical"``.
-        threshold: of the learning rate, 2 / lr by default; with Adam the preconditioned sharpness
-            has ``lambda lr: 38 / lr``. None draws no line.
+        threshold: Function of the learning rate, drawn beside any quantity. ``"known"`` draws the
+            line of the optimiser that the tracker was given, and None no line.
 
     Raises:
         TypeError: these are no points.
@@ -71,13 +75,50 @@ def tracked(
         above = [value + radius for value, radius in zip(values, radii, strict=True)]
         ax.fill_between(steps, below, above, color=colour, alpha=0.18, linewidth=0)
     if threshold is not None:
-        rates: dict[float, float] = {
-            point.step: point.lr for point in points if point.lr is not None
-        }
-        draw_edge(ax, rates, end=points[-1].step, threshold=threshold)
+        _draw_edge(ax, points, quantity, threshold)
     ax.set(xlabel="step", ylabel=_NAMES[quantity])
     legend(ax)
     return ax
+
+
+def _draw_edge(
+    ax: Axes,
+    points: Sequence[Point],
+    quantity: Quantity,
+    threshold: Callable[[float], float] | Literal["known"],
+) -> None:
+    end = points[-1].step
+    rates: dict[float, float] = {p.step: p.lr for p in points if p.lr is not None}
+    if threshold != "known":
+        drawn = {step: threshold(lr) if lr else math.nan for step, lr in rates.items()}
+        draw_edge(ax, drawn, end=end, label="edge of stability")
+        return
+    found: dict[float, float | None] = {point.step: _edge(point, quantity) for point in points}
+    if any(edge is not None for edge in found.values()):
+        drawn = {step: math.nan if edge is None else edge for step, edge in found.items()}
+        draw_edge(ax, drawn, end=end, label="edge of stability")
+    elif quantity in ("top", "critical") and not any(map(_is_known, points)):
+        drawn = {step: stability(lr) if lr else math.nan for step, lr in rates.items()}
+        draw_edge(ax, drawn, end=end, label="2 / lr (gradient descent)")
+
+
+def _is_known(point: Point) -> bool:
+    """Whether the optimiser of a point is known, and has an edge of some quantity."""
+    return point.edge is not None or point.preconditioned_edge is not None
+
+
+def _edge(point: Point, quantity: Quantity) -> float | None:
+    """The edge of a quantity."""
+    match quantity:
+        case "top":
+            return point.edge
+        case "preconditioned":
+            return point.preconditioned_edge
+        case "critical" if point.edge and point.lr and math.isclose(point.edge * point.lr, 2):
+            # The loss along the gradient is what a step of plain gradient descent meets.
+            return point.edge
+        case _:
+            return None
 
 
 def _lines(points: Sequence[Point], quantity: Quantity) -> list[list[tuple[int, float, float]]]:

@@ -19,7 +19,7 @@ from hessfunc.functional import LossFunction
 from hessfunc.problems import data, resnet
 from hessfunc.problems.convnet import digits_convnet
 from hessfunc.problems.training import train
-from hessfunc.trees import Space, Tree, tree_map
+from hessfunc.trees import Space, Tree, mapped, tree_map
 
 __all__ = [
     "Batches",
@@ -94,7 +94,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
-            batch = tree_map(lambda leaf: _placed(leaf, self.device, self.dtype), batch)
+            batch = mapped(lambda leaf: _placed(leaf, self.device, self.dtype), batch, "batch")
             yield from [batch] if self.size is None else microbatches(batch, self.size)
 
 

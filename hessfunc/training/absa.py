@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from hessfunc.algorithms.rounds import at_least
+from hessfunc.options import validated
 
 __all__ = ["Schedule", "ScheduleState", "absa", "constant"]
 
@@ -48,6 +49,7 @@ class Schedule:
     after_epoch: Callable[[ScheduleState, float | None], ScheduleState]
 
 
+@validated
 def absa(
     *,
     epochs: int = 90,

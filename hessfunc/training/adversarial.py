@@ -8,8 +8,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from hessfunc import options
 from hessfunc.algorithms.rounds import at_least
 from hessfunc.functional import LossFunction
+from hessfunc.transforms.hessian import scalar
 from hessfunc.trees import Tree
 
 __all__ = ["Attack", "fgsm", "partly", "pgd"]
@@ -21,6 +23,7 @@ Bounds: TypeAlias = tuple[float, float] | None
 Attack: TypeAlias = Callable[[Batch], Tensor]
 
 
+@options.validated(batch=options.pair)
 def fgsm(
     loss: LossFunction,
     params: Tree,
@@ -56,6 +59,7 @@ def fgsm(
     return pgd(loss, params, batch, eps=eps, step_size=eps, steps=1, bounds=bounds)
 
 
+@options.validated(batch=options.pair)
 def pgd(
     loss: LossFunction,
     params: Tree,
@@ -138,5 +142,10 @@ def _uniform(inputs: Tensor, eps: float, seed: int) -> Tensor:
 def _gradient(loss: LossFunction, params: Tree, inputs: Tensor, targets: Tensor) -> Tensor:
     inputs = inputs.detach().requires_grad_()
     with torch.enable_grad():
-        value = loss(params, (inputs, targets))
+        value = scalar(loss(params, (inputs, targets)))
+    if not value.requires_grad:
+        raise ValueError(
+            "the loss does not depend on the inputs: compute it from the batch that it is given, "
+            "outside of `torch.no_grad()`"
+        )
     return torch.autograd.grad(value, inputs)[0]

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch.func import functional_call
 
-from hessfunc.memory import PeakMemory
+from hessfunc.memory import Footprint
 from hessfunc.training.adversarial import Attack, partly
 from hessfunc.training.steps import Batch, Step, Steps, single_examples_explained
 from hessfunc.training.stream import Stream
@@ -112,7 +112,7 @@ class Measured:
             return _on_cuda(run, device)
         if self.peak:
             return run(), self.peak
-        with PeakMemory() as memory:
+        with Footprint() as memory:
             found = run()
         self.peak = memory.peak
         return found, memory.peak

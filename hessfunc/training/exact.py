@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hessfunc import options
 from hessfunc.functional import Loss, LossFunction, OfTargets
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.trees import Matvec, unchanged
@@ -17,6 +18,7 @@ from hessfunc.trees import Matvec, unchanged
 __all__ = ["exact_blocks"]
 
 
+@options.validated(curvature=options.factory)
 def exact_blocks(
     curvature: Callable[[Any], Curvature], loss: LossFunction, /
 ) -> Callable[[Mapping[str, Tensor], Any], Mapping[str, Matvec]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hessfunc.options import validated
 from hessfunc.training.solvers import Direction, Solver, conjugate_gradients
 
 __all__ = ["Newton", "NewtonState", "newton"]
@@ -47,6 +48,7 @@ class Newton:
     ]
 
 
+@validated
 def newton(*, lr: float = 0.1, alpha: float = 0.02, solve: Solver | None = None) -> Newton:
     """Newton's method, one equation a parameter tensor.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.rounds import at_least
 from hessfunc.algorithms.solve.cg import cg
+from hessfunc.options import validated
 from hessfunc.transforms.arithmetic import scale
 from hessfunc.trees import Matvec
 
@@ -38,6 +39,7 @@ class Direction:
 Solver: TypeAlias = Callable[[Any, Tensor, float], Direction]
 
 
+@validated
 def conjugate_gradients(
     *, rtol: float = 1e-5, atol: float = 1e-8, max_matvecs: int = 200
 ) -> Solver:
@@ -82,6 +84,7 @@ def conjugate_gradients(
     return solve
 
 
+@validated
 def direct() -> Solver:
     """The solver of ``[(1 - alpha) H + alpha I] d = b`` by the block's own inverse.
 

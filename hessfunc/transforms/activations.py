@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.functional import Loss, functional, supervised
+from hessfunc.options import validated
 from hessfunc.recompute import no_module
 from hessfunc.transforms.kernels import differentiable_twice
 from hessfunc.trees import tree_map
@@ -25,6 +26,7 @@ Select: TypeAlias = (
 )
 
 
+@validated
 def activations(
     model: nn.Module,
     criterion: Callable[[Any, Any], Tensor],

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.trees import Matvec, Space, Tree, leaves, tree_map
+from hessfunc import options
+from hessfunc.fingerprints import checksum, combined, with_fingerprint
+from hessfunc.options import validated
+from hessfunc.trees import Matvec, Space, Tree, first_of, flatten, leaves, tree_map
 
 __all__ = [
     "add",
@@ -25,33 +28,63 @@ __all__ = [
 
 def apply(matvec: Matvec, vector: Tree, /) -> Tree:
     """The product with one tree."""
-    return tree_map(lambda leaf: leaf[0], matvec(tree_map(lambda leaf: leaf[None], vector)))
+    found, structure = flatten(vector)
+    # The way of one vector is short: signatures are looked at only where something is wrong.
+    if not all(isinstance(leaf, Tensor) for leaf in found):
+        options.tree("vector", vector)
+    try:
+        product, given = flatten(matvec(structure.unflatten(leaf[None] for leaf in found)))
+    except TypeError:
+        options.matvec("matvec", matvec)
+        raise
+    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in product]
+    wanted = [(1, *leaf.shape) for leaf in found]
+    if given != structure or shapes != wanted:
+        raise ValueError(
+            "the matvec's product is not like its block: its leaves have the shapes "
+            f"{first_of([*map(str, shapes)])}, those of the block {first_of([*map(str, wanted)])}"
+        )
+    return structure.unflatten(leaf[0] for leaf in product)
 
 
+@validated
 def shift(matvec: Matvec, s: float, /) -> Matvec:
     """A + s I."""
-    return lambda block: tree_map(lambda out, v: out + s * v, matvec(block), block)
+    return _made_of(
+        lambda block: tree_map(lambda out, v: out + s * v, matvec(block), block), matvec
+    )
 
 
+@validated
 def scale(matvec: Matvec, a: float, /) -> Matvec:
     """a A."""
-    return lambda block: tree_map(lambda out: a * out, matvec(block))
+    return _made_of(lambda block: tree_map(lambda out: a * out, matvec(block)), matvec)
 
 
+@validated
 def add(*matvecs: Matvec) -> Matvec:
     """A + B + ..., of matrices on the same space."""
     if not matvecs:
         raise ValueError("add takes at least one matvec")
 
-    def matvec(block: Tree) -> Tree:
-        total = matvecs[0](block)
+    def total(block: Tree) -> Tree:
+        products = matvecs[0](block)
         for other in matvecs[1:]:
-            total = tree_map(torch.add, total, other(block))
-        return total
+            products = tree_map(torch.add, products, other(block))
+        return products
 
-    return matvec
+    return _made_of(total, *matvecs)
 
 
+def _made_of(matvec: Matvec, *others: Matvec) -> Matvec:
+    """A matvec with the fingerprints and ranks of others; their scalars show in the products."""
+    for other in others:
+        if (ranks := getattr(other, "ranks", None)) is not None:
+            vars(matvec)["ranks"] = ranks
+    return with_fingerprint(matvec, lambda: combined(others))
+
+
+@validated
 def deflate(matvec: Matvec, pairs: Any, /) -> Matvec:
     """A - sum_i values_i v_i v_i': the matrix with these eigenpairs moved to zero.
 
@@ -68,9 +101,10 @@ def deflate(matvec: Matvec, pairs: Any, /) -> Matvec:
         moved = space.combine(inner * pairs.values.to(inner), basis)
         return tree_map(torch.sub, matvec(block), space.unravel(moved))
 
-    return deflated
+    return _made_of(deflated, matvec)
 
 
+@validated
 def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
     """P^-1/2 A P^-1/2, with P the positive diagonal of a tree.
 
@@ -79,9 +113,9 @@ def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
     Raises:
         ValueError: an entry of the diagonal is not positive.
     """
+    space = Space.of(diagonal)
     if not all(bool((leaf > 0).all()) for leaf in leaves(diagonal)):
         raise ValueError("the diagonal of a preconditioner must be positive: add a damping")
-    space = Space.of(diagonal)
     root = [torch.rsqrt(leaf) for leaf in space.tree_leaves(diagonal)]
 
     def preconditioned(block: Tree) -> Tree:
@@ -89,9 +123,10 @@ def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
         images = space.block_leaves(matvec(space.tree(inner)))
         return space.tree(v * r for v, r in zip(images, root, strict=True))
 
-    return preconditioned
+    return _made_of(preconditioned, matvec)
 
 
+@options.validated(blocks=options.groups)
 def per_block(
     matvec: Matvec, like: Tree, /, blocks: Mapping[str, Iterable[str]] | None = None
 ) -> Matvec:
@@ -134,9 +169,10 @@ def per_block(
             for name, leaf, image in zip(space.names, found, images, strict=True)
         )
 
-    return diagonal_blocks
+    return _made_of(diagonal_blocks, matvec)
 
 
+@options.validated(chunk_size=options.whole_number)
 def batched(fn: Callable[[Tree], Tree], /, *, chunk_size: int | None = None) -> Matvec:
     """The matvec of a function of one vector.
 
@@ -145,31 +181,70 @@ def batched(fn: Callable[[Tree], Tree], /, *, chunk_size: int | None = None) -> 
         chunk_size: how many vectors go through ``fn`` at once by vmap; None for the whole block;
             1 for a plain loop, which any ``fn`` survives.
     """
-    if chunk_size != 1:
-        return torch.vmap(fn, chunk_size=chunk_size)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: it must be at least 1")
 
-    def matvec(block: Tree) -> Tree:
+    def loop(block: Tree) -> Tree:
         rows = range(len(leaves(block)[0]))
-        found = [fn(tree_map(lambda leaf, i=i: leaf[i], block)) for i in rows]
+        found = [_of_tensors(fn, tree_map(lambda leaf, i=i: leaf[i], block)) for i in rows]
         return tree_map(lambda *out: torch.stack(out), *found)
 
-    return matvec
+    def mapped(block: Tree) -> Tree:
+        try:
+            return torch.vmap(fn, chunk_size=chunk_size)(block)
+        except (RuntimeError, TypeError, ValueError):
+            # A function that leaves torch fails inside of vmap, with whatever NumPy makes of that.
+            _of_tensors(fn, tree_map(lambda leaf: leaf[0], block))
+            raise
+
+    return loop if chunk_size == 1 else mapped
 
 
+def _of_tensors(fn: Callable[[Tree], Tree], vector: Tree) -> Tree:
+    """The product of one vector, if it is a tree of tensors."""
+    try:
+        product = fn(vector)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if (clearer := options.of_numpy(error)) is not None:
+            raise clearer from error
+        raise
+    for leaf in leaves(product):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"the function returns a {type(leaf).__name__}, and not a tree of tensors: compute "
+                "in torch, or pass a NumPy function f as from_scipy(LinearOperator((n, n), f))"
+            )
+    return product
+
+
+@validated
 def dense(matrix: Tensor, /) -> Matvec:
     """The matvec of a dense symmetric matrix, on flat vectors ``(n,)`` or on trees of n entries.
 
     Raises:
-        ValueError: the matrix is not square, or not symmetric.
+        TypeError: The matrix is not of a real floating-point dtype.
+        ValueError: the matrix is not square, not finite, or not symmetric.
     """
+    if matrix.layout != torch.strided:
+        raise TypeError(f"the matrix has layout {matrix.layout}: pass matrix.to_dense()")
+    if not matrix.is_floating_point():
+        raise TypeError(f"the matrix has dtype {matrix.dtype}: pass matrix.double(), or its parts")
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"a matrix of shape {tuple(matrix.shape)} is not square")
+    if not matrix.numel():
+        raise ValueError("the matrix has no entries: pass one of at least one row")
+    if not bool(matrix.isfinite().all()):
+        raise ValueError("the matrix has entries that are NaN or infinite")
     tolerance = 10 * torch.finfo(matrix.dtype).eps * matrix.abs().max()
     if not torch.allclose(matrix, matrix.mT, rtol=0, atol=float(tolerance)):
         raise ValueError("the matrix is not symmetric: take (A + A.T) / 2 if it should be")
 
     def matvec(block: Tree) -> Tree:
         space = Space.of(tree_map(lambda leaf: leaf[0], block))
+        if space.n != len(matrix):
+            raise ValueError(
+                f"the matrix takes vectors of {len(matrix)} entries, and got one of {space.n}"
+            )
         return space.unravel(space.ravel(block).to(matrix.dtype) @ matrix)
 
-    return matvec
+    return with_fingerprint(matvec, lambda: {"matrix": checksum([matrix])})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from torch import Tensor
 
+from hessfunc.fingerprints import Fingerprint, checksum, of_batches, with_fingerprint
 from hessfunc.functional import several_batches
+from hessfunc.options import validated
 from hessfunc.transforms.blocks import Curvature
+from hessfunc.transforms.examples import examples, microbatches, rows_of
+from hessfunc.transforms.reductions import Average, watching
 from hessfunc.transforms.share import Loader, Read, Share, Sum
-from hessfunc.trees import Matvec, Space, Tree, batch_leaves, flatten, unchanged
+from hessfunc.trees import Matvec, Space, Tree, unchanged
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -22,71 +26,27 @@ if TYPE_CHECKING:
 __all__ = ["Passes", "examples", "mean_over", "microbatches", "over_batches", "rows_of"]
 
 
-def examples(batch: Any, /) -> int:
-    """The number of examples of a batch: the length of its first tensor with an axis."""
-    for leaf in batch_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return len(leaf)
-    raise ValueError(
-        f"cannot count the examples of a batch of type {type(batch).__name__} without a tensor: "
-        "pass `weight=`, a function of the batch"
-    )
-
-
-def microbatches(batch: Any, size: int, /) -> list[Any]:
-    """A batch cut into pieces of at most ``size`` examples, each of the same structure.
-
-    Tensors are cut along their first axis, as views; all else is repeated. Pass the pieces to
-    `over_batches` when the graph of the whole batch does not fit in memory.
-
-    Raises:
-        ValueError: size is not positive, or tensors differ in their number of examples.
-    """
-    if size < 1:
-        raise ValueError(f"size={size}: a microbatch has at least one example")
-    rows, build = rows_of(batch)
-    lengths = {len(leaf) for leaf in rows}
-    if len(lengths) != 1:
-        raise ValueError(
-            f"the tensors of the batch have {sorted(lengths)} examples: cut it yourself, and pass "
-            "the pieces to `over_batches`"
-        )
-    return [
-        build([leaf[start : start + size] for leaf in rows])
-        for start in range(0, lengths.pop(), size)
-    ]
-
-
-def rows_of(batch: Any, /) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    """The tensors of a batch that have a first axis, and the batch with others in their place."""
-    # Such as the BatchEncoding of Hugging Face, which is no pytree.
-    found, structure = flatten(dict(batch) if isinstance(batch, Mapping) else batch)
-    cut = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-
-    def build(rows: Sequence[Tensor]) -> Any:
-        inner = list(found)
-        for i, row in zip(cut, rows, strict=True):
-            inner[i] = row
-        return structure.unflatten(inner)
-
-    return [found[i] for i in cut], build
-
-
+@validated
 def over_batches(
     curvature: Curvature,
     /,
     *,
-    weight: Callable[[Any], float] = examples,
+    weight: Callable[[Any], float] | None = None,
     keep: bool = False,
     mesh: DeviceMesh | None = None,
     loader: Loader = "whole",
 ) -> Curvature:
-    """The weighted mean of a curvature over batches, as a function ``(params, batches) -> matvec``.
+    """The curvature of a data set from those of its batches: ``(params, batches) -> matvec``.
 
         A v = sum_b weight(b) A_b v / sum_b weight(b)
 
-    For a loss that is a mean over examples this is the curvature of the mean over all of them,
-    however they are cut into batches. One pass over the batches serves a whole block. Passes are
+    For a loss that is a mean over examples, with the number of examples as the weight, this is
+    the curvature of the mean over all of them, however they are cut into batches. Where the loss
+    is a sum over examples (``reduction="sum"``) and no weight is given, batches are summed. The
+    reduction is read from torch's loss functions and modules. Of any other loss the first batch
+    tells: its loss is compared with those of its halves, once, at the cost of two evaluations.
+
+    One pass over the batches serves a whole block. Passes are
     compared by a checksum of their examples, in any order. Two things it cannot see: a mask of
     dropout in train mode belongs to a place in the batch, so the order must stay; and frozen
     parameters and buffers are read anew in each pass, so they must stay. (A DataLoader draws a
@@ -99,9 +59,11 @@ def over_batches(
 
     Args:
         curvature: of one batch.
-        weight: what a batch counts; by default its examples. Pass your own where the loss is a
-            mean over something else, such as tokens that are not padding. Batches of weight 0 are
-            left out.
+        weight: Weight of a batch in the mean. None: the number of its examples, or the sum of
+            batches for a loss that is a sum. Pass your own where the loss is a mean over something
+            else, such as tokens that are not padding, or where the first axes of the batch's
+            tensors differ (time before batch, graphs): ``lambda batch: len(batch[1])``. Batches of
+            weight 0 are left out.
         keep: keep the graph of every batch: products are faster, memory grows with the data.
         mesh: of ranks, with the axes "data", "probe" or both.
         loader: who divides the data. ``"whole"``: the batches are the same on every rank, in the
@@ -112,7 +74,8 @@ def over_batches(
     Raises:
         TypeError: (from the curvature function) the batches can be read only once; (also from the
             matvec) ``curvature`` gives no matvec.
-        ValueError: there is no batch; weights sum to zero; two passes saw different examples; a
+        ValueError: there is no batch; weights sum to zero; the number of examples is a guess, as
+            the first axes of a batch's tensors differ; two passes saw different examples; a
             model uses batch statistics (BatchNorm in train mode) on more than one batch; the mesh
             has another axis. From the matvec or the curvature function: ranks differ in their
             parameters, their blocks or their data, or count examples twice.
@@ -165,7 +128,7 @@ def mean_over(
     /,
     *,
     passes: Passes,
-    weight: Callable[[Any], float],
+    weight: Callable[[Any], float] | None,
     keep: bool,
     mesh: DeviceMesh | None,
     loader: Loader,
@@ -181,10 +144,21 @@ def mean_over(
 
         space = share.all_well(checked)
         share.refuse_unlike(space, params, batches)
-        reading = _Reading(curvature, params, batches, weight, space, share, passes)
-        return share.over(space, batches, reading.kept() if keep else reading.anew())
+        several = mesh is not None or not isinstance(batches, Sized) or len(batches) != 1
+        average = Average(weight, several)
+        reading = _Reading(curvature, params, batches, average, space, share, passes)
+        mean = share.over(space, batches, reading.kept() if keep else reading.anew())
+        return with_fingerprint(mean, partial(_fingerprint, space, params, batches, loader))
 
     return of_data
+
+
+def _fingerprint(space: Space, params: Tree, batches: Iterable[Any], loader: Loader) -> Fingerprint:
+    """Of the parameters, and of batches that are at hand: a loader would be read once more."""
+    of_params = {"parameters": checksum(space.tree_leaves(params))}
+    if loader == "sharded" or not isinstance(batches, Sequence):
+        return of_params
+    return of_params | {"batches": of_batches(batches)}
 
 
 def _share_of(mesh: DeviceMesh, loader: Loader) -> Share:
@@ -200,7 +174,9 @@ def _refuse_one_batch(batches: Iterable[Any]) -> None:
             f"batches is a {type(batches).__name__}, which can be read only once, but each "
             "product is a pass over the data: pass a list or a DataLoader"
         )
-    is_pair = isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[1], Tensor)
+    is_pair = isinstance(batches, tuple) and (
+        hasattr(batches, "_fields") or (len(batches) == 2 and isinstance(batches[1], Tensor))
+    )
     if isinstance(batches, (Tensor, Mapping)) or is_pair:
         raise TypeError("batches is a single batch: pass a list of batches, [batch]")
 
@@ -212,7 +188,7 @@ class _Reading:
     curvature: Curvature
     params: Tree
     batches: Iterable[Any]
-    weight: Callable[[Any], float]
+    average: Average
     space: Space
     share: Share
     passes: Passes
@@ -221,15 +197,16 @@ class _Reading:
         """The graphs of all batches are made now."""
         read = Read.nothing(self.space.device)
 
-        def make() -> list[tuple[float, Callable[[], Matvec]]]:
-            found: list[tuple[float, Callable[[], Matvec]]] = [
-                (w, partial(_itself, self._at(batch, i))) for i, batch, w in self._mine(read)
-            ]
+        def make() -> list[tuple[Callable[[], float], Callable[[], Matvec]]]:
+            made: list[tuple[Callable[[], float], Callable[[], Matvec]]] = []
+            for i, batch in self._mine(read):
+                matvec = self._at(batch, i)
+                made.append((partial(float, self.average.of(batch)), partial(_itself, matvec)))
             self.passes.add(read.all.total)
-            return found
+            return made
 
         found = self.share.all_well(make)
-        return lambda block: Sum.of(self.space, block, found, read)
+        return lambda block: Sum.of(self.space, block, found, read, self.average)
 
     def anew(self) -> Callable[[Tree], Sum]:
         """The graph of a batch is made in every pass."""
@@ -238,30 +215,29 @@ class _Reading:
         def products(block: Tree) -> Sum:
             refuse_if_changed()
             read = Read.nothing(self.space.device)
-            found = ((w, partial(self._at, batch, i)) for i, batch, w in self._mine(read))
-            total = Sum.of(self.space, block, found, read)
+            found = (
+                (partial(self.average.of, batch), partial(self._at, batch, i))
+                for i, batch in self._mine(read)
+            )
+            total = Sum.of(self.space, block, found, read, self.average)
             self.passes.add(read.all.total)
             return total
 
         return products
 
-    def _mine(self, read: Read) -> Iterator[tuple[int, Any, float]]:
-        """The batches of this rank that count, with their place among all and their weight."""
+    def _mine(self, read: Read) -> Iterator[tuple[int, Any]]:
+        """The batches of this rank that count, with their place among all."""
         for i, batch in enumerate(self.batches):
             place = self.share.place(i)
             read.add(batch, own=place is not None)
-            if place is not None and (counted := self._weight(batch)):
-                yield place, batch, counted
-
-    def _weight(self, batch: Any) -> float:
-        counted = float(self.weight(batch))
-        if not counted >= 0:
-            raise ValueError(f"the weight of a batch is {counted}: at least 0")
-        return counted
+            if place is not None and self.average.counts(batch):
+                yield place, batch
 
     def _at(self, batch: Any, place: int) -> Matvec:
-        with several_batches() if place else nullcontext():
-            return _matvec(self.curvature(self.params, batch))
+        with several_batches() if place else nullcontext(), watching() as seen:
+            matvec = _matvec(self.curvature(self.params, batch))
+            self.average.decide(seen)
+        return matvec
 
 
 def _matvec(made: Any) -> Matvec:

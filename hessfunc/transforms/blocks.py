@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from hessfunc.choices import current_choices
-from hessfunc.memory import PeakMemory, available_memory
-from hessfunc.transforms.kernels import explanation, precise
+from hessfunc.fingerprints import checksum, of_batches, with_fingerprint
+from hessfunc.memory import Footprint
+from hessfunc.transforms.kernels import explanation, precise, refuse_autocast
 from hessfunc.trees import Matvec, Space, Tree, batch_leaves, unchanged
 
 __all__ = ["Chunks", "Curvature", "Product", "block_matvec", "guarding"]
@@ -28,10 +25,18 @@ ChunkSize: TypeAlias = int | Literal["auto"]
 
 # Below this many vectors vmap costs more than it saves.
 _SMALLEST_BLOCK = 4
-# How often each way is timed, in turns; the first time also warms it up.
-_TRIALS = 2
-# What glibc gives back to the system at once, and gets from it anew, page by page: tensors above
-# it are several times slower to write.
+# The largest mean output of an operation, in entries, for which a block goes through vmap: smaller
+# operations spend their time in calls, which vmap shares, and larger ones in arithmetic, which
+# vmap only moves out of the caches. Measured over 13 nets, the rule stays within 8 % of the
+# fastest of a loop, chunks of 4 and the whole block (`python -m bench.speed 'rule/*'`).
+_HESSIAN_ENTRIES = 2**15
+GAUSS_NEWTON_ENTRIES = 2**16
+# An accelerator needs about a million entries to be busy.
+_ACCELERATOR_ENTRIES = 2**20
+# The most memory that a chunk may take on a CPU: a constant, because what is free changes.
+_CHUNK_BYTES = 2**30
+# glibc returns larger allocations to the system at once and gets them anew, page by page, so that
+# they are several times slower to write.
 _LARGEST_ON_CPU = 2**25
 
 
@@ -50,15 +55,17 @@ def guarding(checks: list[Callable[[], None]], /) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Chunks:
-    """How many vectors go through one pass: a fixed number, or chosen by a trial and kept.
+    """The number of vectors that go through one pass.
 
     Attributes:
-        size: the chunk, 1 for a loop, or ``"auto"``.
-        chosen: the chunk that was chosen for each number of vectors and shapes of a batch.
+        size: Vectors in a chunk, 1 for a loop, or ``"auto"`` for the rule of `chunk_by_rule`.
+        entries: Largest mean output of an operation for which the rule takes vmap on a CPU.
+        chosen: Chunks that the rule gave, by the number of vectors and the shapes of the batch.
     """
 
     size: ChunkSize = "auto"
-    chosen: dict[str, int] = field(default_factory=dict)
+    entries: int = _HESSIAN_ENTRIES
+    chosen: dict[Hashable, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.size != "auto" and (not isinstance(self.size, int) or self.size < 1):
@@ -72,6 +79,7 @@ def block_matvec(
     batch: Any,
     *,
     chunks: Chunks,
+    copies: Sequence[Tensor] | None = None,
 ) -> Matvec:
     """The matvec of a product of one vector.
 
@@ -81,9 +89,10 @@ def block_matvec(
         point: the leaves of the parameters at which the product was made.
         batch: the batch for which it was made; its shapes tell similar products apart.
         chunks: how the block is cut.
+        copies: Leaves at which the product was made, if they are copies of ``point``.
     """
     refuse_if_changed = unchanged(space.names, point)
-    of_batch = [tuple(x.shape) for x in batch_leaves(batch) if isinstance(x, Tensor)]
+    shapes = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
     surroundings = precise if space.device.type == "cuda" else nullcontext
 
     def products(tangents: Sequence[Tensor]) -> Iterable[Tensor]:
@@ -96,18 +105,17 @@ def block_matvec(
             return _in_chunks(product, tangents, chunks.size)[0]
         if k < _SMALLEST_BLOCK:
             return _in_chunks(product, tangents, 1)[0]
-        key = f"{k} vectors of {space.n}, batch {', '.join(map(str, of_batch))}"
-        recorded = current_choices()
-        size = recorded.get(key) or chunks.chosen.get(key)
+        key = (k, space.n, shapes)
+        size = chunks.chosen.get(key)
+        pieces = _Pieces(product, tangents)
         if size is None:
-            found, size = _by_trial(product, tangents)
-        else:
-            found, size = _in_chunks(product, tangents, size)
-        recorded[key] = chunks.chosen[key] = size
-        return found
+            size = chunk_by_rule(pieces, chunks.entries)
+        leaves, chunks.chosen[key] = _by_vmap_or_loop(pieces, size)
+        return leaves
 
     # The way of one vector is short: on a small net it takes as long as the product.
     def matvec(block: Tree) -> Tree:
+        refuse_autocast(space.device)
         refuse_if_changed()
         _guards.get([]).append(refuse_if_changed)
         tangents = space.block_leaves(block)
@@ -121,7 +129,30 @@ def block_matvec(
                 raise clearer from error
             raise
 
-    return matvec
+    def outside_of_inference_mode(block: Tree) -> Tree:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return matvec(block)
+        return matvec(block)
+
+    return with_fingerprint(
+        outside_of_inference_mode,
+        lambda: {
+            "parameters": checksum(point if copies is None else copies),
+            "batches": of_batches([batch]),
+        },
+    )
+
+
+def _by_vmap_or_loop(pieces: _Pieces, size: int) -> tuple[Sequence[Tensor], int]:
+    """The products of a block in chunks, or by a loop where an operation has no batching rule."""
+    if size == 1:
+        return pieces.completed(1)
+    try:
+        return _in_chunks(pieces.product, pieces.tangents, size)
+    except RuntimeError:
+        # An error of the product itself comes again from the loop.
+        return _in_chunks(pieces.product, pieces.tangents, 1)
 
 
 def _in_chunks(
@@ -135,22 +166,12 @@ def _in_chunks(
         except torch.OutOfMemoryError:
             size = k // 2
         torch.cuda.empty_cache()
-    pieces = _Pieces(product, tangents)
-    while pieces.done < k:
-        try:
-            pieces.take(min(size, k - pieces.done))
-            continue
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-        torch.cuda.empty_cache()
-        size //= 2
-    return pieces.found, size
+    return _Pieces(product, tangents).completed(size)
 
 
 def _mapped(product: Product, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
     with warnings.catch_warnings():
-        # Operations without a batching rule loop inside of vmap; trials see what that costs.
+        # Operations without a batching rule loop inside of vmap.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         return torch.vmap(product, randomness="same")(tangents)
 
@@ -182,58 +203,43 @@ class _Pieces:
             target[start:end].copy_(out)
         self.done = max(self.done, end)
 
-
-def _by_trial(product: Product, tangents: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
-    """The products of a block, and the chunk that took the least time for each vector.
-
-    The trial's own products are part of the result.
-    """
-    k, device = len(tangents[0]), tangents[0].device
-    pieces = _Pieces(product, tangents)
-    most = _chunk_that_fits(pieces)
-    seconds: dict[int, float] = {}
-
-    def race(*sizes: int) -> None:
-        for size in sizes * _TRIALS:
+    def completed(self, size: int) -> tuple[Sequence[Tensor], int]:
+        """The products of all vectors, and the chunk size with which they fitted in memory."""
+        k = len(self.tangents[0])
+        while self.done < k:
             try:
-                spent = _seconds(partial(pieces.take, size), device) / size
-            except RuntimeError:
-                # An operation without a batching rule, or no memory: the loop needs neither.
+                self.take(min(size, k - self.done))
+                continue
+            except torch.OutOfMemoryError:
                 if size == 1:
                     raise
-                continue
-            seconds[size] = min(spent, seconds.get(size, math.inf))
-
-    if most >= _SMALLEST_BLOCK:
-        race(1, _SMALLEST_BLOCK)
-        # Larger blocks may leave the caches, or save calls.
-        larger = -(-k // -(-k // most))
-        if seconds.get(_SMALLEST_BLOCK, math.inf) < seconds[1] and larger > _SMALLEST_BLOCK:
-            race(larger)
-    size = min(seconds, key=seconds.__getitem__, default=1)
-    while pieces.done < k:
-        pieces.take(min(size, k - pieces.done))
-    return pieces.found, size
+            torch.cuda.empty_cache()
+            size //= 2
+        return self.found, size
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def chunk_by_rule(pieces: _Pieces, entries: int) -> int:
+    """The chunk of a block, from the sizes of the operations of its first product.
 
+    The whole block goes through vmap where operations write at most ``entries`` entries on
+    average, in equal chunks of at most 1 GiB on a CPU; otherwise a loop multiplies it. No clock
+    and no other process has a say, so that every run takes the same path.
 
-def _chunk_that_fits(pieces: _Pieces) -> int:
-    """The most vectors that should go through one pass, by what the first one takes."""
-    device = pieces.found[0].device
-    with PeakMemory() as memory:
+    Args:
+        pieces: The block. Its first product is made here, and kept where a loop goes on from it.
+        entries: Largest mean output of an operation on a CPU.
+    """
+    k, device = len(pieces.tangents[0]), pieces.tangents[0].device
+    with Footprint() as of_one:
         pieces.take(1)
-    # A CPU grants any allocation and the kernel kills the process later: predict. On CUDA
-    # running out of memory is an exception, and the chunk is halved then.
-    if device.type != "cpu":
-        return len(pieces.found[0])
-    in_memory = available_memory(device) // 2 // max(1, memory.peak)
-    return max(1, min(len(pieces.found[0]), in_memory, _LARGEST_ON_CPU // max(1, memory.largest)))
+    on_cpu = device.type == "cpu"
+    if of_one.entries > (entries if on_cpu else _ACCELERATOR_ENTRIES) * max(1, of_one.operations):
+        return 1
+    # On an accelerator running out of memory is an exception, and the chunk is halved then. A CPU
+    # grants any allocation and the kernel kills the process later.
+    most = k
+    if on_cpu:
+        most = min(
+            k, _CHUNK_BYTES // max(1, of_one.peak), _LARGEST_ON_CPU // max(1, of_one.largest)
+        )
+    return -(-k // -(-k // most)) if most >= _SMALLEST_BLOCK else 1

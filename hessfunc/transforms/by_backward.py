@@ -12,14 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from hessfunc import options
 from hessfunc.transforms.blocks import Chunks, Curvature, block_matvec
-from hessfunc.transforms.hessian import filled, gradient_differences, scalar
-from hessfunc.transforms.kernels import precise, same_draws
+from hessfunc.transforms.custom_functions import refuse_unless_derivatives
+from hessfunc.transforms.hessian import filled, gradient_differences, kept, scalar
+from hessfunc.transforms.kernels import plain_batch, precise, refuse_autocast, same_draws
+from hessfunc.transforms.kernels.constants import Constants
+from hessfunc.transforms.kernels.embedding import pure_lookup
+from hessfunc.transforms.kernels.forward_mode import DIFFERENCES
+from hessfunc.transforms.kernels.replaced import Replaced
 from hessfunc.trees import Matvec, Space, Tree
 
 __all__ = ["hvp_by_backward"]
 
 
+@options.validated(loss=options.function_of(1, "a batch"))
 def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curvature:
     """The Hessian of a module that is sharded by `fully_shard`, or wrapped in another way.
 
@@ -34,6 +41,9 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
 
     It is accurate to about 1e-9 in float64 and 1e-4 in float32 for smooth losses. With kinks (ReLU,
     max-pooling), or parameters that are cast to a narrower dtype on the way, it means little.
+
+    What is detached, or computed under ``no_grad``, is constant, as in `hvp`; in a module that is
+    sharded by `fully_shard`, which detaches much itself, it moves with the parameters.
 
     Each product moves the module's parameters and puts the same bits back, even if the loss
     raises. Gradients and buffers stay as they were. Randomness in the loss is the same for every
@@ -52,6 +62,8 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
     Raises:
         ValueError: (from the curvature function) the module has no parameter of that name; the
             loss is not a finite scalar that depends on params.
+        NotImplementedError: (from the curvature function) a custom function's backward is not the
+            derivative of its forward, as in a straight-through estimator.
         RuntimeError: (from the matvec) params have changed in place since it was made. Another
             rank has failed: at once, or after the timeout where it failed within the loss.
 
@@ -60,20 +72,37 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
 
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
+        refuse_autocast(space.device)
         own = _parameters(model, space)
-        point = [leaf.detach() for leaf in space.tree_leaves(params)]
+        leaves = space.tree_leaves(params)
 
-        def gradient(at: Sequence[Tensor]) -> list[Tensor]:
+        sharded = bool(_sharded_modules(model))
+        mode = Replaced(pure_lookup()) if sharded else Constants(DIFFERENCES)
+
+        def value_at_present(_: object = None) -> list[Tensor]:
+            return [scalar(loss(batch))]
+
+        def gradient(at: Sequence[Tensor], *, first: bool = False) -> list[Tensor]:
             with _moved(model, own, at), same_draws(space.device), precise(space.device):
-                value = scalar(loss(batch))
+                if isinstance(mode, Constants):
+                    mode.start()
+                with mode:
+                    (value,) = value_at_present()
+                if isinstance(mode, Constants):
+                    mode.finish()
+                if first and not sharded:
+                    refuse_unless_derivatives([value], own, value_at_present)
                 # A rank that raised alone would leave the others waiting in the backward pass.
                 space.on_all(partial(_refuse_infinite, value))
                 value.backward()
                 return filled([parameter.grad for parameter in own], own)
 
-        gradient(point)
+        with torch.inference_mode(False):
+            batch = plain_batch(batch)
+            point = kept(leaves)
+            gradient(point, first=True)
         product = gradient_differences(gradient, space, point)
-        return block_matvec(product, space, point, batch, chunks=Chunks(1))
+        return block_matvec(product, space, leaves, batch, chunks=Chunks(1), copies=point)
 
     return curvature
 
@@ -126,8 +155,10 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 def _reshard(model: nn.Module) -> None:
     """Free what `fully_shard` has gathered, so that the module's parameters are the shards."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hessfunc.precision import wide_dtype
-from hessfunc.trees import batch_leaves
+from hessfunc.trees import opened
 
 __all__ = ["Checksum", "batch_key"]
 
@@ -26,30 +27,44 @@ class Checksum:
 
     def add(self, batch: Any) -> Tensor:
         """Add the examples of a batch: the checksum of these alone."""
-        tensors = [
-            x for x in batch_leaves(batch) if isinstance(x, Tensor) and x.dim() > 0 and len(x)
-        ]
+        found, _ = opened(batch, "batch")
+        tensors = [x for x in map(_numbers, found) if x is not None and x.dim() > 0 and len(x)]
         if not tensors:
             return torch.zeros_like(self.total)
         dtype, device = self.total.dtype, self.total.device
         projected = torch.zeros(len(tensors[0]), dtype=dtype, device=device)
         for i, tensor in enumerate(tensors):
-            rows = tensor.detach().reshape(len(tensor), -1).to(device, dtype)
+            rows = tensor.reshape(len(tensor), -1).to(device, dtype)
             rows = rows.nan_to_num(nan=0.5, posinf=2.0, neginf=-2.0)
             entries = torch.arange(1, rows.shape[1] + 1, dtype=dtype, device=device)
             projection = rows @ torch.cos(entries * (i + 1.618))
             projected = projected + (
                 projection if len(projection) == len(projected) else projection.sum()
             )
-        found = torch.stack(
+        added = torch.stack(
             [
                 torch.ones_like(projected).sum(),
                 projected.square().sum(),
                 (projected + 1).square().sum(),
             ]
         )
-        self.total += found
-        return found
+        self.total += added
+        return added
+
+
+def _numbers(leaf: Any) -> Tensor | None:
+    """Return a leaf as a dense tensor of real numbers, or None where it is neither."""
+    if isinstance(leaf, np.ndarray):
+        # Dates, text and unsigned integers of 64 bits have no tensor.
+        return torch.as_tensor(leaf) if leaf.dtype.kind in "biufc" else None
+    if not isinstance(leaf, Tensor):
+        return None
+    leaf = leaf.detach()
+    if leaf.is_nested:
+        leaf = leaf.values() if leaf.layout == torch.jagged else torch.cat(leaf.unbind())
+    elif leaf.layout != torch.strided:
+        leaf = leaf.to_dense()
+    return torch.view_as_real(leaf) if leaf.is_complex() else leaf
 
 
 def batch_key(seed: int, batch: Any, device: torch.device, /) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hessfunc import options
+from hessfunc.fingerprints import fingerprint, with_fingerprint
 from hessfunc.transforms.blocks import guarding
 from hessfunc.transforms.kernels import precise
 from hessfunc.transforms.kernels.matrices import as_operations
@@ -31,6 +33,7 @@ class NotCompiledWarning(UserWarning):
     """A matvec could not be compiled, and runs as it is."""
 
 
+@options.validated(chunk_size=options.whole_number)
 def compiled(
     matvec: Matvec, /, *, chunk_size: int = 1, backend: str | Callable[..., Any] = "inductor"
 ) -> Matvec:
@@ -44,9 +47,9 @@ def compiled(
 
         seconds of compilation / (seconds of a product - seconds of a compiled one)
 
-    products: thousands on a CPU, as `bench/results/speed.md` says. Where a product cannot be
-    written down, as where data are read anew for each one (`over_batches` without ``keep``), a
-    `NotCompiledWarning` says why, and the matvec runs as it is.
+    products: thousands on a CPU, as the tables in `bench/results/speed` say. A product that cannot
+    be compiled, such as one that reads its data each time (`over_batches` without ``keep``), runs
+    as it is, and a `NotCompiledWarning` says why.
 
     Args:
         matvec: block -> block, of parameters and data that are fixed.
@@ -78,7 +81,7 @@ def compiled(
             return structure.unflatten(parts[0])
         return structure.unflatten(torch.cat(leaves) for leaves in zip(*parts, strict=True))
 
-    return products
+    return with_fingerprint(products, lambda: fingerprint(matvec))
 
 
 def _program(
@@ -91,7 +94,7 @@ def _program(
     def of_leaves(*leaves: Tensor) -> list[Tensor]:
         return flatten(matvec(nested(leaves)))[0]
 
-    # A trial of chunks is no part of the product.
+    # The first product of a shape also measures its operations, which is no part of the program.
     of_leaves(*found)
     try:
         with torch.no_grad(), guarding(checks), as_operations():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessfunc.functional import OfTargets
-from hessfunc.transforms.batches import microbatches
-from hessfunc.trees import Tree, flatten
+from hessfunc.options import validated
+from hessfunc.transforms.custom_functions import Verified, refuse_if_cut
+from hessfunc.transforms.examples import Rows, rows_of
+from hessfunc.transforms.reductions import Reduction, declared_reduction
+from hessfunc.trees import Tree, opened
 
 __all__ = ["Criterion", "OutputProduct", "closed_form", "with_output_hessian"]
 
@@ -44,6 +47,7 @@ class Criterion:
         return self.criterion(outputs, targets)
 
 
+@validated
 def with_output_hessian(
     criterion: Callable[[Any, Any], Tensor], output_hessian: OutputHessian, /
 ) -> Criterion:
@@ -86,53 +90,90 @@ def _is_known(function: Any) -> bool:
 
 
 def example_weights(
-    criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, count: int, /
+    criterion: Callable[[Any, Any], Tensor],
+    outputs: Tree,
+    batch: Any,
+    count: int,
+    reduction: Reduction,
+    /,
 ) -> Tensor | float:
-    """The weights c_b with which ``sum_b c_b r_b r_b'`` is the mean of ``g_b g_b'`` over examples.
+    """Return the c_b with which ``sum_b c_b r_b r_b'`` is the empirical Fisher matrix.
 
     r_b is the part of example b in the gradient of the loss, g_b the gradient of its own loss. In
-    a mean r_b = s_b g_b with s_b the share of the example, one over their number or, where targets
-    are ignored, one over the number of those that are not; in a sum r_b = g_b. Criteria that are
-    not known are taken for means of equal shares.
+    a sum r_b = g_b, and the matrix is ``sum_b g_b g_b'``. In a mean r_b = s_b g_b, with s_b the
+    share of the example, one over their number or, where targets are ignored, one over the number
+    of those that are not; the matrix is ``sum_b s_b g_b g_b'``.
     """
+    if reduction == "sum":
+        return 1.0
     inner, targets = with_targets(criterion, batch)
     function, options = function_and_options(inner)
-    is_sum = options.get("reduction") == "sum"
     if function is not F.cross_entropy or targets.is_floating_point():
-        return 1 / count if is_sum else float(count)
-    if is_sum:
-        kept = (targets != options.get("ignore_index", -100)).reshape(count, -1).any(1)
-        return 1 / kept.sum().clamp_min(1).to(outputs)
+        return float(count)
     alone = {"reduction": "mean", "label_smoothing": 0.0}
     scale = cross_entropy_scale(outputs, targets, **{**options, **alone})
     share = scale.reshape(count, -1).sum(1)
     return torch.where(share > 0, 1 / share, 0.0)
 
 
-def refuse_unless_mean(
+def reduction_over_examples(
     criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /
-) -> None:
-    """Raise for a criterion, none of the known ones, that is no mean over examples."""
-    function, _ = function_and_options(with_targets(criterion, batch)[0])
-    if _is_known(function):
-        return
+) -> Reduction | None:
+    """Return how a criterion puts the examples of a batch together; None for a single example.
+
+    A criterion with a closed form is known; any other is evaluated on each example.
+
+    Raises:
+        ValueError: It is neither the mean nor the sum of its examples, or cannot be evaluated on
+            one alone.
+    """
+    inner, targets = with_targets(criterion, batch)
+    if _is_known(function_and_options(inner)[0]):
+        return declared_reduction(inner)
     advice = (
         "an empirical Fisher matrix needs the gradient of each example: take a criterion that is "
-        "the mean over examples, or a known one, as in composed(outputs, cross_entropy, "
-        "targets=lambda batch: ...)"
+        "a mean or a sum over the first axis of the outputs, or a known one, as in "
+        "`composed(outputs, cross_entropy, targets=lambda batch: batch['labels'])`"
     )
+    rows, targets_rows = rows_of(outputs, what="outputs"), rows_of(targets, what="targets")
     try:
-        pieces = zip(microbatches(outputs, 1), microbatches(batch, 1), strict=True)
-        alone = torch.stack([criterion(piece, of) for piece, of in pieces]).mean()
-    except (ValueError, RuntimeError, IndexError, TypeError):
-        # Examples that cannot be cut apart cannot be compared.
-        return
-    together = criterion(outputs, batch)
-    if not torch.isclose(alone, together, rtol=1e-3, atol=0):
+        alone = torch.stack([inner(*one) for one in _apart(rows, targets_rows)])
+    except (ValueError, RuntimeError, IndexError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"the criterion is {float(together):.4g}, but the mean of its examples' is "
-            f"{float(alone):.4g}; {advice}"
+            f"the criterion could not be evaluated on one example alone ({reason}); {advice}"
+        ) from error
+    together = inner(outputs, targets)
+    values: dict[Reduction, Tensor] = {"mean": alone.mean(), "sum": alone.sum()}
+    fits = [
+        name for name, value in values.items() if torch.isclose(value, together, rtol=1e-3, atol=0)
+    ]
+    if not fits:
+        raise ValueError(
+            f"the criterion is {float(together):.4g}, but its examples have the mean "
+            f"{float(alone.mean()):.4g} and the sum {float(alone.sum()):.4g}; {advice}"
         )
+    if len(fits) == 1:
+        return fits[0]
+    return declared_reduction(inner)
+
+
+def _apart(outputs: Rows, targets: Rows) -> Iterator[tuple[Any, Any]]:
+    """Yield the outputs and targets of each example alone.
+
+    Arrays of another length than the outputs are the same for all examples, such as constants of
+    the model or weights of classes.
+    """
+    moving = {len(x) for x in outputs[0] if isinstance(x, Tensor) and x.requires_grad}
+    if len(moving) != 1:
+        raise ValueError(f"outputs have first axes of {sorted(moving)}")
+    (count,) = moving
+    for i in range(count):
+        one, target = (
+            build([x[i : i + 1] if len(x) == count else x for x in arrays])
+            for arrays, build in (outputs, targets)
+        )
+        yield one, target
 
 
 def with_targets(criterion: Callable[[Any, Any], Tensor], batch: Any, /) -> tuple[Any, Any]:
@@ -246,6 +287,29 @@ class NotConvexWarning(UserWarning):
     """A criterion is not convex in the outputs: its Gauss-Newton matrix may be indefinite."""
 
 
+class LinearCriterionWarning(UserWarning):
+    """A criterion is linear in the outputs: its Gauss-Newton matrix is zero."""
+
+
+def warn_of_linear(criterion: Callable[[Any, Any], Tensor], /) -> None:
+    """Warn that the Gauss-Newton matrix is zero, and say how the loss is split otherwise."""
+    inner = criterion.criterion if isinstance(criterion, OfTargets) else criterion
+    function = getattr(inner, "func", inner)
+    if function is F.nll_loss or isinstance(function, nn.NLLLoss):
+        message = (
+            "nll_loss is linear in the log-probabilities that it takes, so the Gauss-Newton "
+            "matrix is zero: let the model return logits, without LogSoftmax at its end, and take "
+            "`supervised(model_fn, torch.nn.functional.cross_entropy)`"
+        )
+    else:
+        message = (
+            "the criterion is linear in the model's outputs, at least near these, so the "
+            "Gauss-Newton matrix is zero: put the last nonlinear function of the model into the "
+            "criterion, `composed(outputs, criterion)`, or take `hvp(loss)`"
+        )
+    warnings.warn(message, LinearCriterionWarning, stacklevel=2)
+
+
 def output_gradient(
     criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /, *, create_graph: bool
 ) -> tuple[list[int], list[Tensor], list[Tensor]]:
@@ -258,12 +322,12 @@ def output_gradient(
     Raises:
         ValueError: there is no such leaf.
     """
-    found, structure = flatten(outputs)
+    found, rebuilt = opened(outputs, "outputs")
     places = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.requires_grad]
     inner = list(found)
     for i in places:
         inner[i] = found[i].detach().requires_grad_()
-    value = criterion(structure.unflatten(inner), batch)
+    value = criterion(rebuilt(inner), batch)
     gradient: tuple[Tensor | None, ...] = ()
     if places and value.requires_grad:
         gradient = torch.autograd.grad(
@@ -282,6 +346,7 @@ def by_autodiff(
     /,
     *,
     try_convexity: bool,
+    verified: Verified | None = None,
 ) -> tuple[list[int], Callable[[list[Tensor]], list[Tensor]]]:
     """The output Hessian of any criterion, through a kept graph of its gradient.
 
@@ -290,6 +355,10 @@ def by_autodiff(
         depends, and the product with one vector of such leaves.
     """
     used, leaves, slopes = output_gradient(criterion, outputs, batch, create_graph=True)
+    if verified is None or "criterion" not in verified:
+        _refuse_if_cut(criterion, outputs, batch, used, leaves)
+    if verified is not None:
+        verified.add("criterion")
     curved = [i for i, slope in enumerate(slopes) if slope.requires_grad]
 
     def product(tangents: list[Tensor]) -> list[Tensor]:
@@ -306,8 +375,39 @@ def by_autodiff(
         )
 
     if try_convexity:
-        _warn_unless_convex(product, leaves)
+        if _is_zero(product, leaves):
+            warn_of_linear(criterion)
+        else:
+            _warn_unless_convex(product, leaves)
     return used, product
+
+
+def _refuse_if_cut(
+    criterion: Callable[[Any, Any], Tensor],
+    outputs: Tree,
+    batch: Any,
+    used: Sequence[int],
+    leaves: Sequence[Tensor],
+) -> None:
+    """Refuse a criterion whose gradient autograd cannot differentiate."""
+    found, rebuilt = opened(outputs, "outputs")
+
+    def again(at: Sequence[Tensor]) -> list[Tensor]:
+        inner = list(found)
+        for i, leaf in zip(used, at, strict=True):
+            inner[i] = leaf
+        return [criterion(rebuilt(inner), batch)]
+
+    refuse_if_cut(again(leaves), leaves, again, verified=set())
+
+
+def _is_zero(product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]) -> bool:
+    """Whether the image of a vector without zeros is zero."""
+    tangents = [
+        torch.arange(1.0, leaf.numel() + 1, device=leaf.device).cos().to(leaf).view_as(leaf)
+        for leaf in leaves
+    ]
+    return not any(bool(image.any()) for image in product(tangents))
 
 
 _DIRECTIONS_TRIED = 16
@@ -317,13 +417,13 @@ def _warn_unless_convex(
     product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]
 ) -> None:
     # Directions that move one example alone see a negative curvature that a sum would hide.
-    examples = min(len(leaf) if leaf.dim() else 1 for leaf in leaves)
+    examples = max(1, min(len(leaf) if leaf.dim() else 1 for leaf in leaves))
     generator = torch.Generator().manual_seed(0)
     for trial in range(_DIRECTIONS_TRIED):
         tangents = []
         for leaf in leaves:
             tangent = torch.zeros_like(leaf).detach()
-            target = tangent[trial % examples] if leaf.dim() else tangent
+            target = tangent[trial % examples] if leaf.dim() and len(leaf) else tangent
             target.copy_(torch.randn(target.shape, generator=generator, device="cpu"))
             tangents.append(tangent)
         found = product(tangents)

@@ -6,21 +6,26 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from hessfunc.functional import several_batches
+from hessfunc.options import validated
 from hessfunc.randomness import of_matrix, uniforms
+from hessfunc.transforms.arithmetic import scale
 from hessfunc.transforms.batches import examples, over_batches
 from hessfunc.transforms.blocks import Curvature
+from hessfunc.transforms.reductions import Average, watching
 from hessfunc.trees import Matvec, Space, Tree, unchanged
 
 __all__ = ["Draws", "draws"]
 
 # Probes of the same seed are functions of other keys: (seed, index, leaf), no index negative.
 _BATCH_OF_DRAW = -1
+_ORDER_OF_PASS = -3
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +38,8 @@ class Draws:
         seed: of the draws.
         ends: the running sum of the batches' weights.
         of_batch: the matvec of the batch at a place.
+        places: Places of the batches that have a weight.
+        replace: Whether batches are drawn with replacement.
     """
 
     full: Matvec
@@ -40,37 +47,68 @@ class Draws:
     seed: int
     ends: tuple[float, ...] = field(repr=False)
     of_batch: Callable[[int], Matvec] = field(repr=False)
+    places: tuple[int, ...] = field(repr=False)
+    replace: bool = False
+
+    @property
+    def population(self) -> int | None:
+        """Number of draws that make a full pass; None for draws with replacement."""
+        return None if self.replace else len(self.places)
 
     def batch(self, i: int, /) -> int:
-        """The place of the i-th draw's batch: a function of (seed, i) alone."""
+        """Return the place of the i-th draw's batch, a function of (seed, i) alone."""
+        if not self.replace:
+            turn, at = divmod(i, len(self.places))
+            return self.places[_order(self.seed, len(self.places), turn)[at]]
         point = float(uniforms(1, self.seed, _BATCH_OF_DRAW, i, device=torch.device("cpu")))
         found = bisect_right(self.ends, point * self.ends[-1])
         # A point that rounds up to the end belongs to the last batch that has a weight.
         return min(found, self.ends.index(self.ends[-1]))
 
     def __call__(self, i: int, /) -> Matvec:
-        return self.of_batch(self.batch(i))
+        place = self.batch(i)
+        matvec = self.of_batch(place)
+        if self.replace:
+            return matvec
+        weight = self.ends[place] - (self.ends[place - 1] if place else 0.0)
+        share = weight / self.ends[-1] * len(self.places)
+        return matvec if abs(share - 1) < 1e-12 else scale(matvec, share)
 
 
+@lru_cache(maxsize=8)
+def _order(seed: int, count: int, turn: int) -> list[int]:
+    """Return a random order of this many batches, another one in each pass."""
+    points = uniforms(count, seed, _ORDER_OF_PASS, turn, device=torch.device("cpu"))
+    return points.argsort(stable=True).tolist()
+
+
+@validated
 def draws(
     curvature: Curvature,
     /,
     *,
-    weight: Callable[[Any], float] = examples,
+    weight: Callable[[Any], float] | None = None,
+    replace: bool = False,
     seed: int | None = None,
 ) -> Callable[[Tree, Sequence[Any]], Draws]:
-    """Random batches of a data set, as a function ``(params, batches) -> Draws``.
+    """Draw random batches of a data set, as a function ``(params, batches) -> Draws``.
 
-    Batch b is drawn with the probability of its weight, with replacement, so the plain mean over
-    draws is unbiased for the curvature of the whole data set, however unequal the batches are:
+    The plain mean over draws is unbiased for the curvature of the whole data set, however unequal
+    the batches are:
 
         E[A_draw] = sum_b weight(b) A_b / sum_b weight(b).
 
-    Draws are independent of one another, and so is what is estimated from each.
+    By default the B batches are drawn without replacement, in one random order after another, and
+    the curvature of batch b is multiplied by B weight(b) / sum_b weight(b). The mean over a full
+    pass is then exact. With ``replace=True`` batch b is drawn with the probability of its weight,
+    and draws are independent of one another. Where the loss is a sum over examples and no weight
+    is given, the curvature of the data set is the sum over batches, and so is the mean over draws.
 
     Args:
-        curvature: of one batch.
-        weight: what a batch counts; by default its examples. Batches of weight 0 are never drawn.
+        curvature: Curvature of one batch.
+        weight: Weight of a batch; by default the number of its examples. Batches of weight 0 are
+            never drawn.
+        replace: Whether batches are drawn with replacement.
         seed: of the draws: the i-th depends on (seed, i) alone. None draws a seed once, here.
 
     Returns:
@@ -94,16 +132,22 @@ def draws(
                 "picked: pass list(loader), or the pieces of `microbatches`"
             )
         full = over_batches(curvature, weight=weight)(params, batches)
-        ends = _running_sum([float(weight(batches[b])) for b in range(len(batches))])
+        counted = [float((weight or examples)(batches[b])) for b in range(len(batches))]
+        ends = _running_sum(counted)
+        places = tuple(b for b, each in enumerate(counted) if each > 0)
+        average = Average(weight, several=len(ends) > 1)
         space = Space.of(params)
         refuse_if_changed = unchanged(space.names, space.tree_leaves(params))
 
         def of_batch(place: int) -> Matvec:
             refuse_if_changed()
-            with several_batches() if len(ends) > 1 else nullcontext():
-                return curvature(params, batches[place])
+            with several_batches() if len(ends) > 1 else nullcontext(), watching() as seen:
+                matvec = curvature(params, batches[place])
+                # A batch of one example does not tell a mean from a sum.
+                average.decide(seen, batch=batches[counted.index(max(counted))])
+            return scale(matvec, ends[-1] / counted[place]) if average.is_sum else matvec
 
-        return Draws(full, len(ends), seed, ends, of_batch)
+        return Draws(full, len(ends), seed, ends, of_batch, places, replace)
 
     return of_data
 

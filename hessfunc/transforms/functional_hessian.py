@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 
 from hessfunc.functional import Loss, composed
+from hessfunc.options import validated
 from hessfunc.transforms.blocks import ChunkSize, Curvature
 from hessfunc.transforms.criteria import output_gradient
 from hessfunc.transforms.gauss_newton import refuse_without_halves
-from hessfunc.transforms.hessian import Mode, hvp
-from hessfunc.transforms.kernels import differentiable_twice, explained
-from hessfunc.trees import Matvec, Space, Tree, flatten
+from hessfunc.transforms.hessian import Mode, hvp, kept
+from hessfunc.transforms.kernels import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+)
+from hessfunc.transforms.reductions import noted
+from hessfunc.trees import Matvec, Space, Tree, opened
 
 __all__ = ["functional_hvp"]
 
@@ -21,6 +28,7 @@ __all__ = ["functional_hvp"]
 _Fixed: TypeAlias = tuple[list[int], list[Tensor]]
 
 
+@validated
 def functional_hvp(
     loss: Loss, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "auto"
 ) -> Curvature:
@@ -49,7 +57,7 @@ def functional_hvp(
 
     def along_gradient(outputs: Tree, fixed: _Fixed) -> Tensor:
         used, slopes = fixed
-        found = flatten(outputs)[0]
+        found, _ = opened(outputs, "outputs")
         return torch.stack([(found[i] * r).sum() for i, r in zip(used, slopes, strict=True)]).sum()
 
     linear = composed(
@@ -61,10 +69,15 @@ def functional_hvp(
 
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
-        inputs = [leaf.detach().requires_grad_() for leaf in space.tree_leaves(params)]
-        with explained(space, batch), differentiable_twice(space.device):
-            outputs = loss.outputs(space.tree(inputs), batch)
-            used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
-        return second(params, (batch, (used, slopes)))
+        refuse_autocast(space.device)
+        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
+            batch = plain_batch(batch)
+            inputs = [leaf.requires_grad_() for leaf in kept(space.tree_leaves(params))]
+            with differentiable_twice(space.device):
+                outputs = loss.outputs(space.tree(inputs), batch)
+                used, _, slopes = output_gradient(
+                    loss.criterion, outputs, batch, create_graph=False
+                )
+            return second(params, (batch, (used, slopes)))
 
     return curvature

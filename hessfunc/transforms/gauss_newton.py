@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from hessfunc.functional import Loss
+from hessfunc.options import validated
 from hessfunc.randomness import of_matrix
-from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
+from hessfunc.transforms.blocks import (
+    GAUSS_NEWTON_ENTRIES,
+    Chunks,
+    ChunkSize,
+    Curvature,
+    Product,
+    block_matvec,
+)
 from hessfunc.transforms.checksum import batch_key
 from hessfunc.transforms.criteria import (
     INDEPENDENT,
@@ -22,15 +30,23 @@ from hessfunc.transforms.criteria import (
     closed_form,
     example_weights,
     output_gradient,
-    refuse_unless_mean,
+    reduction_over_examples,
 )
-from hessfunc.transforms.hessian import checked
-from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.transforms.custom_functions import Verified, refuse_if_cut
+from hessfunc.transforms.hessian import checked, kept
+from hessfunc.transforms.kernels import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+)
 from hessfunc.transforms.kernels.order import linear_in_cotangents
+from hessfunc.transforms.kernels.replaced import Replaced
 from hessfunc.transforms.kernels.second_order import SECOND_ORDER
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
-from hessfunc.transforms.pullback import pullback
-from hessfunc.trees import Matvec, Space, Tree, flatten
+from hessfunc.transforms.pullback import edges, pullback
+from hessfunc.transforms.reductions import Reduction, noted
+from hessfunc.trees import Matvec, Space, Tree, opened
 
 __all__ = [
     "checked_outputs",
@@ -39,6 +55,7 @@ __all__ = [
     "ggnvp",
     "hessian_of_outputs",
     "linearised",
+    "refuse_if_outputs_are_cut",
     "refuse_without_halves",
 ]
 
@@ -46,6 +63,7 @@ __all__ = [
 _Middle: TypeAlias = tuple[list[int], Callable[[list[Tensor]], Sequence[Tensor]]]
 
 
+@validated
 def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     """The generalised Gauss-Newton matrix, as a curvature function ``(params, batch) -> matvec``.
 
@@ -59,28 +77,34 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
 
     Args:
         loss: with its two halves, as made by `supervised` or `composed`.
-        chunk_size: how many vectors of a block go through one pass by vmap; 1 is a loop;
-            ``"auto"`` times both once for each shape and keeps the faster.
+        chunk_size: Number of vectors of a block that go through one pass by vmap, 1 for a loop,
+            or ``"auto"`` for the rule that `hvp` describes.
 
     Raises:
         TypeError: the loss does not show its halves.
         ValueError: (from the curvature function) the loss is not a finite scalar.
-        RuntimeError: (from the matvec) params have changed in place since it was made.
+        NotImplementedError: (from the curvature function) autograd would lose a derivative, of a
+            custom function whose backward detaches or leaves torch, or through a hook.
+        RuntimeError: (from the matvec) params have changed in place since it was made. Autocast
+            is enabled.
 
-    Cost: the model is linearised once a batch; a product costs 4/3 gradients on a deep net.
+    Cost: the model is linearised once a batch; a product costs 4/3 gradients on a deep net. Models
+    with custom autograd functions or hooks are checked once, as in `hvp`.
 
     Source: Schraudolph 2002, Fast curvature matrix-vector products; Martens 2014, arXiv 1412.1193.
     """
     tried: list[bool] = []
+    verified: Verified = set()
 
     def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
-        found = hessian_of_outputs(loss, outputs, batch, try_convexity=not tried)
+        found = hessian_of_outputs(loss, outputs, batch, try_convexity=not tried, verified=verified)
         tried.append(True)
         return found
 
     return _gauss_newton(loss, middle, chunk_size)
 
 
+@validated
 def fvp(
     loss: Loss,
     /,
@@ -131,16 +155,24 @@ def fvp(
     return _gauss_newton(loss, middle, chunk_size)
 
 
+@validated
 def efvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     """The empirical Fisher matrix, as a curvature function ``(params, batch) -> matvec``.
 
-        E = mean over examples of g_b g_b'
+        E = mean over examples of g_b g_b', or their sum for a loss that is a sum
 
     with g_b the gradient of the loss of example b, the b-th entry of the first axis of the model's
     outputs. Examples whose targets are ignored do not count; those with more targets count more.
     It takes one gradient of the criterion with respect to the outputs, so the loss must be a mean
-    (or, for a known criterion, a sum) over examples that do not see each other; where examples
-    can be cut apart that is checked once, on the first batch.
+    or a sum over examples that do not see each other. Except for cross-entropy, MSE and
+    BCE-with-logits, this is checked once, on the first batch with two examples or more: the
+    criterion of the batch is compared with those of its examples.
+
+    Over targets that are drawn from the model's own prediction, the expectation of E is the Fisher
+    matrix F of `fvp` if each example has one prediction, as in classification. It is not where
+    the loss of an example is itself a mean over several predictions: over n outputs of
+    BCE-with-logits or MSE, or n positions of cross-entropy, E is smaller by a factor of about n,
+    as it squares the mean over them and F is the mean of squares.
 
     Args:
         loss: with its two halves, as made by `supervised` or `composed`.
@@ -148,20 +180,23 @@ def efvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
 
     Raises:
         TypeError: the loss does not show its halves.
-        ValueError: (from the curvature function) output leaves differ in their number of examples.
+        ValueError: (from the curvature function) output leaves differ in their number of examples;
+            the criterion is neither the mean nor the sum of its examples, or could not be
+            evaluated on one alone.
 
     Cost: as `ggnvp`.
 
     Source: Kunstner, Balles and Hennig 2019, arXiv 1905.12558, on what it is and is not.
     """
-    tried: list[bool] = []
+    known: list[Reduction] = []
 
     def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
-        if not tried:
+        if not known:
             with torch.no_grad():
-                refuse_unless_mean(loss.criterion, outputs, batch)
-            tried.append(True)
-        return _empirical(loss, outputs, batch)
+                reduction = reduction_over_examples(loss.criterion, outputs, batch)
+            # A single example is its own mean and sum, and does not tell of other batches.
+            known.extend([] if reduction is None else [reduction])
+        return _empirical(loss, outputs, batch, known[0] if known else "sum")
 
     return _gauss_newton(loss, middle, chunk_size)
 
@@ -170,15 +205,19 @@ def _gauss_newton(
     loss: Loss, middle: Callable[[Loss, Tree, Any], _Middle], chunk_size: ChunkSize
 ) -> Curvature:
     refuse_without_halves(loss)
-    chunks = Chunks(chunk_size)
+    chunks = Chunks(chunk_size, GAUSS_NEWTON_ENTRIES)
+    verified: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
-        point = [leaf.detach() for leaf in space.tree_leaves(params)]
-        surroundings = differentiable_twice(space.device, SECOND_ORDER)
-        with explained(space, batch), surroundings:
-            product = _product(loss, middle, space, point, batch)
-        return block_matvec(product, space, point, batch, chunks=chunks)
+        refuse_autocast(space.device)
+        leaves = space.tree_leaves(params)
+        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
+            batch = plain_batch(batch)
+            point = kept(leaves)
+            with differentiable_twice(space.device, SECOND_ORDER) as seen:
+                product = _product(loss, middle, space, point, batch, seen, verified)
+        return block_matvec(product, space, leaves, batch, chunks=chunks, copies=point)
 
     return curvature
 
@@ -198,12 +237,39 @@ def _product(
     space: Space,
     point: Sequence[Tensor],
     batch: Any,
+    seen: Replaced,
+    verified: Verified,
 ) -> Product:
     inputs = [leaf.detach().requires_grad_() for leaf in point]
     outputs = checked_outputs(loss, space, inputs, batch)
+    hooks = tuple(seen.hooks)
     used, between = middle(loss, outputs, batch)
-    ends = [flatten(outputs)[0][i] for i in used]
+    leaves, _ = opened(outputs, "outputs")
+    ends = [leaves[i] for i in used]
+    refuse_if_outputs_are_cut(loss, space, inputs, ends, used, batch, hooks, verified)
     return linearised(inputs, ends, [end.shape for end in ends], between)
+
+
+def refuse_if_outputs_are_cut(
+    loss: Loss,
+    space: Space,
+    inputs: Sequence[Tensor],
+    ends: Sequence[Tensor],
+    used: Sequence[int],
+    batch: Any,
+    hooks: Sequence[str],
+    verified: Verified,
+) -> None:
+    """Refuse outputs whose Jacobian autograd would lose part of.
+
+    J v is found as the derivative of the pullback J'w with respect to w.
+    """
+
+    def again(leaves: Sequence[Tensor]) -> list[Tensor]:
+        outputs, _ = opened(loss.outputs(space.tree(leaves), batch), "outputs")
+        return [outputs[i] for i in used]
+
+    refuse_if_cut(ends, inputs, again, hooks=hooks, verified=verified, linear=True)
 
 
 def checked_outputs(loss: Loss, space: Space, inputs: Sequence[Tensor], batch: Any) -> Tree:
@@ -242,24 +308,36 @@ def linearised(
             ends, inputs, cotangents, create_graph=True, materialize_grads=True
         )
     moving = [i for i, g in enumerate(slopes) if g.requires_grad]
-    pushed = pullback([slopes[i] for i in moving], cotangents)
+    # Only where they stand in the graph: their values, zero, are not needed.
+    pushed = pullback(edges([slopes[i] for i in moving]), cotangents)
     pulled = pullback(ends, inputs)
     return lambda tangents: pulled(between(pushed([tangents[i] for i in moving])))
 
 
 def hessian_of_outputs(
-    loss: Loss, outputs: Tree, batch: Any, *, try_convexity: bool = False
+    loss: Loss,
+    outputs: Tree,
+    batch: Any,
+    *,
+    try_convexity: bool = False,
+    verified: Verified | None = None,
 ) -> _Middle:
     """B = the Hessian of the criterion."""
     known = closed_form(loss.criterion)
     if known is None or not isinstance(outputs, Tensor):
-        return by_autodiff(loss.criterion, outputs, batch, try_convexity=try_convexity)
+        return by_autodiff(
+            loss.criterion,
+            outputs,
+            batch,
+            try_convexity=try_convexity,
+            verified=verified,
+        )
     product = known(outputs.detach(), batch)
     return [0], lambda tangents: [product(tangents[0])]
 
 
-def _empirical(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
-    """B = B^-1 r_b r_b' for each example b, with r_b its gradient at the outputs."""
+def _empirical(loss: Loss, outputs: Tree, batch: Any, reduction: Reduction) -> _Middle:
+    """B = c_b r_b r_b' for each example b, with r_b its part of the gradient at the outputs."""
     used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
     counts = {len(g) if g.dim() else 1 for g in slopes}
     if len(counts) != 1:
@@ -268,7 +346,7 @@ def _empirical(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
             "Fisher matrix needs one gradient an example"
         )
     count = counts.pop()
-    weights = example_weights(loss.criterion, outputs, batch, count)
+    weights = example_weights(loss.criterion, outputs, batch, count, reduction)
     rows = [g.reshape(count, -1) for g in slopes]
 
     def product(tangents: list[Tensor]) -> list[Tensor]:

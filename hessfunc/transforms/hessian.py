@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hessfunc.functional import LossFunction, refuse_module
+from hessfunc.options import validated
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
-from hessfunc.transforms.kernels import differentiable_twice, explained
+from hessfunc.transforms.custom_functions import (
+    Verified,
+    refuse_if_cut,
+    refuse_unless_derivatives,
+)
+from hessfunc.transforms.kernels import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+)
+from hessfunc.transforms.kernels.constants import Constants
+from hessfunc.transforms.kernels.forward_mode import DIFFERENCES, FORWARD
+from hessfunc.transforms.kernels.replaced import Replaced
 from hessfunc.transforms.kernels.second_order import SECOND_ORDER
-from hessfunc.transforms.pullback import pullback
+from hessfunc.transforms.pullback import edges, pullback
+from hessfunc.transforms.reductions import noted
 from hessfunc.trees import Matvec, Space, Tree
 
-__all__ = ["checked", "filled", "gradient_differences", "hvp", "scalar"]
+__all__ = ["checked", "filled", "gradient_differences", "hvp", "kept", "scalar"]
 
 Gradient: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Mode = Literal["reverse", "forward", "difference", "auto"]
 
 
+@validated
 def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "auto") -> Curvature:
     """The Hessian of a loss, as a curvature function ``(params, batch) -> matvec``.
 
@@ -31,6 +48,10 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
     Randomness in the loss (dropout in train mode) is drawn once, from a seed of its own, and is
     the same for every product. Attention runs in the form that has a second derivative. Where
     params are DTensors, so are the vectors, one after another, in mode reverse or difference.
+
+    All modes give autograd's matrix: what is detached, or computed under ``no_grad``, is constant.
+    The matrix is that of the params as they were when it was made: it keeps a copy of them, so
+    that writes through ``.data`` or NumPy, which torch does not see, do not change it.
 
     Args:
         loss: ``(params, batch) -> scalar``, pure.
@@ -44,15 +65,23 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
             accurate to about 1e-9 in float64 and 1e-4 in float32 for smooth losses. With kinks
             (ReLU, max-pooling) it means little in float32, where the step crosses them.
             ``"auto"``: reverse, or forward where the graph does not fit on the GPU.
-        chunk_size: how many vectors of a block go through one pass by vmap; 1 is a loop.
-            ``"auto"`` times both once for each shape and keeps the faster.
+        chunk_size: Number of vectors of a block that go through one pass by vmap; 1 is a loop.
+            ``"auto"`` follows a rule from the sizes of the product's operations, the same in every
+            run: the whole block where they are small, a loop where they are large. `tune` measures
+            a chunk instead.
 
     Raises:
         TypeError: the loss is a module.
         ValueError: (from the curvature function) the loss is not a finite scalar that depends on
             params.
-        NotImplementedError: (also from the matvec) an operation has no second derivative.
-        RuntimeError: (from the matvec) params have changed in place since it was made.
+        NotImplementedError: (also from the matvec) an operation has no second derivative, or one
+            that autograd would lose: a custom function whose backward detaches or leaves torch.
+        RuntimeError: (from the matvec) params have changed in place since it was made. Autocast
+            is enabled.
+
+    Cost: to linearise, one gradient with its graph. A loss with custom autograd functions is
+    evaluated once more, and a call of each kind is differentiated nine times alone, once for each
+    `hvp`; with hooks on tensors, one more gradient and its derivative.
 
     Source: Pearlmutter 1994, Fast exact multiplication by the Hessian.
     """
@@ -60,46 +89,91 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
     if mode not in ("reverse", "forward", "difference", "auto"):
         raise ValueError(f"mode={mode!r}: choose 'reverse', 'forward', 'difference' or 'auto'")
     chunks = Chunks(chunk_size)
+    verified: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
-        point = [leaf.detach() for leaf in space.tree_leaves(params)]
-        with explained(space, batch):
+        refuse_autocast(space.device)
+        leaves = space.tree_leaves(params)
+        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
+            batch = plain_batch(batch)
+            point = kept(leaves)
+            problem = _Problem(loss, space, point, batch, verified)
             match mode:
                 case "forward":
-                    product = _forward(loss, space, point, batch)
+                    product = _forward(problem)
                 case "difference":
-                    product = _difference(loss, space, point, batch)
+                    product = _difference(problem)
                 case "reverse":
-                    product = _reverse(loss, space, point, batch)
+                    product = _reverse(problem)
                 case "auto":
-                    product = _reverse_if_it_fits(loss, space, point, batch)
+                    product = _reverse_if_it_fits(problem)
         size = Chunks(1) if mode == "difference" else chunks
-        return block_matvec(product, space, point, batch, chunks=size)
+        return block_matvec(product, space, leaves, batch, chunks=size, copies=point)
 
     return curvature
 
 
-def _reverse_if_it_fits(
-    loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any
-) -> Product:
+def kept(leaves: Sequence[Tensor], /) -> list[Tensor]:
+    """Copy the parameters of a matvec, so that it stays that of their present values.
+
+    Writes through ``.data`` or NumPy leave no trace on the version of a tensor, and would reach the
+    weights in a kept graph, but not the activations.
+    """
+    return [leaf.detach().clone() for leaf in leaves]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A loss at a point, and what is known of its custom functions."""
+
+    loss: LossFunction
+    space: Space
+    point: Sequence[Tensor]
+    batch: Any
+    verified: Verified
+
+    def value(self, leaves: Sequence[Tensor]) -> Tensor:
+        """The loss at these leaves."""
+        return checked(self.loss(self.space.tree(leaves), self.batch), self.space, leaves)
+
+    def inputs(self) -> list[Tensor]:
+        """New leaves at the point."""
+        return [leaf.detach().requires_grad_() for leaf in self.point]
+
+    def refuse_if_cut(self, value: Tensor, inputs: Sequence[Tensor], seen: Replaced) -> None:
+        """Refuse a loss whose gradient autograd cannot differentiate."""
+        refuse_if_cut(
+            [value],
+            inputs,
+            lambda leaves: [self.value(leaves)],
+            hooks=tuple(seen.hooks),
+            verified=self.verified,
+        )
+
+
+def _reverse_if_it_fits(problem: _Problem) -> Product:
     try:
-        return _reverse(loss, space, point, batch)
+        return _reverse(problem)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-    return _forward(loss, space, point, batch)
+    return _forward(problem)
 
 
-def _reverse(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any) -> Product:
-    inputs = [leaf.detach().requires_grad_() for leaf in point]
-    with differentiable_twice(space.device, SECOND_ORDER):
-        gradient = _gradient(loss, space, inputs, batch, create_graph=True)
+def _reverse(problem: _Problem) -> Product:
+    inputs = problem.inputs()
+    with differentiable_twice(problem.space.device, SECOND_ORDER) as seen:
+        value = problem.value(inputs)
+        problem.refuse_if_cut(value, inputs, seen)
+        gradient = _gradient(value, inputs, create_graph=True)
     curved = [i for i, g in enumerate(gradient) if g.requires_grad]
-    pulled = pullback([gradient[i] for i in curved], inputs)
+    # The values of the gradient are not needed: only where they stand in the graph.
+    pulled = pullback(edges([gradient[i] for i in curved]), inputs)
     return lambda tangents: pulled([tangents[i] for i in curved])
 
 
-def _forward(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any) -> Product:
+def _forward(problem: _Problem) -> Product:
+    space, point = problem.space, problem.point
     if space.distributed:
         raise NotImplementedError(
             "DTensors have no forward mode: take `hvp(loss, mode='reverse')`; where its graph does "
@@ -107,29 +181,42 @@ def _forward(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: A
         )
 
     def value(*found: Tensor) -> Tensor:
-        return loss(space.tree(found), batch)
+        return problem.loss(space.tree(found), problem.batch)
 
-    inputs = [leaf.detach().requires_grad_() for leaf in point]
-    with differentiable_twice(space.device):
-        _gradient(loss, space, inputs, batch, create_graph=False)
+    inputs = problem.inputs()
+    with differentiable_twice(space.device, FORWARD) as seen:
+        first = problem.value(inputs)
+        problem.refuse_if_cut(first, inputs, seen)
+        _gradient(first, inputs, create_graph=False)
     gradient = torch.func.grad(value, argnums=tuple(range(len(point))))
 
     def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        with differentiable_twice(space.device):
+        with differentiable_twice(space.device, FORWARD):
             found = torch.func.jvp(gradient, tuple(point), tuple(tangents))[1]
         return [out.detach() for out in found]
 
     return product
 
 
-def _difference(loss: LossFunction, space: Space, point: Sequence[Tensor], batch: Any) -> Product:
-    def gradient(at: Sequence[Tensor]) -> list[Tensor]:
-        inputs = [leaf.detach().requires_grad_() for leaf in at]
-        with differentiable_twice(space.device):
-            return _gradient(loss, space, inputs, batch, create_graph=False)
+def _difference(problem: _Problem) -> Product:
+    mode = Constants(DIFFERENCES)
 
-    gradient(point)
-    return gradient_differences(gradient, space, point)
+    def gradient(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        mode.start()
+        with differentiable_twice(problem.space.device, mode):
+            value = problem.value(inputs)
+            mode.finish()
+            with mode.suspended():
+                return value, _gradient(value, inputs, create_graph=False)
+
+    def moved(at: Sequence[Tensor]) -> list[Tensor]:
+        return gradient([leaf.detach().requires_grad_() for leaf in at])[1]
+
+    inputs = problem.inputs()
+    value, _ = gradient(inputs)
+    with differentiable_twice(problem.space.device, DIFFERENCES):
+        refuse_unless_derivatives([value], inputs, lambda leaves: [problem.value(leaves)])
+    return gradient_differences(moved, problem.space, problem.point)
 
 
 def gradient_differences(gradient: Gradient, space: Space, point: Sequence[Tensor]) -> Product:
@@ -153,15 +240,7 @@ def _norm(space: Space, vector: Sequence[Tensor]) -> float:
     return float(space.norms(space.ravel_leaves([leaf[None] for leaf in vector])))
 
 
-def _gradient(
-    loss: LossFunction,
-    space: Space,
-    inputs: Sequence[Tensor],
-    batch: Any,
-    *,
-    create_graph: bool,
-) -> list[Tensor]:
-    value = checked(loss(space.tree(inputs), batch), space, inputs)
+def _gradient(value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool) -> list[Tensor]:
     found: Sequence[Tensor | None] = ()
     if value.requires_grad:
         found = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)

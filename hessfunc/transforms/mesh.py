@@ -15,6 +15,7 @@ from hessfunc.distributed.ranks import Ranks, attempted, by_rank
 from hessfunc.precision import wide_dtype
 from hessfunc.randomness import mixed
 from hessfunc.transforms import shards
+from hessfunc.transforms.reductions import Average, Reduction
 from hessfunc.transforms.share import Loader, Share, Sum
 from hessfunc.trees import Matvec, Space, Tree, leaves
 
@@ -106,12 +107,15 @@ class MeshShare(Share):
             numbers = made[0].numbers if made else [0.0] * _NUMBERS
             table = self.everyone.told([self._place[0], *numbers], self.device, failure)
             self._refuse_differences(table, examples)
+            _agree_on_reduction(made[0].total.average, [row[-1] for row in table])
             total = self._over_data(made[0].total)
             if self.probe is not None:
                 rows = self.probe.joined(total.rows, [len(part) for part in made[0].parts])
                 total = replace(total, rows=rows)
             return total.mean(space)
 
+        # An algorithm compares its options on these ranks before it asks for the first product.
+        vars(matvec)["ranks"] = self.everyone, self.device
         return matvec
 
     def _made(self, space: Space, block: Tree, local: Callable[[Tree], Sum]) -> _Made:
@@ -132,7 +136,7 @@ class MeshShare(Share):
         _, _, first, size, *_ = table[0]
         if any(abs(row[2] - first) > _DRIFT * size for row in table):
             raise ValueError(f"the ranks do not have the same block. {_SAME}")
-        read = [shards.Part(int(row[0]), tuple(row[4:7]), tuple(row[7:])) for row in table]
+        read = [shards.Part(int(row[0]), tuple(row[4:7]), tuple(row[7:10])) for row in table]
         if self.loader == "whole":
             shards.refuse_other_order(read)
         else:
@@ -166,15 +170,29 @@ class _Made:
         """What other ranks compare with theirs."""
         read = self.total.read
         sums = torch.cat([read.all.total, read.own]).tolist()
-        return [len(self.given[0]), *_sampled(self.given), *sums]
+        reduction = _REDUCTIONS.index(self.total.average.reduction)
+        return [len(self.given[0]), *_sampled(self.given), *sums, reduction]
 
 
+_REDUCTIONS: tuple[Reduction | None, ...] = (None, "mean", "sum")
 # Of `_Made.numbers`.
-_NUMBERS = 9
+_NUMBERS = 10
 _SAME = (
     "Call the same algorithm with the same options, start and `seed=` on each rank; where they "
     "share a `space=sharded(params, mesh)` they agree on sizes and seeds by themselves"
 )
+
+
+def _agree_on_reduction(average: Average, told: Sequence[float]) -> None:
+    """Take over what other ranks know of the loss: a batch of one example does not tell."""
+    known = {int(number) for number in told} - {0}
+    if len(known) > 1:
+        raise ValueError(
+            "the loss is a mean over examples on some ranks, and a sum on others: take one "
+            "`reduction` on all of them"
+        )
+    for number in known:
+        average.reduction = _REDUCTIONS[number]
 
 
 def _sampled(block: Sequence[Tensor]) -> list[float]:

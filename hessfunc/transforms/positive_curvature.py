@@ -11,17 +11,27 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from hessfunc.functional import Loss
+from hessfunc.options import validated
 from hessfunc.transforms.arithmetic import per_block
 from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
+from hessfunc.transforms.custom_functions import Verified
 from hessfunc.transforms.gauss_newton import (
     checked_outputs,
     hessian_of_outputs,
     linearised,
+    refuse_if_outputs_are_cut,
     refuse_without_halves,
 )
-from hessfunc.transforms.hessian import hvp
-from hessfunc.transforms.kernels import differentiable_twice, explained
-from hessfunc.trees import Matvec, Space, Tree, flatten
+from hessfunc.transforms.hessian import hvp, kept
+from hessfunc.transforms.kernels import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+)
+from hessfunc.transforms.kernels.replaced import Replaced
+from hessfunc.transforms.reductions import noted
+from hessfunc.trees import Matvec, Space, Tree, opened
 
 __all__ = ["Residual", "pchvp", "positive"]
 
@@ -48,6 +58,7 @@ _ROWWISE = _SOFTMAX | _NORMALISATION
 _LONGEST_ROW = 4096
 
 
+@validated
 def pchvp(
     loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = "auto"
 ) -> Curvature:
@@ -91,16 +102,24 @@ def pchvp(
     chunks = Chunks(chunk_size)
     exact_blocks = hvp(loss, chunk_size=chunk_size)
     verified: list[bool] = []
+    sound: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = Space.of(params)
-        point = [leaf.detach() for leaf in space.tree_leaves(params)]
-        with explained(space, batch), differentiable_twice(space.device):
-            found = _with_residual(loss, space, point, batch, allow_products=residual == "zero")
+        refuse_autocast(space.device)
+        leaves = space.tree_leaves(params)
+        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
+            batch = plain_batch(batch)
+            point = kept(leaves)
+            with differentiable_twice(space.device) as seen:
+                found = _with_residual(
+                    loss, space, point, batch, seen, sound, allow_products=residual == "zero"
+                )
 
         def blocks(kind: Residual) -> Matvec:
-            product = found.product(kind)
-            matvec = block_matvec(product, space, point, batch, chunks=chunks)
+            with torch.inference_mode(False):
+                product = found.product(kind)
+            matvec = block_matvec(product, space, leaves, batch, chunks=chunks, copies=point)
             return per_block(matvec, params)
 
         if not verified and residual != "zero":
@@ -239,13 +258,23 @@ class _Found:
 
 
 def _with_residual(
-    loss: Loss, space: Space, point: Sequence[Tensor], batch: Any, *, allow_products: bool
+    loss: Loss,
+    space: Space,
+    point: Sequence[Tensor],
+    batch: Any,
+    seen: Replaced,
+    sound: Verified,
+    *,
+    allow_products: bool,
 ) -> _Found:
     inputs = [leaf.detach().requires_grad_() for leaf in point]
     # A view of each leaf: a tap may then sit on a parameter itself.
     outputs = checked_outputs(loss, space, [leaf.view_as(leaf) for leaf in inputs], batch)
-    used, outer = hessian_of_outputs(loss, outputs, batch)
-    ends = [flatten(outputs)[0][i] for i in used]
+    hooks = tuple(seen.hooks)
+    used, outer = hessian_of_outputs(loss, outputs, batch, verified=sound)
+    leaves, _ = opened(outputs, "outputs")
+    ends = [leaves[i] for i in used]
+    refuse_if_outputs_are_cut(loss, space, inputs, ends, used, batch, hooks, sound)
     nodes = _nodes(ends)
     products = [] if allow_products else _products(nodes, inputs, space)
     curved = [n for n in nodes if n.name() in _ELEMENTWISE | _ROWWISE and _input_of(n)]

@@ -6,13 +6,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
-__all__ = ["pullback"]
+__all__ = ["edges", "pullback"]
+
+
+def edges(tensors: Sequence[Tensor], /) -> list[GradientEdge]:
+    """Return the places of tensors in their graph, which do not keep the tensors alive."""
+    # Modes of the loss need not see that its graph is read.
+    with torch._C.DisableTorchFunction():
+        return [get_gradient_edge(tensor) for tensor in tensors]
 
 
 def pullback(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], /
+    outputs: Sequence[Tensor | GradientEdge], inputs: Sequence[Tensor], /
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """The function cotangents of outputs -> cotangents of inputs, through a graph that is kept.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.transforms.checksum import Checksum
+from hessfunc.transforms.reductions import Average
 from hessfunc.trees import Matvec, Space, Tree, leaves
 
 __all__ = ["Loader", "Read", "Share", "Sum"]
@@ -53,46 +54,53 @@ class Sum:
         rows: ``(k, n)``, or the columns of this rank; a view.
         weight: of all of these batches.
         read: the checksums of the pass.
+        average: How batches are put together.
     """
 
     flat: Tensor
     rows: Tensor
     weight: float
     read: Read
+    average: Average
 
     @classmethod
-    def zero(cls, space: Space, k: int, read: Read) -> Sum:
+    def zero(cls, space: Space, k: int, read: Read, average: Average) -> Sum:
         dtype = torch.promote_types(space.dtype, torch.float32)
         flat = torch.zeros(k * space.width + 2, dtype=dtype, device=space.device)
-        return cls(flat, flat[:-2].view(k, space.width), 0.0, read)
+        return cls(flat, flat[:-2].view(k, space.width), 0.0, read, average)
 
     @classmethod
     def of(
         cls,
         space: Space,
         block: Tree,
-        batches: Iterable[tuple[float, Callable[[], Matvec]]],
+        batches: Iterable[tuple[Callable[[], float], Callable[[], Matvec]]],
         read: Read,
+        average: Average,
     ) -> Sum:
-        """Over all batches, each with its weight and what makes its matvec."""
-        total = cls.zero(space, len(space.block_leaves(block)[0]), read)
+        """Sum over all batches, from functions that give the weight and the matvec of each.
 
-        def add(weight: float, matvec: Callable[[], Matvec]) -> float:
+        The weight is asked for after the matvec is made, which shows what the loss is.
+        """
+        total = cls.zero(space, len(space.block_leaves(block)[0]), read, average)
+
+        def add(weight: Callable[[], float], matvec: Callable[[], Matvec]) -> float:
             # A rank that has no vector to multiply reads its batches, and no more.
             if len(total.rows):
-                space.accumulate(total.rows, matvec()(block), weight=weight)
-            return weight
+                space.accumulate(total.rows, matvec()(block), weight=weight())
+            return weight()
 
         # Neither matvec nor product is named: they are gone before the next graph is made.
         return replace(total, weight=sum(starmap(add, batches), 0.0))
 
     def mean(self, space: Space) -> Tree:
+        """Return the weighted mean, or the sum of a loss that is a sum over examples."""
         if not self.weight > 0:
             raise ValueError(
                 "the weights of the batches sum to zero: is the loader empty, or does `weight` "
                 "count nothing?"
             )
-        views = leaves(space.views(self.rows.div_(self.weight)))
+        views = leaves(space.views(self.rows.div_(self.average.divisor(self.weight))))
         # Each leaf in its own dtype, but float32 at least.
         dtypes = (torch.promote_types(dtype, torch.float32) for dtype in space.dtypes)
         return space.tree(view.to(dtype) for view, dtype in zip(views, dtypes, strict=True))

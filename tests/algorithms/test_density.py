@@ -30,10 +30,14 @@ def diagonal(spectrum: torch.Tensor, probes: int, steps: int, seed: int) -> Dens
     return hf.slq(matvec, torch.zeros_like(spectrum), probes=probes, steps=steps, seed=seed)
 
 
-def of_nodes(nodes: list[list[float]], weights: list[list[float]], n: int) -> Density:
+def of_nodes(
+    nodes: list[list[float]], weights: list[list[float]], n: int, residual: float = 0.0
+) -> Density:
+    where = torch.tensor(nodes, dtype=torch.float64)
     return Density(
-        nodes=torch.tensor(nodes, dtype=torch.float64),
+        nodes=where,
         weights=torch.tensor(weights, dtype=torch.float64),
+        residuals=torch.full_like(where, residual),
         n=n,
         matvecs=7,
         passes=5,
@@ -53,7 +57,16 @@ def exact_densities(spectrum: torch.Tensor, probes: int, draws: int) -> list[Den
     n = len(spectrum)
     nodes = spectrum.expand(probes, n)
     return [
-        Density(nodes=nodes, weights=w, n=n, matvecs=0, passes=0, reason="exact", seed=None)
+        Density(
+            nodes=nodes,
+            weights=w,
+            residuals=torch.zeros_like(w),
+            n=n,
+            matvecs=0,
+            passes=0,
+            reason="exact",
+            seed=None,
+        )
         for w in shares(draws, probes, n)
     ]
 
@@ -205,7 +218,7 @@ def test_ritz_values_of_one_probe_are_counted_whatever_their_weight() -> None:
 
 def band(probes: int, n: int, level: float) -> float:
     """The half-width of the simultaneous band, without what encloses the quadrature."""
-    found = of_nodes([[0.0, 1.0]] * probes, [[0.01, 0.99]] * probes, n)
+    found = of_nodes([[0.0, 1.0]] * probes, [[0.01, 0.99]] * probes, n, residual=0.1)
     upper = found.cdf_bounds(torch.tensor(-1.0), level, simultaneous=True)[1]
     return float(upper) - 0.01
 
@@ -332,6 +345,138 @@ def test_intervals_of_slq_hold() -> None:
     assert 0.91 * runs <= held
 
 
+DECAY = torch.logspace(0, -8, 1000, dtype=torch.float64)
+BRACKETED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, float]]] = {
+    "log": (torch.log, {"smallest": 1e-8}),
+    "resolvent": (lambda x: 1 / (x + 1e-4), {"smallest": 0.0}),
+    "ratio": (lambda x: x / (x + 1e-6), {"smallest": 0.0}),
+    "square root": (torch.sqrt, {"smallest": 0.0}),
+    "exponential": (torch.exp, {}),
+    "kink": (lambda x: (x - 0.1).clamp_min(0), {}),
+    "step": (lambda x: (x > 1e-3).to(torch.float64), {}),
+    "wave": (lambda x: torch.cos(5 * x), {}),
+    "identity": (lambda x: x, {}),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 5, 40])
+@pytest.mark.parametrize("name", BRACKETED)
+def test_bounds_enclose_what_the_quadrature_misses(name: str, steps: int) -> None:
+    f, ends = BRACKETED[name]
+    probes = hf.random_like(DECAY, 2, kind="sphere", seed=4).square() / len(DECAY)
+    right = float((probes @ f(DECAY)).mean())
+    estimate = diagonal(DECAY, 2, steps, seed=4).mean(f, **ends)
+    low, high = estimate.bounds or (math.nan, math.nan)
+    assert low - 1e-12 <= right <= high + 1e-12
+    assert low <= estimate.value <= high
+    assert estimate.interval()[0] <= low - estimate.stderr
+    assert high + estimate.stderr <= estimate.interval()[1]
+
+
+def test_bounds_close_as_steps_resolve_the_function() -> None:
+    for name in ("log", "ratio", "exponential", "identity"):
+        f, ends = BRACKETED[name]
+        flat = torch.linspace(1, 2, 300, dtype=torch.float64)
+        estimate = diagonal(flat, 2, 20, seed=0).mean(f, **ends)
+        low, high = estimate.bounds or (math.nan, math.nan)
+        assert high - low <= 1e-9 * abs(estimate.value)
+
+
+@pytest.mark.parametrize("steps", [5, 10, 40])
+def test_intervals_of_few_steps_cover_an_effective_dimension(steps: int) -> None:
+    right, held = float((DECAY / (DECAY + 1e-6)).sum()), 0
+    for seed in range(10):
+        low, high = diagonal(DECAY, 4, steps, seed).effective_dimension(1e-6).interval()
+        held += low <= right <= high
+        assert 0.0 <= high - low <= 1200
+    assert held >= 9
+
+
+def test_a_function_that_is_not_finite_within_the_spectrum_has_no_bounds() -> None:
+    estimate = diagonal(DECAY, 2, 10, seed=0).mean(torch.log)
+    assert estimate.interval()[0] == -math.inf
+    assert "without bounds" in estimate.reason
+    pole = diagonal(DECAY, 2, 5, seed=0).mean(lambda x: x / (x + 1e-3))
+    low, high = pole.interval()
+    assert low <= float((DECAY / (DECAY + 1e-3)).mean()) <= high
+
+
+def test_ends_that_eigenvalues_pass_are_refused() -> None:
+    found = diagonal(SPECTRUM.double(), 2, 30, seed=0)
+    with pytest.raises(ValueError, match=r"smallest=0.0: an eigenvalue estimate lies at -0.9"):
+        found.mean(torch.exp, smallest=0.0)
+    with pytest.raises(ValueError, match="largest=1: an eigenvalue estimate lies at 2.9"):
+        found.mean(torch.exp, largest=1)
+
+
+def test_the_rounding_of_products_is_part_of_the_interval() -> None:
+    # Zeros of a matrix in float32 come out as 1e-7 |A|, which is far above the damping.
+    factor = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    matvec = hf.batched(lambda v: factor.mT @ (factor @ v))
+    found = hf.slq(matvec, torch.zeros(300), probes=4, steps=60, seed=0)
+    low, high = found.effective_dimension(1e-6).interval()
+    assert low <= 40 <= high
+
+
+def test_pooled_means_keep_their_bounds() -> None:
+    f, ends = BRACKETED["ratio"]
+    estimates = [diagonal(DECAY, 1, 5, seed).mean(f, **ends) for seed in range(2)]
+    pooled = hf.pool(estimates)
+    both = [estimate.bounds or (0.0, 0.0) for estimate in estimates]
+    assert pooled.bounds == pytest.approx([sum(b[i] for b in both) / 2 for i in (0, 1)])
+    assert pooled.interval()[0] < float(f(DECAY).mean()) < pooled.interval()[1]
+
+
+def test_unknown_residuals_leave_bounds_unknown() -> None:
+    found = Density(**{**vars(of_nodes([[1.0, 2.0]], [[0.5, 0.5]], 10)), "residuals": None})
+    assert found.mean(torch.exp).interval() == (-math.inf, math.inf)
+    low, high = found.mean(torch.exp, smallest=1.0, largest=2.0).bounds or (0.0, 0.0)
+    assert math.exp(1) <= low < high <= math.exp(2)
+
+
+OUTLIERS = torch.tensor([100.0, 60, 30, 20, 10, 8, 6, 5, 4, 3], dtype=torch.float64)
+
+
+def test_counts_of_an_exhausted_krylov_space_are_narrow() -> None:
+    spectrum = torch.cat([OUTLIERS, torch.zeros(990, dtype=torch.float64)])
+    for seed in range(5):
+        found = diagonal(spectrum, 1, 40, seed)
+        low, high = found.count_above(0.5)
+        assert low == 10
+        assert 10 <= high <= 50
+        assert found.count_above(200.0) == (0, 0)
+        assert found.count_above(-1.0) == (1000, 1000)
+    few = diagonal(torch.arange(1.0, 8.0, dtype=torch.float64), 1, 7, seed=0)
+    assert few.count_above(4.5) == (3, 3)
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+def test_counts_cover_at_their_level(level: float) -> None:
+    # Shares of exact quadratures with 30 of 200 eigenvalues above 0.5, in two clusters.
+    spectrum = torch.cat([torch.zeros(170), torch.ones(30)]).double()
+    draws, held = 1500, 0
+    for w in shares(draws, 2, 200):
+        two = torch.stack([w[:, :170].sum(1), w[:, 170:].sum(1)], dim=1)
+        found = of_nodes([[0.0, 1.0]] * 2, two.tolist(), len(spectrum))
+        low, high = found.count_above(0.5, level)
+        held += low <= 30 <= high
+    assert held / draws == pytest.approx(level, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "matvec",
+    [
+        lambda v: v @ torch.randn(30, 30, generator=torch.Generator().manual_seed(0)).double(),
+        lambda v: v * torch.linspace(1, 2, 30) + 0.02 * v.roll(1, 1),
+        lambda v: 2 * v + torch.randn(v.shape, dtype=v.dtype),
+    ],
+    ids=["random", "a cycle of 1 %", "noise"],
+)
+def test_asymmetric_matvec_is_refused(matvec: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="not symmetric or not deterministic"):
+        hf.slq(matvec, torch.zeros(30, dtype=torch.float64), steps=20, seed=0)
+
+
 def test_mean_tells_where_it_comes_from() -> None:
     found = of_nodes([[1.0, 3.0], [1.0, 3.0]], [[0.5, 0.5], [0.25, 0.75]], 10).mean(lambda x: x)
     assert found.value == pytest.approx(2.25)
@@ -420,8 +565,11 @@ def test_bases_from_afar_give_the_same_density(tmp_path: Path) -> None:
     cut = torch.arange(120) < 60
 
     def matvec(block: torch.Tensor) -> torch.Tensor:
-        images = block * spectrum
-        return torch.where(torch.arange(len(block))[:, None] == 1, images * 0, images) * cut
+        images = block * spectrum * cut
+        # The second probe meets a matrix of zeros, and ends before its second product.
+        if len(block) == 3:
+            images[1] = 0
+        return images
 
     like, options = torch.zeros(120).double(), {"probes": 3, "steps": 40, "seed": 0}
     expected = hf.slq(matvec, like, **options)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hessfunc as hf
+from hessfunc.memory import Footprint
 from tests.algorithms.spectra import symmetric
 
 SPECTRUM = torch.cat([torch.linspace(-1, 1, 90), torch.tensor([-9.0, 7.0, 5.0, -4.0])])
@@ -51,9 +52,54 @@ def test_dominant_pair_of_opposite_sign_does_not_converge_and_says_so() -> None:
 def test_start_and_its_cost() -> None:
     matrix = symmetric(SPECTRUM)
     vector = torch.linalg.eigh(matrix).eigenvectors[:, 0].contiguous()
-    found = hf.power_iteration(hf.dense(matrix), VECTOR, start=vector)
-    assert found.matvecs == 1
+    kept = vector.clone()
+    found = hf.power_iteration(hf.dense(matrix), VECTOR, start=vector, seed=0)
     assert float(found.values) == pytest.approx(-9)
+    assert torch.equal(vector, kept)
+    # One product, and the steps that show that nothing larger lies outside.
+    cold = hf.power_iteration(hf.dense(matrix), VECTOR, seed=0)
+    assert found.matvecs <= cold.matvecs + 5
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("which", "k", "right"),
+    [("LM", 1, [-9.0]), ("LA", 1, [7.0]), ("SA", 1, [-9.0]), ("LM", 2, [-9, 7])],
+)
+def test_a_start_in_an_invariant_subspace_is_not_trusted(
+    which: str, k: int, right: list[float], momentum: float
+) -> None:
+    start = torch.zeros_like(VECTOR)
+    start[92] = 1  # The eigenvector of 5.
+    for seed in range(3):
+        found = hf.power_iteration(
+            lambda v: v * SPECTRUM,
+            VECTOR,
+            k=k,
+            which=which,
+            start=start,
+            momentum=momentum,
+            seed=seed,
+        )
+        assert found.values.tolist() == pytest.approx(right, rel=1e-4)
+        assert found.converged.all()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_memory_is_what_is_said(k: int) -> None:
+    n = 200_000
+    spectrum = torch.linspace(0.1, 1, n)
+    spectrum[:3] = torch.tensor([9.0, 7.0, 5.0])
+    like, start = torch.zeros(n), torch.ones(n)
+    for given in (None, start):
+        with Footprint() as memory:
+            found = hf.power_iteration(
+                lambda v: v * spectrum, like, k=k, start=given, rtol=0.1, seed=0
+            )
+        assert found.converged.all()
+        # Two of a product: that of the matvec, and the same in one row.
+        vectors = max(2 * k + 3, 3 * k + 1) + 2 + 2 * (given is not None)
+        assert memory.peak <= 1.2 * vectors * 4 * n
 
 
 def test_zero_matrix_and_whole_space() -> None:

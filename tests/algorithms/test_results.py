@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +49,58 @@ def test_a_file_without_a_result_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", x=np.zeros(2))
     with pytest.raises(ValueError, match="holds no result"):
         hf.load(tmp_path / "other.npz")
+
+
+def cut(path: Path) -> None:
+    result = hf.lanczos(MATVEC, LIKE, k=2, seed=0)
+    result.save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path: Path) -> None:
+    hf.lanczos(MATVEC, LIKE, k=2, seed=0).save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def of_kind(kind: str, **fields: Any) -> Callable[[Path], None]:
+    text = json.dumps({"kind": kind, **fields}).encode()
+    return lambda path: np.savez(path, result=np.frombuffer(text, dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_bytes(b"hello" * 100), "holds no result"),
+        (lambda path: path.write_bytes(b""), "holds no result"),
+        (cut, "or is damaged"),
+        (flipped, "or is damaged"),
+        (lambda path: np.save(path.open("wb"), np.zeros(3)), "holds no result"),
+        (lambda path: np.savez(path, values=np.zeros(3)), "holds no result"),
+        (of_kind("Nope"), "of kind 'Nope', which this version of hessfunc does not know"),
+        (of_kind("Estimate"), "holds no result"),
+        (of_kind("Estimate", value={"paths": [["a"]]}), "holds no result"),
+        (lambda path: torch.save({"a": 1}, path), "holds no result"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:unclosed file")
+def test_a_file_that_holds_no_result_is_named(write: Any, message: str, tmp_path: Path) -> None:
+    write(tmp_path / "broken.npz")
+    with pytest.raises(ValueError, match=f"broken.npz .*{message}"):
+        hf.load(tmp_path / "broken.npz")
+
+
+def test_a_landscape_is_loaded_by_a_program_that_made_none(tmp_path: Path) -> None:
+    def loss(params: dict[str, torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        return params["x"].square().sum() * batch.mean()
+
+    params = {"x": torch.ones(3)}
+    made = hf.landscape(loss, params, [torch.ones(2)], {"x": torch.eye(3)[0]}, points=3)
+    made.save(tmp_path / "line.npz")
+    code = f"import hessfunc; print(hessfunc.load({str(tmp_path / 'line.npz')!r}).values.tolist())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == made.values.tolist()
 
 
 def test_results_are_frozen_and_say_what_made_them() -> None:

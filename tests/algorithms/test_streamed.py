@@ -22,7 +22,7 @@ from hessfunc.algorithms.streamed import (
     workspace,
     written,
 )
-from hessfunc.memory import PeakMemory
+from hessfunc.memory import Footprint
 from hessfunc.trees import Space
 from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
 
@@ -47,7 +47,7 @@ def test_pieces_are_the_parts_in_turn(axis: int, piece: int) -> None:
 
 def test_the_next_piece_is_under_way_and_two_are_there_at_most() -> None:
     kept = torch.ones(100, 1000)
-    with counted_copies() as copies, PeakMemory() as memory:
+    with counted_copies() as copies, Footprint() as memory:
         for i, _ in enumerate(pieces(kept.split(10), CPU)):
             assert len(copies) == min(i + 2, 10)
     assert memory.peak == 2 * 10 * 1000 * 4

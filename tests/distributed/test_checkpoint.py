@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -172,15 +175,26 @@ def test_a_run_of_dtensors_on_another_mesh_is_refused(
         run("lanczos", tmp_path, 1, 60)
 
 
-def in_a_directory_of_its_own(path: Path) -> None:
-    run("lanczos", path if dist.get_rank() == 0 else path / "elsewhere", 2, 20)
+def in_a_directory_of_its_own(path: Path, ranks: int, most: int) -> None:
+    run("lanczos", path if dist.get_rank() == 0 else path / "elsewhere", ranks, most)
 
 
-def test_ranks_that_see_different_directories_are_told(tmp_path: Path, two: Ranks) -> None:
+def test_ranks_that_see_different_states_are_told(tmp_path: Path, two: Ranks) -> None:
     two.run(run, "lanczos", tmp_path, 2, 8)
-    for outcome in two.outcomes(in_a_directory_of_its_own, tmp_path):
+    for outcome in two.outcomes(in_a_directory_of_its_own, tmp_path, 2, 20):
         assert outcome.error is not None
         assert "the ranks disagree on the checkpoint" in outcome.error
+
+
+def test_a_directory_that_is_not_shared_is_noticed_before_the_first_product(
+    tmp_path: Path, two: Ranks
+) -> None:
+    first, second = two.outcomes(in_a_directory_of_its_own, tmp_path / "new", 2, 8)
+    assert second.error is not None
+    assert "the ranks do not share this directory" in second.error
+    assert first.error is not None
+    assert "rank 1: ValueError: checkpoint" in first.error
+    assert not list((tmp_path / "new").rglob("*.*"))
 
 
 def whole_on_each(path: Path) -> None:
@@ -190,4 +204,91 @@ def whole_on_each(path: Path) -> None:
 
 def test_ranks_that_hold_whole_vectors_do_not_share_a_directory(tmp_path: Path, two: Ranks) -> None:
     errors = [outcome.error for outcome in two.outcomes(whole_on_each, tmp_path)]
-    assert any("another process has written to it" in (error or "") for error in errors), errors
+    # One of them has the directory, and the other one is told whose it is.
+    (refusal,) = filter(None, errors)
+    assert re.search(r"process \d+ on host \S+ is running in this directory", refusal)
+    assert "space=sharded(params, mesh)" in refusal
+
+
+def from_vectors(path: Path, most: int) -> tuple[int, int]:
+    like = problems.like()
+    matvec, space = problems.as_matvec(problems.symmetric()), hf.sharded(like, problems.mesh(2))
+    first = hf.lanczos(matvec, like, k=2, space=space, seed=0)
+    products = 0
+
+    def counted(block: Any) -> Any:
+        nonlocal products
+        products += 1
+        return matvec(block)
+
+    again = hf.lanczos(
+        *(counted, like),
+        k=2, block_size=2, rtol=1e-12, space=space, seed=1, start=first.vectors,
+        max_matvecs=most, checkpoint=path,
+    )  # fmt: skip
+    return products, again.passes
+
+
+def test_a_start_of_which_each_rank_has_a_part_is_the_same_again(
+    tmp_path: Path, two: Ranks
+) -> None:
+    two.run(from_vectors, tmp_path, 6)
+    for products, passes in two.run(from_vectors, tmp_path, 10):
+        assert products < passes
+
+
+def with_options(path: Path | None, options: list[dict[str, Any]]) -> None:
+    like = problems.like()
+    hf.lanczos(
+        problems.as_matvec(problems.symmetric(positive=True)),
+        like,
+        space=hf.sharded(like, problems.mesh(2)),
+        checkpoint=path,
+        **({"seed": 3} | options[dist.get_rank()]),
+    )
+
+
+def of_data(path: Path | None, options: list[dict[str, Any]]) -> None:
+    """Vectors are whole on each rank, and batches are divided."""
+    loss, params = problems.model_and_loss()
+    matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2))(params, problems.batches())
+    hf.lanczos(hf.shift(matvec, 0.0), params, **({"seed": 3, "k": 2} | options[dist.get_rank()]))
+
+
+def of_dtensors(path: Path | None, options: list[dict[str, Any]]) -> None:
+    mesh, cuts = test_dtensors.on_mesh((2,), "last axes")
+    matvec = test_dtensors.as_matvec(problems.symmetric(positive=True), mesh, cuts)
+    like = test_dtensors.cut(problems.like(), mesh, cuts)
+    hf.lanczos(matvec, like, **({"seed": 3} | options[dist.get_rank()]))
+
+
+@pytest.mark.parametrize("run_with", [with_options, of_data, of_dtensors])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 3}, {"block_size": 2}, {"which": "LA"}, {"seed": 4}, {"max_matvecs": 9},
+        {"rtol": 0.5}, {"search": 0}, {"basis_dtype": torch.bfloat16},
+    ],
+)  # fmt: skip
+def test_options_that_differ_are_named_on_every_rank(
+    run_with: Any, options: dict[str, Any], two: Ranks
+) -> None:
+    (name,) = options
+    for outcome in two.outcomes(run_with, None, [{}, options]):
+        assert outcome.error is not None
+        assert f"ValueError: the ranks disagree on {name}: rank 0 has " in outcome.error
+        assert f", rank 1 has {options[name]}; pass the same value" in outcome.error
+
+
+def test_a_default_that_one_rank_passes_is_the_same(two: Ranks) -> None:
+    defaults = {"which": "LM", "block_size": np.int64(1), "k": 6, "rtol": np.float64(1e-4)}
+    assert two.run(with_options, None, [{}, defaults]) == [None, None]
+
+
+@pytest.mark.parametrize("run_with", [with_options, of_data, of_dtensors])
+def test_an_option_that_is_wrong_on_one_rank_is_an_error_on_all(run_with: Any, two: Ranks) -> None:
+    first, second = two.outcomes(run_with, None, [{}, {"k": "3"}])
+    assert second.error is not None
+    assert "k must be a whole number" in second.error
+    assert first.error is not None
+    assert "failed on another rank, so this one stops: rank 1: TypeError: k must" in first.error

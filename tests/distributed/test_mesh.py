@@ -66,6 +66,33 @@ def test_curvatures_of_uneven_shares_are_those_of_one_process(
     assert max(found) < 1e-12
 
 
+def sum_differs_by(own: bool, order: tuple[int, ...], shape: tuple[int, ...]) -> float:
+    model_fn, params = hf.functional(problems.net())
+
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(outputs, targets, reduction="sum")
+
+    known = torch.nn.CrossEntropyLoss(reduction="sum")
+    loss = hf.supervised(model_fn, criterion if own else known)
+    made = problems.batches()
+    batches = [made[i] for i in order]
+    block = hf.random_like(params, 2, seed=1)
+    whole = tuple(torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+    wanted = hf.hvp(loss)(params, whole)(block)
+    mesh = problems.mesh(*shape)
+    return error(hf.over_batches(hf.hvp(loss), mesh=mesh)(params, batches)(block), wanted)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 3), (0,)])
+def test_batches_of_a_sum_are_summed_over_ranks(
+    own: bool, order: tuple[int, ...], two: Ranks, four: Ranks
+) -> None:
+    """The second of the orders leaves a single example, which tells no sum, to a rank."""
+    assert max(two.run(sum_differs_by, own, order, (2,))) < 1e-12
+    assert max(four.run(sum_differs_by, own, order, (1, 4))) < 1e-12
+
+
 def tokens(batch: Any) -> float:
     return float((batch[1] > 0).sum()) + 2.0**24
 

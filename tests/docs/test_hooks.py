@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,10 +28,21 @@ def hook(name: str) -> ModuleType:
 
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    (tmp_path / "speed.md").write_text("# Speed\n\nhead\n\n## One\n\nfirst\n\n## Two\n\nsecond\n")
+    (tmp_path / "accuracy.md").write_text(
+        "# Accuracy\n\nhead\n\n## One\n\nfirst\n\n## Two\n\nsecond\n"
+    )
+    for folder, ours in {"a-cpu": "1.00", "b-cpu": "2.00"}.items():
+        (tmp_path / "speed" / folder).mkdir(parents=True)
+        (tmp_path / "speed" / folder / "costs.png").touch()
+        (tmp_path / "speed" / folder / "speed.md").write_text(
+            f"# Speed\n\nmachine: {folder}, torch: 2\n\n"
+            "| work | net | ours / best peer | ours | floor |\n|---|---|---|---|---|\n"
+            f"| one product | GPT 4 x 128 | {ours} | {ours} (1-2) | 2.00 |\n\n## More\n\nrows\n"
+        )
     (tmp_path / "coverage.md").write_text(
-        "| estimator | spectrum | stop | covered |\n|---|---|---|---|\n"
-        "| a | i | 30 | 96.0 % |\n| a | j | 30 | 94.0 % |\n| a | j | 70 | 95.0 % |\n"
+        "| estimator | spectrum | stop | at 80 % | at 95 % | width |\n|---|---|---|---|---|---|\n"
+        "| a | i | 30 | 81.0 % | 96.0 % | 1 |\n| a | j | 30 | 80.0 % | 94.0 % | 1 |\n"
+        "| a | j | 70 | 83.0 % | 95.0 % | 2 |\n"
     )
     module = hook("measured")
     monkeypatch.setattr(module, "_RESULTS", tmp_path)
@@ -38,20 +50,32 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_a_table_takes_the_place_of_its_line(measured: ModuleType) -> None:
-    assert measured.on_page_markdown("before\n\n{{ speed.md }}\n\nafter").split() == [
+    assert measured.on_page_markdown("before\n\n{{ accuracy.md }}\n\nafter").split() == [
         "before",
         "head",
         "after",
     ]
-    assert measured.on_page_markdown("{{ speed.md: Two }}").strip() == "second"
+    assert measured.on_page_markdown("{{ accuracy.md: Two }}").strip() == "second"
 
 
 def test_coverage_is_told_by_estimator(measured: ModuleType) -> None:
     table = measured.on_page_markdown("{{ coverage.md by estimator }}")
-    assert table.splitlines()[2:] == ["| a | 94.0 % | 95.0 % | 3 |"]
+    assert table.splitlines()[0] == "| estimator | at 80 % | at 95 % | cases |"
+    assert table.splitlines()[2:] == ["| a | 80.0 % (81.0 %) | 94.0 % (95.0 %) | 3 |"]
 
 
-@pytest.mark.parametrize("line", ["{{ absent.md }}", "{{ speed.md: Three }}"])
+def test_machines_are_compared_and_have_a_section_each(measured: ModuleType) -> None:
+    line = measured.on_page_markdown("{{ speed by machine }}").splitlines()[2]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:5] == ["Hessian", "GPT 4 x 128", "2.00", "1.00", "2.00"]
+    assert cells[5:] == ["0.50 to 1.00", "1.00 to 2.00"]
+    sections = measured.on_page_markdown("{{ speed of each machine }}")
+    assert re.findall(r"^### (.*)$", sections, re.MULTILINE) == ["a-cpu", "b-cpu"]
+    assert "(images/b-cpu-costs.png)" in sections
+    assert "rows" not in sections
+
+
+@pytest.mark.parametrize("line", ["{{ absent.md }}", "{{ accuracy.md: Three }}"])
 def test_what_is_missing_is_an_error(measured: ModuleType, line: str) -> None:
     with pytest.raises(PluginError, match="absent|Three"):
         measured.on_page_markdown(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.transforms.criteria import LinearCriterionWarning
 from tests.hbp.cases import Net, dense, largest_error, net
 
 
@@ -311,12 +313,174 @@ class Twice(nn.Module):
         return self.layer(torch.tanh(self.layer(x)))
 
 
-def test_a_module_that_is_called_twice_is_refused() -> None:
-    case = net(Twice, 3, examples=2)
-    with pytest.raises(ValueError, match="'layer.weight' is used more than once"):
+class Tied(nn.Module):
+    """One weight in two modules that see inputs of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.second(torch.stack([x, x.cos()], 1)).tanh().mean(1)
+
+
+@pytest.mark.parametrize("make", [Twice, Tied])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_ekfac_has_the_trace_of_a_weight_that_is_used_more_than_once(make, sharing: str) -> None:
+    case = net(make, 3, examples=4)
+    made = hf.ekfac(case.loss, case.model, sharing=sharing)(case.params, case.batch)
+    for name, block in gauss_newton_blocks(case).items():
+        assert made[name].trace() == pytest.approx(float(block.trace()), rel=1e-9)
+    with pytest.raises(ValueError, match="is used more than once"):
         hf.kfra(case.loss, case.model)(case.params, case.batch)
-    with pytest.raises(ValueError, match="'layer' is called 2 times"):
-        hf.kflr(case.loss, case.model)(case.params, case.batch)
+
+
+def test_calls_of_a_module_are_positions_of_one_call() -> None:
+    """A layer on two tensors, one after another, is the layer on both of them stacked."""
+
+    class Halves(nn.Module):
+        def __init__(self, together: bool) -> None:
+            super().__init__()
+            self.layer, self.head, self.together = nn.Linear(2, 3), nn.Linear(3, 3), together
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.together:
+                z = self.layer(x.unflatten(1, (2, 2)))
+            else:
+                z = torch.stack([self.layer(x[:, :2]), self.layer(x[:, 2:])], 1)
+            return self.head(torch.tanh(z).prod(1))
+
+    for of in (hf.kflr, hf.ekfac, partial(hf.kfac, seed=0, samples=3)):
+        for sharing in ("expand", "reduce"):
+            one, other = (
+                of(case.loss, case.model, sharing=sharing)(case.params, case.batch)
+                for case in (net(partial(Halves, t), 4, examples=3) for t in (True, False))
+            )
+            for name in one:
+                torch.testing.assert_close(one[name].dense(), other[name].dense())
+
+
+def test_a_weight_that_is_used_by_a_function_too_is_refused() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.tanh(self.layer(x)), self.layer.weight)
+
+    case = net(Hidden, 3, examples=2)
+    for of in (hf.kflr, hf.ekfac, hf.kfac):
+        with pytest.raises(ValueError, match=r"'layer.weight' is used in other ways.*`hold`"):
+            of(case.loss, case.model)(case.params, case.batch)
+
+
+def test_a_weight_of_layers_of_different_kinds_is_refused() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.embedding(x)))
+
+    model = Head().double()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    with pytest.raises(NotImplementedError, match="'embedding' is a Embedding: hold the others"):
+        hf.ekfac(loss, model)(params, (torch.tensor([0, 1]), torch.tensor([1, 2])))
+
+
+class Mixing(nn.Module):
+    """Positions that see each other, between two layers on each position."""
+
+    def __init__(self, inner: int = 0, outer: int = 0) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.inner, self.outer = inner, outer
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1) if self.inner else x
+        z = torch.tanh(self.first(flat)).view(len(x), -1, 4)
+        z = z.cumsum(1).cos()
+        # Rows of positions, one example after another (1) or one position after another (2).
+        if self.outer == 0:
+            return self.second(z).movedim(-1, 1)
+        return self.second((z if self.outer == 1 else z.transpose(0, 1)).flatten(0, 1))
+
+
+def mixing(inner: int, outer: int) -> Net:
+    targets = torch.arange(15).view(3, 5) % 3
+    case = net(partial(Mixing, inner, outer), 5, 3, examples=3, criterion=F.cross_entropy)
+    rows = {0: targets, 1: targets.flatten(), 2: targets.mT.flatten()}[outer]
+    return replace(case, batch=(case.batch[0], rows))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize(("inner", "outer"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize("of", [hf.kflr, hf.ekfac])
+def test_outputs_flattened_over_positions_have_the_factors_of_those_that_are_not(
+    of, inner: int, outer: int, sharing: str
+) -> None:
+    case = mixing(0, 0)
+    expected = of(case.loss, case.model, sharing=sharing)(case.params, case.batch)
+    exact = gauss_newton_blocks(case)
+    case = mixing(inner, outer)
+    made = of(case.loss, case.model, sharing=sharing)(case.params, case.batch)
+    for name, block in expected.items():
+        torch.testing.assert_close(made[name].dense(), block.dense())
+        if of is hf.ekfac:
+            assert made[name].trace() == pytest.approx(float(exact[name].trace()), rel=1e-9)
+
+
+def test_the_expectation_of_draws_is_that_of_flattened_outputs() -> None:
+    case = mixing(0, 1)
+    for sharing in ("expand", "reduce"):
+        expected = hf.kflr(case.loss, case.model, sharing=sharing)(case.params, case.batch)
+        drawn = partial(hf.kfac, samples=4000, seed=0, sharing=sharing)
+        made = drawn(case.loss, case.model)(case.params, case.batch)
+        for name, block in expected.items():
+            assert made[name].trace() == pytest.approx(block.trace(), rel=0.1)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(0, 2), (1, 1)])
+def test_rows_that_are_not_those_of_examples_are_refused(inner: int, outer: int) -> None:
+    case = mixing(inner, outer)
+    for of in (hf.kflr, hf.ekfac):
+        with pytest.raises(ValueError, match=r"rows of the outputs do not follow.*movedim"):
+            of(case.loss, case.model)(case.params, case.batch)
+
+
+def test_a_criterion_that_couples_examples_is_refused() -> None:
+    case = perceptron(3, criterion=lambda out, y: (out - y).square().sum().sqrt())
+    for of in (hf.kflr, hf.ekfac):
+        with pytest.raises(ValueError, match="couple examples"):
+            of(case.loss, case.model)(case.params, case.batch)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(3, 3), lambda: nn.MultiheadAttention(3, 1)])
+def test_modules_that_return_several_tensors_are_refused(make) -> None:
+    layer = make()
+    model_fn, params = hf.functional(layer)
+    loss = hf.supervised(lambda p, x: model_fn(p, (x, x, x))[0], F.mse_loss)
+    if isinstance(layer, nn.LSTM):
+        loss = hf.supervised(lambda p, x: model_fn(p, x)[0], F.mse_loss)
+    with pytest.raises(NotImplementedError, match=rf"is a {type(layer).__name__}: hold the others"):
+        hf.kflr(loss, layer)(params, (torch.ones(2, 4, 3), torch.zeros(2, 4, 3)))
+
+
+def test_outputs_that_are_no_tensor_are_refused() -> None:
+    case = perceptron(2)
+    loss = hf.composed(
+        lambda p, b: {"logits": case.loss.outputs(p, b)},
+        lambda out, b: F.cross_entropy(out["logits"], b[1]),
+    )
+    for of in (hf.kflr, hf.ekfac):
+        with pytest.raises(TypeError, match="outputs are one tensor.*these are dict"):
+            of(loss, case.model)(case.params, case.batch)
 
 
 def test_factors_of_a_convolution() -> None:
@@ -360,7 +524,8 @@ def test_one_output_without_an_axis() -> None:
 def test_no_curvature_at_the_outputs() -> None:
     case = perceptron(3, criterion=F.l1_loss)
     for family in FAMILY.values():
-        blocks = family(case.loss, case.model)(case.params, case.batch)
+        with pytest.warns(LinearCriterionWarning, match="linear in the model's outputs"):
+            blocks = family(case.loss, case.model)(case.params, case.batch)
         assert blocks.trace() == 0
 
 

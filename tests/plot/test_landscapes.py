@@ -52,6 +52,16 @@ def test_contours_cover_the_range_of_the_loss(plane: Landscape) -> None:
     assert ax.get_ylim() == (-1, 1)
 
 
+def test_equal_distances_look_equal(plane: Landscape) -> None:
+    long = replace(plane, lengths=torch.tensor([1.0, 3.0]).double())
+    assert plot.contours(long).get_aspect() == pytest.approx(3)
+    assert plot.contours(replace(long, normalise="filter")).get_aspect() == 1
+    # The plane is 4 x 2 units of the axes.
+    for found, right in ((plane, 0.5), (long, 1.5)):
+        across, along, _ = plot.surface(found)._box_aspect
+        assert along / across == pytest.approx(right)
+
+
 def test_a_wide_range_is_on_a_log_scale(plane: Landscape, steep: Landscape) -> None:
     assert plot.curves(bowl(100.0, along=1)).get_yscale() == "log"
     levels = plot.contours(steep).collections[0].levels

@@ -25,11 +25,23 @@ def test_one_point_is_marked() -> None:
     assert line.get_marker() == "None"
 
 
+def topped(step: int, **fields: Any) -> Point:
+    return traced(step, top=(1.0,), top_residuals=(0.1,), **fields)
+
+
 def test_there_is_no_edge_where_the_step_size_is_zero_and_none_without_one() -> None:
-    ax = plot.tracked([traced(0, lr=0.0), traced(1, lr=0.5), traced(2)], quantity="trace")
+    ax = plot.tracked([topped(0, lr=0.0), topped(1, lr=0.5), topped(2)])
+    assert ax.lines[1].get_label() == "2 / lr (gradient descent)"
     assert list(ax.lines[1].get_xdata()) == [0, 1, 2]
     assert list(ax.lines[1].get_ydata()) == pytest.approx([math.nan, 4.0, 4.0], nan_ok=True)
-    assert len(plot.tracked([traced(0, lr=0.0), traced(1)], quantity="trace").lines) == 1
+    assert len(plot.tracked([topped(0, lr=0.0), topped(1)]).lines) == 1
+
+
+@pytest.mark.parametrize("quantity", ["trace", "bottom", "preconditioned"])
+def test_gradient_descent_has_an_edge_of_the_largest_eigenvalue_alone(quantity: Any) -> None:
+    fields = {"bottom": (-1.0,), "bottom_residuals": (0.1,), "preconditioned": 2.0}
+    ax = plot.tracked([topped(step, lr=0.5, **fields) for step in (0, 1)], quantity=quantity)
+    assert len(ax.lines) == 1
 
 
 def test_another_threshold_has_its_own_name() -> None:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,6 +27,7 @@ from hessfunc.problems.mlp import mlp
 from hessfunc.training.tracking import Point, read, stability, tracked, tracking
 from hessfunc.training.tracking.following import follow
 from hessfunc.training.tracking.lines import json_lines
+from hessfunc.training.tracking.stability import adam_stability, edges
 from hessfunc.training.tracking.tensorboard import summary_writer
 from tests.reference import hessian
 
@@ -469,6 +472,14 @@ def test_a_line_that_was_cut_short_is_taken_away(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"a": 1}\n', "step,loss\n1,2.0\n", "a,b", "[1"])
+def test_a_file_of_something_else_stays(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text(text)
+    with pytest.raises(ValueError, match="is no point"):
+        json_lines(tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == text
+
+
 def test_points_of_steps_that_were_made_again_are_left_out(tmp_path: Path) -> None:
     append = json_lines(tmp_path / "points.jsonl")
     for step in (0, 10, 20, 30, 20, 30, 40):
@@ -577,10 +588,11 @@ def test_a_curve_has_a_line_for_each_value_and_that_of_stability() -> None:
     points = [point(s, top=(s + 1.0, 1.0), top_residuals=(0.1, 0.1), lr=0.5) for s in (0, 10)]
     ax = plot.tracked([*points, point(20, top=(5.0, 2.0), top_residuals=(0.1, 0.1), lr=0.25)])
     lines = {line.get_label(): line for line in ax.get_lines()}
-    assert list(lines) == ["largest eigenvalue, 1", "largest eigenvalue, 2", "2 / lr"]
+    edge = "2 / lr (gradient descent)"
+    assert list(lines) == ["largest eigenvalue, 1", "largest eigenvalue, 2", edge]
     assert list(lines["largest eigenvalue, 1"].get_ydata()) == [1, 11, 5]
-    assert list(lines["2 / lr"].get_ydata()) == [4, 4, 8]
-    assert list(lines["2 / lr"].get_xdata()) == [0, 10, 20]
+    assert list(lines[edge].get_ydata()) == [4, 4, 8]
+    assert list(lines[edge].get_xdata()) == [0, 10, 20]
     assert plot.tracked(points, ax=ax) is ax
 
 
@@ -606,6 +618,86 @@ def test_other_quantities_are_drawn(quantity: Any, fields: dict[str, Any]) -> No
 def test_momentum_raises_the_line() -> None:
     assert stability(0.1) == pytest.approx(20)
     assert stability(0.1, momentum=0.9) == pytest.approx(38)
+    assert adam_stability(1e-3) == pytest.approx(38e3)
+
+
+def grows(curvature: float, make: Callable[..., torch.optim.Optimizer]) -> bool:
+    """Whether steps on ``curvature x^2 / 2`` grow, in the long run."""
+    x = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = make([x])
+    for _ in range(600):
+        x.grad = curvature * x.detach()
+        optimizer.step()
+    return float(x.detach().abs()) > 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.5, "dampening": 0.3},
+        {"momentum": 0.9, "weight_decay": 3.0},
+        {"dampening": 0.3},
+    ],
+    ids=str,
+)
+def test_the_edge_of_sgd_is_where_its_steps_begin_to_grow(options: dict[str, Any]) -> None:
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.1, **options)
+
+    edge, of_adam = edges(make([torch.nn.Parameter(torch.ones(1))]))
+    assert edge is not None
+    assert of_adam is None
+    assert grows(1.02 * edge, make)
+    assert not grows(0.98 * edge, make)
+
+
+def test_the_edge_is_not_known_of_other_optimisers_and_of_groups_that_differ() -> None:
+    x, y = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    assert edges(None) == (None, None)
+    assert edges(torch.optim.RMSprop([x], lr=0.1)) == (None, None)
+    groups = [{"params": [x], "lr": 0.1}, {"params": [y], "lr": 0.2}]
+    assert edges(torch.optim.SGD(groups)) == (None, None)
+    assert edges(torch.optim.SGD([x], lr=0.1), lr=0.0) == (None, None)
+    assert edges(torch.optim.SGD([x], lr=0.1), lr=0.5) == (pytest.approx(4), None)
+    assert edges(torch.optim.AdamW([x], lr=1e-3)) == (None, pytest.approx(38e3))
+    assert edges(torch.optim.Adam([x], lr=1e-3, weight_decay=0.1)) == (None, None)
+    assert edges(torch.optim.Adam([x], lr=0.1, betas=(0.0, 0.9))) == (None, pytest.approx(20))
+
+
+@pytest.mark.parametrize(
+    ("make", "known"),
+    [
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), {"top": 38.0}),
+        (partial(torch.optim.SGD, lr=0.1), {"top": 20.0, "critical": 20.0}),
+        (partial(torch.optim.AdamW, lr=0.1), {"preconditioned": 380.0}),
+    ],
+    ids=["momentum", "plain", "Adam"],
+)
+def test_an_edge_is_drawn_beside_the_quantity_that_it_bounds(
+    make: Callable[..., torch.optim.Optimizer], known: dict[str, float]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = make(model.parameters())
+    batch = torch.randn(10, 4), torch.randint(2, (10,))
+    is_adam = isinstance(optimizer, torch.optim.Adam)
+    options = {"preconditioned": is_adam, "bottom": 1, "trace_probes": 2, "critical": True}
+    with tracked(
+        model, F.cross_entropy, [batch], every=1, optimizer=optimizer, **options
+    ) as tracker:
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+            tracker.step()
+    for quantity in ("top", "bottom", "trace", "critical", *(["preconditioned"] * is_adam)):
+        ax = Figure().add_subplot()
+        _, *line = plot.tracked(tracker.points, ax=ax, quantity=quantity).get_lines()  # type: ignore[arg-type]
+        assert [float(one.get_ydata()[0]) for one in line] == pytest.approx(
+            [known[quantity]] if quantity in known else []
+        )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import hessfunc as hf
-from hessfunc.memory import PeakMemory
+from hessfunc.memory import Footprint
 from tests.cases import CLOSED_FORMS, case, closed_form, dense_hessian
 from tests.graphs import counted_graphs
 from tests.reference import hessian, matrix, relative_error, rows
@@ -325,7 +325,7 @@ def test_batch_statistics_are_refused_for_several_batches(mode: Any, keep: bool)
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_loss_in_place_of_a_curvature_function_is_named(keep: bool) -> None:
     found = case("mlp")
-    with pytest.raises(TypeError, match=r"gave a Tensor, not a matvec.*over_batches\(hvp\(loss"):
+    with pytest.raises(TypeError, match=r"is a Loss: pass hessfunc.hvp\(loss\)"):
         hf.apply(
             hf.over_batches(found.loss, keep=keep)(found.params, [found.batch]),
             found.params,
@@ -372,49 +372,7 @@ def test_the_making_of_a_matvec_does_not_start_the_loader() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# Counting and cutting
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        torch.zeros(4, 3),
-        (torch.zeros(4, 3), torch.zeros(9)),
-        {"ids": torch.zeros(4, 7), "mask": torch.zeros(4, 7)},
-        ({"x": torch.tensor(1.0), "ids": torch.zeros(4)}, ["a name", None]),
-    ],
-)
-def test_examples_are_counted_by_the_first_tensor_with_an_axis(batch: Any) -> None:
-    assert hf.examples(batch) == 4
-
-
-def test_examples_that_cannot_be_counted_are_named() -> None:
-    with pytest.raises(ValueError, match="batch of type dict without a tensor: pass `weight=`"):
-        hf.examples({"names": ["a", "b"]})
-
-
-@pytest.mark.parametrize(("size", "lengths"), [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])])
-def test_microbatches_are_views_of_at_most_that_size(size: int, lengths: list[int]) -> None:
-    batch = {"x": torch.randn(5, 2), "more": (torch.arange(5), torch.tensor(0.5), "name")}
-    pieces = hf.microbatches(batch, size)
-    assert [len(piece["x"]) for piece in pieces] == lengths
-    assert torch.equal(torch.cat([piece["more"][0] for piece in pieces]), batch["more"][0])
-    assert all(piece["more"][1:] == batch["more"][1:] for piece in pieces)
-    storage = batch["x"].untyped_storage().data_ptr()
-    assert all(piece["x"].untyped_storage().data_ptr() == storage for piece in pieces)
-
-
-@pytest.mark.parametrize(
-    ("batch", "size", "message"),
-    [
-        ((X, Y), 0, "size=0: a microbatch has at least one example"),
-        ((X, Y[:4]), 2, r"have \[4, 6\] examples: cut it yourself"),
-        ("text", 2, r"have \[\] examples"),
-    ],
-)
-def test_what_cannot_be_cut_is_refused(batch: Any, size: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        hf.microbatches(batch, size)
+# Cutting
 
 
 def test_a_batch_cut_into_pieces_has_the_hessian_of_the_whole() -> None:
@@ -431,7 +389,7 @@ def test_more_batches_take_no_more_memory() -> None:
     for count in (1, 4):
         matvec = hf.over_batches(hf.hvp(of.loss))(of.params, [of.batch] * count)
         block = hf.random_like(of.params, 1, seed=0)
-        with PeakMemory() as memory:
+        with Footprint() as memory:
             matvec(block)
         peaks.append(memory.peak)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.transforms.criteria import NotConvexWarning, closed_form
+from hessfunc.transforms.criteria import LinearCriterionWarning, NotConvexWarning, closed_form
 from tests.graphs import allocated
 from tests.reference import hessian, matrix, relative_error
 
@@ -191,7 +191,33 @@ def test_any_other_convex_criterion_goes_through_autodiff_without_a_warning(
 
 def test_a_criterion_that_is_linear_in_the_outputs_gives_zero() -> None:
     loss, params = of_outputs(nn.L1Loss()), {"z": LOGITS}
-    assert not matrix(hf.ggnvp(loss)(params, (None, TARGETS)), params).any()
+    with pytest.warns(LinearCriterionWarning, match=r"linear in the model's outputs.*hvp\(loss"):
+        matvec = hf.ggnvp(loss)(params, (None, TARGETS))
+    assert not matrix(matvec, params).any()
+
+
+@pytest.mark.parametrize(
+    "criterion", [F.nll_loss, nn.NLLLoss(), functools.partial(F.nll_loss, reduction="sum")]
+)
+def test_log_softmax_before_nll_loss_is_recognised(criterion: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1)).double()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, criterion)
+    batch = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
+    curvatures = [hf.ggnvp(loss), *(of(loss, model) for of in (hf.kflr, hf.ekfac, hf.kfra))]
+    for curvature in curvatures:
+        with pytest.warns(LinearCriterionWarning, match=r"nll_loss is linear.*cross_entropy"):
+            curvature(params, batch)
+    with pytest.warns(LinearCriterionWarning, match=r"nll_loss is linear.*cross_entropy"):
+        hf.ggn_diagonal(loss, params, [batch])
+
+
+def test_a_criterion_that_is_linear_near_some_outputs_only_gives_no_warning() -> None:
+    outputs = 10 * LOGITS.sign()
+    outputs[0] = 0.01
+    loss = of_outputs(lambda out, _: F.huber_loss(out, torch.zeros_like(out)))
+    params = {"z": outputs}
+    assert matrix(hf.ggnvp(loss)(params, (None, TARGETS)), params).any()
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

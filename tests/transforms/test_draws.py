@@ -31,10 +31,10 @@ def scaled(params: Any, batch: float) -> Any:
     return lambda block: {"w": batch * block["w"]}
 
 
-def made(weights: list[float], seed: int = 0) -> Draws:
+def made(weights: list[float], seed: int = 0, *, replace: bool = True) -> Draws:
     """Draws of the batches 0, 1, ..., of these weights."""
-    places = list(range(len(weights)))
-    return draws(scaled, weight=weights.__getitem__, seed=seed)({"w": torch.zeros(1)}, places)
+    curvature = draws(scaled, weight=weights.__getitem__, replace=replace, seed=seed)
+    return curvature({"w": torch.zeros(1)}, list(range(len(weights))))
 
 
 # Unbiased
@@ -42,7 +42,7 @@ def made(weights: list[float], seed: int = 0) -> Draws:
 
 def test_mean_of_draws_is_the_weighted_mean_of_unequal_batches() -> None:
     problem, batches = unequal()
-    found = draws(hf.hvp(problem.loss), seed=0)(problem.params, batches)
+    found = draws(hf.hvp(problem.loss), replace=True, seed=0)(problem.params, batches)
     each = torch.stack(
         [matrix(hf.hvp(problem.loss)(problem.params, b), problem.params) for b in batches]
     )
@@ -56,7 +56,7 @@ def test_mean_of_draws_is_the_weighted_mean_of_unequal_batches() -> None:
 
 def test_a_draw_is_the_matvec_of_its_batch() -> None:
     problem, batches = unequal()
-    found = draws(hf.hvp(problem.loss), seed=3)(problem.params, batches)
+    found = draws(hf.hvp(problem.loss), replace=True, seed=3)(problem.params, batches)
     for i in range(8):
         expected = hf.hvp(problem.loss)(problem.params, batches[found.batch(i)])
         expected = matrix(expected, problem.params)
@@ -103,6 +103,30 @@ def test_weights_of_tokens_are_those_of_the_mean() -> None:
     some = draws(hf.hvp(found.loss), weight=tokens, seed=0)(found.params, batches)
     assert {some.batch(i) for i in range(200)} == {0, 2}
     assert some.ends == (1.0, 1.0, 6.0)
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 7, [1.0, 2.0, 0.0, 5.0, 7.0]])
+def test_a_pass_without_replacement_has_every_batch_once_and_the_exact_mean(
+    weights: list[float],
+) -> None:
+    found = made(weights, replace=False)
+    some = [place for place, weight in enumerate(weights) if weight]
+    assert found.population == len(some)
+    v = {"w": torch.ones(1, 1, dtype=torch.float64)}
+    for turn in range(3):
+        indices = range(turn * len(some), (turn + 1) * len(some))
+        assert sorted(found.batch(i) for i in indices) == some
+        mean = sum(float(found(i)(v)["w"]) for i in indices) / len(some)
+        weighted = sum(place * weight for place, weight in enumerate(weights)) / sum(weights)
+        assert mean == pytest.approx(weighted, rel=1e-12)
+
+
+def test_orders_of_passes_differ_and_every_order_is_as_likely() -> None:
+    firsts = Counter(made([1.0] * 4, seed, replace=False).batch(0) for seed in range(2000))
+    assert all(abs(count - 500) < 4 * (2000 * 3 / 16) ** 0.5 for count in firsts.values())
+    found = made([1.0] * 20, replace=False)
+    passes = {tuple(found.batch(20 * turn + i) for i in range(20)) for turn in range(5)}
+    assert len(passes) == 5
 
 
 # Reproducible

@@ -1,5 +1,9 @@
 import functools
+import warnings
+from collections import UserDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +13,12 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.transforms.blocks import Curvature
+from hessfunc.transforms.criteria import NotConvexWarning
 from tests.cases import NAMES, Case, case, closed_form
 from tests.reference import (
     gauss_newton,
     gradient,
+    hessian,
     jacobian,
     matrix,
     relative_error,
@@ -208,6 +214,77 @@ def test_outputs_may_be_any_tree(named: bool) -> None:
     )
     found = matrix(hf.efvp(loss)(params, batch), params)
     assert relative_error(found, per_example / 5) < 1e-8
+
+
+@dataclass
+class Heads:
+    left: Tensor
+    right: Any
+
+
+HIDDEN: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "namespace": lambda left, right: (SimpleNamespace(left=left), right),
+    "nested": lambda left, right: SimpleNamespace(all=[{"left": left}, Heads(right, None)]),
+    "data class": Heads,
+    "distribution": lambda left, right: (torch.distributions.Normal(left, right.exp()), None),
+    "mapping": lambda left, right: UserDict(left=left, right=right),
+}
+SEEN: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
+    "namespace": lambda out: (out[0].left, out[1]),
+    "nested": lambda out: (out.all[0]["left"], out.all[1].left),
+    "data class": lambda out: (out.left, out.right),
+    "distribution": lambda out: (out[0].loc, out[0].scale),
+    "mapping": lambda out: (out["left"], out["right"]),
+}
+
+
+@pytest.mark.parametrize("of", ["ggnvp", "efvp", "functional", "pchvp"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_outputs_in_objects_count(name: str, of: str) -> None:
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    params = {key: torch.randn(3, 3, dtype=torch.float64) for key in ("a", "b")}
+
+    def heads(params: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        return batch[0] @ params["a"], torch.tanh(batch[0] @ params["b"])
+
+    def likelihood(mean: Tensor, size: Tensor, y: Tensor) -> Tensor:
+        return ((mean - y).square() * (1 + size.square())).mean()
+
+    def hidden(out: Any, y: Tensor) -> Tensor:
+        return likelihood(*SEEN[name](out), y)
+
+    loss = hf.composed(lambda p, b: HIDDEN[name](*heads(p, b)), hidden, targets=lambda b: b[1])
+    scaled = (lambda t: t.exp()) if name == "distribution" else (lambda t: t)
+    plain = hf.composed(
+        lambda p, b: [heads(p, b)[0], scaled(heads(p, b)[1])],
+        lambda out, b: likelihood(*out, b[1]),
+    )
+    G, H = gauss_newton(plain, params, (x, y)), hessian(plain, params, (x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvexWarning)
+        if of == "ggnvp":
+            found, right = matrix(hf.ggnvp(loss)(params, (x, y)), params), G
+        elif of == "functional":
+            found, right = matrix(hf.functional_hvp(loss)(params, (x, y)), params), H - G
+        elif of == "pchvp":
+            found = matrix(hf.pchvp(loss, residual="zero")(params, (x, y)), params)
+            right = torch.block_diag(G[:9, :9], G[9:, 9:])
+        else:
+            each = [gradient(plain, params, (x[i : i + 1], y[i : i + 1])) for i in range(5)]
+            found = matrix(hf.efvp(loss)(params, (x, y)), params)
+            right = sum(g.outer(g) for g in each) / 5
+    assert relative_error(found, right) < 1e-8
+
+
+@pytest.mark.parametrize("of", ["ggnvp", "efvp", "functional_hvp"])
+def test_outputs_that_cannot_be_reached_are_refused(of: str) -> None:
+    def outputs(params: Any, x: Tensor) -> Any:
+        z = x @ params["w"]
+        return z, lambda: z.square()
+
+    loss = hf.composed(outputs, lambda out, _: (out[0] * out[1]()).mean())
+    with pytest.raises(TypeError, match=r"outputs\[1\] is a function that holds tensors"):
+        getattr(hf, of)(loss)({"w": torch.randn(3, 2)}, torch.randn(4, 3))
 
 
 def test_ggn_of_a_loss_over_points_without_targets() -> None:
@@ -447,7 +524,9 @@ def test_empirical_fisher_is_the_mean_of_outer_products_of_gradients(name: str) 
 )
 def test_empirical_fisher_of_other_criteria(criterion: Any, targets: Tensor) -> None:
     found = net(criterion, targets)
-    expected = sum(g.outer(g) for g in of_examples(found)) / 6
+    expected = sum(g.outer(g) for g in of_examples(found))
+    if getattr(criterion, "reduction", "mean") == "mean":
+        expected = expected / 6
     product = matrix(hf.efvp(found.loss)(found.params, found.batch), found.params)
     assert relative_error(product, expected) < 1e-8
 
@@ -460,7 +539,8 @@ def test_ignored_examples_do_not_count_in_the_empirical_fisher(reduction: str) -
     kept = y != 1
     expected = matrix(hf.efvp(found.loss)(found.params, (x[kept], y[kept])), found.params)
     gradients = of_examples(Case(found.model, found.loss, found.params, (x[kept], y[kept])))
-    assert relative_error(expected, sum(g.outer(g) for g in gradients) / 4) < 1e-8
+    right = sum(g.outer(g) for g in gradients)
+    assert relative_error(expected, right / 4 if reduction == "mean" else right) < 1e-8
     product = matrix(hf.efvp(found.loss)(found.params, found.batch), found.params)
     assert relative_error(product, expected) < 1e-8
 
@@ -546,7 +626,7 @@ def test_outputs_of_several_numbers_of_examples_have_no_empirical_fisher() -> No
     loss = hf.composed(
         lambda p, _: (p["w"][:2], p["w"]), lambda out, _: out[0].sum() * out[1].sum()
     )
-    with pytest.raises(ValueError, match=r"\[2, 3\] examples along their first axes"):
+    with pytest.raises(ValueError, match=r"outputs have first axes of \[2, 3\]"):
         hf.efvp(loss)({"w": torch.ones(3)}, None)
 
 
@@ -657,10 +737,43 @@ def test_an_empirical_fisher_of_padded_tokens_is_that_of_its_parts() -> None:
     assert relative_error(matrix(parts(params, hf.microbatches(batch, 1)), params), whole) < 1e-12
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_an_empirical_fisher_of_no_mean_over_examples_is_refused(reduction: str) -> None:
-    loss, params, batch = of_dicts(
-        lambda outputs, b: F.cross_entropy(outputs, b["y"], reduction=reduction)
-    )
-    with pytest.raises(ValueError, match=r"the mean of its examples' is .*targets=lambda"):
+def test_an_empirical_fisher_of_no_mean_over_examples_is_refused() -> None:
+    loss, params, batch = of_dicts(lambda outputs, b: F.cross_entropy(outputs, b["y"]))
+    with pytest.raises(ValueError, match=r"its examples have the mean .*targets=lambda"):
         hf.efvp(loss)(params, batch)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_empirical_fisher_of_a_sum_is_the_sum_of_outer_products(parts: int) -> None:
+    loss, params, batch = of_dicts(
+        lambda outputs, b: F.cross_entropy(outputs, b["y"], reduction="sum")
+    )
+    pieces = hf.microbatches(batch, 1)
+    expected = sum(g.outer(g) for g in (gradient(loss, params, piece) for piece in pieces))
+    cut = hf.microbatches(batch, 3 if parts == 1 else 2)
+    found = matrix(hf.over_batches(hf.efvp(loss))(params, cut), params)
+    assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("criterion", "reason"),
+    [
+        (lambda out, y: (out - y)[1].square().sum(), "index 1 is out of bounds"),
+        (lambda out, y: (out - y).square().sum() / one_line(y), "one line"),
+        (lambda out, y: {"loss": (out - y).square().mean()}["loss" if len(y) > 1 else "no"], "no"),
+    ],
+    ids=["index", "value", "key"],
+)
+def test_a_criterion_that_fails_on_one_example_has_no_empirical_fisher(
+    criterion: Any, reason: str
+) -> None:
+    found = net(criterion, torch.linspace(-1, 1, 18).double().view(6, 3))
+    message = rf"could not be evaluated on one example alone \(.*{reason}.*`composed"
+    with pytest.raises(ValueError, match=message):
+        hf.efvp(found.loss)(found.params, found.batch)
+
+
+def one_line(y: Tensor) -> int:
+    if len(y) < 2:
+        raise ValueError("one line")
+    return 1

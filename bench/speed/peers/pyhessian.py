@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bench.speed.asked import Alternative, Asked, Work, differentiable_twice, flat
+from bench.speed.device import device
 
 __all__ = ["DATA", "PRODUCTS", "hessian_of"]
 
@@ -20,13 +21,14 @@ def hessian_of(asked: Asked) -> Any:
 
     # It keeps gradients with their graphs, of which torch warns.
     warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
+    on_gpu = device().type == "cuda"
     of = (
         {"dataloader": asked.batches}
         if asked.batches
         else {"data": (asked.case.inputs, asked.case.targets)}
     )
     with differentiable_twice(asked.case):
-        return hessian(asked.case.model, asked.case.criterion, cuda=False, **of)
+        return hessian(asked.case.model, asked.case.criterion, cuda=on_gpu, **of)
 
 
 def _of_batch(asked: Asked) -> Work:

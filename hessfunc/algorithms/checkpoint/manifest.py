@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from hessfunc import files
+from hessfunc.algorithms.checkpoint.lock import LOCK
+from hessfunc.fingerprints import digest_of
 
-__all__ = ["SEGMENT", "damaged", "digest_of", "read", "remove_all_but", "replace", "stamp"]
+__all__ = ["SEGMENT", "damaged", "read", "refuse_other_files", "remove_all_but", "replace", "stamp"]
 
 SEGMENT = ".rows"
 _MANIFEST = "manifest.json"
-_FORMAT = 3
+_FORMAT = 4
 
 
 def read(directory: Path, /) -> dict[str, Any] | None:
     """What the manifest of a directory says; None where there is none.
 
     Raises:
-        ValueError: the directory holds something else, or the manifest is damaged.
+        ValueError: The path is a file, or the manifest is damaged or of another program.
     """
     if not directory.exists():
         return None
     if not directory.is_dir():
         raise ValueError(f"checkpoint {directory}: a file is there, and a directory is needed")
-    if strangers := [file.name for file in directory.iterdir() if not _is_ours(file)]:
-        raise ValueError(
-            f"checkpoint {directory}: the directory holds other files ({strangers[0]}): choose "
-            "one of its own"
-        )
     path = directory / _MANIFEST
     if not path.exists():
         return None
     digest, _, text = path.read_bytes().partition(b"\n")
+    if len(digest) != len(digest_of(b"")):
+        raise _other_files(directory, _MANIFEST)
     if digest_of(text).encode() != digest:
         raise damaged(directory, "the manifest")
     manifest: dict[str, Any] = json.loads(text)
@@ -45,6 +43,18 @@ def read(directory: Path, /) -> dict[str, Any] | None:
             f"reads format {_FORMAT}: finish the run with the version that began it"
         )
     return manifest
+
+
+def refuse_other_files(directory: Path, run: str, /) -> None:
+    """Raise where a directory without a manifest has files that this run has not written.
+
+    Raises:
+        ValueError: It has.
+    """
+    ours = {LOCK, f"{_MANIFEST}.part"}
+    files = directory.iterdir() if directory.exists() else ()
+    if others := sorted(f.name for f in files if f.name not in ours and not _is_of(f, run)):
+        raise _other_files(directory, others[0])
 
 
 def stamp(directory: Path, /) -> str:
@@ -68,10 +78,10 @@ def replace(directory: Path, body: dict[str, Any], /) -> str:
     return digest
 
 
-def remove_all_but(directory: Path, segments: set[str], /) -> None:
-    """Remove the files of states before this one."""
+def remove_all_but(directory: Path, run: str, segments: set[str], /) -> None:
+    """Remove the other files that this run has written: segments of earlier states."""
     for file in directory.iterdir():
-        if _is_ours(file) and file.name not in (segments | {_MANIFEST}):
+        if _is_of(file, run) and file.name not in segments:
             file.unlink(missing_ok=True)
 
 
@@ -83,14 +93,16 @@ def damaged(directory: Path, what: str, /) -> ValueError:
     )
 
 
-def digest_of(data: bytes | memoryview, /) -> str:
-    """A number of bytes that others would not have."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def _other_files(directory: Path, name: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {directory}: the directory holds other files ({name}): choose an empty one, "
+        f"such as checkpoint={str(directory / 'run')!r}"
+    )
 
 
-def _is_ours(file: Path) -> bool:
-    name = file.name.removesuffix(".part")
-    return name == _MANIFEST or name.endswith(SEGMENT)
+def _is_of(file: Path, run: str) -> bool:
+    """Whether a run of this prefix wrote the file."""
+    return bool(run) and file.name.startswith(f"{run}-")
 
 
 def _flush(directory: Path) -> None:

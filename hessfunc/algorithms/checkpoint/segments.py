@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from hessfunc import files
-from hessfunc.algorithms.checkpoint.manifest import SEGMENT, damaged, digest_of
+from hessfunc.algorithms.checkpoint.manifest import SEGMENT, damaged
+from hessfunc.fingerprints import bytes_of, digest_of
 from hessfunc.trees import Space
 
-__all__ = ["Part", "Segments", "bytes_of"]
+__all__ = ["Part", "Segments"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Segments:
 
     Attributes:
         directory: of the run.
+        run: Prefix of the names of the files of the run.
         space: of its vectors.
         written: the segments of each tensor as last written, for their rows to be reused.
     """
 
     directory: Path
+    run: str
     space: Space
     written: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -102,7 +105,8 @@ class Segments:
     def _name(self, digest: str) -> str:
         # Ranks that write the same bytes do not write the same file at once.
         ranks = self.space.ranks
-        return f"{digest}{SEGMENT}" if ranks is None else f"{digest}.{ranks.rank}{SEGMENT}"
+        rank = "" if ranks is None else f".{ranks.rank}"
+        return f"{self.run}-{digest}{rank}{SEGMENT}"
 
     def decoded(self, parts: Sequence[Part], home: Any, key: str) -> Any:
         """The value of which these are the parts of all ranks.
@@ -172,8 +176,3 @@ class Segments:
 
 def _inside(parts: Sequence[Part], kind: str, at: Any) -> list[Part]:
     return [Part(part.columns, part.values[kind][at]) for part in parts]
-
-
-def bytes_of(rows: Tensor, /) -> memoryview:
-    """The bytes of a tensor."""
-    return rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -9,16 +9,22 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.exact import exact_diagonal, random_budget, unit_vectors_left
 from hessfunc.algorithms.norms import squared_row_norms
-from hessfunc.algorithms.results import DiagonalEstimate
+from hessfunc.algorithms.results import DiagonalEstimate, close_enough, settled
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
-from hessfunc.algorithms.samples import FEWEST_SAMPLES
+from hessfunc.algorithms.samples import FEWEST_SAMPLES, STOPPED, rounding_of_sum
+from hessfunc.options import validated
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["hutchinson_diagonal"]
 
+# Of fewer probes of random signs, all samples of an entry may be the same by chance.
+_FEWEST_SIGNS = 8
 
+
+@validated
 def hutchinson_diagonal(
     matvec: Matvec,
     like: Tree,
@@ -70,6 +76,13 @@ def hutchinson_diagonal(
     at_least(1, block_size=block_size)
     store = Checkpoint.of(checkpoint, "hutchinson_diagonal", products, seed, block_size=block_size)
     seed = store.seed
+    random = random_budget(products, max_matvecs, tolerance=rtol is not None)
+
+    def exact() -> DiagonalEstimate:
+        return exact_diagonal(products, seed, max_matvecs=max_matvecs, block_size=block_size)
+
+    if not random:
+        return settled(exact(), rtol)
 
     def step(state: _State, room: int) -> _State:
         first = state.diagonal.count
@@ -83,12 +96,17 @@ def hutchinson_diagonal(
 
     def found(state: _State, reason: str) -> DiagonalEstimate:
         diagonal, squares, count = state.diagonal, state.squares, state.diagonal.count
-        rounding = (
-            10 * products_eps(space, rows_dtype(space)) * (diagonal.mean.abs() + diagonal.spread)
+        rounding = rounding_of_sum(products_eps(space, rows_dtype(space))) * (
+            diagonal.mean.abs() + diagonal.spread
         )
+        spread = diagonal.spread
+        if count < _FEWEST_SIGNS:
+            typical = space.summed(spread.square().sum()).div(space.n).sqrt()
+            spread = torch.where(spread * math.sqrt(count) <= rounding, typical, spread)
+        stderr = (spread / math.sqrt(count) + rounding) * (1.0 if rtol is None else STOPPED)
         return DiagonalEstimate(
             value=space.unravel(diagonal.mean),
-            stderr=space.unravel(diagonal.spread / math.sqrt(count) + rounding),
+            stderr=space.unravel(stderr),
             degrees=count - 1,
             squared_row_norms=squared_row_norms(
                 squares.mean, squares.spread, count, products, seed
@@ -97,13 +115,9 @@ def hutchinson_diagonal(
         )
 
     def verdict(state: _State) -> str | None:
-        if state.diagonal.count < FEWEST_SAMPLES or rtol is None:
+        if state.diagonal.count < FEWEST_SAMPLES:
             return None
-        if found(state, "running").relative_error() <= rtol:
-            return (
-                "converged: the error in the 2-norm is within the tolerance, with 95 % confidence"
-            )
-        return None
+        return close_enough(found(state, "running"), rtol)
 
     none = space.zeros(1, wide_dtype(space.device))[0]
     state, reason = drive(
@@ -112,11 +126,14 @@ def hutchinson_diagonal(
         step=step,
         verdict=verdict,
         running=lambda state: found(state, "running"),
-        max_matvecs=max_matvecs,
+        max_matvecs=random,
         callback=callback,
         storage=store,
     )
-    return found(state, reason)
+    estimate = settled(found(state, reason), rtol)
+    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
+        return settled(exact(), rtol)
+    return estimate
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.exact import exact_diagonal, is_small
+from hessfunc.algorithms.exact import (
+    exact_diagonal,
+    random_budget,
+    refuse_asymmetric,
+    unit_vectors_left,
+)
 from hessfunc.algorithms.norms import squared_row_norms
-from hessfunc.algorithms.results import DiagonalEstimate
+from hessfunc.algorithms.results import DiagonalEstimate, close_enough, settled
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
+from hessfunc.algorithms.samples import rounding_of_sum
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
+from hessfunc.options import validated
 from hessfunc.precision import wide_dtype
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
@@ -25,6 +32,7 @@ _WIDENING = 1.45
 _FEWEST_PROBES = 10
 
 
+@validated
 def xdiag(
     matvec: Matvec,
     like: Tree,
@@ -81,8 +89,13 @@ def xdiag(
     at_least(1, block_size=block_size)
     store = Checkpoint.of(checkpoint, "xdiag", products, seed, block_size=block_size)
     seed = store.seed
-    if is_small(products, max_matvecs):
-        return exact_diagonal(products, seed)
+    random = random_budget(products, max_matvecs, tolerance=rtol is not None)
+
+    def exact() -> DiagonalEstimate:
+        return exact_diagonal(products, seed, max_matvecs=max_matvecs, block_size=block_size)
+
+    if not random:
+        return settled(exact(), rtol)
     most = vectors_that_fit(space, 12)
 
     def step(state: _State, room: int) -> _State:
@@ -102,7 +115,7 @@ def xdiag(
     def found(state: _State, reason: str) -> DiagonalEstimate:
         mean, spread = _mean_and_spread(space, state)
         p = len(state.probes)
-        rounding = 10 * products_eps(space, rows_dtype(space)) * (mean.abs() + spread)
+        rounding = rounding_of_sum(products_eps(space, rows_dtype(space))) * (mean.abs() + spread)
         squares = state.images.to(mean).square()
         return DiagonalEstimate(
             value=space.unravel(mean),
@@ -115,17 +128,11 @@ def xdiag(
         )
 
     def verdict(state: _State) -> str | None:
-        if len(state.sketch.basis) == space.n:
-            return "converged: the probes span the whole space"
         if len(state.probes) >= most:
             return f"no more than {most} probes fit in memory: `hutchinson_diagonal` keeps none"
-        if len(state.probes) < _FEWEST_PROBES or rtol is None:
+        if len(state.probes) < _FEWEST_PROBES:
             return None
-        if found(state, "running").relative_error() <= rtol:
-            return (
-                "converged: the error in the 2-norm is within the tolerance, with 95 % confidence"
-            )
-        return None
+        return close_enough(found(state, "running"), rtol)
 
     none = space.zeros(0, rows_dtype(space))
     state, reason = drive(
@@ -134,11 +141,15 @@ def xdiag(
         step=step,
         verdict=verdict,
         running=lambda state: found(state, "running"),
-        max_matvecs=max_matvecs,
+        max_matvecs=random,
         callback=callback,
         storage=store,
     )
-    return found(state, reason)
+    refuse_asymmetric(space, state.probes, state.images)
+    estimate = settled(found(state, reason), rtol)
+    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
+        return settled(exact(), rtol)
+    return estimate
 
 
 @dataclass(frozen=True)
@@ -159,8 +170,6 @@ def _mean_and_spread(space: Space, state: _State) -> tuple[Tensor, Tensor]:
     sketch = state.sketch
     wide = wide_dtype(space.device)
     whole = (sketch.basis * sketch.images).sum(0, dtype=wide)
-    if len(sketch.basis) == space.n:
-        return whole, torch.zeros_like(whole)
     coefficients = sketch.left_out()
     alone = (coefficients * sketch.factor).sum(0).to(state.probes)
     missing = space.combine(coefficients.mT, sketch.basis)

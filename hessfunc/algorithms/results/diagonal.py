@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import dataclass, replace
 
-from hessfunc.algorithms.quantiles import student_quantile
+from hessfunc.algorithms.quantiles import chi_squared_quantile, student_quantile
 from hessfunc.algorithms.results.result import Result
 from hessfunc.trees import Tree, leaves, tree_map
 
-__all__ = ["DiagonalEstimate"]
+__all__ = ["DiagonalEstimate", "close_enough", "settled"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -47,7 +46,9 @@ class DiagonalEstimate(Result):
         return lower, upper
 
     def relative_error(self, level: float = 0.95) -> float:
-        """A bound of ``|error|_2 / |value|_2`` over all entries; infinite where all values are 0.
+        """Return a bound of ``|error|_2 / |value|_2`` over all entries.
+
+        It is 0 where every standard error is 0, and otherwise infinite where every value is 0.
 
         The squared error of the whole diagonal is a sum of as many independent terms as entries
         have a share in it, nu = (sum stderr^2)^2 / sum stderr^4, and so close to its mean:
@@ -56,19 +57,35 @@ class DiagonalEstimate(Result):
 
         with nu halved, since entries share their probes.
 
-        Source: Satterthwaite 1946; the quantile by Wilson and Hilferty 1931.
+        Source: Satterthwaite 1946.
         """
         if not 0 < level < 1:
             raise ValueError(f"level={level}: a probability between 0 and 1")
         size = _power_sum(self.value, 2) ** 0.5
         error = _power_sum(self.stderr, 2)
-        if not size > 0 or math.isinf(error):
-            return math.inf
         if error == 0:
             return 0.0
-        spread = 2 * 2 / 9 * _power_sum(self.stderr, 4) / error**2
-        quantile = (1 - spread + NormalDist().inv_cdf(level) * math.sqrt(spread)) ** 3
-        return math.sqrt(error * quantile) / size
+        if not size > 0 or math.isinf(error):
+            return math.inf
+        terms = error**2 / _power_sum(self.stderr, 4) / 2
+        return math.sqrt(error * chi_squared_quantile(level, terms) / terms) / size
+
+
+def close_enough(estimate: DiagonalEstimate, rtol: float | None, /) -> str | None:
+    """Return why a diagonal need not be refined, in words, or None."""
+    if rtol is not None and estimate.relative_error() <= rtol:
+        return "converged: the error in the 2-norm is within the tolerance, with 95 % confidence"
+    return None
+
+
+def settled(estimate: DiagonalEstimate, rtol: float | None, /) -> DiagonalEstimate:
+    """Return the last estimate of a run, which has converged if and only if it is close enough."""
+    reason = close_enough(estimate, rtol)
+    if reason is None or estimate.reason == reason:
+        return estimate
+    if estimate.reason.startswith("exact"):
+        reason = f"{reason} ({estimate.reason})"
+    return replace(estimate, reason=reason)
 
 
 def _power_sum(tree: Tree, power: int) -> float:

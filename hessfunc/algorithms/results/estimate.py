@@ -3,16 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.quantiles import student_quantile
 from hessfunc.algorithms.results.result import Result
+from hessfunc.options import validated
+from hessfunc.trees import Space
 
-__all__ = ["Estimate", "narrow_enough", "pool"]
+__all__ = ["Estimate", "LeafEstimate", "judged", "leaf_fields", "narrow_enough", "pool"]
+
+Found = TypeVar("Found", bound="Estimate")
+
+WITHIN = "converged: the half-width of the 95 % interval is within the tolerance"
+
+
+class LeafEstimate(float):
+    """The part of one leaf in an estimate: a float with a standard error.
+
+    Attributes:
+        stderr: Standard error of the part, NaN where it is not known.
+        degrees: Degrees of freedom with which the standard error is known.
+    """
+
+    stderr: float
+    degrees: int
+
+    __slots__ = ("degrees", "stderr")
+
+    def __new__(cls, value: float, stderr: float, degrees: int) -> LeafEstimate:
+        made = super().__new__(cls, value)
+        object.__setattr__(made, "stderr", stderr)
+        object.__setattr__(made, "degrees", degrees)
+        return made
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a LeafEstimate is frozen: {name} cannot be set")
+
+    def __getnewargs__(self) -> tuple[float, float, int]:  # type: ignore[override]
+        return float(self), self.stderr, self.degrees
+
+    def __repr__(self) -> str:
+        return f"LeafEstimate({float(self):.6g}, stderr={self.stderr:.2g})"
+
+    @property
+    def value(self) -> float:
+        """The part as a plain float."""
+        return float(self)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Return the two-sided Student interval of this part alone at this level."""
+        half = _half_width(self.stderr, self.degrees, level)
+        return float(self) - half, float(self) + half
+
+
+def _half_width(stderr: float, degrees: int, level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: choose a probability between 0 and 1, such as 0.95")
+    return student_quantile((1 + level) / 2, degrees) * stderr if stderr else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -20,84 +72,199 @@ class Estimate(Result):
     """A number with its standard error.
 
     Attributes:
-        value: the estimate.
-        stderr: its standard error.
-        degrees: of freedom, with which the standard error is itself known.
-        samples: float64 ``(p,)``, one a probe.
-        by_leaf: the part of each leaf; the parts sum to the value.
-        squared_frobenius: of the same matrix, |A|_F^2, where the same products tell it.
+        value: Estimate.
+        stderr: Standard error of the value.
+        degrees: Degrees of freedom with which the standard error is known.
+        samples: Samples of the value, one a probe, float64 ``(p,)``.
+        by_leaf: Parts of the leaves, which sum to the value. Each is a float with ``stderr`` and
+            ``interval(level)``, a `LeafEstimate`.
+        leaf_stderr: Standard errors of the parts in ``by_leaf``.
+        leaf_shapes: Shapes of the leaves of the matrix's vectors; empty where no leaf is known.
+        n: Dimension of the matrix, or None where it is not known.
+        bounds: Enclosure of the value for these very probes, where that has an error of its own,
+            such as that of a quadrature; None where it has none. The interval contains it.
+        squared_frobenius: Estimate of |A|_F^2 of the same matrix, from the same products, or None.
+        seeds: Seeds of the estimates that were pooled.
     """
 
     value: float
     stderr: float
     degrees: int
     samples: Tensor
-    by_leaf: dict[str, float]
+    by_leaf: Mapping[str, float]
+    leaf_stderr: Mapping[str, float] = field(default_factory=dict)
+    leaf_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    n: int | None = None
+    bounds: tuple[float, float] | None = None
     squared_frobenius: Estimate | None = None
+    seeds: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        parts = {
+            name: LeafEstimate(part, self.leaf_stderr.get(name, math.nan), self.degrees)
+            for name, part in self.by_leaf.items()
+        }
+        object.__setattr__(self, "by_leaf", parts)
 
     def _headline(self) -> dict[str, object]:
         low, high = self.interval()
         return {"value": f"{self.value:.6g}", "interval": f"[{low:.6g}, {high:.6g}]"}
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The two-sided Student interval at this level."""
-        if not 0 < level < 1:
-            raise ValueError(f"level={level}: a probability between 0 and 1")
-        half = student_quantile((1 + level) / 2, self.degrees) * self.stderr
-        return self.value - half, self.value + half
+        """Return the two-sided Student interval at this level."""
+        half = _half_width(self.stderr, self.degrees, level)
+        low, high = self.bounds or (self.value, self.value)
+        return low - half, high + half
+
+
+def leaf_fields(space: Space, parts: Tensor, stderr: Sequence[float], /) -> dict[str, Any]:
+    """Return the fields of an `Estimate` that say how it is made up of leaves.
+
+    Args:
+        space: Vector space of the matrix.
+        parts: Part of each leaf, ``(leaves,)``.
+        stderr: Standard error of each part.
+    """
+    return {
+        "by_leaf": dict(zip(space.names, parts.tolist(), strict=True)),
+        "leaf_stderr": dict(zip(space.names, stderr, strict=True)),
+        "leaf_shapes": dict(zip(space.names, map(list, space.shapes), strict=True)),
+        "n": space.n,
+    }
 
 
 def narrow_enough(estimate: Estimate, rtol: float | None, atol: float | None, /) -> str | None:
-    """Why an estimate need not be refined, in words, or None."""
+    """Return why an estimate need not be refined, in words, or None."""
+    if rtol is None and atol is None:
+        return None
     low, high = estimate.interval()
     if (high - low) / 2 <= max((rtol or 0.0) * abs(estimate.value), atol or 0.0):
-        return "converged: the half-width of the 95 % interval is within the tolerance"
+        return WITHIN
     return None
 
 
+def judged(estimate: Found, rtol: float | None, atol: float | None, /) -> Found:
+    """Return the last estimate of a run, which has converged if and only if it is narrow enough.
+
+    A run that used up its budget may have got there in its last round, and an exact one may be
+    too coarse for its tolerance, by rounding.
+    """
+    reason = narrow_enough(estimate, rtol, atol)
+    if reason is None or estimate.reason == reason:
+        return estimate
+    if estimate.reason.startswith("exact"):
+        reason = f"{reason} ({estimate.reason})"
+    return replace(estimate, reason=reason)
+
+
+@validated
 def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, /) -> Estimate:
-    """The weighted mean of independent estimates, such as one for each of several batches.
+    """Return the weighted mean of independent estimates, such as one for each of several batches.
 
         value = sum_b w_b value_b / sum_b w_b,  stderr^2 = sum_b w_b^2 stderr_b^2 / (sum_b w_b)^2
 
     with the degrees of freedom of Welch 1947.
 
     Args:
-        estimates: of different batches or of different probes, with the same leaves or none.
-        weights: what each counts, such as the examples of its batch; equal by default.
+        estimates: Estimates of the same quantity for one tree of parameters, from different
+            batches or different probes.
+        weights: Weights of the estimates, such as the number of examples in each batch. By
+            default, all are equal.
 
     Raises:
-        ValueError: there is no estimate, weights do not match, or two estimates share a seed and
-            so their probes.
+        ValueError: If there is no estimate, if weights do not match, if the matrices differ in
+            their leaves, or if two estimates share a seed and so their probes.
     """
-    weights = [1.0] * len(estimates) if weights is None else list(weights)
+    estimates = list(estimates)
+    weights = [1.0] * len(estimates) if weights is None else [float(w) for w in weights]
     if not estimates or len(weights) != len(estimates):
         raise ValueError(f"{len(estimates)} estimates and {len(weights)} weights: pass one each")
-    if min(weights) < 0 or not sum(weights) > 0:
-        raise ValueError(f"weights={weights}: at least 0, and not all 0")
-    seeds = [estimate.seed for estimate in estimates if estimate.seed is not None]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError("two estimates share a seed, so they are not independent: vary it")
+    if not all(0 <= w < math.inf for w in weights) or not sum(weights) > 0:
+        raise ValueError(f"weights={weights}: choose finite numbers of at least 0, not all 0")
+    _refuse_other_matrices(estimates)
+    _refuse_shared_seeds(estimates)
     share = [w / sum(weights) for w in weights]
-    by_leaf: dict[str, float] = {}
-    for s, estimate in zip(share, estimates, strict=True):
-        for name, part in estimate.by_leaf.items():
-            by_leaf[name] = by_leaf.get(name, 0.0) + s * part
     variances = [(s * e.stderr) ** 2 for s, e in zip(share, estimates, strict=True)]
+    bounds = [e.bounds or (e.value, e.value) for e in estimates]
+    ends = [sum(s * b[i] for s, b in zip(share, bounds, strict=True)) for i in (0, 1)]
     return Estimate(
         value=sum(s * e.value for s, e in zip(share, estimates, strict=True)),
         stderr=math.sqrt(sum(variances)),
         degrees=_pooled_degrees(variances, [e.degrees for e in estimates]),
         samples=torch.cat([e.samples for e in estimates]),
-        by_leaf=by_leaf,
+        by_leaf={
+            name: sum(s * e.by_leaf[name] for s, e in zip(share, estimates, strict=True))
+            for name in estimates[0].by_leaf
+        },
+        leaf_stderr={
+            name: math.hypot(
+                *(s * e.leaf_stderr[name] for s, e in zip(share, estimates, strict=True))
+            )
+            for name in estimates[0].by_leaf
+            if all(name in e.leaf_stderr for e in estimates)
+        },
+        leaf_shapes=estimates[0].leaf_shapes,
+        n=estimates[0].n,
+        bounds=(ends[0], ends[1]) if any(e.bounds for e in estimates) else None,
         matvecs=sum(e.matvecs for e in estimates),
         passes=sum(e.passes for e in estimates),
         reason=f"pooled from {len(estimates)} estimates",
         seed=None,
+        seeds=[seed for e in estimates for seed in _seeds(e)],
     )
 
 
+def _refuse_other_matrices(estimates: Sequence[Estimate]) -> None:
+    first = estimates[0]
+    for other in estimates[1:]:
+        if first.n == other.n and _described(first) == _described(other):
+            continue
+        if _examples(first) is None or _per_example(first) != _per_example(other):
+            raise ValueError(
+                f"the estimates are of different matrices: n={first.n} with the leaves "
+                f"{_described(first)}, and n={other.n} with {_described(other)}. Pool estimates "
+                "for the same parameters"
+            )
+
+
+def _described(estimate: Estimate) -> dict[str, list[int] | None]:
+    shapes = estimate.leaf_shapes
+    return {name: list(shapes[name]) if name in shapes else None for name in estimate.by_leaf}
+
+
+def _examples(estimate: Estimate) -> int | None:
+    """Return the length of the first axis that all leaves share, as activations do, or None."""
+    lengths = {
+        tuple(shape)[:1] if len(shape) > 1 else () for shape in estimate.leaf_shapes.values()
+    }
+    return next(iter(lengths))[0] if len(lengths) == 1 and () not in lengths else None
+
+
+def _per_example(estimate: Estimate) -> dict[str, list[int]] | None:
+    """Return the shapes of activations without the axis of examples, which batches differ in."""
+    if _examples(estimate) is None:
+        return None
+    return {name: list(shape)[1:] for name, shape in estimate.leaf_shapes.items()}
+
+
+def _refuse_shared_seeds(estimates: Sequence[Estimate]) -> None:
+    seeds = [seed for estimate in estimates for seed in _seeds(estimate)]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("two estimates share a seed, so they are not independent: vary `seed=`")
+    draws = [getattr(estimate, "draws_seed", None) for estimate in estimates]
+    known = [seed for seed in draws if seed is not None]
+    if len(set(known)) < len(known):
+        raise ValueError(
+            "two estimates share the seed of their draws, so they are from the same batches: vary "
+            "`draws(..., seed=)`"
+        )
+
+
+def _seeds(estimate: Estimate) -> list[int]:
+    return list(estimate.seeds) if estimate.seed is None else [estimate.seed]
+
+
 def _pooled_degrees(variances: Sequence[float], degrees: Sequence[int]) -> int:
-    """Degrees of freedom of a sum of estimated variances (Welch 1947)."""
+    """Return the degrees of freedom of a sum of estimated variances (Welch 1947)."""
     spread = sum(v**2 / max(d, 1) for v, d in zip(variances, degrees, strict=True))
     return math.floor(sum(variances) ** 2 / spread) if spread > 0 else sum(degrees)

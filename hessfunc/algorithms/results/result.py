@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +19,13 @@ import torch
 from torch import Tensor
 
 from hessfunc.files import write_whole
+from hessfunc.options import validated
 from hessfunc.trees import Tree, flatten, leaves
 
 __all__ = ["Result", "array", "load", "shown", "versions"]
+
+# Results of compositions, whose modules a program that only loads has not imported.
+_DEFINED_ELSEWHERE = {"Landscape": "hessfunc.landscape"}
 
 
 @cache
@@ -43,7 +50,6 @@ class Result:
         passes: calls of the matvec; each serves a whole block.
         reason: why the run stopped, in words.
         seed: with which the run can be repeated.
-        choices: chunk sizes that timed trials chose, 1 for a loop, for each shape of a block.
         versions: of the packages that made it.
     """
 
@@ -51,7 +57,6 @@ class Result:
     passes: int
     reason: str
     seed: int | None
-    choices: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
     kinds: ClassVar[dict[str, type[Result]]] = {}
@@ -114,20 +119,57 @@ def _is_tree(value: Any) -> bool:
     return bool(found) and all(isinstance(leaf, Tensor) for leaf in found)
 
 
+@validated
 def load(path: str | os.PathLike[str], /) -> Result:
     """A result that was written by ``save``.
 
     Raises:
-        ValueError: the file holds no result.
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds no result, or is damaged.
     """
-    with np.load(path, allow_pickle=False) as file:
-        if "result" not in file:
-            raise ValueError(f"{os.fspath(path)} holds no result of hessfunc")
-        return _restored(json.loads(file["result"].tobytes()), "", file)
+    name = os.fspath(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return _restored(json.loads(file["result"].tobytes()), "", file)
+    except _UnknownKindError as kind:
+        raise ValueError(
+            f"{name} holds a result of kind {kind.args[0]!r}, which this version of hessfunc does "
+            "not know: load it with the version that wrote it"
+        ) from None
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise ValueError(f"{name} cannot be read: {error.strerror}") from None
+        raise _MissingFileError(f"there is no file {name}: pass the path given to save") from None
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ):
+        # A file cut short is no longer a zip file; NumPy takes junk for a pickle.
+        raise ValueError(
+            f"{name} holds no result of hessfunc, or is damaged: pass a file that was written by "
+            "result.save(path)"
+        ) from None
+
+
+class _MissingFileError(FileNotFoundError, ValueError):
+    """A wrong path, which is a wrong argument as well as a missing file."""
+
+
+class _UnknownKindError(Exception):
+    """The kind of a result that this version does not know."""
 
 
 def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> Result:
-    kind = Result.kinds[plain.pop("kind")]
+    kind = plain.pop("kind")
+    if kind in _DEFINED_ELSEWHERE:
+        import_module(_DEFINED_ELSEWHERE[kind])
+    if kind not in Result.kinds:
+        raise _UnknownKindError(kind)
     values: dict[str, Any] = {}
     for name, item in plain.items():
         key = prefix + name
@@ -138,7 +180,7 @@ def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> 
         else:
             found = [torch.from_numpy(arrays[f"{key}/{i}"]) for i in range(len(item["paths"]))]
             values[name] = _nested(item["paths"], found)
-    return kind(**values)
+    return Result.kinds[kind](**values)
 
 
 def _nested(paths: list[list[str]], found: list[Tensor]) -> Tree:

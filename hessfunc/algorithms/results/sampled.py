@@ -17,30 +17,45 @@ _COST_OF_A_BATCH = 1.25
 class SampledEstimate(Estimate):
     """An estimate from m random batches with r probes each; ``samples`` are the batches' means.
 
-    The variance of the value is ``variance_data / m + variance_probes / (m r)``.
+    The variance of the value is
+    ``correction * variance_data / m + variance_probes / (m r)``.
 
     Attributes:
-        variance_probes: of one probe within a batch; NaN where each batch had a single probe.
-        variance_data: between batches, of what infinitely many probes would find on each. An
-            estimate, and 0 where the batches differ no more than the probes explain; NaN where
+        variance_probes: Variance of one probe within a batch; NaN where it is not known, since
             each batch had a single probe.
-        draws: m, the batches that were drawn, each counted as often as it was.
-        probes_per_draw: r.
+        variance_data: Variance between batches of what infinitely many probes would give on each.
+            An estimate, and 0 where the batches differ no more than the probes explain; NaN where
+            it is not known, since each batch had a single probe.
+        draws: Number m of draws.
+        probes_per_draw: Number r of probes on each draw.
+        population: Number of batches that are drawn from without replacement, or None where it is
+            not known or where batches are drawn with replacement.
+        correction: Finite population correction: 1 with replacement, 0 after whole passes.
+        draws_seed: Seed of the draws, or None where it is not known.
     """
 
     variance_probes: float
     variance_data: float
     draws: int
     probes_per_draw: int
+    population: int | None = None
+    correction: float = 1.0
+    draws_seed: int | None = None
 
     def _headline(self) -> dict[str, object]:
         return {**super()._headline(), "draws": self.draws, "data_share": f"{self.data_share:.2g}"}
 
     @property
     def data_share(self) -> float:
-        """The part of the value's variance that only more batches reduce, of [0, 1] or NaN."""
-        total = self.variance_data + self.variance_probes / self.probes_per_draw
-        return self.variance_data / total if total else math.nan
+        """The part of the value's variance that only more batches reduce, in [0, 1] or NaN."""
+        data = self.correction * self.variance_data
+        total = data + self.variance_probes / self.probes_per_draw
+        return data / total if total else math.nan
+
+    @property
+    def every_batch_was_drawn(self) -> bool:
+        """Whether no batch can differ from what was seen."""
+        return self.population is not None and self.draws >= self.population
 
     def best_probes_per_draw(self, cost: float = _COST_OF_A_BATCH) -> float:
         """The r with the least variance for the same work, infinite without noise of the data.
@@ -65,8 +80,15 @@ class SampledEstimate(Estimate):
                 "With one probe a draw the noise of the data cannot be told from that of the "
                 "probes: take 2 probes a draw."
             )
+        if self.every_batch_was_drawn and self.correction == 0:
+            if self.variance_probes == 0:
+                return f"All {self.population} batches were drawn, and the probes agree: exact."
+            return (
+                f"All {self.population} batches were drawn: take more probes a draw, or another "
+                "pass."
+            )
         if math.isnan(self.data_share):
-            return "Neither the batches drawn nor the probes differ: more of them change nothing."
+            return f"The batches drawn agree, and so do the probes. {self._unseen}"
         shares = (
             f"Of the variance {self.data_share:.0%} comes from the data and "
             f"{1 - self.data_share:.0%} from the probes: "
@@ -80,3 +102,16 @@ class SampledEstimate(Estimate):
         if wanted < self.probes_per_draw:
             return shares + f"take more draws, with fewer probes each; about {wanted} is best."
         return shares + f"take more draws; {wanted} a draw is the best number of probes already."
+
+    @property
+    def _unseen(self) -> str:
+        if self.population is None:
+            return (
+                "Batches that were not drawn can differ: draw all of them, with "
+                "`draws(..., replace=False)`."
+            )
+        budget = self.population * self.probes_per_draw
+        return (
+            f"The {max(0, self.population - self.draws)} batches that were not drawn can differ: "
+            f"draw all {self.population}, with max_matvecs={budget}."
+        )

@@ -12,11 +12,13 @@ from hessfunc.algorithms.rounds import (
     at_least,
 )
 from hessfunc.algorithms.solve.system import Iterate, System, solve
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["cg"]
 
 
+@validated
 def cg(
     matvec: Matvec,
     b: Tree,
@@ -75,7 +77,8 @@ def cg(
             not positive definite.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec an iteration, and one at the end if ``measure``; 11 vectors of memory.
+    Cost: one matvec an iteration, and one at the end if ``measure``; 12 vectors of memory,
+    besides those of a product.
 
     Source: Hestenes and Stiefel 1952; negative curvature: Steihaug 1983.
     """

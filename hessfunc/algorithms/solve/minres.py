@@ -11,11 +11,13 @@ from hessfunc.algorithms.checkpoint import Directory
 from hessfunc.algorithms.results import Solution, rounding
 from hessfunc.algorithms.rounds import Callback, at_least
 from hessfunc.algorithms.solve.system import Iterate, System, solve
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["minres"]
 
 
+@validated
 def minres(
     matvec: Matvec,
     b: Tree,
@@ -70,7 +72,8 @@ def minres(
             not positive definite.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec an iteration, and one at the end; 13 vectors of memory.
+    Cost: one matvec an iteration, and one at the end; 20 vectors of memory, besides those
+    of a product.
 
     Source: Paige and Saunders 1975; residual vectors: Choi, Paige and Saunders 2011.
     """

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.exact import exact_trace, random_budget, unit_vectors_left
 from hessfunc.algorithms.norms import squared_frobenius
-from hessfunc.algorithms.results import Eigenpairs, Estimate, narrow_enough
+from hessfunc.algorithms.results import Eigenpairs, Estimate, judged, leaf_fields, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
-from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
+from hessfunc.algorithms.samples import FEWEST_SAMPLES, STOPPED, leaf_errors, sphere_error
+from hessfunc.options import validated
 from hessfunc.precision import wide_dtype
-from hessfunc.trees import Matvec, ProbeKind, Space, Tree
+from hessfunc.trees import Matvec, ProbeKind, Rows, Space, Tree
 
 __all__ = ["hutchinson"]
 
+# The spread of fewer random signs is not to be trusted: on [[0, 1], [1, 0]] all p samples are the
+# same with probability 2^(1 - p).
+_FEWEST_SIGNS = 8
 
+
+@validated
 def hutchinson(
     matvec: Matvec,
     like: Tree,
@@ -25,7 +33,7 @@ def hutchinson(
     rtol: float | None = None,
     atol: float | None = None,
     max_matvecs: int = 100,
-    kind: ProbeKind = "signs",
+    kind: ProbeKind | None = None,
     deflate: Eigenpairs | None = None,
     known: Tree | None = None,
     block_size: int = 10,
@@ -34,55 +42,67 @@ def hutchinson(
     callback: Callback[Estimate] | None = None,
     checkpoint: Directory = None,
 ) -> Estimate:
-    """The trace of a matrix, by random probes (Girard-Hutchinson).
+    """Estimate the trace of a matrix by random probes (Girard-Hutchinson).
 
         tr A = E[w'Aw],  E[ww'] = I
 
-    estimated by the mean over probes, with a Student interval that is widened for skewness. The
-    variance of one probe is 2 (|A|_F^2 - sum_i a_ii^2) for signs, 2 |A|_F^2 for normal probes,
-    and 2 n / (n + 2) (|A|_F^2 - tr(A)^2 / n) for the sphere, for a symmetric A. Eigenpairs
-    that are at hand need not be sampled:
+    The estimate is the mean over probes. The variance of one probe is
+    2 (|A|_F^2 - sum_i a_ii^2) for signs, 2 |A|_F^2 for normal probes, and
+    2 n / (n + 2) (|A|_F^2 - tr(A)^2 / n) for the sphere, for a symmetric A. The standard error
+    is that formula, estimated from the products themselves: it is known far better than the spread
+    of the samples, so that intervals cover at every level from 3 products on. Eigenpairs at hand
+    need not be sampled:
 
         tr A = sum_i value_i + E[u'Au],  u = (I - VV') w,
 
-    and neither need a part of the matrix whose diagonal is known, if ``matvec`` leaves it out:
+    and neither does a part of the matrix whose diagonal is known, if ``matvec`` leaves it out:
 
         tr (A + K) = tr K + E[w'Aw].
 
     Args:
         matvec: block -> block.
-        like: a tree that says what vectors look like.
-        rtol: stop when the half-width of the 95 % interval is below rtol |value|.
-        atol: stop when it is below atol. Without rtol and atol the whole budget is used.
-        max_matvecs: the budget: so many probes at the most.
-        kind: ``"signs"``, ``"normal"`` or ``"sphere"``.
-        deflate: eigenpairs of A, from `lanczos`. Their vectors must be orthonormal; they need not
+        like: Tree that says what vectors look like.
+        rtol: Relative tolerance: the run stops when the half-width of the reported 95 % interval
+            is at most rtol |value|.
+        atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
+        max_matvecs: Budget, the largest number of probes.
+        kind: ``"signs"``, ``"normal"`` or ``"sphere"``. By default signs, unless all n unit
+            vectors fit into the budget: these give the exact trace, at once or as soon as the
+            random probes have cost as much.
+        deflate: Eigenpairs of A, from `lanczos`. Their vectors must be orthonormal; they need not
             have converged.
-        known: the diagonal of K, as a tree like one vector; the estimate is then of tr (A + K).
-        block_size: how many probes are multiplied at once.
-        seed: of the probes.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
+        known: Diagonal of K, as a tree like one vector; the estimate is then of tr (A + K).
+        block_size: Number of probes that are multiplied at once.
+        seed: Seed of the probes.
+        space: Space in which every rank holds a part of each vector, made by `sharded`; by default
             every rank holds the whole.
-        callback: called with the running `Estimate` after each round; returning True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        callback: Function called with the running `Estimate` after each round of random probes;
+            returning True stops.
+        checkpoint: Directory that keeps the state, so that an interrupted run can be resumed.
 
     Returns:
         `Estimate`, with the part of each leaf in ``by_leaf`` (those of eigenpairs up to their
-        residuals), and ``squared_frobenius`` from the same products, where no part is known.
+        residuals), and ``squared_frobenius`` from the same products, where no part is known. It
+        says "converged" if and only if its 95 % interval is within the tolerance; intervals of a
+        run with a tolerance are widened by 1.1, since it stops where its error looks small.
 
     Raises:
-        ValueError: an option is out of range; the eigenpairs are of other parameters.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range, or if the eigenpairs are of other parameters.
+        FloatingPointError: If a product is not finite.
 
     Cost: one matvec a probe; those of the eigenpairs are not counted again.
 
-    Source: Girard 1989; Hutchinson 1990; the interval: Johnson 1978.
+    Source: Girard 1989; Hutchinson 1990.
     """
     products = Products.of(matvec, like, space)
     space = products.space
     at_least(0, rtol=rtol, atol=atol)
     at_least(2, max_matvecs=max_matvecs)
     at_least(1, block_size=block_size)
+    tolerance = rtol is not None or atol is not None
+    random = max_matvecs
+    if kind is None:
+        kind, random = "signs", random_budget(products, max_matvecs, tolerance=tolerance)
     store = Checkpoint.of(
         checkpoint,
         "hutchinson",
@@ -93,29 +113,52 @@ def hutchinson(
         deflate=None if deflate is None else (deflate.values, space.rows(deflate.vectors)),
     )
     seed = store.seed
-    outside = 0.0 if known is None else _sums(space, known)
+    outside = torch.zeros(len(space.names), dtype=torch.float64, device="cpu")
+    if known is not None:
+        outside = _sums(space, known)
     pairs = _spanned(space, deflate)
+
+    def exact() -> Estimate:
+        return exact_trace(
+            products,
+            seed,
+            max_matvecs=max_matvecs,
+            block_size=block_size,
+            known=None if known is None else outside,
+        )
 
     def step(state: _State, room: int) -> _State:
         first = len(state.parts)
         indices = range(first, first + min(room, block_size))
-        probes = space.probes(indices, kind=kind, seed=seed, dtype=rows_dtype(space))
-        probes = pairs.complement(space, probes, on_sphere=kind == "sphere")
+        signs = space.probes(indices, kind=kind, seed=seed, dtype=rows_dtype(space))
+        probes = pairs.complement(space, signs, on_sphere=kind == "sphere")
         images = products(probes)
         parts = space.by_leaf(probes, images).cpu().double()
         squares = space.norms(images).cpu().double().square()
-        return _State(torch.cat([state.parts, parts]), torch.cat([state.squares, squares]))
+        inside = pairs.complement(space, images, on_sphere=False)
+        spread = state.spread
+        if kind == "signs":
+            spread = spread.extended(space, signs, inside)
+        return _State(
+            torch.cat([state.parts, parts]),
+            torch.cat([state.squares, squares]),
+            torch.cat([state.inside, space.norms(inside).cpu().double().square()]),
+            spread,
+        )
 
     def found(state: _State, reason: str) -> Estimate:
         exact = pairs.parts + outside
         samples = exact.sum() + state.parts.sum(1)
-        parts = exact + state.parts.mean(0)
+        stderr = _stderr(state, kind, space.n - len(pairs.basis))
+        # The sum of a sample is rounded, also where samples do not differ.
+        stderr += torch.finfo(rows_dtype(space)).eps * float(state.parts.abs().sum(1).mean())
+        stderr *= STOPPED if tolerance else 1.0
         return Estimate(
             value=float(samples.mean()),
-            stderr=standard_error(samples),
-            degrees=len(samples) - 1,
+            stderr=stderr,
+            degrees=len(samples),
             samples=samples,
-            by_leaf=dict(zip(space.names, parts.tolist(), strict=True)),
+            **leaf_fields(space, exact + state.parts.mean(0), leaf_errors(state.parts, stderr)),
             squared_frobenius=None
             if known is not None
             else squared_frobenius(pairs.squares + state.squares, products, seed),
@@ -123,30 +166,93 @@ def hutchinson(
         )
 
     def verdict(state: _State) -> str | None:
-        if len(state.parts) < FEWEST_SAMPLES or (rtol is None and atol is None):
+        if len(state.parts) < FEWEST_SAMPLES:
             return None
         return narrow_enough(found(state, "running"), rtol, atol)
 
+    if not random:
+        return judged(exact(), rtol, atol)
     none = torch.zeros(0, dtype=torch.float64, device="cpu")
     state, reason = drive(
-        _State(none.new_zeros(0, len(space.names)), none),
+        _State(none.new_zeros(0, len(space.names)), none, none, _Spread.none(space, kind)),
         products=products,
         step=step,
         verdict=verdict,
         running=lambda state: found(state, "running"),
-        max_matvecs=max_matvecs,
+        max_matvecs=random,
         callback=callback,
         storage=store,
     )
-    return found(state, reason)
+    estimate = judged(found(state, reason), rtol, atol)
+    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
+        return judged(exact(), rtol, atol)
+    return estimate
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Spread of the entries of ``w * Aw`` over probes of random signs (Welford 1962).
+
+    Attributes:
+        centre: Mean of each entry so far.
+        squares: Sum over entries and probes of squared deviations from the means.
+        probes: Number of probes.
+    """
+
+    centre: Rows
+    squares: float
+    probes: int
+
+    @classmethod
+    def none(cls, space: Space, kind: ProbeKind) -> _Spread:
+        wide = space.zeros(1 if kind == "signs" else 0, wide_dtype(space.device))
+        return cls(wide, 0.0, 0)
+
+    def extended(self, space: Space, signs: Tensor, images: Tensor) -> _Spread:
+        centre, squares, probes = self.centre[0], self.centre.new_zeros(()), self.probes
+        for row, image in zip(signs, images, strict=True):
+            probes += 1
+            entries = (row * image).to(centre)
+            deviation = entries - centre
+            centre = centre + deviation / probes
+            squares = squares + deviation @ (entries - centre)
+        return _Spread(centre[None], self.squares + float(space.summed(squares)), probes)
 
 
 @dataclass(frozen=True)
 class _State:
-    """The samples so far: ``w'Aw`` leaf by leaf, ``(p, leaves)``, and ``|Aw|^2``; float64."""
+    """Samples so far, float64.
+
+    Attributes:
+        parts: ``w'Aw`` leaf by leaf, ``(p, leaves)``.
+        squares: ``|Aw|^2``, ``(p,)``.
+        inside: ``|PAw|^2`` with P the projector off the eigenvectors, ``(p,)``.
+        spread: Spread of the entries of ``w * PAw``, for signs alone.
+    """
 
     parts: Tensor
     squares: Tensor
+    inside: Tensor
+    spread: _Spread
+
+
+def _stderr(state: _State, kind: ProbeKind, dimension: int) -> float:
+    """Return the standard error of the mean by the variance of each kind of probe.
+
+    For signs, 2 (|A|_F^2 - sum_i a_ii^2) is twice the sum of the variances of the entries of
+    ``w * Aw``. For few of them |A|_F^2 - tr(A)^2 / n takes its place, which is no smaller.
+    """
+    p = len(state.parts)
+    if kind == "signs" and p >= _FEWEST_SIGNS:
+        return math.sqrt(2 * state.spread.squares / ((p - 1) * p))
+    quadratics = state.parts.sum(1)
+    if kind == "normal" or (kind == "signs" and dimension <= 2):
+        return math.sqrt(2 * float(state.inside.mean()) / p)
+    if kind == "sphere":
+        return sphere_error(quadratics, state.inside, dimension)
+    return sphere_error(quadratics, state.inside, dimension) * math.sqrt(
+        dimension / (dimension - 2)
+    )
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,27 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.exact import exact_trace, is_small
+from hessfunc.algorithms.exact import (
+    exact_trace,
+    random_budget,
+    refuse_asymmetric,
+    unit_vectors_left,
+)
 from hessfunc.algorithms.norms import squared_frobenius
-from hessfunc.algorithms.results import Estimate, narrow_enough
+from hessfunc.algorithms.results import Estimate, judged, leaf_fields, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
-from hessfunc.algorithms.samples import FEWEST_SAMPLES, standard_error
+from hessfunc.algorithms.samples import STOPPED, leaf_errors, rounding_of_sum, sphere_error
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["hutchpp"]
 
+# An interval of fewer probes does not stop a run.
+_FEWEST_PROBES = 10
 
+
+@validated
 def hutchpp(
     matvec: Matvec,
     like: Tree,
@@ -43,8 +53,9 @@ def hutchpp(
     the random vectors, to Q, and to the probes. A basis that grows is put to use on all probes,
     old ones too, without a product.
 
-    The probes are independent of Q, so the interval is Student's, widened for skewness. `xtrace`
-    makes more of as many products, but its error is harder to know.
+    The probes are independent of Q, so the standard error is that of quadratic forms on a sphere,
+    which the products themselves give, and the interval is Student's. `xtrace` makes more of as
+    many products, but its error is harder to know.
 
     Args:
         matvec: block -> block, symmetric.
@@ -69,7 +80,7 @@ def hutchpp(
 
     Cost: three matvecs a probe; the memory of 11 vectors a probe at its peak.
 
-    Source: Meyer, Musco, Musco and Woodruff 2021, arXiv 2010.09649; the interval: Johnson 1978.
+    Source: Meyer, Musco, Musco and Woodruff 2021, arXiv 2010.09649.
     """
     products = Products.of(matvec, like, space)
     space = products.space
@@ -78,8 +89,14 @@ def hutchpp(
     at_least(1, block_size=block_size)
     store = Checkpoint.of(checkpoint, "hutchpp", products, seed, block_size=block_size)
     seed = store.seed
-    if is_small(products, max_matvecs):
-        return exact_trace(products, seed)
+    tolerance = rtol is not None or atol is not None
+    random = random_budget(products, max_matvecs, tolerance=tolerance)
+
+    def exact() -> Estimate:
+        return exact_trace(products, seed, max_matvecs=max_matvecs, block_size=block_size)
+
+    if not random:
+        return judged(exact(), rtol, atol)
     eps = products_eps(space, rows_dtype(space))
     most = min(vectors_that_fit(space, 11), space.n - 1)
 
@@ -99,26 +116,28 @@ def hutchpp(
         )
 
     def found(state: _State, reason: str) -> Estimate:
-        parts = _samples(space, state)
+        parts, outside = _samples(space, state)
         samples = parts.sum(1)
-        rounding = 10 * eps * float(parts.abs().sum(1).mean())
+        basis = state.sketch.basis
+        quadratics = samples - float(space.by_leaf(basis, state.sketch.images).sum())
+        stderr = sphere_error(quadratics, outside, space.n - len(basis))
+        rounding = rounding_of_sum(eps) * float(parts.abs().sum(1).mean())
         squares = space.norms(state.images).cpu().double().square()
+        stderr = (stderr + rounding) * (STOPPED if tolerance else 1.0)
         return Estimate(
             value=float(samples.mean()),
-            stderr=standard_error(samples) + rounding,
-            degrees=len(samples) - 1,
+            stderr=stderr,
+            degrees=len(samples),
             samples=samples,
-            by_leaf=dict(zip(space.names, parts.mean(0).tolist(), strict=True)),
+            **leaf_fields(space, parts.mean(0), leaf_errors(parts, stderr)),
             squared_frobenius=squared_frobenius(squares, products, seed),
             **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
-        if len(state.probes) == space.n - 1:
-            return "converged: the sketch spans the whole space"
         if len(state.probes) >= most:
             return f"no more than {most} probes fit in memory: `hutchinson` keeps none"
-        if len(state.probes) < FEWEST_SAMPLES or (rtol is None and atol is None):
+        if len(state.probes) < _FEWEST_PROBES:
             return None
         return narrow_enough(found(state, "running"), rtol, atol)
 
@@ -129,11 +148,15 @@ def hutchpp(
         step=step,
         verdict=verdict,
         running=lambda state: found(state, "running"),
-        max_matvecs=max_matvecs,
+        max_matvecs=random,
         callback=callback,
         storage=store,
     )
-    return found(state, reason)
+    refuse_asymmetric(space, state.probes, state.images)
+    estimate = judged(found(state, reason), rtol, atol)
+    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
+        return judged(exact(), rtol, atol)
+    return estimate
 
 
 @dataclass(frozen=True)
@@ -145,12 +168,18 @@ class _State:
     sketch: Sketch
 
 
-def _samples(space: Space, state: _State) -> Tensor:
-    """The estimates of each probe, leaf by leaf: float64 ``(p, leaves)``."""
+def _samples(space: Space, state: _State) -> tuple[Tensor, Tensor]:
+    """Return the estimates of each probe, and the squared lengths of ``PAu``, both float64.
+
+    With P = I - QQ' and u = P g on the sphere of the complement, the estimates are tr(Q'AQ) + u'Au,
+    leaf by leaf: ``(p, leaves)`` and ``(p,)``.
+    """
     basis, basis_images = state.sketch.basis, state.sketch.images
     inside = space.gram(state.probes, basis)
     outer = state.probes - space.combine(inside, basis)
     outer_images = state.images - space.combine(inside, basis_images)
     rescaling = (space.n - len(basis)) / space.norms(outer).cpu().double().square()
     whole = space.by_leaf(basis, basis_images).sum(0).cpu().double()
-    return whole + rescaling[:, None] * space.by_leaf(outer, outer_images).cpu().double()
+    parts = whole + rescaling[:, None] * space.by_leaf(outer, outer_images).cpu().double()
+    projected = outer_images - space.combine(space.gram(outer_images, basis), basis)
+    return parts, rescaling * space.norms(projected).cpu().double().square()

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.exact import exact_trace, is_small
+from hessfunc.algorithms.exact import (
+    exact_trace,
+    random_budget,
+    refuse_asymmetric,
+    unit_vectors_left,
+)
 from hessfunc.algorithms.norms import squared_frobenius
-from hessfunc.algorithms.results import Estimate, narrow_enough
+from hessfunc.algorithms.results import Estimate, judged, leaf_fields, narrow_enough
 from hessfunc.algorithms.rounds import (
     Callback,
     Products,
@@ -19,20 +24,21 @@ from hessfunc.algorithms.rounds import (
     products_eps,
     rows_dtype,
 )
-from hessfunc.algorithms.samples import FEWEST_SAMPLES
+from hessfunc.algorithms.samples import STOPPED, leaf_errors, rounding_of_sum
 from hessfunc.algorithms.sketch import vectors_that_fit
-from hessfunc.algorithms.trace.exchangeable import Spread, spread
+from hessfunc.algorithms.trace.exchangeable import Complements, standard_error_of_mean
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["xnystrace"]
 
-# How the standard error lies between the two of `Spread`: calibrated by 1,000 seeds on six spectra.
-_SHARE, _WIDENING = 0.5, 1.5
-# From this ratio of the two jackknife errors on, a run waits for its error to look smaller still:
-# with as many probes as equal dominant eigenvalues it would stop on a lucky one.
-_DOUBTFUL = 5
+# An interval of fewer probes does not stop a run.
+_FEWEST_PROBES = 10
+# Factor of the jackknife error, calibrated on ten spectra (bench/results/coverage.md).
+_JACKKNIFE = 1.2
 
 
+@validated
 def xnystrace(
     matvec: Matvec,
     like: Tree,
@@ -71,11 +77,12 @@ def xnystrace(
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
-        `Estimate`. ``samples`` are the t_i, which are correlated; ``stderr`` lies between the
-        naive error of their mean and the jackknife of the mean itself (geometric mean, times
-        1.5). A run stops by its tolerance when the latter is narrow enough, and by more where the
-        two differ more than fivefold.
-        ``squared_frobenius`` comes from the same products.
+        `Estimate`. ``samples`` are the t_i, which are correlated; ``stderr`` is the largest of
+        three errors: that of independent probes on the complements times 1.15, a jackknife, and
+        the curvature that a left-out product loses. Intervals of a run with a tolerance are
+        widened by 1.1, since it stops where its error looks small. It says "converged" if and
+        only if its 95 % interval is within the tolerance. ``squared_frobenius`` comes from the
+        same products.
 
     Raises:
         ValueError: an option is out of range; the matrix has a negative eigenvalue.
@@ -94,8 +101,14 @@ def xnystrace(
     at_least(1, block_size=block_size)
     store = Checkpoint.of(checkpoint, "xnystrace", products, seed, block_size=block_size)
     seed = store.seed
-    if is_small(products, max_matvecs):
-        return exact_trace(products, seed)
+    tolerance = rtol is not None or atol is not None
+    random = random_budget(products, max_matvecs, tolerance=tolerance)
+
+    def exact() -> Estimate:
+        return exact_trace(products, seed, max_matvecs=max_matvecs, block_size=block_size)
+
+    if not random:
+        return judged(exact(), rtol, atol)
     most = vectors_that_fit(space, 9)
     eps = products_eps(space, rows_dtype(space))
 
@@ -109,34 +122,37 @@ def xnystrace(
         images = products(probes)
         return _State(torch.cat([state.probes, probes]), torch.cat([state.images, images]))
 
-    def found(state: _State, reason: str, *, cautious: bool = False) -> Estimate:
+    def found(state: _State, reason: str) -> Estimate:
         approximation = _nystrom(space, state, eps)
-        parts = _leave_one_out(space, state, approximation)
+        parts, complements = _leave_one_out(space, state, approximation)
         samples = parts.sum(1)
-        errors = spread(samples, _leave_two_out(approximation))
-        if len(samples) == space.n:
-            errors = Spread(0.0, 0.0, space.n)
-        rounding = 10 * eps * float(parts.abs().sum(1).mean())
+        spanned = len(samples) == space.n
+        two = _leave_two_out(approximation)
+        stderr = 0.0
+        if not spanned:
+            stderr = standard_error_of_mean(samples, two, complements, jackknife=_JACKKNIFE)
+        # The shift of the approximation biases it by as much.
+        rounding = rounding_of_sum(eps, halves=2) * float(parts.abs().sum(1).mean())
+        stderr = (stderr + rounding) * (STOPPED if tolerance else 1.0)
         squares = space.norms(state.images).cpu().double().square()
         return Estimate(
             value=float(samples.mean()),
-            stderr=(_stderr_to_stop(errors) if cautious else errors.between(_SHARE, _WIDENING))
-            + rounding,
-            degrees=len(samples) - 1,
+            stderr=stderr,
+            degrees=len(samples),
             samples=samples,
-            by_leaf=dict(zip(space.names, parts.mean(0).tolist(), strict=True)),
+            **leaf_fields(space, parts.mean(0), leaf_errors(parts, stderr)),
             squared_frobenius=squared_frobenius(squares, products, seed),
             **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
         if len(state.probes) == space.n:
-            return "converged: the probes span the whole space"
+            return "exact: the probes span the whole space"
         if len(state.probes) >= most:
             return f"no more than {most} probes fit in memory: `hutchinson` keeps none"
-        if len(state.probes) < FEWEST_SAMPLES or (rtol is None and atol is None):
+        if len(state.probes) < _FEWEST_PROBES:
             return None
-        return narrow_enough(found(state, "running", cautious=True), rtol, atol)
+        return narrow_enough(found(state, "running"), rtol, atol)
 
     none = space.zeros(0, rows_dtype(space))
     state, reason = drive(
@@ -145,16 +161,15 @@ def xnystrace(
         step=step,
         verdict=verdict,
         running=lambda state: found(state, "running"),
-        max_matvecs=max_matvecs,
+        max_matvecs=random,
         callback=callback,
         storage=store,
     )
-    return found(state, reason)
-
-
-def _stderr_to_stop(errors: Spread) -> float:
-    doubt = errors.complete / (_DOUBTFUL * errors.naive) if errors.naive > 0 else 1.0
-    return max(1.0, doubt) * errors.complete
+    refuse_asymmetric(space, state.probes, state.images)
+    estimate = judged(found(state, reason), rtol, atol)
+    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
+        return judged(exact(), rtol, atol)
+    return estimate
 
 
 @dataclass(frozen=True)
@@ -223,8 +238,10 @@ def _refuse_indefinite(values: Tensor, tolerance: float) -> None:
         )
 
 
-def _leave_one_out(space: Space, state: _State, approximation: _Nystrom) -> Tensor:
-    """The estimates t_i, leaf by leaf: float64 ``(p, leaves)``."""
+def _leave_one_out(
+    space: Space, state: _State, approximation: _Nystrom
+) -> tuple[Tensor, Complements]:
+    """Return the estimates t_i, leaf by leaf: float64 ``(p, leaves)``, and their complements."""
     inverse = approximation.probes_inverse
     outer = space.combine(inverse / inverse.diagonal()[:, None], state.probes)
     missing = space.combine(approximation.directions.mT, approximation.factor)
@@ -233,11 +250,15 @@ def _leave_one_out(space: Space, state: _State, approximation: _Nystrom) -> Tens
     whole -= approximation.shift * torch.tensor(space.sizes, dtype=torch.float64, device="cpu")
     # (A + shift I - N_i) u_i is the missing direction times the root of the residual.
     scale = rescaling * approximation.residuals.sqrt()
-    return (
-        whole
-        - space.by_leaf(missing, missing).cpu().double()
-        + scale[:, None] * space.by_leaf(outer, missing).cpu().double()
+    tests = scale[:, None] * space.by_leaf(outer, missing).cpu().double()
+    lost = space.by_leaf(missing, missing).cpu().double()
+    complements = Complements(
+        dimension=space.n - len(outer) + 1,
+        quadratics=tests.sum(1),
+        squares=rescaling * approximation.residuals * lost.sum(1),
+        lost=lost.sum(1),
     )
+    return whole - lost + tests, complements
 
 
 def _leave_two_out(approximation: _Nystrom) -> Tensor:

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.exact import exact_trace, is_small
+from hessfunc.algorithms.exact import (
+    exact_trace,
+    random_budget,
+    refuse_asymmetric,
+    unit_vectors_left,
+)
 from hessfunc.algorithms.norms import squared_frobenius
-from hessfunc.algorithms.results import Estimate, narrow_enough
+from hessfunc.algorithms.results import Estimate, judged, leaf_fields, narrow_enough
 from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
+from hessfunc.algorithms.samples import STOPPED, leaf_errors, rounding_of_sum
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
-from hessfunc.algorithms.trace.exchangeable import Spread, spread
+from hessfunc.algorithms.trace.exchangeable import Complements, standard_error_of_mean
+from hessfunc.options import validated
 from hessfunc.trees import Matvec, Rows, Space, Tree
 
 __all__ = ["xtrace"]
 
-# How the standard error lies between the two of `Spread`: calibrated by 1,000 seeds on six spectra.
-_SHARE, _WIDENING = 0.4, 1.1
+# An interval of fewer probes does not stop a run.
 _FEWEST_PROBES = 10
-# A run would stop where its error happens to look small: it must look smaller still.
-_CAUTION = 1.15
+# Factor of the jackknife error, calibrated on ten spectra (bench/results/coverage.md).
+_JACKKNIFE = 1.1
 
 
+@validated
 def xtrace(
     matvec: Matvec,
     like: Tree,
@@ -64,15 +70,15 @@ def xtrace(
         checkpoint: a directory that keeps the state, for a run that was killed to go on from.
 
     Returns:
-        `Estimate`. ``samples`` are the t_i, which are correlated; ``stderr`` lies between the
-        naive error of their mean and the jackknife of the mean itself (geometric mean with
-        weights 0.6 and 0.4, times 1.1). A run stops by its tolerance when the latter is narrow
-        enough, by 15 %. With exactly as many probes as equal dominant eigenvalues the interval is
-        too narrow still (70 to 90 % are covered for 5 to 30 of them); with a few more it holds.
-        ``squared_frobenius`` comes from the same products.
+        `Estimate`. ``samples`` are the t_i, which are correlated; ``stderr`` is the largest of
+        three errors: that of independent probes on the complements times 1.15, a jackknife, and
+        the curvature that a left-out product loses. Intervals of a run with a tolerance are
+        widened by 1.1, since it stops where its error looks small. It says "converged" if and
+        only if its 95 % interval is within the tolerance. ``squared_frobenius`` comes from the
+        same products.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or the matrix is not symmetric or not deterministic.
         MemoryError: not even two probes fit in memory.
         FloatingPointError: a product is not finite.
 
@@ -87,8 +93,14 @@ def xtrace(
     at_least(1, block_size=block_size)
     store = Checkpoint.of(checkpoint, "xtrace", products, seed, block_size=block_size)
     seed = store.seed
-    if is_small(products, max_matvecs):
-        return exact_trace(products, seed)
+    tolerance = rtol is not None or atol is not None
+    random = random_budget(products, max_matvecs, tolerance=tolerance)
+
+    def exact() -> Estimate:
+        return exact_trace(products, seed, max_matvecs=max_matvecs, block_size=block_size)
+
+    if not random:
+        return judged(exact(), rtol, atol)
     eps = products_eps(space, rows_dtype(space))
     most = vectors_that_fit(space, 16)
 
@@ -106,33 +118,30 @@ def xtrace(
             state.sketch.extended(space, products, images),
         )
 
-    def found(state: _State, reason: str, *, cautious: bool = False) -> Estimate:
-        parts = _leave_one_out(space, state)
+    def found(state: _State, reason: str) -> Estimate:
+        parts, complements = _leave_one_out(space, state)
         samples = parts.sum(1)
         two = _leave_two_out(space, state) if state.sketch.full_rank else None
-        errors = spread(samples, two)
-        if len(samples) == space.n:
-            errors = Spread(0.0, 0.0, space.n)
-        rounding = 10 * eps * float(parts.abs().sum(1).mean())
+        stderr = standard_error_of_mean(samples, two, complements, jackknife=_JACKKNIFE)
+        rounding = rounding_of_sum(eps) * float(parts.abs().sum(1).mean())
+        stderr = (stderr + rounding) * (STOPPED if tolerance else 1.0)
         squares = space.norms(state.images).cpu().double().square()
         return Estimate(
             value=float(samples.mean()),
-            stderr=(_stderr_to_stop(errors) if cautious else _stderr(errors)) + rounding,
-            degrees=len(samples) - 1,
+            stderr=stderr,
+            degrees=len(samples),
             samples=samples,
-            by_leaf=dict(zip(space.names, parts.mean(0).tolist(), strict=True)),
+            **leaf_fields(space, parts.mean(0), leaf_errors(parts, stderr)),
             squared_frobenius=squared_frobenius(squares, products, seed),
             **products.cost(reason, seed),
         )
 
     def verdict(state: _State) -> str | None:
-        if len(state.probes) == space.n:
-            return "converged: the probes span the whole space"
         if len(state.probes) >= most:
             return f"no more than {most} probes fit in memory: `hutchinson` keeps none"
-        if len(state.probes) < _FEWEST_PROBES or (rtol is None and atol is None):
+        if len(state.probes) < _FEWEST_PROBES:
             return None
-        return narrow_enough(found(state, "running", cautious=True), rtol, atol)
+        return narrow_enough(found(state, "running"), rtol, atol)
 
     none = space.zeros(0, rows_dtype(space))
     state, reason = drive(
@@ -141,11 +150,15 @@ def xtrace(
         step=step,
         verdict=verdict,
         running=lambda state: found(state, "running"),
-        max_matvecs=max_matvecs,
+        max_matvecs=random,
         callback=callback,
         storage=store,
     )
-    return found(state, reason)
+    refuse_asymmetric(space, state.probes, state.images)
+    estimate = judged(found(state, reason), rtol, atol)
+    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
+        return judged(exact(), rtol, atol)
+    return estimate
 
 
 @dataclass(frozen=True)
@@ -157,43 +170,36 @@ class _State:
     sketch: Sketch
 
 
-def _stderr(errors: Spread) -> float:
-    return errors.complete if _resonates(errors) else errors.between(_SHARE, _WIDENING)
+def _leave_one_out(space: Space, state: _State) -> tuple[Tensor, Complements]:
+    """Return the estimates t_i, leaf by leaf: float64 ``(p, leaves)``, and their complements.
 
-
-def _stderr_to_stop(errors: Spread) -> float:
-    return math.inf if _resonates(errors) else _CAUTION * errors.complete
-
-
-def _resonates(errors: Spread) -> bool:
-    """Whether all hangs on one direction: as many probes as there are equal dominant eigenvalues.
-
-    The two errors then differ by more than they do where a spectrum decays. A few probes more
-    tell far better.
+    With s_i = Q S_i the unit direction that only the i-th product adds, Q_i Q_i' = QQ' - s_i s_i'.
     """
-    return errors.complete > math.sqrt(errors.probes) * errors.naive
-
-
-def _leave_one_out(space: Space, state: _State) -> Tensor:
-    """The estimates t_i, leaf by leaf: float64 ``(p, leaves)``."""
     sketch = state.sketch
     basis, basis_images = sketch.basis, sketch.images
-    rank = len(basis)
     left_out = sketch.left_out()
     inside = space.gram(basis, state.probes).cpu().double()
     inside = inside - left_out * (left_out * inside).sum(0)
     outer = state.probes - space.combine(inside.mT, basis)
     outer_images = state.images - space.combine(inside.mT, basis_images)
-    dimension = space.n - rank + left_out.norm(dim=0).round()
+    dimension = space.n - len(basis) + left_out.norm(dim=0).round()
     rescaling = dimension / space.norms(outer).cpu().double().square()
     missing = space.combine(left_out.mT, basis)
     missing_images = space.combine(left_out.mT, basis_images)
-    whole = space.by_leaf(basis, basis_images).sum(0)
-    return (
-        whole.cpu().double()
-        - space.by_leaf(missing, missing_images).cpu().double()
-        + rescaling[:, None] * space.by_leaf(outer, outer_images).cpu().double()
+    lost = space.by_leaf(missing, missing_images).cpu().double()
+    whole = space.by_leaf(basis, basis_images).sum(0).cpu().double()
+    tests = rescaling[:, None] * space.by_leaf(outer, outer_images).cpu().double()
+    # |P_i A u|^2 with P_i = I - QQ' + s_i s_i'.
+    coefficients = space.gram(outer_images, basis).cpu().double()
+    along = (coefficients * left_out.mT).sum(1).square()
+    lengths = space.norms(outer_images).cpu().double().square() - coefficients.square().sum(1)
+    complements = Complements(
+        dimension=space.n - len(basis) + 1,
+        quadratics=tests.sum(1),
+        squares=rescaling * (lengths.clamp_min(0) + along),
+        lost=lost.sum(1),
     )
+    return whole - lost + tests, complements
 
 
 def _leave_two_out(space: Space, state: _State) -> Tensor:

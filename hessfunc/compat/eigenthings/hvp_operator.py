@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hessfunc.compat.eigenthings.operator import Operator
 from hessfunc.compat.place import evaluated_loss
 from hessfunc.functional import LossFunction
-from hessfunc.transforms.batches import microbatches, over_batches
+from hessfunc.transforms.batches import examples, microbatches, over_batches
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Matvec, Space, Tree
@@ -73,7 +73,9 @@ class HVPOperator(Operator):
     def matvec(self) -> Matvec:
         """The Hessian of all batches on flat blocks, at the parameters as they are now."""
         loss, params = self._loss()
-        return _flat(params, over_batches(self._curvature(loss))(params, self.dataloader))
+        return _flat(
+            params, over_batches(self._curvature(loss), weight=examples)(params, self.dataloader)
+        )
 
     def draws(self) -> Callable[[int], Matvec] | None:
         """The Hessian of the next batch, or None if each product is with all of them."""
@@ -101,7 +103,8 @@ class HVPOperator(Operator):
     def _curvature(self, loss: LossFunction) -> Curvature:
         def of_batch(params: Tree, batch: Any) -> Matvec:
             pieces = microbatches(batch, self.max_possible_gpu_samples)
-            return over_batches(hvp(loss), keep=len(pieces) == 1)(params, pieces)
+            mean = over_batches(hvp(loss), weight=examples, keep=len(pieces) == 1)
+            return mean(params, pieces)
 
         return of_batch
 

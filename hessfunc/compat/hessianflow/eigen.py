@@ -14,7 +14,7 @@ from hessfunc.compat.place import evaluated_loss
 from hessfunc.training.batches import refuse_iterators
 from hessfunc.training.steps import Criterion
 from hessfunc.training.tracking.undisturbed import undisturbed
-from hessfunc.transforms.batches import over_batches
+from hessfunc.transforms.batches import examples, over_batches
 from hessfunc.transforms.hessian import hvp
 
 __all__ = ["get_eigen", "get_eigen_full_dataset"]
@@ -103,7 +103,7 @@ def _dominant(
     loss, params = evaluated_loss(model, criterion)
     with undisturbed(model, batches):
         found = lanczos(
-            over_batches(hvp(loss), keep=keep)(params, batches),
+            over_batches(hvp(loss), weight=examples, keep=keep)(params, batches),
             params,
             k=1,
             rtol=tol,

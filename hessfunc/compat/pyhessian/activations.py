@@ -127,6 +127,11 @@ def _sampled(
         return images
 
     estimate = hutchinson(
-        watched, like, rtol=max(rtol, 0.0), max_matvecs=max(most, 2), seed=seed_of_stream()
+        watched,
+        like,
+        rtol=max(rtol, 0.0),
+        max_matvecs=max(most, 2),
+        kind="signs",
+        seed=seed_of_stream(),
     )
     return estimate, samples

@@ -92,6 +92,7 @@ class hessian(MeanLoss):  # noqa: N801
             params,
             rtol=max(tol, 0.0),
             max_matvecs=max(maxIter, 2),
+            kind="signs",
             seed=seed_of_stream(),
         )
         self.results["trace"] = estimate

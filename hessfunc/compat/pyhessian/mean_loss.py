@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
 from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
 from hessfunc.functional import LossFunction
-from hessfunc.transforms.batches import over_batches
+from hessfunc.transforms.batches import examples, over_batches
 from hessfunc.transforms.blocks import Curvature
 
 __all__ = ["MeanLoss", "Results"]
@@ -99,7 +99,7 @@ class MeanLoss:
 
     def over_data(self, curvature: Curvature) -> Curvature:
         """The curvature of the batch, or the mean over the batches."""
-        return over_batches(curvature) if self.full_dataset else curvature
+        return over_batches(curvature, weight=examples) if self.full_dataset else curvature
 
     def moved(self, batch: Any) -> tuple[Any, Any]:
         """The inputs and targets of a batch, where the parameters are."""

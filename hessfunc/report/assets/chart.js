@@ -9,12 +9,13 @@ const MARGIN = { left: 58, right: 14, top: 10, bottom: 42 };
 //   labels        {x, y}
 //   isLog         whether y is on a log scale
 //   shape         height by width
+//   aspect        length of a unit of y in units of x, for distances that look equal; none by default
 //   range(view)   the range of y in a view; by default the view's own
 //   paint(frame)  elements to draw; a frame maps data to pixels by frame.x and frame.y
 //   find(frame, point)  {x, y, text} of what is nearest to a point of the data, or null
 //   caption       elements below
 //   tools         elements beside the buttons
-function chart(figure, { full, axes, labels, isLog = false, shape, range, paint, find, caption, tools = [] }) {
+function chart(figure, { full, axes, labels, isLog = false, shape, aspect = 0, range, paint, find, caption, tools = [] }) {
   let view = full;
   let frame = null;
   let waiting = false;
@@ -77,7 +78,7 @@ function chart(figure, { full, axes, labels, isLog = false, shape, range, paint,
     waiting = true;
     requestAnimationFrame(() => {
       waiting = false;
-      frame = framed(drawing, view.x, range?.(view) ?? view.y, isLog, shape);
+      frame = framed(drawing, view.x, range?.(view) ?? view.y, isLog, shape, aspect);
       painted.replaceChildren(...frame.axes(labels), frame.clipped(paint(frame)));
       above.replaceChildren();
       tip.hidden = true;
@@ -106,10 +107,16 @@ function button(text, label, press) {
 }
 
 // Maps data to pixels, at the present size of the drawing.
-function framed(drawing, x, y, isLog, shape) {
+function framed(drawing, x, y, isLog, shape, aspect) {
   const width = drawing.parentElement.clientWidth;
   const height = Math.round(Math.min(Math.max(shape * width, 260), 440));
-  const [left, right, top, bottom] = [MARGIN.left, width - MARGIN.right, MARGIN.top, height - MARGIN.bottom];
+  const [left, top] = [MARGIN.left, MARGIN.top];
+  let [right, bottom] = [width - MARGIN.right, height - MARGIN.bottom];
+  if (aspect) {
+    const [across, down] = [x[1] - x[0], aspect * (y[1] - y[0])];
+    const unit = Math.min((right - left) / across, (bottom - top) / down);
+    [right, bottom] = [left + unit * across, top + unit * down];
+  }
   drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
   drawing.setAttribute("height", height);
   const along = isLog ? Math.log : value => value;

@@ -43,6 +43,7 @@ function planeChart(figure, { plane: found }) {
     axes: ["x", "y"],
     labels: { x: "along eigenvector 1", y: "along eigenvector 2" },
     shape: 0.72,
+    aspect: found.normalise === null ? found.lengths[1] / found.lengths[0] : 1,
     paint(frame) {
       const [i, j] = [span(found.x, frame.view.x), span(found.y, frame.view.y)];
       const shown = known(found.values.slice(...i).map(row => row.slice(...j)));

@@ -18,11 +18,24 @@ def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
     """A function that appends a point to a file, as one line that is on the disk on return.
 
     A last line that a kill has cut short is taken away first.
+
+    Raises:
+        ValueError: The file cannot be written, or holds something else than points.
     """
     file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()
-    whole = _whole(file.read_bytes())
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"out={os.fspath(path)!r} cannot be written ({error.strerror}): pass the path of a "
+            "file, such as 'points.jsonl'"
+        ) from None
+    whole = _whole(content)
+    read(path)
+    if not _is_cut_short(content[len(whole) :]):
+        raise ValueError(f"the last line of {os.fspath(path)} is no point: pass another out=")
     os.truncate(file, len(whole))
 
     def append(point: Point) -> None:
@@ -57,10 +70,19 @@ def read(path: str | os.PathLike[str], /) -> list[Point]:
 
 
 def _point(**plain: Any) -> Point:
-    fields: dict[str, Any] = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()
     }
-    return Point(**fields)
+    return Point(**values)
+
+
+def _is_cut_short(line: bytes) -> bool:
+    """Whether a line without an end may be the beginning of a point."""
+    try:
+        json.loads(line or b"{")
+    except ValueError:
+        return b'{"'.startswith(line[:2])
+    return False
 
 
 def _whole(content: bytes) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from hessfunc import options
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.rounds import at_least
 from hessfunc.algorithms.trace.hutchinson import hutchinson
@@ -18,10 +19,11 @@ from hessfunc.functional import LossFunction
 from hessfunc.sharpness import critical_sharpness
 from hessfunc.training.tracking.following import Followed, follow
 from hessfunc.transforms.arithmetic import precondition
-from hessfunc.transforms.batches import examples, over_batches
+from hessfunc.transforms.batches import over_batches
 from hessfunc.transforms.blocks import Curvature
 from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.kernels import differentiable_twice
+from hessfunc.transforms.reductions import Average
 from hessfunc.trees import Space, Tree
 
 __all__ = ["Measurement", "Tracking", "TrackingState", "tracking"]
@@ -95,6 +97,7 @@ class Tracking:
     measure: Measure
 
 
+@options.validated(curvature=options.factory)
 def tracking(
     loss: LossFunction,
     /,
@@ -107,7 +110,7 @@ def tracking(
     guards: int = 1,
     rtol: float = 0.01,
     max_matvecs: int = 100,
-    weight: Callable[[Any], float] = examples,
+    weight: Callable[[Any], float] | None = None,
     keep: bool = False,
     seed: int = 0,
 ) -> Tracking:
@@ -164,11 +167,12 @@ def tracking(
         batches: Iterable[Any],
         preconditioner: Mapping[str, Tensor] | None = None,
     ) -> tuple[TrackingState, Measurement]:
-        mean = _mean(loss, weight)
+        single = isinstance(batches, Sized) and len(batches) == 1
+        average = Average(weight, several=not single)
+        mean = _mean(loss, average)
         value = _value(mean, params, batches)
         if not math.isfinite(value):
             return state, Measurement(loss=None)
-        single = isinstance(batches, Sized) and len(batches) == 1
         matvec = over_batches(of_batch, weight=weight, keep=keep or single)(params, batches)
         largest = smallest = felt = trace = found = None
         if top:
@@ -181,7 +185,7 @@ def tracking(
         if trace_probes:
             trace = hutchinson(matvec, params, deflate=largest, max_matvecs=trace_probes, seed=seed)
         if critical:
-            direction = _gradient(loss, weight, params, batches)
+            direction = _gradient(loss, average, params, batches)
             found = critical_sharpness(mean, start=state.critical_step)(params, batches, direction)
         step = state.critical_step if found is None else found.step
         next_state = TrackingState(
@@ -217,14 +221,17 @@ def _first(pairs: Eigenpairs | None, k: int) -> tuple[tuple[float, ...], tuple[f
     return tuple(pairs.values[:k].tolist()), tuple(pairs.residuals[:k].tolist())
 
 
-def _mean(loss: LossFunction, weight: Callable[[Any], float]) -> LossFunction:
+def _mean(loss: LossFunction, average: Average) -> LossFunction:
     """The loss of several batches."""
 
     def of_all(params: Tree, batches: Iterable[Any]) -> Tensor:
-        pairs = [(loss(params, batch), float(weight(batch))) for batch in batches]
+        pairs = []
+        for batch in batches:
+            average.look(loss, params, batch)
+            pairs.append((loss(params, batch), average.of(batch)))
         values = torch.stack([value for value, _ in pairs])
         weights = values.new_tensor([counted for _, counted in pairs])
-        return values @ weights / weights.sum()
+        return values @ weights / average.divisor(float(weights.sum()))
 
     return of_all
 
@@ -234,19 +241,18 @@ def _value(mean: LossFunction, params: Tree, batches: Iterable[Any]) -> float:
         return float(mean(params, batches))
 
 
-def _gradient(
-    loss: LossFunction, weight: Callable[[Any], float], params: Tree, batches: Iterable[Any]
-) -> Tree:
+def _gradient(loss: LossFunction, average: Average, params: Tree, batches: Iterable[Any]) -> Tree:
     """That of the mean, batch by batch: one graph is in memory at a time."""
     space = Space.of(params)
     point = [leaf.detach().requires_grad_() for leaf in space.tree_leaves(params)]
     total, weights = [torch.zeros_like(leaf) for leaf in point], 0.0
     for batch in batches:
-        counted = float(weight(batch))
+        average.look(loss, params, batch)
+        counted = average.of(batch)
         with differentiable_twice(space.device):
             value = loss(space.tree(point), batch)
             found = torch.autograd.grad(value, point, materialize_grads=True)
         for target, part in zip(total, found, strict=True):
             target.add_(part, alpha=counted)
         weights += counted
-    return space.tree(target / weights for target in total)
+    return space.tree(target / average.divisor(weights) for target in total)

@@ -17,10 +17,15 @@ class Point(Measurement):
         step: steps of the optimiser before it.
         epoch: passes over the data before it; None where nobody told.
         lr: the learning rate of the step to come; None where nobody told.
+        edge: Largest eigenvalue at which the optimiser's next step is stable on a quadratic; None
+            where it is not known, as for Adam.
+        preconditioned_edge: The same of the preconditioned sharpness; None for all but Adam.
         seconds: that it took.
     """
 
     step: int
     epoch: float | None = None
     lr: float | None = None
+    edge: float | None = None
+    preconditioned_edge: float | None = None
     seconds: float = 0.0

@@ -55,6 +55,10 @@ def scalars(point: Point, /) -> dict[str, float]:
         "curvature/critical": point.critical,
         "curvature/loss": point.loss,
         "curvature/matvecs": point.matvecs,
-        "curvature/2 over lr": 2 / point.lr if point.lr else None,
+        "curvature/edge": point.edge,
+        "curvature/preconditioned edge": point.preconditioned_edge,
     }
+    if point.lr and point.edge is None and point.preconditioned_edge is None:
+        # The optimiser is not known.
+        found["curvature/2 over lr"] = 2 / point.lr
     return {tag: value for tag, value in found.items() if value is not None}

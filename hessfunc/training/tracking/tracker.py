@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from hessfunc.algorithms.rounds import at_least
 from hessfunc.functional import LossFunction, functional, supervised
+from hessfunc.options import validated
 from hessfunc.sharpness import adam_diagonal
 from hessfunc.training import modes
 from hessfunc.training.tracking.lines import json_lines
 from hessfunc.training.tracking.measuring import Tracking, TrackingState, tracking
 from hessfunc.training.tracking.point import Point
+from hessfunc.training.tracking.stability import edges
 from hessfunc.training.tracking.tensorboard import ScalarWriter, summary_writer, writing
 from hessfunc.training.tracking.undisturbed import refuse_busy_workers, undisturbed
 
@@ -86,11 +88,14 @@ class Tracker:
             self.state, found = self._method.measure(
                 self.state, self._params(), self._batches, self._preconditioner()
             )
+        edge, preconditioned_edge = edges(self._optimizer, lr)
         point = Point(
             **vars(found),
             step=self.steps,
             epoch=epoch,
             lr=self._lr() if lr is None else lr,
+            edge=edge,
+            preconditioned_edge=preconditioned_edge,
             seconds=time.perf_counter() - started,
         )
         self.points.append(point)
@@ -112,6 +117,7 @@ class Tracker:
         return adam_diagonal(self._optimizer, self._model)
 
 
+@validated
 @contextmanager
 def tracked(
     model: nn.Module,
@@ -147,7 +153,8 @@ def tracked(
         batches: on which the curvature is measured, a list or a loader: the same at each point,
             or the curve is one of the batches, too.
         every: measure after so many steps; None for only where ``measure`` is called.
-        optimizer: whose learning rate is recorded.
+        optimizer: Optimiser whose learning rate is recorded, with the curvature at which its steps
+            are stable.
         preconditioned: measure the sharpness that the optimiser feels, an Adam, from its first
             step on.
         compose: makes the loss of the pure model function and the criterion: `supervised`, or

@@ -4,8 +4,18 @@ from hessfunc.transforms.kernels.surroundings import (
     differentiable_twice,
     explained,
     explanation,
+    plain_batch,
     precise,
+    refuse_autocast,
     same_draws,
 )
 
-__all__ = ["differentiable_twice", "explained", "explanation", "precise", "same_draws"]
+__all__ = [
+    "differentiable_twice",
+    "explained",
+    "explanation",
+    "plain_batch",
+    "precise",
+    "refuse_autocast",
+    "same_draws",
+]

@@ -7,9 +7,10 @@ from torch.nn import functional as F
 from hessfunc.transforms.kernels.batch_norm import batch_norm
 from hessfunc.transforms.kernels.convolution import convolution
 from hessfunc.transforms.kernels.elementwise import ELEMENTWISE, elementwise, gelu
+from hessfunc.transforms.kernels.exact import EXACT
 from hessfunc.transforms.kernels.layer_norm import layer_norm
 from hessfunc.transforms.kernels.linear import linear
-from hessfunc.transforms.kernels.replaced import EXACT, Replacements
+from hessfunc.transforms.kernels.replaced import Replacements
 
 __all__ = ["SECOND_ORDER"]
 

@@ -5,35 +5,53 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hessfunc.transforms.kernels.replaced import EXACT, Replaced, Replacements
-from hessfunc.trees import Space, batch_leaves
+from hessfunc.transforms.kernels.exact import EXACT
+from hessfunc.transforms.kernels.replaced import Replaced, Replacements
+from hessfunc.trees import Space, batch_leaves, mapped
 
-__all__ = ["differentiable_twice", "explained", "explanation", "precise", "same_draws"]
+__all__ = [
+    "differentiable_twice",
+    "explained",
+    "explanation",
+    "plain_batch",
+    "precise",
+    "refuse_autocast",
+    "same_draws",
+]
 
 
 @contextmanager
-def differentiable_twice(device: torch.device, replaced: Replacements = EXACT) -> Iterator[None]:
-    """Inside, a loss may be evaluated to be differentiated twice.
+def differentiable_twice(
+    device: torch.device, replaced: Replacements | Replaced = EXACT
+) -> Iterator[Replaced]:
+    """Evaluate losses so that they can be differentiated twice.
 
     Attention runs in its unfused form: the fused kernels have no second derivative. Functions that
     stand in `replaced` are computed as it says. Random layers draw from a seed of their own, the
     same each time, so that a product is symmetric and torch's random stream stays where it was.
+    Modules and functions that `torch.compile` has wrapped run as they are, uncompiled.
 
     Args:
-        device: of the parameters.
-        replaced: functions of torch, each with the one that is called in its place.
+        device: Device of the parameters.
+        replaced: Functions of torch, each with the one that is called in its place; or a mode
+            that knows them.
+
+    Returns:
+        The mode, which records what it sees.
     """
     fast_attention = torch.backends.mha.get_fastpath_enabled()
+    mode = replaced if isinstance(replaced, Replaced) else Replaced(replaced)
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(Replaced(replaced))
+        stack.enter_context(_uncompiled())
         stack.enter_context(precise(device))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(same_draws(device))
@@ -43,10 +61,43 @@ def differentiable_twice(device: torch.device, replaced: Replacements = EXACT) -
 
             stack.enter_context(twice_differentiable())
         torch.backends.mha.set_fastpath_enabled(False)
+        # Last: a mode that watches `no_grad` must not see the contexts above.
+        stack.enter_context(mode)
         try:
-            yield
+            yield mode
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run what `torch.compile` has wrapped as it is: compiled graphs have no second derivative."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def refuse_autocast(device: torch.device, /) -> None:
+    """Refuse to run where the caller has switched autocast on.
+
+    It would round the algorithms' own arithmetic, too.
+
+    Raises:
+        RuntimeError: If autocast is enabled for the device.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise RuntimeError(
+            "autocast is enabled, and would round products and inner products to "
+            f"{torch.get_autocast_dtype(device.type)}: leave the `torch.autocast` block, and take "
+            f"`functional(model, dtype={torch.get_autocast_dtype(device.type)})` for a model in "
+            "low precision"
+        )
+
+
+def plain_batch(batch: Any, /) -> Any:
+    """Return a batch whose tensors are no inference tensors, which autograd cannot save."""
+    if not any(isinstance(x, Tensor) and x.is_inference() for x in batch_leaves(batch)):
+        return batch
+    return mapped(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, batch, "batch")
 
 
 @contextmanager
@@ -84,6 +135,7 @@ _NO_REVERSE = re.compile(
 _NO_FORWARD = re.compile(
     r"forward AD with (?:aten::)?(\w+)|(ZeroTensors are immutable)|support (saved tensor hooks)"
 )
+_UNREGISTERED = re.compile(r"backward through (\S+?)(?:\.default)? but no autograd formula")
 _MIXED = re.compile(r"(?:aten\.)?(\w+)\S* got mixed torch.Tensor and DTensor")
 _NO_MOVE = re.compile(r"redistribute from (\S+) to (\S+) not supported")
 
@@ -124,7 +176,33 @@ def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | No
             "needs here: place some parameters otherwise (Shard(0), or Replicate), or take "
             "`unsharded` parameters, or `hvp(loss, mode='difference')`"
         )
-    if "use_reentrant=True" in text:
+    if "Cannot access data pointer of Tensor that doesn't have storage" in text:
+        return NotImplementedError(
+            "the loss leaves torch, such as by NumPy or a packed sequence, where forward mode and "
+            "vmap cannot follow: take `hvp(loss, mode='reverse')`"
+        )
+    if "nference tensors cannot be saved" in text:
+        return RuntimeError(
+            "the batch has tensors made in `torch.inference_mode()`, which autograd cannot save: "
+            "clone them outside of it, or make them under `torch.no_grad()`"
+        )
+    if found := _UNREGISTERED.search(text):
+        return NotImplementedError(
+            f"the custom operator {found[1]} has no derivative: register one by "
+            "`torch.library.register_autograd`"
+        )
+    if "does not currently support double backward" in text:
+        return NotImplementedError(
+            "the loss has a part that `torch.compile` has compiled, which has no second "
+            "derivative: make it from the uncompiled model (`model._orig_mod`)"
+        )
+    if "override the setup_context" in text or ("forward mode AD" in text and "jvp" in text):
+        return NotImplementedError(
+            "an autograd.Function of the loss has no `setup_context` and `jvp`, which forward mode "
+            "and `recompute` need: take `hvp(loss, mode='reverse')` without recomputation, or add "
+            "them (see 'Extending torch.func with autograd.Function' in torch's documentation)"
+        )
+    if "When use_reentrant=True" in text:
         return NotImplementedError(
             "torch.utils.checkpoint (gradient checkpointing) does not work under second "
             "derivatives: turn it off, and take functional(model, recompute='model.layers.*')"

@@ -32,12 +32,16 @@ BASE = symmetric(torch.linspace(0, 3, N))
 
 
 def drawn_from(
-    matrices: Tensor, weights: list[float] | None = None, *, seed: int = 0
+    matrices: Tensor, weights: list[float] | None = None, *, replace: bool = True, seed: int = 0
 ) -> Callable[[int], Matvec]:
-    """Random ones of some matrices."""
+    """Random ones of some matrices, by default with replacement."""
     weight = (lambda _: 1.0) if weights is None else weights.__getitem__
-    curvature = draws(lambda params, b: lambda block: block @ matrices[b], weight=weight, seed=seed)
-    return curvature(LIKE, range(len(matrices)))
+    return draws(
+        lambda params, b: lambda block: block @ matrices[b],
+        weight=weight,
+        replace=replace,
+        seed=seed,
+    )(LIKE, range(len(matrices)))
 
 
 def shifted(spread: float, count: int = 30) -> Tensor:
@@ -220,7 +224,7 @@ def estimate(probes: float, data: float, r: int = 2) -> SampledEstimate:
             "100% comes from the data and 0% from.*more draws, with fewer.*about 1 is",
         ),
         (estimate(3.0, 1.0), "60% from the probes.*take more draws; 2 a draw is the best"),
-        (estimate(0.0, 0.0), "Neither .* change nothing"),
+        (estimate(0.0, 0.0), "not drawn can differ: draw all of them"),
         (estimate(math.nan, math.nan, 1), "take 2 probes a draw"),
     ],
 )
@@ -258,7 +262,7 @@ def test_advice_of_runs_at_both_extremes() -> None:
 
 @pytest.mark.parametrize("tolerance", [{"rtol": 0.05}, {"atol": 3.0}])
 def test_stops_at_the_tolerance(tolerance: dict[str, float]) -> None:
-    some = drawn_from(shifted(0.3))
+    some = drawn_from(shifted(0.3), replace=False)
     found = sampled_trace(some, LIKE, probes=2, max_matvecs=10_000, seed=0, **tolerance)
     low, high = found.interval()
     assert (high - low) / 2 <= tolerance.get("atol", 0.05 * abs(found.value))
@@ -356,3 +360,97 @@ def test_a_tenth_of_the_gradients_where_no_example_stands_out(
     assert found.stderr < whole.stderr
     together = math.hypot(found.stderr, whole.stderr)
     assert found.value == pytest.approx(whole.value, abs=3 * together)
+
+
+# Batches of which one has most of the trace
+
+
+def heavy(count: int, share: float, off_diagonal: float = 0.0) -> Tensor:
+    """Matrices of which the first has this share of the sum of the traces; their mean is 1."""
+    traces = torch.full((count,), (1 - share) * count / (count - 1), dtype=torch.float64)
+    traces[0] = share * count
+    one = torch.eye(N, dtype=torch.float64) + off_diagonal * (1 - torch.eye(N).double())
+    return traces[:, None, None] / N * one
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.5])
+@pytest.mark.parametrize("count", [5, 20, 60, 500])
+def test_converged_is_said_of_what_covers(count: int, off_diagonal: float, replace: bool) -> None:
+    matrices = heavy(count, 0.9, off_diagonal)
+    wrong = 0
+    for seed in range(20):
+        some = drawn_from(matrices, replace=replace, seed=seed)
+        found = sampled_trace(some, LIKE, probes=2, rtol=0.2, max_matvecs=150, seed=seed)
+        low, high = found.interval()
+        covers = low - 1e-9 <= 1.0 <= high + 1e-9
+        wrong += found.reason.startswith("converged") and not covers
+        assert not (found.reason.startswith("converged") and (replace or found.draws < count))
+        if (high - low) / 2 <= 0.2 * abs(found.value) and not found.every_batch_was_drawn:
+            assert "not certified" in found.reason
+    assert wrong <= 3
+
+
+def test_a_full_pass_knows_the_batches_without_error() -> None:
+    some = drawn_from(heavy(20, 0.9), replace=False)
+    found = sampled_trace(some, LIKE, probes=2, max_matvecs=40, seed=0)
+    assert found.value == pytest.approx(1.0, rel=1e-12)
+    low, high = found.interval()
+    assert high - low < 1e-10
+    assert (found.population, found.correction, found.variance_probes < 1e-20) == (20, 0.0, True)
+    assert "All 20 batches were drawn" in found.advice
+
+
+def test_no_advice_promises_that_draws_that_were_not_made_change_nothing() -> None:
+    for seed in range(10):
+        some = drawn_from(heavy(50, 0.9), replace=False, seed=seed)
+        found = sampled_trace(some, LIKE, probes=2, max_matvecs=20, seed=seed)
+        assert "nothing" not in found.advice
+        if found.variance_data == 0:
+            assert "draw all 50, with max_matvecs=100" in found.advice
+
+
+def test_a_pass_that_is_more_than_half_done_is_finished() -> None:
+    some = drawn_from(shifted(0.01), replace=False)
+    found = sampled_trace(some, LIKE, probes=2, rtol=0.5, max_matvecs=100, seed=0)
+    assert (found.draws, found.reason.startswith("converged")) == (30, True)
+    short = sampled_trace(some, LIKE, probes=2, rtol=0.5, max_matvecs=50, seed=0)
+    assert "10 of 30 batches were not drawn" in short.reason
+
+
+def test_one_probe_a_draw_converges_after_two_passes() -> None:
+    some = drawn_from(shifted(0.01, count=12), replace=False)
+    found = sampled_trace(some, LIKE, probes=1, rtol=0.5, max_matvecs=100, seed=0)
+    assert (found.draws, found.reason.startswith("converged")) == (24, True)
+
+
+def test_estimates_from_the_same_batches_are_not_pooled() -> None:
+    runs = [
+        sampled_trace(drawn_from(shifted(1.0), seed=draw), LIKE, max_matvecs=20, seed=seed)
+        for draw, seed in [(0, 0), (0, 1), (1, 2)]
+    ]
+    assert hf.pool(runs[1:]).matvecs == 40
+    with pytest.raises(ValueError, match="the seed of their draws"):
+        hf.pool(runs)
+
+
+@pytest.mark.parametrize("count", [15, 30, 40])
+def test_intervals_without_replacement_cover_and_are_narrower(count: int) -> None:
+    """At 30 draws of 30 batches only the noise of the probes is left."""
+    matrices, covered, ratios = shifted(1.0), 0, []
+    for seed in range(100):
+        found, other = (
+            sampled_trace(
+                drawn_from(matrices, replace=replace, seed=seed),
+                LIKE,
+                probes=2,
+                max_matvecs=2 * count,
+                seed=seed,
+            )
+            for replace in (False, True)
+        )
+        low, high = found.interval()
+        covered += low <= float(BASE.trace()) <= high
+        ratios.append(found.stderr / other.stderr)
+    assert covered >= 90
+    assert sorted(ratios)[50] < 0.95

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bench.interleaved import Ratio
+from bench.speed.asked import BY_TORCH
 from bench.speed.cells import Cell, Row
 from bench.speed.tables import markdown
 from bench.speed.targets import Verdict, front, verdicts
@@ -28,7 +31,7 @@ def cell(ours: float = 1.0, error: float = 1e-7) -> Cell:
             "wrong": row("peer", 1.0, 0.5),
             "autograd": row("plain", 2.5, 0.0),
         },
-        gaps={"another": "not installed"},
+        gaps={"another": "not installed (No module named 'another')", "broken": "RuntimeError: no"},
     )
 
 
@@ -72,9 +75,21 @@ def test_memory_is_compared_within_a_way() -> None:
 def test_the_table_names_what_is_wrong_and_what_is_not_there() -> None:
     text = markdown({"product/mlp-small": cell(3.0)})
     lines = [line for line in text.splitlines() if "| a net" in line]
-    assert "**missed**" in lines[0]
+    # A library that is missing might have been the best one.
+    assert "**missed**; not installed: another " in lines[0]
     assert "**5e-01**" in next(line for line in lines if "| wrong" in line)
     assert "- a net: another: not installed" in text
+
+
+def test_both_sides_are_compared_by_the_same_matrix_library() -> None:
+    found = cell()
+    by_torch = {"hessfunc": same(0.5), f"hessfunc{BY_TORCH}": same(0.9)}
+    rows = {**found.rows, "fast": replace(found.rows["fast"], ours=by_torch)}
+    assert verdict("product/mlp-small", replace(found, rows=rows)).by_torch == same(0.9)
+    # Where hessfunc multiplies by torch's library anyway, there is one alternative of ours.
+    same_library = replace(found, about={"matrices, hessfunc": "torch's"})
+    assert verdict("product/mlp-small", same_library).by_torch == same(0.5)
+    assert verdict("product/mlp-small", found).by_torch is None
 
 
 def test_the_front_is_what_no_other_is_below_in_both() -> None:

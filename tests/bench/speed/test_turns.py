@@ -5,9 +5,10 @@ import torch
 
 from bench.interleaved import Turns
 from bench.speed import models, ours, plain
-from bench.speed.asked import Alternative, Asked, Matrix, Work
+from bench.speed.asked import BY_TORCH, Alternative, Asked, Matrix, Work
 from bench.speed.products import floor, judge
 from bench.speed.turns import Effort, prepared, rows_of, taken, timed
+from hessfunc.transforms.kernels.matrices import has_faster
 
 ONCE = Effort(seconds=0.0, least=1)
 
@@ -41,6 +42,23 @@ def test_ours_agrees_with_autograd_and_what_is_wrong_is_not_timed(matrix: Matrix
     assert rows[alternatives[-1].title].ours["hessfunc"].median > 0
 
 
+def test_ours_is_measured_by_torchs_matrix_library_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def watching(asked: Asked) -> Work:
+        seen.append(has_faster(asked.rows()))
+        return Work(lambda: seen.append(has_faster(asked.rows())), lambda rows: rows)
+
+    alternatives = [Alternative("watching", "", "ours", watching), *plain.PRODUCTS]
+    monkeypatch.setattr(ours, "has_other_library", lambda: True)
+    _, by_torch, *others = ours.with_both_libraries(alternatives)
+    assert (by_torch.title, others) == (f"watching{BY_TORCH}", plain.PRODUCTS)
+    by_torch.make(Asked(models.made("mlp-small", 4))).call()
+    assert seen == [False, False]
+    monkeypatch.setattr(ours, "has_other_library", lambda: False)
+    assert ours.with_both_libraries(alternatives) == alternatives
+
+
 def test_a_data_set_has_the_hessian_of_its_batches() -> None:
     case = models.made("mlp-small", 12)
     of_batches = Asked(case, k=2, batches=models.batches_of(case, 3))
@@ -55,6 +73,13 @@ def test_the_first_layer_lowers_the_floor() -> None:
     gradient = 2 * products[0] + 3 * products[1]
     assert floor(Asked(case)) == (2 * products[0] + 6 * products[1]) / gradient
     assert floor(Asked(case, "ggn")) == (2 * products[0] + 4 * products[1]) / gradient
+
+
+@pytest.mark.parametrize(("matrix", "expected"), [("hessian", 2), ("ggn", 4 / 3)])
+def test_the_floor_of_a_deep_net_is_that_of_its_matrix_products(
+    matrix: Matrix, expected: float
+) -> None:
+    assert floor(Asked(models.made("gpt-tiny"), matrix)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_columns_are_the_rows() -> None:

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hessfunc as hf
-from hessfunc.memory import PeakMemory
 from hessfunc.transforms.kernels import linear as linear_module
 from hessfunc.transforms.kernels import matrices
 from hessfunc.transforms.kernels.bilinear import affine
@@ -287,11 +286,15 @@ def test_images_are_laid_out_as_torch_does(layout):
 class TestLinear:
     """In float32 and with sizes for which oneDNN is called."""
 
-    def test_the_trial_of_libraries_is_not_seen_by_modes(self):
-        matrices._one_dnn_is_faster.cache_clear()
-        with PeakMemory() as memory:
-            matrices.has_faster(torch.ones(1))
-        assert memory.peak == 4
+    @pytest.mark.parametrize(("vendor", "ours"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+    def test_the_vendor_of_the_processor_decides(self, vendor, ours, monkeypatch):
+        monkeypatch.setattr(matrices, "_vendor", lambda: vendor)
+        monkeypatch.setattr(matrices, "_has_both_libraries", lambda: True)
+        x = torch.ones(1)
+        assert matrices.has_faster(x) == ours
+        assert not matrices.has_faster(x.double())
+        with matrices.torchs_own():
+            assert not matrices.has_faster(x)
 
     def operands(self, *shapes):
         generator = torch.Generator().manual_seed(0)

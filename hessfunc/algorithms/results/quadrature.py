@@ -1,0 +1,295 @@
+"""Bounds of integrals over the measures whose Gauss quadratures Lanczos runs give.
+
+A measure F of mass 1 on [a, b] is known by the nodes and weights of its m-point Gauss rule, and by
+the residuals of the Ritz pairs, which are the last row of the Jacobi matrix in its eigenbasis.
+Three kinds of bounds of the integral of f follow from them, without a further product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Function", "Rule", "bracket", "ends", "radau"]
+
+Function = Callable[[Tensor], Tensor]
+
+# Smaller than any scale of a matrix.
+_TINY = 1e-300
+# chi2_1 is smaller once in 1,000 times.
+_UNLIKELY = 1.57e-6
+# Of the distance of an end from the outermost node: more, and the range is not bounded.
+_DOUBLINGS = 60
+_HALVINGS = 40
+# Points between two nodes at which a function is looked at, and how many of them are left out for
+# a second look, which a pole or a peak between the points makes much lower.
+_BETWEEN = 128
+_COARSER = 8
+_STEADY = 1.5
+# Points of the even grid on which divided differences are taken.
+_EVEN = 65
+# Points that approach either end of the range geometrically.
+_TOWARDS_AN_END = 48
+# The least distance of two points of the grid, as a part of that from the nearer end.
+_APART = 0.01
+# Divided differences of these orders keep their signs where higher derivatives do, too.
+_ORDERS = (3, 4, 5, 6)
+# Points on which the error of an interpolant is measured, for each of its own points.
+_MEASURED = 4
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Quadrature rules of several probes.
+
+    Attributes:
+        nodes: Ascending nodes, float64 ``(p, m)``.
+        weights: Weights, float64 ``(p, m)``, each row of sum 1; 0 where a row has fewer nodes.
+        residuals: Residual norms of the Ritz pairs, float64 ``(p, m)``; a row of zeros belongs to
+            a probe whose Krylov space is exhausted, so that its rule has no error. None where they
+            are not known.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    residuals: Tensor | None
+
+    @property
+    def exact(self) -> Tensor:
+        """Whether the rule of each probe has no error, bool ``(p,)``."""
+        if self.residuals is None:
+            return torch.zeros(len(self.nodes), dtype=torch.bool, device="cpu")
+        return (self.residuals == 0).all(1)
+
+
+def radau(rule: Rule, at: float) -> tuple[Tensor, Tensor]:
+    """Nodes and weights ``(p, m + 1)`` of the Gauss-Radau rules with a node at an end of the range.
+
+    In the eigenbasis of the Jacobi matrix T, the matrix that has one more row is an arrowhead,
+
+        [[diag(nodes), s], [s', c]],    c = at + sum_j s_j^2 / (nodes_j - at),
+
+    with the residuals as s. Their signs alternate, as the last entries of eigenvectors of T do
+    whose first entries are positive.
+
+    Source: Golub 1973; Golub and Meurant 2010, Matrices, Moments and Quadrature, section 6.2.
+    """
+    assert rule.residuals is not None
+    signs = 1.0 - 2.0 * (torch.arange(rule.nodes.shape[1], device="cpu") % 2)
+    tip = rule.residuals * signs
+    # A node may lie beyond the end by its rounding.
+    side = 1.0 if at <= float(rule.nodes.mean()) else -1.0
+    least = torch.finfo(torch.float64).eps * max(float(rule.nodes.abs().max()), _TINY)
+    distances = side * (side * (rule.nodes - at)).clamp_min(least)
+    corner = at + (rule.residuals.square() / distances).sum(1)
+    arrow = torch.diag_embed(torch.cat([rule.nodes, corner[:, None]], dim=1))
+    arrow[:, -1, :-1] = tip
+    arrow[:, :-1, -1] = tip
+    nodes, vectors = torch.linalg.eigh(arrow)
+    weights = torch.einsum("pj,pjl->pl", rule.weights.sqrt(), vectors[:, :-1]).square()
+    return nodes, weights / weights.sum(1, keepdim=True)
+
+
+def ends(rule: Rule, n: int) -> tuple[float, float]:
+    """A range that holds all eigenvalues of a matrix of dimension n, but for one run in 500.
+
+    With the orthonormal polynomials p_j of the recurrence, an eigenvalue x has at most the weight
+    1 / K(x), K(x) = sum_{j <= m} p_j(x)^2, in the measure of a probe. In a random unit vector that
+    weight is chi2_1 / n very nearly, so that it is seldom so small where K(x) is large. In the
+    eigenbasis of the Jacobi matrix, with the residuals s,
+
+        K(x) = (1 + sum_j (s_j / (nodes_j - x))^2) / (sum_j sqrt(weights_j) s_j / (nodes_j - x))^2.
+
+    The range of a probe without error is that of its nodes. Without residuals nothing is known.
+
+    Source: Kuczynski and Wozniakowski 1992; Christoffel functions: Golub and Meurant 2010.
+    """
+    if rule.residuals is None:
+        return -math.inf, math.inf
+    found = [
+        (_end(*(row[weights > 0] for row in (nodes, weights, residuals)), n=n, side=side))
+        for nodes, weights, residuals in zip(rule.nodes, rule.weights, rule.residuals, strict=True)
+        for side in (-1.0, 1.0)
+    ]
+    return max(found[::2]), min(found[1::2])
+
+
+def _end(nodes: Tensor, weights: Tensor, residuals: Tensor, *, n: int, side: float) -> float:
+    """The end of the range on one side, -1 or 1, by bisection."""
+    outermost = float((side * nodes).max())
+    if not bool((residuals > 0).any()):
+        return side * outermost
+    signs = 1.0 - 2.0 * (torch.arange(len(nodes), device="cpu") % 2)
+    tip, first = residuals * signs, weights.sqrt()
+
+    def is_seen(distance: float) -> bool:
+        parts = tip / (nodes - side * (outermost + distance))
+        # Far outside rounding hides how large K is.
+        least = torch.finfo(torch.float64).eps * float((first * parts).abs().sum())
+        last = max(abs(float((first * parts).sum())), least)
+        return math.hypot(1.0, float(parts.norm())) > math.sqrt(n / _UNLIKELY) * last
+
+    near, far = 0.0, float(residuals.max()) or 1.0
+    for _ in range(_DOUBLINGS):
+        if is_seen(far):
+            break
+        near, far = far, 2 * far
+    else:
+        return side * math.inf
+    for _ in range(_HALVINGS):
+        middle = (near + far) / 2
+        near, far = (near, middle) if is_seen(middle) else (middle, far)
+    return side * (outermost + far)
+
+
+def bracket(rule: Rule, f: Function, low: float, high: float, *, regular: bool) -> Tensor:
+    """Bounds ``(p, 2)`` of the integral of f over the measure of each probe, on ``[low, high]``.
+
+    The tightest of three:
+
+    - Total variation: Between two nodes the distribution function differs from that of the Gauss
+      rule by less than the weights of these nodes (Chebyshev, Markov, Stieltjes), so that each
+      increase of f between them counts with one weight at most.
+    - Polynomials: The Gauss rule has no error for degrees up to 2 m - 1, so f - p with an
+      interpolating polynomial p is all that it can miss, and |f - p| is known.
+    - Gauss and Gauss-Radau: Where the derivatives of f of order 2 m and 2 m + 1 keep their signs,
+      the Gauss rule and the two Radau rules lie on both sides of the integral. The signs are those
+      of divided differences of orders 3 to 6 on a fine grid.
+
+    Args:
+        rule: Gauss rules.
+        f: Function of the nodes, element by element.
+        low: Lower end of the range.
+        high: Upper end of the range.
+        regular: Whether derivatives are known to keep their signs, so that no grid decides.
+    """
+    gauss = _integral(f, rule.nodes, rule.weights)
+    known = gauss[:, None].expand(-1, 2)
+    if bool(rule.exact.all()):
+        return known
+    if not math.isfinite(high - low):
+        unknown = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64, device="cpu")
+        return torch.where(rule.exact[:, None], known, unknown)
+    bounds = _by_variation(rule, f, gauss, low, high)
+    if bool(bounds.isfinite().all()):
+        bounds = _within(bounds, _by_polynomials(rule, f, gauss, low, high))
+    if rule.residuals is not None and (regular or _keeps_signs(f, rule.nodes, low, high)):
+        rules = torch.stack([gauss, *(_integral(f, *radau(rule, end)) for end in (low, high))])
+        # Where f is not finite at an end, nothing is known on that side.
+        lower = torch.where(rules.isnan(), -torch.inf, rules).amin(0)
+        upper = torch.where(rules.isnan(), torch.inf, rules).amax(0)
+        bounds = _within(bounds, torch.stack([lower, upper], dim=1))
+    return torch.where(rule.exact[:, None], known, bounds)
+
+
+def _within(first: Tensor, second: Tensor) -> Tensor:
+    return torch.stack(
+        [torch.maximum(first[:, 0], second[:, 0]), torch.minimum(first[:, 1], second[:, 1])], dim=1
+    )
+
+
+def _integral(f: Function, nodes: Tensor, weights: Tensor) -> Tensor:
+    # 0 * inf is not 0.
+    return torch.where(weights > 0, weights * f(nodes).to(torch.float64), 0.0).sum(1)
+
+
+def _by_variation(rule: Rule, f: Function, gauss: Tensor, low: float, high: float) -> Tensor:
+    """Bounds by the increases and decreases of f between the nodes.
+
+    With G the distribution function of the rule, ``int f dF - int f dG = -int (F - G) df`` and
+    ``-w_j <= F - G <= w_{j+1}`` between the nodes j and j + 1.
+    """
+    probes = len(rule.nodes)
+    ends = [torch.full((probes, 1), end, dtype=torch.float64, device="cpu") for end in (low, high)]
+    edges = torch.cat([ends[0], rule.nodes, ends[1]], dim=1)
+    share = torch.linspace(0, 1, _BETWEEN + 1, dtype=torch.float64, device="cpu")
+    points = edges[:, :-1, None] + share * (edges.diff(dim=1))[:, :, None]
+    values = f(points).to(torch.float64)
+    changes, coarse = values.diff(dim=2), values[:, :, ::_COARSER].diff(dim=2)
+    floor = torch.finfo(torch.float64).eps * _BETWEEN * values.abs().amax(2)
+    steady = changes.abs().sum(2) <= _STEADY * coarse.abs().sum(2) + floor
+    rise = torch.where(steady, changes.clamp_min(0).sum(2), torch.inf)
+    fall = torch.where(steady, (-changes).clamp_min(0).sum(2), torch.inf)
+    none = torch.zeros(probes, 1, dtype=torch.float64, device="cpu")
+    before = torch.cat([none, rule.weights], dim=1)
+    after = torch.cat([rule.weights, none], dim=1)
+    down = _product(after, rise) + _product(before, fall)
+    up = _product(before, rise) + _product(after, fall)
+    return torch.stack([gauss - down.sum(1), gauss + up.sum(1)], dim=1)
+
+
+def _product(weights: Tensor, changes: Tensor) -> Tensor:
+    return torch.where(weights > 0, weights * changes, 0.0)
+
+
+def _by_polynomials(rule: Rule, f: Function, gauss: Tensor, low: float, high: float) -> Tensor:
+    """Bounds by the interpolant p of degree 2 m - 1 in Chebyshev's points.
+
+    ``int f dF = int p dG + int (f - p) dF``, and the last one is at most the largest |f - p|.
+    """
+    steps = (rule.weights > 0).sum(1)
+    count = 2 * int(steps[~rule.exact].min())
+    centre, radius = (low + high) / 2, (high - low) / 2
+
+    def of(points: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Tensor:
+        return f(torch.from_numpy(centre + radius * points)).to(torch.float64)
+
+    if not radius > 0:
+        return torch.stack([gauss, gauss], dim=1)
+    angles = (np.arange(count) + 0.5) * np.pi / count
+    values = of(np.cos(angles))
+    # Coefficients by the discrete cosine transform, as the points are those of the first kind.
+    orders = np.arange(count)
+    coefficients = 2 / count * np.cos(np.outer(orders, angles)) @ values.numpy()
+    coefficients[0] /= 2
+    fine = np.cos(np.linspace(0, np.pi, _MEASURED * count + 1))
+    nodes = ((rule.nodes - centre) / radius).clamp(-1, 1)
+    chebval = np.polynomial.chebyshev.chebval
+    largest = float((of(fine) - torch.from_numpy(chebval(fine, coefficients))).abs().max())
+    at_nodes = f(rule.nodes).to(torch.float64) - torch.from_numpy(
+        chebval(nodes.numpy(), coefficients)
+    )
+    off = torch.where(rule.weights > 0, rule.weights * at_nodes, 0.0).sum(1)
+    middle = gauss - off
+    return torch.stack([middle - largest, middle + largest], dim=1)
+
+
+def _keeps_signs(f: Function, nodes: Tensor, low: float, high: float) -> bool:
+    """Whether divided differences of f keep their signs, beyond rounding, as far as a grid shows.
+
+    Those of one parity have one sign, or vanish up to rounding.
+    """
+    spread = high - low
+    if not spread > 0:
+        return True
+    halves = 2.0 ** -torch.arange(1, _TOWARDS_AN_END, dtype=torch.float64, device="cpu")
+    even = torch.linspace(0, 1, _EVEN, dtype=torch.float64, device="cpu")
+    points = torch.cat([low + spread * even, low + spread * halves, high - spread * halves])
+    points = torch.cat([points, nodes.flatten().clamp(low, high)]).unique()
+    # Differences of points that lie next to each other are rounding.
+    room = torch.minimum(points - low, high - points).clamp_min(0)
+    apart = points.diff() > _APART * torch.maximum(room[1:], room[:-1])
+    points = points[torch.cat([torch.ones_like(apart[:1]), apart])]
+    values = f(points).to(torch.float64)
+    # A function may be infinite at an end of its range, such as the logarithm at 0.
+    inner = (points > low) & (points < high)
+    if not bool(values[inner].isfinite().all()):
+        return False
+    finite = values.isfinite()
+    points, difference = points[finite], values[finite]
+    eps = torch.finfo(torch.float64).eps
+    doubt = 4 * eps * difference.abs()
+    signs: dict[int, set[int]] = {}
+    for order in range(1, max(_ORDERS) + 1):
+        widths = points[order:] - points[:-order]
+        doubt = (doubt[1:] + doubt[:-1]) / widths
+        difference = difference.diff() / widths
+        doubt = doubt + 4 * eps * difference.abs()
+        sure = difference[difference.abs() > 4 * doubt]
+        signs[order] = set(sure.sign().int().tolist())
+    return all(len(signs[i] | signs[i + 2]) <= 1 for i in (3, 4))

@@ -1,0 +1,797 @@
+"""Arguments of public functions, checked and normalised where they come in.
+
+An argument of one name means the same in every public function. `ARGUMENTS` says for each name
+what is accepted: `validated` applies it, so that a function sees plain ints, floats, bools and
+strings, and so that a wrong argument is named in one sentence. Ranges are checked by the functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import os
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hessfunc.distributed.ranks import Ranks
+    from hessfunc.trees import Space
+
+__all__ = [
+    "ARGUMENTS",
+    "Check",
+    "anything",
+    "finite",
+    "flag",
+    "factory",
+    "function_of",
+    "mapping",
+    "of_numpy",
+    "text",
+    "tree",
+    "validated",
+    "whole_number",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+# (name, value) -> the normalised value.
+Check: TypeAlias = Callable[[str, Any], Any]
+
+# Arguments that each rank of one run has of its own; a checkpoint is compared by its contents.
+_OF_ONE_RANK = frozenset({"callback", "space", "mesh"})
+
+
+@overload
+def validated(function: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def validated(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def validated(function: Any = None, /, **own: Check) -> Any:
+    """Check and normalise the arguments of a function by their names.
+
+    None passes where it is the default. Where the arguments belong to vectors or products that are
+    divided among ranks, an argument that is wrong or different on one rank raises on every rank.
+
+    Args:
+        function: Function to wrap; None for a decorator.
+        own: Checks of arguments that mean something else in this function.
+    """
+    if function is None:
+        return functools.partial(validated, **own)
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    ordered: list[tuple[str, Check]] = []
+    rest: tuple[str, Check] | None = None
+    by_name: dict[str, Check] = {}
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        check = own.get(parameter.name) or ARGUMENTS[parameter.name]
+        if parameter.default is None:
+            check = functools.partial(_optional, check)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            rest = parameter.name, check
+        elif parameter.kind is not parameter.KEYWORD_ONLY:
+            ordered.append((parameter.name, check))
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            by_name[parameter.name] = check
+
+    def checked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        found = [check(name, value) for (name, check), value in zip(ordered, args, strict=False)]
+        beyond = args[len(found) :]
+        # Arguments that the function does not have are left to Python's own message.
+        found += beyond if rest is None else [rest[1](rest[0], value) for value in beyond]
+        return found, {
+            name: by_name[name](name, value) if name in by_name else value
+            for name, value in kwargs.items()
+        }
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        together = _together(args, kwargs) if "space" in by_name else None
+        if together is None:
+            args, kwargs = checked(args, kwargs)  # type: ignore[assignment]
+            return function(*args, **kwargs)
+        ranks, device = together
+        args, kwargs = ranks.all_do(lambda: checked(args, kwargs), device)  # type: ignore[assignment]
+        named = zip((name for name, _ in ordered), args, strict=False)
+        given = defaults | dict(named) | kwargs
+        ranks.alike(
+            {"the function": function.__name__}
+            | {n: _outline(n, value) for n, value in given.items() if n not in _OF_ONE_RANK}
+        )
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _together(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Ranks, torch.device] | None:
+    """The ranks that call a function together, as far as its arguments show them."""
+    from hessfunc.trees import Space, leaves
+
+    space = kwargs.get("space")
+    if isinstance(space, Space) and space.ranks is not None:
+        return space.ranks, space.device
+    for value in args:
+        if (ranks := getattr(value, "ranks", None)) is not None and callable(value):
+            return ranks
+        if not callable(value) and any(hasattr(leaf, "device_mesh") for leaf in leaves(value)):
+            divided = Space.of(value)
+            return None if divided.ranks is None else (divided.ranks, divided.device)
+    return None
+
+
+def _outline(name: str, value: Any) -> Any:
+    """What ranks can compare of an argument."""
+    if value is None or (isinstance(value, bool | int | float | str) and name != "checkpoint"):
+        return value
+    return str(value) if isinstance(value, torch.dtype) else "given"
+
+
+def _optional(check: Check, name: str, value: Any) -> Any:
+    return None if value is None else check(name, value)
+
+
+def described(value: object, /) -> str:
+    """A value in a few words, for a message."""
+    match value:
+        case Tensor():
+            return f"a tensor of shape {tuple(value.shape)}"
+        case np.ndarray():
+            return f"a NumPy array of shape {value.shape}"
+        case nn.Module():
+            return f"a module ({type(value).__name__})"
+        case types.FunctionType() | types.BuiltinFunctionType() | types.MethodType():
+            return f"the function {value.__name__}"
+        case type():
+            return f"the class {value.__name__}"
+        case None | bool() | int() | float() | complex() | str() | bytes():
+            text = repr(value)
+            return text if len(text) <= 40 else f"{text[:37]}..."
+        case Iterator():
+            return f"a {type(value).__name__}, which can be read only once"
+    kind = type(value).__name__
+    return f"an {kind}" if kind[0] in "AEIOaeio" else f"a {kind}"
+
+
+def _refused(name: str, value: object, due: str, remedy: str) -> TypeError:
+    return TypeError(f"{name} must be {due}, and is {described(value)}: {remedy}")
+
+
+# Numbers, flags and words
+
+
+def _scalar(value: Any) -> Any:
+    """A scalar of NumPy or torch as Python's own; anything else as given."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    if isinstance(value, Tensor) and value.dim() == 0 and not _is_meta(value):
+        return value.item()
+    return value
+
+
+def _is_bool(value: object) -> bool:
+    # A bool is an int of Python's, and no number here.
+    return isinstance(value, bool)
+
+
+def whole_number(name: str, value: Any, /) -> int:
+    """An int of Python, NumPy or torch, and no bool."""
+    plain = _scalar(value)
+    if isinstance(plain, Integral) and not _is_bool(plain):
+        if abs(int(plain)) >= 2**63:
+            raise ValueError(f"{name} has {int(plain).bit_length()} bits: it must be below 2^63")
+        return int(plain)
+    if isinstance(plain, float):
+        example = f"{plain:.0f}" if math.isfinite(plain) else "10"
+        raise ValueError(f"{name}={plain}: it must be a whole number, such as {name}={example}")
+    example = plain.strip() if isinstance(plain, str) and plain.strip().isdecimal() else "10"
+    raise _refused(name, value, "a whole number", f"pass {name}={example}, for instance")
+
+
+def finite(name: str, value: Any, /) -> float:
+    """A finite float or int of Python, NumPy or torch."""
+    plain = _scalar(value)
+    if not isinstance(plain, Real) or _is_bool(plain):
+        example = "0.1"
+        if isinstance(plain, str):
+            with contextlib.suppress(ValueError):
+                example = f"{float(plain):g}"
+        raise _refused(name, value, "a number", f"pass {name}={example}, for instance")
+    try:
+        number = float(plain)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={number}: it must be finite")
+    return number
+
+
+def factor(name: str, value: Any, /) -> Any:
+    """A finite number, or a tensor of one number, which may carry a gradient."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
+        return value
+    return finite(name, value)
+
+
+def flag(name: str, value: Any, /) -> bool:
+    """A bool of Python, NumPy or torch."""
+    plain = _scalar(value)
+    if isinstance(plain, bool):
+        return plain
+    example = isinstance(plain, int | str) and plain in (1, "True", "true")
+    raise _refused(name, value, "True or False", f"pass {name}={example}")
+
+
+def text(name: str, value: Any, /) -> str:
+    """A string."""
+    plain = _scalar(value)
+    if isinstance(plain, str):
+        return str(plain)
+    raise _refused(name, value, "a string", f"the documentation lists the choices of {name}")
+
+
+def chunk(name: str, value: Any, /) -> int | str:
+    """A number of vectors, or the rule ``"auto"``."""
+    return text(name, value) if isinstance(value, str) else whole_number(name, value)
+
+
+def path(name: str, value: Any, /) -> Any:
+    """A path: a string or a ``pathlib.Path``."""
+    if isinstance(value, str | os.PathLike) and value != "":
+        return value
+    raise _refused(name, value, "a path", f"pass {name}='results', or a pathlib.Path")
+
+
+def dtype(name: str, value: Any, /) -> torch.dtype:
+    """A dtype of torch."""
+    if isinstance(value, torch.dtype):
+        return value
+    raise _refused(name, value, "a dtype of torch", f"pass {name}=torch.float32, for instance")
+
+
+def device(name: str, value: Any, /) -> torch.device:
+    """A device of torch, or its name."""
+    if not isinstance(value, str | torch.device):
+        raise _refused(name, value, "a device", f"pass {name}='cpu', for instance")
+    with contextlib.suppress(RuntimeError):
+        if (found := torch.device(value)).type != "meta":
+            return found
+    raise ValueError(f"{name}={str(value)!r} is no device of torch with memory: pass {name}='cpu'")
+
+
+def _items(value: Any) -> list[Any] | None:
+    """The items of a collection with one axis; None for anything else."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.tolist() if value.ndim == 1 and not _is_meta(value) else None
+    if isinstance(value, Collection | Iterator) and not isinstance(value, str | bytes | Mapping):
+        return list(value)
+    return None
+
+
+def whole_numbers(name: str, value: Any, /) -> tuple[int, ...]:
+    """A collection of ints."""
+    if (items := _items(value)) is not None:
+        return tuple(whole_number(f"each of {name}", one) for one in items)
+    raise _refused(name, value, "a collection of whole numbers", f"pass {name}=(30, 60)")
+
+
+def numbers(name: str, value: Any, /) -> list[float]:
+    """A sequence of numbers."""
+    if (items := _items(value)) is not None and not isinstance(value, set | frozenset):
+        return [finite(f"each of {name}", one) for one in items]
+    raise _refused(name, value, "a sequence of numbers", f"pass {name}=[1.0, 2.0]")
+
+
+# Trees and data
+
+
+def tree(name: str, value: Any, /) -> Any:
+    """A pytree of tensors."""
+    if isinstance(value, nn.Module):
+        remedy = "pass its parameters, `model_fn, params = hessfunc.functional(model)`"
+        raise _refused(name, value, "a tree of tensors", remedy)
+    if isinstance(value, Iterator):
+        remedy = "pass a dict, such as dict(model.named_parameters())"
+        raise _refused(name, value, "a tree of tensors", remedy)
+    if isinstance(value, np.ndarray):
+        raise _refused(name, value, "a tree of tensors", f"pass {name}=torch.from_numpy(array)")
+    # Functions of that module are validated, too.
+    from hessfunc.trees import leaves
+
+    found = leaves(value)
+    for leaf in found:
+        if not isinstance(leaf, Tensor):
+            where = value if leaf is value else leaf
+            inside = "" if leaf is value else "a tree with "
+            raise TypeError(
+                f"{name} must be a tree of tensors, and is {inside}{described(where)}: pass a "
+                "tensor, or a (nested) dict, list or tuple of tensors"
+            )
+        if leaf.device.type == "meta":
+            raise ValueError(f"{name} lies on the meta device, without numbers: move it to another")
+        if leaf.layout != torch.strided:
+            raise TypeError(f"{name} has a leaf of layout {leaf.layout}: pass leaf.to_dense()")
+    if not found:
+        raise ValueError(
+            f"{name} is {described(value)} without tensors: pass the parameters, such as "
+            "dict(model.named_parameters()); are all of them frozen?"
+        )
+    return value
+
+
+def mapping(name: str, value: Any, /) -> Any:
+    """A mapping of names to tensors, or to further mappings."""
+    if isinstance(value, Mapping):
+        return tree(name, value) if value else value
+    raise _refused(
+        name,
+        value,
+        "a dict of names and tensors",
+        "pass the parameters that `hessfunc.functional(model)` returns, or "
+        "dict(model.named_parameters())",
+    )
+
+
+def indices(name: str, value: Any, /) -> Any:
+    """A mapping of names to indices of tensors."""
+    if isinstance(value, Mapping):
+        return value
+    raise _refused(name, value, "a dict", f"pass {name}={{'0.weight': slice(0, 8)}}")
+
+
+def coordinates(name: str, value: Any, /) -> Any:
+    """The coordinates on every axis, or those of each axis."""
+    if isinstance(value, np.ndarray | Tensor) and not _is_meta(value):
+        return torch.as_tensor(finite_array(name, value))
+    if isinstance(value, list | tuple) and value:
+        if all(isinstance(axis, Sequence | np.ndarray | Tensor) for axis in value):
+            return [torch.as_tensor(finite_array(name, axis)) for axis in value]
+        return torch.tensor(numbers(name, value), dtype=torch.float64)
+    due = "a tensor of coordinates, or one for each axis"
+    raise _refused(name, value, due, f"pass {name}=torch.linspace(-1, 1, 21)")
+
+
+def finite_array(name: str, value: Any, /) -> Any:
+    """An array, tensor or sequence of real numbers."""
+    if isinstance(value, Sequence):
+        return numbers(name, value)
+    kind = value.dtype
+    real = kind.kind in "fiu" if isinstance(value, np.ndarray) else not kind.is_complex
+    if real and kind not in (torch.bool,):
+        return value
+    raise _refused(name, value, "of real numbers", f"its dtype is {kind}")
+
+
+def _is_sparse(value: object) -> bool:
+    """Whether a value is a matrix or an operator of SciPy."""
+    return hasattr(value, "tocsr") or hasattr(value, "matmat")
+
+
+def _is_meta(value: object) -> bool:
+    """Whether a value is a tensor without numbers."""
+    return isinstance(value, Tensor) and value.device.type == "meta"
+
+
+def tensor(name: str, value: Any, /) -> Tensor:
+    """A tensor."""
+    if _is_meta(value):
+        raise ValueError(f"{name} lies on the meta device, without numbers: move it to another")
+    if isinstance(value, Tensor):
+        return value
+    remedy = "pass torch.as_tensor(array)" if isinstance(value, np.ndarray) else "pass a tensor"
+    if _is_sparse(value):
+        remedy = "pass it to hessfunc.from_scipy"
+    raise _refused(name, value, "a tensor", remedy)
+
+
+def batches(name: str, value: Any, /) -> Any:
+    """A list of batches, or a loader."""
+    # Sequences of the old protocol have places, and no iterator of their own.
+    readable = isinstance(value, Iterable) or hasattr(value, "__getitem__")
+    other = isinstance(value, str | bytes | nn.Module | type) or _is_sparse(value)
+    if not readable or other or getattr(value, "ndim", 1) == 0:
+        raise _refused(name, value, "a list of batches or a DataLoader", "pass [batch]")
+    return value
+
+
+def eigenpairs(name: str, value: Any, /) -> Any:
+    """Eigenpairs, or another object with ``values`` and ``vectors``."""
+    if isinstance(getattr(value, "values", None), Tensor) and hasattr(value, "vectors"):
+        return value
+    remedy = "pass the result of hessfunc.lanczos(matvec, params, k=10)"
+    raise _refused(name, value, "Eigenpairs", remedy)
+
+
+def estimates(name: str, value: Any, /) -> Any:
+    """A sequence of estimates."""
+    fits = isinstance(value, Sequence) and all(hasattr(one, "samples") for one in value)
+    if fits:
+        return value
+    remedy = "pass the results of hessfunc.hutchinson, one for each seed"
+    raise _refused(name, value, "a list of Estimates", remedy)
+
+
+def space(name: str, value: Any, /) -> Space:
+    """The space of vectors that are divided among ranks."""
+    from hessfunc.trees import Space
+
+    if isinstance(value, Space):
+        return value
+    raise _refused(name, value, "a Space", "pass hessfunc.sharded(params, mesh)")
+
+
+def module(name: str, value: Any, /) -> nn.Module:
+    """A module."""
+    if isinstance(value, nn.Module):
+        return value
+    remedy = "pass the torch.nn.Module itself, whose parameters are then returned as `params`"
+    raise _refused(name, value, "a module", remedy)
+
+
+def optimizer(name: str, value: Any, /) -> torch.optim.Optimizer:
+    """An optimiser of torch."""
+    if isinstance(value, torch.optim.Optimizer):
+        return value
+    raise _refused(name, value, "an optimiser of torch.optim", f"pass {name}=optimizer")
+
+
+def pattern(name: str, value: Any, /) -> Any:
+    """A glob over names, several of them, or a predicate."""
+    if isinstance(value, str):
+        return str(value)
+    if _is_function(value, 2):
+        return value
+    if (items := _items(value)) is not None and all(isinstance(one, str) for one in items):
+        return items
+    due = "a glob, a list of names or a predicate"
+    raise _refused(name, value, due, f"pass {name}='layer1.*', for instance")
+
+
+def selection(name: str, value: Any, /) -> Any:
+    """A glob over names of modules, a type of module or several, or a predicate."""
+    if isinstance(value, str):
+        return str(value)
+    types_ = value if isinstance(value, tuple) and value else (value,)
+    if all(isinstance(one, type) and issubclass(one, nn.Module) for one in types_):
+        return value
+    if _is_function(value, 2):
+        return value
+    due = "a glob over the names of modules, a type of module or a predicate"
+    raise _refused(name, value, due, f"pass {name}='layer1.*' or {name}=torch.nn.Linear")
+
+
+def groups(name: str, value: Any, /) -> dict[str, list[str]]:
+    """A mapping of names to lists of names."""
+    fits = isinstance(value, Mapping) and all(_items(names) is not None for names in value.values())
+    if not fits:
+        due = "a dict of groups of names"
+        raise _refused(name, value, due, f"pass {name}={{'first': ['0.weight', '0.bias']}}")
+    return {
+        group: [text(f"each of {name}", one) for one in _items(names) or ()]
+        for group, names in value.items()
+    }
+
+
+def parts(name: str, value: Any, /) -> Any:
+    """A pattern, several of them, or a mapping of names to patterns."""
+    if isinstance(value, Mapping):
+        return {key: pattern(f"{name}[{key!r}]", one) for key, one in value.items()}
+    if callable(value):
+        due = "patterns, or a dict of names and patterns"
+        raise _refused(name, value, due, f"pass {name}={{'name': predicate}}")
+    return pattern(name, value)
+
+
+def pair(name: str, value: Any, /) -> Any:
+    """Two values, such as inputs and targets."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        return value
+    raise _refused(name, value, "a pair", f"pass {name}=(first, second)")
+
+
+def limits(name: str, value: Any, /) -> tuple[float, float]:
+    """A least and a largest number."""
+    if isinstance(value, np.ndarray | Tensor) and value.ndim == 1:
+        value = value.tolist()
+    low, high = pair(name, value)
+    return finite(f"the first of {name}", low), finite(f"the second of {name}", high)
+
+
+def writer(name: str, value: Any, /) -> Any:
+    """A folder, or a writer of TensorBoard."""
+    if hasattr(value, "add_scalar") and hasattr(value, "flush"):
+        return value
+    return path(name, value)
+
+
+def called(name: str, value: Any, /) -> Any:
+    """A function of any arguments, or a module."""
+    if callable(value) and not isinstance(value, type):
+        return value
+    raise _refused(name, value, "a function", f"pass {name}=f, without calling it")
+
+
+def anything(name: str, value: Any, /) -> Any:
+    """A value that the function itself checks."""
+    return value
+
+
+# Functions
+
+
+def function_of(count: int, takes: str, /) -> Check:
+    """The check of a function of so many arguments, which is no module or class."""
+
+    def check(name: str, value: Any, /) -> Any:
+        if _is_function(value, count):
+            return value
+        raise _refused(name, value, f"a function of {takes}", f"pass {name}=f, without calling it")
+
+    return check
+
+
+def criterion(name: str, value: Any, /) -> Any:
+    """A criterion: a function or a loss module of (outputs, targets)."""
+    due = "a criterion of (outputs, targets)"
+    if isinstance(value, type):
+        raise _refused(name, value, due, f"pass an instance, {name}={value.__name__}()")
+    if callable(value) and _takes(value, 2):
+        return value
+    raise _refused(name, value, due, f"pass {name}=torch.nn.functional.cross_entropy, for instance")
+
+
+def _takes(value: Any, count: int) -> bool:
+    """Whether a callable takes so many arguments, as far as its signature says."""
+    try:
+        signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_function(value: Any, count: int) -> bool:
+    """Whether a value is a function of so many arguments, and no module or class."""
+    return callable(value) and not isinstance(value, nn.Module | type) and _takes(value, count)
+
+
+def _is_loss(value: object) -> bool:
+    return hasattr(value, "outputs") and hasattr(value, "criterion") and callable(value)
+
+
+def pure(name: str, value: Any, /) -> Any:
+    """A function of (params, inputs), and no module."""
+    if isinstance(value, nn.Module):
+        raise TypeError(
+            f"{name}={type(value).__name__} is a module, and no function of (params, ...): make it "
+            "pure, `model_fn, params = functional(model)`, and take "
+            "`supervised(model_fn, criterion)`"
+        )
+    if _is_function(value, 2):
+        return value
+    remedy = "pass the first result of hessfunc.functional(model)"
+    raise _refused(name, value, "a function of (params, inputs)", remedy)
+
+
+def loss(name: str, value: Any, /) -> Any:
+    """A function of (params, batch) that returns a scalar."""
+    if isinstance(value, nn.Module):
+        return pure(name, value)
+    if _is_function(value, 2):
+        return value
+    remedy = "pass hessfunc.supervised(model_fn, criterion), or a function of your own"
+    raise _refused(name, value, "a function of (params, batch)", remedy)
+
+
+def curvature(name: str, value: Any, /) -> Any:
+    """A curvature function (params, batch) -> matvec."""
+    due = "a curvature function of (params, batch)"
+    remedy = "pass hessfunc.hvp(loss), for instance"
+    if _is_loss(value):
+        raise _refused(name, value, due, remedy)
+    if not _is_function(value, 2):
+        if _is_function(value, 1):
+            remedy += "; this function takes one argument, as a matvec does"
+        raise _refused(name, value, due, remedy)
+    return value
+
+
+def matvec(name: str, value: Any, /) -> Any:
+    """A function of a block of vectors."""
+    due = "a matvec, a function of a block of vectors"
+    if isinstance(value, nn.Module):
+        raise _refused(
+            name,
+            value,
+            due,
+            "make one, `model_fn, params = hessfunc.functional(model)` and "
+            "`hessfunc.hvp(hessfunc.supervised(model_fn, criterion))(params, batch)`",
+        )
+    if isinstance(value, Tensor):
+        raise _refused(name, value, due, "pass hessfunc.dense(matrix)")
+    if isinstance(value, np.ndarray) or _is_sparse(value):
+        raise _refused(name, value, due, "pass hessfunc.from_scipy(matrix)")
+    if not _is_function(value, 1):
+        if _is_function(value, 2):
+            raise TypeError(
+                f"{name} is a curvature function or a loss, and no matvec: call a curvature "
+                "function with (params, batch) to get one, `hvp(loss)(params, batch)`"
+            )
+        raise _refused(name, value, due, "pass hessfunc.hvp(loss)(params, batch), for instance")
+    return value
+
+
+def factory(name: str, value: Any, /) -> Any:
+    """A function of a loss that returns a curvature function."""
+    if _is_function(value, 1):
+        return value
+    remedy = f"pass {name}=hessfunc.hvp, without calling it"
+    raise _refused(name, value, "a function of a loss", remedy)
+
+
+def of_numpy(error: Exception, /) -> TypeError | None:
+    """The clearer error of a function of arrays that was given tensors; None for other errors."""
+    if "numpy" not in str(error) or "from_scipy" in str(error):
+        return None
+    return TypeError(
+        f"the function does not take tensors ({error}): pass a matrix of NumPy as "
+        "hessfunc.from_scipy(A), a function f as from_scipy(LinearOperator((n, n), f))"
+    )
+
+
+def by_draw(name: str, value: Any, /) -> Any:
+    """A function i -> the matvec of the i-th random batch."""
+    if _is_function(value, 1):
+        return value
+    remedy = "pass hessfunc.draws(curvature)(params, batches)"
+    raise _refused(name, value, "a function of the number of a draw", remedy)
+
+
+def family(name: str, value: Any, /) -> Any:
+    """A function of ``chunk_size=`` that returns a curvature function."""
+    if callable(value) and not isinstance(value, nn.Module | type):
+        with contextlib.suppress(TypeError, ValueError):
+            inspect.signature(value).bind(chunk_size=1)
+            return value
+    remedy = f"pass {name}=functools.partial(hessfunc.hvp, loss)"
+    raise _refused(name, value, "a function of chunk_size=", remedy)
+
+
+# Of every argument of a public function, by its name.
+ARGUMENTS: dict[str, Check] = {
+    # Functions
+    "matvec": matvec,
+    "matvecs": matvec,
+    "preconditioner": matvec,
+    "draws": by_draw,
+    "family": family,
+    "vectors": whole_number,
+    "curvature": curvature,
+    "loss": loss,
+    "model_fn": pure,
+    "outputs": pure,
+    "criterion": criterion,
+    "targets": function_of(1, "a batch"),
+    "output_hessian": function_of(2, "(outputs, targets)"),
+    "weight": function_of(1, "a batch"),
+    "gradient": function_of(1, "params"),
+    "algorithm": function_of(2, "(matvec, params)"),
+    "callback": function_of(1, "the result so far"),
+    "compose": function_of(2, "(model_fn, criterion)"),
+    "solve": called,
+    "fn": function_of(1, "one argument"),
+    # Models, and what is chosen of them
+    "model": module,
+    "optimizer": optimizer,
+    "recompute": text,
+    "pattern": pattern,
+    "select": selection,
+    # Trees and data
+    "like": tree,
+    "params": tree,
+    "vector": tree,
+    "directions": tree,
+    "diagonal": tree,
+    "known": tree,
+    "start": tree,
+    "b": tree,
+    "tree": mapping,
+    "rest": mapping,
+    "slices": indices,
+    "blocks": parts,
+    "flat": tensor,
+    "matrix": tensor,
+    "operator": anything,
+    "batch": anything,
+    "batches": batches,
+    "pairs": eigenpairs,
+    "deflate": eigenpairs,
+    "estimates": estimates,
+    "weights": numbers,
+    # Numbers
+    "k": whole_number,
+    "size": whole_number,
+    "samples": whole_number,
+    "probes": whole_number,
+    "steps": whole_number,
+    "steps_per_epoch": whole_number,
+    "points": whole_number,
+    "search": whole_number,
+    "seed": whole_number,
+    "block_size": whole_number,
+    "basis_size": whole_number,
+    "basis_bytes": whole_number,
+    "max_matvecs": whole_number,
+    "max_evaluations": whole_number,
+    "max_blocks": whole_number,
+    "max_ratio": whole_number,
+    "epochs": whole_number,
+    "factor": whole_number,
+    "patience": whole_number,
+    "every": whole_number,
+    "top": whole_number,
+    "bottom": whole_number,
+    "guards": whole_number,
+    "trace_probes": whole_number,
+    "lr_decay_epochs": whole_numbers,
+    "chunk_size": chunk,
+    "s": factor,
+    "a": factor,
+    "rtol": finite,
+    "atol": finite,
+    "tolerance": finite,
+    "damping": finite,
+    "momentum": finite,
+    "radius": finite,
+    "lr": finite,
+    "lr_decay": finite,
+    "alpha": finite,
+    "adversarial_share": finite,
+    "eps": finite,
+    "step_size": finite,
+    "bounds": limits,
+    # Flags
+    "trainable_only": flag,
+    "keep": flag,
+    "measure": flag,
+    "average_input_jacobian": flag,
+    "average_parameter_jacobian": flag,
+    "critical": flag,
+    "preconditioned": flag,
+    "eval_mode": flag,
+    "replace": flag,
+    # Words
+    "mode": text,
+    "residual": text,
+    "at": text,
+    "kind": text,
+    "which": text,
+    "sharing": text,
+    "normalise": text,
+    "loader": text,
+    "backend": anything,
+    # Places
+    "dtype": dtype,
+    "basis_dtype": dtype,
+    "basis_device": device,
+    "space": space,
+    "mesh": anything,
+    "checkpoint": path,
+    "path": path,
+    "out": path,
+    "tensorboard": writer,
+}

@@ -1,0 +1,96 @@
+"""A chunk size by measurement, for those who want more than the rule."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, Protocol
+
+import torch
+
+from hessfunc.memory import Footprint, available_memory
+from hessfunc.options import validated
+from hessfunc.transforms.blocks import Curvature
+from hessfunc.trees import Matvec, Space, Tree
+
+__all__ = ["tune"]
+
+# The first round warms up, and the fastest of the others counts: noise only adds to times.
+_ROUNDS = 4
+
+
+class _Family(Protocol):
+    def __call__(self, *, chunk_size: int) -> Curvature: ...
+
+
+@validated
+def tune(
+    family: _Family,
+    params: Tree,
+    batch: Any,
+    /,
+    *,
+    vectors: int = 16,
+) -> int:
+    """Time the products of a block in chunks of 1, 4, 16, ... vectors; return the fastest size.
+
+    The result is a number to pass as ``chunk_size``. Curvature functions choose by a rule from
+    sizes, which no clock influences, so that a run repeats to the bit; a tuned chunk is as good as
+    the rule's or better on the machine on which it was measured, and must be passed again to
+    repeat a run::
+
+        family = functools.partial(hf.hvp, loss)
+        chunk_size = hf.tune(family, params, batch, vectors=16)
+        matvec = family(chunk_size=chunk_size)(params, batch)
+
+    Args:
+        family: Function of ``chunk_size=`` that returns a curvature function.
+        params: Parameters at which products are timed.
+        batch: Batch for which products are timed.
+        vectors: Number of vectors of the blocks that will be multiplied.
+
+    Returns:
+        Chunk size, at most ``vectors``; 1 stands for a loop.
+
+    Raises:
+        ValueError: If ``vectors`` is not positive.
+
+    Cost: four products of ``vectors`` vectors for each size.
+    """
+    if vectors < 1:
+        raise ValueError(f"vectors={vectors}: it must be at least 1")
+    space = Space.of(params)
+    rows = space.probes(range(vectors), kind="normal", seed=0)
+    block = space.unravel(rows)
+    loop = family(chunk_size=1)(params, batch)
+    with Footprint() as of_one:
+        loop(space.unravel(rows[:1]))
+    most = max(1, available_memory(space.device) // 2 // max(1, of_one.peak))
+    sizes = sorted({1, vectors, *(4**i for i in range(1, 16) if 4**i < vectors)})
+    matvecs = {1: loop} | {
+        size: family(chunk_size=size)(params, batch) for size in sizes if 1 < size <= most
+    }
+    seconds = dict.fromkeys(matvecs, math.inf)
+    for turn in range(_ROUNDS):
+        for size, matvec in list(matvecs.items()):
+            try:
+                spent = _seconds(matvec, block, space.device)
+            except RuntimeError:
+                # An operation without a batching rule, or no memory on an accelerator.
+                if size == 1:
+                    raise
+                del matvecs[size], seconds[size]
+                continue
+            if turn:
+                seconds[size] = min(seconds[size], spent)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _seconds(matvec: Matvec, block: Tree, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    matvec(block)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,110 @@
+"""Parts of leaves with intervals of their own, and pools of estimates of one matrix."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hessfunc as hf
+from tests.algorithms.spectra import symmetric
+
+LIKE = {"a": torch.zeros(10).double(), "b": torch.zeros(50).double()}
+MATRIX = symmetric(torch.linspace(-1, 4, 60))
+
+
+def cubes(params: Any, batch: object) -> Tensor:
+    """A loss whose Hessian is diag(6 x)."""
+    return sum(leaf.pow(3).sum() for leaf in torch.utils._pytree.tree_leaves(params))
+
+
+@pytest.mark.parametrize("estimator", [hf.hutchinson, hf.hutchpp, hf.xtrace])
+def test_each_part_covers_at_its_level(estimator: Any) -> None:
+    part = float(MATRIX.diagonal()[:10].sum())
+    covered = 0
+    for seed in range(100):
+        found = estimator(hf.dense(MATRIX), LIKE, max_matvecs=30, seed=seed).by_leaf["a"]
+        low, high = found.interval(0.95)
+        assert low < found.value == float(found) < high
+        covered += low <= part <= high
+    assert covered >= 90
+
+
+def test_a_part_is_a_frozen_number_and_is_saved_with_its_error(tmp_path: Path) -> None:
+    found = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=0)
+    part = found.by_leaf["a"]
+    assert isinstance(part, float)
+    assert part / 2 == float(part) / 2
+    with pytest.raises(AttributeError, match="frozen"):
+        part.stderr = 0.0
+    found.save(tmp_path / "trace.npz")
+    loaded = hf.load(tmp_path / "trace.npz")
+    assert loaded.by_leaf["a"].interval() == part.interval()
+    assert hf.pool([loaded, hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=1)]).n == 60
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"a.b": torch.ones(3).double(), "a": {"b": torch.ones(2).double()}},
+        {1: torch.ones(3).double(), "1": torch.ones(2).double()},
+        {"a": {"b.c": torch.ones(3).double()}, "a.b": {"c": torch.ones(2).double()}},
+    ],
+    ids=["dots", "number and text", "nested"],
+)
+def test_leaves_whose_names_coincide_stay_apart(params: Any) -> None:
+    matvec = hf.hvp(cubes)(params, None)
+    for estimator in (hf.hutchinson, hf.xtrace):
+        found = estimator(matvec, params, seed=0)
+        assert sorted(found.by_leaf.values()) == pytest.approx([12, 18])
+
+
+def test_a_pool_has_parts_with_intervals() -> None:
+    runs = [hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=s) for s in range(3)]
+    pooled = hf.pool(runs, [1, 2, 3])
+    expected = math.hypot(
+        *(w / 6 * r.by_leaf["a"].stderr for w, r in zip([1, 2, 3], runs, strict=True))
+    )
+    assert pooled.by_leaf["a"].stderr == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (torch.eye(30).double(), torch.zeros(30).double()),
+        (torch.eye(60).double(), {"a": torch.zeros(50).double(), "b": torch.zeros(10).double()}),
+        (torch.eye(60).double(), {"a": torch.zeros(2, 5).double(), "b": torch.zeros(50).double()}),
+        (torch.eye(60).double(), {"c": torch.zeros(10).double(), "b": torch.zeros(50).double()}),
+    ],
+    ids=["dimension", "sizes", "shapes", "names"],
+)
+def test_estimates_of_different_matrices_are_not_pooled(other: tuple[Tensor, Any]) -> None:
+    first = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=0)
+    second = hf.hutchinson(hf.dense(other[0]), other[1], max_matvecs=20, seed=1)
+    with pytest.raises(ValueError, match="different matrices"):
+        hf.pool([first, second])
+
+
+def test_a_trace_and_a_norm_are_not_pooled() -> None:
+    first = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=0)
+    second = hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=1).squared_frobenius
+    assert second is not None
+    with pytest.raises(ValueError, match="different matrices"):
+        hf.pool([first, second])
+
+
+def test_an_estimate_and_a_pool_with_it_are_not_independent() -> None:
+    runs = [hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=s) for s in range(2)]
+    with pytest.raises(ValueError, match="share a seed"):
+        hf.pool([hf.pool(runs), runs[0]])
+
+
+@pytest.mark.parametrize("weights", [[1.0, math.nan], [1.0, math.inf], [-1.0, 2.0]])
+def test_weights_that_are_not_finite_are_refused(weights: list[float]) -> None:
+    runs = [hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=s) for s in range(2)]
+    with pytest.raises(ValueError, match="weights"):
+        hf.pool(runs, weights)

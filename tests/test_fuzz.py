@@ -1,0 +1,478 @@
+"""Random wrong arguments of every public function: a right value, or an error of this project's."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import random
+import signal
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from torch import Tensor, nn
+
+import hessfunc as hf
+from hessfunc.options import ARGUMENTS
+
+HOME = Path(hf.__file__).parent
+SECONDS = 10.0
+
+D = torch.float64
+MATRIX = torch.diag(torch.arange(1.0, 7.0, dtype=D))
+LIKE = torch.zeros(6, dtype=D)
+B = torch.ones(6, dtype=D)
+torch.manual_seed(0)
+MODEL = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+CRITERION = nn.functional.cross_entropy
+MODEL_FN, PARAMS = hf.functional(MODEL)
+LOSS = hf.supervised(MODEL_FN, CRITERION)
+BATCH = torch.randn(4, 3, dtype=D), torch.tensor([0, 1, 1, 0])
+ONES = {name: torch.ones_like(leaf) for name, leaf in PARAMS.items()}
+OPTIMIZER = torch.optim.Adam(MODEL.parameters())
+
+
+def stepped() -> torch.optim.Optimizer:
+    (MODEL(BATCH[0]) ** 2).sum().backward()
+    for group in OPTIMIZER.param_groups:
+        group["lr"] = 0.0
+    OPTIMIZER.step()
+    OPTIMIZER.zero_grad()
+    return OPTIMIZER
+
+
+stepped()
+
+
+matvec = hf.dense(MATRIX)
+
+
+def draws(i: int) -> Callable[[Tensor], Tensor]:
+    return hf.scale(matvec, 1.0 + i % 2)
+
+
+def product(curvature: Any) -> Any:
+    return hf.apply(curvature(PARAMS, BATCH), ONES)
+
+
+def over(curvature: Any) -> Any:
+    return hf.apply(curvature(PARAMS, [BATCH]), ONES)
+
+
+def applied(made: Any) -> Any:
+    return hf.apply(made, B)
+
+
+def value(made: Any) -> Any:
+    return made
+
+
+def of_loss(loss: Any) -> Any:
+    return loss(PARAMS, BATCH)
+
+
+def blocks_of(curvature: Any) -> Any:
+    return curvature(PARAMS, BATCH).trace()
+
+
+def watched(tracker: Any) -> Any:
+    with tracker as inner:
+        return inner.step()
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A valid call: positional arguments by name, options, and what is made of the result."""
+
+    args: dict[str, Any]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    then: Callable[[Any], Any] = value
+
+
+RUN = {"seed": 0, "callback": None, "space": None, "checkpoint": None, "max_matvecs": 12}
+TRACE = RUN | {"rtol": 0.5, "atol": 0.1, "block_size": 2}
+SOLVE = {
+    "damping": 0.5, "preconditioner": matvec, "start": B, "rtol": 1e-6, "atol": 0.0,
+    "max_matvecs": 40, "space": None, "callback": None, "checkpoint": None,
+}  # fmt: skip
+OF_LOSS = {"loss": LOSS}
+OF_DATA = {"loss": LOSS, "params": PARAMS, "batches": [BATCH]}
+CALLS: dict[str, Call] = {
+    "functional": Call({"model": MODEL}, {"trainable_only": True, "dtype": D, "recompute": None}),
+    "supervised": Call({"model_fn": MODEL_FN, "criterion": CRITERION}, then=of_loss),
+    "composed": Call(
+        {"outputs": lambda p, b: MODEL_FN(p, b[0]), "criterion": CRITERION},
+        {"targets": lambda b: b[1]},
+        of_loss,
+    ),
+    "split": Call({"tree": PARAMS, "pattern": "0.*"}),
+    "hold": Call({"loss": LOSS, "rest": {}}, then=of_loss),
+    "sliced": Call({"loss": LOSS, "params": PARAMS, "slices": {"0.weight": 0}}),
+    "recomputed": Call({"fn": torch.tanh}, then=lambda f: f(B)),
+    "hvp": Call(OF_LOSS, {"mode": "reverse", "chunk_size": 1}, product),
+    "ggnvp": Call(OF_LOSS, {"chunk_size": 1}, product),
+    "fvp": Call(OF_LOSS, {"samples": 2, "seed": 0, "chunk_size": 1}, product),
+    "efvp": Call(OF_LOSS, {"chunk_size": 1}, product),
+    "pchvp": Call(OF_LOSS, {"residual": "abs", "chunk_size": 1}, product),
+    "functional_hvp": Call(OF_LOSS, {"mode": "reverse", "chunk_size": 1}, product),
+    "activations": Call(
+        {"model": MODEL, "criterion": CRITERION, "select": "2"},
+        {"at": "input"},
+        lambda made: hf.apply(hf.hvp(made[0])(made[1](BATCH[0]), BATCH), made[1](BATCH[0])),
+    ),
+    "with_output_hessian": Call({"criterion": CRITERION, "output_hessian": lambda o, t: None}),
+    "over_batches": Call(
+        {"curvature": hf.hvp(LOSS)},
+        {"weight": hf.examples, "keep": False, "mesh": None, "loader": "whole"},
+        over,
+    ),
+    "tune": Call(
+        {"family": partial(hf.hvp, LOSS), "params": PARAMS, "batch": BATCH},
+        {"vectors": 2},
+        lambda size: size in (1, 2),
+    ),
+    "hvp_by_backward": Call({"model": MODEL, "loss": lambda b: CRITERION(MODEL(b[0]), b[1])}),
+    "unsharded": Call({"model": MODEL}, {"trainable_only": True}),
+    "draws": Call(
+        {"curvature": hf.hvp(LOSS)},
+        {"weight": hf.examples, "replace": False, "seed": 0},
+        lambda made: hf.apply(made(PARAMS, [BATCH])(0), ONES),
+    ),
+    "examples": Call({"batch": BATCH}),
+    "microbatches": Call({"batch": BATCH, "size": 2}),
+    "hbp": Call(
+        {"loss": LOSS, "model": MODEL},
+        {
+            "residual": "abs", "average_input_jacobian": True,
+            "average_parameter_jacobian": True, "max_blocks": 2,
+        },
+        blocks_of,
+    ),
+    "kfra": Call({"loss": LOSS, "model": MODEL}, {"sharing": "expand"}, blocks_of),
+    "kflr": Call({"loss": LOSS, "model": MODEL}, {"sharing": "expand"}, blocks_of),
+    "kfac": Call(
+        {"loss": LOSS, "model": MODEL}, {"samples": 1, "seed": 0, "sharing": "expand"}, blocks_of
+    ),
+    "ekfac": Call(
+        {"loss": LOSS, "model": MODEL}, {"samples": 2, "seed": 0, "sharing": "expand"}, blocks_of
+    ),
+    "apply": Call({"matvec": matvec, "vector": B}),
+    "shift": Call({"matvec": matvec, "s": 2.0}, then=applied),
+    "scale": Call({"matvec": matvec, "a": 2.0}, then=applied),
+    "add": Call({"one": matvec, "other": matvec}, then=applied),
+    "deflate": Call(
+        {"matvec": matvec, "pairs": hf.lanczos(matvec, LIKE, k=1, seed=0)}, then=applied
+    ),
+    "precondition": Call({"matvec": matvec, "diagonal": B}, then=applied),
+    "per_block": Call({"matvec": matvec, "like": LIKE}, {"blocks": None}, applied),
+    "batched": Call({"fn": lambda v: MATRIX @ v}, {"chunk_size": 1}, applied),
+    "dense": Call({"matrix": MATRIX}, then=applied),
+    "to_scipy": Call({"matvec": matvec, "like": LIKE}, then=lambda op: op @ np.ones(op.shape[1])),
+    "from_scipy": Call({"operator": MATRIX.numpy()}, then=applied),
+    "compiled": Call({"matvec": matvec}, {"chunk_size": 1, "backend": "eager"}),
+    "ravel": Call({"tree": PARAMS}),
+    "unravel": Call({"flat": torch.ones(14, dtype=D), "like": PARAMS}),
+    "random_like": Call({"like": LIKE, "k": 3}, {"kind": "signs", "seed": 0, "start": 1}),
+    "power_iteration": Call(
+        {"matvec": matvec, "like": LIKE},
+        RUN | {"k": 1, "which": "LM", "momentum": 0.0, "rtol": 0.1, "start": B},
+    ),
+    "stochastic_power_iteration": Call(
+        {"matvec": matvec, "draws": draws, "like": LIKE},
+        RUN | {"momentum": 0.0, "steps_per_epoch": 2, "rtol": 0.1, "start": B},
+    ),
+    "lanczos": Call(
+        {"matvec": matvec, "like": LIKE},
+        RUN
+        | {
+            "k": 2, "which": "LM", "block_size": 1, "basis_size": 6, "basis_bytes": 2**20,
+            "basis_dtype": D, "basis_device": "cpu", "rtol": 0.1, "atol": 0.0, "search": 2,
+            "start": B,
+        },
+    ),
+    "hutchinson": Call(
+        {"matvec": matvec, "like": LIKE},
+        TRACE
+        | {"kind": "signs", "deflate": hf.lanczos(matvec, LIKE, k=1, seed=0), "known": B},
+    ),
+    "hutchpp": Call({"matvec": matvec, "like": LIKE}, TRACE),
+    "xtrace": Call({"matvec": matvec, "like": LIKE}, TRACE),
+    "xnystrace": Call({"matvec": matvec, "like": LIKE}, TRACE),
+    "sampled_trace": Call(
+        {"draws": draws, "like": LIKE}, TRACE | {"probes": 2, "kind": "signs"}
+    ),
+    "hessian_trace": Call(
+        OF_DATA,
+        TRACE
+        | {
+            "weight": hf.examples, "keep": False, "mesh": None, "loader": "whole", "chunk_size": 2,
+        },
+    ),
+    "ggn_diagonal": Call(
+        OF_DATA, {"weight": hf.examples, "mesh": None, "loader": "whole", "chunk_size": 2}
+    ),
+    "hutchinson_diagonal": Call(
+        {"matvec": matvec, "like": LIKE}, RUN | {"rtol": 0.5, "block_size": 2}
+    ),
+    "xdiag": Call({"matvec": matvec, "like": LIKE}, RUN | {"rtol": 0.5, "block_size": 2}),
+    "slq": Call(
+        {"matvec": matvec, "like": LIKE}, RUN | {"probes": 2, "steps": 4, "basis_device": "cpu"}
+    ),
+    "cg": Call({"matvec": matvec, "b": B}, SOLVE | {"measure": True}),
+    "minres": Call({"matvec": matvec, "b": B}, SOLVE),
+    "block_spectra": Call(
+        OF_DATA,
+        {
+            "blocks": ["0.weight"], "weight": hf.examples, "keep": False, "curvature": hf.hvp,
+            "algorithm": lambda mv, like: hf.lanczos(mv, like, k=1, seed=0), "callback": None,
+        },
+    ),
+    "landscape": Call(
+        OF_DATA | {"direction": ONES},
+        {
+            "radius": 1.0, "points": 3, "at": None, "normalise": None, "weight": hf.examples,
+            "chunk_size": 2, "callback": None,
+        },
+    ),
+    "critical_sharpness": Call(
+        OF_LOSS,
+        {"rtol": 0.1, "start": 1.0, "max_evaluations": 20},
+        lambda f: f(PARAMS, BATCH, ONES),
+    ),
+    "adam_diagonal": Call({"optimizer": OPTIMIZER, "model": MODEL}),
+    "check": Call(
+        {"matvec": matvec, "like": LIKE},
+        {"gradient": lambda p: hf.apply(matvec, p), "tolerance": 1e-3, "seed": 0},
+    ),
+    "newton": Call({}, {"lr": 0.1, "alpha": 0.5, "solve": None}),
+    "exact_blocks": Call({"curvature": hf.hvp, "loss": LOSS}),
+    "conjugate_gradients": Call({}, {"rtol": 1e-5, "atol": 1e-8, "max_matvecs": 20}),
+    "direct": Call({}),
+    "absa": Call(
+        {},
+        {
+            "epochs": 9, "max_ratio": 4, "factor": 2, "adversarial_share": 0.2, "patience": 1,
+            "lr_decay": 0.2, "lr_decay_epochs": (3, 6),
+        },
+    ),
+    "fgsm": Call(
+        {"loss": LOSS, "params": PARAMS, "batch": BATCH}, {"eps": 0.01, "bounds": (-9.0, 9.0)}
+    ),
+    "pgd": Call(
+        {"loss": LOSS, "params": PARAMS, "batch": BATCH},
+        {"eps": 0.01, "step_size": 0.005, "steps": 2, "bounds": None, "seed": 0},
+    ),
+    "tracked": Call(
+        {"model": MODEL, "criterion": CRITERION, "batches": [BATCH]},
+        {
+            "every": 1, "optimizer": OPTIMIZER, "preconditioned": False,
+            "compose": hf.supervised, "eval_mode": True, "out": None, "tensorboard": None,
+            "callback": None, "steps": 0,
+        },
+        watched,
+    ),
+    "tracking": Call(
+        OF_LOSS,
+        {
+            "curvature": hf.hvp, "top": 1, "bottom": 0, "trace_probes": 2, "critical": False,
+            "guards": 1, "rtol": 0.1, "max_matvecs": 20, "weight": hf.examples, "keep": False,
+            "seed": 0,
+        },
+    ),
+    "pool": Call(
+        {"estimates": [hf.hutchinson(matvec, LIKE, seed=0, max_matvecs=4)], "weights": [1.0]}
+    ),
+    "load": Call({"path": "no_such_file.npz"}),
+    "sharded": Call({"like": LIKE, "mesh": None}),
+}  # fmt: skip
+# What goes, or whose value goes, into another function of the caller's, which may fail on it.
+OF_CALLER = {
+    ("supervised", "model_fn"), ("composed", "outputs"), ("composed", "targets"),
+    ("recomputed", "fn"), ("fgsm", "batch"), ("pgd", "batch"),
+}  # fmt: skip
+# They need a mesh or a file, and are right where they refuse what stands in its place.
+REFUSED = {"load", "sharded"}
+
+POOL: list[Callable[[], Any]] = [
+    lambda: None, lambda: "abc", lambda: "", lambda: b"bytes", lambda: math.nan, lambda: math.inf,
+    lambda: -math.inf, lambda: -1, lambda: 0, lambda: -2.5, lambda: 2.5, lambda: 10**30,
+    lambda: 10**400, lambda: 1e300, lambda: True, lambda: 1j, list, lambda: (), dict,
+    lambda: set(), lambda: {1, 2}, lambda: [1, 2], lambda: ["a", None], lambda: {"a": 1},
+    lambda: {"a": {}}, lambda: [None], lambda: range(3), lambda: object(), lambda: slice(None),
+    lambda: Ellipsis, lambda: NotImplemented, lambda: np, lambda: int, lambda: Exception("x"),
+    lambda: (i for i in range(3)), lambda: iter([BATCH]), lambda: MODEL.parameters(),
+    lambda: np.float32("nan"), lambda: np.int64(-3), lambda: np.str_("LA"), lambda: np.bool_(True),
+    lambda: np.zeros(3), lambda: np.zeros((6, 6)), lambda: np.array(None), lambda: np.array(2.5),
+    lambda: np.array(["LM", "LA"]), lambda: np.datetime64("2020-01-01"), lambda: np.zeros(0),
+    lambda: scipy.sparse.eye_array(6), lambda: torch.tensor(3), lambda: torch.tensor(-1.0),
+    lambda: torch.tensor(math.nan), lambda: torch.tensor(True), lambda: torch.tensor(1j),
+    lambda: torch.zeros(6), lambda: torch.zeros(6, dtype=torch.int64), lambda: torch.zeros(0),
+    lambda: torch.zeros(6, dtype=torch.complex128), lambda: torch.zeros(6, dtype=torch.bool),
+    lambda: torch.zeros(6, dtype=D, device="meta"), lambda: torch.eye(6).to_sparse(),
+    lambda: torch.full((6,), math.nan, dtype=D), lambda: torch.zeros(5, dtype=D),
+    lambda: torch.zeros(6, 6, dtype=D), lambda: torch.zeros(6, 5, dtype=D),
+    lambda: torch.ones(6, dtype=torch.bfloat16), lambda: torch.ones(6, dtype=D).requires_grad_(),
+    lambda: {"a": torch.zeros(6, dtype=torch.int64)}, lambda: {"a": torch.zeros(3, dtype=D)},
+    lambda: [torch.zeros(3, dtype=D)] * 2, lambda: {0: torch.zeros(6, dtype=D)}, lambda: PARAMS,
+    lambda: {**PARAMS, "extra": torch.zeros(1, dtype=D)}, lambda: {"0.weight": PARAMS["0.weight"]},
+    lambda: MODEL, lambda: nn.Linear, lambda: nn.Sequential(), lambda: nn.Identity(),
+    lambda: nn.CrossEntropyLoss(), lambda: LOSS, lambda: hf.hvp, lambda: hf.hvp(LOSS),
+    lambda: hf.hvp(LOSS)(PARAMS, BATCH), lambda: hf.lanczos, lambda: hf.dense(MATRIX),
+    lambda: hf.hutchinson(matvec, LIKE, seed=0, max_matvecs=2), lambda: BATCH, lambda: [BATCH],
+    lambda: [BATCH[0]], lambda: torch.optim.SGD(MODEL.parameters(), lr=0.1), lambda: len,
+    lambda: lambda: None, lambda: lambda a: a, lambda: lambda a: None,
+    lambda: lambda a: "text", lambda: lambda a: a.numpy() if isinstance(a, Tensor) else 0,
+    lambda: lambda a, b: a, lambda: lambda a, b: torch.zeros(()), lambda: lambda a, b, c: a,
+    lambda: lambda *a: None, lambda: lambda *a: math.nan, lambda: lambda *a, **k: torch.tensor(1.0),
+    lambda: torch.float16, lambda: torch.int32, lambda: np.float32, lambda: torch.device("meta"),
+    lambda: Path("no/such/folder/file"), lambda: types.SimpleNamespace(values=1, vectors=2),
+]  # fmt: skip
+
+
+def equivalents(valid: Any) -> list[Any]:
+    """The same scalar as one of NumPy or torch."""
+    if isinstance(valid, bool):
+        return [np.bool_(valid), torch.tensor(valid), np.array(valid)]
+    if isinstance(valid, int):
+        return [np.int64(valid), np.int32(valid), torch.tensor(valid), np.array(valid)]
+    if isinstance(valid, float):
+        return [np.float64(valid), torch.tensor(valid, dtype=D), np.array(valid)]
+    return [np.str_(valid)] if isinstance(valid, str) else []
+
+
+class TooLongError(BaseException):
+    """A call has taken more processor time than it may."""
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise TooLongError
+
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def called(name: str, changed: dict[str, Any]) -> Any:
+    """What the call gives with some arguments changed."""
+    call = CALLS[name]
+    args = [changed.get(arg, given) for arg, given in call.args.items()]
+    options = {
+        option: changed.get(option, given)
+        for option, given in call.options.items()
+        # An option that is None in a valid call is left out.
+        if given is not None or option in changed
+    }
+    return call.then(getattr(hf, name)(*args, **options))
+
+
+def plain(found: Any) -> Any:
+    """The numbers of a result."""
+    if dataclasses.is_dataclass(found) and not isinstance(found, type):
+        fields = [item.name for item in dataclasses.fields(found)]
+        skipped = {"versions", "choices", "seconds", "outputs", "criterion"}
+        return {name: plain(getattr(found, name)) for name in fields if name not in skipped}
+    if isinstance(found, dict):
+        return {name: plain(one) for name, one in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [plain(one) for one in found]
+    if isinstance(found, Tensor):
+        return found.detach().double().tolist()
+    if isinstance(found, np.ndarray):
+        return found.tolist()
+    return found if isinstance(found, (int, float, str, bool)) else type(found).__name__
+
+
+def outcome(name: str, changed: dict[str, Any]) -> tuple[Any, str]:
+    """What the call gives, and what is wrong with how it ends."""
+    try:
+        with limited(SECONDS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return called(name, changed), ""
+    except TooLongError:
+        return None, f"no end within {SECONDS} s"
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if Path(frame.filename).is_relative_to(HOME) and str(error):
+            return error, ""
+        return None, f"{type(error).__name__} from {frame.filename}:{frame.lineno}: {error}"
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def wrong(name: str, argument: str, pick: random.Random) -> str:
+    """What is wrong with a call with one random argument; empty if nothing is."""
+    call = CALLS[name]
+    valid = (call.args | call.options)[argument]
+    alike = equivalents(valid)
+    if alike and pick.random() < 0.3:
+        given = pick.choice(alike)
+        found, fault = outcome(name, {argument: given})
+        if not fault and name not in REFUSED and plain(found) != plain(called(name, {})):
+            fault = f"another value than with {valid!r}: {found!r}"
+    else:
+        given = pick.choice(POOL)()
+        found, fault = outcome(name, {argument: given})
+    shown = repr(given).replace("\n", " ")
+    if not fault or (name, argument) in OF_CALLER:
+        return ""
+    return f"{name}({argument}={shown[:80]}): {fault}"
+
+
+def fuzz(seed: int, count: int) -> list[str]:
+    pick = random.Random(seed)
+    arguments = [
+        (name, argument) for name, call in CALLS.items() for argument in call.args | call.options
+    ]
+    faults = []
+    for _ in range(count):
+        if fault := wrong(*pick.choice(arguments), pick):
+            faults.append(fault)
+    return faults
+
+
+def test_every_public_function_is_called() -> None:
+    functions = {name for name in hf.__all__ if inspect.isfunction(getattr(hf, name))}
+    assert functions == CALLS.keys()
+    for name, call in CALLS.items():
+        parameters = inspect.signature(getattr(hf, name)).parameters.values()
+        options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        assert options <= call.options.keys() | {"blocks"}, name
+        # Checked by name where it comes in.
+        assert {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} <= ARGUMENTS.keys()
+        wrapped = getattr(hf, name).__code__.co_filename.endswith("options.py")
+        # A product of one vector is too short for it.
+        assert wrapped or name == "apply"
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in REFUSED])
+def test_the_call_that_is_changed_is_valid(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert called(name, {}) is not None
+
+
+def test_a_few_random_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not fuzz(seed=1, count=200)
+
+
+@pytest.mark.slow
+def test_a_thousand_random_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not fuzz(seed=2, count=1000)

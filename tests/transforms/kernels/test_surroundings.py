@@ -1,0 +1,209 @@
+"""Surroundings in which a loss is evaluated: each works, or is refused early."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from tests.reference import gauss_newton, hessian, matrix, relative_error
+
+X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2, 0, 1, 1])
+CURVATURES: dict[str, Any] = {
+    "hvp": hf.hvp,
+    "forward": lambda loss: hf.hvp(loss, mode="forward"),
+    "difference": lambda loss: hf.hvp(loss, mode="difference"),
+    "ggnvp": hf.ggnvp,
+    "fvp": hf.fvp,
+    "efvp": hf.efvp,
+    "pchvp": hf.pchvp,
+    "functional_hvp": hf.functional_hvp,
+}
+
+
+def net() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def problem(model: nn.Module) -> tuple[hf.Loss, dict[str, Tensor]]:
+    model_fn, params = hf.functional(model)
+    return hf.supervised(model_fn, F.cross_entropy), params
+
+
+LOSS, PARAMS = problem(net())
+HESSIAN, GGN = hessian(LOSS, PARAMS, (X, Y)), gauss_newton(LOSS, PARAMS, (X, Y))
+
+
+# Inference mode
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+def test_matvecs_are_made_and_used_in_inference_mode(name: str) -> None:
+    curvature = CURVATURES[name](LOSS)
+    expected = matrix(curvature(PARAMS, (X, Y)), PARAMS)
+    with torch.inference_mode():
+        found = matrix(curvature(PARAMS, (X, Y)), PARAMS)
+    assert relative_error(found, expected) < 1e-9
+
+
+def test_algorithms_run_in_inference_mode() -> None:
+    matvec = hf.over_batches(hf.hvp(LOSS), keep=True)(PARAMS, [(X, Y)])
+    with torch.inference_mode():
+        found = hf.lanczos(matvec, PARAMS, k=1, seed=0, rtol=1e-10).values
+        diagonal = hf.ravel(hf.ggn_diagonal(LOSS, PARAMS, [(X, Y)]))
+    largest = torch.linalg.eigvalsh(HESSIAN)
+    assert abs(float(found.abs().max() - largest.abs().max())) < 1e-8
+    torch.testing.assert_close(diagonal, GGN.diagonal())
+
+
+@pytest.mark.parametrize("name", ["hvp", "ggnvp", "efvp"])
+def test_models_and_batches_of_inference_mode_are_taken(name: str) -> None:
+    expected = matrix(CURVATURES[name](LOSS)(PARAMS, (X, Y)), PARAMS)
+    with torch.inference_mode():
+        model, x = net(), X + 0
+    loss, params = problem(model)
+    found = matrix(CURVATURES[name](loss)(params, (x, Y)), params)
+    assert relative_error(found, expected) < 1e-12
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+def test_autocast_is_refused(name: str) -> None:
+    matvec = CURVATURES[name](LOSS)(PARAMS, (X, Y))
+    block = hf.random_like(PARAMS, 1, seed=0)
+    advice = r"autocast is enabled.*`functional\(model, dtype=torch.bfloat16\)`"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError, match=advice):
+            CURVATURES[name](LOSS)(PARAMS, (X, Y))
+        with pytest.raises(RuntimeError, match=advice):
+            matvec(block)
+    matvec(block)
+
+
+def test_autocast_within_the_loss_is_the_users_own() -> None:
+    def loss(params: Any, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = LOSS.outputs(params, batch)
+        return F.cross_entropy(out.double(), batch[1])
+
+    params = {name: leaf.float() for name, leaf in PARAMS.items()}
+    found = matrix(hf.hvp(loss)(params, (X.float(), Y)), params)
+    assert relative_error(found, HESSIAN) < 0.05
+
+
+# Wrapped and compiled modules
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.parametrize("around", [lambda m: m, Around])
+def test_data_parallel_and_jit_are_refused(around: Callable[[nn.Module], nn.Module]) -> None:
+    place = r"model(\.inner)?"
+    with pytest.raises(NotImplementedError, match=rf"is a DataParallel.*`functional\({place}.mod"):
+        hf.functional(around(nn.DataParallel(net())))
+    traced = torch.jit.trace(net(), X)
+    with pytest.raises(NotImplementedError, match=rf"{place} is a .*compiled by torch.jit"):
+        hf.functional(around(traced))
+
+
+def compiled_in_place() -> nn.Module:
+    model = net()
+    model.compile(backend="aot_eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: torch.compile(net(), backend="aot_eager"),
+        lambda: Around(torch.compile(net(), backend="aot_eager")),
+        compiled_in_place,
+    ],
+    ids=["compiled", "within", "in place"],
+)
+def test_compiled_modules_run_uncompiled(made: Callable[[], nn.Module]) -> None:
+    model = made()
+    loss, params = problem(model)
+    assert relative_error(matrix(hf.hvp(loss)(params, (X, Y)), params), HESSIAN) < 1e-10
+    assert relative_error(matrix(hf.ggnvp(loss)(params, (X, Y)), params), GGN) < 1e-10
+    assert relative_error(matrix(hf.efvp(loss)(params, (X, Y)), params), GGN) > 0
+
+
+def test_compiled_criteria_run_uncompiled() -> None:
+    criterion = torch.compile(F.cross_entropy, backend="aot_eager")
+    loss = hf.composed(LOSS.outputs, lambda out, batch: criterion(out, batch[1]))
+    assert relative_error(matrix(hf.ggnvp(loss)(PARAMS, (X, Y)), PARAMS), GGN) < 1e-10
+
+
+# Writes that torch does not see
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+@pytest.mark.parametrize("by_numpy", [False, True])
+def test_a_matvec_stays_that_of_the_parameters_it_was_made_of(name: str, by_numpy: bool) -> None:
+    model = net()
+    loss, params = problem(model)
+    matvec = CURVATURES[name](loss)(params, (X, Y))
+    before = matrix(matvec, params)
+    weight = model[2].weight
+    if by_numpy:
+        weight.detach().numpy()[0] *= 5
+    else:
+        weight.data.mul_(5)
+    assert relative_error(matrix(matvec, params), before) < 1e-12
+    after = matrix(CURVATURES[name](loss)(params, (X, Y)), params)
+    assert relative_error(after, before) > 0.01
+
+
+@pytest.mark.parametrize("name", [name for name in CURVATURES if name != "forward"])
+def test_a_matvec_is_freed_with_its_last_reference(name: str) -> None:
+    curvature = CURVATURES[name](LOSS)
+    gc.collect()
+    gc.disable()
+    try:
+        matvec = curvature(PARAMS, (X, Y))
+        matvec(hf.random_like(PARAMS, 2, seed=0))
+        alive = weakref.ref(matvec)
+        del matvec
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+# Inputs that require gradients
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+def test_inputs_that_require_gradients_change_nothing(name: str) -> None:
+    expected = matrix(CURVATURES[name](LOSS)(PARAMS, (X, Y)), PARAMS)
+    x = X.clone().requires_grad_()
+    found = matrix(CURVATURES[name](LOSS)(PARAMS, (x, Y)), PARAMS)
+    assert relative_error(found, expected) < 1e-9
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_the_diagonal_takes_inputs_that_require_gradients(chunk_size: int | None) -> None:
+    batch = X.clone().requires_grad_(), Y
+    found = hf.ggn_diagonal(LOSS, PARAMS, [batch], chunk_size=chunk_size)
+    torch.testing.assert_close(hf.ravel(found), GGN.diagonal())
