@@ -5,7 +5,7 @@ from pathlib import Path
 
 # Tests run side by side, one a core, and so do the processes that they start: threads beside them
 # would wait for each other. Libraries read this when they are imported.
-THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ GIB = 2**30
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(int(THREADS) if THREADS.isdigit() else 1)
+    threads = os.environ["OMP_NUM_THREADS"]
+    torch.set_num_threads(int(threads) if threads.isdigit() else 1)
     # A shell starts what runs in its background with interrupts ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Checkpoints are flushed to the disk at every write, where most of their tests' time would go.

@@ -298,7 +298,7 @@ CALLS: dict[str, Call] = {
 # What goes, or whose value goes, into another function of the caller's, which may fail on it.
 OF_CALLER = {
     ("supervised", "model_fn"), ("composed", "outputs"), ("composed", "targets"),
-    ("recomputed", "fn"), ("fgsm", "batch"), ("pgd", "batch"),
+    ("recomputed", "fn"), ("tracked", "compose"), ("fgsm", "batch"), ("pgd", "batch"),
 }  # fmt: skip
 # They need a mesh or a file, and are right where they refuse what stands in its place.
 REFUSED = {"load", "sharded"}
@@ -406,7 +406,8 @@ def outcome(name: str, changed: dict[str, Any]) -> tuple[Any, str]:
             return called(name, changed), ""
     except TooLongError:
         return None, f"no end within {SECONDS} s"
-    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+    # A budget of memory that is too small is documented as a MemoryError.
+    except (TypeError, ValueError, NotImplementedError, RuntimeError, MemoryError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         if Path(frame.filename).is_relative_to(HOME) and str(error):
             return error, ""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessfunc import options
 from hessfunc.fingerprints import checksum, combined, with_fingerprint
@@ -32,6 +32,8 @@ def apply(matvec: Matvec, vector: Tree, /) -> Tree:
     # The way of one vector is short: signatures are looked at only where something is wrong.
     if not all(isinstance(leaf, Tensor) for leaf in found):
         options.tree("vector", vector)
+    if isinstance(matvec, nn.Module):
+        options.matvec("matvec", matvec)
     try:
         product, given = flatten(matvec(structure.unflatten(leaf[None] for leaf in found)))
     except TypeError:
@@ -139,12 +141,16 @@ def per_block(
             in no group gets zeros.
 
     Raises:
-        ValueError: a name is unknown, or stands in two groups.
+        ValueError: There is no group; a name is unknown, or stands in two groups.
 
     Cost: one matvec a group and vector, in one pass.
     """
     space = Space.of(like)
     groups = [[name] for name in space.names] if blocks is None else [*map(list, blocks.values())]
+    if not groups:
+        raise ValueError(
+            "blocks is empty: name a group of leaves, or pass None for each leaf alone"
+        )
     listed = [name for group in groups for name in group]
     if len(set(listed)) < len(listed) or set(listed) - set(space.names):
         wrong = sorted({n for n in listed if n not in space.names or listed.count(n) > 1})

@@ -281,7 +281,7 @@ def _sums(space: Space, vector: Tree) -> Tensor:
     wide = wide_dtype(space.device)
     sums = torch.stack([leaf.sum(dtype=wide).cpu().double() for leaf in space.tree_leaves(vector)])
     if not bool(sums.isfinite().all()):
-        raise FloatingPointError("known has entries that are NaN or infinite")
+        raise ValueError("known has entries that are NaN or infinite")
     return sums
 
 
