@@ -104,11 +104,14 @@ def test_every_curvature_of_a_sum_is_summed() -> None:
     assert relative_error(blocks["0.weight"], H[:9, :9]) < 1e-9
 
 
-def test_draws_of_a_sum_are_unbiased() -> None:
+@pytest.mark.parametrize("replace", [False, True])
+def test_draws_of_a_sum_are_unbiased(replace: bool) -> None:
     _, model_fn, params = net()
     loss = hf.supervised(model_fn, per_row("sum"))
-    some = hf.draws(hf.hvp(loss), seed=0)(params, BATCHES)
-    shares = torch.tensor([1, 4, 2]).double() / 7
+    some = hf.draws(hf.hvp(loss), seed=0, replace=replace)(params, BATCHES)
+    # Without replacement each batch is drawn once a pass.
+    drawn = torch.tensor([1.0, 4.0, 2.0] if replace else [1.0, 1.0, 1.0], dtype=torch.float64)
+    shares = drawn / drawn.sum()
     by_place: dict[int, Tensor] = {}
     for i in range(60):
         by_place.setdefault(some.batch(i), matrix(some(i), params))
