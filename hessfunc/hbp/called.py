@@ -11,6 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from hessfunc.functional import Loss, uses_batch_statistics
+from hessfunc.transforms.kernels import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+)
 from hessfunc.trees import Space
 
 __all__ = [
@@ -18,6 +24,7 @@ __all__ = [
     "called",
     "full_name",
     "hooked",
+    "linearising",
     "refuse_dtensors",
     "refusing_train_mode",
 ]
@@ -30,6 +37,25 @@ def refuse_dtensors(space: Space, /) -> None:
             "blocks with structure are of parameters that every rank has whole: take them from "
             "`unsharded(model)`, and the module before it was sharded; or `per_block` of products"
         )
+
+
+@contextmanager
+def linearising(
+    space: Space, params: Mapping[str, Tensor], batch: Any, /
+) -> Iterator[tuple[dict[str, Tensor], Any]]:
+    """Differentiate a model inside, in the surroundings of every product of the library.
+
+    Returns:
+        The parameters as leaves that need a gradient, and the batch without inference tensors.
+
+    Raises:
+        RuntimeError: Autocast is enabled.
+        NotImplementedError: (from what is done inside) an operation has no second derivative.
+    """
+    refuse_autocast(space.device)
+    with explained(space, batch), differentiable_twice(space.device):
+        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in params.items()}
+        yield leaves, plain_batch(batch)
 
 
 @dataclass(frozen=True)

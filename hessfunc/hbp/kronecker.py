@@ -28,7 +28,13 @@ from hessfunc.hbp.blocks import (
     Kronecker,
     refuse_unless_fits,
 )
-from hessfunc.hbp.called import full_name, hooked, refuse_dtensors, refusing_train_mode
+from hessfunc.hbp.called import (
+    full_name,
+    hooked,
+    linearising,
+    refuse_dtensors,
+    refusing_train_mode,
+)
 from hessfunc.hbp.layer import Call, SharedWeight
 from hessfunc.hbp.outputs import each_hessian
 from hessfunc.hbp.propagate import BlockCurvature, Reached, backpropagated
@@ -292,9 +298,11 @@ def _factored(
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = Space.of(params)
         refuse_dtensors(space)
-        with torch.enable_grad(), noted(loss, params, batch):
-            leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
-            outputs, uses = _observed(model, loss, leaves, batch)
+        with linearising(space, params, batch) as (leaves, given), noted(loss, params, batch):
+            return factored(space, leaves, given)
+
+    def factored(space: Space, leaves: Mapping[str, Tensor], batch: Any) -> Blocks:
+        outputs, uses = _observed(model, loss, leaves, batch)
         # Draws of different rows are independent, and the expand factor keeps positions apart: no
         # row needs to be told from another.
         grouped = exact or corrected or sharing == "reduce"
@@ -315,7 +323,7 @@ def _factored(
         if not corrected:
             return Blocks(
                 {
-                    name: Kronecker(lefts[sites[name]], rights[name], params[name].shape)
+                    name: Kronecker(lefts[sites[name]], rights[name], leaves[name].shape)
                     for name in space.names
                 },
                 space,
@@ -331,7 +339,7 @@ def _factored(
         )
         return Blocks(
             {
-                name: Eigenbasis(lefts[sites[name]], rights[name], values[name], params[name].shape)
+                name: Eigenbasis(lefts[sites[name]], rights[name], values[name], leaves[name].shape)
                 for name in space.names
             },
             space,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hessfunc.functional import Loss, training_flags
 from hessfunc.hbp.blocks import Block, Blocks, refuse_unless_fits
-from hessfunc.hbp.called import called, refuse_dtensors
+from hessfunc.hbp.called import Called, called, linearising, refuse_dtensors
 from hessfunc.hbp.frontier import Frontier
 from hessfunc.hbp.layer import Dependence, Layer, with_sign
 from hessfunc.hbp.network import EXACT_PRODUCTS, Step, steps_of
@@ -140,29 +140,31 @@ def backpropagated(
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = Space.of(params)
         refuse_dtensors(space)
-        leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
-        with torch.enable_grad(), noted(loss, params, batch):
-            found = called(model, loss, leaves, batch)
-        with training_flags(found.training):
-            with torch.enable_grad():
-                steps = steps_of(model, found, frozenset(params))
-                slopes = _slopes(loss, steps, batch) if residual != "zero" else [None] * len(steps)
-            layers = [step.layer() for step in steps]
-            _refuse_unless_fits(steps, layers, average=average_parameter_jacobian)
-            hessian = mean_hessian(loss.criterion, steps[-1].output.detach(), batch)
-            if residual == "zero":
-                # With the second terms, the Hessian is right however the loss is split.
-                warn_if_zero(loss.criterion, hessian)
-            with torch.no_grad():
-                blocks = _backward(
-                    steps, layers, slopes, hessian, block, residual, average_input_jacobian
-                )
+        with linearising(space, params, batch) as (leaves, given):
+            with noted(loss, params, batch):
+                found = called(model, loss, leaves, given)
+            with training_flags(found.training):
+                blocks = propagated(found, frozenset(params), given)
         if unused := [name for name in space.names if name not in blocks]:
             raise ValueError(
                 f"the loss does not depend on parameter {unused[0]!r} of the model: hold it fixed "
                 "by `split` and `hold`"
             )
         return Blocks({name: blocks[name] for name in space.names}, space)
+
+    def propagated(found: Called, chosen: frozenset[str], batch: Any) -> dict[str, Block]:
+        steps = steps_of(model, found, chosen)
+        slopes = _slopes(loss, steps, batch) if residual != "zero" else [None] * len(steps)
+        with torch.no_grad():
+            layers = [step.layer() for step in steps]
+            _refuse_unless_fits(steps, layers, average=average_parameter_jacobian)
+            hessian = mean_hessian(loss.criterion, steps[-1].output.detach(), batch)
+            if residual == "zero":
+                # With the second terms, the Hessian is right however the loss is split.
+                warn_if_zero(loss.criterion, hessian)
+            return _backward(
+                steps, layers, slopes, hessian, block, residual, average_input_jacobian
+            )
 
     return curvature
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -45,24 +46,38 @@ def examples(batch: Any, /) -> int:
 
 def _lengths(batch: Any) -> dict[str, int]:
     """Return the length of each array of a batch, by the expression that reaches it."""
-    found, _ = opened(batch, "batch", is_leaf=_is_packed)
+    found, _ = opened(batch, "batch", is_leaf=_is_counted)
     lengths = [_length(leaf) for leaf in found]
     if len(set(lengths) - {None}) < 2:
         # Paths take longer than all the rest, and are for messages.
         names = list(map(str, range(len(found))))
     else:
-        names = leaf_paths(batch, "batch", is_leaf=_is_packed)
+        names = leaf_paths(batch, "batch", is_leaf=_is_counted)
     return {name: length for name, length in zip(names, lengths, strict=True) if length is not None}
 
 
 def _length(leaf: Any) -> int | None:
     if _is_packed(leaf):
         return int(leaf.batch_sizes[0]) if len(leaf.batch_sizes) else 0
+    if isinstance(leaf, list):
+        return len(leaf) if _is_counted(leaf) else None
     return len(leaf) if is_array(leaf) and leaf.ndim > 0 else None
 
 
 def _is_packed(leaf: Any) -> bool:
     return isinstance(leaf, PackedSequence)
+
+
+def _is_counted(leaf: Any) -> bool:
+    """Whether a value has a length of its own: packed sequences, and a list of 0-d tensors.
+
+    Such a list holds a target for each example, whose inputs may be a list of tensors, too.
+    """
+    return _is_packed(leaf) or (
+        isinstance(leaf, list)
+        and len(leaf) > 1
+        and all(isinstance(x, Tensor) and x.ndim == 0 for x in leaf)
+    )
 
 
 def _told(lengths: dict[str, int]) -> str:
@@ -71,8 +86,9 @@ def _told(lengths: dict[str, int]) -> str:
 
 
 def _likely(lengths: dict[str, int]) -> str:
-    """Return the count that is likely meant: of the targets, which come last."""
-    return f"len({list(lengths)[-1]})"
+    """Return the count that is likely meant: of the targets, by their name or as the last."""
+    named = [n for n in lengths if re.search(r"label|target|\by\b", n)]
+    return f"len({(named or list(lengths))[-1]})"
 
 
 @validated
@@ -93,7 +109,7 @@ def microbatches(batch: Any, size: int, /) -> list[Any]:
         raise ValueError(f"size={size}: a microbatch has at least one example")
     rows, build = rows_of(batch)
     lengths = Counter(map(len, rows))
-    if len(lengths) != 1:
+    if len(lengths) != 1 or lengths.keys() != set(_lengths(batch).values()):
         what = _told(_lengths(batch)) or f"a {type(batch).__name__} has no tensor"
         raise ValueError(
             f"a batch is cut along first axes of one length, and has {what}: cut it yourself, and "

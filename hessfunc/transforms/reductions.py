@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,34 @@ def declared_reduction(criterion: Any, /) -> Reduction | None:
     if found == "batchmean":
         return "mean"
     return found if found in ("mean", "sum") else None
+
+
+_OF_CLASSES = {F.cross_entropy: nn.CrossEntropyLoss, F.nll_loss: nn.NLLLoss}
+
+
+def _terms(loss: Loss, batch: Any) -> float | None:
+    """Return what a mean over classified targets divides by; None of any other loss.
+
+    Ignored targets do not count, and others by the weights of their classes.
+    """
+    criterion = loss.criterion
+    if not isinstance(criterion, OfTargets):
+        return None
+    targets = criterion.targets(batch)
+    inner: Any = criterion.criterion
+    options: dict[str, Any] = {}
+    while isinstance(inner, functools.partial):
+        options = inner.keywords | options
+        inner = inner.func
+    if type(inner) in _OF_CLASSES.values():
+        options = {"weight": inner.weight, "ignore_index": inner.ignore_index}
+    elif not any(inner is function for function in _OF_CLASSES):
+        return None
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        return None
+    kept = targets[targets != options.get("ignore_index", -100)]
+    weight = options.get("weight")
+    return float(len(kept) if weight is None else weight.to(kept.device)[kept].sum())
 
 
 @dataclass(frozen=True)
@@ -111,6 +140,8 @@ class Average:
     several: bool = True
     reduction: Reduction | None = None
     _is_tested: bool = False
+    _share: float | None = None
+    _is_told: bool = False
 
     @property
     def is_sum(self) -> bool:
@@ -175,6 +206,31 @@ class Average:
                         "losses one `reduction`, or pass `weight=hessfunc.examples`"
                     )
                 self.reduction = found
+                if found == "mean" and self.several and not self._is_told:
+                    self._compare(one)
+
+    def _compare(self, one: Noted) -> None:
+        """Warn where a mean over targets is weighted by examples that have more or fewer."""
+        terms = _terms(one.loss, one.batch) if isinstance(one.loss, Loss) else None
+        try:
+            count = examples(one.batch)
+        except ValueError:
+            return
+        if terms is None or not count:
+            return
+        share = terms / count
+        if self._share is None:
+            self._share = share
+        elif not math.isclose(share, self._share, rel_tol=1e-5):
+            self._is_told = True
+            warnings.warn(
+                f"the loss is a mean over targets, of which a batch has {share:.4g} an example "
+                f"and another {self._share:.4g} (ignored targets, weights of classes, lengths); "
+                "batches are weighted by their examples. Pass `weight=`, what the loss is a mean "
+                "over, such as `lambda batch: (batch[1] != -100).sum()`, or `hessfunc.examples`",
+                ReductionWarning,
+                stacklevel=2,
+            )
 
     def _tested(self, one: Noted) -> Reduction | None:
         """Compare the loss of a batch with those of its halves."""

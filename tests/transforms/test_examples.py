@@ -345,3 +345,17 @@ def test_a_packed_sequence_is_one_argument_and_counts_its_sequences() -> None:
     found = matrix(hf.over_batches(hf.hvp(loss))(params, parts), params)
     expected = hessian(loss, params, whole)
     assert relative_error(found, expected) < 1e-10
+
+
+def test_a_list_with_a_tensor_for_each_example_is_no_unanimous_count() -> None:
+    batch = [torch.ones(4)] * 6, [torch.tensor(1)] * 6
+    with pytest.raises(ValueError, match="first axes differ"):
+        hf.examples(batch)
+    with pytest.raises(ValueError, match="cut along first axes"):
+        hf.microbatches(batch, 2)
+
+
+def test_the_advice_counts_what_is_named_as_targets() -> None:
+    batch = {"x": torch.ones(6, 4), "y": torch.ones(6), "edges": torch.ones(2, 9)}
+    with pytest.raises(ValueError, match=r"weight=lambda batch: len\(batch\['y'\]\)"):
+        hf.examples(batch)

@@ -104,11 +104,14 @@ def test_every_curvature_of_a_sum_is_summed() -> None:
     assert relative_error(blocks["0.weight"], H[:9, :9]) < 1e-9
 
 
-def test_draws_of_a_sum_are_unbiased() -> None:
+@pytest.mark.parametrize("replace", [False, True])
+def test_draws_of_a_sum_are_unbiased(replace: bool) -> None:
     _, model_fn, params = net()
     loss = hf.supervised(model_fn, per_row("sum"))
-    some = hf.draws(hf.hvp(loss), seed=0)(params, BATCHES)
-    shares = torch.tensor([1, 4, 2]).double() / 7
+    some = hf.draws(hf.hvp(loss), seed=0, replace=replace)(params, BATCHES)
+    # Without replacement each batch is drawn once a pass.
+    drawn = torch.tensor([1.0, 4.0, 2.0] if replace else [1.0, 1.0, 1.0], dtype=torch.float64)
+    shares = drawn / drawn.sum()
     by_place: dict[int, Tensor] = {}
     for i in range(60):
         by_place.setdefault(some.batch(i), matrix(some(i), params))
@@ -261,3 +264,55 @@ def test_a_landscape_of_a_sum_is_the_sum_over_batches(own: bool) -> None:
     moved = {name: leaf + 0.5 for name, leaf in params.items()}
     right = torch.stack([loss(params, (X, Y)), loss(moved, (X, Y))]).detach()
     assert relative_error(found.values, right) < 1e-10
+
+
+CLASS_WEIGHTS = torch.tensor([1.0, 5.0], dtype=torch.float64)
+IGNORED = torch.where(torch.arange(7) == 0, -100, Y)
+TERMS: dict[str, tuple[Any, Tensor, Any]] = {
+    "ignored targets": (F.cross_entropy, IGNORED, lambda batch: (batch[1] != -100).sum()),
+    "weights of classes": (
+        nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
+        Y,
+        lambda batch: CLASS_WEIGHTS[batch[1]].sum(),
+    ),
+    "weights in a partial": (
+        functools.partial(F.cross_entropy, weight=CLASS_WEIGHTS),
+        Y,
+        lambda batch: CLASS_WEIGHTS[batch[1]].sum(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_mean_over_other_than_examples_is_told_and_a_weight_mends_it(name: str) -> None:
+    criterion, targets, weight = TERMS[name]
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, criterion)
+    batches = [(X[:3], targets[:3]), (X[3:], targets[3:])]
+    with pytest.warns(ReductionWarning, match="mean over targets.*Pass `weight=`"):
+        matrix(hf.over_batches(hf.ggnvp(loss))(params, batches), params)
+    mended = matrix(hf.over_batches(hf.hvp(loss), weight=weight)(params, batches), params)
+    assert relative_error(mended, hessian(loss, params, (X, targets))) < 1e-9
+
+
+def test_a_mean_over_positions_of_sequences_of_other_lengths_is_told() -> None:
+    model = nn.Linear(3, 2).double()
+    model_fn, params = hf.functional(model)
+    loss = hf.composed(
+        lambda params, batch: model_fn(params, batch[0]).movedim(-1, 1),
+        F.cross_entropy,
+        targets=lambda batch: batch[1],
+    )
+    x = X[:6].view(2, 3, 3)
+    batches = [(x, Y[:6].view(2, 3)), (x[:, :1], Y[:2].view(2, 1))]
+    with pytest.warns(ReductionWarning, match="3 .*Pass `weight=`"):
+        matrix(hf.over_batches(hf.hvp(loss))(params, batches), params)
+
+
+def test_a_mean_over_examples_gives_no_warning() -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, nn.CrossEntropyLoss(label_smoothing=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = matrix(hf.over_batches(hf.hvp(loss))(params, BATCHES), params)
+    assert relative_error(found, hessian(loss, params, (X, Y))) < 1e-9

@@ -186,6 +186,18 @@ def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | No
             "the batch has tensors made in `torch.inference_mode()`, which autograd cannot save: "
             "clone them outside of it, or make them under `torch.no_grad()`"
         )
+    if "modified by an inplace operation" in text:
+        return RuntimeError(
+            "a tensor in the graph of the loss has changed in place since it was computed: if it "
+            "is the batch, a frozen parameter or a buffer, make the matvec again, or pass "
+            "`batch.clone()`; if the model itself changes it, take the operation out of place"
+        )
+    if "One of the differentiated Tensors does not require grad" in text:
+        return NotImplementedError(
+            "a layer is called where no gradient is recorded, such as under `torch.no_grad()`, "
+            "behind `detach()` or in torch.utils.checkpoint: take the layer out of it, or take "
+            "exact products, `per_block(hvp(loss)(params, batch), params)`"
+        )
     if found := _UNREGISTERED.search(text):
         return NotImplementedError(
             f"the custom operator {found[1]} has no derivative: register one by "

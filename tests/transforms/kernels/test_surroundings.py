@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hessfunc as hf
 from tests.reference import gauss_newton, hessian, matrix, relative_error
@@ -207,3 +208,80 @@ def test_the_diagonal_takes_inputs_that_require_gradients(chunk_size: int | None
     batch = X.clone().requires_grad_(), Y
     found = hf.ggn_diagonal(LOSS, PARAMS, [batch], chunk_size=chunk_size)
     torch.testing.assert_close(hf.ravel(found), GGN.diagonal())
+
+
+# Blocks with structure
+
+BLOCKS: dict[str, Any] = {"ekfac": hf.ekfac, "kflr": hf.kflr, "kfra": hf.kfra, "hbp": hf.hbp}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_made_in_inference_mode_of_what_was_made_there(name: str) -> None:
+    model = net()
+    loss, params = problem(model)
+    expected = matrix(BLOCKS[name](loss, model)(params, (X, Y)), params)
+    with torch.inference_mode():
+        batch = (X + 0, Y + 0)
+        inside = matrix(BLOCKS[name](loss, model)(params, batch), params)
+    outside = matrix(BLOCKS[name](loss, model)(params, batch), params)
+    assert relative_error(inside, expected) < 1e-9
+    assert relative_error(outside, expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_refused_under_autocast(name: str) -> None:
+    model = net()
+    loss, params = problem(model)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(RuntimeError, match="leave the `torch.autocast` block"),
+    ):
+        BLOCKS[name](loss, model)(params, (X, Y))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inputs_need_gradient: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.inputs_need_gradient = inputs_need_gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = [lambda y: self.first(y).tanh(), lambda y: self.second(y).tanh()]
+        place = int(self.inputs_need_gradient)
+        for i, piece in enumerate(pieces):
+            x = checkpoint(piece, x, use_reentrant=True) if i == place else piece(x)
+        out: Tensor = self.third(x)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("inputs_need_gradient", [True, False])
+def test_factors_of_what_is_checkpointed_are_refused(inputs_need_gradient: bool) -> None:
+    model = Checkpointed(inputs_need_gradient).double()
+    loss, params = problem(model)
+    with pytest.raises(NotImplementedError, match=r"torch\.utils\.checkpoint"):
+        hf.ekfac(loss, model)(params, (X, Y))
+
+
+def test_factors_of_a_criterion_without_second_derivative_are_refused() -> None:
+    model = net()
+    model_fn, params = hf.functional(model)
+    with pytest.raises(NotImplementedError, match="multi_margin_loss has no second derivative"):
+        hf.ekfac(hf.supervised(model_fn, F.multi_margin_loss), model)(params, (X, Y))
+
+
+def test_a_batch_or_a_frozen_weight_that_changes_in_place_is_told() -> None:
+    model = net()
+    model[2].weight.requires_grad_(False)
+    loss, params = problem(model)
+    inputs = X.clone()
+    matvec = hf.hvp(loss)(params, (inputs, Y))
+    inputs.mul_(2)
+    ones = {name: torch.ones_like(leaf) for name, leaf in params.items()}
+    with pytest.raises(RuntimeError, match="make the matvec again"):
+        hf.apply(matvec, ones)
+    matvec = hf.hvp(loss)(params, (X, Y))
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="make the matvec again"):
+        hf.apply(matvec, ones)
