@@ -24,14 +24,8 @@ def read(directory: Path, /) -> dict[str, Any] | None:
     Raises:
         ValueError: The path is a file, or the manifest is damaged or of another program.
     """
-    try:
-        # `Path.exists` of some errors, such as a name that is too long, is an error.
-        if not directory.exists():
-            return None
-    except OSError as error:
-        raise ValueError(
-            f"checkpoint {directory}: no path of a directory ({error.strerror})"
-        ) from None
+    if not directory.exists():
+        return None
     if not directory.is_dir():
         raise ValueError(f"checkpoint {directory}: a file is there, and a directory is needed")
     path = directory / _MANIFEST
