@@ -249,6 +249,8 @@ def chunk(name: str, value: Any, /) -> int | str:
 def path(name: str, value: Any, /) -> Any:
     """A path: a string or a ``pathlib.Path``."""
     if isinstance(value, str | os.PathLike) and value != "":
+        if "\0" in str(os.fspath(value)):
+            raise ValueError(f"{name}={os.fspath(value)!r}: a path has no NUL character")
         return value
     raise _refused(name, value, "a path", f"pass {name}='results', or a pathlib.Path")
 
@@ -415,10 +417,14 @@ def eigenpairs(name: str, value: Any, /) -> Any:
 
 def estimates(name: str, value: Any, /) -> Any:
     """A sequence of estimates."""
-    fits = isinstance(value, Sequence) and all(hasattr(one, "samples") for one in value)
-    if fits:
-        return value
     remedy = "pass the results of hessfunc.hutchinson, one for each seed"
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        if not value:
+            raise ValueError(f"{name} is empty: {remedy}")
+        for one in value:
+            if not hasattr(one, "samples"):
+                raise _refused(f"each of {name}", one, "an Estimate", remedy)
+        return value
     raise _refused(name, value, "a list of Estimates", remedy)
 
 

@@ -257,9 +257,12 @@ def unit_start(space: Space, start: Tree | None, seed: int) -> Tensor:
         row = space.probes([0], kind="normal", seed=of_starts(seed), dtype=dtype)
     else:
         row = space.rows(start, dtype=dtype)
-        if len(row) > 1:
+        if len(row) != 1:
             raise ValueError(f"start is a block of {len(row)} vectors: one is due")
-        if not bool(space.norms(row) > 0):
+        length = float(space.norms(row))
+        if not math.isfinite(length):
+            raise ValueError("start has entries that are NaN or infinite")
+        if length == 0:
             raise ValueError("start is a vector of zeros")
     return row / space.norms(row).to(dtype)[:, None]
 

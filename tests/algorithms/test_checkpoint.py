@@ -493,3 +493,13 @@ def test_a_run_that_made_no_product_goes_on(tmp_path: Path) -> None:
     hf.cg(hf.dense(MATRIX), RIGHT, damping=0.1, max_matvecs=1, checkpoint=tmp_path)
     found = hf.cg(hf.dense(MATRIX), RIGHT, damping=0.1, checkpoint=tmp_path)
     assert found.converged
+
+
+@pytest.mark.parametrize(("name", "words"), [("x" * 300, "too long"), ("nul\0", "NUL")])
+def test_a_path_that_cannot_be_a_directory_is_refused(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        hf.lanczos(
+            hf.dense(torch.eye(3)), torch.zeros(3), k=1, seed=0, checkpoint=f"{tmp_path}/{name}"
+        )

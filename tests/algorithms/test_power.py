@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.memory import Footprint
@@ -121,3 +122,17 @@ def test_zero_matrix_and_whole_space() -> None:
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hf.power_iteration(hf.dense(symmetric(SPECTRUM)), VECTOR, **options)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (torch.full((3,), float("nan")), "NaN"),
+        (torch.full((3,), float("inf")), "NaN or infinite"),
+        (torch.zeros(3), "zeros"),
+        (torch.zeros(0, 3), "block of 0"),
+    ],
+)
+def test_a_start_that_is_no_vector_is_refused(start: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        hf.power_iteration(hf.dense(torch.eye(3)), torch.zeros(3), start=start, seed=0)

@@ -130,3 +130,22 @@ def test_what_is_printed_fits_on_a_line_or_two() -> None:
         assert len(printed) < 500
         assert "tensor" not in printed
     assert "..." in repr(top)
+
+
+@pytest.mark.parametrize("place", [".", "file/result.npz", "missing/result.npz", "nul\0.npz"])
+def test_save_refuses_a_path_that_cannot_be_written_and_leaves_nothing(
+    tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    made = hf.hutchinson(hf.dense(torch.eye(3)), torch.zeros(3), seed=0)
+    target = tmp_path if place == "." else f"{tmp_path}/{place}"
+    with pytest.raises(ValueError, match=r"cannot be written|NUL"):
+        made.save(target)
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+    assert not tmp_path.with_name(tmp_path.name + ".part").exists()
+
+
+def test_save_refuses_what_is_no_path() -> None:
+    made = hf.hutchinson(hf.dense(torch.eye(3)), torch.zeros(3), seed=0)
+    with pytest.raises(TypeError, match="path must be a path"):
+        made.save(3)  # type: ignore[arg-type]

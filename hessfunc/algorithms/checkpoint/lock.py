@@ -85,6 +85,11 @@ def owner_of(directory: Path, /) -> Owner | None:
         return _owner(directory, (directory / LOCK).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint {directory}: {LOCK} cannot be read there ({error.strerror}): choose "
+            "another directory"
+        ) from None
 
 
 def _owner(directory: Path, text: bytes) -> Owner | None:

@@ -145,7 +145,7 @@ def xdiag(
         callback=callback,
         storage=store,
     )
-    refuse_asymmetric(space, state.probes, state.images)
+    refuse_asymmetric(products, state.probes, state.images)
     estimate = settled(found(state, reason), rtol)
     if unit_vectors_left(products, max_matvecs, random, estimate.reason):
         return settled(exact(), rtol)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.files import write_whole
+from hessfunc.options import path as as_path
 from hessfunc.options import validated
 from hessfunc.trees import Tree, flatten, leaves
 
@@ -78,11 +79,22 @@ class Result:
         """Write to one ``.npz`` file, whole or not at all; `load` reads it without pickle.
 
         Trees are read back as (nested) dicts.
+
+        Raises:
+            TypeError: The path is no path.
+            ValueError: The file cannot be written there.
         """
+        target = Path(as_path("path", path))
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         plain = _plain(self, "", arrays)
         arrays["result"] = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
-        write_whole(Path(path), lambda file: np.savez(file, allow_pickle=False, **arrays))
+        try:
+            write_whole(target, lambda file: np.savez(file, allow_pickle=False, **arrays))
+        except OSError as error:
+            raise ValueError(
+                f"{target} cannot be written ({error.strerror}): pass the path of a file in a "
+                "directory that exists, such as 'result.npz'"
+            ) from None
 
 
 def array(tensor: Tensor, /) -> np.ndarray[Any, Any]:

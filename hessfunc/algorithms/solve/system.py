@@ -283,9 +283,12 @@ def _measure(system: System, state: AnyIterate) -> AnyIterate:
 
 
 def _rounding_hides(system: System, state: Iterate) -> str:
+    # The residual that is left is the rounding of the products, which can be in low precision.
+    sizes = system.space.norms(torch.cat([system.b, state.largest * state.x]))
+    eps = max(system.eps, state.length / float(sizes.sum()))
     return (
         f"the rounding of the products hides the tolerance: the residual is {state.length:.1e}, "
-        f"and cannot reach {system.tolerance:.1e} with products rounded to {system.eps:.0e}; "
+        f"and cannot reach {system.tolerance:.1e} with products rounded to {eps:.0e}; "
         "take a looser rtol, or float64"
     )
 

@@ -165,7 +165,7 @@ def xnystrace(
         callback=callback,
         storage=store,
     )
-    refuse_asymmetric(space, state.probes, state.images)
+    refuse_asymmetric(products, state.probes, state.images)
     estimate = judged(found(state, reason), rtol, atol)
     if unit_vectors_left(products, max_matvecs, random, estimate.reason):
         return judged(exact(), rtol, atol)
