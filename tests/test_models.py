@@ -397,7 +397,7 @@ def test_the_pool_of_one_estimate_is_that_estimate() -> None:
     [
         ([0, 1], [1.0], "2 estimates and 1 weights"),
         ([0, 1], [0.0, 0.0], "weights"),
-        ([], None, "estimates must be a list of one Estimate or more"),
+        ([], None, "estimates"),
         ([3, 3], None, "share a seed"),
     ],
 )

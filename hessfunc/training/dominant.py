@@ -15,9 +15,12 @@ from hessfunc.training.modes import eval_mode
 from hessfunc.training.steps import Criterion
 from hessfunc.transforms.batches import over_batches
 from hessfunc.transforms.hessian import hvp
-from hessfunc.trees import Tree
+from hessfunc.trees import Space, Tree, random_like, tree_map
 
 __all__ = ["Watch", "watch"]
+
+# Length of the random vector that is added to the unit vector of the last measurement.
+_RANDOM = 0.3
 
 # The vectors of the last measurement, or None -> the dominant eigenpair.
 Watch: TypeAlias = Callable[[Tree | None], Eigenpairs]
@@ -30,13 +33,14 @@ def watch(
     *,
     criterion: Criterion = F.cross_entropy,
     rtol: float = 1e-2,
-    max_matvecs: int = 20,
+    max_matvecs: int = 10,
     seed: int = 0,
 ) -> Watch:
     """What measures the eigenvalue that is largest in absolute value, at the current parameters.
 
-    In eval mode; the model is not changed. Started from the vectors of the last measurement, which
-    random vectors confirm, it needs a few products.
+    In eval mode; the model is not changed. Started near the vector of the last measurement it needs
+    a few products. A random vector is added to it, so that an eigenvalue that has overtaken the
+    last one is found: its eigenvector may be orthogonal to the last one, but not to the sum.
 
     Args:
         model: whose parameters move between two measurements.
@@ -59,8 +63,16 @@ def watch(
             k=1,
             rtol=rtol,
             max_matvecs=max_matvecs,
-            start=start,
+            start=None if start is None else _near(start, params, seed),
+            search=0,
             seed=seed,
         )
 
     return measure
+
+
+def _near(vectors: Tree, params: Tree, seed: int) -> Tree:
+    """The last vector, a block of one, with a random vector added."""
+    share = _RANDOM / Space.of(params).n ** 0.5
+    random = random_like(params, 1, kind="normal", seed=seed)
+    return tree_map(lambda last, drawn: last + share * drawn, vectors, random)

@@ -276,7 +276,7 @@ def seeded_by_rank() -> None:
 def test_another_seed_on_one_rank_is_an_error_on_all(two: Ranks) -> None:
     for outcome in two.outcomes(seeded_by_rank):
         assert outcome.error is not None
-        assert "the ranks disagree on seed=: rank 0 has 10, rank 1 has 11" in outcome.error
+        assert "the ranks disagree on seed: rank 0 has 10, rank 1 has 11" in outcome.error
 
 
 def values_differ_by(ranks: int) -> float:
