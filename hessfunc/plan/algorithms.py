@@ -240,11 +240,20 @@ class Hutchinson:
 
     def moments(self, setting: Setting, /) -> Iterator[Moment]:
         b, row = self.at_once, setting.rows
-        yield from at_product(setting, b, {"next block": b * row})
+        # The mean of the entries of w * Aw in float64, kept between the blocks.
+        spread = BYTES["float64"] * setting.width
+        yield from at_product(setting, b, {"next block": b * row, "mean of entries": spread})
         # Products of entries, which are added up in float64, leaf by leaf.
         entries = b * (row + setting.in_float64(setting.largest))
-        vectors = {"next block": b * row, "vectors": b * row + entries}
+        vectors = {
+            "next block": b * row,
+            "vectors": b * row + entries,
+            "mean of entries": spread,
+        }
         yield Moment("the trace of each leaf", setting.parameters | vectors)
+        # Welford's update holds two means, the entries, and two deviations from the means.
+        vectors = {"next block": b * row, "vectors": b * row, "spread of entries": 5 * spread}
+        yield Moment("the spread of entries", setting.parameters | vectors)
 
     def work(self, setting: Setting, /) -> Work:
         b = self.at_once
