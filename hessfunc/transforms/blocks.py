@@ -107,10 +107,15 @@ def block_matvec(
             return _in_chunks(product, tangents, 1)[0]
         key = (k, space.n, shapes)
         size = chunks.chosen.get(key)
-        pieces = _Pieces(product, tangents)
         if size is None:
+            pieces = _Pieces(product, tangents)
             size = chunk_by_rule(pieces, chunks.entries)
-        leaves, chunks.chosen[key] = _by_vmap_or_loop(pieces, size)
+            if size == 1:
+                leaves, chunks.chosen[key] = pieces.completed(1)
+                return leaves
+            # Its block of results would stand beside that of the chunks.
+            del pieces
+        leaves, chunks.chosen[key] = _by_vmap_or_loop(product, tangents, size)
         return leaves
 
     # The way of one vector is short: on a small net it takes as long as the product.
@@ -144,15 +149,17 @@ def block_matvec(
     )
 
 
-def _by_vmap_or_loop(pieces: _Pieces, size: int) -> tuple[Sequence[Tensor], int]:
+def _by_vmap_or_loop(
+    product: Product, tangents: Sequence[Tensor], size: int
+) -> tuple[Sequence[Tensor], int]:
     """The products of a block in chunks, or by a loop where an operation has no batching rule."""
-    if size == 1:
-        return pieces.completed(1)
     try:
-        return _in_chunks(pieces.product, pieces.tangents, size)
+        return _in_chunks(product, tangents, size)
     except RuntimeError:
+        if size == 1:
+            raise
         # An error of the product itself comes again from the loop.
-        return _in_chunks(pieces.product, pieces.tangents, 1)
+        return _in_chunks(product, tangents, 1)
 
 
 def _in_chunks(
