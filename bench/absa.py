@@ -22,11 +22,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hessfunc.app import tasks
 from hessfunc.files import write_whole
-from hessfunc.problems.data import Examples
-from hessfunc.training import history, tasks
-from hessfunc.training.absa import Schedule, absa, constant
+from hessfunc.optim.schedules import Schedule, absa, constant
+from hessfunc.training import history
 from hessfunc.training.checkpoint import TrainingCheckpoint
+from hessfunc.training.examples import Examples
 from hessfunc.training.history import Run
 from hessfunc.training.loop import Record
 from hessfunc.training.methods import SGD
@@ -43,7 +44,7 @@ class Case:
     """A net on a data set.
 
     Attributes:
-        net: as `hessfunc.training.tasks` names it.
+        net: as `hessfunc.app.tasks` names it.
         images: to train on.
         tested: to test on.
         batch_size: of a base batch.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessfunc.problems.gpt import GPT, next_token_loss
-from hessfunc.problems.mlp import mlp
-from hessfunc.problems.resnet import resnet
-from hessfunc.problems.training import seeded
+from hessfunc.app.problems.gpt import GPT, next_token_loss
+from hessfunc.app.problems.nets import mlp
+from hessfunc.app.problems.resnet import resnet
+from hessfunc.training.stream import seeded
 
 __all__ = ["CASES", "Case"]
 

@@ -8,7 +8,7 @@ The table of docs/planning.md.
 from __future__ import annotations
 
 from bench.markdown import table
-from hessfunc.plan import (
+from hessfunc.app.plan import (
     Lanczos,
     Machine,
     Plan,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from hessfunc.algorithms.quantiles import student_quantile
+from hessfunc.algorithms.statistics import student_quantile
 from hessfunc.trees import Matvec, leaves
 
 __all__ = ["CASES", "LEVELS", "N", "Case", "measured", "spectra", "too_little"]

@@ -27,14 +27,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.algorithms.eigen.stochastic_power import stochastic_power_iteration
 from hessfunc.algorithms.results.sampled import SampledEstimate
-from hessfunc.algorithms.stochastic_power import stochastic_power_iteration
 from hessfunc.algorithms.trace.sampled import sampled_trace
-from hessfunc.problems.data import Examples, cifar10, digits
-from hessfunc.problems.mlp import mlp
-from hessfunc.problems.resnet import load_weights, resnet
-from hessfunc.problems.training import seeded, train
-from hessfunc.transforms.draws import draws
+from hessfunc.app.problems.data import cifar10, digits
+from hessfunc.app.problems.fit import train
+from hessfunc.app.problems.nets import mlp
+from hessfunc.app.problems.resnet import load_weights, resnet
+from hessfunc.training.examples import Examples
+from hessfunc.training.stream import seeded
+from hessfunc.transforms.batches.draws import draws
 from tests.datapath import DATA
 
 RESULTS = Path(__file__).parent / "results" / "draws.md"

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import hessfunc as hf
 from bench.report import environment
 from hessfunc import plot
-from hessfunc.problems.data import digits
-from hessfunc.problems.mlp import mlp
-from hessfunc.problems.training import seeded
-from hessfunc.training.tracking import Point, stability, tracked
+from hessfunc.app.problems.data import digits
+from hessfunc.app.problems.nets import mlp
+from hessfunc.tracking import Point, stability, tracked
+from hessfunc.training.stream import seeded
 
 __all__ = ["descend"]
 

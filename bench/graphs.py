@@ -2,7 +2,7 @@
 
     python -m bench.graphs
 
-The constants of `hessfunc.plan.Transformer`: numbers a token, by least squares over GPTs of
+The constants of `hessfunc.app.plan.Transformer`: numbers a token, by least squares over GPTs of
 several depths, widths, heads, contexts and vocabularies, with layers kept and computed again.
 What is as large as the parameters, the gradient, the product, and the largest leaf twice, is not
 counted. Results are written to bench/results/graphs.md.
@@ -18,9 +18,9 @@ import torch
 
 import hessfunc as hf
 from bench.markdown import table
+from hessfunc.app.plan import Transformer
+from hessfunc.app.problems.gpt import GPT, next_token_loss
 from hessfunc.memory import Footprint
-from hessfunc.plan import Transformer
-from hessfunc.problems.gpt import GPT, next_token_loss
 
 RESULTS = Path(__file__).parent / "results" / "graphs.md"
 

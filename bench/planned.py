@@ -32,9 +32,19 @@ from torch.nn.functional import cross_entropy
 import hessfunc as hf
 from bench import resident
 from bench.markdown import table
+from hessfunc.app.plan import (
+    Algorithm,
+    Hutchinson,
+    Lanczos,
+    Machine,
+    Network,
+    Plan,
+    Setting,
+    Slq,
+    plan,
+)
+from hessfunc.app.problems.nets import mlp
 from hessfunc.memory import Footprint
-from hessfunc.plan import Algorithm, Hutchinson, Lanczos, Machine, Network, Plan, Setting, Slq, plan
-from hessfunc.problems.mlp import mlp
 
 __all__ = ["ALGORITHMS", "WIDTHS", "Compared", "Taken", "compared", "markdown", "planned", "taken"]
 

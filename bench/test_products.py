@@ -31,8 +31,8 @@ from bench.baselines import Vector
 from bench.cases import CASES
 from bench.interleaved import Turns
 from bench.report import DEFAULT, DIFFERENCE, GRADIENT, KEPT, REBUILT, Measured, measured
-from hessfunc.functional import Loss
-from hessfunc.transforms.blocks import ChunkSize
+from hessfunc.losses import Loss
+from hessfunc.transforms.chunks import ChunkSize
 from hessfunc.trees import Matvec, Tree
 
 # Each net and block size, with its number of rounds.

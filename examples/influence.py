@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
-from hessfunc.problems.data import Examples, digits
+from hessfunc.app.problems.data import digits
+from hessfunc.training.examples import Examples
 
 Params = dict[str, Tensor]
 

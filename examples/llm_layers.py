@@ -25,8 +25,8 @@ from torch.nn.functional import cross_entropy
 import hessfunc as hf
 from hessfunc import plot
 from hessfunc.algorithms.results import Density
-from hessfunc.problems.data import data_root
-from hessfunc.problems.llama import stories260k, stories_batches
+from hessfunc.app.problems.data import data_root
+from hessfunc.app.problems.llama import stories260k, stories_batches
 
 Batch = dict[str, Tensor]
 

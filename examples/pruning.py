@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
-from hessfunc.problems.data import Examples, digits
-from hessfunc.problems.mlp import mlp
-from hessfunc.problems.training import accuracy, train
+from hessfunc.app.problems.data import digits
+from hessfunc.app.problems.fit import accuracy, train
+from hessfunc.app.problems.nets import mlp
+from hessfunc.training.examples import Examples
 
 Params = dict[str, Tensor]
 

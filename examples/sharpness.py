@@ -19,8 +19,8 @@ from torch.nn.functional import one_hot
 
 import hessfunc as hf
 from hessfunc import plot
-from hessfunc.problems.data import digits
-from hessfunc.problems.mlp import mlp
+from hessfunc.app.problems.data import digits
+from hessfunc.app.problems.nets import mlp
 
 LR = 0.14
 

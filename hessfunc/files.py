@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["write_whole"]
-
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], /) -> None:
     """Write a file aside, flush it to the disk, and put it in its place at once."""

@@ -15,18 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessfunc.trees import Matvec, batch_leaves
-
-__all__ = [
-    "Fingerprint",
-    "bytes_of",
-    "checksum",
-    "combined",
-    "digest_of",
-    "fingerprint",
-    "of_batches",
-    "with_fingerprint",
-]
+from hessfunc.containers import batch_leaves
+from hessfunc.trees import Matvec
 
 Fingerprint: TypeAlias = Mapping[str, str]
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hessfunc.trees import Space, leaves, tree_map
-
-__all__ = ["Footprint", "available_memory", "available_to"]
+from hessfunc.trees import leaves, tree_map
 
 
 def available_memory(device: torch.device, /) -> int:
@@ -27,11 +25,6 @@ def available_memory(device: torch.device, /) -> int:
         free = max(0, min(free, limit - used))
     # torchrun says how many processes share the machine.
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def available_to(space: Space, device: torch.device | None = None, /) -> int:
-    """The bytes that every rank of a space may still take of its device, or of another one."""
-    return space.least(available_memory(device or space.device))
 
 
 def _of_machine() -> int:
@@ -105,3 +98,17 @@ def _with_memory(value: Any) -> Any:
     if isinstance(value, Tensor) and value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     return value
+
+
+# The entries of the largest intermediate result of what is done in parts.
+AT_ONCE = 2**24
+
+
+def refuse_unless_fits(entries: int, like: Tensor, what: str, instead: str, /) -> None:
+    """Raise before a matrix is made that memory does not hold."""
+    size, free = entries * like.element_size(), available_memory(like.device)
+    if size > free:
+        raise MemoryError(
+            f"{what} takes {size / 2**30:.1f} GiB at once, and {free / 2**30:.1f} GiB are free: "
+            f"{instead}"
+        )

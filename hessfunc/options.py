@@ -21,31 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from hessfunc.distributed.ranks import Ranks
-    from hessfunc.trees import Space
+from hessfunc.trees import leaves
 
-__all__ = [
-    "ARGUMENTS",
-    "Check",
-    "anything",
-    "finite",
-    "flag",
-    "factory",
-    "function_of",
-    "mapping",
-    "of_numpy",
-    "text",
-    "tree",
-    "validated",
-    "whole_number",
-]
+if TYPE_CHECKING:
+    from hessfunc.ranks import Ranks
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
 # (name, value) -> the normalised value.
 Check: TypeAlias = Callable[[str, Any], Any]
-
 # Arguments that each rank of one run has of its own; a checkpoint is compared by its contents.
 _OF_ONE_RANK = frozenset({"callback", "space", "mesh"})
 
@@ -116,18 +101,21 @@ def validated(function: Any = None, /, **own: Check) -> Any:
 def _together(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Ranks, torch.device] | None:
-    """The ranks that call a function together, as far as its arguments show them."""
-    from hessfunc.trees import Space, leaves
-
+    """Return the ranks that call a function together, as far as its arguments show them."""
     space = kwargs.get("space")
-    if isinstance(space, Space) and space.ranks is not None:
+    if space is not None and getattr(space, "ranks", None) is not None:
         return space.ranks, space.device
     for value in args:
-        if (ranks := getattr(value, "ranks", None)) is not None and callable(value):
-            return ranks
-        if not callable(value) and any(hasattr(leaf, "device_mesh") for leaf in leaves(value)):
-            divided = Space.of(value)
-            return None if divided.ranks is None else (divided.ranks, divided.device)
+        if callable(value):
+            if (ranks := getattr(value, "ranks", None)) is not None:
+                return ranks
+            continue
+        for leaf in leaves(value):
+            if hasattr(leaf, "device_mesh"):
+                # torch.distributed takes a while to import.
+                from hessfunc.ranks import Ranks
+
+                return Ranks.apart(leaf.device_mesh), leaf.device
     return None
 
 
@@ -308,9 +296,6 @@ def tree(name: str, value: Any, /) -> Any:
         raise _refused(name, value, "a tree of tensors", remedy)
     if isinstance(value, np.ndarray):
         raise _refused(name, value, "a tree of tensors", f"pass {name}=torch.from_numpy(array)")
-    # Functions of that module are validated, too.
-    from hessfunc.trees import leaves
-
     found = leaves(value)
     for leaf in found:
         if not isinstance(leaf, Tensor):
@@ -428,11 +413,10 @@ def estimates(name: str, value: Any, /) -> Any:
     raise _refused(name, value, "a list of Estimates", remedy)
 
 
-def space(name: str, value: Any, /) -> Space:
-    """The space of vectors that are divided among ranks."""
-    from hessfunc.trees import Space
-
-    if isinstance(value, Space):
+def space(name: str, value: Any, /) -> Any:
+    """A space of vectors, as `sharded` returns it."""
+    # Spaces stand above this module, so that their public functions can be validated.
+    if hasattr(value, "tree_leaves") and hasattr(value, "ranks"):
         return value
     raise _refused(name, value, "a Space", "pass hessfunc.sharded(params, mesh)")
 
@@ -801,3 +785,12 @@ ARGUMENTS: dict[str, Check] = {
     "out": path,
     "tensorboard": writer,
 }
+
+
+def at_least(least: float, **options: float | None) -> None:
+    """Raise for an option below its least value."""
+    for name, value in options.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name}={value}: it must be at least {least}")
+        if value is not None and math.isinf(value):
+            raise ValueError(f"{name}={value}: it must be finite, such as {name}=1000")

@@ -14,9 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from hessfunc.precision import wide_dtype
-
-__all__ = ["keys", "mixed", "normals", "of_matrix", "signs", "uniforms"]
+from hessfunc.numerics import wide_dtype
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

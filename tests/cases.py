@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.functional import LossFunction
+from hessfunc.losses import LossFunction
 from tests.reference import hessian
 
 

@@ -61,7 +61,7 @@ def test_the_wheel_says_what_it_is(wheel: dict[str, bytes]) -> None:
     assert metadata["Version"] == hf.__version__
     assert metadata["License-Expression"] == "MIT"
     assert wheel[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
-    assert b"hessfunc = hessfunc.cli:main" in wheel[f"{info}/entry_points.txt"]
+    assert b"hessfunc = hessfunc.app.cli:main" in wheel[f"{info}/entry_points.txt"]
 
 
 def test_the_sdist_is_the_checkout(sdist: set[str]) -> None:

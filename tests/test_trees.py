@@ -16,7 +16,9 @@ import hessfunc as hf
 from bench.resident import peak_above
 from hessfunc.memory import Footprint
 from hessfunc.randomness import _words
-from hessfunc.trees import Space, leaves, merge
+from hessfunc.selection import merge
+from hessfunc.spaces.of import space_of
+from hessfunc.trees import leaves
 from tests.cases import TiedHead
 
 
@@ -66,7 +68,7 @@ def with_tensors(shaped: Any, k: int | None = None) -> Any:
 @given(shaped=trees, k=st.integers(0, 3))
 def test_unravel_undoes_ravel_on_any_tree(shaped: Any, k: int) -> None:
     like = with_tensors(shaped)
-    space = Space.of(like)
+    space = space_of(like)
     flat, rows = torch.randn(space.n), torch.randn(k, space.n)
     assert torch.equal(hf.ravel(hf.unravel(flat, like)), flat)
     block = hf.unravel(rows, like)
@@ -145,7 +147,7 @@ def test_leaves_of_another_dtype_are_converted_and_rows_promoted() -> None:
 )
 def test_what_is_not_a_vector_is_refused(tree: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Space.of(tree)
+        space_of(tree)
 
 
 @pytest.mark.parametrize("shape", [(9,), (2, 11), (2, 1, 10), ()])
@@ -182,17 +184,17 @@ LIKE = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
 )
 def test_what_is_not_a_block_of_the_space_is_refused(block: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Space.of(LIKE).block_leaves(block)
+        space_of(LIKE).block_leaves(block)
 
 
 def test_a_vector_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'b' of the vector has shape \(3,\), expected \(2\)"):
-        Space.of(LIKE).tree_leaves({"w": torch.zeros(2, 3), "b": torch.zeros(3)})
+        space_of(LIKE).tree_leaves({"w": torch.zeros(2, 3), "b": torch.zeros(3)})
 
 
 def test_a_vector_is_matched_by_name_whatever_the_order_of_its_keys() -> None:
     w, b = torch.rand(2, 3), torch.rand(2)
-    found = Space.of(LIKE).tree_leaves({"b": b, "w": w})
+    found = space_of(LIKE).tree_leaves({"b": b, "w": w})
     assert found[0] is w
     assert found[1] is b
 
@@ -211,7 +213,7 @@ def test_a_vector_is_matched_by_name_whatever_the_order_of_its_keys() -> None:
 def test_float32_inner_products_of_ten_million_entries_are_accurate(entries: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (entries(10_000_000, generator=generator) for _ in range(2))
-    space, expected = Space.of(x), x.double() @ y.double()
+    space, expected = space_of(x), x.double() @ y.double()
     bound = 1e-7 * x.double().norm() * y.double().norm()
     assert abs(space.by_leaf(x[None], y[None]).item() - expected) < bound
     # Torch's own norm of so many equal entries is off by 2e-11; NumPy sums pairwise.
@@ -223,7 +225,7 @@ def test_float32_inner_products_of_ten_million_entries_are_accurate(entries: Any
 @pytest.mark.parametrize("entries", [torch.randn, torch.rand], ids=["normal", "positive"])
 def test_many_float32_inner_products_are_as_accurate(entries: Any) -> None:
     x, y = entries(6, 1_000_000), entries(5, 1_000_000)
-    error = (Space.of(x[0]).gram(x, y) - x.double() @ y.double().mT).abs()
+    error = (space_of(x[0]).gram(x, y) - x.double() @ y.double().mT).abs()
     assert (error < 1e-8 * x.norm(dim=1, keepdim=True) * y.norm(dim=1)).all()
 
 
@@ -232,14 +234,14 @@ def test_many_float32_inner_products_are_as_accurate(entries: Any) -> None:
 @pytest.mark.parametrize(("j", "k"), [(3, 2), (6, 5)], ids=["few", "many"])
 def test_gram_is_the_matrix_of_inner_products(j: int, k: int, n: int, dtype: torch.dtype) -> None:
     x, y = torch.randn(j, n, dtype=dtype), torch.randn(k, n, dtype=dtype)
-    gram = Space.of(x[0]).gram(x, y)
+    gram = space_of(x[0]).gram(x, y)
     assert gram.dtype == torch.float64
     error = (gram - x.double() @ y.double().mT).abs()
     assert (error < 1e-7 * x.norm(dim=1, keepdim=True) * y.norm(dim=1)).all()
 
 
 def test_combine_and_by_leaf() -> None:
-    space = Space.of(LIKE)
+    space = space_of(LIKE)
     x, y = torch.randn(2, 8), torch.randn(2, 8)
     coefficients = torch.randn(3, 2, dtype=torch.float64)
     torch.testing.assert_close(space.combine(coefficients, x), coefficients.float() @ x)
@@ -248,7 +250,7 @@ def test_combine_and_by_leaf() -> None:
 
 
 def test_columns_are_named_by_their_leaf() -> None:
-    space = Space.of(some_tree())
+    space = space_of(some_tree())
     assert space.leaf_of_columns(torch.tensor([0, 5])) == ["z"]
     assert space.leaf_of_columns(torch.tensor([8, 6, 9])) == ["a.y", "a.b.0", "m.0"]
 
@@ -288,7 +290,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["signs", "normal"])
 def test_many_small_leaves_are_drawn_at_once(kind: Any) -> None:
     like = {f"w{i}": torch.zeros(i % 7) for i in range(1000)}
-    space = Space.of(like)
+    space = space_of(like)
     with Calls() as calls:
         rows = space.probes(range(8), kind=kind, seed=0)
     assert calls.count < 100
@@ -299,7 +301,7 @@ def test_many_small_leaves_are_drawn_at_once(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_probes_take_no_memory_beside_themselves(kind: Any) -> None:
-    space = Space.of({"a": torch.zeros(1_500_000), "b": torch.zeros(500_000)})
+    space = space_of({"a": torch.zeros(1_500_000), "b": torch.zeros(500_000)})
     with Footprint() as memory:
         rows = space.probes(range(2), kind=kind, seed=0)
     assert memory.peak <= 1.1 * rows.nbytes
@@ -354,7 +356,7 @@ def test_normals_are_normal() -> None:
 
 def test_sphere_probes_have_radius_sqrt_n_over_all_leaves() -> None:
     like = {"a": torch.zeros(60).double(), "b": torch.zeros(2, 5).double()}
-    rows = Space.of(like).ravel(hf.random_like(like, 3, kind="sphere", seed=0))
+    rows = space_of(like).ravel(hf.random_like(like, 3, kind="sphere", seed=0))
     torch.testing.assert_close(rows.norm(dim=1), torch.full((3,), 70.0).double().sqrt())
 
 
@@ -465,7 +467,7 @@ def test_a_split_that_cannot_be_meant_is_refused(
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
 def test_lengths_of_rows_take_the_memory_of_one() -> None:
     rows = torch.ones(20, 2_000_000)
-    space = Space.of(torch.zeros(2_000_000))
+    space = space_of(torch.zeros(2_000_000))
     space.norms(rows)
     # Pages that the system counts late are of a first call alone.
     assert min(peak_above(lambda: space.norms(rows)) for _ in range(3)) < 3 * rows[0].nbytes

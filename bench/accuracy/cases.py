@@ -20,9 +20,10 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 import hessfunc as hf
-from hessfunc.problems import data, targets
-from hessfunc.problems.training import seeded
-from hessfunc.trees import Matvec, Space
+from hessfunc.app.problems import data, targets
+from hessfunc.spaces.of import space_of
+from hessfunc.training.stream import seeded
+from hessfunc.trees import Matvec
 
 __all__ = ["CASES", "RESULTS", "SYNTHETIC", "TOP", "Asked", "Matrix"]
 
@@ -180,7 +181,7 @@ def _resnet20() -> Matrix:
 
 def _on_rows(matvec: Matvec, params: Any) -> tuple[Callable[[Tensor], Tensor], int]:
     """The matvec on flat rows, and their length: what a library takes that knows no trees."""
-    space = Space.of(params)
+    space = space_of(params)
     return lambda rows: space.ravel(matvec(space.unravel(rows))), space.n
 
 

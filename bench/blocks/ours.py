@@ -11,8 +11,8 @@ from torch import Tensor
 
 import hessfunc as hf
 from bench.blocks.problems import Problem
-from hessfunc.hbp import Blocks, Kronecker
-from hessfunc.transforms.blocks import Curvature
+from hessfunc.kronecker import Blocks, Kronecker
+from hessfunc.transforms.chunks import Curvature
 
 __all__ = ["CURVATURES", "apart", "at_once", "fresh", "held", "made", "recombined"]
 

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.problems.c3d3 import c3d3
-from hessfunc.problems.convnet import digits_convnet
-from hessfunc.problems.data import digits
-from hessfunc.problems.mlp import mlp
-from hessfunc.problems.training import seeded
+from hessfunc.app.problems.data import digits
+from hessfunc.app.problems.nets import c3d3, digits_convnet, mlp
+from hessfunc.training.stream import seeded
 
 __all__ = ["PROBLEMS", "Problem", "problem"]
 

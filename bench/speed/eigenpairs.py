@@ -20,8 +20,8 @@ from bench.speed.cells import Cell
 from bench.speed.counted import Counted
 from bench.speed.peers import curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, Judged, prepared, rows_of, timed
-from hessfunc.problems.training import seeded
-from hessfunc.trees import Space
+from hessfunc.spaces.of import space_of
+from hessfunc.training.stream import seeded
 
 __all__ = ["Pairs", "eigenpairs"]
 
@@ -80,7 +80,7 @@ def _ours(asked: Asked, **options: int) -> Work:
 
     def pairs(found: hf.Eigenpairs) -> Pairs:
         _, params = hf.functional(asked.case.model)
-        rows = Space.of(params).ravel(found.vectors)
+        rows = space_of(params).ravel(found.vectors)
         return Pairs(found.values, rows, found.matvecs)
 
     return Work(call, pairs)

@@ -12,14 +12,13 @@ from torch.nn import functional as F
 
 from bench.cases import Case
 from bench.speed.device import device, on_device
-from hessfunc.problems.convnet import digits_convnet
-from hessfunc.problems.data import cifar10, data_root
-from hessfunc.problems.gpt import GPT
-from hessfunc.problems.llama import stories260k, stories_batches
-from hessfunc.problems.mlp import mlp
-from hessfunc.problems.resnet import load_weights, resnet
-from hessfunc.problems.training import seeded
-from hessfunc.problems.vit import ViT
+from hessfunc.app.problems.data import cifar10, data_root
+from hessfunc.app.problems.gpt import GPT
+from hessfunc.app.problems.llama import stories260k, stories_batches
+from hessfunc.app.problems.nets import digits_convnet, mlp
+from hessfunc.app.problems.resnet import load_weights, resnet
+from hessfunc.app.problems.vit import ViT
+from hessfunc.training.stream import seeded
 
 __all__ = ["MODELS", "Model", "batches_of", "made"]
 

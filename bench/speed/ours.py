@@ -14,9 +14,10 @@ from torch import Tensor
 import hessfunc as hf
 from bench.speed.asked import BY_TORCH, Alternative, Asked, Matrix, Work
 from bench.speed.device import on_device
-from hessfunc.transforms.blocks import ChunkSize, Curvature
-from hessfunc.transforms.kernels.matrices import has_faster, torchs_own
-from hessfunc.trees import Matvec, Space, Tree
+from hessfunc.autograd.matrices import has_faster, torchs_own
+from hessfunc.spaces.of import space_of
+from hessfunc.transforms.chunks import ChunkSize, Curvature
+from hessfunc.trees import Matvec, Tree
 
 __all__ = [
     "COMPILED",
@@ -60,7 +61,7 @@ def _product(asked: Asked, **options: Any) -> Work:
 
 
 def _work(asked: Asked, matvec: Matvec, params: Tree, note: str = "") -> Work:
-    space = Space.of(params)
+    space = space_of(params)
     block = space.unravel(asked.rows())
     return Work(lambda: matvec(block), space.ravel, note)
 
@@ -68,7 +69,7 @@ def _work(asked: Asked, matvec: Matvec, params: Tree, note: str = "") -> Work:
 def _one_vector(asked: Asked, mode: Literal["reverse", "forward"], anew: bool = False) -> Work:
     curvature, params = _curvature(asked, mode=mode)
     batch = asked.case.inputs, asked.case.targets
-    space = Space.of(params)
+    space = space_of(params)
     block = space.unravel(asked.rows()[:1])
     if anew:
         return Work(lambda: curvature(params, batch)(block), space.ravel)

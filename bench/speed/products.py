@@ -15,7 +15,7 @@ from bench.speed.cells import Cell
 from bench.speed.ours import with_both_libraries as both
 from bench.speed.peers import backpack, curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, Judged, prepared, rows_of, timed
-from hessfunc.training.work import CountedFlops
+from hessfunc.training.flops import CountedFlops
 
 __all__ = ["block", "cell_of", "compiled", "data", "floor", "ggn", "judge", "product"]
 

@@ -25,8 +25,8 @@ from bench.speed.cells import Cell, Line
 from bench.speed.device import device, on_device, wait
 from bench.speed.peak import peak_of
 from bench.speed.turns import Effort, taken
-from hessfunc.problems.mlp import mlp
-from hessfunc.problems.training import seeded
+from hessfunc.app.problems.nets import mlp
+from hessfunc.training.stream import seeded
 
 __all__ = ["SCALINGS"]
 

@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.streamed import (
+from hessfunc.algorithms.offload import (
     column_pieces,
     is_far,
     is_ready,
@@ -23,9 +23,7 @@ from hessfunc.algorithms.streamed import (
     workspace,
     written,
 )
-from hessfunc.trees import Space
-
-__all__ = ["appended", "combined", "orthonormal", "removed", "rotated"]
+from hessfunc.spaces.space import Space
 
 # Entries that are converted or rotated at once: they stay in the cache.
 _PIECE = 2**20

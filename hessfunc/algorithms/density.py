@@ -12,22 +12,14 @@ from torch import Tensor
 
 from hessfunc.algorithms.basis import appended, removed
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.driver import Callback, drive
+from hessfunc.algorithms.offload import brought, home, is_far, room_beside, settled
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Density, rounding
-from hessfunc.algorithms.rounds import (
-    Callback,
-    Products,
-    at_least,
-    drive,
-    products_eps,
-    rows_dtype,
-)
-from hessfunc.algorithms.streamed import brought, home, is_far, room_beside, settled
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
-from hessfunc.memory import available_to
-from hessfunc.options import validated
-from hessfunc.trees import Matvec, Rows, Space, Tree
-
-__all__ = ["slq"]
+from hessfunc.options import at_least, validated
+from hessfunc.spaces.space import Rows, Space, available_to, products_eps, rows_dtype
+from hessfunc.trees import Matvec, Tree
 
 # Lanczos steps between two looks of the callback.
 _STEPS_A_ROUND = 10

@@ -8,18 +8,10 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.norms import squared_frobenius, squared_row_norms
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate, leaf_fields
-from hessfunc.algorithms.rounds import Products, products_eps, rows_dtype
-from hessfunc.algorithms.samples import FEWEST_SAMPLES, rounding_of_sum
-from hessfunc.trees import Space
-
-__all__ = [
-    "exact_diagonal",
-    "exact_trace",
-    "random_budget",
-    "refuse_asymmetric",
-    "unit_vectors_left",
-]
+from hessfunc.algorithms.statistics import FEWEST_SAMPLES, rounding_of_sum
+from hessfunc.spaces.space import Space, products_eps, rows_dtype
 
 _EXACT = "exact: all unit vectors were multiplied"
 _SMALL = 60

@@ -6,11 +6,9 @@ import math
 
 from torch import Tensor
 
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate
-from hessfunc.algorithms.rounds import Products
-from hessfunc.algorithms.samples import standard_error
-
-__all__ = ["squared_frobenius", "squared_row_norms"]
+from hessfunc.algorithms.statistics import standard_error
 
 
 def squared_frobenius(samples: Tensor, products: Products, seed: int, /) -> Estimate:

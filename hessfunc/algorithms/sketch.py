@@ -7,11 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.rounds import Products, rows_dtype
-from hessfunc.memory import available_to
-from hessfunc.trees import Rows, Space
-
-__all__ = ["Sketch", "vectors_that_fit"]
+from hessfunc.algorithms.products import Products
+from hessfunc.spaces.space import Rows, Space, available_to, rows_dtype
 
 
 @dataclass(frozen=True)

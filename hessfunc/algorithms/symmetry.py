@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["SYMMETRIC", "refuse_asymmetric"]
-
 # Differences of u'Av and v'Au that products in low precision may have, in units of |A|.
 SYMMETRIC = 1e-3
 

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessfunc.functional import LossFunction, functional, supervised
-from hessfunc.training.modes import eval_mode
-from hessfunc.trees import mapped
-
-__all__ = ["bare", "device_of", "evaluated_loss", "moved"]
+from hessfunc.containers import mapped
+from hessfunc.losses import LossFunction, supervised
+from hessfunc.modules import eval_mode, functional
 
 
 def bare(model: nn.Module, /) -> nn.Module:
@@ -56,3 +54,8 @@ def evaluated_loss(
     loss = supervised(lambda found, inputs: model_fn(found, (inputs,)), criterion)
     device = device_of(model)
     return lambda found, batch: loss(found, moved(batch, device)), params
+
+
+def seed_of_stream() -> int:
+    """A seed drawn from torch's random stream."""
+    return int(torch.randint(2**62, (), device="cpu"))

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-__all__ = ["blocks"]
-
 # Of one panel, in inches.
 _PANEL = (2.4, 1.8)
 _MOST_COLUMNS = 4

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hessfunc.landscape import Landscape
 from hessfunc.plot.losses import LEVELS, Heights, Scale, aspect, label, losses, scaled, second_axis
 from hessfunc.plot.style import QUIET, SECOND, WHITE, clean, new_axes, refuse_other, shades
+from hessfunc.recipes.landscape import Landscape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["contours"]
 
 _SIZE = (6.4, 4.6)
 

@@ -26,8 +26,6 @@ from hessfunc.plot.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["density", "draw"]
-
 # Of the curve at least.
 _POINTS = 1000
 

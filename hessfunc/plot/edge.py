@@ -11,8 +11,6 @@ from hessfunc.plot.style import DASHED, SECOND
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_edge"]
-
 
 def draw_edge(ax: Axes, edges: Mapping[float, float], /, *, end: float, label: str) -> None:
     """The edge of stability, on Axes of curvature against steps.

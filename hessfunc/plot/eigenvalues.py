@@ -12,8 +12,6 @@ from hessfunc.plot.style import FIRST, QUIET, SECOND, WHITE, clean, legend, new_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "eigenvalues"]
-
 
 def eigenvalues(pairs: Eigenpairs, /, *, ax: Axes | None = None) -> Axes:
     """Eigenvalues by index, with their intervals; those that have not converged are hollow.

@@ -12,12 +12,10 @@ from torch import Tensor
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.plot.edge import draw_edge
 from hessfunc.plot.style import FIRST, QUIET, clean, legend, marker, new_axes, refuse_other, shades
-from hessfunc.training.tracking.stability import stability
+from hessfunc.tracking.measure import stability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["history"]
 
 Values: TypeAlias = Eigenpairs | Tensor | Sequence[float] | float
 

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from hessfunc.algorithms.quantiles import student_quantile
 from hessfunc.algorithms.results import Estimate
+from hessfunc.algorithms.statistics import student_quantile
 from hessfunc.plot.style import FIRST, QUIET, SECOND, clean, new_axes, note, refuse_other
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["layers"]
 
 # Inches.
 _BAR, _MARGIN, _WIDTH = 0.2, 1.0, 7.2

@@ -8,19 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hessfunc.landscape import Landscape
-
-__all__ = [
-    "LEVELS",
-    "Heights",
-    "Scale",
-    "aspect",
-    "label",
-    "losses",
-    "only_axis",
-    "scaled",
-    "second_axis",
-]
+from hessfunc.recipes.landscape import Landscape
 
 Heights: TypeAlias = NDArray[np.float64]
 Scale: TypeAlias = Literal["linear", "log"]

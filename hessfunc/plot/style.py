@@ -11,25 +11,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = [
-    "DASHED",
-    "FAINT",
-    "FIRST",
-    "PALETTE",
-    "QUIET",
-    "SECOND",
-    "SIZE",
-    "WHITE",
-    "clean",
-    "grid",
-    "legend",
-    "marker",
-    "new_axes",
-    "note",
-    "refuse_other",
-    "shades",
-]
-
 # Any two differ by 25 or more in CIELAB, and so they do to people who see no red, green or blue.
 PALETTE = ("#1f4e79", "#c8553d", "#5aa9c4", "#e3b34c", "#471e28")
 FIRST, SECOND, *_ = PALETTE

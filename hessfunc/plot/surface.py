@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hessfunc.landscape import Landscape
 from hessfunc.plot.losses import LEVELS, Scale, aspect, label, losses, scaled, second_axis
 from hessfunc.plot.style import FAINT, QUIET, WHITE, new_axes, refuse_other, shades
+from hessfunc.recipes.landscape import Landscape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["surface"]
 
 _SIZE = (6.4, 5.0)
 # Lines on each axis of the surface at most.

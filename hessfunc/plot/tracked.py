@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hessfunc.plot.edge import draw_edge
 from hessfunc.plot.style import PALETTE, clean, legend, marker, new_axes, refuse_other
-from hessfunc.training.tracking.point import Point
-from hessfunc.training.tracking.stability import stability
+from hessfunc.tracking.measure import Point, stability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["tracked"]
 
 Quantity = Literal["top", "bottom", "trace", "preconditioned", "critical"]
 

@@ -8,10 +8,8 @@ from typing import TypeAlias
 
 import torch
 
-from hessfunc.problems.data import Examples
+from hessfunc.training.examples import Examples
 from hessfunc.training.steps import Batch
-
-__all__ = ["Source", "epochs_of", "grouped", "refuse_iterators"]
 
 # Examples in tensors, or a re-iterable of batches, such as a DataLoader.
 Source: TypeAlias = Examples | Iterable[Batch]

@@ -12,8 +12,6 @@ import torch
 
 from hessfunc.files import write_whole
 
-__all__ = ["TrainingCheckpoint", "settings_of"]
-
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:

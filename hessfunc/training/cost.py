@@ -11,12 +11,10 @@ import torch
 from torch.func import functional_call
 
 from hessfunc.memory import Footprint
-from hessfunc.training.adversarial import Attack, partly
+from hessfunc.optim.adversarial import Attack, partly
+from hessfunc.training.flops import CountedFlops
 from hessfunc.training.steps import Batch, Step, Steps, single_examples_explained
 from hessfunc.training.stream import Stream
-from hessfunc.training.work import CountedFlops
-
-__all__ = ["Cost", "Measured"]
 
 Found = TypeVar("Found")
 

@@ -8,16 +8,15 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn import functional as F
 
-from hessfunc.algorithms.lanczos import lanczos
+from hessfunc.algorithms.eigen.lanczos import lanczos
 from hessfunc.algorithms.results import Eigenpairs
-from hessfunc.functional import functional, supervised
-from hessfunc.training.modes import eval_mode
+from hessfunc.losses import supervised
+from hessfunc.modules import eval_mode, functional
+from hessfunc.spaces.of import random_like, space_of
 from hessfunc.training.steps import Criterion
-from hessfunc.transforms.batches import over_batches
+from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.hessian import hvp
-from hessfunc.trees import Space, Tree, random_like, tree_map
-
-__all__ = ["Watch", "watch"]
+from hessfunc.trees import Tree, tree_map
 
 # Length of the random vector that is added to the unit vector of the last measurement.
 _RANDOM = 0.3
@@ -73,6 +72,6 @@ def watch(
 
 def _near(vectors: Tree, params: Tree, seed: int) -> Tree:
     """The last vector, a block of one, with a random vector added."""
-    share = _RANDOM / Space.of(params).n ** 0.5
+    share = _RANDOM / space_of(params).n ** 0.5
     random = random_like(params, 1, kind="normal", seed=seed)
     return tree_map(lambda last, drawn: last + share * drawn, vectors, random)

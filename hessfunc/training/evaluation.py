@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hessfunc.problems.data import Examples
+from hessfunc.modules import eval_mode
 from hessfunc.training.batches import Source
-from hessfunc.training.modes import eval_mode
+from hessfunc.training.examples import Examples
 from hessfunc.training.steps import Criterion
-
-__all__ = ["Evaluation", "evaluated"]
 
 _AT_ONCE = 500
 

@@ -12,8 +12,6 @@ from hessfunc.algorithms.results import versions
 from hessfunc.files import write_whole
 from hessfunc.training.loop import Record
 
-__all__ = ["Run", "content", "is_tracked", "last_measured", "read", "write"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Run:

@@ -11,20 +11,18 @@ from itertools import islice
 import torch
 from torch import nn
 
-from hessfunc.problems.data import Examples
-from hessfunc.training.absa import Schedule, ScheduleState, constant
-from hessfunc.training.adversarial import Attack
+from hessfunc.optim.adversarial import Attack
+from hessfunc.optim.schedules import Schedule, ScheduleState, constant
+from hessfunc.tracking.undisturbed import refuse_busy_workers, undisturbed
 from hessfunc.training.batches import Source, epochs_of, grouped, refuse_iterators
 from hessfunc.training.checkpoint import TrainingCheckpoint
 from hessfunc.training.cost import Cost, Measured
 from hessfunc.training.dominant import Watch
 from hessfunc.training.evaluation import evaluated
+from hessfunc.training.examples import Examples
 from hessfunc.training.steps import DIVERGED, Batch, Steps
 from hessfunc.training.stream import Stream
-from hessfunc.training.tracking.undisturbed import refuse_busy_workers, undisturbed
 from hessfunc.trees import Tree, tree_map
-
-__all__ = ["Record", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import hessfunc as hf
-from hessfunc.training.exact import exact_blocks
-from hessfunc.training.modes import eval_mode
-from hessfunc.training.optimizer import NewtonOptimizer
-from hessfunc.training.solvers import Solver, conjugate_gradients, direct
+from hessfunc.kronecker import ekfac, hbp, kfac, kflr, kfra
+from hessfunc.losses import supervised
+from hessfunc.modules import eval_mode, functional
+from hessfunc.optim.optimizer import NewtonOptimizer
+from hessfunc.optim.solvers import Solver, conjugate_gradients, direct
+from hessfunc.training.flops import Metered
 from hessfunc.training.steps import Batch, Spent, Steps, first_order
-from hessfunc.training.work import Metered
-from hessfunc.transforms.positive_curvature import Residual
-
-__all__ = ["CURVATURES", "SGD", "BlockNewton", "Method", "blocks_of"]
+from hessfunc.transforms.exact_blocks import exact_blocks
+from hessfunc.transforms.gauss_newton import ggnvp
+from hessfunc.transforms.hessian import hvp
+from hessfunc.transforms.positive_curvature import Residual, pchvp
 
 Blocks: TypeAlias = Callable[[Mapping[str, Tensor], Any], Mapping[str, Any]]
 
@@ -128,24 +129,24 @@ def blocks_of(
     curvature: str, model: nn.Module, /, *, max_blocks: int | None = None, seed: int = 0
 ) -> Blocks:
     """The blocks of a curvature matrix of the cross-entropy, by its name of `CURVATURES`."""
-    loss = hf.supervised(hf.functional(model)[0], F.cross_entropy)
+    loss = supervised(functional(model)[0], F.cross_entropy)
     match curvature.split("-"):
         case ["hbp", residual]:
-            return hf.hbp(loss, model, residual=cast(Residual, residual), max_blocks=max_blocks)
+            return hbp(loss, model, residual=cast(Residual, residual), max_blocks=max_blocks)
         case ["pch", residual]:
-            return exact_blocks(partial(hf.pchvp, residual=cast(Residual, residual)), loss)
+            return exact_blocks(partial(pchvp, residual=cast(Residual, residual)), loss)
         case ["ggn"]:
-            return exact_blocks(hf.ggnvp, loss)
+            return exact_blocks(ggnvp, loss)
         case ["hessian"]:
-            return exact_blocks(hf.hvp, loss)
+            return exact_blocks(hvp, loss)
         case ["kfac"]:
-            return hf.kfac(loss, model, seed=seed)
+            return kfac(loss, model, seed=seed)
         case ["ekfac"]:
-            return hf.ekfac(loss, model, seed=seed)
+            return ekfac(loss, model, seed=seed)
         case ["kfra"]:
-            return hf.kfra(loss, model)
+            return kfra(loss, model)
         case ["kflr"]:
-            return hf.kflr(loss, model)
+            return kflr(loss, model)
         case _:
             raise ValueError(f"curvature {curvature!r}: choose one of {', '.join(CURVATURES)}")
 

@@ -11,19 +11,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hessfunc.functional import functional, supervised
-from hessfunc.problems.data import Examples
-from hessfunc.problems.training import seeded
-from hessfunc.training.absa import Schedule
-from hessfunc.training.adversarial import Attack, fgsm
+from hessfunc.losses import supervised
+from hessfunc.modules import eval_mode, functional
+from hessfunc.optim.adversarial import Attack, fgsm
+from hessfunc.optim.schedules import Schedule
 from hessfunc.training.checkpoint import TrainingCheckpoint
 from hessfunc.training.dominant import Watch, watch
+from hessfunc.training.examples import Examples
 from hessfunc.training.history import Run
 from hessfunc.training.loop import train
 from hessfunc.training.methods import Method
-from hessfunc.training.modes import eval_mode
-
-__all__ = ["EXAMPLES_WATCHED", "Track", "run"]
+from hessfunc.training.stream import seeded
 
 Track: TypeAlias = Literal["top", "full"] | None
 

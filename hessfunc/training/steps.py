@@ -11,18 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessfunc.training.work import Metered
-
-__all__ = [
-    "DIVERGED",
-    "Batch",
-    "Criterion",
-    "Spent",
-    "Step",
-    "Steps",
-    "first_order",
-    "single_examples_explained",
-]
+from hessfunc.training.flops import Metered
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]

@@ -10,10 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hessfunc.problems.training import seeded
-
-__all__ = ["Stream"]
-
 Item = TypeVar("Item")
 
 
@@ -70,3 +66,12 @@ class Stream:
         torch.cuda.init()
         index = self.device.index if self.device.index is not None else torch.cuda.current_device()
         return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's CPU stream starts at ``seed``; afterwards it is where it was."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would reseed the accelerators too, which fork_rng does not restore here.
+        torch.default_generator.manual_seed(seed)
+        yield

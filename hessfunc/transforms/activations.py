@@ -11,13 +11,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hessfunc.functional import Loss, functional, supervised
+from hessfunc.autograd import differentiable_twice
+from hessfunc.autograd.recompute import no_module
+from hessfunc.losses import Loss, supervised
+from hessfunc.modules import functional
 from hessfunc.options import validated
-from hessfunc.recompute import no_module
-from hessfunc.transforms.kernels import differentiable_twice
 from hessfunc.trees import tree_map
-
-__all__ = ["activations"]
 
 # One perturbation for each call of each chosen module: (module name, number of the call).
 Key: TypeAlias = tuple[str, int]

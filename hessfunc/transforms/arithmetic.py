@@ -11,19 +11,9 @@ from torch import Tensor, nn
 from hessfunc import options
 from hessfunc.fingerprints import checksum, combined, with_fingerprint
 from hessfunc.options import validated
-from hessfunc.trees import Matvec, Space, Tree, first_of, flatten, leaves, tree_map
-
-__all__ = [
-    "add",
-    "apply",
-    "batched",
-    "deflate",
-    "dense",
-    "per_block",
-    "precondition",
-    "scale",
-    "shift",
-]
+from hessfunc.selection import first_of
+from hessfunc.spaces.of import space_of
+from hessfunc.trees import Matvec, Tree, flatten, leaves, tree_map
 
 
 def apply(matvec: Matvec, vector: Tree, /) -> Tree:
@@ -95,7 +85,7 @@ def deflate(matvec: Matvec, pairs: Any, /) -> Matvec:
         pairs: an ``Eigenpairs``, or any object with ``values`` (k,) and an orthonormal block
             ``vectors``.
     """
-    space = Space.of(tree_map(lambda leaf: leaf[0], pairs.vectors))
+    space = space_of(tree_map(lambda leaf: leaf[0], pairs.vectors))
     basis = space.ravel(pairs.vectors)
 
     def deflated(block: Tree) -> Tree:
@@ -115,7 +105,7 @@ def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
     Raises:
         ValueError: an entry of the diagonal is not positive.
     """
-    space = Space.of(diagonal)
+    space = space_of(diagonal)
     if not all(bool((leaf > 0).all()) for leaf in leaves(diagonal)):
         raise ValueError("the diagonal of a preconditioner must be positive: add a damping")
     root = [torch.rsqrt(leaf) for leaf in space.tree_leaves(diagonal)]
@@ -145,7 +135,7 @@ def per_block(
 
     Cost: one matvec a group and vector, in one pass.
     """
-    space = Space.of(like)
+    space = space_of(like)
     groups = [[name] for name in space.names] if blocks is None else [*map(list, blocks.values())]
     if not groups:
         raise ValueError(
@@ -246,7 +236,7 @@ def dense(matrix: Tensor, /) -> Matvec:
         raise ValueError("the matrix is not symmetric: take (A + A.T) / 2 if it should be")
 
     def matvec(block: Tree) -> Tree:
-        space = Space.of(tree_map(lambda leaf: leaf[0], block))
+        space = space_of(tree_map(lambda leaf: leaf[0], block))
         if space.n != len(matrix):
             raise ValueError(
                 f"the matrix takes vectors of {len(matrix)} entries, and got one of {space.n}"

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from hessfunc import options
-from hessfunc.transforms.blocks import Chunks, Curvature, block_matvec
-from hessfunc.transforms.custom_functions import refuse_unless_derivatives
+from hessfunc.autograd import plain_batch, precise, refuse_autocast, same_draws
+from hessfunc.autograd.constants import Constants
+from hessfunc.autograd.custom_functions import refuse_unless_derivatives
+from hessfunc.autograd.embedding import pure_lookup
+from hessfunc.autograd.forward_mode import DIFFERENCES
+from hessfunc.autograd.overrides import Replaced
+from hessfunc.spaces.of import space_of
+from hessfunc.spaces.space import Space
+from hessfunc.transforms.chunks import Chunks, Curvature, block_matvec
 from hessfunc.transforms.hessian import filled, gradient_differences, kept, scalar
-from hessfunc.transforms.kernels import plain_batch, precise, refuse_autocast, same_draws
-from hessfunc.transforms.kernels.constants import Constants
-from hessfunc.transforms.kernels.embedding import pure_lookup
-from hessfunc.transforms.kernels.forward_mode import DIFFERENCES
-from hessfunc.transforms.kernels.replaced import Replaced
-from hessfunc.trees import Matvec, Space, Tree
-
-__all__ = ["hvp_by_backward"]
+from hessfunc.trees import Matvec, Tree
 
 
 @options.validated(loss=options.function_of(1, "a batch"))
@@ -71,7 +71,7 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
     """
 
     def curvature(params: Tree, batch: Any) -> Matvec:
-        space = Space.of(params)
+        space = space_of(params)
         refuse_autocast(space.device)
         own = _parameters(model, space)
         leaves = space.tree_leaves(params)

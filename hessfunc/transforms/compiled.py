@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hessfunc import options
+from hessfunc.autograd import precise
+from hessfunc.autograd.matrices import as_operations
 from hessfunc.fingerprints import fingerprint, with_fingerprint
-from hessfunc.transforms.blocks import guarding
-from hessfunc.transforms.kernels import precise
-from hessfunc.transforms.kernels.matrices import as_operations
+from hessfunc.transforms.chunks import guarding
 from hessfunc.trees import Matvec, Tree, flatten
-
-__all__ = ["NotCompiledWarning", "compiled"]
 
 # Of products as they were written down, to those of the matvec.
 _TOLERANCE = 1e-3

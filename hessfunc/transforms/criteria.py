@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessfunc.functional import OfTargets
+from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
+from hessfunc.containers import opened
+from hessfunc.losses import OfTargets
 from hessfunc.options import validated
-from hessfunc.transforms.custom_functions import Verified, refuse_if_cut
-from hessfunc.transforms.examples import Rows, rows_of
-from hessfunc.transforms.reductions import Reduction, declared_reduction
-from hessfunc.trees import Tree, opened
-
-__all__ = ["Criterion", "OutputProduct", "closed_form", "with_output_hessian"]
+from hessfunc.transforms.batches.examples import Rows, rows_of
+from hessfunc.transforms.batches.reductions import Reduction, declared_reduction
+from hessfunc.trees import Tree
 
 INDEPENDENT = (
     "the loss does not depend on params, through no output of the model: are the outputs computed "

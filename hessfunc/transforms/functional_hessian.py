@@ -7,22 +7,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.functional import Loss, composed
+from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.containers import opened
+from hessfunc.losses import Loss, composed
 from hessfunc.options import validated
-from hessfunc.transforms.blocks import ChunkSize, Curvature
+from hessfunc.spaces.of import space_of
+from hessfunc.transforms.batches.reductions import noted
+from hessfunc.transforms.chunks import ChunkSize, Curvature
 from hessfunc.transforms.criteria import output_gradient
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.hessian import Mode, hvp, kept
-from hessfunc.transforms.kernels import (
-    differentiable_twice,
-    explained,
-    plain_batch,
-    refuse_autocast,
-)
-from hessfunc.transforms.reductions import noted
-from hessfunc.trees import Matvec, Space, Tree, opened
-
-__all__ = ["functional_hvp"]
+from hessfunc.trees import Matvec, Tree
 
 # The indices of the output leaves that matter, and the derivative with respect to each.
 _Fixed: TypeAlias = tuple[list[int], list[Tensor]]
@@ -68,7 +63,7 @@ def functional_hvp(
     second = hvp(linear, mode=mode, chunk_size=chunk_size)
 
     def curvature(params: Tree, batch: Any) -> Matvec:
-        space = Space.of(params)
+        space = space_of(params)
         refuse_autocast(space.device)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
             batch = plain_batch(batch)

@@ -12,10 +12,21 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.functional import Loss
+from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
+from hessfunc.autograd.functorch import linear_in_cotangents
+from hessfunc.autograd.overrides import Replaced
+from hessfunc.autograd.pullback import edges, pullback
+from hessfunc.autograd.second_order import SECOND_ORDER
+from hessfunc.containers import opened
+from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.randomness import of_matrix
-from hessfunc.transforms.blocks import (
+from hessfunc.spaces.of import space_of
+from hessfunc.spaces.space import Space
+from hessfunc.transforms.batches.checksum import batch_key
+from hessfunc.transforms.batches.reductions import Reduction, noted
+from hessfunc.transforms.chunks import (
     GAUSS_NEWTON_ENTRIES,
     Chunks,
     ChunkSize,
@@ -23,7 +34,6 @@ from hessfunc.transforms.blocks import (
     Product,
     block_matvec,
 )
-from hessfunc.transforms.checksum import batch_key
 from hessfunc.transforms.criteria import (
     INDEPENDENT,
     by_autodiff,
@@ -32,32 +42,9 @@ from hessfunc.transforms.criteria import (
     output_gradient,
     reduction_over_examples,
 )
-from hessfunc.transforms.custom_functions import Verified, refuse_if_cut
 from hessfunc.transforms.hessian import checked, kept
-from hessfunc.transforms.kernels import (
-    differentiable_twice,
-    explained,
-    plain_batch,
-    refuse_autocast,
-)
-from hessfunc.transforms.kernels.order import linear_in_cotangents
-from hessfunc.transforms.kernels.replaced import Replaced
-from hessfunc.transforms.kernels.second_order import SECOND_ORDER
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
-from hessfunc.transforms.pullback import edges, pullback
-from hessfunc.transforms.reductions import Reduction, noted
-from hessfunc.trees import Matvec, Space, Tree, opened
-
-__all__ = [
-    "checked_outputs",
-    "efvp",
-    "fvp",
-    "ggnvp",
-    "hessian_of_outputs",
-    "linearised",
-    "refuse_if_outputs_are_cut",
-    "refuse_without_halves",
-]
+from hessfunc.trees import Matvec, Tree
 
 # The indices of the output leaves that matter, and the product of B with one vector of them.
 _Middle: TypeAlias = tuple[list[int], Callable[[list[Tensor]], Sequence[Tensor]]]
@@ -209,7 +196,7 @@ def _gauss_newton(
     verified: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:
-        space = Space.of(params)
+        space = space_of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):

@@ -9,29 +9,20 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.functional import LossFunction, refuse_module
+from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd.constants import Constants
+from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
+from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD
+from hessfunc.autograd.overrides import Replaced
+from hessfunc.autograd.pullback import edges, pullback
+from hessfunc.autograd.second_order import SECOND_ORDER
+from hessfunc.losses import LossFunction, refuse_module
 from hessfunc.options import validated
-from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
-from hessfunc.transforms.custom_functions import (
-    Verified,
-    refuse_if_cut,
-    refuse_unless_derivatives,
-)
-from hessfunc.transforms.kernels import (
-    differentiable_twice,
-    explained,
-    plain_batch,
-    refuse_autocast,
-)
-from hessfunc.transforms.kernels.constants import Constants
-from hessfunc.transforms.kernels.forward_mode import DIFFERENCES, FORWARD
-from hessfunc.transforms.kernels.replaced import Replaced
-from hessfunc.transforms.kernels.second_order import SECOND_ORDER
-from hessfunc.transforms.pullback import edges, pullback
-from hessfunc.transforms.reductions import noted
-from hessfunc.trees import Matvec, Space, Tree
-
-__all__ = ["checked", "filled", "gradient_differences", "hvp", "kept", "scalar"]
+from hessfunc.spaces.of import space_of
+from hessfunc.spaces.space import Space
+from hessfunc.transforms.batches.reductions import noted
+from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, Product, block_matvec
+from hessfunc.trees import Matvec, Tree
 
 Gradient: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Mode = Literal["reverse", "forward", "difference", "auto"]
@@ -92,7 +83,7 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
     verified: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:
-        space = Space.of(params)
+        space = space_of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):

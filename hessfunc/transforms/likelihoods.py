@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessfunc.functional import OfTargets
+from hessfunc.losses import OfTargets
 from hessfunc.randomness import uniforms
 from hessfunc.transforms.criteria import (
     OutputProduct,
@@ -18,8 +18,6 @@ from hessfunc.transforms.criteria import (
     function_and_options,
     with_targets,
 )
-
-__all__ = ["refuse_without_likelihood", "sampled_fisher", "sampled_gradients"]
 
 # Options under which a criterion is still the negative logarithm of a likelihood.
 _OPTIONS: dict[Any, set[str]] = {

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from hessfunc.functional import Loss
+from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd.custom_functions import Verified
+from hessfunc.autograd.overrides import Replaced
+from hessfunc.containers import opened
+from hessfunc.losses import Loss
 from hessfunc.options import validated
+from hessfunc.spaces.of import space_of
+from hessfunc.spaces.space import Space
 from hessfunc.transforms.arithmetic import per_block
-from hessfunc.transforms.blocks import Chunks, ChunkSize, Curvature, Product, block_matvec
-from hessfunc.transforms.custom_functions import Verified
+from hessfunc.transforms.batches.reductions import noted
+from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.gauss_newton import (
     checked_outputs,
     hessian_of_outputs,
@@ -23,17 +29,7 @@ from hessfunc.transforms.gauss_newton import (
     refuse_without_halves,
 )
 from hessfunc.transforms.hessian import hvp, kept
-from hessfunc.transforms.kernels import (
-    differentiable_twice,
-    explained,
-    plain_batch,
-    refuse_autocast,
-)
-from hessfunc.transforms.kernels.replaced import Replaced
-from hessfunc.transforms.reductions import noted
-from hessfunc.trees import Matvec, Space, Tree, opened
-
-__all__ = ["Residual", "pchvp", "positive"]
+from hessfunc.trees import Matvec, Tree
 
 Residual: TypeAlias = Literal["abs", "clip", "zero", "none"]
 
@@ -105,7 +101,7 @@ def pchvp(
     sound: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:
-        space = Space.of(params)
+        space = space_of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):

@@ -10,10 +10,9 @@ import torch
 
 from hessfunc.memory import Footprint, available_memory
 from hessfunc.options import validated
-from hessfunc.transforms.blocks import Curvature
-from hessfunc.trees import Matvec, Space, Tree
-
-__all__ = ["tune"]
+from hessfunc.spaces.of import space_of
+from hessfunc.transforms.chunks import Curvature
+from hessfunc.trees import Matvec, Tree
 
 # The first round warms up, and the fastest of the others counts: noise only adds to times.
 _ROUNDS = 4
@@ -59,7 +58,7 @@ def tune(
     """
     if vectors < 1:
         raise ValueError(f"vectors={vectors}: it must be at least 1")
-    space = Space.of(params)
+    space = space_of(params)
     rows = space.probes(range(vectors), kind="normal", seed=0)
     block = space.unravel(rows)
     loop = family(chunk_size=1)(params, batch)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms import basis, density, lanczos, streamed
+from hessfunc.algorithms import basis, density
+from hessfunc.algorithms import offload as streamed
+from hessfunc.algorithms.eigen import lanczos
 
 
 @contextmanager

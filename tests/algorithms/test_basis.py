@@ -8,12 +8,13 @@ from torch import Tensor
 
 from hessfunc.algorithms import basis as bases
 from hessfunc.algorithms.basis import appended, combined, orthonormal, removed, rotated
-from hessfunc.trees import Space
+from hessfunc.spaces.of import space_of
+from hessfunc.spaces.space import Space
 from tests.algorithms.far import counted_copies, every_basis_is_far
 from tests.algorithms.spectra import orthogonal
 
 N = 5000
-SPACE = Space.of(torch.zeros(N))
+SPACE = space_of(torch.zeros(N))
 
 
 @pytest.fixture(autouse=True)
@@ -179,5 +180,5 @@ def test_ranks_add_up_once_whatever_they_convert_at_once(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Space, "summed", watched)
     basis = orthonormal_rows(9, torch.bfloat16)[:, : 2 * piece]
-    removed(Space.of(torch.zeros(2 * piece)), normal(2, 2 * piece).float(), basis)
+    removed(space_of(torch.zeros(2 * piece)), normal(2, 2 * piece).float(), basis)
     assert sums == [(2, 9)]

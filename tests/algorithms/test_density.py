@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import hessfunc as hf
-from hessfunc.algorithms import density, streamed
+from hessfunc.algorithms import density
+from hessfunc.algorithms import offload as streamed
 from hessfunc.algorithms.results import Density
 from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
 from tests.algorithms.spectra import spiked, symmetric

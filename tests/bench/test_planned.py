@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bench.planned import ALGORITHMS, WIDTHS, Compared, Taken, markdown, planned
-from hessfunc.plan import Machine
+from hessfunc.app.plan import Machine
 
 RATES = Machine(gradient_seconds=0.1, memory_bandwidth=1e9, network_bandwidth=1e8, latency=1e-4)
 

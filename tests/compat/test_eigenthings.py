@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessfunc as hf
+from hessfunc.app.problems.data import cifar10
+from hessfunc.app.problems.resnet import load_weights, resnet
 from hessfunc.compat.eigenthings import (
     HVPOperator,
     LambdaOperator,
@@ -22,8 +24,6 @@ from hessfunc.compat.eigenthings import (
     lanczos,
     power_iteration,
 )
-from hessfunc.problems.data import cifar10
-from hessfunc.problems.resnet import load_weights, resnet
 from tests.datapath import data_file
 from tests.graphs import counted_graphs
 from tests.reference import hessian

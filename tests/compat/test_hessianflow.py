@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessfunc as hf
+from hessfunc.app.problems.nets import mlp
 from hessfunc.compat import hessianflow
-from hessfunc.problems.mlp import mlp
-from hessfunc.training.modes import eval_mode
+from hessfunc.modules import eval_mode
 from tests import reference
 
 Batch = tuple[Tensor, Tensor]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
+from hessfunc.app.problems.data import digits
+from hessfunc.app.problems.fit import train
+from hessfunc.app.problems.resnet import resnet
 from hessfunc.compat import pyhessian as face
-from hessfunc.problems.data import digits
-from hessfunc.problems.resnet import resnet
-from hessfunc.problems.training import train
 from tests.cases import PartlyUnused, Residual
 from tests.datapath import DATA, data_file
 from tests.reference import hessian as dense_hessian
@@ -38,8 +38,8 @@ import numpy as np
 import torch
 from {home} import hessian
 from hessfunc.compat.pyhessian import get_esd_plot
-from hessfunc.problems.data import cifar10, digits
-from hessfunc.problems.resnet import resnet
+from hessfunc.app.problems.data import cifar10, digits
+from hessfunc.app.problems.resnet import resnet
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--mini-hessian-batch-size", type=int, default=200)

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 import hessfunc as hf
 from hessfunc.algorithms.results import Result
-from hessfunc.trees import Space, leaves, tree_map
+from hessfunc.spaces.of import space_of
+from hessfunc.trees import leaves, tree_map
 from tests.distributed import modules, problems
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_sharded import difference
@@ -128,7 +129,7 @@ def test_solvers_find_what_one_process_finds(name: str, two: Ranks) -> None:
 def space_is_right(shape: tuple[int, ...], kind: str) -> bool:
     mesh, cuts = on_mesh(shape, kind)
     like = problems.like(41)
-    space = Space.of(cut(like, mesh, cuts))
+    space = space_of(cut(like, mesh, cuts))
     # Each column is on one rank.
     assert int(space.summed(torch.tensor([space.width]))) == space.n == 41
     for probes in ("signs", "normal", "sphere"):
@@ -161,7 +162,7 @@ def test_rows_are_the_shards_of_two_axes(kind: str, four: Ranks) -> None:
 
 def widths(ranks: int, kind: str) -> int:
     mesh, cuts = on_mesh((ranks,), kind)
-    return Space.of(cut(problems.like(), mesh, cuts)).width
+    return space_of(cut(problems.like(), mesh, cuts)).width
 
 
 def test_copies_are_divided(two: Ranks) -> None:
@@ -178,7 +179,7 @@ def with_a_number() -> float:
     mesh = problems.mesh(2)
     whole = {"scale": torch.zeros(()), "weight": torch.zeros(3, 2)}
     like = cut(whole, mesh, [[Replicate()], [Shard(0)]])
-    space, block = Space.of(like), hf.random_like(like, 2, kind="normal", seed=0)
+    space, block = space_of(like), hf.random_like(like, 2, kind="normal", seed=0)
     assert torch.equal(space.ravel(block), space.probes([0, 1], kind="normal", seed=0))
     return modules.error(block, hf.random_like(whole, 2, kind="normal", seed=0))
 
@@ -190,7 +191,7 @@ def test_a_leaf_may_be_one_number(two: Ranks) -> None:
 def with_other_placements() -> float:
     mesh, cuts = on_mesh((2,), "first axes")
     like = cut(problems.like(), mesh, cuts)
-    space, block = Space.of(like), hf.random_like(like, 2, seed=0)
+    space, block = space_of(like), hf.random_like(like, 2, seed=0)
     moved = {name: leaf.redistribute(placements=[Replicate()]) for name, leaf in block.items()}
     halves = {
         name: DTensor.from_local(modules.whole(leaf) / 2, mesh, [Partial()])
@@ -217,7 +218,7 @@ def with_a_partial_leaf() -> None:
 
 def with_a_plain_vector() -> None:
     mesh, cuts = on_mesh((2,), "first axes")
-    Space.of(cut(problems.like(), mesh, cuts)).ravel(hf.random_like(problems.like(), 1, seed=0))
+    space_of(cut(problems.like(), mesh, cuts)).ravel(hf.random_like(problems.like(), 1, seed=0))
 
 
 def with_rows_of_another_length() -> None:

@@ -309,7 +309,7 @@ def test_batch_statistics_over_several_ranks_are_refused(two: Ranks) -> None:
 
 def sums_over_ranks(k: int) -> tuple[list[int], int]:
     """The lengths of all sums over ranks for one product, and n."""
-    from hessfunc.distributed.ranks import Ranks as Along
+    from hessfunc.ranks import Ranks as Along
 
     loss, params = problems.model_and_loss()
     matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2))(params, problems.batches())

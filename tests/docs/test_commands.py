@@ -36,7 +36,7 @@ def test_commands_and_options_exist(commands: list[list[str]]) -> None:
     pytest.importorskip("typer", reason="typer is not installed")
     from typer.main import get_command
 
-    from hessfunc.cli import app
+    from hessfunc.app.cli import app
 
     known = get_command(app).commands  # type: ignore[attr-defined]
     assert len(commands) > 10

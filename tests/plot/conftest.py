@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hessfunc.algorithms.results import Density, Eigenpairs
-from hessfunc.landscape import Landscape, landscape
+from hessfunc.recipes.landscape import Landscape, landscape
 
 plt = pytest.importorskip("matplotlib.pyplot")
 plt.switch_backend("agg")

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from hessfunc import plot
-from hessfunc.training.tracking.point import Point
+from hessfunc.tracking.measure import Point
 
 
 def traced(step: int, **fields: Any) -> Point:

@@ -2,7 +2,7 @@
 
 import torch
 
-from hessfunc.problems.data import Examples
+from hessfunc.training.examples import Examples
 
 
 def blobs(count: int = 60) -> Examples:

@@ -16,18 +16,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hessfunc as hf
-from hessfunc.problems.data import Examples
-from hessfunc.problems.hessianflow import c1
-from hessfunc.problems.mlp import mlp
-from hessfunc.problems.training import seeded
-from hessfunc.training.absa import Schedule, ScheduleState, absa, constant
-from hessfunc.training.adversarial import fgsm
+from hessfunc.app.problems.nets import c1, mlp
+from hessfunc.optim.adversarial import fgsm
+from hessfunc.optim.schedules import Schedule, ScheduleState, absa, constant
 from hessfunc.training.checkpoint import TrainingCheckpoint
 from hessfunc.training.dominant import watch
+from hessfunc.training.examples import Examples
 from hessfunc.training.loop import Record, train
 from hessfunc.training.methods import SGD, BlockNewton, Method
 from hessfunc.training.runs import run
 from hessfunc.training.steps import Batch, Spent, first_order
+from hessfunc.training.stream import seeded
 from tests.training.blobs import blobs
 
 

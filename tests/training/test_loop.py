@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from hessfunc.problems.data import Examples
-from hessfunc.problems.mlp import mlp
+from hessfunc.app.problems.nets import mlp
+from hessfunc.training.examples import Examples
 from hessfunc.training.loop import Record, train
 from hessfunc.training.methods import SGD, BlockNewton
 from hessfunc.training.steps import Batch, Spent, Steps

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessfunc.problems.mlp import mlp
+from hessfunc.app.problems.nets import mlp
 from hessfunc.training.methods import SGD, BlockNewton
 from hessfunc.training.steps import first_order
 from tests.training.blobs import blobs

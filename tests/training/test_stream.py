@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hessfunc.problems.training import seeded
-from hessfunc.training.stream import Stream
+from hessfunc.training.stream import Stream, seeded
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.transforms.blocks import Curvature
+from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.criteria import NotConvexWarning
 from tests.cases import NAMES, Case, case, closed_form
 from tests.reference import (

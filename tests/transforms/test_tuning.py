@@ -14,11 +14,11 @@ from tests.cases import case
 SOURCES = Path(hf.__file__).parent
 # Modules that read a clock, and what for.
 CLOCKS = {
-    "distributed/launched.py": "a pause at the end of a process",
+    "app/cli/ranks.py": "a pause at the end of a process",
     "algorithms/checkpoint/run.py": "the wait for files of other ranks",
-    "analysis.py": "the seconds of each part, for the report",
+    "app/analysis.py": "the seconds of each part, for the report",
     "training/cost.py": "the seconds of a training, for its table",
-    "training/tracking/tracker.py": "the seconds of a measurement, for its record",
+    "tracking/tracker.py": "the seconds of a measurement, for its record",
     "transforms/tuning.py": "times that the user asks for",
 }
 

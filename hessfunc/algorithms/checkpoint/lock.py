@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["LOCK", "Owner", "acquire", "owner_of", "refuse_if_held", "release"]
-
 LOCK = "hessfunc.lock"
 
 # Locks of the operating system exclude other processes, but not other threads of this one.

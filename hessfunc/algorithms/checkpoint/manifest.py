@@ -11,8 +11,6 @@ from hessfunc import files
 from hessfunc.algorithms.checkpoint.lock import LOCK
 from hessfunc.fingerprints import digest_of
 
-__all__ = ["SEGMENT", "damaged", "read", "refuse_other_files", "remove_all_but", "replace", "stamp"]
-
 SEGMENT = ".rows"
 _MANIFEST = "manifest.json"
 _FORMAT = 4

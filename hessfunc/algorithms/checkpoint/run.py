@@ -18,11 +18,11 @@ from torch import Tensor
 from hessfunc.algorithms.checkpoint import lock as locks
 from hessfunc.algorithms.checkpoint import manifest as manifests
 from hessfunc.algorithms.checkpoint.segments import Part, Segments
-from hessfunc.algorithms.rounds import Products, drawn, products_eps, rows_dtype
+from hessfunc.algorithms.driver import drawn
+from hessfunc.algorithms.products import Products
 from hessfunc.fingerprints import bytes_of, digest_of, fingerprint
-from hessfunc.trees import Space, leaves, whole
-
-__all__ = ["Checkpoint", "Directory"]
+from hessfunc.spaces.space import Space, products_eps, rows_dtype
+from hessfunc.trees import leaves, whole
 
 State = TypeVar("State")
 Directory = str | os.PathLike[str] | None

@@ -14,9 +14,7 @@ from torch import Tensor
 from hessfunc import files
 from hessfunc.algorithms.checkpoint.manifest import SEGMENT, damaged
 from hessfunc.fingerprints import bytes_of, digest_of
-from hessfunc.trees import Space
-
-__all__ = ["Part", "Segments"]
+from hessfunc.spaces.space import Space
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.driver import Callback, drive
 from hessfunc.algorithms.exact import exact_diagonal, random_budget, unit_vectors_left
 from hessfunc.algorithms.norms import squared_row_norms
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import DiagonalEstimate, close_enough, settled
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
-from hessfunc.algorithms.samples import FEWEST_SAMPLES, STOPPED, rounding_of_sum
-from hessfunc.options import validated
-from hessfunc.precision import wide_dtype
-from hessfunc.trees import Matvec, Rows, Space, Tree
-
-__all__ = ["hutchinson_diagonal"]
+from hessfunc.algorithms.statistics import FEWEST_SAMPLES, STOPPED, rounding_of_sum
+from hessfunc.numerics import wide_dtype
+from hessfunc.options import at_least, validated
+from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.trees import Matvec, Tree
 
 # Of fewer probes of random signs, all samples of an entry may be the same by chance.
 _FEWEST_SIGNS = 8

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.driver import Callback, drive
 from hessfunc.algorithms.exact import (
     exact_diagonal,
     random_budget,
@@ -16,15 +17,14 @@ from hessfunc.algorithms.exact import (
     unit_vectors_left,
 )
 from hessfunc.algorithms.norms import squared_row_norms
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import DiagonalEstimate, close_enough, settled
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
-from hessfunc.algorithms.samples import rounding_of_sum
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
-from hessfunc.options import validated
-from hessfunc.precision import wide_dtype
-from hessfunc.trees import Matvec, Rows, Space, Tree
-
-__all__ = ["xdiag"]
+from hessfunc.algorithms.statistics import rounding_of_sum
+from hessfunc.numerics import wide_dtype
+from hessfunc.options import at_least, validated
+from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.trees import Matvec, Tree
 
 # The leave-one-out estimates share their probes and are correlated: over 1,000 seeds on six
 # spectra their naive standard error was too small by 1.0 to 1.3.

@@ -2,7 +2,7 @@
 
 from hessfunc.algorithms.results.density import Density
 from hessfunc.algorithms.results.diagonal import DiagonalEstimate, close_enough, settled
-from hessfunc.algorithms.results.eigenpairs import Eigenpairs, rounding
+from hessfunc.algorithms.results.eigenpairs import Eigenpairs
 from hessfunc.algorithms.results.estimate import (
     Estimate,
     LeafEstimate,
@@ -14,6 +14,7 @@ from hessfunc.algorithms.results.estimate import (
 from hessfunc.algorithms.results.result import Result, load, versions
 from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.results.solution import Solution
+from hessfunc.numerics import rounding
 
 __all__ = [
     "Result",

@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.quantiles import kolmogorov_quantile
-from hessfunc.algorithms.results.eigenpairs import rounding
 from hessfunc.algorithms.results.estimate import Estimate
 from hessfunc.algorithms.results.quadrature import Rule, bracket, ends, radau
 from hessfunc.algorithms.results.result import Result, shown
-
-__all__ = ["Density"]
+from hessfunc.algorithms.statistics import kolmogorov_quantile
+from hessfunc.numerics import rounding
 
 # Of sums of weights.
 _ROUNDING = 1e-12

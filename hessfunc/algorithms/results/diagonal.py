@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from hessfunc.algorithms.quantiles import chi_squared_quantile, student_quantile
 from hessfunc.algorithms.results.result import Result
+from hessfunc.algorithms.statistics import chi_squared_quantile, student_quantile
 from hessfunc.trees import Tree, leaves, tree_map
-
-__all__ = ["DiagonalEstimate", "close_enough", "settled"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results.result import Result, shown
+from hessfunc.numerics import rounding
 from hessfunc.trees import Tree, leaves
-
-__all__ = ["Eigenpairs", "rounding"]
-
-# Coarser products come from leaves of 16 bits: those are rounded once, not in every sum.
-_HALF_PRECISION = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -50,13 +46,3 @@ class Eigenpairs(Result):
             max(torch.finfo(leaf.dtype).eps for leaf in leaves(self.vectors)), self.largest
         )
         return torch.stack([self.values - radius, self.values + radius], dim=1)
-
-
-def rounding(eps: float, largest: float, /) -> float:
-    """The size of the rounding error of a product with a unit vector.
-
-    Args:
-        eps: of the dtype in which products are made.
-        largest: the largest absolute eigenvalue, as far as it is known.
-    """
-    return (30 if eps < _HALF_PRECISION else 2) * eps * largest

@@ -10,12 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.quantiles import student_quantile
 from hessfunc.algorithms.results.result import Result
+from hessfunc.algorithms.statistics import student_quantile
 from hessfunc.options import validated
-from hessfunc.trees import Space
-
-__all__ = ["Estimate", "LeafEstimate", "judged", "leaf_fields", "narrow_enough", "pool"]
+from hessfunc.spaces.space import Space
 
 Found = TypeVar("Found", bound="Estimate")
 

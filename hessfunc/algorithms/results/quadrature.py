@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Function", "Rule", "bracket", "ends", "radau"]
-
 Function = Callable[[Tensor], Tensor]
 
 # Smaller than any scale of a matrix.

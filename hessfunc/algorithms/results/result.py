@@ -23,10 +23,8 @@ from hessfunc.options import path as as_path
 from hessfunc.options import validated
 from hessfunc.trees import Tree, flatten, leaves
 
-__all__ = ["Result", "array", "load", "shown", "versions"]
-
 # Results of compositions, whose modules a program that only loads has not imported.
-_DEFINED_ELSEWHERE = {"Landscape": "hessfunc.landscape"}
+_DEFINED_ELSEWHERE = {"Landscape": "hessfunc.recipes.landscape"}
 
 
 @cache

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from hessfunc.algorithms.results.estimate import Estimate
 
-__all__ = ["SampledEstimate"]
-
 # To make the graph of a gradient takes 2 to 3 gradients, a product with it 2.
 _COST_OF_A_BATCH = 1.25
 

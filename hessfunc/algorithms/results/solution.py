@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from hessfunc.algorithms.results.result import Result
 from hessfunc.trees import Tree
 
-__all__ = ["Solution"]
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Solution(Result):

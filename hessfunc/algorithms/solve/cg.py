@@ -6,16 +6,12 @@ import math
 from dataclasses import dataclass, replace
 
 from hessfunc.algorithms.checkpoint import Directory
+from hessfunc.algorithms.driver import Callback
 from hessfunc.algorithms.results import Solution, rounding
-from hessfunc.algorithms.rounds import (
-    Callback,
-    at_least,
-)
 from hessfunc.algorithms.solve.system import Iterate, System, solve
-from hessfunc.options import validated
-from hessfunc.trees import Matvec, Rows, Space, Tree
-
-__all__ = ["cg"]
+from hessfunc.options import at_least, validated
+from hessfunc.spaces.space import Rows, Space
+from hessfunc.trees import Matvec, Tree
 
 
 @validated

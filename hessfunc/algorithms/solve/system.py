@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.driver import Callback, drive
+from hessfunc.algorithms.products import Products, refuse_infinite
 from hessfunc.algorithms.results import Solution, rounding
-from hessfunc.algorithms.rounds import (
-    Callback,
-    Products,
-    at_least,
-    drive,
-    products_eps,
-    refuse_infinite,
-    rows_dtype,
-)
-from hessfunc.trees import Matvec, Rows, Space, Tree
-
-__all__ = ["Iterate", "System", "solve"]
+from hessfunc.options import at_least
+from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.trees import Matvec, Tree
 
 # Products between two calls of the callback.
 _STEPS_A_ROUND = 4

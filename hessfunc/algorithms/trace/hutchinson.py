@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.driver import Callback, drive
 from hessfunc.algorithms.exact import exact_trace, random_budget, unit_vectors_left
 from hessfunc.algorithms.norms import squared_frobenius
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Eigenpairs, Estimate, judged, leaf_fields, narrow_enough
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
-from hessfunc.algorithms.samples import FEWEST_SAMPLES, STOPPED, leaf_errors, sphere_error
-from hessfunc.options import validated
-from hessfunc.precision import wide_dtype
-from hessfunc.trees import Matvec, ProbeKind, Rows, Space, Tree
-
-__all__ = ["hutchinson"]
+from hessfunc.algorithms.statistics import FEWEST_SAMPLES, STOPPED, leaf_errors, sphere_error
+from hessfunc.numerics import wide_dtype
+from hessfunc.options import at_least, validated
+from hessfunc.spaces.space import ProbeKind, Rows, Space, rows_dtype
+from hessfunc.trees import Matvec, Tree
 
 # The spread of fewer random signs is not to be trusted: on [[0, 1], [1, 0]] all p samples are the
 # same with probability 2^(1 - p).

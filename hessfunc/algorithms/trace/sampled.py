@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.driver import Callback, drive
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import judged, leaf_fields, narrow_enough
 from hessfunc.algorithms.results.sampled import SampledEstimate
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, rows_dtype
-from hessfunc.algorithms.samples import FEWEST_SAMPLES, STOPPED, leaf_errors, standard_error
-from hessfunc.options import validated
-from hessfunc.trees import Matvec, ProbeKind, Space, Tree
-
-__all__ = ["sampled_trace"]
+from hessfunc.algorithms.statistics import FEWEST_SAMPLES, STOPPED, leaf_errors, standard_error
+from hessfunc.options import at_least, validated
+from hessfunc.spaces.space import ProbeKind, Space, rows_dtype
+from hessfunc.trees import Matvec, Tree
 
 # Between two looks at the interval: one that is looked at often stops where it is narrow by luck.
 _DRAWS_A_ROUND = 10

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.driver import Callback, drive
 from hessfunc.algorithms.exact import (
     exact_trace,
     random_budget,
@@ -15,15 +16,19 @@ from hessfunc.algorithms.exact import (
     unit_vectors_left,
 )
 from hessfunc.algorithms.norms import squared_frobenius
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Estimate, judged, leaf_fields, narrow_enough
-from hessfunc.algorithms.rounds import Callback, Products, at_least, drive, products_eps, rows_dtype
-from hessfunc.algorithms.samples import STOPPED, leaf_errors, rounding_of_sum
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
-from hessfunc.algorithms.trace.exchangeable import Complements, standard_error_of_mean
-from hessfunc.options import validated
-from hessfunc.trees import Matvec, Rows, Space, Tree
-
-__all__ = ["xtrace"]
+from hessfunc.algorithms.statistics import (
+    STOPPED,
+    Complements,
+    leaf_errors,
+    rounding_of_sum,
+    standard_error_of_mean,
+)
+from hessfunc.options import at_least, validated
+from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.trees import Matvec, Tree
 
 # An interval of fewer probes does not stop a run.
 _FEWEST_PROBES = 10

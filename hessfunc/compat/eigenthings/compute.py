@@ -11,8 +11,6 @@ from hessfunc.compat.eigenthings.hvp_operator import HVPOperator
 from hessfunc.compat.eigenthings.lanczos import lanczos
 from hessfunc.compat.eigenthings.power_iter import deflated_power_iteration
 
-__all__ = ["compute_hessian_eigenthings"]
-
 _ALGORITHMS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "power_iter": deflated_power_iteration,
     "lanczos": lanczos,

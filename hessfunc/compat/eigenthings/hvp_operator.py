@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from hessfunc.compat.eigenthings.operator import Operator
 from hessfunc.compat.place import evaluated_loss
-from hessfunc.functional import LossFunction
-from hessfunc.transforms.batches import examples, microbatches, over_batches
-from hessfunc.transforms.blocks import Curvature
+from hessfunc.losses import LossFunction
+from hessfunc.spaces.of import space_of
+from hessfunc.transforms.batches.examples import examples, microbatches
+from hessfunc.transforms.batches.mean import over_batches
+from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.hessian import hvp
-from hessfunc.trees import Matvec, Space, Tree
-
-__all__ = ["HVPOperator"]
+from hessfunc.trees import Matvec, Tree
 
 
 class HVPOperator(Operator):
@@ -83,7 +83,7 @@ class HVPOperator(Operator):
 
     def like(self, *, use_gpu: bool) -> Tensor:
         """What a vector looks like: it lies where the parameters do."""
-        space = Space.of(self._loss()[1])
+        space = space_of(self._loss()[1])
         return space.zeros(1, space.dtype)[0]
 
     def _loss(self) -> tuple[LossFunction, Tree]:
@@ -110,5 +110,5 @@ class HVPOperator(Operator):
 
 
 def _flat(params: Tree, matvec: Matvec) -> Matvec:
-    space = Space.of(params)
+    space = space_of(params)
     return lambda rows: space.ravel(matvec(space.unravel(rows)))

@@ -6,13 +6,11 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from hessfunc.algorithms.lanczos import lanczos as thick_restart_lanczos
+from hessfunc.algorithms.eigen.lanczos import lanczos as thick_restart_lanczos
 from hessfunc.algorithms.results.result import array
 from hessfunc.compat.eigenthings.operator import Operator
 from hessfunc.compat.eigenthings.residuals import warn_of_residuals
 from hessfunc.compat.eigenthings.start import Start
-
-__all__ = ["lanczos"]
 
 
 def lanczos(

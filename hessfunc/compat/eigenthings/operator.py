@@ -10,8 +10,6 @@ from torch import Tensor
 from hessfunc.transforms.arithmetic import batched
 from hessfunc.trees import Matvec
 
-__all__ = ["LambdaOperator", "Operator"]
-
 
 class Operator:
     """A symmetric linear map of flat vectors; a subclass says what `apply` does.

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.power import power_iteration as exact_power_iteration
+from hessfunc.algorithms.eigen.power import power_iteration as exact_power_iteration
+from hessfunc.algorithms.eigen.stochastic_power import stochastic_power_iteration
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.results.result import array
-from hessfunc.algorithms.stochastic_power import stochastic_power_iteration
 from hessfunc.compat.eigenthings.operator import Operator
 from hessfunc.compat.eigenthings.residuals import warn_of_residuals
 from hessfunc.compat.eigenthings.start import Start
 from hessfunc.transforms.arithmetic import deflate
-
-__all__ = ["deflated_power_iteration", "power_iteration"]
 
 
 def deflated_power_iteration(

@@ -9,8 +9,6 @@ import torch
 
 from hessfunc.algorithms.results import Eigenpairs, rounding
 
-__all__ = ["warn_of_residuals"]
-
 
 def warn_of_residuals(found: Sequence[Eigenpairs], tol: float, /, *, budget: str) -> None:
     """Warn the caller's caller of residuals above tol times the value, and above rounding.

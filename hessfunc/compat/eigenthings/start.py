@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.compat.eigenthings.operator import Operator
-from hessfunc.compat.seeds import seed_of_stream
-
-__all__ = ["Start"]
+from hessfunc.compat.place import seed_of_stream
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessfunc.algorithms.lanczos import lanczos
+from hessfunc.algorithms.eigen.lanczos import lanczos
 from hessfunc.compat.place import evaluated_loss
+from hessfunc.tracking.undisturbed import undisturbed
 from hessfunc.training.batches import refuse_iterators
 from hessfunc.training.steps import Criterion
-from hessfunc.training.tracking.undisturbed import undisturbed
-from hessfunc.transforms.batches import examples, over_batches
+from hessfunc.transforms.batches.examples import examples
+from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.hessian import hvp
-
-__all__ = ["get_eigen", "get_eigen_full_dataset"]
 
 
 def get_eigen(

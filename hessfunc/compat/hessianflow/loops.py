@@ -11,8 +11,6 @@ from hessfunc.compat.place import bare
 from hessfunc.training.evaluation import evaluated
 from hessfunc.training.steps import Batch
 
-__all__ = ["exp_lr_scheduler", "progress_bar", "test"]
-
 
 def exp_lr_scheduler(optimizer: optim.Optimizer, decay_ratio: float = 0.1) -> optim.Optimizer:
     """Multiply the learning rates by ``decay_ratio``; returns the optimiser."""

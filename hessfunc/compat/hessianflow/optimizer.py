@@ -10,14 +10,12 @@ import torch
 from torch import nn, optim
 
 from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
-from hessfunc.training import absa as schedules
-from hessfunc.training.adversarial import Attack, fgsm
+from hessfunc.optim import schedules as schedules
+from hessfunc.optim.adversarial import Attack, fgsm
+from hessfunc.tracking.undisturbed import undisturbed
 from hessfunc.training.dominant import Watch, watch
 from hessfunc.training.loop import Record, train
 from hessfunc.training.steps import Batch, Criterion, first_order
-from hessfunc.training.tracking.undisturbed import undisturbed
-
-__all__ = ["absa", "baseline"]
 
 Loader: TypeAlias = Iterable[Batch]
 

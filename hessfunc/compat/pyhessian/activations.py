@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.trace.hutchinson import hutchinson
+from hessfunc.compat.place import seed_of_stream
 from hessfunc.compat.pyhessian.mean_loss import MeanLoss
-from hessfunc.compat.seeds import seed_of_stream
-from hessfunc.functional import hold
-from hessfunc.training.modes import eval_mode
+from hessfunc.losses import hold
+from hessfunc.modules import eval_mode
+from hessfunc.selection import split
+from hessfunc.spaces.of import space_of
 from hessfunc.transforms.activations import activations
-from hessfunc.transforms.batches import examples
+from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.hessian import hvp
-from hessfunc.trees import Matvec, Space, Tree, split, tree_map
-
-__all__ = ["hessian_with_activation"]
+from hessfunc.trees import Matvec, Tree, tree_map
 
 
 class hessian_with_activation(MeanLoss):  # noqa: N801
@@ -118,7 +118,7 @@ def _sampled(
     matvec: Matvec, like: Tree, most: int, rtol: float
 ) -> tuple[Estimate, list[list[float]]]:
     """The trace, and the samples of its parts leaf by leaf."""
-    space = Space.of(like)
+    space = space_of(like)
     samples: list[list[float]] = []
 
     def watched(block: Tree) -> Tree:

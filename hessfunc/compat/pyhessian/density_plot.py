@@ -10,8 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["density_generate", "get_esd_plot"]
-
 # Added to the density, whose logarithm is drawn.
 _FLOOR = 1e-7
 

@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.density import slq
-from hessfunc.algorithms.lanczos import lanczos
+from hessfunc.algorithms.eigen.lanczos import lanczos
 from hessfunc.algorithms.trace.hutchinson import hutchinson
+from hessfunc.autograd import differentiable_twice
+from hessfunc.compat.place import seed_of_stream
 from hessfunc.compat.pyhessian.mean_loss import MeanLoss
 from hessfunc.compat.pyhessian.vectors import group_product
-from hessfunc.compat.seeds import seed_of_stream
 from hessfunc.transforms.arithmetic import apply
-from hessfunc.transforms.batches import examples
+from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.hessian import filled, hvp
-from hessfunc.transforms.kernels import differentiable_twice
 from hessfunc.trees import Matvec
-
-__all__ = ["hessian"]
 
 
 class hessian(MeanLoss):  # noqa: N801

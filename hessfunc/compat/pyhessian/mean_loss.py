@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
 from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
-from hessfunc.functional import LossFunction
-from hessfunc.transforms.batches import examples, over_batches
-from hessfunc.transforms.blocks import Curvature
-
-__all__ = ["MeanLoss", "Results"]
+from hessfunc.losses import LossFunction
+from hessfunc.transforms.batches.examples import examples
+from hessfunc.transforms.batches.mean import over_batches
+from hessfunc.transforms.chunks import Curvature
 
 
 class Results(TypedDict, total=False):

@@ -7,15 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "get_params_grad",
-    "group_add",
-    "group_product",
-    "hessian_vector_product",
-    "normalization",
-    "orthnormal",
-]
-
 
 def group_product(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """The inner product of two vectors, a tensor without axes."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Solution
-from hessfunc.algorithms.rounds import Products
 from hessfunc.algorithms.solve import cg as module
 from hessfunc.algorithms.solve import system as systems
 from hessfunc.algorithms.solve.cg import cg

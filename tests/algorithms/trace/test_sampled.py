@@ -16,10 +16,10 @@ from torch.nn import functional as F
 import hessfunc as hf
 from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.trace.sampled import sampled_trace
-from hessfunc.problems.data import digits
-from hessfunc.problems.mlp import mlp
-from hessfunc.problems.training import seeded
-from hessfunc.transforms.draws import draws
+from hessfunc.app.problems.data import digits
+from hessfunc.app.problems.nets import mlp
+from hessfunc.training.stream import seeded
+from hessfunc.transforms.batches.draws import draws
 from hessfunc.trees import Matvec
 from tests.algorithms.spectra import symmetric
 from tests.cases import case, closed_form, dense_hessian

@@ -5,7 +5,7 @@ import torch
 
 import hessfunc as hf
 from hessfunc.algorithms.trace import xnystrace
-from hessfunc.trees import Space
+from hessfunc.spaces.of import space_of
 from tests.algorithms.spectra import decaying, symmetric
 
 N = 200
@@ -16,7 +16,7 @@ MATRIX = symmetric(decaying(N)["slow exponential"])
 def test_estimates_are_what_the_formula_says() -> None:
     n, p = 30, 6
     matrix = symmetric(0.8 ** torch.arange(n).double())
-    space = Space.of({"a": torch.zeros(10).double(), "b": torch.zeros(20).double()})
+    space = space_of({"a": torch.zeros(10).double(), "b": torch.zeros(20).double()})
     probes = space.probes(range(p), kind="sphere", seed=0)
     state = xnystrace._State(probes, probes @ matrix)
     approximation = xnystrace._nystrom(space, state, eps=2e-16)

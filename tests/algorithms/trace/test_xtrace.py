@@ -6,10 +6,10 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.algorithms import sketch as sketches
-from hessfunc.algorithms.rounds import Products
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.sketch import Sketch
 from hessfunc.algorithms.trace import xtrace
-from hessfunc.trees import Space
+from hessfunc.spaces.of import space_of
 from tests.algorithms.spectra import decaying, symmetric
 
 N = 300
@@ -108,7 +108,7 @@ def test_accuracy_on_fast_decay_and_a_step(name: str, products: int) -> None:
 def test_leave_two_out_is_what_it_says() -> None:
     spectrum = 0.8 ** torch.arange(30).double() * torch.where(torch.arange(30) % 4 == 0, -1.0, 1.0)
     matrix, n, p = symmetric(spectrum), 30, 6
-    space = Space.of(torch.zeros(n).double())
+    space = space_of(torch.zeros(n).double())
     probes = space.probes(range(p), kind="sphere", seed=0)
     products = Products(hf.dense(matrix), space)
     sketch = Sketch.empty(space).extended(space, products, probes @ matrix)

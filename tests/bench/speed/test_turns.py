@@ -8,7 +8,7 @@ from bench.speed import models, ours, plain
 from bench.speed.asked import BY_TORCH, Alternative, Asked, Matrix, Work
 from bench.speed.products import floor, judge
 from bench.speed.turns import Effort, prepared, rows_of, taken, timed
-from hessfunc.transforms.kernels.matrices import has_faster
+from hessfunc.autograd.matrices import has_faster
 
 ONCE = Effort(seconds=0.0, least=1)
 

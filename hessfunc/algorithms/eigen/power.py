@@ -1,0 +1,321 @@
+"""Power iteration with momentum and deflation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.basis import appended, removed
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.driver import Callback, drive
+from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.results import Eigenpairs, rounding
+from hessfunc.algorithms.starts import of_starts, unit_start
+from hessfunc.options import at_least, validated
+from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.trees import Matvec, Tree
+
+# Products between two looks at the residual.
+_STEPS_A_ROUND = 4
+# chi2_1 is smaller once in 100 times.
+_UNLIKELY = 1.57e-4
+
+
+@validated
+def power_iteration(
+    matvec: Matvec,
+    like: Tree,
+    *,
+    k: int = 1,
+    which: Literal["LM", "LA", "SA"] = "LM",
+    momentum: float = 0.0,
+    rtol: float = 1e-3,
+    max_matvecs: int = 1000,
+    start: Tree | None = None,
+    seed: int | None = None,
+    space: Space | None = None,
+    callback: Callback[Eigenpairs] | None = None,
+    checkpoint: Directory = None,
+) -> Eigenpairs:
+    """The largest eigenpairs of a symmetric matrix, one after another, by power iteration.
+
+    With momentum b, and both vectors rescaled together,
+
+        w_{t+1} = A w_t - b w_{t-1},        value = w'Aw / w'w.
+
+    A pair is accepted when |A w - value w| <= rtol |value|; the next one is sought orthogonal to
+    it. At the end the pairs are rotated within their span (Rayleigh-Ritz), at no product.
+    `lanczos` takes far fewer products; this is the baseline, needs little memory, and is what
+    stochastic variants build on.
+
+    A start that was given may lie in an invariant subspace. Once all pairs have converged from it,
+    steps from a random unit vector u outside of the pairs follow. An eigenvalue x of A there that
+    is as large as the wanted ones has a part w of u with ``w^2 <= |A^s u|^2 / x^(2 s)`` after s of
+    them. They end when that is less than such a part is in 99 of 100 runs, or go on with u when its
+    quotient is larger than a wanted value.
+
+    Args:
+        matvec: block -> block, symmetric.
+        like: a tree that says what vectors look like.
+        k: how many pairs, at most n.
+        which: ``"LM"`` largest in absolute value; ``"LA"`` largest, ``"SA"`` smallest: the matrix
+            is shifted by its dominant eigenvalue, found first.
+        momentum: b, in units of the eigenvalue squared; best near (lambda_2 / 2)^2.
+        rtol: the relative tolerance of residuals.
+        max_matvecs: the budget.
+        start: a tree to start from; random by default, which takes no steps to be trusted.
+        seed: of the start.
+        space: in which every rank holds a part of each vector, made by `sharded`; by default
+            every rank holds the whole.
+        callback: called with the running `Eigenpairs` after each round; returning True stops.
+        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+
+    Returns:
+        `Eigenpairs`; fewer than k, with the last one not converged, where the budget ends before.
+        Residuals are those of products that were made: nothing is extrapolated.
+        A dominant pair +a, -a does not converge, and is reported so.
+
+    Raises:
+        ValueError: an option is out of range.
+        FloatingPointError: a product is not finite.
+
+    Cost: one matvec an iteration; 2 k + 3 vectors of memory, 3 k + 1 at the end, besides those of a
+    product.
+
+    Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670.
+    """
+    products = Products.of(matvec, like, space)
+    space = products.space
+    if which not in ("LM", "LA", "SA"):
+        raise ValueError(f"which={which!r}: choose 'LM', 'LA' or 'SA'; `lanczos` has 'BE'")
+    if not 1 <= k <= space.n:
+        raise ValueError(f"k={k}: the matrix has {space.n} eigenvalues, choose 1 to {space.n}")
+    at_least(0, rtol=rtol, momentum=momentum)
+    at_least(1, max_matvecs=max_matvecs)
+    store = Checkpoint.of(
+        checkpoint,
+        "power_iteration",
+        products,
+        seed,
+        k=k,
+        which=which,
+        momentum=momentum,
+        start=start,
+    )
+    seed = store.seed
+    dtype = rows_dtype(space)
+
+    eps = products_eps(space, dtype)
+
+    def tolerance(values: Tensor, largest: float) -> Tensor:
+        # A value that is zero up to rounding has converged when its residual is, too.
+        floor = rounding(eps, largest)
+        tiny = torch.where(values.abs() <= floor, floor, 0.0)
+        return torch.maximum(rtol * values.abs(), tiny)
+
+    def step(state: _State, room: int) -> _State:
+        for _ in range(min(room, _STEPS_A_ROUND)):
+            state = _iterate(space, products, state, momentum)
+            value, residual = _quotient(space, state)
+            if residual <= float(tolerance(value, _largest(space, state))):
+                return _accept(space, state, which, k, float(value), seed)
+            if len(state.vectors) >= k and _is_surely_complete(space, state, which, k):
+                return replace(state, trusted=True)
+        return state
+
+    def found(state: _State, reason: str) -> Eigenpairs:
+        values, vectors, residuals = _ritz(space, state, which, k)
+        return Eigenpairs(
+            values=values,
+            vectors=space.vectors(vectors),
+            residuals=residuals,
+            converged=residuals <= tolerance(values, _largest(space, state)),
+            largest=_largest(space, state),
+            **products.cost(reason, seed),
+        )
+
+    def verdict(state: _State) -> str | None:
+        done = len(state.vectors) >= k and (state.trusted or len(state.vectors) == space.n)
+        return "converged: all residuals are within the tolerance" if done else None
+
+    # The start is not held on to.
+    state, reason = drive(
+        _begun(space, start, which, momentum, seed),
+        products=products,
+        step=step,
+        verdict=verdict,
+        running=lambda state: found(state, "running"),
+        max_matvecs=max_matvecs,
+        callback=callback,
+        storage=store,
+    )
+    return found(state, reason)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Rows: the iterate, its predecessor and product, and the accepted vectors and products.
+
+    A step writes over the rows of the state before it.
+
+    Attributes:
+        current: Iterate of unit length; empty once all pairs are accepted.
+        previous: Predecessor, scaled with the iterate; empty without momentum.
+        image: Product with the iterate.
+        vectors: Accepted vectors, in a workspace that a state shares with its successor.
+        images: Products with them.
+        shift: Multiple of I that is added; None until the dominant eigenvalue, which fixes it, is
+            known.
+        trusted: Whether the pairs are found from random vectors, or one has shown that none is
+            missed.
+        steps: Steps since the iterate was a random unit vector u.
+        growth: Logarithm of ``|A^steps u|``.
+    """
+
+    current: Rows
+    previous: Rows
+    image: Rows | None
+    vectors: Rows
+    images: Rows
+    shift: float | None
+    trusted: bool
+    steps: int = 0
+    growth: float = 0.0
+
+
+def _begun(space: Space, start: Tree | None, which: str, momentum: float, seed: int) -> _State:
+    current = unit_start(space, start, seed)
+    if start is not None and which != "LM":
+        # The dominant eigenvalue fixes the shift, and must not be missed.
+        current = current + unit_start(space, None, seed)
+        current /= space.norms(current).to(current.dtype)[:, None]
+    return _State(
+        current=current,
+        previous=torch.zeros_like(current) if momentum else current[:0],
+        image=None,
+        vectors=current[:0],
+        images=current[:0],
+        shift=0.0 if which == "LM" else None,
+        trusted=start is None,
+    )
+
+
+def _iterate(space: Space, products: Products, state: _State, momentum: float) -> _State:
+    if state.image is None:
+        return replace(state, image=products(state.current))
+    moved = state.image.add_(state.current, alpha=state.shift or 0.0)
+    if momentum:
+        moved.add_(state.previous, alpha=-momentum)
+    moved = _outside(space, moved, state.vectors)
+    length = float(space.norms(moved))
+    previous = state.previous
+    if length > 0:
+        previous = state.current.div_(length) if momentum else previous
+        moved /= length
+    else:
+        # A w = 0 exactly: w is an eigenvector of value 0, and stays.
+        moved = state.current.clone()
+    return replace(
+        state,
+        current=moved,
+        previous=previous,
+        image=products(moved),
+        steps=state.steps + 1,
+        growth=state.growth + (math.log(length) if length > 0 else -math.inf),
+    )
+
+
+def _quotient(space: Space, state: _State) -> tuple[Tensor, float]:
+    """The Rayleigh quotient, and the residual outside of the accepted vectors."""
+    assert state.image is not None
+    value = space.gram(state.current, state.image)[0].cpu()
+    residual = torch.add(state.image, state.current, alpha=-float(value))
+    return value, float(space.norms(_outside(space, residual, state.vectors)))
+
+
+def _largest(space: Space, state: _State) -> float:
+    """The largest absolute eigenvalue, from below: the longest product that is at hand."""
+    found = [rows for rows in (state.images, state.image) if rows is not None and len(rows)]
+    return max((float(space.norms(rows).max()) for rows in found), default=0.0)
+
+
+def _is_surely_complete(space: Space, state: _State, which: str, k: int) -> bool:
+    """Whether an eigenvalue outside that is as large as the k-th would have been seen by now.
+
+    With momentum the iterate is another polynomial of A, and only convergence tells.
+    """
+    if len(state.previous) or not state.steps:
+        return False
+    values = space.gram(state.vectors, state.images).diagonal().cpu()
+    least = float(_ordered(values, which)[k - 1]) + (state.shift or 0.0)
+    if least == 0:
+        return False
+    part = 2 * (state.growth - state.steps * math.log(abs(least)))
+    return part + math.log(space.n) < math.log(_UNLIKELY)
+
+
+def _ordered(values: Tensor, which: str) -> Tensor:
+    order = {"LM": values.abs(), "LA": values, "SA": -values}[which].argsort(descending=True)
+    return values[order]
+
+
+def _accept(space: Space, state: _State, which: str, k: int, value: float, seed: int) -> _State:
+    assert state.image is not None
+    keeps, shift = True, state.shift
+    if shift is None:
+        shift = abs(value) if which == "LA" else -abs(value)
+        keeps = value >= 0 if which == "LA" else value <= 0
+    none = state.current[:0]
+    if len(state.vectors) >= k:
+        values = space.gram(state.vectors, state.images).diagonal().cpu()
+        among = torch.cat([values, torch.tensor([value], dtype=values.dtype, device="cpu")])
+        if value not in _ordered(among, which)[:k].tolist():
+            # From a random vector another pair has converged first, as without a start.
+            return replace(state, trusted=True, current=none, previous=none, image=None)
+    vectors, images = state.vectors, state.images
+    if keeps:
+        room = k + (not state.trusted)
+        vectors = appended(vectors, state.current, room)
+        images = appended(images, state.image, room)
+    state = replace(state, vectors=vectors, images=images, shift=shift)
+    if len(vectors) == space.n or (len(vectors) >= k and state.trusted):
+        return replace(state, current=none, previous=none, image=None)
+    # A fresh probe for each pair; one more after the dominant pair was at the wrong end.
+    index = len(state.vectors) + 1
+    fresh = space.probes([index], kind="normal", seed=of_starts(seed), dtype=vectors.dtype)
+    fresh = _outside(space, fresh, state.vectors)
+    fresh /= space.norms(fresh).to(fresh.dtype)[:, None]
+    previous = torch.zeros_like(fresh) if len(state.previous) else none
+    return replace(state, current=fresh, previous=previous, image=None, steps=0, growth=0.0)
+
+
+def _outside(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
+    """Take the parts along orthonormal rows out, in place."""
+    if len(basis):
+        for _ in range(2):
+            removed(space, rows, basis)
+    return rows
+
+
+def _ritz(space: Space, state: _State, which: str, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rayleigh-Ritz in the span of all vectors whose product is known."""
+    rows, images = state.vectors, state.images
+    if state.image is not None and len(rows) < k:
+        found = len(rows) > 0
+        rows = torch.cat([rows, state.current]) if found else state.current
+        images = torch.cat([images, state.image]) if found else state.image
+    projected = space.gram(rows, images).cpu().double()
+    values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
+    order = {"LM": values.abs(), "LA": values, "SA": -values}[which].argsort(descending=True)[:k]
+    values, rotation = values[order], rotation[:, order]
+    rows = space.combine(rotation.mT, rows)
+    residuals = []
+    for value, row, column in zip(
+        values.tolist(), rows.split(1), rotation.mT.split(1), strict=True
+    ):
+        residuals.append(space.norms(space.combine(column, images).add_(row, alpha=-value)))
+    return values, rows, torch.cat(residuals).cpu()

@@ -1,0 +1,117 @@
+"""The parts of an analysis, one after another: eigenvalues, trace, density, landscapes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import hessfunc as hf
+from hessfunc.algorithms.results import Result
+from hessfunc.app.problems.targets import Problem
+from hessfunc.app.report import Part, brief
+from hessfunc.recipes.landscape import Landscape, landscape
+from hessfunc.spaces.of import space_of
+from hessfunc.trees import tree_map
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Tick: TypeAlias = Callable[[float, str], None]
+Watch: TypeAlias = Callable[[str], Tick]
+
+
+def analyse(
+    problem: Problem,
+    *,
+    k: int | None,
+    probes: int,
+    steps: int,
+    trace_rtol: float,
+    max_matvecs: int,
+    points: int,
+    radius: float,
+    seed: int,
+    checkpoint: Path | None,
+    mesh: DeviceMesh | None = None,
+    watch: Watch,
+) -> Iterator[Part]:
+    """Each part of the analysis of a Hessian, as soon as it is finished.
+
+    Args:
+        k: how many eigenvalues, of the largest in absolute value; None for ten, or all of fewer.
+        probes: random vectors of the density.
+        steps: Lanczos steps for each of them.
+        trace_rtol: the relative half-width of the trace's 95 % interval that is enough.
+        max_matvecs: the budget of eigenvalues and of the trace, each.
+        points: of the loss on an axis of a line and a plane; 0 for neither.
+        radius: how far that line and that plane reach along the unit eigenvectors.
+        seed: of all random vectors.
+        checkpoint: a folder that keeps the state of each part, to go on from; None for nowhere.
+        mesh: of ranks that divide the work, all of which call this; None for this process alone.
+        watch: called with the name of each part that starts; gives a function that is called with
+            the share of the part that is done and a few words.
+    """
+    params = problem.params
+    k = min(10, space_of(params).n) if k is None else k
+    max_matvecs = max(max_matvecs, 2 * k, 4)
+    matvec = hf.over_batches(hf.hvp(problem.loss), mesh=mesh)(params, problem.batches)
+    space = None if mesh is None else hf.sharded(params, mesh)
+    common: dict[str, Any] = {"seed": seed, "space": space}
+    pairs = partial(hf.lanczos, matvec, params, rtol=1e-3, max_matvecs=max_matvecs, **common)
+
+    def part(name: str, run: Callable[..., Result], share: Callable[[Any], float]) -> Part:
+        tick = watch(name)
+        started = time.perf_counter()
+        result = run(callback=lambda running: tick(share(running), brief(running)))
+        if space is not None and isinstance(result, hf.Eigenpairs):
+            result = replace(result, vectors=space.gathered(result.vectors))
+        tick(1.0, brief(result))
+        return Part(name, result, time.perf_counter() - started)
+
+    def kept(name: str, run: Callable[..., Result]) -> Callable[..., Result]:
+        return partial(run, checkpoint=None if checkpoint is None else checkpoint / name)
+
+    def converged(running: hf.Eigenpairs) -> float:
+        return float(running.converged.double().mean())
+
+    top = part("eigenvalues", kept("eigenvalues", partial(pairs, k=k)), converged)
+    yield top
+    # The lower end is often close to the bulk, where a short basis would restart again and again.
+    smallest = partial(pairs, k=1, which="SA", basis_size=40)
+    yield part("smallest", kept("smallest", smallest), converged)
+    trace = partial(hf.xtrace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, **common)
+    yield part("trace", kept("trace", trace), lambda running: running.matvecs / max_matvecs)
+    density = partial(hf.slq, matvec, params, probes=probes, steps=steps, **common)
+    wanted = probes * steps
+    yield part("density", kept("density", density), lambda running: running.matvecs / wanted)
+    if space is not None and space.ranks.rank:
+        # The first rank alone looks at the loss, of which the others have no part.
+        return
+    for name, count in (("line", 1), ("plane", 2)):
+        if points and count <= k:
+            along = partial(_landscape, problem, top.result, count, points, radius)
+            yield part(name, along, _known)
+
+
+def _landscape(
+    problem: Problem, pairs: Any, count: int, points: int, radius: float, /, **options: Any
+) -> Landscape:
+    """The loss along the first eigenvectors."""
+    along = tree_map(lambda leaf: leaf[:count], pairs.vectors)
+    return landscape(
+        problem.loss,
+        problem.params,
+        problem.batches,
+        along,
+        radius=radius,
+        points=points,
+        **options,
+    )
+
+
+def _known(running: Landscape) -> float:
+    return float(running.values.isfinite().double().mean())

@@ -1,0 +1,66 @@
+"""The command line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+try:
+    import rich  # noqa: F401
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"hessfunc: the command line needs {missing.name}: pip install 'hessfunc[cli]'"
+    ) from None
+
+from hessfunc.app.cli.analyze import analyze
+from hessfunc.app.cli.eig import eig
+from hessfunc.app.cli.experiment import experiment
+from hessfunc.app.cli.options import Command, Group
+from hessfunc.app.cli.plan import plan
+from hessfunc.app.cli.train import train
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The entry point of the command ``hessfunc``."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from hessfunc import __version__
+
+        typer.echo(f"hessfunc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            metavar="",
+            help="Show the version and exit.",
+            callback=_show_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Curvature of neural networks: eigenvalues, traces, spectral densities, and training."""
+
+
+for command in (analyze, eig, experiment, plan):
+    app.command(cls=Command)(command)
+# What is too much may be epochs without commas, and is refused there.
+app.command(cls=Command, context_settings={"allow_extra_args": True})(train)

@@ -1,0 +1,153 @@
+"""The experiments on block-diagonal curvature of the literature, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from hessfunc.app.tasks import net
+from hessfunc.training.examples import Examples
+from hessfunc.training.history import Run
+from hessfunc.training.methods import SGD, BlockNewton, Method
+from hessfunc.training.runs import run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Methods that start from the same weights and see the same batches.
+
+    Attributes:
+        title: what is compared.
+        dataset: as `hessfunc.app.tasks` names it.
+        net: the same.
+        batch_size: examples a step.
+        epochs: passes over the examples.
+        methods: by their names in tables.
+    """
+
+    title: str
+    dataset: str
+    net: str
+    batch_size: int
+    epochs: int
+    methods: Mapping[str, Method]
+
+    def settings(self) -> dict[str, Any]:
+        """All of it, as plain data."""
+        kinds = {name: type(method).__name__ for name, method in self.methods.items()}
+        return {**asdict(self), "kinds": kinds}
+
+
+def compared(
+    experiment: Experiment,
+    examples: Examples,
+    test: Examples,
+    /,
+    *,
+    seeds: int,
+    minutes: float | None = None,
+    device: torch.device | None = None,
+    finished: Collection[tuple[str, int]] = (),
+    watch: Callable[[str, int], Callable[[Run], object]],
+) -> Iterator[Run]:
+    """The trainings of an experiment, each as soon as it has ended.
+
+    Args:
+        experiment: what is compared.
+        examples: to train on.
+        test: examples to evaluate on, beside.
+        seeds: how many trainings for each method, with seeds from zero.
+        minutes: end each training after so much time of steps.
+        device: where to train; by default where models are made.
+        finished: methods and seeds that are not to be run.
+        watch: called with the method and the seed of each training that starts; gives the
+            callback of `run`.
+    """
+    make_model = net(experiment.dataset, experiment.net)
+    for seed, (name, method) in product(range(seeds), experiment.methods.items()):
+        if (name, seed) not in finished:
+            yield run(
+                name,
+                make_model,
+                method,
+                examples,
+                test,
+                epochs=experiment.epochs,
+                batch_size=experiment.batch_size,
+                seed=seed,
+                minutes=minutes,
+                device=device,
+                callback=watch(name, seed),
+            )
+
+
+_SGD = SGD(lr=0.1, momentum=0.9)
+
+
+def _chen(residual: str, max_blocks: int | None = None) -> BlockNewton:
+    return BlockNewton(
+        curvature=f"hbp-{residual}", lr=0.1, alpha=0.02, max_matvecs=50, max_blocks=max_blocks
+    )
+
+
+def _exact(residual: str, lr: float, alpha: float) -> BlockNewton:
+    return BlockNewton(curvature=f"pch-{residual}", lr=lr, alpha=alpha, max_matvecs=200)
+
+
+# Dangel, Harmeling and Hennig 2019, arXiv 1902.01813.
+EXPERIMENTS: dict[str, Experiment] = {
+    "exp01": Experiment(
+        title="Newton with averaged Hessian backpropagation beside SGD, on a deep perceptron",
+        dataset="cifar10",
+        net="chen",
+        batch_size=500,
+        epochs=100,
+        methods={
+            "SGD": _SGD,
+            "HBP zero": _chen("zero"),
+            "HBP abs": _chen("abs"),
+            "HBP clip": _chen("clip"),
+        },
+    ),
+    "exp02": Experiment(
+        title="Weights whose curvature is cut into blocks, on a deep perceptron",
+        dataset="cifar10",
+        net="chen",
+        batch_size=500,
+        epochs=100,
+        methods={
+            "SGD": _SGD,
+            **{f"HBP abs, {n} block{'s' * (n > 1)}": _chen("abs", n) for n in (1, 2, 4, 16)},
+        },
+    ),
+    "exp08": Experiment(
+        title="Newton with the exact positive-curvature Hessian beside SGD, on a conv net",
+        dataset="cifar10",
+        net="c4d3",
+        batch_size=1000,
+        epochs=20,
+        methods={
+            "SGD": _SGD,
+            "PCH zero": _exact("zero", 0.1, 1e-4),
+            "PCH abs": _exact("abs", 0.2, 1e-3),
+            "PCH clip": _exact("clip", 0.1, 1e-4),
+        },
+    ),
+    "exp09": Experiment(
+        title="Newton with the exact positive-curvature Hessian beside SGD, on DeepOBS's 3c3d",
+        dataset="cifar10",
+        net="c3d3",
+        batch_size=500,
+        epochs=20,
+        methods={
+            "SGD": _SGD,
+            "PCH zero": _exact("zero", 0.05, 1e-3),
+            "PCH abs": _exact("abs", 0.1, 1e-3),
+            "PCH clip": _exact("clip", 0.1, 1e-2),
+        },
+    ),
+}

@@ -1,0 +1,109 @@
+"""The ResNets of CIFAR-10 (He, Zhang, Ren, Sun 2015, arXiv 1512.03385, section 4.2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WEIGHTS_SOURCE = (
+    "pretrained_models/resnet20-12fca82f.th of https://github.com/akamaster/pytorch_resnet_cifar10"
+)
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions and the shortcut around them.
+
+    Where the shape changes, the shortcut is the paper's option A: every second pixel, new channels
+    filled with zeros, no parameters.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.new_channels = channels - channels_in
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        if self.stride == 1 and self.new_channels == 0:
+            return x
+        before = self.new_channels // 2
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Three stages of blocks of 16, 32, 64 channels: ``[N, C, H, W]`` -> ``[N, classes]``."""
+
+    def __init__(self, blocks: int, classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks, stride=1)
+        self.layer2 = _stage(16, 32, blocks, stride=2)
+        self.layer3 = _stage(32, 64, blocks, stride=2)
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = Block(channels_in, channels, stride)
+    return nn.Sequential(first, *(Block(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+def resnet(depth: int = 20, classes: int = 10, channels: int = 3) -> ResNet:
+    """The ResNet of ``depth`` = 6n + 2 layers: 20, 32, 44, 56, 110; for images of any size.
+
+    Raises:
+        ValueError: depth is not 6n + 2 with n >= 1.
+    """
+    return ResNet(blocks_of_depth(depth), classes, channels)
+
+
+def blocks_of_depth(depth: int) -> int:
+    """How many blocks each stage of a ResNet has.
+
+    Raises:
+        ValueError: depth is not 6n + 2 with n >= 1.
+    """
+    blocks, rest = divmod(depth - 2, 6)
+    if rest or blocks < 1:
+        raise ValueError(f"the depth of a CIFAR ResNet is 6n + 2 with n >= 1, not {depth}")
+    return blocks
+
+
+def load_weights(
+    path: str | Path, expected: str = f"a file like {WEIGHTS_SOURCE}"
+) -> dict[str, Tensor]:
+    """The state dict of a checkpoint, on the CPU, the names as in a net that is not data-parallel.
+
+    Args:
+        path: a file of ``torch.save``: a state dict, or a dict with one under ``state_dict``.
+        expected: what should be there, for the message where nothing is.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: the file is no checkpoint of that form.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}: expected {expected}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint.get("state_dict", checkpoint)
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint with a state dict") from error

@@ -1,0 +1,28 @@
+"""What was found: a table for people, JSON for programs, a page for the browser."""
+
+from hessfunc.app.report.content import NAMES, Part, Run, Subject, as_json, as_text, content
+from hessfunc.app.report.folder import Folder
+from hessfunc.app.report.rows import Number, Row, brief, headline, plain, rows
+from hessfunc.app.report.sections import page
+from hessfunc.app.report.table import table
+from hessfunc.app.report.training import training
+
+__all__ = [
+    "Folder",
+    "Part",
+    "Run",
+    "Subject",
+    "NAMES",
+    "content",
+    "as_json",
+    "as_text",
+    "Number",
+    "Row",
+    "rows",
+    "headline",
+    "brief",
+    "plain",
+    "table",
+    "page",
+    "training",
+]

@@ -1,0 +1,112 @@
+"""Pieces of HTML."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from hessfunc.app.report.content import as_text
+from hessfunc.app.report.rows import Number, Words
+
+
+def marked(words: Words, /) -> str:
+    """Words with each number in a ``data`` element, which has its value in full."""
+    return "".join(
+        f'<data value="{json.dumps(word.value)}">{escape(str(word))}</data>'
+        if isinstance(word, Number)
+        else escape(word)
+        for word in words
+    )
+
+
+def section(name: str, title: str, *body: str) -> str:
+    """A part of the page with a heading."""
+    lines = "\n".join(body)
+    return (
+        f'<section id="{name}" aria-labelledby="{name}-title">\n'
+        f'<h2 id="{name}-title">{escape(title)}</h2>\n{lines}\n</section>'
+    )
+
+
+def table(columns: Sequence[tuple[str, str]], lines: Iterable[Sequence[str]], /) -> str:
+    """Lines of cells; the first of each is its head.
+
+    Args:
+        columns: title and class of each.
+        lines: of cells that are HTML.
+    """
+    kinds = [kind for _, kind in columns]
+    head = "".join(f'<th scope="col" class="{k}">{escape(title)}</th>' for title, k in columns)
+    body = "\n".join(f"<tr>{_cells(line, kinds)}</tr>" for line in lines)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def _cells(line: Sequence[str], kinds: Sequence[str]) -> str:
+    first = f'<th scope="row" class="{kinds[0]}">{line[0]}</th>'
+    others = zip(line[1:], kinds[1:], strict=True)
+    return first + "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in others)
+
+
+def scrolled(name: str, body: str, /) -> str:
+    """What may be long, in a frame that the keyboard can scroll as well."""
+    return f'<div class="scroll" role="group" tabindex="0" aria-label="{escape(name)}">{body}</div>'
+
+
+def facts(pairs: Iterable[tuple[str, str]], /) -> str:
+    """Names with what they stand for, which is HTML."""
+    lines = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{fact}</dd></div>" for name, fact in pairs)
+    return f'<dl class="facts">\n{lines}\n</dl>'
+
+
+def image(picture: bytes, description: str, /) -> str:
+    """A PNG within the page."""
+    source = f"data:image/png;base64,{b64encode(picture).decode()}"
+    return f'<img alt="{escape(description)}" src="{source}">'
+
+
+_ASSETS = files("hessfunc.app.report") / "assets"
+
+
+def document(
+    content: dict[str, Any],
+    /,
+    *,
+    title: str,
+    kind: str,
+    status: str,
+    headline: Words,
+    parts: Iterable[str],
+    scripts: Iterable[str] = (),
+) -> str:
+    """HTML with styles, scripts and data inline; it opens without a network.
+
+    Args:
+        content: plain data, which is embedded as JSON.
+        title: what it is about.
+        kind: what it is, above the title.
+        status: of what was run.
+        headline: below the title.
+        parts: of HTML, of which some may be empty.
+        scripts: names of assets, which run as one module.
+    """
+    script = "\n".join(_asset(f"{name}.js") for name in scripts)
+    return Template(_asset("page.html")).substitute(
+        title=escape(title),
+        kind=escape(kind),
+        status=escape(status),
+        headline=marked(headline),
+        parts="\n".join(filter(None, parts)),
+        style=_asset("page.css"),
+        # In JSON a string may hold </script>, which would end the element.
+        content=as_text(content).replace("<", "\\u003c"),
+        script=f'<script type="module">\n{script}</script>\n' if script else "",
+    )
+
+
+def _asset(name: str) -> str:
+    return (_ASSETS / name).read_text(encoding="utf-8")

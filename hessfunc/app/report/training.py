@@ -1,0 +1,146 @@
+"""The page of a training for the browser, which needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from html import escape
+from typing import Any
+
+from hessfunc.app.report.content import Run as Started
+from hessfunc.app.report.html import document, facts, image, marked, scrolled, section, table
+from hessfunc.app.report.rows import Number, Words
+from hessfunc.app.report.sections import card
+from hessfunc.training import history
+from hessfunc.training.loop import Record
+
+# Others are whole sentences.
+_STATUSES = ("complete", "time is up", "interrupted", "running")
+# Of each record, with the titles of the columns and how numbers are written.
+_COLUMNS = (
+    *(("epoch", "epoch", "g"), ("step", "updates", ","), ("loss", "loss", ".4f")),
+    *(("accuracy", "accuracy", ".1%"), ("test_loss", "test loss", ".4f")),
+    *(("test_accuracy", "test accuracy", ".1%"), ("eigenvalue", "dominant eigenvalue", ".4g")),
+    *(("ratio", "base batches a step", ","), ("lr", "learning rate", ".4g")),
+    ("gradients", "work in gradients", ",.0f"),
+)
+
+
+def training(
+    run: history.Run, settings: Mapping[str, Any], started: Started, picture: bytes, /
+) -> str:
+    """HTML with styles, the picture and all records inline; it opens without a network.
+
+    Args:
+        run: the training, finished or not, with a record at least.
+        settings: of it, plain data, with ``data`` and ``arch`` among them.
+        started: how.
+        picture: of its course, as PNG.
+    """
+    content = {"run": asdict(started), **history.content(settings, [run])}
+    return document(
+        content,
+        title=f"{settings['arch']} on {settings['data']}",
+        kind="Training of",
+        status=run.ended if run.ended in _STATUSES else "ended early",
+        headline=_headline(run, settings),
+        parts=(
+            _headlines(run),
+            f"<figure>\n{image(picture, 'The course of the training')}\n</figure>",
+            _epochs(run),
+            _what(settings, content),
+            _cost(run),
+        ),
+    )
+
+
+def _headline(run: history.Run, settings: Mapping[str, Any]) -> Words:
+    return (
+        *(run.method, ", ", Number(run.records[-1].epoch, "g"), " of "),
+        *(Number(settings["epochs"], ","), " epochs, "),
+        *(Number(settings["examples"], ","), " examples in base batches of "),
+        Number(settings["batch_size"], ","),
+    )
+
+
+def _headlines(run: history.Run) -> str:
+    """The numbers that most people come for."""
+    last, measured = run.records[-1], history.last_measured(run)
+    seen = (Number(last.accuracy, ".1%"), " on the training examples")
+    if last.test_accuracy is None:
+        cards = [card("accuracy", seen[:1], ("on the training examples",))]
+    else:
+        cards = [card("test accuracy", (Number(last.test_accuracy, ".1%"),), seen)]
+    cards.append(card("updates", (Number(last.step, ","),), ("steps of the optimiser",)))
+    cards.append(card("work", (Number(last.gradients, ",.0f"),), ("gradients of a base batch",)))
+    if measured is not None:
+        when = ("after epoch ", Number(measured.epoch, "g"))
+        cards.append(card("dominant eigenvalue", (Number(measured.eigenvalue, ".4g"),), when))
+    return f'<dl class="headlines">\n{"".join(cards)}</dl>'
+
+
+def _epochs(run: history.Run) -> str:
+    """All records, without columns of which nothing is known."""
+    known = [
+        column
+        for column in _COLUMNS
+        if any(getattr(record, column[0]) is not None for record in run.records)
+    ]
+    lines = [[_cell(record, name, style) for name, _, style in known] for record in run.records]
+    title = "Epoch by epoch"
+    columns = [(label, "number") for _, label, _ in known]
+    return section("epochs", title, scrolled(title, table(columns, lines)))
+
+
+def _cell(record: Record, name: str, style: str) -> str:
+    value = getattr(record, name)
+    return "" if value is None else marked((Number(value, style),))
+
+
+def _what(settings: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """What was run, so that it can be run again."""
+    started = content["run"]
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    given = ((name.replace("_", " "), _setting(value)) for name, value in settings.items())
+    return section(
+        "run",
+        "What was run",
+        facts(
+            (
+                ("command", f"<code>{escape(started['command'])}</code>"),
+                *(pair for pair in given if pair[1]),
+                ("began", escape(started["began"])),
+                ("versions", escape(versions)),
+            )
+        ),
+    )
+
+
+def _setting(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case bool() | str():
+            return escape(str(value))
+        case int() | float():
+            return marked((Number(value, ""),))
+        case _:
+            return ", ".join(map(_setting, value))
+
+
+def _cost(run: history.Run) -> str:
+    """What the steps took, and why there were no more."""
+    last = run.records[-1]
+    return section(
+        "cost",
+        "What it cost",
+        facts(
+            (
+                ("products", marked((Number(last.matvecs, ","),))),
+                ("work", marked((Number(last.gradients, ",.0f"), " gradients of a base batch"))),
+                ("time", marked((Number(last.seconds, ",.1f"), " s in steps"))),
+                ("memory", marked((Number(last.peak_bytes, ","), " bytes in a step at most"))),
+                ("ended", escape(run.ended)),
+            )
+        ),
+    )

@@ -1,0 +1,172 @@
+"""Smooth activations, whose first and second derivatives are computed once and kept.
+
+torch computes them anew for each product, from the exponentials on. A product needs no more than
+two multiplications: with y = f(x) and g the gradient at y,
+
+    dy = f'(x) dx,   d(g f'(x)) = f'(x) dg + g f''(x) dx.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hessfunc.autograd.functorch import batched, once_more
+from hessfunc.autograd.overrides import plain
+
+Map = Callable[[Tensor], Tensor]
+
+# Entries below which a call costs more than what it saves.
+_LARGE = 2**14
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """f and its derivatives, each of functions that torch differentiates.
+
+    Attributes:
+        value: f.
+        slope: f', of what is kept.
+        curve: the derivative of the slope with respect to what is kept.
+        keeps_output: f(x) is kept, and not x, as torch does.
+    """
+
+    value: Map
+    slope: Map
+    curve: Map
+    keeps_output: bool = False
+
+
+def elementwise(original: Map) -> Callable[..., Tensor]:
+    """``F.silu``, ``tanh`` or ``sigmoid``, to be differentiated twice."""
+    activation = _ACTIVATIONS[original]
+
+    def mapped(input: Tensor, *options: Any, **named: Any) -> Tensor:
+        plainly = not options and (not named or named == {"inplace": False})
+        if not (plainly and _applies(input)):
+            return original(input, *options, **named)
+        return _Mapped.apply(activation, input)  # type: ignore[no-untyped-call]
+
+    return mapped
+
+
+def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
+    """``F.gelu``, to be differentiated twice."""
+    activation = _GELUS.get(approximate)
+    if activation is None or not _applies(input):
+        return F.gelu(input, approximate=approximate)
+    return _Mapped.apply(activation, input)  # type: ignore[no-untyped-call]
+
+
+def _applies(x: Tensor) -> bool:
+    return x.numel() >= _LARGE and x.requires_grad and plain(x)
+
+
+class _Mapped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, activation: _Activation, x: Tensor) -> Tensor:
+        y = activation.value(x)
+        ctx.save_for_backward(y if activation.keeps_output else x)
+        ctx.activation, ctx.slope = activation, None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        (kept,) = ctx.saved_tensors
+        if torch.is_grad_enabled() and batched(g):
+            # A Function without a rule for vmap would be applied to what vmap has wrapped.
+            return None, g * ctx.activation.slope(kept)
+        if ctx.slope is None:
+            with torch.no_grad():
+                ctx.slope = ctx.activation.slope(kept)
+        if not torch.is_grad_enabled():
+            return None, g * ctx.slope
+        return None, _Scaled.apply(ctx.activation, g, *once_more(kept), ctx.slope)  # type: ignore[no-untyped-call]
+
+
+class _Scaled(torch.autograd.Function):
+    """g f'(x), with the slope f'(x) at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: _Activation, g: Tensor, kept: Tensor, slope: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(g, kept)
+        ctx.activation, ctx.slope = activation, slope
+        ctx.curve = None
+        return g * slope
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
+        g, kept = ctx.saved_tensors
+        _, needs_g, needs_kept, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            of_g = v * ctx.activation.slope(kept) if needs_g else None
+            of_kept = v * g * ctx.activation.curve(kept) if needs_kept else None
+            return None, of_g, of_kept, None
+        if needs_kept and ctx.curve is None:
+            ctx.curve = g * ctx.activation.curve(kept)
+        of_kept = v * ctx.curve if needs_kept else None
+        return None, v * ctx.slope if needs_g else None, of_kept, None
+
+
+def _normal_density(x: Tensor) -> Tensor:
+    return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+_GELU = _Activation(
+    F.gelu,
+    lambda x: torch.special.ndtr(x) + x * _normal_density(x),
+    lambda x: (2 - x * x) * _normal_density(x),
+)
+
+
+def _inner(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tanh of the cubic of the approximate GELU, and the cubic's derivatives."""
+    c, a = math.sqrt(2 / math.pi), 0.044715
+    return torch.tanh(c * (x + a * x**3)), c * (1 + 3 * a * x * x), 6 * c * a * x
+
+
+def _slope_by_tanh(x: Tensor) -> Tensor:
+    t, du, _ = _inner(x)
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
+
+
+def _curve_by_tanh(x: Tensor) -> Tensor:
+    t, du, ddu = _inner(x)
+    return (1 - t * t) * (du + 0.5 * x * (ddu - 2 * t * du * du))
+
+
+_GELUS = {
+    "none": _GELU,
+    "tanh": _Activation(lambda x: F.gelu(x, approximate="tanh"), _slope_by_tanh, _curve_by_tanh),
+}
+
+
+def _slope_of_silu(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _curve_of_silu(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
+# By the value y: dy/dx = f'(y), and the curve is the slope's derivative with respect to y.
+_TANH = _Activation(torch.tanh, lambda y: 1 - y * y, lambda y: -2 * y, keeps_output=True)
+_SIGMOID = _Activation(torch.sigmoid, lambda y: y * (1 - y), lambda y: 1 - 2 * y, keeps_output=True)
+_ACTIVATIONS: dict[Any, _Activation] = {
+    F.silu: _Activation(F.silu, _slope_of_silu, _curve_of_silu),
+    torch.tanh: _TANH,
+    Tensor.tanh: _TANH,
+    torch.sigmoid: _SIGMOID,
+    Tensor.sigmoid: _SIGMOID,
+}
+ELEMENTWISE = tuple(_ACTIVATIONS)

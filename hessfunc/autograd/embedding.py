@@ -1,0 +1,121 @@
+"""Embeddings with dense gradients, which leave their weights as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hessfunc.autograd.constants import constant
+from hessfunc.autograd.overrides import Replacements
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Compute ``F.embedding`` without sparse gradients and without changes to its weights.
+
+    ``max_norm`` rescales the rows that are returned, by factors that autograd takes for constant,
+    instead of the rows of the weight. ``scale_grad_by_freq`` changes the gradient into one that
+    belongs to no function, and is left out.
+    """
+    rows = F.embedding(input, weight, padding_idx)
+    return rows if max_norm is None else rows + _rescaling(rows, max_norm, norm_type)
+
+
+def padded_embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Compute ``F.embedding`` with the row of ``padding_idx`` constant.
+
+    In reverse mode that row gets no gradient; without this, it would still have a tangent.
+    """
+    rows = _embedding(input, weight, None, max_norm, norm_type)
+    if padding_idx is None:
+        return rows
+    padding = (input == padding_idx % len(weight))[..., None]
+    return torch.where(padding, constant(rows), rows)
+
+
+def _embedding_of_torch(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Compute ``torch.embedding`` without sparse gradients."""
+    return torch.embedding(weight, indices, padding_idx)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Compute ``F.embedding_bag`` without sparse gradients and without changes to its weights."""
+    if max_norm is not None:
+        weight = weight + _rescaling_of(weight, input, max_norm, norm_type)
+    return F.embedding_bag(
+        input,
+        weight,
+        offsets,
+        mode=mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset,
+        padding_idx=padding_idx,
+    )
+
+
+def pure_lookup() -> dict[Any, Any]:
+    """Return the replacements of the functions that look up embeddings."""
+    return {
+        F.embedding: _embedding,
+        torch.embedding: _embedding_of_torch,
+        F.embedding_bag: _embedding_bag,
+    }
+
+
+def _rescaling(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Return what takes rows to those of norm ``max_norm`` at most, a constant."""
+    fixed = constant(rows)
+    norms = torch.linalg.vector_norm(fixed, norm_type, dim=-1, keepdim=True)
+    # The same small number as in torch.
+    scale = torch.where(norms > max_norm, max_norm / (norms + 1e-7), torch.ones_like(norms))
+    return fixed * (scale - 1)
+
+
+def _rescaling_of(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    used = torch.zeros(len(weight), 1, dtype=torch.bool, device=weight.device)
+    used[indices.flatten()] = True
+    return torch.where(used, _rescaling(weight, max_norm, norm_type), torch.zeros_like(weight))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # The fused kernel's second derivative leaves out that |v| depends on v.
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+EXACT: Replacements = {torch._weight_norm: _weight_norm, **pure_lookup()}

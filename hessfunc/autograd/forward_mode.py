@@ -1,0 +1,123 @@
+"""Functions of torch as compositions that forward mode differentiates.
+
+torch has no formula for the forward derivative of their backward, or one that fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hessfunc.autograd.constants import constant
+from hessfunc.autograd.embedding import EXACT, padded_embedding
+from hessfunc.autograd.overrides import Replacements, getter
+
+
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    if weight is not None:
+        options = {"size_average": size_average, "reduce": reduce, "weight": weight}
+        weighted: Any = F.mse_loss
+        return weighted(input, target, reduction=reduction, **options)
+    difference = input - target
+    return _reduced(difference * difference, size_average, reduce, reduction)
+
+
+def _huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    difference = input - target
+    size = difference.abs()
+    near = 0.5 * difference * difference
+    values = torch.where(size <= delta, near, delta * (size - 0.5 * delta))
+    return _reduced(values if weight is None else values * weight, None, None, reduction)
+
+
+def _soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    return _reduced(-F.logsigmoid(target * input), size_average, reduce, reduction)
+
+
+def _reduced(
+    values: Tensor, size_average: bool | None, reduce: bool | None, reduction: str
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    match reduction:
+        case "mean":
+            return values.mean()
+        case "sum":
+            return values.sum()
+    return values
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * torch.sigmoid(gate)
+
+
+def _set_grad_enabled(mode: bool) -> Any:
+    """Switch forward mode off with reverse mode: under ``no_grad`` both take all for constant."""
+    torch._C._set_fwd_grad_enabled(mode)
+    return torch._C._set_grad_enabled(mode)
+
+
+def _data(tensor: Tensor, *_: Any) -> Tensor:
+    # `.data` of what torch.func has wrapped keeps its tangent.
+    return tensor.detach()
+
+
+def _grad(*args: Any, **kwargs: Any) -> Any:
+    """Compute ``torch.autograd.grad``, whose result is constant without ``create_graph``."""
+    found = torch.autograd.grad(*args, **kwargs)
+    if kwargs.get("create_graph", args[4] if len(args) > 4 else False):
+        return found
+    return tuple(None if g is None else g.detach() for g in found)
+
+
+def _gumbel_softmax(
+    logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+) -> Tensor:
+    soft = F.gumbel_softmax(logits, tau, dim=dim)
+    if not hard:
+        return soft
+    index = soft.max(dim, keepdim=True)[1]
+    return torch.zeros_like(logits).scatter_(dim, index, 1.0) - constant(soft) + soft
+
+
+FORWARD: Replacements = {
+    **EXACT,
+    F.embedding: padded_embedding,
+    F.mse_loss: _mse_loss,
+    F.huber_loss: _huber_loss,
+    F.soft_margin_loss: _soft_margin_loss,
+    F.glu: _glu,
+    torch._C._set_grad_enabled: _set_grad_enabled,
+    getter("data"): _data,
+    torch.autograd.grad: _grad,
+}
+
+# What finite differences see and autograd does not.
+DIFFERENCES: Replacements = {
+    **EXACT,
+    F.embedding: padded_embedding,
+    F.gumbel_softmax: _gumbel_softmax,
+}

@@ -1,0 +1,131 @@
+"""Layer normalisation, with what depends on the gradient alone computed once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hessfunc.autograd.bilinear import Channels, affine
+from hessfunc.autograd.functorch import batched, once_more
+from hessfunc.autograd.overrides import plain
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.layer_norm`` over the last axis, to be differentiated twice."""
+    applies = len(normalized_shape) == 1 and input.requires_grad
+    if not (applies and plain(input, weight, bias)):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    x = input.reshape(-1, input.shape[-1])
+    with torch.no_grad():
+        value, mean, scale = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+        z = (x - mean).mul_(scale)
+        # What is returned may be changed in place; what is kept is another tensor, as one that
+        # is returned would keep the graph that keeps it.
+        kept = z.detach()
+    returned = value if weight is None else z
+    standard = _Standardised.apply(x, [returned], kept, scale, eps)  # type: ignore[no-untyped-call]
+    if weight is not None:
+        standard = affine(Channels(2), standard, weight, bias, value=value)
+    return standard.view(input.shape)
+
+
+class _Standardised(torch.autograd.Function):
+    """z = r (x - mean x), r = (var x + eps)^-1/2, of each row.
+
+    Its Jacobian is symmetric: P = r (I - 11'/C - zz'/C).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, returned: list[Tensor], z: Tensor, scale: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.known, ctx.eps = (z, scale), eps
+        return returned[0]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        z, scale = ctx.known
+        if not torch.is_grad_enabled():
+            found = _projected(_centred(g), z, scale)[0]
+        elif batched(g):
+            # A Function without a rule for vmap would be applied to what vmap has wrapped.
+            found = _by_definition(g, x, ctx.eps)
+        else:
+            found = _Projected.apply(g, *once_more(x), z, scale, ctx.eps)  # type: ignore[no-untyped-call]
+        return found, None, None, None, None
+
+
+def _centred(v: Tensor) -> Tensor:
+    return v - v.mean(-1, keepdim=True)
+
+
+def _projected(centred: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """P v and mean(v z), of v less its mean."""
+    along = _mean_product(centred, z)
+    return torch.addcmul(centred, along, z, value=-1).mul_(scale), along
+
+
+def _mean_product(u: Tensor, v: Tensor) -> Tensor:
+    return (u * v).mean(-1, keepdim=True)
+
+
+class _Projected(torch.autograd.Function):
+    """P g. With a = mean(v z), b = mean(g z), and v and g less their means,
+
+    d<v, P g>/dx = -r^2 (b v + a g + z (mean(v g) - 3 a b)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, z: Tensor, scale: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(g, x)
+        ctx.known, ctx.eps = (z, scale), eps
+        ctx.of_gradient = None
+        return _projected(_centred(g), z, scale)[0]
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
+        g, x = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_by_autograd(g, x, v, ctx.eps), None, None, None
+        z, scale = ctx.known
+        centred = _centred(v)
+        of_g, a = _projected(centred, z, scale)
+        if not ctx.needs_input_grad[1]:
+            return of_g, None, None, None, None
+        if ctx.of_gradient is None:
+            scaled = _centred(g) * scale**2
+            ctx.of_gradient = scaled, _mean_product(scaled, z)
+        scaled, b = ctx.of_gradient
+        of_x = torch.addcmul(b * centred, a, scaled)
+        along = _mean_product(centred, scaled) - 3 * a * b
+        return of_g, of_x.addcmul(along, z).neg(), None, None, None
+
+
+def _by_definition(g: Tensor, x: Tensor, eps: float) -> Tensor:
+    """P g, of functions that torch differentiates."""
+    centred = _centred(x)
+    scale = torch.rsqrt(_mean_product(centred, centred) + eps)
+    return _projected(_centred(g), centred * scale, scale)[0]
+
+
+def _by_autograd(g: Tensor, x: Tensor, v: Tensor, eps: float) -> tuple[Tensor | None, ...]:
+    # Derivatives of a higher order than those of a product. Views, as g may depend on x.
+    g, x = g.view_as(g), x.view_as(x)
+    moving = [t for t in (g, x) if t.requires_grad]
+    found = torch.autograd.grad(
+        _by_definition(g, x, eps), moving, v, create_graph=True, allow_unused=True
+    )
+    slopes = iter(found)
+    return tuple(next(slopes) if t.requires_grad else None for t in (g, x))

@@ -1,0 +1,62 @@
+"""Hessian backpropagation: the diagonal blocks of curvature matrices, with their structure."""
+
+from hessfunc.kronecker.blocks import (
+    Block,
+    Blocks,
+    Congruence,
+    Dense,
+    DirectSum,
+    Eigenbasis,
+    Kronecker,
+)
+from hessfunc.kronecker.factors import ekfac, kfac, kflr, kfra
+from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, Jacobian, OfAll, Selection
+from hessfunc.kronecker.layer import Call, Dependence, General, Layer, SharedWeight
+from hessfunc.kronecker.propagate import BlockCurvature, hbp
+from hessfunc.kronecker.rules import (
+    by_autodiff,
+    elementwise,
+    linear,
+    piecewise_linear,
+    reshaped,
+    rule,
+    rule_of,
+    selection,
+)
+
+__all__ = [
+    "hbp",
+    "kfra",
+    "kflr",
+    "kfac",
+    "ekfac",
+    "BlockCurvature",
+    "Blocks",
+    # What a block can be
+    "Block",
+    "Dense",
+    "Kronecker",
+    "Eigenbasis",
+    "Congruence",
+    "DirectSum",
+    # Rules, and what they are made of
+    "rule",
+    "rule_of",
+    "elementwise",
+    "piecewise_linear",
+    "linear",
+    "reshaped",
+    "selection",
+    "by_autodiff",
+    "Call",
+    "Layer",
+    "Jacobian",
+    "Identity",
+    "OfAll",
+    "Diagonal",
+    "Selection",
+    "EachExample",
+    "Dependence",
+    "SharedWeight",
+    "General",
+]

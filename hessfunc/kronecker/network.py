@@ -1,0 +1,272 @@
+"""A module on a batch, as steps that each have a rule."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hessfunc.kronecker.calls import Called, full_name
+from hessfunc.kronecker.layer import Call, Layer
+from hessfunc.kronecker.rules import reshaped, rule_of
+from hessfunc.trees import leaves
+
+EXACT_PRODUCTS = (
+    "take exact products, `per_block(hvp(loss)(params, batch), params)` or `pchvp(loss)`, which go "
+    "through any model"
+)
+_REGISTER = "register a rule for the module around it (`from hessfunc.kronecker import rule`)"
+
+_OUT_OF_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.isub: operator.sub}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call that depends on the parameters.
+
+    Attributes:
+        name: for messages.
+        target: what is called: a module type, a function, or the name of a tensor method.
+        call: on values that are detached.
+        sources: the numbers of the steps that give its moving inputs.
+        parameters: the full name of each parameter that is differentiated, by its own name.
+        output: with its graph.
+    """
+
+    name: str
+    target: Any
+    call: Call
+    sources: tuple[int, ...]
+    parameters: Mapping[str, str]
+    output: Tensor
+
+    @property
+    def width(self) -> int:
+        """The entries of one example's output."""
+        return self.output[0].numel()
+
+    def layer(self) -> Layer:
+        """The derivatives of the call.
+
+        Raises:
+            NotImplementedError: there is no rule, or it does not fit the call.
+        """
+        found = rule_of(self.target)
+        if found is None:
+            kind = getattr(self.target, "__name__", str(self.target))
+            raise NotImplementedError(
+                f"Hessian backpropagation has no rule for {kind}, at {self.name!r}: register one "
+                "(`from hessfunc.kronecker import by_autodiff, rule`; "
+                f"`rule({kind})(by_autodiff)` fits what treats each example by itself), or "
+                f"{EXACT_PRODUCTS}"
+            )
+        try:
+            layer = found(self.call)
+            if found is not reshaped:
+                self._refuse_unless_apart()
+        except (NotImplementedError, ValueError) as error:
+            raise type(error)(f"at {self.name!r}: {error}") from None
+        if unknown := [own for own in self.parameters if own not in layer.parameters]:
+            raise NotImplementedError(
+                f"the rule for {self.target.__name__}, at {self.name!r}, does not say how the "
+                f"output depends on the parameter {unknown[0]!r}: `by_autodiff` finds out"
+            )
+        return layer
+
+    def _refuse_unless_apart(self) -> None:
+        for example in (slice(0, 1), slice(-1, None)):
+            try:
+                alone = self.call(*(t[example] for t in self.call.inputs))
+                is_apart = torch.allclose(alone, self.output[example], rtol=1e-3, atol=1e-5)
+            except (RuntimeError, IndexError):
+                is_apart = False
+            if not is_apart:
+                raise NotImplementedError(
+                    "one example alone gives something else than in the batch, and Hessian "
+                    f"backpropagation needs the examples apart: {EXACT_PRODUCTS}"
+                )
+
+
+def steps_of(model: nn.Module, found: Called, chosen: frozenset[str], /) -> list[Step]:
+    """The calls that depend on the chosen parameters; the last one gives the outputs.
+
+    Raises:
+        ValueError: a parameter is used more than once, or none at all.
+        NotImplementedError: the calls cannot be read, or a parameter is used outside of modules
+            that have a rule.
+    """
+    graph, constants = _traced(model, found.arguments)
+    values: dict[fx.Node, Any] = {}
+    numbers: dict[fx.Node, int] = {}
+    of_inputs: set[fx.Node] = set()
+    steps: list[Step] = []
+    arguments = iter(found.arguments.values())
+    last = graph.output_node().all_input_nodes[0]
+    for node in graph.nodes:
+        target = str(node.target)
+        if node.op == "placeholder":
+            values[node] = next(arguments)
+            of_inputs.add(node)
+        elif node.op == "get_attr":
+            if target in chosen:
+                raise NotImplementedError(
+                    f"parameter {target!r} is used outside of a module that has a rule: "
+                    f"{_REGISTER}, hold the parameter fixed by `split` and `hold`, or "
+                    f"{EXACT_PRODUCTS}"
+                )
+            values[node] = constants[target] if target in constants else found.state[target]
+        elif node.op == "output":
+            _refuse_unless_equal(values[last], found.outputs)
+        else:
+            if of_inputs.intersection(node.all_input_nodes):
+                of_inputs.add(node)
+            inputs = [
+                source
+                for source in node.all_input_nodes
+                if source in of_inputs and _is_floating(values[source])
+            ]
+            moving = tuple(i for i, source in enumerate(inputs) if source in numbers)
+            call, output = _evaluated(model, node, values, found.state, inputs, moving)
+            values[node] = output
+            own = {
+                name: full_name(target, name)
+                for name in call.params
+                if full_name(target, name) in chosen
+            }
+            if (own or moving) and any(map(_is_floating, leaves(output))):
+                _refuse_unless_batched(node, output, found.outputs)
+                numbers[node] = len(steps)
+                step = Step(
+                    target if node.op == "call_module" else node.name,
+                    type(call.module) if call.module is not None else node.target,
+                    call,
+                    tuple(numbers[inputs[i]] for i in moving),
+                    own,
+                    output,
+                )
+                steps.append(step)
+    _refuse_shared(steps, found.state)
+    if last not in numbers:
+        raise ValueError("the model's outputs do not depend on any of the parameters")
+    return steps[: numbers[last] + 1]
+
+
+def _traced(
+    model: nn.Module, arguments: Mapping[str, Any]
+) -> tuple[fx.Graph, Mapping[str, Tensor]]:
+    """The graph of a module's calls, and the constants in it."""
+    if rule_of(type(model)) is not None:
+        graph = fx.Graph()
+        inputs = tuple(graph.placeholder(name) for name in arguments)
+        graph.output(graph.call_module("", inputs))
+        return graph, {}
+    plain = {
+        name: value
+        for name, value in arguments.items()
+        if not any(isinstance(leaf, Tensor) for leaf in leaves(value))
+    }
+    before = set(vars(model))
+    try:
+        graph = _Tracer().trace(model, plain or None)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise NotImplementedError(
+            f"the calls of {type(model).__name__} cannot be read ({reason}): {_REGISTER}, or "
+            f"{EXACT_PRODUCTS}"
+        ) from error
+    finally:
+        # The tracer keeps constant tensors in the module itself.
+        constants = {name: vars(model).pop(name) for name in set(vars(model)) - before}
+    return graph, constants
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return rule_of(type(m)) is not None or super().is_leaf_module(m, module_qualified_name)
+
+
+def _evaluated(
+    model: nn.Module,
+    node: fx.Node,
+    values: Mapping[fx.Node, Any],
+    state: Mapping[str, Tensor],
+    sources: Sequence[fx.Node],
+    moving: tuple[int, ...],
+) -> tuple[Call, Any]:
+    """A node as a call on the values of its sources, and its value."""
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    in_place = (
+        getattr(module, "inplace", False)
+        or node.kwargs.get("inplace", False)
+        or (node.op != "call_module" and _called_name(node).endswith("_"))
+    )
+    own = {} if module is None else dict(module.named_parameters())
+    fixed = {} if module is None else dict(module.named_buffers())
+    params, buffers = (
+        {name: state[full_name(str(node.target), name)] for name in names} for names in (own, fixed)
+    )
+
+    def function(params: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
+        given = [t.clone() for t in inputs] if in_place else inputs
+        here = {**values, **dict(zip(sources, given, strict=True))}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), here.__getitem__)
+        if module is not None:
+            return torch.func.functional_call(module, {**buffers, **params}, args, kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return _OUT_OF_PLACE.get(node.target, node.target)(*args, **kwargs)
+
+    inputs = [values[source] for source in sources]
+    output = function(params, *inputs)
+    call = Call(
+        function,
+        {name: value.detach() for name, value in params.items()},
+        tuple(value.detach() for value in inputs),
+        moving,
+        module,
+        output.shape[1:] if isinstance(output, Tensor) else torch.Size(),
+    )
+    return call, output
+
+
+def _called_name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _refuse_unless_batched(node: fx.Node, output: Any, outputs: Tensor) -> None:
+    if not _is_floating(output) or output.dim() == 0 or len(output) != len(outputs):
+        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise NotImplementedError(
+            f"{node.name!r} gives {what}, and Hessian backpropagation needs tensors with the "
+            f"{len(outputs)} examples along their first axes: {_REGISTER}, or {EXACT_PRODUCTS}"
+        )
+
+
+def _refuse_unless_equal(ours: Any, outputs: Tensor) -> None:
+    if ours.shape != outputs.shape or not torch.allclose(ours, outputs, rtol=1e-3, atol=1e-5):
+        raise ValueError(
+            "the graph of the model's calls does not give its outputs: does forward draw random "
+            f"numbers? Then {EXACT_PRODUCTS}"
+        )
+
+
+def _refuse_shared(steps: Sequence[Step], state: Mapping[str, Tensor]) -> None:
+    names = [full for step in steps for full in step.parameters.values()]
+    tensors = [id(leaf) for leaf in state.values()]
+    for name in names:
+        if names.count(name) > 1 or tensors.count(id(state[name])) > 1:
+            raise ValueError(
+                f"parameter {name!r} is used more than once, and a block of one use would miss the "
+                f"cross terms: {EXACT_PRODUCTS}"
+            )

@@ -1,0 +1,280 @@
+"""``nn.Module`` -> pure functions of the parameters."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
+
+from hessfunc.autograd.embedding import pure_lookup
+from hessfunc.autograd.overrides import Replaced
+from hessfunc.autograd.recompute import recomputing, segments_of
+from hessfunc.containers import mapped
+from hessfunc.options import validated
+from hessfunc.selection import first_of
+from hessfunc.trees import Tree, whole
+
+
+@validated
+def functional(
+    model: nn.Module,
+    /,
+    *,
+    trainable_only: bool = True,
+    dtype: torch.dtype | None = None,
+    recompute: str | None = None,
+) -> tuple[Callable[[Tree, Any], Any], dict[str, Tensor]]:
+    """A pure function of a module's parameters, and these parameters.
+
+    ``model_fn(params, inputs)`` takes inputs that are a tensor, a tuple (positional arguments), a
+    mapping (keyword arguments) or anything else, such as a named tuple (one argument), and returns
+    what the module returns. The module is never changed: buffers are cloned inside each call, so
+    that BatchNorm works in train mode too. The training flag of each submodule is read once, here.
+
+    Args:
+        model: the module.
+        trainable_only: leave parameters that do not require a gradient out of ``params``.
+        dtype: in which the model is evaluated, such as ``torch.bfloat16``; params, buffers and
+            inputs are cast inside the function and outputs back, so that params, loss and vectors
+            stay in their own. None: as it is.
+        recompute: a glob over module names (``"model.layers.*"``). Their activations are not kept
+            for the derivatives but computed again, so that a deep model's graph fits in memory;
+            `recomputed` does it for any function.
+
+    Returns:
+        ``(model_fn, params)``, with ``params`` a dict in the order of ``named_parameters``: a tied
+        tensor stands there once, and each is a detached view of the module's own.
+
+    Raises:
+        ValueError: there is no parameter left, or no module to recompute.
+        NotImplementedError: the module is sharded by `fully_shard`, or wrapped in `DataParallel`,
+            `DistributedDataParallel` or `torch.jit`.
+    """
+    _refuse_if_fully_sharded(model)
+    _refuse_wrapped(model)
+    params = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or not trainable_only
+    }
+    if not params:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: set `requires_grad`, or pass "
+            "`trainable_only=False`"
+        )
+    training = [(module, module.training) for module in model.modules()]
+    segments = [] if recompute is None else segments_of(model, recompute)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    own_dtype = next(iter(params.values())).dtype
+    renormalises = _renormalises(model)
+    named = {name for name, _ in model.named_parameters()}
+    batch_statistics = [
+        name for name, module in model.named_modules() if uses_batch_statistics(module)
+    ]
+
+    def model_fn(params: Tree, inputs: Any, /) -> Any:
+        if not (isinstance(params, Mapping) and params.keys() <= named):
+            raise _unlike(params, named)
+        if batch_statistics and _SEVERAL_BATCHES.get():
+            raise ValueError(
+                f"BatchNorm {batch_statistics[0]!r} uses the statistics of each batch, so the "
+                "result would depend on how the data is cut into batches: call `model.eval()` "
+                "before `functional(model)`, or use one batch"
+            )
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        args, kwargs = _arguments(inputs)
+        state = dict(params), buffers
+        if dtype is not None:
+            fixed = {n: p for n, p in model.named_parameters() if n not in params}
+            state = _cast((fixed | state[0], buffers), dtype)
+            args, kwargs = _cast((args, kwargs), dtype)
+        with (
+            training_flags(training),
+            recomputing(segments),
+            _without_checkpointing(),
+            _without_cudnn() if recurrent else nullcontext(),
+            Replaced(pure_lookup()) if renormalises else nullcontext(),
+        ):
+            outputs = torch.func.functional_call(model, state, args, kwargs)
+        return outputs if dtype is None else _cast(outputs, own_dtype)
+
+    return model_fn, params
+
+
+def _unlike(params: object, named: Collection[str]) -> Exception:
+    """The error of params that are not those of the model."""
+    if not isinstance(params, Mapping):
+        return TypeError(
+            f"params is a {type(params).__name__}, and not the dict of named parameters that "
+            "`functional(model)` returns"
+        )
+    others = [str(name) for name in params if name not in named]
+    return ValueError(
+        f"the model has no parameter named {first_of(others)}: its parameters are "
+        f"{first_of(sorted(named))}"
+    )
+
+
+def _refuse_if_fully_sharded(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise NotImplementedError(
+            f"{type(model).__name__} is sharded by `fully_shard`, which knows the module's own "
+            "parameters alone and first derivatives alone: take `hvp_by_backward(model, loss)`; or "
+            "`unsharded(model)`, with `functional` of the same module before it was sharded"
+        )
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        place = f"model.{name}" if name else "model"
+        if isinstance(module, nn.DataParallel) or type(module).__name__ == (
+            "DistributedDataParallel"
+        ):
+            raise NotImplementedError(
+                f"{place} is a {type(module).__name__}, which copies its parameters to devices or "
+                f"averages gradients by itself: take `functional({place}.module)`, the plain "
+                "module, and `over_batches(..., mesh=...)` for several processes"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotImplementedError(
+                f"{place} is a {type(module).__name__}, compiled by torch.jit, whose parameters "
+                "cannot be replaced: take the plain module that it was made from"
+            )
+
+
+def _renormalises(model: nn.Module) -> bool:
+    """Whether a module has embeddings that are rescaled when they are looked up.
+
+    Raises:
+        NotImplementedError: If another module uses such a weight, too, and would see it rescaled.
+    """
+    chosen = [
+        m
+        for m in model.modules()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+    ]
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    if any(uses[id(module.weight)] > 1 for module in chosen):
+        raise NotImplementedError(
+            "an embedding with `max_norm` shares its weight with another module, which would see "
+            "rows that are rescaled as they are looked up: set its `max_norm = None`"
+        )
+    return bool(chosen)
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    # A named tuple, such as a PackedSequence, is one argument.
+    if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def _cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
+
+    return mapped(cast, tree, "inputs")
+
+
+def _without_cudnn() -> AbstractContextManager[None]:
+    # cuDNN's recurrent layers have no second derivative; those of torch do.
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=False,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=cudnn.allow_tf32,
+    )
+
+
+@contextmanager
+def _without_checkpointing() -> Iterator[None]:
+    # It would compute again in the backward pass, with the module's own parameters.
+    refused = disable_saved_tensors_hooks(
+        "torch.utils.checkpoint (gradient checkpointing) does not work under second derivatives: "
+        "turn it off, and take functional(model, recompute='model.layers.*') in its place"
+    )
+    with ExitStack() as stack:
+        # Hooks that are there already are the user's own, such as save_on_cpu, and stay.
+        with suppress(RuntimeError):
+            stack.enter_context(refused)
+        yield
+
+
+@contextmanager
+def training_flags(training: Sequence[tuple[nn.Module, bool]], /) -> Iterator[None]:
+    """Inside, each of these modules has this training flag."""
+    changed = [module for module, flag in training if module.training != flag]
+    for module in changed:
+        module.training = not module.training
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = not module.training
+
+
+def uses_batch_statistics(module: nn.Module, /) -> bool:
+    """Whether a module normalises by the statistics of the batch."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or module.running_mean is None
+    )
+
+
+_SEVERAL_BATCHES: ContextVar[bool] = ContextVar("several batches", default=False)
+
+
+@contextmanager
+def several_batches() -> Iterator[None]:
+    """Inside, a model is seen as one of a sum over batches: batch statistics are refused."""
+    token = _SEVERAL_BATCHES.set(True)
+    try:
+        yield
+    finally:
+        _SEVERAL_BATCHES.reset(token)
+
+
+@validated
+def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, Tensor]:
+    """The parameters of a module of DTensors, such as `fully_shard` makes, whole on every rank.
+
+    They have the names and the order of the module before it was sharded, and so are those of its
+    twin, a module of the same class that has never been sharded:
+
+        params = hf.unsharded(model)
+        model_fn, _ = hf.functional(twin)
+        loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+        matvec = hf.over_batches(hf.hvp(loss), mesh=mesh)(params, loader)
+        hf.lanczos(matvec, params, k=10, space=hf.sharded(params, mesh))
+
+    Buffers and frozen parameters are the twin's own: load them into it.
+
+    Args:
+        model: the module; every rank calls this.
+        trainable_only: leave parameters that do not require a gradient out.
+
+    Returns:
+        Copies, which later steps of an optimiser do not change.
+
+    Cost: n numbers on every rank, gathered once.
+    """
+    return {
+        name: whole(parameter.detach()).clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or not trainable_only
+    }
+
+
+def eval_mode(model: nn.Module, /) -> AbstractContextManager[None]:
+    """Inside, the model is in eval mode; afterwards each of its modules is as it was."""
+    return training_flags([(module, False) for module in model.modules()])

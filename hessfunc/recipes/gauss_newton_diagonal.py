@@ -1,0 +1,302 @@
+"""The diagonal of a Gauss-Newton matrix, exactly, from the Jacobian of each example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from hessfunc import options
+from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.losses import Loss
+from hessfunc.modules import several_batches
+from hessfunc.numerics import wide_dtype
+from hessfunc.spaces.of import space_of
+from hessfunc.spaces.space import Space, rows_dtype
+from hessfunc.transforms.batches.examples import examples, microbatches, rows_of
+from hessfunc.transforms.batches.mean import Passes, mean_over
+from hessfunc.transforms.batches.reductions import noted
+from hessfunc.transforms.batches.sums import Loader
+from hessfunc.transforms.chunks import Curvature
+from hessfunc.transforms.gauss_newton import checked_outputs, refuse_without_halves
+from hessfunc.transforms.output_hessians import each_hessian
+from hessfunc.trees import Matvec, Tree, tree_map
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_Build: TypeAlias = Callable[[Sequence[Tensor]], Any]
+
+# Squares of a few gradients of a few examples at once: more leave the cache.
+_BYTES_AT_ONCE = 64 * 2**20
+
+
+@options.validated(chunk_size=options.whole_number)
+def ggn_diagonal(
+    loss: Loss,
+    params: Tree,
+    batches: Iterable[Any],
+    /,
+    *,
+    weight: Callable[[Any], float] | None = None,
+    mesh: DeviceMesh | None = None,
+    loader: Loader = "whole",
+    chunk_size: int | None = None,
+) -> Tree:
+    """The diagonal of the generalised Gauss-Newton matrix, without any sampling.
+
+        diag G = sum_b sum_c s_bc (J_b' u_bc)^2,  H_b = sum_c s_bc u_bc u_bc'
+
+    with J_b the Jacobian of the outputs of example b, H_b its block of the Hessian of the
+    criterion, and s_bc, u_bc the eigenpairs of that. Its sum is the trace of G. For a criterion
+    that is the negative logarithm of a likelihood (cross-entropy, BCE-with-logits) it is also the
+    diagonal of the Fisher matrix.
+
+    Args:
+        loss: with its two halves, as made by `supervised` or `composed`. Examples lie along the
+            first axis of inputs and outputs, and do not see each other.
+        params: at which the diagonal is taken.
+        batches: of which the weighted mean is taken, as in `over_batches`.
+        weight: what a batch counts, as in `over_batches`.
+        mesh: of ranks that share the batches, as in `over_batches`.
+        loader: who divides the data among ranks, as in `over_batches`.
+        chunk_size: how many examples go through one pass by vmap; 1 is a loop without vmap. By
+            default as many as have their gradients in 64 MiB.
+
+    Returns:
+        A tree of the shapes of params, in float32 at least.
+
+    Raises:
+        TypeError: the loss does not show its halves; outputs are not one tensor; batches can be
+            read only once.
+        ValueError: examples see each other, as in batch norm in train mode; the criterion couples
+            them; they cannot be told apart; there are no batches.
+        MemoryError: the blocks H_b do not fit.
+        RuntimeError: the model does not go through vmap, as an LSTM; ``chunk_size=1`` is a loop
+            by plain autograd.
+
+    Cost: for C outputs an example C - 1 backward passes (cross-entropy) or C; with 10 classes some
+    9 gradients on a convolutional net; C^3 operations and C^2 numbers an example for the blocks.
+    From some hundred outputs on take ``hutchinson_diagonal(ggnvp(loss)(params, batch), params)``.
+
+    Source: Schraudolph 2002; as in Dangel, Kunstner and Hennig 2020, BackPACK, arXiv 1912.10985.
+    """
+    return diagonal_of(
+        loss,
+        params,
+        batches,
+        passes=Passes(),
+        weight=weight,
+        mesh=mesh,
+        loader=loader,
+        chunk_size=chunk_size,
+    )
+
+
+def diagonal_of(
+    loss: Loss,
+    params: Tree,
+    batches: Iterable[Any],
+    /,
+    *,
+    passes: Passes,
+    weight: Callable[[Any], float] | None,
+    mesh: DeviceMesh | None,
+    loader: Loader,
+    chunk_size: int | None,
+) -> Tree:
+    """As `ggn_diagonal`, in a pass that may be compared with those of another matrix."""
+    refuse_without_halves(loss)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: at least 1, or None for what fits in the cache")
+    ones = tree_map(lambda leaf: torch.ones_like(leaf)[None], params)
+    # A diagonal is a matrix too: its mean over batches is found as that of any other.
+    mean = mean_over(
+        _of_batch(loss, chunk_size),
+        passes=passes,
+        weight=weight,
+        keep=False,
+        mesh=mesh,
+        loader=loader,
+    )
+    return tree_map(lambda leaf: leaf[0], mean(params, batches)(ones))
+
+
+def _of_batch(loss: Loss, chunk_size: int | None) -> Curvature:
+    """The diagonal matrix of one batch."""
+
+    def curvature(params: Tree, batch: Any) -> Matvec:
+        space = space_of(params)
+        if space.distributed:
+            raise NotImplementedError(
+                "the exact diagonal takes whole parameters, and these are DTensors: gather them "
+                "by `unsharded`, or take `hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
+            )
+        refuse_autocast(space.device)
+        with (
+            torch.inference_mode(False),
+            noted(loss, params, batch),
+            explained(space, batch),
+            several_batches(),
+        ):
+            batch = plain_batch(batch)
+            point = tuple(leaf.detach() for leaf in plain_batch(space.tree_leaves(params)))
+            with noted(loss, params, batch), differentiable_twice(space.device):
+                diagonal = space.tree(_diagonal(loss, space, point, batch, chunk_size))
+        return lambda block: tree_map(torch.mul, block, diagonal)
+
+    return curvature
+
+
+def _diagonal(
+    loss: Loss, space: Space, point: tuple[Tensor, ...], batch: Any, chunk_size: int | None
+) -> list[Tensor]:
+    outputs = _outputs(loss, space, point, batch)
+    values, vectors = _eigenpairs(loss, outputs.to(rows_dtype(space)), batch)
+    gradient = sum(leaf.numel() for leaf in point) * values.element_size()
+    at_once = max(1, _BYTES_AT_ONCE // gradient)
+    pieces = microbatches(batch, chunk_size or max(1, at_once // values.shape[1]))
+    sizes = [examples(piece) for piece in pieces]
+    if sum(sizes) != len(outputs):
+        raise ValueError(
+            f"the outputs have {len(outputs)} rows along their first axis, and the batch "
+            f"{sum(sizes)} examples: let `composed` make outputs with a row for each example"
+        )
+    total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
+    for piece, together, value, vector in zip(
+        pieces, outputs.split(sizes), values.split(sizes), vectors.split(sizes), strict=True
+    ):
+        if chunk_size == 1:
+            alone, squares = _of_one(loss, space, point, piece, value[0], vector[0])
+        else:
+            rows, build = rows_of(piece)
+            each = partial(_of_example, loss, space, point, build, at_once)
+            alone, every = _over_examples(each, value, vector, *rows)
+            squares = [found.sum(0) for found in every]
+        _refuse_unless_apart(alone, together)
+        for sums, found in zip(total, squares, strict=True):
+            # The batch itself may require a gradient.
+            sums += found.detach()
+    return total
+
+
+def _of_example(
+    loss: Loss,
+    space: Space,
+    point: Sequence[Tensor],
+    build: _Build,
+    at_once: int,
+    values: Tensor,
+    vectors: Tensor,
+    *rows: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """The outputs of one example, and ``sum_c s_c (J'u_c)^2`` leaf by leaf."""
+
+    def model(*leaves: Tensor) -> Tensor:
+        return loss.outputs(space.tree(leaves), build([row[None] for row in rows]))[0]
+
+    outputs, pull, *_ = vjp(model, *point)
+    if outputs.numel() != vectors.shape[1]:
+        return outputs, []
+    total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
+    for value, vector in zip(values.split(at_once), vectors.split(at_once), strict=True):
+        gradients = vmap(pull)(vector.reshape(-1, *outputs.shape).to(outputs.dtype))
+        total = [
+            sums + torch.einsum("c,c...->...", value, gradient.to(value).square())
+            for sums, gradient in zip(total, gradients, strict=True)
+        ]
+    return outputs, total
+
+
+def _over_examples(each: Callable[..., Any], *rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+    try:
+        return vmap(each, randomness="different")(*rows)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise RuntimeError(
+            f"the examples of this model do not go through vmap ({_line(error)}): call "
+            "model.eval() if a layer sees the whole batch; otherwise take chunk_size=1, which is a "
+            "loop"
+        ) from error
+
+
+def _of_one(
+    loss: Loss,
+    space: Space,
+    point: Sequence[Tensor],
+    batch: Any,
+    values: Tensor,
+    vectors: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """As `_of_example`, for a batch of one example and without `torch.func`."""
+    inputs = [leaf.detach().requires_grad_() for leaf in point]
+    try:
+        outputs = loss.outputs(space.tree(inputs), batch)
+    except NotImplementedError:
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"the model cannot be evaluated on one example alone ({_line(error)}): are the entries "
+            "of the first axis no examples, as the nodes of a graph? Take "
+            "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
+        ) from error
+    total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
+    if outputs.numel() == vectors.shape[1]:
+        for value, vector in zip(values, vectors, strict=True):
+            gradients = torch.autograd.grad(
+                outputs,
+                inputs,
+                vector.view_as(outputs).to(outputs.dtype),
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            for sums, gradient in zip(total, gradients, strict=True):
+                sums += value * gradient.to(value).square()
+    return outputs.detach(), total
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _outputs(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> Tensor:
+    inputs = [leaf.detach().requires_grad_() for leaf in point]
+    outputs = checked_outputs(loss, space, inputs, batch)
+    if not isinstance(outputs, Tensor) or not outputs.dim():
+        raise TypeError(
+            "the exact diagonal takes a model whose outputs are one tensor, with a row for each "
+            f"example, and these are {type(outputs).__name__}: make them one in `composed`"
+        )
+    return outputs.detach()
+
+
+def _eigenpairs(loss: Loss, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    """Of each example's block: values ``(B, r)`` and vectors ``(B, r, C)``, without the kernel."""
+    blocks = each_hessian(loss.criterion, outputs, batch)
+    values, vectors = torch.linalg.eigh(blocks.to(wide_dtype(blocks.device)))
+    size, order = values.abs().amax(0).sort()
+    counts = torch.ones_like(order, dtype=torch.bool)
+    # All that is left out, together, is no more than rounding. One column stays at the least.
+    left_out = size.cumsum(0) <= 10 * torch.finfo(blocks.dtype).eps * size.sum()
+    counts[order[:-1][left_out[:-1]]] = False
+    return values[:, counts].to(blocks.dtype), vectors.mT[:, counts].to(blocks.dtype)
+
+
+def _refuse_unless_apart(alone: Tensor, together: Tensor) -> None:
+    """Raise unless examples have the same outputs alone as in their batch, up to rounding."""
+    if alone.shape == together.shape:
+        # Of a model that computes in a narrower dtype than its outputs have.
+        narrow = (torch.bfloat16, torch.float16)
+        exact = [d for d in narrow if torch.equal(together.to(d).to(together.dtype), together)]
+        eps = torch.finfo(exact[0] if exact else together.dtype).eps
+        if bool((alone - together).abs().amax() <= eps**0.5 * together.abs().amax()):
+            return
+    raise ValueError(
+        "the outputs of an example alone are not those in its batch: their first axis is not that "
+        "of the examples, or a layer sees the whole batch (batch norm in train mode) or is random "
+        "(dropout): call model.eval()"
+    )

@@ -1,0 +1,356 @@
+"""A loss on a line or a plane through the parameters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from hessfunc import options
+from hessfunc.algorithms.results import Result
+from hessfunc.autograd import explained, precise, same_draws
+from hessfunc.losses import LossFunction
+from hessfunc.memory import Footprint
+from hessfunc.modules import several_batches
+from hessfunc.spaces.of import space_of
+from hessfunc.spaces.space import Space
+from hessfunc.transforms.batches.reductions import Average
+from hessfunc.transforms.chunks import Chunks, ChunkSize
+from hessfunc.transforms.hessian import checked
+from hessfunc.trees import Tree, leaves
+
+Normalise: TypeAlias = Literal["filter", "unit"]
+
+# Points that may go through one pass of vmap, the most first; 1 is a loop.
+_SIZES = (64, 16, 4, 1)
+# The most entries that an operation may write on average for all points of a pass: beyond that,
+# vmap only moves the arithmetic of small operations out of the caches. Over 13 nets the size that
+# follows takes at most 1.12 times the fastest one's time, on a CPU with one thread.
+_ENTRIES = 2**19
+# An accelerator needs more to be busy.
+_ACCELERATOR_ENTRIES = 2**24
+# The most memory that a pass may take on a CPU: a constant, because what is free changes.
+_PASS_BYTES = 2**30
+# Points between two calls of the callback where a loop takes one after another.
+_IN_A_LOOP = 4
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Landscape(Result):
+    """A loss along one direction u, or along two, u and v.
+
+        values_i = loss(params + x_i u),  values_ij = loss(params + x_i u + y_j v)
+
+    Attributes:
+        values: float64 ``(p,)`` or ``(p, q)``; infinite or NaN where the loss is, and NaN where it
+            is not known yet.
+        x: coordinates along the first direction, float64 ``(p,)``.
+        y: along the second, float64 ``(q,)``; None along one direction.
+        lengths: |u|, or |u| and |v|, after they were normalised, float64.
+        normalise: how they were: ``"filter"``, ``"unit"``, or None, as they came.
+        evaluations: of the loss of one batch at one point; no product is made.
+    """
+
+    values: Tensor
+    x: Tensor
+    y: Tensor | None
+    lengths: Tensor
+    normalise: Normalise | None
+    evaluations: int
+
+    def _headline(self) -> dict[str, object]:
+        known = self.values[self.values.isfinite()]
+        loss = f"[{float(known.min()):.4g}, {float(known.max()):.4g}]" if len(known) else "[]"
+        return {"shape": tuple(self.values.shape), "loss": loss, "evaluations": self.evaluations}
+
+
+@options.validated(at=options.coordinates)
+def landscape(
+    loss: LossFunction,
+    params: Tree,
+    batches: Iterable[Any],
+    /,
+    *directions: Tree,
+    radius: float = 1.0,
+    points: int = 51,
+    at: Tensor | Sequence[Tensor] | None = None,
+    normalise: Normalise | None = None,
+    weight: Callable[[Any], float] | None = None,
+    chunk_size: ChunkSize = "auto",
+    callback: Callable[[Landscape], object] | None = None,
+) -> Landscape:
+    """The loss along one or two directions from params, as a mean over batches.
+
+        values_ij = sum_b weight(b) loss(params + x_i u + y_j v, b) / sum_b weight(b)
+
+    Along a unit eigenvector of the loss's Hessian the second derivative at 0 is its eigenvalue;
+    where the loss has kinks, those of ReLU, between any two of them.
+
+    Costs one forward pass for each point and batch, and two more to see what one takes. With
+    ``chunk_size="auto"`` up to 64 points go through one pass by vmap; their number follows from the
+    sizes of the loss's operations, so that every run takes the same path.
+
+    Args:
+        loss: ``(params, batch) -> scalar``. Models with BatchNorm belong in eval mode; dropout in
+            train mode has the same mask at all points.
+        params: the point from which the directions start.
+        batches: any iterable of batches, read once.
+        directions: one or two trees like params (a gradient, a step, the way to other parameters),
+            or blocks of one or two of them (``Eigenpairs.vectors``, `random_like`).
+        radius: coordinates reach from -radius to radius on each axis,
+        points: in so many steps; an odd number has params in its middle.
+        at: strictly increasing coordinates ``(p,)`` in place of radius and points, the same on
+            both axes or one tensor an axis.
+        normalise: ``"unit"``: directions of unit length, so that coordinates are distances.
+            ``"filter"``: each filter of a direction, that is each slice of a leaf along its first
+            axis, as long as the filter of params; leaves with fewer than two axes, biases and
+            norms, are left out. Shapes of nets whose weights differ in scale can then be
+            compared. None: directions as they are.
+        weight: Weight of a batch in the mean; by default its examples, or the sum of batches for a
+            loss that is a sum, as in `over_batches`.
+        chunk_size: points in one pass, 1 for a loop, or ``"auto"``.
+        callback: called with the landscape so far after each chunk.
+
+    Raises:
+        TypeError: the batches are a single batch.
+        ValueError: there are no or more than two directions; one is zero, not finite, or not
+            shaped like params; the radius or the number of points is not positive; the
+            coordinates are not one-dimensional, finite and strictly increasing; there is no batch;
+            the loss at params is not a finite scalar; a model uses batch statistics (BatchNorm in
+            train mode) on more than one batch.
+
+    Source: Goodfellow et al. 2015, arXiv 1412.6544; filter normalisation and surfaces, Li et al.
+    2018, arXiv 1712.09913.
+    """
+    space = space_of(params)
+    point = space.ravel_leaves([leaf.detach()[None] for leaf in space.tree_leaves(params)])[0]
+    along = _normalised(space, _rows(space, directions), point, normalise)
+    lengths = space.norms(along).to("cpu", torch.float64)
+    if not bool(lengths.isfinite().all() and (lengths > 0).all()):
+        raise ValueError(_not_a_direction(lengths, normalise))
+    axes = _axes(at, radius, points, len(lengths))
+    steps = torch.cartesian_prod(*axes).view(-1, len(axes)).to(space.device, space.dtype)
+    fixed = Chunks(chunk_size).size
+    size = 1 if fixed == "auto" else fixed
+    total = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
+    weights = torch.zeros_like(total)
+    average = Average(weight, several=not isinstance(batches, Sized) or len(batches) != 1)
+    evaluations = 0
+
+    def so_far(reason: str) -> Landscape:
+        return Landscape(
+            values=(total if average.is_sum else total / weights).view(*map(len, axes)),
+            x=axes[0],
+            y=axes[1] if len(axes) > 1 else None,
+            lengths=lengths,
+            normalise=normalise,
+            evaluations=evaluations,
+            matvecs=0,
+            passes=0,
+            reason=reason,
+            seed=None,
+        )
+
+    for batch in _not_single(batches):
+        if not average.counts(batch):
+            continue
+        average.look(loss, params, batch)
+        counted = average.of(batch)
+        value = _along(loss, space, point, along, batch, several=evaluations > 0)
+        if not evaluations:
+            measured = _start(value, space, params, batch, torch.zeros_like(steps[0]))
+            if fixed == "auto":
+                size = _size_by_rule(measured, space.device)
+                size = size if _maps(value, steps[:1]) else 1
+        for part, found in _values(value, steps, size, by_rule=fixed == "auto"):
+            total[part] += counted * found
+            weights[part] += counted
+            evaluations += len(found)
+            if callback is not None:
+                callback(so_far("running"))
+    if not evaluations:
+        raise ValueError("no batch has a weight: is the loader empty?")
+    return so_far("complete")
+
+
+def _not_single(batches: Iterable[Any]) -> Iterable[Any]:
+    is_pair = isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[1], Tensor)
+    if isinstance(batches, (Tensor, Mapping)) or is_pair:
+        raise TypeError("batches is a single batch: pass a list of batches, [batch]")
+    return batches
+
+
+def _rows(space: Space, directions: Sequence[Tree]) -> Tensor:
+    """The directions as flat rows ``(d, n)``."""
+    parts = []
+    for direction in directions:
+        first = leaves(direction)[:1]
+        if first and isinstance(first[0], Tensor) and first[0].dim() == len(space.shapes[0]) + 1:
+            found = space.block_leaves(direction)
+        else:
+            found = [leaf[None] for leaf in space.tree_leaves(direction)]
+        parts.append(space.ravel_leaves([leaf.detach() for leaf in found]))
+    count = sum(map(len, parts))
+    if count not in (1, 2):
+        raise ValueError(
+            f"{count} directions: a landscape is along one or two; of a block of more take the "
+            "first, {name: leaf[:1] for name, leaf in block.items()}"
+        )
+    return torch.cat(parts)
+
+
+def _normalised(space: Space, rows: Tensor, point: Tensor, normalise: Normalise | None) -> Tensor:
+    match normalise:
+        case None:
+            return rows
+        case "unit":
+            return rows / space.norms(rows).to(rows.dtype)[:, None]
+        case "filter":
+            pairs = zip(leaves(space.unravel(rows)), leaves(space.unravel(point)), strict=True)
+            return space.ravel_leaves([_like_filters(d, weights) for d, weights in pairs])
+    raise ValueError(f"normalise={normalise!r}: choose {get_args(Normalise)} or None")
+
+
+def _like_filters(directions: Tensor, weights: Tensor) -> Tensor:
+    """Each filter of each direction as long as that of the weights."""
+    if weights.dim() < 2:
+        return torch.zeros_like(directions)
+    lengths = directions.flatten(2).norm(dim=2)
+    ratios = torch.where(lengths > 0, weights.flatten(1).norm(dim=1) / lengths, 0.0)
+    return directions * ratios.view(*ratios.shape, *[1] * (weights.dim() - 1))
+
+
+def _not_a_direction(lengths: Tensor, normalise: Normalise | None) -> str:
+    bad = next(i for i, length in enumerate(lengths.tolist()) if not 0 < length < math.inf)
+    if normalise == "filter" and lengths[bad] == 0:
+        return (
+            f"direction {bad + 1} is zero after filter normalisation, which leaves out biases and "
+            "norms: take normalise='unit'"
+        )
+    return f"direction {bad + 1} is zero, or has entries that are NaN or infinite"
+
+
+def _axes(
+    at: Tensor | Sequence[Tensor] | None, radius: float, points: int, count: int
+) -> list[Tensor]:
+    """The coordinates on each axis."""
+    if at is None:
+        if not 0 < radius < math.inf or points < 1 or points % 1:
+            raise ValueError(
+                f"radius={radius}, points={points}: both must be positive, and points an integer"
+            )
+        # Symmetric to the last bit, so that the middle is params itself.
+        places = torch.arange(points, dtype=torch.float64, device="cpu") - (points - 1) / 2
+        at = places * (2 * radius / max(1, points - 1))
+    found = [at] * count if isinstance(at, Tensor) else list(at)
+    if len(found) != count:
+        raise ValueError(f"at has {len(found)} axes for {count} directions: pass one tensor each")
+    axes = [torch.as_tensor(axis, dtype=torch.float64, device="cpu").detach() for axis in found]
+    for axis in axes:
+        if axis.dim() != 1 or not len(axis) or not axis.isfinite().all():
+            raise ValueError(
+                f"at has an axis of shape {tuple(axis.shape)}: the coordinates on an axis are "
+                "one-dimensional, finite, and one at least"
+            )
+        if not bool((axis.diff() > 0).all()):
+            raise ValueError(
+                "at has an axis that is not strictly increasing: pass its `unique()` coordinates"
+            )
+    return axes
+
+
+def _along(
+    loss: LossFunction,
+    space: Space,
+    point: Tensor,
+    along: Tensor,
+    batch: Any,
+    *,
+    several: bool,
+) -> Callable[[Tensor], Tensor]:
+    """Steps ``(d,)`` along the directions -> the loss of a batch there."""
+
+    def value(step: Tensor) -> Tensor:
+        with (
+            torch.no_grad(),
+            precise(space.device),
+            same_draws(space.device),
+            several_batches() if several else nullcontext(),
+        ):
+            return loss(space.unravel(point + step @ along), batch)
+
+    return value
+
+
+def _start(
+    value: Callable[[Tensor], Tensor], space: Space, params: Tree, batch: Any, origin: Tensor
+) -> Footprint:
+    """Check that there is a loss at params, and measure one evaluation."""
+    with explained(space, batch), Footprint() as measured:
+        checked(value(origin), space, space.tree_leaves(params))
+    return measured
+
+
+def _size_by_rule(of_one: Footprint, device: torch.device) -> int:
+    """The points of one pass, from the operations of one evaluation of the loss."""
+    on_cpu = device.type == "cpu"
+    entries = (_ENTRIES if on_cpu else _ACCELERATOR_ENTRIES) * max(1, of_one.operations)
+    largest = _PASS_BYTES // max(1, of_one.peak) if on_cpu else _SIZES[0]
+    return next(
+        (size for size in _SIZES if size * of_one.entries <= entries and size <= largest), 1
+    )
+
+
+def _maps(value: Callable[[Tensor], Tensor], steps: Tensor) -> bool:
+    """Whether all operations of the loss have batching rules."""
+    try:
+        _chunk(value, steps, 2)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _values(
+    value: Callable[[Tensor], Tensor], steps: Tensor, size: int, *, by_rule: bool
+) -> Iterator[tuple[slice, Tensor]]:
+    """The values at each of these coordinates, chunk by chunk, on the CPU.
+
+    Args:
+        value: Coordinates of one point -> the loss there.
+        steps: Coordinates of all points.
+        size: Points in one pass.
+        by_rule: Whether smaller passes may take over where one of this size fails.
+    """
+    start = 0
+    while start < len(steps):
+        part = slice(start, start + (_IN_A_LOOP if size == 1 else size))
+        try:
+            found = _chunk(value, steps[part], size).to("cpu", torch.float64)
+        except torch.OutOfMemoryError:
+            if size == 1 or not by_rule:
+                raise
+            size = max(1, size // 4)
+            continue
+        except RuntimeError:
+            # An operation without a batching rule; an error of the loss comes again from the loop.
+            if size == 1 or not by_rule:
+                raise
+            size = 1
+            continue
+        yield part, found
+        start += len(found)
+
+
+def _chunk(value: Callable[[Tensor], Tensor], steps: Tensor, size: int) -> Tensor:
+    if size == 1:
+        return torch.stack([value(step) for step in steps])
+    with warnings.catch_warnings():
+        # Operations without a batching rule loop inside of vmap.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return torch.vmap(value, randomness="same")(steps)

@@ -1,0 +1,129 @@
+"""The vector space of a tree that every rank holds whole, with rows that are cut over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from hessfunc.options import validated
+from hessfunc.ranks import Ranks
+from hessfunc.spaces.divided import DividedSpace
+from hessfunc.spaces.of import space_of
+from hessfunc.spaces.space import Space
+from hessfunc.trees import Tree
+
+# Entries of rows that are gathered at once.
+_GATHERED = 2**22
+
+
+@validated
+def sharded(like: Tree, mesh: DeviceMesh, /) -> ShardedSpace:
+    """The space of vectors that look like ``like``, each of them cut over the ranks of a mesh.
+
+    Pass it as ``space=`` to an algorithm: each of R ranks then holds 1/R of the basis, and does
+    1/R of the arithmetic. Before a product the ranks put the block together; of the product each
+    keeps its own part again. Numbers that decide what comes next are the same bits on all ranks.
+
+        space = hf.sharded(params, mesh)
+        top = hf.lanczos(matvec, params, k=10, space=space)
+        space.gathered(top.vectors)                             # a block, whole on every rank
+
+    All ranks must call the algorithm, with the same options. ``vectors`` of its result are this
+    rank's part, rows ``(k, about n / R)``; they may be passed on as ``start`` or ``deflate``.
+
+    Args:
+        like: the parameters, whole and the same on each rank.
+        mesh: of ranks, on one axis or several.
+
+    Raises:
+        ValueError: ranks see different leaves; this process is not of the mesh.
+        ConnectionError: (here and in algorithms) another rank has ended, or does not come.
+
+    Cost: a block of k vectors is gathered once a product, k n numbers; an inner product is a sum
+    over ranks of one number.
+    """
+    whole = space_of(like)
+    ranks = Ranks.of(mesh)
+    ranks.agree(whole.fingerprint(), whole.device)
+    own = {item.name: getattr(whole, item.name) for item in fields(Space)}
+    return ShardedSpace(**own, along=ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedSpace(DividedSpace):
+    """Rows of which each rank holds a run of columns."""
+
+    @cached_property
+    def columns(self) -> range:
+        return self.ranks.parts(self.n)[self.ranks.rank]
+
+    @cached_property
+    def spans(self) -> list[range]:
+        found, begin = [], 0
+        for size in self.sizes:
+            first = min(max(self.columns.start - begin, 0), size)
+            last = min(max(self.columns.stop - begin, 0), size)
+            found.append(range(first, max(first, last)))
+            begin += size
+        return found
+
+    @property
+    def widest(self) -> int:
+        return max(map(len, self.ranks.parts(self.n)))
+
+    def gathered(self, vectors: Tensor, /) -> Tree:
+        """The block of these vectors of a result, whole on every rank; all ranks call this.
+
+        Cost: k n numbers, in memory and over the wire.
+        """
+        return self.unravel(vectors)
+
+    def vectors(self, rows: Tensor, /) -> Tree:
+        return rows
+
+    def rows(self, vectors: Tree, /, *, dtype: torch.dtype | None = None) -> Tensor:
+        is_vector = self.shapes == (getattr(vectors, "shape", None),)
+        if isinstance(vectors, Tensor) and vectors.shape[1:] == (self.width,) and not is_vector:
+            return vectors.to(dtype or self.dtype)
+        return super().rows(vectors, dtype=dtype)
+
+    def ravel_leaves(
+        self, found: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        rows = torch.empty(len(found[0]), self.width, dtype=dtype or self.dtype, device=self.device)
+        parts = rows.split([len(span) for span in self.spans], dim=1)
+        for part, leaf, span in zip(parts, found, self.spans, strict=True):
+            part.copy_(_flat(leaf)[:, span.start : span.stop])
+        return rows
+
+    def unravel(self, rows: Tensor, /) -> Tree:
+        if rows.dim() == 1:
+            return super().unravel(self._whole(rows[None])[0])
+        return super().unravel(self._whole(rows))
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """The rows, all of their columns: a few rows at once, as they lie twice in memory."""
+        lengths = [len(part) for part in self.ranks.parts(self.n)]
+        whole = rows.new_empty(len(rows), self.n)
+        few = max(1, _GATHERED // max(self.n, 1))
+        for mine, target in zip(rows.split(few), whole.split(few), strict=True):
+            padded = torch.nn.functional.pad(mine, (0, max(lengths) - self.width))
+            parts = self.ranks.gathered(padded, [len(mine)] * self.ranks.size)
+            for part, columns in zip(parts, target.split(lengths, dim=1), strict=True):
+                columns.copy_(part[:, : columns.shape[1]])
+        return whole
+
+    def units(self, dtype: torch.dtype, /) -> Tensor:
+        rows = self.zeros(self.n, dtype)
+        rows[list(self.columns), range(self.width)] = 1
+        return rows
+
+
+def _flat(leaf: Tensor) -> Tensor:
+    # A block of numbers has no axis to flatten.
+    return leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]

@@ -1,0 +1,87 @@
+"""Curvature that is watched by the Trainer of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any, Literal
+
+from torch import Tensor
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        "this callback is for the Trainer of Hugging Face: pip install transformers"
+    ) from None
+
+from hessfunc.losses import LossFunction, composed
+from hessfunc.tracking.measure import Point
+from hessfunc.tracking.tracker import Tracker, tracked
+
+
+def _own_loss(outputs: Any, batch: Any) -> Tensor:
+    return outputs.loss
+
+
+class CurvatureCallback(TrainerCallback):
+    """Measures at the start of a training, and every few steps or epochs: see `tracked`.
+
+    Args:
+        batches: on which the curvature is measured, mappings of what the model takes, on its
+            device, labels included.
+        every: measure after so many.
+        unit: ``"steps"`` of the optimiser, or ``"epochs"``.
+        criterion: ``(outputs, batch) -> scalar``; by default the loss of the model itself.
+        compose: of the pure model function and the criterion.
+        options: of `tracked` and of `tracking`.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        /,
+        *,
+        every: int = 100,
+        unit: Literal["steps", "epochs"] = "steps",
+        criterion: Callable[[Any, Any], Tensor] = _own_loss,
+        compose: Callable[..., LossFunction] = composed,
+        **options: Any,
+    ) -> None:
+        self.points: list[Point] = []
+        self._batches, self._every, self._unit = batches, every, unit
+        self._criterion, self._options = criterion, {"compose": compose, **options}
+        self._open = ExitStack()
+        self._tracker: Tracker | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        optimizer = kwargs.get("optimizer")
+        self._tracker = self._open.enter_context(
+            tracked(
+                kwargs["model"],
+                self._criterion,
+                self._batches,
+                every=self._every if self._unit == "steps" else None,
+                # Accelerate wraps the optimiser.
+                optimizer=getattr(optimizer, "optimizer", optimizer),
+                steps=state.global_step,
+                **self._options,
+            )
+        )
+        self.points = self._tracker.points
+        self._tracker.measure(epoch=state.epoch)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._tracker is not None:
+            self._tracker.step(state.global_step, epoch=state.epoch)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        due = self._unit == "epochs" and round(state.epoch) % self._every == 0
+        if self._tracker is not None and due:
+            self._tracker.measure(epoch=state.epoch)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._open.close()
+        self._tracker = None

@@ -1,0 +1,140 @@
+"""Points as JSON, one a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from hessfunc.tracking.measure import Point
+
+
+def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
+    """A function that appends a point to a file, as one line that is on the disk on return.
+
+    A last line that a kill has cut short is taken away first.
+
+    Raises:
+        ValueError: The file cannot be written, or holds something else than points.
+    """
+    file = Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"out={os.fspath(path)!r} cannot be written ({error.strerror}): pass the path of a "
+            "file, such as 'points.jsonl'"
+        ) from None
+    whole = _whole(content)
+    read(path)
+    if not _is_cut_short(content[len(whole) :]):
+        raise ValueError(f"the last line of {os.fspath(path)} is no point: pass another out=")
+    os.truncate(file, len(whole))
+
+    def append(point: Point) -> None:
+        line = json.dumps(asdict(point), allow_nan=False) + "\n"
+        with file.open("ab", buffering=0) as stream:
+            stream.write(line.encode())
+            os.fsync(stream.fileno())
+
+    return append
+
+
+def read(path: str | os.PathLike[str], /) -> list[Point]:
+    """The points of a file, in the order of their steps.
+
+    A last line that a kill has cut short is left out. Where a training went back, to its last
+    checkpoint, points of steps that were made again are left out, too.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no point.
+    """
+    points: list[Point] = []
+    for number, line in enumerate(_whole(Path(path).read_bytes()).splitlines(), start=1):
+        try:
+            point = _point(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"line {number} of {os.fspath(path)} is no point: {error}") from None
+        while points and points[-1].step >= point.step:
+            points.pop()
+        points.append(point)
+    return points
+
+
+def _point(**plain: Any) -> Point:
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()
+    }
+    return Point(**values)
+
+
+def _is_cut_short(line: bytes) -> bool:
+    """Whether a line without an end may be the beginning of a point."""
+    try:
+        json.loads(line or b"{")
+    except ValueError:
+        return b'{"'.startswith(line[:2])
+    return False
+
+
+def _whole(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]
+
+
+class ScalarWriter(Protocol):
+    """What is needed of torch's SummaryWriter."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
+
+    def flush(self) -> object: ...
+
+
+def summary_writer(folder: str | os.PathLike[str], /) -> Any:
+    """The SummaryWriter of torch.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "torch's SummaryWriter needs tensorboard: pip install tensorboard"
+        ) from None
+    return SummaryWriter(os.fspath(folder))
+
+
+def writing(writer: ScalarWriter, /) -> Callable[[Point], None]:
+    """A function that gives the scalars of a point to a writer."""
+
+    def write(point: Point) -> None:
+        for tag, value in scalars(point).items():
+            writer.add_scalar(tag, value, point.step)
+        writer.flush()
+
+    return write
+
+
+def scalars(point: Point, /) -> dict[str, float]:
+    """The numbers of a point that are drawn, by tag."""
+    found: dict[str, float | None] = {
+        **{f"curvature/top {i}": value for i, value in enumerate(point.top, start=1)},
+        **{f"curvature/bottom {i}": value for i, value in enumerate(point.bottom, start=1)},
+        "curvature/trace": point.trace,
+        "curvature/preconditioned": point.preconditioned,
+        "curvature/critical": point.critical,
+        "curvature/loss": point.loss,
+        "curvature/matvecs": point.matvecs,
+        "curvature/edge": point.edge,
+        "curvature/preconditioned edge": point.preconditioned_edge,
+    }
+    if point.lr and point.edge is None and point.preconditioned_edge is None:
+        # The optimiser is not known.
+        found["curvature/2 over lr"] = 2 / point.lr
+    return {tag: value for tag, value in found.items() if value is not None}

@@ -1,0 +1,222 @@
+"""The share of one rank of a mesh in the mean over batches, and how the shares become the mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from hessfunc.numerics import wide_dtype
+from hessfunc.randomness import mixed
+from hessfunc.ranks import Ranks, attempted, by_rank
+from hessfunc.spaces.space import Space
+from hessfunc.transforms.batches import shards
+from hessfunc.transforms.batches.reductions import Average, Reduction
+from hessfunc.transforms.batches.sums import Loader, Share, Sum
+from hessfunc.trees import Matvec, Tree, leaves
+
+Made = TypeVar("Made")
+
+_AXES = ("data", "probe")
+# Ranks that each run the same algorithm may drift apart by rounding, and by no more.
+_DRIFT = 1e-3
+# Entries of each leaf of a vector that are compared.
+_COMPARED = 256
+# Entries whose bits are looked at at once.
+_PIECE = 2**20
+# The largest weight that float32 adds exactly is 2^24: it goes in two parts.
+_PART = 2.0**20
+
+
+@dataclass(frozen=True)
+class MeshShare(Share):
+    """What one rank of a mesh does.
+
+    Attributes:
+        everyone: all ranks of the mesh.
+        data: those that divide the batches.
+        probe: those that divide the block, and have the same data.
+        loader: who divides the batches.
+        device: of the products.
+    """
+
+    everyone: Ranks
+    data: Ranks | None
+    probe: Ranks | None
+    loader: Loader
+    device: torch.device
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, loader: Loader, /) -> MeshShare:
+        """Of this rank.
+
+        Raises:
+            ValueError: the mesh has other axes.
+        """
+        everyone = Ranks.of(mesh)
+        names = mesh.mesh_dim_names or ()
+        if not names or not set(names) <= set(_AXES):
+            raise ValueError(
+                f"the mesh has the axes {names or None}: name them 'data', 'probe' or both, as in "
+                'init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe")); of a mesh '
+                'with further axes pass these alone, mesh["data"]'
+            )
+        data, probe = (Ranks.of(mesh, name) if name in names else None for name in _AXES)
+        return cls(everyone, data, probe, loader, torch.device(mesh.device_type))
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Which of the parts of the data, and of how many."""
+        return (0, 1) if self.data is None else (self.data.rank, self.data.size)
+
+    def place(self, i: int, /) -> int | None:
+        part, parts = self._place
+        if self.loader == "sharded":
+            return i * parts + part
+        return i if i % parts == part else None
+
+    def all_well(self, act: Callable[[], Made], /) -> Made:
+        return self.everyone.all_do(act, self.device)
+
+    def refuse_unlike(self, space: Space, params: Tree, batches: Iterable[Any], /) -> None:
+        self.everyone.agree(space.fingerprint(), self.device)
+        bits = [_bits(leaf) for leaf in leaves(params)]
+        for name, values in zip(
+            space.names, zip(*self.everyone.told(bits, self.device), strict=True), strict=True
+        ):
+            if len(set(values)) > 1:
+                raise ValueError(
+                    f"parameter {name!r} is not the same on all ranks: load the same weights on "
+                    "each, or broadcast them from one"
+                )
+        if self.loader == "sharded":
+            drawn = self.all_well(lambda: shards.refuse_sampler(batches, self._place[1]))
+            self.everyone.agree(drawn, self.device)
+
+    def over(self, space: Space, batches: Iterable[Any], local: Callable[[Tree], Sum], /) -> Matvec:
+        examples = shards.examples_of(batches)
+
+        def matvec(block: Tree) -> Tree:
+            (*made,), failure = attempted(lambda: self._made(space, block, local))
+            numbers = made[0].numbers if made else [0.0] * _NUMBERS
+            table = self.everyone.told([self._place[0], *numbers], self.device, failure)
+            self._refuse_differences(table, examples)
+            _agree_on_reduction(made[0].total.average, [row[-1] for row in table])
+            total = self._over_data(made[0].total)
+            if self.probe is not None:
+                rows = self.probe.joined(total.rows, [len(part) for part in made[0].parts])
+                total = replace(total, rows=rows)
+            return total.mean(space)
+
+        # An algorithm compares its options on these ranks before it asks for the first product.
+        vars(matvec)["ranks"] = self.everyone, self.device
+        return matvec
+
+    def _made(self, space: Space, block: Tree, local: Callable[[Tree], Sum]) -> _Made:
+        given = space.block_leaves(block)
+        parts, mine = [range(len(given[0]))], 0
+        if self.probe is not None:
+            parts, mine = self.probe.parts(len(given[0])), self.probe.rank
+        rows = slice(parts[mine].start, parts[mine].stop)
+        return _Made(given, parts, local(space.tree(leaf[rows] for leaf in given)))
+
+    def _refuse_differences(self, table: list[list[float]], examples: int | None) -> None:
+        """Raise on every rank what is not alike."""
+        if len({row[1] for row in table}) > 1:
+            raise ValueError(
+                "the ranks ask for different products: of the vectors, "
+                f"{by_rank([row[1] for row in table])}. {_SAME}"
+            )
+        _, _, first, size, *_ = table[0]
+        if any(abs(row[2] - first) > _DRIFT * size for row in table):
+            raise ValueError(f"the ranks do not have the same block. {_SAME}")
+        read = [shards.Part(int(row[0]), tuple(row[4:7]), tuple(row[7:10])) for row in table]
+        if self.loader == "whole":
+            shards.refuse_other_order(read)
+        else:
+            shards.refuse_repeated(read, examples)
+
+    def _over_data(self, total: Sum) -> Sum:
+        if self.data is None:
+            return total
+        high, low = divmod(total.weight, _PART)
+        total.flat[-2:] = total.flat.new_tensor([high, low])
+        high, low = self.data.sum(total.flat)[-2:].tolist()
+        return replace(total, weight=high * _PART + low)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A rank's part of a product.
+
+    Attributes:
+        given: the leaves of the whole block.
+        parts: which rows of it each rank takes.
+        total: of this rank's rows and batches.
+    """
+
+    given: Sequence[Tensor]
+    parts: Sequence[range]
+    total: Sum
+
+    @property
+    def numbers(self) -> list[float]:
+        """What other ranks compare with theirs."""
+        read = self.total.read
+        sums = torch.cat([read.all.total, read.own]).tolist()
+        reduction = _REDUCTIONS.index(self.total.average.reduction)
+        return [len(self.given[0]), *_sampled(self.given), *sums, reduction]
+
+
+_REDUCTIONS: tuple[Reduction | None, ...] = (None, "mean", "sum")
+# Of `_Made.numbers`.
+_NUMBERS = 10
+_SAME = (
+    "Call the same algorithm with the same options, start and `seed=` on each rank; where they "
+    "share a `space=sharded(params, mesh)` they agree on sizes and seeds by themselves"
+)
+
+
+def _agree_on_reduction(average: Average, told: Sequence[float]) -> None:
+    """Take over what other ranks know of the loss: a batch of one example does not tell."""
+    known = {int(number) for number in told} - {0}
+    if len(known) > 1:
+        raise ValueError(
+            "the loss is a mean over examples on some ranks, and a sum on others: take one "
+            "`reduction` on all of them"
+        )
+    for number in known:
+        average.reduction = _REDUCTIONS[number]
+
+
+def _sampled(block: Sequence[Tensor]) -> list[float]:
+    """A number of some entries of a block that another block would not have, and their size."""
+    wide = wide_dtype(block[0].device)
+    found = [_local(leaf)[..., None].flatten(1) for leaf in block]
+    parts = [leaf[:, :_COMPARED].flatten() for leaf in found]
+    entries = torch.cat([part.to(wide) for part in parts])
+    place = torch.arange(1, len(entries) + 1, dtype=wide, device=entries.device)
+    number = (entries * torch.cos(1.618 * place)).sum()
+    # One copy to the host.
+    return torch.stack([number, torch.linalg.vector_norm(entries)]).tolist()
+
+
+def _bits(leaf: Tensor) -> int:
+    """A number of 24 bits that any change of a leaf changes, but for one in millions."""
+    leaf = _local(leaf)
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[leaf.itemsize]
+    total = torch.zeros((), dtype=torch.int64, device=leaf.device)
+    for i, part in enumerate(leaf.contiguous().flatten().view(whole).split(_PIECE)):
+        place = torch.arange(i * _PIECE, i * _PIECE + len(part), device=leaf.device)
+        total += (part.long() * (2 * place + 1)).sum()
+    return mixed(int(total)) >> 40
+
+
+def _local(leaf: Tensor) -> Tensor:
+    """What this rank holds of a leaf."""
+    return (leaf.to_local() if isinstance(leaf, DTensor) else leaf).detach()

@@ -1,0 +1,250 @@
+"""One product -> a block of products: a loop, or vmap in chunks that fit in memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hessfunc.autograd import explanation, precise, refuse_autocast
+from hessfunc.containers import batch_leaves
+from hessfunc.fingerprints import checksum, of_batches, with_fingerprint
+from hessfunc.memory import Footprint
+from hessfunc.spaces.space import Space
+from hessfunc.trees import Matvec, Tree, unchanged
+
+Curvature: TypeAlias = Callable[[Tree, Any], Matvec]
+Product: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+ChunkSize: TypeAlias = int | Literal["auto"]
+
+# Below this many vectors vmap costs more than it saves.
+_SMALLEST_BLOCK = 4
+# The largest mean output of an operation, in entries, for which a block goes through vmap: smaller
+# operations spend their time in calls, which vmap shares, and larger ones in arithmetic, which
+# vmap only moves out of the caches. Measured over 13 nets, the rule stays within 8 % of the
+# fastest of a loop, chunks of 4 and the whole block (`python -m bench.speed 'rule/*'`).
+_HESSIAN_ENTRIES = 2**15
+GAUSS_NEWTON_ENTRIES = 2**16
+# An accelerator needs about a million entries to be busy.
+_ACCELERATOR_ENTRIES = 2**20
+# The most memory that a chunk may take on a CPU: a constant, because what is free changes.
+_CHUNK_BYTES = 2**30
+# glibc returns larger allocations to the system at once and gets them anew, page by page, so that
+# they are several times slower to write.
+_LARGEST_ON_CPU = 2**25
+_guards: ContextVar[list[Callable[[], None]]] = ContextVar("guards")
+
+
+@contextmanager
+def guarding(checks: list[Callable[[], None]], /) -> Iterator[None]:
+    """Inside, the checks that products make of their parameters are added to a list."""
+    token = _guards.set(checks)
+    try:
+        yield
+    finally:
+        _guards.reset(token)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The number of vectors that go through one pass.
+
+    Attributes:
+        size: Vectors in a chunk, 1 for a loop, or ``"auto"`` for the rule of `chunk_by_rule`.
+        entries: Largest mean output of an operation for which the rule takes vmap on a CPU.
+        chosen: Chunks that the rule gave, by the number of vectors and the shapes of the batch.
+    """
+
+    size: ChunkSize = "auto"
+    entries: int = _HESSIAN_ENTRIES
+    chosen: dict[Hashable, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.size != "auto" and (not isinstance(self.size, int) or self.size < 1):
+            raise ValueError(f"chunk_size={self.size!r}: a positive integer, or 'auto'")
+
+
+def block_matvec(
+    product: Product,
+    space: Space,
+    point: Sequence[Tensor],
+    batch: Any,
+    *,
+    chunks: Chunks,
+    copies: Sequence[Tensor] | None = None,
+) -> Matvec:
+    """The matvec of a product of one vector.
+
+    Args:
+        product: the leaves of one vector -> the leaves of its product.
+        space: of the vectors.
+        point: the leaves of the parameters at which the product was made.
+        batch: the batch for which it was made; its shapes tell similar products apart.
+        chunks: how the block is cut.
+        copies: Leaves at which the product was made, if they are copies of ``point``.
+    """
+    refuse_if_changed = unchanged(space.names, point)
+    shapes = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
+    surroundings = precise if space.device.type == "cuda" else nullcontext
+
+    def products(tangents: Sequence[Tensor]) -> Iterable[Tensor]:
+        k = tangents[0].shape[0]
+        if space.distributed:
+            return space.stacked([product([t[i] for t in tangents]) for i in range(k)])
+        if k == 1:
+            return [out.unsqueeze(0) for out in product([t.squeeze(0) for t in tangents])]
+        if chunks.size != "auto":
+            return _in_chunks(product, tangents, chunks.size)[0]
+        if k < _SMALLEST_BLOCK:
+            return _in_chunks(product, tangents, 1)[0]
+        key = (k, space.n, shapes)
+        size = chunks.chosen.get(key)
+        if size is None:
+            pieces = _Pieces(product, tangents)
+            size = chunk_by_rule(pieces, chunks.entries)
+            if size == 1:
+                leaves, chunks.chosen[key] = pieces.completed(1)
+                return leaves
+            # Its block of results would stand beside that of the chunks.
+            del pieces
+        leaves, chunks.chosen[key] = _by_vmap_or_loop(product, tangents, size)
+        return leaves
+
+    # The way of one vector is short: on a small net it takes as long as the product.
+    def matvec(block: Tree) -> Tree:
+        refuse_autocast(space.device)
+        refuse_if_changed()
+        _guards.get([]).append(refuse_if_changed)
+        tangents = space.block_leaves(block)
+        if any(t.dtype is not dtype for t, dtype in zip(tangents, space.dtypes, strict=True)):
+            tangents = [t.to(dtype) for t, dtype in zip(tangents, space.dtypes, strict=True)]
+        try:
+            with torch.no_grad(), surroundings(space.device):
+                return space.tree(products(tangents))
+        except RuntimeError as error:
+            if (clearer := explanation(error, space, batch)) is not None:
+                raise clearer from error
+            raise
+
+    def outside_of_inference_mode(block: Tree) -> Tree:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return matvec(block)
+        return matvec(block)
+
+    return with_fingerprint(
+        outside_of_inference_mode,
+        lambda: {
+            "parameters": checksum(point if copies is None else copies),
+            "batches": of_batches([batch]),
+        },
+    )
+
+
+def _by_vmap_or_loop(
+    product: Product, tangents: Sequence[Tensor], size: int
+) -> tuple[Sequence[Tensor], int]:
+    """The products of a block in chunks, or by a loop where an operation has no batching rule."""
+    try:
+        return _in_chunks(product, tangents, size)
+    except RuntimeError:
+        if size == 1:
+            raise
+        # An error of the product itself comes again from the loop.
+        return _in_chunks(product, tangents, 1)
+
+
+def _in_chunks(
+    product: Product, tangents: Sequence[Tensor], size: int
+) -> tuple[Sequence[Tensor], int]:
+    """The products of a block, and the chunk size with which they fitted in memory."""
+    k = len(tangents[0])
+    if 1 < size >= k:
+        try:
+            return _mapped(product, tangents), size
+        except torch.OutOfMemoryError:
+            size = k // 2
+        torch.cuda.empty_cache()
+    return _Pieces(product, tangents).completed(size)
+
+
+def _mapped(product: Product, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+    with warnings.catch_warnings():
+        # Operations without a batching rule loop inside of vmap.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return torch.vmap(product, randomness="same")(tangents)
+
+
+class _Pieces:
+    """The products of a block, made piece by piece.
+
+    Attributes:
+        found: the leaves of the products.
+        done: how many vectors have been multiplied.
+    """
+
+    def __init__(self, product: Product, tangents: Sequence[Tensor]) -> None:
+        self.product = product
+        self.tangents = tangents
+        self.found = [torch.empty_like(t) for t in tangents]
+        self.done = 0
+
+    def take(self, size: int) -> None:
+        """Multiply the next vectors, or the last ones again where fewer are left."""
+        start = min(self.done, len(self.tangents[0]) - size)
+        end = start + size
+        if size == 1:
+            part = self.product([t[start] for t in self.tangents])
+        else:
+            part = _mapped(self.product, [t[start:end] for t in self.tangents])
+        for target, out in zip(self.found, part, strict=True):
+            # One product has no probe axis, and is broadcast.
+            target[start:end].copy_(out)
+        self.done = max(self.done, end)
+
+    def completed(self, size: int) -> tuple[Sequence[Tensor], int]:
+        """The products of all vectors, and the chunk size with which they fitted in memory."""
+        k = len(self.tangents[0])
+        while self.done < k:
+            try:
+                self.take(min(size, k - self.done))
+                continue
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            torch.cuda.empty_cache()
+            size //= 2
+        return self.found, size
+
+
+def chunk_by_rule(pieces: _Pieces, entries: int) -> int:
+    """The chunk of a block, from the sizes of the operations of its first product.
+
+    The whole block goes through vmap where operations write at most ``entries`` entries on
+    average, in equal chunks of at most 1 GiB on a CPU; otherwise a loop multiplies it. No clock
+    and no other process has a say, so that every run takes the same path.
+
+    Args:
+        pieces: The block. Its first product is made here, and kept where a loop goes on from it.
+        entries: Largest mean output of an operation on a CPU.
+    """
+    k, device = len(pieces.tangents[0]), pieces.tangents[0].device
+    with Footprint() as of_one:
+        pieces.take(1)
+    on_cpu = device.type == "cpu"
+    if of_one.entries > (entries if on_cpu else _ACCELERATOR_ENTRIES) * max(1, of_one.operations):
+        return 1
+    # On an accelerator running out of memory is an exception, and the chunk is halved then. A CPU
+    # grants any allocation and the kernel kills the process later.
+    most = k
+    if on_cpu:
+        most = min(
+            k, _CHUNK_BYTES // max(1, of_one.peak), _LARGEST_ON_CPU // max(1, of_one.largest)
+        )
+    return -(-k // -(-k // most)) if most >= _SMALLEST_BLOCK else 1

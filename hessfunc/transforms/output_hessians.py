@@ -1,0 +1,140 @@
+"""The Hessian of the loss with respect to each example's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfunc.memory import AT_ONCE, refuse_unless_fits
+from hessfunc.transforms.criteria import (
+    Criterion,
+    by_autodiff,
+    closed_form,
+    warn_of_linear,
+    with_targets,
+)
+
+
+def mean_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any, /) -> Tensor:
+    """The sum over examples of the Hessian with respect to the outputs of one, ``(m, m)``.
+
+    For a loss that is a mean over examples, it is the mean of these Hessians.
+    """
+    apart = _apart(criterion, outputs, batch)
+    if apart is None:
+        return _finite(_blocks(criterion, outputs, batch)[0].sum(0))
+    count = len(outputs)
+    rows = [apart(unit).reshape(count, -1).sum(0) for unit in _units(outputs)]
+    return _finite(torch.stack(rows))
+
+
+def each_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any, /) -> Tensor:
+    """The diagonal blocks of the criterion's Hessian, one an example: ``(B, m, m)``.
+
+    Raises:
+        MemoryError: they do not fit.
+        ValueError: The criterion couples examples, so that the blocks are not all of its Hessian.
+
+    Warns:
+        LinearCriterionWarning: The Hessian is zero.
+    """
+    apart = _apart(criterion, outputs, batch)
+    if apart is None:
+        blocks, products = _blocks(criterion, outputs, batch)
+        _refuse_if_coupled(products, outputs, blocks)
+        warn_if_zero(criterion, blocks)
+        return _finite(blocks)
+    _refuse_unless_blocks_fit(outputs)
+    found = [apart(unit).reshape(len(outputs), -1) for unit in _units(outputs)]
+    return _finite(torch.stack(found, dim=1))
+
+
+def _refuse_unless_blocks_fit(outputs: Tensor) -> None:
+    count, width = len(outputs), outputs[0].numel()
+    refuse_unless_fits(
+        count * width**2,
+        outputs,
+        f"the Hessians of {count} examples with respect to {width} outputs each",
+        "take a smaller batch",
+    )
+
+
+def _blocks(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The diagonal blocks of any criterion's Hessian, and its products with tangents."""
+    _refuse_unless_blocks_fit(outputs)
+    count, width = len(outputs), outputs[0].numel()
+    products = _products(criterion, outputs, batch)
+    rows = []
+    for chosen in torch.arange(count * width).split(max(1, AT_ONCE // (count * width))):
+        tangents = outputs.new_zeros(len(chosen), count * width)
+        tangents[range(len(chosen)), chosen] = 1
+        images = products(tangents.view(-1, *outputs.shape)).reshape(len(chosen), count, width)
+        rows.append(images[range(len(chosen)), chosen // width])
+    return torch.cat(rows).view(count, width, width), products
+
+
+def _refuse_if_coupled(
+    products: Callable[[Tensor], Tensor], outputs: Tensor, blocks: Tensor
+) -> None:
+    """Raise unless the blocks of the examples are all of the criterion's Hessian."""
+    tangent = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos().to(outputs)
+    image = products(tangent.view(1, *outputs.shape))[0]
+    apart = torch.einsum("bij,bj->bi", blocks, tangent.view(len(outputs), -1))
+    difference = (image.reshape_as(apart) - apart).abs().amax()
+    if difference > torch.finfo(blocks.dtype).eps ** 0.5 * blocks.abs().sum(2).amax():
+        raise ValueError(
+            "the criterion's second derivatives couple examples, and blocks of outputs need one "
+            "that is a sum or a mean over examples: take exact products, as in "
+            "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
+        )
+
+
+def _products(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any
+) -> Callable[[Tensor], Tensor]:
+    """The products of any criterion's Hessian with tangents ``(k, *outputs)``."""
+    known = closed_form(criterion)
+    if known is not None:
+        product = known(outputs, batch)
+        return lambda tangents: torch.stack([product(tangent) for tangent in tangents])
+    with torch.enable_grad():
+        moving = outputs.detach().requires_grad_()
+        _, found = by_autodiff(criterion, moving, batch, try_convexity=False)
+    return torch.vmap(lambda tangent: found([tangent])[0])
+
+
+def warn_if_zero(criterion: Callable[[Any, Any], Tensor], hessian: Tensor, /) -> None:
+    """Warn of a criterion that is linear in the outputs; that of ignored targets is zero too."""
+    if closed_form(criterion) is None and not bool(hessian.any()):
+        warn_of_linear(criterion)
+
+
+def _finite(hessian: Tensor) -> Tensor:
+    """Return a Hessian of the criterion, checked."""
+    if not bool(hessian.isfinite().all()):
+        raise ValueError(
+            "the Hessian of the criterion has entries that are NaN or infinite: are all targets "
+            "ignored, or the outputs not finite?"
+        )
+    return hessian
+
+
+def _apart(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any
+) -> Callable[[Tensor], Tensor] | None:
+    """The product with a criterion's Hessian, if it is known to keep examples apart."""
+    known = closed_form(criterion)
+    own = isinstance(with_targets(criterion, batch)[0], Criterion)
+    return None if known is None or own else known(outputs, batch)
+
+
+def _units(outputs: Tensor) -> Tensor:
+    """For each output of an example, the tangent that moves it in all examples alike."""
+    width = outputs[0].numel()
+    units = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
+    return units.view(width, 1, *outputs.shape[1:]).expand(width, *outputs.shape)

@@ -1,0 +1,486 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hessfunc as hf
+from tests.datapath import DATA, data_file
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+from typer.testing import CliRunner, Result
+
+from hessfunc.app import tasks
+from hessfunc.app.cli import app
+from hessfunc.training import runs as training
+from hessfunc.training.loop import train as loop
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HESSFUNC_DATA", raising=False)
+
+
+def train(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["train", *arguments])
+
+
+def experiment(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["experiment", *arguments])
+
+
+def history(file: str = "hessfunc-train/history.json") -> dict[str, object]:
+    return json.loads(Path(file).read_text())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--optimizer", "sgd", "--momentum", "0.5", "--weight-decay", "5e-4"),
+        ("--curvature", "pch-abs", "--alpha", "0.1", "--cg-max", "10"),
+        ("--curvature", "hbp-clip", "--max-blocks", "2"),
+        ("--curvature", "kflr", "--solve", "direct", "--alpha", "0.2"),
+        ("--curvature", "ggn", "--arch", "convnet", "--cg-rtol", "0.3", "--cg-atol", "0.001"),
+    ],
+)
+def test_training(arguments: tuple[str, ...]) -> None:
+    done = train(
+        *("--epochs", "2", "--batch-size", "50", "--lr", "0.3", "--examples", "200"), *arguments
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("\n") == 3
+    assert done.stderr.startswith("epoch 0: loss 2.")
+    assert "accuracy" in done.stdout
+    assert done.stdout.endswith(
+        "report.html, history.json, history.png and checkpoint.pt are in hessfunc-train\n"
+    )
+    content = history()
+    assert content["settings"]["examples"] == content["settings"]["test"] == 200
+    assert content["versions"]["torch"]
+    (run,) = content["runs"]
+    assert run["ended"] == "complete"
+    first, *_, last = run["records"]
+    assert (last["step"], last["epoch"]) == (8, 2.0)
+    assert last["loss"] < first["loss"]
+    assert {file.name for file in Path("hessfunc-train").iterdir()} == {
+        "report.html",
+        "history.json",
+        "history.png",
+        "checkpoint.pt",
+    }
+
+
+def test_the_seed_repeats_a_training() -> None:
+    found = []
+    for seed in ("1", "1", "2"):
+        options = ("--epochs", "1", "--examples", "100", "--seed", seed)
+        train("--optimizer", "sgd", *options, "--out", f"seed{seed}-{len(found)}")
+        file = f"seed{seed}-{len(found)}/history.json"
+        found.append(history(file)["runs"][0]["records"][-1]["loss"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_time_ends_a_training() -> None:
+    done = train("--optimizer", "sgd", "--minutes", "0", "--out", "short")
+    assert done.exit_code == 0, done.output
+    (run,) = history("short/history.json")["runs"]
+    assert run["ended"] == "time is up"
+    assert run["records"][-1]["step"] == 1
+
+
+def test_numbers_that_are_not_finite_are_said_and_what_was_found_stays() -> None:
+    done = train("--optimizer", "sgd", "--lr", "1e38", "--examples", "200")
+    assert done.exit_code == 2
+    assert "lower the learning rate" in done.stderr.splitlines()[-1]
+    (run,) = history()["runs"]
+    assert "lower the learning rate" in run["ended"]
+    page = Path("hessfunc-train/report.html").read_text()
+    assert ">ended early<" in page
+    assert run["ended"] in page
+    assert len(run["records"]) >= 1
+
+
+def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **options: object) -> object:
+        records = loop(*args, **options)
+        yield next(records)
+        yield next(records)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training, "train", interrupted)
+    stopped = train("--optimizer", "sgd", "--examples", "100")
+    assert stopped.exit_code == 130
+    assert stopped.stderr.endswith("interrupted; what is finished is in hessfunc-train\n")
+    (run,) = history()["runs"]
+    assert run["ended"] == "interrupted"
+    assert ">interrupted<" in Path("hessfunc-train/report.html").read_text()
+    assert len(run["records"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "abacus"], "--data is digits, mnist or cifar10, not 'abacus'"),
+        (["--data-path", "x"], "--data-path goes with --data mnist or cifar10 alone"),
+        (["--data", "cifar10"], "set HESSFUNC_DATA"),
+        (["--data", "cifar10", "--data-path", "none"], "no CIFAR-10 (train) at none: expected"),
+        (["--data", "mnist"], "set HESSFUNC_DATA"),
+        (["--data", "mnist", "--data-path", "none"], "no MNIST (train) at none: expected a folder"),
+        (["--arch", "resnet21"], "the depth of a CIFAR ResNet is 6n + 2"),
+        (["--arch", "c1", "--depth", "20"], "--depth goes with --arch resnet alone, not with c1"),
+        (["--method", "adam"], "--method is sgd or absa, not 'adam'"),
+        (["--eps", "0.1"], "--eps goes with --method absa alone"),
+        (["--patience", "3"], "--patience goes with --method absa alone"),
+        (["--lr-decay-epoch", "soon"], "--lr-decay-epoch is a list such as 30,60, not 'soon'"),
+        (["--lr-decay-epoch", "30", "60"], "--lr-decay-epoch takes one word, with commas: 30,60"),
+        (["--lr-decay-epoch", "30,60", "soon"], "'soon' belongs to no option"),
+        (["--lr-decay", "0"], "lr_decay=0.0: it must be positive"),
+        (["--track", "all"], "--track is top or full, not 'all'"),
+        (["--arch", "c4d3"], "there is no 'c4d3' for digits: choose mlp, convnet"),
+        (["--optimizer", "adam"], "--optimizer is sgd or newton, not 'adam'"),
+        (["--optimizer", "sgd", "--alpha", "0.1"], "--alpha goes with --optimizer newton alone"),
+        (["--optimizer", "sgd", "--cg-max", "3"], "--cg-max goes with --optimizer newton alone"),
+        (
+            ["--optimizer", "newton", "--momentum", "0.9"],
+            "--momentum goes with --optimizer sgd alone",
+        ),
+        (
+            ["--curvature", "ggn", "--weight-decay", "5e-4", "--optimizer", "newton"],
+            "--weight-decay goes with --optimizer sgd alone",
+        ),
+        (["--curvature", "none"], "choose one of hbp-none"),
+        (["--curvature", "ggn", "--max-blocks", "2"], "goes with hbp alone"),
+        (["--curvature", "ggn", "--solve", "direct"], "solve by cg"),
+        (["--seed", "1" + 20 * "0"], "--seed is a whole number from 0 to 2^63 - 1, not 1000"),
+        (["--lr", "0"], "lr=0.0: it must be positive"),
+        (["--lr", "inf"], "lr=inf: it must be positive and finite"),
+        (["--curvature", "ggn", "--lr", "nan"], "lr=nan: it must be positive and finite"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--out", "file"], "--out file cannot be used: File exists"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    Path("file").touch()
+    refused = train(*arguments, "--examples", "20", "--epochs", "1")
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("hessfunc: ")
+    assert refused.stderr.count("\n") == 1
+    assert message in refused.stderr
+
+
+def test_an_unknown_experiment_is_refused() -> None:
+    refused = experiment("exp99")
+    assert refused.exit_code == 2
+    assert refused.stderr == "hessfunc: NAME is exp01, exp02, exp08 or exp09, not 'exp99'\n"
+    assert "set HESSFUNC_DATA" in experiment("exp01").stderr
+
+
+_SHARED = ("--examples", "--data-path", "--device")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train", ("--epochs", "--minutes", "--out", "--method", "--large-ratio", "--track")),
+        ("experiment", ("--epochs", "--minutes", "--out")),
+        ("eig", ("--resume", "--type", "--arch")),
+    ],
+)
+def test_help_names_options(command: str, words: tuple[str, ...]) -> None:
+    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"}).stdout
+    for word in (*words, *_SHARED):
+        assert word in text
+
+
+ABSA = (
+    *("train", "--arch", "c1", "--method", "absa", "--large-ratio", "4", "--patience", "2"),
+    *("--adversarial-share", "0.3", "--eps", "0.01", "--lr", "0.02", "--lr-decay-epoch", "3"),
+    *("--epochs", "4", "--batch-size", "20", "--examples", "100", "--track", "top"),
+)
+
+
+def test_absa() -> None:
+    done = CliRunner().invoke(app, [*ABSA, "--depth", "20"])
+    assert "--depth goes with --arch resnet alone" in done.stderr
+    done = CliRunner().invoke(app, ABSA)
+    assert done.exit_code == 0, done.output
+    assert "eigenvalue" in done.stderr
+    assert "2 batches a step" in done.stderr
+    assert "sgd, absa" in " ".join(done.stdout.split())
+    content = history()
+    assert content["settings"]["max_ratio"] == 4
+    assert content["settings"]["eps"] == 0.01
+    (run,) = content["runs"]
+    shares = [record["adversarial_share"] for record in run["records"]]
+    assert shares[:2] == [0.3, 0.3]
+    assert shares[-1] == 0
+    ratios = [record["ratio"] for record in run["records"]]
+    assert ratios == sorted(ratios)
+    assert ratios[-1] >= 2
+    assert run["records"][-1]["step"] < 20
+    assert all(record["eigenvalue"] is not None for record in run["records"][1:])
+    last = run["records"][-1]
+    shown = {" ".join(line.split()) for line in done.stdout.splitlines()}
+    assert f"dominant eigenvalue {last['eigenvalue']:.4g}" in shown
+    assert f"batch size {20 * last['ratio']}" in shown
+    assert f"learning rate {last['lr']:.4g}" in shown
+    page = Path("hessfunc-train/report.html").read_text()
+    assert f'<data value="{last["eigenvalue"]}">' in page
+    assert "train --arch c1 --method absa" in page
+
+
+def test_a_fixed_large_batch_and_a_resnet() -> None:
+    done = train(
+        *("--arch", "ResNet", "--depth", "8", "--large-ratio", "3", "--track", "full"),
+        *("--epochs", "1", "--batch-size", "10", "--examples", "60"),
+    )
+    assert done.exit_code == 0, done.output
+    content = history()
+    assert content["settings"]["arch"] == "resnet8"
+    last = content["runs"][0]["records"][-1]
+    assert (last["step"], last["ratio"]) == (2, 3)
+    assert last["eigenvalue"] > 0
+
+
+def timeless(file: str) -> list[dict[str, object]]:
+    (run,) = history(file)["runs"]
+    assert run["ended"] == "complete"
+    return [{**record, "seconds": 0.0} for record in run["records"]]
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from hessfunc.app.cli import main
+
+fatal, step, count = int(sys.argv.pop(1)), torch.optim.SGD.step, 0
+
+def counted(self, *args, **options):
+    global count
+    count += 1
+    if count == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **options)
+
+torch.optim.SGD.step = counted
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_training_that_was_killed_ends_with_the_same_bits() -> None:
+    def run(out: str, fatal: int = 0) -> int:
+        command = [sys.executable, "-c", KILLED, str(fatal), *ABSA, "--save-every", "1"]
+        here = str(Path(hf.__file__).parents[1])
+        return subprocess.run(
+            [*command, "--examples", "60", "--epochs", "5", "--out", out],
+            env=os.environ | {"PYTHONPATH": here},
+            stderr=subprocess.DEVNULL,
+        ).returncode
+
+    assert run("whole") == 0
+    # Within the second epoch of three steps.
+    assert run("killed", 5) == -signal.SIGKILL
+    assert history("killed/history.json")["runs"][0]["ended"] == "running"
+    assert run("killed") == 0
+    assert timeless("whole/history.json") == timeless("killed/history.json")
+    whole, killed = (
+        torch.load(f"{out}/checkpoint.pt", weights_only=True)["state_dict"]
+        for out in ("whole", "killed")
+    )
+    assert all(torch.equal(leaf, killed[name]) for name, leaf in whole.items())
+
+
+def test_a_training_of_other_settings_is_refused() -> None:
+    options = ("--arch", "c1", "--examples", "60", "--epochs", "2")
+    assert train(*options, "--minutes", "0").exit_code == 0
+    refused = train(*options, "--lr", "0.3")
+    assert refused.exit_code == 2
+    assert "unfinished training of other settings, as lr was 0.1 and is 0.3" in refused.stderr
+    assert train(*options).exit_code == 0
+    refused = train(*options, "--lr", "0.3")
+    assert refused.exit_code == 2
+    assert "a finished training of other settings" in refused.stderr
+    assert refused.stderr.endswith("take another --out\n")
+
+
+def test_a_damaged_checkpoint_is_refused() -> None:
+    Path("hessfunc-train").mkdir()
+    Path("hessfunc-train/checkpoint.pt").write_bytes(b"half")
+    refused = train("--examples", "60", "--epochs", "1")
+    assert refused.exit_code == 2
+    assert refused.stderr.count("\n") == 1
+    assert "checkpoint.pt is damaged" in refused.stderr
+
+
+def eig(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["eig", *arguments])
+
+
+def test_eigenvalues_of_a_saved_net() -> None:
+    train("--epochs", "1", "--arch", "mlp", "--examples", "250")
+    file = "hessfunc-train/checkpoint.pt"
+    model = tasks.saved("digits", "mlp", Path(file)).eval()
+    seen, _ = tasks.examples("digits")
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+    for kind, more, count in (
+        ("approximate", (), 200),
+        ("full", ("--examples", "250", "--batch-size", "100"), 250),
+    ):
+        done = eig("--resume", file, "--arch", "mlp", "--type", kind, "--k", "2", *more)
+        assert done.exit_code == 0, done.output
+        assert f"{count} examples" in done.stdout
+        rows = [line.split() for line in done.stdout.splitlines() if "yes" in line]
+        matvec = hf.hvp(loss)(params, (seen.inputs[:count], seen.targets[:count]))
+        expected = hf.lanczos(matvec, params, k=2, seed=1).values.tolist()
+        assert [float(row[1]) for row in rows] == pytest.approx(expected, rel=1e-3)
+
+
+def test_eig_reads_from_a_checkpoint_what_is_not_given() -> None:
+    train("--epochs", "1", "--arch", "resnet", "--depth", "8", "--examples", "30")
+    file = "hessfunc-train/checkpoint.pt"
+    told = eig("--resume", file, "--data", "digits", "--arch", "resnet8", "--examples", "30")
+    assert told.exit_code == 0, told.output
+    for same in ((), ("--type", "full"), ("--depth", "8"), ("--arch", "resnet", "--depth", "8")):
+        assert eig("--resume", file, *same).stdout == told.stdout
+    assert "10 examples" in eig("--resume", file, "--examples", "10").stdout
+
+
+def test_eig_finds_the_data_where_the_training_did() -> None:
+    file = data_file("mnist")
+    train("--data", "mnist", "--data-path", str(file), "--epochs", "1", "--examples", "20")
+    done = eig("--resume", "hessfunc-train/checkpoint.pt", "--max-matvecs", "3")
+    assert done.exit_code == 0, done.output
+    elsewhere = eig("--resume", "hessfunc-train/checkpoint.pt", "--data-path", "none")
+    assert "no MNIST (train) at none" in elsewhere.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--arch", "c1"], "is of --arch mlp, not c1: leave --arch away"),
+        (["--depth", "8"], "is of --arch mlp, not resnet8: leave --arch away"),
+        (["--data", "mnist"], "is of --data digits, not mnist: leave --data away"),
+    ],
+)
+def test_options_that_contradict_a_checkpoint_are_refused(option: list[str], message: str) -> None:
+    train("--epochs", "1", "--examples", "20", "--minutes", "0")
+    refused = eig("--resume", "hessfunc-train/checkpoint.pt", *option)
+    assert refused.exit_code == 2
+    assert refused.stderr == f"hessfunc: hessfunc-train/checkpoint.pt {message}\n"
+
+
+def test_eig_reads_plain_state_dicts_too() -> None:
+    model = tasks.net("digits", "mlp")()
+    torch.save({f"module.{n}": p for n, p in model.state_dict().items()}, "plain.pt")
+    done = eig("--resume", "plain.pt")
+    assert done.exit_code == 0, done.output
+    assert "residual" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "none.pt"], "no weights at none.pt: expected checkpoint.pt of hessfunc"),
+        (["--resume", "text.pt"], "text.pt is no checkpoint"),
+        (
+            ["--resume", "mlp.pt", "--arch", "c1", "--data", "digits"],
+            "of a c1 for digits, as 0.weight is missing and 1.weight is not expected: are --arch",
+        ),
+        (
+            ["--resume", "wide.pt"],
+            "as 1.weight has shape (9, 64), not (32, 64): are --arch and --data those",
+        ),
+        (["--resume", "mlp.pt", "--arch", "c9"], "there is no 'c9' for digits"),
+        (["--resume", "mlp.pt", "--type", "some"], "--type is approximate or full, not 'some'"),
+        (["--resume", "mlp.pt", "--data", "abacus"], "--data is digits, mnist or cifar10"),
+        (["--resume", "other.pt", "--arch", "c1"], "is missing: are --arch and --data those"),
+        (["--resume", "mlp.pt", "--data-path", "x"], "goes with --data mnist or cifar10 alone"),
+        (
+            ["--resume", "mlp.pt", "--seed", "-1"],
+            "--seed is a whole number from 0 to 2^63 - 1, not -1",
+        ),
+        (["--resume", "mlp.pt", "--k", "9999"], "k=9999: the matrix has 2410 eigenvalues"),
+    ],
+)
+def test_mistakes_of_eig_are_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    Path("text.pt").write_text("not a checkpoint")
+    torch.save(tasks.net("digits", "mlp")().state_dict(), "mlp.pt")
+    wide = {**tasks.net("digits", "mlp")().state_dict(), "1.weight": torch.zeros(9, 64)}
+    torch.save(wide, "wide.pt")
+    torch.save({"settings": "[]", "state_dict": {}}, "other.pt")
+    refused = eig(*arguments)
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("hessfunc: ")
+    assert refused.stderr.count("\n") == 1
+    assert message in refused.stderr
+
+
+@pytest.mark.slow
+def test_an_experiment_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    data_file("cifar10")
+    arguments = (
+        *("exp08", "--epochs", "1", "--examples", "20", "--batch-size", "10"),
+        *("--data-path", str(DATA), "--out", "found"),
+    )
+    left = [2]
+
+    def interrupted(*args: object, **options: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            signal.raise_signal(signal.SIGINT)
+        return loop(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "train", interrupted)
+        stopped = experiment(*arguments)
+    assert stopped.exit_code == 130
+    assert stopped.stderr.endswith("interrupted; 2 trainings finished, see found\n")
+    before = history("found/results.json")["runs"]
+    assert [run["method"] for run in before] == ["SGD", "PCH zero"]
+    done = experiment(*arguments)
+    assert done.exit_code == 0, done.output
+    after = history("found/results.json")["runs"]
+    assert after[:2] == before
+    assert [run["method"] for run in after[2:]] == ["PCH abs", "PCH clip"]
+    assert {run["ended"] for run in after} == {"complete"}
+    starts = {run["records"][0]["loss"] for run in after}
+    assert len(starts) == 1
+    assert Path("found/results.md").read_text().count("\n| ") == 6
+    assert Path("found/curves.png").exists()
+    assert "PCH clip" in done.stdout
+    other = experiment(*arguments, "--minutes", "3")
+    assert other.exit_code == 2
+    assert "minutes was None and is 3.0 now: take another --out" in other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exp01", "exp02", "exp09"])
+def test_experiments_run(name: str) -> None:
+    data_file("cifar10")
+    done = experiment(
+        *(name, "--epochs", "1", "--examples", "10", "--data-path", str(DATA), "--minutes", "0.05")
+    )
+    assert done.exit_code == 0, done.output
+    runs = history(f"{name}/results.json")["runs"]
+    assert {run["ended"] for run in runs} <= {"complete", "time is up"}
+
+
+@pytest.mark.parametrize("name", ["history.json", "history.png", "report.html"])
+def test_files_of_other_programs_are_not_overwritten(name: str) -> None:
+    Path("mine").mkdir()
+    Path("mine", name).write_text("precious")
+    done = train("--out", "mine", "--epochs", "1", "--examples", "20", "--batch-size", "10")
+    assert done.exit_code == 2
+    assert Path("mine", name).read_text() == "precious"

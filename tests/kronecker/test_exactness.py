@@ -1,0 +1,159 @@
+"""With one example nothing is averaged: the blocks are those of the Hessian."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from tests.kronecker.cases import LAYERS, Net, dense, exact_blocks, largest_error, net
+
+
+@pytest.mark.parametrize("averages", [(True, True), (False, False)], ids=["averaged", "each"])
+@pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())
+def test_blocks_of_one_example_are_the_hessians(case: Net, averages: tuple[bool, bool]) -> None:
+    blocks = hf.hbp(
+        case.loss,
+        case.model,
+        average_input_jacobian=averages[0],
+        average_parameter_jacobian=averages[1],
+    )(case.params, case.batch)
+    exact = exact_blocks(case.loss, case.params, case.batch)
+    assert largest_error(dense(blocks), exact) < 1e-10
+
+
+@pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())
+def test_zero_residual_gives_the_blocks_of_the_gauss_newton_matrix(case: Net) -> None:
+    blocks = hf.hbp(case.loss, case.model, residual="zero")(case.params, case.batch)
+    for name, block in blocks.items():
+        chosen, rest = hf.split(case.params, [name])
+        matvec = hf.ggnvp(hf.hold(case.loss, rest))(chosen, case.batch)
+        units = torch.eye(block.n, dtype=torch.float64).view(-1, *block.shape)
+        exact = matvec({name: units})[name]
+        torch.testing.assert_close(block.matvec(units), exact, rtol=1e-8, atol=1e-12)
+
+
+def _huber(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.huber_loss(outputs, targets, delta=0.3)
+
+
+def _coupled(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().sum().sqrt()
+
+
+CLASS = torch.tensor([1, 2, -100, 0])
+SHARES = torch.tensor([[0.2, 0.3, 0.5]] * 4, dtype=torch.float64)
+WEIGHT = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+
+LOSSES = {
+    "ce": (F.cross_entropy, CLASS),
+    "ce, sum, smoothed": (
+        partial(F.cross_entropy, label_smoothing=0.2, reduction="sum", ignore_index=2),
+        torch.tensor([1, 2, 0, 0]),
+    ),
+    "ce, weight": (nn.CrossEntropyLoss(weight=WEIGHT), CLASS),
+    "ce, shares": (F.cross_entropy, SHARES),
+    "mse": (F.mse_loss, SHARES),
+    "mse, sum": (nn.MSELoss(reduction="sum"), SHARES),
+    "bce": (F.binary_cross_entropy_with_logits, SHARES),
+    "bce, weights": (
+        partial(F.binary_cross_entropy_with_logits, pos_weight=2 * WEIGHT, weight=WEIGHT),
+        SHARES,
+    ),
+    "huber": (_huber, SHARES),
+    "coupled": (_coupled, SHARES),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name: str) -> None:
+    """A model that is linear in its parameters: the last bias sees the criterion's Hessian."""
+    criterion, targets = LOSSES[name]
+    case = net(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), 4, examples=4)
+    loss = hf.supervised(hf.functional(case.model)[0], criterion)
+    batch = (case.batch[0], targets)
+    outputs = case.model(batch[0]).detach()
+    whole = torch.func.hessian(lambda z: criterion(z, targets))(outputs)
+    expected = sum(whole[b, :, b] for b in range(4))
+    blocks = hf.hbp(loss, case.model)(case.params, batch)
+    torch.testing.assert_close(blocks["2.bias"].dense(), expected)
+    for b in (0, 1, 3):
+        one = (batch[0][b : b + 1], targets[b : b + 1])
+        exact = exact_blocks(loss, case.params, one)
+        assert largest_error(dense(hf.hbp(loss, case.model)(case.params, one)), exact) < 1e-9
+
+
+def test_losses_at_each_position() -> None:
+    case = net(lambda: nn.Sequential(nn.Conv1d(2, 4, 2), nn.Tanh(), nn.Conv1d(4, 3, 1)), 2, 4)
+    exact = exact_blocks(case.loss, case.params, case.batch)
+    assert (
+        largest_error(dense(hf.hbp(case.loss, case.model)(case.params, case.batch)), exact) < 1e-9
+    )
+
+
+def test_all_targets_ignored() -> None:
+    case = LAYERS["linear"]
+    with pytest.raises(ValueError, match="are all targets ignored"):
+        hf.hbp(case.loss, case.model)(case.params, (case.batch[0], torch.tensor([-100])))
+
+
+def test_batches_that_are_dicts() -> None:
+    case = LAYERS["linear"]
+    model_fn, params = hf.functional(case.model)
+    loss = hf.composed(
+        lambda params, batch: model_fn(params, {"input": batch["x"]}),
+        F.cross_entropy,
+        targets=lambda batch: batch["y"],
+    )
+    found = hf.hbp(loss, case.model)(params, {"x": case.batch[0], "y": case.batch[1]})
+    exact = hf.hbp(case.loss, case.model)(params, case.batch)
+    assert largest_error(dense(found), dense(exact)) < 1e-12
+
+
+def test_single_precision() -> None:
+    case = LAYERS["residual convolutions"]
+    exact = exact_blocks(case.loss, case.params, case.batch)
+    model = copy.deepcopy(case.model).float()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    blocks = hf.hbp(loss, model)(params, (case.batch[0].float(), case.batch[1]))
+    found = {name: block.dense().double() for name, block in blocks.items()}
+    assert largest_error(found, exact) < 1e-4
+
+
+def test_the_module_may_be_in_train_mode_by_now() -> None:
+    case = LAYERS["batchnorm2d"]
+    model = copy.deepcopy(case.model)
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    before = dense(hf.hbp(loss, model)(params, case.batch))
+    model.train()
+    assert largest_error(dense(hf.hbp(loss, model)(params, case.batch)), before) < 1e-12
+    assert not [name for name in vars(model) if "constant" in name]
+
+
+def test_part_of_the_parameters() -> None:
+    case = LAYERS["conv2d"]
+    chosen, rest = hf.split(case.params, "3.*")
+    part = hf.hbp(hf.hold(case.loss, rest), case.model)(chosen, case.batch)
+    whole = hf.hbp(case.loss, case.model)(case.params, case.batch)
+    assert list(part) == ["3.weight", "3.bias"]
+    for name, block in part.items():
+        torch.testing.assert_close(block.dense(), whole[name].dense())
+
+
+def test_a_resnet_of_one_small_image() -> None:
+    from hessfunc.app.problems.resnet import resnet
+
+    case = net(lambda: resnet(20), 3, 4, 4)
+    blocks = hf.hbp(case.loss, case.model)(case.params, case.batch)
+    for name in ("conv1.weight", "layer2.0.bn1.weight", "layer3.2.conv1.weight", "linear.bias"):
+        chosen, rest = hf.split(case.params, [name])
+        vector = hf.random_like(chosen, 2, seed=0, kind="normal")
+        exact = hf.hvp(hf.hold(case.loss, rest))(chosen, case.batch)(vector)
+        torch.testing.assert_close(
+            blocks[name].matvec(vector[name]), exact[name], rtol=1e-7, atol=1e-12
+        )

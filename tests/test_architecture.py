@@ -1,0 +1,100 @@
+"""The order of imports: each part of the library imports only parts below it, without cycles."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import hessfunc
+
+SOURCES = Path(hessfunc.__file__).parent
+
+# From the bottom to the top. Parts on one line do not import each other.
+LAYERS = [
+    {"lazy", "files", "numerics", "trees"},
+    {"containers", "memory", "randomness", "ranks"},
+    {"fingerprints"},
+    {"options"},
+    {"selection", "spaces"},
+    {"autograd"},
+    {"losses"},
+    {"modules"},
+    {"transforms", "algorithms"},
+    {"recipes", "optim", "kronecker"},
+    {"tracking"},
+    {"training"},
+    {"plot"},
+    {"compat"},
+    {"app"},
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+
+def module_of(file: Path) -> str:
+    """Return the dotted name of a source file below the package."""
+    parts = file.relative_to(SOURCES).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file): file for file in SOURCES.rglob("*.py")}
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Yield the modules of the package that a module imports, anywhere in its source."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            names = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        for imported, name in names:
+            package, _, below = imported.partition(".")
+            if package == "hessfunc":
+                submodule = f"{below}.{name}".lstrip(".")
+                yield submodule if submodule in MODULES else below
+
+
+def part(module: str) -> str:
+    """Return the part of the library to which a module belongs."""
+    return module.partition(".")[0]
+
+
+INSIDE = [module for module in MODULES if module and part(module) != "__main__"]
+
+
+def test_every_part_has_a_place_in_the_order() -> None:
+    assert {part(module) for module in INSIDE} == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", sorted(LEVEL))
+def test_imports_go_down(name: str) -> None:
+    upward = [
+        f"{module} imports {target or 'hessfunc'}"
+        for module in INSIDE
+        if part(module) == name
+        for target in imports_of(module)
+        # The package as a whole is what users import; only the application may.
+        if (part(target) != name and LEVEL.get(part(target), len(LAYERS)) >= LEVEL[name])
+        and not (name == "app" and not target)
+    ]
+    assert not upward
+
+
+def test_there_are_no_cycles() -> None:
+    graph = {module: set(imports_of(module)) - {module} for module in INSIDE}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_test_sees_imports_within_functions() -> None:
+    inside = chain.from_iterable(imports_of(module) for module in INSIDE)
+    assert "spaces.dtensors" in set(inside)

@@ -1,0 +1,415 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import hessfunc as hf
+from hessfunc.modules import several_batches
+from tests.cases import NAMES, TiedHead, TwoInputs, case, dense_hessian
+from tests.graphs import allocated
+from tests.reference import flat, hessian, matrix, relative_error
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+
+
+# functional
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "dropout" not in name])
+def test_the_pure_function_gives_what_the_module_gives(name: str) -> None:
+    found = case(name)
+    value = found.loss(found.params, found.batch)
+    outputs = found.loss.outputs(found.params, found.batch)
+    match inputs := found.batch[0]:
+        case dict():
+            expected = found.model(**inputs)
+        case tuple():
+            expected = found.model(*inputs)
+        case _:
+            expected = found.model(inputs)
+    assert type(outputs) is type(expected)
+    torch.testing.assert_close(value, found.loss.criterion(expected, found.batch))
+
+
+def test_params_are_detached_views_in_the_order_of_named_parameters() -> None:
+    model = nn.ModuleDict({"z": nn.Linear(2, 2), "a": nn.Linear(2, 1), "m": TiedHead()})
+    _, params = hf.functional(model)
+    expected = dict(model.named_parameters())
+    assert list(params) == list(expected)
+    for name, leaf in params.items():
+        assert not leaf.requires_grad
+        assert leaf.data_ptr() == expected[name].data_ptr()
+
+
+def test_a_tied_tensor_stands_once_and_is_used_in_both_places() -> None:
+    model = TiedHead()
+    model_fn, params = hf.functional(model)
+    assert list(params) == ["embedding.weight", "inner.weight", "inner.bias"]
+    moved = {**params, "embedding.weight": params["embedding.weight"] + 1}
+    tokens = torch.arange(7)
+    hidden = torch.tanh(model.inner(moved["embedding.weight"]))
+    torch.testing.assert_close(model_fn(moved, tokens), hidden @ moved["embedding.weight"].mT)
+
+
+def test_frozen_parameters_are_left_out_unless_asked_for() -> None:
+    model = small_net()
+    model[0].requires_grad_(False)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert list(hf.functional(model)[1]) == trainable
+    everything = hf.functional(model, trainable_only=False)[1]
+    assert list(everything) == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("model", [small_net().requires_grad_(False), nn.Tanh()])
+def test_a_module_without_trainable_parameters_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="has no trainable parameter: set `requires_grad`"):
+        hf.functional(model)
+
+
+def test_inputs_are_a_tensor_or_positional_or_keywords() -> None:
+    model = TwoInputs()
+    model_fn, params = hf.functional(model)
+    left, right = torch.randn(5, 3), torch.randn(5, 2)
+    expected = model(left, right)
+    assert torch.equal(model_fn(params, (left, right)), expected)
+    assert torch.equal(model_fn(params, [left, right]), expected)
+    assert torch.equal(model_fn(params, {"right": right, "left": left}), expected)
+
+
+def test_buffers_stay_and_each_call_starts_from_them() -> None:
+    model = small_net().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model_fn, params = hf.functional(model)
+    x = torch.randn(6, 3)
+    assert torch.equal(model_fn(params, x), model_fn(params, x))
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_the_training_flags_are_read_once() -> None:
+    model = small_net().train()
+    model[1].eval()
+    model_fn, params = hf.functional(model)
+    x = torch.randn(6, 3)
+    before = model_fn(params, x)
+    for training in (True, False):
+        model.train(training)
+        assert torch.equal(model_fn(params, x), before)
+        assert all(module.training == training for module in model.modules())
+
+
+def test_the_training_flags_come_back_when_the_module_raises() -> None:
+    model = small_net().eval()
+    model_fn, params = hf.functional(model)
+    model.train()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model_fn(params, torch.randn(2, 7))
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("norm", "training", "refused"),
+    [
+        (nn.BatchNorm1d(4), True, True),
+        (nn.BatchNorm1d(4), False, False),
+        (nn.BatchNorm1d(4, track_running_stats=False), False, True),
+        (nn.LayerNorm(4), True, False),
+    ],
+)
+def test_batch_statistics_are_refused_among_several_batches(
+    norm: nn.Module, training: bool, refused: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), norm).train(training)
+    model_fn, params = hf.functional(model)
+    model_fn(params, torch.randn(5, 3))
+    with several_batches():
+        if refused:
+            with pytest.raises(ValueError, match=r"BatchNorm '1' uses.*call `model.eval\(\)`"):
+                model_fn(params, torch.randn(5, 3))
+        else:
+            model_fn(params, torch.randn(5, 3))
+
+
+# supervised, composed
+
+
+def test_a_supervised_loss_shows_its_halves() -> None:
+    model_fn, params = hf.functional(nn.Linear(3, 2))
+    loss = hf.supervised(model_fn, nn.CrossEntropyLoss())
+    x, y = torch.randn(5, 3), torch.randint(2, (5,))
+    outputs = loss.outputs(params, (x, y))
+    assert torch.equal(outputs, model_fn(params, x))
+    assert torch.equal(loss.criterion(outputs, (x, y)), F.cross_entropy(outputs, y))
+    assert torch.equal(loss(params, (x, y)), F.cross_entropy(outputs, y))
+
+
+@pytest.mark.parametrize(
+    ("batch", "named"),
+    [
+        (torch.zeros(2, 3), "a Tensor:"),
+        ((torch.zeros(2, 3),), "a tuple of length 1"),
+        ({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, "a dict of length 2"),
+    ],
+)
+def test_a_supervised_loss_of_another_batch_names_composed(batch: Any, named: str) -> None:
+    model_fn, params = hf.functional(nn.Linear(3, 2))
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    with pytest.raises(TypeError, match=rf"got {named}.*use `composed\(outputs, criterion\)`"):
+        loss(params, batch)
+
+
+PAIR = (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("batches", "named"),
+    [
+        (DataLoader(TensorDataset(*PAIR)), "a DataLoader"),
+        ([PAIR], "a list of length 1"),
+        ([PAIR, PAIR, PAIR], "a list of length 3"),
+    ],
+)
+def test_a_supervised_loss_of_many_batches_names_over_batches(batches: Any, named: str) -> None:
+    model_fn, params = hf.functional(nn.Linear(3, 2))
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    with pytest.raises(TypeError, match=rf"got {named}: .*over_batches\(hvp\(loss\)\)"):
+        hf.hvp(loss)(params, batches)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda model: hf.supervised(model, F.cross_entropy),
+        lambda model: hf.composed(model, F.cross_entropy),
+        hf.hvp,
+    ],
+    ids=["supervised", "composed", "hvp"],
+)
+def test_a_module_in_place_of_a_pure_function_is_refused(made: Any) -> None:
+    with pytest.raises(TypeError, match=r"Linear is a module.*params = functional\(model\)"):
+        made(nn.Linear(3, 2))
+
+
+def test_a_composed_loss_gives_both_halves_the_batch() -> None:
+    loss = hf.composed(lambda p, batch: p * batch["x"], lambda out, batch: (out - batch["y"]).sum())
+    batch = {"x": torch.tensor([2.0, 3.0]), "y": torch.tensor([1.0, 1.0])}
+    assert loss(torch.tensor([1.0, 2.0]), batch) == 6.0
+    assert torch.equal(loss.outputs(torch.tensor([1.0, 2.0]), batch), torch.tensor([2.0, 6.0]))
+
+
+# hold
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied head", "residual", "gpt2"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_hessian_of_a_held_loss_is_the_dense_sub_block(name: str, plain: bool) -> None:
+    found = case(name)
+    first = next(iter(found.params))
+    chosen, rest = hf.split(found.params, lambda n, _: n != first and "weight" in n)
+    held = hf.hold((lambda p, b: found.loss(p, b)) if plain else found.loss, rest)
+    whole = hessian(found.loss, found.params, found.batch)
+    place = flat({n: torch.full_like(p, n in chosen) for n, p in found.params.items()}).bool()
+    assert relative_error(hessian(held, chosen, found.batch), whole[place][:, place]) < 1e-12
+
+
+def test_a_held_loss_is_a_loss_and_a_held_function_a_function() -> None:
+    found = case("mlp")
+    chosen, rest = hf.split(found.params, "2.*")
+    held = hf.hold(found.loss, rest)
+    assert isinstance(held, hf.Loss)
+    expected = found.loss.outputs(found.params, found.batch)
+    assert torch.equal(held.outputs(chosen, found.batch), expected)
+    assert not isinstance(hf.hold(lambda p, b: found.loss(p, b), rest), hf.Loss)
+
+
+def test_nested_parameters_can_be_held() -> None:
+    params = {"a": {"w": torch.tensor(2.0), "b": torch.tensor(3.0)}, "c": torch.tensor(5.0)}
+
+    def loss(p: Any, batch: Tensor) -> Tensor:
+        return p["a"]["w"] * p["a"]["b"] * p["c"] * batch
+
+    chosen, rest = hf.split(params, "a.w")
+    assert hf.hold(loss, rest)(chosen, torch.tensor(7.0)) == 210.0
+
+
+def test_held_parameters_carry_no_gradient() -> None:
+    rest = {"b": torch.ones(2, requires_grad=True)}
+    held = hf.hold(lambda p, _: (p["a"] * p["b"]).sum(), rest)
+    assert not held({"a": torch.ones(2)}, None).requires_grad
+
+
+# Another dtype, and recomputation
+
+
+def test_a_model_in_bfloat16_has_params_outputs_and_products_in_their_own_dtype() -> None:
+    model = small_net().eval()
+    model[3].requires_grad_(False)
+    inner: list[torch.dtype] = []
+    model[2].register_forward_hook(lambda _, inputs, __: inner.append(inputs[0].dtype))
+    model_fn, params = hf.functional(model, dtype=torch.bfloat16)
+    x = torch.randn(6, 3)
+    outputs = model_fn(params, x)
+    assert inner == [torch.bfloat16]
+    assert {leaf.dtype for leaf in (outputs, *params.values())} == {torch.float32}
+    torch.testing.assert_close(outputs, model(x), atol=0.05, rtol=0.05)
+    loss = hf.composed(model_fn, lambda out, _: out.square().mean())
+    product = hf.hvp(loss)(params, x)(hf.random_like(params, 2, seed=0))
+    assert {leaf.dtype for leaf in product.values()} == {torch.float32}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "tied head", "tuple inputs", "mapping inputs"])
+@pytest.mark.parametrize("of", [hf.hvp, hf.ggnvp])
+def test_products_in_bfloat16_are_near_those_in_full(name: str, of: Any) -> None:
+    found = case(name)
+    model_fn, params = hf.functional(found.model, dtype=torch.bfloat16)
+    loss = hf.supervised(model_fn, found.loss.criterion.criterion)
+    product = matrix(of(loss)(params, found.batch), params)
+    assert product.dtype == torch.float64
+    expected = matrix(of(found.loss)(found.params, found.batch), params)
+    assert 0 < relative_error(product, expected) < 0.05
+
+
+def test_buffers_and_frozen_parameters_are_cast_too_and_integers_are_not() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.norm = nn.Embedding(5, 4), nn.BatchNorm1d(4)
+            self.head = nn.Linear(4, 2).requires_grad_(False)
+            self.register_buffer("places", torch.tensor([0, 2]))
+
+        def forward(self, tokens: Tensor) -> dict[str, Any]:
+            assert tokens.dtype == self.places.dtype == torch.int64
+            hidden = self.norm(self.embedding(tokens)[:, self.places].flatten(0, 1))
+            out = self.head(hidden)
+            return {"out": out, "is bfloat16": out.dtype == torch.bfloat16, "tokens": tokens}
+
+    model_fn, params = hf.functional(Net(), dtype=torch.bfloat16)
+    outputs = model_fn(params, torch.randint(5, (6, 3)))
+    assert outputs["is bfloat16"]
+    assert outputs["out"].dtype == torch.float32
+    assert outputs["tokens"].dtype == torch.int64
+
+
+def test_parameters_in_bfloat16_have_products_in_bfloat16() -> None:
+    model = small_net().eval().bfloat16()
+    model_fn, params = hf.functional(model, dtype=torch.float32)
+    loss = hf.composed(model_fn, lambda out, _: out.float().square().mean())
+    x = torch.randn(6, 3)
+    out = hf.hvp(loss)(params, x)(hf.random_like(params, 2, seed=0))
+    assert {leaf.dtype for leaf in out.values()} == {torch.bfloat16}
+
+
+RECOMPUTED = [
+    ("conv", "*"),
+    ("batch norm, train", "1"),
+    ("layer norm", "[12]"),
+    ("transformer encoder layer", "linear?"),
+    ("multi-head attention", "attention"),
+    ("lstm", "lstm"),
+    ("tied head", "inner"),
+    ("residual", "[12]"),
+    ("frozen", "*"),
+    ("bert, dropout", "bert.encoder.layer.*"),
+]
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize(("name", "pattern"), RECOMPUTED)
+def test_recomputed_modules_change_no_product(name: str, pattern: str, mode: Any) -> None:
+    found = case(name)
+    model_fn, params = hf.functional(found.model, recompute=pattern)
+    criterion = found.loss.criterion.criterion
+    loss = hf.supervised(model_fn, criterion)
+    product = matrix(hf.hvp(loss, mode=mode)(params, found.batch), params)
+    assert relative_error(product, dense_hessian(name)) < 1e-8
+
+
+def test_recomputed_modules_keep_their_inputs_alone() -> None:
+    model = nn.Sequential(
+        *(nn.Sequential(*(nn.Linear(4, 4), nn.Tanh()) * 4) for _ in range(3)), nn.Linear(4, 1)
+    )
+    x = torch.randn(1000, 4)
+
+    def kept(recompute: str | None) -> int:
+        model_fn, params = hf.functional(model, recompute=recompute)
+        loss = hf.composed(model_fn, lambda out, _: out.square().mean())
+        return allocated(lambda: hf.hvp(loss)(params, x)).kept
+
+    assert kept("[012]") < kept(None) / 3
+
+
+def test_recomputation_leaves_the_modules_as_they_were() -> None:
+    model = small_net()
+    model_fn, params = hf.functional(model, recompute="*")
+    before = [sorted(vars(module)) for module in model.modules()]
+    model_fn(params, torch.randn(5, 3))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model_fn(params, torch.randn(5, 4))
+    assert [sorted(vars(module)) for module in model.modules()] == before
+
+
+def test_a_pattern_without_a_module_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="recompute='layer9' chooses none of the modules 0, 1, 2, 3$"
+    ):
+        hf.functional(small_net(), recompute="layer9")
+    with pytest.raises(ValueError, match="a bare Linear has no modules within"):
+        hf.functional(nn.Linear(2, 2), recompute="layer9")
+
+
+class Checkpointed(nn.Module):
+    """A layer behind torch's own checkpointing."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.reentrant = nn.Linear(3, 3), nn.Linear(3, 3), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(
+            lambda h: torch.tanh(self.second(h)), self.first(x), use_reentrant=self.reentrant
+        )
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_torchs_checkpointing_is_refused_with_what_to_do(reentrant: bool) -> None:
+    model_fn, params = hf.functional(Checkpointed(reentrant=reentrant))
+    loss = hf.composed(model_fn, lambda outputs, _: outputs.square().sum())
+    with pytest.raises(RuntimeError, match=r"functional\(model, recompute="):
+        hf.hvp(loss)(params, torch.randn(4, 3))
+
+
+def test_hooks_of_the_users_own_stay() -> None:
+    model_fn, params = hf.functional(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    loss = hf.composed(model_fn, lambda outputs, _: outputs.square().sum())
+    with torch.autograd.graph.save_on_cpu():
+        matvec = hf.hvp(loss)(params, torch.randn(4, 3))
+    assert hf.check(matvec, params)
+
+
+def test_recurrent_layers_run_without_cudnn_and_leave_it_as_it_was() -> None:
+    seen = []
+    model = nn.LSTM(3, 4)
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
+    model_fn, params = hf.functional(model)
+    before = torch.backends.cudnn.enabled
+    model_fn(params, torch.randn(2, 1, 3))
+    assert seen == [False]
+    assert torch.backends.cudnn.enabled == before
+
+
+@pytest.mark.gpu
+def test_the_hessian_of_a_recurrent_layer_on_a_gpu_is_that_on_the_cpu() -> None:
+    model = nn.LSTM(3, 4).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    products = []
+    for device in ("cpu", "cuda"):
+        model_fn, params = hf.functional(model.to(device))
+        loss = hf.composed(model_fn, lambda outputs, _: outputs[0].square().mean())
+        products.append(matrix(hf.hvp(loss)(params, x.to(device)), params).cpu())
+    assert relative_error(products[1], products[0]) < 1e-8

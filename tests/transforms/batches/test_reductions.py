@@ -1,0 +1,318 @@
+"""Whether the batches of a data set are averaged or summed."""
+
+import functools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from hessfunc.transforms.batches.reductions import ReductionWarning, declared_reduction
+from tests.reference import gauss_newton, gradient, hessian, matrix, relative_error
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(7, 3, generator=GENERATOR, dtype=torch.float64)
+Y = torch.arange(7) % 2
+BATCHES = [(X[:1], Y[:1]), (X[1:5], Y[1:5]), (X[5:], Y[5:])]
+
+
+def net() -> tuple[nn.Module, Any, dict[str, Tensor]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    return model, *hf.functional(model)
+
+
+def per_row(reduction: str) -> Any:
+    """A criterion that is not known to the library."""
+
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        each = (outputs.exp().sum(1) - outputs[range(len(targets)), targets]).square()
+        return each.mean() if reduction == "mean" else each.sum()
+
+    return criterion
+
+
+CRITERIA = {
+    "function": functools.partial(F.cross_entropy, reduction="sum"),
+    "module": nn.CrossEntropyLoss(reduction="sum"),
+    "own": per_row("sum"),
+    "own Hessian": hf.with_output_hessian(
+        nn.CrossEntropyLoss(reduction="sum"),
+        lambda out, y: (
+            lambda v: torch.func.jvp(
+                torch.func.grad(lambda z: F.cross_entropy(z, y, reduction="sum")), (out,), (v,)
+            )[1]
+        ),
+    ),
+}
+TRACES = {
+    "hvp": lambda loss, model, params, batches: matrix(
+        hf.over_batches(hf.hvp(loss))(params, batches), params
+    ),
+    "hvp, kept": lambda loss, model, params, batches: matrix(
+        hf.over_batches(hf.hvp(loss), keep=True)(params, batches), params
+    ),
+    "ggnvp": lambda loss, model, params, batches: matrix(
+        hf.over_batches(hf.ggnvp(loss))(params, batches), params
+    ),
+    "efvp": lambda loss, model, params, batches: matrix(
+        hf.over_batches(hf.efvp(loss))(params, batches), params
+    ),
+}
+
+
+def right(name: str, loss: hf.Loss, params: dict[str, Tensor]) -> Tensor:
+    """The matrix of the sum over all examples."""
+    if name == "ggnvp":
+        return gauss_newton(loss, params, (X, Y))
+    if name == "efvp":
+        each = [gradient(loss, params, (X[i : i + 1], Y[i : i + 1])) for i in range(7)]
+        return sum((g.outer(g) for g in each), torch.zeros(()))
+    return hessian(loss, params, (X, Y))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", TRACES)
+def test_batches_of_a_sum_are_summed(name: str, criterion: str) -> None:
+    model, model_fn, params = net()
+    loss = hf.supervised(model_fn, CRITERIA[criterion])
+    found = TRACES[name](loss, model, params, BATCHES)
+    assert relative_error(found, right(name, loss, params)) < 1e-8
+
+
+def test_every_curvature_of_a_sum_is_summed() -> None:
+    model, model_fn, params = net()
+    loss = hf.supervised(model_fn, nn.CrossEntropyLoss(reduction="sum"))
+    G, H = gauss_newton(loss, params, (X, Y)), hessian(loss, params, (X, Y))
+    for of in (hf.fvp, functools.partial(hf.pchvp, residual="zero")):
+        found = matrix(hf.over_batches(of(loss))(params, BATCHES), params)
+        assert float(found.trace()) == pytest.approx(float(G.trace()), rel=1e-9)
+    found = matrix(hf.over_batches(hf.functional_hvp(loss))(params, BATCHES), params)
+    assert relative_error(found, H - G) < 1e-9
+    found = matrix(hf.over_batches(hf.ekfac(loss, model))(params, BATCHES), params)
+    assert float(found.trace()) == pytest.approx(float(G.trace()), rel=1e-9)
+    diagonal = hf.ggn_diagonal(loss, params, BATCHES)
+    assert relative_error(hf.ravel(diagonal), G.diagonal()) < 1e-9
+    trace = hf.hessian_trace(loss, params, BATCHES, max_matvecs=300, seed=0)
+    low, high = trace.interval(0.999)
+    assert low - 1e-9 <= float(H.trace()) <= high + 1e-9
+    blocks = hf.block_spectra(loss, params, BATCHES, algorithm=matrix)
+    assert relative_error(blocks["0.weight"], H[:9, :9]) < 1e-9
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_draws_of_a_sum_are_unbiased(replace: bool) -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, per_row("sum"))
+    some = hf.draws(hf.hvp(loss), seed=0, replace=replace)(params, BATCHES)
+    # Without replacement each batch is drawn once a pass.
+    drawn = torch.tensor([1.0, 4.0, 2.0] if replace else [1.0, 1.0, 1.0], dtype=torch.float64)
+    shares = drawn / drawn.sum()
+    by_place: dict[int, Tensor] = {}
+    for i in range(60):
+        by_place.setdefault(some.batch(i), matrix(some(i), params))
+    mean = sum(shares[place] * found for place, found in by_place.items())
+    assert relative_error(mean, hessian(loss, params, (X, Y))) < 1e-9
+
+
+def test_a_tracked_sum_is_the_loss_and_the_curvature_of_the_sum() -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, per_row("sum"))
+    tracking = hf.tracking(loss, rtol=1e-9, critical=True)
+    _, measured = tracking.measure(tracking.init(params), params, BATCHES)
+    whole = hf.tracking(loss, rtol=1e-9, critical=True)
+    _, expected = whole.measure(whole.init(params), params, [(X, Y)])
+    assert measured.loss == pytest.approx(float(loss(params, (X, Y))), rel=1e-9)
+    top = torch.linalg.eigvalsh(hessian(loss, params, (X, Y)))[-1]
+    assert measured.top[0] == pytest.approx(float(top), rel=1e-6)
+    assert measured.critical == pytest.approx(expected.critical, rel=1e-6)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_that_is_not_known_is_compared_with_its_halves(reduction: str, plain: bool) -> None:
+    _, model_fn, params = net()
+    loss: Any = hf.supervised(model_fn, per_row(reduction))
+    if plain:
+        whole = loss
+        loss = lambda params, batch: whole(params, batch)  # noqa: E731
+    found = matrix(hf.over_batches(hf.hvp(loss))(params, BATCHES), params)
+    assert relative_error(found, hessian(loss, params, (X, Y))) < 1e-9
+
+
+def test_held_parameters_and_a_regulariser_change_nothing() -> None:
+    _, model_fn, params = net()
+    chosen, rest = hf.split(params, "0.*")
+    loss = hf.hold(hf.supervised(model_fn, nn.CrossEntropyLoss(reduction="sum")), rest)
+    found = matrix(hf.over_batches(hf.hvp(loss))(chosen, BATCHES), chosen)
+    assert relative_error(found, hessian(loss, chosen, (X, Y))) < 1e-9
+    mean = hf.supervised(model_fn, per_row("mean"))
+
+    def decayed(params: Any, batch: Any) -> Tensor:
+        return mean(params, batch) + sum(leaf.square().sum() for leaf in params.values())
+
+    found = matrix(hf.over_batches(hf.hvp(decayed))(params, BATCHES), params)
+    assert relative_error(found, hessian(decayed, params, (X, Y))) < 1e-9
+
+
+def test_a_weight_of_the_user_is_a_weighted_mean_of_whatever_is_given() -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, nn.CrossEntropyLoss(reduction="sum"))
+    found = matrix(hf.over_batches(hf.hvp(loss), weight=hf.examples)(params, BATCHES), params)
+    expected = sum(len(b[1]) * hessian(loss, params, b) for b in BATCHES) / 7
+    assert relative_error(found, expected) < 1e-9
+
+
+def test_a_sum_needs_no_count_of_examples() -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(lambda p, x: model_fn(p, x).mean(0), nn.CrossEntropyLoss(reduction="sum"))
+    parts = [(torch.randn(t, n, 3).double(), torch.arange(n) % 2) for t, n in ((5, 2), (3, 4))]
+    found = matrix(hf.over_batches(hf.hvp(loss))(params, parts), params)
+    assert relative_error(found, sum(hessian(loss, params, part) for part in parts)) < 1e-9
+
+
+def test_a_loss_that_is_neither_gives_a_warning() -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, lambda out, y: (out[range(len(y)), y]).square().sum().sqrt())
+    matvec = hf.over_batches(hf.hvp(loss))(params, BATCHES)
+    with pytest.warns(ReductionWarning, match="those of its halves.*Pass `weight=`"):
+        matvec(hf.random_like(params, 1, seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weighted = hf.over_batches(hf.hvp(loss), weight=hf.examples)(params, BATCHES)
+        weighted(hf.random_like(params, 1, seed=0))
+        # There is nothing to average over one batch.
+        hf.over_batches(hf.hvp(loss))(params, BATCHES[1:2])(hf.random_like(params, 1, seed=0))
+
+
+def test_a_loss_that_fails_on_half_a_batch_gives_a_warning() -> None:
+    _, model_fn, params = net()
+
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        if len(targets) == 2:
+            raise ValueError("batches of two are not for me")
+        return per_row("mean")(outputs, targets)
+
+    loss = hf.supervised(model_fn, criterion)
+    matvec = hf.over_batches(hf.hvp(loss))(params, BATCHES[:2])
+    with pytest.warns(ReductionWarning, match="could not be evaluated .batches of two are not"):
+        matvec(hf.random_like(params, 1, seed=0))
+
+
+def test_a_mean_and_a_sum_are_not_added_up() -> None:
+    _, model_fn, params = net()
+    mean, total = (
+        hf.hvp(hf.supervised(model_fn, nn.CrossEntropyLoss(reduction=reduction)))
+        for reduction in ("mean", "sum")
+    )
+    both = hf.over_batches(lambda p, b: hf.add(mean(p, b), total(p, b)))(params, BATCHES)
+    with pytest.raises(ValueError, match="a mean over examples and a sum over examples are added"):
+        both(hf.random_like(params, 1, seed=0))
+
+
+def test_the_comparison_draws_nothing_from_the_random_stream() -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(lambda p, x: F.dropout(model_fn(p, x), 0.5), per_row("mean"))
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReductionWarning)
+        hf.over_batches(hf.hvp(loss))(params, BATCHES)(hf.random_like(params, 1, seed=0))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Custom(nn.MSELoss):
+    """A subclass, which may compute anything."""
+
+
+@pytest.mark.parametrize(
+    ("criterion", "expected"),
+    [
+        (F.cross_entropy, "mean"),
+        (F.huber_loss, "mean"),
+        (functools.partial(F.l1_loss, reduction="sum"), "sum"),
+        (
+            functools.partial(functools.partial(F.l1_loss, reduction="sum"), reduction="mean"),
+            "mean",
+        ),
+        (functools.partial(F.mse_loss, size_average=False), "sum"),
+        (functools.partial(F.kl_div, reduction="batchmean"), "mean"),
+        (functools.partial(F.mse_loss, reduction="none"), None),
+        (nn.PoissonNLLLoss(), "mean"),
+        (nn.KLDivLoss(reduction="batchmean"), "mean"),
+        (nn.SmoothL1Loss(reduction="sum"), "sum"),
+        (Custom(reduction="sum"), None),
+        (F.softmax, None),
+        (lambda out, y: (out - y).sum(), None),
+    ],
+)
+def test_reductions_of_torch_are_known(criterion: Any, expected: str | None) -> None:
+    assert declared_reduction(criterion) == expected
+    composed = hf.composed(lambda p, b: p, criterion, targets=lambda b: b)
+    assert declared_reduction(composed.criterion) == expected
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_landscape_of_a_sum_is_the_sum_over_batches(own: bool) -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, per_row("sum") if own else nn.CrossEntropyLoss(reduction="sum"))
+    direction = {name: torch.ones_like(leaf) for name, leaf in params.items()}
+    found = hf.landscape(loss, params, BATCHES, direction, at=torch.tensor([0.0, 0.5]).double())
+    moved = {name: leaf + 0.5 for name, leaf in params.items()}
+    right = torch.stack([loss(params, (X, Y)), loss(moved, (X, Y))]).detach()
+    assert relative_error(found.values, right) < 1e-10
+
+
+CLASS_WEIGHTS = torch.tensor([1.0, 5.0], dtype=torch.float64)
+IGNORED = torch.where(torch.arange(7) == 0, -100, Y)
+TERMS: dict[str, tuple[Any, Tensor, Any]] = {
+    "ignored targets": (F.cross_entropy, IGNORED, lambda batch: (batch[1] != -100).sum()),
+    "weights of classes": (
+        nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
+        Y,
+        lambda batch: CLASS_WEIGHTS[batch[1]].sum(),
+    ),
+    "weights in a partial": (
+        functools.partial(F.cross_entropy, weight=CLASS_WEIGHTS),
+        Y,
+        lambda batch: CLASS_WEIGHTS[batch[1]].sum(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_mean_over_other_than_examples_is_told_and_a_weight_mends_it(name: str) -> None:
+    criterion, targets, weight = TERMS[name]
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, criterion)
+    batches = [(X[:3], targets[:3]), (X[3:], targets[3:])]
+    with pytest.warns(ReductionWarning, match="mean over targets.*Pass `weight=`"):
+        matrix(hf.over_batches(hf.ggnvp(loss))(params, batches), params)
+    mended = matrix(hf.over_batches(hf.hvp(loss), weight=weight)(params, batches), params)
+    assert relative_error(mended, hessian(loss, params, (X, targets))) < 1e-9
+
+
+def test_a_mean_over_positions_of_sequences_of_other_lengths_is_told() -> None:
+    model = nn.Linear(3, 2).double()
+    model_fn, params = hf.functional(model)
+    loss = hf.composed(
+        lambda params, batch: model_fn(params, batch[0]).movedim(-1, 1),
+        F.cross_entropy,
+        targets=lambda batch: batch[1],
+    )
+    x = X[:6].view(2, 3, 3)
+    batches = [(x, Y[:6].view(2, 3)), (x[:, :1], Y[:2].view(2, 1))]
+    with pytest.warns(ReductionWarning, match="3 .*Pass `weight=`"):
+        matrix(hf.over_batches(hf.hvp(loss))(params, batches), params)
+
+
+def test_a_mean_over_examples_gives_no_warning() -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, nn.CrossEntropyLoss(label_smoothing=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = matrix(hf.over_batches(hf.hvp(loss))(params, BATCHES), params)
+    assert relative_error(found, hessian(loss, params, (X, Y))) < 1e-9
