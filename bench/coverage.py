@@ -71,7 +71,7 @@ def _tolerances(*tolerances: float) -> tuple[Stop, ...]:
     return tuple({"rtol": rtol, "max_matvecs": 110} for rtol in tolerances)
 
 
-def deflated(matvec: Matvec, like: Tensor, *, seed: int, **options: Any) -> hf.Estimate:
+def deflated(matvec: Matvec, like: Tensor, *, seed: int, **options: Any) -> hf.results.Estimate:
     """Hutchinson's estimate beside three eigenpairs, whose products are not counted."""
     with warnings.catch_warnings():
         # Repeated eigenvalues are missed on purpose: the complement is unbiased all the same.
@@ -80,7 +80,9 @@ def deflated(matvec: Matvec, like: Tensor, *, seed: int, **options: Any) -> hf.E
     return hf.hutchinson(matvec, like, deflate=top, kind="sphere", seed=seed, **options)
 
 
-def sampled(matvec: Matvec, like: Tensor, *, seed: int, **options: Any) -> hf.SampledEstimate:
+def sampled(
+    matvec: Matvec, like: Tensor, *, seed: int, **options: Any
+) -> hf.results.SampledEstimate:
     """The trace from random ones of 30 batches, the matrix plus multiples of the identity."""
     shifts = torch.linspace(-1, 1, 30, dtype=torch.float64).tolist()
     scale = float(matvec(torch.eye(N, dtype=torch.float64)).square().sum() / N) ** 0.5

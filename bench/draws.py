@@ -71,7 +71,7 @@ class Measured:
 
     case: Case
     batches: int
-    full: hf.Estimate
+    full: hf.results.Estimate
     sampled: SampledEstimate
     seconds: float
 

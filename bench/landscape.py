@@ -27,11 +27,12 @@ from torch.nn.functional import cross_entropy
 import hessfunc as hf
 from bench.interleaved import ratio
 from hessfunc import plot
+from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.app.problems.data import cifar10, data_root, digits
 from hessfunc.app.problems.fit import train
 from hessfunc.app.problems.nets import digits_convnet, mlp
 from hessfunc.app.problems.resnet import load_weights, resnet
-from hessfunc.recipes.landscape import Landscape, landscape
+from hessfunc.recipes.landscape import landscape
 
 EXAMPLES = 100
 SMALL_NETS_POINTS = 51

@@ -31,14 +31,14 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def trained(
     inputs: Tensor, targets: Tensor, *, batch_size: int, steps: int, every: int
-) -> list[hf.Point]:
+) -> list[hf.tracking.Point]:
     """The points of a training of a tanh perceptron, on batches drawn anew for each step."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = mlp([64, 64, 64, 10], nn.Tanh)
     optimizer = torch.optim.SGD(model.parameters(), LR)
-    with hf.tracked(
+    with hf.tracking.tracked(
         model, squared_error, [(inputs, targets)], every=every, optimizer=optimizer
     ) as tracker:
         tracker.measure()
@@ -51,7 +51,9 @@ def trained(
     return tracker.points
 
 
-def main(*, small: bool = False, out: Path = Path("sharpness.png")) -> dict[str, list[hf.Point]]:
+def main(
+    *, small: bool = False, out: Path = Path("sharpness.png")
+) -> dict[str, list[hf.tracking.Point]]:
     images = digits()[: 300 if small else 1000]
     inputs = (images.inputs - images.inputs.mean()) / images.inputs.std()
     targets = one_hot(images.targets, 10).float()
@@ -72,7 +74,7 @@ def main(*, small: bool = False, out: Path = Path("sharpness.png")) -> dict[str,
     return found
 
 
-def draw(found: dict[str, list[hf.Point]], out: Path) -> None:
+def draw(found: dict[str, list[hf.tracking.Point]], out: Path) -> None:
     from hessfunc.plot.style import grid, note
 
     panels = grid(1, len(found), (9.6, 3.6))

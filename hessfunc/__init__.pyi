@@ -1,6 +1,11 @@
-"""The types of the public names, which `__init__.py` imports when they are first asked for."""
+"""Types of the public names, which `__init__.py` imports when they are first used."""
 
-from hessfunc.algorithms.check import Check as Check
+from hessfunc import compat as compat
+from hessfunc import kronecker as kronecker
+from hessfunc import optim as optim
+from hessfunc import plot as plot
+from hessfunc import tracking as tracking
+from hessfunc.algorithms import results as results
 from hessfunc.algorithms.check import check as check
 from hessfunc.algorithms.density import slq as slq
 from hessfunc.algorithms.diagonal.hutchinson import hutchinson_diagonal as hutchinson_diagonal
@@ -10,12 +15,6 @@ from hessfunc.algorithms.eigen.power import power_iteration as power_iteration
 from hessfunc.algorithms.eigen.stochastic_power import (
     stochastic_power_iteration as stochastic_power_iteration,
 )
-from hessfunc.algorithms.results import Density as Density
-from hessfunc.algorithms.results import DiagonalEstimate as DiagonalEstimate
-from hessfunc.algorithms.results import Eigenpairs as Eigenpairs
-from hessfunc.algorithms.results import Estimate as Estimate
-from hessfunc.algorithms.results import SampledEstimate as SampledEstimate
-from hessfunc.algorithms.results import Solution as Solution
 from hessfunc.algorithms.results import load as load
 from hessfunc.algorithms.results import pool as pool
 from hessfunc.algorithms.solve.cg import cg as cg
@@ -26,15 +25,6 @@ from hessfunc.algorithms.trace.sampled import sampled_trace as sampled_trace
 from hessfunc.algorithms.trace.xnystrace import xnystrace as xnystrace
 from hessfunc.algorithms.trace.xtrace import xtrace as xtrace
 from hessfunc.autograd.recompute import recomputed as recomputed
-from hessfunc.compat.scipy import from_scipy as from_scipy
-from hessfunc.compat.scipy import to_scipy as to_scipy
-from hessfunc.kronecker import Block as Block
-from hessfunc.kronecker import Blocks as Blocks
-from hessfunc.kronecker import ekfac as ekfac
-from hessfunc.kronecker import hbp as hbp
-from hessfunc.kronecker import kfac as kfac
-from hessfunc.kronecker import kflr as kflr
-from hessfunc.kronecker import kfra as kfra
 from hessfunc.losses import Loss as Loss
 from hessfunc.losses import composed as composed
 from hessfunc.losses import hold as hold
@@ -42,58 +32,32 @@ from hessfunc.losses import sliced as sliced
 from hessfunc.losses import supervised as supervised
 from hessfunc.modules import functional as functional
 from hessfunc.modules import unsharded as unsharded
-from hessfunc.optim.adversarial import fgsm as fgsm
-from hessfunc.optim.adversarial import pgd as pgd
-from hessfunc.optim.newton import Newton as Newton
-from hessfunc.optim.newton import NewtonState as NewtonState
-from hessfunc.optim.newton import newton as newton
-from hessfunc.optim.optimizer import NewtonOptimizer as NewtonOptimizer
-from hessfunc.optim.schedules import absa as absa
-from hessfunc.optim.solvers import conjugate_gradients as conjugate_gradients
-from hessfunc.optim.solvers import direct as direct
 from hessfunc.recipes.block_spectra import block_spectra as block_spectra
 from hessfunc.recipes.gauss_newton_diagonal import ggn_diagonal as ggn_diagonal
 from hessfunc.recipes.hessian_trace import hessian_trace as hessian_trace
-from hessfunc.recipes.landscape import Landscape as Landscape
 from hessfunc.recipes.landscape import landscape as landscape
-from hessfunc.recipes.sharpness import Sharpness as Sharpness
-from hessfunc.recipes.sharpness import adam_diagonal as adam_diagonal
 from hessfunc.recipes.sharpness import critical_sharpness as critical_sharpness
 from hessfunc.selection import split as split
 from hessfunc.spaces.of import random_like as random_like
 from hessfunc.spaces.of import ravel as ravel
 from hessfunc.spaces.of import unravel as unravel
 from hessfunc.spaces.sharded import sharded as sharded
-from hessfunc.tracking import Measurement as Measurement
-from hessfunc.tracking import Point as Point
-from hessfunc.tracking import Tracker as Tracker
-from hessfunc.tracking import Tracking as Tracking
-from hessfunc.tracking import tracked as tracked
-from hessfunc.tracking import tracking as tracking
+from hessfunc.transforms import matvecs as matvecs
 from hessfunc.transforms.activations import activations as activations
-from hessfunc.transforms.arithmetic import add as add
-from hessfunc.transforms.arithmetic import apply as apply
-from hessfunc.transforms.arithmetic import batched as batched
-from hessfunc.transforms.arithmetic import deflate as deflate
-from hessfunc.transforms.arithmetic import dense as dense
-from hessfunc.transforms.arithmetic import per_block as per_block
-from hessfunc.transforms.arithmetic import precondition as precondition
-from hessfunc.transforms.arithmetic import scale as scale
-from hessfunc.transforms.arithmetic import shift as shift
-from hessfunc.transforms.batches.draws import Draws as Draws
 from hessfunc.transforms.batches.draws import draws as draws
 from hessfunc.transforms.batches.examples import examples as examples
 from hessfunc.transforms.batches.examples import microbatches as microbatches
 from hessfunc.transforms.batches.mean import over_batches as over_batches
 from hessfunc.transforms.by_backward import hvp_by_backward as hvp_by_backward
-from hessfunc.transforms.compiled import compiled as compiled
 from hessfunc.transforms.criteria import with_output_hessian as with_output_hessian
-from hessfunc.transforms.exact_blocks import exact_blocks as exact_blocks
 from hessfunc.transforms.functional_hessian import functional_hvp as functional_hvp
 from hessfunc.transforms.gauss_newton import efvp as efvp
 from hessfunc.transforms.gauss_newton import fvp as fvp
 from hessfunc.transforms.gauss_newton import ggnvp as ggnvp
 from hessfunc.transforms.hessian import hvp as hvp
+from hessfunc.transforms.matvecs import apply as apply
+from hessfunc.transforms.matvecs import batched as batched
+from hessfunc.transforms.matvecs import dense as dense
 from hessfunc.transforms.positive_curvature import pchvp as pchvp
 from hessfunc.transforms.tuning import tune as tune
 

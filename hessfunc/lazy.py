@@ -1,4 +1,4 @@
-"""A package whose public names are imported when they are first asked for."""
+"""A package that imports each public name when it is first used."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from types import ModuleType
 from typing import Any
 
 
-class Deferred(ModuleType):
-    """The class of such a package.
+class LazyPackage(ModuleType):
+    """Class of a package whose public names are imported on first use.
 
     Attributes:
-        _HOMES: the submodule that defines each public name.
+        _HOMES: Submodule that defines each public name.
+        _FAMILIES: Submodule that each public module is.
     """
 
     _HOMES: dict[str, str]
+    _FAMILIES: dict[str, str]
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self._HOMES:
+        if name in self._HOMES:
+            value = getattr(import_module(f"{self.__name__}.{self._HOMES[name]}"), name)
+        elif name in self._FAMILIES:
+            value = import_module(f"{self.__name__}.{self._FAMILIES[name]}")
+        else:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{self.__name__}.{self._HOMES[name]}"), name)
         self.__dict__[name] = value
         return value
 
-    def __setattr__(self, name: str, value: object) -> None:
-        # An import sets a submodule as an attribute, and would hide the function of its name.
-        if not (name in self._HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self._HOMES})
+        return sorted({*super().__dir__(), *self._HOMES, *self._FAMILIES})

@@ -229,11 +229,6 @@ def text(name: str, value: Any, /) -> str:
     raise _refused(name, value, "a string", f"the documentation lists the choices of {name}")
 
 
-def chunk(name: str, value: Any, /) -> int | str:
-    """A number of vectors, or the rule ``"auto"``."""
-    return text(name, value) if isinstance(value, str) else whole_number(name, value)
-
-
 def path(name: str, value: Any, /) -> Any:
     """A path: a string or a ``pathlib.Path``."""
     if isinstance(value, str | os.PathLike) and value != "":
@@ -378,7 +373,7 @@ def tensor(name: str, value: Any, /) -> Tensor:
         return value
     remedy = "pass torch.as_tensor(array)" if isinstance(value, np.ndarray) else "pass a tensor"
     if _is_sparse(value):
-        remedy = "pass it to hessfunc.from_scipy"
+        remedy = "pass it to hessfunc.compat.from_scipy"
     raise _refused(name, value, "a tensor", remedy)
 
 
@@ -614,7 +609,7 @@ def matvec(name: str, value: Any, /) -> Any:
     if isinstance(value, Tensor):
         raise _refused(name, value, due, "pass hessfunc.dense(matrix)")
     if isinstance(value, np.ndarray) or _is_sparse(value):
-        raise _refused(name, value, due, "pass hessfunc.from_scipy(matrix)")
+        raise _refused(name, value, due, "pass hessfunc.compat.from_scipy(matrix)")
     if not _is_function(value, 1):
         if _is_function(value, 2):
             raise TypeError(
@@ -694,6 +689,7 @@ ARGUMENTS: dict[str, Check] = {
     "like": tree,
     "params": tree,
     "vector": tree,
+    "direction": tree,
     "directions": tree,
     "diagonal": tree,
     "known": tree,
@@ -738,7 +734,9 @@ ARGUMENTS: dict[str, Check] = {
     "guards": whole_number,
     "trace_probes": whole_number,
     "lr_decay_epochs": whole_numbers,
-    "chunk_size": chunk,
+    "chunk_size": whole_number,
+    "examples_per_chunk": whole_number,
+    "points_per_chunk": whole_number,
     "s": factor,
     "a": factor,
     "rtol": finite,
@@ -773,6 +771,7 @@ ARGUMENTS: dict[str, Check] = {
     "sharing": text,
     "normalise": text,
     "loader": text,
+    "data": text,
     "backend": anything,
     # Places
     "dtype": dtype,

@@ -99,7 +99,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "NaN in a matrix": (lambda: hf.dense(MATRIX * float("nan")), "NaN or infinite"),
     "a sparse matrix": (lambda: hf.dense(MATRIX.to_sparse()), "to_dense"),
     "another size": (lambda: hf.slq(MATVEC, torch.zeros(5)), "of 30 entries, and got one of 5"),
-    "a NumPy function": (lambda: hf.from_scipy(lambda v: v), r"LinearOperator\(\(n, n\), f\)"),
+    "a NumPy function": (
+        lambda: hf.compat.from_scipy(lambda v: v),
+        r"LinearOperator\(\(n, n\), f\)",
+    ),
     "of one vector": (
         lambda: hf.hutchinson(hf.batched(lambda v: MATRIX.numpy() @ v), LIKE),
         r"from_scipy\(LinearOperator",

@@ -36,7 +36,9 @@ def _own_stop(estimator: Callable[..., Any], rtol: float, products: Products, se
     return found.value
 
 
-def _solver(solver: Callable[..., hf.Eigenpairs], rule: str, resumes: bool = False) -> Method:
+def _solver(
+    solver: Callable[..., hf.results.Eigenpairs], rule: str, resumes: bool = False
+) -> Method:
     return Method(
         "hessfunc",
         solver.__name__,

@@ -79,7 +79,7 @@ def at_once(problem: Problem, kind: str, repeats: int) -> Callable[[], dict[str,
     def work() -> dict[str, Tensor]:
         matvec = curvature(problem.params, problem.batch)
         # The positive-curvature Hessian has no other blocks.
-        blocks = matvec if kind == "PCHMP" else hf.per_block(matvec, problem.params)
+        blocks = matvec if kind == "PCHMP" else hf.matvecs.per_block(matvec, problem.params)
         for _ in range(repeats):
             images = blocks(vectors)
         return images

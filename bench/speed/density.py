@@ -57,7 +57,7 @@ def density(name: str, effort: Effort, steps: int = STEPS) -> Cell:
 
 def _alternatives(steps: int) -> list[Alternative]:
     def of_ours(asked: Asked) -> Work:
-        def call() -> hf.Density:
+        def call() -> hf.results.Density:
             matvec, params = ours.matvec_of(asked)
             return hf.slq(matvec, params, probes=PROBES, steps=steps, seed=0)
 

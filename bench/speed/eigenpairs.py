@@ -74,11 +74,11 @@ def _ours(asked: Asked, **options: int) -> Work:
     cut = (x.split(_MICROBATCH) for x in (asked.case.inputs, asked.case.targets))
     in_parts = Asked(asked.case, asked.matrix, batches=list(zip(*cut, strict=True)))
 
-    def call() -> hf.Eigenpairs:
+    def call() -> hf.results.Eigenpairs:
         matvec, params = ours.matvec_of(in_parts)
         return hf.lanczos(matvec, params, k=TOP, rtol=RESIDUAL, seed=0, **options)
 
-    def pairs(found: hf.Eigenpairs) -> Pairs:
+    def pairs(found: hf.results.Eigenpairs) -> Pairs:
         _, params = hf.functional(asked.case.model)
         rows = space_of(params).ravel(found.vectors)
         return Pairs(found.values, rows, found.matvecs)

@@ -79,7 +79,7 @@ def _one_vector(asked: Asked, mode: Literal["reverse", "forward"], anew: bool = 
 
 def _compiled(asked: Asked) -> Work:
     curvature, params = _curvature(asked)
-    compiled = hf.compiled(curvature(params, (asked.case.inputs, asked.case.targets)))
+    compiled = hf.matvecs.compiled(curvature(params, (asked.case.inputs, asked.case.targets)))
     work = _work(asked, compiled, params)
     start = time.perf_counter()
     work.call()

@@ -1,4 +1,4 @@
-"""Cells of the rule for chunks: ``chunk_size="auto"`` against 1, 4 and the whole block."""
+"""Cells of the rule for chunks: ``chunk_size=None`` against 1, 4 and the whole block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.speed.turns import Effort, prepared, rows_of, timed
 
 __all__ = ["Choice", "choices", "rule"]
 
-_RULE = "auto"
+_RULE = "rule"
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def rule(of: str, effort: Effort) -> Cell:
 
 
 def _alternatives(asked: Asked) -> Iterator[Alternative]:
-    for size in dict.fromkeys([_RULE, 1, min(4, asked.k), asked.k]):
+    for size in dict.fromkeys([None, 1, min(4, asked.k), asked.k]):
         make = partial(ours.in_chunks, size=size)
-        yield Alternative(f"{asked.matrix}, {size}", "hessfunc", "ours", make)
+        yield Alternative(f"{asked.matrix}, {size or _RULE}", "hessfunc", "ours", make)
 
 
 def choices(cell: Cell) -> Sequence[Choice]:

@@ -155,7 +155,7 @@ def _relative_spread(found: Mapping[str, Sequence[Traced]], reference: float) ->
     return statistics.stdev(samples) / abs(reference) if len(samples) > 1 else math.inf
 
 
-def _reference(asked: Asked) -> hf.Estimate:
+def _reference(asked: Asked) -> hf.results.Estimate:
     matvec, params = ours.matvec_of(_in_parts(asked))
     return hf.xtrace(
         matvec, params, rtol=_INTERVAL * ACCURACY / 3, max_matvecs=400, seed=_REFERENCE_SEED

@@ -8,7 +8,7 @@ from typing import Any
 
 import griffe
 
-_STUB = Path(__file__).parents[2] / "hessfunc" / "__init__.pyi"
+_REFERENCE = Path(__file__).parents[1] / "reference"
 _NAME = re.compile(r"(?<!`)`(\w+)`(?!`)")
 
 
@@ -16,11 +16,16 @@ class Names(griffe.Extension):
     """Rewrites the docstring of each object."""
 
     def __init__(self) -> None:
-        self._public = set(re.findall(r" as (\w+)", _STUB.read_text()))
+        pages = "\n".join(page.read_text() for page in _REFERENCE.glob("*.md"))
+        paths = re.findall(r"^::: (hessfunc\.[\w.]+)$", pages, re.MULTILINE)
+        # The shortest path of a name wins.
+        paths.sort(key=len, reverse=True)
+        self._paths = {path.rpartition(".")[2]: path for path in paths}
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = _NAME.sub(self._linked, obj.docstring.value)
 
     def _linked(self, found: re.Match[str]) -> str:
-        return f"[{found[0]}][hessfunc.{found[1]}]" if found[1] in self._public else found[0]
+        path = self._paths.get(found[1])
+        return found[0] if path is None else f"[{found[0]}][{path}]"

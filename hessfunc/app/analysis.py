@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import hessfunc as hf
 from hessfunc.algorithms.results import Result
+from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.app.problems.targets import Problem
 from hessfunc.app.report import Part, brief
-from hessfunc.recipes.landscape import Landscape, landscape
+from hessfunc.recipes.landscape import landscape
 from hessfunc.spaces.of import space_of
 from hessfunc.trees import tree_map
 
@@ -67,7 +68,7 @@ def analyse(
         tick = watch(name)
         started = time.perf_counter()
         result = run(callback=lambda running: tick(share(running), brief(running)))
-        if space is not None and isinstance(result, hf.Eigenpairs):
+        if space is not None and isinstance(result, hf.results.Eigenpairs):
             result = replace(result, vectors=space.gathered(result.vectors))
         tick(1.0, brief(result))
         return Part(name, result, time.perf_counter() - started)
@@ -75,7 +76,7 @@ def analyse(
     def kept(name: str, run: Callable[..., Result]) -> Callable[..., Result]:
         return partial(run, checkpoint=None if checkpoint is None else checkpoint / name)
 
-    def converged(running: hf.Eigenpairs) -> float:
+    def converged(running: hf.results.Eigenpairs) -> float:
         return float(running.converged.double().mean())
 
     top = part("eigenvalues", kept("eigenvalues", partial(pairs, k=k)), converged)

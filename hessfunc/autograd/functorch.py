@@ -6,12 +6,14 @@ and broadcasts of vmap's own rules, for which each operation stands alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 
 def batched(*tensors: Tensor | None) -> bool:
@@ -68,3 +70,32 @@ def once_more(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not _linear_in_cotangents.get():
         return tensors
     return tuple(None if t is None else t.detach() for t in tensors)
+
+
+def edges(tensors: Sequence[Tensor], /) -> list[GradientEdge]:
+    """Return the places of tensors in their graph, which do not keep the tensors alive."""
+    # Modes of the loss need not see that its graph is read.
+    with torch._C.DisableTorchFunction():
+        return [get_gradient_edge(tensor) for tensor in tensors]
+
+
+def pullback(
+    outputs: Sequence[Tensor | GradientEdge], inputs: Sequence[Tensor], /
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """The function cotangents of outputs -> cotangents of inputs, through a graph that is kept.
+
+    As `torch.autograd.grad`, less its checks of shapes, which take as long as a small product:
+    cotangents must be like the outputs.
+    """
+    ends, starts = tuple(outputs), tuple(inputs)
+
+    def pulled(cotangents: Sequence[Tensor]) -> list[Tensor]:
+        if not ends:
+            return [torch.zeros_like(leaf) for leaf in starts]
+        found = _engine_run_backward(ends, tuple(cotangents), True, False, starts, True, False)
+        return [
+            torch.zeros_like(leaf) if g is None else g
+            for leaf, g in zip(starts, found, strict=True)
+        ]
+
+    return pulled

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
-from hessfunc.autograd.batch_norm import batch_norm
 from hessfunc.autograd.convolution import convolution
 from hessfunc.autograd.elementwise import ELEMENTWISE, elementwise, gelu
 from hessfunc.autograd.embedding import EXACT
-from hessfunc.autograd.layer_norm import layer_norm
 from hessfunc.autograd.linear import linear
+from hessfunc.autograd.normalisation import batch_norm, layer_norm
 from hessfunc.autograd.overrides import Replacements
 
 # Functions whose values and derivatives are torch's, and whose products are faster.

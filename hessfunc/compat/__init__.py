@@ -1,4 +1,9 @@
-"""Faces of other libraries, thin over the functional core.
+"""Drop-in replacements for other libraries, and operators of SciPy.
 
-An existing script runs with its import changed.
+A script that uses another library runs with its import changed, for instance to
+``from hessfunc.compat.pyhessian import hessian``.
 """
+
+from hessfunc.compat.scipy import from_scipy, to_scipy
+
+__all__ = ["from_scipy", "to_scipy"]

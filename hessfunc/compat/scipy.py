@@ -79,7 +79,7 @@ def from_scipy(operator: Any, /) -> Matvec:
     device; a block is one product of the operator with n x k numbers. Integers count as float64.
     Results of the algorithms are tensors, which NumPy reads as they are:
 
-        top = hf.lanczos(hf.from_scipy(A), torch.zeros(n, dtype=torch.float64), k=3)
+        top = hf.lanczos(hf.compat.from_scipy(A), torch.zeros(n, dtype=torch.float64), k=3)
         values = np.asarray(top.values)
 
     Args:

@@ -1,4 +1,4 @@
-"""Hessian backpropagation: the diagonal blocks of curvature matrices, with their structure."""
+"""Diagonal blocks of curvature matrices as matrices: Hessian backpropagation, KFAC and others."""
 
 from hessfunc.kronecker.blocks import (
     Block,
@@ -23,6 +23,7 @@ from hessfunc.kronecker.rules import (
     rule_of,
     selection,
 )
+from hessfunc.transforms.exact_blocks import exact_blocks
 
 __all__ = [
     "hbp",
@@ -30,6 +31,7 @@ __all__ = [
     "kflr",
     "kfac",
     "ekfac",
+    "exact_blocks",
     "BlockCurvature",
     "Blocks",
     # What a block can be

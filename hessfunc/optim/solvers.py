@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.solve.cg import cg
 from hessfunc.options import at_least, validated
-from hessfunc.transforms.arithmetic import scale
+from hessfunc.transforms.matvecs.arithmetic import scale
 from hessfunc.trees import Matvec
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.plot.losses import LEVELS, Heights, Scale, aspect, label, losses, scaled, second_axis
 from hessfunc.plot.style import QUIET, SECOND, WHITE, clean, new_axes, refuse_other, shades
-from hessfunc.recipes.landscape import Landscape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

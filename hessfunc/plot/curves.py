@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.plot.losses import Scale, label, losses, only_axis, scaled
 from hessfunc.plot.style import PALETTE, QUIET, clean, legend, new_axes, refuse_other
-from hessfunc.recipes.landscape import Landscape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

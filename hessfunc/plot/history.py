@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs
-from hessfunc.plot.edge import draw_edge
-from hessfunc.plot.style import FIRST, QUIET, clean, legend, marker, new_axes, refuse_other, shades
-from hessfunc.tracking.measure import stability
+from hessfunc.plot.style import (
+    FIRST,
+    QUIET,
+    clean,
+    draw_edge,
+    legend,
+    marker,
+    new_axes,
+    refuse_other,
+    shades,
+)
+from hessfunc.tracking.stability import stability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

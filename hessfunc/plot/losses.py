@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hessfunc.recipes.landscape import Landscape
+from hessfunc.algorithms.results.landscape import Landscape
 
 Heights: TypeAlias = NDArray[np.float64]
 Scale: TypeAlias = Literal["linear", "log"]

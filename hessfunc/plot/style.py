@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
+
 # Any two differ by 25 or more in CIELAB, and so they do to people who see no red, green or blue.
 PALETTE = ("#1f4e79", "#c8553d", "#5aa9c4", "#e3b34c", "#471e28")
+
+
 FIRST, SECOND, *_ = PALETTE
+
+
 QUIET = "#8a8f98"
+
+
 FAINT = "#e4e6e9"
+
+
 WHITE = "#ffffff"
+
+
 # From dark to light, so that the order of values is seen without colour.
 _SHADES = ("#0f2b46", "#1f4e79", "#4a86ae", "#8fc0c9", "#cfe0cf", "#f6efd9")
+
+
 DASHED = (0, (5, 4))
+
+
 SIZE = (7.2, 4.2)
+
+
 # Points of a line that are marked.
 _FEW = 30
 
@@ -85,3 +104,28 @@ def shades() -> Colormap:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("shades", _SHADES)
+
+
+def draw_edge(ax: Axes, edges: Mapping[float, float], /, *, end: float, label: str) -> None:
+    """The edge of stability, on Axes of curvature against steps.
+
+    Args:
+        ax: where to draw.
+        edges: step -> the edge from there on; where it is not finite the line has a gap, and where
+            none is finite there is no line.
+        end: the step to which the line reaches at least.
+        label: Name of the line.
+    """
+    if not any(map(math.isfinite, edges.values())):
+        return
+    drawn, last = dict(sorted(edges.items())), max(edges)
+    drawn.setdefault(max(last, end), edges[last])
+    ax.plot(
+        list(drawn),
+        [edge if math.isfinite(edge) else math.nan for edge in drawn.values()],
+        color=SECOND,
+        linewidth=1.2,
+        linestyle=DASHED,
+        drawstyle="steps-post",
+        label=label,
+    )

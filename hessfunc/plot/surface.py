@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.plot.losses import LEVELS, Scale, aspect, label, losses, scaled, second_axis
 from hessfunc.plot.style import FAINT, QUIET, WHITE, new_axes, refuse_other, shades
-from hessfunc.recipes.landscape import Landscape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

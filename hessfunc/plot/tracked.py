@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from hessfunc.plot.edge import draw_edge
-from hessfunc.plot.style import PALETTE, clean, legend, marker, new_axes, refuse_other
-from hessfunc.tracking.measure import Point, stability
+from hessfunc.plot.style import PALETTE, clean, draw_edge, legend, marker, new_axes, refuse_other
+from hessfunc.tracking.measure import Point
+from hessfunc.tracking.stability import stability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

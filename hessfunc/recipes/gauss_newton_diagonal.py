@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from hessfunc import options
 from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
 from hessfunc.losses import Loss
 from hessfunc.modules import several_batches
 from hessfunc.numerics import wide_dtype
+from hessfunc.options import at_least, validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space, rows_dtype
 from hessfunc.transforms.batches.examples import examples, microbatches, rows_of
 from hessfunc.transforms.batches.mean import Passes, mean_over
 from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.batches.sums import Loader
+from hessfunc.transforms.batches.sums import Data
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.gauss_newton import checked_outputs, refuse_without_halves
 from hessfunc.transforms.output_hessians import each_hessian
@@ -35,7 +35,7 @@ _Build: TypeAlias = Callable[[Sequence[Tensor]], Any]
 _BYTES_AT_ONCE = 64 * 2**20
 
 
-@options.validated(chunk_size=options.whole_number)
+@validated
 def ggn_diagonal(
     loss: Loss,
     params: Tree,
@@ -44,8 +44,8 @@ def ggn_diagonal(
     *,
     weight: Callable[[Any], float] | None = None,
     mesh: DeviceMesh | None = None,
-    loader: Loader = "whole",
-    chunk_size: int | None = None,
+    data: Data = "replicated",
+    examples_per_chunk: int | None = None,
 ) -> Tree:
     """The diagonal of the generalised Gauss-Newton matrix, without any sampling.
 
@@ -63,9 +63,9 @@ def ggn_diagonal(
         batches: of which the weighted mean is taken, as in `over_batches`.
         weight: what a batch counts, as in `over_batches`.
         mesh: of ranks that share the batches, as in `over_batches`.
-        loader: who divides the data among ranks, as in `over_batches`.
-        chunk_size: how many examples go through one pass by vmap; 1 is a loop without vmap. By
-            default as many as have their gradients in 64 MiB.
+        data: How batches lie on the ranks, as in `over_batches`.
+        examples_per_chunk: Number of examples in one pass by vmap; 1 is a loop without vmap. By
+            default the number whose gradients take 64 MiB.
 
     Returns:
         A tree of the shapes of params, in float32 at least.
@@ -76,8 +76,8 @@ def ggn_diagonal(
         ValueError: examples see each other, as in batch norm in train mode; the criterion couples
             them; they cannot be told apart; there are no batches.
         MemoryError: the blocks H_b do not fit.
-        RuntimeError: the model does not go through vmap, as an LSTM; ``chunk_size=1`` is a loop
-            by plain autograd.
+        RuntimeError: the model does not go through vmap, as an LSTM; ``examples_per_chunk=1`` is
+            a loop by plain autograd.
 
     Cost: for C outputs an example C - 1 backward passes (cross-entropy) or C; with 10 classes some
     9 gradients on a convolutional net; C^3 operations and C^2 numbers an example for the blocks.
@@ -92,8 +92,8 @@ def ggn_diagonal(
         passes=Passes(),
         weight=weight,
         mesh=mesh,
-        loader=loader,
-        chunk_size=chunk_size,
+        data=data,
+        examples_per_chunk=examples_per_chunk,
     )
 
 
@@ -106,27 +106,26 @@ def diagonal_of(
     passes: Passes,
     weight: Callable[[Any], float] | None,
     mesh: DeviceMesh | None,
-    loader: Loader,
-    chunk_size: int | None,
+    data: Data,
+    examples_per_chunk: int | None,
 ) -> Tree:
     """As `ggn_diagonal`, in a pass that may be compared with those of another matrix."""
     refuse_without_halves(loss)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: at least 1, or None for what fits in the cache")
+    at_least(1, examples_per_chunk=examples_per_chunk)
     ones = tree_map(lambda leaf: torch.ones_like(leaf)[None], params)
     # A diagonal is a matrix too: its mean over batches is found as that of any other.
     mean = mean_over(
-        _of_batch(loss, chunk_size),
+        _of_batch(loss, examples_per_chunk),
         passes=passes,
         weight=weight,
         keep=False,
         mesh=mesh,
-        loader=loader,
+        data=data,
     )
     return tree_map(lambda leaf: leaf[0], mean(params, batches)(ones))
 
 
-def _of_batch(loss: Loss, chunk_size: int | None) -> Curvature:
+def _of_batch(loss: Loss, examples_per_chunk: int | None) -> Curvature:
     """The diagonal matrix of one batch."""
 
     def curvature(params: Tree, batch: Any) -> Matvec:
@@ -146,20 +145,20 @@ def _of_batch(loss: Loss, chunk_size: int | None) -> Curvature:
             batch = plain_batch(batch)
             point = tuple(leaf.detach() for leaf in plain_batch(space.tree_leaves(params)))
             with noted(loss, params, batch), differentiable_twice(space.device):
-                diagonal = space.tree(_diagonal(loss, space, point, batch, chunk_size))
+                diagonal = space.tree(_diagonal(loss, space, point, batch, examples_per_chunk))
         return lambda block: tree_map(torch.mul, block, diagonal)
 
     return curvature
 
 
 def _diagonal(
-    loss: Loss, space: Space, point: tuple[Tensor, ...], batch: Any, chunk_size: int | None
+    loss: Loss, space: Space, point: tuple[Tensor, ...], batch: Any, examples_per_chunk: int | None
 ) -> list[Tensor]:
     outputs = _outputs(loss, space, point, batch)
     values, vectors = _eigenpairs(loss, outputs.to(rows_dtype(space)), batch)
     gradient = sum(leaf.numel() for leaf in point) * values.element_size()
     at_once = max(1, _BYTES_AT_ONCE // gradient)
-    pieces = microbatches(batch, chunk_size or max(1, at_once // values.shape[1]))
+    pieces = microbatches(batch, examples_per_chunk or max(1, at_once // values.shape[1]))
     sizes = [examples(piece) for piece in pieces]
     if sum(sizes) != len(outputs):
         raise ValueError(
@@ -170,7 +169,7 @@ def _diagonal(
     for piece, together, value, vector in zip(
         pieces, outputs.split(sizes), values.split(sizes), vectors.split(sizes), strict=True
     ):
-        if chunk_size == 1:
+        if examples_per_chunk == 1:
             alone, squares = _of_one(loss, space, point, piece, value[0], vector[0])
         else:
             rows, build = rows_of(piece)
@@ -218,8 +217,8 @@ def _over_examples(each: Callable[..., Any], *rows: Tensor) -> tuple[Tensor, lis
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise RuntimeError(
             f"the examples of this model do not go through vmap ({_line(error)}): call "
-            "model.eval() if a layer sees the whole batch; otherwise take chunk_size=1, which is a "
-            "loop"
+            "model.eval() if a layer sees the whole batch; otherwise pass "
+            "examples_per_chunk=1, which is a loop"
         ) from error
 
 

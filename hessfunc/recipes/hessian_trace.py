@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from hessfunc import options
 from hessfunc.algorithms.checkpoint import Directory
 from hessfunc.algorithms.driver import Callback
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.losses import Loss
+from hessfunc.options import validated
 from hessfunc.recipes.gauss_newton_diagonal import diagonal_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.mean import Passes, mean_over
-from hessfunc.transforms.batches.sums import Loader
+from hessfunc.transforms.batches.sums import Data
 from hessfunc.transforms.functional_hessian import functional_hvp
 from hessfunc.trees import Tree
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@options.validated(chunk_size=options.whole_number)
+@validated
 def hessian_trace(
     loss: Loss,
     params: Tree,
@@ -35,8 +35,8 @@ def hessian_trace(
     weight: Callable[[Any], float] | None = None,
     keep: bool = False,
     mesh: DeviceMesh | None = None,
-    loader: Loader = "whole",
-    chunk_size: int | None = None,
+    data: Data = "replicated",
+    examples_per_chunk: int | None = None,
     block_size: int = 10,
     seed: int | None = None,
     space: Space | None = None,
@@ -61,8 +61,8 @@ def hessian_trace(
         weight: what a batch counts, as in `over_batches`.
         keep: keep the graph of every batch, as in `over_batches`.
         mesh: of ranks that share the batches, as in `over_batches`.
-        loader: who divides the data among ranks, as in `over_batches`.
-        chunk_size: how many examples go through one pass of `ggn_diagonal`.
+        data: How batches lie on the ranks, as in `over_batches`.
+        examples_per_chunk: how many examples go through one pass of `ggn_diagonal`.
         block_size: how many probes are multiplied at once.
         seed: of the probes.
         space: in which every rank holds a part of each vector, made by `sharded`; by default
@@ -92,11 +92,11 @@ def hessian_trace(
         passes=passes,
         weight=weight,
         mesh=mesh,
-        loader=loader,
-        chunk_size=chunk_size,
+        data=data,
+        examples_per_chunk=examples_per_chunk,
     )
     rest = mean_over(
-        functional_hvp(loss), passes=passes, weight=weight, keep=keep, mesh=mesh, loader=loader
+        functional_hvp(loss), passes=passes, weight=weight, keep=keep, mesh=mesh, data=data
     )(params, batches)
     return hutchinson(
         rest,

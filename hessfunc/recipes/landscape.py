@@ -6,68 +6,44 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from hessfunc import options
-from hessfunc.algorithms.results import Result
+from hessfunc.algorithms.results.landscape import Landscape, Normalise
 from hessfunc.autograd import explained, precise, same_draws
 from hessfunc.losses import LossFunction
 from hessfunc.memory import Footprint
 from hessfunc.modules import several_batches
+from hessfunc.options import at_least
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import Average
-from hessfunc.transforms.chunks import Chunks, ChunkSize
 from hessfunc.transforms.hessian import checked
 from hessfunc.trees import Tree, leaves
 
-Normalise: TypeAlias = Literal["filter", "unit"]
-
 # Points that may go through one pass of vmap, the most first; 1 is a loop.
 _SIZES = (64, 16, 4, 1)
+
+
 # The most entries that an operation may write on average for all points of a pass: beyond that,
 # vmap only moves the arithmetic of small operations out of the caches. Over 13 nets the size that
 # follows takes at most 1.12 times the fastest one's time, on a CPU with one thread.
 _ENTRIES = 2**19
+
+
 # An accelerator needs more to be busy.
 _ACCELERATOR_ENTRIES = 2**24
+
+
 # The most memory that a pass may take on a CPU: a constant, because what is free changes.
 _PASS_BYTES = 2**30
+
+
 # Points between two calls of the callback where a loop takes one after another.
 _IN_A_LOOP = 4
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Landscape(Result):
-    """A loss along one direction u, or along two, u and v.
-
-        values_i = loss(params + x_i u),  values_ij = loss(params + x_i u + y_j v)
-
-    Attributes:
-        values: float64 ``(p,)`` or ``(p, q)``; infinite or NaN where the loss is, and NaN where it
-            is not known yet.
-        x: coordinates along the first direction, float64 ``(p,)``.
-        y: along the second, float64 ``(q,)``; None along one direction.
-        lengths: |u|, or |u| and |v|, after they were normalised, float64.
-        normalise: how they were: ``"filter"``, ``"unit"``, or None, as they came.
-        evaluations: of the loss of one batch at one point; no product is made.
-    """
-
-    values: Tensor
-    x: Tensor
-    y: Tensor | None
-    lengths: Tensor
-    normalise: Normalise | None
-    evaluations: int
-
-    def _headline(self) -> dict[str, object]:
-        known = self.values[self.values.isfinite()]
-        loss = f"[{float(known.min()):.4g}, {float(known.max()):.4g}]" if len(known) else "[]"
-        return {"shape": tuple(self.values.shape), "loss": loss, "evaluations": self.evaluations}
 
 
 @options.validated(at=options.coordinates)
@@ -82,7 +58,7 @@ def landscape(
     at: Tensor | Sequence[Tensor] | None = None,
     normalise: Normalise | None = None,
     weight: Callable[[Any], float] | None = None,
-    chunk_size: ChunkSize = "auto",
+    points_per_chunk: int | None = None,
     callback: Callable[[Landscape], object] | None = None,
 ) -> Landscape:
     """The loss along one or two directions from params, as a mean over batches.
@@ -92,9 +68,9 @@ def landscape(
     Along a unit eigenvector of the loss's Hessian the second derivative at 0 is its eigenvalue;
     where the loss has kinks, those of ReLU, between any two of them.
 
-    Costs one forward pass for each point and batch, and two more to see what one takes. With
-    ``chunk_size="auto"`` up to 64 points go through one pass by vmap; their number follows from the
-    sizes of the loss's operations, so that every run takes the same path.
+    Cost: one forward pass for each point and batch, and two more to measure one pass. Without
+    ``points_per_chunk``, up to 64 points go through one pass by vmap. Their number follows from
+    the sizes of the loss's operations, so that every run takes the same path.
 
     Args:
         loss: ``(params, batch) -> scalar``. Models with BatchNorm belong in eval mode; dropout in
@@ -114,7 +90,7 @@ def landscape(
             compared. None: directions as they are.
         weight: Weight of a batch in the mean; by default its examples, or the sum of batches for a
             loss that is a sum, as in `over_batches`.
-        chunk_size: points in one pass, 1 for a loop, or ``"auto"``.
+        points_per_chunk: Number of points in one pass, 1 for a loop, None for the rule.
         callback: called with the landscape so far after each chunk.
 
     Raises:
@@ -136,8 +112,8 @@ def landscape(
         raise ValueError(_not_a_direction(lengths, normalise))
     axes = _axes(at, radius, points, len(lengths))
     steps = torch.cartesian_prod(*axes).view(-1, len(axes)).to(space.device, space.dtype)
-    fixed = Chunks(chunk_size).size
-    size = 1 if fixed == "auto" else fixed
+    at_least(1, points_per_chunk=points_per_chunk)
+    size = points_per_chunk or 1
     total = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(total)
     average = Average(weight, several=not isinstance(batches, Sized) or len(batches) != 1)
@@ -165,10 +141,10 @@ def landscape(
         value = _along(loss, space, point, along, batch, several=evaluations > 0)
         if not evaluations:
             measured = _start(value, space, params, batch, torch.zeros_like(steps[0]))
-            if fixed == "auto":
+            if points_per_chunk is None:
                 size = _size_by_rule(measured, space.device)
                 size = size if _maps(value, steps[:1]) else 1
-        for part, found in _values(value, steps, size, by_rule=fixed == "auto"):
+        for part, found in _values(value, steps, size, by_rule=points_per_chunk is None):
             total[part] += counted * found
             weights[part] += counted
             evaluations += len(found)

@@ -1,13 +1,13 @@
-"""Curvature that is watched while a model trains."""
+"""Curvature during training."""
 
 from hessfunc.tracking.measure import (
     Measurement,
     Point,
     Tracking,
     TrackingState,
-    stability,
-    tracking,
+    functional_tracker,
 )
+from hessfunc.tracking.stability import adam_diagonal, adam_stability, stability
 from hessfunc.tracking.tracker import Tracker, tracked
 from hessfunc.tracking.writers import read
 
@@ -17,8 +17,10 @@ __all__ = [
     "Tracker",
     "Tracking",
     "TrackingState",
+    "adam_diagonal",
+    "adam_stability",
+    "functional_tracker",
     "read",
     "stability",
     "tracked",
-    "tracking",
 ]

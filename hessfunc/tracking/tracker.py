@@ -15,8 +15,8 @@ from hessfunc import modules as modes
 from hessfunc.losses import LossFunction, supervised
 from hessfunc.modules import functional
 from hessfunc.options import at_least, validated
-from hessfunc.recipes.sharpness import adam_diagonal
-from hessfunc.tracking.measure import Point, Tracking, TrackingState, edges, tracking
+from hessfunc.tracking.measure import Point, Tracking, TrackingState, functional_tracker
+from hessfunc.tracking.stability import adam_diagonal, edges
 from hessfunc.tracking.undisturbed import refuse_busy_workers, undisturbed
 from hessfunc.tracking.writers import ScalarWriter, json_lines, summary_writer, writing
 
@@ -192,7 +192,7 @@ def tracked(
             writers.append(callback)
         yield Tracker(
             model,
-            tracking(loss, **options),
+            functional_tracker(loss, **options),
             batches,
             every=every,
             optimizer=optimizer,

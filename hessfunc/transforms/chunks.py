@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from hessfunc.trees import Matvec, Tree, unchanged
 
 Curvature: TypeAlias = Callable[[Tree, Any], Matvec]
 Product: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-ChunkSize: TypeAlias = int | Literal["auto"]
+ChunkSize: TypeAlias = int | None
 
 # Below this many vectors vmap costs more than it saves.
 _SMALLEST_BLOCK = 4
@@ -56,18 +56,18 @@ class Chunks:
     """The number of vectors that go through one pass.
 
     Attributes:
-        size: Vectors in a chunk, 1 for a loop, or ``"auto"`` for the rule of `chunk_by_rule`.
+        size: Vectors in a chunk, 1 for a loop, None for the rule of `chunk_by_rule`.
         entries: Largest mean output of an operation for which the rule takes vmap on a CPU.
         chosen: Chunks that the rule gave, by the number of vectors and the shapes of the batch.
     """
 
-    size: ChunkSize = "auto"
+    size: ChunkSize = None
     entries: int = _HESSIAN_ENTRIES
     chosen: dict[Hashable, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.size != "auto" and (not isinstance(self.size, int) or self.size < 1):
-            raise ValueError(f"chunk_size={self.size!r}: a positive integer, or 'auto'")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"chunk_size={self.size}: it must be at least 1, or None for the rule")
 
 
 def block_matvec(
@@ -99,7 +99,7 @@ def block_matvec(
             return space.stacked([product([t[i] for t in tangents]) for i in range(k)])
         if k == 1:
             return [out.unsqueeze(0) for out in product([t.squeeze(0) for t in tangents])]
-        if chunks.size != "auto":
+        if chunks.size is not None:
             return _in_chunks(product, tangents, chunks.size)[0]
         if k < _SMALLEST_BLOCK:
             return _in_chunks(product, tangents, 1)[0]

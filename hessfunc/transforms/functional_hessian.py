@@ -25,7 +25,7 @@ _Fixed: TypeAlias = tuple[list[int], list[Tensor]]
 
 @validated
 def functional_hvp(
-    loss: Loss, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "auto"
+    loss: Loss, /, *, mode: Mode = "auto", chunk_size: ChunkSize = None
 ) -> Curvature:
     """The functional Hessian, as a curvature function ``(params, batch) -> matvec``.
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
-from hessfunc.autograd.functorch import linear_in_cotangents
+from hessfunc.autograd.functorch import edges, linear_in_cotangents, pullback
 from hessfunc.autograd.overrides import Replaced
-from hessfunc.autograd.pullback import edges, pullback
 from hessfunc.autograd.second_order import SECOND_ORDER
 from hessfunc.containers import opened
 from hessfunc.losses import Loss
@@ -51,7 +50,7 @@ _Middle: TypeAlias = tuple[list[int], Callable[[list[Tensor]], Sequence[Tensor]]
 
 
 @validated
-def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
+def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
     """The generalised Gauss-Newton matrix, as a curvature function ``(params, batch) -> matvec``.
 
         G = J' H J
@@ -65,7 +64,7 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
     Args:
         loss: with its two halves, as made by `supervised` or `composed`.
         chunk_size: Number of vectors of a block that go through one pass by vmap, 1 for a loop,
-            or ``"auto"`` for the rule that `hvp` describes.
+            or None for the rule that `hvp` describes.
 
     Raises:
         TypeError: the loss does not show its halves.
@@ -98,7 +97,7 @@ def fvp(
     *,
     samples: int | None = None,
     seed: int | None = None,
-    chunk_size: ChunkSize = "auto",
+    chunk_size: ChunkSize = None,
 ) -> Curvature:
     """The Fisher information matrix, as a curvature function ``(params, batch) -> matvec``.
 
@@ -143,7 +142,7 @@ def fvp(
 
 
 @validated
-def efvp(loss: Loss, /, *, chunk_size: ChunkSize = "auto") -> Curvature:
+def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
     """The empirical Fisher matrix, as a curvature function ``(params, batch) -> matvec``.
 
         E = mean over examples of g_b g_b', or their sum for a loss that is a sum

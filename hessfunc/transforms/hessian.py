@@ -13,8 +13,8 @@ from hessfunc.autograd import differentiable_twice, explained, plain_batch, refu
 from hessfunc.autograd.constants import Constants
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
 from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD
+from hessfunc.autograd.functorch import edges, pullback
 from hessfunc.autograd.overrides import Replaced
-from hessfunc.autograd.pullback import edges, pullback
 from hessfunc.autograd.second_order import SECOND_ORDER
 from hessfunc.losses import LossFunction, refuse_module
 from hessfunc.options import validated
@@ -29,7 +29,7 @@ Mode = Literal["reverse", "forward", "difference", "auto"]
 
 
 @validated
-def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "auto") -> Curvature:
+def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = None) -> Curvature:
     """The Hessian of a loss, as a curvature function ``(params, batch) -> matvec``.
 
     With the gradient g of the loss,
@@ -57,7 +57,7 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = "
             (ReLU, max-pooling) it means little in float32, where the step crosses them.
             ``"auto"``: reverse, or forward where the graph does not fit on the GPU.
         chunk_size: Number of vectors of a block that go through one pass by vmap; 1 is a loop.
-            ``"auto"`` follows a rule from the sizes of the product's operations, the same in every
+            None follows a rule from the sizes of the product's operations, the same in every
             run: the whole block where they are small, a loop where they are large. `tune` measures
             a chunk instead.
 

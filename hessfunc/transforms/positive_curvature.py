@@ -18,7 +18,6 @@ from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
-from hessfunc.transforms.arithmetic import per_block
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.gauss_newton import (
@@ -29,6 +28,7 @@ from hessfunc.transforms.gauss_newton import (
     refuse_without_halves,
 )
 from hessfunc.transforms.hessian import hvp, kept
+from hessfunc.transforms.matvecs.arithmetic import per_block
 from hessfunc.trees import Matvec, Tree
 
 Residual: TypeAlias = Literal["abs", "clip", "zero", "none"]
@@ -55,9 +55,7 @@ _LONGEST_ROW = 4096
 
 
 @validated
-def pchvp(
-    loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = "auto"
-) -> Curvature:
+def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = None) -> Curvature:
     """The positive-curvature Hessian, as a curvature function ``(params, batch) -> matvec``.
 
     Block-diagonal, one block a parameter tensor. The diagonal block of the Hessian is

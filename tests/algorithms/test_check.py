@@ -82,7 +82,7 @@ def test_an_affine_function_is_not_linear() -> None:
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh()])
 def test_a_wrong_factor_is_found_in_float64(activation: nn.Module) -> None:
     loss, params = problem(activation, torch.float64)
-    wrong = hf.scale(hf.hvp(loss)(params, (X, Y)), 1.5)
+    wrong = hf.matvecs.scale(hf.hvp(loss)(params, (X, Y)), 1.5)
     gradient = torch.func.grad(lambda p: loss(p, (X, Y)))
     found = hf.check(wrong, params, gradient=gradient)
     assert not found
@@ -124,7 +124,7 @@ def test_a_scale_that_is_off_by_a_percent_is_found_in_float32(
     matvec = hf.hvp(loss)(params, (X, Y))
     gradient = torch.func.grad(lambda p: loss(p, (X, Y)))
     assert hf.check(matvec, params, gradient=gradient, seed=seed)
-    found = hf.check(hf.scale(matvec, 1.01), params, gradient=gradient, seed=seed)
+    found = hf.check(hf.matvecs.scale(matvec, 1.01), params, gradient=gradient, seed=seed)
     assert not found
     assert found.consistent is False
 

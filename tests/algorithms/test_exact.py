@@ -14,7 +14,7 @@ from tests.algorithms.spectra import symmetric
 
 @pytest.mark.parametrize("n", [1, 2, 3, 20])
 @pytest.mark.parametrize("estimator", [hf.hutchinson, hf.xtrace, hf.xnystrace, hf.hutchpp])
-def test_traces(estimator: Callable[..., hf.Estimate], n: int) -> None:
+def test_traces(estimator: Callable[..., hf.results.Estimate], n: int) -> None:
     matrix = symmetric(torch.linspace(1, 2, n))
     found = estimator(hf.dense(matrix), torch.zeros(n).double(), block_size=20, seed=0)
     # A single product is made twice, as no other one tells whether products are random.
@@ -29,7 +29,7 @@ def test_traces(estimator: Callable[..., hf.Estimate], n: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 20, 60])
 @pytest.mark.parametrize("estimator", [hf.xdiag, hf.hutchinson_diagonal])
-def test_diagonals(estimator: Callable[..., hf.DiagonalEstimate], n: int) -> None:
+def test_diagonals(estimator: Callable[..., hf.results.DiagonalEstimate], n: int) -> None:
     matrix = symmetric(torch.linspace(-1, 2, n))
     found = estimator(hf.dense(matrix), torch.zeros(n).double(), seed=0)
     torch.testing.assert_close(found.value, matrix.diagonal())

@@ -206,13 +206,18 @@ def test_inputs_that_require_gradients_change_nothing(name: str) -> None:
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 def test_the_diagonal_takes_inputs_that_require_gradients(chunk_size: int | None) -> None:
     batch = X.clone().requires_grad_(), Y
-    found = hf.ggn_diagonal(LOSS, PARAMS, [batch], chunk_size=chunk_size)
+    found = hf.ggn_diagonal(LOSS, PARAMS, [batch], examples_per_chunk=chunk_size)
     torch.testing.assert_close(hf.ravel(found), GGN.diagonal())
 
 
 # Blocks with structure
 
-BLOCKS: dict[str, Any] = {"ekfac": hf.ekfac, "kflr": hf.kflr, "kfra": hf.kfra, "hbp": hf.hbp}
+BLOCKS: dict[str, Any] = {
+    "ekfac": hf.kronecker.ekfac,
+    "kflr": hf.kronecker.kflr,
+    "kfra": hf.kronecker.kfra,
+    "hbp": hf.kronecker.hbp,
+}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -260,14 +265,14 @@ def test_factors_of_what_is_checkpointed_are_refused(inputs_need_gradient: bool)
     model = Checkpointed(inputs_need_gradient).double()
     loss, params = problem(model)
     with pytest.raises(NotImplementedError, match=r"torch\.utils\.checkpoint"):
-        hf.ekfac(loss, model)(params, (X, Y))
+        hf.kronecker.ekfac(loss, model)(params, (X, Y))
 
 
 def test_factors_of_a_criterion_without_second_derivative_are_refused() -> None:
     model = net()
     model_fn, params = hf.functional(model)
     with pytest.raises(NotImplementedError, match="multi_margin_loss has no second derivative"):
-        hf.ekfac(hf.supervised(model_fn, F.multi_margin_loss), model)(params, (X, Y))
+        hf.kronecker.ekfac(hf.supervised(model_fn, F.multi_margin_loss), model)(params, (X, Y))
 
 
 def test_a_batch_or_a_frozen_weight_that_changes_in_place_is_told() -> None:

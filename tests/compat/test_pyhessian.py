@@ -139,9 +139,9 @@ def residual(found: Any, value: float, vector: Sequence[Tensor]) -> float:
     return float((face.group_product(off, off) / face.group_product(vector, vector)).sqrt())
 
 
-def spectrum(nodes: Any, weights: Any, n: int) -> hf.Density:
+def spectrum(nodes: Any, weights: Any, n: int) -> hf.results.Density:
     """Nodes and weights with the error bars of their quadrature."""
-    return hf.Density(
+    return hf.results.Density(
         nodes=torch.tensor(np.array(nodes), dtype=torch.float64),
         weights=torch.tensor(np.array(weights), dtype=torch.float64),
         n=n,
@@ -231,9 +231,9 @@ def test_shapes_types_and_order() -> None:
     assert {type(x) for run in (*nodes, *weights) for x in run} == {float}
     assert [sum(run) for run in weights] == pytest.approx([1, 1])
     assert [type(made.results[name]) for name in ("eigenvalues", "trace", "density")] == [
-        hf.Eigenpairs,
-        hf.Estimate,
-        hf.Density,
+        hf.results.Eigenpairs,
+        hf.results.Estimate,
+        hf.results.Density,
     ]
 
 

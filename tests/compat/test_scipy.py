@@ -128,7 +128,7 @@ def test_lobpcg(operator: LinearOperator) -> None:
 def test_solvers(solve: Callable[[LinearOperator, Any], Any], damping: float) -> None:
     damped = H + damping * np.eye(N)
     b = normals(N)
-    x, status = solve(to_scipy(hf.shift(MATVEC, damping), MLP.params), b)
+    x, status = solve(to_scipy(hf.matvecs.shift(MATVEC, damping), MLP.params), b)
     assert status == 0
     np.testing.assert_allclose(x, np.linalg.solve(damped, b), rtol=0, atol=1e-8)
 
@@ -149,7 +149,7 @@ def test_onenormest(operator: LinearOperator) -> None:
     ],
 )
 def test_the_dtype_is_that_of_the_parameters(dtype: torch.dtype, expected: type) -> None:
-    operator = to_scipy(hf.scale(lambda block: block, 3.0), torch.zeros(4, dtype=dtype))
+    operator = to_scipy(hf.matvecs.scale(lambda block: block, 3.0), torch.zeros(4, dtype=dtype))
     assert operator.dtype == expected
     for given in (np.float32, np.float64, np.int64):
         found = operator @ np.arange(4, dtype=given)

@@ -89,7 +89,7 @@ def as_matvec(matrix: Tensor) -> Any:
     return matvec
 
 
-def pairs() -> hf.Eigenpairs:
+def pairs() -> hf.results.Eigenpairs:
     matrix = symmetric()
     return hf.lanczos(as_matvec(matrix), like(), k=3, rtol=1e-10, seed=1)
 

@@ -52,7 +52,7 @@ def run(name: str, path: Path | None, ranks: int, most: int, pause: float = 0.0)
     if solves:
         # A budget that was spent ends with a product more, to measure the residual.
         return leaves(found.x)
-    kinds = {hf.Eigenpairs: "values", hf.Density: "nodes"}
+    kinds = {hf.results.Eigenpairs: "values", hf.results.Density: "nodes"}
     numbers = leaves(getattr(found, kinds.get(type(found), "value")))
     return [torch.as_tensor(x) for x in (*numbers, found.matvecs)]
 
@@ -144,7 +144,9 @@ def run_of_dtensors(
     like = test_dtensors.cut(problems.like(), mesh, cuts)
     found = problems.ALGORITHMS[name](matvec, like, max_matvecs=most, checkpoint=path, seed=3)
     whole = test_dtensors.gathered(found)
-    values = (whole.vectors, whole.values) if isinstance(found, hf.Eigenpairs) else whole.value
+    values = (
+        (whole.vectors, whole.values) if isinstance(found, hf.results.Eigenpairs) else whole.value
+    )
     return leaves(values), sum(made)
 
 
@@ -252,7 +254,9 @@ def of_data(path: Path | None, options: list[dict[str, Any]]) -> None:
     """Vectors are whole on each rank, and batches are divided."""
     loss, params = problems.model_and_loss()
     matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2))(params, problems.batches())
-    hf.lanczos(hf.shift(matvec, 0.0), params, **({"seed": 3, "k": 2} | options[dist.get_rank()]))
+    hf.lanczos(
+        hf.matvecs.shift(matvec, 0.0), params, **({"seed": 3, "k": 2} | options[dist.get_rank()])
+    )
 
 
 def of_dtensors(path: Path | None, options: list[dict[str, Any]]) -> None:

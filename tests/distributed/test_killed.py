@@ -50,7 +50,7 @@ def found(folder: Path) -> dict[str, Any]:
     return told
 
 
-def uninterrupted() -> hf.Eigenpairs:
+def uninterrupted() -> hf.results.Eigenpairs:
     loss, params = problems.model_and_loss()
     matvec = hf.over_batches(hf.hvp(loss))(params, problems.batches())
     return hf.lanczos(matvec, params, k=4, basis_size=12, rtol=1e-10, seed=0)

@@ -191,18 +191,18 @@ def loader_of(kind: str) -> DataLoader[Any]:
     return DataLoader(data(count), batch_size=4, sampler=sampler)
 
 
-def loaded(kind: str, loader: Any) -> float:
+def loaded(kind: str, lying: Any) -> float:
     loss, params = problems.model_and_loss()
     count = 23 if kind == "subset" else 24
     wanted = hf.hvp(loss)(params, data(count)[:])
     block = hf.random_like(params, 2, seed=1)
-    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2), loader=loader)
+    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2), data=lying)
     return error(curvature(params, loader_of(kind))(block), wanted(block))
 
 
 @pytest.mark.parametrize(
     ("kind", "loader"),
-    [("subset", "sharded"), ("even", "sharded"), ("others", "sharded"), ("same", "whole")],
+    [("subset", "sharded"), ("even", "sharded"), ("others", "sharded"), ("same", "replicated")],
 )
 def test_whoever_divides_the_data_all_of_it_counts_once(kind: str, loader: str, two: Ranks) -> None:
     assert max(two.run(loaded, kind, loader)) < 1e-12
@@ -214,9 +214,9 @@ def test_whoever_divides_the_data_all_of_it_counts_once(kind: str, loader: str, 
         ("padded", "sharded", "the DistributedSampler pads 23 examples to 24, so some count twice"),
         ("hidden", "sharded", "the ranks read 24 examples of 23, so some count twice"),
         ("same", "sharded", "two ranks read the same examples, which would count twice"),
-        ("others", "whole", "the ranks read different batches"),
-        ("shuffled", "whole", "the ranks read different batches"),
-        ("same", "halves", "choose 'whole' or 'sharded'"),
+        ("others", "replicated", "the ranks read different batches"),
+        ("shuffled", "replicated", "the ranks read different batches"),
+        ("same", "halves", "choose 'replicated' or 'sharded'"),
     ],
 )
 def test_data_that_would_not_count_once_are_refused(
@@ -358,7 +358,7 @@ def test_another_order_on_one_rank_is_refused(kind: str, two: Ranks) -> None:
 def sharded_by_the_wrong_rank() -> None:
     loss, params = problems.model_and_loss()
     mine = problems.batches()[dist.get_rank() :: 4]
-    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2, 2), loader="sharded")
+    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2, 2), data="sharded")
     curvature(params, mine)(hf.random_like(params, 1, seed=0))
 
 
@@ -392,7 +392,7 @@ def with_sampler(kind: str) -> None:
     if kind == "wrapped":
         loader = Moved(loader)
     loss, params = problems.model_and_loss()
-    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2), loader="sharded")
+    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2), data="sharded")
     curvature(params, loader)(hf.random_like(params, 1, seed=0))
 
 
@@ -416,7 +416,7 @@ def test_samplers_that_do_not_divide_the_data_are_refused(
 def two_of_three_alike() -> None:
     loss, params = problems.model_and_loss()
     part = problems.batches()[min(dist.get_rank(), 1) :: 2]
-    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(3), loader="sharded")
+    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(3), data="sharded")
     curvature(params, part)(hf.random_like(params, 1, seed=0))
 
 
@@ -435,7 +435,7 @@ def opaque() -> float:
         torch.nn.functional.cross_entropy,
         targets=lambda batch: y[list(batch)],
     )
-    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2), loader="sharded", weight=len)
+    curvature = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(2), data="sharded", weight=len)
     mine = [frozenset(range(dist.get_rank(), 24, 2))]
     block = hf.random_like(params, 2, seed=0)
     whole = hf.supervised(model_fn, torch.nn.functional.cross_entropy)

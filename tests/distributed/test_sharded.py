@@ -46,7 +46,7 @@ def algorithm_differs_by(name: str, ranks: int) -> float:
     space = hf.sharded(like, problems.mesh(ranks))
     run = problems.ALGORITHMS[name]
     wanted, found = run(matvec, like, seed=7), run(matvec, like, seed=7, space=space)
-    if isinstance(found, hf.Eigenpairs):
+    if isinstance(found, hf.results.Eigenpairs):
         assert found.vectors.shape == (len(found.values), space.width)
         # An eigenvector is known up to its sign.
         whole = torch.cat([x.flatten(1) for x in leaves(space.gathered(found.vectors))], 1)
@@ -182,7 +182,7 @@ def test_a_product_that_is_not_finite_is_an_error_on_all(two: Ranks) -> None:
 def stopped_by_one(rank: int) -> tuple[str, int]:
     import torch.distributed as dist
 
-    def callback(found: hf.Eigenpairs) -> bool:
+    def callback(found: hf.results.Eigenpairs) -> bool:
         return dist.get_rank() == rank and found.matvecs >= 6
 
     like = problems.like()
@@ -206,7 +206,7 @@ def test_a_callback_that_stops_on_one_rank_stops_all(two: Ranks) -> None:
 def raises_on_one(rank: int) -> None:
     import torch.distributed as dist
 
-    def callback(found: hf.Eigenpairs) -> None:
+    def callback(found: hf.results.Eigenpairs) -> None:
         if dist.get_rank() == rank:
             raise OSError("the disk is full")
 

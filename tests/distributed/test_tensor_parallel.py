@@ -116,13 +116,13 @@ def with_mode_forward() -> None:
 def with_blocks() -> None:
     module = modules.tensor_parallel("mlp", problems.mesh(2, names=("tensor",)))
     loss, params = modules.loss_of(module)
-    hf.kfac(loss, module, seed=0)(params, modules.batch("mlp"))
+    hf.kronecker.kfac(loss, module, seed=0)(params, modules.batch("mlp"))
 
 
 def with_backpropagated_blocks() -> None:
     module = modules.tensor_parallel("mlp", problems.mesh(2, names=("tensor",)))
     loss, params = modules.loss_of(module)
-    hf.hbp(loss, module)(params, modules.batch("mlp"))
+    hf.kronecker.hbp(loss, module)(params, modules.batch("mlp"))
 
 
 @pytest.mark.parametrize(

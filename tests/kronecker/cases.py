@@ -64,7 +64,7 @@ def exact_blocks(loss: hf.Loss, params: Mapping[str, Tensor], batch: Any) -> dic
     }
 
 
-def dense(blocks: hf.Blocks) -> dict[str, Tensor]:
+def dense(blocks: hf.kronecker.Blocks) -> dict[str, Tensor]:
     """The matrix of each block, from products with unit vectors."""
     return {
         name: block.matvec(torch.eye(block.n, dtype=torch.float64).view(-1, *block.shape)).flatten(

@@ -58,7 +58,7 @@ def test_against_the_definition(chain: str, residual: str, averages: tuple[bool,
         "average_parameter_jacobian": averages[1],
     }
     exact = backpropagated(case.model, case.loss, case.batch, **options)
-    blocks = hf.hbp(case.loss, case.model, **options)(case.params, case.batch)
+    blocks = hf.kronecker.hbp(case.loss, case.model, **options)(case.params, case.batch)
     found = dense(blocks)
     assert largest_error(found, {name: exact[name] for name in found}) < 1e-9
 
@@ -75,7 +75,7 @@ def test_replaced_residuals_are_positive_semi_definite(
 ) -> None:
     case = net(residual_net, 4, examples=7, seed=seed)
     for residual in ("zero", "clip", "abs"):
-        blocks = hf.hbp(
+        blocks = hf.kronecker.hbp(
             case.loss,
             case.model,
             residual=residual,
@@ -92,7 +92,7 @@ def test_the_kept_residual_may_be_negative() -> None:
         float(torch.linalg.eigvalsh(block.dense()).min())
         for seed in range(5)
         for case in [net(residual_net, 4, examples=7, seed=seed)]
-        for block in hf.hbp(case.loss, case.model)(case.params, case.batch).values()
+        for block in hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch).values()
     ]
     assert min(found) < -1e-6
 
@@ -106,7 +106,7 @@ def by_mode(activation: type[nn.Module]) -> list[dict[str, Tensor]]:
         examples=6,
     )
     return [
-        dense(hf.hbp(case.loss, case.model, residual=mode)(case.params, case.batch))
+        dense(hf.kronecker.hbp(case.loss, case.model, residual=mode)(case.params, case.batch))
         for mode in MODES
     ]
 
@@ -129,7 +129,7 @@ def test_batch_order_does_not_matter() -> None:
     case = CHAINS["convolution"]
     inputs, targets = case.batch
     order = torch.tensor([3, 0, 4, 2, 1])
-    curvature = hf.hbp(case.loss, case.model, residual="abs")
+    curvature = hf.kronecker.hbp(case.loss, case.model, residual="abs")
     one = dense(curvature(case.params, case.batch))
     assert largest_error(dense(curvature(case.params, (inputs[order], targets[order]))), one) < 1e-9
 
@@ -137,7 +137,7 @@ def test_batch_order_does_not_matter() -> None:
 def test_several_batches_are_averaged() -> None:
     case = CHAINS["sigmoid"]
     inputs, targets = case.batch
-    curvature = hf.hbp(case.loss, case.model)
+    curvature = hf.kronecker.hbp(case.loss, case.model)
     batches = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]
     matvec = hf.over_batches(curvature)(case.params, batches)
     probes = hf.random_like(case.params, 3, seed=0)
@@ -155,13 +155,13 @@ def test_cross_entropy_at_the_outputs() -> None:
     case = net(lambda: nn.Sequential(nn.Linear(4, 3)), 4, examples=6)
     share = torch.softmax(case.model(case.batch[0]).detach(), 1)
     exact = (torch.diag(share.sum(0)) - share.mT @ share) / 6
-    block = hf.hbp(case.loss, case.model)(case.params, case.batch)["0.bias"]
+    block = hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)["0.bias"]
     torch.testing.assert_close(block.dense(), exact)
 
 
 def test_a_linear_model_with_mean_square_error_is_exact() -> None:
     case = mean_square_net()
-    block = hf.hbp(case.loss, case.model, average_parameter_jacobian=False)(
+    block = hf.kronecker.hbp(case.loss, case.model, average_parameter_jacobian=False)(
         case.params, case.batch
     )["0.weight"]
     chosen, rest = hf.split(case.params, ["0.weight"])
@@ -174,7 +174,9 @@ def test_the_mean_of_what_is_not_affine() -> None:
     """The weight of a PReLU meets min(0, x): its mean is not that of the mean x."""
     case = CHAINS["sequence"]
     found = [
-        hf.hbp(case.loss, case.model, average_parameter_jacobian=average)(case.params, case.batch)
+        hf.kronecker.hbp(case.loss, case.model, average_parameter_jacobian=average)(
+            case.params, case.batch
+        )
         for average in (True, False)
     ]
     one, other = (float(blocks["3.weight"].dense()) for blocks in found)

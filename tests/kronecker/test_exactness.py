@@ -15,7 +15,7 @@ from tests.kronecker.cases import LAYERS, Net, dense, exact_blocks, largest_erro
 @pytest.mark.parametrize("averages", [(True, True), (False, False)], ids=["averaged", "each"])
 @pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())
 def test_blocks_of_one_example_are_the_hessians(case: Net, averages: tuple[bool, bool]) -> None:
-    blocks = hf.hbp(
+    blocks = hf.kronecker.hbp(
         case.loss,
         case.model,
         average_input_jacobian=averages[0],
@@ -27,7 +27,7 @@ def test_blocks_of_one_example_are_the_hessians(case: Net, averages: tuple[bool,
 
 @pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())
 def test_zero_residual_gives_the_blocks_of_the_gauss_newton_matrix(case: Net) -> None:
-    blocks = hf.hbp(case.loss, case.model, residual="zero")(case.params, case.batch)
+    blocks = hf.kronecker.hbp(case.loss, case.model, residual="zero")(case.params, case.batch)
     for name, block in blocks.items():
         chosen, rest = hf.split(case.params, [name])
         matvec = hf.ggnvp(hf.hold(case.loss, rest))(chosen, case.batch)
@@ -78,26 +78,31 @@ def test_losses(name: str) -> None:
     outputs = case.model(batch[0]).detach()
     whole = torch.func.hessian(lambda z: criterion(z, targets))(outputs)
     expected = sum(whole[b, :, b] for b in range(4))
-    blocks = hf.hbp(loss, case.model)(case.params, batch)
+    blocks = hf.kronecker.hbp(loss, case.model)(case.params, batch)
     torch.testing.assert_close(blocks["2.bias"].dense(), expected)
     for b in (0, 1, 3):
         one = (batch[0][b : b + 1], targets[b : b + 1])
         exact = exact_blocks(loss, case.params, one)
-        assert largest_error(dense(hf.hbp(loss, case.model)(case.params, one)), exact) < 1e-9
+        assert (
+            largest_error(dense(hf.kronecker.hbp(loss, case.model)(case.params, one)), exact) < 1e-9
+        )
 
 
 def test_losses_at_each_position() -> None:
     case = net(lambda: nn.Sequential(nn.Conv1d(2, 4, 2), nn.Tanh(), nn.Conv1d(4, 3, 1)), 2, 4)
     exact = exact_blocks(case.loss, case.params, case.batch)
     assert (
-        largest_error(dense(hf.hbp(case.loss, case.model)(case.params, case.batch)), exact) < 1e-9
+        largest_error(
+            dense(hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)), exact
+        )
+        < 1e-9
     )
 
 
 def test_all_targets_ignored() -> None:
     case = LAYERS["linear"]
     with pytest.raises(ValueError, match="are all targets ignored"):
-        hf.hbp(case.loss, case.model)(case.params, (case.batch[0], torch.tensor([-100])))
+        hf.kronecker.hbp(case.loss, case.model)(case.params, (case.batch[0], torch.tensor([-100])))
 
 
 def test_batches_that_are_dicts() -> None:
@@ -108,8 +113,8 @@ def test_batches_that_are_dicts() -> None:
         F.cross_entropy,
         targets=lambda batch: batch["y"],
     )
-    found = hf.hbp(loss, case.model)(params, {"x": case.batch[0], "y": case.batch[1]})
-    exact = hf.hbp(case.loss, case.model)(params, case.batch)
+    found = hf.kronecker.hbp(loss, case.model)(params, {"x": case.batch[0], "y": case.batch[1]})
+    exact = hf.kronecker.hbp(case.loss, case.model)(params, case.batch)
     assert largest_error(dense(found), dense(exact)) < 1e-12
 
 
@@ -119,7 +124,7 @@ def test_single_precision() -> None:
     model = copy.deepcopy(case.model).float()
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.cross_entropy)
-    blocks = hf.hbp(loss, model)(params, (case.batch[0].float(), case.batch[1]))
+    blocks = hf.kronecker.hbp(loss, model)(params, (case.batch[0].float(), case.batch[1]))
     found = {name: block.dense().double() for name, block in blocks.items()}
     assert largest_error(found, exact) < 1e-4
 
@@ -129,17 +134,17 @@ def test_the_module_may_be_in_train_mode_by_now() -> None:
     model = copy.deepcopy(case.model)
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.cross_entropy)
-    before = dense(hf.hbp(loss, model)(params, case.batch))
+    before = dense(hf.kronecker.hbp(loss, model)(params, case.batch))
     model.train()
-    assert largest_error(dense(hf.hbp(loss, model)(params, case.batch)), before) < 1e-12
+    assert largest_error(dense(hf.kronecker.hbp(loss, model)(params, case.batch)), before) < 1e-12
     assert not [name for name in vars(model) if "constant" in name]
 
 
 def test_part_of_the_parameters() -> None:
     case = LAYERS["conv2d"]
     chosen, rest = hf.split(case.params, "3.*")
-    part = hf.hbp(hf.hold(case.loss, rest), case.model)(chosen, case.batch)
-    whole = hf.hbp(case.loss, case.model)(case.params, case.batch)
+    part = hf.kronecker.hbp(hf.hold(case.loss, rest), case.model)(chosen, case.batch)
+    whole = hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)
     assert list(part) == ["3.weight", "3.bias"]
     for name, block in part.items():
         torch.testing.assert_close(block.dense(), whole[name].dense())
@@ -149,7 +154,7 @@ def test_a_resnet_of_one_small_image() -> None:
     from hessfunc.app.problems.resnet import resnet
 
     case = net(lambda: resnet(20), 3, 4, 4)
-    blocks = hf.hbp(case.loss, case.model)(case.params, case.batch)
+    blocks = hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)
     for name in ("conv1.weight", "layer2.0.bn1.weight", "layer3.2.conv1.weight", "linear.bias"):
         chosen, rest = hf.split(case.params, [name])
         vector = hf.random_like(chosen, 2, seed=0, kind="normal")

@@ -58,7 +58,7 @@ def gauss_newton_blocks(case: Net) -> dict[str, Tensor]:
     return found
 
 
-FAMILY = {"kfra": hf.kfra, "kflr": hf.kflr, "ekfac": hf.ekfac}
+FAMILY = {"kfra": hf.kronecker.kfra, "kflr": hf.kronecker.kflr, "ekfac": hf.kronecker.ekfac}
 
 
 @pytest.mark.parametrize("family", FAMILY.values(), ids=FAMILY.keys())
@@ -78,7 +78,7 @@ def test_exact_for_a_linear_model_with_mean_square_error(family, sharing: str) -
 
 def test_expand_is_exact_where_each_position_has_a_target() -> None:
     case = net(lambda: nn.Sequential(nn.Linear(4, 3)), 5, 4, examples=6, criterion=F.mse_loss)
-    blocks = hf.kflr(case.loss, case.model, sharing="expand")(case.params, case.batch)
+    blocks = hf.kronecker.kflr(case.loss, case.model, sharing="expand")(case.params, case.batch)
     assert largest_error(dense(blocks), gauss_newton_blocks(case)) < 1e-10
 
 
@@ -113,14 +113,14 @@ def test_kflr_is_the_product_of_its_factors() -> None:
         share = torch.softmax(model(inputs[b]).detach(), 0)
         outer += jacobian.mT @ (torch.diag(share) - torch.outer(share, share)) @ jacobian / 5
     expected = torch.kron(outer.detach(), hidden.mT @ hidden / 5)
-    block = hf.kflr(case.loss, case.model)(case.params, case.batch)["2.weight"]
+    block = hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)["2.weight"]
     torch.testing.assert_close(block.dense(), expected)
 
 
 def test_kfra_is_averaged_backpropagation() -> None:
     case = perceptron(5)
-    kfra = hf.kfra(case.loss, case.model)(case.params, case.batch)
-    averaged = hf.hbp(
+    kfra = hf.kronecker.kfra(case.loss, case.model)(case.params, case.batch)
+    averaged = hf.kronecker.hbp(
         case.loss,
         case.model,
         residual="zero",
@@ -155,9 +155,9 @@ LIKELIHOODS = {
 def test_expectation_of_kfac_is_kflr(likelihood: str) -> None:
     """4,000 draws in 40 groups: the mean of these within 5 standard errors, entry by entry."""
     case = LIKELIHOODS[likelihood]
-    exact = hf.kflr(case.loss, case.model)(case.params, case.batch)
+    exact = hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)
     groups = [
-        hf.kfac(case.loss, case.model, samples=100, seed=seed)(case.params, case.batch)
+        hf.kronecker.kfac(case.loss, case.model, samples=100, seed=seed)(case.params, case.batch)
         for seed in range(40)
     ]
     for name, block in exact.items():
@@ -173,8 +173,8 @@ def test_ekfac_is_never_farther_than_kfac(make, sharing: str) -> None:
     case = make(5)
     for seed in range(5):
         options = {"samples": 3, "seed": seed, "sharing": sharing}
-        kfac = dense(hf.kfac(case.loss, case.model, **options)(case.params, case.batch))
-        ekfac = dense(hf.ekfac(case.loss, case.model, **options)(case.params, case.batch))
+        kfac = dense(hf.kronecker.kfac(case.loss, case.model, **options)(case.params, case.batch))
+        ekfac = dense(hf.kronecker.ekfac(case.loss, case.model, **options)(case.params, case.batch))
         for name, exact in sampled_fisher(case, samples=3, seed=seed).items():
             rounding = 1e-14 * exact.norm()
             assert (ekfac[name] - exact).norm() <= (kfac[name] - exact).norm() + rounding
@@ -205,17 +205,19 @@ def sampled_fisher(case: Net, *, samples: int, seed: int) -> dict[str, Tensor]:
 
 def test_ekfac_has_the_trace_of_the_gauss_newton_matrix() -> None:
     case = convolutional(5)
-    blocks = hf.ekfac(case.loss, case.model)(case.params, case.batch)
+    blocks = hf.kronecker.ekfac(case.loss, case.model)(case.params, case.batch)
     for name, exact in gauss_newton_blocks(case).items():
         assert blocks[name].trace() == pytest.approx(float(exact.trace()), rel=1e-10)
 
 
 FACTORED = {
-    "kfra": hf.kfra,
-    "kflr": hf.kflr,
-    "kfac": lambda *args, **options: hf.kfac(*args, seed=0, **options),
-    "ekfac": hf.ekfac,
-    "ekfac, sampled": lambda *args, **options: hf.ekfac(*args, samples=2, seed=0, **options),
+    "kfra": hf.kronecker.kfra,
+    "kflr": hf.kronecker.kflr,
+    "kfac": lambda *args, **options: hf.kronecker.kfac(*args, seed=0, **options),
+    "ekfac": hf.kronecker.ekfac,
+    "ekfac, sampled": lambda *args, **options: hf.kronecker.ekfac(
+        *args, samples=2, seed=0, **options
+    ),
 }
 
 
@@ -226,7 +228,7 @@ def test_inverse_logdet_and_trace(family, sharing: str, make) -> None:
     case = make(5)
     blocks = family(case.loss, case.model, sharing=sharing)(case.params, case.batch)
     vectors = hf.random_like(case.params, 2, seed=0, kind="normal")
-    there = hf.shift(blocks, 0.05)(vectors)
+    there = hf.matvecs.shift(blocks, 0.05)(vectors)
     for name, found in blocks.inverse_matvec(there, 0.05).items():
         torch.testing.assert_close(found, vectors[name], rtol=1e-8, atol=1e-8)
     whole = torch.block_diag(*dense(blocks).values())
@@ -239,7 +241,7 @@ def test_draws_depend_on_the_seed_and_on_nothing_else() -> None:
     case = perceptron(5)
     stream = torch.random.get_rng_state()
     one, again, other = (
-        dense(hf.kfac(case.loss, case.model, seed=seed)(case.params, case.batch))
+        dense(hf.kronecker.kfac(case.loss, case.model, seed=seed)(case.params, case.batch))
         for seed in (0, 0, 1)
     )
     assert largest_error(again, one) == 0
@@ -277,7 +279,7 @@ def test_any_architecture() -> None:
     model, loss, params, batch = attention()
     chosen, rest = hf.split(params, ["qkv.weight", "head.weight", "head.bias"])
     held = hf.hold(loss, rest)
-    blocks = hf.ekfac(held, model)(chosen, batch)
+    blocks = hf.kronecker.ekfac(held, model)(chosen, batch)
     exact = hf.ggnvp(held)(chosen, batch)
     for name, leaf in chosen.items():
         units = torch.eye(leaf.numel(), dtype=torch.float64).view(-1, *leaf.shape)
@@ -289,19 +291,19 @@ def test_any_architecture() -> None:
 def test_what_is_refused() -> None:
     model, loss, params, batch = attention()
     with pytest.raises(NotImplementedError, match="'embedding' is a Embedding: hold the others"):
-        hf.kflr(loss, model)(params, batch)
+        hf.kronecker.kflr(loss, model)(params, batch)
     case = perceptron(2)
     with pytest.raises(ValueError, match="sharing='both'"):
-        hf.kflr(case.loss, case.model, sharing="both")
+        hf.kronecker.kflr(case.loss, case.model, sharing="both")
     with pytest.raises(ValueError, match="samples=0"):
-        hf.kfac(case.loss, case.model, samples=0)
+        hf.kronecker.kfac(case.loss, case.model, samples=0)
     smoothed = hf.supervised(case.loss.outputs, nn.CrossEntropyLoss(label_smoothing=0.1))
     with pytest.raises(ValueError, match="negative logarithm of a likelihood"):
-        hf.kfac(smoothed, case.model)
+        hf.kronecker.kfac(smoothed, case.model)
     with pytest.raises(ValueError, match="'0.weight' of shape .* is no parameter"):
-        hf.kflr(case.loss, perceptron(2).model)(case.params, case.batch)
+        hf.kronecker.kflr(case.loss, perceptron(2).model)(case.params, case.batch)
     with pytest.raises(TypeError, match="two halves"):
-        hf.kflr(lambda params, batch: 0.0, case.model)
+        hf.kronecker.kflr(lambda params, batch: 0.0, case.model)
 
 
 class Twice(nn.Module):
@@ -330,11 +332,11 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_ekfac_has_the_trace_of_a_weight_that_is_used_more_than_once(make, sharing: str) -> None:
     case = net(make, 3, examples=4)
-    made = hf.ekfac(case.loss, case.model, sharing=sharing)(case.params, case.batch)
+    made = hf.kronecker.ekfac(case.loss, case.model, sharing=sharing)(case.params, case.batch)
     for name, block in gauss_newton_blocks(case).items():
         assert made[name].trace() == pytest.approx(float(block.trace()), rel=1e-9)
     with pytest.raises(ValueError, match="is used more than once"):
-        hf.kfra(case.loss, case.model)(case.params, case.batch)
+        hf.kronecker.kfra(case.loss, case.model)(case.params, case.batch)
 
 
 def test_calls_of_a_module_are_positions_of_one_call() -> None:
@@ -352,7 +354,11 @@ def test_calls_of_a_module_are_positions_of_one_call() -> None:
                 z = torch.stack([self.layer(x[:, :2]), self.layer(x[:, 2:])], 1)
             return self.head(torch.tanh(z).prod(1))
 
-    for of in (hf.kflr, hf.ekfac, partial(hf.kfac, seed=0, samples=3)):
+    for of in (
+        hf.kronecker.kflr,
+        hf.kronecker.ekfac,
+        partial(hf.kronecker.kfac, seed=0, samples=3),
+    ):
         for sharing in ("expand", "reduce"):
             one, other = (
                 of(case.loss, case.model, sharing=sharing)(case.params, case.batch)
@@ -372,7 +378,7 @@ def test_a_weight_that_is_used_by_a_function_too_is_refused() -> None:
             return F.linear(torch.tanh(self.layer(x)), self.layer.weight)
 
     case = net(Hidden, 3, examples=2)
-    for of in (hf.kflr, hf.ekfac, hf.kfac):
+    for of in (hf.kronecker.kflr, hf.kronecker.ekfac, hf.kronecker.kfac):
         with pytest.raises(ValueError, match=r"'layer.weight' is used in other ways.*`hold`"):
             of(case.loss, case.model)(case.params, case.batch)
 
@@ -391,7 +397,7 @@ def test_a_weight_of_layers_of_different_kinds_is_refused() -> None:
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.cross_entropy)
     with pytest.raises(NotImplementedError, match="'embedding' is a Embedding: hold the others"):
-        hf.ekfac(loss, model)(params, (torch.tensor([0, 1]), torch.tensor([1, 2])))
+        hf.kronecker.ekfac(loss, model)(params, (torch.tensor([0, 1]), torch.tensor([1, 2])))
 
 
 class Mixing(nn.Module):
@@ -421,7 +427,7 @@ def mixing(inner: int, outer: int) -> Net:
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize(("inner", "outer"), [(0, 1), (1, 0)])
-@pytest.mark.parametrize("of", [hf.kflr, hf.ekfac])
+@pytest.mark.parametrize("of", [hf.kronecker.kflr, hf.kronecker.ekfac])
 def test_outputs_flattened_over_positions_have_the_factors_of_those_that_are_not(
     of, inner: int, outer: int, sharing: str
 ) -> None:
@@ -432,15 +438,17 @@ def test_outputs_flattened_over_positions_have_the_factors_of_those_that_are_not
     made = of(case.loss, case.model, sharing=sharing)(case.params, case.batch)
     for name, block in expected.items():
         torch.testing.assert_close(made[name].dense(), block.dense())
-        if of is hf.ekfac:
+        if of is hf.kronecker.ekfac:
             assert made[name].trace() == pytest.approx(float(exact[name].trace()), rel=1e-9)
 
 
 def test_the_expectation_of_draws_is_that_of_flattened_outputs() -> None:
     case = mixing(0, 1)
     for sharing in ("expand", "reduce"):
-        expected = hf.kflr(case.loss, case.model, sharing=sharing)(case.params, case.batch)
-        drawn = partial(hf.kfac, samples=4000, seed=0, sharing=sharing)
+        expected = hf.kronecker.kflr(case.loss, case.model, sharing=sharing)(
+            case.params, case.batch
+        )
+        drawn = partial(hf.kronecker.kfac, samples=4000, seed=0, sharing=sharing)
         made = drawn(case.loss, case.model)(case.params, case.batch)
         for name, block in expected.items():
             assert made[name].trace() == pytest.approx(block.trace(), rel=0.1)
@@ -449,14 +457,14 @@ def test_the_expectation_of_draws_is_that_of_flattened_outputs() -> None:
 @pytest.mark.parametrize(("inner", "outer"), [(0, 2), (1, 1)])
 def test_rows_that_are_not_those_of_examples_are_refused(inner: int, outer: int) -> None:
     case = mixing(inner, outer)
-    for of in (hf.kflr, hf.ekfac):
+    for of in (hf.kronecker.kflr, hf.kronecker.ekfac):
         with pytest.raises(ValueError, match=r"rows of the outputs do not follow.*movedim"):
             of(case.loss, case.model)(case.params, case.batch)
 
 
 def test_a_criterion_that_couples_examples_is_refused() -> None:
     case = perceptron(3, criterion=lambda out, y: (out - y).square().sum().sqrt())
-    for of in (hf.kflr, hf.ekfac):
+    for of in (hf.kronecker.kflr, hf.kronecker.ekfac):
         with pytest.raises(ValueError, match="couple examples"):
             of(case.loss, case.model)(case.params, case.batch)
 
@@ -469,7 +477,7 @@ def test_modules_that_return_several_tensors_are_refused(make) -> None:
     if isinstance(layer, nn.LSTM):
         loss = hf.supervised(lambda p, x: model_fn(p, x)[0], F.mse_loss)
     with pytest.raises(NotImplementedError, match=rf"is a {type(layer).__name__}: hold the others"):
-        hf.kflr(loss, layer)(params, (torch.ones(2, 4, 3), torch.zeros(2, 4, 3)))
+        hf.kronecker.kflr(loss, layer)(params, (torch.ones(2, 4, 3), torch.zeros(2, 4, 3)))
 
 
 def test_outputs_that_are_no_tensor_are_refused() -> None:
@@ -478,7 +486,7 @@ def test_outputs_that_are_no_tensor_are_refused() -> None:
         lambda p, b: {"logits": case.loss.outputs(p, b)},
         lambda out, b: F.cross_entropy(out["logits"], b[1]),
     )
-    for of in (hf.kflr, hf.ekfac):
+    for of in (hf.kronecker.kflr, hf.kronecker.ekfac):
         with pytest.raises(TypeError, match="outputs are one tensor.*these are dict"):
             of(loss, case.model)(case.params, case.batch)
 
@@ -501,7 +509,7 @@ def test_factors_of_a_convolution() -> None:
         inner = (torch.diag(share) - torch.outer(share, share)) / 4
         outer += torch.einsum("iop,ij,jap->oa", jacobian, inner, jacobian)
     expected = torch.kron(outer, torch.einsum("bkp,blp->kl", patches, patches) / 16)
-    block = hf.kflr(case.loss, case.model)(case.params, case.batch)["0.weight"]
+    block = hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)["0.weight"]
     torch.testing.assert_close(block.dense(), expected)
 
 
@@ -512,10 +520,10 @@ def test_one_output_without_an_axis() -> None:
         examples=5,
         criterion=F.mse_loss,
     )
-    for family in (hf.hbp, *FAMILY.values()):
+    for family in (hf.kronecker.hbp, *FAMILY.values()):
         blocks = family(case.loss, case.model)(case.params, case.batch)
         hidden = torch.tanh(case.model[0](case.batch[0])).detach()
-        if family is not hf.hbp:
+        if family is not hf.kronecker.hbp:
             expected = 2 * hidden.mT @ hidden / 5
             torch.testing.assert_close(blocks["2.weight"].dense(), expected)
         assert float(blocks["2.bias"].dense()) == pytest.approx(2.0)
@@ -533,12 +541,12 @@ def test_closed_forms_of_the_user() -> None:
     case = perceptron(3, criterion=F.mse_loss)
     seven = hf.with_output_hessian(F.mse_loss, lambda outputs, _: lambda tangent: 7 * tangent)
     loss = hf.supervised(hf.functional(case.model)[0], seven)
-    for family in (hf.hbp, *FAMILY.values()):
+    for family in (hf.kronecker.hbp, *FAMILY.values()):
         bias = family(loss, case.model)(case.params, case.batch)["4.bias"]
         torch.testing.assert_close(bias.dense(), 21 * torch.eye(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("family", [hf.hbp, *FACTORED.values()])
+@pytest.mark.parametrize("family", [hf.kronecker.hbp, *FACTORED.values()])
 @pytest.mark.parametrize("layer", [lambda: nn.BatchNorm1d(5), nn.Dropout])
 def test_train_mode_is_refused_with_its_parameters_held(family, layer) -> None:
     model = nn.Sequential(nn.Linear(4, 5), layer(), nn.Linear(5, 3)).train()
@@ -560,7 +568,7 @@ def test_keywords_and_a_model_that_is_one_layer() -> None:
 
     for make in (Keywords, lambda: nn.Linear(4, 3)):
         case = net(make, 4, examples=3, criterion=F.mse_loss)
-        for family in (hf.hbp, *FAMILY.values()):
+        for family in (hf.kronecker.hbp, *FAMILY.values()):
             blocks = family(case.loss, case.model)(case.params, case.batch)
             bias = list(blocks.values())[1]
             torch.testing.assert_close(bias.dense(), 2 / 3 * torch.eye(3, dtype=torch.float64))
@@ -571,11 +579,13 @@ def test_factors_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
     case = net(lambda: nn.Linear(3000, 3), 3000, examples=2)
     monkeypatch.setattr(memory, "available_memory", lambda _: 2**20)
-    for family in (hf.kfra, hf.kflr):
+    for family in (hf.kronecker.kfra, hf.kronecker.kflr):
         with pytest.raises(MemoryError, match="GiB"):
             family(case.loss, case.model)(case.params, case.batch)
     with pytest.raises(MemoryError, match="exact products"):
-        hf.hbp(case.loss, case.model, average_parameter_jacobian=False)(case.params, case.batch)
+        hf.kronecker.hbp(case.loss, case.model, average_parameter_jacobian=False)(
+            case.params, case.batch
+        )
 
 
 def test_a_positive_matrix_with_any_damping_is_invertible_in_single_precision() -> None:

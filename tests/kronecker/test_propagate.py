@@ -19,7 +19,9 @@ def test_linear_layer_under_the_squared_norm() -> None:
         model[1].weight.copy_(torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, lambda z, _: z.square().sum())
-    blocks = hf.hbp(loss, model)(params, (torch.ones(1, 3, dtype=torch.float64), torch.zeros(1)))
+    blocks = hf.kronecker.hbp(loss, model)(
+        params, (torch.ones(1, 3, dtype=torch.float64), torch.zeros(1))
+    )
     expected = torch.tensor([[34.0, 44, 54], [44, 58, 72], [54, 72, 90]], dtype=torch.float64)
     torch.testing.assert_close(blocks["0.bias"].dense(), expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(blocks["1.bias"].dense(), 2 * torch.eye(2, dtype=torch.float64))
@@ -38,7 +40,7 @@ def test_the_slope_of_relu_at_zero_is_zero() -> None:
         model[0].bias.fill_(-2.0)
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.mse_loss)
-    curvature = hf.hbp(loss, model)
+    curvature = hf.kronecker.hbp(loss, model)
 
     def of_bias(x: float) -> float:
         batch = (torch.tensor([[x]]).double(), torch.tensor([[0.0]]).double())
@@ -56,7 +58,7 @@ def eight_rows(examples: int = 1) -> object:
 @pytest.mark.parametrize(("at_most", "expected"), [(3, 3), (5, 4), (10, 8), (1, 1)])
 def test_split_rows_are_the_diagonal_parts(at_most: int, expected: int) -> None:
     case = eight_rows()
-    blocks = hf.hbp(case.loss, case.model, max_blocks=at_most)(case.params, case.batch)
+    blocks = hf.kronecker.hbp(case.loss, case.model, max_blocks=at_most)(case.params, case.batch)
     exact = exact_blocks(case.loss, case.params, case.batch)
     for name in ("0.weight", "0.bias"):
         parts = blocks[name].parts
@@ -74,14 +76,14 @@ def test_split_rows_are_the_diagonal_parts(at_most: int, expected: int) -> None:
 
 def test_one_block_is_the_whole_layer() -> None:
     case = eight_rows(examples=5)
-    whole = hf.hbp(case.loss, case.model)(case.params, case.batch)
-    one = hf.hbp(case.loss, case.model, max_blocks=1)(case.params, case.batch)
+    whole = hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)
+    one = hf.kronecker.hbp(case.loss, case.model, max_blocks=1)(case.params, case.batch)
     assert largest_error(dense(one), dense(whole)) < 1e-12
 
 
 def test_blocks_are_a_matvec_of_the_whole() -> None:
     case = eight_rows(examples=5)
-    blocks = hf.hbp(case.loss, case.model, residual="abs")(case.params, case.batch)
+    blocks = hf.kronecker.hbp(case.loss, case.model, residual="abs")(case.params, case.batch)
     assert list(blocks) == list(case.params)
     whole = torch.block_diag(*dense(blocks).values())
     top = hf.lanczos(blocks, case.params, k=3, seed=0)
@@ -121,7 +123,7 @@ def test_rules_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
     case = net(with_rules, 4)
     with pytest.raises(NotImplementedError, match="register"):
-        hf.hbp(case.loss, case.model)(case.params, case.batch)
+        hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)
     seen = []
 
     @rule(Swish)
@@ -130,16 +132,16 @@ def test_rules_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
         return elementwise(call)
 
     rule(Scale)(by_autodiff)
-    blocks = hf.hbp(case.loss, case.model)(case.params, case.batch)
+    blocks = hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)
     exact = exact_blocks(case.loss, case.params, case.batch)
     assert largest_error(dense(blocks), exact) < 1e-10
     assert seen == [case.model[1]]
-    positive = hf.hbp(case.loss, case.model, residual="clip")(case.params, case.batch)
+    positive = hf.kronecker.hbp(case.loss, case.model, residual="clip")(case.params, case.batch)
     for block in positive.values():
         assert float(torch.linalg.eigvalsh(block.dense()).min()) > -1e-12
     rule(Scale)(elementwise)
     with pytest.raises(NotImplementedError, match="at '2', does not say .* 'log_scale'"):
-        hf.hbp(case.loss, case.model)(case.params, case.batch)
+        hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)
 
 
 def test_the_hessian_at_an_inner_tensor_reaches_the_callback() -> None:
@@ -170,7 +172,7 @@ def test_the_hessian_at_an_inner_tensor_reaches_the_callback() -> None:
 
 def refused(make, *shape: int, examples: int = 2, **options) -> None:
     case = net(make, *shape, examples=examples)
-    hf.hbp(case.loss, case.model, **options)(case.params, case.batch)
+    hf.kronecker.hbp(case.loss, case.model, **options)(case.params, case.batch)
 
 
 class TwoUses(nn.Module):
@@ -251,7 +253,7 @@ def test_tied_weights_are_refused() -> None:
     tokens = torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(0))
     loss = hf.supervised(lambda p, x: model_fn(p, x), lambda z, y: z.square().mean())
     with pytest.raises(ValueError, match="more than once"):
-        hf.hbp(loss, model)(params, (tokens, tokens))
+        hf.kronecker.hbp(loss, model)(params, (tokens, tokens))
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d, nn.Dropout])
@@ -260,7 +262,7 @@ def test_train_mode_is_refused(layer: type[nn.Module]) -> None:
     model_fn, params = hf.functional(model.train())
     loss = hf.supervised(model_fn, F.mse_loss)
     with pytest.raises(ValueError, match="call `model.eval\\(\\)` before"):
-        hf.hbp(loss, model)(params, (torch.zeros(2, 3), torch.zeros(2, 3)))
+        hf.kronecker.hbp(loss, model)(params, (torch.zeros(2, 3), torch.zeros(2, 3)))
 
 
 def test_a_matrix_that_does_not_fit_is_refused_before_it_is_made() -> None:
@@ -269,26 +271,26 @@ def test_a_matrix_that_does_not_fit_is_refused_before_it_is_made() -> None:
     loss = hf.supervised(model_fn, F.mse_loss)
     inputs = torch.zeros(1, 3, 100, 100)
     with pytest.raises(MemoryError, match=r"614656 x 614656 at .0., takes .* GiB.*pchvp"):
-        hf.hbp(loss, model)(params, (inputs, model(inputs).detach()))
+        hf.kronecker.hbp(loss, model)(params, (inputs, model(inputs).detach()))
 
 
 def test_wrong_options() -> None:
     case = eight_rows()
     with pytest.raises(ValueError, match="residual='positive'"):
-        hf.hbp(case.loss, case.model, residual="positive")
+        hf.kronecker.hbp(case.loss, case.model, residual="positive")
     with pytest.raises(ValueError, match="max_blocks=0"):
-        hf.hbp(case.loss, case.model, max_blocks=0)
+        hf.kronecker.hbp(case.loss, case.model, max_blocks=0)
     with pytest.raises(TypeError, match="two halves"):
-        hf.hbp(lambda params, batch: 0.0, case.model)
+        hf.kronecker.hbp(lambda params, batch: 0.0, case.model)
 
 
 def test_loss_of_another_model_or_with_other_outputs() -> None:
     case, other = eight_rows(), eight_rows()
     with pytest.raises(ValueError, match="calls the model 0 times"):
-        hf.hbp(case.loss, other.model)(case.params, case.batch)
+        hf.kronecker.hbp(case.loss, other.model)(case.params, case.batch)
     twice = hf.Loss(lambda p, b: 2 * case.loss.outputs(p, b), case.loss.criterion)
     with pytest.raises(ValueError, match="put what is done to it in between"):
-        hf.hbp(twice, case.model)(case.params, case.batch)
+        hf.kronecker.hbp(twice, case.model)(case.params, case.batch)
 
 
 def test_the_model_and_its_inputs_stay_as_they_are() -> None:
@@ -300,7 +302,7 @@ def test_the_model_and_its_inputs_stay_as_they_are() -> None:
     before = {name: value.clone() for name, value in case.model.state_dict().items()}
     inputs = case.batch[0].clone()
     stream = torch.random.get_rng_state()
-    hf.hbp(case.loss, case.model)(case.params, case.batch)
+    hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)
     assert torch.equal(stream, torch.random.get_rng_state())
     assert torch.equal(inputs, case.batch[0])
     assert all(torch.equal(v, before[n]) for n, v in case.model.state_dict().items())

@@ -349,7 +349,7 @@ def test_slices_of_an_unknown_parameter_are_refused() -> None:
 # Pools
 
 
-def traces(seeds: list[int], sizes: list[int]) -> tuple[Case, list[hf.Estimate]]:
+def traces(seeds: list[int], sizes: list[int]) -> tuple[Case, list[hf.results.Estimate]]:
     """Trace estimates of batches of these sizes."""
     found, start, estimates = case("conv"), 0, []
     inputs, targets = found.batch

@@ -61,7 +61,7 @@ def test_float32_has_the_ten_largest_eigenvalues_of_float64() -> None:
     assert float((gram @ gram.mT - torch.eye(10)).abs().max()) < 1e-5
 
 
-def tree_of(pairs: hf.Eigenpairs) -> hf.trees.Tree:
+def tree_of(pairs: hf.results.Eigenpairs) -> hf.trees.Tree:
     return {name: leaf[0] for name, leaf in pairs.vectors.items()}
 
 

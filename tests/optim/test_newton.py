@@ -107,13 +107,13 @@ def problem() -> tuple[hf.Loss, dict[str, Tensor], Any]:
 def test_exact_blocks_are_the_diagonal_blocks(curvature: Any) -> None:
     loss, params, batch = problem()
     blocks = exact_blocks(curvature, loss)
-    whole = hf.per_block(curvature(loss)(params, batch), params)
+    whole = hf.matvecs.per_block(curvature(loss)(params, batch), params)
     vectors = hf.random_like(params, 3, seed=1)
     expected = whole(vectors)
     # The second time at other parameters, as in training.
     for shift in (0.0, 0.1):
         moved = {name: leaf + shift for name, leaf in params.items()}
-        expected = hf.per_block(curvature(loss)(moved, batch), moved)(vectors)
+        expected = hf.matvecs.per_block(curvature(loss)(moved, batch), moved)(vectors)
         found = blocks(moved, batch)
         for name in params:
             torch.testing.assert_close(found[name](vectors[name]), expected[name])
@@ -195,7 +195,7 @@ def test_a_block_refuses_parameters_that_have_changed(changed: str) -> None:
         block(vector)
 
 
-@pytest.mark.parametrize("make", [hf.kflr, partial(hf.hbp, residual="abs")])
+@pytest.mark.parametrize("make", [hf.kronecker.kflr, partial(hf.kronecker.hbp, residual="abs")])
 def test_blocks_with_factors_by_both_solvers(make: Any) -> None:
     model = mlp([4, 5, 3], nn.Sigmoid).double()
     model_fn, params = hf.functional(model)
@@ -354,7 +354,7 @@ def trained(max_blocks: int | None, steps: int) -> list[float]:
         batch = torch.randn(30, 6).double(), torch.randint(3, (30,))
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.cross_entropy)
-    curvature = hf.hbp(loss, model, residual="abs", max_blocks=max_blocks)
+    curvature = hf.kronecker.hbp(loss, model, residual="abs", max_blocks=max_blocks)
     method = newton(lr=0.5, alpha=0.02, solve=conjugate_gradients(rtol=1e-10, atol=0))
     state, losses = method.init(params), []
     for _ in range(steps):

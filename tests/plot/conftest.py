@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from hessfunc.algorithms.results import Density, Eigenpairs
-from hessfunc.recipes.landscape import Landscape, landscape
+from hessfunc.algorithms.results.landscape import Landscape
+from hessfunc.recipes.landscape import landscape
 
 plt = pytest.importorskip("matplotlib.pyplot")
 plt.switch_backend("agg")

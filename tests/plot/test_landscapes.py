@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hessfunc import plot
-from hessfunc.recipes.landscape import Landscape
+from hessfunc.algorithms.results.landscape import Landscape
 from tests.plot.conftest import bowl
 
 plt = pytest.importorskip("matplotlib.pyplot")

@@ -10,8 +10,8 @@ import torch
 
 from hessfunc import plot
 from hessfunc.algorithms.results import Density, Eigenpairs
+from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.plot.style import PALETTE, shades
-from hessfunc.recipes.landscape import Landscape
 from tests.plot.test_layers import ONE
 
 plt = pytest.importorskip("matplotlib.pyplot")

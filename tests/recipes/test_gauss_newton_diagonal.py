@@ -39,10 +39,10 @@ def test_it_is_that_of_the_dense_matrix(name: str) -> None:
     assert relative_error(flat(diagonal), expected(found)) < 1e-10
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
-def test_it_does_not_depend_on_how_examples_are_cut(chunk_size: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_it_does_not_depend_on_how_examples_are_cut(size: int) -> None:
     found = case("conv")
-    diagonal = hf.ggn_diagonal(found.loss, found.params, [found.batch], chunk_size=chunk_size)
+    diagonal = hf.ggn_diagonal(found.loss, found.params, [found.batch], examples_per_chunk=size)
     assert relative_error(flat(diagonal), expected(found)) < 1e-10
 
 
@@ -98,18 +98,18 @@ def test_the_mean_over_batches_is_that_of_all_examples() -> None:
 
 def test_a_model_that_does_not_go_through_vmap() -> None:
     found = case("lstm")
-    with pytest.raises(RuntimeError, match="chunk_size=1"):
+    with pytest.raises(RuntimeError, match="examples_per_chunk=1"):
         hf.ggn_diagonal(found.loss, found.params, [found.batch])
-    diagonal = hf.ggn_diagonal(found.loss, found.params, [found.batch], chunk_size=1)
+    diagonal = hf.ggn_diagonal(found.loss, found.params, [found.batch], examples_per_chunk=1)
     assert relative_error(flat(diagonal), expected(found)) < 1e-10
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("size", [None, 1])
 @pytest.mark.parametrize("name", ["batch norm, train", "dropout"])
-def test_examples_that_see_each_other_are_refused(name: str, chunk_size: int | None) -> None:
+def test_examples_that_see_each_other_are_refused(name: str, size: int | None) -> None:
     found = case(name)
     with pytest.raises((ValueError, RuntimeError), match=r"model.eval\(\)"):
-        hf.ggn_diagonal(found.loss, found.params, [found.batch], chunk_size=chunk_size)
+        hf.ggn_diagonal(found.loss, found.params, [found.batch], examples_per_chunk=size)
 
 
 COUPLED = {
@@ -142,8 +142,8 @@ def test_narrow_dtypes_lose_their_own_rounding_alone(dtype: torch.dtype, classes
     x, y = found.batch
     x = x.to(dtype)
     exact = hf.ggn_diagonal(found.loss, wide, [(x.double(), y)])
-    for chunk_size in (None, 4):
-        diagonal = hf.ggn_diagonal(found.loss, narrow, [(x, y)], chunk_size=chunk_size)
+    for size in (None, 4):
+        diagonal = hf.ggn_diagonal(found.loss, narrow, [(x, y)], examples_per_chunk=size)
         assert {leaf.dtype for leaf in diagonal.values()} == {torch.float32}
         assert relative_error(flat(diagonal).double(), flat(exact)) < 8 * torch.finfo(dtype).eps
 
@@ -152,7 +152,7 @@ def test_many_examples_are_added_up_in_single_precision_at_least() -> None:
     found = net(F.cross_entropy, torch.arange(2000) % 3)
     narrow = {name: leaf.bfloat16() for name, leaf in found.params.items()}
     batch = found.batch[0].bfloat16(), found.batch[1]
-    diagonal = hf.ggn_diagonal(found.loss, narrow, [batch], chunk_size=4)
+    diagonal = hf.ggn_diagonal(found.loss, narrow, [batch], examples_per_chunk=4)
     wide = {name: leaf.double() for name, leaf in narrow.items()}
     exact = hf.ggn_diagonal(found.loss, wide, [(batch[0].double(), batch[1])])
     assert float(flat(diagonal).sum()) == pytest.approx(float(flat(exact).sum()), rel=0.01)
@@ -171,11 +171,9 @@ def case_of(found: Case, batch: tuple[Tensor, Tensor]) -> Case:
     return Case(found.model, found.loss, wide, (batch[0].double(), batch[1]))
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("size", [None, 1])
 @pytest.mark.parametrize("positions", [2, 4])
-def test_rows_of_outputs_that_are_no_examples_are_refused(
-    positions: int, chunk_size: int | None
-) -> None:
+def test_rows_of_outputs_that_are_no_examples_are_refused(positions: int, size: int | None) -> None:
     found = net(F.mse_loss, torch.zeros(positions, 4, 3).double())
     x = torch.randn(
         4, positions, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
@@ -185,13 +183,13 @@ def test_rows_of_outputs_that_are_no_examples_are_refused(
         lambda outputs, batch: outputs.square().mean(),
     )
     with pytest.raises(ValueError, match="first axis"):
-        hf.ggn_diagonal(time_first, found.params, [x], chunk_size=chunk_size)
+        hf.ggn_diagonal(time_first, found.params, [x], examples_per_chunk=size)
 
 
 def test_chunks_have_an_example_at_least() -> None:
     found = case("mlp")
-    with pytest.raises(ValueError, match="chunk_size=0"):
-        hf.ggn_diagonal(found.loss, found.params, [found.batch], chunk_size=0)
+    with pytest.raises(ValueError, match="examples_per_chunk=0"):
+        hf.ggn_diagonal(found.loss, found.params, [found.batch], examples_per_chunk=0)
 
 
 def test_outputs_that_are_no_tensor_are_refused() -> None:
@@ -228,16 +226,16 @@ class Graph(nn.Module):
         return self.layer(torch.zeros_like(x).index_add(0, edges[:, 1], x[edges[:, 0]]))
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("size", [None, 1])
 @pytest.mark.parametrize("reach", [5, 1])
-def test_nodes_of_a_graph_are_no_examples(reach: int, chunk_size: int | None) -> None:
+def test_nodes_of_a_graph_are_no_examples(reach: int, size: int | None) -> None:
     model_fn, params = hf.functional(Graph().double())
     loss = hf.supervised(model_fn, F.cross_entropy)
     nodes = torch.arange(6)
     edges = torch.stack([nodes, (nodes + 1) % 6], 1) if reach > 1 else torch.zeros(6, 2).long()
     batch = (torch.randn(6, 3).double(), edges), nodes % 3
     with pytest.raises((ValueError, RuntimeError), match="example"):
-        hf.ggn_diagonal(loss, params, [batch], chunk_size=chunk_size)
+        hf.ggn_diagonal(loss, params, [batch], examples_per_chunk=size)
 
 
 class Packs(nn.Module):
@@ -259,9 +257,9 @@ def test_a_loop_takes_models_that_torch_func_does_not() -> None:
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.cross_entropy)
     batch = (torch.randn(3, 4, 2).double(), torch.tensor([4, 2, 3])), torch.tensor([0, 1, 1])
-    with pytest.raises(RuntimeError, match="take chunk_size=1"):
+    with pytest.raises(RuntimeError, match="pass examples_per_chunk=1"):
         hf.ggn_diagonal(loss, params, [batch])
-    diagonal = hf.ggn_diagonal(loss, params, [batch], chunk_size=1)
+    diagonal = hf.ggn_diagonal(loss, params, [batch], examples_per_chunk=1)
     right = gauss_newton(loss, params, batch).diagonal()
     assert relative_error(flat(diagonal), right) < 1e-10
 
@@ -275,10 +273,10 @@ def test_a_packed_sequence_is_refused() -> None:
         hf.ggn_diagonal(loss, params, [(packed, torch.zeros(2, 3).double())])
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1])
-def test_a_batch_that_requires_a_gradient(chunk_size: int | None) -> None:
+@pytest.mark.parametrize("size", [None, 1])
+def test_a_batch_that_requires_a_gradient(size: int | None) -> None:
     found = net(F.mse_loss, torch.linspace(-1, 1, 15).double().view(5, 3))
     batch = tuple(leaf.clone().requires_grad_() for leaf in found.batch)
-    diagonal = hf.ggn_diagonal(found.loss, found.params, [batch], chunk_size=chunk_size)
+    diagonal = hf.ggn_diagonal(found.loss, found.params, [batch], examples_per_chunk=size)
     assert not any(leaf.requires_grad for leaf in diagonal.values())
     assert relative_error(flat(diagonal), expected(found)) < 1e-10

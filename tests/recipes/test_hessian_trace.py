@@ -113,7 +113,7 @@ def test_both_parts_are_of_the_same_examples(problem: Problem, options: dict[str
 def test_a_model_that_does_not_go_through_vmap() -> None:
     found = case("lstm")
     trace = float(hessian(found.loss, found.params, found.batch).trace())
-    options: dict[str, Any] = {"chunk_size": 1, "max_matvecs": 400, "seed": 0}
+    options: dict[str, Any] = {"examples_per_chunk": 1, "max_matvecs": 400, "seed": 0}
     estimate = hf.hessian_trace(found.loss, found.params, [found.batch], **options)
     low, high = estimate.interval(0.999)
     assert low <= trace <= high

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.app.problems.data import digits
 from hessfunc.app.problems.fit import train
 from hessfunc.app.problems.nets import digits_convnet, mlp
-from hessfunc.recipes.landscape import Landscape, landscape
+from hessfunc.recipes.landscape import landscape
 from hessfunc.training.stream import seeded
 
 H = torch.tensor([[3.0, 0.5, 0.0], [0.5, 1.0, -0.2], [0.0, -0.2, 0.1]]).double()
@@ -132,18 +133,18 @@ def test_batches_count_by_their_examples() -> None:
     torch.testing.assert_close(last.values, only.values, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 16, "auto"])
-def test_chunks_change_nothing_but_rounding(chunk_size: Any) -> None:
+@pytest.mark.parametrize("points_per_chunk", [1, 3, 16, None])
+def test_chunks_change_nothing_but_rounding(points_per_chunk: Any) -> None:
     model_fn, params = hf.functional(small_net().double())
     loss = hf.supervised(model_fn, F.cross_entropy)
     batch = batches_of([9])[0]
     batch = (batch[0].double(), batch[1])
     u, v = hf.random_like(params, 2, seed=0), hf.random_like(params, 1, seed=1)
-    found = landscape(loss, params, [batch], u, points=13, chunk_size=chunk_size)
-    line = landscape(loss, params, [batch], v, points=13, chunk_size=1)
+    found = landscape(loss, params, [batch], u, points=13, points_per_chunk=points_per_chunk)
+    line = landscape(loss, params, [batch], v, points=13, points_per_chunk=1)
     expected = along_a_line(loss, params, batch, {k: t[0] for k, t in v.items()}, line.x)
     torch.testing.assert_close(line.values, expected, rtol=1e-12, atol=0)
-    surface = landscape(loss, params, [batch], u, points=13, chunk_size=1)
+    surface = landscape(loss, params, [batch], u, points=13, points_per_chunk=1)
     torch.testing.assert_close(found.values, surface.values, rtol=1e-12, atol=0)
 
 
@@ -155,7 +156,7 @@ def test_what_vmap_cannot_do_is_done_by_a_loop() -> None:
     found = landscape(loss, POINT, [H], U, at=at)
     torch.testing.assert_close(found.values, along_a_line(loss, POINT, H, U, at))
     with pytest.raises(RuntimeError, match="item"):
-        landscape(loss, POINT, [H], U, at=at, chunk_size=4)
+        landscape(loss, POINT, [H], U, at=at, points_per_chunk=4)
 
 
 @pytest.mark.parametrize(("entries", "expected"), [(10, 64), (2**15, 16), (2**17, 4), (2**20, 1)])
@@ -218,7 +219,7 @@ def test_filters_of_directions_are_as_long_as_those_of_weights() -> None:
         directions,
         at=torch.ones(1),
         normalise="filter",
-        chunk_size=1,
+        points_per_chunk=1,
     )
     moved = {name: seen[-1][name] - leaf for name, leaf in params.items()}
     for name in ("0.weight", "3.weight"):
@@ -284,7 +285,7 @@ def test_dropout_has_one_mask_and_the_random_stream_stays() -> None:
             batches_of([8]),
             hf.random_like(params, 1, seed=0),
             at=torch.tensor([0.0, 1e-4]),
-            chunk_size=size,
+            points_per_chunk=size,
         ).values
         for size in (1, 2)
     ]
@@ -319,7 +320,14 @@ def test_the_module_is_not_changed() -> None:
 def test_the_callback_sees_the_landscape_so_far() -> None:
     seen: list[Landscape] = []
     found = landscape(
-        quadratic, POINT, [H, 2 * H], U, points=5, weight=count, chunk_size=2, callback=seen.append
+        quadratic,
+        POINT,
+        [H, 2 * H],
+        U,
+        points=5,
+        weight=count,
+        points_per_chunk=2,
+        callback=seen.append,
     )
     assert [one.evaluations for one in seen] == [2, 4, 5, 7, 9, 10]
     assert [int(one.values.isnan().sum()) for one in seen] == [3, 1, 0, 0, 0, 0]
@@ -376,7 +384,7 @@ ZERO = {"w": torch.zeros(3).double()}
         ([U], {"at": torch.tensor([0.0, 0.0])}, "not strictly increasing"),
         ([U, V], {"at": [torch.arange(2.0), -torch.arange(3.0)]}, "not strictly increasing"),
         ([U], {"at": [torch.zeros(2), torch.zeros(3)]}, "2 axes for 1 directions"),
-        ([U], {"chunk_size": 0}, "chunk_size=0"),
+        ([U], {"points_per_chunk": 0}, "points_per_chunk=0"),
         ([U], {"weight": lambda _: -1.0}, "weight of a batch is -1.0"),
         ([U], {"weight": lambda _: 0.0}, "is the loader empty"),
     ],

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def test_along_the_gradient_of_a_quadratic_it_is_the_rayleigh_quotient(
     rtol: float, start: float
 ) -> None:
     g = H @ POINT["w"]
-    found = hf.critical_sharpness(quadratic, rtol=rtol, start=start)(POINT, H, {"w": g})
+    found = hf.critical_sharpness(quadratic, POINT, H, {"w": g}, rtol=rtol, start=start)
     expected = rayleigh(H, g)
     assert expected == pytest.approx(float(g @ H @ g / (g @ g)))
     assert found.value == pytest.approx(expected, rel=rtol)
@@ -42,7 +43,7 @@ def test_along_the_gradient_of_a_quadratic_it_is_the_rayleigh_quotient(
 
 def test_it_is_at_most_the_largest_eigenvalue_and_reaches_it_along_its_vector() -> None:
     values, vectors = torch.linalg.eigh(H)
-    of = hf.critical_sharpness(quadratic, rtol=1e-8)
+    of = partial(hf.critical_sharpness, quadratic, rtol=1e-8)
     assert of(POINT, H, {"w": H @ POINT["w"]}).value < values[-1]
     top = {"w": vectors[:, -1] * (vectors[:, -1] @ POINT["w"])}
     assert of(top, H, {"w": H @ top["w"]}).value == pytest.approx(float(values[-1]), rel=1e-6)
@@ -50,7 +51,7 @@ def test_it_is_at_most_the_largest_eigenvalue_and_reaches_it_along_its_vector() 
 
 def test_along_another_losses_step_it_is_this_losses_curvature() -> None:
     step = OTHER @ POINT["w"]
-    found = hf.critical_sharpness(quadratic, rtol=1e-6)(POINT, H, {"w": step})
+    found = hf.critical_sharpness(quadratic, POINT, H, {"w": step}, rtol=1e-6)
     expected = step @ H @ step / (step @ (H @ POINT["w"]))
     assert found.value == pytest.approx(float(expected), rel=1e-5)
 
@@ -58,7 +59,7 @@ def test_along_another_losses_step_it_is_this_losses_curvature() -> None:
 @pytest.mark.parametrize("by", [1e-3, 10.0])
 def test_it_scales_inversely_with_the_direction(by: float) -> None:
     g = H @ POINT["w"]
-    of = hf.critical_sharpness(quadratic, rtol=1e-6)
+    of = partial(hf.critical_sharpness, quadratic, rtol=1e-6)
     scaled = of(POINT, H, {"w": by * g})
     assert scaled.value == pytest.approx(by * of(POINT, H, {"w": g}).value, rel=1e-5)
 
@@ -71,7 +72,7 @@ def test_the_loss_of_a_net_rises_beyond_the_step_and_not_before() -> None:
         moved = {name: p - step * g[name] for name, p in found.params.items()}
         return float(found.loss(moved, found.batch))
 
-    sharpness = hf.critical_sharpness(found.loss, rtol=1e-6)(found.params, found.batch, g)
+    sharpness = hf.critical_sharpness(found.loss, found.params, found.batch, g, rtol=1e-6)
     assert at(sharpness.bounds[0]) <= at(0.0) < at(sharpness.bounds[1])
 
 
@@ -82,21 +83,21 @@ def test_the_number_of_forward_passes_is_counted_and_small() -> None:
         calls.append(torch.is_grad_enabled())
         return quadratic(p, A)
 
-    found = hf.critical_sharpness(counted)(POINT, H, {"w": H @ POINT["w"]})
+    found = hf.critical_sharpness(counted, POINT, H, {"w": H @ POINT["w"]})
     assert found.evaluations == len(calls) <= 12
     assert not any(calls)
 
 
 def test_params_stay_as_they_were() -> None:
     before = POINT["w"].clone()
-    hf.critical_sharpness(quadratic)(POINT, H, {"w": H @ POINT["w"]})
+    hf.critical_sharpness(quadratic, POINT, H, {"w": H @ POINT["w"]})
     assert torch.equal(POINT["w"], before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_direction_of_ascent_is_infinitely_sharp(dtype: torch.dtype) -> None:
     point, A = {"w": POINT["w"].to(dtype)}, H.to(dtype)
-    found = hf.critical_sharpness(quadratic)(point, A, {"w": -A @ point["w"]})
+    found = hf.critical_sharpness(quadratic, point, A, {"w": -A @ point["w"]})
     assert found.value == math.inf
     assert found.step == 0.0
     assert found.converged
@@ -109,7 +110,7 @@ def test_a_direction_of_ascent_is_infinitely_sharp(dtype: torch.dtype) -> None:
 )
 def test_a_loss_that_no_step_raises_has_none(loss: Any) -> None:
     direction = {"w": torch.tensor([1.0, 1.0, -1.0]).double()}
-    found = hf.critical_sharpness(loss)(POINT, None, direction)
+    found = hf.critical_sharpness(loss, POINT, None, direction)
     assert found.value == 0.0
     assert found.step == math.inf
     assert found.bounds[1] == math.inf
@@ -122,7 +123,7 @@ def test_a_loss_that_is_no_longer_finite_has_risen(beyond: float) -> None:
         return -p["w"].sum() if p["w"][0] < 1.25 else torch.tensor(beyond)
 
     direction = {"w": torch.tensor([-1.0, 0.0, 0.0]).double()}
-    found = hf.critical_sharpness(loss, rtol=1e-6)({"w": torch.ones(3)}, None, direction)
+    found = hf.critical_sharpness(loss, {"w": torch.ones(3)}, None, direction, rtol=1e-6)
     assert found.step == pytest.approx(0.25, rel=1e-5)
 
 
@@ -131,8 +132,9 @@ def test_a_loss_that_is_no_longer_finite_has_risen(beyond: float) -> None:
 def test_the_bounds_are_steps_that_were_tried(budget: int, start: float) -> None:
     g = H @ POINT["w"]
     critical = 2 / rayleigh(H, g)
-    of = hf.critical_sharpness(quadratic, start=start, rtol=1e-9, max_evaluations=budget)
-    found = of(POINT, H, {"w": g})
+    found = hf.critical_sharpness(
+        quadratic, POINT, H, {"w": g}, start=start, rtol=1e-9, max_evaluations=budget
+    )
     assert found.bounds[0] <= critical <= found.bounds[1]
     assert found.evaluations <= budget
     assert not found.converged
@@ -140,12 +142,12 @@ def test_the_bounds_are_steps_that_were_tried(budget: int, start: float) -> None
 
 def test_a_point_where_the_loss_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="the loss is inf at params"):
-        hf.critical_sharpness(lambda p, _: p["w"].sum() * math.inf)(POINT, None, POINT)
+        hf.critical_sharpness(lambda p, _: p["w"].sum() * math.inf, POINT, None, POINT)
 
 
 def test_a_zero_direction_is_refused() -> None:
     with pytest.raises(ValueError, match="the direction is zero"):
-        hf.critical_sharpness(quadratic)(POINT, H, {"w": torch.zeros(3).double()})
+        hf.critical_sharpness(quadratic, POINT, H, {"w": torch.zeros(3).double()})
 
 
 # Adam
@@ -175,7 +177,7 @@ def test_the_diagonal_is_that_of_a_state_by_hand(steps: int, betas: tuple[float,
         for name, p in found.model.named_parameters():
             second[name] = betas[1] * second[name] + (1 - betas[1]) * p.grad.square()  # type: ignore[union-attr]
         made.step()
-    diagonal = hf.adam_diagonal(made, found.model)
+    diagonal = hf.tracking.adam_diagonal(made, found.model)
     assert list(diagonal) == list(found.params)
     for name, v in second.items():
         root = (v / (1 - betas[1] ** steps)).sqrt() + 1e-3
@@ -200,7 +202,7 @@ def test_a_step_is_the_first_moment_over_the_diagonal(optimizer: Any, options: A
     loss = 0.1 * found.loss(dict(found.model.named_parameters()), found.batch)
     loss.backward()
     made.step()
-    diagonal = hf.adam_diagonal(made, found.model)
+    diagonal = hf.tracking.adam_diagonal(made, found.model)
     for name, p in found.model.named_parameters():
         step = 0.01 * made.state[p]["exp_avg"] / diagonal[name]
         torch.testing.assert_close(before[name] - p.detach(), step, rtol=1e-9, atol=1e-14)
@@ -214,7 +216,7 @@ def test_each_group_has_its_own_options() -> None:
     )
     found.loss(dict(found.model.named_parameters()), found.batch).backward()
     made.step()
-    diagonal = hf.adam_diagonal(made, found.model)
+    diagonal = hf.tracking.adam_diagonal(made, found.model)
     for name, eps in (("0.weight", 1.0), ("2.weight", 10.0)):
         g = found.model.get_parameter(name).grad
         assert g is not None
@@ -226,7 +228,7 @@ def test_frozen_parameters_need_no_state() -> None:
     made = torch.optim.Adam(p for p in found.model.parameters() if p.requires_grad)
     found.loss(dict(found.model.named_parameters()), found.batch).backward()
     made.step()
-    assert list(hf.adam_diagonal(made, found.model)) == list(found.params)
+    assert list(hf.tracking.adam_diagonal(made, found.model)) == list(found.params)
 
 
 @pytest.mark.parametrize(
@@ -235,13 +237,13 @@ def test_frozen_parameters_need_no_state() -> None:
 def test_another_optimiser_is_refused(optimizer: Any) -> None:
     found, made = trained(2, optimizer)
     with pytest.raises(TypeError, match="is not Adam or AdamW"):
-        hf.adam_diagonal(made, found.model)
+        hf.tracking.adam_diagonal(made, found.model)
 
 
 def test_an_optimiser_without_a_step_is_refused() -> None:
     found, made = trained(0, torch.optim.Adam)
     with pytest.raises(ValueError, match="holds no second moment of '0.weight': is it an Adam"):
-        hf.adam_diagonal(made, found.model)
+        hf.tracking.adam_diagonal(made, found.model)
 
 
 def test_dropout_is_drawn_the_same_for_every_step() -> None:
@@ -250,29 +252,29 @@ def test_dropout_is_drawn_the_same_for_every_step() -> None:
     loss = hf.supervised(model_fn, F.mse_loss)
     batch = torch.randn(4, 3), torch.randn(4, 2)
     state = torch.get_rng_state()
-    of = hf.critical_sharpness(loss)
     direction = hf.random_like(params, 1, seed=0)
     along = {name: leaf[0] for name, leaf in direction.items()}
-    assert of(params, batch, along) == of(params, batch, along)
+    first, second = (hf.critical_sharpness(loss, params, batch, along) for _ in range(2))
+    assert first == second
     assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("options", [{"start": 0.0}, {"rtol": 0.0}, {"max_evaluations": 1}])
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
-        hf.critical_sharpness(lambda p, _: p.sum(), **options)
+        hf.critical_sharpness(quadratic, POINT, H, POINT, **options)
 
 
 def test_an_optimiser_of_another_model_is_refused() -> None:
     _, made = trained(1, torch.optim.Adam)
     with pytest.raises(ValueError, match="no second moment"):
-        hf.adam_diagonal(made, nn.Linear(3, 2))
+        hf.tracking.adam_diagonal(made, nn.Linear(3, 2))
 
 
 def test_preconditioned_eigenvalues_are_those_of_the_curvature_over_the_diagonal() -> None:
     found, made = trained(3, torch.optim.Adam)
-    diagonal = hf.adam_diagonal(made, found.model)
-    matvec = hf.precondition(hf.hvp(found.loss)(found.params, found.batch), diagonal)
+    diagonal = hf.tracking.adam_diagonal(made, found.model)
+    matvec = hf.matvecs.precondition(hf.hvp(found.loss)(found.params, found.batch), diagonal)
     P = hf.ravel(diagonal)
     A = hessian(found.loss, found.params, found.batch)
     dense = matrix(matvec, found.params)

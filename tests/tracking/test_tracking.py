@@ -25,8 +25,8 @@ import hessfunc as hf
 from hessfunc import plot
 from hessfunc.algorithms.eigen.follow import follow
 from hessfunc.app.problems.nets import mlp
-from hessfunc.tracking import Point, read, stability, tracked, tracking
-from hessfunc.tracking.measure import adam_stability, edges
+from hessfunc.tracking import Point, functional_tracker, read, stability, tracked
+from hessfunc.tracking.stability import adam_stability, edges
 from hessfunc.tracking.writers import json_lines, summary_writer
 from tests.reference import hessian
 
@@ -56,7 +56,7 @@ def matrix(n: int, eigenvalues: Tensor) -> Tensor:
     return (basis * eigenvalues) @ basis.mT
 
 
-def followed(A: Tensor, before: Any = None, **options: Any) -> hf.Eigenpairs:
+def followed(A: Tensor, before: Any = None, **options: Any) -> hf.results.Eigenpairs:
     chosen = {"k": 1, "guards": 1, "end": "largest", "rtol": 1e-3, "max_matvecs": 200, **options}
     like = torch.zeros(len(A), dtype=A.dtype)
     return follow(hf.dense((A + A.mT) / 2), like, before=before, seed=0, **chosen)
@@ -152,7 +152,7 @@ def test_a_measurement_is_of_the_mean_over_examples() -> None:
     data = wide(batches())
     H = hessian(loss, params, whole(data))
     values = torch.linalg.eigvalsh(H)
-    method = tracking(loss, top=2, bottom=2, trace_probes=50, critical=True, rtol=1e-8)
+    method = functional_tracker(loss, top=2, bottom=2, trace_probes=50, critical=True, rtol=1e-8)
     state, found = method.measure(method.init(params), params, data)
     assert found.top == pytest.approx(values.flip(0)[:2].tolist(), rel=1e-8)
     assert found.bottom == pytest.approx(values[:2].tolist(), rel=1e-8)
@@ -160,7 +160,7 @@ def test_a_measurement_is_of_the_mean_over_examples() -> None:
     assert found.loss == pytest.approx(float(loss(params, whole(data))))
     assert abs(found.trace - float(H.trace())) < 4 * found.trace_stderr
     gradient = torch.func.grad(loss)(params, whole(data))
-    expected = hf.critical_sharpness(loss)(params, whole(data), gradient)
+    expected = hf.critical_sharpness(loss, params, whole(data), gradient)
     assert found.critical == pytest.approx(expected.value, rel=0.02)
     assert found.evaluations > 0
     assert found.preconditioned is None
@@ -176,7 +176,7 @@ def test_the_preconditioned_matrix_is_measured_where_there_is_a_diagonal() -> No
     diagonal = {name: torch.rand_like(p) + 0.1 for name, p in params.items()}
     root = hf.ravel(diagonal).rsqrt()
     expected = torch.linalg.eigvalsh(root[:, None] * hessian(loss, params, batch) * root)[-1]
-    method = tracking(loss, top=0, rtol=1e-8)
+    method = functional_tracker(loss, top=0, rtol=1e-8)
     found = method.measure(method.init(params), params, [batch], diagonal)[1]
     assert found.top == ()
     assert found.preconditioned == pytest.approx(float(expected), rel=1e-8)
@@ -193,7 +193,7 @@ def test_each_eigenpair_is_followed_for_a_product_a_vector(end: str) -> None:
     data = wide(batches(1))
     diagonal = {name: torch.rand_like(p) + 0.1 for name, p in params.items()}
     wanted = {"top": 0, **({} if end == "preconditioned" else {end: 1})}
-    method = tracking(loss, **wanted, rtol=0.02)
+    method = functional_tracker(loss, **wanted, rtol=0.02)
     preconditioner = diagonal if end == "preconditioned" else None
     state, cold = method.measure(method.init(params), params, data, preconditioner)
     later = nudged(params)
@@ -219,7 +219,7 @@ def test_a_point_without_a_preconditioner_does_not_lose_its_vectors() -> None:
     loss, params, _ = problem()
     data = wide(batches(1))
     diagonal = {name: torch.rand_like(p) + 0.1 for name, p in params.items()}
-    method = tracking(loss, top=0)
+    method = functional_tracker(loss, top=0)
     state, _ = method.measure(method.init(params), params, data, diagonal)
     state, none = method.measure(state, params, data)
     assert none.preconditioned is None
@@ -234,12 +234,12 @@ def test_critical_sharpness_starts_at_the_last_critical_step() -> None:
     def loss(params: dict[str, Tensor], batch: Batch) -> Tensor:
         return 1000 * mean(params, batch)
 
-    method = tracking(loss, top=0, critical=True)
+    method = functional_tracker(loss, top=0, critical=True)
     state, _ = method.measure(method.init(params), params, data)
     later = nudged(params)
     gradient = torch.func.grad(loss)(later, data[0])
-    cold = hf.critical_sharpness(loss)(later, data[0], gradient)
-    warm = hf.critical_sharpness(loss, start=state.critical_step)(later, data[0], gradient)
+    cold = hf.critical_sharpness(loss, later, data[0], gradient)
+    warm = hf.critical_sharpness(loss, later, data[0], gradient, start=state.critical_step)
     found = method.measure(state, later, data)[1]
     assert found.evaluations == warm.evaluations < cold.evaluations
     assert found.critical == pytest.approx(warm.value)
@@ -249,9 +249,9 @@ def test_critical_sharpness_starts_at_the_last_critical_step() -> None:
 def test_the_trace_takes_the_followed_eigenpairs_out() -> None:
     loss, params, _ = problem()
     (batch,) = wide(batches(1))
-    method = tracking(loss, top=2, trace_probes=10, rtol=1e-8)
+    method = functional_tracker(loss, top=2, trace_probes=10, rtol=1e-8)
     state, found = method.measure(method.init(params), params, [batch])
-    alone = tracking(loss, top=2, rtol=1e-8)
+    alone = functional_tracker(loss, top=2, rtol=1e-8)
     matvec = hf.hvp(loss)(params, batch)
     of_pairs = alone.measure(alone.init(params), params, [batch])[1].matvecs
     # The pairs and their products are at hand, so that the trace costs its probes.
@@ -266,7 +266,7 @@ def test_the_trace_takes_the_followed_eigenpairs_out() -> None:
 def test_measuring_is_pure() -> None:
     loss, params, _ = problem()
     data = wide(batches(1))
-    method = tracking(loss, critical=True)
+    method = functional_tracker(loss, critical=True)
     first = method.measure(method.init(params), params, data)
     kept = {name: p.clone() for name, p in params.items()}
     state = copy.deepcopy(first[0])

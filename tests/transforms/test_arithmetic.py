@@ -24,11 +24,14 @@ TREE = {
     ("matvec", "expected"),
     [
         (hf.dense(A), A),
-        (hf.shift(hf.dense(A), -0.3), A - 0.3 * EYE),
-        (hf.scale(hf.dense(A), -2.0), -2.0 * A),
-        (hf.add(hf.dense(A)), A),
-        (hf.add(hf.dense(A), hf.dense(B), hf.dense(EYE)), A + B + EYE),
-        (hf.scale(hf.add(hf.shift(hf.dense(A), 1.0), hf.dense(B)), 0.5), (A + EYE + B) / 2),
+        (hf.matvecs.shift(hf.dense(A), -0.3), A - 0.3 * EYE),
+        (hf.matvecs.scale(hf.dense(A), -2.0), -2.0 * A),
+        (hf.matvecs.add(hf.dense(A)), A),
+        (hf.matvecs.add(hf.dense(A), hf.dense(B), hf.dense(EYE)), A + B + EYE),
+        (
+            hf.matvecs.scale(hf.matvecs.add(hf.matvecs.shift(hf.dense(A), 1.0), hf.dense(B)), 0.5),
+            (A + EYE + B) / 2,
+        ),
     ],
     ids=["dense", "shift", "scale", "one term", "add", "composition"],
 )
@@ -41,7 +44,7 @@ def test_matvecs_are_those_of_their_matrices(matvec: Matvec, expected: Tensor, l
 def test_deflate_moves_eigenpairs_to_zero(like: Any, k: int) -> None:
     values, vectors = torch.linalg.eigh(A)
     pairs = SimpleNamespace(values=values[-k:], vectors=hf.unravel(vectors[:, -k:].mT, like))
-    deflated = matrix(hf.deflate(hf.dense(A), pairs), like)
+    deflated = matrix(hf.matvecs.deflate(hf.dense(A), pairs), like)
     left = torch.cat([values[:-k], torch.zeros(k, dtype=torch.float64)])
     assert relative_error(deflated, vectors @ torch.diag(left) @ vectors.mT) < 1e-12 or k == 8
     torch.testing.assert_close(torch.linalg.eigvalsh(deflated), left.sort().values)
@@ -49,13 +52,13 @@ def test_deflate_moves_eigenpairs_to_zero(like: Any, k: int) -> None:
 
 def test_precondition_divides_by_the_root_of_the_diagonal_on_both_sides() -> None:
     diagonal = torch.rand(8, dtype=torch.float64) + 0.5
-    found = matrix(hf.precondition(hf.dense(A), hf.unravel(diagonal, TREE)), TREE)
+    found = matrix(hf.matvecs.precondition(hf.dense(A), hf.unravel(diagonal, TREE)), TREE)
     torch.testing.assert_close(found, A / diagonal.outer(diagonal).sqrt())
 
 
 def test_preconditioned_eigenvalues_are_those_of_the_quotient() -> None:
     diagonal = torch.rand(8, dtype=torch.float64) + 0.5
-    found = matrix(hf.precondition(hf.dense(A), hf.unravel(diagonal, TREE)), TREE)
+    found = matrix(hf.matvecs.precondition(hf.dense(A), hf.unravel(diagonal, TREE)), TREE)
     expected = torch.linalg.eigvals(A / diagonal[:, None]).real.sort().values
     torch.testing.assert_close(torch.linalg.eigvalsh(found), expected)
 
@@ -63,7 +66,7 @@ def test_preconditioned_eigenvalues_are_those_of_the_quotient() -> None:
 @pytest.mark.parametrize("entry", [0.0, -1.0, float("nan")])
 def test_a_preconditioner_that_is_not_positive_is_refused(entry: float) -> None:
     with pytest.raises(ValueError, match="must be positive: add a damping"):
-        hf.precondition(hf.dense(A), torch.tensor([1.0, entry]))
+        hf.matvecs.precondition(hf.dense(A), torch.tensor([1.0, entry]))
 
 
 THREE = {name: torch.zeros(n, dtype=torch.float64) for name, n in (("a", 3), ("b", 1), ("c", 4))}
@@ -82,13 +85,15 @@ THREE = {name: torch.zeros(n, dtype=torch.float64) for name, n in (("a", 3), ("b
 def test_per_block_keeps_the_diagonal_blocks_alone(groups: Any, of_column: list[int]) -> None:
     group = torch.tensor(of_column)
     kept = (group[:, None] == group) & (group[:, None] >= 0)
-    torch.testing.assert_close(matrix(hf.per_block(hf.dense(A), THREE, groups), THREE), A * kept)
+    torch.testing.assert_close(
+        matrix(hf.matvecs.per_block(hf.dense(A), THREE, groups), THREE), A * kept
+    )
 
 
 @pytest.mark.parametrize("name", ["conv", "scaled dot product attention", "tied head"])
 def test_per_block_of_a_hessian_is_its_diagonal_blocks(name: str) -> None:
     found = case(name)
-    matvec = hf.per_block(hf.hvp(found.loss)(found.params, found.batch), found.params)
+    matvec = hf.matvecs.per_block(hf.hvp(found.loss)(found.params, found.batch), found.params)
     product = matrix(matvec, found.params)
     assert relative_error(product, block_diagonal(dense_hessian(name), found.params)) < 1e-8
 
@@ -100,14 +105,14 @@ def test_per_block_takes_one_pass() -> None:
         passes.append(len(block["a"]))
         return hf.dense(A)(block)
 
-    hf.per_block(counted, THREE)(hf.random_like(THREE, 2, seed=0))
+    hf.matvecs.per_block(counted, THREE)(hf.random_like(THREE, 2, seed=0))
     assert passes == [6]
 
 
 def test_per_block_takes_any_tree() -> None:
-    found = matrix(hf.per_block(hf.dense(A), TREE), TREE)
+    found = matrix(hf.matvecs.per_block(hf.dense(A), TREE), TREE)
     torch.testing.assert_close(found, block_diagonal(A, TREE))
-    grouped = hf.per_block(hf.dense(A), TREE, {"all": ["w", "b.0"]})
+    grouped = hf.matvecs.per_block(hf.dense(A), TREE, {"all": ["w", "b.0"]})
     torch.testing.assert_close(matrix(grouped, TREE), A)
 
 
@@ -117,7 +122,7 @@ def test_per_block_takes_any_tree() -> None:
 )
 def test_blocks_of_leaves_that_do_not_part_them_are_refused(groups: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        hf.per_block(hf.dense(A), THREE, groups)
+        hf.matvecs.per_block(hf.dense(A), THREE, groups)
 
 
 def test_apply_is_the_product_with_one_tree() -> None:
@@ -165,12 +170,15 @@ def test_a_matrix_that_is_not_symmetric_is_refused(wrong: Tensor, message: str) 
 
 def test_a_sum_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="add takes at least one matvec"):
-        hf.add()
+        hf.matvecs.add()
 
 
 def test_blocks_go_in_unchanged() -> None:
     v = torch.randn(3, 8, dtype=torch.float64)
     before = v.clone()
     pairs = SimpleNamespace(values=torch.ones(1), vectors=EYE[:1])
-    hf.deflate(hf.add(hf.scale(hf.shift(hf.dense(A), 1.0), 2.0), hf.dense(B)), pairs)(v)
+    hf.matvecs.deflate(
+        hf.matvecs.add(hf.matvecs.scale(hf.matvecs.shift(hf.dense(A), 1.0), 2.0), hf.dense(B)),
+        pairs,
+    )(v)
     assert torch.equal(v, before)

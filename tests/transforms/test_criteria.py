@@ -204,7 +204,10 @@ def test_log_softmax_before_nll_loss_is_recognised(criterion: Any) -> None:
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, criterion)
     batch = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
-    curvatures = [hf.ggnvp(loss), *(of(loss, model) for of in (hf.kflr, hf.ekfac, hf.kfra))]
+    curvatures = [
+        hf.ggnvp(loss),
+        *(of(loss, model) for of in (hf.kronecker.kflr, hf.kronecker.ekfac, hf.kronecker.kfra)),
+    ]
     for curvature in curvatures:
         with pytest.warns(LinearCriterionWarning, match=r"nll_loss is linear.*cross_entropy"):
             curvature(params, batch)

@@ -90,7 +90,7 @@ def test_ggn_of_batches_of_unequal_size_is_that_of_all_examples(name: str) -> No
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 9])
-@pytest.mark.parametrize("chunk_size", ["auto", 1, 4])
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
 @pytest.mark.parametrize("of", CURVATURES)
 def test_products_do_not_depend_on_how_a_block_is_cut(of: str, chunk_size: Any, k: int) -> None:
     found = net(F.cross_entropy, torch.randint(3, (6,)))

@@ -1,5 +1,6 @@
 """What every algorithm returns: what was found, how sure, what it cost, and why it stopped."""
 
+from hessfunc.algorithms.results.check import Check
 from hessfunc.algorithms.results.density import Density
 from hessfunc.algorithms.results.diagonal import DiagonalEstimate, close_enough, settled
 from hessfunc.algorithms.results.eigenpairs import Eigenpairs
@@ -11,8 +12,10 @@ from hessfunc.algorithms.results.estimate import (
     narrow_enough,
     pool,
 )
+from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.algorithms.results.result import Result, load, versions
 from hessfunc.algorithms.results.sampled import SampledEstimate
+from hessfunc.algorithms.results.sharpness import Sharpness
 from hessfunc.algorithms.results.solution import Solution
 from hessfunc.numerics import rounding
 
@@ -25,6 +28,9 @@ __all__ = [
     "DiagonalEstimate",
     "Density",
     "Solution",
+    "Landscape",
+    "Sharpness",
+    "Check",
     "load",
     "pool",
     "close_enough",

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,9 +21,6 @@ from hessfunc.files import write_whole
 from hessfunc.options import path as as_path
 from hessfunc.options import validated
 from hessfunc.trees import Tree, flatten, leaves
-
-# Results of compositions, whose modules a program that only loads has not imported.
-_DEFINED_ELSEWHERE = {"Landscape": "hessfunc.recipes.landscape"}
 
 
 @cache
@@ -119,6 +115,8 @@ def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]])
             plain[item.name] = {"paths": [list(map(str, path)) for path in structure.paths()]}
             for i, leaf in enumerate(found):
                 arrays[f"{key}/{i}"] = array(leaf)
+        elif isinstance(value, tuple):
+            plain[item.name] = {"tuple": value}
         else:
             plain[item.name] = {"value": value}
     return plain
@@ -176,8 +174,6 @@ class _UnknownKindError(Exception):
 
 def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> Result:
     kind = plain.pop("kind")
-    if kind in _DEFINED_ELSEWHERE:
-        import_module(_DEFINED_ELSEWHERE[kind])
     if kind not in Result.kinds:
         raise _UnknownKindError(kind)
     values: dict[str, Any] = {}
@@ -185,6 +181,8 @@ def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> 
         key = prefix + name
         if "value" in item:
             values[name] = item["value"]
+        elif "tuple" in item:
+            values[name] = tuple(item["tuple"])
         elif "result" in item:
             values[name] = _restored(item["result"], f"{key}/", arrays)
         else:

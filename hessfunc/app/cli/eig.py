@@ -31,7 +31,7 @@ from hessfunc.app.cli.trained import trained
 if TYPE_CHECKING:
     from torch import nn
 
-    from hessfunc import Eigenpairs
+    from hessfunc.algorithms.results import Eigenpairs
     from hessfunc.training.examples import Examples
 
 _EXAMPLES_OF_ONE_BATCH = 200

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessfunc import examples, functional, microbatches, supervised
+from hessfunc import functional, microbatches, supervised
 from hessfunc.app.problems import data, resnet
 from hessfunc.app.problems.fit import train
 from hessfunc.app.problems.nets import digits_convnet
 from hessfunc.containers import mapped
 from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
+from hessfunc.transforms.batches.examples import examples
 from hessfunc.trees import Tree, tree_map
 
 DIGITS_EPOCHS = 8

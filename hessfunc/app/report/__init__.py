@@ -2,9 +2,8 @@
 
 from hessfunc.app.report.content import NAMES, Part, Run, Subject, as_json, as_text, content
 from hessfunc.app.report.folder import Folder
-from hessfunc.app.report.rows import Number, Row, brief, headline, plain, rows
+from hessfunc.app.report.rows import Number, Row, brief, headline, plain, rows, table
 from hessfunc.app.report.sections import page
-from hessfunc.app.report.table import table
 from hessfunc.app.report.training import training
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, Result, versions
-from hessfunc.recipes.landscape import Landscape
+from hessfunc.algorithms.results.landscape import Landscape
 
 # In the order in which they are found.
 NAMES = ("eigenvalues", "smallest", "trace", "density", "line", "plane")

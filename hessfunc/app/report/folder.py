@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from hessfunc import plot
+from hessfunc.algorithms.results import Density, Eigenpairs
+from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.app.report.content import NAMES, Part, Run, Subject, as_text, content
-from hessfunc.app.report.pictures import picture
 from hessfunc.app.report.sections import page
 from hessfunc.files import write_whole
 
 _RESULTS = "results.json"
+
+
 _REPORT = "report.html"
+
+
 _NAMES_OF_FILES = (
     _RESULTS,
     _REPORT,
@@ -104,3 +114,26 @@ def _written_by_analysis(results: Path) -> tuple[str, ...]:
         return tuple(name for name in _NAMES_OF_FILES if name in found)
     except (ValueError, TypeError, KeyError):
         return ()
+
+
+def picture(part: Part, before: Iterable[Part], /) -> bytes | None:
+    """The picture of a part as a PNG, if it has one.
+
+    Args:
+        part: what is drawn.
+        before: the parts that were finished before; eigenvalues are marked in the density.
+    """
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    match part.result:
+        case Density() as density:
+            pairs = [p.result for p in before if isinstance(p.result, Eigenpairs)]
+            plot.density(density, ax=figure.add_subplot(), eigenvalues=pairs)
+        case Landscape(y=None) as line:
+            plot.curves(line, ax=figure.add_subplot())
+        case Landscape() as plane:
+            plot.contours(plane, ax=figure.add_subplot())
+        case _:
+            return None
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=200)
+    return file.getvalue()

@@ -8,9 +8,7 @@ from numpy.typing import NDArray
 
 from hessfunc.algorithms.eigen.lanczos import lanczos as thick_restart_lanczos
 from hessfunc.algorithms.results.result import array
-from hessfunc.compat.eigenthings.operator import Operator
-from hessfunc.compat.eigenthings.residuals import warn_of_residuals
-from hessfunc.compat.eigenthings.start import Start
+from hessfunc.compat.eigenthings.operator import Operator, Start, warn_of_residuals
 
 
 def lanczos(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hessfunc.transforms.arithmetic import batched
+from hessfunc.algorithms.results import Eigenpairs, rounding
+from hessfunc.compat.place import seed_of_stream
+from hessfunc.transforms.matvecs.arithmetic import batched
 from hessfunc.trees import Matvec
 
 
@@ -50,3 +55,50 @@ class LambdaOperator(Operator):
     def apply(self, vec: Tensor) -> Tensor:
         """The product with one vector."""
         return self.apply_fn(vec)
+
+
+def warn_of_residuals(found: Sequence[Eigenpairs], tol: float, /, *, budget: str) -> None:
+    """Warn the caller's caller of residuals above tol times the value, and above rounding.
+
+    Args:
+        found: of one matrix.
+        tol: relative to the value.
+        budget: the option that allows for more products.
+    """
+    eps = torch.finfo(found[0].vectors.dtype).eps
+    floor = rounding(eps, max(pairs.largest for pairs in found))
+    values, residuals = (
+        torch.cat([getattr(pairs, name) for pairs in found]) for name in ("values", "residuals")
+    )
+    missing = residuals > (tol * values.abs()).clamp(min=floor)
+    if missing.any():
+        warnings.warn(
+            f"{int(missing.sum())} of {len(missing)} pairs have not converged, with residuals of "
+            f"up to {float(residuals[missing].max()):.1e}: raise `{budget}`",
+            stacklevel=3,
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run on an operator starts.
+
+    Attributes:
+        like: what its vectors look like.
+        vector: the first; None for a random one.
+        seed: of that.
+    """
+
+    like: Tensor
+    vector: Tensor | None
+    seed: int
+
+    @classmethod
+    def of(cls, operator: Operator, vector: Any = None, /, *, use_gpu: bool, fp16: bool) -> Start:
+        """From this vector, or from a random one, by the random stream of torch."""
+        like = operator.like(use_gpu=use_gpu)
+        if fp16:
+            like = like.half()
+        if vector is not None:
+            vector = torch.as_tensor(vector).to(like)
+        return cls(like, vector, seed_of_stream())

@@ -13,10 +13,8 @@ from hessfunc.algorithms.eigen.power import power_iteration as exact_power_itera
 from hessfunc.algorithms.eigen.stochastic_power import stochastic_power_iteration
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.results.result import array
-from hessfunc.compat.eigenthings.operator import Operator
-from hessfunc.compat.eigenthings.residuals import warn_of_residuals
-from hessfunc.compat.eigenthings.start import Start
-from hessfunc.transforms.arithmetic import deflate
+from hessfunc.compat.eigenthings.operator import Operator, Start, warn_of_residuals
+from hessfunc.transforms.matvecs.arithmetic import deflate
 
 
 def deflated_power_iteration(

@@ -25,8 +25,13 @@ Mahoney 2018, arXiv 1810.01021.
 """
 
 from hessfunc.compat.hessianflow.eigen import get_eigen, get_eigen_full_dataset
-from hessfunc.compat.hessianflow.loops import exp_lr_scheduler, progress_bar, test
-from hessfunc.compat.hessianflow.optimizer import absa, baseline
+from hessfunc.compat.hessianflow.optimizer import (
+    absa,
+    baseline,
+    exp_lr_scheduler,
+    progress_bar,
+    test,
+)
 
 __all__ = [
     "get_eigen",

@@ -8,16 +8,19 @@ from typing import TypeAlias
 
 import torch
 from torch import nn, optim
+from torch.nn import functional as F
 
 from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
 from hessfunc.optim import schedules as schedules
 from hessfunc.optim.adversarial import Attack, fgsm
 from hessfunc.tracking.undisturbed import undisturbed
 from hessfunc.training.dominant import Watch, watch
+from hessfunc.training.evaluation import evaluated
 from hessfunc.training.loop import Record, train
 from hessfunc.training.steps import Batch, Criterion, first_order
 
 Loader: TypeAlias = Iterable[Batch]
+
 
 _PATIENCE = 10
 
@@ -86,7 +89,7 @@ def absa(
     cuda: bool = True,
     print_flag: bool = False,
 ) -> tuple[nn.Module, int]:
-    """Train with adaptive batch size and adversarial training (ABSA), as `hessfunc.absa` says.
+    """Train with adaptive batch size and adversarial training (ABSA).
 
     Args:
         model: as for `baseline`, like all that is not below.
@@ -184,3 +187,23 @@ def _first_batch_watched(model: nn.Module, loader: Loader, criterion: Criterion)
     with undisturbed(model, loader):
         batch = moved(next(iter(loader)), device_of(model))
     return watch(model, [batch], criterion=criterion, seed=torch.initial_seed())
+
+
+def exp_lr_scheduler(optimizer: optim.Optimizer, decay_ratio: float = 0.1) -> optim.Optimizer:
+    """Multiply the learning rates by ``decay_ratio``; returns the optimiser."""
+    for group in optimizer.param_groups:
+        group["lr"] *= decay_ratio
+    return optimizer
+
+
+def test(model: nn.Module, test_loader: Iterable[Batch]) -> float:
+    """The accuracy in eval mode, in percent, which is printed, too."""
+    accuracy = 100 * evaluated(bare(model), test_loader, F.cross_entropy).accuracy
+    print(f"test accuracy {accuracy:.3f} %")
+    return accuracy
+
+
+def progress_bar(current: int, total: int, msg: str | None = None) -> None:
+    """Print how far an epoch is; ``current`` is counted from 0, and the line is written over."""
+    end = "\n" if current + 1 == total else "\r"
+    print(f"{current + 1}/{total} {msg or ''}", end=end, flush=True)

@@ -16,9 +16,9 @@ from hessfunc.autograd import differentiable_twice
 from hessfunc.compat.place import seed_of_stream
 from hessfunc.compat.pyhessian.mean_loss import MeanLoss
 from hessfunc.compat.pyhessian.vectors import group_product
-from hessfunc.transforms.arithmetic import apply
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.hessian import filled, hvp
+from hessfunc.transforms.matvecs.arithmetic import apply
 from hessfunc.trees import Matvec
 
 

@@ -16,11 +16,11 @@ from hessfunc.modules import several_batches
 from hessfunc.options import validated
 from hessfunc.randomness import of_matrix, uniforms
 from hessfunc.spaces.of import space_of
-from hessfunc.transforms.arithmetic import scale
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.batches.reductions import Average, watching
 from hessfunc.transforms.chunks import Curvature
+from hessfunc.transforms.matvecs.arithmetic import scale
 from hessfunc.trees import Matvec, Tree, unchanged
 
 # Probes of the same seed are functions of other keys: (seed, index, leaf), no index negative.

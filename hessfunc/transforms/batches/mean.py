@@ -17,7 +17,7 @@ from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import Average, watching
-from hessfunc.transforms.batches.sums import Loader, Read, Share, Sum
+from hessfunc.transforms.batches.sums import Data, Read, Share, Sum
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.trees import Matvec, Tree, unchanged
 
@@ -33,7 +33,7 @@ def over_batches(
     weight: Callable[[Any], float] | None = None,
     keep: bool = False,
     mesh: DeviceMesh | None = None,
-    loader: Loader = "whole",
+    data: Data = "replicated",
 ) -> Curvature:
     """The curvature of a data set from those of its batches: ``(params, batches) -> matvec``.
 
@@ -65,10 +65,10 @@ def over_batches(
             weight 0 are left out.
         keep: keep the graph of every batch: products are faster, memory grows with the data.
         mesh: of ranks, with the axes "data", "probe" or both.
-        loader: who divides the data. ``"whole"``: the batches are the same on every rank, in the
-            same order, and rank r takes each R-th of them, from the r-th on. ``"sharded"``: those
-            of each rank are its own part already. A sampler that pads the parts to one length
-            counts examples twice, and is refused.
+        data: How batches lie on the ranks. ``"replicated"``: every rank has the same batches in the
+            same order, and rank r of R takes batches r, r + R, r + 2R and so on. ``"sharded"``:
+            every rank has its own part. A sampler that pads the parts to one length counts
+            examples twice, and is refused.
 
     Raises:
         TypeError: (from the curvature function) the batches can be read only once; (also from the
@@ -84,13 +84,11 @@ def over_batches(
     Cost: one pass over the batches a block. On a mesh, one sum of k n + 2 numbers over "data",
     and k n numbers gathered over "probe".
     """
-    if loader not in get_args(Loader):
-        raise ValueError(f"loader={loader!r}: choose 'whole' or 'sharded'")
+    if data not in get_args(Data):
+        raise ValueError(f"data={data!r}: choose 'replicated' or 'sharded'")
 
     def of_data(params: Tree, batches: Iterable[Any]) -> Matvec:
-        mean = mean_over(
-            curvature, passes=Passes(), weight=weight, keep=keep, mesh=mesh, loader=loader
-        )
+        mean = mean_over(curvature, passes=Passes(), weight=weight, keep=keep, mesh=mesh, data=data)
         return mean(params, batches)
 
     return of_data
@@ -130,12 +128,12 @@ def mean_over(
     weight: Callable[[Any], float] | None,
     keep: bool,
     mesh: DeviceMesh | None,
-    loader: Loader,
+    data: Data,
 ) -> Curvature:
     """As `over_batches`, with passes that may be compared with those of another matrix."""
 
     def of_data(params: Tree, batches: Iterable[Any]) -> Matvec:
-        share = Share() if mesh is None else _share_of(mesh, loader)
+        share = Share() if mesh is None else _share_of(mesh, data)
 
         def checked() -> Space:
             _refuse_one_batch(batches)
@@ -147,24 +145,24 @@ def mean_over(
         average = Average(weight, several)
         reading = _Reading(curvature, params, batches, average, space, share, passes)
         mean = share.over(space, batches, reading.kept() if keep else reading.anew())
-        return with_fingerprint(mean, partial(_fingerprint, space, params, batches, loader))
+        return with_fingerprint(mean, partial(_fingerprint, space, params, batches, data))
 
     return of_data
 
 
-def _fingerprint(space: Space, params: Tree, batches: Iterable[Any], loader: Loader) -> Fingerprint:
+def _fingerprint(space: Space, params: Tree, batches: Iterable[Any], data: Data) -> Fingerprint:
     """Of the parameters, and of batches that are at hand: a loader would be read once more."""
     of_params = {"parameters": checksum(space.tree_leaves(params))}
-    if loader == "sharded" or not isinstance(batches, Sequence):
+    if data == "sharded" or not isinstance(batches, Sequence):
         return of_params
     return of_params | {"batches": of_batches(batches)}
 
 
-def _share_of(mesh: DeviceMesh, loader: Loader) -> Share:
+def _share_of(mesh: DeviceMesh, data: Data) -> Share:
     # torch.distributed takes a while to import.
     from hessfunc.transforms.batches.mesh import MeshShare
 
-    return MeshShare.of(mesh, loader)
+    return MeshShare.of(mesh, data)
 
 
 def _refuse_one_batch(batches: Iterable[Any]) -> None:

@@ -17,7 +17,7 @@ from hessfunc.ranks import Ranks, attempted, by_rank
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches import shards
 from hessfunc.transforms.batches.reductions import Average, Reduction
-from hessfunc.transforms.batches.sums import Loader, Share, Sum
+from hessfunc.transforms.batches.sums import Data, Share, Sum
 from hessfunc.trees import Matvec, Tree, leaves
 
 Made = TypeVar("Made")
@@ -41,18 +41,18 @@ class MeshShare(Share):
         everyone: all ranks of the mesh.
         data: those that divide the batches.
         probe: those that divide the block, and have the same data.
-        loader: who divides the batches.
+        placement: How batches lie on the ranks.
         device: of the products.
     """
 
     everyone: Ranks
     data: Ranks | None
     probe: Ranks | None
-    loader: Loader
+    placement: Data
     device: torch.device
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, loader: Loader, /) -> MeshShare:
+    def of(cls, mesh: DeviceMesh, placement: Data, /) -> MeshShare:
         """Of this rank.
 
         Raises:
@@ -67,7 +67,7 @@ class MeshShare(Share):
                 'with further axes pass these alone, mesh["data"]'
             )
         data, probe = (Ranks.of(mesh, name) if name in names else None for name in _AXES)
-        return cls(everyone, data, probe, loader, torch.device(mesh.device_type))
+        return cls(everyone, data, probe, placement, torch.device(mesh.device_type))
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -76,7 +76,7 @@ class MeshShare(Share):
 
     def place(self, i: int, /) -> int | None:
         part, parts = self._place
-        if self.loader == "sharded":
+        if self.placement == "sharded":
             return i * parts + part
         return i if i % parts == part else None
 
@@ -94,7 +94,7 @@ class MeshShare(Share):
                     f"parameter {name!r} is not the same on all ranks: load the same weights on "
                     "each, or broadcast them from one"
                 )
-        if self.loader == "sharded":
+        if self.placement == "sharded":
             drawn = self.all_well(lambda: shards.refuse_sampler(batches, self._place[1]))
             self.everyone.agree(drawn, self.device)
 
@@ -136,7 +136,7 @@ class MeshShare(Share):
         if any(abs(row[2] - first) > _DRIFT * size for row in table):
             raise ValueError(f"the ranks do not have the same block. {_SAME}")
         read = [shards.Part(int(row[0]), tuple(row[4:7]), tuple(row[7:10])) for row in table]
-        if self.loader == "whole":
+        if self.placement == "replicated":
             shards.refuse_other_order(read)
         else:
             shards.refuse_repeated(read, examples)

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Se
 from hessfunc.ranks import ALIKE
 
 _REMEDY = (
-    "Pass the same DataLoader on every rank and say loader='whole'; or give each rank a "
+    "Pass the same DataLoader on every rank and say data='replicated'; or give each rank a "
     "torch.utils.data.Subset of its own indices, range(rank, n, ranks)"
 )
 
@@ -45,7 +45,7 @@ def refuse_other_order(parts: Sequence[Part], /) -> None:
         raise ValueError(
             "the ranks read different batches, or the same in another order, and each takes a "
             "part of what it reads: give every rank the same loader without `shuffle`, or the "
-            "same list; or say loader='sharded' if each loader yields a part already"
+            "same list; or say data='sharded' if each loader yields a part already"
         )
 
 
@@ -66,8 +66,8 @@ def refuse_repeated(parts: Sequence[Part], examples: int | None, /) -> None:
     for i, sums in enumerate(found):
         if any(_alike(sums, other) for other in found[:i]):
             raise ValueError(
-                "two ranks read the same examples, which would count twice: say loader='whole' if "
-                "every rank has the whole loader, or give each a part of its own"
+                "two ranks read the same examples, which would count twice: pass "
+                "data='replicated' if every rank has the whole loader, or give each its own part"
             )
     counted = round(sum(sums[0] for sums in found))
     if examples is not None and counted > examples:

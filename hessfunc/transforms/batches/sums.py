@@ -17,7 +17,7 @@ from hessfunc.trees import Matvec, Tree, leaves
 
 Made = TypeVar("Made")
 
-Loader: TypeAlias = Literal["whole", "sharded"]
+Data: TypeAlias = Literal["replicated", "sharded"]
 
 
 @dataclass

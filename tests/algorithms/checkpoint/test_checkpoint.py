@@ -70,7 +70,7 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
         matvec, RIGHT, damping=0.2, rtol=1e-2, checkpoint=path
     ),
     "sampled_trace": lambda matvec, path: hf.sampled_trace(
-        lambda i: matvec if i % 2 else hf.scale(matvec, 3),
+        lambda i: matvec if i % 2 else hf.matvecs.scale(matvec, 3),
         LIKE,
         probes=2,
         max_matvecs=60,
@@ -231,7 +231,7 @@ def test_rows_are_appended_and_not_written_again(tmp_path: Path) -> None:
     written: list[str] = []
     path = tmp_path / "state"
 
-    def look(running: hf.Estimate) -> None:
+    def look(running: hf.results.Estimate) -> None:
         written.extend(file.name for file in path.glob("*.rows"))
 
     hf.xnystrace(
@@ -248,7 +248,7 @@ def test_rows_are_appended_and_not_written_again(tmp_path: Path) -> None:
     assert sorted(sizes) == [N * 8] * 2 + [5 * N * 8] * 8
 
 
-def run_lanczos(path: Path, **changed: Any) -> hf.Eigenpairs:
+def run_lanczos(path: Path, **changed: Any) -> hf.results.Eigenpairs:
     options = {"matvec": hf.dense(MATRIX), "like": LIKE, "k": 2, "seed": 1} | changed
     return hf.lanczos(options.pop("matvec"), options.pop("like"), checkpoint=path, **options)
 
@@ -365,7 +365,7 @@ def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) 
 
 
 def test_a_second_run_of_this_process_is_refused(tmp_path: Path) -> None:
-    def look(running: hf.Eigenpairs) -> None:
+    def look(running: hf.results.Eigenpairs) -> None:
         with pytest.raises(ValueError, match=f"process {os.getpid()} on host"):
             run_lanczos(tmp_path)
 
@@ -430,8 +430,8 @@ def test_other_parameters_in_bfloat16_are_refused(wrapped: Any, by: float, tmp_p
     "made_of",
     [
         lambda matvec: matvec,
-        lambda matvec: hf.shift(hf.scale(matvec, 2.0), 1.0),
-        lambda matvec: hf.add(lambda block: block, matvec),
+        lambda matvec: hf.matvecs.shift(hf.matvecs.scale(matvec, 2.0), 1.0),
+        lambda matvec: hf.matvecs.add(lambda block: block, matvec),
     ],
 )
 def test_one_bit_of_another_problem_is_refused(kind: str, made_of: Any, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def expected(eigenvalues: Tensor, which: str, k: int) -> Tensor:
             return torch.cat([down[: k - k // 2], down[len(down) - k // 2 :]])
 
 
-def measured_residuals(matrix: Tensor, found: hf.Eigenpairs) -> Tensor:
+def measured_residuals(matrix: Tensor, found: hf.results.Eigenpairs) -> Tensor:
     images = found.vectors.double() @ matrix
     return (images - found.values[:, None] * found.vectors.double()).norm(dim=1)
 
@@ -279,7 +279,7 @@ def test_random_stream_of_torch_is_not_touched() -> None:
 def test_callback_sees_progress_and_stops() -> None:
     seen: list[int] = []
 
-    def callback(running: hf.Eigenpairs) -> bool:
+    def callback(running: hf.results.Eigenpairs) -> bool:
         seen.append(running.matvecs)
         return len(seen) == 2
 
@@ -784,7 +784,9 @@ def test_a_run_goes_on_with_the_basis_elsewhere(
     for device, rounds in zip(devices, (stop, 1000), strict=True):
         seen: list[int] = []
 
-        def stopped(running: hf.Eigenpairs, seen: list[int] = seen, rounds: int = rounds) -> bool:
+        def stopped(
+            running: hf.results.Eigenpairs, seen: list[int] = seen, rounds: int = rounds
+        ) -> bool:
             seen.append(running.matvecs)
             return len(seen) == rounds
 

@@ -39,14 +39,14 @@ def drawn_from(matrices: Tensor, seed: int = 0) -> Callable[[int], hf.trees.Matv
 NOISY = batches_around(MEAN, 0.3)
 
 
-def run(matrices: Tensor = NOISY, **options: Any) -> hf.Eigenpairs:
+def run(matrices: Tensor = NOISY, **options: Any) -> hf.results.Eigenpairs:
     """The top pair of the mean of matrices, from one random matrix at a time."""
     exact = hf.dense(matrices.mean(0))
     options = {"seed": 0, "max_matvecs": 2000, **options}
     return stochastic_power_iteration(exact, drawn_from(matrices), LIKE, **options)
 
 
-def with_one_batch(found: hf.Eigenpairs) -> int:
+def with_one_batch(found: hf.results.Eigenpairs) -> int:
     """How many products were with one batch, as the reason says."""
     match = re.search(r"; (\d+) of the (\d+) products were with one batch", found.reason)
     assert match is not None

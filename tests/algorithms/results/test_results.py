@@ -29,7 +29,7 @@ LIKE = {"layer": {"weight": torch.zeros(2, 3).double()}, "bias": torch.zeros(2).
     ],
     ids=lambda result: type(result).__name__,
 )
-def test_saved_and_loaded_is_the_same(result: hf.Estimate, tmp_path: Path) -> None:
+def test_saved_and_loaded_is_the_same(result: hf.results.Estimate, tmp_path: Path) -> None:
     result.save(tmp_path / "result.npz")
     loaded = hf.load(tmp_path / "result.npz")
     assert type(loaded) is type(result)
@@ -38,7 +38,7 @@ def test_saved_and_loaded_is_the_same(result: hf.Estimate, tmp_path: Path) -> No
             getattr(loaded, item.name), getattr(result, item.name), rtol=0, atol=0
         ) if item.name not in ("reason", "versions", "by_leaf", "squared_frobenius") else None
     assert loaded.reason == result.reason
-    if isinstance(result, hf.Estimate):
+    if isinstance(result, hf.results.Estimate):
         assert result.squared_frobenius is not None
         assert loaded.squared_frobenius.interval() == result.squared_frobenius.interval()
     assert loaded.versions == result.versions

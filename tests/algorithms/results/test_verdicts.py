@@ -46,7 +46,9 @@ def scaled(values: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda block: block * values
 
 
-def within(result: hf.Estimate, rtol: float | None = None, atol: float | None = None) -> bool:
+def within(
+    result: hf.results.Estimate, rtol: float | None = None, atol: float | None = None
+) -> bool:
     low, high = result.interval(0.95)
     tolerance = max((rtol or 0) * abs(result.value), atol or 0)
     return (rtol is not None or atol is not None) and (high - low) / 2 <= tolerance

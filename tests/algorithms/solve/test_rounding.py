@@ -13,7 +13,7 @@ import hessfunc as hf
 
 @pytest.mark.parametrize("solve", [hf.cg, hf.minres])
 def test_the_rounding_that_is_quoted_is_that_of_the_products(
-    solve: Callable[..., hf.Solution],
+    solve: Callable[..., hf.results.Solution],
 ) -> None:
     factor = torch.randn(50, 50, generator=torch.Generator().manual_seed(0))
     matrix = factor @ factor.T / 50 + torch.eye(50)

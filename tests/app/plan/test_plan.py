@@ -36,9 +36,7 @@ from hessfunc.app.plan import (
     remedies,
     whole,
 )
-from hessfunc.app.plan import (
-    footprint as memory,
-)
+from hessfunc.app.plan import footprint as memory
 from hessfunc.app.problems.gpt import GPT, next_token_loss
 from hessfunc.app.problems.nets import mlp
 from hessfunc.memory import Footprint

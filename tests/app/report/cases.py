@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
+from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.app import report
-from hessfunc.recipes.landscape import Landscape
 from hessfunc.training import history
 from hessfunc.training.loop import Record
 

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from hessfunc import plot
-from hessfunc.app.report.pictures import picture
+from hessfunc.app.report.folder import picture
 from tests.app.report.cases import PARTS
 
 pytest.importorskip("matplotlib")

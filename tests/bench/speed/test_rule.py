@@ -17,9 +17,9 @@ def same(x: float) -> Ratio:
 
 def test_the_rule_is_compared_with_the_best_fixed_chunk() -> None:
     def row(gradients: float) -> Row:
-        return Row("ours", same(gradients), {"hessian, auto": same(1.1 / gradients)})
+        return Row("ours", same(gradients), {"hessian, rule": same(1.1 / gradients)})
 
-    rows = {"hessian, auto": Row("ours", same(1.1)), "hessian, 1": row(2.0), "hessian, 4": row(1.0)}
+    rows = {"hessian, rule": Row("ours", same(1.1)), "hessian, 1": row(2.0), "hessian, 4": row(1.0)}
     cell = Cell("a net: k = 16", rows=rows)
     (found,) = choices(cell)
     assert found.of_best == same(1.1)

@@ -212,8 +212,8 @@ def test_a_count_that_is_a_guess_is_refused(batch: Any, message: str) -> None:
         lambda loss, params, batches: hf.block_spectra(loss, params, batches),
         lambda loss, params, batches: hf.ggn_diagonal(loss, params, batches),
         lambda loss, params, batches: hf.landscape(loss, params, batches, params, points=3),
-        lambda loss, params, batches: hf.tracking(loss).measure(
-            hf.tracking(loss).init(params), params, batches
+        lambda loss, params, batches: hf.tracking.functional_tracker(loss).measure(
+            hf.tracking.functional_tracker(loss).init(params), params, batches
         ),
     ],
     ids=["anew", "kept", "draws", "block_spectra", "ggn_diagonal", "landscape", "tracking"],

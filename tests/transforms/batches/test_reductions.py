@@ -93,7 +93,7 @@ def test_every_curvature_of_a_sum_is_summed() -> None:
         assert float(found.trace()) == pytest.approx(float(G.trace()), rel=1e-9)
     found = matrix(hf.over_batches(hf.functional_hvp(loss))(params, BATCHES), params)
     assert relative_error(found, H - G) < 1e-9
-    found = matrix(hf.over_batches(hf.ekfac(loss, model))(params, BATCHES), params)
+    found = matrix(hf.over_batches(hf.kronecker.ekfac(loss, model))(params, BATCHES), params)
     assert float(found.trace()) == pytest.approx(float(G.trace()), rel=1e-9)
     diagonal = hf.ggn_diagonal(loss, params, BATCHES)
     assert relative_error(hf.ravel(diagonal), G.diagonal()) < 1e-9
@@ -122,9 +122,9 @@ def test_draws_of_a_sum_are_unbiased(replace: bool) -> None:
 def test_a_tracked_sum_is_the_loss_and_the_curvature_of_the_sum() -> None:
     _, model_fn, params = net()
     loss = hf.supervised(model_fn, per_row("sum"))
-    tracking = hf.tracking(loss, rtol=1e-9, critical=True)
+    tracking = hf.tracking.functional_tracker(loss, rtol=1e-9, critical=True)
     _, measured = tracking.measure(tracking.init(params), params, BATCHES)
-    whole = hf.tracking(loss, rtol=1e-9, critical=True)
+    whole = hf.tracking.functional_tracker(loss, rtol=1e-9, critical=True)
     _, expected = whole.measure(whole.init(params), params, [(X, Y)])
     assert measured.loss == pytest.approx(float(loss(params, (X, Y))), rel=1e-9)
     top = torch.linalg.eigvalsh(hessian(loss, params, (X, Y)))[-1]
@@ -209,7 +209,7 @@ def test_a_mean_and_a_sum_are_not_added_up() -> None:
         hf.hvp(hf.supervised(model_fn, nn.CrossEntropyLoss(reduction=reduction)))
         for reduction in ("mean", "sum")
     )
-    both = hf.over_batches(lambda p, b: hf.add(mean(p, b), total(p, b)))(params, BATCHES)
+    both = hf.over_batches(lambda p, b: hf.matvecs.add(mean(p, b), total(p, b)))(params, BATCHES)
     with pytest.raises(ValueError, match="a mean over examples and a sum over examples are added"):
         both(hf.random_like(params, 1, seed=0))
 
