@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Density, rounding
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, available_to, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, available_to, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Lanczos steps between two looks of the callback.
@@ -165,7 +165,7 @@ class _State:
         asymmetry: Largest |u'Av - v'Au| of basis vectors so far, in units of |A|.
     """
 
-    basis: Rows
+    basis: Rows = field(metadata=DIVIDED)
     alphas: Tensor
     betas: Tensor
     taken: tuple[int, ...]

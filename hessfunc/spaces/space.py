@@ -39,8 +39,10 @@ def rows_dtype(space: Space) -> torch.dtype:
     return torch.promote_types(space.dtype, torch.float32)
 
 
-# A tensor whose last axis runs over the entries of a vector, or over those that are held here.
+# A tensor whose last axis runs over the entries of a vector, or over those that this rank holds.
 Rows: TypeAlias = Tensor
+# Metadata of a dataclass field whose tensors are `Rows`, which ranks divide by their last axis.
+DIVIDED = {"divided": True}
 # (keys, places, device) -> random numbers.
 Draw: TypeAlias = Callable[[Tensor, Sequence[range], torch.device], Tensor]
 ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from hessfunc.algorithms.results import DiagonalEstimate, close_enough, settled
 from hessfunc.algorithms.statistics import FEWEST_SAMPLES, STOPPED, rounding_of_sum
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Of fewer probes of random signs, all samples of an entry may be the same by chance.
@@ -141,8 +141,8 @@ class _Moments:
     """The mean and the sum of squared deviations of samples, entry by entry."""
 
     count: int
-    mean: Rows
-    deviations: Rows
+    mean: Rows = field(metadata=DIVIDED)
+    deviations: Rows = field(metadata=DIVIDED)
 
     def extended(self, samples: Tensor) -> _Moments:
         """With more samples, as rows (Chan, Golub and LeVeque 1979)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.statistics import rounding_of_sum
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # The leave-one-out estimates share their probes and are correlated: over 1,000 seeds on six
@@ -156,8 +156,8 @@ def xdiag(
 class _State:
     """Rows: probes W and products AW, with a sketch of the products."""
 
-    probes: Rows
-    images: Rows
+    probes: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
     sketch: Sketch
 
 

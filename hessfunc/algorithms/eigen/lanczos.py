@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -21,7 +21,7 @@ from hessfunc.algorithms.starts import of_starts
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.options import at_least, validated
 from hessfunc.randomness import uniforms
-from hessfunc.spaces.space import Rows, Space, available_to, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, available_to, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 Which = Literal["LM", "LA", "SA", "BE"]
@@ -277,7 +277,7 @@ class _State:
         noise: Largest rounding of a product with a unit vector, as far as it was measured.
     """
 
-    basis: Rows
+    basis: Rows = field(metadata=DIVIDED)
     projected: Tensor
     coupling: Tensor
     probes: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.starts import of_starts, unit_start
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Products between two looks at the residual.
@@ -176,11 +176,11 @@ class _State:
         growth: Logarithm of ``|A^steps u|``.
     """
 
-    current: Rows
-    previous: Rows
-    image: Rows | None
-    vectors: Rows
-    images: Rows
+    current: Rows = field(metadata=DIVIDED)
+    previous: Rows = field(metadata=DIVIDED)
+    image: Rows | None = field(metadata=DIVIDED)
+    vectors: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
     shift: float | None
     trusted: bool
     steps: int = 0

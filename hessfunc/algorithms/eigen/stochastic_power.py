@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.starts import unit_start
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 
@@ -170,9 +170,9 @@ class _State:
     ``drawn`` batches were multiplied so far; the next epoch has as many as ``steps``.
     """
 
-    current: Rows
-    previous: Rows
-    image: Rows | None
+    current: Rows = field(metadata=DIVIDED)
+    previous: Rows = field(metadata=DIVIDED)
+    image: Rows | None = field(metadata=DIVIDED)
     drawn: int
     steps: int
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hessfunc.algorithms.checkpoint import Directory
 from hessfunc.algorithms.driver import Callback
 from hessfunc.algorithms.results import Solution, rounding
 from hessfunc.algorithms.solve.system import Iterate, System, solve
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space
+from hessfunc.spaces.space import DIVIDED, Rows, Space
 from hessfunc.trees import Matvec, Tree
 
 
@@ -111,8 +111,8 @@ class _State(Iterate):
         curvature: p'(A + damping I)p of unit p, where it is not positive beyond rounding.
     """
 
-    direction: Rows
-    nearest: Rows
+    direction: Rows = field(metadata=DIVIDED)
+    nearest: Rows = field(metadata=DIVIDED)
     least: float = math.inf
     square: float = 1.0
     curvature: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from hessfunc.algorithms.driver import Callback
 from hessfunc.algorithms.results import Solution, rounding
 from hessfunc.algorithms.solve.system import Iterate, System, solve
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space
+from hessfunc.spaces.space import DIVIDED, Rows, Space
 from hessfunc.trees import Matvec, Tree
 
 
@@ -111,8 +111,8 @@ class _State(Iterate):
         slope: |A r| / |r| of the residual with which the recurrence began, in M-norms.
     """
 
-    lanczos: tuple[Rows, Rows, Rows]
-    search: tuple[Rows, Rows]
+    lanczos: tuple[Rows, Rows, Rows] = field(metadata=DIVIDED)
+    search: tuple[Rows, Rows] = field(metadata=DIVIDED)
     beta: float = 0.0
     reflection: tuple[float, float] = (-1.0, 0.0)
     carried: tuple[float, float] = (0.0, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from hessfunc.algorithms.driver import Callback, drive
 from hessfunc.algorithms.products import Products, refuse_infinite
 from hessfunc.algorithms.results import Solution, rounding
 from hessfunc.options import at_least
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Products between two calls of the callback.
@@ -175,11 +175,11 @@ class Iterate:
         path: the length of the first x, and of all steps from there.
     """
 
-    x: Rows
-    residual: Rows
+    x: Rows = field(metadata=DIVIDED)
+    residual: Rows = field(metadata=DIVIDED)
     length: float
     first: float
-    origin: tuple[Rows, Rows]
+    origin: tuple[Rows, Rows] = field(metadata=DIVIDED)
     measured: bool = True
     inexact: bool = False
     stopped: bool = False

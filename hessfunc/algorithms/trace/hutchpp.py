@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from hessfunc.algorithms.results import Estimate, judged, leaf_fields, narrow_en
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.statistics import STOPPED, leaf_errors, rounding_of_sum, sphere_error
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # An interval of fewer probes does not stop a run.
@@ -163,8 +163,8 @@ def hutchpp(
 class _State:
     """Rows: probes G and products AG, with a sketch that is independent of them."""
 
-    probes: Rows
-    images: Rows
+    probes: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
     sketch: Sketch
 
 
