@@ -7,10 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
-    ExitStack,
     contextmanager,
     nullcontext,
-    suppress,
 )
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,7 +16,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch._C._autograd import (
+    _saved_tensors_hooks_disable,
+    _saved_tensors_hooks_enable,
+    _saved_tensors_hooks_get_disabled_error_message,
+)
 from torch.utils.data import DataLoader
 
 from hessfunc import options
@@ -168,7 +170,8 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
 
     Args:
         loss: of all parameters. A `Loss` gives a `Loss`.
-        rest: the parameters that are held, as `split` returns them.
+        rest: the parameters that are held, as `split` returns them. They are not copied: writes
+            through ``.data`` or NumPy are not seen, so make loss and matvec again after those.
 
     Raises:
         RuntimeError: (from the loss) a held parameter has changed in place since.
@@ -266,6 +269,11 @@ def functional(
     what the module returns. The module is never changed: buffers are cloned inside each call, so
     that BatchNorm works in train mode too. The training flag of each submodule is read once, here.
 
+    Parameters that are not among ``params``, such as frozen ones, are read from the module in each
+    call, and are not copied, as copies would double the memory of a large model. A matvec refuses
+    its products once they have changed in place, but torch does not see writes through ``.data``
+    or NumPy: make the matvec again after those.
+
     Args:
         model: the module.
         trainable_only: leave parameters that do not require a gradient out of ``params``.
@@ -316,6 +324,8 @@ def functional(
                 "result would depend on how the data is cut into batches: call `model.eval()` "
                 "before `functional(model)`, or use one batch"
             )
+        if (read := _READ.get()) is not None:
+            read |= {id(p): (n, p) for n, p in model.named_parameters() if n not in params}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
         state = dict(params), buffers
@@ -428,15 +438,21 @@ def _without_cudnn() -> AbstractContextManager[None]:
 @contextmanager
 def _without_checkpointing() -> Iterator[None]:
     # It would compute again in the backward pass, with the module's own parameters.
-    refused = disable_saved_tensors_hooks(
+    refusal = (
         "torch.utils.checkpoint (gradient checkpointing) does not work under second derivatives: "
         "turn it off, and take functional(model, recompute='model.layers.*') in its place"
     )
-    with ExitStack() as stack:
-        # Hooks that are there already are the user's own, such as save_on_cpu, and stay.
-        with suppress(RuntimeError):
-            stack.enter_context(refused)
+    before = _saved_tensors_hooks_get_disabled_error_message()
+    # `disable_saved_tensors_hooks` fails where there are hooks already. Those are the user's own,
+    # such as save_on_cpu, and stay.
+    _saved_tensors_hooks_disable(refusal, fail_if_non_empty=False)
+    try:
         yield
+    finally:
+        if before is None:
+            _saved_tensors_hooks_enable()
+        else:
+            _saved_tensors_hooks_disable(before, fail_if_non_empty=False)
 
 
 @contextmanager
@@ -470,3 +486,17 @@ def several_batches() -> Iterator[None]:
         yield
     finally:
         _SEVERAL_BATCHES.reset(token)
+
+
+_READ: ContextVar[dict[int, tuple[str, Tensor]] | None] = ContextVar("read", default=None)
+
+
+@contextmanager
+def parameters_read() -> Iterator[dict[int, tuple[str, Tensor]]]:
+    """Inside, the parameters that models read from their modules are added to a dict."""
+    read: dict[int, tuple[str, Tensor]] = {}
+    token = _READ.set(read)
+    try:
+        yield read
+    finally:
+        _READ.reset(token)

@@ -14,7 +14,7 @@ from hessfunc.functional import Loss, uses_batch_statistics
 from hessfunc.transforms.kernels import (
     differentiable_twice,
     explained,
-    plain_batch,
+    kept_batch,
     refuse_autocast,
 )
 from hessfunc.trees import Space
@@ -25,6 +25,7 @@ __all__ = [
     "full_name",
     "hooked",
     "linearising",
+    "refuse_compiled",
     "refuse_dtensors",
     "refusing_train_mode",
 ]
@@ -39,6 +40,22 @@ def refuse_dtensors(space: Space, /) -> None:
         )
 
 
+def refuse_compiled(model: nn.Module, /) -> None:
+    """Raise for a module that `torch.compile` has wrapped, or that has such a submodule.
+
+    Raises:
+        NotImplementedError: It has no layers of its own.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            place = f"model.{name}" if name else "model"
+            raise NotImplementedError(
+                f"{place} is compiled by `torch.compile`, and blocks with structure are read from "
+                f"the layers of the plain module: take `{place}._orig_mod`, for `functional(...)` "
+                "as well, as parameters have other names there"
+            )
+
+
 @contextmanager
 def linearising(
     space: Space, params: Mapping[str, Tensor], batch: Any, /
@@ -46,7 +63,7 @@ def linearising(
     """Differentiate a model inside, in the surroundings of every product of the library.
 
     Returns:
-        The parameters as leaves that need a gradient, and the batch without inference tensors.
+        The parameters as leaves that need a gradient, and a copy of the batch.
 
     Raises:
         RuntimeError: Autocast is enabled.
@@ -55,7 +72,7 @@ def linearising(
     refuse_autocast(space.device)
     with explained(space, batch), differentiable_twice(space.device):
         leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in params.items()}
-        yield leaves, plain_batch(batch)
+        yield leaves, kept_batch(batch)
 
 
 @dataclass(frozen=True)

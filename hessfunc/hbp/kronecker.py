@@ -32,6 +32,7 @@ from hessfunc.hbp.called import (
     full_name,
     hooked,
     linearising,
+    refuse_compiled,
     refuse_dtensors,
     refusing_train_mode,
 )
@@ -294,6 +295,7 @@ def _factored(
     exact: bool = True,
 ) -> BlockCurvature:
     _refuse_sharing(sharing)
+    refuse_compiled(model)
 
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = Space.of(params)

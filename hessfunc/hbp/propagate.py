@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from hessfunc.functional import Loss, training_flags
 from hessfunc.hbp.blocks import Block, Blocks, refuse_unless_fits
-from hessfunc.hbp.called import Called, called, linearising, refuse_dtensors
+from hessfunc.hbp.called import (
+    Called,
+    called,
+    linearising,
+    refuse_compiled,
+    refuse_dtensors,
+)
 from hessfunc.hbp.frontier import Frontier
 from hessfunc.hbp.layer import Dependence, Layer, with_sign
 from hessfunc.hbp.network import EXACT_PRODUCTS, Step, steps_of
@@ -136,6 +142,7 @@ def backpropagated(
     average_parameter_jacobian: bool,
 ) -> BlockCurvature:
     """The curvature function of what ``block`` makes of each parameter."""
+    refuse_compiled(model)
 
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = Space.of(params)

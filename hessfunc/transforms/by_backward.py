@@ -16,7 +16,7 @@ from hessfunc import options
 from hessfunc.transforms.blocks import Chunks, Curvature, block_matvec
 from hessfunc.transforms.custom_functions import refuse_unless_derivatives
 from hessfunc.transforms.hessian import filled, gradient_differences, kept, scalar
-from hessfunc.transforms.kernels import plain_batch, precise, refuse_autocast, same_draws
+from hessfunc.transforms.kernels import kept_batch, precise, refuse_autocast, same_draws
 from hessfunc.transforms.kernels.constants import Constants
 from hessfunc.transforms.kernels.embedding import pure_lookup
 from hessfunc.transforms.kernels.forward_mode import DIFFERENCES
@@ -98,11 +98,16 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
                 return filled([parameter.grad for parameter in own], own)
 
         with torch.inference_mode(False):
-            batch = plain_batch(batch)
+            batch = kept_batch(batch)
             point = kept(leaves)
             gradient(point, first=True)
         product = gradient_differences(gradient, space, point)
-        return block_matvec(product, space, leaves, batch, chunks=Chunks(1), copies=point)
+        # Those that are not moved are read from the module by each product.
+        moved = set(map(id, own))
+        fixed = [(name, p) for name, p in model.named_parameters() if id(p) not in moved]
+        return block_matvec(
+            product, space, leaves, batch, chunks=Chunks(1), copies=point, fixed=fixed
+        )
 
     return curvature
 

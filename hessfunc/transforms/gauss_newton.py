@@ -37,7 +37,7 @@ from hessfunc.transforms.hessian import checked, kept
 from hessfunc.transforms.kernels import (
     differentiable_twice,
     explained,
-    plain_batch,
+    kept_batch,
     refuse_autocast,
 )
 from hessfunc.transforms.kernels.order import linear_in_cotangents
@@ -213,7 +213,7 @@ def _gauss_newton(
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
-            batch = plain_batch(batch)
+            batch = kept_batch(batch)
             point = kept(leaves)
             with differentiable_twice(space.device, SECOND_ORDER) as seen:
                 product = _product(loss, middle, space, point, batch, seen, verified)
