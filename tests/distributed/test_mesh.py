@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +12,16 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
+    IterableDataset,
+    Sampler,
     Subset,
     TensorDataset,
 )
 
 import hessfunc as hf
+from hessfunc.transforms import shards
 from hessfunc.trees import leaves
 from tests.distributed import problems
 from tests.distributed.ranks import Ranks
@@ -531,3 +536,34 @@ def test_one_entry_that_differs_is_seen(change: float, two: Ranks) -> None:
     for outcome in two.outcomes(far_apart, change):
         assert outcome.error is not None
         assert "parameter 'weight' is not the same on all ranks" in outcome.error
+
+
+class EveryOther(Sampler[int]):
+    """A sampler of the user's own."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(0, 6, 2))
+
+
+class Unsized(Dataset[Tensor]):
+    """A data set without a length."""
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.tensor([float(i)])
+
+
+def test_a_sampler_over_data_of_unknown_length_is_refused() -> None:
+    loader = DataLoader(Unsized(), sampler=EveryOther())
+    with pytest.raises(ValueError, match="EveryOther may pad.*give the data set a `__len__`"):
+        shards.refuse_sampler(loader, 2)
+    sized = DataLoader(TensorDataset(torch.zeros(6, 1)), sampler=EveryOther())
+    assert shards.examples_of(sized) == 6
+    # There is no sampler that could pad a stream.
+    assert shards.examples_of(DataLoader(Stream())) is None
+
+
+class Stream(IterableDataset[Tensor]):
+    """A data set that is read in its own order."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield torch.zeros(1)
