@@ -161,6 +161,9 @@ def landscape(
             continue
         average.look(loss, params, batch)
         counted = average.of(batch)
+        if not counted:
+            # Its loss is 0 / 0 where all targets are ignored.
+            continue
         value = _along(loss, space, point, along, batch, several=evaluations > 0)
         if not evaluations:
             measured = _start(value, space, params, batch, torch.zeros_like(steps[0]))

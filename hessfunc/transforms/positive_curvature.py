@@ -26,11 +26,11 @@ from hessfunc.transforms.hessian import hvp, kept
 from hessfunc.transforms.kernels import (
     differentiable_twice,
     explained,
-    plain_batch,
+    kept_batch,
     refuse_autocast,
 )
 from hessfunc.transforms.kernels.replaced import Replaced
-from hessfunc.transforms.reductions import noted
+from hessfunc.transforms.reductions import noted, watching
 from hessfunc.trees import Matvec, Space, Tree, opened
 
 __all__ = ["Residual", "pchvp", "positive"]
@@ -109,7 +109,7 @@ def pchvp(
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
-            batch = plain_batch(batch)
+            batch = kept_batch(batch)
             point = kept(leaves)
             with differentiable_twice(space.device) as seen:
                 found = _with_residual(
@@ -123,7 +123,9 @@ def pchvp(
             return per_block(matvec, params)
 
         if not verified and residual != "zero":
-            exact = per_block(exact_blocks(params, batch), params)
+            with watching():
+                # The loss has been shown already.
+                exact = per_block(exact_blocks(params, batch), params)
             _refuse_unless_equal(space, blocks("none"), exact, found)
             verified.append(True)
         return blocks(residual)
