@@ -248,11 +248,9 @@ class _Reading:
                 yield place, batch
 
     def _at(self, batch: Any, place: int) -> Matvec:
-        leave_out = self.average.weight is None and self.average.several
-        with (
-            several_batches() if place else nullcontext(),
-            watching(leave_out_empty=leave_out) as seen,
-        ):
+        # A batch that stands alone is not left out, whatever becomes of its loss.
+        optional = batch if self.average.weight is None and self.average.several else None
+        with several_batches() if place else nullcontext(), watching(optional=optional) as seen:
             try:
                 matvec = _matvec(self.curvature(self.params, batch))
             except NoTargetsError:

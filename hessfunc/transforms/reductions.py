@@ -153,25 +153,30 @@ class NoTargetsError(ValueError):
 
 @dataclass(frozen=True)
 class _Watch:
-    """What `watching` has seen: losses, and means over batches."""
+    """Losses and means over batches that `watching` has seen.
+
+    Attributes:
+        losses: Losses and means, in their order.
+        optional: Batch that is left out where its targets are all ignored; None: no batch.
+    """
 
     losses: list[Noted | Inner]
-    empty_is_left_out: bool
+    optional: Any
 
 
 _watched: ContextVar[_Watch | None] = ContextVar("watched", default=None)
 
 
 @contextmanager
-def watching(*, leave_out_empty: bool = False) -> Iterator[list[Noted | Inner]]:
+def watching(*, optional: Any = None) -> Iterator[list[Noted | Inner]]:
     """Inside, the losses of which curvatures are made are added to a list.
 
     Args:
-        leave_out_empty: Whether a batch whose targets are all ignored raises `NoTargetsError`
-            before its loss is evaluated.
+        optional: Batch that raises `NoTargetsError` where its targets are all ignored, before its
+            loss is evaluated.
     """
     seen: list[Noted | Inner] = []
-    token = _watched.set(_Watch(seen, leave_out_empty))
+    token = _watched.set(_Watch(seen, optional))
     try:
         yield seen
     finally:
@@ -187,7 +192,8 @@ def noted(loss: LossFunction, params: Tree, batch: Any, /) -> Iterator[None]:
         return
     one = Noted(loss, params, batch)
     watch.losses.append(one)
-    if watch.empty_is_left_out and _reduction_of(loss) == "mean" and _terms(one) == 0:
+    is_optional = watch.optional is not None and watch.optional is batch
+    if is_optional and _reduction_of(loss) == "mean" and _terms(one) == 0:
         raise NoTargetsError("all targets of the batch are ignored")
     token = _watched.set(None)
     try:

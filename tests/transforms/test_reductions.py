@@ -358,6 +358,24 @@ def test_two_means_over_different_targets_ask_for_a_weight() -> None:
             both(params, order)(hf.random_like(params, 1, seed=0))
 
 
+def test_a_batch_with_other_losses_is_not_left_out() -> None:
+    _, model_fn, params = net()
+    ignoring = hf.hvp(hf.supervised(model_fn, F.cross_entropy))
+    other = hf.hvp(hf.supervised(model_fn, lambda outputs, _: outputs.square().mean()))
+    batches = [(X[:1], IGNORED[:1]), (X[1:3], IGNORED[1:3]), (X[3:], IGNORED[3:])]
+    both = hf.over_batches(lambda p, b: hf.add(ignoring(p, b), other(p, b)), keep=True)
+    for order in (batches, batches[::-1]):
+        with pytest.raises(ValueError, match="targets"):
+            both(params, order)
+
+    def in_pieces(params: Any, batch: Any) -> Any:
+        pieces = hf.microbatches(batch, 1)
+        return hf.add(*(hf.scale(ignoring(params, one), 1 / len(pieces)) for one in pieces))
+
+    with pytest.raises(ValueError, match="the loss is nan"):
+        hf.over_batches(in_pieces, keep=True)(params, [(X, IGNORED), (X[1:2], IGNORED[1:2])])
+
+
 LENGTHS: dict[str, tuple[Any, Any]] = {
     "classes": (F.cross_entropy, lambda out: out[..., 0].long().abs() % 2),
     "probabilities": (F.cross_entropy, lambda out: out.softmax(1)),
