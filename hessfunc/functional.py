@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -324,8 +324,7 @@ def functional(
                 "result would depend on how the data is cut into batches: call `model.eval()` "
                 "before `functional(model)`, or use one batch"
             )
-        if (read := _READ.get()) is not None:
-            read |= {id(p): (n, p) for n, p in model.named_parameters() if n not in params}
+        note_read((n, p) for n, p in model.named_parameters() if n not in params)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
         state = dict(params), buffers
@@ -493,10 +492,16 @@ _READ: ContextVar[dict[int, tuple[str, Tensor]] | None] = ContextVar("read", def
 
 @contextmanager
 def parameters_read() -> Iterator[dict[int, tuple[str, Tensor]]]:
-    """Inside, the parameters that models read from their modules are added to a dict."""
+    """Inside, the parameters that losses read beside those they are given are added to a dict."""
     read: dict[int, tuple[str, Tensor]] = {}
     token = _READ.set(read)
     try:
         yield read
     finally:
         _READ.reset(token)
+
+
+def note_read(named: Iterable[tuple[str, Tensor]], /) -> None:
+    """Show parameters, with their names, to `parameters_read`."""
+    if (read := _READ.get()) is not None:
+        read |= {id(parameter): (name, parameter) for name, parameter in named}

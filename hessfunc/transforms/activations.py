@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hessfunc.functional import Loss, functional, supervised
+from hessfunc.functional import Loss, functional, note_read, supervised
 from hessfunc.options import validated
 from hessfunc.recompute import no_module
 from hessfunc.transforms.kernels import differentiable_twice
@@ -47,7 +47,8 @@ def activations(
     same loss its Gauss-Newton matrix. A trace estimate's ``by_leaf`` is the trace by layer.
 
     Args:
-        model: the module; its parameters are read, not changed.
+        model: the module; its parameters are read in each call, not changed and not copied: see
+            `functional`.
         criterion: ``(outputs, targets) -> scalar``.
         select: which modules: a glob over names (``"layer1.*.conv?"``, ``"*conv"``); a name or the
             last parts of one, as in ``"conv"`` of ``"block.conv"``; a module type or a tuple of
@@ -101,6 +102,7 @@ def activations(
                 )
             return value + perturbations[key]
 
+        note_read(params.items())
         with _hooks(chosen, at, add):
             return model_fn(params, inputs)
 

@@ -67,7 +67,9 @@ def over_batches(
             something else, such as tokens that are not padding, or where the first axes of the
             batch's tensors differ (time before batch, graphs): ``lambda batch: len(batch[1])``.
             Batches of weight 0 are left out.
-        keep: keep the graph of every batch: products are faster, memory grows with the data.
+        keep: keep the graph of every batch, and a copy of the batch: products are faster, memory
+            grows with the data. A loader may reuse its buffers; a list made from such a loader
+            holds the last batch alone, again and again, so let that loader copy.
         mesh: of ranks, with the axes "data", "probe" or both.
         loader: who divides the data. ``"whole"``: the batches are the same on every rank, in the
             same order, and rank r takes each R-th of them, from the r-th on. ``"sharded"``: those

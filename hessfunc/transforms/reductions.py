@@ -242,6 +242,7 @@ class Average:
     _shares: list[float] | None = None
     _terms: float | None = None
     _is_by_terms: bool = False
+    _undecided: int = 0
     _inner: list[Inner] = field(default_factory=list)
 
     @property
@@ -305,6 +306,9 @@ class Average:
 
     def divisor(self, total: float) -> float:
         """Return the number by which the weighted sum is divided, given the sum of weights."""
+        if self.weight is None and self.reduction is None and self._undecided > 1:
+            self._undecided = 0
+            _warn("no batch has two examples, by which a mean and a sum could be told apart")
         return 1.0 if self.is_sum else total
 
     def look(self, loss: LossFunction, params: Tree, batch: Any) -> None:
@@ -333,6 +337,7 @@ class Average:
             found = _reduction_of(one.loss)
             if found is None and self.several and not self._is_tested:
                 found = self._tested(told)
+                self._undecided += found is None and not self._is_tested
             if found is not None:
                 self._take(found)
         self._terms = None
@@ -431,8 +436,8 @@ def _is_close(value: Tensor, other: Tensor) -> bool:
 
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"{reason}, so it is not known to be a mean or a sum over examples; batches are weighted "
-        "by their examples. Pass `weight=`, what the loss is a mean over: `hessfunc.examples`, "
+        f"{reason}, so the loss is not known to be a mean or a sum over examples; batches are "
+        "weighted by their examples. Pass `weight=`, what the loss is a mean over: `hessfunc.examples`, "
         "or such as `lambda batch: (batch[1] != -100).sum()`",
         ReductionWarning,
         stacklevel=2,

@@ -357,6 +357,29 @@ def test_a_batch_of_numpy_and_of_inputs_that_need_gradients_is_copied() -> None:
     assert matrix(matvec, params).equal(before)
 
 
+@pytest.mark.parametrize("mode", ["reverse", "forward", "difference"])
+def test_weights_behind_activations_that_change_in_place_are_told(mode: Any) -> None:
+    model = net()
+    loss, zeros = hf.activations(model, F.cross_entropy, "2")
+    matvec = hf.hvp(loss, mode=mode)(zeros(X), (X, Y))
+    vector = hf.random_like(zeros(X), 1, seed=0)
+    matvec(vector)
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"'2\.weight' has changed in place"):
+        matvec(vector)
+
+
+def test_a_draw_is_that_of_the_batch_when_it_was_drawn() -> None:
+    inputs = X.clone()
+    some = hf.draws(hf.hvp(LOSS), seed=0)(PARAMS, [(inputs[:3], Y[:3]), (inputs[3:], Y[3:])])
+    first = some(0)
+    vector = hf.random_like(PARAMS, 1, seed=0)
+    before = hf.ravel(first(vector))
+    inputs.data.mul_(3)
+    assert hf.ravel(first(vector)).equal(before)
+
+
 def test_activations_are_those_of_the_batch_when_the_matvec_was_made() -> None:
     model = net()
     loss, zeros = hf.activations(model, F.cross_entropy, nn.Linear)
