@@ -437,8 +437,8 @@ def _is_close(value: Tensor, other: Tensor) -> bool:
 def _warn(reason: str) -> None:
     warnings.warn(
         f"{reason}, so the loss is not known to be a mean or a sum over examples; batches are "
-        "weighted by their examples. Pass `weight=`, what the loss is a mean over: `hessfunc.examples`, "
-        "or such as `lambda batch: (batch[1] != -100).sum()`",
+        "weighted by their examples. Pass `weight=`, what the loss is a mean over: "
+        "`hessfunc.examples`, or such as `lambda batch: (batch[1] != -100).sum()`",
         ReductionWarning,
         stacklevel=2,
     )
