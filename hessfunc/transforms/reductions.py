@@ -114,7 +114,7 @@ def _terms(one: Noted) -> float | None:
         if options.get("reduction") == "batchmean" or not _has_examples(one.batch):
             return None
         classes = targets.shape[min(1, targets.dim() - 1)] if known in _CROSS_ENTROPY else 1
-        return targets.numel() / classes
+        return targets.numel() / max(1, classes)
     if known not in _OF_CLASSES:
         return None
     kept = targets != options.get("ignore_index", -100)
@@ -131,6 +131,11 @@ class Noted:
     loss: LossFunction
     params: Tree
     batch: Any
+
+    @functools.cached_property
+    def terms(self) -> float | None:
+        """What a mean of torch divides by: read from the device once."""
+        return _terms(self)
 
 
 @dataclass
@@ -193,7 +198,7 @@ def noted(loss: LossFunction, params: Tree, batch: Any, /) -> Iterator[None]:
     one = Noted(loss, params, batch)
     watch.losses.append(one)
     is_optional = watch.optional is not None and watch.optional is batch
-    if is_optional and _reduction_of(loss) == "mean" and _terms(one) == 0:
+    if is_optional and _reduction_of(loss) == "mean" and one.terms == 0:
         raise NoTargetsError("all targets of the batch are ignored")
     token = _watched.set(None)
     try:
@@ -244,6 +249,7 @@ class Average:
     _is_by_terms: bool = False
     _undecided: int = 0
     _inner: list[Inner] = field(default_factory=list)
+    _beside: float | None = None
 
     @property
     def is_sum(self) -> bool:
@@ -272,7 +278,7 @@ class Average:
                 raise ValueError(f"the weight of a batch is {counted}: at least 0")
             return counted
         if self._inner:
-            return self._of_inner(self._inner)
+            return self._of_inner(self._inner, self._beside)
         if self.is_sum or not self.several:
             return 1.0
         return float(examples(batch)) if self._terms is None else self._terms
@@ -283,24 +289,30 @@ class Average:
         The weight of a mean over batches within is known once that has made a product.
         """
         if self.weight is None and self._inner:
-            return functools.partial(self._of_inner, self._inner)
+            return functools.partial(self._of_inner, self._inner, self._beside)
         return functools.partial(float, self.of(batch))
 
-    def _of_inner(self, parts: Sequence[Inner]) -> float:
-        """Return the weight of a mean over batches, the sum of theirs; 1 of a sum over batches."""
+    def _of_inner(self, parts: Sequence[Inner], beside: float | None) -> float:
+        """Return the weight of means over batches, or 1 of sums.
+
+        Args:
+            parts: Means or sums over batches, which are added up.
+            beside: Weight of another loss of the same batch that is added to them.
+        """
         for part in parts:
             if part.average.weight is None and part.average.reduction is not None:
                 self._take(part.average.reduction)
-        if self.is_sum:
+        if self.is_sum or not self.several:
             return 1.0
         weights = [part.weight for part in parts if part.weight is not None]
+        others = weights if beside is None else [*weights, beside]
         if len(weights) < len(parts) or not all(
-            math.isclose(weight, weights[0], rel_tol=1e-9) for weight in weights
+            math.isclose(weight, weights[0], rel_tol=1e-9) for weight in others
         ):
             raise ValueError(
                 "`over_batches` within `over_batches` has no single weight, as the inner one is on "
-                "a mesh or several are added up: pass the outer one `weight=`, such as "
-                "`weight=hessfunc.examples`"
+                "a mesh or is added to a loss of another weight: pass the outer one `weight=`, "
+                "such as `weight=hessfunc.examples`"
             )
         return weights[0]
 
@@ -343,6 +355,10 @@ class Average:
         self._terms = None
         if losses and self.several and not self.is_sum:
             self._weigh(losses, counted=counted)
+        self._beside = None
+        if self._inner and losses and self.several and not self.is_sum:
+            count = examples(losses[0].batch) if self._terms is None else self._terms
+            self._beside = float(count)
 
     def _take(self, reduction: Reduction) -> None:
         if self.reduction not in (None, reduction):
@@ -358,7 +374,7 @@ class Average:
         Raises:
             ValueError: It is not, and differs from the number of examples from batch to batch.
         """
-        terms = [_terms(one) for one in losses]
+        terms = [one.terms for one in losses]
         alike = len(set(terms)) == 1 and len({id(one.batch) for one in losses}) == 1
         if alike and not counted and self._shares is None:
             self._terms = terms[0]

@@ -98,6 +98,27 @@ def test_batches_of_a_sum_are_summed_over_ranks(
     assert max(four.run(sum_differs_by, own, order, (1, 4))) < 1e-12
 
 
+def mean_over_targets_differs_by(shape: tuple[int, ...]) -> float:
+    model_fn, params = hf.functional(problems.net())
+    weight = torch.tensor([1.0, 0.3, 7.0], dtype=torch.float64)
+    loss = hf.supervised(model_fn, torch.nn.CrossEntropyLoss(weight=weight, ignore_index=1))
+    batches = problems.batches()
+    # The targets of a batch are all ignored.
+    batches[1][1][:] = 1
+    block = hf.random_like(params, 2, seed=1)
+    whole = tuple(torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+    wanted = hf.hvp(loss)(params, whole)(block)
+    matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(*shape))(params, batches)
+    return error(matvec(block), wanted)
+
+
+def test_a_mean_over_targets_is_weighted_over_ranks_by_what_it_divides_by(
+    two: Ranks, four: Ranks
+) -> None:
+    assert max(two.run(mean_over_targets_differs_by, (2,))) < 1e-12
+    assert max(four.run(mean_over_targets_differs_by, (2, 2))) < 1e-12
+
+
 def tokens(batch: Any) -> float:
     return float((batch[1] > 0).sum()) + 2.0**24
 

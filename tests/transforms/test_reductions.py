@@ -475,6 +475,26 @@ def test_draws_of_nested_batches_are_those_of_the_whole(replace: bool) -> None:
         [matvec(hf.random_like(params, 1, seed=0)) for matvec in some]
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_nested_mean_beside_another_loss_needs_one_weight(keep: bool) -> None:
+    _, model_fn, params = net()
+    plain, weighted = (
+        hf.supervised(model_fn, nn.CrossEntropyLoss(weight=weight))
+        for weight in (None, CLASS_WEIGHTS)
+    )
+
+    def both(loss: Any) -> Any:
+        within = hf.over_batches(hf.hvp(loss))
+        return hf.over_batches(
+            lambda p, b: hf.add(within(p, hf.microbatches(b, 2)), hf.hvp(plain)(p, b)), keep=keep
+        )(params, BATCHES)
+
+    right = 2 * hessian(plain, params, (X, Y))
+    assert relative_error(matrix(both(plain), params), right) < 1e-9
+    with pytest.raises(ValueError, match="no single weight.*pass the outer one `weight=`"):
+        both(weighted)(hf.random_like(params, 1, seed=0))
+
+
 def test_an_inner_weight_of_the_user_adds_up() -> None:
     _, model_fn, params = net()
     loss = hf.supervised(model_fn, per_row("mean"))
