@@ -111,8 +111,7 @@ def landscape(
             axis, as long as the filter of params; leaves with fewer than two axes, biases and
             norms, are left out. Shapes of nets whose weights differ in scale can then be
             compared. None: directions as they are.
-        weight: Weight of a batch in the mean; by default its examples, or the sum of batches for a
-            loss that is a sum, as in `over_batches`.
+        weight: Weight of a batch in the mean, as in `over_batches`.
         chunk_size: points in one pass, 1 for a loop, or ``"auto"``.
         callback: called with the landscape so far after each chunk.
 

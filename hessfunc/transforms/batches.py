@@ -60,13 +60,13 @@ def over_batches(
 
     Args:
         curvature: of one batch.
-        weight: Weight of a batch in the mean. None: what the loss of the batch divides by, for
-            torch's cross-entropy and NLL with class targets (the number of targets that are not
-            ignored, or the sum of their class weights); for another mean, the number of examples;
-            for a sum, batches are summed. Pass your own where another loss is a mean over
-            something else, such as tokens that are not padding, or where the first axes of the
-            batch's tensors differ (time before batch, graphs): ``lambda batch: len(batch[1])``.
-            Batches of weight 0 are left out.
+        weight: Weight of a batch in the mean. None: what the loss of the batch divides by, for the
+            losses of torch that are means over targets (with class targets, the number that are
+            not ignored or the sum of their class weights; otherwise, the number of entries); for
+            another mean, the number of examples; for a sum, batches are summed. Pass your own
+            where another loss is a mean over something else, such as tokens that are not padding,
+            or where the first axes of the batch's tensors differ (time before batch, graphs):
+            ``lambda batch: len(batch[1])``. Batches of weight 0 are left out.
         keep: keep the graph of every batch, and a copy of the batch: products are faster, memory
             grows with the data. A loader may reuse its buffers; a list made from such a loader
             holds the last batch alone, again and again, so let that loader copy.

@@ -233,9 +233,8 @@ class Average:
 
     Attributes:
         weight: Weight of a batch, for a weighted mean. None: what the loss of a batch divides by,
-            where the loss is a mean over class targets, as torch's cross-entropy is; the examples
-            of a batch where the loss is another mean; where the loss is a sum over examples,
-            batches are summed.
+            where the loss is one of torch's means over targets; the examples of a batch where the
+            loss is another mean; where the loss is a sum over examples, batches are summed.
         several: Whether there is more than one batch, as far as it is known.
         reduction: Reduction of the loss, once it is known.
     """
