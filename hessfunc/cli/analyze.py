@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from hessfunc.cli.command import command_line
 from hessfunc.cli.errors import fail, in_one_line
 from hessfunc.cli.help import unless_given
 from hessfunc.cli.options import Traceback, refuse_seed
-from hessfunc.cli.places import DType, make_folder, place
+from hessfunc.cli.places import DType, held, make_folder, place
 from hessfunc.cli.progress import bars, watch
 from hessfunc.cli.ranks import mesh_of_all, on_all, speaks
 
@@ -187,14 +188,19 @@ def analyze(
 
     began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
     folder = report.Folder(out, report.Run(command_line(context), seed, began))
-    status = "failed"
+    status, lock = "failed", ExitStack()
     try:
         refuse_seed(seed)
         where, kind = place(device, dtype)
         with mesh_of_all(where) as (mesh, where), bars() as progress:
-            if speaks():
-                make_folder(out)
-                folder.begin()
+
+            def begin() -> None:
+                if speaks():
+                    make_folder(out)
+                    lock.enter_context(held(out))
+                    folder.begin()
+
+            on_all(mesh, begin)
 
             def make() -> Problem:
                 return make_problem(
@@ -237,8 +243,9 @@ def analyze(
             raise
         fail(in_one_line(error), alone=isinstance(error, ConnectionError))
     finally:
-        if speaks():
-            folder.close(status)
+        with lock:
+            if speaks():
+                folder.close(status)
 
     if not speaks():
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DType", "make_folder", "place", "refuse_other_files"]
+__all__ = ["DType", "held", "make_folder", "place", "refuse_other_files"]
 
 
 class DType(StrEnum):
@@ -51,6 +52,27 @@ def make_folder(path: Path, /) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {path} cannot be used: {error.strerror}") from error
+
+
+@contextmanager
+def held(folder: Path, /) -> Iterator[None]:
+    """Keep other commands out of a folder of results, which must exist, by a lock file in it.
+
+    Raises:
+        ValueError: Another command is running in the folder.
+    """
+    from hessfunc.algorithms.checkpoint import lock as locks
+
+    try:
+        owner = locks.acquire(folder, "", option="--out")
+    except ImportError:
+        # Windows has no locks of this kind.
+        yield
+        return
+    try:
+        yield
+    finally:
+        locks.release(folder, owner)
 
 
 def refuse_other_files(folder: Path, names: Iterable[str], own: str, /) -> None:
