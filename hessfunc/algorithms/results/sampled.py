@@ -18,7 +18,9 @@ class SampledEstimate(Estimate):
     """An estimate from m random batches with r probes each; ``samples`` are the batches' means.
 
     The variance of the value is
-    ``correction * variance_data / m + variance_probes / (m r)``.
+    ``correction * variance_data / m + variance_probes / (m r)``. The standard error is infinite
+    where all samples agree to rounding while some batches were not drawn: nothing is known of the
+    noise then.
 
     Attributes:
         variance_probes: Variance of one probe within a batch; NaN where it is not known, since
@@ -43,7 +45,10 @@ class SampledEstimate(Estimate):
     draws_seed: int | None = None
 
     def _headline(self) -> dict[str, object]:
-        return {**super()._headline(), "draws": self.draws, "data_share": f"{self.data_share:.2g}"}
+        draws = f"{self.draws}"
+        if self.population is not None and not self.every_batch_was_drawn:
+            draws = f"{self.draws} of {self.population}"
+        return {**super()._headline(), "draws": draws, "data_share": f"{self.data_share:.2g}"}
 
     @property
     def data_share(self) -> float:
@@ -87,7 +92,8 @@ class SampledEstimate(Estimate):
                 f"All {self.population} batches were drawn: take more probes a draw, or another "
                 "pass."
             )
-        if math.isnan(self.data_share):
+        unknown = math.isinf(self.stderr) and not self.every_batch_was_drawn
+        if unknown or math.isnan(self.data_share):
             return f"The batches drawn agree, and so do the probes. {self._unseen}"
         shares = (
             f"Of the variance {self.data_share:.0%} comes from the data and "
