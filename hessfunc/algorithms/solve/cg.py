@@ -134,6 +134,7 @@ def _iterate(system: System, state: _State) -> _State:
         direction = direction + (square / state.square * state.stretch) * state.direction
     length = float(space.norms(direction))
     unit = direction / length
+    del direction
     image = system.product(unit)
     curvature = float(space.gram(unit, image))
     largest = max(state.largest, float(space.norms(image)))

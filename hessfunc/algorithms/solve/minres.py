@@ -73,7 +73,7 @@ def minres(
         FloatingPointError: a product is not finite.
 
     Cost: one matvec an iteration, and one at the end; three more, uncounted, where inner products
-    show that the matvec may not be symmetric; 20 vectors of memory, besides those
+    show that the matvec may not be symmetric; 23 vectors of memory, besides those
     of a product.
 
     Source: Paige and Saunders 1975; residual vectors: Choi, Paige and Saunders 2011.
@@ -150,6 +150,7 @@ def _iterate(system: System, state: _State) -> _State:
     state = replace(state, largest=max(state.largest, stretch))
     state = system.compared(state, v, product)
     ahead = product - state.beta * before
+    del product
     alpha = float(system.space.gram(v, ahead))
     ahead = ahead - alpha * z
     image, square = system.preconditioned(ahead)

@@ -130,16 +130,17 @@ class System:
         """The state after a look at the symmetry of two products in a row, which costs none.
 
         Args:
-            state: State with the vector and the product before.
+            state: State of the run.
             row: One vector.
             image: Product with it.
         """
-        before, state = state.pair, replace(state, pair=(row, image))
+        # Not in the state: a resumed run begins to look one product later.
+        before, self.products.last = self.products.last, (row, image)
         if before is None or not state.largest:
             return state
-        lengths = self.space.norms(torch.cat([before[0], row]))
+        lengths = float(self.space.norms(before[0])) * float(self.space.norms(row))
         forms = self.space.gram(before[0], image) - self.space.gram(row, before[1])
-        difference = abs(float(forms)) / float(lengths.prod())
+        difference = abs(float(forms)) / lengths
         tolerance = refuse_unless_rounding(
             self.products,
             row,
@@ -208,7 +209,6 @@ class Iterate:
         again: whether it is not the first recurrence.
         largest: the longest product with a unit vector.
         path: the length of the first x, and of all steps from there.
-        pair: Last vector, and the product with it.
         asymmetry: Largest difference of u'Av and v'Au so far, for unit vectors.
         rounded: Difference that the rounding of products explains, in units of |A|, where it was
             measured.
@@ -226,7 +226,6 @@ class Iterate:
     again: bool = False
     largest: float = 0.0
     path: float = 0.0
-    pair: tuple[Rows, Rows] | None = None
     asymmetry: float = 0.0
     rounded: float = 0.0
 
@@ -296,11 +295,11 @@ def solve(
 
 def _cause(system: System, state: Iterate) -> str | None:
     """Why the products do not lead to a solution, or None where they are those of a matrix."""
-    if state.pair is None:
+    if system.products.last is None:
         return None
     return asymmetry_named(
         system.products,
-        state.pair[0],
+        system.products.last[0],
         state.asymmetry,
         state.largest,
         eps=system.eps,

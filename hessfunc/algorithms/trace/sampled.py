@@ -97,7 +97,8 @@ def sampled_trace(
         ValueError: an option is out of range.
         FloatingPointError: a product is not finite.
 
-    Cost: r products with one batch, and one batch's graph, a draw.
+    Cost: r products with one batch, and one batch's graph, a draw; 3 block_size + 2 vectors of
+    memory.
 
     Source: Girard 1989; Hutchinson 1990; the analysis of variance: Searle, Casella and McCulloch
     1992, Variance components, section 3.5.
