@@ -29,12 +29,20 @@ __all__ = [
     "ARGUMENTS",
     "Check",
     "anything",
+    "axes",
+    "batches",
+    "criterion",
     "finite",
     "flag",
     "factory",
     "function_of",
     "mapping",
     "of_numpy",
+    "panels",
+    "rates",
+    "real",
+    "reals",
+    "several_eigenpairs",
     "text",
     "tree",
     "validated",
@@ -215,6 +223,60 @@ def finite(name: str, value: Any, /) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name}={number}: it must be finite")
     return number
+
+
+def real(name: str, value: Any, /) -> float:
+    """A float or int of Python, NumPy or torch; the function says whether it must be finite."""
+    plain = _scalar(value)
+    if isinstance(plain, float) and not math.isfinite(plain):
+        return plain
+    number = finite(name, plain if isinstance(plain, Real) else value)
+    return plain if isinstance(plain, int) and plain == number and abs(plain) < 2**63 else number
+
+
+def reals(name: str, value: Any, /) -> Tensor:
+    """Real numbers of any shape, as a tensor in float64 on the CPU."""
+    plain = _scalar(value)
+    if isinstance(plain, Real):
+        return torch.tensor(real(name, plain), dtype=torch.float64, device="cpu")
+    if _is_meta(value) or not isinstance(value, Sequence | np.ndarray | Tensor):
+        due = "a number, or an array or tensor of numbers"
+        raise _refused(name, value, due, f"pass {name}=torch.linspace(-1, 1, 21)")
+    if isinstance(value, str | bytes):
+        raise _refused(name, value, "a tensor of numbers", f"pass {name}=torch.linspace(-1, 1, 21)")
+    if isinstance(value, Tensor) and value.layout != torch.strided:
+        raise TypeError(f"{name} has the layout {value.layout}: pass {name}.to_dense()")
+    found = torch.as_tensor(finite_array(name, value)).detach()
+    return found.to(dtype=torch.float64, device="cpu")
+
+
+def axes(name: str, value: Any, /) -> Any:
+    """Axes of matplotlib."""
+    if hasattr(value, "plot") and hasattr(value, "figure"):
+        return value
+    raise _refused(name, value, "Axes of matplotlib", "pass plt.gca(), or none for a new figure")
+
+
+def panels(name: str, value: Any, /) -> list[Any]:
+    """One Axes, or several, such as those of ``plt.subplots``."""
+    if hasattr(value, "plot"):
+        return [axes(name, value)]
+    if isinstance(value, np.ndarray):
+        value = value.ravel().tolist()
+    items = value if isinstance(value, Tensor) else _items(value)
+    if not isinstance(items, list):
+        raise _refused(name, value, "Axes of matplotlib", "pass those of plt.subplots(2, 2)[1]")
+    return [axes(f"each of {name}", one) for one in items]
+
+
+def rates(name: str, value: Any, /) -> Any:
+    """A number, or a mapping of steps to numbers."""
+    if isinstance(value, Mapping):
+        return {
+            finite(f"each step of {name}", step): finite(f"{name}[{step!r}]", rate)
+            for step, rate in value.items()
+        }
+    return finite(name, value)
 
 
 def factor(name: str, value: Any, /) -> Any:
@@ -413,6 +475,13 @@ def eigenpairs(name: str, value: Any, /) -> Any:
         return value
     remedy = "pass the result of hessfunc.lanczos(matvec, params, k=10)"
     raise _refused(name, value, "Eigenpairs", remedy)
+
+
+def several_eigenpairs(name: str, value: Any, /) -> Any:
+    """Eigenpairs, or a sequence of them."""
+    if isinstance(value, list | tuple):
+        return [eigenpairs(f"each of {name}", one) for one in value]
+    return eigenpairs(name, value)
 
 
 def estimates(name: str, value: Any, /) -> Any:
@@ -679,7 +748,9 @@ def family(name: str, value: Any, /) -> Any:
 
 # Of every argument of a public function, by its name.
 ARGUMENTS: dict[str, Check] = {
+    "self": anything,
     # Functions
+    "f": function_of(1, "eigenvalues"),
     "matvec": matvec,
     "matvecs": matvec,
     "preconditioner": matvec,
@@ -755,6 +826,27 @@ ARGUMENTS: dict[str, Check] = {
     "trace_probes": whole_number,
     "lr_decay_epochs": whole_numbers,
     "chunk_size": chunk,
+    "num_eigenthings": whole_number,
+    "power_iter_steps": whole_number,
+    "max_steps": whole_number,
+    "num_lanczos_vectors": whole_number,
+    "max_possible_gpu_samples": whole_number,
+    "maxIter": whole_number,
+    "top_n": whole_number,
+    "iter": whole_number,
+    "n_v": whole_number,
+    "num_bins": whole_number,
+    "batch_size": whole_number,
+    "power_iter_err_threshold": finite,
+    "error_threshold": finite,
+    "tol": finite,
+    "sigma_squared": finite,
+    "overhead": finite,
+    "level": finite,
+    "cost": finite,
+    "width": real,
+    "smallest": real,
+    "largest": real,
     "s": factor,
     "a": factor,
     "rtol": finite,
@@ -770,7 +862,10 @@ ARGUMENTS: dict[str, Check] = {
     "eps": finite,
     "step_size": finite,
     "bounds": limits,
+    "x": reals,
+    "grid": reals,
     # Flags
+    "simultaneous": flag,
     "trainable_only": flag,
     "keep": flag,
     "measure": flag,
@@ -790,6 +885,11 @@ ARGUMENTS: dict[str, Check] = {
     "normalise": text,
     "loader": text,
     "backend": anything,
+    "against": text,
+    "quantity": text,
+    "scale": text,
+    # Figures
+    "ax": axes,
     # Places
     "dtype": dtype,
     "basis_dtype": dtype,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.options import anything, validated
 from hessfunc.plot.style import FIRST, QUIET, SECOND, WHITE, clean, legend, new_axes, refuse_other
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["draw", "eigenvalues"]
 
 
+@validated(pairs=anything)
 def eigenvalues(pairs: Eigenpairs, /, *, ax: Axes | None = None) -> Axes:
     """Eigenvalues by index, with their intervals; those that have not converged are hollow.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.options import anything, rates, validated
 from hessfunc.plot.edge import draw_edge
 from hessfunc.plot.style import FIRST, QUIET, clean, legend, marker, new_axes, refuse_other, shades
 from hessfunc.training.tracking.stability import stability
@@ -22,6 +23,7 @@ __all__ = ["history"]
 Values: TypeAlias = Eigenpairs | Tensor | Sequence[float] | float
 
 
+@validated(found=anything, lr=rates)
 def history(
     found: Mapping[float, Values],
     /,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hessfunc.algorithms.quantiles import student_quantile
 from hessfunc.algorithms.results import Estimate
+from hessfunc.options import anything, validated
 from hessfunc.plot.style import FIRST, QUIET, SECOND, clean, new_axes, note, refuse_other
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class _Bar:
     high: float
 
 
+@validated(found=anything)
 def layers(
     found: Estimate | Sequence[Estimate] | Mapping[str, Estimate],
     /,

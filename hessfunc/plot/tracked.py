@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from hessfunc.options import anything, validated
 from hessfunc.plot.edge import draw_edge
 from hessfunc.plot.style import PALETTE, clean, legend, marker, new_axes, refuse_other
 from hessfunc.training.tracking.point import Point
@@ -29,6 +30,7 @@ _NAMES: dict[Quantity, str] = {
 }
 
 
+@validated(points=anything, threshold=anything)
 def tracked(
     points: Sequence[Point],
     /,

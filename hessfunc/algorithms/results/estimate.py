@@ -58,6 +58,7 @@ class LeafEstimate(float):
         """The part as a plain float."""
         return float(self)
 
+    @validated
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return the two-sided Student interval of this part alone at this level."""
         half = _half_width(self.stderr, self.degrees, level)
@@ -113,6 +114,7 @@ class Estimate(Result):
         low, high = self.interval()
         return {"value": f"{self.value:.6g}", "interval": f"[{low:.6g}, {high:.6g}]"}
 
+    @validated
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return the two-sided Student interval at this level."""
         half = _half_width(self.stderr, self.degrees, level)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from hessfunc.algorithms.results.estimate import Estimate
+from hessfunc.options import validated
 
 __all__ = ["SampledEstimate"]
 
@@ -62,6 +63,7 @@ class SampledEstimate(Estimate):
         """Whether no batch can differ from what was seen."""
         return self.population is not None and self.draws >= self.population
 
+    @validated
     def best_probes_per_draw(self, cost: float = _COST_OF_A_BATCH) -> float:
         """The r with the least variance for the same work, infinite without noise of the data.
 
