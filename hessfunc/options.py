@@ -32,12 +32,14 @@ __all__ = [
     "axes",
     "batches",
     "criterion",
+    "described",
     "finite",
     "flag",
     "factory",
     "function_of",
     "mapping",
     "of_numpy",
+    "or_none",
     "panels",
     "rates",
     "real",
@@ -146,6 +148,11 @@ def _outline(name: str, value: Any) -> Any:
     return str(value) if isinstance(value, torch.dtype) else "given"
 
 
+def or_none(check: Check, /) -> Check:
+    """The check of an argument that may be None where that is not the default."""
+    return functools.partial(_optional, check)
+
+
 def _optional(check: Check, name: str, value: Any) -> Any:
     return None if value is None else check(name, value)
 
@@ -246,6 +253,12 @@ def reals(name: str, value: Any, /) -> Tensor:
         raise _refused(name, value, "a tensor of numbers", f"pass {name}=torch.linspace(-1, 1, 21)")
     if isinstance(value, Tensor) and value.layout != torch.strided:
         raise TypeError(f"{name} has the layout {value.layout}: pass {name}.to_dense()")
+    if isinstance(value, Sequence):
+        # Nested lists of unequal lengths, or of other things than numbers, have no dtype.
+        with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            value = np.asarray(value)
+    if isinstance(value, Sequence):
+        raise _refused(name, value, "an array of numbers", f"pass {name}=torch.linspace(-1, 1, 21)")
     found = torch.as_tensor(finite_array(name, value)).detach()
     return found.to(dtype=torch.float64, device="cpu")
 
@@ -795,6 +808,10 @@ ARGUMENTS: dict[str, Check] = {
     "operator": anything,
     "batch": anything,
     "batches": batches,
+    "dataloader": batches,
+    "train_loader": batches,
+    "test_loader": batches,
+    "hessian_loader": batches,
     "pairs": eigenpairs,
     "deflate": eigenpairs,
     "estimates": estimates,
@@ -837,6 +854,11 @@ ARGUMENTS: dict[str, Check] = {
     "n_v": whole_number,
     "num_bins": whole_number,
     "batch_size": whole_number,
+    "max_large_ratio": whole_number,
+    "lr_decay_epoch": whole_numbers,
+    "lr_decay_ratio": finite,
+    "decay_ratio": finite,
+    "adv_ratio": finite,
     "power_iter_err_threshold": finite,
     "error_threshold": finite,
     "tol": finite,
@@ -875,6 +897,15 @@ ARGUMENTS: dict[str, Check] = {
     "preconditioned": flag,
     "eval_mode": flag,
     "replace": flag,
+    # Flags of other libraries, which are read as true or false
+    "cuda": anything,
+    "use_gpu": anything,
+    "fp16": anything,
+    "full_dataset": anything,
+    "to_numpy": anything,
+    "duration": anything,
+    "print_flag": anything,
+    "init_vec": anything,
     # Words
     "mode": text,
     "residual": text,

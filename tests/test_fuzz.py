@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import math
 import random
 import signal
@@ -11,7 +12,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 import hessfunc as hf
 from hessfunc import plot
+from hessfunc.compat import eigenthings, hessianflow, pyhessian
 from hessfunc.options import ARGUMENTS
 
 HOME = Path(hf.__file__).parent
@@ -365,6 +367,69 @@ METHODS: dict[str, Call] = {
     ),
     "plot.surface": Call({"found": PLANE}, {"scale": "linear", "ax": None}, drawn, plot.surface),
 }  # fmt: skip
+OPERATOR = eigenthings.LambdaOperator(lambda v: MATRIX.float() @ v, 6)
+BY_MODEL = {"model": MODEL, "dataloader": [BATCH]}
+
+
+def repeated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, with a seed of its own at each call, and without its files and lines."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        with torch.random.fork_rng(), redirect_stdout(io.StringIO()):
+            torch.manual_seed(0)
+            return function(*args, **options)
+
+    return call
+
+
+METHODS |= {
+    name: dataclasses.replace(call, function=repeated(call.function or value))
+    for name, call in {
+        "eigenthings.compute_hessian_eigenthings": Call(
+            BY_MODEL | {"loss": CRITERION, "num_eigenthings": 1}, {"mode": "lanczos"},
+            function=eigenthings.compute_hessian_eigenthings,
+        ),
+        "eigenthings.lanczos": Call(
+            {"operator": OPERATOR, "num_eigenthings": 1, "which": "LM", "max_steps": 3},
+            {"tol": 0.1, "num_lanczos_vectors": 6}, function=eigenthings.lanczos,
+        ),
+        "eigenthings.deflated_power_iteration": Call(
+            {"operator": OPERATOR, "num_eigenthings": 1, "power_iter_steps": 5},
+            {"power_iter_err_threshold": 0.1, "momentum": 0.0},
+            function=eigenthings.deflated_power_iteration,
+        ),
+        "eigenthings.power_iteration": Call(
+            {"operator": OPERATOR, "steps": 5, "error_threshold": 0.1},
+            function=eigenthings.power_iteration,
+        ),
+        "hessianflow.get_eigen": Call(
+            {"model": MODEL, "inputs": BATCH[0], "targets": BATCH[1], "criterion": CRITERION},
+            {"maxIter": 4, "tol": 0.1}, function=hessianflow.get_eigen,
+        ),
+        "hessianflow.get_eigen_full_dataset": Call(
+            BY_MODEL | {"criterion": CRITERION}, {"maxIter": 4, "tol": 0.1},
+            function=hessianflow.get_eigen_full_dataset,
+        ),
+        "pyhessian.hessian": Call(
+            {"model": MODEL, "criterion": CRITERION}, {"dataloader": [BATCH]},
+            lambda made: made.trace(maxIter=2), pyhessian.hessian,
+        ),
+        "pyhessian.hessian.eigenvalues": Call(
+            {"maxIter": 4, "tol": 0.1, "top_n": 1},
+            function=pyhessian.hessian(MODEL, CRITERION, BATCH).eigenvalues,
+        ),
+        "pyhessian.hessian.trace": Call(
+            {"maxIter": 4, "tol": 0.1}, function=pyhessian.hessian(MODEL, CRITERION, BATCH).trace
+        ),
+        "pyhessian.hessian.density": Call(
+            {"iter": 4, "n_v": 1}, function=pyhessian.hessian(MODEL, CRITERION, BATCH).density
+        ),
+        "pyhessian.density_generate": Call(
+            {"eigenvalues": [[0.0, 1.0]], "weights": [[0.5, 0.5]], "num_bins": 9},
+            {"sigma_squared": 1e-2, "overhead": 0.01}, function=pyhessian.density_generate,
+        ),
+    }.items()
+}  # fmt: skip
 if find_spec("matplotlib") is None:
     METHODS = {name: call for name, call in METHODS.items() if not name.startswith("plot.")}
 
@@ -372,6 +437,7 @@ if find_spec("matplotlib") is None:
 OF_CALLER = {
     ("supervised", "model_fn"), ("composed", "outputs"), ("composed", "targets"),
     ("recomputed", "fn"), ("tracked", "compose"), ("fgsm", "batch"), ("pgd", "batch"),
+    ("hessianflow.get_eigen", "inputs"), ("hessianflow.get_eigen", "targets"),
 }  # fmt: skip
 # They need a mesh or a file, and are right where they refuse what stands in its place.
 REFUSED = {"load", "sharded"}
@@ -498,7 +564,7 @@ def wrong(name: str, argument: str, pick: random.Random) -> str:
     if alike and pick.random() < 0.3:
         given = pick.choice(alike)
         found, fault = outcome(name, {argument: given})
-        if not fault and name not in REFUSED and plain(found) != plain(called(name, {})):
+        if not fault and name not in REFUSED and plain(found) != plain(outcome(name, {})[0]):
             fault = f"another value than with {valid!r}: {found!r}"
     else:
         given = pick.choice(POOL)()

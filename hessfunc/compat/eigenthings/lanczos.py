@@ -8,13 +8,15 @@ from numpy.typing import NDArray
 
 from hessfunc.algorithms.lanczos import lanczos as thick_restart_lanczos
 from hessfunc.algorithms.results.result import array
-from hessfunc.compat.eigenthings.operator import Operator
+from hessfunc.compat.eigenthings.operator import Operator, operator_like
 from hessfunc.compat.eigenthings.residuals import warn_of_residuals
 from hessfunc.compat.eigenthings.start import Start
+from hessfunc.options import or_none, validated, whole_number
 
 __all__ = ["lanczos"]
 
 
+@validated(operator=operator_like, max_steps=or_none(whole_number))
 def lanczos(
     operator: Operator,
     num_eigenthings: int = 10,

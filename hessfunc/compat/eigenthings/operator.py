@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hessfunc.options import described
 from hessfunc.transforms.arithmetic import batched
 from hessfunc.trees import Matvec
 
-__all__ = ["LambdaOperator", "Operator"]
+__all__ = ["LambdaOperator", "Operator", "operator_like"]
 
 
 class Operator:
@@ -52,3 +54,13 @@ class LambdaOperator(Operator):
     def apply(self, vec: Tensor) -> Tensor:
         """The product with one vector."""
         return self.apply_fn(vec)
+
+
+def operator_like(name: str, value: Any, /) -> Any:
+    """An `Operator`, or another object with its methods."""
+    if all(callable(getattr(value, method, None)) for method in ("matvec", "draws", "like")):
+        return value
+    raise TypeError(
+        f"{name} must be an Operator, and is {described(value)}: pass "
+        "LambdaOperator(function, size) or HVPOperator(model, dataloader, criterion)"
+    )

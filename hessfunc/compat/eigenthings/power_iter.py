@@ -13,14 +13,16 @@ from hessfunc.algorithms.power import power_iteration as exact_power_iteration
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.results.result import array
 from hessfunc.algorithms.stochastic_power import stochastic_power_iteration
-from hessfunc.compat.eigenthings.operator import Operator
+from hessfunc.compat.eigenthings.operator import Operator, operator_like
 from hessfunc.compat.eigenthings.residuals import warn_of_residuals
 from hessfunc.compat.eigenthings.start import Start
+from hessfunc.options import validated
 from hessfunc.transforms.arithmetic import deflate
 
 __all__ = ["deflated_power_iteration", "power_iteration"]
 
 
+@validated(operator=operator_like)
 def deflated_power_iteration(
     operator: Operator,
     num_eigenthings: int = 10,
@@ -74,6 +76,7 @@ def deflated_power_iteration(
     return (array(values), array(vectors)) if to_numpy else (values, vectors)
 
 
+@validated(operator=operator_like)
 def power_iteration(
     operator: Operator,
     steps: int = 20,

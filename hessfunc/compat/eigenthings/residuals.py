@@ -30,5 +30,5 @@ def warn_of_residuals(found: Sequence[Eigenpairs], tol: float, /, *, budget: str
         warnings.warn(
             f"{int(missing.sum())} of {len(missing)} pairs have not converged, with residuals of "
             f"up to {float(residuals[missing].max()):.1e}: raise `{budget}`",
-            stacklevel=3,
+            stacklevel=4,
         )

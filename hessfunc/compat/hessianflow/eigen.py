@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hessfunc.algorithms.lanczos import lanczos
 from hessfunc.compat.place import evaluated_loss
+from hessfunc.options import anything, validated
 from hessfunc.training.batches import refuse_iterators
 from hessfunc.training.steps import Criterion
 from hessfunc.training.tracking.undisturbed import undisturbed
@@ -20,6 +21,7 @@ from hessfunc.transforms.hessian import hvp
 __all__ = ["get_eigen", "get_eigen_full_dataset"]
 
 
+@validated(inputs=anything, targets=anything)
 def get_eigen(
     model: nn.Module,
     inputs: Any,
@@ -56,6 +58,7 @@ def get_eigen(
     return _dominant(model, [(inputs, targets)], criterion, maxIter, tol, keep=True)
 
 
+@validated
 def get_eigen_full_dataset(
     model: nn.Module,
     dataloader: Iterable[Any],
@@ -115,6 +118,6 @@ def _dominant(
         warnings.warn(
             f"the eigenvalue {value:.3g} has not converged to tol={tol:g}: its residual is "
             f"{residual:.1e}, and {found.reason}; raise maxIter, or tol",
-            stacklevel=3,
+            stacklevel=4,
         )
     return value, [block[0] for block in found.vectors.values()]

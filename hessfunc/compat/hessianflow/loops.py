@@ -8,12 +8,14 @@ from torch import nn, optim
 from torch.nn import functional as F
 
 from hessfunc.compat.place import bare
+from hessfunc.options import validated
 from hessfunc.training.evaluation import evaluated
 from hessfunc.training.steps import Batch
 
 __all__ = ["exp_lr_scheduler", "progress_bar", "test"]
 
 
+@validated
 def exp_lr_scheduler(optimizer: optim.Optimizer, decay_ratio: float = 0.1) -> optim.Optimizer:
     """Multiply the learning rates by ``decay_ratio``; returns the optimiser."""
     for group in optimizer.param_groups:
@@ -21,6 +23,7 @@ def exp_lr_scheduler(optimizer: optim.Optimizer, decay_ratio: float = 0.1) -> op
     return optimizer
 
 
+@validated
 def test(model: nn.Module, test_loader: Iterable[Batch]) -> float:
     """The accuracy in eval mode, in percent, which is printed, too."""
     accuracy = 100 * evaluated(bare(model), test_loader, F.cross_entropy).accuracy

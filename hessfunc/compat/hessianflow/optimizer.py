@@ -10,6 +10,7 @@ import torch
 from torch import nn, optim
 
 from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
+from hessfunc.options import validated
 from hessfunc.training import absa as schedules
 from hessfunc.training.adversarial import Attack, fgsm
 from hessfunc.training.dominant import Watch, watch
@@ -24,6 +25,7 @@ Loader: TypeAlias = Iterable[Batch]
 _PATIENCE = 10
 
 
+@validated
 def baseline(
     model: nn.Module,
     train_loader: Loader,
@@ -70,6 +72,7 @@ def baseline(
     return model, updates
 
 
+@validated
 def absa(
     model: nn.Module,
     train_loader: Loader,

@@ -15,6 +15,7 @@ from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.compat.pyhessian.mean_loss import MeanLoss
 from hessfunc.compat.pyhessian.vectors import group_product
 from hessfunc.compat.seeds import seed_of_stream
+from hessfunc.options import real, validated
 from hessfunc.transforms.arithmetic import apply
 from hessfunc.transforms.batches import examples
 from hessfunc.transforms.hessian import filled, hvp
@@ -45,6 +46,7 @@ class hessian(MeanLoss):  # noqa: N801
             found = torch.autograd.grad(mean, self.params, create_graph=True, allow_unused=True)
         return filled(found, self.params)
 
+    @validated
     def eigenvalues(
         self, maxIter: int = 100, tol: float = 1e-3, top_n: int = 1
     ) -> tuple[list[float], list[list[Tensor]]]:
@@ -73,11 +75,12 @@ class hessian(MeanLoss):  # noqa: N801
             warnings.warn(
                 f"{missing} of {top_n} eigenpairs have not converged to tol={tol:g}: "
                 f"{pairs.reason}. Their residuals are in results['eigenvalues']",
-                stacklevel=2,
+                stacklevel=3,
             )
         vectors = [[leaf[i] for leaf in pairs.vectors.values()] for i in range(top_n)]
         return pairs.values.tolist(), vectors
 
+    @validated(tol=real)
     def trace(self, maxIter: int = 100, tol: float = 1e-3) -> list[float]:
         """Samples ``z'Hz`` of random signs z, whose mean estimates the trace, by `hutchinson`.
 
@@ -98,6 +101,7 @@ class hessian(MeanLoss):  # noqa: N801
         self.results["trace"] = estimate
         return estimate.samples.tolist()
 
+    @validated
     def density(self, iter: int = 100, n_v: int = 1) -> tuple[list[list[float]], list[list[float]]]:
         """Nodes and weights of the spectral density, a list for each run, by `slq`.
 

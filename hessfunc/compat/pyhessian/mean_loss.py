@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
 from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
 from hessfunc.functional import LossFunction
+from hessfunc.options import anything, validated
 from hessfunc.transforms.batches import examples, over_batches
 from hessfunc.transforms.blocks import Curvature
 
@@ -53,6 +54,7 @@ class MeanLoss:
         TypeError: a batch is no pair.
     """
 
+    @validated(data=anything)
     def __init__(
         self,
         model: nn.Module,
