@@ -250,9 +250,10 @@ def _iterate(
     if length > 0:
         # The iterate u was divided by the length in its place where there is momentum.
         unit = length if momentum else 1.0
-        cosine = unit * float(space.gram(before, moved))
         # With v = (A u + shift u - momentum w) / length outside of the accepted vectors.
-        backward = length - (state.shift or 0.0) * cosine
+        backward = length
+        if state.shift:
+            backward -= state.shift * unit * float(space.gram(before, moved))
         if momentum:
             backward += momentum * float(space.gram(state.previous, moved))
         difference = abs(unit * float(space.gram(before, image)) - backward)

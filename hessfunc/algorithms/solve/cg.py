@@ -139,7 +139,7 @@ def _iterate(system: System, state: _State) -> _State:
     curvature = float(space.gram(unit, image))
     largest = max(state.largest, float(space.norms(image)))
     step = square / (length * curvature) if curvature > 0 else 0.0
-    state = system.compared(replace(state, largest=largest), unit, image)
+    state = system.compared(replace(state, largest=largest), unit, image, 1.0)
     # The rounding of a product with too long a step would be longer than the residual.
     if curvature <= 0 or system.eps * largest * step > state.first:
         return _stopped(system, replace(state, direction=unit, curvature=curvature))

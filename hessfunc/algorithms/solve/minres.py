@@ -146,9 +146,10 @@ def _iterate(system: System, state: _State) -> _State:
         state = _begin(system, state)
     before, z, v = state.lanczos
     product = system.product(v)
-    stretch = float(system.space.norms(product) / system.space.norms(v))
+    length = float(system.space.norms(v))
+    stretch = float(system.space.norms(product)) / length
     state = replace(state, largest=max(state.largest, stretch))
-    state = system.compared(state, v, product)
+    state = system.compared(state, v, product, length)
     ahead = product - state.beta * before
     del product
     alpha = float(system.space.gram(v, ahead))

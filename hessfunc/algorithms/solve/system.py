@@ -126,21 +126,23 @@ class System:
             )
         return image, square
 
-    def compared(self, state: AnyIterate, row: Tensor, image: Tensor, /) -> AnyIterate:
+    def compared(
+        self, state: AnyIterate, row: Tensor, image: Tensor, length: float, /
+    ) -> AnyIterate:
         """The state after a look at the symmetry of two products in a row, which costs none.
 
         Args:
             state: State of the run.
             row: One vector.
             image: Product with it.
+            length: Length of the vector.
         """
         # Not in the state: a resumed run begins to look one product later.
-        before, self.products.last = self.products.last, (row, image)
+        before, self.products.last = self.products.last, (row, image, length)
         if before is None or not state.largest:
             return state
-        lengths = float(self.space.norms(before[0])) * float(self.space.norms(row))
         forms = self.space.gram(before[0], image) - self.space.gram(row, before[1])
-        difference = abs(float(forms)) / lengths
+        difference = abs(float(forms)) / (before[2] * length)
         tolerance = refuse_unless_rounding(
             self.products,
             row,
