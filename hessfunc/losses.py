@@ -143,7 +143,8 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
 
     Args:
         loss: of all parameters. A `Loss` gives a `Loss`.
-        rest: the parameters that are held, as `split` returns them.
+        rest: the parameters that are held, as `split` returns them. They are not copied: writes
+            through ``.data`` or NumPy are not seen, so make loss and matvec again after those.
 
     Raises:
         RuntimeError: (from the loss) a held parameter has changed in place since.

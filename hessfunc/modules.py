@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch._C._autograd import (
+    _saved_tensors_hooks_disable,
+    _saved_tensors_hooks_enable,
+    _saved_tensors_hooks_get_disabled_error_message,
+)
 
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.overrides import Replaced
@@ -37,6 +41,11 @@ def functional(
     mapping (keyword arguments) or anything else, such as a named tuple (one argument), and returns
     what the module returns. The module is never changed: buffers are cloned inside each call, so
     that BatchNorm works in train mode too. The training flag of each submodule is read once, here.
+
+    Parameters that are not among ``params``, such as frozen ones, are read from the module in each
+    call, and are not copied, as copies would double the memory of a large model. A matvec refuses
+    its products once they have changed in place, but torch does not see writes through ``.data``
+    or NumPy: make the matvec again after those.
 
     Args:
         model: the module.
@@ -88,6 +97,7 @@ def functional(
                 "result would depend on how the data is cut into batches: call `model.eval()` "
                 "before `functional(model)`, or use one batch"
             )
+        note_read((n, p) for n, p in model.named_parameters() if n not in params)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
         state = dict(params), buffers
@@ -200,15 +210,21 @@ def _without_cudnn() -> AbstractContextManager[None]:
 @contextmanager
 def _without_checkpointing() -> Iterator[None]:
     # It would compute again in the backward pass, with the module's own parameters.
-    refused = disable_saved_tensors_hooks(
+    refusal = (
         "torch.utils.checkpoint (gradient checkpointing) does not work under second derivatives: "
         "turn it off, and take functional(model, recompute='model.layers.*') in its place"
     )
-    with ExitStack() as stack:
-        # Hooks that are there already are the user's own, such as save_on_cpu, and stay.
-        with suppress(RuntimeError):
-            stack.enter_context(refused)
+    before = _saved_tensors_hooks_get_disabled_error_message()
+    # `disable_saved_tensors_hooks` fails where there are hooks already. Those are the user's own,
+    # such as save_on_cpu, and stay.
+    _saved_tensors_hooks_disable(refusal, fail_if_non_empty=False)
+    try:
         yield
+    finally:
+        if before is None:
+            _saved_tensors_hooks_enable()
+        else:
+            _saved_tensors_hooks_disable(before, fail_if_non_empty=False)
 
 
 @contextmanager
@@ -278,3 +294,23 @@ def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, 
 def eval_mode(model: nn.Module, /) -> AbstractContextManager[None]:
     """Inside, the model is in eval mode; afterwards each of its modules is as it was."""
     return training_flags([(module, False) for module in model.modules()])
+
+
+_READ: ContextVar[dict[int, tuple[str, Tensor]] | None] = ContextVar("read", default=None)
+
+
+@contextmanager
+def parameters_read() -> Iterator[dict[int, tuple[str, Tensor]]]:
+    """Inside, the parameters that losses read beside those they are given are added to a dict."""
+    read: dict[int, tuple[str, Tensor]] = {}
+    token = _READ.set(read)
+    try:
+        yield read
+    finally:
+        _READ.reset(token)
+
+
+def note_read(named: Iterable[tuple[str, Tensor]], /) -> None:
+    """Show parameters, with their names, to `parameters_read`."""
+    if (read := _READ.get()) is not None:
+        read |= {id(parameter): (name, parameter) for name, parameter in named}

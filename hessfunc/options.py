@@ -126,6 +126,11 @@ def _outline(name: str, value: Any) -> Any:
     return str(value) if isinstance(value, torch.dtype) else "given"
 
 
+def or_none(check: Check, /) -> Check:
+    """The check of an argument that may be None where that is not the default."""
+    return functools.partial(_optional, check)
+
+
 def _optional(check: Check, name: str, value: Any) -> Any:
     return None if value is None else check(name, value)
 
@@ -203,6 +208,66 @@ def finite(name: str, value: Any, /) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name}={number}: it must be finite")
     return number
+
+
+def real(name: str, value: Any, /) -> float:
+    """A float or int of Python, NumPy or torch; the function says whether it must be finite."""
+    plain = _scalar(value)
+    if isinstance(plain, float) and not math.isfinite(plain):
+        return plain
+    number = finite(name, plain if isinstance(plain, Real) else value)
+    return plain if isinstance(plain, int) and plain == number and abs(plain) < 2**63 else number
+
+
+def reals(name: str, value: Any, /) -> Tensor:
+    """Real numbers of any shape, as a tensor in float64 on the CPU."""
+    plain = _scalar(value)
+    if isinstance(plain, Real):
+        return torch.tensor(real(name, plain), dtype=torch.float64, device="cpu")
+    if _is_meta(value) or not isinstance(value, Sequence | np.ndarray | Tensor):
+        due = "a number, or an array or tensor of numbers"
+        raise _refused(name, value, due, f"pass {name}=torch.linspace(-1, 1, 21)")
+    if isinstance(value, str | bytes):
+        raise _refused(name, value, "a tensor of numbers", f"pass {name}=torch.linspace(-1, 1, 21)")
+    if isinstance(value, Tensor) and value.layout != torch.strided:
+        raise TypeError(f"{name} has the layout {value.layout}: pass {name}.to_dense()")
+    if isinstance(value, Sequence):
+        # Nested lists of unequal lengths, or of other things than numbers, have no dtype.
+        with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            value = np.asarray(value)
+    if isinstance(value, Sequence):
+        raise _refused(name, value, "an array of numbers", f"pass {name}=torch.linspace(-1, 1, 21)")
+    found = torch.as_tensor(finite_array(name, value)).detach()
+    return found.to(dtype=torch.float64, device="cpu")
+
+
+def axes(name: str, value: Any, /) -> Any:
+    """Axes of matplotlib."""
+    if hasattr(value, "plot") and hasattr(value, "figure"):
+        return value
+    raise _refused(name, value, "Axes of matplotlib", "pass plt.gca(), or none for a new figure")
+
+
+def panels(name: str, value: Any, /) -> list[Any]:
+    """One Axes, or several, such as those of ``plt.subplots``."""
+    if hasattr(value, "plot"):
+        return [axes(name, value)]
+    if isinstance(value, np.ndarray):
+        value = value.ravel().tolist()
+    items = value if isinstance(value, Tensor) else _items(value)
+    if not isinstance(items, list):
+        raise _refused(name, value, "Axes of matplotlib", "pass those of plt.subplots(2, 2)[1]")
+    return [axes(f"each of {name}", one) for one in items]
+
+
+def rates(name: str, value: Any, /) -> Any:
+    """A number, or a mapping of steps to numbers."""
+    if isinstance(value, Mapping):
+        return {
+            finite(f"each step of {name}", step): finite(f"{name}[{step!r}]", rate)
+            for step, rate in value.items()
+        }
+    return finite(name, value)
 
 
 def factor(name: str, value: Any, /) -> Any:
@@ -393,6 +458,13 @@ def eigenpairs(name: str, value: Any, /) -> Any:
         return value
     remedy = "pass the result of hessfunc.lanczos(matvec, params, k=10)"
     raise _refused(name, value, "Eigenpairs", remedy)
+
+
+def several_eigenpairs(name: str, value: Any, /) -> Any:
+    """Eigenpairs, or a sequence of them."""
+    if isinstance(value, list | tuple):
+        return [eigenpairs(f"each of {name}", one) for one in value]
+    return eigenpairs(name, value)
 
 
 def estimates(name: str, value: Any, /) -> Any:
@@ -658,7 +730,9 @@ def family(name: str, value: Any, /) -> Any:
 
 # Of every argument of a public function, by its name.
 ARGUMENTS: dict[str, Check] = {
+    "self": anything,
     # Functions
+    "f": function_of(1, "eigenvalues"),
     "matvec": matvec,
     "matvecs": matvec,
     "preconditioner": matvec,
@@ -704,6 +778,10 @@ ARGUMENTS: dict[str, Check] = {
     "operator": anything,
     "batch": anything,
     "batches": batches,
+    "dataloader": batches,
+    "train_loader": batches,
+    "test_loader": batches,
+    "hessian_loader": batches,
     "pairs": eigenpairs,
     "deflate": eigenpairs,
     "estimates": estimates,
@@ -737,6 +815,32 @@ ARGUMENTS: dict[str, Check] = {
     "chunk_size": whole_number,
     "examples_per_chunk": whole_number,
     "points_per_chunk": whole_number,
+    "num_eigenthings": whole_number,
+    "power_iter_steps": whole_number,
+    "max_steps": whole_number,
+    "num_lanczos_vectors": whole_number,
+    "max_possible_gpu_samples": whole_number,
+    "maxIter": whole_number,
+    "top_n": whole_number,
+    "iter": whole_number,
+    "n_v": whole_number,
+    "num_bins": whole_number,
+    "batch_size": whole_number,
+    "max_large_ratio": whole_number,
+    "lr_decay_epoch": whole_numbers,
+    "lr_decay_ratio": finite,
+    "decay_ratio": finite,
+    "adv_ratio": finite,
+    "power_iter_err_threshold": finite,
+    "error_threshold": finite,
+    "tol": finite,
+    "sigma_squared": finite,
+    "overhead": finite,
+    "level": finite,
+    "cost": finite,
+    "width": real,
+    "smallest": real,
+    "largest": real,
     "s": factor,
     "a": factor,
     "rtol": finite,
@@ -752,7 +856,10 @@ ARGUMENTS: dict[str, Check] = {
     "eps": finite,
     "step_size": finite,
     "bounds": limits,
+    "x": reals,
+    "grid": reals,
     # Flags
+    "simultaneous": flag,
     "trainable_only": flag,
     "keep": flag,
     "measure": flag,
@@ -762,6 +869,15 @@ ARGUMENTS: dict[str, Check] = {
     "preconditioned": flag,
     "eval_mode": flag,
     "replace": flag,
+    # Flags of other libraries, which are read as true or false
+    "cuda": anything,
+    "use_gpu": anything,
+    "fp16": anything,
+    "full_dataset": anything,
+    "to_numpy": anything,
+    "duration": anything,
+    "print_flag": anything,
+    "init_vec": anything,
     # Words
     "mode": text,
     "residual": text,
@@ -773,6 +889,11 @@ ARGUMENTS: dict[str, Check] = {
     "loader": text,
     "data": text,
     "backend": anything,
+    "against": text,
+    "quantity": text,
+    "scale": text,
+    # Figures
+    "ax": axes,
     # Places
     "dtype": dtype,
     "basis_dtype": dtype,

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 from hessfunc.autograd.embedding import EXACT
 from hessfunc.autograd.overrides import Replaced, Replacements
-from hessfunc.containers import batch_leaves, mapped
+from hessfunc.containers import batch_leaves, is_array, mapped, opened
 
 
 @contextmanager
@@ -87,6 +88,31 @@ def plain_batch(batch: Any, /) -> Any:
     if not any(isinstance(x, Tensor) and x.is_inference() for x in batch_leaves(batch)):
         return batch
     return mapped(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, batch, "batch")
+
+
+def kept_batch(batch: Any, /) -> Any:
+    """Copy the tensors and NumPy arrays of a batch, so that a matvec stays that of these values.
+
+    Loaders reuse their buffers, and a write through ``.data`` or NumPy leaves no trace on the
+    version of a tensor: it would reach the inputs in a kept graph, but not the activations. A
+    tensor that stands at several places is copied once.
+
+    Raises:
+        TypeError: An object of the batch holds tensors and cannot be opened or copied.
+    """
+    if isinstance(batch, DataLoader):
+        # The loss says better what is wrong with a loader in place of a batch.
+        return batch
+    found, rebuilt = opened(batch, "batch")
+    copies = {id(leaf): _copied(leaf) for leaf in found if is_array(leaf)}
+    return rebuilt(copies.get(id(leaf), leaf) for leaf in found) if copies else batch
+
+
+def _copied(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf.copy()
+    # A loss may differentiate with respect to its inputs.
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
 @contextmanager

@@ -117,5 +117,11 @@ def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | No
     return None
 
 
+def lacks_forward_mode(error: RuntimeError, /) -> str | None:
+    """Return the operation that has no forward-mode derivative, if that is the error."""
+    found = _NO_FORWARD.search(str(error))
+    return None if found is None else _operation(found)
+
+
 def _operation(found: re.Match[str]) -> str:
     return next(group for group in found.groups() if group).removesuffix("_backward")

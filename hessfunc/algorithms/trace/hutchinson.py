@@ -84,7 +84,9 @@ def hutchinson(
         ValueError: If an option is out of range, or if the eigenpairs are of other parameters.
         FloatingPointError: If a product is not finite.
 
-    Cost: one matvec a probe; the matvecs of the eigenpairs are not counted again.
+    Cost: one matvec a probe; the matvecs of the eigenpairs are not counted again. Memory: 3
+    block_size vectors, or with signs 2 block_size and 5 in float64 if that is more. A normal or
+    sphere probe takes about 8 ns an entry on one core, signs less.
 
     Source: Girard 1989; Hutchinson 1990.
     """
