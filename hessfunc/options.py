@@ -31,6 +31,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 # (name, value) -> the normalised value.
 Check: TypeAlias = Callable[[str, Any], Any]
+# Options of every run of an algorithm.
+RUN = ("seed", "space", "callback", "checkpoint")
 # Arguments that each rank of one run has of its own; a checkpoint is compared by its contents.
 _OF_ONE_RANK = frozenset({"callback", "space", "mesh"})
 
@@ -51,13 +53,15 @@ def validated(function: Any = None, /, **own: Check) -> Any:
     """
     if function is None:
         return functools.partial(validated, **own)
-    parameters = inspect.signature(function).parameters.values()
+    parameters = list(inspect.signature(function).parameters.values())
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     ordered: list[tuple[str, Check]] = []
     rest: tuple[str, Check] | None = None
     by_name: dict[str, Check] = {}
     for parameter in parameters:
         if parameter.kind is parameter.VAR_KEYWORD:
+            if parameter.name == "run":
+                by_name |= {name: functools.partial(_optional, ARGUMENTS[name]) for name in RUN}
             continue
         check = own.get(parameter.name) or ARGUMENTS[parameter.name]
         if parameter.default is None:
@@ -69,9 +73,16 @@ def validated(function: Any = None, /, **own: Check) -> Any:
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             by_name[parameter.name] = check
 
+    has_run = "seed" in by_name and any(p.kind is p.VAR_KEYWORD for p in parameters)
+
     def checked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         found = [check(name, value) for (name, check), value in zip(ordered, args, strict=False)]
         beyond = args[len(found) :]
+        if has_run and (unknown := kwargs.keys() - by_name):
+            raise TypeError(
+                f"{function.__name__} has no option {min(unknown)!r}: choose one of "
+                f"{', '.join(sorted(by_name))}"
+            )
         # Arguments that the function does not have are left to Python's own message.
         found += beyond if rest is None else [rest[1](rest[0], value) for value in beyond]
         return found, {

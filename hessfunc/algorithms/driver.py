@@ -58,9 +58,11 @@ class Method(ABC, Generic[State, AnyResult]):
 
     Attributes:
         changeable: Names of the options that a resumed run may change.
+        is_random: Whether random vectors take part, so that results record the seed.
     """
 
     changeable: ClassVar[frozenset[str]] = frozenset({"rtol", "atol"})
+    is_random: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, products: Products, seed: int, /) -> State:
@@ -88,9 +90,18 @@ class Method(ABC, Generic[State, AnyResult]):
         """
         return None
 
-    def finish(self, state: State, products: Products, room: int, /) -> State:
-        """Return the last state, checked by products that the budget leaves."""
-        return state
+    def finish(
+        self, state: State, products: Products, reason: str, room: int, /
+    ) -> tuple[State, str]:
+        """Return the last state, checked by products that the budget leaves, and the reason.
+
+        Args:
+            state: State after the last round.
+            products: Products of the run.
+            reason: Reason for which the run is over.
+            room: Number of matvecs that the budget leaves.
+        """
+        return state, reason
 
     @abstractmethod
     def result(self, state: State, space: Space, cost: Cost, /) -> AnyResult:
@@ -112,7 +123,13 @@ class Method(ABC, Generic[State, AnyResult]):
 
 
 def run_method(
-    method: Method[State, AnyResult], products: Products, run: RunOptions, /, *, max_matvecs: int
+    method: Method[State, AnyResult],
+    products: Products,
+    run: RunOptions,
+    /,
+    *,
+    max_matvecs: int,
+    kept: int = 0,
 ) -> AnyResult:
     """Run a method until its verdict, the budget or the callback ends the run.
 
@@ -121,26 +138,37 @@ def run_method(
         products: Products of the run, in the space of the run.
         run: Options of the run.
         max_matvecs: Budget of matvecs.
+        kept: Number of matvecs that rounds leave to `Method.finish`.
     """
-    callback, checkpoint = run.get("callback"), run.get("checkpoint")
-    name = type(method).__name__
-    store = Checkpoint.of(checkpoint, name, products, run.get("seed"), **method.options())
+    callback, store = run.get("callback"), store_of(method, products, run)
     space, seed = products.space, store.seed
+    recorded = seed if method.is_random else None
     # A running result is made by all ranks together, whichever of them has a callback.
     watched = space.least(callback is None) == 0
 
     def stops(state: State) -> bool:
         if not watched:
             return False
-        result = method.result(state, space, products.cost(RUNNING, seed))
+        result = method.result(state, space, products.cost(RUNNING, recorded))
         return _says_stop(space, callback, result)
 
     # The first state is not named here: its workspace would live as long as its name.
     state, reason = _rounds(
-        method.init(products, seed), method, products, store, max_matvecs, stops
+        method.init(products, seed), method, products, store, max_matvecs - kept, stops
     )
-    state = method.finish(state, products, max_matvecs - products.matvecs)
-    return method.result(state, space, products.cost(reason, seed))
+    state, reason = method.finish(state, products, reason, max_matvecs - products.matvecs)
+    return method.result(state, space, products.cost(reason, recorded))
+
+
+def store_of(method: Method[Any, Any], products: Products, run: RunOptions, /) -> Checkpoint:
+    """Return the store of the state of a run, with its seed.
+
+    Raises:
+        ValueError: If the directory holds something else than a state of this run.
+    """
+    name = type(method).__name__
+    checkpoint, seed = run.get("checkpoint"), run.get("seed")
+    return Checkpoint.of(checkpoint, name, products, seed, **method.options())
 
 
 def _rounds(
@@ -157,7 +185,7 @@ def _rounds(
         while (reason := method.verdict(state, products, max_matvecs - products.matvecs)) is None:
             before, room = products.matvecs, max_matvecs - products.matvecs
             if room < 1:
-                return state, f"budget exhausted after {max_matvecs} matvecs"
+                return state, f"budget exhausted after {before} matvecs"
             state = method.step(state, products, room)
             store.save(state)
             if stops(state):

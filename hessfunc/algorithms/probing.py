@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
 
-from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method
+from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method, store_of
 from hessfunc.algorithms.exact import exact_diagonal, exact_trace, random_budget, unit_vectors_left
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import (
@@ -18,21 +18,21 @@ from hessfunc.algorithms.results import (
     narrow_enough,
     settled,
 )
-from hessfunc.algorithms.starts import drawn_seed
 from hessfunc.algorithms.statistics import STOPPED
 from hessfunc.options import at_least
 from hessfunc.spaces.space import Space
 
 State = TypeVar("State")
 AnyResult = TypeVar("AnyResult", bound=Result)
+Exact_co = TypeVar("Exact_co", bound=Result, covariant=True)
 
 
-class _Exact(Protocol[AnyResult]):
+class _Exact(Protocol[Exact_co]):
     """Estimator from all unit vectors, as `exact_trace`."""
 
     def __call__(
         self, products: Products, seed: int, /, *, max_matvecs: int, block_size: int
-    ) -> AnyResult: ...
+    ) -> Exact_co: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +164,14 @@ def _run(
     exact: _Exact[AnyResult],
 ) -> AnyResult:
     random = random_budget(products, max_matvecs, tolerance=method.has_tolerance)
-    seed = drawn_seed(products.space, run.get("seed"))
     if random:
         estimate = run_method(method, products, run, max_matvecs=random)
         if not unit_vectors_left(products, max_matvecs, random, estimate.reason):
             return estimate
-        seed = seed if estimate.seed is None else estimate.seed
+        seed = estimate.seed
+    else:
+        seed = store_of(method, products, run).seed
+    assert seed is not None
     return method.judged(
         exact(products, seed, max_matvecs=max_matvecs, block_size=method.block_size)
     )

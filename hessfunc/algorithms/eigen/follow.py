@@ -93,7 +93,7 @@ def follow(
             reason = "converged: all residuals are within the tolerance"
             break
         if products.matvecs + len(open_) > max_matvecs:
-            reason = f"the budget of {max_matvecs} matvecs is spent"
+            reason = f"budget exhausted after {max_matvecs} matvecs"
             break
         if len(basis) + len(open_) > width + _ROOM:
             basis, images = rows, moved

@@ -6,16 +6,15 @@ import math
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.basis import appended, combined, orthonormal, rotated
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
+from hessfunc.algorithms.driver import Method, RunOptions, run_method
 from hessfunc.algorithms.offload import brought, home, is_far, room_beside, settled
-from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.starts import of_starts
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
@@ -40,6 +39,8 @@ _PLENTY = 1e40
 _TINY = 1e-300
 # Probes of the same seed are functions of other keys: (seed, index, leaf), no index negative.
 _KEY_OF_MIXTURE = -1
+# Frames between a warning and the caller of `lanczos`.
+_CALLER = 5
 # So many steps from a fresh vector, outside of what was found, must find nothing better.
 _STEPS_TO_TRUST = 8
 
@@ -61,10 +62,7 @@ def lanczos(
     max_matvecs: int = 1000,
     search: int = 8,
     start: Tree | None = None,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[Eigenpairs] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> Eigenpairs:
     """A few extreme eigenpairs of a symmetric matrix, by thick-restart Lanczos.
 
@@ -119,12 +117,7 @@ def lanczos(
             them than ``block_size`` are mixed; random by default. As a start may lie in an
             invariant subspace, Lanczos steps from a random vector outside of the basis follow, at
             one product each, until a wanted eigenvalue there would have been met.
-        seed: of the start.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `Eigenpairs` after each round (residuals are those of
-            the recurrence then); returning True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Eigenpairs`. Where not all k have converged, ``converged`` and ``reason`` say so.
@@ -145,91 +138,141 @@ def lanczos(
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
     Musco and Rao 2025, arXiv 2508.06486.
     """
-    products = Products.of(matvec, like, space)
+    products = Products.of(matvec, like, run.get("space"))
     space = products.space
-    if which not in ("LM", "LA", "SA", "BE"):
-        raise ValueError(f"which={which!r}: choose 'LM', 'LA', 'SA' or 'BE'")
     if not 1 <= k <= space.n:
         raise ValueError(f"k={k}: the matrix has {space.n} eigenvalues, choose 1 to {space.n}")
-    at_least(0, rtol=rtol, atol=atol, search=search)
     at_least(1, block_size=block_size, basis_bytes=basis_bytes)
     block_size = min(block_size, space.n)
     at_least(max(k, block_size) + 1, max_matvecs=max_matvecs)
     at_least(min(space.n, k + 2 * block_size), basis_size=basis_size)
-    if basis_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(
-            f"basis_dtype={basis_dtype}: choose torch.bfloat16, torch.float32 or torch.float64"
-        )
-    dtype = basis_dtype or rows_dtype(space)
-    device = home(space, basis_device)
-    eps = products_eps(space, dtype)
-    store = Checkpoint.of(
-        checkpoint,
-        "lanczos",
-        products,
-        seed,
+    method = Lanczos(
         k=k,
         which=which,
         block_size=block_size,
         basis_size=basis_size,
-        dtype=str(dtype),
+        basis_dtype=basis_dtype or rows_dtype(space),
+        basis_device=home(space, basis_device),
+        basis_bytes=basis_bytes,
+        rtol=rtol,
+        atol=atol,
+        search=search,
         start=start,
     )
-    seed = store.seed
-    size = min(space.n, basis_size or max(2 * k + 10, k + 4 * block_size))
-    problem = _Problem(k, which, block_size, rtol, atol, of_starts(seed), eps, dtype, device)
-    size = _size_that_fits(problem, space, size, basis_bytes)
+    # The last product is kept for the check of the pairs.
+    return run_method(method, products, run, max_matvecs=max_matvecs, kept=1)
 
-    def found(state: _State, reason: str, pairs: _Pairs) -> Eigenpairs:
+
+@dataclass(frozen=True, kw_only=True)
+class Lanczos(Method["_State", Eigenpairs]):
+    """Thick-restart Lanczos; the options are those of `lanczos`."""
+
+    k: int
+    which: Which
+    block_size: int
+    basis_size: int | None
+    basis_dtype: torch.dtype
+    basis_device: torch.device
+    basis_bytes: int | None
+    rtol: float
+    atol: float
+    search: int
+    start: Tree | None
+
+    changeable: ClassVar = frozenset({"basis_device", "basis_bytes", "rtol", "atol", "search"})
+
+    def __post_init__(self) -> None:
+        if self.which not in ("LM", "LA", "SA", "BE"):
+            raise ValueError(f"which={self.which!r}: choose 'LM', 'LA', 'SA' or 'BE'")
+        at_least(0, rtol=self.rtol, atol=self.atol, search=self.search)
+        if self.basis_dtype not in (torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(
+                f"basis_dtype={self.basis_dtype}: choose torch.bfloat16, torch.float32 or "
+                "torch.float64"
+            )
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "basis_dtype": str(self.basis_dtype)}
+
+    def _problem(self, space: Space, seed: int) -> _Problem:
+        return _Problem(
+            self.k,
+            self.which,
+            self.block_size,
+            self.rtol,
+            self.atol,
+            of_starts(seed),
+            products_eps(space, self.basis_dtype),
+            self.basis_dtype,
+            self.basis_device,
+        )
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        space, problem = products.space, self._problem(products.space, seed)
+        wanted = self.basis_size or max(2 * self.k + 10, self.k + 4 * self.block_size)
+        size = _size_that_fits(problem, space, min(space.n, wanted), self.basis_bytes)
+        trusted = self.start is None or not self.search
+        return _start(problem, space, self.start, size, seed, trusted=trusted)
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        problem = self._problem(products.space, state.seed)
+        return _round(problem, products.space, products, state, room)
+
+    def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
+        return _verdict(self._problem(products.space, state.seed), state, last=room < 1)
+
+    def finish(
+        self, state: _State, products: Products, reason: str, room: int, /
+    ) -> tuple[_State, str]:
+        """Check the pairs by a product, and look outside of the basis for repeated eigenvalues."""
+        space, problem = products.space, self._problem(products.space, state.seed)
+        if state.failure is None:
+            state = replace(state, failure=_failure(problem, space, products, state))
+            room -= 1
+        assert state.failure is not None
+        before = products.matvecs
+        pairs = _measured(problem, space, products, state, room)
+        state, room = replace(state, pairs=pairs), room - (products.matvecs - before)
+        missing = int((~_converged(problem, state, pairs)).sum())
+        if reason.startswith("converged") and missing:
+            noise = max(state.noise, state.failure / self.k**0.5)
+            rounded = max(problem.eps, noise / max(state.largest, _TINY))
+            return state, (
+                f"the residuals of {missing} pairs cannot reach the tolerance: products are "
+                f"rounded to {rounded:.0e} |A|; take a looser rtol, or float64"
+            )
+        if not (state.trusted or state.finished or missing):
+            reason += (
+                ", before a random vector could show that no wanted eigenvalue lies outside of "
+                "the Krylov space of `start`: take more max_matvecs, or no start"
+            )
+            warnings.warn(reason, stacklevel=_CALLER)
+        elif (
+            reason.startswith("converged")
+            and self.block_size < self.k
+            and not (state.finished or state.proved)
+        ):
+            missed = _missed(problem, space, products, state, min(self.search, room))
+            if missed is not None:
+                reason += (
+                    f", but {missed:.6g} was met outside of the basis: repeated eigenvalues were "
+                    f"missed, take block_size={min(2 * self.block_size + 2, self.k)} or more; or "
+                    "rtol is too loose for values that are close"
+                )
+                warnings.warn(reason, stacklevel=_CALLER)
+        return state, reason
+
+    def result(self, state: _State, space: Space, cost: Cost, /) -> Eigenpairs:
+        problem = self._problem(space, state.seed)
+        pairs = state.pairs or _chosen(problem, space, state)
         return Eigenpairs(
             values=pairs.values,
             vectors=space.vectors(pairs.rows),
             residuals=pairs.residuals,
             converged=_converged(problem, state, pairs),
             largest=state.largest,
-            **products.cost(reason, seed),
+            **cost,
         )
-
-    # The start is not held on to: its workspace is as large as that of a stored state.
-    state, reason = drive(
-        _start(problem, space, start, size, trusted=start is None or not search),
-        products=products,
-        step=lambda state, room: _round(problem, space, products, state, room),
-        verdict=lambda state: _verdict(problem, state, last=products.matvecs >= max_matvecs - 1),
-        running=lambda state: found(state, "running", _chosen(problem, space, state)),
-        max_matvecs=max_matvecs - 1,
-        callback=callback,
-        storage=store,
-    )
-    if state.failure is None:
-        state = replace(state, failure=_failure(problem, space, products, state))
-    assert state.failure is not None
-    pairs = _measured(problem, space, products, state, max_matvecs)
-    missing = int((~_converged(problem, state, pairs)).sum())
-    if reason.startswith("converged") and missing:
-        noise = max(state.noise, state.failure / k**0.5)
-        rounded = max(eps, noise / max(state.largest, _TINY))
-        reason = (
-            f"the residuals of {missing} pairs cannot reach the tolerance: products are rounded "
-            f"to {rounded:.0e} |A|; take a looser rtol, or float64"
-        )
-    elif not (state.trusted or state.finished or missing):
-        reason += (
-            ", before a random vector could show that no wanted eigenvalue lies outside of the "
-            "Krylov space of `start`: take more max_matvecs, or no start"
-        )
-        warnings.warn(reason, stacklevel=2)
-    elif reason.startswith("converged") and block_size < k and not (state.finished or state.proved):
-        room = min(search, max_matvecs - products.matvecs)
-        missed = _missed(problem, space, products, state, room)
-        if missed is not None:
-            reason += (
-                f", but {missed:.6g} was met outside of the basis: repeated eigenvalues were "
-                f"missed, take block_size={min(2 * block_size + 2, k)} or more; or rtol is too "
-                "loose for values that are close"
-            )
-            warnings.warn(reason, stacklevel=3)
-    return found(state, reason, pairs)
 
 
 @dataclass(frozen=True)
@@ -276,6 +319,7 @@ class _State:
         failure: Length by which the recurrence fails for a combination of all pairs, as measured
             by a product; None until then.
         noise: Largest rounding of a product with a unit vector, as far as it was measured.
+        pairs: Wanted pairs with residuals that products have checked; None until the run is over.
     """
 
     basis: Rows = field(metadata=DIVIDED)
@@ -283,6 +327,7 @@ class _State:
     coupling: Tensor
     probes: int
     basis_size: int
+    seed: int
     before: float = 0.0
     steps: int = 0
     closed: Tensor | None = None
@@ -292,6 +337,7 @@ class _State:
     proved: bool = False
     failure: float | None = None
     noise: float = 0.0
+    pairs: _Pairs | None = None
 
     @property
     def size(self) -> int:
@@ -325,7 +371,13 @@ class _Pairs:
 
 
 def _start(
-    problem: _Problem, space: Space, start: Tree | None, basis_size: int, *, trusted: bool
+    problem: _Problem,
+    space: Space,
+    start: Tree | None,
+    basis_size: int,
+    seed: int,
+    *,
+    trusted: bool,
 ) -> _State:
     b, dtype = problem.block_size, problem.dtype
     rows = space.probes(range(b), kind="normal", seed=problem.seed, dtype=dtype)
@@ -345,7 +397,9 @@ def _start(
     basis = appended(empty, block, basis_size + b + (not trusted))
     none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     coupling = torch.zeros(len(block), 0, dtype=torch.float64, device="cpu")
-    return _State(basis, none, coupling, probes=b, basis_size=basis_size, trusted=trusted)
+    return _State(
+        basis, none, coupling, probes=b, basis_size=basis_size, seed=seed, trusted=trusted
+    )
 
 
 def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | None) -> int:
@@ -494,13 +548,14 @@ def _mixture(problem: _Problem, count: int) -> Tensor:
 
 
 def _measured(
-    problem: _Problem, space: Space, products: Products, state: _State, max_matvecs: int
+    problem: _Problem, space: Space, products: Products, state: _State, room: int
 ) -> _Pairs:
-    """The wanted pairs, with residuals that a product has checked.
+    """Return the wanted pairs, with residuals that products have checked.
 
-    The recurrence says what A times any combination of Ritz vectors is. One product with a random
-    combination has shown by how much it fails, and that is added to each residual. Where it fails
-    by more than rounding, or a residual is then too long, each vector is multiplied.
+    The recurrence predicts A times any combination of Ritz vectors. One product with a random
+    combination has shown by how much the prediction fails, and that failure is added to each
+    residual. Where it is larger than rounding, or a residual is then too long, each vector is
+    multiplied.
     """
     assert state.failure is not None
     pairs = _chosen(problem, space, state)
@@ -508,9 +563,9 @@ def _measured(
     floor = rounding(problem.eps, state.largest) * len(values) ** 0.5
     checked = replace(pairs, residuals=pairs.residuals + state.failure)
     trusted = state.failure <= floor and bool(_converged(problem, state, checked).all())
-    if trusted or max_matvecs - products.matvecs < len(values):
+    if trusted or room < len(values):
         return checked
-    # In blocks: where rows are cut over ranks, so many of them are put together at once.
+    # In blocks: where rows are divided over ranks, so many of them are gathered at once.
     images = torch.cat([products(part) for part in rows.split(problem.block_size)])
     images.addcmul_(values.to(rows)[:, None], rows, value=-1)
     return replace(pairs, residuals=space.norms(images).cpu())

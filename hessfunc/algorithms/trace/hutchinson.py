@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -122,6 +122,10 @@ class Hutchinson(TraceProbing["_State"]):
 
     changeable: ClassVar = TraceProbing.changeable | {"known"}
     fewest: ClassVar[int] = FEWEST_SAMPLES
+
+    def options(self) -> dict[str, Any]:
+        pairs = self.eigenpairs
+        return {**super().options(), "eigenpairs": (pairs.parts, pairs.basis)}
 
     def init(self, products: Products, seed: int, /) -> _State:
         space = products.space

@@ -229,7 +229,8 @@ def test_a_folder_in_which_another_analysis_runs_is_refused(here: Path) -> None:
 
 def test_the_lock_of_an_analysis_that_was_killed_is_taken_over(here: Path) -> None:
     code = (
-        "import os, pathlib; from hessfunc.app.cli.options import held; pathlib.Path('found').mkdir()\n"
+        "import os, pathlib; from hessfunc.app.cli.options import held\n"
+        "pathlib.Path('found').mkdir()\n"
         "with held(pathlib.Path('found')): os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
