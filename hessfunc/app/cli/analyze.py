@@ -166,7 +166,7 @@ def analyze(
 
     Computes the eigenvalues of largest absolute value, the smallest (most negative) eigenvalue,
     the trace, the spectral density, and the loss along the top eigenvectors. Each part is written
-    as soon as it is finished, so Ctrl-C keeps the finished parts: report.html for the browser,
+    when it is finished, so Ctrl-C keeps the finished parts: report.html for the browser,
     results.json, pictures, and one .npz file per part.
 
     Under torchrun, as in `torchrun --nproc-per-node 2 -m hessfunc analyze digits`, batches and

@@ -134,7 +134,7 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
         (["--data", "cifar10", "--data-path", "none"], "no CIFAR-10 (train) at none: expected"),
         (["--data", "mnist"], "set HESSFUNC_DATA"),
         (["--data", "mnist", "--data-path", "none"], "no MNIST (train) at none: expected a folder"),
-        (["--arch", "resnet21"], "the depth of a CIFAR ResNet is 6n + 2"),
+        (["--arch", "resnet21"], "the depth of a CIFAR ResNet must be 6n + 2"),
         (["--arch", "c1", "--depth", "20"], "--depth requires --arch resnet, not --arch c1"),
         (["--method", "adam"], "--method must be sgd or absa, not 'adam'"),
         (["--eps", "0.1"], "--eps requires --method absa"),
@@ -147,7 +147,7 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
         ),
         (["--lr-decay", "0"], "lr_decay=0.0: it must be positive"),
         (["--track", "all"], "--track must be top or full, not 'all'"),
-        (["--arch", "c4d3"], "there is no 'c4d3' for digits: choose mlp, convnet"),
+        (["--arch", "c4d3"], "no network 'c4d3' for digits: choose mlp, convnet"),
         (["--optimizer", "adam"], "--optimizer must be sgd or newton, not 'adam'"),
         (["--optimizer", "sgd", "--alpha", "0.1"], "--alpha requires --optimizer newton"),
         (["--optimizer", "sgd", "--cg-max", "3"], "--cg-max requires --optimizer newton"),
@@ -398,22 +398,25 @@ def test_eig_reads_plain_state_dicts_too() -> None:
     ("arguments", "message"),
     [
         (["--resume", "none.pt"], "no weights at none.pt: expected checkpoint.pt of hessfunc"),
-        (["--resume", "text.pt"], "text.pt is no checkpoint"),
+        (["--resume", "text.pt"], "text.pt is not a checkpoint"),
         (
             ["--resume", "mlp.pt", "--arch", "c1", "--data", "digits"],
-            "of a c1 for digits, as 0.weight is missing and 1.weight is not expected: are --arch",
+            "of a c1 for digits: 0.weight is missing and 1.weight is not expected. Pass --arch",
         ),
         (
             ["--resume", "wide.pt"],
-            "as 1.weight has shape (9, 64), not (32, 64): are --arch and --data those",
+            "1.weight has shape (9, 64), not (32, 64). Pass --arch and --data of its training.",
         ),
-        (["--resume", "mlp.pt", "--arch", "c9"], "there is no 'c9' for digits"),
+        (["--resume", "mlp.pt", "--arch", "c9"], "no network 'c9' for digits"),
         (
             ["--resume", "mlp.pt", "--type", "some"],
             "--type must be approximate or full, not 'some'",
         ),
         (["--resume", "mlp.pt", "--data", "abacus"], "--data must be digits, mnist or cifar10"),
-        (["--resume", "other.pt", "--arch", "c1"], "is missing: are --arch and --data those"),
+        (
+            ["--resume", "other.pt", "--arch", "c1"],
+            "is missing. Pass --arch and --data of its training.",
+        ),
         (["--resume", "mlp.pt", "--data-path", "x"], "requires --data mnist or --data cifar10"),
         (
             ["--resume", "mlp.pt", "--seed", "-1"],
