@@ -198,8 +198,8 @@ def analyze(
     status = "failed"
     try:
         refuse_seed(seed)
-        where, kind = place(device, dtype)
-        with mesh_of_all(where) as (mesh, where), bars() as progress:
+        torch_device, torch_dtype = place(device, dtype)
+        with mesh_of_all(torch_device) as (mesh, torch_device), bars() as progress:
             if speaks():
                 make_folder(out)
                 folder.begin()
@@ -208,8 +208,8 @@ def analyze(
                 return make_problem(
                     target,
                     _returned(target, data, weights, seed, progress),
-                    device=where,
-                    dtype=kind,
+                    device=torch_device,
+                    dtype=torch_dtype,
                     count=200 if target == "cifar10" and examples is None else examples,
                     batch_size=batch_size,
                 )

@@ -109,8 +109,8 @@ def eig(
         refuse_seed(seed)
         if kind not in ("approximate", "full"):
             raise ValueError(f"--type must be approximate or full, not {kind!r}")
-        of = trained(resume, data=data, data_path=data_path, arch=arch, depth=depth)
-        at_most = (of.examples, _EXAMPLES_OF_ONE_BATCH if kind == "approximate" else None)
+        saved = trained(resume, data=data, data_path=data_path, arch=arch, depth=depth)
+        at_most = (saved.examples, _EXAMPLES_OF_ONE_BATCH if kind == "approximate" else None)
         count = examples or min(filter(None, at_most), default=None)
 
         from torch.nn.functional import cross_entropy
@@ -118,12 +118,14 @@ def eig(
         import hessfunc as hf
         from hessfunc.app import tasks
 
-        where, _ = place(device)
-        with mesh_of_all(where) as (mesh, where), bars() as progress:
+        torch_device, _ = place(device)
+        with mesh_of_all(torch_device) as (mesh, torch_device), bars() as progress:
 
             def make() -> tuple[nn.Module, Examples]:
-                model = tasks.saved(of.data, of.arch, resume).to(where).eval()
-                seen, _ = tasks.examples(of.data, path=of.data_path, count=count, device=where)
+                model = tasks.saved(saved.data, saved.arch, resume).to(torch_device).eval()
+                seen, _ = tasks.examples(
+                    saved.data, path=saved.data_path, count=count, device=torch_device
+                )
                 return model, seen
 
             model, seen = on_all(mesh, make)

@@ -109,22 +109,26 @@ def experiment(
     from hessfunc.plot.trainings import draw
     from hessfunc.training import history
 
-    of = EXPERIMENTS[name]
-    of = replace(of, epochs=epochs or of.epochs, batch_size=batch_size or of.batch_size)
+    chosen = EXPERIMENTS[name]
+    chosen = replace(
+        chosen, epochs=epochs or chosen.epochs, batch_size=batch_size or chosen.batch_size
+    )
     out = out or Path(name)
     runs: list[Run] = []
     try:
         refuse_several("experiment")
-        where, _ = place(device)
-        seen, held_out = tasks.examples(of.dataset, path=data_path, count=examples, device=where)
+        torch_device, _ = place(device)
+        seen, held_out = tasks.examples(
+            chosen.dataset, path=data_path, count=examples, device=torch_device
+        )
         make_folder(out)
         refuse_other_files(out, ("results.md", "curves.png"), "results.json")
         settings = {
-            **of.settings(),
+            **chosen.settings(),
             "examples": len(seen),
             "test": len(held_out),
             "minutes": minutes,
-            "device": str(where or "cpu"),
+            "device": str(torch_device or "cpu"),
         }
         runs += history.read(out / "results.json", settings)
         with bars() as progress:
@@ -132,22 +136,22 @@ def experiment(
             def watched(method: str, seed: int) -> Callable[[Run], None]:
                 tick = watch(progress, f"{method}, seed {seed}")
                 return lambda run: tick(
-                    share(run.records[-1], of.epochs, minutes), line(run.records[-1])
+                    share(run.records[-1], chosen.epochs, minutes), line(run.records[-1])
                 )
 
             for run in compared(
-                of,
+                chosen,
                 seen,
                 held_out,
                 seeds=seeds,
                 minutes=minutes,
-                device=where,
+                device=torch_device,
                 finished={(run.method, run.seed) for run in runs},
                 watch=watched,
             ):
                 runs.append(run)
                 history.write(out / "results.json", settings, runs)
-                (out / "results.md").write_text(f"{of.title}\n\n{markdown(runs)}")
+                (out / "results.md").write_text(f"{chosen.title}\n\n{markdown(runs)}")
                 draw(out / "curves.png", runs)
                 end = f"{run.method}, seed {run.seed}: {line(run.records[-1])}; {run.ended}"
                 progress.console.print(end, highlight=False, markup=False, soft_wrap=True)
@@ -159,6 +163,6 @@ def experiment(
         fail(in_one_line(error))
 
     console = Console(markup=False, emoji=False)
-    console.print(f"\n{of.title}", highlight=False)
+    console.print(f"\n{chosen.title}", highlight=False)
     console.print(table(runs))
     console.print(f"results.json, results.md and curves.png are in {out}")

@@ -298,9 +298,9 @@ def train(
             lr_decay_epochs=epochs_of_decay,
             of_absa=dict(zip(OF_ABSA, (adversarial_share, patience, eps), strict=True)),
         )
-        where, _ = place(device)
+        torch_device, _ = place(device)
         make_model = tasks.net(data, net)
-        seen, held_out = tasks.examples(data, path=data_path, count=examples, device=where)
+        seen, held_out = tasks.examples(data, path=data_path, count=examples, device=torch_device)
         make_folder(out)
         settings = {
             "data": data,
@@ -360,7 +360,7 @@ def train(
                 batch_size=batch_size,
                 seed=seed,
                 minutes=minutes,
-                device=where,
+                device=torch_device,
                 schedule=plan,
                 eps=0.005 if eps is None else eps,
                 track=cast("Track", track),
