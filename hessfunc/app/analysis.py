@@ -95,7 +95,7 @@ def analyse(
     wanted = probes * steps
     yield part("density", kept("density", density), lambda running: running.matvecs / wanted)
     if space is not None and space.ranks.rank:
-        # Only rank 0 evaluates the landscape; the other ranks have no part of the loss.
+        # Only rank 0 evaluates the landscape, whose evaluations are not divided among ranks.
         return
     for name, count in (("line", 1), ("plane", 2)):
         if points and count <= k:

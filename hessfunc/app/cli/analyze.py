@@ -107,7 +107,7 @@ def analyze(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Save checkpoints of every part there, and resume from them.",
+            help="Save checkpoints of every part in this folder, and resume from them.",
             rich_help_panel=_EFFORT,
         ),
     ] = None,

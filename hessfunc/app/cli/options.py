@@ -119,7 +119,7 @@ def in_one_line(error: Exception, /) -> str:
 
 
 def command_line(context: typer.Context, /) -> str:
-    """Return the running command as a shell command, without the options that have defaults."""
+    """Return the running command as a shell command, without options that were not given."""
     words = context.command_path.split()
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")

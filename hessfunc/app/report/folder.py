@@ -63,7 +63,7 @@ class Folder:
         return known | {"files": [_RESULTS, _REPORT, *results, *pictures]}
 
     def begin(self) -> None:
-        """Create the folder, and check that no files except those of an analysis are overwritten.
+        """Create the folder, and refuse to overwrite files that no analysis has written.
 
         Raises:
             ValueError: If a file would be overwritten that no earlier analysis has written.

@@ -206,7 +206,11 @@ def test_missing_mnist_says_what_is_expected(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train-images-idx3-ubyte", b"\0\0\x08\x03" + bytes(12) + b"more", "not a complete idx file"),
+        (
+            "train-images-idx3-ubyte",
+            b"\0\0\x08\x03" + bytes(12) + b"more",
+            "not a complete idx file",
+        ),
         ("train-images-idx3-ubyte", b"\0\0\x0d\x03" + bytes(12), "unsigned bytes with 3 axes"),
         ("train-images-idx3-ubyte", b"", "unsigned bytes with 3 axes"),
         ("train-labels-idx1-ubyte", idx(np.arange(5)), "6 images and 5 labels"),
