@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.basis import appended, removed
+from hessfunc.algorithms.basis import Basis, project_out
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
-from hessfunc.algorithms.offload import brought, home, is_far, room_beside, settled
+from hessfunc.algorithms.offload import home, is_far, room_beside
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Density, rounding
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import DIVIDED, Rows, Space, available_to, products_eps, rows_dtype
+from hessfunc.spaces.space import Space, available_to, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Lanczos steps between two looks of the callback.
@@ -125,15 +125,14 @@ class LanczosQuadrature(Method["_State", Density]):
         probes /= math.sqrt(space.n)
         none = torch.zeros(0, len(indices), dtype=torch.float64, device="cpu")
         empty = probes.new_empty(0, *probes.shape, device=self.basis_device)
-        basis = appended(empty, probes[None], min(self.steps, space.n))
+        basis = Basis(empty).append(probes[None], min(self.steps, space.n))
         return _State(basis, none, none, (-1,) * len(indices), done, group, seed)
 
     def step(self, state: _State, products: Products, room: int, /) -> _State:
         space = products.space
         steps, eps = min(self.steps, space.n), products_eps(space, rows_dtype(space))
-        if state.basis.device != self.basis_device:
-            # The state of an interrupted run that kept its bases elsewhere.
-            state = replace(state, basis=state.basis.to(self.basis_device))
+        # The state of an interrupted run may come from a run that kept its bases elsewhere.
+        state = replace(state, basis=state.basis.on(self.basis_device))
         if not state.active:
             started = len(state.done) + len(state.taken)
             indices = range(started, min(started + state.group, self.probes))
@@ -144,7 +143,7 @@ class LanczosQuadrature(Method["_State", Density]):
                 break
             room -= len(state.active)
             state = _extended(products, state, steps, eps)
-        settled(state.basis, space.device)
+        state.basis.settle(space)
         return state
 
     def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
@@ -183,7 +182,7 @@ class _State:
         asymmetry: Largest |u'Av - v'Au| of basis vectors so far, in units of |A|.
     """
 
-    basis: Rows = field(metadata=DIVIDED)
+    basis: Basis
     alphas: Tensor
     betas: Tensor
     taken: tuple[int, ...]
@@ -217,12 +216,12 @@ def _extended(products: Products, state: _State, steps: int, eps: float) -> _Sta
     """One step of each run that goes on; their numbers go to the host all at once."""
     space, basis, active = products.space, state.basis, state.active
     all_go_on = len(active) == len(state.taken)
-    last = brought(basis[-1], space.device)
+    last = basis[-1:].brought(space)[0]
     images = products(last if all_go_on else last[active])
     alphas, asymmetries = [], []
     for i, image in zip(active, images.split(1), strict=True):
         # Twice is enough: the second pass removes what rounding left of the first.
-        along = removed(space, image, basis[:, i]) + removed(space, image, basis[:, i])
+        along = project_out(space, image, basis.of(i)) + project_out(space, image, basis.of(i))
         alphas.append(along[0, -1])
         asymmetries.append(_asymmetry(along[0, :-1], state.betas[:, i]))
     numbers = torch.zeros(3, len(state.taken), dtype=torch.float64, device="cpu")
@@ -256,7 +255,7 @@ def _extended(products: Products, state: _State, steps: int, eps: float) -> _Sta
     block = images if all_go_on else torch.zeros_like(last)
     if not all_go_on:
         block[active] = images
-    return replace(state, basis=appended(basis, block[None], steps))
+    return replace(state, basis=basis.append(block[None], steps))
 
 
 def _asymmetry(along: Tensor, betas: Tensor) -> Tensor:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.basis import appended, combined, orthonormal, rotated
+from hessfunc.algorithms.basis import Basis, orthonormal
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
-from hessfunc.algorithms.offload import brought, home, is_far, room_beside, settled
+from hessfunc.algorithms.offload import home, is_far, room_beside
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.starts import of_starts
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.options import at_least, validated
 from hessfunc.randomness import uniforms
-from hessfunc.spaces.space import DIVIDED, Rows, Space, available_to, products_eps, rows_dtype
+from hessfunc.spaces.space import Space, available_to, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 Which = Literal["LM", "LA", "SA", "BE"]
@@ -322,7 +322,7 @@ class _State:
         pairs: Wanted pairs with residuals that products have checked; None until the run is over.
     """
 
-    basis: Rows = field(metadata=DIVIDED)
+    basis: Basis
     projected: Tensor
     coupling: Tensor
     probes: int
@@ -392,9 +392,9 @@ def _start(
         if not bool((lengths > 0).all()):
             raise ValueError("start has a vector of zeros")
         rows = torch.cat([given / lengths.to(dtype)[:, None], rows[len(given) :]])
-    empty = torch.empty(0, space.width, dtype=problem.basis_dtype, device=problem.basis_device)
+    empty = Basis.empty(space, problem.basis_dtype, problem.basis_device)
     block, _, _ = orthonormal(space, rows, empty, threshold=lambda _: 0.0)
-    basis = appended(empty, block, basis_size + b + (not trusted))
+    basis = empty.append(block, basis_size + b + (not trusted))
     none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     coupling = torch.zeros(len(block), 0, dtype=torch.float64, device="cpu")
     return _State(
@@ -428,9 +428,8 @@ def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | N
 
 
 def _round(problem: _Problem, space: Space, products: Products, state: _State, room: int) -> _State:
-    if state.basis.device != problem.basis_device:
-        # A stored state, of a run that kept it elsewhere.
-        state = replace(state, basis=state.basis.to(problem.basis_device))
+    # The state of an interrupted run may come from a run that kept its basis elsewhere.
+    state = replace(state, basis=state.basis.on(problem.basis_device))
     if _is_settled(problem, state):
         return _examined(problem, space, products, state, room)
     for _ in range(max(1, int(_GROWTH_A_ROUND * state.size / problem.block_size))):
@@ -441,14 +440,14 @@ def _round(problem: _Problem, space: Space, products: Products, state: _State, r
             break
         state = _step(problem, space, products, state)
         room -= width
-    settled(state.basis, space.device)
+    state.basis.settle(space)
     return state
 
 
 def _step(problem: _Problem, space: Space, products: Products, state: _State) -> _State:
     """Multiply the next block, and split the product in T's new columns and a new block."""
     j, basis = state.size, state.basis
-    images = products(brought(basis[j:], space.device).to(problem.dtype))
+    images = products(basis[j:].brought(space).to(problem.dtype))
     block, factor, inner = orthonormal(
         space,
         images,
@@ -465,7 +464,7 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
     coupling[:, j:] = factor
     following = replace(
         state,
-        basis=appended(basis, block, _room(problem, state)),
+        basis=basis.append(block, _room(problem, state)),
         projected=projected,
         coupling=coupling,
         steps=state.steps + 1,
@@ -502,7 +501,7 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
     block, _, _ = orthonormal(space, rows, state.basis, threshold=lambda _: 1e-3)
     return replace(
         state,
-        basis=appended(state.basis, block, _room(problem, state)),
+        basis=state.basis.append(block, _room(problem, state)),
         coupling=torch.zeros(len(block), state.size, dtype=torch.float64, device="cpu"),
         probes=state.probes + width,
         steps=0,
@@ -538,7 +537,7 @@ def _failure(problem: _Problem, space: Space, products: Products, state: _State)
     predicted = space.combine((mixture * values)[None], rows)
     if state.size < len(state.basis):
         leak = (state.coupling @ _ritz(problem, state)[1] @ mixture)[None]
-        predicted += combined(space, leak, state.basis[state.size :], problem.dtype)
+        predicted += state.basis[state.size :].combine(space, leak, problem.dtype)
     return float(space.norms(products(space.combine(mixture[None], rows)) - predicted))
 
 
@@ -595,8 +594,8 @@ def _proved(
             space,
             products(row),
             known,
-            before,
-            row,
+            Basis(before),
+            Basis(row),
             threshold=lambda longest: rounding(problem.eps, max(state.longest, longest)),
         )
         diagonal.append(float(inner[0, -1]))
@@ -608,7 +607,7 @@ def _proved(
             fresh, _, _ = orthonormal(space, first.clone(), state.basis, threshold=lambda _: 1e-6)
             return replace(
                 state,
-                basis=appended(state.basis, fresh, _room(problem, state)),
+                basis=state.basis.append(fresh, _room(problem, state)),
                 coupling=torch.cat([state.coupling, coupling[: len(fresh)]]),
                 probes=state.probes + 1,
                 steps=0,
@@ -671,7 +670,7 @@ def _missed(
     outside, images, values = rows[:0], rows[:0], inside[:0]
     for _ in range(steps):
         # The rows are worked on in place, and the images are kept.
-        row, _, _ = orthonormal(space, rows.clone(), known, outside, threshold=lambda _: 0.0)
+        row, _, _ = orthonormal(space, rows.clone(), known, Basis(outside), threshold=lambda _: 0.0)
         if not len(row) or _would_be_seen(problem, inside, values, space.n):
             break
         rows = products(row)
@@ -726,15 +725,15 @@ def _edges(problem: _Problem, inside: Tensor) -> tuple[float, ...]:
 def _restart(problem: _Problem, space: Space, state: _State) -> _State:
     """Shrink the basis to its best Ritz vectors, in its own memory; the next block stays."""
     values, vectors = state.ritz
-    block = brought(state.basis[state.size :], space.device).clone()
+    block = state.basis[state.size :].brought(space).clone()
     room = state.basis_size - len(block)
     keep = min(room, problem.k + (state.basis_size - problem.k) // 2)
     kept = _preferred(problem.which, values)[: max(keep, 1)]
     rotation = vectors[:, kept]
-    rows = rotated(space, rotation, state.basis[: state.size], problem.dtype)
+    rotated = state.basis[: state.size].rotate(space, rotation, problem.dtype)
     return replace(
         state,
-        basis=appended(rows, block, _room(problem, state)),
+        basis=rotated.append(block, _room(problem, state)),
         projected=values[kept].diag(),
         coupling=state.coupling @ rotation,
         before=state.largest,
@@ -762,7 +761,7 @@ def _wanted(problem: _Problem, values: Tensor) -> Tensor:
 def _chosen(problem: _Problem, space: Space, state: _State) -> _Pairs:
     """The wanted pairs, with the residuals of the recurrence."""
     values, rotation = _ritz(problem, state)
-    rows = combined(space, rotation.mT, state.basis[: state.size], problem.dtype)
+    rows = state.basis[: state.size].combine(space, rotation.mT, problem.dtype)
     return _Pairs(values, rows, torch.linalg.vector_norm(state.coupling @ rotation, dim=0))
 
 

@@ -9,7 +9,7 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.basis import appended, removed
+from hessfunc.algorithms.basis import Basis, project_out
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs, rounding
@@ -341,8 +341,8 @@ def _accept(space: Space, state: _State, which: str, k: int, value: float, seed:
     vectors, images = state.vectors, state.images
     if keeps:
         room = k + (not state.trusted)
-        vectors = appended(vectors, state.current, room)
-        images = appended(images, state.image, room)
+        vectors = Basis(vectors).append(state.current, room).rows
+        images = Basis(images).append(state.image, room).rows
     state = replace(state, vectors=vectors, images=images, shift=shift)
     if len(vectors) == space.n or (len(vectors) >= k and state.trusted):
         return replace(state, current=none, previous=none, image=None)
@@ -359,7 +359,7 @@ def _outside(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
     """Take the parts along orthonormal rows out, in place."""
     if len(basis):
         for _ in range(2):
-            removed(space, rows, basis)
+            project_out(space, rows, Basis(basis))
     return rows
 
 
