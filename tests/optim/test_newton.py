@@ -329,7 +329,7 @@ def test_bad_gradients_are_refused() -> None:
 
 def test_direct_needs_an_inverse_that_exists() -> None:
     params = {"x": torch.ones(2)}
-    with pytest.raises(TypeError, match="a function has no inverse_matvec: take blocks with"):
+    with pytest.raises(TypeError, match="a function has no inverse_matvec: use blocks with"):
         once(newton(solve=direct()), params, params, {"x": lambda v: v})
 
     class Singular:
