@@ -1,1 +1,1 @@
-"""Curvature that is watched from other libraries' training loops; each file needs its library."""
+"""Callbacks for the training loops of other libraries; each file needs its library."""
