@@ -610,7 +610,7 @@ def test_other_quantities_are_drawn(quantity: Any, fields: dict[str, Any]) -> No
     assert list(ax.get_lines()[0].get_xdata()) == [10, 20]
     assert list(ax.get_lines()[1].get_ydata()) == pytest.approx([380, 380])
     assert len(plot.tracked(points, quantity=quantity, threshold=None).get_lines()) == 1
-    with pytest.raises(ValueError, match="was it measured"):
+    with pytest.raises(ValueError, match="no point has a"):
         plot.tracked([point(0)], quantity=quantity)
 
 
