@@ -567,7 +567,7 @@ def test_layers_that_cannot_be_chosen_are_refused() -> None:
     with pytest.raises(ValueError, match="contains param_name='conv.weight': 0.branch.0.weight, "):
         made.trace()
     made.insert_hook("2")
-    with pytest.raises(ValueError, match="a batch of 20 examples comes after a first one of 7"):
+    with pytest.raises(ValueError, match="a batch of 20 examples follows a first batch of 7"):
         made.trace_activ()
 
 
