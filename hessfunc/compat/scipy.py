@@ -115,7 +115,9 @@ def from_scipy(operator: Any, /) -> Matvec:
     linear = _linalg().aslinearoperator(operator)
     n = linear.shape[0]
     if linear.shape != (n, n):
-        raise ValueError(f"the operator has shape {linear.shape}, which is not square")
+        raise ValueError(
+            f"the operator has shape {linear.shape}, which is not square: pass an (n, n) operator"
+        )
     own = np.dtype(np.float64) if linear.dtype.kind in "biu" else linear.dtype
     if own not in _DTYPES:
         raise TypeError(f"the operator has dtype {own}: pass a real operator in float32 or float64")

@@ -41,7 +41,7 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     values, vectors = torch.linalg.eigh(matrices)
     eps = torch.finfo(values.dtype).eps
-    # Backward error of eigh: |computed - exact eigenvalue| <= n eps |A|_2.
+    # Weyl's inequality: a backward error of n eps |A|_2 changes each eigenvalue by at most as much.
     rounding = values.shape[-1] * eps * values.abs().amax(-1, keepdim=True)
     return torch.where((values < 0) & (values >= -rounding), 0, values), rounding, vectors
 

@@ -52,7 +52,7 @@ _Columns: TypeAlias = Callable[[Tensor, Any], Tensor]
 
 _Key = TypeVar("_Key")
 _ONLY_WEIGHTS = "Kronecker factors need weights and biases of linear maps"
-_HOLD = "hold the others fixed with `split` and `hold`"
+_HOLD = "hold such parameters fixed with `split` and `hold`"
 
 
 @validated
@@ -159,10 +159,10 @@ def kfac(
 ) -> BlockCurvature:
     """Kronecker-factored approximate curvature: ``(params, batch) -> blocks``.
 
-        G = E[g g'] (x) mean_b(x x')
+        G = sum_b (g_b g_b') (x) mean_b(x x'),    E[sum_b g_b g_b'] = sum_b J_b' H_b J_b
 
-    The output factor of `kflr` is estimated from gradients g of targets that are drawn from the
-    model's own prediction. Its expectation is the output factor of `kflr`.
+    Here g_b are gradients at a module's outputs for targets drawn from the model's own prediction.
+    The expectation of the output factor is therefore that of `kflr`.
 
     Args:
         loss: Loss that exposes its outputs and its criterion. The criterion is a negative

@@ -33,7 +33,7 @@ class Jacobian(ABC):
 
     def congruence(self, hessian: Tensor, /) -> list[list[Tensor]]:
         """Return ``Jbar' H Jbar`` with the mean Jacobian, for each pair of inputs."""
-        # half = H Jbar, and J' (H J) = ((H J)' J)'; H is symmetric.
+        # With half_i = H J_i, the block is half_i' J_j = J_i' H J_j, because H is symmetric.
         half = self.pull(hessian)
         return [list(self.pull(part.mT)) for part in half]
 

@@ -315,7 +315,8 @@ def by_autodiff(call: Call, /) -> Layer:
     """
     if len(call.inputs) != 1:
         raise NotImplementedError(
-            f"by_autodiff supports one input, but the call has {len(call.inputs)}"
+            f"by_autodiff supports one input, but the call has {len(call.inputs)}: register "
+            "another rule (`from hessfunc.kronecker import rule`)"
         )
     (inputs,) = call.inputs
 

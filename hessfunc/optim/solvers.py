@@ -112,7 +112,7 @@ def direct() -> Solver:
         if not math.isfinite(float(solution.sum())):
             raise ValueError(
                 "b or the solution has entries that are NaN or infinite: if the block is "
-                f"singular, increase alpha={alpha}"
+                f"singular, increase alpha from {alpha}"
             )
         return Direction(solution)
 

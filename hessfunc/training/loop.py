@@ -127,7 +127,7 @@ def train(
     if epochs < 0 or batch_size < 1 or (isinstance(source, Examples) and not len(source)):
         raise ValueError(
             f"epochs={epochs}, batch_size={batch_size}: epochs must not be negative, batch_size "
-            "must be at least 1, and there must not be 0 examples"
+            "must be at least 1, and the source must have at least one example"
         )
     refuse_iterators(source, test)
     if every:

@@ -88,8 +88,8 @@ class BlockNewton:
             raise ValueError(f"curvature {self.curvature!r}: choose one of {', '.join(CURVATURES)}")
         if self.max_blocks is not None and not self.curvature.startswith("hbp-"):
             raise ValueError(
-                f"max_blocks={self.max_blocks} has no meaning for {self.curvature}: it requires an "
-                "hbp curvature"
+                f"max_blocks={self.max_blocks} requires an hbp curvature, but got {self.curvature}: "
+                "pass max_blocks=None"
             )
         if self.solve not in ("cg", "direct"):
             raise ValueError(f"solve={self.solve!r}: choose 'cg' or 'direct'")

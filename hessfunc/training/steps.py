@@ -83,8 +83,8 @@ class Steps:
                 loss = self.criterion(self.model(inputs), targets)
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss of a batch is {loss.item()}: {DIVERGED}")
-            # The divisor is exactly `ratio` if all batches have one size, and 1 for one batch, so
-            # that the gradient of a single batch keeps its bits.
+            # The divisor is exactly `ratio` if all batches have one size, so that with ratio 1 the
+            # gradient of a batch keeps its bits.
             (loss / (ratio * (count / (len(batches) * len(targets))))).backward()
             total += loss.item() * (len(targets) / count)
         spent = self.move(batches)

@@ -336,7 +336,7 @@ def test_direct_needs_an_inverse_that_exists() -> None:
         def inverse_matvec(self, vectors: Tensor, damping: float) -> Tensor:
             return vectors / damping
 
-    with pytest.raises(ValueError, match="singular, increase alpha=0.0"):
+    with pytest.raises(ValueError, match="singular, increase alpha from 0.0"):
         once(newton(alpha=0.0, solve=direct()), params, params, {"x": Singular()})
 
 

@@ -40,7 +40,9 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
         """
         layers = [name for name, module in self.module.named_modules() if _is_layer(module)]
         if not any(name.endswith(module_name) for name in layers):
-            raise ValueError(f"the name of no layer ends with {module_name!r}: {', '.join(layers)}")
+            raise ValueError(
+                f"no layer name ends with {module_name!r}: the layers are {', '.join(layers)}"
+            )
         self._endings.append(module_name)
 
     def trace_activ(self, maxIter: int = 100, tol: float = 1e-3) -> list[list[float]]:
@@ -84,7 +86,8 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
         loss, params = self.loss()
         if not any(param_name in name for name in params):
             raise ValueError(
-                f"the name of no parameter contains param_name={param_name!r}: {', '.join(params)}"
+                f"no parameter name contains param_name={param_name!r}: the parameters are "
+                f"{', '.join(params)}"
             )
         chosen, rest = split(params, lambda name, _: param_name in name)
         matvec = self.over_data(hvp(hold(loss, rest)))(chosen, self.data)
