@@ -242,6 +242,7 @@ def batch_norm(call: Call, /) -> Layer:
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
     assert module.running_mean is not None
     assert module.running_var is not None
+    # z = w (x - mean) / sqrt(var + eps) + b for each channel, with fixed mean and var.
     per_channel = (1, -1, *[1] * (inputs.dim() - 2))
     mean = module.running_mean.to(inputs).view(per_channel)
     scale = torch.rsqrt(module.running_var.to(inputs) + module.eps).view(per_channel)

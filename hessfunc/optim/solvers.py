@@ -108,6 +108,7 @@ def direct() -> Solver:
                 f"a {type(block).__name__} has no inverse_matvec: use blocks with factors, such "
                 "as those of `kfac`, or pass `solve=conjugate_gradients()`"
             )
+        # (1 - alpha) H + alpha I = (1 - alpha) (H + alpha / (1 - alpha) I).
         solution: Tensor = inverse(b[None], alpha / (1 - alpha))[0] / (1 - alpha)
         if not math.isfinite(float(solution.sum())):
             raise ValueError(

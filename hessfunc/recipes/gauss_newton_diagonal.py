@@ -207,6 +207,7 @@ def _of_example(
         return outputs, []
     total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
     for value, vector in zip(values.split(at_once), vectors.split(at_once), strict=True):
+        # J' u_c for several columns c at once, leaf by leaf.
         gradients = vmap(pull)(vector.reshape(-1, *outputs.shape).to(outputs.dtype))
         total = [
             sums + torch.einsum("c,c...->...", value, gradient.to(value).square())

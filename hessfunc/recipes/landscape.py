@@ -87,9 +87,8 @@ def landscape(
         normalise: Normalisation of the directions. ``"unit"`` scales each direction to unit
             length, so that coordinates are distances. ``"filter"`` scales each filter of a
             direction (a slice of a leaf along its first axis) to the length of the same filter of
-            ``params`` and sets leaves with fewer than two axes (biases, norms) to zero, so that
-            nets whose weights differ in scale can be compared. None leaves the directions
-            unchanged.
+            ``params``, and sets leaves with fewer than two axes (biases, norms) to zero. Nets whose
+            weights differ in scale can then be compared. None leaves the directions unchanged.
         weight: Weight of a batch in the mean. By default its number of examples, or the sum over
             batches for a loss that is a sum, as in `over_batches`.
         points_per_chunk: Number of points in one pass. 1 is a loop; None chooses it by the rule
@@ -200,6 +199,7 @@ def _normalised(space: Space, rows: Tensor, point: Tensor, normalise: Normalise 
 
 def _like_filters(directions: Tensor, weights: Tensor) -> Tensor:
     """Scale each filter of each direction to the length of the same filter of the weights."""
+    # d_f <- d_f |w_f| / |d_f| for each filter f, and zero for biases and norms (Li et al. 2018).
     if weights.dim() < 2:
         return torch.zeros_like(directions)
     lengths = directions.flatten(2).norm(dim=2)

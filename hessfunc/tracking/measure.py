@@ -120,8 +120,8 @@ def functional_tracker(
         loss: Function ``(params, batch) -> scalar``.
         curvature: Function from a loss to its curvature function, such as `hvp` or `ggnvp`.
         top: Number of largest eigenvalues.
-        bottom: Number of smallest eigenvalues. They lie next to the bulk of the spectrum and need
-            many more products.
+        bottom: Number of smallest eigenvalues. They need many more products if they are close to
+            the bulk of the spectrum.
         trace_probes: Number of random probes for the trace, 0 for none. All points use the same
             probes, so that the curve is smooth. The largest eigenpairs are projected out first.
         critical: Whether the critical sharpness along the gradient is measured.

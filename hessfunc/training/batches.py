@@ -59,7 +59,7 @@ def refuse_iterators(*sources: Source | None) -> None:
 
 
 def grouped(batches: Iterator[Batch], size: int, /) -> Iterator[tuple[list[Batch], bool]]:
-    """Yield groups of ``size`` batches, the last maybe smaller, and whether a group is the last."""
+    """Yield groups of ``size`` batches, and whether a group is the last, which may be smaller."""
     ahead = next(batches, None)
     while ahead is not None:
         group = [ahead, *islice(batches, size - 1)]

@@ -88,7 +88,7 @@ class BlockNewton:
             raise ValueError(f"curvature {self.curvature!r}: choose one of {', '.join(CURVATURES)}")
         if self.max_blocks is not None and not self.curvature.startswith("hbp-"):
             raise ValueError(
-                f"max_blocks={self.max_blocks} requires an hbp curvature, but got {self.curvature}: "
+                f"max_blocks={self.max_blocks} requires an hbp curvature, got {self.curvature}: "
                 "pass max_blocks=None"
             )
         if self.solve not in ("cg", "direct"):

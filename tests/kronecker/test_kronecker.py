@@ -290,7 +290,9 @@ def test_any_architecture() -> None:
 
 def test_what_is_refused() -> None:
     model, loss, params, batch = attention()
-    with pytest.raises(NotImplementedError, match="'embedding' is a Embedding: hold such parameters"):
+    with pytest.raises(
+        NotImplementedError, match="'embedding' is a Embedding: hold such parameters"
+    ):
         hf.kronecker.kflr(loss, model)(params, batch)
     case = perceptron(2)
     with pytest.raises(ValueError, match="sharing='both'"):
@@ -396,7 +398,9 @@ def test_a_weight_of_layers_of_different_kinds_is_refused() -> None:
     model = Head().double()
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.cross_entropy)
-    with pytest.raises(NotImplementedError, match="'embedding' is a Embedding: hold such parameters"):
+    with pytest.raises(
+        NotImplementedError, match="'embedding' is a Embedding: hold such parameters"
+    ):
         hf.kronecker.ekfac(loss, model)(params, (torch.tensor([0, 1]), torch.tensor([1, 2])))
 
 
@@ -476,7 +480,9 @@ def test_modules_that_return_several_tensors_are_refused(make) -> None:
     loss = hf.supervised(lambda p, x: model_fn(p, (x, x, x))[0], F.mse_loss)
     if isinstance(layer, nn.LSTM):
         loss = hf.supervised(lambda p, x: model_fn(p, x)[0], F.mse_loss)
-    with pytest.raises(NotImplementedError, match=rf"is a {type(layer).__name__}: hold such parameters"):
+    with pytest.raises(
+        NotImplementedError, match=rf"is a {type(layer).__name__}: hold such parameters"
+    ):
         hf.kronecker.kflr(loss, layer)(params, (torch.ones(2, 4, 3), torch.zeros(2, 4, 3)))
 
 

@@ -435,7 +435,9 @@ def test_a_state_of_other_settings(tmp_path: Path) -> None:
         return list(islice(found, count))
 
     start(0.1, 3, 2)
-    with pytest.raises(ValueError, match=r"state.pt contains an unfinished .*lr was 0.1 and is now 0.2"):
+    with pytest.raises(
+        ValueError, match=r"state.pt contains an unfinished .*lr was 0.1 and is now 0.2"
+    ):
         start(0.2, 3)
     assert [r.step for r in start(0.1, 3)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match=r"a finished .*lr was 0.1 and is now 0.2.: pass another"):

@@ -462,7 +462,7 @@ def test_an_experiment_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPa
     assert "PCH clip" in done.stdout
     other = experiment(*arguments, "--minutes", "3")
     assert other.exit_code == 2
-    assert "minutes was None and is 3.0 now: take another --out" in other.stderr
+    assert "minutes was None and is now 3.0): pass another --out" in other.stderr
 
 
 @pytest.mark.slow
