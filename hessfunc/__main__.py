@@ -1,4 +1,4 @@
-"""``python -m hessfunc``, and ``torchrun --nproc-per-node 2 -m hessfunc``."""
+"""Entry point of ``python -m hessfunc`` and ``torchrun --nproc-per-node 2 -m hessfunc``."""
 
 from hessfunc.app.cli import main
 

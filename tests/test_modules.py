@@ -67,7 +67,7 @@ def test_frozen_parameters_are_left_out_unless_asked_for() -> None:
 
 @pytest.mark.parametrize("model", [small_net().requires_grad_(False), nn.Tanh()])
 def test_a_module_without_trainable_parameters_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match="has no trainable parameter: set `requires_grad`"):
+    with pytest.raises(ValueError, match="has no trainable parameter: call `model.requires_grad_"):
         hf.functional(model)
 
 

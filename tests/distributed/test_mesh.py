@@ -247,7 +247,7 @@ def test_a_rank_that_fails_is_an_error_on_all(where: str, two: Ranks) -> None:
     first, second = two.outcomes(fails_on_one, 1, where)
     assert second.error == "KeyError: 'no such column'"
     assert first.error == (
-        "RuntimeError: failed on another rank, so this one stops: rank 1: KeyError: "
+        "RuntimeError: failed on another rank, so this rank stops: rank 1: KeyError: "
         "'no such column'"
     )
 
@@ -455,7 +455,7 @@ def without_a_seed(what: str) -> None:
 def test_matrices_that_each_rank_would_draw_for_itself_are_refused(what: str, two: Ranks) -> None:
     for outcome in two.outcomes(without_a_seed, what):
         assert outcome.error is not None
-        assert "pass the same `seed=` on all" in outcome.error
+        assert "pass the same seed on all" in outcome.error
 
 
 def with_a_number() -> float:
