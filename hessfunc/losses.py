@@ -127,7 +127,7 @@ def _pair(batch: Any) -> tuple[Any, Any]:
         else "use `composed(outputs, criterion)` for any other batch"
     )
     raise TypeError(
-        f"a supervised loss takes a batch (inputs, targets), not a {type(batch).__name__}"
+        f"a supervised loss takes a batch (inputs, targets), but got a {type(batch).__name__}"
         f"{size}: {remedy}"
     )
 
@@ -200,7 +200,7 @@ def sliced(
         raise ValueError("slices is empty: pass for instance slices={'0.weight': slice(0, 8)}")
     if unknown := sorted(set(slices) - set(params)):
         raise ValueError(
-            f"no parameter is named {', '.join(unknown)}: the names are {first_of(list(params))}"
+            f"there is no parameter named {', '.join(unknown)} among {first_of(list(params))}"
         )
     fixed = {name: leaf.detach() for name, leaf in params.items()}
     places = {name: _places(name, fixed[name], index) for name, index in slices.items()}

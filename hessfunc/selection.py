@@ -42,9 +42,9 @@ def split(
         wanted = set().union(*fitting.values())
         unknown = [glob for glob, fit in fitting.items() if not fit]
     if not wanted:
-        raise ValueError(f"{pattern!r} chooses none of the leaves: use one of {first_of(names)}")
+        raise ValueError(f"{pattern!r} chooses none of the leaves {first_of(names)}")
     if unknown:
-        raise ValueError(f"no leaf is named {', '.join(unknown)}: the names are {first_of(names)}")
+        raise ValueError(f"there is no leaf named {', '.join(unknown)} among {first_of(names)}")
     chosen: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for name, path, leaf in named:
