@@ -147,7 +147,8 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
 
     Args:
         loss: Loss of all parameters. A `Loss` gives a `Loss`.
-        rest: Parameters to hold fixed, as returned by `split`.
+        rest: Parameters to hold fixed, as returned by `split`. They are not copied. Writes through
+            ``.data`` or NumPy are not detected: make the loss and the matvec again after them.
 
     Returns:
         Loss ``(chosen, batch) -> scalar``.

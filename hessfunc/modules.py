@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch._C._autograd import (
+    _saved_tensors_hooks_disable,
+    _saved_tensors_hooks_enable,
+    _saved_tensors_hooks_get_disabled_error_message,
+)
 
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.overrides import Replaced
@@ -39,6 +43,11 @@ def functional(
 
     The module is never changed. Each call clones the buffers, so BatchNorm also works in train
     mode. The training flag of each submodule is read once, when `functional` is called.
+
+    Parameters that are not among ``params``, such as frozen ones, are read from the module in each
+    call. They are not copied, because copies would double the memory of a large model. A matvec
+    raises an error once they have changed in place. Writes through ``.data`` or NumPy are not
+    detected: make the matvec again after them.
 
     Args:
         model: Module to convert.
@@ -91,6 +100,7 @@ def functional(
                 "result would depend on how the data is divided into batches: call `model.eval()` "
                 "before `functional(model)`, or use one batch"
             )
+        note_read((n, p) for n, p in model.named_parameters() if n not in params)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
         state = dict(params), buffers
@@ -204,15 +214,21 @@ def _without_cudnn() -> AbstractContextManager[None]:
 def _without_checkpointing() -> Iterator[None]:
     # torch.utils.checkpoint would recompute in the backward pass with the module's own parameters
     # instead of ``params``.
-    refused = disable_saved_tensors_hooks(
+    refusal = (
         "torch.utils.checkpoint (gradient checkpointing) does not support second derivatives: "
         "turn it off, and use functional(model, recompute='model.layers.*') instead"
     )
-    with ExitStack() as stack:
-        # Entering fails if hooks are active. Those are the user's own, such as save_on_cpu.
-        with suppress(RuntimeError):
-            stack.enter_context(refused)
+    before = _saved_tensors_hooks_get_disabled_error_message()
+    # `disable_saved_tensors_hooks` would raise if hooks are active. Those are the user's own, such
+    # as save_on_cpu, and stay.
+    _saved_tensors_hooks_disable(refusal, fail_if_non_empty=False)
+    try:
         yield
+    finally:
+        if before is None:
+            _saved_tensors_hooks_enable()
+        else:
+            _saved_tensors_hooks_disable(before, fail_if_non_empty=False)
 
 
 @contextmanager
@@ -283,3 +299,27 @@ def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, 
 def eval_mode(model: nn.Module, /) -> AbstractContextManager[None]:
     """Context manager that puts a model in eval mode and restores each training flag on exit."""
     return training_flags([(module, False) for module in model.modules()])
+
+
+_READ: ContextVar[dict[int, tuple[str, Tensor]] | None] = ContextVar("read", default=None)
+
+
+@contextmanager
+def parameters_read() -> Iterator[dict[int, tuple[str, Tensor]]]:
+    """Context manager that collects the parameters that losses read from modules.
+
+    Yields:
+        Dict of (name, parameter) by id, filled by `note_read`.
+    """
+    read: dict[int, tuple[str, Tensor]] = {}
+    token = _READ.set(read)
+    try:
+        yield read
+    finally:
+        _READ.reset(token)
+
+
+def note_read(named: Iterable[tuple[str, Tensor]], /) -> None:
+    """Report parameters, with their names, to `parameters_read`."""
+    if (read := _READ.get()) is not None:
+        read |= {id(parameter): (name, parameter) for name, parameter in named}

@@ -131,6 +131,11 @@ def _outline(name: str, value: Any) -> Any:
     return str(value) if isinstance(value, torch.dtype) else "given"
 
 
+def or_none(check: Check, /) -> Check:
+    """Return a check that also accepts None, for arguments with another default."""
+    return functools.partial(_optional, check)
+
+
 def _optional(check: Check, name: str, value: Any) -> Any:
     return None if value is None else check(name, value)
 
@@ -210,6 +215,66 @@ def finite(name: str, value: Any, /) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name}={number}: it must be finite, such as {name}=0.1")
     return number
+
+
+def real(name: str, value: Any, /) -> float:
+    """Return a real number, which may be infinite or NaN, as an int or a float."""
+    plain = _scalar(value)
+    if isinstance(plain, float) and not math.isfinite(plain):
+        return plain
+    number = finite(name, plain if isinstance(plain, Real) else value)
+    return plain if isinstance(plain, int) and plain == number and abs(plain) < 2**63 else number
+
+
+def reals(name: str, value: Any, /) -> Tensor:
+    """Return real numbers of any shape as a float64 tensor on the CPU."""
+    plain = _scalar(value)
+    if isinstance(plain, Real):
+        return torch.tensor(real(name, plain), dtype=torch.float64, device="cpu")
+    if _is_meta(value) or not isinstance(value, Sequence | np.ndarray | Tensor):
+        due = "a number, or an array or tensor of numbers"
+        raise _refused(name, value, due, f"pass {name}=torch.linspace(-1, 1, 21)")
+    if isinstance(value, str | bytes):
+        raise _refused(name, value, "a tensor of numbers", f"pass {name}=torch.linspace(-1, 1, 21)")
+    if isinstance(value, Tensor) and value.layout != torch.strided:
+        raise TypeError(f"{name} has the layout {value.layout}: pass {name}.to_dense()")
+    if isinstance(value, Sequence):
+        # Conversion fails for nested lists of unequal lengths or with other objects than numbers.
+        with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            value = np.asarray(value)
+    if isinstance(value, Sequence):
+        raise _refused(name, value, "an array of numbers", f"pass {name}=torch.linspace(-1, 1, 21)")
+    array = torch.as_tensor(finite_array(name, value)).detach()
+    return array.to(dtype=torch.float64, device="cpu")
+
+
+def axes(name: str, value: Any, /) -> Any:
+    """Return matplotlib Axes."""
+    if hasattr(value, "plot") and hasattr(value, "figure"):
+        return value
+    raise _refused(name, value, "matplotlib Axes", f"pass {name}=plt.gca(), or omit it")
+
+
+def panels(name: str, value: Any, /) -> list[Any]:
+    """Return a list of matplotlib Axes, given one Axes or several, as from ``plt.subplots``."""
+    if hasattr(value, "plot"):
+        return [axes(name, value)]
+    if isinstance(value, np.ndarray):
+        value = value.ravel().tolist()
+    items = value if isinstance(value, Tensor) else _items(value)
+    if not isinstance(items, list):
+        raise _refused(name, value, "matplotlib Axes", f"pass {name}=plt.subplots(2, 2)[1]")
+    return [axes(f"each of {name}", item) for item in items]
+
+
+def rates(name: str, value: Any, /) -> Any:
+    """Return a number, or a mapping of steps to numbers."""
+    if isinstance(value, Mapping):
+        return {
+            finite(f"each step of {name}", step): finite(f"{name}[{step!r}]", rate)
+            for step, rate in value.items()
+        }
+    return finite(name, value)
 
 
 def factor(name: str, value: Any, /) -> Any:
@@ -411,6 +476,13 @@ def eigenpairs(name: str, value: Any, /) -> Any:
         return value
     remedy = "pass the result of hessfunc.lanczos(matvec, params, k=10)"
     raise _refused(name, value, "Eigenpairs", remedy)
+
+
+def several_eigenpairs(name: str, value: Any, /) -> Any:
+    """Return eigenpairs, or a list of several."""
+    if isinstance(value, list | tuple):
+        return [eigenpairs(f"each of {name}", pairs) for pairs in value]
+    return eigenpairs(name, value)
 
 
 def estimates(name: str, value: Any, /) -> Any:
@@ -680,7 +752,9 @@ def family(name: str, value: Any, /) -> Any:
 
 # Check of each argument of the public functions, by name.
 ARGUMENTS: dict[str, Check] = {
+    "self": anything,
     # Functions
+    "f": function_of(1, "eigenvalues"),
     "matvec": matvec,
     "matvecs": matvec,
     "preconditioner": matvec,
@@ -726,6 +800,10 @@ ARGUMENTS: dict[str, Check] = {
     "operator": anything,
     "batch": anything,
     "batches": batches,
+    "dataloader": batches,
+    "train_loader": batches,
+    "test_loader": batches,
+    "hessian_loader": batches,
     "pairs": eigenpairs,
     "deflate": eigenpairs,
     "estimates": estimates,
@@ -759,6 +837,32 @@ ARGUMENTS: dict[str, Check] = {
     "chunk_size": whole_number,
     "examples_per_chunk": whole_number,
     "points_per_chunk": whole_number,
+    "num_eigenthings": whole_number,
+    "power_iter_steps": whole_number,
+    "max_steps": whole_number,
+    "num_lanczos_vectors": whole_number,
+    "max_possible_gpu_samples": whole_number,
+    "maxIter": whole_number,
+    "top_n": whole_number,
+    "iter": whole_number,
+    "n_v": whole_number,
+    "num_bins": whole_number,
+    "batch_size": whole_number,
+    "max_large_ratio": whole_number,
+    "lr_decay_epoch": whole_numbers,
+    "lr_decay_ratio": finite,
+    "decay_ratio": finite,
+    "adv_ratio": finite,
+    "power_iter_err_threshold": finite,
+    "error_threshold": finite,
+    "tol": finite,
+    "sigma_squared": finite,
+    "overhead": finite,
+    "level": finite,
+    "cost": finite,
+    "width": real,
+    "smallest": real,
+    "largest": real,
     "s": factor,
     "a": factor,
     "rtol": finite,
@@ -774,7 +878,10 @@ ARGUMENTS: dict[str, Check] = {
     "eps": finite,
     "step_size": finite,
     "bounds": limits,
+    "x": reals,
+    "grid": reals,
     # Flags
+    "simultaneous": flag,
     "trainable_only": flag,
     "keep": flag,
     "measure": flag,
@@ -784,6 +891,15 @@ ARGUMENTS: dict[str, Check] = {
     "preconditioned": flag,
     "eval_mode": flag,
     "replace": flag,
+    # Flags of drop-in replacements, which may have any truth value
+    "cuda": anything,
+    "use_gpu": anything,
+    "fp16": anything,
+    "full_dataset": anything,
+    "to_numpy": anything,
+    "duration": anything,
+    "print_flag": anything,
+    "init_vec": anything,
     # Strings
     "mode": text,
     "residual": text,
@@ -795,6 +911,11 @@ ARGUMENTS: dict[str, Check] = {
     "loader": text,
     "data": text,
     "backend": anything,
+    "against": text,
+    "quantity": text,
+    "scale": text,
+    # Figures
+    "ax": axes,
     # Dtypes, devices and paths
     "dtype": dtype,
     "basis_dtype": dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import math
 import random
 import signal
@@ -11,8 +12,9 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import hessfunc as hf
+from hessfunc import plot
+from hessfunc.compat import eigenthings, hessianflow, pyhessian
 from hessfunc.options import ARGUMENTS
 from tests import public
 
@@ -98,6 +102,7 @@ class Call:
     args: dict[str, Any]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     then: Callable[[Any], Any] = value
+    function: Callable[..., Any] | None = None
 
 
 RUN = {"seed": 0, "callback": None, "space": None, "checkpoint": None, "max_matvecs": 12}
@@ -303,10 +308,144 @@ CALLS: dict[str, Call] = {
     "load": Call({"path": "no_such_file.npz"}),
     "sharded": Call({"like": LIKE, "mesh": None}),
 }  # fmt: skip
+PAIRS = hf.lanczos(matvec, LIKE, k=2, seed=0)
+DENSITY = hf.slq(matvec, LIKE, probes=2, steps=4, seed=0)
+TRACE_FOUND = hf.hutchinson(matvec, LIKE, seed=0, max_matvecs=4)
+OTHER_FOUND = hf.hutchinson(matvec, LIKE, seed=1, max_matvecs=4)
+DIAGONAL_FOUND = hf.hutchinson_diagonal(matvec, LIKE, seed=0, max_matvecs=4)
+SAMPLED_FOUND = hf.sampled_trace(draws, LIKE, probes=2, seed=0, max_matvecs=12)
+LINE = hf.landscape(LOSS, PARAMS, [BATCH], ONES, points=3)
+PLANE = hf.landscape(
+    LOSS,
+    PARAMS,
+    [BATCH],
+    {
+        name: torch.stack([leaf, torch.arange(leaf.numel(), dtype=D).view(leaf.shape) - 1])
+        for name, leaf in ONES.items()
+    },
+    points=3,
+)
+
+
+def drawn(found: Any) -> Any:
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+    return type(found).__name__
+
+
+# Methods of results, figures and drop-in replacements, which are not called by a name of `hf`.
+METHODS: dict[str, Call] = {
+    "Estimate.interval": Call({"level": 0.9}, function=TRACE_FOUND.interval),
+    "LeafEstimate.interval": Call(
+        {"level": 0.9}, function=next(iter(TRACE_FOUND.by_leaf.values())).interval
+    ),
+    "DiagonalEstimate.interval": Call({"level": 0.9}, function=DIAGONAL_FOUND.interval),
+    "DiagonalEstimate.relative_error": Call({"level": 0.9}, function=DIAGONAL_FOUND.relative_error),
+    "SampledEstimate.best_probes_per_draw": Call(
+        {"cost": 1.0}, function=SAMPLED_FOUND.best_probes_per_draw
+    ),
+    "Density.grid": Call({"points": 5}, function=DENSITY.grid),
+    "Density.pdf": Call({"grid": B}, {"width": 0.1}, function=DENSITY.pdf),
+    "Density.cdf_bounds": Call(
+        {"x": B, "level": 0.9}, {"simultaneous": True}, function=DENSITY.cdf_bounds
+    ),
+    "Density.count_above": Call({"x": 2.5, "level": 0.9}, function=DENSITY.count_above),
+    "Density.mean": Call(
+        {"f": torch.exp}, {"smallest": 0.0, "largest": 9.0}, function=DENSITY.mean
+    ),
+    "Density.effective_dimension": Call({"damping": 0.5}, function=DENSITY.effective_dimension),
+    "plot.density": Call(
+        {"density": DENSITY}, {"ax": None, "eigenvalues": PAIRS, "width": 0.1}, drawn,
+        plot.density,
+    ),
+    "plot.eigenvalues": Call({"pairs": PAIRS}, {"ax": None}, drawn, plot.eigenvalues),
+    "plot.history": Call(
+        {"found": {0: PAIRS, 1: PAIRS}}, {"lr": 0.1, "against": "step", "ax": None}, drawn,
+        plot.history,
+    ),
+    "plot.layers": Call(
+        {"found": [TRACE_FOUND, OTHER_FOUND]}, {"level": 0.9, "quantity": "trace", "ax": None},
+        drawn, plot.layers,
+    ),
+    "plot.blocks": Call({"found": {"a": DENSITY}}, {"ax": None}, drawn, plot.blocks),
+    "plot.curves": Call({"found": LINE}, {"scale": "linear", "ax": None}, drawn, plot.curves),
+    "plot.contours": Call(
+        {"found": PLANE}, {"scale": "linear", "ax": None}, drawn, plot.contours
+    ),
+    "plot.surface": Call({"found": PLANE}, {"scale": "linear", "ax": None}, drawn, plot.surface),
+}  # fmt: skip
+OPERATOR = eigenthings.LambdaOperator(lambda v: MATRIX.float() @ v, 6)
+BY_MODEL = {"model": MODEL, "dataloader": [BATCH]}
+
+
+def repeated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, with a seed of its own at each call, and without its files and lines."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        with torch.random.fork_rng(), redirect_stdout(io.StringIO()):
+            torch.manual_seed(0)
+            return function(*args, **options)
+
+    return call
+
+
+METHODS |= {
+    name: dataclasses.replace(call, function=repeated(call.function or value))
+    for name, call in {
+        "eigenthings.compute_hessian_eigenthings": Call(
+            BY_MODEL | {"loss": CRITERION, "num_eigenthings": 1}, {"mode": "lanczos"},
+            function=eigenthings.compute_hessian_eigenthings,
+        ),
+        "eigenthings.lanczos": Call(
+            {"operator": OPERATOR, "num_eigenthings": 1, "which": "LM", "max_steps": 3},
+            {"tol": 0.1, "num_lanczos_vectors": 6}, function=eigenthings.lanczos,
+        ),
+        "eigenthings.deflated_power_iteration": Call(
+            {"operator": OPERATOR, "num_eigenthings": 1, "power_iter_steps": 5},
+            {"power_iter_err_threshold": 0.1, "momentum": 0.0},
+            function=eigenthings.deflated_power_iteration,
+        ),
+        "eigenthings.power_iteration": Call(
+            {"operator": OPERATOR, "steps": 5, "error_threshold": 0.1},
+            function=eigenthings.power_iteration,
+        ),
+        "hessianflow.get_eigen": Call(
+            {"model": MODEL, "inputs": BATCH[0], "targets": BATCH[1], "criterion": CRITERION},
+            {"maxIter": 4, "tol": 0.1}, function=hessianflow.get_eigen,
+        ),
+        "hessianflow.get_eigen_full_dataset": Call(
+            BY_MODEL | {"criterion": CRITERION}, {"maxIter": 4, "tol": 0.1},
+            function=hessianflow.get_eigen_full_dataset,
+        ),
+        "pyhessian.hessian": Call(
+            {"model": MODEL, "criterion": CRITERION}, {"dataloader": [BATCH]},
+            lambda made: made.trace(maxIter=2), pyhessian.hessian,
+        ),
+        "pyhessian.hessian.eigenvalues": Call(
+            {"maxIter": 4, "tol": 0.1, "top_n": 1},
+            function=pyhessian.hessian(MODEL, CRITERION, BATCH).eigenvalues,
+        ),
+        "pyhessian.hessian.trace": Call(
+            {"maxIter": 4, "tol": 0.1}, function=pyhessian.hessian(MODEL, CRITERION, BATCH).trace
+        ),
+        "pyhessian.hessian.density": Call(
+            {"iter": 4, "n_v": 1}, function=pyhessian.hessian(MODEL, CRITERION, BATCH).density
+        ),
+        "pyhessian.density_generate": Call(
+            {"eigenvalues": [[0.0, 1.0]], "weights": [[0.5, 0.5]], "num_bins": 9},
+            {"sigma_squared": 1e-2, "overhead": 0.01}, function=pyhessian.density_generate,
+        ),
+    }.items()
+}  # fmt: skip
+if find_spec("matplotlib") is None:
+    METHODS = {name: call for name, call in METHODS.items() if not name.startswith("plot.")}
+
 # What goes, or whose value goes, into another function of the caller's, which may fail on it.
 OF_CALLER = {
     ("supervised", "model_fn"), ("composed", "outputs"), ("composed", "targets"),
     ("recomputed", "fn"), ("tracked", "compose"), ("fgsm", "batch"), ("pgd", "batch"),
+    ("hessianflow.get_eigen", "inputs"), ("hessianflow.get_eigen", "targets"),
 }  # fmt: skip
 # They need a mesh or a file, and are right where they refuse what stands in its place.
 REFUSED = {"load", "sharded"}
@@ -378,7 +517,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 def called(name: str, changed: dict[str, Any]) -> Any:
     """What the call gives with some arguments changed."""
-    call = CALLS[name]
+    call = (CALLS | METHODS)[name]
     args = [changed.get(arg, given) for arg, given in call.args.items()]
     options = {
         option: changed.get(option, given)
@@ -386,7 +525,8 @@ def called(name: str, changed: dict[str, Any]) -> Any:
         # An option that is None in a valid call is left out.
         if given is not None or option in changed
     }
-    return call.then(FUNCTIONS[name](*args, **options))
+    function = call.function or FUNCTIONS[name]
+    return call.then(function(*args, **options))
 
 
 def plain(found: Any) -> Any:
@@ -426,13 +566,13 @@ def outcome(name: str, changed: dict[str, Any]) -> tuple[Any, str]:
 
 def wrong(name: str, argument: str, pick: random.Random) -> str:
     """What is wrong with a call with one random argument; empty if nothing is."""
-    call = CALLS[name]
+    call = (CALLS | METHODS)[name]
     valid = (call.args | call.options)[argument]
     alike = equivalents(valid)
     if alike and pick.random() < 0.3:
         given = pick.choice(alike)
         found, fault = outcome(name, {argument: given})
-        if not fault and name not in REFUSED and plain(found) != plain(called(name, {})):
+        if not fault and name not in REFUSED and plain(found) != plain(outcome(name, {})[0]):
             fault = f"another value than with {valid!r}: {found!r}"
     else:
         given = pick.choice(POOL)()
@@ -443,10 +583,10 @@ def wrong(name: str, argument: str, pick: random.Random) -> str:
     return f"{name}({argument}={shown[:80]}): {fault}"
 
 
-def fuzz(seed: int, count: int) -> list[str]:
+def fuzz(seed: int, count: int, calls: dict[str, Call] = CALLS) -> list[str]:
     pick = random.Random(seed)
     arguments = [
-        (name, argument) for name, call in CALLS.items() for argument in call.args | call.options
+        (name, argument) for name, call in calls.items() for argument in call.args | call.options
     ]
     faults = []
     for _ in range(count):
@@ -468,7 +608,7 @@ def test_every_public_function_is_called() -> None:
         assert wrapped or name == "apply"
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in REFUSED])
+@pytest.mark.parametrize("name", [name for name in CALLS | METHODS if name not in REFUSED])
 def test_the_call_that_is_changed_is_valid(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -478,6 +618,13 @@ def test_the_call_that_is_changed_is_valid(name: str) -> None:
 def test_a_few_random_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert not fuzz(seed=1, count=200)
+
+
+def test_a_few_random_arguments_of_methods_and_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not fuzz(seed=3, count=300, calls=METHODS)
 
 
 @pytest.mark.slow

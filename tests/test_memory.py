@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from hessfunc.memory import available_memory
+import hessfunc as hf
+from hessfunc.memory import Footprint, available_memory
 from tests.peaks import (
     LOGITS_BYTES,
     deep_model,
@@ -47,3 +53,133 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     alone = available_memory(cpu)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert 0 < available_memory(cpu) < 0.3 * alone
+
+
+# Runs of (matvec, tree), the vectors that their docstrings say, given the length of one in float64,
+# and the words that say so. A product takes two: that of the matvec, and the same in one row.
+PRODUCT = 2
+RUNS: dict[str, tuple[Callable[..., Any], Callable[[float], float], str]] = {
+    "lanczos": (
+        lambda mv, b: hf.lanczos(mv, b, k=4, rtol=0.1, seed=0),
+        lambda _: (18 + 1 + 4) + 4 * 8,
+        "(basis_size + block_size + k)",
+    ),
+    "lanczos, one pair": (
+        lambda mv, b: hf.lanczos(mv, b, k=1, rtol=0.1, seed=0),
+        lambda _: (12 + 1 + 1) + PRODUCT,
+        "4 search n more where block_size < k",
+    ),
+    "power_iteration": (
+        lambda mv, b: hf.power_iteration(mv, b, k=3, rtol=0.1, seed=0),
+        lambda _: 3 * 3 + 1 + PRODUCT,
+        "2 k + 3 vectors of memory, 3 k + 1",
+    ),
+    "stochastic_power_iteration": (
+        lambda mv, b: hf.stochastic_power_iteration(
+            mv, lambda i: mv, b, steps_per_epoch=2, rtol=0.1, max_matvecs=30, seed=0
+        ),
+        lambda _: 7 + PRODUCT,
+        "7 vectors of",
+    ),
+    "hutchinson": (
+        lambda mv, b: hf.hutchinson(mv, b, max_matvecs=20, seed=0),
+        lambda wide: max(3 * 10, 2 * 10 + 5 * wide),
+        "3 block_size vectors of",
+    ),
+    "hutchinson, one by one": (
+        lambda mv, b: hf.hutchinson(mv, b, max_matvecs=20, block_size=1, seed=0),
+        lambda wide: max(3, 2 + 5 * wide),
+        "2 block_size and 5 in float64",
+    ),
+    "hutchinson, sphere": (
+        lambda mv, b: hf.hutchinson(mv, b, kind="sphere", max_matvecs=20, seed=0),
+        lambda _: 3 * 10,
+        "3 block_size vectors of",
+    ),
+    "hutchpp": (
+        lambda mv, b: hf.hutchpp(mv, b, max_matvecs=60, seed=0),
+        lambda _: 8 * 20 + 3 * 10,
+        "8 vectors a probe and 3 block_size",
+    ),
+    "xtrace": (
+        lambda mv, b: hf.xtrace(mv, b, max_matvecs=40, seed=0),
+        lambda _: 9 * 20,
+        "9 vectors a probe",
+    ),
+    "xnystrace": (
+        lambda mv, b: hf.xnystrace(mv, b, max_matvecs=20, seed=0),
+        lambda _: 6 * 20,
+        "6 vectors a probe",
+    ),
+    "sampled_trace": (
+        lambda mv, b: hf.sampled_trace(lambda i: mv, b, probes=10, max_matvecs=40, seed=0),
+        lambda _: 3 * 10 + 2,
+        "3 block_size + 2 vectors",
+    ),
+    "hutchinson_diagonal": (
+        lambda mv, b: hf.hutchinson_diagonal(mv, b, max_matvecs=20, seed=0),
+        lambda wide: (4 * 10 + 12) * wide + 10,
+        "4 block_size + 12 vectors of memory in float64",
+    ),
+    "hutchinson_diagonal, one by one": (
+        lambda mv, b: hf.hutchinson_diagonal(mv, b, max_matvecs=20, block_size=1, seed=0),
+        lambda wide: (4 + 12) * wide + 1,
+        "4 block_size + 12 vectors of memory in float64",
+    ),
+    "xdiag": (
+        lambda mv, b: hf.xdiag(mv, b, max_matvecs=40, seed=0),
+        lambda _: 9 * 20,
+        "9 vectors a probe",
+    ),
+    "slq": (
+        lambda mv, b: hf.slq(mv, b, probes=3, steps=15, seed=0),
+        lambda _: 3 * (15 + 2),
+        "probes * (steps + 2) vectors",
+    ),
+    "cg": (
+        lambda mv, b: hf.cg(mv, b, rtol=1e-6),
+        lambda _: 12 + PRODUCT,
+        "12 vectors of memory",
+    ),
+    "minres": (
+        lambda mv, b: hf.minres(mv, b, rtol=1e-6),
+        lambda _: 23 + PRODUCT,
+        "23 vectors of memory",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", RUNS)
+def test_memory_grows_with_the_parameters_as_is_said(name: str, dtype: torch.dtype) -> None:
+    """What grows is compared, so that samples of fixed size and small matrices do not count."""
+    run, vectors, words = RUNS[name]
+    peaks, sizes = [], (200_000, 400_000)
+    for n in sizes:
+        diagonal = torch.linspace(0.1, 1, n, dtype=dtype)
+        diagonal[:3] = torch.tensor([9.0, 7.0, 5.0], dtype=dtype)
+
+        def matvec(block: Tensor, diagonal: Tensor = diagonal) -> Tensor:
+            return block * diagonal
+
+        like = torch.linspace(0.5, 1.5, n, dtype=dtype)
+        with Footprint() as memory, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*met outside of the basis")
+            run(matvec, like)
+        peaks.append(memory.peak)
+    measured = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) / dtype.itemsize
+    assert vectors(8 / dtype.itemsize) == pytest.approx(measured, rel=0.2)
+    said = " ".join((getattr(hf, name.partition(",")[0]).__doc__ or "").split())
+    assert words in said
+
+
+def test_every_algorithm_says_its_memory() -> None:
+    algorithms = {
+        name
+        for name in hf.__all__
+        if {"max_matvecs", "space"} <= inspect.signature(getattr(hf, name)).parameters.keys()
+        if inspect.isfunction(getattr(hf, name))
+    }
+    # A composition, which takes what `hutchinson` does.
+    algorithms.remove("hessian_trace")
+    assert algorithms == {name.partition(",")[0] for name in RUNS}

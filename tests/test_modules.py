@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -376,12 +377,18 @@ class Checkpointed(nn.Module):
         )
 
 
+@pytest.mark.parametrize("hooks", [nullcontext, torch.autograd.graph.save_on_cpu])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_torchs_checkpointing_is_refused_with_what_to_do(reentrant: bool) -> None:
+def test_torchs_checkpointing_is_refused_with_what_to_do(reentrant: bool, hooks: Any) -> None:
     model_fn, params = hf.functional(Checkpointed(reentrant=reentrant))
     loss = hf.composed(model_fn, lambda outputs, _: outputs.square().sum())
-    with pytest.raises(RuntimeError, match=r"functional\(model, recompute="):
+    with hooks(), pytest.raises(RuntimeError, match=r"functional\(model, recompute="):
         hf.hvp(loss)(params, torch.randn(4, 3))
+    # What the models are called in is as it was.
+    checkpointed = torch.utils.checkpoint.checkpoint(
+        torch.tanh, params["first.weight"], use_reentrant=False
+    )
+    assert checkpointed.equal(params["first.weight"].tanh())
 
 
 def test_hooks_of_the_users_own_stay() -> None:

@@ -77,7 +77,8 @@ def slq(
             pieces of one that is kept elsewhere do not.
         FloatingPointError: a product is not finite.
 
-    Cost: probes * steps matvecs, in ``steps`` passes where the bases of all probes fit in memory.
+    Cost: probes * steps matvecs, in ``steps`` passes where the bases of all probes fit in memory,
+    which then hold probes * (steps + 2) vectors.
     From another device step m brings the m vectors of each probe twice: 2 m n probes numbers.
 
     Source: Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019, arXiv 1901.10159; steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from hessfunc.algorithms.norms import squared_frobenius, squared_row_norms
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate, leaf_fields
 from hessfunc.algorithms.statistics import FEWEST_SAMPLES, rounding_of_sum
+from hessfunc.algorithms.symmetry import measured_rounding
 from hessfunc.spaces.space import Space, products_eps, rows_dtype
 
 _EXACT = "exact: all unit vectors were multiplied"
@@ -123,31 +125,29 @@ def refuse_asymmetric(products: Products, probes: Tensor, images: Tensor, /) -> 
     Raises:
         ValueError: If the matrix is not symmetric, or if its products are random.
     """
-    space = products.space
-    forms = space.gram(probes, images).cpu().double()
-    largest = float((space.norms(probes) * space.norms(images).max()).max())
-    difference = float((forms - forms.mT).abs().max())
-    if difference <= _eps(space) ** 0.5 * largest:
+    space, p = products.space, len(probes)
+    if p < 2:
         return
-    if difference > _ROUNDINGS * _rounding_of_products(products, probes, images):
+    forms = space.gram(probes, images).cpu().double()
+    length = float(space.norms(images).square().mean().sqrt())
+    # The rounding e of a product is no more along a probe w than along others: w'e is about |e|.
+    difference = float((forms - forms.mT).norm()) / math.sqrt(p * (p - 1))
+    if difference <= _eps(space) ** 0.5 * length:
+        return
+    if difference > _ROUNDINGS * _rounding_of_products(products, probes):
         raise ValueError(
             f"the matvec is not symmetric, or not deterministic: v'Aw and w'Av differ by "
-            f"{difference:.1e}, of lengths |v| |Aw| up to {largest:.1e}. Take `hutchinson` for a "
-            "matrix that is not symmetric, and call model.eval() if the loss is random"
+            f"{difference:.1e} for random v and w, where |Aw| is {length:.1e}. Take `hutchinson` "
+            "for a matrix that is not symmetric, and call model.eval() if the loss is random"
         )
 
 
-def _rounding_of_products(products: Products, probes: Tensor, images: Tensor) -> float:
-    """Return the rounding of a product A w, and 0 where the same product twice differs as well.
-
-    A product with 3 w is rounded at other places than that with w.
-    """
-    space, row = products.space, probes[:1]
-    thrice = products.uncounted(3 * row) / 3
-    once, again = products.uncounted(row), products.uncounted(row)
-    rounding, random = space.norms(torch.cat([thrice - once, again - once])).tolist()
-    small = rounding <= _COARSEST * float(space.norms(images[:1]))
-    return rounding if small and random <= rounding / 10 else 0.0
+def _rounding_of_products(products: Products, probes: Tensor) -> float:
+    """Return the rounding of a product A w, and 0 where the same product twice differs as well."""
+    size = float(products.space.norms(probes[:1]))
+    rounding, random, length = measured_rounding(products, probes[:1])
+    small = rounding <= _COARSEST * length
+    return size * rounding if small and random <= rounding / 10 else 0.0
 
 
 def _eps(space: Space) -> float:

@@ -33,6 +33,7 @@ class Products:
         passes: calls so far.
         keep_first: keep the first vector with its product.
         first: these two.
+        last: Last vector, its product and its length, where symmetry is looked at.
     """
 
     matvec: Matvec
@@ -41,6 +42,7 @@ class Products:
     passes: int = 0
     keep_first: bool = False
     first: tuple[Tensor, Tensor] | None = None
+    last: tuple[Tensor, Tensor, float] | None = None
 
     def __post_init__(self) -> None:
         # What a function of the caller's has returned is checked nowhere else.

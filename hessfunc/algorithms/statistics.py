@@ -137,7 +137,7 @@ def leaf_errors(parts: Tensor, stderr: float, /) -> list[float]:
         stderr: Standard error of the whole, the mean of the samples' sums over leaves.
     """
     p = len(parts)
-    if p < 2:
+    if p < 2 or math.isinf(stderr):
         return [math.inf] * parts.shape[1]
     whole = float(parts.sum(1).std()) / math.sqrt(p)
     if not whole > 0:

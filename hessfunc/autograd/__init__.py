@@ -2,17 +2,20 @@
 
 from hessfunc.autograd.contexts import (
     differentiable_twice,
+    kept_batch,
     plain_batch,
     precise,
     refuse_autocast,
     same_draws,
 )
-from hessfunc.autograd.errors import explained, explanation
+from hessfunc.autograd.errors import explained, explanation, lacks_forward_mode
 
 __all__ = [
     "differentiable_twice",
     "explained",
     "explanation",
+    "kept_batch",
+    "lacks_forward_mode",
     "plain_batch",
     "precise",
     "refuse_autocast",

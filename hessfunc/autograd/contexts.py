@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 from hessfunc.autograd.embedding import EXACT
 from hessfunc.autograd.overrides import Replaced, Replacements
-from hessfunc.containers import batch_leaves, mapped
+from hessfunc.containers import batch_leaves, is_array, mapped, opened
 
 
 @contextmanager
@@ -84,6 +85,31 @@ def plain_batch(batch: Any, /) -> Any:
     if not any(isinstance(x, Tensor) and x.is_inference() for x in batch_leaves(batch)):
         return batch
     return mapped(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, batch, "batch")
+
+
+def kept_batch(batch: Any, /) -> Any:
+    """Copy the tensors and NumPy arrays of a batch, so that a matvec keeps their values.
+
+    Loaders reuse their buffers. A write through ``.data`` or NumPy does not change the version of
+    a tensor, so a kept graph would combine new inputs with old activations. A tensor that appears
+    several times is copied once.
+
+    Raises:
+        TypeError: If an object of the batch holds tensors and cannot be opened or copied.
+    """
+    if isinstance(batch, DataLoader):
+        # The loss raises a clearer error for a loader passed as a batch.
+        return batch
+    values, rebuilt = opened(batch, "batch")
+    copies = {id(leaf): _copied(leaf) for leaf in values if is_array(leaf)}
+    return rebuilt(copies.get(id(leaf), leaf) for leaf in values) if copies else batch
+
+
+def _copied(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf.copy()
+    # Keep `requires_grad`: a loss may differentiate with respect to its inputs.
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
 @contextmanager

@@ -118,5 +118,11 @@ def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | No
     return None
 
 
+def lacks_forward_mode(error: RuntimeError, /) -> str | None:
+    """Return the operation without a forward-mode derivative, or None for another error."""
+    match = _NO_FORWARD.search(str(error))
+    return None if match is None else _operation(match)
+
+
 def _operation(found: re.Match[str]) -> str:
     return next(group for group in found.groups() if group).removesuffix("_backward")

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
+from hessfunc.autograd.contexts import kept_batch
 from hessfunc.losses import Loss
 from hessfunc.modules import uses_batch_statistics
 from hessfunc.spaces.space import Space
@@ -25,6 +26,22 @@ def refuse_dtensors(space: Space, /) -> None:
         )
 
 
+def refuse_compiled(model: nn.Module, /) -> None:
+    """Raise for a module that `torch.compile` has wrapped, or that has such a submodule.
+
+    Raises:
+        NotImplementedError: It has no layers of its own.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            place = f"model.{name}" if name else "model"
+            raise NotImplementedError(
+                f"{place} is compiled by `torch.compile`, and blocks with structure are read from "
+                f"the layers of the plain module: take `{place}._orig_mod`, for `functional(...)` "
+                "as well, as parameters have other names there"
+            )
+
+
 @contextmanager
 def linearising(
     space: Space, params: Mapping[str, Tensor], batch: Any, /
@@ -32,7 +49,7 @@ def linearising(
     """Differentiate a model inside, in the surroundings of every product of the library.
 
     Returns:
-        The parameters as leaves that need a gradient, and the batch without inference tensors.
+        The parameters as leaves that need a gradient, and a copy of the batch.
 
     Raises:
         RuntimeError: Autocast is enabled.
@@ -41,7 +58,7 @@ def linearising(
     refuse_autocast(space.device)
     with explained(space, batch), differentiable_twice(space.device):
         leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in params.items()}
-        yield leaves, plain_batch(batch)
+        yield leaves, kept_batch(batch)
 
 
 @dataclass(frozen=True)

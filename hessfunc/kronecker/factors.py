@@ -24,6 +24,7 @@ from hessfunc.kronecker.calls import (
     full_name,
     hooked,
     linearising,
+    refuse_compiled,
     refuse_dtensors,
     refusing_train_mode,
 )
@@ -288,6 +289,7 @@ def _factored(
     exact: bool = True,
 ) -> BlockCurvature:
     _refuse_sharing(sharing)
+    refuse_compiled(model)
 
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = space_of(params)

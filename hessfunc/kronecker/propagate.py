@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.kronecker.blocks import Block, Blocks
-from hessfunc.kronecker.calls import Called, called, linearising, refuse_dtensors
+from hessfunc.kronecker.calls import Called, called, linearising, refuse_compiled, refuse_dtensors
 from hessfunc.kronecker.frontier import Frontier
 from hessfunc.kronecker.layer import Dependence, Layer, with_sign
 from hessfunc.kronecker.network import EXACT_PRODUCTS, Step, steps_of
@@ -136,6 +136,7 @@ def backpropagated(
     average_parameter_jacobian: bool,
 ) -> BlockCurvature:
     """The curvature function of what ``block`` makes of each parameter."""
+    refuse_compiled(model)
 
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = space_of(params)

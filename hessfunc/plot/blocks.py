@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from hessfunc.algorithms.results import Density, Eigenpairs
+from hessfunc.options import anything, panels, validated
 from hessfunc.plot.density import draw as draw_density
 from hessfunc.plot.eigenvalues import draw as draw_eigenvalues
 from hessfunc.plot.style import clean, grid, note, refuse_other
@@ -21,6 +22,7 @@ _PANEL = (2.4, 1.8)
 _MOST_COLUMNS = 4
 
 
+@validated(found=anything, ax=panels)
 def blocks(
     found: Mapping[str, Density | Eigenpairs], /, *, ax: Iterable[Axes] | None = None
 ) -> NDArray[np.object_]:

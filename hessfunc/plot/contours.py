@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hessfunc.algorithms.results.landscape import Landscape
+from hessfunc.options import anything, validated
 from hessfunc.plot.losses import LEVELS, Heights, Scale, aspect, label, losses, scaled, second_axis
 from hessfunc.plot.style import QUIET, SECOND, WHITE, clean, new_axes, refuse_other, shades
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _SIZE = (6.4, 4.6)
 
 
+@validated(found=anything)
 def contours(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None) -> Axes:
     """The loss along two directions as contours, the darker the lower; the cross is params.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hessfunc.algorithms.results.landscape import Landscape
+from hessfunc.options import anything, validated
 from hessfunc.plot.losses import Scale, label, losses, only_axis, scaled
 from hessfunc.plot.style import PALETTE, QUIET, clean, legend, new_axes, refuse_other
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@validated(found=anything)
 def curves(
     found: Landscape | Mapping[str, Landscape],
     /,

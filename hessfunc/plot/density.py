@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Density, Eigenpairs
+from hessfunc.options import anything, several_eigenpairs, validated
 from hessfunc.plot.style import (
     DASHED,
     FIRST,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _POINTS = 1000
 
 
+@validated(density=anything, eigenvalues=several_eigenpairs)
 def density(
     density: Density,
     /,

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.options import anything, validated
 from hessfunc.plot.style import FIRST, QUIET, SECOND, WHITE, clean, legend, new_axes, refuse_other
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@validated(pairs=anything)
 def eigenvalues(pairs: Eigenpairs, /, *, ax: Axes | None = None) -> Axes:
     """Eigenvalues by index, with their intervals; those that have not converged are hollow.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.options import anything, rates, validated
 from hessfunc.plot.style import (
     FIRST,
     QUIET,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Values: TypeAlias = Eigenpairs | Tensor | Sequence[float] | float
 
 
+@validated(found=anything, lr=rates)
 def history(
     found: Mapping[float, Values],
     /,

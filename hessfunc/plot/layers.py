@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.statistics import student_quantile
+from hessfunc.options import anything, validated
 from hessfunc.plot.style import FIRST, QUIET, SECOND, clean, new_axes, note, refuse_other
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class _Bar:
     high: float
 
 
+@validated(found=anything)
 def layers(
     found: Estimate | Sequence[Estimate] | Mapping[str, Estimate],
     /,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hessfunc.algorithms.results.landscape import Landscape
+from hessfunc.options import anything, validated
 from hessfunc.plot.losses import LEVELS, Scale, aspect, label, losses, scaled, second_axis
 from hessfunc.plot.style import FAINT, QUIET, WHITE, new_axes, refuse_other, shades
 
@@ -21,6 +22,7 @@ _LINES = 101
 _GAP = 0.35
 
 
+@validated(found=anything)
 def surface(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None) -> Axes:
     """The loss along two directions as a surface over its contours.
 

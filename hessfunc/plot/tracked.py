@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from hessfunc.options import anything, validated
 from hessfunc.plot.style import PALETTE, clean, draw_edge, legend, marker, new_axes, refuse_other
 from hessfunc.tracking.measure import Point
 from hessfunc.tracking.stability import stability
@@ -26,6 +27,7 @@ _NAMES: dict[Quantity, str] = {
 }
 
 
+@validated(points=anything, threshold=anything)
 def tracked(
     points: Sequence[Point],
     /,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from hessfunc.files import write_whole
+from hessfunc.options import anything, validated
 from hessfunc.plot.style import PALETTE, clean, legend
 from hessfunc.training.history import Run, is_tracked
 from hessfunc.training.loop import Record
@@ -66,6 +67,7 @@ def _rows(runs: Sequence[Run], batch_size: int | None) -> list[_Row]:
     ]
 
 
+@validated(runs=anything)
 def trainings(runs: Sequence[Run], /, *, batch_size: int | None = None) -> Figure:
     """One colour a method, one line a seed; of the test examples the lines are dashed.
 

@@ -88,8 +88,7 @@ def landscape(
             axis, as long as the filter of params; leaves with fewer than two axes, biases and
             norms, are left out. Shapes of nets whose weights differ in scale can then be
             compared. None: directions as they are.
-        weight: Weight of a batch in the mean; by default its examples, or the sum of batches for a
-            loss that is a sum, as in `over_batches`.
+        weight: Weight of a batch in the mean, as in `over_batches`.
         points_per_chunk: Number of points in one pass, 1 for a loop, None for the rule.
         callback: called with the landscape so far after each chunk.
 
@@ -138,6 +137,9 @@ def landscape(
             continue
         average.look(loss, params, batch)
         counted = average.of(batch)
+        if not counted:
+            # Its loss is 0 / 0 where all targets are ignored.
+            continue
         value = _along(loss, space, point, along, batch, several=evaluations > 0)
         if not evaluations:
             measured = _start(value, space, params, batch, torch.zeros_like(steps[0]))

@@ -32,7 +32,7 @@ def space_of(like: Tree, /) -> Space:
             )
         if not leaf.is_floating_point():
             raise TypeError(
-                f"leaf {name!r} has dtype {leaf.dtype}, but curvature needs real floating-point "
+                f"leaf {name!r} has dtype {leaf.dtype}; curvature needs real floating-point "
                 "leaves: keep the others fixed with `split` and `hold`"
             )
     devices = {leaf.device for leaf in leaves}

@@ -227,7 +227,9 @@ def _mean(loss: LossFunction, average: Average) -> LossFunction:
         pairs = []
         for batch in batches:
             average.look(loss, params, batch)
-            pairs.append((loss(params, batch), average.of(batch)))
+            # The loss of a batch of weight 0 may be 0 / 0.
+            if counted := average.of(batch):
+                pairs.append((loss(params, batch), counted))
         values = torch.stack([value for value, _ in pairs])
         weights = values.new_tensor([counted for _, counted in pairs])
         return values @ weights / average.divisor(float(weights.sum()))
@@ -248,6 +250,8 @@ def _gradient(loss: LossFunction, average: Average, params: Tree, batches: Itera
     for batch in batches:
         average.look(loss, params, batch)
         counted = average.of(batch)
+        if not counted:
+            continue
         with differentiable_twice(space.device):
             value = loss(space.tree(point), batch)
             found = torch.autograd.grad(value, point, materialize_grads=True)

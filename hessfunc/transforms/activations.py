@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.recompute import no_module
 from hessfunc.losses import Loss, supervised
-from hessfunc.modules import functional
+from hessfunc.modules import functional, note_read
 from hessfunc.options import validated
 from hessfunc.trees import tree_map
 
@@ -46,7 +46,8 @@ def activations(
     same loss its Gauss-Newton matrix. A trace estimate's ``by_leaf`` is the trace by layer.
 
     Args:
-        model: the module; its parameters are read, not changed.
+        model: the module; its parameters are read in each call, not changed and not copied: see
+            `functional`.
         criterion: ``(outputs, targets) -> scalar``.
         select: which modules: a glob over names (``"layer1.*.conv?"``, ``"*conv"``); a name or the
             last parts of one, as in ``"conv"`` of ``"block.conv"``; a module type or a tuple of
@@ -100,6 +101,7 @@ def activations(
                 )
             return value + perturbations[key]
 
+        note_read(params.items())
         with _hooks(chosen, at, add):
             return model_fn(params, inputs)
 

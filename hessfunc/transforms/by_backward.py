@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from hessfunc import options
-from hessfunc.autograd import plain_batch, precise, refuse_autocast, same_draws
+from hessfunc.autograd import precise, refuse_autocast, same_draws
 from hessfunc.autograd.constants import Constants
+from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import refuse_unless_derivatives
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.forward_mode import DIFFERENCES
@@ -98,11 +99,16 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
                 return filled([parameter.grad for parameter in own], own)
 
         with torch.inference_mode(False):
-            batch = plain_batch(batch)
+            batch = kept_batch(batch)
             point = kept(leaves)
             gradient(point, first=True)
         product = gradient_differences(gradient, space, point)
-        return block_matvec(product, space, leaves, batch, chunks=Chunks(1), copies=point)
+        # Those that are not moved are read from the module by each product.
+        moved = set(map(id, own))
+        fixed = [(name, p) for name, p in model.named_parameters() if id(p) not in moved]
+        return block_matvec(
+            product, space, leaves, batch, chunks=Chunks(1), copies=point, fixed=fixed
+        )
 
     return curvature
 

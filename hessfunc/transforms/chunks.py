@@ -78,6 +78,7 @@ def block_matvec(
     *,
     chunks: Chunks,
     copies: Sequence[Tensor] | None = None,
+    fixed: Sequence[tuple[str, Tensor]] = (),
 ) -> Matvec:
     """The matvec of a product of one vector.
 
@@ -88,8 +89,11 @@ def block_matvec(
         batch: the batch for which it was made; its shapes tell similar products apart.
         chunks: how the block is cut.
         copies: Leaves at which the product was made, if they are copies of ``point``.
+        fixed: Other parameters that a product reads, with their names.
     """
-    refuse_if_changed = unchanged(space.names, point)
+    refuse_if_changed = unchanged(
+        [*space.names, *(name for name, _ in fixed)], [*point, *(leaf for _, leaf in fixed)]
+    )
     shapes = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
     surroundings = precise if space.device.type == "cuda" else nullcontext
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
-from hessfunc.containers import opened
+from hessfunc.containers import leaf_paths, opened
 from hessfunc.losses import OfTargets
 from hessfunc.options import validated
 from hessfunc.transforms.batches.examples import Rows, rows_of
@@ -287,7 +287,7 @@ class NotConvexWarning(UserWarning):
 
 
 class LinearCriterionWarning(UserWarning):
-    """A criterion is linear in the outputs: its Gauss-Newton matrix is zero."""
+    """A criterion is linear in outputs, which add nothing to its Gauss-Newton matrix."""
 
 
 def warn_of_linear(criterion: Callable[[Any, Any], Tensor], /) -> None:
@@ -307,6 +307,18 @@ def warn_of_linear(criterion: Callable[[Any, Any], Tensor], /) -> None:
             "criterion, `composed(outputs, criterion)`, or take `hvp(loss)`"
         )
     warnings.warn(message, LinearCriterionWarning, stacklevel=2)
+
+
+def _warn_of_linear_leaves(names: Sequence[str]) -> None:
+    """Warn that some of the output leaves add nothing to the Gauss-Newton matrix."""
+    which = ", ".join(names)
+    warnings.warn(
+        f"the criterion is linear in {which}, at least near these outputs, so the Gauss-Newton "
+        f"matrix leaves out the curvature of {which}: put the last nonlinear function of the model "
+        "there into the criterion, `composed(outputs, criterion)`, or take `hvp(loss)`",
+        LinearCriterionWarning,
+        stacklevel=2,
+    )
 
 
 def output_gradient(
@@ -374,9 +386,15 @@ def by_autodiff(
         )
 
     if try_convexity:
-        if _is_zero(product, leaves):
+        linear = _without_image(product, leaves)
+        if len(linear) == len(leaves):
             warn_of_linear(criterion)
         else:
+            found, _ = opened(outputs, "outputs")
+            places = [used[i] for i in linear if _is_curved(found[used[i]])]
+            if places:
+                names = leaf_paths(outputs, "outputs")
+                _warn_of_linear_leaves([names[place] for place in places])
             _warn_unless_convex(product, leaves)
     return used, product
 
@@ -400,13 +418,30 @@ def _refuse_if_cut(
     refuse_if_cut(again(leaves), leaves, again, verified=set())
 
 
-def _is_zero(product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]) -> bool:
-    """Whether the image of a vector without zeros is zero."""
+def _without_image(
+    product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]
+) -> list[int]:
+    """Return the places of leaves where the product of a vector without zeros is zero."""
     tangents = [
         torch.arange(1.0, leaf.numel() + 1, device=leaf.device).cos().to(leaf).view_as(leaf)
         for leaf in leaves
     ]
-    return not any(bool(image.any()) for image in product(tangents))
+    return [i for i, image in enumerate(product(tangents)) if not bool(image.any())]
+
+
+def _is_curved(output: Tensor) -> bool:
+    """Whether an output of the model is not linear in the parameters, nor piecewise linear."""
+    waiting, seen, leaves = [output.grad_fn], set(), []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            leaves.append(leaf)
+        waiting.extend(following for following, _ in node.next_functions)
+    slopes = torch.autograd.grad(output.sum(), leaves, create_graph=True, allow_unused=True)
+    return any(slope is not None and slope.requires_grad for slope in slopes)
 
 
 _DIRECTIONS_TRIED = 16

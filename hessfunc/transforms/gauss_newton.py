@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
+from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
 from hessfunc.autograd.functorch import edges, linear_in_cotangents, pullback
 from hessfunc.autograd.overrides import Replaced
@@ -199,7 +200,7 @@ def _gauss_newton(
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
-            batch = plain_batch(batch)
+            batch = kept_batch(batch)
             point = kept(leaves)
             with differentiable_twice(space.device, SECOND_ORDER) as seen:
                 product = _product(loss, middle, space, point, batch, seen, verified)

@@ -9,14 +9,17 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
 from hessfunc.autograd.constants import Constants
+from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
+from hessfunc.autograd.errors import lacks_forward_mode
 from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD
 from hessfunc.autograd.functorch import edges, pullback
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
 from hessfunc.losses import LossFunction, refuse_module
+from hessfunc.modules import parameters_read
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
@@ -41,8 +44,10 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = N
     params are DTensors, so are the vectors, one after another, in mode reverse or difference.
 
     All modes give autograd's matrix: what is detached, or computed under ``no_grad``, is constant.
-    The matrix is that of the params as they were when it was made: it keeps a copy of them, so
-    that writes through ``.data`` or NumPy, which torch does not see, do not change it.
+    The matrix is that of the params and the batch as they were when it was made: it keeps a copy
+    of both, so that writes through ``.data`` or NumPy, which torch does not see, do not change it.
+    The copy of a batch is small beside the activations in the graph. Frozen parameters are not
+    copied: see `functional`.
 
     Args:
         loss: ``(params, batch) -> scalar``, pure.
@@ -86,8 +91,13 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = N
         space = space_of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
-        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
-            batch = plain_batch(batch)
+        with (
+            torch.inference_mode(False),
+            explained(space, batch),
+            noted(loss, params, batch),
+            parameters_read() as read,
+        ):
+            batch = kept_batch(batch)
             point = kept(leaves)
             problem = _Problem(loss, space, point, batch, verified)
             match mode:
@@ -100,7 +110,8 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = N
                 case "auto":
                     product = _reverse_if_it_fits(problem)
         size = Chunks(1) if mode == "difference" else chunks
-        return block_matvec(product, space, leaves, batch, chunks=size, copies=point)
+        fixed = list(read.values())
+        return block_matvec(product, space, leaves, batch, chunks=size, copies=point, fixed=fixed)
 
     return curvature
 
@@ -182,11 +193,32 @@ def _forward(problem: _Problem) -> Product:
     gradient = torch.func.grad(value, argnums=tuple(range(len(point))))
 
     def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        with differentiable_twice(space.device, FORWARD):
-            found = torch.func.jvp(gradient, tuple(point), tuple(tangents))[1]
+        try:
+            with differentiable_twice(space.device, FORWARD):
+                found = torch.func.jvp(gradient, tuple(point), tuple(tangents))[1]
+        except RuntimeError as error:
+            operation = lacks_forward_mode(error)
+            if operation is not None and not _has_reverse_mode(problem):
+                raise NotImplementedError(
+                    f"{operation} has no second derivative in torch, in forward or reverse mode: "
+                    "replace it, or take `hvp(loss, mode='difference')`, the Hessian by finite "
+                    "differences of the gradient, which need a smooth loss and are best in float64"
+                ) from error
+            raise
         return [out.detach() for out in found]
 
     return product
+
+
+def _has_reverse_mode(problem: _Problem) -> bool:
+    """Whether reverse mode makes a product, for the advice of an error."""
+    try:
+        _reverse(problem)([torch.zeros_like(leaf) for leaf in problem.point])
+    except torch.OutOfMemoryError:
+        return True
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _difference(problem: _Problem) -> Product:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
+from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.containers import opened
@@ -18,7 +19,7 @@ from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
-from hessfunc.transforms.batches.reductions import noted
+from hessfunc.transforms.batches.reductions import noted, watching
 from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, Product, block_matvec
 from hessfunc.transforms.gauss_newton import (
     checked_outputs,
@@ -103,7 +104,7 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
-            batch = plain_batch(batch)
+            batch = kept_batch(batch)
             point = kept(leaves)
             with differentiable_twice(space.device) as seen:
                 found = _with_residual(
@@ -117,7 +118,9 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
             return per_block(matvec, params)
 
         if not verified and residual != "zero":
-            exact = per_block(exact_blocks(params, batch), params)
+            with watching():
+                # The loss has been shown already.
+                exact = per_block(exact_blocks(params, batch), params)
             _refuse_unless_equal(space, blocks("none"), exact, found)
             verified.append(True)
         return blocks(residual)

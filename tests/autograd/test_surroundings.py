@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -275,18 +277,123 @@ def test_factors_of_a_criterion_without_second_derivative_are_refused() -> None:
         hf.kronecker.ekfac(hf.supervised(model_fn, F.multi_margin_loss), model)(params, (X, Y))
 
 
-def test_a_batch_or_a_frozen_weight_that_changes_in_place_is_told() -> None:
+@pytest.mark.parametrize("mode", ["reverse", "forward", "difference"])
+def test_a_frozen_weight_that_changes_in_place_is_told(mode: Any) -> None:
     model = net()
     model[2].weight.requires_grad_(False)
     loss, params = problem(model)
-    inputs = X.clone()
-    matvec = hf.hvp(loss)(params, (inputs, Y))
-    inputs.mul_(2)
     ones = {name: torch.ones_like(leaf) for name, leaf in params.items()}
-    with pytest.raises(RuntimeError, match="make the matvec again"):
-        hf.apply(matvec, ones)
-    matvec = hf.hvp(loss)(params, (X, Y))
+    matvec = hf.hvp(loss, mode=mode)(params, (X, Y))
     with torch.no_grad():
         model[2].weight.mul_(2)
-    with pytest.raises(RuntimeError, match="make the matvec again"):
+    with pytest.raises(RuntimeError, match=r"'2\.weight' has changed.*make the matvec again"):
         hf.apply(matvec, ones)
+
+
+OF_A_BATCH: dict[str, Any] = {
+    "reverse": hf.hvp,
+    "forward": partial(hf.hvp, mode="forward"),
+    "difference": partial(hf.hvp, mode="difference"),
+    "ggnvp": hf.ggnvp,
+    "fvp": partial(hf.fvp, samples=2, seed=0),
+    "efvp": hf.efvp,
+    "pchvp": hf.pchvp,
+    "functional_hvp": hf.functional_hvp,
+    "compiled": lambda loss: (
+        lambda p, b: hf.matvecs.compiled(hf.ggnvp(loss)(p, b), backend="eager")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_BATCH)
+def test_a_matvec_is_that_of_the_batch_when_it_was_made(name: str) -> None:
+    model = net()
+    loss, params = problem(model)
+    inputs, targets = X.numpy().copy(), Y.numpy().copy()
+    batch = {"x": torch.from_numpy(inputs), "y": torch.from_numpy(targets)}
+    of_dict = hf.composed(
+        lambda p, b: loss.outputs(p, (b["x"], None)),
+        F.cross_entropy,
+        targets=lambda b: b["y"],
+    )
+    matvec = OF_A_BATCH[name](of_dict)(params, batch)
+    expected = matrix(OF_A_BATCH[name](loss)(params, (X, Y)), params)
+    first = hf.random_like(params, 1, seed=0)
+    before = matvec(first)
+    inputs *= 3
+    targets[:] = (targets + 1) % 2
+    batch["x"].data.add_(1)
+    assert hf.ravel(matvec(first)).equal(hf.ravel(before))
+    torch.testing.assert_close(matrix(matvec, params), expected)
+
+
+@pytest.mark.parametrize("curvature", [hf.hvp, hf.ggnvp, hf.efvp])
+def test_a_loader_may_use_one_buffer_for_all_batches(curvature: Any) -> None:
+    loss, params = problem(net())
+
+    class Loader:
+        def __iter__(self) -> Iterator[Any]:
+            inputs, targets = np.empty((2, X.shape[1])), np.empty(2, dtype=np.int64)
+            for start in range(0, len(X) - 1, 2):
+                inputs[:], targets[:] = X[start : start + 2], Y[start : start + 2]
+                yield torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    pieces = [(X[i : i + 2], Y[i : i + 2]) for i in range(0, len(X) - 1, 2)]
+    expected = matrix(hf.over_batches(curvature(loss))(params, pieces), params)
+    for keep in (False, True):
+        matvec = hf.over_batches(curvature(loss), keep=keep)(params, Loader())
+        torch.testing.assert_close(matrix(matvec, params), expected)
+
+
+def test_a_batch_of_numpy_and_of_inputs_that_need_gradients_is_copied() -> None:
+    model_fn, params = hf.functional(net())
+    x = X.clone().requires_grad_()
+    array = X.numpy().copy()
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        # The loss of the same tensor in two places sees one tensor.
+        assert batch["x"] is batch["again"]
+        energy = model_fn(params, batch["x"]).square().sum()
+        (slope,) = torch.autograd.grad(energy, batch["x"], create_graph=True)
+        return (slope - torch.from_numpy(batch["array"])).square().mean()
+
+    matvec = hf.hvp(loss)(params, {"x": x, "again": x, "array": array})
+    before = matrix(matvec, params)
+    array[:] = 0
+    x.data.zero_()
+    assert matrix(matvec, params).equal(before)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward", "difference"])
+def test_weights_behind_activations_that_change_in_place_are_told(mode: Any) -> None:
+    model = net()
+    loss, zeros = hf.activations(model, F.cross_entropy, "2")
+    matvec = hf.hvp(loss, mode=mode)(zeros(X), (X, Y))
+    vector = hf.random_like(zeros(X), 1, seed=0)
+    matvec(vector)
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"'2\.weight' has changed in place"):
+        matvec(vector)
+
+
+def test_a_draw_is_that_of_the_batch_when_it_was_drawn() -> None:
+    inputs = X.clone()
+    some = hf.draws(hf.hvp(LOSS), seed=0)(PARAMS, [(inputs[:3], Y[:3]), (inputs[3:], Y[3:])])
+    first = some(0)
+    vector = hf.random_like(PARAMS, 1, seed=0)
+    before = hf.ravel(first(vector))
+    inputs.data.mul_(3)
+    assert hf.ravel(first(vector)).equal(before)
+
+
+def test_activations_are_those_of_the_batch_when_the_matvec_was_made() -> None:
+    model = net()
+    loss, zeros = hf.activations(model, F.cross_entropy, nn.Linear)
+    inputs = X.clone()
+    at = zeros(inputs)
+    matvec = hf.hvp(loss, mode="difference")(at, (inputs, Y))
+    vector = hf.random_like(at, 1, seed=0)
+    before = hf.ravel(matvec(vector))
+    inputs.data.mul_(3)
+    assert hf.ravel(matvec(vector)).equal(before)

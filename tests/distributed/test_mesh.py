@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +12,16 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
+    IterableDataset,
+    Sampler,
     Subset,
     TensorDataset,
 )
 
 import hessfunc as hf
+from hessfunc.transforms.batches import shards
 from hessfunc.trees import leaves
 from tests.distributed import problems
 from tests.distributed.ranks import Ranks
@@ -91,6 +96,27 @@ def test_batches_of_a_sum_are_summed_over_ranks(
     """The second of the orders leaves a single example, which tells no sum, to a rank."""
     assert max(two.run(sum_differs_by, own, order, (2,))) < 1e-12
     assert max(four.run(sum_differs_by, own, order, (1, 4))) < 1e-12
+
+
+def mean_over_targets_differs_by(shape: tuple[int, ...]) -> float:
+    model_fn, params = hf.functional(problems.net())
+    weight = torch.tensor([1.0, 0.3, 7.0], dtype=torch.float64)
+    loss = hf.supervised(model_fn, torch.nn.CrossEntropyLoss(weight=weight, ignore_index=1))
+    batches = problems.batches()
+    # The targets of a batch are all ignored.
+    batches[1][1][:] = 1
+    block = hf.random_like(params, 2, seed=1)
+    whole = tuple(torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+    wanted = hf.hvp(loss)(params, whole)(block)
+    matvec = hf.over_batches(hf.hvp(loss), mesh=problems.mesh(*shape))(params, batches)
+    return error(matvec(block), wanted)
+
+
+def test_a_mean_over_targets_is_weighted_over_ranks_by_what_it_divides_by(
+    two: Ranks, four: Ranks
+) -> None:
+    assert max(two.run(mean_over_targets_differs_by, (2,))) < 1e-12
+    assert max(four.run(mean_over_targets_differs_by, (2, 2))) < 1e-12
 
 
 def tokens(batch: Any) -> float:
@@ -531,3 +557,34 @@ def test_one_entry_that_differs_is_seen(change: float, two: Ranks) -> None:
     for outcome in two.outcomes(far_apart, change):
         assert outcome.error is not None
         assert "parameter 'weight' is not the same on all ranks" in outcome.error
+
+
+class EveryOther(Sampler[int]):
+    """A sampler of the user's own."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(0, 6, 2))
+
+
+class Unsized(Dataset[Tensor]):
+    """A data set without a length."""
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.tensor([float(i)])
+
+
+def test_a_sampler_over_data_of_unknown_length_is_refused() -> None:
+    loader = DataLoader(Unsized(), sampler=EveryOther())
+    with pytest.raises(ValueError, match="EveryOther may pad.*give the data set a `__len__`"):
+        shards.refuse_sampler(loader, 2)
+    sized = DataLoader(TensorDataset(torch.zeros(6, 1)), sampler=EveryOther())
+    assert shards.examples_of(sized) == 6
+    # There is no sampler that could pad a stream.
+    assert shards.examples_of(DataLoader(Stream())) is None
+
+
+class Stream(IterableDataset[Tensor]):
+    """A data set that is read in its own order."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield torch.zeros(1)

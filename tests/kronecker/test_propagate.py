@@ -1,5 +1,7 @@
 """Literal cases, splitting, the user's own rules, and what is refused."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -308,3 +310,47 @@ def test_the_model_and_its_inputs_stay_as_they_are() -> None:
     assert all(torch.equal(v, before[n]) for n, v in case.model.state_dict().items())
     assert all(p.grad is None for p in case.model.parameters())
     assert not case.model._forward_hooks
+
+
+STRUCTURED = {
+    "hbp": hf.kronecker.hbp,
+    "kfra": hf.kronecker.kfra,
+    "kflr": hf.kronecker.kflr,
+    "kfac": partial(hf.kronecker.kfac, seed=0),
+    "ekfac": hf.kronecker.ekfac,
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+@pytest.mark.parametrize("within", [False, True])
+def test_a_compiled_model_is_refused_for_the_plain_one(name: str, within: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    batch = torch.randn(6, 4).double(), torch.arange(6) % 3
+    compiled = torch.compile(model, backend="eager")
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    given = nn.Sequential(compiled) if within else compiled
+    place = r"model\.0" if within else "model"
+    with pytest.raises(
+        NotImplementedError, match=rf"{place} is compiled.*take `{place}\._orig_mod`"
+    ):
+        STRUCTURED[name](loss, given)
+    plain = (given[0] if within else given)._orig_mod
+    found = STRUCTURED[name](loss, plain)(params, batch)
+    assert found["2.bias"].trace() == STRUCTURED[name](loss, model)(params, batch)["2.bias"].trace()
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_a_model_that_is_compiled_in_place_is_taken(name: str) -> None:
+    def blocks(compiled: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        if compiled:
+            model.compile(backend="eager")
+            model[0].compile(backend="eager")
+        batch = torch.randn(6, 4).double(), torch.arange(6) % 3
+        model_fn, params = hf.functional(model)
+        curvature = STRUCTURED[name](hf.supervised(model_fn, F.cross_entropy), model)
+        return torch.stack([block.dense().trace() for block in curvature(params, batch).values()])
+
+    torch.testing.assert_close(blocks(True), blocks(False))

@@ -296,7 +296,7 @@ def test_a_choice_without_modules_is_refused() -> None:
     few = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
     with pytest.raises(ValueError, match="none of the modules 0, 1$"):
         hf.activations(few, F.cross_entropy, "conv9")
-    with pytest.raises(ValueError, match="a bare Linear has no modules within"):
+    with pytest.raises(ValueError, match="a bare Linear has no submodules"):
         hf.activations(nn.Linear(2, 2), F.cross_entropy, "weight")
 
 

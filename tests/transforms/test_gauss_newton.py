@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.transforms.criteria import NotConvexWarning
+from hessfunc.transforms.criteria import LinearCriterionWarning, NotConvexWarning
 from tests.cases import NAMES, Case, case, closed_form
 from tests.reference import (
     gauss_newton,
@@ -777,3 +777,38 @@ def one_line(y: Tensor) -> int:
     if len(y) < 2:
         raise ValueError("one line")
     return 1
+
+
+def test_an_output_that_enters_linearly_beside_a_curved_one_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()
+    model_fn, params = hf.functional(model)
+    x, y = torch.randn(5, 3).double(), torch.arange(5) % 4
+
+    def outputs(params: Any, batch: Any) -> dict[str, Any]:
+        logits = model_fn(params, batch[0])
+        decay = sum(leaf.square().sum() for leaf in params.values())
+        drift = sum(leaf.sum() for leaf in params.values())
+        return {"logits": logits, "more": [decay, drift]}
+
+    def criterion(out: dict[str, Any], batch: Any) -> Tensor:
+        return F.cross_entropy(out["logits"], batch[1]) + 0.1 * out["more"][0] + out["more"][1]
+
+    loss = hf.composed(outputs, criterion)
+    curvature = hf.ggnvp(loss)
+    with pytest.warns(
+        LinearCriterionWarning, match=r"linear in outputs\['more'\]\[0\], at"
+    ) as told:
+        matvec = curvature(params, (x, y))
+    assert len(told) == 1
+    # Once for each ggnvp.
+    curvature(params, (x, y))
+    plain = hf.composed(lambda p, b: model_fn(p, b[0]), F.cross_entropy, targets=lambda b: b[1])
+    expected = matrix(hf.ggnvp(plain)(params, (x, y)), params)
+    assert relative_error(matrix(matvec, params), expected) < 1e-9
+    # The drift is linear in the parameters, and has no curvature to be left out.
+    hf.ggnvp(
+        hf.composed(
+            lambda p, b: (outputs(p, b)["logits"], outputs(p, b)["more"][1]),
+            lambda out, b: F.cross_entropy(out[0], b[1]) + out[1],
+        )
+    )(params, (x, y))

@@ -461,3 +461,24 @@ def test_errors_of_the_users_own_loss_come_through_and_leave_torch_as_it_was() -
     with pytest.raises(RuntimeError, match="^my own$"):
         hf.hvp(loss)({"w": torch.ones(2)}, None)
     assert_same(state(nn.Identity()), before)
+
+
+@pytest.mark.parametrize(
+    ("loss", "operation"), [(embedding_bag, "embedding_bag"), (ctc, "ctc_loss")]
+)
+@pytest.mark.parametrize("k", [1, 5])
+def test_forward_mode_advises_what_works(loss: Any, operation: str, k: int) -> None:
+    params, batch = {"w": torch.randn(4, 3).double()}, torch.randn(6, 4).double()
+    vectors = hf.random_like(params, k, seed=0)
+    advice = rf"{operation}\w* has no second derivative in torch, in forward or.*mode='difference'"
+    with pytest.raises(NotImplementedError, match=advice):
+        hf.hvp(loss, mode="forward")(params, batch)(vectors)
+    hf.hvp(loss, mode="difference")(params, batch)(vectors)
+
+
+def test_forward_mode_advises_reverse_mode_where_that_works() -> None:
+    params, batch = {"w": torch.randn(4, 3).double()}, torch.randn(6, 4).double()
+    vector = hf.random_like(params, 1, seed=0)
+    with pytest.raises(NotImplementedError, match=r"use `hvp\(loss, mode='reverse'\)`"):
+        hf.hvp(sampled_grid, mode="forward")(params, batch)(vector)
+    hf.hvp(sampled_grid, mode="reverse")(params, batch)(vector)

@@ -1,4 +1,4 @@
-"""The lock of a checkpoint directory, which one run at a time holds."""
+"""The lock of a directory of checkpoints or results, which one run at a time holds."""
 
 from __future__ import annotations
 
@@ -45,15 +45,20 @@ class Owner:
         return self.host == socket.gethostname() and _start_time(self.pid) != self.started
 
 
-def acquire(directory: Path, run: str, /) -> Owner:
+def acquire(directory: Path, run: str, /, *, option: str = "checkpoint") -> Owner:
     """Take the directory for this process, from a process that has ended if need be.
+
+    Args:
+        directory: Directory, which must exist.
+        run: Prefix of the files that the run writes.
+        option: Option that names the directory, for messages.
 
     Raises:
         ValueError: Another run holds the directory.
     """
     mine = Owner.here(run)
     with _exclusive(directory / LOCK) as file:
-        _refuse(directory, _owner(directory, os.read(file, 4096)))
+        _refuse(directory, _owner(directory, os.read(file, 4096), option), option)
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(asdict(mine)).encode(), 0)
         os.fsync(file)
@@ -90,7 +95,7 @@ def owner_of(directory: Path, /) -> Owner | None:
         ) from None
 
 
-def _owner(directory: Path, text: bytes) -> Owner | None:
+def _owner(directory: Path, text: bytes, option: str = "checkpoint") -> Owner | None:
     if not text:
         # The process was interrupted before it wrote its name.
         return None
@@ -98,23 +103,25 @@ def _owner(directory: Path, text: bytes) -> Owner | None:
         return Owner(**json.loads(text))
     except (ValueError, TypeError):
         raise ValueError(
-            f"checkpoint {directory}: {LOCK} is not a lock of this library: choose another "
+            f"{option} {directory}: {LOCK} is not a lock of this library: choose another "
             "directory, or delete that file"
         ) from None
 
 
-def _refuse(directory: Path, owner: Owner | None) -> None:
+def _refuse(directory: Path, owner: Owner | None, option: str = "checkpoint") -> None:
     if owner is None or owner.ended:
         return
     holder = f"process {owner.pid} on host {owner.host}"
     if owner.host == socket.gethostname():
+        of_ranks = (
+            "; ranks that divide the vectors of one run by `space=sharded(params, mesh)` share one"
+        )
         raise ValueError(
-            f"checkpoint {directory}: {holder} is running in this directory: wait until it has "
-            "ended, or choose another directory; ranks that divide the vectors of one run by "
-            "`space=sharded(params, mesh)` share one"
+            f"{option} {directory}: {holder} is running in this directory: wait until it has "
+            f"ended, or choose another directory{of_ranks if option == 'checkpoint' else ''}"
         )
     raise ValueError(
-        f"checkpoint {directory}: {holder} holds this directory, and this host, "
+        f"{option} {directory}: {holder} holds this directory, and this host, "
         f"{socket.gethostname()}, cannot see whether that process has ended: if it has, delete "
         f"{directory / LOCK}; else choose another directory"
     )

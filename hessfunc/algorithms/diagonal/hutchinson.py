@@ -65,7 +65,7 @@ def hutchinson_diagonal(
         ValueError: an option is out of range.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec a probe; four vectors of memory, in float64.
+    Cost: one matvec a probe; 4 block_size + 12 vectors of memory in float64, and block_size more.
 
     Source: Bekas, Kokiopoulou and Saad 2007.
     """

@@ -78,7 +78,7 @@ def xdiag(
         MemoryError: not even two probes fit in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: two matvecs a probe; the memory of 12 vectors a probe at its peak.
+    Cost: two matvecs a probe; the memory of 9 vectors a probe at its peak.
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825.
     """

@@ -138,7 +138,8 @@ def lanczos(
     Cost: one matvec a basis vector, and one at the end; 2 to ``search`` more where block_size < k,
     and with a start as many as show that nothing was missed, about as a few pairs take.
     A matvec takes 4 basis_size n flops of reorthogonalisation, twice; (basis_size + block_size + k)
-    n numbers of memory. From another device each block step brings the m vectors that are there
+    n numbers of memory besides those of a product, and 4 search n more where block_size < k.
+    From another device each block step brings the m vectors that are there
     twice, once for either projection: 2 m n numbers, and a restart moves up to 4 m n.
 
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,

@@ -15,6 +15,7 @@ from hessfunc.algorithms.driver import Callback, drive
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.starts import of_starts, unit_start
+from hessfunc.algorithms.symmetry import SYMMETRIC, asymmetry_named, refuse_unless_rounding
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
@@ -80,10 +81,11 @@ def power_iteration(
         A dominant pair +a, -a does not converge, and is reported so.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or the matvec is not symmetric or not deterministic.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec an iteration; 2 k + 3 vectors of memory, 3 k + 1 at the end, besides those of a
+    Cost: one matvec an iteration; three more, uncounted, where inner products show that the matvec
+    may not be symmetric; 2 k + 3 vectors of memory, 3 k + 1 at the end, besides those of a
     product.
 
     Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670.
@@ -110,6 +112,7 @@ def power_iteration(
     dtype = rows_dtype(space)
 
     eps = products_eps(space, dtype)
+    symmetric = max(SYMMETRIC, 10 * eps, 2 * rtol)
 
     def tolerance(values: Tensor, largest: float) -> Tensor:
         # A value that is zero up to rounding has converged when its residual is, too.
@@ -119,7 +122,7 @@ def power_iteration(
 
     def step(state: _State, room: int) -> _State:
         for _ in range(min(room, _STEPS_A_ROUND)):
-            state = _iterate(space, products, state, momentum)
+            state = _iterate(space, products, state, momentum, symmetric)
             value, residual = _quotient(space, state)
             if residual <= float(tolerance(value, _largest(space, state))):
                 return _accept(space, state, which, k, float(value), seed)
@@ -153,7 +156,13 @@ def power_iteration(
         callback=callback,
         storage=store,
     )
-    return found(state, reason)
+    pairs = found(state, reason)
+    if state.image is None or bool(pairs.converged.all()):
+        return pairs
+    cause = asymmetry_named(
+        products, state.current, state.asymmetry, state.longest, eps=eps, rtol=rtol
+    )
+    return pairs if cause is None else replace(pairs, reason=f"{reason}; {cause}")
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,10 @@ class _State:
             missed.
         steps: Steps since the iterate was a random unit vector u.
         growth: Logarithm of ``|A^steps u|``.
+        longest: Length of the longest product.
+        asymmetry: Largest difference of u'Av and v'Au so far, of an iterate and the next.
+        rounded: Difference that the rounding of products explains, in units of ``longest``, where
+            it was measured.
     """
 
     current: Rows
@@ -185,6 +198,9 @@ class _State:
     trusted: bool
     steps: int = 0
     growth: float = 0.0
+    longest: float = 0.0
+    asymmetry: float = 0.0
+    rounded: float = 0.0
 
 
 def _begun(space: Space, start: Tree | None, which: str, momentum: float, seed: int) -> _State:
@@ -204,9 +220,12 @@ def _begun(space: Space, start: Tree | None, which: str, momentum: float, seed: 
     )
 
 
-def _iterate(space: Space, products: Products, state: _State, momentum: float) -> _State:
+def _iterate(
+    space: Space, products: Products, state: _State, momentum: float, symmetric: float
+) -> _State:
     if state.image is None:
         return replace(state, image=products(state.current))
+    before = state.current
     moved = state.image.add_(state.current, alpha=state.shift or 0.0)
     if momentum:
         moved.add_(state.previous, alpha=-momentum)
@@ -219,13 +238,47 @@ def _iterate(space: Space, products: Products, state: _State, momentum: float) -
     else:
         # A w = 0 exactly: w is an eigenvector of value 0, and stays.
         moved = state.current.clone()
+    image = products(moved)
+    if length > 0:
+        # The iterate u was divided by the length in its place where there is momentum.
+        unit = length if momentum else 1.0
+        # With v = (A u + shift u - momentum w) / length outside of the accepted vectors.
+        backward = length
+        if state.shift:
+            backward -= state.shift * unit * float(space.gram(before, moved))
+        if momentum:
+            backward += momentum * float(space.gram(state.previous, moved))
+        difference = abs(unit * float(space.gram(before, image)) - backward)
+        state = _compared(space, products, state, moved, image, difference, symmetric)
     return replace(
         state,
         current=moved,
         previous=previous,
-        image=products(moved),
+        image=image,
         steps=state.steps + 1,
         growth=state.growth + (math.log(length) if length > 0 else -math.inf),
+    )
+
+
+def _compared(
+    space: Space,
+    products: Products,
+    state: _State,
+    row: Tensor,
+    image: Tensor,
+    difference: float,
+    symmetric: float,
+) -> _State:
+    """The state after a look at the symmetry of a product and the one before."""
+    longest = max(state.longest, float(space.norms(image)))
+    rounded = refuse_unless_rounding(
+        products, row, difference, longest, max(symmetric, state.rounded)
+    )
+    return replace(
+        state,
+        longest=longest,
+        asymmetry=max(state.asymmetry, difference),
+        rounded=rounded,
     )
 
 

@@ -15,6 +15,7 @@ from hessfunc.algorithms.results.quadrature import Rule, bracket, ends, radau
 from hessfunc.algorithms.results.result import Result, shown
 from hessfunc.algorithms.statistics import kolmogorov_quantile
 from hessfunc.numerics import rounding
+from hessfunc.options import real, validated
 
 # Of sums of weights.
 _ROUNDING = 1e-12
@@ -57,13 +58,17 @@ class Density(Result):
         spread = float(self.nodes.max() - self.nodes.min())
         return 0.01 * (spread or float(self.nodes.abs().max()) or 1.0)
 
+    @validated
     def grid(self, points: int = 1000) -> Tensor:
         """Evenly spaced points ``(points,)`` that cover the smoothed density."""
+        if points < 1:
+            raise ValueError(f"points={points}: there must be at least 1, such as points=1000")
         low, high = float(self.nodes.min()), float(self.nodes.max())
         return torch.linspace(
             low - 5 * self.width, high + 5 * self.width, points, dtype=torch.float64, device="cpu"
         )
 
+    @validated
     def pdf(self, grid: Tensor, width: float | None = None) -> Tensor:
         """The density smoothed by a Gaussian of standard deviation ``width``, at the grid's points.
 
@@ -80,6 +85,7 @@ class Density(Result):
         mass = self.weights.flatten() / len(self.nodes)
         return (torch.exp(-0.5 * z.square()) @ mass) / (width * math.sqrt(2 * math.pi))
 
+    @validated
     def cdf_bounds(
         self, x: Tensor | float, level: float = 0.95, *, simultaneous: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -158,6 +164,7 @@ class Density(Result):
         """The size of the rounding of a Ritz value."""
         return rounding(self.eps, float(self.nodes.abs().max()))
 
+    @validated(x=real)
     def count_above(self, x: float, level: float = 0.95) -> tuple[int, int]:
         """An interval ``(low, high)`` of the number of eigenvalues above x.
 
@@ -183,6 +190,7 @@ class Density(Result):
         high = min(self.n - ritz_below, math.floor(self.n * (1 - float(lower)) + _WHOLE))
         return low, max(low, high)
 
+    @validated
     def mean(
         self,
         f: Callable[[Tensor], Tensor],
@@ -249,7 +257,20 @@ class Density(Result):
         low, high = self._ends(smallest, largest)
 
         def inside(points: Tensor) -> Tensor:
-            return f(points.clamp(low, high)).to(torch.float64)
+            found: object = f(points.clamp(low, high))
+            if not isinstance(found, Tensor) or found.is_complex():
+                kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+                raise TypeError(
+                    f"f returns {kind} for a tensor of eigenvalues: pass a function of tensors, "
+                    "element by element, such as torch.log"
+                )
+            if found.dim() and found.shape != points.shape:
+                raise ValueError(
+                    f"f returns the shape {tuple(found.shape)} for eigenvalues of the shape "
+                    f"{tuple(points.shape)}: pass a function that acts element by element, such as "
+                    "torch.log"
+                )
+            return found.detach().to(points)
 
         # 0 * inf is not 0, and a probe that ended early is filled up with nodes of weight 0.
         values = torch.where(carries, inside(self.nodes), 0.0)
@@ -330,6 +351,7 @@ class Density(Result):
         kurtosis = float((weights * (centred / math.sqrt(square)) ** 4).sum()) / probes
         return square, max(1, int(probes * self.n / kurtosis))
 
+    @validated(damping=real)
     def effective_dimension(self, damping: float) -> Estimate:
         """The effective dimension ``tr A (A + damping I)^-1`` of a positive semi-definite matrix.
 

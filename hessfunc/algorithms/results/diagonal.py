@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from hessfunc.algorithms.results.result import Result
 from hessfunc.algorithms.statistics import chi_squared_quantile, student_quantile
+from hessfunc.options import validated
 from hessfunc.trees import Tree, leaves, tree_map
 
 
@@ -31,6 +32,7 @@ class DiagonalEstimate(Result):
         entries = sum(leaf.numel() for leaf in leaves(self.value))
         return {"entries": entries, "relative_error": f"{self.relative_error():.2g}"}
 
+    @validated
     def interval(self, level: float = 0.95) -> tuple[Tree, Tree]:
         """The two-sided Student intervals at this level, entry by entry: two trees.
 
@@ -43,6 +45,7 @@ class DiagonalEstimate(Result):
         upper = tree_map(lambda value, stderr: value + t * stderr, self.value, self.stderr)
         return lower, upper
 
+    @validated
     def relative_error(self, level: float = 0.95) -> float:
         """Return a bound of ``|error|_2 / |value|_2`` over all entries.
 

@@ -17,6 +17,9 @@ from hessfunc.spaces.space import Space
 
 Found = TypeVar("Found", bound="Estimate")
 
+# Probability with which estimates of one number are said to contradict each other.
+_CHANCE = 1e-9
+
 WITHIN = "converged: the half-width of the 95 % interval is within the tolerance"
 
 
@@ -53,6 +56,7 @@ class LeafEstimate(float):
         """The part as a plain float."""
         return float(self)
 
+    @validated
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return the two-sided Student interval of this part alone at this level."""
         half = _half_width(self.stderr, self.degrees, level)
@@ -108,6 +112,7 @@ class Estimate(Result):
         low, high = self.interval()
         return {"value": f"{self.value:.6g}", "interval": f"[{low:.6g}, {high:.6g}]"}
 
+    @validated
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return the two-sided Student interval at this level."""
         half = _half_width(self.stderr, self.degrees, level)
@@ -167,13 +172,16 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
         estimates: Estimates of the same quantity for one tree of parameters, from different
             batches or different probes.
         weights: Weights of the estimates, such as the number of examples in each batch. By
-            default, all are equal.
+            default, all are equal, and all estimates are of one matrix: those that contradict each
+            other are refused. Give weights to pool estimates of different batches.
 
     Raises:
         ValueError: If there is no estimate, if weights do not match, if the matrices differ in
-            their leaves, or if two estimates share a seed and so their probes.
+            their leaves, if two estimates share a seed and so their probes, or if there are no
+            weights and two estimates differ by more than their standard errors explain.
     """
     estimates = list(estimates)
+    same_matrix = weights is None
     weights = [1.0] * len(estimates) if weights is None else [float(w) for w in weights]
     if not estimates or len(weights) != len(estimates):
         raise ValueError(f"{len(estimates)} estimates and {len(weights)} weights: pass one each")
@@ -181,8 +189,10 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
         raise ValueError(f"weights={weights}: choose finite numbers of at least 0, not all 0")
     _refuse_other_matrices(estimates)
     _refuse_shared_seeds(estimates)
+    if same_matrix:
+        _refuse_contradictions(estimates)
     share = [w / sum(weights) for w in weights]
-    variances = [(s * e.stderr) ** 2 for s, e in zip(share, estimates, strict=True)]
+    variances = [(s * e.stderr) ** 2 if s else 0.0 for s, e in zip(share, estimates, strict=True)]
     bounds = [e.bounds or (e.value, e.value) for e in estimates]
     ends = [sum(s * b[i] for s, b in zip(share, bounds, strict=True)) for i in (0, 1)]
     return Estimate(
@@ -196,7 +206,7 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
         },
         leaf_stderr={
             name: math.hypot(
-                *(s * e.leaf_stderr[name] for s, e in zip(share, estimates, strict=True))
+                *(s * e.leaf_stderr[name] for s, e in zip(share, estimates, strict=True) if s)
             )
             for name in estimates[0].by_leaf
             if all(name in e.leaf_stderr for e in estimates)
@@ -258,11 +268,55 @@ def _refuse_shared_seeds(estimates: Sequence[Estimate]) -> None:
         )
 
 
+def _refuse_contradictions(estimates: Sequence[Estimate]) -> None:
+    """Raise where two estimates of one number differ by more than chance.
+
+    The distance of two values is compared with the quantile of Student's distribution of the fewer
+    degrees. Left out are pools, whose estimates may be of different batches, and estimates from
+    batches of which some were not drawn, whose standard errors do not know of those.
+    """
+    if len({estimate.n for estimate in estimates}) > 1:
+        return
+    places = [
+        i
+        for i, estimate in enumerate(estimates)
+        if estimate.seed is not None and getattr(estimate, "every_batch_was_drawn", True)
+    ]
+    if len(places) < 2:
+        return
+    known = [estimates[i] for i in places]
+    ends = [estimate.bounds or (estimate.value, estimate.value) for estimate in known]
+    low, high = torch.tensor(ends, dtype=torch.float64, device="cpu").unbind(1)
+    stderr = torch.tensor([e.stderr for e in known], dtype=torch.float64, device="cpu")
+    pairs = len(known) * (len(known) - 1) / 2
+    quantiles = torch.tensor(
+        [student_quantile(1 - _CHANCE / (2 * pairs), e.degrees) for e in known],
+        dtype=torch.float64,
+        device="cpu",
+    )
+    gaps = torch.maximum(low[:, None] - high, low - high[:, None])
+    explained = torch.maximum(quantiles[:, None], quantiles) * torch.hypot(stderr[:, None], stderr)
+    # Equal values without errors agree.
+    distances = (gaps / explained).nan_to_num(nan=0.0)
+    if not float(distances.max()) > 1:
+        return
+    first, second = sorted(divmod(int(distances.argmax()), len(known)))
+    one, other = known[first], known[second]
+    raise ValueError(
+        f"estimates[{places[first]}] and estimates[{places[second]}] contradict each other: "
+        f"{one.value:.6g} with the standard error {one.stderr:.2g}, and {other.value:.6g} with "
+        f"{other.stderr:.2g}. Pool estimates of one matrix; for different batches, pass the number "
+        "of examples of each as weights, such as pool(estimates, [64, 64])"
+    )
+
+
 def _seeds(estimate: Estimate) -> list[int]:
     return list(estimate.seeds) if estimate.seed is None else [estimate.seed]
 
 
 def _pooled_degrees(variances: Sequence[float], degrees: Sequence[int]) -> int:
     """Return the degrees of freedom of a sum of estimated variances (Welch 1947)."""
+    if math.isinf(sum(variances)):
+        return min(degrees)
     spread = sum(v**2 / max(d, 1) for v, d in zip(variances, degrees, strict=True))
     return math.floor(sum(variances) ** 2 / spread) if spread > 0 else sum(degrees)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from optree import MappingEntry, PyTreeAccessor, PyTreeEntry, PyTreeSpec
 from torch import Tensor
 
 from hessfunc.files import write_whole
@@ -72,11 +73,12 @@ class Result:
     def save(self, path: str | os.PathLike[str], /) -> None:
         """Write to one ``.npz`` file, whole or not at all; `load` reads it without pickle.
 
-        Trees are read back as (nested) dicts.
+        Trees are read back as (nested) dicts, with the keys of dicts that are strings or whole
+        numbers, and strings for all others.
 
         Raises:
             TypeError: The path is no path.
-            ValueError: The file cannot be written there.
+            ValueError: The file cannot be written there, or two keys of a tree have one name.
         """
         target = Path(as_path("path", path))
         arrays: dict[str, np.ndarray[Any, Any]] = {}
@@ -112,7 +114,7 @@ def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]])
             plain[item.name] = {"result": _plain(value, f"{key}/", arrays)}
         elif isinstance(value, Tensor) or _is_tree(value):
             found, structure = flatten(value)
-            plain[item.name] = {"paths": [list(map(str, path)) for path in structure.paths()]}
+            plain[item.name] = {"paths": _paths(item.name, structure)}
             for i, leaf in enumerate(found):
                 arrays[f"{key}/{i}"] = array(leaf)
         elif isinstance(value, tuple):
@@ -120,6 +122,26 @@ def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]])
         else:
             plain[item.name] = {"value": value}
     return plain
+
+
+def _paths(name: str, structure: PyTreeSpec) -> list[list[str | int]]:
+    """The keys that lead to each leaf of a tree: whole numbers of dicts, and strings."""
+    paths = [[_key(entry) for entry in accessor] for accessor in structure.accessors()]
+    seen: dict[tuple[str | int, ...], PyTreeAccessor] = {}
+    for path, accessor in zip(map(tuple, paths), structure.accessors(), strict=True):
+        if path in seen:
+            raise ValueError(
+                f"{accessor.codify(name)} and {seen[path].codify(name)} would have one name in the "
+                "file: take strings or whole numbers as the keys of the parameters"
+            )
+        seen[path] = accessor
+    return paths
+
+
+def _key(entry: PyTreeEntry) -> str | int:
+    key = entry.entry
+    whole = isinstance(key, int | np.integer) and not isinstance(key, bool)
+    return int(key) if whole and isinstance(entry, MappingEntry) else str(key)
 
 
 def _is_tree(value: Any) -> bool:
@@ -191,10 +213,10 @@ def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> 
     return Result.kinds[kind](**values)
 
 
-def _nested(paths: list[list[str]], found: list[Tensor]) -> Tree:
+def _nested(paths: list[list[str | int]], found: list[Tensor]) -> Tree:
     if paths == [[]]:
         return found[0]
-    tree: dict[str, Any] = {}
+    tree: dict[str | int, Any] = {}
     for path, leaf in zip(paths, found, strict=True):
         node = tree
         for key in path[:-1]:

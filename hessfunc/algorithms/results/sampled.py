@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from hessfunc.algorithms.results.estimate import Estimate
+from hessfunc.options import validated
 
 # To make the graph of a gradient takes 2 to 3 gradients, a product with it 2.
 _COST_OF_A_BATCH = 1.25
@@ -16,7 +17,9 @@ class SampledEstimate(Estimate):
     """An estimate from m random batches with r probes each; ``samples`` are the batches' means.
 
     The variance of the value is
-    ``correction * variance_data / m + variance_probes / (m r)``.
+    ``correction * variance_data / m + variance_probes / (m r)``. The standard error is infinite
+    where all samples agree to rounding while some batches were not drawn: nothing is known of the
+    noise then.
 
     Attributes:
         variance_probes: Variance of one probe within a batch; NaN where it is not known, since
@@ -41,7 +44,10 @@ class SampledEstimate(Estimate):
     draws_seed: int | None = None
 
     def _headline(self) -> dict[str, object]:
-        return {**super()._headline(), "draws": self.draws, "data_share": f"{self.data_share:.2g}"}
+        draws = f"{self.draws}"
+        if self.population is not None and not self.every_batch_was_drawn:
+            draws = f"{self.draws} of {self.population}"
+        return {**super()._headline(), "draws": draws, "data_share": f"{self.data_share:.2g}"}
 
     @property
     def data_share(self) -> float:
@@ -55,6 +61,7 @@ class SampledEstimate(Estimate):
         """Whether no batch can differ from what was seen."""
         return self.population is not None and self.draws >= self.population
 
+    @validated
     def best_probes_per_draw(self, cost: float = _COST_OF_A_BATCH) -> float:
         """The r with the least variance for the same work, infinite without noise of the data.
 
@@ -85,7 +92,8 @@ class SampledEstimate(Estimate):
                 f"All {self.population} batches were drawn: take more probes a draw, or another "
                 "pass."
             )
-        if math.isnan(self.data_share):
+        unknown = math.isinf(self.stderr) and not self.every_batch_was_drawn
+        if unknown or math.isnan(self.data_share):
             return f"The batches drawn agree, and so do the probes. {self._unseen}"
         shares = (
             f"Of the variance {self.data_share:.0%} comes from the data and "

@@ -69,11 +69,12 @@ def cg(
         least residual, as later ones run away along null vectors.
 
     Raises:
-        ValueError: an option is out of range, b or start is not finite, or the preconditioner is
-            not positive definite.
+        ValueError: an option is out of range, b or start is not finite, the preconditioner is not
+            positive definite, or the matvec is not symmetric or not deterministic.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec an iteration, and one at the end if ``measure``; 12 vectors of memory,
+    Cost: one matvec an iteration, and one at the end if ``measure``; three more, uncounted, where
+    inner products show that the matvec may not be symmetric; 12 vectors of memory,
     besides those of a product.
 
     Source: Hestenes and Stiefel 1952; negative curvature: Steihaug 1983.
@@ -104,7 +105,8 @@ class _State(Iterate):
     """The state of conjugate gradients.
 
     Attributes:
-        direction: the last direction p, of any length; of unit length with ``curvature``.
+        direction: the last direction p, of unit length.
+        stretch: Length of p as it was made.
         square: r'Mr of the residual from which p was made.
         nearest: the iterate of the least residual since the recurrence began.
         least: the length of that residual.
@@ -114,6 +116,7 @@ class _State(Iterate):
     direction: Rows
     nearest: Rows
     least: float = math.inf
+    stretch: float = 1.0
     square: float = 1.0
     curvature: float | None = None
 
@@ -124,14 +127,15 @@ def _iterate(system: System, state: _State) -> _State:
     if state.measured:
         state = replace(state, nearest=state.x, least=state.length)
     else:
-        direction = direction + (square / state.square) * state.direction
+        direction = direction + (square / state.square * state.stretch) * state.direction
     length = float(space.norms(direction))
     unit = direction / length
+    del direction
     image = system.product(unit)
     curvature = float(space.gram(unit, image))
     largest = max(state.largest, float(space.norms(image)))
     step = square / (length * curvature) if curvature > 0 else 0.0
-    state = replace(state, largest=largest)
+    state = system.compared(replace(state, largest=largest), unit, image, 1.0)
     # The rounding of a product with too long a step would be longer than the residual.
     if curvature <= 0 or system.eps * largest * step > state.first:
         return _stopped(system, replace(state, direction=unit, curvature=curvature))
@@ -144,7 +148,8 @@ def _iterate(system: System, state: _State) -> _State:
         residual=residual,
         length=left,
         measured=False,
-        direction=direction,
+        direction=unit,
+        stretch=length,
         square=square,
         nearest=x if nearer else state.nearest,
         least=min(left, state.least),

@@ -67,11 +67,12 @@ def minres(
         the reason says so.
 
     Raises:
-        ValueError: an option is out of range, b or start is not finite, or the preconditioner is
-            not positive definite.
+        ValueError: an option is out of range, b or start is not finite, the preconditioner is not
+            positive definite, or the matvec is not symmetric or not deterministic.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec an iteration, and one at the end; 20 vectors of memory, besides those
+    Cost: one matvec an iteration, and one at the end; three more, uncounted, where inner products
+    show that the matvec may not be symmetric; 23 vectors of memory, besides those
     of a product.
 
     Source: Paige and Saunders 1975; residual vectors: Choi, Paige and Saunders 2011.
@@ -143,9 +144,13 @@ def _iterate(system: System, state: _State) -> _State:
     if state.measured:
         state = _begin(system, state)
     before, z, v = state.lanczos
-    ahead = system.product(v)
-    stretch = float(system.space.norms(ahead) / system.space.norms(v))
-    ahead = ahead - state.beta * before
+    product = system.product(v)
+    length = float(system.space.norms(v))
+    stretch = float(system.space.norms(product)) / length
+    state = replace(state, largest=max(state.largest, stretch))
+    state = system.compared(state, v, product, length)
+    ahead = product - state.beta * before
+    del product
     alpha = float(system.space.gram(v, ahead))
     ahead = ahead - alpha * z
     image, square = system.preconditioned(ahead)
@@ -156,7 +161,6 @@ def _iterate(system: System, state: _State) -> _State:
     carried = (-c * beta, s * beta)
     state = replace(
         state,
-        largest=max(state.largest, stretch),
         column=max(state.column, math.hypot(state.beta, alpha, beta)),
     )
     # |A r| / |r| of the residual before this step.

@@ -14,6 +14,7 @@ from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.driver import Callback, drive
 from hessfunc.algorithms.products import Products, refuse_infinite
 from hessfunc.algorithms.results import Solution, rounding
+from hessfunc.algorithms.symmetry import SYMMETRIC, asymmetry_named, refuse_unless_rounding
 from hessfunc.options import at_least
 from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
@@ -35,6 +36,7 @@ class System:
         target: the residual at which a recurrence stops; below eps |b| it means nothing.
         eps: of the products.
         measure: whether the residual of a solution is always measured by a product.
+        symmetric: Differences of u'Av and v'Au that are let through, in units of |A|.
     """
 
     products: Products
@@ -45,6 +47,7 @@ class System:
     target: float
     eps: float
     measure: bool
+    symmetric: float
 
     @classmethod
     def of(
@@ -77,6 +80,8 @@ class System:
             target=max(tolerance, eps * length),
             eps=eps,
             measure=measure,
+            # A solution is measured: whoever asks for few digits needs no better products.
+            symmetric=max(SYMMETRIC, 10 * eps, tolerance / length if length else 0.0),
         )
 
     @property
@@ -113,6 +118,32 @@ class System:
                 f"of length {length:.1e}"
             )
         return image, square
+
+    def compared(
+        self, state: AnyIterate, row: Tensor, image: Tensor, length: float, /
+    ) -> AnyIterate:
+        """The state after a look at the symmetry of two products in a row, which costs none.
+
+        Args:
+            state: State of the run.
+            row: One vector.
+            image: Product with it.
+            length: Length of the vector.
+        """
+        # Not in the state: a resumed run begins to look one product later.
+        before, self.products.last = self.products.last, (row, image, length)
+        if before is None or not state.largest:
+            return state
+        forms = self.space.gram(before[0], image) - self.space.gram(row, before[1])
+        difference = abs(float(forms)) / (before[2] * length)
+        tolerance = refuse_unless_rounding(
+            self.products,
+            row,
+            difference,
+            state.largest,
+            max(self.symmetric, state.rounded),
+        )
+        return replace(state, asymmetry=max(state.asymmetry, difference), rounded=tolerance)
 
     def begin(self, start: Tree | None, /) -> Iterate:
         """Where to start, and the residual there."""
@@ -173,6 +204,9 @@ class Iterate:
         again: whether it is not the first recurrence.
         largest: the longest product with a unit vector.
         path: the length of the first x, and of all steps from there.
+        asymmetry: Largest difference of u'Av and v'Au so far, for unit vectors.
+        rounded: Difference that the rounding of products explains, in units of |A|, where it was
+            measured.
     """
 
     x: Rows
@@ -187,6 +221,8 @@ class Iterate:
     again: bool = False
     largest: float = 0.0
     path: float = 0.0
+    asymmetry: float = 0.0
+    rounded: float = 0.0
 
 
 AnyIterate = TypeVar("AnyIterate", bound=Iterate)
@@ -245,8 +281,25 @@ def solve(
         callback=callback,
         storage=store,
     )
-    due = not (state.measured or system.settled(state))
-    return found(_measure(system, state) if due else state, reason)
+    if not (state.measured or system.settled(state)):
+        state = _measure(system, state)
+    if not system.settled(state) and (cause := _cause(system, state)):
+        reason = cause if state.hidden else f"{reason}; {cause}"
+    return found(state, reason)
+
+
+def _cause(system: System, state: Iterate) -> str | None:
+    """Why the products do not lead to a solution, or None where they are those of a matrix."""
+    if system.products.last is None:
+        return None
+    return asymmetry_named(
+        system.products,
+        system.products.last[0],
+        state.asymmetry,
+        state.largest,
+        eps=system.eps,
+        rtol=system.tolerance / float(system.space.norms(system.b)),
+    )
 
 
 def _measure(system: System, state: AnyIterate) -> AnyIterate:

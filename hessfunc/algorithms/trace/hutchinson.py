@@ -90,7 +90,9 @@ def hutchinson(
         ValueError: If an option is out of range, or if the eigenpairs are of other parameters.
         FloatingPointError: If a product is not finite.
 
-    Cost: one matvec a probe; those of the eigenpairs are not counted again.
+    Cost: one matvec a probe; those of the eigenpairs are not counted again. 3 block_size vectors of
+    memory, or with signs 2 block_size and 5 in float64 if that is more. A normal or sphere probe
+    takes about 8 ns an entry of one core, signs less.
 
     Source: Girard 1989; Hutchinson 1990.
     """

@@ -78,7 +78,7 @@ def hutchpp(
         MemoryError: not even two probes fit in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: three matvecs a probe; the memory of 11 vectors a probe at its peak.
+    Cost: three matvecs a probe; the memory of 8 vectors a probe and 3 block_size more at its peak.
 
     Source: Meyer, Musco, Musco and Woodruff 2021, arXiv 2010.09649.
     """

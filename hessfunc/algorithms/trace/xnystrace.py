@@ -87,7 +87,7 @@ def xnystrace(
         MemoryError: not even two probes fit in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: one matvec a probe; the memory of 9 vectors a probe at its peak.
+    Cost: one matvec a probe; the memory of 6 vectors a probe at its peak.
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825, by an eigendecomposition of the
     core; the interval: Efron and Stein 1981.

@@ -87,7 +87,7 @@ def xtrace(
         MemoryError: not even two probes fit in memory.
         FloatingPointError: a product is not finite.
 
-    Cost: two matvecs a probe; the memory of 16 vectors a probe at its peak.
+    Cost: two matvecs a probe; the memory of 9 vectors a probe at its peak.
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825; the interval: Efron and Stein 1981.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from hessfunc.app.cli.options import (
     Traceback,
     command_line,
     fail,
+    held,
     in_one_line,
     make_folder,
     place,
@@ -191,14 +193,19 @@ def analyze(
 
     began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
     folder = report.Folder(out, report.Run(command_line(context), seed, began))
-    status = "failed"
+    status, lock = "failed", ExitStack()
     try:
         refuse_seed(seed)
         where, kind = place(device, dtype)
         with mesh_of_all(where) as (mesh, where), bars() as progress:
-            if speaks():
-                make_folder(out)
-                folder.begin()
+
+            def begin() -> None:
+                if speaks():
+                    make_folder(out)
+                    lock.enter_context(held(out))
+                    folder.begin()
+
+            on_all(mesh, begin)
 
             def make() -> Problem:
                 return make_problem(
@@ -241,8 +248,9 @@ def analyze(
             raise
         fail(in_one_line(error), alone=isinstance(error, ConnectionError))
     finally:
-        if speaks():
-            folder.close(status)
+        with lock:
+            if speaks():
+                folder.close(status)
 
     if not speaks():
         return

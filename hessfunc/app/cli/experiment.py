@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from rich.console import Console
 from hessfunc.app.cli.options import (
     Traceback,
     fail,
+    held,
     in_one_line,
     make_folder,
     place,
@@ -111,11 +113,13 @@ def experiment(
     of = replace(of, epochs=epochs or of.epochs, batch_size=batch_size or of.batch_size)
     out = out or Path(name)
     runs: list[Run] = []
+    lock = ExitStack()
     try:
         refuse_several("experiment")
         where, _ = place(device)
         seen, held_out = tasks.examples(of.dataset, path=data_path, count=examples, device=where)
         make_folder(out)
+        lock.enter_context(held(out))
         refuse_other_files(out, ("results.md", "curves.png"), "results.json")
         settings = {
             **of.settings(),
@@ -155,6 +159,8 @@ def experiment(
         if traceback:
             raise
         fail(in_one_line(error))
+    finally:
+        lock.close()
 
     console = Console(markup=False, emoji=False)
     console.print(f"\n{of.title}", highlight=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -52,6 +53,27 @@ def make_folder(path: Path, /) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {path} cannot be used: {error.strerror}") from error
+
+
+@contextmanager
+def held(folder: Path, /) -> Iterator[None]:
+    """Keep other commands out of a folder of results, which must exist, by a lock file in it.
+
+    Raises:
+        ValueError: Another command is running in the folder.
+    """
+    from hessfunc.algorithms.checkpoint import lock as locks
+
+    try:
+        owner = locks.acquire(folder, "", option="--out")
+    except ImportError:
+        # Windows has no locks of this kind.
+        yield
+        return
+    try:
+        yield
+    finally:
+        locks.release(folder, owner)
 
 
 def refuse_other_files(folder: Path, names: Iterable[str], own: str, /) -> None:

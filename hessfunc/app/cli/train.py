@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from hessfunc.app.cli.options import (
     Training,
     command_line,
     fail,
+    held,
     in_one_line,
     make_folder,
     named_net,
@@ -273,6 +275,7 @@ def train(
     began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
     started = report.Run(command_line(context), seed, began)
     running: list[Run] = []
+    lock = ExitStack()
     try:
         refuse_data(data, data_path)
         refuse_several("train")
@@ -295,6 +298,7 @@ def train(
         make_model = tasks.net(data, net)
         seen, held_out = tasks.examples(data, path=data_path, count=examples, device=where)
         make_folder(out)
+        lock.enter_context(held(out))
         settings = {
             "data": data,
             "data_path": None if data_path is None else str(data_path.resolve()),
@@ -370,6 +374,8 @@ def train(
         if traceback:
             raise
         fail(in_one_line(error))
+    finally:
+        lock.close()
 
     console = Console(markup=False, emoji=False)
     console.print(summary(found, batch_size=batch_size))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hessfunc.compat.eigenthings.hvp_operator import HVPOperator
 from hessfunc.compat.eigenthings.lanczos import lanczos
 from hessfunc.compat.eigenthings.power_iter import deflated_power_iteration
+from hessfunc.options import criterion, validated
 
 _ALGORITHMS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "power_iter": deflated_power_iteration,
@@ -17,6 +18,7 @@ _ALGORITHMS: dict[str, Callable[..., tuple[Any, Any]]] = {
 }
 
 
+@validated(loss=criterion)
 def compute_hessian_eigenthings(
     model: nn.Module,
     dataloader: Iterable[Any],

@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 
 from hessfunc.algorithms.eigen.lanczos import lanczos as thick_restart_lanczos
 from hessfunc.algorithms.results.result import array
-from hessfunc.compat.eigenthings.operator import Operator, Start, warn_of_residuals
+from hessfunc.compat.eigenthings.operator import Operator, Start, operator_like, warn_of_residuals
+from hessfunc.options import or_none, validated, whole_number
 
 
+@validated(operator=operator_like, max_steps=or_none(whole_number))
 def lanczos(
     operator: Operator,
     num_eigenthings: int = 10,

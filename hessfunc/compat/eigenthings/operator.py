@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.compat.place import seed_of_stream
+from hessfunc.options import described
 from hessfunc.transforms.matvecs.arithmetic import batched
 from hessfunc.trees import Matvec
 
@@ -75,7 +76,7 @@ def warn_of_residuals(found: Sequence[Eigenpairs], tol: float, /, *, budget: str
         warnings.warn(
             f"{int(missing.sum())} of {len(missing)} pairs have not converged, with residuals of "
             f"up to {float(residuals[missing].max()):.1e}: raise `{budget}`",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -102,3 +103,13 @@ class Start:
         if vector is not None:
             vector = torch.as_tensor(vector).to(like)
         return cls(like, vector, seed_of_stream())
+
+
+def operator_like(name: str, value: Any, /) -> Any:
+    """An `Operator`, or another object with its methods."""
+    if all(callable(getattr(value, method, None)) for method in ("matvec", "draws", "like")):
+        return value
+    raise TypeError(
+        f"{name} must be an Operator, and is {described(value)}: pass "
+        "LambdaOperator(function, size) or HVPOperator(model, dataloader, criterion)"
+    )

@@ -13,10 +13,12 @@ from hessfunc.algorithms.eigen.power import power_iteration as exact_power_itera
 from hessfunc.algorithms.eigen.stochastic_power import stochastic_power_iteration
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.results.result import array
-from hessfunc.compat.eigenthings.operator import Operator, Start, warn_of_residuals
+from hessfunc.compat.eigenthings.operator import Operator, Start, operator_like, warn_of_residuals
+from hessfunc.options import validated
 from hessfunc.transforms.matvecs.arithmetic import deflate
 
 
+@validated(operator=operator_like)
 def deflated_power_iteration(
     operator: Operator,
     num_eigenthings: int = 10,
@@ -70,6 +72,7 @@ def deflated_power_iteration(
     return (array(values), array(vectors)) if to_numpy else (values, vectors)
 
 
+@validated(operator=operator_like)
 def power_iteration(
     operator: Operator,
     steps: int = 20,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hessfunc.algorithms.eigen.lanczos import lanczos
 from hessfunc.compat.place import evaluated_loss
+from hessfunc.options import anything, validated
 from hessfunc.tracking.undisturbed import undisturbed
 from hessfunc.training.batches import refuse_iterators
 from hessfunc.training.steps import Criterion
@@ -19,6 +20,7 @@ from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.hessian import hvp
 
 
+@validated(inputs=anything, targets=anything)
 def get_eigen(
     model: nn.Module,
     inputs: Any,
@@ -55,6 +57,7 @@ def get_eigen(
     return _dominant(model, [(inputs, targets)], criterion, maxIter, tol, keep=True)
 
 
+@validated
 def get_eigen_full_dataset(
     model: nn.Module,
     dataloader: Iterable[Any],
@@ -114,6 +117,6 @@ def _dominant(
         warnings.warn(
             f"the eigenvalue {value:.3g} has not converged to tol={tol:g}: its residual is "
             f"{residual:.1e}, and {found.reason}; raise maxIter, or tol",
-            stacklevel=3,
+            stacklevel=4,
         )
     return value, [block[0] for block in found.vectors.values()]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
 from hessfunc.optim import schedules as schedules
 from hessfunc.optim.adversarial import Attack, fgsm
+from hessfunc.options import validated
 from hessfunc.tracking.undisturbed import undisturbed
 from hessfunc.training.dominant import Watch, watch
 from hessfunc.training.evaluation import evaluated
@@ -25,6 +26,7 @@ Loader: TypeAlias = Iterable[Batch]
 _PATIENCE = 10
 
 
+@validated
 def baseline(
     model: nn.Module,
     train_loader: Loader,
@@ -71,6 +73,7 @@ def baseline(
     return model, updates
 
 
+@validated
 def absa(
     model: nn.Module,
     train_loader: Loader,
@@ -189,6 +192,7 @@ def _first_batch_watched(model: nn.Module, loader: Loader, criterion: Criterion)
     return watch(model, [batch], criterion=criterion, seed=torch.initial_seed())
 
 
+@validated
 def exp_lr_scheduler(optimizer: optim.Optimizer, decay_ratio: float = 0.1) -> optim.Optimizer:
     """Multiply the learning rates by ``decay_ratio``; returns the optimiser."""
     for group in optimizer.param_groups:
@@ -196,6 +200,7 @@ def exp_lr_scheduler(optimizer: optim.Optimizer, decay_ratio: float = 0.1) -> op
     return optimizer
 
 
+@validated
 def test(model: nn.Module, test_loader: Iterable[Batch]) -> float:
     """The accuracy in eval mode, in percent, which is printed, too."""
     accuracy = 100 * evaluated(bare(model), test_loader, F.cross_entropy).accuracy

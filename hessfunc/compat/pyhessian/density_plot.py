@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hessfunc.options import reals, validated
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 _FLOOR = 1e-7
 
 
+@validated(eigenvalues=reals, weights=reals)
 def get_esd_plot(eigenvalues: ArrayLike, weights: ArrayLike) -> Axes:
     """The density on a log axis, in a new figure, which is also written to ``example.pdf``.
 
@@ -27,18 +30,20 @@ def get_esd_plot(eigenvalues: ArrayLike, weights: ArrayLike) -> Axes:
     from hessfunc.plot.style import clean, new_axes
 
     density, grids = density_generate(eigenvalues, weights)
+    nodes = np.asarray(eigenvalues)
     ax = clean(new_axes())
     ax.semilogy(grids, density + _FLOOR)
     ax.set(
         xlabel="Eigenvalue",
         ylabel="Density (Log Scale)",
-        xlim=(np.min(eigenvalues) - 1, np.max(eigenvalues) + 1),
+        xlim=(nodes.min() - 1, nodes.max() + 1),
     )
     figure: Any = ax.figure
     figure.savefig("example.pdf")
     return ax
 
 
+@validated(eigenvalues=reals, weights=reals)
 def density_generate(
     eigenvalues: ArrayLike,
     weights: ArrayLike,
@@ -61,6 +66,13 @@ def density_generate(
         ``(density, grids)``, each ``(num_bins,)``.
     """
     nodes, masses = np.asarray(eigenvalues, np.float64), np.asarray(weights, np.float64)
+    if nodes.ndim != 2 or nodes.shape != masses.shape or not nodes.size:
+        raise ValueError(
+            f"eigenvalues have the shape {nodes.shape} and weights {masses.shape}: pass both as "
+            "(runs, m), as hessian(...).density() returns them"
+        )
+    if num_bins < 2:
+        raise ValueError(f"num_bins={num_bins}: it must be at least 2, such as num_bins=10000")
     low, high = nodes.min(axis=1).mean() - overhead, nodes.max(axis=1).mean() + overhead
     grids = np.linspace(low, high, num_bins)
     variance = sigma_squared * max(1.0, high - low)

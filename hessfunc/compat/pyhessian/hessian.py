@@ -16,6 +16,7 @@ from hessfunc.autograd import differentiable_twice
 from hessfunc.compat.place import seed_of_stream
 from hessfunc.compat.pyhessian.mean_loss import MeanLoss
 from hessfunc.compat.pyhessian.vectors import group_product
+from hessfunc.options import real, validated
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.hessian import filled, hvp
 from hessfunc.transforms.matvecs.arithmetic import apply
@@ -43,6 +44,7 @@ class hessian(MeanLoss):  # noqa: N801
             found = torch.autograd.grad(mean, self.params, create_graph=True, allow_unused=True)
         return filled(found, self.params)
 
+    @validated
     def eigenvalues(
         self, maxIter: int = 100, tol: float = 1e-3, top_n: int = 1
     ) -> tuple[list[float], list[list[Tensor]]]:
@@ -71,11 +73,12 @@ class hessian(MeanLoss):  # noqa: N801
             warnings.warn(
                 f"{missing} of {top_n} eigenpairs have not converged to tol={tol:g}: "
                 f"{pairs.reason}. Their residuals are in results['eigenvalues']",
-                stacklevel=2,
+                stacklevel=3,
             )
         vectors = [[leaf[i] for leaf in pairs.vectors.values()] for i in range(top_n)]
         return pairs.values.tolist(), vectors
 
+    @validated(tol=real)
     def trace(self, maxIter: int = 100, tol: float = 1e-3) -> list[float]:
         """Samples ``z'Hz`` of random signs z, whose mean estimates the trace, by `hutchinson`.
 
@@ -96,6 +99,7 @@ class hessian(MeanLoss):  # noqa: N801
         self.results["trace"] = estimate
         return estimate.samples.tolist()
 
+    @validated
     def density(self, iter: int = 100, n_v: int = 1) -> tuple[list[list[float]], list[list[float]]]:
         """Nodes and weights of the spectral density, a list for each run, by `slq`.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
 from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
 from hessfunc.losses import LossFunction
+from hessfunc.options import anything, validated
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.chunks import Curvature
@@ -52,6 +53,7 @@ class MeanLoss:
         TypeError: a batch is no pair.
     """
 
+    @validated(data=anything)
     def __init__(
         self,
         model: nn.Module,

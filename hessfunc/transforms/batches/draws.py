@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,10 +19,10 @@ from hessfunc.randomness import of_matrix, uniforms
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.batches.mean import over_batches
-from hessfunc.transforms.batches.reductions import Average, watching
+from hessfunc.transforms.batches.reductions import Average, Inner, watching
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.matvecs.arithmetic import scale
-from hessfunc.trees import Matvec, Tree, unchanged
+from hessfunc.trees import Matvec, Tree, tree_map, unchanged
 
 # Probes of the same seed are functions of other keys: (seed, index, leaf), no index negative.
 _BATCH_OF_DRAW = -1
@@ -106,8 +107,9 @@ def draws(
 
     Args:
         curvature: Curvature of one batch.
-        weight: Weight of a batch; by default the number of its examples. Batches of weight 0 are
-            never drawn.
+        weight: Weight of a batch; by default the number of its examples. Pass your own for a
+            cross-entropy with ignored targets or class weights, which is refused otherwise.
+            Batches of weight 0 are never drawn.
         replace: Whether batches are drawn with replacement.
         seed: of the draws: the i-th depends on (seed, i) alone. None draws a seed once, here.
 
@@ -119,6 +121,8 @@ def draws(
         TypeError: (from the function) the batches have no length or no places.
         ValueError: (from the function) there is no batch; a weight is negative, or all are 0; a
             model uses batch statistics (BatchNorm in train mode) on more than one batch.
+        ValueError: (from a draw) a loss that divides by weights or kept targets meets a batch in
+            which their share differs, and no weight is given.
         RuntimeError: (from a draw) params have changed in place since the draws were made.
 
     Cost: each batch is read once to be weighed; a draw costs what ``curvature`` of its batch does.
@@ -144,12 +148,45 @@ def draws(
             with several_batches() if len(ends) > 1 else nullcontext(), watching() as seen:
                 matvec = curvature(params, batches[place])
                 # A batch of one example does not tell a mean from a sum.
-                average.decide(seen, batch=batches[counted.index(max(counted))])
-            return scale(matvec, ends[-1] / counted[place]) if average.is_sum else matvec
+                largest = batches[counted.index(max(counted))]
+                average.decide(seen, batch=largest, counted=True)
+            share = ends[-1] / counted[place]
+            if weight is None and any(isinstance(one, Inner) for one in seen):
+                return _of_inner(matvec, average, average.later(batches[place]), share, ends[-1])
+            return scale(matvec, share) if average.is_sum else matvec
 
         return Draws(full, len(ends), seed, ends, of_batch, places, replace)
 
     return of_data
+
+
+def _of_inner(
+    matvec: Matvec, average: Average, own: Callable[[], float], share: float, total: float
+) -> Matvec:
+    """Scale a mean or sum over batches that is one of the drawn batches.
+
+    Args:
+        matvec: Its matvec.
+        average: How it is put together with others, known once it has made a product.
+        own: Function that then gives its weight.
+        share: Ratio of the weight of all drawn batches to that with which it is drawn.
+        total: Weight of all drawn batches.
+    """
+
+    def drawn(block: Tree) -> Tree:
+        product = matvec(block)
+        weight = own()
+        if average.is_sum:
+            return tree_map(lambda leaf: share * leaf, product)
+        if not math.isclose(weight * share, total, rel_tol=1e-6):
+            raise ValueError(
+                f"a batch was drawn with the weight {total / share:.6g}, but the batches within it "
+                f"have {weight:.6g}: pass `weight=`, the sum of the weights within, such as "
+                "`weight=lambda batches: sum(map(hessfunc.examples, batches))`"
+            )
+        return product
+
+    return drawn
 
 
 def _running_sum(weights: Sequence[float]) -> tuple[float, ...]:

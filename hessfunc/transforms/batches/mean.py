@@ -16,10 +16,10 @@ from hessfunc.modules import several_batches
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
-from hessfunc.transforms.batches.reductions import Average, watching
+from hessfunc.transforms.batches.reductions import Average, NoTargetsError, inner, watching
 from hessfunc.transforms.batches.sums import Data, Read, Share, Sum
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.trees import Matvec, Tree, unchanged
+from hessfunc.trees import Matvec, Tree, tree_map, unchanged
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,11 +39,12 @@ def over_batches(
 
         A v = sum_b weight(b) A_b v / sum_b weight(b)
 
-    For a loss that is a mean over examples, with the number of examples as the weight, this is
+    For a loss that is a mean over examples or targets, with their number as the weight, this is
     the curvature of the mean over all of them, however they are cut into batches. Where the loss
     is a sum over examples (``reduction="sum"``) and no weight is given, batches are summed. The
     reduction is read from torch's loss functions and modules. Of any other loss the first batch
     tells: its loss is compared with those of its halves, once, at the cost of two evaluations.
+    Within another `over_batches`, the sum of the weights is the weight of the whole.
 
     One pass over the batches serves a whole block. Passes are
     compared by a checksum of their examples, in any order. Two things it cannot see: a mask of
@@ -58,12 +59,16 @@ def over_batches(
 
     Args:
         curvature: of one batch.
-        weight: Weight of a batch in the mean. None: the number of its examples, or the sum of
-            batches for a loss that is a sum. Pass your own where the loss is a mean over something
-            else, such as tokens that are not padding, or where the first axes of the batch's
-            tensors differ (time before batch, graphs): ``lambda batch: len(batch[1])``. Batches of
-            weight 0 are left out.
-        keep: keep the graph of every batch: products are faster, memory grows with the data.
+        weight: Weight of a batch in the mean. None: what the loss of the batch divides by, for the
+            losses of torch that are means over targets (with class targets, the number that are
+            not ignored or the sum of their class weights; otherwise, the number of entries); for
+            another mean, the number of examples; for a sum, batches are summed. Pass your own
+            where another loss is a mean over something else, such as tokens that are not padding,
+            or where the first axes of the batch's tensors differ (time before batch, graphs):
+            ``lambda batch: len(batch[1])``. Batches of weight 0 are left out.
+        keep: keep the graph of every batch, and a copy of the batch: products are faster, memory
+            grows with the data. A loader may reuse its buffers; a list made from such a loader
+            holds the last batch alone, again and again, so let that loader copy.
         mesh: of ranks, with the axes "data", "probe" or both.
         data: How batches lie on the ranks. ``"replicated"``: every rank has the same batches in the
             same order, and rank r of R takes batches r, r + R, r + 2R and so on. ``"sharded"``:
@@ -143,8 +148,19 @@ def mean_over(
         share.refuse_unlike(space, params, batches)
         several = mesh is not None or not isinstance(batches, Sized) or len(batches) != 1
         average = Average(weight, several)
+        outer = inner(average)
+        # A mean within another one is weighted by the sum of its own weights.
+        average.several |= outer is not None
         reading = _Reading(curvature, params, batches, average, space, share, passes)
-        mean = share.over(space, batches, reading.kept() if keep else reading.anew())
+        local = reading.kept() if keep else reading.anew()
+
+        def told(block: Tree) -> Sum:
+            total = local(block)
+            if outer is not None and mesh is None:
+                outer.weight = total.weight
+            return total
+
+        mean = share.over(space, batches, told)
         return with_fingerprint(mean, partial(_fingerprint, space, params, batches, data))
 
     return of_data
@@ -198,7 +214,7 @@ class _Reading:
             made: list[tuple[Callable[[], float], Callable[[], Matvec]]] = []
             for i, batch in self._mine(read):
                 matvec = self._at(batch, i)
-                made.append((partial(float, self.average.of(batch)), partial(_itself, matvec)))
+                made.append((self.average.later(batch), partial(_itself, matvec)))
             self.passes.add(read.all.total)
             return made
 
@@ -231,8 +247,13 @@ class _Reading:
                 yield place, batch
 
     def _at(self, batch: Any, place: int) -> Matvec:
-        with several_batches() if place else nullcontext(), watching() as seen:
-            matvec = _matvec(self.curvature(self.params, batch))
+        # A batch that stands alone is not left out, whatever becomes of its loss.
+        optional = batch if self.average.weight is None and self.average.several else None
+        with several_batches() if place else nullcontext(), watching(optional=optional) as seen:
+            try:
+                matvec = _matvec(self.curvature(self.params, batch))
+            except NoTargetsError:
+                matvec = _zeros
             self.average.decide(seen)
         return matvec
 
@@ -244,6 +265,10 @@ def _matvec(made: Any) -> Matvec:
             "curvature function, such as `over_batches(hvp(loss))`"
         )
     return cast("Matvec", made)
+
+
+def _zeros(block: Tree) -> Tree:
+    return tree_map(torch.zeros_like, block)
 
 
 def _itself(matvec: Matvec) -> Matvec:

@@ -99,7 +99,7 @@ class MeshShare(Share):
             self.everyone.agree(drawn, self.device)
 
     def over(self, space: Space, batches: Iterable[Any], local: Callable[[Tree], Sum], /) -> Matvec:
-        examples = shards.examples_of(batches)
+        examples = shards.examples_of(batches) if self.placement == "sharded" else None
 
         def matvec(block: Tree) -> Tree:
             (*made,), failure = attempted(lambda: self._made(space, block, local))

@@ -6,10 +6,10 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn._reduction import legacy_get_string
 
 from hessfunc.autograd import differentiable_twice
 from hessfunc.losses import Loss, LossFunction, OfTargets
+from hessfunc.numerics import wide_dtype
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.examples import examples, rows_of
 from hessfunc.trees import Tree
@@ -58,32 +59,58 @@ def declared_reduction(criterion: Any, /) -> Reduction | None:
     return found if found in ("mean", "sum") else None
 
 
-_OF_CLASSES = {F.cross_entropy: nn.CrossEntropyLoss, F.nll_loss: nn.NLLLoss}
+# Losses whose mean divides by the weights of the class targets that are not ignored.
+_CROSS_ENTROPY = (F.cross_entropy, nn.CrossEntropyLoss)
+_OF_CLASSES = (*_CROSS_ENTROPY, F.nll_loss, nn.NLLLoss)
 
 
-def _terms(loss: Loss, batch: Any) -> float | None:
-    """Return what a mean over classified targets divides by; None of any other loss.
-
-    Ignored targets do not count, and others by the weights of their classes.
-    """
-    criterion = loss.criterion
-    if not isinstance(criterion, OfTargets):
-        return None
-    targets = criterion.targets(batch)
-    inner: Any = criterion.criterion
+def _kind_and_options(criterion: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Return the function or the type of module that a criterion is, and its options."""
     options: dict[str, Any] = {}
-    while isinstance(inner, functools.partial):
-        options = inner.keywords | options
-        inner = inner.func
-    if type(inner) in _OF_CLASSES.values():
-        options = {"weight": inner.weight, "ignore_index": inner.ignore_index}
-    elif not any(inner is function for function in _OF_CLASSES):
+    while True:
+        if isinstance(criterion, OfTargets) or hasattr(criterion, "output_hessian"):
+            criterion = criterion.criterion
+        elif isinstance(criterion, functools.partial) and not criterion.args:
+            options = criterion.keywords | options
+            criterion = criterion.func
+        elif isinstance(criterion, nn.Module):
+            return type(criterion), vars(criterion) | criterion._buffers
+        else:
+            return criterion, options
+
+
+def _has_examples(batch: Any) -> bool:
+    try:
+        examples(batch)
+    except ValueError:
+        return False
+    return True
+
+
+def _terms(one: Noted) -> float | None:
+    """Return what the mean of a loss of torch divides by, up to a constant; None of another loss.
+
+    A mean over class targets counts those that are not ignored, by the weights of their classes.
+    A mean over floating-point targets counts their entries.
+    """
+    if not isinstance(one.loss, Loss) or not isinstance(one.loss.criterion, OfTargets):
         return None
-    if not isinstance(targets, Tensor) or targets.is_floating_point():
+    known, options = _kind_and_options(one.loss.criterion)
+    targets = one.loss.criterion.targets(one.batch)
+    if declared_reduction(one.loss.criterion) is None or not isinstance(targets, Tensor):
         return None
-    kept = targets[targets != options.get("ignore_index", -100)]
+    if targets.is_floating_point():
+        if options.get("reduction") == "batchmean" or not _has_examples(one.batch):
+            return None
+        classes = targets.shape[min(1, targets.dim() - 1)] if known in _CROSS_ENTROPY else 1
+        return targets.numel() / max(1, classes)
+    if known not in _OF_CLASSES:
+        return None
+    kept = targets != options.get("ignore_index", -100)
     weight = options.get("weight")
-    return float(len(kept) if weight is None else weight.to(kept.device)[kept].sum())
+    if weight is None:
+        return float(kept.sum())
+    return float(weight.to(targets.device)[targets[kept]].sum(dtype=wide_dtype(targets.device)))
 
 
 @dataclass(frozen=True)
@@ -94,15 +121,56 @@ class Noted:
     params: Tree
     batch: Any
 
+    @functools.cached_property
+    def terms(self) -> float | None:
+        """What a mean of torch divides by: read from the device once."""
+        return _terms(self)
 
-_watched: ContextVar[list[Noted] | None] = ContextVar("watched", default=None)
+
+@dataclass
+class Inner:
+    """A mean or sum over batches within that of which it is one batch.
+
+    Attributes:
+        average: How its batches are put together, once a product is made.
+        weight: Sum of the weights of its batches in the last product; None on a mesh, where other
+            ranks have a part of it.
+    """
+
+    average: Average
+    weight: float | None = None
+
+
+class NoTargetsError(ValueError):
+    """All targets of a batch are ignored, so its mean is 0 / 0."""
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Losses and means over batches that `watching` has seen.
+
+    Attributes:
+        losses: Losses and means, in their order.
+        optional: Batch that is left out where its targets are all ignored; None: no batch.
+    """
+
+    losses: list[Noted | Inner]
+    optional: Any
+
+
+_watched: ContextVar[_Watch | None] = ContextVar("watched", default=None)
 
 
 @contextmanager
-def watching() -> Iterator[list[Noted]]:
-    """Inside, the losses of which curvatures are made are added to a list."""
-    seen: list[Noted] = []
-    token = _watched.set(seen)
+def watching(*, optional: Any = None) -> Iterator[list[Noted | Inner]]:
+    """Inside, the losses of which curvatures are made are added to a list.
+
+    Args:
+        optional: Batch that raises `NoTargetsError` where its targets are all ignored, before its
+            loss is evaluated.
+    """
+    seen: list[Noted | Inner] = []
+    token = _watched.set(_Watch(seen, optional))
     try:
         yield seen
     finally:
@@ -112,11 +180,15 @@ def watching() -> Iterator[list[Noted]]:
 @contextmanager
 def noted(loss: LossFunction, params: Tree, batch: Any, /) -> Iterator[None]:
     """Show a loss to `watching`; losses that are derived from it inside are not shown."""
-    seen = _watched.get()
-    if seen is None:
+    watch = _watched.get()
+    if watch is None:
         yield
         return
-    seen.append(Noted(loss, params, batch))
+    one = Noted(loss, params, batch)
+    watch.losses.append(one)
+    is_optional = watch.optional is not None and watch.optional is batch
+    if is_optional and _reduction_of(loss) == "mean" and one.terms == 0:
+        raise NoTargetsError("all targets of the batch are ignored")
     token = _watched.set(None)
     try:
         yield
@@ -124,13 +196,34 @@ def noted(loss: LossFunction, params: Tree, batch: Any, /) -> Iterator[None]:
         _watched.reset(token)
 
 
+def inner(average: Average, /) -> Inner | None:
+    """Show a mean over batches to `watching`; None where nothing watches."""
+    watch = _watched.get()
+    if watch is None:
+        return None
+    found = Inner(average)
+    watch.losses.append(found)
+    return found
+
+
+def _reduction_of(loss: LossFunction) -> Reduction | None:
+    return declared_reduction(loss.criterion) if isinstance(loss, Loss) else None
+
+
+_PASS = (
+    "pass what the loss is a mean over, such as `weight=lambda batch: (batch[1] != -100).sum()` or "
+    "`weight=lambda batch: class_weights[batch[1]].sum()`, or `weight=hessfunc.examples`"
+)
+
+
 @dataclass
 class Average:
     """How batches are put together: by weights of the user, by examples, or as a sum.
 
     Attributes:
-        weight: Weight of a batch, for a weighted mean. None: the examples of a batch where the
-            loss is a mean over them; where it is a sum over examples, batches are summed.
+        weight: Weight of a batch, for a weighted mean. None: what the loss of a batch divides by,
+            where the loss is one of torch's means over targets; the examples of a batch where the
+            loss is another mean; where the loss is a sum over examples, batches are summed.
         several: Whether there is more than one batch, as far as it is known.
         reduction: Reduction of the loss, once it is known.
     """
@@ -139,8 +232,12 @@ class Average:
     several: bool = True
     reduction: Reduction | None = None
     _is_tested: bool = False
-    _share: float | None = None
-    _is_told: bool = False
+    _shares: list[float] | None = None
+    _terms: float | None = None
+    _is_by_terms: bool = False
+    _undecided: int = 0
+    _inner: list[Inner] = field(default_factory=list)
+    _beside: float | None = None
 
     @property
     def is_sum(self) -> bool:
@@ -158,7 +255,7 @@ class Average:
             return True
 
     def of(self, batch: Any) -> float:
-        """Return the weight of a batch whose loss is decided.
+        """Return the weight of the batch that was decided last.
 
         Raises:
             ValueError: The weight is negative, or the number of examples is a guess.
@@ -168,68 +265,129 @@ class Average:
             if not counted >= 0:
                 raise ValueError(f"the weight of a batch is {counted}: at least 0")
             return counted
+        if self._inner:
+            return self._of_inner(self._inner, self._beside)
         if self.is_sum or not self.several:
             return 1.0
-        return float(examples(batch))
+        return float(examples(batch)) if self._terms is None else self._terms
+
+    def later(self, batch: Any) -> Callable[[], float]:
+        """Return a function that gives the weight of the batch that was decided last.
+
+        The weight of a mean over batches within is known once that has made a product.
+        """
+        if self.weight is None and self._inner:
+            return functools.partial(self._of_inner, self._inner, self._beside)
+        return functools.partial(float, self.of(batch))
+
+    def _of_inner(self, parts: Sequence[Inner], beside: float | None) -> float:
+        """Return the weight of means over batches, or 1 of sums.
+
+        Args:
+            parts: Means or sums over batches, which are added up.
+            beside: Weight of another loss of the same batch that is added to them.
+        """
+        for part in parts:
+            if part.average.weight is None and part.average.reduction is not None:
+                self._take(part.average.reduction)
+        if self.is_sum or not self.several:
+            return 1.0
+        weights = [part.weight for part in parts if part.weight is not None]
+        others = weights if beside is None else [*weights, beside]
+        if len(weights) < len(parts) or not all(
+            math.isclose(weight, weights[0], rel_tol=1e-9) for weight in others
+        ):
+            raise ValueError(
+                "`over_batches` within `over_batches` has no single weight, as the inner one is on "
+                "a mesh or is added to a loss of another weight: pass the outer one `weight=`, "
+                "such as `weight=hessfunc.examples`"
+            )
+        return weights[0]
 
     def divisor(self, total: float) -> float:
         """Return the number by which the weighted sum is divided, given the sum of weights."""
+        if self.weight is None and self.reduction is None and self._undecided > 1:
+            self._undecided = 0
+            _warn("no batch has two examples, by which a mean and a sum could be told apart")
         return 1.0 if self.is_sum else total
 
     def look(self, loss: LossFunction, params: Tree, batch: Any) -> None:
         """Find the reduction of a loss that is evaluated on a batch, unless it is known."""
         self.decide([Noted(loss, params, batch)])
 
-    def decide(self, seen: list[Noted], *, batch: Any = None) -> None:
-        """Find the reduction of the losses of one curvature, unless it is known.
+    def decide(
+        self, seen: Sequence[Noted | Inner], *, batch: Any = None, counted: bool = False
+    ) -> None:
+        """Find the reduction of the losses of one curvature, and the weight of their batch.
 
         Args:
             seen: Losses and what they were evaluated on.
-            batch: Batch that tells more than that on which they were evaluated.
+            batch: Batch that tells more of the reduction than that on which they were evaluated.
+            counted: Whether batches have been weighted by their examples already.
 
         Raises:
-            ValueError: The losses have different reductions.
+            ValueError: The losses have different reductions, or no single weight.
         """
         if self.weight is not None:
             return
-        for one in seen:
-            if batch is not None:
-                one = replace(one, batch=batch)
-            found = declared_reduction(one.loss.criterion) if isinstance(one.loss, Loss) else None
+        self._inner = [one for one in seen if isinstance(one, Inner)]
+        losses = [one for one in seen if isinstance(one, Noted)]
+        for one in losses:
+            told = one if batch is None else replace(one, batch=batch)
+            found = _reduction_of(one.loss)
             if found is None and self.several and not self._is_tested:
-                found = self._tested(one)
+                found = self._tested(told)
+                self._undecided += found is None and not self._is_tested
             if found is not None:
-                if self.reduction not in (None, found):
-                    raise ValueError(
-                        "a mean over examples and a sum over examples are added up: give both "
-                        "losses one `reduction`, or pass `weight=hessfunc.examples`"
-                    )
-                self.reduction = found
-                if found == "mean" and self.several and not self._is_told:
-                    self._compare(one)
+                self._take(found)
+        self._terms = None
+        if losses and self.several and not self.is_sum:
+            self._weigh(losses, counted=counted)
+        self._beside = None
+        if self._inner and losses and self.several and not self.is_sum:
+            count = examples(losses[0].batch) if self._terms is None else self._terms
+            self._beside = float(count)
 
-    def _compare(self, one: Noted) -> None:
-        """Warn where a mean over targets is weighted by examples that have more or fewer."""
-        terms = _terms(one.loss, one.batch) if isinstance(one.loss, Loss) else None
+    def _take(self, reduction: Reduction) -> None:
+        if self.reduction not in (None, reduction):
+            raise ValueError(
+                "a mean over examples and a sum over examples are added up: give both "
+                "losses one `reduction`, or pass `weight=hessfunc.examples`"
+            )
+        self.reduction = reduction
+
+    def _weigh(self, losses: Sequence[Noted], *, counted: bool) -> None:
+        """Take what the losses divide by as the weight, where it is one number.
+
+        Raises:
+            ValueError: It is not, and differs from the number of examples from batch to batch.
+        """
+        terms = [one.terms for one in losses]
+        alike = len(set(terms)) == 1 and len({id(one.batch) for one in losses}) == 1
+        if alike and not counted and self._shares is None:
+            self._terms = terms[0]
+            self._is_by_terms |= terms[0] is not None
+            return
+        if self._is_by_terms:
+            raise ValueError(f"losses that are added up are means over different targets: {_PASS}")
         try:
-            count = examples(one.batch)
+            counts = [examples(one.batch) for one in losses]
         except ValueError:
             return
-        if terms is None or not count:
-            return
-        share = terms / count
-        if self._share is None:
-            self._share = share
-        elif not math.isclose(share, self._share, rel_tol=1e-5):
-            self._is_told = True
-            warnings.warn(
-                f"the loss is a mean over targets, of which a batch has {share:.4g} an example "
-                f"and another {self._share:.4g} (ignored targets, weights of classes, lengths); "
-                "batches are weighted by their examples. Pass `weight=`, what the loss is a mean "
-                "over, such as `lambda batch: (batch[1] != -100).sum()`, or `hessfunc.examples`",
-                ReductionWarning,
-                stacklevel=2,
-            )
+        shares = [
+            term / count
+            for term, count in zip(terms, counts, strict=True)
+            if term is not None and count
+        ]
+        if self._shares is None:
+            self._shares = shares
+        for share, other in zip(shares, self._shares, strict=False):
+            if not math.isclose(share, other, rel_tol=1e-5):
+                raise ValueError(
+                    f"the loss is a mean over targets, and a batch has {share:.4g} an example, but "
+                    f"another {other:.4g} (ignored targets, weights of classes, lengths), so the "
+                    f"number of examples is not its weight: {_PASS}"
+                )
 
     def _tested(self, one: Noted) -> Reduction | None:
         """Compare the loss of a batch with those of its halves."""
@@ -282,9 +440,9 @@ def _is_close(value: Tensor, other: Tensor) -> bool:
 
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"{reason}, so it is not known to be a mean or a sum over examples; batches are weighted "
-        "by their examples. Pass `weight=`, what the loss is a mean over: `hessfunc.examples`, "
-        "or such as `lambda batch: (batch[1] != -100).sum()`",
+        f"{reason}, so the loss is not known to be a mean or a sum over examples; batches are "
+        "weighted by their examples. Pass `weight=`, what the loss is a mean over: "
+        "`hessfunc.examples`, or such as `lambda batch: (batch[1] != -100).sum()`",
         ReductionWarning,
         stacklevel=2,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data.dataloader import _InfiniteConstantSampler
 
 from hessfunc.ranks import ALIKE
 
@@ -84,8 +85,10 @@ def refuse_sampler(batches: Iterable[Any], parts: int, /) -> dict[str, float]:
         What must be the same on all ranks for its parts to be apart.
 
     Raises:
-        ValueError: it pads, or divides the data in another number of parts.
+        ValueError: it pads, or divides the data in another number of parts; or its data set has
+            no length, so that padding would not be seen.
     """
+    examples_of(batches)
     sampler = next((x for x in _samplers(batches) if isinstance(x, DistributedSampler)), None)
     if sampler is None:
         return {"the sampler's seed and epoch": -1}
@@ -104,14 +107,22 @@ def refuse_sampler(batches: Iterable[Any], parts: int, /) -> dict[str, float]:
 
 
 def examples_of(batches: Iterable[Any], /) -> int | None:
-    """The length of the data set, where a sampler of its own gives each rank a part of it."""
-    plain = (SequentialSampler, RandomSampler, BatchSampler)
-    if all(type(sampler) in plain for sampler in _samplers(batches)):
+    """Return the length of the data set, where a sampler gives each rank a part of it.
+
+    Raises:
+        ValueError: There is such a sampler, and its data set has no length.
+    """
+    plain = (SequentialSampler, RandomSampler, BatchSampler, _InfiniteConstantSampler)
+    custom = next((x for x in _samplers(batches) if type(x) not in plain), None)
+    if custom is None:
         return None
-    try:
-        return len(_innermost(batches).dataset)
-    except (AttributeError, TypeError):
-        return None
+    dataset = getattr(_innermost(batches), "dataset", None)
+    if not isinstance(dataset, Sized):
+        raise ValueError(
+            f"the sampler {type(custom).__name__} may pad the parts of the ranks, and the data set "
+            "has no length that would show it: give the data set a `__len__`. " + _REMEDY
+        )
+    return len(dataset)
 
 
 def _samplers(batches: Any) -> Iterator[Any]:

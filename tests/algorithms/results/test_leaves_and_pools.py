@@ -108,3 +108,40 @@ def test_weights_that_are_not_finite_are_refused(weights: list[float]) -> None:
     runs = [hf.hutchinson(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=s) for s in range(2)]
     with pytest.raises(ValueError, match="weights"):
         hf.pool(runs, weights)
+
+
+def test_estimates_of_one_quantity_that_contradict_each_other_are_refused() -> None:
+    runs = [
+        hf.hutchinson(hf.dense(s * MATRIX), LIKE, max_matvecs=50, seed=seed)
+        for seed, s in enumerate([1.0, 1.0, 3.0])
+    ]
+    assert hf.pool(runs[:2]).matvecs == 100
+    with pytest.raises(ValueError, match=r"estimates\[[01]\] and estimates\[2\] contradict"):
+        hf.pool(runs)
+    # Those of different batches have weights.
+    assert hf.pool(runs, [1, 1, 1]).value == pytest.approx(sum(r.value for r in runs) / 3)
+
+
+SPECTRA = {
+    "rank one": torch.cat([torch.ones(1), torch.zeros(99)]),
+    "ten ones": torch.cat([torch.ones(10), 1e-3 * torch.ones(90)]),
+    "1/i": 1 / torch.arange(1.0, 101.0),
+    "flat": torch.linspace(1, 3, 100),
+    "zero": torch.zeros(100),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("budget", [6, 12, 21, 60])
+@pytest.mark.parametrize("estimator", [hf.hutchinson, hf.hutchpp, hf.xtrace])
+def test_estimates_of_one_matrix_are_pooled(estimator: Any, budget: int, name: str) -> None:
+    """Every pair of 100 seeds is compared."""
+    matrix = symmetric(SPECTRA[name])
+    like = torch.zeros(100).double()
+    runs = [estimator(hf.dense(matrix), like, max_matvecs=budget, seed=seed) for seed in range(100)]
+    runs += [estimator(hf.dense(matrix), like, max_matvecs=200, seed=seed) for seed in (100, 101)]
+    pooled = hf.pool(runs)
+    assert pooled.value == pytest.approx(float(matrix.trace()), abs=6 * pooled.stderr + 1e-9)
+    norms = [run.squared_frobenius for run in runs]
+    assert hf.pool([norm for norm in norms if norm is not None]).n == 100

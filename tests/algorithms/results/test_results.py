@@ -45,6 +45,37 @@ def test_saved_and_loaded_is_the_same(result: hf.results.Estimate, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["result.npz"]
 
 
+@pytest.mark.parametrize(
+    ("like", "keys"),
+    [
+        ({1: torch.zeros(2), "1": torch.zeros(3)}, {1: (2,), "1": (3,)}),
+        ({"a": {0: torch.zeros(2), "0": torch.zeros(3)}}, {"a": {0: (2,), "0": (3,)}}),
+        ([torch.zeros(2), torch.zeros(3)], {"0": (2,), "1": (3,)}),
+        ({7: [torch.zeros(2)], "b": torch.zeros(1)}, {7: {"0": (2,)}, "b": (1,)}),
+    ],
+    ids=["number and text", "nested", "list", "list in a dict"],
+)
+def test_keys_of_trees_stay_apart(like: Any, keys: Any, tmp_path: Path) -> None:
+    found = hf.cg(lambda v: v, torch.utils._pytree.tree_map(torch.ones_like, like))
+    found.save(tmp_path / "result.npz")
+    loaded = hf.load(tmp_path / "result.npz")
+
+    def shapes(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: shapes(one) for key, one in tree.items()}
+        assert (tree == 1).all()
+        return tuple(tree.shape)
+
+    assert shapes(loaded.x) == keys
+
+
+def test_keys_that_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    found = hf.cg(lambda v: v, {1.5: torch.ones(2), "1.5": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"x\[.*1\.5.*\] and x\[.*1\.5.*\] would have one name"):
+        found.save(tmp_path / "result.npz")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_without_a_result_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", x=np.zeros(2))
     with pytest.raises(ValueError, match="holds no result"):

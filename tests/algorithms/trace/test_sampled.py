@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -399,6 +400,48 @@ def test_a_full_pass_knows_the_batches_without_error() -> None:
     assert high - low < 1e-10
     assert (found.population, found.correction, found.variance_probes < 1e-20) == (20, 0.0, True)
     assert "All 20 batches were drawn" in found.advice
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_samples_that_agree_before_all_batches_are_drawn_give_no_interval(
+    dtype: torch.dtype, replace: bool
+) -> None:
+    """The matrices without the heavy one are equal, and diagonal."""
+    matrices, like = heavy(500, 0.9), LIKE.to(dtype)
+    for seed in range(5):
+        some = draws(
+            lambda params, b: lambda v: (v.double() @ matrices[b]).to(dtype),
+            weight=lambda _: 1.0,
+            replace=replace,
+            seed=seed,
+        )(like, range(500))
+        for options in ({}, {"rtol": 0.1}):
+            found = sampled_trace(some, like, probes=2, max_matvecs=100, seed=seed, **options)
+            if found.value > 0.5:
+                continue
+            assert found.interval() == (-math.inf, math.inf)
+            assert "not certified, and the interval is not known" in found.reason
+            assert {part.stderr for part in found.by_leaf.values()} == {math.inf}
+            assert "were not drawn can differ: draw all" in found.advice
+            assert ("of 500" in repr(found)) == (not replace)
+            # The second of these has no interval either, nor has the mean.
+            other = sampled_trace(some, like, probes=2, max_matvecs=100, seed=seed + 9)
+            assert math.isinf(hf.pool([replaced(found, None), replaced(other, None)]).stderr)
+
+
+def replaced(found: SampledEstimate, draws_seed: int | None) -> SampledEstimate:
+    return dataclasses.replace(found, draws_seed=draws_seed)
+
+
+def test_few_random_signs_that_agree_by_chance_give_no_interval() -> None:
+    swap, like = torch.tensor([[0.0, 1], [1, 0]]).double(), torch.zeros(2).double()
+    covered = 0
+    for seed in range(100):
+        some = drawn_from(swap[None], replace=False, seed=seed)
+        low, high = sampled_trace(some, like, probes=2, max_matvecs=4, seed=seed).interval()
+        covered += low <= 0 <= high
+    assert covered >= 93
 
 
 def test_no_advice_promises_that_draws_that_were_not_made_change_nothing() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hessfunc as hf
+from hessfunc.app.cli.options import held
 from tests.datapath import DATA, data_file
 
 pytest.importorskip("typer")
@@ -211,6 +212,30 @@ def test_results_of_something_else_stay(here: Path) -> None:
     assert refused.exit_code == 2
     assert "results.json that no analysis has written" in refused.stderr
     assert (here / "results.json").read_text() == "{}"
+
+
+def test_a_folder_in_which_another_analysis_runs_is_refused(here: Path) -> None:
+    (here / "found").mkdir()
+    with held(here / "found"):
+        refused = analyze("mine:quadratic", "--k", "1", "--out", "found")
+        assert refused.exit_code == 2
+        assert refused.stderr.count("\n") == 1
+        assert "--out found: process" in refused.stderr
+        assert "is running in this directory: wait until it has ended" in refused.stderr
+        assert [file.name for file in (here / "found").iterdir()] == ["hessfunc.lock"]
+    assert analyze("mine:quadratic", "--k", "1", "--out", "found").exit_code == 0
+    assert not (here / "found/hessfunc.lock").exists()
+
+
+def test_the_lock_of_an_analysis_that_was_killed_is_taken_over(here: Path) -> None:
+    code = (
+        "import os, pathlib; from hessfunc.app.cli.options import held; pathlib.Path('found').mkdir()\n"
+        "with held(pathlib.Path('found')): os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert (here / "found/hessfunc.lock").exists()
+    assert analyze("mine:quadratic", "--k", "1", "--out", "found").exit_code == 0
+    assert not (here / "found/hessfunc.lock").exists()
 
 
 def test_traceback_shows_where(here: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hessfunc as hf
+from hessfunc.app.cli.options import held
 from tests.datapath import DATA, data_file
 
 pytest.importorskip("typer")
@@ -484,3 +485,13 @@ def test_files_of_other_programs_are_not_overwritten(name: str) -> None:
     done = train("--out", "mine", "--epochs", "1", "--examples", "20", "--batch-size", "10")
     assert done.exit_code == 2
     assert Path("mine", name).read_text() == "precious"
+
+
+def test_a_folder_in_which_another_command_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "examples", lambda *_, **__: ([0], [0]))
+    Path("mine").mkdir()
+    with held(Path("mine")):
+        for done in (train("--out", "mine"), experiment("exp01", "--out", "mine")):
+            assert done.exit_code == 2
+            assert "--out mine: process" in done.stderr
+        assert [file.name for file in Path("mine").iterdir()] == ["hessfunc.lock"]

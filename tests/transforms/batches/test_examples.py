@@ -201,6 +201,26 @@ def test_a_count_that_is_a_guess_is_refused(batch: Any, message: str) -> None:
         hf.microbatches(batch, 2)
 
 
+class TimeFirst(nn.Module):
+    """A model of sequences whose first axis is time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh().mean(0)
+
+
+def test_a_cross_entropy_counts_its_targets_where_first_axes_differ() -> None:
+    model_fn, params = hf.functional(TimeFirst().double())
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    batches = [(torch.randn(t, n, 3).double(), torch.arange(n) % 3) for t, n in ((5, 2), (3, 4))]
+    found = matrix(hf.over_batches(hf.hvp(loss))(params, batches), params)
+    right = sum(len(b[1]) * hessian(loss, params, b) for b in batches) / 6
+    assert relative_error(found, right) < 1e-9
+
+
 @pytest.mark.parametrize(
     "of",
     [
@@ -219,16 +239,9 @@ def test_a_count_that_is_a_guess_is_refused(batch: Any, message: str) -> None:
     ids=["anew", "kept", "draws", "block_spectra", "ggn_diagonal", "landscape", "tracking"],
 )
 def test_every_mean_refuses_a_guess(of: Any) -> None:
-    class TimeFirst(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x).tanh().mean(0)
-
     model_fn, params = hf.functional(TimeFirst().double())
-    loss = hf.supervised(model_fn, F.cross_entropy)
+    # Of torch's own function the number of targets is known.
+    loss = hf.supervised(model_fn, lambda outputs, targets: F.cross_entropy(outputs, targets))
     batches = [(torch.randn(t, n, 3).double(), torch.arange(n) % 3) for t, n in ((5, 2), (3, 4))]
     with pytest.raises(ValueError, match=r"first axes.*batch\[1\]"):
         of(loss, params, batches)

@@ -189,6 +189,18 @@ def test_a_loss_that_is_neither_gives_a_warning() -> None:
         hf.over_batches(hf.hvp(loss))(params, BATCHES[1:2])(hf.random_like(params, 1, seed=0))
 
 
+def test_a_loss_of_single_examples_that_is_not_known_gives_a_warning() -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, per_row("sum"))
+    single = [(X[i : i + 1], Y[i : i + 1]) for i in range(3)]
+    matvec = hf.over_batches(hf.hvp(loss))(params, single)
+    with pytest.warns(ReductionWarning, match="no batch has two examples.*Pass `weight=`"):
+        matvec(hf.random_like(params, 1, seed=0))
+    known = hf.over_batches(hf.hvp(hf.supervised(model_fn, F.cross_entropy)))(params, single)
+    known(hf.random_like(params, 1, seed=0))
+    hf.over_batches(hf.hvp(loss))(params, [*single, (X, Y)])(hf.random_like(params, 1, seed=0))
+
+
 def test_a_loss_that_fails_on_half_a_batch_gives_a_warning() -> None:
     _, model_fn, params = net()
 
@@ -283,30 +295,215 @@ TERMS: dict[str, tuple[Any, Tensor, Any]] = {
 }
 
 
+OVER_DATA: dict[str, tuple[Any, Any]] = {
+    "hvp": (hf.hvp, hessian),
+    "ggnvp": (hf.ggnvp, gauss_newton),
+    "fvp": (hf.fvp, gauss_newton),
+    "pchvp, verified": (functools.partial(hf.pchvp, residual="none"), None),
+}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("name", "curvature"),
+    # Class weights have no likelihood.
+    [(n, c) for n in TERMS for c in OVER_DATA if c != "fvp" or n == "ignored targets"],
+)
+def test_a_mean_over_targets_is_weighted_by_what_it_divides_by(
+    name: str, curvature: str, keep: bool
+) -> None:
+    criterion, targets, weight = TERMS[name]
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, criterion)
+    # All targets of the first batch are ignored in the first case: its loss is 0 / 0.
+    batches = [(X[:1], targets[:1]), (X[1:3], targets[1:3]), (X[3:], targets[3:])]
+    of, right = OVER_DATA[curvature]
+    found = matrix(hf.over_batches(of(loss), keep=keep)(params, batches), params)
+    told = matrix(hf.over_batches(of(loss), weight=weight)(params, batches), params)
+    assert relative_error(found, told) < 1e-12
+    whole = matrix(of(loss)(params, (X, targets)), params)
+    assert relative_error(found, whole) < 1e-9
+    if right is not None:
+        assert relative_error(found, right(loss, params, (X, targets))) < 1e-9
+
+
 @pytest.mark.parametrize("name", TERMS)
-def test_a_mean_over_other_than_examples_is_told_and_a_weight_mends_it(name: str) -> None:
+def test_recipes_weight_a_mean_over_targets_by_what_it_divides_by(name: str) -> None:
+    criterion, targets, _ = TERMS[name]
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, criterion)
+    batches = [(X[:1], targets[:1]), (X[1:3], targets[1:3]), (X[3:], targets[3:])]
+    direction = {key: torch.ones_like(leaf) for key, leaf in params.items()}
+    found = hf.landscape(loss, params, batches, direction, at=torch.tensor([0.0]).double())
+    assert found.values.item() == pytest.approx(float(loss(params, (X, targets))), rel=1e-9)
+    tracking = hf.tracking.functional_tracker(loss, rtol=1e-9)
+    _, measured = tracking.measure(tracking.init(params), params, batches)
+    assert measured.loss == pytest.approx(float(loss(params, (X, targets))), rel=1e-9)
+    G = gauss_newton(loss, params, (X, targets))
+    assert relative_error(hf.ravel(hf.ggn_diagonal(loss, params, batches)), G.diagonal()) < 1e-9
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_draws_of_a_mean_over_targets_ask_for_a_weight(name: str) -> None:
     criterion, targets, weight = TERMS[name]
     _, model_fn, params = net()
     loss = hf.supervised(model_fn, criterion)
     batches = [(X[:3], targets[:3]), (X[3:], targets[3:])]
-    with pytest.warns(ReductionWarning, match="mean over targets.*Pass `weight=`"):
-        matrix(hf.over_batches(hf.ggnvp(loss))(params, batches), params)
-    mended = matrix(hf.over_batches(hf.hvp(loss), weight=weight)(params, batches), params)
-    assert relative_error(mended, hessian(loss, params, (X, targets))) < 1e-9
+    some = hf.draws(hf.hvp(loss), seed=0)(params, batches)
+    some(0)
+    with pytest.raises(ValueError, match="mean over targets.*pass what.*`weight=lambda batch"):
+        some(1)
+    weighed = hf.draws(hf.hvp(loss), seed=0, weight=weight)(params, batches)
+    mean = (matrix(weighed(0), params) + matrix(weighed(1), params)) / 2
+    assert relative_error(mean, hessian(loss, params, (X, targets))) < 1e-9
 
 
-def test_a_mean_over_positions_of_sequences_of_other_lengths_is_told() -> None:
-    model = nn.Linear(3, 2).double()
-    model_fn, params = hf.functional(model)
-    loss = hf.composed(
-        lambda params, batch: model_fn(params, batch[0]).movedim(-1, 1),
-        F.cross_entropy,
-        targets=lambda batch: batch[1],
+def test_two_means_over_different_targets_ask_for_a_weight() -> None:
+    _, model_fn, params = net()
+    ignoring, plain = (
+        hf.hvp(hf.composed(lambda p, b: model_fn(p, b[0]), F.cross_entropy, targets=targets))
+        for targets in (lambda b: b[1], lambda b: b[2])
     )
+    both = hf.over_batches(lambda p, b: hf.matvecs.add(ignoring(p, b), plain(p, b)))
+    batches = [(X[:3], IGNORED[:3], Y[:3]), (X[3:], IGNORED[3:], Y[3:])]
+    for order in (batches, batches[::-1]):
+        with pytest.raises(ValueError, match="over (different )?targets.*`weight=hessfunc.examp"):
+            both(params, order)(hf.random_like(params, 1, seed=0))
+
+
+def test_a_batch_with_other_losses_is_not_left_out() -> None:
+    _, model_fn, params = net()
+    ignoring = hf.hvp(hf.supervised(model_fn, F.cross_entropy))
+    other = hf.hvp(hf.supervised(model_fn, lambda outputs, _: outputs.square().mean()))
+    batches = [(X[:1], IGNORED[:1]), (X[1:3], IGNORED[1:3]), (X[3:], IGNORED[3:])]
+    both = hf.over_batches(lambda p, b: hf.matvecs.add(ignoring(p, b), other(p, b)), keep=True)
+    for order in (batches, batches[::-1]):
+        with pytest.raises(ValueError, match="targets"):
+            both(params, order)
+
+    def in_pieces(params: Any, batch: Any) -> Any:
+        pieces = hf.microbatches(batch, 1)
+        return hf.matvecs.add(
+            *(hf.matvecs.scale(ignoring(params, one), 1 / len(pieces)) for one in pieces)
+        )
+
+    with pytest.raises(ValueError, match="the loss is nan"):
+        hf.over_batches(in_pieces, keep=True)(params, [(X, IGNORED), (X[1:2], IGNORED[1:2])])
+
+
+LENGTHS: dict[str, tuple[Any, Any]] = {
+    "classes": (F.cross_entropy, lambda out: out[..., 0].long().abs() % 2),
+    "probabilities": (F.cross_entropy, lambda out: out.softmax(1)),
+    "entries": (F.mse_loss, torch.cos),
+    "entries of a module": (nn.L1Loss(), torch.cos),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_a_mean_over_positions_is_weighted_by_their_number(name: str) -> None:
+    criterion, of = LENGTHS[name]
+    model_fn, params = hf.functional(nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double())
+
+    def outputs(params: Any, batch: Any) -> Tensor:
+        found = model_fn(params, batch[0])
+        return found.movedim(-1, 1) if criterion is F.cross_entropy else found
+
+    loss = hf.composed(outputs, criterion, targets=lambda batch: batch[1])
     x = X[:6].view(2, 3, 3)
-    batches = [(x, Y[:6].view(2, 3)), (x[:, :1], Y[:2].view(2, 1))]
-    with pytest.warns(ReductionWarning, match="3 .*Pass `weight=`"):
-        matrix(hf.over_batches(hf.hvp(loss))(params, batches), params)
+
+    def batch(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        targets = of(inputs) if name == "classes" else of(outputs(params, (inputs,)).detach() + 1)
+        return inputs, targets
+
+    batches = [batch(x), batch(x[:, :1])]
+    entries = [b[1].numel() for b in batches]
+    right = sum(n * hessian(loss, params, b) for n, b in zip(entries, batches, strict=True))
+    found = matrix(hf.over_batches(hf.hvp(loss))(params, batches), params)
+    assert relative_error(found, right / sum(entries)) < 1e-9
+
+
+# Batches of batches
+
+
+NESTED: dict[str, tuple[Any, Tensor]] = {
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), Y),
+    "mean": (F.cross_entropy, Y),
+    "ignored": (F.cross_entropy, IGNORED),
+    "weights": (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), Y),
+    "own sum": (per_row("sum"), Y),
+    "own mean": (per_row("mean"), Y),
+}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("kind", ["pieces", "lists"])
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_batches_are_those_of_the_whole(name: str, kind: str, keep: bool) -> None:
+    criterion, targets = NESTED[name]
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, criterion)
+    batches = [(X[:2], targets[:2]), (X[2:6], targets[2:6]), (X[6:], targets[6:])]
+    within = hf.over_batches(hf.hvp(loss), keep=keep)
+    if kind == "pieces":
+        curvature = hf.over_batches(lambda p, b: within(p, hf.microbatches(b, 2)), keep=keep)
+        matvec = curvature(params, batches)
+    else:
+        matvec = hf.over_batches(within, keep=keep)(params, [batches[:2], batches[2:]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = matrix(matvec, params)
+    assert relative_error(found, hessian(loss, params, (X, targets))) < 1e-9
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_draws_of_nested_batches_are_those_of_the_whole(replace: bool) -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, nn.CrossEntropyLoss(reduction="sum"))
+    within = hf.over_batches(hf.hvp(loss))
+
+    def pieces(params: Any, batch: Any) -> Any:
+        return within(params, hf.microbatches(batch, 2))
+
+    some = hf.draws(pieces, seed=0, replace=replace)(params, BATCHES)
+    plain = hf.draws(hf.hvp(loss), seed=0, replace=replace)(params, BATCHES)
+    for i in range(3):
+        assert relative_error(matrix(some(i), params), matrix(plain(i), params)) < 1e-9
+    mean = hf.supervised(model_fn, F.cross_entropy)
+    lists = hf.draws(hf.over_batches(hf.hvp(mean)), seed=0)(
+        params, [BATCHES[1:2] * 2, BATCHES[1:2]]
+    )
+    some = lists(0), lists(1)
+    with pytest.raises(ValueError, match=r"drawn with the weight 4, but .* have 8: pass `weight="):
+        [matvec(hf.random_like(params, 1, seed=0)) for matvec in some]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_nested_mean_beside_another_loss_needs_one_weight(keep: bool) -> None:
+    _, model_fn, params = net()
+    plain, weighted = (
+        hf.supervised(model_fn, nn.CrossEntropyLoss(weight=weight))
+        for weight in (None, CLASS_WEIGHTS)
+    )
+
+    def both(loss: Any) -> Any:
+        within = hf.over_batches(hf.hvp(loss))
+        return hf.over_batches(
+            lambda p, b: hf.matvecs.add(within(p, hf.microbatches(b, 2)), hf.hvp(plain)(p, b)),
+            keep=keep,
+        )(params, BATCHES)
+
+    right = 2 * hessian(plain, params, (X, Y))
+    assert relative_error(matrix(both(plain), params), right) < 1e-9
+    with pytest.raises(ValueError, match="no single weight.*pass the outer one `weight=`"):
+        both(weighted)(hf.random_like(params, 1, seed=0))
+
+
+def test_an_inner_weight_of_the_user_adds_up() -> None:
+    _, model_fn, params = net()
+    loss = hf.supervised(model_fn, per_row("mean"))
+    within = hf.over_batches(hf.hvp(loss), weight=lambda batch: 2.0 * len(batch[1]))
+    found = matrix(hf.over_batches(within)(params, [BATCHES[:2], BATCHES[2:]]), params)
+    assert relative_error(found, hessian(loss, params, (X, Y))) < 1e-9
 
 
 def test_a_mean_over_examples_gives_no_warning() -> None:
