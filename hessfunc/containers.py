@@ -299,8 +299,8 @@ class _Opened:
         for hiding in self._hiding():
             names = (p for p, x in zip(self.paths(what), self.leaves, strict=True) if x is hiding)
             raise TypeError(
-                f"{next(names)} is a {type(hiding).__name__} that hides its tensors: "
-                "put them in a tuple, a dict or a dataclass"
+                f"{next(names)} is a {type(hiding).__name__} that holds tensors, but "
+                "cannot be opened: put them in a tuple, a dict or a dataclass"
             )
 
     def _hiding(self) -> Iterator[Any]:

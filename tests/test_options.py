@@ -98,7 +98,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "an option": (lambda: hf.lanczos(MATVEC, LIKE, tol=1), "unexpected keyword argument 'tol'"),
     "NaN in a matrix": (lambda: hf.dense(MATRIX * float("nan")), "NaN or infinite"),
     "a sparse matrix": (lambda: hf.dense(MATRIX.to_sparse()), "to_dense"),
-    "another size": (lambda: hf.slq(MATVEC, torch.zeros(5)), "of 30 entries, and got one of 5"),
+    "another size": (lambda: hf.slq(MATVEC, torch.zeros(5)), "of 30 entries, but got one of 5"),
     "a NumPy function": (
         lambda: hf.compat.from_scipy(lambda v: v),
         r"LinearOperator\(\(n, n\), f\)",

@@ -291,7 +291,7 @@ def asks_for(what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("count", "the ranks ask for different products: of the vectors, rank 0 has 2, rank 1"),
+        ("count", "with different numbers of vectors: rank 0 has 2, rank 1"),
         ("seed", "the ranks do not have the same block. Call the same algorithm"),
         ("parameters", "parameter '0.weight' is not the same on all ranks"),
     ],
@@ -427,7 +427,7 @@ def with_sampler(kind: str) -> None:
     [
         ("in a batch sampler", "pads 23 examples to 24"),
         ("wrapped", "pads 23 examples to 24"),
-        ("of four", "divides the data in 4 parts, and the mesh has 2"),
+        ("of four", "divides the data into 4 parts, but the mesh has 2"),
         ("epochs", "the ranks disagree on the sampler's seed and epoch"),
     ],
 )

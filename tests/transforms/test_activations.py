@@ -316,7 +316,7 @@ def test_a_call_that_zeros_did_not_see_is_refused() -> None:
     x, y = vectors()
     loss, zeros = hf.activations(Twice().double(), F.cross_entropy, "layer")
     once = {key: z for key, z in zeros(x).items() if key[1] == 0}
-    with pytest.raises(ValueError, match=r"'layer' is called for time 2.*make zeros\(inputs\)"):
+    with pytest.raises(ValueError, match=r"call 2 of module 'layer' .*pass zeros\(inputs\)"):
         loss(once, (x, y))
 
 

@@ -281,19 +281,19 @@ def squares(params: Any, batch: Any) -> Tensor:
             lambda p, _: p["w"] ** 2,
             {"w": torch.ones(3)},
             ValueError,
-            r"the loss must be a scalar tensor, and is of shape \(3,\): take its mean",
+            r"the loss must be a scalar tensor, not of shape \(3,\): return its mean",
         ),
         (
             lambda p, _: 1.0,
             {"w": torch.ones(3)},
             ValueError,
-            "the loss must be a scalar tensor, and is of float$",
+            "the loss must be a scalar tensor, not a float$",
         ),
         (
             lambda p, _: None,
             {"w": torch.ones(3)},
             ValueError,
-            "the loss must be a scalar tensor, and is of NoneType$",
+            "the loss must be a scalar tensor, not a NoneType$",
         ),
         (
             squares,
