@@ -1,15 +1,15 @@
-"""Influence functions: which training examples raise the loss on others, and which are mislabelled.
+"""Influence functions: harmful and mislabelled training examples.
 
-Without one of n training examples, z, the validation loss L moves by about
+    python examples/influence.py        # two tables, and influence.png
+
+If one of n training examples, z, is left out, the validation loss L changes by about
 
     grad l(z)' s / n,    (H + damping I) s = grad L,
 
-with H of the training loss, and the damping its L2 penalty (Koh and Liang 2017, arXiv 1703.04730).
-One system, solved by `cg`, tells the influence of all examples. Here the model is a logistic
-regression on digits, some of which have a wrong label. Training again without an example, from the
-old optimum to the new one, shows how good the prediction is.
-
-    python examples/influence.py        # two tables, and influence.png
+where H is the Hessian of the training loss, and the damping is its L2 penalty (Koh and Liang 2017,
+arXiv 1703.04730). `cg` solves one system, and its solution gives the influence of all examples.
+Here the model is a logistic regression on digits, some of which have a wrong label. To test the
+predictions, the model is trained again without an example, starting from the old optimum.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ MISLABELLED = 0.1
 
 @dataclass(frozen=True)
 class Found:
-    """What leaving an example out does to the validation loss, predicted and real; and detection.
+    """Predicted and real changes of the validation loss, and the detection of wrong labels.
 
     Attributes:
-        predicted: for each example that was left out,
-        real: the same after training without it.
-        detected: share of the mislabelled digits among the most harmful tenth of all.
+        predicted: Predicted change for each example that was left out, shape ``[m]``.
+        real: Change after training without the example, shape ``[m]``.
+        detected: Share of the mislabelled digits that are among the most harmful tenth of all.
     """
 
     predicted: Tensor
@@ -48,7 +48,7 @@ class Found:
 
 
 def mislabelled(examples: Examples) -> tuple[Examples, Tensor]:
-    """A tenth of the labels moved to another class, and a mask that says which."""
+    """Move a tenth of the labels to another class; return the examples and a mask of the moved."""
     generator = torch.Generator().manual_seed(0)
     wrong = torch.rand(len(examples), generator=generator) < MISLABELLED
     shift = torch.randint(1, 10, (len(examples),), generator=generator)
@@ -57,7 +57,7 @@ def mislabelled(examples: Examples) -> tuple[Examples, Tensor]:
 
 
 def fitted(loss: hf.Loss, params: Params, batch: tuple[Tensor, Tensor], *, of: int) -> Params:
-    """The minimum of the penalised loss, where each example has the weight 1 / ``of``."""
+    """Return the minimum of the penalised loss, in which each example has the weight 1 / ``of``."""
     params = {name: p.clone().requires_grad_() for name, p in params.items()}
     optimizer = torch.optim.LBFGS(
         params.values(), max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
@@ -75,14 +75,14 @@ def fitted(loss: hf.Loss, params: Params, batch: tuple[Tensor, Tensor], *, of: i
 
 
 def influences(loss: hf.Loss, params: Params, seen: Examples, validation: Examples) -> Tensor:
-    """The predicted change of the validation loss without each training example: ``[n]``."""
+    """Return the predicted change of the validation loss without each example, shape ``[n]``."""
     batch = seen.inputs, seen.targets
     gradient = torch.func.grad(loss)(params, (validation.inputs, validation.targets))
     solved = hf.cg(hf.hvp(loss)(params, batch), gradient, damping=PENALTY, rtol=1e-8)
     print(f"{solved.reason}, {solved.matvecs} products\n")
 
     def along(x: Tensor, y: Tensor) -> Tensor:
-        """grad l(z)' s, the derivative of one example's loss in the direction of s."""
+        """Return grad l(z)' s, the derivative of the loss of one example along s."""
         of_one = lambda p: loss(p, (x[None], y[None]))  # noqa: E731
         return torch.func.jvp(of_one, (params,), (solved.x,))[1]
 
@@ -98,10 +98,10 @@ def main(*, small: bool = False, out: Path = Path("influence.png")) -> Found:
     loss = hf.supervised(model_fn, cross_entropy)
     zero = {name: torch.zeros_like(p) for name, p in start.items()}
     params = fitted(loss, zero, (seen.inputs, seen.targets), of=len(seen))
-    found = influences(loss, params, seen, validation)
+    changes = influences(loss, params, seen, validation)
 
-    order = found.argsort()
-    print("the most harmful examples: share of the mislabelled digits that are among them")
+    order = changes.argsort()
+    print("share of the mislabelled digits among the most harmful examples")
     for share in (0.05, 0.1, 0.2, 0.3):
         caught = float(wrong[order[: round(share * len(seen))]].sum() / wrong.sum())
         print(f"{share:6.0%}{caught:8.0%}")
@@ -110,13 +110,14 @@ def main(*, small: bool = False, out: Path = Path("influence.png")) -> Found:
     few = 3 if small else 10
     chosen = torch.cat([order[:few], order[len(order) // 2 :][:few], order[-few:]])
     before, real = float(loss(params, held_out)), []
-    print(f"\nvalidation loss {before:.4f}; without one example\n{'predicted':>12}{'real':>12}")
+    print(f"\nvalidation loss {before:.4f}; changes without one example")
+    print(f"{'predicted':>12}{'real':>12}")
     for i in chosen:
         rest = torch.arange(len(seen)) != i
         moved = fitted(loss, params, (seen.inputs[rest], seen.targets[rest]), of=len(seen))
         real.append(float(loss(moved, held_out)) - before)
-        print(f"{found[i]:12.3e}{real[-1]:12.3e}")
-    result = Found(found[chosen], torch.tensor(real).double(), detected)
+        print(f"{changes[i]:12.3e}{real[-1]:12.3e}")
+    result = Found(changes[chosen], torch.tensor(real).double(), detected)
     correlation = torch.corrcoef(torch.stack([result.predicted, result.real]))[0, 1]
     print(f"correlation {correlation:.4f}")
     draw(result, out)
@@ -136,6 +137,10 @@ def draw(found: Found, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a few seconds")
-    parser.add_argument("--out", type=Path, default=Path("influence.png"))
+    parser.add_argument(
+        "--small", action="store_true", help="Use a small problem that takes a few seconds."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("influence.png"), help="File of the figure."
+    )
     main(**vars(parser.parse_args()))

@@ -1,14 +1,14 @@
-"""The Hessian spectrum of every layer of a small language model.
-
-The blocks of a transformer's Hessian differ widely from layer to layer and from kind to kind, so
-that one learning rate does not suit them all, and Adam's many do (Zhang et al. 2024, Why
-transformers need Adam, arXiv 2402.16788). `block_spectra` goes through them one after another, each
-with all other parameters held fixed.
-
-The model is stories260K, a trained Llama with five layers, if HESSFUNC_DATA is a folder that has
-it; else one of the same architecture with random weights, on random tokens.
+"""Hessian spectra of the layers of a small language model.
 
     python examples/llm_layers.py       # a table, and llm_layers.png
+
+The blocks of a transformer's Hessian differ widely between layers and between kinds of layers. One
+learning rate therefore does not suit all of them, but Adam's individual rates do (Zhang et al.
+2024, Why transformers need Adam, arXiv 2402.16788). `block_spectra` computes the spectrum of one
+block after another, with all other parameters held fixed.
+
+The model is stories260K, a trained Llama with five layers, if the folder HESSFUNC_DATA contains it.
+Otherwise it has the same architecture with random weights, and reads random tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def model_and_batch() -> tuple[nn.Module, Batch]:
         print("stories260K, trained")
         stories = stories_batches(folder / "tinystories_sample_ids.npz")
         return stories260k(folder / "stories260K_torch.npz"), stories[0]
-    print("random weights and tokens: HESSFUNC_DATA has no folder stories260K")
+    print("random weights and tokens, because HESSFUNC_DATA has no folder stories260K")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5}
@@ -58,7 +58,7 @@ def next_token_loss(model_fn: Any) -> hf.Loss:
 
 
 def blocks_of(layers: int) -> dict[str, str]:
-    """The name of each block, and which parameters it has."""
+    """Return the pattern of the parameters of each block, by the name of the block."""
     blocks = {"embedding": "model.embed_tokens.*"}
     for i in range(layers):
         blocks[f"attention {i}"] = f"model.layers.{i}.self_attn.*"
@@ -67,7 +67,7 @@ def blocks_of(layers: int) -> dict[str, str]:
 
 
 def mean(density: Density) -> float:
-    """The mean eigenvalue, tr H / n."""
+    """Return the mean eigenvalue, tr H / n."""
     return float((density.nodes * density.weights).sum() / len(density.nodes))
 
 
@@ -76,7 +76,7 @@ def main(*, small: bool = False, out: Path = Path("llm_layers.png")) -> dict[str
     length, steps = (24, 6) if small else (200, 30)
     batch = {name: row[:, :length] for name, row in batch.items()}
     rows = batch["input_ids"].shape[0]
-    print(f"{rows} sequence{'s' * (rows > 1)} of {length} tokens, {steps} products a block")
+    print(f"{rows} sequence{'s' * (rows > 1)} of {length} tokens, {steps} products per block")
     model_fn, params = hf.functional(model)
     print(f"{'block':14}{'n':>9}{'largest':>11}{'smallest':>11}{'mean':>11}")
 
@@ -84,7 +84,7 @@ def main(*, small: bool = False, out: Path = Path("llm_layers.png")) -> dict[str
         low, high = float(density.nodes.min()), float(density.nodes.max())
         print(f"{name:14}{density.n:9,}{high:11.4f}{low:11.4f}{mean(density):11.2e}")
 
-    found: dict[str, Density] = hf.block_spectra(
+    spectra: dict[str, Density] = hf.block_spectra(
         next_token_loss(model_fn),
         params,
         [batch],
@@ -93,12 +93,16 @@ def main(*, small: bool = False, out: Path = Path("llm_layers.png")) -> dict[str
         algorithm=partial(hf.slq, probes=1, steps=steps, seed=0),
         callback=show,
     )
-    plot.blocks(found)[0].figure.savefig(out, dpi=150)
-    return found
+    plot.blocks(spectra)[0].figure.savefig(out, dpi=150)
+    return spectra
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a few seconds")
-    parser.add_argument("--out", type=Path, default=Path("llm_layers.png"))
+    parser.add_argument(
+        "--small", action="store_true", help="Use a small problem that takes a few seconds."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("llm_layers.png"), help="File of the figure."
+    )
     main(**vars(parser.parse_args()))

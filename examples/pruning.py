@@ -1,11 +1,11 @@
-"""Pruning by the diagonal of the Hessian (optimal brain damage) against pruning by magnitude.
-
-At a minimum, setting a weight w_i to zero raises the loss by h_ii w_i^2 / 2, if the others stay and
-the Hessian is diagonal: its saliency. LeCun, Denker and Solla 1990, Optimal brain damage, take the
-diagonal of the Gauss-Newton matrix, which is positive, and which `ggn_diagonal` has exactly.
-Weights of least saliency go first, of all layers together, in one shot: nothing is trained again.
+"""Pruning by the diagonal of the Hessian (optimal brain damage) and by magnitude.
 
     python examples/pruning.py          # a table, and pruning.png
+
+At a minimum, setting one weight w_i to zero raises the loss by its saliency, h_ii w_i^2 / 2, if the
+Hessian is diagonal. LeCun, Denker and Solla 1990, Optimal brain damage, use the diagonal of the
+Gauss-Newton matrix, which is positive; `ggn_diagonal` computes it exactly. The weights with the
+smallest saliencies over all layers are set to zero at once, without further training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Row:
-    """A net at one sparsity, by each method: training losses, and test accuracies."""
+    """Training losses and test accuracies at one sparsity, by method."""
 
     sparsity: float
     loss: dict[str, float]
@@ -39,7 +39,7 @@ class Row:
 
 
 def saliencies(model: nn.Module, seen: Examples) -> dict[str, Params]:
-    """Of each weight, by each method; biases stay."""
+    """Return the saliency of each weight, by method; biases are not pruned."""
     model_fn, params = hf.functional(model)
     weights, biases = hf.split(params, "*.weight")
     loss = hf.hold(hf.supervised(model_fn, cross_entropy), biases)
@@ -56,7 +56,7 @@ def seeded() -> torch.Generator:
 
 
 def pruned(params: Params, saliency: Params, sparsity: float) -> Params:
-    """The parameters, with this share of the weights at zero: those of least saliency."""
+    """Return the parameters, with this share of the weights, the least salient, at zero."""
     order = hf.ravel(saliency).argsort()
     keep = torch.ones(len(order))
     keep[order[: round(sparsity * len(order))]] = 0
@@ -103,6 +103,8 @@ def draw(rows: list[Row], out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a few seconds")
-    parser.add_argument("--out", type=Path, default=Path("pruning.png"))
+    parser.add_argument(
+        "--small", action="store_true", help="Use a small problem that takes a few seconds."
+    )
+    parser.add_argument("--out", type=Path, default=Path("pruning.png"), help="File of the figure.")
     main(**vars(parser.parse_args()))

@@ -1,16 +1,17 @@
-"""Bit widths of each layer from the traces of the Hessian (HAWQ).
+"""Bit widths of layers from the traces of the Hessian (HAWQ).
 
-A layer whose weights are quantised moves by dW, and near a minimum the loss rises by about
-tr(H) |dW|^2 / 2n, if dW points nowhere in particular. HAWQ-V2 (Dong et al. 2020, arXiv 1911.03852;
-HAWQ: Dong et al. 2019, arXiv 1905.03696) takes
+    python examples/quantisation.py     # a table
+
+Quantisation changes the weights of a layer by dW. Near a minimum it raises the loss by about
+tr(H) |dW|^2 / 2n, if dW has a random direction. HAWQ-V2 (Dong et al. 2020, arXiv 1911.03852;
+HAWQ: Dong et al. 2019, arXiv 1905.03696) defines
 
     sensitivity(layer, bits) = (tr H_layer / n_layer) |Q(W, bits) - W|^2
 
-and chooses the bits of all layers at once: the least total sensitivity within a budget of size.
-The traces of all layers come from one call of `xtrace`, as their parts of the whole. It pays where
-layers differ: here the wide layers at the end, as in a conv net, stand fewer bits than the first.
-
-    python examples/quantisation.py     # a table
+and chooses the bits of all layers together, with the least total sensitivity within a budget of
+size. One call of `xtrace` gives the traces of all layers as parts of the whole trace. The method
+pays if layers differ: here, as in a conv net, the wide layers at the end need fewer bits than the
+first ones.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 
 @dataclass(frozen=True)
 class Row:
-    """A net whose layers are quantised: mean bits a weight, training loss, test accuracy."""
+    """Mean bits per weight, training loss and test accuracy of a net with quantised layers."""
 
     name: str
     bits: tuple[int, ...]
@@ -47,14 +48,14 @@ class Row:
 
 
 def quantised(weight: Tensor, bits: int) -> Tensor:
-    """The nearest of 2^bits evenly spaced values between the least and the largest weight."""
+    """Round to the nearest of 2^bits evenly spaced values from the least to the largest weight."""
     low, high = weight.aminmax()
     step = (high - low) / (2**bits - 1)
     return low + step * ((weight - low) / step).round()
 
 
 def average_traces(model: nn.Module, seen: Examples) -> dict[str, float]:
-    """tr H / n of each weight."""
+    """Return tr H / n of each weight tensor."""
     model_fn, params = hf.functional(model)
     weights, biases = hf.split(params, "*.weight")
     loss = hf.hold(hf.supervised(model_fn, cross_entropy), biases)
@@ -65,7 +66,7 @@ def average_traces(model: nn.Module, seen: Examples) -> dict[str, float]:
 
 
 def sensitivities(weights: Params, traces: dict[str, float]) -> dict[str, dict[int, float]]:
-    """Of each layer, at each number of bits."""
+    """Return the sensitivity of each layer, at each number of bits."""
     return {
         name: {b: traces[name] * float((quantised(w, b) - w).square().sum()) for b in BITS}
         for name, w in weights.items()
@@ -73,7 +74,7 @@ def sensitivities(weights: Params, traces: dict[str, float]) -> dict[str, dict[i
 
 
 def best(sizes: list[int], costs: list[dict[int, float]], mean_bits: float) -> tuple[int, ...]:
-    """The bits of each layer of the least total sensitivity, within the size of ``mean_bits``."""
+    """Return the bits of each layer with the least total sensitivity, at most ``mean_bits``."""
     budget = mean_bits * sum(sizes)
     within = (
         bits
@@ -121,5 +122,7 @@ def main(*, small: bool = False) -> list[Row]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a few seconds")
+    parser.add_argument(
+        "--small", action="store_true", help="Use a small problem that takes a few seconds."
+    )
     main(**vars(parser.parse_args()))

@@ -1,11 +1,12 @@
-"""The sharpness during training, next to 2 / lr.
-
-Full-batch gradient descent makes the loss sharper, until the largest eigenvalue of the Hessian
-reaches 2 / lr, above which a quadratic diverges; there it hovers, and training goes on: the edge of
-stability (Cohen et al. 2021, arXiv 2103.00065). On small batches it stays below. `tracked` measures
-it from within an ordinary loop, each time from the last eigenvector, for a few products.
+"""Sharpness during training, compared with 2 / lr.
 
     python examples/sharpness.py        # a table, and sharpness.png
+
+Full-batch gradient descent makes the loss sharper, until the largest eigenvalue of the Hessian
+reaches 2 / lr. Above this value gradient descent diverges on a quadratic. The sharpness hovers
+there while training continues: the edge of stability (Cohen et al. 2021, arXiv 2103.00065). With
+small batches it stays below. `tracked` measures the sharpness from within an ordinary loop. Each
+measurement starts from the previous eigenvector and takes a few products.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 def trained(
     inputs: Tensor, targets: Tensor, *, batch_size: int, steps: int, every: int
 ) -> list[hf.tracking.Point]:
-    """The points of a training of a tanh perceptron, on batches drawn anew for each step."""
+    """Train a tanh perceptron, with a new random batch for each step; return its points."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -59,19 +60,20 @@ def main(
     targets = one_hot(images.targets, 10).float()
     steps = 400 if small else 3000
     sizes = {"full batch": len(images), "batches of 16": 16}
-    found = {
+    tracks = {
         name: trained(inputs, targets, batch_size=size, steps=steps, every=steps // 50)
         for name, size in sizes.items()
     }
     print(f"2 / lr = {2 / LR:.1f}\n")
-    for name, points in found.items():
+    for name, points in tracks.items():
         products = sum(point.matvecs for point in points[1:]) / (len(points) - 1)
-        print(f"{name}, {products:.1f} products a point\n{'step':>6}{'loss':>10}{'sharpness':>11}")
+        print(f"{name}, {products:.1f} products per point")
+        print(f"{'step':>6}{'loss':>10}{'sharpness':>11}")
         for point in points[:: len(points) // 10]:
             print(f"{point.step:6}{point.loss:10.4f}{point.top[0]:11.2f}")
         print()
-    draw(found, out)
-    return found
+    draw(tracks, out)
+    return tracks
 
 
 def draw(found: dict[str, list[hf.tracking.Point]], out: Path) -> None:
@@ -87,6 +89,10 @@ def draw(found: dict[str, list[hf.tracking.Point]], out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a few seconds")
-    parser.add_argument("--out", type=Path, default=Path("sharpness.png"))
+    parser.add_argument(
+        "--small", action="store_true", help="Use a small problem that takes a few seconds."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("sharpness.png"), help="File of the figure."
+    )
     main(**vars(parser.parse_args()))

@@ -32,6 +32,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 # Function (name, value) -> normalised value, which raises for a wrong value.
 Check: TypeAlias = Callable[[str, Any], Any]
+# Options of every run of an algorithm.
+RUN = ("seed", "space", "callback", "checkpoint")
 # Arguments that may differ between the ranks of a run.
 _OF_ONE_RANK = frozenset({"callback", "space", "mesh"})
 
@@ -53,13 +55,15 @@ def validated(function: Any = None, /, **own: Check) -> Any:
     """
     if function is None:
         return functools.partial(validated, **own)
-    parameters = inspect.signature(function).parameters.values()
+    parameters = list(inspect.signature(function).parameters.values())
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     ordered: list[tuple[str, Check]] = []
     rest: tuple[str, Check] | None = None
     by_name: dict[str, Check] = {}
     for parameter in parameters:
         if parameter.kind is parameter.VAR_KEYWORD:
+            if parameter.name == "run":
+                by_name |= {name: functools.partial(_optional, ARGUMENTS[name]) for name in RUN}
             continue
         check = own.get(parameter.name) or ARGUMENTS[parameter.name]
         if parameter.default is None:
@@ -71,9 +75,16 @@ def validated(function: Any = None, /, **own: Check) -> Any:
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             by_name[parameter.name] = check
 
+    has_run = "seed" in by_name and any(p.kind is p.VAR_KEYWORD for p in parameters)
+
     def checked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         values = [check(name, value) for (name, check), value in zip(ordered, args, strict=False)]
         beyond = args[len(values) :]
+        if has_run and (unknown := kwargs.keys() - by_name):
+            raise TypeError(
+                f"{function.__name__} has no option {min(unknown)!r}: choose one of "
+                f"{', '.join(sorted(by_name))}"
+            )
         # For unknown arguments, the call below raises Python's own error.
         values += beyond if rest is None else [rest[1](rest[0], value) for value in beyond]
         return values, {

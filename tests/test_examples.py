@@ -86,7 +86,7 @@ def test_spectra_of_all_layers_of_a_language_model(
         pytest.skip(f"no {DATA / 'stories260K'}")
     monkeypatch.setenv("HESSFUNC_DATA", str(DATA if trained else tmp_path))
     found = main(small=True, out=tmp_path / "layers.png")
-    assert "\n1 sequence of 24 tokens, 6 products a block\n" in capsys.readouterr().out
+    assert "\n1 sequence of 24 tokens, 6 products per block\n" in capsys.readouterr().out
     kinds = [f"{kind} {layer}" for layer in range(5) for kind in ("attention", "MLP")]
     assert list(found) == ["embedding", *kinds]
     assert sum(density.n for density in found.values()) == 32768 + 5 * (12288 + 33024)

@@ -1,12 +1,12 @@
-"""Insert measured tables and figures from `bench/results` whenever the site is built.
+"""Insert measured tables and figures from `bench/results` when the site is built.
 
-On a line of its own in a page,
+Each of these directives stands on a line of its own and is replaced:
 
-    {{ accuracy.md }}                       everything before the first section of that table
-    {{ accuracy.md: The trace to 1 % }}     that section
+    {{ accuracy.md }}                       text before the first section of the file
+    {{ accuracy.md: The trace to 1 % }}     section with this title
     {{ coverage.md by estimator }}          coverage of the intervals of each estimator
     {{ speed by machine }}                  costs of products on all machines, and ratios as ranges
-    {{ speed of each machine }}             a section for each machine: its targets and figures
+    {{ speed of each machine }}             section for each machine: its targets and figures
 
 Figures of a machine are linked as ``images/<folder of the machine>-<figure>.png``.
 """
@@ -23,15 +23,15 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 _ROOT = Path(__file__).parents[2]
-# mkdocs runs from its own folder, and does not find the benchmarks otherwise.
+# mkdocs does not put the root of the repository on the path, which `bench` needs.
 sys.path.append(str(_ROOT))
 
 from bench.speed.machines import compared, machines  # noqa: E402
 
 _RESULTS = _ROOT / "bench" / "results"
 _FIGURES = {
-    "costs": "Costs of products beside other libraries",
-    "pareto": "Time beside the peak of memory",
+    "costs": "Costs of products compared with other libraries",
+    "pareto": "Time and peak memory",
     "scaling": "Growth of costs with sizes",
 }
 _DIRECTIVE = re.compile(
@@ -50,12 +50,12 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Put tables in place of the lines that name them."""
+    """Replace directives by tables."""
     return _DIRECTIVE.sub(_inserted, markdown)
 
 
-def _inserted(found: re.Match[str]) -> str:
-    name, section, by_estimator, speed = found.groups()
+def _inserted(directive: re.Match[str]) -> str:
+    name, section, by_estimator, speed = directive.groups()
     if speed == "by machine":
         return compared(machines(_RESULTS / "speed"))
     if speed:
@@ -67,14 +67,16 @@ def _inserted(found: re.Match[str]) -> str:
     if section is None:
         return head
     if section not in sections:
-        raise PluginError(f"bench/results/{name} has no section {section!r}")
+        raise PluginError(
+            f"bench/results/{name} has no section {section!r}: choose one of {list(sections)}"
+        )
     return sections[section]
 
 
 def _parts(text: str) -> tuple[str, dict[str, str]]:
-    """Return the text before the first section without its title, and the sections by title."""
+    """Return the text before the first section, without the title, and the sections by title."""
     head, *sections = re.split(r"^## ", text.partition("\n")[2], flags=re.MULTILINE)
-    return head, {title: body for title, _, body in (one.partition("\n") for one in sections)}
+    return head, {title: body for title, _, body in (part.partition("\n") for part in sections)}
 
 
 def _folders() -> list[Path]:
@@ -95,7 +97,7 @@ def _of_machine(folder: Path) -> str:
 
 
 def _by_estimator(text: str) -> str:
-    """Return the table of coverage with all spectra and stops of an estimator in one row."""
+    """Return the table of coverage, with one row per estimator over all spectra and stops."""
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()]
     levels = [name for name in rows[0] if name.startswith("at ")]
     covered: dict[str, list[list[float]]] = {}
@@ -116,5 +118,6 @@ def _by_estimator(text: str) -> str:
 def _measured(name: str) -> Path:
     path = _RESULTS / name
     if not path.exists():
-        raise PluginError(f"bench/results/{name} is missing: run the script that writes it")
+        script = Path(name).stem
+        raise PluginError(f"bench/results/{name} is missing: run python -m bench.{script}")
     return path

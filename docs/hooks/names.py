@@ -1,4 +1,4 @@
-"""Public names in docstrings, such as `lanczos`, become links to where they are described."""
+"""Link public names in docstrings, such as `lanczos`, to their entries in the reference."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _NAME = re.compile(r"(?<!`)`(\w+)`(?!`)")
 
 
 class Names(griffe.Extension):
-    """Rewrites the docstring of each object."""
+    """Griffe extension that adds the links to the docstring of each object."""
 
     def __init__(self) -> None:
         pages = "\n".join(page.read_text() for page in _REFERENCE.glob("*.md"))
         paths = re.findall(r"^::: (hessfunc\.[\w.]+)$", pages, re.MULTILINE)
-        # The shortest path of a name wins.
+        # Later entries replace earlier ones, so the shortest path of a name is used.
         paths.sort(key=len, reverse=True)
         self._paths = {path.rpartition(".")[2]: path for path in paths}
 
@@ -26,6 +26,6 @@ class Names(griffe.Extension):
         if obj.docstring is not None:
             obj.docstring.value = _NAME.sub(self._linked, obj.docstring.value)
 
-    def _linked(self, found: re.Match[str]) -> str:
-        path = self._paths.get(found[1])
-        return found[0] if path is None else f"[{found[0]}][{path}]"
+    def _linked(self, match: re.Match[str]) -> str:
+        path = self._paths.get(match[1])
+        return match[0] if path is None else f"[{match[0]}][{path}]"

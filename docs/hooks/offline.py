@@ -1,4 +1,4 @@
-"""Every page of the site can be read without a network."""
+"""Check that every page of the site can be read without a network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _ELSEWHERE = re.compile(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:htt
 
 
 def on_post_page(output: str, *, page: Any, **kwargs: Any) -> str:
-    """Refuse a page that loads anything from elsewhere."""
-    found = _ELSEWHERE.search(output)
-    if found:
-        raise PluginError(f"{page.file.src_uri} needs a network: {found[0]}")
+    """Raise an error if a page loads a file from another server."""
+    reference = _ELSEWHERE.search(output)
+    if reference:
+        raise PluginError(
+            f"{page.file.src_uri} needs a network for {reference[0]}: put the file in the site"
+        )
     return output

@@ -1,19 +1,21 @@
-"""Orthonormal rows that grow in a workspace of fixed size.
+"""Bases: orthonormal rows that grow in a workspace, and the only Gram-Schmidt process.
 
-A basis may be kept in a coarser dtype than the rows that are worked on. It is then converted a
-few columns at a time, so that no copy of it is ever made. It may be kept on another device, from
-which it comes a few rows at a time; each of these is used for all it is good for while it is here.
+A basis may be kept in a coarser dtype than that of the rows it works on, and on another device. It
+is converted a few columns at a time, so that no copy of it is ever made. From another device it
+comes in pieces, and each piece is used for everything it is needed for while it is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.offload import (
+    brought,
     column_pieces,
     is_far,
     is_ready,
@@ -23,7 +25,7 @@ from hessfunc.algorithms.offload import (
     workspace,
     written,
 )
-from hessfunc.spaces.space import Space
+from hessfunc.spaces.space import DIVIDED, Rows, Space
 
 # Entries that are converted or rotated at once: they stay in the cache.
 _PIECE = 2**20
@@ -33,113 +35,171 @@ _UNEVEN = 0.1
 _RUN = 2**14
 
 
-def appended(basis: Tensor, rows: Tensor, most: int, /) -> Tensor:
-    """The basis with these rows behind, in its own memory where that has room for ``most`` rows.
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal rows V that grow in a workspace.
 
-    Nothing is written but what lies behind the basis. So a state that holds it stays as it was
-    when its successor holds the longer one, as long as it has one successor.
+    The dtype and the device of the rows are those in which they are kept. Everything that goes in
+    or comes out is in the dtype of the caller, on the device of the space.
+
+    Attributes:
+        rows: Rows V, ``(m, n)``; or the rows of p bases of one length, ``(m, p, n)``.
     """
-    size, total = len(basis), len(basis) + len(rows)
-    room, shape = max(most, total), basis.shape[1:]
-    needed = room * shape.numel() * basis.itemsize
-    has_room = basis.untyped_storage().nbytes() >= needed and is_ready(basis, rows.device)
-    if not size or not has_room:
-        settled(basis, rows.device)
-        longer = workspace(basis, (room, *shape), rows.device)
-        longer[:size] = basis
-        basis = longer
-    longer = basis.as_strided((total, *shape), basis.stride())
-    written(longer[size:], rows)
-    return longer
+
+    rows: Rows = field(metadata=DIVIDED)
+
+    @classmethod
+    def empty(cls, space: Space, dtype: torch.dtype, device: torch.device, /) -> Basis:
+        """Return a basis without rows, kept in this dtype on this device."""
+        return cls(torch.empty(0, space.width, dtype=dtype, device=device))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice, /) -> Basis:
+        """Return the basis of some of the rows, a view."""
+        return Basis(self.rows[part])
+
+    def of(self, i: int, /) -> Basis:
+        """Return the i-th of several bases, a view."""
+        return Basis(self.rows[:, i])
+
+    def on(self, device: torch.device, /) -> Basis:
+        """Return the basis, kept on this device."""
+        return self if self.rows.device == device else Basis(self.rows.to(device))
+
+    def settle(self, space: Space, /) -> None:
+        """Wait until all rows are written, for the host to read them."""
+        settled(self.rows, space.device)
+
+    def brought(self, space: Space, /) -> Tensor:
+        """Return all rows on the device of the space, without a copy where they are there."""
+        return brought(self.rows, space.device)
+
+    def append(self, rows: Tensor, capacity: int, /) -> Basis:
+        """Return the basis with more rows, in its own memory where that has room for ``capacity``.
+
+        Nothing is written but what lies behind the basis. A state that holds the basis therefore
+        stays valid when its successor holds the longer one, as long as it has one successor.
+        """
+        size, total = len(self.rows), len(self.rows) + len(rows)
+        room, shape = max(capacity, total), self.rows.shape[1:]
+        basis, needed = self.rows, room * shape.numel() * self.rows.itemsize
+        has_room = basis.untyped_storage().nbytes() >= needed and is_ready(basis, rows.device)
+        if not size or not has_room:
+            settled(basis, rows.device)
+            longer = workspace(basis, (room, *shape), rows.device)
+            longer[:size] = basis
+            basis = longer
+        longer = basis.as_strided((total, *shape), basis.stride())
+        written(longer[size:], rows)
+        return Basis(longer)
+
+    def combine(self, space: Space, coefficients: Tensor, dtype: torch.dtype, /) -> Tensor:
+        """Return the combinations ``coefficients @ V``, shape ``(j, n)``."""
+        coefficients = coefficients.to(space.device, dtype)
+        if is_far(self.rows.device, space.device):
+            return self._combined_by_pieces(space, coefficients)
+        if self.rows.dtype == dtype:
+            return coefficients @ self.rows
+        total = space.zeros(len(coefficients), dtype)
+        for columns, part in _by_columns(space, total, self.rows):
+            columns.addmm_(coefficients, part)
+        return total
+
+    def _combined_by_pieces(self, space: Space, coefficients: Tensor) -> Tensor:
+        total, begin = space.zeros(len(coefficients), coefficients.dtype), 0
+        for part in pieces(row_pieces(space, self.rows), space.device):
+            total.addmm_(coefficients[:, begin : begin + len(part)], part.to(total.dtype))
+            begin += len(part)
+        return total
+
+    def rotate(self, space: Space, rotation: Tensor, dtype: torch.dtype, /) -> Basis:
+        """Return the basis of ``rotation' V``, in the place of the first rows.
+
+        Args:
+            space: Space of the vectors.
+            rotation: Orthonormal columns, ``(m, j)``.
+            dtype: Dtype in which the products are computed.
+        """
+        first = self.rows[: rotation.shape[1]]
+        rotation = rotation.mT.to(space.device, dtype)
+        if is_far(self.rows.device, space.device):
+            return self._rotated_by_pieces(space, rotation)
+        for columns in self.rows.split(_PIECE // len(self.rows) + 1, dim=1):
+            columns[: len(first)] = rotation @ columns.to(dtype)
+        # Lengths would drift away from 1 over many restarts.
+        first /= space.norms(first).to(first.dtype)[:, None]
+        return Basis(first)
+
+    def _rotated_by_pieces(self, space: Space, rotation: Tensor) -> Basis:
+        k = len(rotation)
+        targets = column_pieces(self.rows)
+        for target, columns in zip(targets, pieces(targets, space.device), strict=True):
+            # In the buffer of the piece: new memory for each would pile up before the copies.
+            columns[:k] = rotation @ columns.to(rotation.dtype)
+            written(target[:k], columns[:k])
+        targets = row_pieces(space, self.rows[:k])
+        for target, rows in zip(targets, pieces(targets, space.device), strict=True):
+            rows /= space.norms(rows).to(rows.dtype)[:, None]
+            written(target, rows)
+        return Basis(self.rows[:k])
 
 
-def removed(space: Space, rows: Tensor, *bases: Tensor) -> Tensor:
-    """Take the parts along orthonormal bases out of the rows, in place: their coefficients."""
-    if any(is_far(basis.device, rows.device) for basis in bases):
-        return _removed_by_pieces(space, rows, *bases)
-    found = [_coefficients(space, rows, basis) for basis in bases]
-    for coefficients, basis in zip(found, bases, strict=True):
-        for columns, part in _by_columns(space, rows, basis):
-            columns.addmm_(coefficients.to(rows.dtype), part, alpha=-1)
-    return torch.cat(found, dim=1)
+def project_out(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
+    """Subtract from rows W their projections on bases V, in place, and return the coefficients.
 
+        W <- W - C V,  C = W V'
 
-def _removed_by_pieces(space: Space, rows: Tensor, *bases: Tensor) -> Tensor:
-    """The same where bases come from afar, once, not twice: the modified Gram-Schmidt of blocks.
+    Args:
+        space: Space of the vectors.
+        rows: Rows W, ``(k, n)``.
+        bases: Bases that are orthogonal to each other.
 
-    What it leaves along rows that are orthonormal is no more than what the classical one leaves.
+    Returns:
+        C for all bases one after another, ``(k, m)``.
     """
-    found = []
-    for part in chain.from_iterable(_by_rows(space, basis, rows.device) for basis in bases):
+    if any(is_far(basis.rows.device, rows.device) for basis in bases):
+        return _project_out_by_pieces(space, rows, *bases)
+    coefficients = [_coefficients(space, rows, basis.rows) for basis in bases]
+    for along, basis in zip(coefficients, bases, strict=True):
+        for columns, part in _by_columns(space, rows, basis.rows):
+            columns.addmm_(along.to(rows.dtype), part, alpha=-1)
+    return torch.cat(coefficients, dim=1)
+
+
+def _project_out_by_pieces(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
+    """Project out by the modified Gram-Schmidt process of blocks, which reads each row once.
+
+    Rounding leaves no more along orthonormal rows than in the classical process.
+    """
+    coefficients = []
+    for part in chain.from_iterable(_by_rows(space, basis.rows, rows.device) for basis in bases):
         part = part.to(rows.dtype)
-        found.append(space.gram(rows, part, run=_RUN))
-        rows.addmm_(found[-1].to(rows.dtype), part, alpha=-1)
-    return torch.cat(found, dim=1)
-
-
-def combined(space: Space, coefficients: Tensor, basis: Tensor, dtype: torch.dtype, /) -> Tensor:
-    """The combinations ``coefficients @ basis``, shape ``(j, n)``."""
-    coefficients = coefficients.to(space.device, dtype)
-    if is_far(basis.device, space.device):
-        return _combined_by_pieces(space, coefficients, basis)
-    if basis.dtype == dtype:
-        return coefficients @ basis
-    rows = space.zeros(len(coefficients), dtype)
-    for columns, part in _by_columns(space, rows, basis):
-        columns.addmm_(coefficients, part)
-    return rows
-
-
-def _combined_by_pieces(space: Space, coefficients: Tensor, basis: Tensor) -> Tensor:
-    rows, begin = space.zeros(len(coefficients), coefficients.dtype), 0
-    for part in pieces(row_pieces(space, basis), space.device):
-        rows.addmm_(coefficients[:, begin : begin + len(part)], part.to(rows.dtype))
-        begin += len(part)
-    return rows
-
-
-def rotated(space: Space, rotation: Tensor, basis: Tensor, dtype: torch.dtype, /) -> Tensor:
-    """The combinations ``rotation' basis``, of length 1, in the place of the first rows."""
-    first = basis[: rotation.shape[1]]
-    rotation = rotation.mT.to(space.device, dtype)
-    if is_far(basis.device, space.device):
-        return _rotated_by_pieces(space, rotation, basis)
-    for columns in basis.split(_PIECE // len(basis) + 1, dim=1):
-        columns[: len(first)] = rotation @ columns.to(dtype)
-    # Lengths would drift away from 1 over many restarts.
-    first /= space.norms(first).to(first.dtype)[:, None]
-    return first
-
-
-def _rotated_by_pieces(space: Space, rotation: Tensor, basis: Tensor) -> Tensor:
-    k = len(rotation)
-    targets = column_pieces(basis)
-    for target, columns in zip(targets, pieces(targets, space.device), strict=True):
-        # In the buffer that is there: more memory for each piece would pile up before the copies.
-        columns[:k] = rotation @ columns.to(rotation.dtype)
-        written(target[:k], columns[:k])
-    targets = row_pieces(space, basis[:k])
-    for target, rows in zip(targets, pieces(targets, space.device), strict=True):
-        rows /= space.norms(rows).to(rows.dtype)[:, None]
-        written(target, rows)
-    return basis[:k]
+        coefficients.append(space.gram(rows, part, run=_RUN))
+        rows.addmm_(coefficients[-1].to(rows.dtype), part, alpha=-1)
+    return torch.cat(coefficients, dim=1)
 
 
 def orthonormal(
-    space: Space, rows: Tensor, *bases: Tensor, threshold: Callable[[float], float]
+    space: Space, rows: Tensor, *bases: Basis, threshold: Callable[[float], float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthonormal rows Q, orthogonal to the bases V, and F, C with ``rows = F' Q + C V``.
+    """Orthonormalise rows against each other and against bases V.
 
-    Two projections are enough: the second takes away what rounding left of the first. Where that
-    is as long as a row, or rows nearly depend on each other, a third one follows. Numbers go to
-    the host once, or twice where there is a third.
+        W = F' Q + C V,  Q Q' = I,  Q V' = 0
+
+    Two projections are enough (Kahan; Parlett 1980): the second removes what rounding left of the
+    first. Where the remainder is as long as a row, or rows nearly depend on each other, a third
+    projection follows. The directions Q are eigenvectors of the Gram matrix of the remainder, so
+    that those made of rounding errors stand out as short. Numbers go to the host once, or twice
+    where there is a third projection.
 
     Args:
-        space: of the rows.
-        rows: worked on in place.
-        bases: each of orthonormal rows, and orthogonal to one another.
-        threshold: given the length of the longest row, below which length a direction outside of
-            the bases is left out.
+        space: Space of the vectors.
+        rows: Rows W, ``(k, n)``; they are overwritten.
+        bases: Bases V, orthogonal to each other.
+        threshold: Function from the length of the longest row to the length below which a
+            direction outside of the bases is left out.
 
     Returns:
         Q, and F and C in float64 on the CPU.
@@ -147,11 +207,11 @@ def orthonormal(
     width = sum(map(len, bases))
     inner = torch.zeros(len(rows), width, dtype=torch.float64, device="cpu")
     factor = torch.eye(len(rows), dtype=torch.float64, device="cpu")
-    before = removed(space, rows, *bases)
+    before = project_out(space, rows, *bases)
     for turn in range(2):
-        again = removed(space, rows, *bases)
-        found = torch.cat([before, again, space.gram(rows, rows)], dim=1).cpu().double()
-        taken, left, squares = found.split([width, width, len(rows)], dim=1)
+        again = project_out(space, rows, *bases)
+        numbers = torch.cat([before, again, space.gram(rows, rows)], dim=1).cpu().double()
+        taken, left, squares = numbers.split([width, width, len(rows)], dim=1)
         inner += factor.mT @ (taken + left)
         whole = (taken.square().sum(1) + squares.diagonal()).max().sqrt()
         least = 0.0 if turn else threshold(float(whole))
@@ -170,12 +230,12 @@ def orthonormal(
 
 def _coefficients(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
     parts = _by_columns(space, rows, basis)
-    found = [space.gram_here(columns, part, run=_RUN) for columns, part in parts]
-    return space.summed(torch.stack(found).sum(0))
+    products = [space.gram_here(columns, part, run=_RUN) for columns, part in parts]
+    return space.summed(torch.stack(products).sum(0))
 
 
 def _by_columns(space: Space, rows: Tensor, basis: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Corresponding columns of the rows and of the basis, in the rows' dtype."""
+    """Yield corresponding columns of the rows and of a basis, in the dtype of the rows."""
     if basis.dtype == rows.dtype:
         yield rows, basis
         return
@@ -186,7 +246,7 @@ def _by_columns(space: Space, rows: Tensor, basis: Tensor) -> Iterator[tuple[Ten
 
 
 def _by_rows(space: Space, basis: Tensor, used: torch.device) -> Iterator[Tensor]:
-    """A few rows of the basis after the other where they are used, or all that are there."""
+    """Yield the rows of a basis where they are used: in pieces from another device, or all."""
     if is_far(basis.device, used):
         return pieces(row_pieces(space, basis), used)
     return iter([basis])

@@ -5,26 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.basis import appended, removed
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
-from hessfunc.algorithms.offload import brought, home, is_far, room_beside, settled
-from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.basis import Basis, project_out
+from hessfunc.algorithms.driver import Method, RunOptions, run_method
+from hessfunc.algorithms.offload import home, is_far, room_beside
+from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Density, rounding
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, available_to, products_eps, rows_dtype
+from hessfunc.spaces.space import Space, available_to, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Lanczos steps between two looks of the callback.
 _STEPS_A_ROUND = 10
 # Smaller than any scale of a matrix.
 _TINY = 1e-300
+# The diagonal of T, and the norms of its residual vectors: the last one is 0 where the Krylov space
+# is exhausted, and the others are the off-diagonal.
+_Recurrence: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @validated
@@ -36,10 +38,7 @@ def slq(
     steps: int = 100,
     basis_device: torch.device | str | None = None,
     max_matvecs: int | None = None,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[Density] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> Density:
     """The spectral density of a symmetric matrix, by stochastic Lanczos quadrature.
 
@@ -61,11 +60,7 @@ def slq(
             two pieces, of 128 MiB or of one vector, besides the probes. The results are those of
             bases on the GPU up to rounding.
         max_matvecs: the budget; ``probes * steps`` by default.
-        seed: of the probes.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `Density` every few steps; returning True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Density`. A probe whose Krylov space is exhausted ends early. Probes that the budget cuts
@@ -84,71 +79,92 @@ def slq(
     Source: Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019, arXiv 1901.10159; steps
     and probes: Chen, Trogdon and Ubaru 2021, arXiv 2105.06595.
     """
-    products = Products.of(matvec, like, space)
-    space = products.space
     at_least(1, probes=probes, steps=steps)
     at_least(probes, max_matvecs=max_matvecs)
-    store = Checkpoint.of(checkpoint, "slq", products, seed, probes=probes, steps=steps)
-    seed = store.seed
-    steps = min(steps, space.n)
-    eps = products_eps(space, rows_dtype(space))
+    products = Products.of(matvec, like, run.get("space"))
+    space = products.space
     device = home(space, basis_device)
-    group = _probes_that_fit(space, probes, steps, device)
+    group = _probes_that_fit(space, probes, min(steps, space.n), device)
+    method = LanczosQuadrature(probes=probes, steps=steps, basis_device=device, group=group)
+    budget = probes * min(steps, space.n) if max_matvecs is None else max_matvecs
+    return run_method(method, products, run, max_matvecs=budget)
 
-    def step(state: _State, room: int) -> _State:
-        if state.basis.device != device:
-            # A stored state, of a run that kept it elsewhere.
-            state = replace(state, basis=state.basis.to(device))
+
+@dataclass(frozen=True, kw_only=True)
+class LanczosQuadrature(Method["_State", Density]):
+    """Gauss quadratures of the spectral density, by Lanczos from random vectors.
+
+    Attributes:
+        probes: Number of random vectors.
+        steps: Number of Lanczos steps of each.
+        basis_device: Device on which the bases are kept.
+        group: Number of probes that run at once.
+    """
+
+    probes: int
+    steps: int
+    basis_device: torch.device
+    group: int
+
+    changeable: ClassVar = frozenset({"basis_device", "group"})
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        indices = range(min(self.group, self.probes))
+        return self._started(products.space, (), self.group, indices, seed)
+
+    def _started(
+        self,
+        space: Space,
+        done: tuple[_Recurrence, ...],
+        group: int,
+        indices: range,
+        seed: int,
+    ) -> _State:
+        """Return the state of new probes, behind the recurrences of earlier ones."""
+        probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
+        probes /= math.sqrt(space.n)
+        none = torch.zeros(0, len(indices), dtype=torch.float64, device="cpu")
+        empty = probes.new_empty(0, *probes.shape, device=self.basis_device)
+        basis = Basis(empty).append(probes[None], min(self.steps, space.n))
+        return _State(basis, none, none, (-1,) * len(indices), done, group, seed)
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        space = products.space
+        steps, eps = min(self.steps, space.n), products_eps(space, rows_dtype(space))
+        # The state of an interrupted run may come from a run that kept its bases elsewhere.
+        state = replace(state, basis=state.basis.on(self.basis_device))
         if not state.active:
             started = len(state.done) + len(state.taken)
-            indices = range(started, min(started + state.group, probes))
-            started_anew = _started(
-                space, device, state.complete, state.group, indices, steps, seed
-            )
-            state = replace(started_anew, asymmetry=state.asymmetry)
+            indices = range(started, min(started + state.group, self.probes))
+            following = self._started(space, state.complete, state.group, indices, state.seed)
+            state = replace(following, asymmetry=state.asymmetry)
         for _ in range(_STEPS_A_ROUND):
             if not state.active or len(state.active) > room:
                 break
             room -= len(state.active)
             state = _extended(products, state, steps, eps)
-        settled(state.basis, space.device)
+        state.basis.settle(space)
         return state
 
-    def found(state: _State, reason: str) -> Density:
+    def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
+        if len(state.done) + len(state.taken) < self.probes or state.active:
+            return None
+        steps = min(self.steps, products.space.n)
+        fewest = min(len(alphas) for alphas, _ in state.recurrences)
+        if fewest < steps:
+            return f"complete: a Krylov space was exhausted after {fewest} steps"
+        return f"complete: {steps} steps for each probe"
+
+    def result(self, state: _State, space: Space, cost: Cost, /) -> Density:
         nodes, weights, residuals = _quadrature(state.complete or state.recurrences)
         return Density(
             nodes=nodes,
             weights=weights,
             residuals=residuals,
             n=space.n,
-            eps=max(eps, state.asymmetry),
-            **products.cost(reason, seed),
+            eps=max(products_eps(space, rows_dtype(space)), state.asymmetry),
+            **cost,
         )
-
-    def verdict(state: _State) -> str | None:
-        if len(state.done) + len(state.taken) < probes or state.active:
-            return None
-        fewest = min(len(alphas) for alphas, _ in state.recurrences)
-        if fewest < steps:
-            return f"complete: a Krylov space was exhausted after {fewest} steps"
-        return f"complete: {steps} steps for each probe"
-
-    state, reason = drive(
-        _started(space, device, (), group, range(min(group, probes)), steps, seed),
-        products=products,
-        step=step,
-        verdict=verdict,
-        running=lambda state: found(state, "running"),
-        max_matvecs=probes * steps if max_matvecs is None else max_matvecs,
-        callback=callback,
-        storage=store,
-    )
-    return found(state, reason)
-
-
-# The diagonal of T, and the norms of its residual vectors: the last one is 0 where the Krylov space
-# is exhausted, and the others are the off-diagonal.
-_Recurrence: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -166,12 +182,13 @@ class _State:
         asymmetry: Largest |u'Av - v'Au| of basis vectors so far, in units of |A|.
     """
 
-    basis: Rows
+    basis: Basis
     alphas: Tensor
     betas: Tensor
     taken: tuple[int, ...]
     done: tuple[_Recurrence, ...]
     group: int
+    seed: int
     asymmetry: float = 0.0
 
     @property
@@ -195,32 +212,16 @@ class _State:
         return tuple(self.alphas[:m, i].tolist()), tuple(self.betas[:m, i].tolist())
 
 
-def _started(
-    space: Space,
-    device: torch.device,
-    done: tuple[_Recurrence, ...],
-    group: int,
-    indices: range,
-    steps: int,
-    seed: int,
-) -> _State:
-    probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
-    probes /= math.sqrt(space.n)
-    none = torch.zeros(0, len(indices), dtype=torch.float64, device="cpu")
-    basis = appended(probes.new_empty(0, *probes.shape, device=device), probes[None], steps)
-    return _State(basis, none, none, (-1,) * len(indices), done, group)
-
-
 def _extended(products: Products, state: _State, steps: int, eps: float) -> _State:
     """One step of each run that goes on; their numbers go to the host all at once."""
     space, basis, active = products.space, state.basis, state.active
     all_go_on = len(active) == len(state.taken)
-    last = brought(basis[-1], space.device)
+    last = basis[-1:].brought(space)[0]
     images = products(last if all_go_on else last[active])
     alphas, asymmetries = [], []
     for i, image in zip(active, images.split(1), strict=True):
         # Twice is enough: the second pass removes what rounding left of the first.
-        along = removed(space, image, basis[:, i]) + removed(space, image, basis[:, i])
+        along = project_out(space, image, basis.of(i)) + project_out(space, image, basis.of(i))
         alphas.append(along[0, -1])
         asymmetries.append(_asymmetry(along[0, :-1], state.betas[:, i]))
     numbers = torch.zeros(3, len(state.taken), dtype=torch.float64, device="cpu")
@@ -254,7 +255,7 @@ def _extended(products: Products, state: _State, steps: int, eps: float) -> _Sta
     block = images if all_go_on else torch.zeros_like(last)
     if not all_go_on:
         block[active] = images
-    return replace(state, basis=appended(basis, block[None], steps))
+    return replace(state, basis=basis.append(block[None], steps))
 
 
 def _asymmetry(along: Tensor, betas: Tensor) -> Tensor:

@@ -1,91 +1,209 @@
-"""The one driver of rounds: products that are counted, a budget, a tolerance, a callback."""
+"""The driver: one loop over rounds, which every algorithm shares.
+
+An algorithm is a `Method`: a frozen dataclass of its options, with pure functions of its state.
+`run_method` adds what all runs have in common: the space, the seed, the budget, the callback and
+the checkpoint. A method can also be stepped by hand:
+
+    products = Products.of(matvec, like)
+    state = method.init(products, seed=0)
+    while (reason := method.verdict(state, products, room=100)) is None:
+        state = method.step(state, products, room=100)
+    result = method.result(state, products.space, products.cost(reason, seed=0))
+"""
 
 from __future__ import annotations
 
-import secrets
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypedDict, TypeVar
 
-from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.checkpoint import Checkpoint, Directory
+from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Result
 from hessfunc.spaces.space import Space
 
 State = TypeVar("State")
-Found = TypeVar("Found", bound=Result)
-Callback = Callable[[Found], object]
+AnyResult = TypeVar("AnyResult", bound=Result)
+Callback = Callable[[AnyResult], object]
+
+# Reason of a result that a callback sees.
+RUNNING = "running"
 
 
-class Storage(Protocol):
-    """What keeps the state of a run, for this run alone from `restored` until `release`."""
+class RunOptions(TypedDict, total=False):
+    """Options of a run, which mean the same for every algorithm.
 
-    def restored(self, state: State, /) -> State: ...
+    Attributes:
+        seed: Seed of all random vectors. Without one a fresh seed is drawn; the result records it.
+        space: Space in which every rank holds a part of each vector, made by `sharded`. By default
+            every rank holds whole vectors.
+        callback: Function called after each round with the running result; returning True stops
+            the run.
+        checkpoint: Directory that keeps the state of the run after each round, so that an
+            interrupted run can be resumed.
+    """
 
-    def save(self, state: object, /) -> None: ...
+    seed: int | None
+    space: Space | None
+    callback: Callback[Any] | None
+    checkpoint: Directory
 
-    def release(self) -> None: ...
+
+class Method(ABC, Generic[State, AnyResult]):
+    """An algorithm: a frozen dataclass of options, with pure functions of its state.
+
+    A state is a frozen dataclass of tensors, numbers and tuples. Its `Rows` are divided among
+    ranks as the vectors are; see `hessfunc.spaces.space`.
+
+    Attributes:
+        changeable: Names of the options that a resumed run may change.
+        is_random: Whether random vectors take part, so that results record the seed.
+    """
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"rtol", "atol"})
+    is_random: ClassVar[bool] = True
+
+    @abstractmethod
+    def init(self, products: Products, seed: int, /) -> State:
+        """Return the state before the first round.
+
+        Args:
+            products: Products of the run; a method that begins at a given vector may make one.
+            seed: Seed of all random vectors.
+        """
+
+    @abstractmethod
+    def step(self, state: State, products: Products, room: int, /) -> State:
+        """Return the state after one more round of at most ``room`` matvecs.
+
+        A state from which no round of so few matvecs leads on is returned unchanged.
+        """
+
+    def verdict(self, state: State, products: Products, room: int, /) -> str | None:
+        """Return the reason for which the run is over, or None.
+
+        Args:
+            state: State after a round.
+            products: Products of the run; none is made.
+            room: Number of matvecs that the budget leaves.
+        """
+        return None
+
+    def finish(
+        self, state: State, products: Products, reason: str, room: int, /
+    ) -> tuple[State, str]:
+        """Return the last state, checked by products that the budget leaves, and the reason.
+
+        Args:
+            state: State after the last round.
+            products: Products of the run.
+            reason: Reason for which the run is over.
+            room: Number of matvecs that the budget leaves.
+        """
+        return state, reason
+
+    @abstractmethod
+    def result(self, state: State, space: Space, cost: Cost, /) -> AnyResult:
+        """Return the result, of a running state too.
+
+        Args:
+            state: State after at least one round.
+            space: Space of the vectors.
+            cost: Matvecs, passes, reason and seed of the run.
+        """
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that a resumed run must share, by name."""
+        return {
+            option.name: getattr(self, option.name)
+            for option in dataclasses.fields(self)  # type: ignore[arg-type]
+            if option.name not in self.changeable
+        }
 
 
-def drive(
-    state: State,
-    *,
+def run_method(
+    method: Method[State, AnyResult],
     products: Products,
-    step: Callable[[State, int], State],
-    verdict: Callable[[State], str | None],
-    running: Callable[[State], Found],
+    run: RunOptions,
+    /,
+    *,
     max_matvecs: int,
-    callback: Callback[Found] | None,
-    storage: Storage | None = None,
-) -> tuple[State, str]:
-    """Take rounds until there is a verdict, the budget is spent, or the callback says stop.
+    kept: int = 0,
+) -> AnyResult:
+    """Run a method until its verdict, the budget or the callback ends the run.
 
     Args:
-        state: where the run starts.
-        products: that count what is spent.
-        step: ``(state, room) -> state``, one round of at most ``room`` matvecs.
-        verdict: why the run is finished, in words, or None.
-        running: the result so far, for the callback.
-        max_matvecs: the budget of all rounds.
-        callback: called with the result so far after each round; returning True stops.
-        storage: where the state is taken up, and kept after each round.
-
-    Returns:
-        The last state, and the reason for which the run stopped.
+        method: Algorithm with its options.
+        products: Products of the run, in the space of the run.
+        run: Options of the run.
+        max_matvecs: Budget of matvecs.
+        kept: Number of matvecs that rounds leave to `Method.finish`.
     """
-    # The result so far is computed by all ranks together, whoever looks at it.
-    watched = products.space.least(callback is None) == 0
+    callback, store = run.get("callback"), store_of(method, products, run)
+    space, seed = products.space, store.seed
+    recorded = seed if method.is_random else None
+    # A running result is made by all ranks together, whichever of them has a callback.
+    watched = space.least(callback is None) == 0
+
+    def stops(state: State) -> bool:
+        if not watched:
+            return False
+        result = method.result(state, space, products.cost(RUNNING, recorded))
+        return _says_stop(space, callback, result)
+
+    # The first state is not named here: its workspace would live as long as its name.
+    state, reason = _rounds(
+        method.init(products, seed), method, products, store, max_matvecs - kept, stops
+    )
+    state, reason = method.finish(state, products, reason, max_matvecs - products.matvecs)
+    return method.result(state, space, products.cost(reason, recorded))
+
+
+def store_of(method: Method[Any, Any], products: Products, run: RunOptions, /) -> Checkpoint:
+    """Return the store of the state of a run, with its seed.
+
+    Raises:
+        ValueError: If the directory holds something else than a state of this run.
+    """
+    name = type(method).__name__
+    checkpoint, seed = run.get("checkpoint"), run.get("seed")
+    return Checkpoint.of(checkpoint, name, products, seed, **method.options())
+
+
+def _rounds(
+    state: State,
+    method: Method[State, AnyResult],
+    products: Products,
+    store: Checkpoint,
+    max_matvecs: int,
+    stops: Callable[[State], bool],
+) -> tuple[State, str]:
+    """Make rounds, and return the last state with the reason for which the run is over."""
     try:
-        if storage is not None:
-            state = storage.restored(state)
-        while (reason := verdict(state)) is None:
-            room = max_matvecs - products.matvecs
+        state = store.restored(state)
+        while (reason := method.verdict(state, products, max_matvecs - products.matvecs)) is None:
+            before, room = products.matvecs, max_matvecs - products.matvecs
             if room < 1:
-                return state, f"the budget of {max_matvecs} matvecs is spent"
-            before = products.matvecs
-            state = step(state, room)
-            if storage is not None:
-                storage.save(state)
-            if watched and _says_stop(products.space, callback, running(state)):
+                return state, f"budget exhausted after {before} matvecs"
+            state = method.step(state, products, room)
+            store.save(state)
+            if stops(state):
                 return state, "stopped by the callback"
             if products.matvecs == before:
                 return state, (
-                    f"the budget of {max_matvecs} matvecs is spent but for {room}, too few for a "
-                    "round"
+                    f"budget exhausted after {before} of {max_matvecs} matvecs, as a round needs "
+                    "more than the rest"
                 )
         return state, reason
     finally:
-        if storage is not None:
-            storage.release()
+        store.release()
 
 
-def _says_stop(space: Space, callback: Callback[Found] | None, found: Found) -> bool:
-    """Whether the callback has returned True, on any rank: a clock is not the same on each."""
+def _says_stop(space: Space, callback: Callback[AnyResult] | None, result: AnyResult) -> bool:
+    """Return whether the callback has returned True on any rank: clocks differ between ranks."""
 
     def goes_on() -> bool:
-        return callback is None or callback(found) is not True
+        return callback is None or callback(result) is not True
 
     return space.least(space.on_all(goes_on)) == 0
-
-
-def drawn(space: Space, seed: int | None) -> int:
-    """The seed, or a fresh one, the same on all ranks, which the result records."""
-    return space.least(secrets.randbits(63)) if seed is None else seed

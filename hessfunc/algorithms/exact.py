@@ -85,7 +85,7 @@ def exact_trace(
     squares = space.norms(images).cpu().double().square().sum()
     frobenius = None
     if known is None:
-        frobenius = squared_frobenius(squares.expand(2), products, seed)
+        frobenius = squared_frobenius(squares.expand(2), space, products.cost(reason, seed))
         frobenius = replace(
             frobenius, stderr=rounding_of_sum(_eps(space)) * frobenius.value, reason=reason
         )
@@ -111,7 +111,9 @@ def exact_diagonal(
         value=space.unravel(diagonal),
         stderr=space.unravel(torch.full_like(diagonal, rounding)),
         degrees=space.n,
-        squared_row_norms=squared_row_norms(squares, 0 * squares, space.n, products, seed),
+        squared_row_norms=squared_row_norms(
+            squares, 0 * squares, space.n, space, products.cost(reason, seed)
+        ),
         **products.cost(reason, seed),
     )
 

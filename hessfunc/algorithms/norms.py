@@ -6,12 +6,13 @@ import math
 
 from torch import Tensor
 
-from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.products import Cost
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate
 from hessfunc.algorithms.statistics import standard_error
+from hessfunc.spaces.space import Space
 
 
-def squared_frobenius(samples: Tensor, products: Products, seed: int, /) -> Estimate:
+def squared_frobenius(samples: Tensor, space: Space, cost: Cost, /) -> Estimate:
     """The squared Frobenius norm, of samples ``|A w|^2`` with E[ww'] = I.
 
     |A|_F^2 = E |A w|^2, and the sum of the squared eigenvalues of a symmetric A.
@@ -22,13 +23,13 @@ def squared_frobenius(samples: Tensor, products: Products, seed: int, /) -> Esti
         degrees=len(samples) - 1,
         samples=samples,
         by_leaf={},
-        n=products.space.n,
-        **products.cost("from the products of the trace", seed),
+        n=space.n,
+        **_from(cost, "trace"),
     )
 
 
 def squared_row_norms(
-    mean: Tensor, spread: Tensor, count: int, products: Products, seed: int, /
+    mean: Tensor, spread: Tensor, count: int, space: Space, cost: Cost, /
 ) -> DiagonalEstimate:
     """The squared norm of each row, of samples ``(A w) * (A w)`` with probes of random signs.
 
@@ -39,13 +40,17 @@ def squared_row_norms(
         mean: of the samples, ``(n,)``.
         spread: their standard deviation, ``(n,)``.
         count: the number of samples p.
-        products: that were made.
-        seed: of the probes.
+        space: Space of the vectors.
+        cost: Cost of the products.
     """
     stderr = spread / math.sqrt(count) * (1 + math.sqrt(8 / count))
     return DiagonalEstimate(
-        value=products.space.unravel(mean),
-        stderr=products.space.unravel(stderr),
+        value=space.unravel(mean),
+        stderr=space.unravel(stderr),
         degrees=count - 1,
-        **products.cost("from the products of the diagonal", seed),
+        **_from(cost, "diagonal"),
     )
+
+
+def _from(cost: Cost, what: str) -> Cost:
+    return Cost(**{**cost, "reason": f"from the products of the {what}"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ _PRODUCTS_LOOKED_AT = 2
 # Entries of a block that are kept to be compared after a product.
 _SAMPLED = 2**16
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Cost(TypedDict):
+    """Fields of every result that describe its run, as in `Result`."""
+
+    matvecs: int
+    passes: int
+    reason: str
+    seed: int | None
 
 
 @dataclass
@@ -113,14 +122,9 @@ class Products:
                 ) from error
             raise
 
-    def cost(self, reason: str, seed: int | None) -> dict[str, Any]:
-        """What every result tells of its run."""
-        return {
-            "matvecs": self.matvecs,
-            "passes": self.passes,
-            "reason": reason,
-            "seed": seed,
-        }
+    def cost(self, reason: str, seed: int | None) -> Cost:
+        """Return the fields of every result that describe its run."""
+        return Cost(matvecs=self.matvecs, passes=self.passes, reason=reason, seed=seed)
 
 
 def _bits(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.products import Products
-from hessfunc.spaces.space import Rows, Space, available_to, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, available_to, rows_dtype
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Sketch:
             each other.
     """
 
-    basis: Rows
-    images: Rows
+    basis: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
     factor: Tensor
 
     @classmethod

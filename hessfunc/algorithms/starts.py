@@ -1,14 +1,20 @@
-"""Start vectors of eigensolvers."""
+"""Seeds of runs, and start vectors of eigensolvers."""
 
 from __future__ import annotations
 
 import math
+import secrets
 
 from torch import Tensor
 
 from hessfunc.randomness import mixed
 from hessfunc.spaces.space import Space, rows_dtype
 from hessfunc.trees import Tree
+
+
+def drawn_seed(space: Space, seed: int | None, /) -> int:
+    """Return the seed, or a fresh one that is the same on all ranks."""
+    return space.least(secrets.randbits(63)) if seed is None else seed
 
 
 def of_starts(seed: int) -> int:

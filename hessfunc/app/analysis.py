@@ -1,4 +1,4 @@
-"""The parts of an analysis, one after another: eigenvalues, trace, density, landscapes."""
+"""Parts of an analysis in order: eigenvalues, trace, density, landscapes."""
 
 from __future__ import annotations
 
@@ -40,21 +40,26 @@ def analyse(
     mesh: DeviceMesh | None = None,
     watch: Watch,
 ) -> Iterator[Part]:
-    """Each part of the analysis of a Hessian, as soon as it is finished.
+    """Yield each part of the analysis of a Hessian when it is finished.
 
     Args:
-        k: how many eigenvalues, of the largest in absolute value; None for ten, or all of fewer.
-        probes: random vectors of the density.
-        steps: Lanczos steps for each of them.
-        trace_rtol: the relative half-width of the trace's 95 % interval that is enough.
-        max_matvecs: the budget of eigenvalues and of the trace, each.
-        points: of the loss on an axis of a line and a plane; 0 for neither.
-        radius: how far that line and that plane reach along the unit eigenvectors.
-        seed: of all random vectors.
-        checkpoint: a folder that keeps the state of each part, to go on from; None for nowhere.
-        mesh: of ranks that divide the work, all of which call this; None for this process alone.
-        watch: called with the name of each part that starts; gives a function that is called with
-            the share of the part that is done and a few words.
+        problem: Loss, parameters and batches.
+        k: Number of eigenvalues of largest absolute value; None for ten, or for all if there are
+            fewer.
+        probes: Number of random vectors of the density.
+        steps: Lanczos steps per random vector.
+        trace_rtol: Tolerance of the trace: relative half-width of its 95 % interval.
+        max_matvecs: Budget of matrix-vector products of each eigenvalue run and of the trace.
+        points: Points per axis of the loss along a line and over a plane; 0 for neither.
+        radius: Distance that line and plane cover along the unit eigenvectors.
+        seed: Seed of all random vectors.
+        checkpoint: Folder with checkpoints of all parts, from which they resume; None for no
+            checkpoints.
+        mesh: Mesh of ranks that divide the work, all of which call this function; None for a
+            single process.
+        watch: Function that is called with the name of each part that starts. It returns a
+            function that is called with the finished share of the part, in [0, 1], and a short
+            status text.
     """
     params = problem.params
     k = min(10, space_of(params).n) if k is None else k
@@ -81,7 +86,7 @@ def analyse(
 
     top = part("eigenvalues", kept("eigenvalues", partial(pairs, k=k)), converged)
     yield top
-    # The lower end is often close to the bulk, where a short basis would restart again and again.
+    # The lower end is often close to the bulk, where a short basis would need many restarts.
     smallest = partial(pairs, k=1, which="SA", basis_size=40)
     yield part("smallest", kept("smallest", smallest), converged)
     trace = partial(hf.xtrace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, **common)
@@ -90,7 +95,7 @@ def analyse(
     wanted = probes * steps
     yield part("density", kept("density", density), lambda running: running.matvecs / wanted)
     if space is not None and space.ranks.rank:
-        # The first rank alone looks at the loss, of which the others have no part.
+        # Only rank 0 evaluates the landscape, whose evaluations are not divided among ranks.
         return
     for name, count in (("line", 1), ("plane", 2)):
         if points and count <= k:
@@ -101,7 +106,7 @@ def analyse(
 def _landscape(
     problem: Problem, pairs: Any, count: int, points: int, radius: float, /, **options: Any
 ) -> Landscape:
-    """The loss along the first eigenvectors."""
+    """Return the loss along the first ``count`` eigenvectors."""
     along = tree_map(lambda leaf: leaf[:count], pairs.vectors)
     return landscape(
         problem.loss,

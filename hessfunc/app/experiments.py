@@ -1,4 +1,4 @@
-"""The experiments on block-diagonal curvature of the literature, as data."""
+"""Published experiments on block-diagonal curvature, as data."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hessfunc.training.runs import run
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Methods that start from the same weights and see the same batches.
+    """Comparison of methods that start from the same weights and see the same batches.
 
     Attributes:
-        title: what is compared.
-        dataset: as `hessfunc.app.tasks` names it.
-        net: the same.
-        batch_size: examples a step.
-        epochs: passes over the examples.
-        methods: by their names in tables.
+        title: Title of the comparison.
+        dataset: Name of the data set in `hessfunc.app.tasks`.
+        net: Name of the network in `hessfunc.app.tasks`.
+        batch_size: Number of examples per step.
+        epochs: Number of passes over the examples.
+        methods: Methods by their names in tables.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Experiment:
     methods: Mapping[str, Method]
 
     def settings(self) -> dict[str, Any]:
-        """All of it, as plain data."""
+        """Return the experiment as plain data."""
         kinds = {name: type(method).__name__ for name, method in self.methods.items()}
         return {**asdict(self), "kinds": kinds}
 
@@ -54,18 +54,18 @@ def compared(
     finished: Collection[tuple[str, int]] = (),
     watch: Callable[[str, int], Callable[[Run], object]],
 ) -> Iterator[Run]:
-    """The trainings of an experiment, each as soon as it has ended.
+    """Yield each training run of an experiment when it has ended.
 
     Args:
-        experiment: what is compared.
-        examples: to train on.
-        test: examples to evaluate on, beside.
-        seeds: how many trainings for each method, with seeds from zero.
-        minutes: end each training after so much time of steps.
-        device: where to train; by default where models are made.
-        finished: methods and seeds that are not to be run.
-        watch: called with the method and the seed of each training that starts; gives the
-            callback of `run`.
+        experiment: Methods to compare, and their common setting.
+        examples: Training examples.
+        test: Test examples, on which all runs are evaluated as well.
+        seeds: Number of runs per method; their seeds count from 0.
+        minutes: Time limit of the steps of each run, in minutes; None for no limit.
+        device: Device to train on; None for the device on which models are built.
+        finished: Pairs of method and seed that are skipped.
+        watch: Function that is called with the method and the seed of each run that starts. It
+            returns the callback of `run`.
     """
     make_model = net(experiment.dataset, experiment.net)
     for seed, (name, method) in product(range(seeds), experiment.methods.items()):

@@ -1,4 +1,4 @@
-"""Trainings as a table, one row a method."""
+"""Tables of training runs, with one row per method."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ _IN_FILES_ALONE = {"seeds", "test loss", "steps", "products", "ended"}
 
 
 def table(runs: Sequence[Run], /) -> Table:
-    """For the terminal, as much as fits there."""
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    """Return the table for the terminal, with the columns that fit there."""
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     head = _head()
     shown = [i for i, column in enumerate(head) if column not in _IN_FILES_ALONE]
     for i in shown:
         longest = max(map(len, head[i].split()))
-        found.add_column(head[i], justify="right" if i else "left", min_width=longest)
+        drawn.add_column(head[i], justify="right" if i else "left", min_width=longest)
     for row in _rows(runs):
-        found.add_row(*(row[i] for i in shown))
-    return found
+        drawn.add_row(*(row[i] for i in shown))
+    return drawn
 
 
 def summary(run: Run, /, *, batch_size: int) -> Table:
-    """One training for the terminal, one line a number of its last record.
+    """Return the table of one training run for the terminal: the numbers of its last record.
 
     Args:
-        run: with a record at least.
-        batch_size: examples of a base batch.
+        run: Training run with at least one record.
+        batch_size: Number of examples per base batch.
     """
     last, measured = run.records[-1], last_measured(run)
     cells = {name: cell([last]) for name, cell in _COLUMNS.items()}
@@ -56,17 +56,17 @@ def summary(run: Run, /, *, batch_size: int) -> Table:
             "batch size": f"{last.ratio * batch_size:,}",
             "learning rate": f"{last.lr:.4g}",
         }
-    found = Table("", run.method, box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Table("", run.method, box=box.SIMPLE_HEAD, pad_edge=False)
     for name, cell in cells.items():
         if cell:
-            found.add_row(name, cell)
-    return found
+            drawn.add_row(name, cell)
+    return drawn
 
 
 def markdown(runs: Sequence[Run], /) -> str:
-    """For a file: the last records of each method, as means over its seeds.
+    """Return the Markdown table of the last records of each method, as means over its seeds.
 
-    Losses and accuracies are with one standard deviation.
+    Losses and accuracies are given with one standard deviation.
     """
     head = _head()
     rule = ["---", *("---:" for _ in head[1:])]

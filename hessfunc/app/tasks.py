@@ -1,4 +1,4 @@
-"""The data sets and nets that the commands train, by name."""
+"""Data sets and networks that the commands train, by name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hessfunc.training.examples import Examples
 
 @dataclass(frozen=True)
 class _Images:
-    """What nets for a data set look like.
+    """Image format of a data set, and its networks.
 
     Attributes:
-        channels: of an image.
-        size: its height and width.
-        own: nets that are made for it alone.
+        channels: Number of channels of an image.
+        size: Height and width of an image, in pixels.
+        own: Networks that are specific to this data set, by name.
     """
 
     channels: int
@@ -31,7 +31,7 @@ class _Images:
     own: Mapping[str, Callable[[], nn.Module]]
 
     def nets(self) -> dict[str, Callable[[], nn.Module]]:
-        """By their names; all but the ResNets, of which there are many."""
+        """Return the networks by name, without the ResNets, whose depth is arbitrary."""
         common = {"c1": lambda: c1(self.channels, self.size)}
         if self.size >= _LEAST_SIZE_OF_C2:
             common["c2"] = lambda: c2(self.channels, self.size)
@@ -60,17 +60,17 @@ _DATA: dict[str, _Images] = {
 }
 DATASETS = tuple(_DATA)
 
-# The last 297 digits are held out; other people wrote them.
+# The last 297 digits are held out; they were written by other people.
 _DIGITS_TRAINED_ON = 1500
 
 
 def net(dataset: str, name: str, /) -> Callable[[], nn.Module]:
-    """What builds a net for a data set, with new weights from torch's stream.
+    """Return a function that builds a network with new weights from torch's random stream.
 
-    ``resnet20`` and the like are the CIFAR ResNets of that depth.
+    Names such as ``resnet20`` select the CIFAR ResNet of that depth.
 
     Raises:
-        ValueError: there is no net of that name for these images.
+        ValueError: If no network of that name exists for these images.
     """
     images = _DATA[dataset]
     if depth := re.fullmatch(r"resnet(\d+)", name):
@@ -79,16 +79,16 @@ def net(dataset: str, name: str, /) -> Callable[[], nn.Module]:
         return lambda: resnet(layers, channels=channels)
     nets = images.nets()
     if name not in nets:
-        raise ValueError(f"there is no {name!r} for {dataset}: choose {', '.join(nets)}, resnet20")
+        raise ValueError(f"no network {name!r} for {dataset}: choose {', '.join(nets)}, resnet20")
     return nets[name]
 
 
 def saved(dataset: str, name: str, path: Path, /) -> nn.Module:
-    """A net with the weights of a checkpoint.
+    """Return a network with the weights of a checkpoint.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: it is no checkpoint, or one of another net.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a checkpoint, or belongs to another network.
     """
     make_model = net(dataset, name)
     state = load_weights(
@@ -100,20 +100,20 @@ def saved(dataset: str, name: str, path: Path, /) -> nn.Module:
     except RuntimeError as error:
         difference = _difference(state, model.state_dict())
         raise ValueError(
-            f"{path} does not hold the weights of a {name} for {dataset}, as {difference}: are "
-            "--arch and --data those of its training?"
+            f"{path} does not contain the weights of a {name} for {dataset}: {difference}. Pass "
+            "--arch and --data of its training."
         ) from error
     return model
 
 
-def _difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The first things in which two state dicts differ."""
-    missing = [f"{name} is missing" for name in wanted if name not in found]
-    unexpected = [f"{name} is not expected" for name in found if name not in wanted]
+def _difference(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Return the first differences between two state dicts."""
+    missing = [f"{name} is missing" for name in wanted if name not in state]
+    unexpected = [f"{name} is not expected" for name in state if name not in wanted]
     others = [
-        f"{name} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+        f"{name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
+        if name in state and state[name].shape != tensor.shape
     ]
     return " and ".join(missing[:1] + unexpected[:1] or others[:1])
 
@@ -126,25 +126,25 @@ def examples(
     count: int | None = None,
     device: torch.device | None = None,
 ) -> tuple[Examples, Examples]:
-    """The examples to train on, and those to test on.
+    """Return the training examples and the test examples of a data set.
 
     Args:
-        dataset: one of `DATASETS`.
-        path: of MNIST or CIFAR-10, as `hessfunc.app.problems.data` takes it.
-        count: how many to take of each, at most.
-        device: where to; by default the CPU.
+        dataset: Name of the data set, one of `DATASETS`.
+        path: Path to MNIST or CIFAR-10, as in `hessfunc.app.problems.data`.
+        count: Maximum number of training examples and of test examples; None for all.
+        device: Device of the tensors; None for the CPU.
 
     Raises:
-        FileNotFoundError: the data set is not there.
+        FileNotFoundError: If the data set does not exist at the path.
     """
     if dataset == "digits":
-        found = data.digits()
-        seen, held_out = found[:_DIGITS_TRAINED_ON], found[_DIGITS_TRAINED_ON:]
+        written = data.digits()
+        seen, held_out = written[:_DIGITS_TRAINED_ON], written[_DIGITS_TRAINED_ON:]
     else:
         read = data.mnist if dataset == "mnist" else data.cifar10
         seen, held_out = read(path, "train"), read(path, "test")
     return _moved(seen[:count], device), _moved(held_out[:count], device)
 
 
-def _moved(found: Examples, device: torch.device | None) -> Examples:
-    return Examples(found.inputs.to(device), found.targets.to(device))
+def _moved(examples: Examples, device: torch.device | None) -> Examples:
+    return Examples(examples.inputs.to(device), examples.targets.to(device))

@@ -41,6 +41,8 @@ def rows_dtype(space: Space) -> torch.dtype:
 
 # A tensor whose last axis runs over the entries of a vector that this rank holds.
 Rows: TypeAlias = Tensor
+# Metadata of a dataclass field whose tensors are `Rows`, which ranks divide by their last axis.
+DIVIDED = {"divided": True}
 # Function (keys, places, device) -> random numbers.
 Draw: TypeAlias = Callable[[Tensor, Sequence[range], torch.device], Tensor]
 ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]

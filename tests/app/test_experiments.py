@@ -271,7 +271,7 @@ def test_what_does_not_go_together_is_refused(options: dict[str, object], messag
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="no 'c4d3' for digits: choose mlp, convnet"):
+    with pytest.raises(ValueError, match="no network 'c4d3' for digits: choose mlp, convnet"):
         tasks.net("digits", "c4d3")
     with pytest.raises(ValueError, match="choose one of"):
         blocks_of("nothing", mlp([2, 2]))

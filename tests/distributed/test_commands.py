@@ -113,6 +113,6 @@ def test_commands_that_do_not_share_work_say_so(words: tuple[str, ...], tmp_path
     assert found.returncode != 0
     said = [line for line in found.stderr.splitlines() if line.startswith("hessfunc: ")]
     assert said == [
-        f"hessfunc: {words[0]} runs in one process, and torchrun has started 2: run it "
+        f"hessfunc: {words[0]} runs in a single process, but torchrun has started 2: run it "
         "without torchrun"
     ]

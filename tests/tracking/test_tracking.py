@@ -121,7 +121,7 @@ def test_a_budget_that_is_spent_is_said() -> None:
     found = followed(A, rtol=1e-10, max_matvecs=10)
     assert found.matvecs == 10
     assert not found.converged[0]
-    assert "the budget of 10 matvecs is spent" in found.reason
+    assert "budget exhausted after 10 matvecs" in found.reason
 
 
 def test_a_tolerance_below_rounding_is_that_of_rounding() -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from hessfunc.algorithms.checkpoint import lock as locks
 from hessfunc.algorithms.checkpoint import manifest as manifests
 from hessfunc.algorithms.checkpoint.segments import Part, Segments
-from hessfunc.algorithms.driver import drawn
 from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.starts import drawn_seed
 from hessfunc.fingerprints import bytes_of, digest_of, fingerprint
 from hessfunc.spaces.space import Space, products_eps, rows_dtype
 from hessfunc.trees import leaves, whole
@@ -87,7 +87,7 @@ class Checkpoint:
             **{name: _described(value) for name, value in options.items()},
         }
         if path is None:
-            return cls(None, known, {}, products, drawn(space, seed))
+            return cls(None, known, {}, products, drawn_seed(space, seed))
         if space.ranks is not None:
             known = _of_all(space.ranks.objects(known))
         directory = Path(path)
@@ -104,7 +104,7 @@ class Checkpoint:
         segments = Segments(directory, run, space)
         if manifest is None:
             space.on_all(lambda: manifests.refuse_other_files(directory, run))
-            return cls(segments, known, matrix, products, drawn(space, seed))
+            return cls(segments, known, matrix, products, drawn_seed(space, seed))
         space.on_all(lambda: _refuse_another_run(directory, manifest, known, seed))
         space.on_all(lambda: _refuse_other_data(directory, manifest["matrix"], matrix))
         return cls(segments, known, matrix, products, manifest["seed"], manifest, stamp)
@@ -190,7 +190,7 @@ class Checkpoint:
         try:
             return {
                 "columns": [columns.start, columns.stop],
-                "first": self.segments.encoded(self.products.first, "first", "Rows"),
+                "first": self.segments.encoded(self.products.first, "first", divided=True),
                 "state": self.segments.encoded(state, "state"),
             }
         except FileNotFoundError as removed:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hessfunc import files
 from hessfunc.algorithms.checkpoint.manifest import SEGMENT, damaged
 from hessfunc.fingerprints import bytes_of, digest_of
-from hessfunc.spaces.space import Space
+from hessfunc.spaces.space import DIVIDED, Space
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,35 @@ class Segments:
         """The files that make up the part as last written."""
         return [segment["file"] for found in self.written.values() for segment in found]
 
-    def encoded(self, value: Any, key: str, kind: str = "") -> Any:
-        """The value, with the rows of its tensors on the disk.
+    def encoded(self, value: Any, key: str, *, divided: bool = False) -> Any:
+        """Return a value as plain data, with its tensors written to segments.
 
         Args:
-            value: a dataclass, tuple, tensor or plain value.
-            key: where it stands in the state.
-            kind: as what it is declared: the last axis of `Rows` is cut over ranks.
+            value: Dataclass, tuple, tensor or plain value.
+            key: Place of the value in the state.
+            divided: Whether ranks divide the last axis of its tensors, as of `Rows`.
         """
         if isinstance(value, Tensor):
-            cut = "Rows" in kind
-            if not cut and self.space.ranks is not None and self.space.ranks.rank:
+            if not divided and self.space.ranks is not None and self.space.ranks.rank:
                 return {"of_first": True}
-            return self._encoded_tensor(value, key) | {"cut": cut}
+            return self._encoded_tensor(value, key) | {"cut": divided}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {
                 item.name: self.encoded(
-                    getattr(value, item.name), f"{key}.{item.name}", str(item.type)
+                    getattr(value, item.name),
+                    f"{key}.{item.name}",
+                    divided=item.metadata == DIVIDED,
                 )
                 for item in dataclasses.fields(value)
             }
             return {"state": type(value).__name__, "fields": fields}
         if isinstance(value, tuple):
-            return {"tuple": [self.encoded(v, f"{key}[{i}]", kind) for i, v in enumerate(value)]}
+            return {
+                "tuple": [
+                    self.encoded(part, f"{key}[{i}]", divided=divided)
+                    for i, part in enumerate(value)
+                ]
+            }
         return {"value": value}
 
     def _encoded_tensor(self, value: Tensor, key: str) -> dict[str, Any]:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
-from hessfunc.algorithms.exact import exact_diagonal, random_budget, unit_vectors_left
+from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.norms import squared_row_norms
-from hessfunc.algorithms.products import Products
-from hessfunc.algorithms.results import DiagonalEstimate, close_enough, settled
-from hessfunc.algorithms.statistics import FEWEST_SAMPLES, STOPPED, rounding_of_sum
+from hessfunc.algorithms.probing import DiagonalProbing, run_diagonal
+from hessfunc.algorithms.products import Cost, Products
+from hessfunc.algorithms.results import DiagonalEstimate
+from hessfunc.algorithms.statistics import FEWEST_SAMPLES, rounding_of_sum
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Of fewer probes of random signs, all samples of an entry may be the same by chance.
@@ -32,10 +32,7 @@ def hutchinson_diagonal(
     rtol: float | None = None,
     max_matvecs: int = 100,
     block_size: int = 10,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[DiagonalEstimate] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> DiagonalEstimate:
     """The diagonal of a matrix, by random signs.
 
@@ -51,12 +48,7 @@ def hutchinson_diagonal(
             over all entries, with 95 % confidence. Without it the whole budget is used.
         max_matvecs: the budget: so many probes at the most.
         block_size: how many probes are multiplied at once.
-        seed: of the probes.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `DiagonalEstimate` after each round; returning True
-            stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `DiagonalEstimate`, with ``squared_row_norms`` from the same products.
@@ -69,32 +61,37 @@ def hutchinson_diagonal(
 
     Source: Bekas, Kokiopoulou and Saad 2007.
     """
-    products = Products.of(matvec, like, space)
-    space = products.space
-    at_least(0, rtol=rtol)
     at_least(2, max_matvecs=max_matvecs)
-    at_least(1, block_size=block_size)
-    store = Checkpoint.of(checkpoint, "hutchinson_diagonal", products, seed, block_size=block_size)
-    seed = store.seed
-    random = random_budget(products, max_matvecs, tolerance=rtol is not None)
+    products = Products.of(matvec, like, run.get("space"))
+    method = HutchinsonDiagonal(block_size=block_size, rtol=rtol)
+    return run_diagonal(method, products, run, max_matvecs=max_matvecs)
 
-    def exact() -> DiagonalEstimate:
-        return exact_diagonal(products, seed, max_matvecs=max_matvecs, block_size=block_size)
 
-    if not random:
-        return settled(exact(), rtol)
+@dataclass(frozen=True, kw_only=True)
+class HutchinsonDiagonal(DiagonalProbing["_State"]):
+    """Mean of the entries of ``w * Aw`` over probes of random signs."""
 
-    def step(state: _State, room: int) -> _State:
-        first = state.diagonal.count
-        indices = range(first, first + min(room, block_size))
-        probes = space.probes(indices, kind="signs", seed=seed, dtype=rows_dtype(space))
+    fewest: ClassVar[int] = FEWEST_SAMPLES
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        none = products.space.zeros(1, wide_dtype(products.space.device))[0]
+        return _State(_Moments(0, none, none), _Moments(0, none, none), seed)
+
+    def count(self, state: _State, /) -> int:
+        return state.diagonal.count
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        space, first = products.space, state.diagonal.count
+        indices = range(first, first + min(room, self.block_size))
+        probes = space.probes(indices, kind="signs", seed=state.seed, dtype=rows_dtype(space))
         images = products(probes)
         return _State(
             state.diagonal.extended(probes * images),
             state.squares.extended(images.square()),
+            state.seed,
         )
 
-    def found(state: _State, reason: str) -> DiagonalEstimate:
+    def estimate(self, state: _State, space: Space, cost: Cost, /) -> DiagonalEstimate:
         diagonal, squares, count = state.diagonal, state.squares, state.diagonal.count
         rounding = rounding_of_sum(products_eps(space, rows_dtype(space))) * (
             diagonal.mean.abs() + diagonal.spread
@@ -103,37 +100,14 @@ def hutchinson_diagonal(
         if count < _FEWEST_SIGNS:
             typical = space.summed(spread.square().sum()).div(space.n).sqrt()
             spread = torch.where(spread * math.sqrt(count) <= rounding, typical, spread)
-        stderr = (spread / math.sqrt(count) + rounding) * (1.0 if rtol is None else STOPPED)
+        stderr = (spread / math.sqrt(count) + rounding) * self.widening
         return DiagonalEstimate(
             value=space.unravel(diagonal.mean),
             stderr=space.unravel(stderr),
             degrees=count - 1,
-            squared_row_norms=squared_row_norms(
-                squares.mean, squares.spread, count, products, seed
-            ),
-            **products.cost(reason, seed),
+            squared_row_norms=squared_row_norms(squares.mean, squares.spread, count, space, cost),
+            **cost,
         )
-
-    def verdict(state: _State) -> str | None:
-        if state.diagonal.count < FEWEST_SAMPLES:
-            return None
-        return close_enough(found(state, "running"), rtol)
-
-    none = space.zeros(1, wide_dtype(space.device))[0]
-    state, reason = drive(
-        _State(_Moments(0, none, none), _Moments(0, none, none)),
-        products=products,
-        step=step,
-        verdict=verdict,
-        running=lambda state: found(state, "running"),
-        max_matvecs=random,
-        callback=callback,
-        storage=store,
-    )
-    estimate = settled(found(state, reason), rtol)
-    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
-        return settled(exact(), rtol)
-    return estimate
 
 
 @dataclass(frozen=True)
@@ -141,8 +115,8 @@ class _Moments:
     """The mean and the sum of squared deviations of samples, entry by entry."""
 
     count: int
-    mean: Rows
-    deviations: Rows
+    mean: Rows = field(metadata=DIVIDED)
+    deviations: Rows = field(metadata=DIVIDED)
 
     def extended(self, samples: Tensor) -> _Moments:
         """With more samples, as rows (Chan, Golub and LeVeque 1979)."""
@@ -171,3 +145,4 @@ class _State:
 
     diagonal: _Moments
     squares: _Moments
+    seed: int

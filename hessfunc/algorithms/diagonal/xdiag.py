@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
+from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.exact import (
-    exact_diagonal,
-    random_budget,
     refuse_asymmetric,
-    unit_vectors_left,
 )
 from hessfunc.algorithms.norms import squared_row_norms
-from hessfunc.algorithms.products import Products
-from hessfunc.algorithms.results import DiagonalEstimate, close_enough, settled
+from hessfunc.algorithms.probing import DiagonalProbing, run_diagonal
+from hessfunc.algorithms.products import Cost, Products
+from hessfunc.algorithms.results import DiagonalEstimate
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.statistics import rounding_of_sum
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # The leave-one-out estimates share their probes and are correlated: over 1,000 seeds on six
@@ -40,10 +38,7 @@ def xdiag(
     rtol: float | None = None,
     max_matvecs: int = 100,
     block_size: int = 10,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[DiagonalEstimate] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> DiagonalEstimate:
     """The diagonal of a symmetric matrix, positive or not, by XDiag.
 
@@ -62,12 +57,7 @@ def xdiag(
             over all entries, with 95 % confidence. Without it the whole budget is used.
         max_matvecs: the budget, two a probe.
         block_size: how many vectors are multiplied at once.
-        seed: of the probes.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `DiagonalEstimate` after each round; returning True
-            stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `DiagonalEstimate`; ``stderr`` is the jackknife standard error of the d_i widened by 1.45,
@@ -82,37 +72,47 @@ def xdiag(
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825.
     """
-    products = Products.of(matvec, like, space)
-    space = products.space
-    at_least(0, rtol=rtol)
     at_least(4, max_matvecs=max_matvecs)
-    at_least(1, block_size=block_size)
-    store = Checkpoint.of(checkpoint, "xdiag", products, seed, block_size=block_size)
-    seed = store.seed
-    random = random_budget(products, max_matvecs, tolerance=rtol is not None)
+    products = Products.of(matvec, like, run.get("space"))
+    most = vectors_that_fit(products.space, 12)
+    method = XDiag(block_size=block_size, rtol=rtol, most=most)
+    return run_diagonal(method, products, run, max_matvecs=max_matvecs)
 
-    def exact() -> DiagonalEstimate:
-        return exact_diagonal(products, seed, max_matvecs=max_matvecs, block_size=block_size)
 
-    if not random:
-        return settled(exact(), rtol)
-    most = vectors_that_fit(space, 12)
+@dataclass(frozen=True, kw_only=True)
+class XDiag(DiagonalProbing["_State"]):
+    """Mean of leave-one-out diagonals, each with the sketch of all other products."""
 
-    def step(state: _State, room: int) -> _State:
-        p = len(state.probes)
-        width = min(block_size, room // 2, most - p)
+    def init(self, products: Products, seed: int, /) -> _State:
+        none = products.space.zeros(0, rows_dtype(products.space))
+        return _State(none, none, Sketch.empty(products.space), seed)
+
+    def count(self, state: _State, /) -> int:
+        return len(state.probes)
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        space, p = products.space, len(state.probes)
+        width = min(self.block_size, room // 2)
+        width = width if self.most is None else min(width, self.most - p)
         if width < 1:
             return state
         indices = range(p, p + width)
-        probes = space.probes(indices, kind="signs", seed=seed, dtype=rows_dtype(space))
+        probes = space.probes(indices, kind="signs", seed=state.seed, dtype=rows_dtype(space))
         images = products(probes)
         return _State(
             torch.cat([state.probes, probes]),
             torch.cat([state.images, images]),
             state.sketch.extended(space, products, images),
+            state.seed,
         )
 
-    def found(state: _State, reason: str) -> DiagonalEstimate:
+    def finish(
+        self, state: _State, products: Products, reason: str, room: int, /
+    ) -> tuple[_State, str]:
+        refuse_asymmetric(products, state.probes, state.images)
+        return state, reason
+
+    def estimate(self, state: _State, space: Space, cost: Cost, /) -> DiagonalEstimate:
         mean, spread = _mean_and_spread(space, state)
         p = len(state.probes)
         rounding = rounding_of_sum(products_eps(space, rows_dtype(space))) * (mean.abs() + spread)
@@ -121,44 +121,19 @@ def xdiag(
             value=space.unravel(mean),
             stderr=space.unravel(_WIDENING * spread / math.sqrt(p) + rounding),
             degrees=p - 1,
-            squared_row_norms=squared_row_norms(
-                squares.mean(0), _spread(squares), p, products, seed
-            ),
-            **products.cost(reason, seed),
+            squared_row_norms=squared_row_norms(squares.mean(0), _spread(squares), p, space, cost),
+            **cost,
         )
-
-    def verdict(state: _State) -> str | None:
-        if len(state.probes) >= most:
-            return f"no more than {most} probes fit in memory: `hutchinson_diagonal` keeps none"
-        if len(state.probes) < _FEWEST_PROBES:
-            return None
-        return close_enough(found(state, "running"), rtol)
-
-    none = space.zeros(0, rows_dtype(space))
-    state, reason = drive(
-        _State(none, none, Sketch.empty(space)),
-        products=products,
-        step=step,
-        verdict=verdict,
-        running=lambda state: found(state, "running"),
-        max_matvecs=random,
-        callback=callback,
-        storage=store,
-    )
-    refuse_asymmetric(products, state.probes, state.images)
-    estimate = settled(found(state, reason), rtol)
-    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
-        return settled(exact(), rtol)
-    return estimate
 
 
 @dataclass(frozen=True)
 class _State:
     """Rows: probes W and products AW, with a sketch of the products."""
 
-    probes: Rows
-    images: Rows
+    probes: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
     sketch: Sketch
+    seed: int
 
 
 def _mean_and_spread(space: Space, state: _State) -> tuple[Tensor, Tensor]:

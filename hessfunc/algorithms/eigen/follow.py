@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.basis import Basis, orthonormal
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.starts import of_starts
@@ -93,7 +94,7 @@ def follow(
             reason = "converged: all residuals are within the tolerance"
             break
         if products.matvecs + len(open_) > max_matvecs:
-            reason = f"the budget of {max_matvecs} matvecs is spent"
+            reason = f"budget exhausted after {max_matvecs} matvecs"
             break
         if len(basis) + len(open_) > width + _ROOM:
             basis, images = rows, moved
@@ -134,13 +135,8 @@ def _outermost(projected: Tensor, width: int, end: End) -> tuple[Tensor, Tensor]
 
 
 def _orthonormal(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal rows of the same span, outside of the basis."""
-    shortest = _SHORTEST * float(space.norms(rows).max())
-    for _ in range(2):
-        rows = rows - space.combine(space.gram(rows, basis), basis)
-        squares, rotation = torch.linalg.eigh(space.gram(rows, rows).cpu().double())
-        lengths = squares.clamp_min(0).sqrt()
-        kept = lengths > shortest
-        rows = space.combine((rotation[:, kept] / lengths[kept]).mT, rows)
-        shortest = 0.0
-    return rows
+    """Return orthonormal rows that span, with the basis, all that the rows span with it."""
+    outside, _, _ = orthonormal(
+        space, rows.clone(), Basis(basis), threshold=lambda longest: _SHORTEST * longest
+    )
+    return outside

@@ -6,22 +6,21 @@ import math
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.basis import appended, combined, orthonormal, rotated
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
-from hessfunc.algorithms.offload import brought, home, is_far, room_beside, settled
-from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.basis import Basis, orthonormal
+from hessfunc.algorithms.driver import Method, RunOptions, run_method
+from hessfunc.algorithms.offload import home, is_far, room_beside
+from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.starts import of_starts
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.options import at_least, validated
 from hessfunc.randomness import uniforms
-from hessfunc.spaces.space import Rows, Space, available_to, products_eps, rows_dtype
+from hessfunc.spaces.space import Space, available_to, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 Which = Literal["LM", "LA", "SA", "BE"]
@@ -40,6 +39,8 @@ _PLENTY = 1e40
 _TINY = 1e-300
 # Probes of the same seed are functions of other keys: (seed, index, leaf), no index negative.
 _KEY_OF_MIXTURE = -1
+# Frames between a warning and the caller of `lanczos`.
+_CALLER = 5
 # So many steps from a fresh vector, outside of what was found, must find nothing better.
 _STEPS_TO_TRUST = 8
 
@@ -61,10 +62,7 @@ def lanczos(
     max_matvecs: int = 1000,
     search: int = 8,
     start: Tree | None = None,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[Eigenpairs] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> Eigenpairs:
     """A few extreme eigenpairs of a symmetric matrix, by thick-restart Lanczos.
 
@@ -119,12 +117,7 @@ def lanczos(
             them than ``block_size`` are mixed; random by default. As a start may lie in an
             invariant subspace, Lanczos steps from a random vector outside of the basis follow, at
             one product each, until a wanted eigenvalue there would have been met.
-        seed: of the start.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `Eigenpairs` after each round (residuals are those of
-            the recurrence then); returning True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Eigenpairs`. Where not all k have converged, ``converged`` and ``reason`` say so.
@@ -145,91 +138,141 @@ def lanczos(
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
     Musco and Rao 2025, arXiv 2508.06486.
     """
-    products = Products.of(matvec, like, space)
+    products = Products.of(matvec, like, run.get("space"))
     space = products.space
-    if which not in ("LM", "LA", "SA", "BE"):
-        raise ValueError(f"which={which!r}: choose 'LM', 'LA', 'SA' or 'BE'")
     if not 1 <= k <= space.n:
         raise ValueError(f"k={k}: the matrix has {space.n} eigenvalues, choose 1 to {space.n}")
-    at_least(0, rtol=rtol, atol=atol, search=search)
     at_least(1, block_size=block_size, basis_bytes=basis_bytes)
     block_size = min(block_size, space.n)
     at_least(max(k, block_size) + 1, max_matvecs=max_matvecs)
     at_least(min(space.n, k + 2 * block_size), basis_size=basis_size)
-    if basis_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(
-            f"basis_dtype={basis_dtype}: choose torch.bfloat16, torch.float32 or torch.float64"
-        )
-    dtype = basis_dtype or rows_dtype(space)
-    device = home(space, basis_device)
-    eps = products_eps(space, dtype)
-    store = Checkpoint.of(
-        checkpoint,
-        "lanczos",
-        products,
-        seed,
+    method = Lanczos(
         k=k,
         which=which,
         block_size=block_size,
         basis_size=basis_size,
-        dtype=str(dtype),
+        basis_dtype=basis_dtype or rows_dtype(space),
+        basis_device=home(space, basis_device),
+        basis_bytes=basis_bytes,
+        rtol=rtol,
+        atol=atol,
+        search=search,
         start=start,
     )
-    seed = store.seed
-    size = min(space.n, basis_size or max(2 * k + 10, k + 4 * block_size))
-    problem = _Problem(k, which, block_size, rtol, atol, of_starts(seed), eps, dtype, device)
-    size = _size_that_fits(problem, space, size, basis_bytes)
+    # The last product is kept for the check of the pairs.
+    return run_method(method, products, run, max_matvecs=max_matvecs, kept=1)
 
-    def found(state: _State, reason: str, pairs: _Pairs) -> Eigenpairs:
+
+@dataclass(frozen=True, kw_only=True)
+class Lanczos(Method["_State", Eigenpairs]):
+    """Thick-restart Lanczos; the options are those of `lanczos`."""
+
+    k: int
+    which: Which
+    block_size: int
+    basis_size: int | None
+    basis_dtype: torch.dtype
+    basis_device: torch.device
+    basis_bytes: int | None
+    rtol: float
+    atol: float
+    search: int
+    start: Tree | None
+
+    changeable: ClassVar = frozenset({"basis_device", "basis_bytes", "rtol", "atol", "search"})
+
+    def __post_init__(self) -> None:
+        if self.which not in ("LM", "LA", "SA", "BE"):
+            raise ValueError(f"which={self.which!r}: choose 'LM', 'LA', 'SA' or 'BE'")
+        at_least(0, rtol=self.rtol, atol=self.atol, search=self.search)
+        if self.basis_dtype not in (torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(
+                f"basis_dtype={self.basis_dtype}: choose torch.bfloat16, torch.float32 or "
+                "torch.float64"
+            )
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "basis_dtype": str(self.basis_dtype)}
+
+    def _problem(self, space: Space, seed: int) -> _Problem:
+        return _Problem(
+            self.k,
+            self.which,
+            self.block_size,
+            self.rtol,
+            self.atol,
+            of_starts(seed),
+            products_eps(space, self.basis_dtype),
+            self.basis_dtype,
+            self.basis_device,
+        )
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        space, problem = products.space, self._problem(products.space, seed)
+        wanted = self.basis_size or max(2 * self.k + 10, self.k + 4 * self.block_size)
+        size = _size_that_fits(problem, space, min(space.n, wanted), self.basis_bytes)
+        trusted = self.start is None or not self.search
+        return _start(problem, space, self.start, size, seed, trusted=trusted)
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        problem = self._problem(products.space, state.seed)
+        return _round(problem, products.space, products, state, room)
+
+    def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
+        return _verdict(self._problem(products.space, state.seed), state, last=room < 1)
+
+    def finish(
+        self, state: _State, products: Products, reason: str, room: int, /
+    ) -> tuple[_State, str]:
+        """Check the pairs by a product, and look outside of the basis for repeated eigenvalues."""
+        space, problem = products.space, self._problem(products.space, state.seed)
+        if state.failure is None:
+            state = replace(state, failure=_failure(problem, space, products, state))
+            room -= 1
+        assert state.failure is not None
+        before = products.matvecs
+        pairs = _measured(problem, space, products, state, room)
+        state, room = replace(state, pairs=pairs), room - (products.matvecs - before)
+        missing = int((~_converged(problem, state, pairs)).sum())
+        if reason.startswith("converged") and missing:
+            noise = max(state.noise, state.failure / self.k**0.5)
+            rounded = max(problem.eps, noise / max(state.largest, _TINY))
+            return state, (
+                f"the residuals of {missing} pairs cannot reach the tolerance: products are "
+                f"rounded to {rounded:.0e} |A|; take a looser rtol, or float64"
+            )
+        if not (state.trusted or state.finished or missing):
+            reason += (
+                ", before a random vector could show that no wanted eigenvalue lies outside of "
+                "the Krylov space of `start`: take more max_matvecs, or no start"
+            )
+            warnings.warn(reason, stacklevel=_CALLER)
+        elif (
+            reason.startswith("converged")
+            and self.block_size < self.k
+            and not (state.finished or state.proved)
+        ):
+            missed = _missed(problem, space, products, state, min(self.search, room))
+            if missed is not None:
+                reason += (
+                    f", but {missed:.6g} was met outside of the basis: repeated eigenvalues were "
+                    f"missed, take block_size={min(2 * self.block_size + 2, self.k)} or more; or "
+                    "rtol is too loose for values that are close"
+                )
+                warnings.warn(reason, stacklevel=_CALLER)
+        return state, reason
+
+    def result(self, state: _State, space: Space, cost: Cost, /) -> Eigenpairs:
+        problem = self._problem(space, state.seed)
+        pairs = state.pairs or _chosen(problem, space, state)
         return Eigenpairs(
             values=pairs.values,
             vectors=space.vectors(pairs.rows),
             residuals=pairs.residuals,
             converged=_converged(problem, state, pairs),
             largest=state.largest,
-            **products.cost(reason, seed),
+            **cost,
         )
-
-    # The start is not held on to: its workspace is as large as that of a stored state.
-    state, reason = drive(
-        _start(problem, space, start, size, trusted=start is None or not search),
-        products=products,
-        step=lambda state, room: _round(problem, space, products, state, room),
-        verdict=lambda state: _verdict(problem, state, last=products.matvecs >= max_matvecs - 1),
-        running=lambda state: found(state, "running", _chosen(problem, space, state)),
-        max_matvecs=max_matvecs - 1,
-        callback=callback,
-        storage=store,
-    )
-    if state.failure is None:
-        state = replace(state, failure=_failure(problem, space, products, state))
-    assert state.failure is not None
-    pairs = _measured(problem, space, products, state, max_matvecs)
-    missing = int((~_converged(problem, state, pairs)).sum())
-    if reason.startswith("converged") and missing:
-        noise = max(state.noise, state.failure / k**0.5)
-        rounded = max(eps, noise / max(state.largest, _TINY))
-        reason = (
-            f"the residuals of {missing} pairs cannot reach the tolerance: products are rounded "
-            f"to {rounded:.0e} |A|; take a looser rtol, or float64"
-        )
-    elif not (state.trusted or state.finished or missing):
-        reason += (
-            ", before a random vector could show that no wanted eigenvalue lies outside of the "
-            "Krylov space of `start`: take more max_matvecs, or no start"
-        )
-        warnings.warn(reason, stacklevel=2)
-    elif reason.startswith("converged") and block_size < k and not (state.finished or state.proved):
-        room = min(search, max_matvecs - products.matvecs)
-        missed = _missed(problem, space, products, state, room)
-        if missed is not None:
-            reason += (
-                f", but {missed:.6g} was met outside of the basis: repeated eigenvalues were "
-                f"missed, take block_size={min(2 * block_size + 2, k)} or more; or rtol is too "
-                "loose for values that are close"
-            )
-            warnings.warn(reason, stacklevel=3)
-    return found(state, reason, pairs)
 
 
 @dataclass(frozen=True)
@@ -276,13 +319,15 @@ class _State:
         failure: Length by which the recurrence fails for a combination of all pairs, as measured
             by a product; None until then.
         noise: Largest rounding of a product with a unit vector, as far as it was measured.
+        pairs: Wanted pairs with residuals that products have checked; None until the run is over.
     """
 
-    basis: Rows
+    basis: Basis
     projected: Tensor
     coupling: Tensor
     probes: int
     basis_size: int
+    seed: int
     before: float = 0.0
     steps: int = 0
     closed: Tensor | None = None
@@ -292,6 +337,7 @@ class _State:
     proved: bool = False
     failure: float | None = None
     noise: float = 0.0
+    pairs: _Pairs | None = None
 
     @property
     def size(self) -> int:
@@ -325,7 +371,13 @@ class _Pairs:
 
 
 def _start(
-    problem: _Problem, space: Space, start: Tree | None, basis_size: int, *, trusted: bool
+    problem: _Problem,
+    space: Space,
+    start: Tree | None,
+    basis_size: int,
+    seed: int,
+    *,
+    trusted: bool,
 ) -> _State:
     b, dtype = problem.block_size, problem.dtype
     rows = space.probes(range(b), kind="normal", seed=problem.seed, dtype=dtype)
@@ -340,12 +392,14 @@ def _start(
         if not bool((lengths > 0).all()):
             raise ValueError("start has a vector of zeros")
         rows = torch.cat([given / lengths.to(dtype)[:, None], rows[len(given) :]])
-    empty = torch.empty(0, space.width, dtype=problem.basis_dtype, device=problem.basis_device)
+    empty = Basis.empty(space, problem.basis_dtype, problem.basis_device)
     block, _, _ = orthonormal(space, rows, empty, threshold=lambda _: 0.0)
-    basis = appended(empty, block, basis_size + b + (not trusted))
+    basis = empty.append(block, basis_size + b + (not trusted))
     none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     coupling = torch.zeros(len(block), 0, dtype=torch.float64, device="cpu")
-    return _State(basis, none, coupling, probes=b, basis_size=basis_size, trusted=trusted)
+    return _State(
+        basis, none, coupling, probes=b, basis_size=basis_size, seed=seed, trusted=trusted
+    )
 
 
 def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | None) -> int:
@@ -374,9 +428,8 @@ def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | N
 
 
 def _round(problem: _Problem, space: Space, products: Products, state: _State, room: int) -> _State:
-    if state.basis.device != problem.basis_device:
-        # A stored state, of a run that kept it elsewhere.
-        state = replace(state, basis=state.basis.to(problem.basis_device))
+    # The state of an interrupted run may come from a run that kept its basis elsewhere.
+    state = replace(state, basis=state.basis.on(problem.basis_device))
     if _is_settled(problem, state):
         return _examined(problem, space, products, state, room)
     for _ in range(max(1, int(_GROWTH_A_ROUND * state.size / problem.block_size))):
@@ -387,14 +440,14 @@ def _round(problem: _Problem, space: Space, products: Products, state: _State, r
             break
         state = _step(problem, space, products, state)
         room -= width
-    settled(state.basis, space.device)
+    state.basis.settle(space)
     return state
 
 
 def _step(problem: _Problem, space: Space, products: Products, state: _State) -> _State:
     """Multiply the next block, and split the product in T's new columns and a new block."""
     j, basis = state.size, state.basis
-    images = products(brought(basis[j:], space.device).to(problem.dtype))
+    images = products(basis[j:].brought(space).to(problem.dtype))
     block, factor, inner = orthonormal(
         space,
         images,
@@ -411,7 +464,7 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
     coupling[:, j:] = factor
     following = replace(
         state,
-        basis=appended(basis, block, _room(problem, state)),
+        basis=basis.append(block, _room(problem, state)),
         projected=projected,
         coupling=coupling,
         steps=state.steps + 1,
@@ -448,7 +501,7 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
     block, _, _ = orthonormal(space, rows, state.basis, threshold=lambda _: 1e-3)
     return replace(
         state,
-        basis=appended(state.basis, block, _room(problem, state)),
+        basis=state.basis.append(block, _room(problem, state)),
         coupling=torch.zeros(len(block), state.size, dtype=torch.float64, device="cpu"),
         probes=state.probes + width,
         steps=0,
@@ -484,7 +537,7 @@ def _failure(problem: _Problem, space: Space, products: Products, state: _State)
     predicted = space.combine((mixture * values)[None], rows)
     if state.size < len(state.basis):
         leak = (state.coupling @ _ritz(problem, state)[1] @ mixture)[None]
-        predicted += combined(space, leak, state.basis[state.size :], problem.dtype)
+        predicted += state.basis[state.size :].combine(space, leak, problem.dtype)
     return float(space.norms(products(space.combine(mixture[None], rows)) - predicted))
 
 
@@ -494,13 +547,14 @@ def _mixture(problem: _Problem, count: int) -> Tensor:
 
 
 def _measured(
-    problem: _Problem, space: Space, products: Products, state: _State, max_matvecs: int
+    problem: _Problem, space: Space, products: Products, state: _State, room: int
 ) -> _Pairs:
-    """The wanted pairs, with residuals that a product has checked.
+    """Return the wanted pairs, with residuals that products have checked.
 
-    The recurrence says what A times any combination of Ritz vectors is. One product with a random
-    combination has shown by how much it fails, and that is added to each residual. Where it fails
-    by more than rounding, or a residual is then too long, each vector is multiplied.
+    The recurrence predicts A times any combination of Ritz vectors. One product with a random
+    combination has shown by how much the prediction fails, and that failure is added to each
+    residual. Where it is larger than rounding, or a residual is then too long, each vector is
+    multiplied.
     """
     assert state.failure is not None
     pairs = _chosen(problem, space, state)
@@ -508,9 +562,9 @@ def _measured(
     floor = rounding(problem.eps, state.largest) * len(values) ** 0.5
     checked = replace(pairs, residuals=pairs.residuals + state.failure)
     trusted = state.failure <= floor and bool(_converged(problem, state, checked).all())
-    if trusted or max_matvecs - products.matvecs < len(values):
+    if trusted or room < len(values):
         return checked
-    # In blocks: where rows are cut over ranks, so many of them are put together at once.
+    # In blocks: where rows are divided over ranks, so many of them are gathered at once.
     images = torch.cat([products(part) for part in rows.split(problem.block_size)])
     images.addcmul_(values.to(rows)[:, None], rows, value=-1)
     return replace(pairs, residuals=space.norms(images).cpu())
@@ -540,8 +594,8 @@ def _proved(
             space,
             products(row),
             known,
-            before,
-            row,
+            Basis(before),
+            Basis(row),
             threshold=lambda longest: rounding(problem.eps, max(state.longest, longest)),
         )
         diagonal.append(float(inner[0, -1]))
@@ -553,7 +607,7 @@ def _proved(
             fresh, _, _ = orthonormal(space, first.clone(), state.basis, threshold=lambda _: 1e-6)
             return replace(
                 state,
-                basis=appended(state.basis, fresh, _room(problem, state)),
+                basis=state.basis.append(fresh, _room(problem, state)),
                 coupling=torch.cat([state.coupling, coupling[: len(fresh)]]),
                 probes=state.probes + 1,
                 steps=0,
@@ -616,7 +670,7 @@ def _missed(
     outside, images, values = rows[:0], rows[:0], inside[:0]
     for _ in range(steps):
         # The rows are worked on in place, and the images are kept.
-        row, _, _ = orthonormal(space, rows.clone(), known, outside, threshold=lambda _: 0.0)
+        row, _, _ = orthonormal(space, rows.clone(), known, Basis(outside), threshold=lambda _: 0.0)
         if not len(row) or _would_be_seen(problem, inside, values, space.n):
             break
         rows = products(row)
@@ -671,15 +725,15 @@ def _edges(problem: _Problem, inside: Tensor) -> tuple[float, ...]:
 def _restart(problem: _Problem, space: Space, state: _State) -> _State:
     """Shrink the basis to its best Ritz vectors, in its own memory; the next block stays."""
     values, vectors = state.ritz
-    block = brought(state.basis[state.size :], space.device).clone()
+    block = state.basis[state.size :].brought(space).clone()
     room = state.basis_size - len(block)
     keep = min(room, problem.k + (state.basis_size - problem.k) // 2)
     kept = _preferred(problem.which, values)[: max(keep, 1)]
     rotation = vectors[:, kept]
-    rows = rotated(space, rotation, state.basis[: state.size], problem.dtype)
+    rotated = state.basis[: state.size].rotate(space, rotation, problem.dtype)
     return replace(
         state,
-        basis=appended(rows, block, _room(problem, state)),
+        basis=rotated.append(block, _room(problem, state)),
         projected=values[kept].diag(),
         coupling=state.coupling @ rotation,
         before=state.largest,
@@ -707,7 +761,7 @@ def _wanted(problem: _Problem, values: Tensor) -> Tensor:
 def _chosen(problem: _Problem, space: Space, state: _State) -> _Pairs:
     """The wanted pairs, with the residuals of the recurrence."""
     values, rotation = _ritz(problem, state)
-    rows = combined(space, rotation.mT, state.basis[: state.size], problem.dtype)
+    rows = state.basis[: state.size].combine(space, rotation.mT, problem.dtype)
     return _Pairs(values, rows, torch.linalg.vector_norm(state.coupling @ rotation, dim=0))
 
 

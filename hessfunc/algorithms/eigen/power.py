@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.basis import appended, removed
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
-from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.basis import Basis, project_out
+from hessfunc.algorithms.driver import Method, RunOptions, run_method
+from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.starts import of_starts, unit_start
 from hessfunc.algorithms.symmetry import SYMMETRIC, asymmetry_named, refuse_unless_rounding
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Products between two looks at the residual.
@@ -37,10 +36,7 @@ def power_iteration(
     rtol: float = 1e-3,
     max_matvecs: int = 1000,
     start: Tree | None = None,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[Eigenpairs] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> Eigenpairs:
     """The largest eigenpairs of a symmetric matrix, one after another, by power iteration.
 
@@ -69,11 +65,7 @@ def power_iteration(
         rtol: the relative tolerance of residuals.
         max_matvecs: the budget.
         start: a tree to start from; random by default, which takes no steps to be trusted.
-        seed: of the start.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `Eigenpairs` after each round; returning True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Eigenpairs`; fewer than k, with the last one not converged, where the budget ends before.
@@ -90,79 +82,112 @@ def power_iteration(
 
     Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670.
     """
-    products = Products.of(matvec, like, space)
-    space = products.space
-    if which not in ("LM", "LA", "SA"):
-        raise ValueError(f"which={which!r}: choose 'LM', 'LA' or 'SA'; `lanczos` has 'BE'")
-    if not 1 <= k <= space.n:
-        raise ValueError(f"k={k}: the matrix has {space.n} eigenvalues, choose 1 to {space.n}")
-    at_least(0, rtol=rtol, momentum=momentum)
     at_least(1, max_matvecs=max_matvecs)
-    store = Checkpoint.of(
-        checkpoint,
-        "power_iteration",
-        products,
-        seed,
-        k=k,
-        which=which,
-        momentum=momentum,
-        start=start,
-    )
-    seed = store.seed
-    dtype = rows_dtype(space)
+    products = Products.of(matvec, like, run.get("space"))
+    n = products.space.n
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k}: the matrix has {n} eigenvalues, choose 1 to {n}")
+    method = Power(k=k, which=which, momentum=momentum, rtol=rtol, start=start)
+    return run_method(method, products, run, max_matvecs=max_matvecs)
 
-    eps = products_eps(space, dtype)
-    symmetric = max(SYMMETRIC, 10 * eps, 2 * rtol)
 
-    def tolerance(values: Tensor, largest: float) -> Tensor:
-        # A value that is zero up to rounding has converged when its residual is, too.
-        floor = rounding(eps, largest)
-        tiny = torch.where(values.abs() <= floor, floor, 0.0)
-        return torch.maximum(rtol * values.abs(), tiny)
+@dataclass(frozen=True, kw_only=True)
+class Power(Method["_State", Eigenpairs]):
+    """Power iteration with deflation.
 
-    def step(state: _State, room: int) -> _State:
+    Attributes:
+        k: Number of pairs.
+        which: Wanted eigenvalues.
+        momentum: Momentum b.
+        rtol: Relative tolerance of residuals.
+        start: Vector at which the run begins; a random one by default.
+    """
+
+    k: int
+    which: Literal["LM", "LA", "SA"]
+    momentum: float
+    rtol: float
+    start: Tree | None = None
+
+    def __post_init__(self) -> None:
+        if self.which not in ("LM", "LA", "SA"):
+            raise ValueError(f"which={self.which!r}: choose 'LM', 'LA' or 'SA'; `lanczos` has 'BE'")
+        at_least(0, rtol=self.rtol, momentum=self.momentum)
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        space, start = products.space, self.start
+        current = unit_start(space, start, seed)
+        if start is not None and self.which != "LM":
+            # The dominant eigenvalue fixes the shift, and must not be missed.
+            current = current + unit_start(space, None, seed)
+            current /= space.norms(current).to(current.dtype)[:, None]
+        return _State(
+            current=current,
+            previous=torch.zeros_like(current) if self.momentum else current[:0],
+            image=None,
+            vectors=current[:0],
+            images=current[:0],
+            shift=0.0 if self.which == "LM" else None,
+            trusted=start is None,
+            seed=seed,
+        )
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        space, which, k = products.space, self.which, self.k
+        symmetric = max(SYMMETRIC, 10 * _eps(space), 2 * self.rtol)
         for _ in range(min(room, _STEPS_A_ROUND)):
-            state = _iterate(space, products, state, momentum, symmetric)
+            state = _iterate(space, products, state, self.momentum, symmetric)
             value, residual = _quotient(space, state)
-            if residual <= float(tolerance(value, _largest(space, state))):
-                return _accept(space, state, which, k, float(value), seed)
+            if residual <= float(self._tolerance(space, value, _largest(space, state))):
+                return _accept(space, state, which, k, float(value), state.seed)
             if len(state.vectors) >= k and _is_surely_complete(space, state, which, k):
                 return replace(state, trusted=True)
         return state
 
-    def found(state: _State, reason: str) -> Eigenpairs:
-        values, vectors, residuals = _ritz(space, state, which, k)
+    def _tolerance(self, space: Space, values: Tensor, largest: float) -> Tensor:
+        """Return the residuals at which pairs of these values have converged."""
+        # A value that is zero up to rounding has converged when its residual is, too.
+        floor = rounding(_eps(space), largest)
+        tiny = torch.where(values.abs() <= floor, floor, 0.0)
+        return torch.maximum(self.rtol * values.abs(), tiny)
+
+    def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
+        count = len(state.vectors)
+        done = count >= self.k and (state.trusted or count == products.space.n)
+        return "converged: all residuals are within the tolerance" if done else None
+
+    def finish(
+        self, state: _State, products: Products, reason: str, room: int, /
+    ) -> tuple[_State, str]:
+        space = products.space
+        pairs = self.result(state, space, products.cost(reason, None))
+        if state.image is None or bool(pairs.converged.all()):
+            return state, reason
+        cause = asymmetry_named(
+            products,
+            state.current,
+            state.asymmetry,
+            state.longest,
+            eps=_eps(space),
+            rtol=self.rtol,
+        )
+        return state, reason if cause is None else f"{reason}; {cause}"
+
+    def result(self, state: _State, space: Space, cost: Cost, /) -> Eigenpairs:
+        values, vectors, residuals = _ritz(space, state, self.which, self.k)
+        largest = _largest(space, state)
         return Eigenpairs(
             values=values,
             vectors=space.vectors(vectors),
             residuals=residuals,
-            converged=residuals <= tolerance(values, _largest(space, state)),
-            largest=_largest(space, state),
-            **products.cost(reason, seed),
+            converged=residuals <= self._tolerance(space, values, largest),
+            largest=largest,
+            **cost,
         )
 
-    def verdict(state: _State) -> str | None:
-        done = len(state.vectors) >= k and (state.trusted or len(state.vectors) == space.n)
-        return "converged: all residuals are within the tolerance" if done else None
 
-    # The start is not held on to.
-    state, reason = drive(
-        _begun(space, start, which, momentum, seed),
-        products=products,
-        step=step,
-        verdict=verdict,
-        running=lambda state: found(state, "running"),
-        max_matvecs=max_matvecs,
-        callback=callback,
-        storage=store,
-    )
-    pairs = found(state, reason)
-    if state.image is None or bool(pairs.converged.all()):
-        return pairs
-    cause = asymmetry_named(
-        products, state.current, state.asymmetry, state.longest, eps=eps, rtol=rtol
-    )
-    return pairs if cause is None else replace(pairs, reason=f"{reason}; {cause}")
+def _eps(space: Space) -> float:
+    return products_eps(space, rows_dtype(space))
 
 
 @dataclass(frozen=True)
@@ -189,35 +214,19 @@ class _State:
             it was measured.
     """
 
-    current: Rows
-    previous: Rows
-    image: Rows | None
-    vectors: Rows
-    images: Rows
+    current: Rows = field(metadata=DIVIDED)
+    previous: Rows = field(metadata=DIVIDED)
+    image: Rows | None = field(metadata=DIVIDED)
+    vectors: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
     shift: float | None
     trusted: bool
+    seed: int
     steps: int = 0
     growth: float = 0.0
     longest: float = 0.0
     asymmetry: float = 0.0
     rounded: float = 0.0
-
-
-def _begun(space: Space, start: Tree | None, which: str, momentum: float, seed: int) -> _State:
-    current = unit_start(space, start, seed)
-    if start is not None and which != "LM":
-        # The dominant eigenvalue fixes the shift, and must not be missed.
-        current = current + unit_start(space, None, seed)
-        current /= space.norms(current).to(current.dtype)[:, None]
-    return _State(
-        current=current,
-        previous=torch.zeros_like(current) if momentum else current[:0],
-        image=None,
-        vectors=current[:0],
-        images=current[:0],
-        shift=0.0 if which == "LM" else None,
-        trusted=start is None,
-    )
 
 
 def _iterate(
@@ -332,8 +341,8 @@ def _accept(space: Space, state: _State, which: str, k: int, value: float, seed:
     vectors, images = state.vectors, state.images
     if keeps:
         room = k + (not state.trusted)
-        vectors = appended(vectors, state.current, room)
-        images = appended(images, state.image, room)
+        vectors = Basis(vectors).append(state.current, room).rows
+        images = Basis(images).append(state.image, room).rows
     state = replace(state, vectors=vectors, images=images, shift=shift)
     if len(vectors) == space.n or (len(vectors) >= k and state.trusted):
         return replace(state, current=none, previous=none, image=None)
@@ -350,7 +359,7 @@ def _outside(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
     """Take the parts along orthonormal rows out, in place."""
     if len(basis):
         for _ in range(2):
-            removed(space, rows, basis)
+            project_out(space, rows, Basis(basis))
     return rows
 
 

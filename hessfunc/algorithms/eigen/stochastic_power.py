@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
-from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method
+from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs, rounding
 from hessfunc.algorithms.starts import unit_start
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 
@@ -29,10 +30,7 @@ def stochastic_power_iteration(
     rtol: float = 1e-3,
     max_matvecs: int = 1000,
     start: Tree | None = None,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[Eigenpairs] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> Eigenpairs:
     """The eigenpair of largest absolute value of a data set's matrix, mostly from random batches.
 
@@ -71,12 +69,7 @@ def stochastic_power_iteration(
         rtol: the relative tolerance of the residual.
         max_matvecs: the budget of products of either kind.
         start: a tree to start from; random by default.
-        seed: of the start.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `Eigenpairs` after each epoch; returning True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from; the
-            draws must have a fixed seed.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Eigenpairs` with one pair. ``matvecs`` counts products of either kind; ``reason`` says
@@ -92,75 +85,84 @@ def stochastic_power_iteration(
     Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670, algorithm VR Power+M; that
     epochs are taken back is not in it.
     """
-    exact = Products.of(matvec, like, space)
-    space = exact.space
-    at_least(0, rtol=rtol, momentum=momentum, steps_per_epoch=steps_per_epoch)
     at_least(1, max_matvecs=max_matvecs)
-    store = Checkpoint.of(
-        checkpoint,
-        "stochastic_power_iteration",
-        exact,
-        seed,
-        momentum=momentum,
-        steps_per_epoch=steps_per_epoch,
-        start=start,
-        draws=getattr(draws, "seed", None),
+    products = Products.of(matvec, like, run.get("space"))
+    method = StochasticPower(
+        draws=draws, momentum=momentum, steps_per_epoch=steps_per_epoch, rtol=rtol, start=start
     )
-    seed = store.seed
-    dtype = rows_dtype(space)
-    eps = products_eps(space, dtype)
+    return run_method(method, products, run, max_matvecs=max_matvecs)
 
-    def random_product(draw: int, rows: Tensor) -> Tensor:
-        of_batch = Products(draws(draw), space)
+
+@dataclass(frozen=True, kw_only=True)
+class StochasticPower(Method["_State", Eigenpairs]):
+    """Power iteration with random batches, corrected by exact products.
+
+    Attributes:
+        draws: Function from the number of a draw to the matvec of its batch.
+        momentum: Momentum b.
+        steps_per_epoch: Number of random products between two exact ones, at most.
+        rtol: Relative tolerance of the residual.
+        start: Vector at which the run begins; a random one by default.
+    """
+
+    draws: Callable[[int], Matvec]
+    momentum: float
+    steps_per_epoch: int
+    rtol: float
+    start: Tree | None = None
+
+    def __post_init__(self) -> None:
+        at_least(0, rtol=self.rtol, momentum=self.momentum, steps_per_epoch=self.steps_per_epoch)
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "draws": getattr(self.draws, "seed", None)}
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        first = unit_start(products.space, self.start, seed)
+        return _State(first, torch.zeros_like(first), None, 0, self.steps_per_epoch)
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        if state.image is None:
+            return replace(state, image=products(state.current))
+        space, steps = products.space, min(state.steps, room - 1)
+        random = partial(self._random_product, products)
+        moved = _epoch(space, random, state, state.image, self.momentum, steps)
+        moved = replace(moved, image=products(moved.current))
+        if steps and _is_worse(space, moved, state, _eps(space)):
+            return replace(state, drawn=moved.drawn, steps=steps // 2)
+        return replace(moved, steps=min(state.steps + 1, self.steps_per_epoch))
+
+    def _random_product(self, products: Products, draw: int, rows: Tensor) -> Tensor:
+        of_batch = Products(self.draws(draw), products.space)
         image = of_batch(rows)
-        exact.matvecs += of_batch.matvecs
-        exact.passes += of_batch.passes
+        products.matvecs += of_batch.matvecs
+        products.passes += of_batch.passes
         return image
 
-    def step(state: _State, room: int) -> _State:
+    def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
         if state.image is None:
-            return replace(state, image=exact(state.current))
-        steps = min(state.steps, room - 1)
-        moved = _epoch(space, random_product, state, state.image, momentum, steps)
-        moved = replace(moved, image=exact(moved.current))
-        if steps and _is_worse(space, moved, state, eps):
-            return replace(state, drawn=moved.drawn, steps=steps // 2)
-        return replace(moved, steps=min(state.steps + 1, steps_per_epoch))
+            return None
+        pairs = self.result(state, products.space, products.cost(RUNNING, None))
+        return "converged: the residual is within the tolerance" if pairs.converged.all() else None
 
-    def found(state: _State, reason: str) -> Eigenpairs:
+    def result(self, state: _State, space: Space, cost: Cost, /) -> Eigenpairs:
         value, residual, largest = _quotient(space, state)
         # A value that is zero up to rounding has converged when its residual is, too.
-        floor = rounding(eps, largest)
-        tolerance = max(rtol * abs(value), floor if abs(value) <= floor else 0.0)
+        floor = rounding(_eps(space), largest)
+        tolerance = max(self.rtol * abs(value), floor if abs(value) <= floor else 0.0)
+        split = f"{state.drawn} of the {cost['matvecs']} products were with one batch"
         return Eigenpairs(
             values=torch.tensor([value], dtype=torch.float64, device="cpu"),
             vectors=space.vectors(state.current),
             residuals=torch.tensor([residual], dtype=torch.float64, device="cpu"),
             converged=torch.tensor([residual <= tolerance], device="cpu"),
             largest=largest,
-            **exact.cost(
-                f"{reason}; {state.drawn} of the {exact.matvecs} products were with one batch",
-                seed,
-            ),
+            **Cost(**{**cost, "reason": f"{cost['reason']}; {split}"}),
         )
 
-    def verdict(state: _State) -> str | None:
-        if state.image is None or not bool(found(state, "running").converged):
-            return None
-        return "converged: the residual is within the tolerance"
 
-    # The start is not held on to.
-    state, reason = drive(
-        _begun(space, start, seed, steps_per_epoch),
-        products=exact,
-        step=step,
-        verdict=verdict,
-        running=lambda state: found(state, "running"),
-        max_matvecs=max_matvecs,
-        callback=callback,
-        storage=store,
-    )
-    return found(state, reason)
+def _eps(space: Space) -> float:
+    return products_eps(space, rows_dtype(space))
 
 
 @dataclass(frozen=True)
@@ -170,16 +172,11 @@ class _State:
     ``drawn`` batches were multiplied so far; the next epoch has as many as ``steps``.
     """
 
-    current: Rows
-    previous: Rows
-    image: Rows | None
+    current: Rows = field(metadata=DIVIDED)
+    previous: Rows = field(metadata=DIVIDED)
+    image: Rows | None = field(metadata=DIVIDED)
     drawn: int
     steps: int
-
-
-def _begun(space: Space, start: Tree | None, seed: int, steps: int) -> _State:
-    first = unit_start(space, start, seed)
-    return _State(first, torch.zeros_like(first), None, 0, steps)
 
 
 def _epoch(

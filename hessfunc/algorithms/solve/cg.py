@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Unpack
 
-from hessfunc.algorithms.checkpoint import Directory
-from hessfunc.algorithms.driver import Callback
+from hessfunc.algorithms.driver import RunOptions, run_method
+from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Solution, rounding
-from hessfunc.algorithms.solve.system import Iterate, System, solve
+from hessfunc.algorithms.solve.system import Iterate, Solver, System
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space
+from hessfunc.spaces.space import DIVIDED, Rows, Space
 from hessfunc.trees import Matvec, Tree
 
 
@@ -26,9 +27,7 @@ def cg(
     atol: float = 0.0,
     max_matvecs: int = 1000,
     measure: bool = True,
-    space: Space | None = None,
-    callback: Callback[Solution] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> Solution:
     """The solution of a symmetric positive definite system, by conjugate gradients.
 
@@ -56,11 +55,7 @@ def cg(
         measure: measure the residual at the end. Else that of the recurrence is taken, with all
             that rounding may have added to it, and a product is made only where this is too long:
             for a matvec that is known to be linear and deterministic.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `Solution` after each round (the residual is that of
-            the recurrence then); returning True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Solution`. Where a direction p has p'(A + damping I)p <= 0, or zero up to rounding, the
@@ -80,24 +75,30 @@ def cg(
     Source: Hestenes and Stiefel 1952; negative curvature: Steihaug 1983.
     """
     at_least(1, max_matvecs=max_matvecs)
-    system = System.of(matvec, b, damping, preconditioner, rtol, atol, space=space, measure=measure)
-    begun = system.begin(start)
-    state = _State(**vars(begun), direction=begun.x, nearest=begun.x)
-
-    def found(state: _State, reason: str) -> Solution:
-        met = state.curvature is not None
-        return system.solution(state, reason, state.direction if met else None)
-
-    return solve(
-        system,
-        state,
-        iterate=lambda state: _iterate(system, state),
-        obstacle=lambda state: _obstacle(system, state),
-        found=found,
-        max_matvecs=max_matvecs,
-        callback=callback,
-        store=system.store(checkpoint, "cg", start),
+    system = System.of(
+        matvec, b, damping, preconditioner, rtol, atol, space=run.get("space"), measure=measure
     )
+    method = ConjugateGradients(system=system, start=start)
+    return run_method(method, system.products, run, max_matvecs=max_matvecs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConjugateGradients(Solver["_State"]):
+    """Conjugate gradients, which stop at a direction of negative curvature."""
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        begun = self.system.begin(self.start)
+        return _State(**vars(begun), direction=begun.x, nearest=begun.x)
+
+    def iterate(self, state: _State, /) -> _State:
+        return _iterate(self.system, state)
+
+    def obstacle(self, state: _State, /) -> str:
+        return _obstacle(self.system, state)
+
+    def result(self, state: _State, space: Space, cost: Cost, /) -> Solution:
+        direction = None if state.curvature is None else state.direction
+        return self.system.solution(state, cost, direction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,8 @@ class _State(Iterate):
         curvature: p'(A + damping I)p of unit p, where it is not positive beyond rounding.
     """
 
-    direction: Rows
-    nearest: Rows
+    direction: Rows = field(metadata=DIVIDED)
+    nearest: Rows = field(metadata=DIVIDED)
     least: float = math.inf
     stretch: float = 1.0
     square: float = 1.0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Unpack
 
 import torch
 
-from hessfunc.algorithms.checkpoint import Directory
-from hessfunc.algorithms.driver import Callback
+from hessfunc.algorithms.driver import RunOptions, run_method
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Solution, rounding
-from hessfunc.algorithms.solve.system import Iterate, System, solve
+from hessfunc.algorithms.solve.system import Iterate, Solver, System
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space
+from hessfunc.spaces.space import DIVIDED, Rows
 from hessfunc.trees import Matvec, Tree
 
 
@@ -27,9 +28,7 @@ def minres(
     rtol: float = 1e-5,
     atol: float = 0.0,
     max_matvecs: int = 1000,
-    space: Space | None = None,
-    callback: Callback[Solution] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> Solution:
     """The solution of a symmetric system, definite or not, by minimal residuals.
 
@@ -55,11 +54,7 @@ def minres(
         rtol: the relative tolerance of the residual.
         atol: the absolute tolerance of the residual.
         max_matvecs: the budget, the measurements of the residual included.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `Solution` after each round (the residual is that of
-            the recurrence then); returning True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Solution`, with ``negative_curvature`` None. A singular system is solved if it has a
@@ -78,19 +73,25 @@ def minres(
     Source: Paige and Saunders 1975; residual vectors: Choi, Paige and Saunders 2011.
     """
     at_least(1, max_matvecs=max_matvecs)
-    system = System.of(matvec, b, damping, preconditioner, rtol, atol, space=space)
-    begun = system.begin(start)
-    x = begun.x
-    return solve(
-        system,
-        _State(**vars(begun), lanczos=(x, x, x), search=(x, x)),
-        iterate=lambda state: _iterate(system, state),
-        obstacle=_obstacle,
-        found=system.solution,
-        max_matvecs=max_matvecs,
-        callback=callback,
-        store=system.store(checkpoint, "minres", start),
-    )
+    system = System.of(matvec, b, damping, preconditioner, rtol, atol, space=run.get("space"))
+    method = MinimalResiduals(system=system, start=start)
+    return run_method(method, system.products, run, max_matvecs=max_matvecs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimalResiduals(Solver["_State"]):
+    """Minimal residuals, which stop at a least-squares solution."""
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        begun = self.system.begin(self.start)
+        x = begun.x
+        return _State(**vars(begun), lanczos=(x, x, x), search=(x, x))
+
+    def iterate(self, state: _State, /) -> _State:
+        return _iterate(self.system, state)
+
+    def obstacle(self, state: _State, /) -> str:
+        return _obstacle(state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,8 @@ class _State(Iterate):
         slope: |A r| / |r| of the residual with which the recurrence began, in M-norms.
     """
 
-    lanczos: tuple[Rows, Rows, Rows]
-    search: tuple[Rows, Rows]
+    lanczos: tuple[Rows, Rows, Rows] = field(metadata=DIVIDED)
+    search: tuple[Rows, Rows] = field(metadata=DIVIDED)
     beta: float = 0.0
     reflection: tuple[float, float] = (-1.0, 0.0)
     carried: tuple[float, float] = (0.0, 0.0)

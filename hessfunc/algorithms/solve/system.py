@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
-from hessfunc.algorithms.products import Products, refuse_infinite
+from hessfunc.algorithms.driver import Method
+from hessfunc.algorithms.products import Cost, Products, refuse_infinite
 from hessfunc.algorithms.results import Solution, rounding
 from hessfunc.algorithms.symmetry import SYMMETRIC, asymmetry_named, refuse_unless_rounding
 from hessfunc.options import at_least
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Products between two calls of the callback.
@@ -87,20 +86,6 @@ class System:
     @property
     def space(self) -> Space:
         return self.products.space
-
-    def store(self, path: Directory, algorithm: str, start: Tree | None, /) -> Checkpoint:
-        """Where the state of this run is kept."""
-        return Checkpoint.of(
-            path,
-            algorithm,
-            self.products,
-            None,
-            b=self.space.unravel(self.b[0]),
-            damping=self.damping,
-            preconditioned=self.preconditioner is not None,
-            measure=self.measure,
-            start=start,
-        )
 
     def product(self, rows: Tensor, /) -> Tensor:
         """The product with A + damping I."""
@@ -176,14 +161,14 @@ class System:
         drift = 0.0 if state.measured else rounding(self.eps, state.largest) * state.path
         return state.length + drift
 
-    def solution(self, state: Iterate, reason: str, direction: Tensor | None = None) -> Solution:
-        """The result, with a direction of negative curvature."""
+    def solution(self, state: Iterate, cost: Cost, direction: Tensor | None = None) -> Solution:
+        """Return the result, with a direction of negative curvature."""
         return Solution(
             x=self.space.unravel(state.x[0]),
             residual=self.bound(state),
             converged=self.settled(state),
             negative_curvature=None if direction is None else self.space.unravel(direction[0]),
-            **self.products.cost(reason, None),
+            **cost,
         )
 
 
@@ -209,11 +194,11 @@ class Iterate:
             measured.
     """
 
-    x: Rows
-    residual: Rows
+    x: Rows = field(metadata=DIVIDED)
+    residual: Rows = field(metadata=DIVIDED)
     length: float
     first: float
-    origin: tuple[Rows, Rows]
+    origin: tuple[Rows, Rows] = field(metadata=DIVIDED)
     measured: bool = True
     inexact: bool = False
     stopped: bool = False
@@ -228,40 +213,50 @@ class Iterate:
 AnyIterate = TypeVar("AnyIterate", bound=Iterate)
 
 
-def solve(
-    system: System,
-    state: AnyIterate,
-    *,
-    iterate: Callable[[AnyIterate], AnyIterate],
-    obstacle: Callable[[AnyIterate], str],
-    found: Callable[[AnyIterate, str], Solution],
-    max_matvecs: int,
-    callback: Callback[Solution] | None,
-    store: Checkpoint,
-) -> Solution:
-    """Iterate until the measured residual is within the tolerance, or there is an obstacle.
+@dataclass(frozen=True, kw_only=True)
+class Solver(Method[AnyIterate, Solution]):
+    """Method for a linear system, which iterates, measures and restarts.
 
-    Args:
-        system: to be solved.
-        state: where the run starts, with a measured residual.
-        iterate: one step, of one product; from a measured residual it begins anew.
-        obstacle: why a stopped state allows no further step, in words.
-        found: the result, given a state and a reason.
-        max_matvecs: the budget, measurements included.
-        callback: called with the result so far after each round; returning True stops.
-        store: where the state is kept.
+    Attributes:
+        system: System to be solved, with the products of the run.
+        start: Tree at which the run begins; zero by default.
     """
 
-    def step(state: AnyIterate, room: int) -> AnyIterate:
+    system: System
+    start: Tree | None = None
+
+    is_random: ClassVar[bool] = False
+
+    def options(self) -> dict[str, Any]:
+        system = self.system
+        return {
+            "b": system.space.unravel(system.b[0]),
+            "damping": system.damping,
+            "preconditioned": system.preconditioner is not None,
+            "measure": system.measure,
+            "start": self.start,
+        }
+
+    @abstractmethod
+    def iterate(self, state: AnyIterate, /) -> AnyIterate:
+        """Return the state after one product; from a measured residual the recurrence restarts."""
+
+    @abstractmethod
+    def obstacle(self, state: AnyIterate, /) -> str:
+        """Return the reason for which a stopped state allows no further step."""
+
+    def step(self, state: AnyIterate, products: Products, room: int, /) -> AnyIterate:
+        system = self.system
         for left in range(room, max(room - _STEPS_A_ROUND, 0), -1):
             # The last product is kept for the measurement.
             over = left == 1 or state.inexact or state.stopped
             if over or state.length <= system.target:
                 return state if state.measured or system.settled(state) else _measure(system, state)
-            state = iterate(state)
+            state = self.iterate(state)
         return state
 
-    def verdict(state: AnyIterate) -> str | None:
+    def verdict(self, state: AnyIterate, products: Products, room: int, /) -> str | None:
+        system = self.system
         if system.settled(state):
             what = "residual" if state.measured else "residual of the recurrence"
             return f"converged: the {what} is within the tolerance"
@@ -269,23 +264,20 @@ def solve(
             return None
         if state.hidden:
             return _rounding_hides(system, state)
-        return obstacle(state) if state.stopped else None
+        return self.obstacle(state) if state.stopped else None
 
-    state, reason = drive(
-        state,
-        products=system.products,
-        step=step,
-        verdict=verdict,
-        running=lambda state: found(state, "running"),
-        max_matvecs=max_matvecs,
-        callback=callback,
-        storage=store,
-    )
-    if not (state.measured or system.settled(state)):
-        state = _measure(system, state)
-    if not system.settled(state) and (cause := _cause(system, state)):
-        reason = cause if state.hidden else f"{reason}; {cause}"
-    return found(state, reason)
+    def finish(
+        self, state: AnyIterate, products: Products, reason: str, room: int, /
+    ) -> tuple[AnyIterate, str]:
+        system = self.system
+        if not (state.measured or system.settled(state)):
+            state = _measure(system, state)
+        if not system.settled(state) and (cause := _cause(system, state)):
+            reason = cause if state.hidden else f"{reason}; {cause}"
+        return state, reason
+
+    def result(self, state: AnyIterate, space: Space, cost: Cost, /) -> Solution:
+        return self.system.solution(state, cost)
 
 
 def _cause(system: System, state: Iterate) -> str | None:

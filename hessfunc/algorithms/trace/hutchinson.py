@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
-from hessfunc.algorithms.exact import exact_trace, random_budget, unit_vectors_left
+from hessfunc.algorithms.driver import RunOptions, run_method
+from hessfunc.algorithms.exact import exact_trace
 from hessfunc.algorithms.norms import squared_frobenius
-from hessfunc.algorithms.products import Products
-from hessfunc.algorithms.results import Eigenpairs, Estimate, judged, leaf_fields, narrow_enough
-from hessfunc.algorithms.statistics import FEWEST_SAMPLES, STOPPED, leaf_errors, sphere_error
+from hessfunc.algorithms.probing import TraceProbing, run_trace
+from hessfunc.algorithms.products import Cost, Products
+from hessfunc.algorithms.results import Eigenpairs, Estimate, leaf_fields
+from hessfunc.algorithms.statistics import FEWEST_SAMPLES, leaf_errors, sphere_error
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import ProbeKind, Rows, Space, rows_dtype
+from hessfunc.spaces.space import DIVIDED, ProbeKind, Rows, Space, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # The spread of fewer random signs is not to be trusted: on [[0, 1], [1, 0]] all p samples are the
@@ -37,10 +39,7 @@ def hutchinson(
     deflate: Eigenpairs | None = None,
     known: Tree | None = None,
     block_size: int = 10,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[Estimate] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> Estimate:
     """Estimate the trace of a matrix by random probes (Girard-Hutchinson).
 
@@ -49,19 +48,19 @@ def hutchinson(
     The estimate is the mean over probes. The variance of one probe is
     2 (|A|_F^2 - sum_i a_ii^2) for signs, 2 |A|_F^2 for normal probes, and
     2 n / (n + 2) (|A|_F^2 - tr(A)^2 / n) for the sphere, for a symmetric A. The standard error
-    is that formula, estimated from the products themselves: it is known far better than the spread
-    of the samples, so that intervals cover at every level from 3 products on. Eigenpairs at hand
-    need not be sampled:
+    follows from that formula, estimated from the products themselves. That estimate is far more
+    accurate than the spread of the samples, so that intervals cover at every level from 3 products
+    on. Known eigenpairs need not be sampled:
 
-        tr A = sum_i value_i + E[u'Au],  u = (I - VV') w,
+        tr A = sum_i value_i + E[u'Au],  u = (I - VV') w.
 
-    and neither does a part of the matrix whose diagonal is known, if ``matvec`` leaves it out:
+    The same holds for a part K of the matrix with a known diagonal, if ``matvec`` leaves K out:
 
         tr (A + K) = tr K + E[w'Aw].
 
     Args:
-        matvec: block -> block.
-        like: Tree that says what vectors look like.
+        matvec: Function from a block of vectors to the block of their products.
+        like: Tree that shows the structure of a vector.
         rtol: Relative tolerance: the run stops when the half-width of the reported 95 % interval
             is at most rtol |value|.
         atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
@@ -73,122 +72,108 @@ def hutchinson(
             have converged.
         known: Diagonal of K, as a tree like one vector; the estimate is then of tr (A + K).
         block_size: Number of probes that are multiplied at once.
-        seed: Seed of the probes.
-        space: Space in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: Function called with the running `Estimate` after each round of random probes;
-            returning True stops.
-        checkpoint: Directory that keeps the state, so that an interrupted run can be resumed.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Estimate`, with the part of each leaf in ``by_leaf`` (those of eigenpairs up to their
         residuals), and ``squared_frobenius`` from the same products, where no part is known. It
-        says "converged" if and only if its 95 % interval is within the tolerance; intervals of a
-        run with a tolerance are widened by 1.1, since it stops where its error looks small.
+        says "converged" if and only if its 95 % interval is within the tolerance. Intervals of a
+        run with a tolerance are widened by 1.1, since the run stops where its error looks small.
 
     Raises:
         ValueError: If an option is out of range, or if the eigenpairs are of other parameters.
         FloatingPointError: If a product is not finite.
 
-    Cost: one matvec a probe; those of the eigenpairs are not counted again. 3 block_size vectors of
-    memory, or with signs 2 block_size and 5 in float64 if that is more. A normal or sphere probe
-    takes about 8 ns an entry of one core, signs less.
+    Cost: one matvec a probe; the matvecs of the eigenpairs are not counted again. Memory: 3
+    block_size vectors, or with signs 2 block_size and 5 in float64 if that is more. A normal or
+    sphere probe takes about 8 ns an entry on one core, signs less.
 
     Source: Girard 1989; Hutchinson 1990.
     """
-    products = Products.of(matvec, like, space)
-    space = products.space
-    at_least(0, rtol=rtol, atol=atol)
     at_least(2, max_matvecs=max_matvecs)
-    at_least(1, block_size=block_size)
-    tolerance = rtol is not None or atol is not None
-    random = max_matvecs
-    if kind is None:
-        kind, random = "signs", random_budget(products, max_matvecs, tolerance=tolerance)
-    store = Checkpoint.of(
-        checkpoint,
-        "hutchinson",
-        products,
-        seed,
+    products = Products.of(matvec, like, run.get("space"))
+    method = Hutchinson(
         block_size=block_size,
-        kind=kind,
-        deflate=None if deflate is None else (deflate.values, space.rows(deflate.vectors)),
+        rtol=rtol,
+        atol=atol,
+        kind=kind or "signs",
+        eigenpairs=_spanned(products.space, deflate),
+        known=None if known is None else _sums(products.space, known),
     )
-    seed = store.seed
-    outside = torch.zeros(len(space.names), dtype=torch.float64, device="cpu")
-    if known is not None:
-        outside = _sums(space, known)
-    pairs = _spanned(space, deflate)
+    if kind is not None:
+        return run_method(method, products, run, max_matvecs=max_matvecs)
+    exact = partial(exact_trace, known=method.known)
+    return run_trace(method, products, run, max_matvecs=max_matvecs, exact=exact)
 
-    def exact() -> Estimate:
-        return exact_trace(
-            products,
-            seed,
-            max_matvecs=max_matvecs,
-            block_size=block_size,
-            known=None if known is None else outside,
-        )
 
-    def step(state: _State, room: int) -> _State:
-        first = len(state.parts)
-        indices = range(first, first + min(room, block_size))
-        signs = space.probes(indices, kind=kind, seed=seed, dtype=rows_dtype(space))
-        probes = pairs.complement(space, signs, on_sphere=kind == "sphere")
+@dataclass(frozen=True, kw_only=True)
+class Hutchinson(TraceProbing["_State"]):
+    """Mean of quadratic forms of random probes.
+
+    Attributes:
+        kind: Distribution of the probes.
+        eigenpairs: Span of known eigenpairs, which is not sampled.
+        known: Trace of the part that the matvec leaves out, leaf by leaf: float64 ``(leaves,)``.
+    """
+
+    kind: ProbeKind
+    eigenpairs: _Spanned
+    known: Tensor | None = None
+
+    changeable: ClassVar = TraceProbing.changeable | {"known"}
+    fewest: ClassVar[int] = FEWEST_SAMPLES
+
+    def options(self) -> dict[str, Any]:
+        pairs = self.eigenpairs
+        return {**super().options(), "eigenpairs": (pairs.parts, pairs.basis)}
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        space = products.space
+        none = torch.zeros(0, dtype=torch.float64, device="cpu")
+        parts = none.new_zeros(0, len(space.names))
+        return _State(parts, none, none, _Spread.none(space, self.kind), seed)
+
+    def count(self, state: _State, /) -> int:
+        return len(state.parts)
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        space, pairs, first = products.space, self.eigenpairs, len(state.parts)
+        indices = range(first, first + min(room, self.block_size))
+        drawn = space.probes(indices, kind=self.kind, seed=state.seed, dtype=rows_dtype(space))
+        probes = pairs.complement(space, drawn, on_sphere=self.kind == "sphere")
         images = products(probes)
-        parts = space.by_leaf(probes, images).cpu().double()
-        squares = space.norms(images).cpu().double().square()
+        # P A w, with P = I - VV' the projector off the eigenvectors.
         inside = pairs.complement(space, images, on_sphere=False)
         spread = state.spread
-        if kind == "signs":
-            spread = spread.extended(space, signs, inside)
+        if self.kind == "signs":
+            spread = spread.extended(space, drawn, inside)
         return _State(
-            torch.cat([state.parts, parts]),
-            torch.cat([state.squares, squares]),
+            torch.cat([state.parts, space.by_leaf(probes, images).cpu().double()]),
+            torch.cat([state.squares, space.norms(images).cpu().double().square()]),
             torch.cat([state.inside, space.norms(inside).cpu().double().square()]),
             spread,
+            state.seed,
         )
 
-    def found(state: _State, reason: str) -> Estimate:
-        exact = pairs.parts + outside
+    def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:
+        exact = self.eigenpairs.parts if self.known is None else self.eigenpairs.parts + self.known
         samples = exact.sum() + state.parts.sum(1)
-        stderr = _stderr(state, kind, space.n - len(pairs.basis))
+        stderr = _stderr(state, self.kind, space.n - len(self.eigenpairs.basis))
         # The sum of a sample is rounded, also where samples do not differ.
         stderr += torch.finfo(rows_dtype(space)).eps * float(state.parts.abs().sum(1).mean())
-        stderr *= STOPPED if tolerance else 1.0
+        stderr *= self.widening
+        frobenius = None
+        if self.known is None:
+            frobenius = squared_frobenius(self.eigenpairs.squares + state.squares, space, cost)
         return Estimate(
             value=float(samples.mean()),
             stderr=stderr,
             degrees=len(samples),
             samples=samples,
             **leaf_fields(space, exact + state.parts.mean(0), leaf_errors(state.parts, stderr)),
-            squared_frobenius=None
-            if known is not None
-            else squared_frobenius(pairs.squares + state.squares, products, seed),
-            **products.cost(reason, seed),
+            squared_frobenius=frobenius,
+            **cost,
         )
-
-    def verdict(state: _State) -> str | None:
-        if len(state.parts) < FEWEST_SAMPLES:
-            return None
-        return narrow_enough(found(state, "running"), rtol, atol)
-
-    if not random:
-        return judged(exact(), rtol, atol)
-    none = torch.zeros(0, dtype=torch.float64, device="cpu")
-    state, reason = drive(
-        _State(none.new_zeros(0, len(space.names)), none, none, _Spread.none(space, kind)),
-        products=products,
-        step=step,
-        verdict=verdict,
-        running=lambda state: found(state, "running"),
-        max_matvecs=random,
-        callback=callback,
-        storage=store,
-    )
-    estimate = judged(found(state, reason), rtol, atol)
-    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
-        return judged(exact(), rtol, atol)
-    return estimate
 
 
 @dataclass(frozen=True)
@@ -201,7 +186,7 @@ class _Spread:
         probes: Number of probes.
     """
 
-    centre: Rows
+    centre: Rows = field(metadata=DIVIDED)
     squares: float
     probes: int
 
@@ -230,12 +215,14 @@ class _State:
         squares: ``|Aw|^2``, ``(p,)``.
         inside: ``|PAw|^2`` with P the projector off the eigenvectors, ``(p,)``.
         spread: Spread of the entries of ``w * PAw``, for signs alone.
+        seed: Seed of the probes.
     """
 
     parts: Tensor
     squares: Tensor
     inside: Tensor
     spread: _Spread
+    seed: int
 
 
 def _stderr(state: _State, kind: ProbeKind, dimension: int) -> float:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
+from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.exact import (
-    exact_trace,
-    random_budget,
     refuse_asymmetric,
-    unit_vectors_left,
 )
 from hessfunc.algorithms.norms import squared_frobenius
-from hessfunc.algorithms.products import Products
-from hessfunc.algorithms.results import Estimate, judged, leaf_fields, narrow_enough
+from hessfunc.algorithms.probing import TraceProbing, run_trace
+from hessfunc.algorithms.products import Cost, Products
+from hessfunc.algorithms.results import Estimate, leaf_fields
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
-from hessfunc.algorithms.statistics import STOPPED, leaf_errors, rounding_of_sum, sphere_error
+from hessfunc.algorithms.statistics import leaf_errors, rounding_of_sum, sphere_error
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # An interval of fewer probes does not stop a run.
@@ -37,10 +35,7 @@ def hutchpp(
     atol: float | None = None,
     max_matvecs: int = 100,
     block_size: int = 10,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[Estimate] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> Estimate:
     """The trace of a symmetric matrix, by Hutch++.
 
@@ -64,11 +59,7 @@ def hutchpp(
         atol: stop when it is below atol. Without rtol and atol the whole budget is used.
         max_matvecs: the budget.
         block_size: how many vectors of each kind join in one round.
-        seed: of the probes.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `Estimate` after each round; returning True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Estimate`; ``squared_frobenius`` comes from the same products.
@@ -82,90 +73,75 @@ def hutchpp(
 
     Source: Meyer, Musco, Musco and Woodruff 2021, arXiv 2010.09649.
     """
-    products = Products.of(matvec, like, space)
-    space = products.space
-    at_least(0, rtol=rtol, atol=atol)
     at_least(6, max_matvecs=max_matvecs)
-    at_least(1, block_size=block_size)
-    store = Checkpoint.of(checkpoint, "hutchpp", products, seed, block_size=block_size)
-    seed = store.seed
-    tolerance = rtol is not None or atol is not None
-    random = random_budget(products, max_matvecs, tolerance=tolerance)
+    products = Products.of(matvec, like, run.get("space"))
+    most = vectors_that_fit(products.space, 11)
+    method = HutchPP(block_size=block_size, rtol=rtol, atol=atol, most=most)
+    return run_trace(method, products, run, max_matvecs=max_matvecs)
 
-    def exact() -> Estimate:
-        return exact_trace(products, seed, max_matvecs=max_matvecs, block_size=block_size)
 
-    if not random:
-        return judged(exact(), rtol, atol)
-    eps = products_eps(space, rows_dtype(space))
-    most = min(vectors_that_fit(space, 11), space.n - 1)
+@dataclass(frozen=True, kw_only=True)
+class HutchPP(TraceProbing["_State"]):
+    """Trace of a sketched range, and quadratic forms of independent probes outside of it."""
 
-    def step(state: _State, room: int) -> _State:
-        p = len(state.probes)
-        width = min(block_size, room // 3, most - p)
+    def init(self, products: Products, seed: int, /) -> _State:
+        none = products.space.zeros(0, rows_dtype(products.space))
+        return _State(none, none, Sketch.empty(products.space), seed)
+
+    def count(self, state: _State, /) -> int:
+        return len(state.probes)
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        space, p = products.space, len(state.probes)
+        most = min(self.most or space.n, space.n - 1)
+        width = min(self.block_size, room // 3, most - p)
         if width < 1:
             return state
         # Even indices are for the sketch, odd ones for the probes.
         indices = [*range(2 * p, 2 * (p + width), 2), *range(2 * p + 1, 2 * (p + width), 2)]
-        rows = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
+        rows = space.probes(indices, kind="sphere", seed=state.seed, dtype=rows_dtype(space))
         images = products(rows)
         return _State(
             torch.cat([state.probes, rows[width:]]),
             torch.cat([state.images, images[width:]]),
             state.sketch.extended(space, products, images[:width]),
+            state.seed,
         )
 
-    def found(state: _State, reason: str) -> Estimate:
+    def finish(
+        self, state: _State, products: Products, reason: str, room: int, /
+    ) -> tuple[_State, str]:
+        refuse_asymmetric(products, state.probes, state.images)
+        return state, reason
+
+    def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:
         parts, outside = _samples(space, state)
-        samples = parts.sum(1)
-        basis = state.sketch.basis
+        samples, basis = parts.sum(1), state.sketch.basis
         quadratics = samples - float(space.by_leaf(basis, state.sketch.images).sum())
         stderr = sphere_error(quadratics, outside, space.n - len(basis))
+        eps = products_eps(space, rows_dtype(space))
         rounding = rounding_of_sum(eps) * float(parts.abs().sum(1).mean())
+        stderr = (stderr + rounding) * self.widening
         squares = space.norms(state.images).cpu().double().square()
-        stderr = (stderr + rounding) * (STOPPED if tolerance else 1.0)
         return Estimate(
             value=float(samples.mean()),
             stderr=stderr,
             degrees=len(samples),
             samples=samples,
             **leaf_fields(space, parts.mean(0), leaf_errors(parts, stderr)),
-            squared_frobenius=squared_frobenius(squares, products, seed),
-            **products.cost(reason, seed),
+            squared_frobenius=squared_frobenius(squares, space, cost),
+            **cost,
         )
-
-    def verdict(state: _State) -> str | None:
-        if len(state.probes) >= most:
-            return f"no more than {most} probes fit in memory: `hutchinson` keeps none"
-        if len(state.probes) < _FEWEST_PROBES:
-            return None
-        return narrow_enough(found(state, "running"), rtol, atol)
-
-    none = space.zeros(0, rows_dtype(space))
-    state, reason = drive(
-        _State(none, none, Sketch.empty(space)),
-        products=products,
-        step=step,
-        verdict=verdict,
-        running=lambda state: found(state, "running"),
-        max_matvecs=random,
-        callback=callback,
-        storage=store,
-    )
-    refuse_asymmetric(products, state.probes, state.images)
-    estimate = judged(found(state, reason), rtol, atol)
-    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
-        return judged(exact(), rtol, atol)
-    return estimate
 
 
 @dataclass(frozen=True)
 class _State:
     """Rows: probes G and products AG, with a sketch that is independent of them."""
 
-    probes: Rows
-    images: Rows
+    probes: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
     sketch: Sketch
+    seed: int
 
 
 def _samples(space: Space, state: _State) -> tuple[Tensor, Tensor]:

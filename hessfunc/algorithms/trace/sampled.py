@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
-from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method
+from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import judged, leaf_fields, narrow_enough
 from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.statistics import (
@@ -42,10 +42,7 @@ def sampled_trace(
     max_matvecs: int = 100,
     kind: ProbeKind = "signs",
     block_size: int = 10,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[SampledEstimate] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> SampledEstimate:
     """Estimate the trace of a data set's matrix from random batches, with a few probes on each.
 
@@ -81,13 +78,7 @@ def sampled_trace(
         max_matvecs: the budget, r a draw.
         kind: ``"signs"``, ``"normal"`` or ``"sphere"``.
         block_size: how many probes of one draw are multiplied at once.
-        seed: of the probes: the j-th of draw i is probe ``i r + j``.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `SampledEstimate` after each round of draws; returning
-            True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from; the
-            draws must have a fixed seed.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `SampledEstimate`; its ``advice`` says of what to buy more. ``matvecs`` counts products of
@@ -103,58 +94,105 @@ def sampled_trace(
     Source: Girard 1989; Hutchinson 1990; the analysis of variance: Searle, Casella and McCulloch
     1992, Variance components, section 3.5.
     """
-    at_least(0, rtol=rtol, atol=atol)
-    at_least(1, probes=probes, block_size=block_size)
     at_least(2 * probes, max_matvecs=max_matvecs)
-    products = Products.of(lambda block: draws(0)(block), like, space)
-    space = products.space
-    store = Checkpoint.of(
-        checkpoint,
-        "sampled_trace",
-        products,
-        seed,
+    products = Products.of(lambda block: draws(0)(block), like, run.get("space"))
+    method = SampledTrace(
+        draws=draws,
+        block_size=block_size,
+        rtol=rtol,
+        atol=atol,
         probes=probes,
         kind=kind,
-        block_size=block_size,
-        draws=getattr(draws, "seed", None),
+        max_matvecs=max_matvecs,
     )
-    seed = store.seed
+    return run_method(method, products, run, max_matvecs=max_matvecs)
 
-    def of_draw(i: int) -> Tensor:
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTrace(Method["_State", SampledEstimate]):
+    """Mean of quadratic forms of random batches.
+
+    Attributes:
+        draws: Function from the number of a draw to the matvec of its batch.
+        probes: Number r of probes on each draw.
+        kind: Distribution of the probes.
+        block_size: Number of probes of one draw that are multiplied at once.
+        rtol: Relative tolerance at which the run stops.
+        atol: Absolute tolerance at which the run stops.
+        max_matvecs: Budget, which decides whether a pass over all batches is finished.
+    """
+
+    draws: Callable[[int], Matvec]
+    probes: int
+    kind: ProbeKind
+    block_size: int
+    rtol: float | None
+    atol: float | None
+    max_matvecs: int
+
+    def __post_init__(self) -> None:
+        at_least(0, rtol=self.rtol, atol=self.atol)
+        at_least(1, probes=self.probes, block_size=self.block_size)
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "probes": self.probes,
+            "kind": self.kind,
+            "block_size": self.block_size,
+            "draws": getattr(self.draws, "seed", None),
+        }
+
+    @property
+    def population(self) -> int | None:
+        """Number of batches, where they are drawn without replacement."""
+        return getattr(self.draws, "population", None)
+
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether the run stops before its budget is exhausted."""
+        return self.rtol is not None or self.atol is not None
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        shape = (0, self.probes, len(products.space.names))
+        return _State(torch.zeros(shape, dtype=torch.float64, device="cpu"), seed)
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        m, population = len(state.parts), self.population
+        count = min(room // self.probes, _DRAWS_A_ROUND)
+        if population is not None:
+            # The error of whole passes is that of the probes alone.
+            count = min(count, population - m % population)
+        samples = [self._of_draw(i, products, state.seed) for i in range(m, m + count)]
+        if not samples:
+            return state
+        return _State(torch.cat([state.parts, torch.stack(samples)]), state.seed)
+
+    def _of_draw(self, i: int, products: Products, seed: int) -> Tensor:
+        """Return ``w'A_i w`` of each probe of a draw, leaf by leaf: float64 ``(r, leaves)``."""
         # The matvec, and with it the batch's graph, is gone before the next draw is made.
-        of_batch = Products(draws(i), space, keep_first=i == 0)
+        space, r = products.space, self.probes
+        of_batch = Products(self.draws(i), space, keep_first=i == 0)
         parts = []
-        for first in range(i * probes, (i + 1) * probes, block_size):
-            indices = range(first, min(first + block_size, (i + 1) * probes))
-            rows = space.probes(indices, kind=kind, seed=seed, dtype=rows_dtype(space))
+        for first in range(i * r, (i + 1) * r, self.block_size):
+            indices = range(first, min(first + self.block_size, (i + 1) * r))
+            rows = space.probes(indices, kind=self.kind, seed=seed, dtype=rows_dtype(space))
             parts.append(space.by_leaf(rows, of_batch(rows)).cpu().double())
         products.matvecs += of_batch.matvecs
         products.passes += of_batch.passes
         products.first = products.first or of_batch.first
         return torch.cat(parts)
 
-    population = getattr(draws, "population", None)
-    tolerance = rtol is not None or atol is not None
-
-    def step(state: _State, room: int) -> _State:
-        m = len(state.parts)
-        count = min(room // probes, _DRAWS_A_ROUND)
-        if population is not None:
-            # The error of whole passes is that of the probes alone.
-            count = min(count, population - m % population)
-        found = [of_draw(i) for i in range(m, m + count)]
-        return _State(torch.cat([state.parts, torch.stack(found)])) if found else state
-
-    def found(state: _State, reason: str) -> SampledEstimate:
-        samples, m = state.parts.sum(2), len(state.parts)
+    def estimate(self, state: _State, space: Space, cost: Cost, /) -> SampledEstimate:
+        """Return the estimate, whether or not it is within the tolerance."""
+        samples, m, population = state.parts.sum(2), len(state.parts), self.population
         means = samples.mean(1)
-        places = range(m) if population is None else [draws.batch(i) for i in range(m)]  # type: ignore[attr-defined]
+        places = range(m) if population is None else [self.draws.batch(i) for i in range(m)]  # type: ignore[attr-defined]
         noise = _noise(samples, places, population)
         eps = products_eps(space, rows_dtype(space))
         rounding = rounding_of_sum(eps) * float(samples.abs().mean())
-        stderr = (noise.stderr + rounding) * (STOPPED if tolerance else 1.0)
+        stderr = (noise.stderr + rounding) * (STOPPED if self.has_tolerance else 1.0)
         every_batch = population is not None and m >= population
-        if noise.stderr <= rounding and not (every_batch and _show_noise(samples, kind)):
+        if noise.stderr <= rounding and not (every_batch and _show_noise(samples, self.kind)):
             stderr = math.inf
         return SampledEstimate(
             value=float(means.mean()),
@@ -167,55 +205,51 @@ def sampled_trace(
             variance_probes=noise.within,
             variance_data=noise.between,
             draws=m,
-            probes_per_draw=probes,
+            probes_per_draw=self.probes,
             population=population,
             correction=noise.correction,
-            draws_seed=getattr(draws, "seed", None),
-            **products.cost(reason, seed),
+            draws_seed=getattr(self.draws, "seed", None),
+            **cost,
         )
 
-    def certified(estimate: SampledEstimate) -> bool:
-        return estimate.every_batch_was_drawn and not math.isnan(estimate.variance_probes)
-
-    def verdict(state: _State) -> str | None:
+    def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
         m = len(state.parts)
-        if not tolerance or m < FEWEST_SAMPLES:
+        if not self.has_tolerance or m < FEWEST_SAMPLES:
             return None
-        estimate = found(state, "running")
-        reason = narrow_enough(estimate, rtol, atol)
-        if certified(estimate) or (reason is None and math.isfinite(estimate.stderr)):
+        estimate = self.estimate(state, products.space, products.cost(RUNNING, None))
+        reason = narrow_enough(estimate, self.rtol, self.atol)
+        if _is_certified(estimate) or (reason is None and math.isfinite(estimate.stderr)):
             return reason
         # With one probe a draw, the noise of the probes is known after two passes.
-        wanted = (population or 0) * (1 if probes > 1 else 2)
-        if population is not None and wanted <= 2 * m and wanted * probes <= max_matvecs:
+        wanted = (self.population or 0) * (1 if self.probes > 1 else 2)
+        fits = wanted <= 2 * m and wanted * self.probes <= self.max_matvecs
+        if self.population is not None and fits:
             return None
         return _uncertified(estimate)
 
-    state, reason = drive(
-        _State(torch.zeros(0, probes, len(space.names), dtype=torch.float64, device="cpu")),
-        products=products,
-        step=step,
-        verdict=verdict,
-        running=lambda state: found(state, "running"),
-        max_matvecs=max_matvecs,
-        callback=callback,
-        storage=store,
-    )
-    estimate = found(state, reason)
-    if math.isinf(estimate.stderr) and "not certified" not in reason:
-        return replace(estimate, reason=f"{reason}; {_uncertified(estimate)}")
-    if certified(estimate):
-        return judged(estimate, rtol, atol)
-    if narrow_enough(estimate, rtol, atol):
-        return replace(estimate, reason=_uncertified(estimate))
-    return estimate
+    def result(self, state: _State, space: Space, cost: Cost, /) -> SampledEstimate:
+        estimate = self.estimate(state, space, cost)
+        if estimate.reason == RUNNING:
+            return estimate
+        if math.isinf(estimate.stderr) and "not certified" not in estimate.reason:
+            return replace(estimate, reason=f"{estimate.reason}; {_uncertified(estimate)}")
+        if _is_certified(estimate):
+            return judged(estimate, self.rtol, self.atol)
+        if narrow_enough(estimate, self.rtol, self.atol):
+            return replace(estimate, reason=_uncertified(estimate))
+        return estimate
 
 
 @dataclass(frozen=True)
 class _State:
-    """``w'A_i w`` so far, by draw, probe and leaf: float64 ``(m, r, leaves)``."""
+    """Samples ``w'A_i w`` by draw, probe and leaf: float64 ``(m, r, leaves)``."""
 
     parts: Tensor
+    seed: int
+
+
+def _is_certified(estimate: SampledEstimate) -> bool:
+    return estimate.every_batch_was_drawn and not math.isnan(estimate.variance_probes)
 
 
 def _uncertified(estimate: SampledEstimate) -> str:

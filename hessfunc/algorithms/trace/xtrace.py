@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.checkpoint import Checkpoint, Directory
-from hessfunc.algorithms.driver import Callback, drive
+from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.exact import (
-    exact_trace,
-    random_budget,
     refuse_asymmetric,
-    unit_vectors_left,
 )
 from hessfunc.algorithms.norms import squared_frobenius
-from hessfunc.algorithms.products import Products
-from hessfunc.algorithms.results import Estimate, judged, leaf_fields, narrow_enough
+from hessfunc.algorithms.probing import TraceProbing, run_trace
+from hessfunc.algorithms.products import Cost, Products
+from hessfunc.algorithms.results import Estimate, leaf_fields
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.statistics import (
-    STOPPED,
     Complements,
     leaf_errors,
     rounding_of_sum,
     standard_error_of_mean,
 )
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # An interval of fewer probes does not stop a run.
@@ -45,10 +42,7 @@ def xtrace(
     atol: float | None = None,
     max_matvecs: int = 100,
     block_size: int = 10,
-    seed: int | None = None,
-    space: Space | None = None,
-    callback: Callback[Estimate] | None = None,
-    checkpoint: Directory = None,
+    **run: Unpack[RunOptions],
 ) -> Estimate:
     """The trace of a symmetric matrix, positive or not, by XTrace.
 
@@ -68,11 +62,7 @@ def xtrace(
         atol: stop when it is below atol. Without rtol and atol the whole budget is used.
         max_matvecs: the budget, two a probe.
         block_size: how many vectors are multiplied at once.
-        seed: of the probes.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `Estimate` after each round; returning True stops.
-        checkpoint: a directory that keeps the state, for a run that was killed to go on from.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Estimate`. ``samples`` are the t_i, which are correlated; ``stderr`` is the largest of
@@ -91,45 +81,53 @@ def xtrace(
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825; the interval: Efron and Stein 1981.
     """
-    products = Products.of(matvec, like, space)
-    space = products.space
-    at_least(0, rtol=rtol, atol=atol)
     at_least(4, max_matvecs=max_matvecs)
-    at_least(1, block_size=block_size)
-    store = Checkpoint.of(checkpoint, "xtrace", products, seed, block_size=block_size)
-    seed = store.seed
-    tolerance = rtol is not None or atol is not None
-    random = random_budget(products, max_matvecs, tolerance=tolerance)
+    products = Products.of(matvec, like, run.get("space"))
+    most = vectors_that_fit(products.space, 16)
+    method = XTrace(block_size=block_size, rtol=rtol, atol=atol, most=most)
+    return run_trace(method, products, run, max_matvecs=max_matvecs)
 
-    def exact() -> Estimate:
-        return exact_trace(products, seed, max_matvecs=max_matvecs, block_size=block_size)
 
-    if not random:
-        return judged(exact(), rtol, atol)
-    eps = products_eps(space, rows_dtype(space))
-    most = vectors_that_fit(space, 16)
+@dataclass(frozen=True, kw_only=True)
+class XTrace(TraceProbing["_State"]):
+    """Mean of leave-one-out estimates, each with the sketch of all other products."""
 
-    def step(state: _State, room: int) -> _State:
-        p = len(state.probes)
-        width = min(block_size, room // 2, min(space.n, most) - p)
+    def init(self, products: Products, seed: int, /) -> _State:
+        none = products.space.zeros(0, rows_dtype(products.space))
+        return _State(none, none, Sketch.empty(products.space), seed)
+
+    def count(self, state: _State, /) -> int:
+        return len(state.probes)
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        space, p = products.space, len(state.probes)
+        width = min(self.block_size, room // 2, min(space.n, self.most or space.n) - p)
         if width < 1:
             return state
         indices = range(p, p + width)
-        probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
+        probes = space.probes(indices, kind="sphere", seed=state.seed, dtype=rows_dtype(space))
         images = products(probes)
         return _State(
             torch.cat([state.probes, probes]),
             torch.cat([state.images, images]),
             state.sketch.extended(space, products, images),
+            state.seed,
         )
 
-    def found(state: _State, reason: str) -> Estimate:
+    def finish(
+        self, state: _State, products: Products, reason: str, room: int, /
+    ) -> tuple[_State, str]:
+        refuse_asymmetric(products, state.probes, state.images)
+        return state, reason
+
+    def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:
         parts, complements = _leave_one_out(space, state)
         samples = parts.sum(1)
         two = _leave_two_out(space, state) if state.sketch.full_rank else None
         stderr = standard_error_of_mean(samples, two, complements, jackknife=_JACKKNIFE)
+        eps = products_eps(space, rows_dtype(space))
         rounding = rounding_of_sum(eps) * float(parts.abs().sum(1).mean())
-        stderr = (stderr + rounding) * (STOPPED if tolerance else 1.0)
+        stderr = (stderr + rounding) * self.widening
         squares = space.norms(state.images).cpu().double().square()
         return Estimate(
             value=float(samples.mean()),
@@ -137,42 +135,19 @@ def xtrace(
             degrees=len(samples),
             samples=samples,
             **leaf_fields(space, parts.mean(0), leaf_errors(parts, stderr)),
-            squared_frobenius=squared_frobenius(squares, products, seed),
-            **products.cost(reason, seed),
+            squared_frobenius=squared_frobenius(squares, space, cost),
+            **cost,
         )
-
-    def verdict(state: _State) -> str | None:
-        if len(state.probes) >= most:
-            return f"no more than {most} probes fit in memory: `hutchinson` keeps none"
-        if len(state.probes) < _FEWEST_PROBES:
-            return None
-        return narrow_enough(found(state, "running"), rtol, atol)
-
-    none = space.zeros(0, rows_dtype(space))
-    state, reason = drive(
-        _State(none, none, Sketch.empty(space)),
-        products=products,
-        step=step,
-        verdict=verdict,
-        running=lambda state: found(state, "running"),
-        max_matvecs=random,
-        callback=callback,
-        storage=store,
-    )
-    refuse_asymmetric(products, state.probes, state.images)
-    estimate = judged(found(state, reason), rtol, atol)
-    if unit_vectors_left(products, max_matvecs, random, estimate.reason):
-        return judged(exact(), rtol, atol)
-    return estimate
 
 
 @dataclass(frozen=True)
 class _State:
     """Rows: probes W and products AW, with a sketch of the products."""
 
-    probes: Rows
-    images: Rows
+    probes: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
     sketch: Sketch
+    seed: int
 
 
 def _leave_one_out(space: Space, state: _State) -> tuple[Tensor, Complements]:

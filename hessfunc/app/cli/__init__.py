@@ -1,4 +1,4 @@
-"""The command line."""
+"""Command line of hessfunc: the ``hessfunc`` command and its subcommands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ try:
     import typer
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f"hessfunc: the command line needs {missing.name}: pip install 'hessfunc[cli]'"
+        f"hessfunc: the command line requires {missing.name}: pip install 'hessfunc[cli]'"
     ) from None
 
 from hessfunc.app.cli.analyze import analyze
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The entry point of the command ``hessfunc``."""
+    """Run the command ``hessfunc``."""
     app()
 
 
@@ -62,5 +62,5 @@ def _root(
 
 for command in (analyze, eig, experiment, plan):
     app.command(cls=Command)(command)
-# What is too much may be epochs without commas, and is refused there.
+# Extra arguments may be decay epochs without commas; `train` rejects them with a hint.
 app.command(cls=Command, context_settings={"allow_extra_args": True})(train)

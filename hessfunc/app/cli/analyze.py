@@ -1,4 +1,4 @@
-"""The command that analyses a Hessian."""
+"""Command ``hessfunc analyze``, which analyses the Hessian of a loss."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ _EFFORT = "Effort"
 def analyze(
     context: typer.Context,
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="digits, cifar10 or module:function.")
+        str,
+        typer.Argument(
+            metavar="TARGET", help="What to analyse: digits, cifar10 or module:function."
+        ),
     ] = "digits",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the results.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path(
         "hessfunc-out"
     ),
     k: Annotated[
@@ -50,7 +53,7 @@ def analyze(
         typer.Option(
             min=1,
             metavar="N",
-            help=unless_given("How many eigenvalues.", default="10, or all of fewer"),
+            help=unless_given("Number of top eigenvalues.", default="10, or all if fewer"),
             rich_help_panel=_EFFORT,
         ),
     ] = None,
@@ -63,7 +66,7 @@ def analyze(
     steps: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help="Lanczos steps for each of them.", rich_help_panel=_EFFORT
+            min=1, metavar="N", help="Lanczos steps per random vector.", rich_help_panel=_EFFORT
         ),
     ] = 80,
     trace_rtol: Annotated[
@@ -71,7 +74,7 @@ def analyze(
         typer.Option(
             min=0,
             metavar="X",
-            help="Relative half-width at which the trace's interval is narrow enough.",
+            help="Tolerance of the trace: relative half-width of its 95 % interval.",
             rich_help_panel=_EFFORT,
         ),
     ] = 0.05,
@@ -80,7 +83,8 @@ def analyze(
         typer.Option(
             min=2,
             metavar="N",
-            help="Products after which eigenvalues and trace, each, are left as they are.",
+            help="Stop each eigenvalue run and the trace after N matrix-vector products, even if "
+            "the tolerance is not reached.",
             rich_help_panel=_EFFORT,
         ),
     ] = 300,
@@ -89,7 +93,7 @@ def analyze(
         typer.Option(
             min=0,
             metavar="N",
-            help="Points an axis of the loss along the top eigenvectors; 0 for no landscape.",
+            help="Points per axis of the loss along the top eigenvectors; 0: no landscape.",
             rich_help_panel=_EFFORT,
         ),
     ] = 15,
@@ -97,7 +101,7 @@ def analyze(
         float,
         typer.Option(
             metavar="X",
-            help="How far the landscape reaches along unit eigenvectors.",
+            help="Distance that the landscape covers along each unit eigenvector.",
             rich_help_panel=_EFFORT,
         ),
     ] = 0.5,
@@ -105,7 +109,7 @@ def analyze(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Keep the state of every part there, and go on from it after a kill.",
+            help="Save checkpoints of every part in this folder, and resume from them.",
             rich_help_panel=_EFFORT,
         ),
     ] = None,
@@ -114,7 +118,7 @@ def analyze(
         typer.Option(
             min=1,
             metavar="N",
-            help=unless_given("Take the first N examples.", default="200 of cifar10, else all"),
+            help=unless_given("Use the first N examples.", default="200 for cifar10, else all"),
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -123,7 +127,7 @@ def analyze(
         typer.Option(
             min=1,
             metavar="N",
-            help="Cut larger batches into pieces of N examples.",
+            help="Split larger batches into batches of N examples.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -134,8 +138,8 @@ def analyze(
             "--data-path",
             metavar="PATH",
             help=unless_given(
-                "CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
-                default="in $HESSFUNC_DATA",
+                "Path to CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
+                default="searched in $HESSFUNC_DATA",
             ),
             rich_help_panel=_DATA,
         ),
@@ -144,32 +148,32 @@ def analyze(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help=unless_given("The checkpoint of the ResNet-20.", default="in $HESSFUNC_DATA"),
+            help=unless_given("Checkpoint of the ResNet-20.", default="searched in $HESSFUNC_DATA"),
             rich_help_panel=_DATA,
         ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Move all there: cpu, cuda, cuda:1, mps."),
+        typer.Option(metavar="NAME", help="Device to compute on: cpu, cuda, cuda:1, mps."),
     ] = None,
     dtype: Annotated[
-        DType | None, typer.Option(help="Convert parameters and inputs to it.")
+        DType | None, typer.Option(help="Convert parameters and inputs to this dtype.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Of the training and of all random vectors.")
+        int, typer.Option(metavar="N", help="Seed of the training and of all random vectors.")
     ] = 0,
     traceback: Traceback = False,
 ) -> None:
     """Analyse the Hessian of a network's loss on its data.
 
-    Finds the eigenvalues that are largest in absolute value, the smallest (most negative) one, the
-    trace, the spectral density, and the loss along the top eigenvectors. Each is written as soon
-    as it is there, so Ctrl-C leaves what is finished: report.html for the browser, results.json,
-    pictures, and an .npz file for each.
+    Computes the eigenvalues of largest absolute value, the smallest (most negative) eigenvalue,
+    the trace, the spectral density, and the loss along the top eigenvectors. Each part is written
+    when it is finished, so Ctrl-C keeps the finished parts: report.html for the browser,
+    results.json, pictures, and one .npz file per part.
 
     Under torchrun, as in `torchrun --nproc-per-node 2 -m hessfunc analyze digits`, batches and
-    vectors are divided among the processes, and the first of them writes and prints. With fewer
-    batches than processes some have none: --batch-size makes more.
+    vectors are divided among the processes, and the first process writes and prints. If there are
+    fewer batches than processes, some processes are idle: --batch-size makes more batches.
 
     TARGET is one of
 
@@ -177,15 +181,15 @@ def analyze(
 
     - **cifar10**: a trained ResNet-20 on CIFAR-10's test images
 
-    - **module:function**: your own, importable from the current directory; the function takes no
-      argument and returns (model, criterion, loader) or (loss, params, batches)
+    - **module:function**: your own function, importable from the current directory; it takes no
+      arguments and returns (model, criterion, loader) or (loss, params, batches)
     """
     if target not in ("digits", "cifar10") and not all(target.partition(":")):
-        fail(f"TARGET is digits, cifar10 or module:function, not {target!r}")
+        fail(f"TARGET must be digits, cifar10 or module:function, not {target!r}")
     if target != "cifar10" and (data or weights):
-        fail("--data-path and --weights go with cifar10 alone")
+        fail("--data-path and --weights require the target cifar10")
     if landscape in (1, 2) or not 0 < radius < math.inf:
-        fail("--landscape is 0 or at least 3 points, --radius a positive number")
+        fail("--landscape must be 0 or at least 3, and --radius positive and finite")
 
     from hessfunc.app import report
     from hessfunc.app.analysis import analyse
@@ -196,8 +200,8 @@ def analyze(
     status, lock = "failed", ExitStack()
     try:
         refuse_seed(seed)
-        where, kind = place(device, dtype)
-        with mesh_of_all(where) as (mesh, where), bars() as progress:
+        torch_device, torch_dtype = place(device, dtype)
+        with mesh_of_all(torch_device) as (mesh, torch_device), bars() as progress:
 
             def begin() -> None:
                 if speaks():
@@ -211,8 +215,8 @@ def analyze(
                 return make_problem(
                     target,
                     _returned(target, data, weights, seed, progress),
-                    device=where,
-                    dtype=kind,
+                    device=torch_device,
+                    dtype=torch_dtype,
                     count=200 if target == "cifar10" and examples is None else examples,
                     batch_size=batch_size,
                 )
@@ -241,8 +245,8 @@ def analyze(
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
-        finished = ", ".join(part.name for part in folder.parts) or "nothing"
-        fail(f"interrupted; {finished} finished, see {out}", code=130)
+        finished = ", ".join(part.name for part in folder.parts) or "none"
+        fail(f"interrupted; finished parts in {out}: {finished}", code=130)
     except Exception as error:
         if traceback:
             raise
@@ -255,10 +259,11 @@ def analyze(
     if not speaks():
         return
     console = Console(markup=False, emoji=False)
-    found = folder.content
-    console.print(f"\n{target}: {report.plain(report.headline(found['subject']))}", highlight=False)
-    console.print(report.table(found["results"]))
-    console.print(f"report.html, results.json, pictures and the results in full are in {out}")
+    content = folder.content
+    headline = report.plain(report.headline(content["subject"]))
+    console.print(f"\n{target}: {headline}", highlight=False)
+    console.print(report.table(content["results"]))
+    console.print(f"report.html, results.json, pictures and full results (.npz) are in {out}")
 
 
 def _returned(
@@ -273,9 +278,9 @@ def _returned(
             on_epoch=lambda epoch, loss: tick(epoch / targets.DIGITS_EPOCHS, f"loss {loss:.3g}"),
         )
     tick = watch(progress, target)
-    found = targets.cifar10(data, weights) if target == "cifar10" else targets.imported(target)
+    returned = targets.cifar10(data, weights) if target == "cifar10" else targets.imported(target)
     tick(1.0, "")
-    return found
+    return returned
 
 
 def _subject(target: str, problem: Problem, progress: Progress) -> Subject:
@@ -299,7 +304,13 @@ def _subject(target: str, problem: Problem, progress: Progress) -> Subject:
 
 @dataclass(frozen=True)
 class _Watched:
-    """Batches with a progress bar of the running pass."""
+    """Batches that show the progress of each pass over them.
+
+    Attributes:
+        batches: Batches to iterate over.
+        progress: Progress bars of the command.
+        task: Bar that counts the batches of the current pass.
+    """
 
     batches: Iterable[Any]
     progress: Progress

@@ -1,4 +1,4 @@
-"""The command that finds the dominant eigenvalues of a net that was saved."""
+"""Command ``hessfunc eig``, which computes the top eigenvalues of a saved network."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def eig(
         Path,
         typer.Option(
             metavar="FILE",
-            help="The net: checkpoint.pt of hessfunc train, or any file of torch.save with a "
-            "state dict.",
+            help="Saved network: checkpoint.pt of hessfunc train, or any file of torch.save with "
+            "a state dict.",
         ),
     ],
     data: TrainedOn = None,
@@ -54,16 +54,21 @@ def eig(
         typer.Option(
             "--type",
             metavar="NAME",
-            help="approximate: on one batch; full: on all training examples.",
+            help="Hessian to analyse: approximate (one batch) or full (all training examples).",
         ),
     ] = "approximate",
-    k: Annotated[int, typer.Option(min=1, metavar="N", help="How many eigenvalues.")] = 1,
+    k: Annotated[int, typer.Option(min=1, metavar="N", help="Number of eigenvalues.")] = 1,
     rtol: Annotated[
-        float, typer.Option(min=0, metavar="X", help="The relative residual that is small enough.")
+        float,
+        typer.Option(min=0, metavar="X", help="Tolerance: relative residual of each eigenvalue."),
     ] = 1e-3,
     max_matvecs: Annotated[
         int,
-        typer.Option(min=2, metavar="N", help="Products after which all is left as it is."),
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Stop after N matrix-vector products, even if the tolerance is not reached.",
+        ),
     ] = 200,
     examples: Annotated[
         int | None,
@@ -71,8 +76,8 @@ def eig(
             min=1,
             metavar="N",
             help=unless_given(
-                "Take the first N training examples.",
-                default=f"of those of the training, approximate {_EXAMPLES_OF_ONE_BATCH}, full all",
+                "Use the first N training examples.",
+                default=f"those of the training, with approximate at most {_EXAMPLES_OF_ONE_BATCH}",
             ),
             rich_help_panel="Data",
         ),
@@ -80,27 +85,32 @@ def eig(
     batch_size: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help="So many at once, as memory allows.", rich_help_panel="Data"
+            min=1,
+            metavar="N",
+            help="Examples per batch; limits the memory.",
+            rich_help_panel="Data",
         ),
     ] = 500,
     data_path: TrainedDataPath = None,
     device: Device = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the start.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the start vector.")] = 0,
     traceback: Traceback = False,
 ) -> None:
-    """Find the eigenvalues of a net's Hessian that are largest in absolute value.
+    """Compute the Hessian eigenvalues of largest absolute value of a saved network.
 
-    The Hessian is that of the mean cross-entropy of training examples, at the saved parameters, in
-    eval mode. Each eigenvalue has its residual |A v - value v|: some eigenvalue is as near as that.
+    The loss is the mean cross-entropy over training examples, at the saved parameters, in eval
+    mode. Each value is printed with its residual |A v - value v|: some eigenvalue of the Hessian
+    lies within this distance of the value.
 
-    A checkpoint of hessfunc train knows its net, its data and how many examples it was trained on.
+    A checkpoint of hessfunc train contains the names of its network and its data set, and the
+    number of its training examples.
     """
     try:
         refuse_seed(seed)
         if kind not in ("approximate", "full"):
-            raise ValueError(f"--type is approximate or full, not {kind!r}")
-        of = trained(resume, data=data, data_path=data_path, arch=arch, depth=depth)
-        at_most = (of.examples, _EXAMPLES_OF_ONE_BATCH if kind == "approximate" else None)
+            raise ValueError(f"--type must be approximate or full, not {kind!r}")
+        saved = trained(resume, data=data, data_path=data_path, arch=arch, depth=depth)
+        at_most = (saved.examples, _EXAMPLES_OF_ONE_BATCH if kind == "approximate" else None)
         count = examples or min(filter(None, at_most), default=None)
 
         from torch.nn.functional import cross_entropy
@@ -108,12 +118,14 @@ def eig(
         import hessfunc as hf
         from hessfunc.app import tasks
 
-        where, _ = place(device)
-        with mesh_of_all(where) as (mesh, where), bars() as progress:
+        torch_device, _ = place(device)
+        with mesh_of_all(torch_device) as (mesh, torch_device), bars() as progress:
 
             def make() -> tuple[nn.Module, Examples]:
-                model = tasks.saved(of.data, of.arch, resume).to(where).eval()
-                seen, _ = tasks.examples(of.data, path=of.data_path, count=count, device=where)
+                model = tasks.saved(saved.data, saved.arch, resume).to(torch_device).eval()
+                seen, _ = tasks.examples(
+                    saved.data, path=saved.data_path, count=count, device=torch_device
+                )
                 return model, seen
 
             model, seen = on_all(mesh, make)
@@ -124,10 +136,10 @@ def eig(
             matvec = hf.over_batches(hf.hvp(loss), mesh=mesh)(params, batches)
             tick = watch(progress, f"{k} eigenvalue{'s' * (k > 1)} of {len(seen)} examples")
 
-            def on_round(found: Eigenpairs) -> None:
-                tick(found.matvecs / max_matvecs, f"largest {found.largest:.4g}")
+            def on_round(running: Eigenpairs) -> None:
+                tick(running.matvecs / max_matvecs, f"largest {running.largest:.4g}")
 
-            found = hf.lanczos(
+            pairs = hf.lanczos(
                 matvec,
                 params,
                 k=k,
@@ -147,18 +159,18 @@ def eig(
     if not speaks():
         return
     console = Console(markup=False, emoji=False)
-    console.print(_table(found))
+    console.print(_table(pairs))
     console.print(
-        f"{len(seen):,} examples, {found.matvecs} products; {found.reason}", highlight=False
+        f"{len(seen):,} examples, {pairs.matvecs} products; {pairs.reason}", highlight=False
     )
 
 
-def _table(found: Eigenpairs) -> Table:
+def _table(pairs: Eigenpairs) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", "eigenvalue", "residual", "converged"):
         table.add_column(column, justify="right")
-    pairs = zip(found.values, found.residuals, found.converged, strict=True)
-    for i, (value, residual, converged) in enumerate(pairs, start=1):
+    columns = zip(pairs.values, pairs.residuals, pairs.converged, strict=True)
+    for i, (value, residual, converged) in enumerate(columns, start=1):
         cells = f"{float(value):.6g}", f"{float(residual):.1e}", "yes" if converged else "no"
         table.add_row(str(i), *cells)
     return table

@@ -1,4 +1,4 @@
-"""The command that compares methods of training."""
+"""Command ``hessfunc experiment``, which compares training methods."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ _NAMES = ("exp01", "exp02", "exp08", "exp09")
 
 
 def experiment(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="exp01, exp02, exp08 or exp09.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Experiment: exp01, exp02, exp08 or exp09.")
+    ],
     epochs: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help=unless_given("Passes over the examples.", default="the experiment's"),
+            help=unless_given("Passes over the examples.", default="that of the experiment"),
         ),
     ] = None,
     examples: Annotated[
@@ -46,62 +48,62 @@ def experiment(
             min=1,
             metavar="N",
             help=unless_given(
-                "Train on the first N examples, and test on N at most.", default="all"
+                "Train on the first N examples, and test on at most N.", default="all"
             ),
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help=unless_given("Examples a step.", default="the experiment's")
+            min=1,
+            metavar="N",
+            help=unless_given("Examples per step.", default="that of the experiment"),
         ),
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many trainings for each method.")
+        int, typer.Option(min=1, metavar="N", help="Number of training runs per method.")
     ] = 1,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, metavar="X", help="End each training after so much time of steps."),
+        typer.Option(min=0, metavar="X", help="Stop each training run after X minutes of steps."),
     ] = None,
     data_path: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
             help=unless_given(
-                "CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
-                default="in $HESSFUNC_DATA",
+                "Path to CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
+                default="searched in $HESSFUNC_DATA",
             ),
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Train there: cpu, cuda, cuda:1, mps.")
+        str | None, typer.Option(metavar="NAME", help="Device to train on: cpu, cuda, cuda:1, mps.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help=unless_given("The folder of the results.", default="NAME")
-        ),
+        typer.Option(metavar="DIR", help=unless_given("Folder of the results.", default="NAME")),
     ] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Compare Newton's method on blocks of the curvature with SGD, as in the literature.
+    """Compare Newton's method on diagonal blocks of the curvature with SGD, as in the literature.
 
-    All methods start from the same weights and see the same batches, for each seed. After each
-    training results.json, results.md and curves.png are written; trainings that are finished are
-    not run again, so a command that was stopped goes on when it is started again.
+    For each seed, all methods start from the same weights and see the same batches. After each
+    training run, results.json, results.md and curves.png are written. Finished runs are not
+    repeated: after an interruption, the same command resumes with the next run.
 
     NAME is one of
 
-    - **exp01**: a deep perceptron, averaged Hessian backpropagation: zero, abs, clip
+    - **exp01**: deep perceptron, averaged Hessian backpropagation: zero, abs, clip
 
-    - **exp02**: the same net, curvature cut into 1, 2, 4 and 16 blocks
+    - **exp02**: same network, curvature split into 1, 2, 4 and 16 blocks
 
-    - **exp08**: a conv net, the exact positive-curvature Hessian: zero, abs, clip
+    - **exp08**: conv net, exact positive-curvature Hessian: zero, abs, clip
 
-    - **exp09**: DeepOBS's 3c3d, the same
+    - **exp09**: 3c3d of DeepOBS, exact positive-curvature Hessian: zero, abs, clip
     """
     if name not in _NAMES:
-        fail(f"NAME is {', '.join(_NAMES[:-1])} or {_NAMES[-1]}, not {name!r}")
+        fail(f"NAME must be {', '.join(_NAMES[:-1])} or {_NAMES[-1]}, not {name!r}")
 
     from hessfunc.app import tasks
     from hessfunc.app.experiments import EXPERIMENTS, compared
@@ -109,24 +111,28 @@ def experiment(
     from hessfunc.plot.trainings import draw
     from hessfunc.training import history
 
-    of = EXPERIMENTS[name]
-    of = replace(of, epochs=epochs or of.epochs, batch_size=batch_size or of.batch_size)
+    chosen = EXPERIMENTS[name]
+    chosen = replace(
+        chosen, epochs=epochs or chosen.epochs, batch_size=batch_size or chosen.batch_size
+    )
     out = out or Path(name)
     runs: list[Run] = []
     lock = ExitStack()
     try:
         refuse_several("experiment")
-        where, _ = place(device)
-        seen, held_out = tasks.examples(of.dataset, path=data_path, count=examples, device=where)
+        torch_device, _ = place(device)
+        seen, held_out = tasks.examples(
+            chosen.dataset, path=data_path, count=examples, device=torch_device
+        )
         make_folder(out)
         lock.enter_context(held(out))
         refuse_other_files(out, ("results.md", "curves.png"), "results.json")
         settings = {
-            **of.settings(),
+            **chosen.settings(),
             "examples": len(seen),
             "test": len(held_out),
             "minutes": minutes,
-            "device": str(where or "cpu"),
+            "device": str(torch_device or "cpu"),
         }
         runs += history.read(out / "results.json", settings)
         with bars() as progress:
@@ -134,27 +140,27 @@ def experiment(
             def watched(method: str, seed: int) -> Callable[[Run], None]:
                 tick = watch(progress, f"{method}, seed {seed}")
                 return lambda run: tick(
-                    share(run.records[-1], of.epochs, minutes), line(run.records[-1])
+                    share(run.records[-1], chosen.epochs, minutes), line(run.records[-1])
                 )
 
             for run in compared(
-                of,
+                chosen,
                 seen,
                 held_out,
                 seeds=seeds,
                 minutes=minutes,
-                device=where,
+                device=torch_device,
                 finished={(run.method, run.seed) for run in runs},
                 watch=watched,
             ):
                 runs.append(run)
                 history.write(out / "results.json", settings, runs)
-                (out / "results.md").write_text(f"{of.title}\n\n{markdown(runs)}")
+                (out / "results.md").write_text(f"{chosen.title}\n\n{markdown(runs)}")
                 draw(out / "curves.png", runs)
                 end = f"{run.method}, seed {run.seed}: {line(run.records[-1])}; {run.ended}"
                 progress.console.print(end, highlight=False, markup=False, soft_wrap=True)
     except KeyboardInterrupt:
-        fail(f"interrupted; {len(runs)} trainings finished, see {out}", code=130)
+        fail(f"interrupted; {len(runs)} finished training runs are in {out}", code=130)
     except Exception as error:
         if traceback:
             raise
@@ -163,6 +169,6 @@ def experiment(
         lock.close()
 
     console = Console(markup=False, emoji=False)
-    console.print(f"\n{of.title}", highlight=False)
+    console.print(f"\n{chosen.title}", highlight=False)
     console.print(table(runs))
     console.print(f"results.json, results.md and curves.png are in {out}")

@@ -1,4 +1,4 @@
-"""Optimisers and schedules from the options of a command."""
+"""Construction of optimisers and schedules from command-line options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hessfunc.optim.schedules import Schedule
     from hessfunc.training.methods import Method
 
-# What the settings of SGD, of Newton's method and of ABSA are called here.
+# Command-line options of the settings of SGD, of Newton's method and of ABSA.
 OF_SGD = {"momentum": "--momentum", "weight_decay": "--weight-decay"}
 OF_NEWTON = {
     "curvature": "--curvature",
@@ -33,26 +33,26 @@ _MAX_RATIO = 128
 def optimiser(
     name: str | None, lr: float, of_sgd: Mapping[str, Any], of_newton: Mapping[str, Any], /
 ) -> Method:
-    """The optimiser of these options, of which those that are not given are None.
+    """Return the optimiser that the options select; options that were not given are None.
 
     Raises:
-        ValueError: they do not go together.
+        ValueError: If the options contradict each other or have invalid values.
     """
     from hessfunc.training.methods import SGD, BlockNewton
 
     if not 0 < lr < math.inf:
-        raise ValueError(f"lr={lr}: it must be positive and finite")
+        raise ValueError(f"lr={lr}: the learning rate must be positive and finite")
     sgd, newton = _given(of_sgd), _given(of_newton)
     if name is None:
         name = "newton" if newton else "sgd"
     if name == "newton":
         if sgd:
-            raise ValueError(f"{OF_SGD[next(iter(sgd))]} goes with --optimizer sgd alone")
+            raise ValueError(f"{OF_SGD[next(iter(sgd))]} requires --optimizer sgd")
         return BlockNewton(lr=lr, **{"curvature": "hbp-abs", **newton})
     if name != "sgd":
-        raise ValueError(f"--optimizer is sgd or newton, not {name!r}")
+        raise ValueError(f"--optimizer must be sgd or newton, not {name!r}")
     if newton:
-        raise ValueError(f"{OF_NEWTON[next(iter(newton))]} goes with --optimizer newton alone")
+        raise ValueError(f"{OF_NEWTON[next(iter(newton))]} requires --optimizer newton")
     return SGD(lr=lr, **sgd)
 
 
@@ -66,18 +66,18 @@ def schedule(
     lr_decay_epochs: tuple[int, ...],
     of_absa: Mapping[str, Any],
 ) -> tuple[Schedule, dict[str, Any]]:
-    """The schedule of these options, and its settings as plain data.
+    """Return the schedule that the options select, and its settings as plain data.
 
     Raises:
-        ValueError: they do not go together.
+        ValueError: If the options contradict each other.
     """
     from hessfunc.optim.schedules import absa, constant
 
     if method not in ("sgd", "absa"):
-        raise ValueError(f"--method is sgd or absa, not {method!r}")
+        raise ValueError(f"--method must be sgd or absa, not {method!r}")
     given = _given(of_absa)
     if method == "sgd" and given:
-        raise ValueError(f"{OF_ABSA[next(iter(given))]} goes with --method absa alone")
+        raise ValueError(f"{OF_ABSA[next(iter(given))]} requires --method absa")
     settings: dict[str, Any] = {"lr_decay": lr_decay, "lr_decay_epochs": lr_decay_epochs}
     if method == "sgd":
         settings |= {"ratio": large_ratio or 1}
@@ -88,23 +88,23 @@ def schedule(
 
 
 def epochs_of(text: str, more: Sequence[str] = (), /) -> tuple[int, ...]:
-    """The epochs of ``"30,60"`` or ``"30 60"``.
+    """Parse a list of epochs such as ``"30,60"`` or ``"30 60"``.
 
     Args:
-        text: of the option.
-        more: words of the command that belong to no option.
+        text: Value of the option.
+        more: Arguments of the command that belong to no option.
 
     Raises:
-        ValueError: these are no whole numbers, or there are more words.
+        ValueError: If the text is not a list of integers, or if ``more`` is not empty.
     """
     if more and all(word.isdecimal() for word in (text, *more)):
         wanted = ",".join((text, *more))
-        raise ValueError(f"--lr-decay-epoch takes one word, with commas: {wanted}")
+        raise ValueError(f"separate the epochs by commas: --lr-decay-epoch {wanted}")
     if more:
-        raise ValueError(f"{' '.join(more)!r} belongs to no option")
+        raise ValueError(f"unexpected argument {' '.join(more)!r}: it belongs to no option")
     words = text.replace(",", " ").split()
     if not all(word.isdecimal() for word in words):
-        raise ValueError(f"--lr-decay-epoch is a list such as 30,60, not {text!r}")
+        raise ValueError(f"--lr-decay-epoch must be a list such as 30,60, not {text!r}")
     return tuple(int(word) for word in words)
 
 

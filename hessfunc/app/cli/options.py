@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options and checks that several commands share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hessfunc.app.cli.ranks import speaks
 
 
 class DType(StrEnum):
-    """A dtype of parameters and inputs."""
+    """Floating-point dtype of parameters and inputs."""
 
     float32 = "float32"
     float64 = "float64"
@@ -26,10 +26,10 @@ class DType(StrEnum):
 def place(
     device: str | None, dtype: DType | None = None
 ) -> tuple[torch.device | None, torch.dtype | None]:
-    """The device and the dtype of these names.
+    """Return the device and the dtype with these names; None stays None.
 
     Raises:
-        ValueError: the device cannot be used.
+        ValueError: If the device cannot be used.
     """
     import torch
 
@@ -44,10 +44,10 @@ def place(
 
 
 def make_folder(path: Path, /) -> None:
-    """Make the folder of the results.
+    """Create the folder of the results.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: If the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -77,32 +77,32 @@ def held(folder: Path, /) -> Iterator[None]:
 
 
 def refuse_other_files(folder: Path, names: Iterable[str], own: str, /) -> None:
-    """Raise where results would overwrite files that no earlier run has written.
+    """Refuse to overwrite files that no earlier run has written.
 
     Args:
-        folder: The folder of the results.
-        names: The names of the results.
-        own: The file without which the folder belongs to no earlier run.
+        folder: Folder of the results.
+        names: File names of the results.
+        own: File that every earlier run leaves in its folder.
 
     Raises:
-        ValueError: One of the names is taken.
+        ValueError: If a file of that name exists, but ``own`` does not.
     """
-    there = [name for name in names if (folder / name).exists()]
-    if there and not (folder / own).exists():
+    taken = [name for name in names if (folder / name).exists()]
+    if taken and not (folder / own).exists():
         raise ValueError(
-            f"--out {folder} has a {there[0]}, and no {own} of an earlier run: choose another "
+            f"--out {folder} contains a {taken[0]}, but no {own} of an earlier run: choose another "
             "folder, or move that file"
         )
 
 
 def unless_given(text: str, /, default: str) -> str:
-    """The help of an option without a value of its own, and what holds where it is not given."""
-    # typer would write such a default in brackets within brackets. Two spaces break a line.
+    """Return the help text of an option whose default is None, followed by its actual default."""
+    # typer would put such a default in doubled brackets. Two trailing spaces break the line.
     return f"{text}  \n[default: {default}]"
 
 
 class _WithoutType:
-    """A command whose ``--help`` is a flag, without a type."""
+    """Mixin that shows ``--help`` as a flag, without a type."""
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)  # type: ignore[misc]
@@ -112,20 +112,20 @@ class _WithoutType:
 
 
 class Command(_WithoutType, TyperCommand):
-    """A command."""
+    """Subcommand of ``hessfunc``."""
 
 
 class Group(_WithoutType, TyperGroup):
-    """The command that has commands."""
+    """Command ``hessfunc`` itself, which dispatches to its subcommands."""
 
 
 def fail(message: str, code: int = 2, *, alone: bool = False) -> NoReturn:
-    """Say what is wrong, and end the command.
+    """Print an error message and exit.
 
     Args:
-        message: what is wrong.
-        code: with which the process ends.
-        alone: the first of several processes may not be there any more to say it.
+        message: Error message, one line.
+        code: Exit code of the process.
+        alone: Whether every process prints the message, because rank 0 may have died.
     """
     if speaks() or alone:
         typer.echo(f"hessfunc: {message}", err=True)
@@ -133,15 +133,15 @@ def fail(message: str, code: int = 2, *, alone: bool = False) -> NoReturn:
 
 
 def in_one_line(error: Exception, /) -> str:
-    """What an error says."""
+    """Return the message of an error on one line, with its type if the type is unexpected."""
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
         return text
-    return f"{type(error).__name__}: {text} (--traceback shows where)"
+    return f"{type(error).__name__}: {text} (use --traceback for details)"
 
 
 def command_line(context: typer.Context, /) -> str:
-    """The running command as a shell takes it, without options that were left as they are."""
+    """Return the running command as a shell command, without options that were not given."""
     words = context.command_path.split()
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
@@ -156,7 +156,7 @@ def command_line(context: typer.Context, /) -> str:
 
 
 _DATA = "Data"
-# Known here as well, so that --help and mistakes need not wait for torch.
+# Repeated here, so that --help and error messages do not wait for the data sets' modules.
 _DATASETS = ("digits", "mnist", "cifar10")
 
 
@@ -164,15 +164,15 @@ def _arch(default: str) -> Any:
     return typer.Option(
         metavar="NAME",
         help=unless_given(
-            "c1, c2, mlp, or resnet20 and so on; of digits also convnet, of cifar10 chen, c4d3, "
-            "c3d3.",
+            "Network: c1, c2, mlp, or a ResNet such as resnet20; for digits also convnet, for "
+            "cifar10 also chen, c4d3, c3d3.",
             default,
         ),
     )
 
 
 def _depth(default: str) -> Any:
-    text = "Of --arch resnet: 20, 32, 44, 56, 110."
+    text = "Depth with --arch resnet: 20, 32, 44, 56, 110."
     return typer.Option(min=8, metavar="N", help=unless_given(text, default))
 
 
@@ -180,74 +180,76 @@ def _data_path(default: str) -> Any:
     return typer.Option(
         metavar="PATH",
         help=unless_given(
-            "MNIST: the folder of the four idx files or their .gz. CIFAR-10: the folder "
-            "cifar-10-batches-py or an .npz file.",
+            "Path to the data. MNIST: the folder of the four idx files or their .gz. CIFAR-10: "
+            "the folder cifar-10-batches-py or an .npz file.",
             default,
         ),
         rich_help_panel=_DATA,
     )
 
 
-_DATA_NAMES = "digits, mnist or cifar10."
+_DATA_NAMES = "Data set: digits, mnist or cifar10."
 Training = Annotated[str, typer.Option(metavar="NAME", help=_DATA_NAMES, rich_help_panel=_DATA)]
 Arch = Annotated[str | None, _arch("mlp")]
 Depth = Annotated[int | None, _depth("20")]
-DataPath = Annotated[Path | None, _data_path("in $HESSFUNC_DATA")]
-# Of a net that was trained before.
+DataPath = Annotated[Path | None, _data_path("searched in $HESSFUNC_DATA")]
+# Options of a command that reads a checkpoint, whose settings are their defaults.
 TrainedOn = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help=unless_given(_DATA_NAMES, "that of the training, else digits"),
+        help=unless_given(_DATA_NAMES, "that of the checkpoint, else digits"),
         rich_help_panel=_DATA,
     ),
 ]
 
 
-TrainedArch = Annotated[str | None, _arch("that of the training, else mlp")]
-TrainedDepth = Annotated[int | None, _depth("that of the training, else 20")]
-TrainedDataPath = Annotated[Path | None, _data_path("that of the training, else in $HESSFUNC_DATA")]
+TrainedArch = Annotated[str | None, _arch("that of the checkpoint, else mlp")]
+TrainedDepth = Annotated[int | None, _depth("that of the checkpoint, else 20")]
+TrainedDataPath = Annotated[Path | None, _data_path("that of the checkpoint, else $HESSFUNC_DATA")]
 Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Compute there: cpu, cuda, cuda:1, mps.")
+    str | None, typer.Option(metavar="NAME", help="Device to compute on: cpu, cuda, cuda:1, mps.")
 ]
 
 
 Traceback = Annotated[
-    bool, typer.Option("--traceback", metavar="", help="Show where an error was raised.")
+    bool, typer.Option("--traceback", metavar="", help="Show the Python traceback of an error.")
 ]
 
 
 def refuse_data(data: str, data_path: Path | None, /) -> None:
-    """Raise where there is no such data set, or where it lies nowhere.
+    """Check the data set and its path.
 
     Raises:
-        ValueError: it is so.
+        ValueError: If the data set is unknown, or if it takes no path.
     """
     if data not in _DATASETS:
-        raise ValueError(f"--data is {', '.join(_DATASETS[:-1])} or {_DATASETS[-1]}, not {data!r}")
+        raise ValueError(
+            f"--data must be {', '.join(_DATASETS[:-1])} or {_DATASETS[-1]}, not {data!r}"
+        )
     if data == "digits" and data_path is not None:
-        raise ValueError("--data-path goes with --data mnist or cifar10 alone")
+        raise ValueError("--data-path requires --data mnist or --data cifar10")
 
 
 def refuse_seed(seed: int, /) -> None:
-    """Raise where generators cannot begin at a seed.
+    """Check that random generators accept a seed.
 
     Raises:
-        ValueError: it is so.
+        ValueError: If the seed is negative or does not fit in 63 bits.
     """
     if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed is a whole number from 0 to 2^63 - 1, not {seed}")
+        raise ValueError(f"--seed must be an integer from 0 to 2^63 - 1, not {seed}")
 
 
 def named_net(arch: str | None, depth: int | None, /) -> str:
-    """The name of a net, its depth included.
+    """Return the name of a network, including its depth.
 
     Raises:
-        ValueError: the net has no depth to choose.
+        ValueError: If a depth is given for a network that is not a ResNet.
     """
     name = (arch or "mlp").lower()
     if name == "resnet":
         return f"resnet{depth or 20}"
     if depth is not None:
-        raise ValueError(f"--depth goes with --arch resnet alone, not with {name}")
+        raise ValueError(f"--depth requires --arch resnet, not --arch {name}")
     return name

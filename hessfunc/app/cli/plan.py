@@ -1,4 +1,4 @@
-"""The command that says what a run would take, before there is a machine for it."""
+"""Command ``hessfunc plan``, which estimates memory, communication and time of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hessfunc.app.plan import (
 )
 from hessfunc.app.plan import gradient_seconds as of_gradient
 
-# Of one H100, by dtype: float32 without TF32, which products do not use.
+# Peak teraflops of an H100 by dtype. float32 is without TF32, which products do not use.
 _TERAFLOPS = {"float64": 67.0, "float32": 67.0, "bfloat16": 989.0, "float16": 989.0}
 _NETWORK, _RANKS, _TIME = "The network and its batches", "The ranks", "The time"
 
@@ -31,22 +31,23 @@ _NETWORK, _RANKS, _TIME = "The network and its batches", "The ranks", "The time"
 def plan(
     context: typer.Context,
     params: Annotated[
-        float, typer.Option(min=1, metavar="N", help="The parameters of the network: 7e9.")
+        float,
+        typer.Option(min=1, metavar="N", help="Number of parameters of the network, such as 7e9."),
     ],
     algorithm: Annotated[
-        str, typer.Option(metavar="NAME", help="lanczos, slq, hutchinson or xtrace.")
+        str, typer.Option(metavar="NAME", help="Algorithm: lanczos, slq, hutchinson or xtrace.")
     ] = "lanczos",
-    k: Annotated[int, typer.Option(min=1, metavar="N", help="Lanczos: how many pairs.")] = 10,
+    k: Annotated[int, typer.Option(min=1, metavar="N", help="lanczos: number of eigenpairs.")] = 10,
     steps: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Lanczos: products; slq: steps of each probe."),
+        typer.Option(min=1, metavar="N", help="lanczos: number of products; slq: steps per probe."),
     ] = 100,
     probes: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help=unless_given("Random vectors.", "slq 1, hutchinson 100, xtrace 50"),
+            help=unless_given("Number of random vectors.", "slq 1, hutchinson 100, xtrace 50"),
         ),
     ] = None,
     block_size: Annotated[
@@ -54,7 +55,7 @@ def plan(
         typer.Option(
             min=1,
             metavar="N",
-            help=unless_given("Vectors that are multiplied at once.", "lanczos 1, traces 10"),
+            help=unless_given("Vectors per block product.", "lanczos 1, traces 10"),
         ),
     ] = None,
     basis_size: Annotated[
@@ -62,20 +63,22 @@ def plan(
         typer.Option(
             min=1,
             metavar="N",
-            help=unless_given("Lanczos: the most vectors that are kept.", "2 k + 10"),
+            help=unless_given("lanczos: maximum number of basis vectors.", "2 k + 10"),
         ),
     ] = None,
     basis_dtype: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help=unless_given("Lanczos: of the basis, bfloat16, float32 or float64.", "float32"),
+            help=unless_given(
+                "lanczos: dtype of the basis, bfloat16, float32 or float64.", "float32"
+            ),
         ),
     ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Of the parameters and the graph.", rich_help_panel=_NETWORK
+            metavar="NAME", help="Dtype of the parameters and the graph.", rich_help_panel=_NETWORK
         ),
     ] = "float32",
     largest: Annotated[
@@ -83,7 +86,7 @@ def plan(
         typer.Option(
             min=1,
             metavar="N",
-            help=unless_given("Entries of the largest parameter.", "that of a transformer"),
+            help=unless_given("Entries of the largest parameter tensor.", "that of a transformer"),
             rich_help_panel=_NETWORK,
         ),
     ] = None,
@@ -93,43 +96,47 @@ def plan(
             min=0,
             metavar="GiB",
             help=unless_given(
-                "The activations of one batch, at the peak of a product.",
-                "those of a transformer, from measured ones",
+                "Memory of the activations of one batch, at the peak of a product.",
+                "extrapolated from measured transformers",
             ),
             rich_help_panel=_NETWORK,
         ),
     ] = None,
     batch_tokens: Annotated[
         float,
-        typer.Option(min=1, metavar="N", help="Of a batch, of one rank.", rich_help_panel=_NETWORK),
+        typer.Option(
+            min=1, metavar="N", help="Tokens per batch and rank.", rich_help_panel=_NETWORK
+        ),
     ] = 2048,
     sequence: Annotated[
         int,
-        typer.Option(
-            min=1, metavar="N", help="Tokens that see each other.", rich_help_panel=_NETWORK
-        ),
+        typer.Option(min=1, metavar="N", help="Tokens per sequence.", rich_help_panel=_NETWORK),
     ] = 2048,
     vocabulary: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of the head.", rich_help_panel=_NETWORK)
+        int,
+        typer.Option(min=1, metavar="N", help="Size of the vocabulary.", rich_help_panel=_NETWORK),
     ] = 32_000,
     recompute: Annotated[
         bool,
         typer.Option(
             "--recompute",
             metavar="",
-            help='Layers are computed again: hf.functional(model, recompute="layers.*").',
+            help='Recompute the layers: hf.functional(model, recompute="layers.*").',
             rich_help_panel=_NETWORK,
         ),
     ] = False,
     ranks: Annotated[
-        int, typer.Option(min=1, metavar="N", help="GPUs.", rich_help_panel=_RANKS)
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Number of ranks, one GPU each.", rich_help_panel=_RANKS
+        ),
     ] = 1,
     unsharded: Annotated[
         bool,
         typer.Option(
             "--unsharded",
             metavar="",
-            help="Every rank holds whole vectors: no space=hf.sharded(params, mesh).",
+            help="Replicate the vectors: no space=hf.sharded(params, mesh).",
             rich_help_panel=_RANKS,
         ),
     ] = False,
@@ -138,7 +145,7 @@ def plan(
         typer.Option(
             min=0,
             metavar="GiB",
-            help=unless_given("Of each rank.", "not compared"),
+            help=unless_given("Memory per rank.", "not compared"),
             rich_help_panel=_RANKS,
         ),
     ] = None,
@@ -147,7 +154,7 @@ def plan(
         typer.Option(
             min=0,
             metavar="GiB",
-            help="Of that, for CUDA, NCCL, and gaps of the allocator.",
+            help="Part of --gpu-memory for CUDA, NCCL and allocator fragmentation.",
             rich_help_panel=_RANKS,
         ),
     ] = 3.0,
@@ -157,8 +164,8 @@ def plan(
             min=0,
             metavar="X",
             help=unless_given(
-                "Of a gradient over what one rank has of the data.",
-                "6 n tokens / ranks / (teraflops utilisation)",
+                "Time of one gradient over the data of one rank.",
+                "6 params tokens / (ranks teraflops utilisation)",
             ),
             rich_help_panel=_TIME,
         ),
@@ -166,7 +173,7 @@ def plan(
     tokens: Annotated[
         float,
         typer.Option(
-            min=1, metavar="N", help="Of all batches, of all ranks.", rich_help_panel=_TIME
+            min=1, metavar="N", help="Tokens of all batches on all ranks.", rich_help_panel=_TIME
         ),
     ] = 2**20,
     teraflops: Annotated[
@@ -174,39 +181,51 @@ def plan(
         typer.Option(
             min=0,
             metavar="X",
-            help=unless_given("Of each rank, at its best.", "67; 989 in bfloat16, float16"),
+            help=unless_given("Peak teraflops per rank.", "67; 989 in bfloat16, float16"),
             rich_help_panel=_TIME,
         ),
     ] = None,
     utilisation: Annotated[
         float,
         typer.Option(
-            min=0, max=1, metavar="X", help="The part of it that is reached.", rich_help_panel=_TIME
+            min=0,
+            max=1,
+            metavar="X",
+            help="Share of --teraflops that is reached.",
+            rich_help_panel=_TIME,
         ),
     ] = 0.4,
     memory_bandwidth: Annotated[
-        float, typer.Option(min=0, metavar="GiB/s", help="Of a GPU.", rich_help_panel=_TIME)
+        float,
+        typer.Option(
+            min=0, metavar="GiB/s", help="Memory bandwidth of a GPU.", rich_help_panel=_TIME
+        ),
     ] = 2000.0,
     network_bandwidth: Annotated[
         float,
-        typer.Option(min=0, metavar="GiB/s", help="That a rank sends.", rich_help_panel=_TIME),
+        typer.Option(
+            min=0, metavar="GiB/s", help="Bandwidth at which a rank sends.", rich_help_panel=_TIME
+        ),
     ] = 20.0,
     latency: Annotated[
         float,
         typer.Option(
-            min=0, metavar="us", help="Microseconds of a collective.", rich_help_panel=_TIME
+            min=0,
+            metavar="us",
+            help="Latency of a collective, in microseconds.",
+            rich_help_panel=_TIME,
         ),
     ] = 50.0,
     traceback: Traceback = False,
 ) -> None:
-    """Say what a run would take: memory of each rank, bytes on the wire, time.
+    """Estimate memory per rank, communication and time of a run.
 
-    Nothing is loaded or downloaded. Where nothing else is said the network is a causal transformer
-    of the usual shape, in float32, and the GPU an H100. GiB are 2^30 bytes, bandwidths too. Each
-    number that the plan rests on is printed, with whether it was given, assumed or measured.
+    Nothing is loaded or downloaded. By default the network is a causal transformer of the usual
+    shape in float32, and the GPU is an H100. A GiB is 2^30 bytes, also in bandwidths. The command
+    prints every number that the plan depends on, and whether it was given, assumed or measured.
 
-    Every rank holds the parameters whole, and makes Hessian products in reverse mode, one vector
-    after another, through graphs that are made anew in each pass.
+    The parameters are replicated. Each rank computes Hessian products in reverse mode, one vector
+    at a time, and rebuilds the graph of each batch in each pass.
     """
 
     def given(option: str, otherwise: str = "assumed") -> str:
@@ -215,7 +234,7 @@ def plan(
 
     try:
         if dtype not in BYTES:
-            raise ValueError(f"--dtype is {', '.join(BYTES)}, not {dtype!r}")
+            raise ValueError(f"--dtype must be one of {', '.join(BYTES)}, not {dtype!r}")
         shape = Transformer.usual(round(params), vocabulary)
         network = shape.network(
             dtype, tokens=round(batch_tokens), context=min(sequence, round(batch_tokens))
@@ -257,31 +276,31 @@ def plan(
         ("parameters", f"{network.params:,} in {dtype}", given("params")),
         ("layers, width", f"{shape.layers}, {shape.width:,}", a_transformer),
         ("largest parameter", f"{network.largest:,}", given("largest", a_transformer)),
-        ("tokens of a batch", f"{batch_tokens:,.0f}", given("batch_tokens")),
-        ("tokens of a sequence", f"{sequence:,}", given("sequence")),
+        ("tokens per batch", f"{batch_tokens:,.0f}", given("batch_tokens")),
+        ("tokens per sequence", f"{sequence:,}", given("sequence")),
         ("vocabulary", f"{vocabulary:,}", given("vocabulary")),
         (
-            "activations of a batch",
+            "activations per batch",
             f"{network.activations / GIB:.2f} GiB",
             given("graph_memory", "measured on GPTs to 3.4M"),
         ),
-        ("kept free", f"{reserve:g} GiB", given("reserve")),
-        ("tokens of all batches", f"{tokens:,.0f}", given("tokens")),
-        ("a rank at its best", f"{rate:g} teraflops", given("teraflops", "assumed: H100, no TF32")),
-        ("of that is reached", f"{utilisation:.0%}", given("utilisation")),
+        ("reserved memory", f"{reserve:g} GiB", given("reserve")),
+        ("tokens in all batches", f"{tokens:,.0f}", given("tokens")),
+        ("peak of a rank", f"{rate:g} teraflops", given("teraflops", "assumed: H100, no TF32")),
+        ("utilisation", f"{utilisation:.0%}", given("utilisation")),
         (
-            "a gradient",
+            "time of a gradient",
             f"{gradient_seconds:.3g} s",
-            given("gradient_seconds", "6 flops a parameter and token"),
+            given("gradient_seconds", "6 flops per parameter and token"),
         ),
         (
-            "a graph, a product",
+            "cost of graph, product",
             f"{machine.graph_gradients:g}, {machine.product_gradients:g} gradients",
             "counted in operations",
         ),
         ("memory bandwidth", f"{memory_bandwidth:g} GiB/s", given("memory_bandwidth")),
         ("network bandwidth", f"{network_bandwidth:g} GiB/s", given("network_bandwidth")),
-        ("a collective", f"{latency:g} us", given("latency")),
+        ("latency", f"{latency:g} us", given("latency")),
     ]
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     for part in shown(verdict, machine, numbers):
@@ -291,7 +310,7 @@ def plan(
 def _above_zero(**rates: float) -> None:
     for name, rate in rates.items():
         if not rate > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is above 0, not {rate:g}")
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {rate:g}")
 
 
 def _algorithm(
@@ -312,4 +331,4 @@ def _algorithm(
             return Hutchinson(probes or 100, block_size or 10)
         case "xtrace":
             return Xtrace(probes or 50, block_size or 10)
-    raise ValueError(f"--algorithm is lanczos, slq, hutchinson or xtrace, not {name!r}")
+    raise ValueError(f"--algorithm must be lanczos, slq, hutchinson or xtrace, not {name!r}")

@@ -1,4 +1,4 @@
-"""What a plan looks like on a terminal."""
+"""Tables and sentences that show a plan on a terminal."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from hessfunc.app.plan import (
 )
 
 GIB = 2**30
-# What it is, how much, and how that is known.
+# Label, value, and source of a number: given, assumed, measured or counted.
 Number = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A plan, and whether there is room for it.
+    """Plan, and whether it fits in memory.
 
     Attributes:
-        asked: the algorithm as it was asked for.
-        plan: of the algorithm as it runs.
-        room: bytes of each rank; None where these are not known.
-        refusal: why the algorithm would not begin, if so.
+        asked: Algorithm that was requested.
+        plan: Plan of the algorithm as it runs, with a basis that may be smaller.
+        room: Available bytes per rank; None if they are not known.
+        refusal: Reason why the algorithm cannot start; empty if it can.
     """
 
     asked: Algorithm
@@ -47,12 +47,13 @@ class Verdict:
 
     @property
     def fits(self) -> bool:
+        """Whether the algorithm starts, and its peak memory is available."""
         no_limit = self.room is None or self.plan.peak.total <= self.room
         return not self.refusal and no_limit
 
 
 def judged(setting: Setting, asked: Algorithm, room: int | None, /) -> Verdict:
-    """The plan of an algorithm in that room, or of what was asked for where it would not begin."""
+    """Return the plan in the available memory, or the requested plan if that cannot start."""
     try:
         return Verdict(asked, plan(setting, asked, memory=room), room)
     except MemoryError as refusal:
@@ -62,21 +63,21 @@ def judged(setting: Setting, asked: Algorithm, room: int | None, /) -> Verdict:
 def shown(
     verdict: Verdict, machine: Machine, numbers: Sequence[Number], /
 ) -> Iterator[Table | str]:
-    """The tables and sentences of a plan, in their order."""
-    found = verdict.plan
-    yield _title(found)
-    yield _memory(found)
-    yield _moments(found)
-    yield _cost(found, machine)
+    """Yield the tables and sentences of a plan in the order of printing."""
+    planned = verdict.plan
+    yield _title(planned)
+    yield _memory(planned)
+    yield _moments(planned)
+    yield _cost(planned, machine)
     yield _numbers(numbers)
     yield from _verdict(verdict)
 
 
-def _title(found: Plan) -> str:
-    setting = found.setting
-    cut = "vectors sharded" if setting.sharded else "vectors whole on each"
-    on = f"{setting.ranks:,} rank{'s' * (setting.ranks > 1)}, {cut}"
-    return f"{_described(found.algorithm)}, {setting.network.params:,} parameters, {on}"
+def _title(planned: Plan) -> str:
+    setting = planned.setting
+    layout = "vectors sharded" if setting.sharded else "vectors replicated"
+    on = f"{setting.ranks:,} rank{'s' * (setting.ranks > 1)}, {layout}"
+    return f"{_described(planned.algorithm)}, {setting.network.params:,} parameters, {on}"
 
 
 def _described(algorithm: Algorithm) -> str:
@@ -91,7 +92,7 @@ def _described(algorithm: Algorithm) -> str:
         case Hutchinson() | Xtrace():
             name = type(algorithm).__name__.lower()
             return f"{name}: {algorithm.probes} probes, {algorithm.at_once} at once"
-    raise TypeError(f"no words for {algorithm}")
+    raise TypeError(f"no description of {algorithm}")
 
 
 def _columns(*names: str) -> Table:
@@ -102,51 +103,51 @@ def _columns(*names: str) -> Table:
     return drawn
 
 
-def _memory(found: Plan) -> Table:
-    drawn = _columns(f"each rank holds at its peak, in {found.peak.name}", "GiB")
-    for what, size in found.peak.held.items():
+def _memory(planned: Plan) -> Table:
+    drawn = _columns(f"peak memory per rank, during {planned.peak.name}", "GiB")
+    for name, size in planned.peak.held.items():
         if size:
-            drawn.add_row(what, _gib(size))
+            drawn.add_row(name, _gib(size))
     drawn.add_section()
-    drawn.add_row("all", _gib(found.peak.total))
+    drawn.add_row("total", _gib(planned.peak.total))
     return drawn
 
 
-def _moments(found: Plan) -> Table:
-    drawn = _columns("and at other places", "GiB")
-    for moment in found.moments:
-        if moment is not found.peak:
+def _moments(planned: Plan) -> Table:
+    drawn = _columns("memory during other phases", "GiB")
+    for moment in planned.moments:
+        if moment is not planned.peak:
             drawn.add_row(moment.name, _gib(moment.total))
     return drawn
 
 
-def _cost(found: Plan, machine: Machine) -> Table:
-    setting = found.setting
-    work = found.algorithm.work(setting)
+def _cost(planned: Plan, machine: Machine) -> Table:
+    setting = planned.setting
+    work = planned.algorithm.work(setting)
     step, run = machine.cost(setting, work.block, work), machine.in_all(setting, work)
-    drawn = _columns("each rank sends and takes", "a step", f"{work.products:,} products at most")
+    drawn = _columns("cost per rank", "one step", f"at most {work.products:,} products")
     rows = [
-        ("sums over batches, GiB", step.reduced / GIB, run.reduced / GIB),
-        ("blocks to be whole, GiB", step.gathered / GIB, run.gathered / GIB),
+        ("all-reduced sums, GiB", step.reduced / GIB, run.reduced / GIB),
+        ("gathered blocks, GiB", step.gathered / GIB, run.gathered / GIB),
         ("inner products, GiB", step.sums / GIB, run.sums / GIB),
-        ("sent, GiB", step.sent / GIB, run.sent / GIB),
-        ("passes through the network, s", step.products, run.products),
+        ("total sent, GiB", step.sent / GIB, run.sent / GIB),
+        ("network passes, s", step.products, run.products),
         ("reading the basis, s", step.vectors, run.vectors),
-        ("sending, s", step.wire, run.wire),
-        ("time, s", step.seconds, run.seconds),
+        ("communication, s", step.wire, run.wire),
+        ("total time, s", step.seconds, run.seconds),
     ]
     for name, *values in rows:
         drawn.add_row(
             name, *(f"{value:,.3g}" if value < 1e3 else f"{value:,.0f}" for value in values)
         )
-        if name.startswith("sent"):
+        if name.startswith("total sent"):
             drawn.add_section()
     return drawn
 
 
 def _numbers(numbers: Sequence[Number]) -> Table:
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("the plan rests on", "", "which is"):
+    for column in ("inputs of the plan", "", "source"):
         drawn.add_column(column)
     for number in numbers:
         drawn.add_row(*number)
@@ -154,25 +155,25 @@ def _numbers(numbers: Sequence[Number]) -> Table:
 
 
 def _verdict(verdict: Verdict) -> Iterator[Table | str]:
-    found, room = verdict.plan, verdict.room
+    planned, room = verdict.plan, verdict.room
     if room is None:
         return
-    asked, runs = _described(verdict.asked), _described(found.algorithm)
+    asked, runs = _described(verdict.asked), _described(planned.algorithm)
     if asked != runs:
-        yield f"Vectors take half of what is free at the most, so {asked} becomes {runs}."
-    limit = f"{_gib(room)} GiB of each rank"
+        yield f"Vectors may use at most half of the free memory, so {asked} becomes {runs}."
+    limit = f"{_gib(room)} GiB per rank"
     if verdict.fits:
-        yield f"It fits: {_gib(found.peak.total)} of {limit}."
+        yield f"It fits: {_gib(planned.peak.total)} of {limit}."
         return
-    why = verdict.refusal or f"{_gib(found.peak.total)} GiB are needed"
+    why = verdict.refusal or f"{_gib(planned.peak.total)} GiB are needed"
     yield f"It does not fit in {limit}: {why}."
-    yield _remedies(found.setting, verdict.asked, room)
-    yield _more_ranks(found.setting, verdict.asked, room)
+    yield _remedies(planned.setting, verdict.asked, room)
+    yield _more_ranks(planned.setting, verdict.asked, room)
 
 
 def _remedies(setting: Setting, algorithm: Algorithm, room: int) -> Table:
     ranks = f"on {setting.ranks:,} rank{'s' * (setting.ranks > 1)}"
-    drawn = _columns("what would take less", f"GiB {ranks}", "fits", "fewest ranks")
+    drawn = _columns("changes that need less memory", f"GiB {ranks}", "fits", "fewest ranks")
     for remedy in remedies(setting, algorithm):
         fewest = fewest_ranks(remedy, room)
         drawn.add_row(
@@ -187,11 +188,11 @@ def _remedies(setting: Setting, algorithm: Algorithm, room: int) -> Table:
 def _more_ranks(setting: Setting, algorithm: Algorithm, room: int) -> str:
     fewest = fewest_ranks(Remedy("more ranks", setting, algorithm), room)
     if fewest is not None:
-        return f"With sharded vectors, and all else as it is, {fewest:,} ranks are enough."
+        return f"With sharded vectors and no other change, {fewest:,} ranks are enough."
     return (
-        f"More ranks alone do not help: each holds {_gib(whole(setting, algorithm))} GiB whole, "
-        "however many there are. Where nothing helps, take the curvature of a part of the "
-        "parameters: hf.split, hf.hold."
+        f"More ranks alone do not help: {_gib(whole(setting, algorithm))} GiB are replicated on "
+        "each of them. If no change is enough, take the curvature of a part of the parameters: "
+        "hf.split, hf.hold."
     )
 
 

@@ -1,4 +1,4 @@
-"""Progress bars on standard error, where that is a terminal."""
+"""Progress bars on standard error, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def bars() -> Progress:
-    """The bars of one command; they vanish when it ends."""
+    """Return the progress bars of one command, which disappear when it ends."""
     console = Console(stderr=True)
     return Progress(
         SpinnerColumn(),
@@ -30,13 +30,13 @@ def bars() -> Progress:
 
 
 def watch(progress: Progress, name: str, /) -> Callable[[float, str], None]:
-    """A new bar, and the function that moves it: to a share, with a few words."""
+    """Add a bar, and return the function ``(share, detail)`` that updates it, share in [0, 1]."""
     task = progress.add_task(name, total=1.0, detail="")
     return lambda share, detail: progress.update(task, completed=share, detail=detail)
 
 
 def line(record: Record, /) -> str:
-    """Where a training stands, in one line."""
+    """Return the state of a training run on one line."""
     tested = "" if record.test_accuracy is None else f" (test {record.test_accuracy:.1%})"
     several = "" if record.ratio == 1 else f"{record.ratio} batches a step, "
     curved = "" if record.eigenvalue is None else f"eigenvalue {record.eigenvalue:.4g}, "
@@ -48,6 +48,6 @@ def line(record: Record, /) -> str:
 
 
 def share(record: Record, epochs: int, minutes: float | None, /) -> float:
-    """How much of a training is done."""
+    """Return the finished share of a training run, in [0, 1]."""
     of_time = 0.0 if minutes is None else record.seconds / max(60 * minutes, 1e-9)
     return min(1.0, max(record.epoch / epochs, of_time))

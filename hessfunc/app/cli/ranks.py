@@ -1,4 +1,4 @@
-"""A command that ``torchrun`` starts in several processes: all compute, one of them speaks."""
+"""Commands that ``torchrun`` starts in several processes: all compute, rank 0 prints."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-# Seconds.
+# Seconds that gloo's threads get to finish after the process group is destroyed.
 _TO_END = 0.5
 
 
 @contextmanager
 def launched(device: torch.device, /, *, timeout: float = 600.0) -> Iterator[DeviceMesh]:
-    """The mesh of all processes, on one axis "data", as long as the context lasts.
+    """Initialise the process group, and yield the mesh of all processes with one axis "data".
 
     Args:
-        device: on which this process computes: gloo for the CPU, NCCL for CUDA.
-        timeout: the seconds after which a rank that does not come is an error on the others.
+        device: Device of this process; the backend is gloo on the CPU and NCCL on CUDA.
+        timeout: Seconds after which a missing rank is an error on the other ranks.
     """
     limit = timedelta(seconds=timeout)
     store, rank, size = next(rendezvous("env://", timeout=limit))
-    # torchrun starts killed processes again beside the same store, where torch would find the
-    # addresses of the dead.
+    # After a crash, torchrun restarts the processes with the same store, which still contains the
+    # addresses of the dead processes. A prefix for each attempt hides them.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -47,17 +47,17 @@ def launched(device: torch.device, /, *, timeout: float = 600.0) -> Iterator[Dev
         yield init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
     finally:
         dist.destroy_process_group()
-        # gloo's threads end a moment later, and an interpreter that ends before them aborts.
+        # gloo's threads end slightly later, and an interpreter that exits before them aborts.
         time.sleep(_TO_END)
 
 
 def local_device(device: torch.device, /) -> torch.device:
-    """That device, or of several GPUs of the machine the one of this process."""
+    """Return the device, or the GPU of this process if the device is CUDA on several ranks."""
     if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
         return device
-    found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(found)
-    return found
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(own)
+    return own
 
 
 Made = TypeVar("Made")
@@ -68,7 +68,7 @@ def _several() -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process prints and writes: the first one does."""
+    """Return whether this process prints and writes, which only rank 0 does."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -76,7 +76,7 @@ def speaks() -> bool:
 def mesh_of_all(
     device: torch.device | None,
 ) -> Iterator[tuple[DeviceMesh | None, torch.device | None]]:
-    """The mesh of the processes, and where this one computes; no mesh where it is alone."""
+    """Yield the mesh of all processes, or None for a single process, and the device of this one."""
     if not _several():
         yield None, device
         return
@@ -90,7 +90,7 @@ def mesh_of_all(
 
 
 def on_all(mesh: DeviceMesh | None, act: Callable[[], Made]) -> Made:
-    """What ``act`` returns; its error in one process is an error in all."""
+    """Return the result of ``act``; an error on one rank is raised on every rank."""
     if mesh is None:
         return act()
     import torch
@@ -101,13 +101,13 @@ def on_all(mesh: DeviceMesh | None, act: Callable[[], Made]) -> Made:
 
 
 def refuse_several(command: str, /) -> None:
-    """Raise where there are other processes.
+    """Check that the command runs in a single process.
 
     Raises:
-        ValueError: it is so.
+        ValueError: If torchrun has started several processes.
     """
     if _several():
         raise ValueError(
-            f"{command} runs in one process, and torchrun has started "
+            f"{command} runs in a single process, but torchrun has started "
             f"{os.environ['WORLD_SIZE']}: run it without torchrun"
         )

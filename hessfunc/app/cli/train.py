@@ -1,4 +1,4 @@
-"""The command that trains a net."""
+"""Command ``hessfunc train``, which trains a small network."""
 
 from __future__ import annotations
 
@@ -53,14 +53,17 @@ def train(
         str,
         typer.Option(
             metavar="NAME",
-            help="sgd: batches of one size; absa: batches that grow where the loss is flat.",
+            help="sgd: batches of fixed size; absa: batches that grow where the loss is flat.",
         ),
     ] = "sgd",
     optimizer: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help=unless_given("sgd or newton.", default="newton with one of its options, else sgd"),
+            help=unless_given(
+                "Optimiser: sgd or newton.",
+                default="newton if one of its options is given, else sgd",
+            ),
         ),
     ] = None,
     curvature: Annotated[
@@ -68,8 +71,8 @@ def train(
         typer.Option(
             metavar="NAME",
             help=unless_given(
-                "hbp-none, hbp-zero, hbp-clip, hbp-abs; pch-none, pch-zero, pch-clip, pch-abs; "
-                "ggn; hessian; kfra; kflr; kfac; ekfac.",
+                "Curvature matrix: hbp-none, hbp-zero, hbp-clip, hbp-abs; pch-none, pch-zero, "
+                "pch-clip, pch-abs; ggn; hessian; kfra; kflr; kfac; ekfac.",
                 default="hbp-abs",
             ),
             rich_help_panel=_NEWTON,
@@ -77,7 +80,7 @@ def train(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the examples.")] = 90,
     batch_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Examples of a base batch.")
+        int, typer.Option(min=1, metavar="N", help="Examples per base batch.")
     ] = 128,
     large_ratio: Annotated[
         int | None,
@@ -85,21 +88,22 @@ def train(
             min=1,
             metavar="N",
             help=unless_given(
-                "Base batches in a step: of sgd always, of absa at most.", default="1, of absa 128"
+                "Base batches per step: fixed for sgd, the maximum for absa.",
+                default="1 for sgd, 128 for absa",
             ),
         ),
     ] = None,
-    lr: Annotated[float, typer.Option(metavar="X", help="The learning rate.")] = 0.1,
+    lr: Annotated[float, typer.Option(metavar="X", help="Learning rate.")] = 0.1,
     lr_decay: Annotated[
         float,
         typer.Option(
             min=0,
             metavar="X",
-            help="The learning rate is multiplied by it after each --lr-decay-epoch.",
+            help="Factor of the learning rate after each --lr-decay-epoch.",
         ),
     ] = 0.2,
     lr_decay_epoch: Annotated[
-        str, typer.Option(metavar="N,N", help="Epochs, counted from 1, with commas between.")
+        str, typer.Option(metavar="N,N", help="Epochs after which the rate decays, counted from 1.")
     ] = "30,60",
     adversarial_share: Annotated[
         float | None,
@@ -108,7 +112,7 @@ def train(
             max=1,
             metavar="X",
             help=unless_given(
-                "How much of each base batch is adversarial at first.", default="0.2"
+                "Initial share of adversarial inputs in each base batch.", default="0.2"
             ),
             rich_help_panel=_ABSA,
         ),
@@ -118,7 +122,9 @@ def train(
         typer.Option(
             min=0,
             metavar="X",
-            help=unless_given("How far the adversarial inputs are moved.", default="0.005"),
+            help=unless_given(
+                "Size of the adversarial perturbation of the inputs.", default="0.005"
+            ),
             rich_help_panel=_ABSA,
         ),
     ] = None,
@@ -127,7 +133,7 @@ def train(
         typer.Option(
             min=1,
             metavar="N",
-            help=unless_given("Epochs until the batch grows in any case.", default="10"),
+            help=unless_given("Maximum number of epochs before the batch grows.", default="10"),
             rich_help_panel=_ABSA,
         ),
     ] = None,
@@ -137,7 +143,7 @@ def train(
             min=0,
             max=1,
             metavar="X",
-            help=unless_given("The share of the last step that is kept.", default="0.9"),
+            help=unless_given("Share of the previous step that is kept.", default="0.9"),
             rich_help_panel=_SGD,
         ),
     ] = None,
@@ -147,8 +153,8 @@ def train(
             min=0,
             metavar="X",
             help=unless_given(
-                "So much of the parameters is added to the gradient, as half their square to the "
-                "loss.",
+                "Add X times the parameters to the gradient, and so X / 2 times their squared "
+                "norm to the loss.",
                 default="0",
             ),
             rich_help_panel=_SGD,
@@ -161,7 +167,8 @@ def train(
             max=1,
             metavar="X",
             help=unless_given(
-                "How much of the identity is mixed into the curvature.", default="0.02"
+                "Damping: weight of the identity in (1 - alpha) curvature + alpha I.",
+                default="0.02",
             ),
             rich_help_panel=_NEWTON,
         ),
@@ -171,7 +178,7 @@ def train(
         typer.Option(
             metavar="NAME",
             help=unless_given(
-                "cg, or direct with the inverse of the blocks' factors.", default="cg"
+                "Solver: cg, or direct, which inverts the factors of the blocks.", default="cg"
             ),
             rich_help_panel=_NEWTON,
         ),
@@ -181,9 +188,7 @@ def train(
         typer.Option(
             min=1,
             metavar="N",
-            help=unless_given(
-                "Products after which a parameter's equation is left as it is.", default="50"
-            ),
+            help=unless_given("Stop CG after N products per parameter tensor.", default="50"),
             rich_help_panel=_NEWTON,
         ),
     ] = None,
@@ -192,7 +197,7 @@ def train(
         typer.Option(
             min=0,
             metavar="X",
-            help=unless_given("The relative residual that is small enough.", default="0.1"),
+            help=unless_given("Relative tolerance of CG.", default="0.1"),
             rich_help_panel=_NEWTON,
         ),
     ] = None,
@@ -201,7 +206,7 @@ def train(
         typer.Option(
             min=0,
             metavar="X",
-            help=unless_given("The absolute residual that is small enough.", default="0"),
+            help=unless_given("Absolute tolerance of CG.", default="0"),
             rich_help_panel=_NEWTON,
         ),
     ] = None,
@@ -211,7 +216,7 @@ def train(
             min=1,
             metavar="N",
             help=unless_given(
-                "Cut the curvature of each layer into so many blocks (hbp).", default="one"
+                "Split the curvature of each layer into N diagonal blocks (hbp).", default="1"
             ),
             rich_help_panel=_NEWTON,
         ),
@@ -222,7 +227,7 @@ def train(
             min=1,
             metavar="N",
             help=unless_given(
-                "Train on the first N examples, and test on N at most.", default="all"
+                "Train on the first N examples, and test on at most N.", default="all"
             ),
             rich_help_panel=_DATA,
         ),
@@ -233,33 +238,35 @@ def train(
         typer.Option(
             metavar="NAME",
             help=unless_given(
-                "Record the dominant eigenvalue of the Hessian after each epoch: top, of 200 "
-                "examples or a base batch if that is more; full, of all.",
-                default="none is recorded",
+                "Record the dominant Hessian eigenvalue after each epoch: top (on 200 examples, or "
+                "on a base batch if that is larger) or full (on all examples).",
+                default="off",
             ),
         ),
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, metavar="X", help="End after so much time of steps."),
+        typer.Option(min=0, metavar="X", help="Stop after X minutes of training steps."),
     ] = None,
     device: Device = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of weights, batches and draws.")] = 0,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the results.")] = Path(
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of weights, batches and random samples.")
+    ] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path(
         "hessfunc-train"
     ),
     save_every: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Keep the state after so many steps.")
+        int, typer.Option(min=1, metavar="N", help="Save a checkpoint every N steps.")
     ] = 100,
     traceback: Traceback = False,
 ) -> None:
-    """Train a small net, with SGD or Newton's method, on batches that stay or grow.
+    """Train a small network with SGD or Newton's method, on batches of fixed or growing size.
 
-    Shows loss and accuracy after each epoch, and writes report.html for the browser, history.json
-    and history.png: all against epochs and against gradient-equivalents, the work in units of one
-    gradient; with --track or --method absa also eigenvalue, batch size and learning rate. The
-    state is kept in checkpoint.pt: stopped or killed at any moment, the same command goes on from
-    there, and ends with the same bits.
+    Prints loss and accuracy after each epoch, and writes report.html for the browser, history.json
+    and history.png. These show all quantities against epochs and against gradient-equivalents, the
+    work in units of one gradient. With --track or --method absa they include the dominant
+    eigenvalue, batch size and learning rate. The state is saved in checkpoint.pt: after an
+    interruption or a kill, the same command resumes from it and ends with the same bits.
     """
     from hessfunc.app import report, tasks
     from hessfunc.app.table import summary
@@ -281,7 +288,7 @@ def train(
         refuse_several("train")
         refuse_seed(seed)
         if track not in (None, "top", "full"):
-            raise ValueError(f"--track is top or full, not {track!r}")
+            raise ValueError(f"--track must be top or full, not {track!r}")
         net = named_net(arch, depth)
         epochs_of_decay = epochs_of(lr_decay_epoch, context.args)
         of_sgd = dict(zip(OF_SGD, sgd, strict=True))
@@ -294,9 +301,9 @@ def train(
             lr_decay_epochs=epochs_of_decay,
             of_absa=dict(zip(OF_ABSA, (adversarial_share, patience, eps), strict=True)),
         )
-        where, _ = place(device)
+        torch_device, _ = place(device)
         make_model = tasks.net(data, net)
-        seen, held_out = tasks.examples(data, path=data_path, count=examples, device=where)
+        seen, held_out = tasks.examples(data, path=data_path, count=examples, device=torch_device)
         make_folder(out)
         lock.enter_context(held(out))
         settings = {
@@ -317,7 +324,7 @@ def train(
 
         if not (out / "checkpoint.pt").exists():
             refuse_other_files(out, ("history.png", "report.html"), "history.json")
-            # Trainings of other settings, and files of other programs, stay.
+            # `read` raises if the file belongs to other settings or to another program.
             read(out / "history.json", settings)
 
         def keep(run: Run) -> None:
@@ -347,7 +354,7 @@ def train(
                 done = replace(last, epoch=int(last.epoch) + count / len(seen))
                 tick(share(done, epochs, minutes), f"loss {last.loss:.4g}")
 
-            found = run(
+            trained = run(
                 name,
                 make_model,
                 chosen,
@@ -357,7 +364,7 @@ def train(
                 batch_size=batch_size,
                 seed=seed,
                 minutes=minutes,
-                device=where,
+                device=torch_device,
                 schedule=plan,
                 eps=0.005 if eps is None else eps,
                 track=cast("Track", track),
@@ -365,11 +372,11 @@ def train(
                 callback=on_record,
                 on_step=on_step,
             )
-        finish(found)
+        finish(trained)
     except KeyboardInterrupt:
         for run_so_far in running:
             finish(replace(run_so_far, ended="interrupted"))
-        fail(f"interrupted; what is finished is in {out}", code=130)
+        fail(f"interrupted; the finished epochs are in {out}", code=130)
     except Exception as error:
         if traceback:
             raise
@@ -378,7 +385,7 @@ def train(
         lock.close()
 
     console = Console(markup=False, emoji=False)
-    console.print(summary(found, batch_size=batch_size))
+    console.print(summary(trained, batch_size=batch_size))
     console.print(f"report.html, history.json, history.png and checkpoint.pt are in {out}")
-    if found.ended not in ("complete", "time is up"):
-        fail(found.ended)
+    if trained.ended not in ("complete", "time is up"):
+        fail(trained.ended)

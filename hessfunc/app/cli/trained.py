@@ -1,4 +1,4 @@
-"""What a saved net is: as its file says, and as options say that must agree with it."""
+"""Description of a saved network, from its checkpoint and from options that must agree."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hessfunc.app.cli.options import named_net, refuse_data
 
 @dataclass(frozen=True)
 class Trained:
-    """A net and its data set.
+    """Network and data set of a checkpoint.
 
     Attributes:
-        data: the name of the data set.
-        data_path: where it lies.
-        arch: the name of the net.
-        examples: how many it was trained on; None for all, or where nobody knows.
+        data: Name of the data set.
+        data_path: Path to the data set; None to search in ``$HESSFUNC_DATA``.
+        arch: Name of the network.
+        examples: Number of training examples; None for all of them, or if it is not known.
     """
 
     data: str
@@ -36,23 +36,23 @@ def trained(
     arch: str | None,
     depth: int | None,
 ) -> Trained:
-    """What the file and the options say, which are None where they are not given.
+    """Combine the settings of a checkpoint with the options; options not given are None.
 
     Raises:
-        ValueError: they contradict each other, or there is no such data set.
+        ValueError: If an option contradicts the checkpoint, or if the data set is unknown.
     """
     from hessfunc.training.checkpoint import settings_of
 
     settings = settings_of(file)
     named = None if arch is None and depth is None else named_net(arch or "resnet", depth)
-    found_data = _agreed(file, "--data", data, settings, "data") or "digits"
-    found_arch = _agreed(file, "--arch", named, settings, "arch") or named_net(None, None)
-    lies = settings.get("data_path")
-    refuse_data(found_data, data_path)
+    dataset = _agreed(file, "--data", data, settings, "data") or "digits"
+    net = _agreed(file, "--arch", named, settings, "arch") or named_net(None, None)
+    saved_path = settings.get("data_path")
+    refuse_data(dataset, data_path)
     return Trained(
-        data=found_data,
-        data_path=Path(lies) if data_path is None and lies is not None else data_path,
-        arch=found_arch,
+        data=dataset,
+        data_path=Path(saved_path) if data_path is None and saved_path is not None else data_path,
+        arch=net,
         examples=settings.get("examples"),
     )
 
@@ -62,5 +62,5 @@ def _agreed(
 ) -> str | None:
     known = settings.get(name)
     if None not in (given, known) and given != known:
-        raise ValueError(f"{file} is of {option} {known}, not {given}: leave {option} away")
+        raise ValueError(f"{file} was trained with {option} {known}, not {given}: omit {option}")
     return known if given is None else given

@@ -1,7 +1,8 @@
-"""What a run will take on each rank, from the sizes of everything: memory, wire, time.
+"""Estimates of the memory, communication and time that a run takes on each rank.
 
-Nothing is measured here and nothing is loaded, torch included: a plan is made before there is a
-machine. `hessfunc plan` prints it, docs/planning.md compares it with what was measured.
+A plan follows from sizes alone. It measures and loads nothing, not even torch, so it can be made
+before a machine is available. `hessfunc plan` prints it; docs/planning.md compares plans with
+measurements.
 """
 
 from hessfunc.app.plan.algorithms import Algorithm, Hutchinson, Lanczos, Slq, Xtrace

@@ -1,6 +1,7 @@
-"""The algorithms: what each holds where it holds most, and how much it does.
+"""Peak memory and work of the algorithms.
 
-Every figure is read off the code of the algorithm: a vector counts as long as a name refers to it.
+Every figure is read off the code of the algorithm: a vector counts for as long as a name refers to
+it.
 """
 
 from __future__ import annotations
@@ -14,43 +15,47 @@ from hessfunc.app.plan.footprint import Held, Moment, Setting, at_product
 from hessfunc.app.plan.machine import Work
 from hessfunc.app.plan.network import BYTES
 
-# Entries of a basis in a coarser dtype that are converted at once.
+# Entries of a basis that are converted at once, if its dtype is coarser than that of products.
 _CONVERTED = 2**20
 
 
 class Algorithm(Protocol):
-    """Options of an algorithm that say how much it holds and does."""
+    """Options of an algorithm, from which its memory and its work follow."""
 
     def moments(self, setting: Setting, /) -> Iterator[Moment]:
-        """Where a rank may hold the most."""
+        """Yield the phases in which the memory of a rank may be largest."""
         ...
 
-    def work(self, setting: Setting, /) -> Work: ...
+    def work(self, setting: Setting, /) -> Work:
+        """Return the work of one rank."""
+        ...
 
     def fitted(self, setting: Setting, free: int, /) -> Algorithm:
-        """As it runs where so many bytes are free when it begins: algorithms look for themselves.
+        """Return the algorithm as it runs with ``free`` bytes available at its start.
+
+        Algorithms query the free memory themselves, and reduce their bases to it.
 
         Raises:
-            MemoryError: it would not begin.
+            MemoryError: If the algorithm cannot start.
         """
         ...
 
     def smaller(self) -> tuple[str, Algorithm]:
-        """The one that holds the least, and how it is asked for."""
+        """Return the options with the least memory, as code, and the algorithm with them."""
         ...
 
 
 @dataclass(frozen=True)
 class Lanczos:
-    """`hessfunc.lanczos`.
+    """Memory and work of `hessfunc.lanczos`.
 
     Attributes:
-        k: eigenpairs.
-        steps: products until all have converged.
-        block_size: how many vectors are multiplied at once.
-        basis_size: the most vectors that are kept; by default as in `lanczos`.
-        basis_dtype: that of the vectors by default.
-        search: the most steps from outside of the basis at the end.
+        k: Number of eigenpairs.
+        steps: Number of products until all pairs have converged.
+        block_size: Number of vectors that are multiplied at once.
+        basis_size: Maximum number of basis vectors; None for the default of `lanczos`.
+        basis_dtype: Dtype of the basis; None for the dtype of the vectors.
+        search: Maximum number of final steps that search outside of the basis.
     """
 
     k: int = 10
@@ -67,38 +72,40 @@ class Lanczos:
             )
         if self.basis_size is not None and self.basis_size < self.fewest:
             raise ValueError(
-                f"basis_size={self.basis_size}: k + 2 block_size = {self.fewest} at least"
+                f"basis_size={self.basis_size} is too small: pass at least k + 2 block_size = "
+                f"{self.fewest}"
             )
 
     @property
     def fewest(self) -> int:
-        """The vectors of the smallest basis."""
+        """Number of vectors of the smallest possible basis."""
         return self.k + 2 * self.block_size
 
     @property
     def vectors(self) -> int:
-        """The most vectors that are kept."""
+        """Maximum number of basis vectors."""
         return self.basis_size or max(2 * self.k + 10, self.k + 4 * self.block_size)
 
     @property
     def kept(self) -> int:
-        """Those that a restart keeps."""
+        """Number of vectors that a restart keeps."""
         room = self.vectors - self.block_size
         return max(1, min(room, self.k + (self.vectors - self.k) // 2))
 
     @property
     def searches(self) -> int:
+        """Number of steps of the final search; 0 if blocks are at least k wide."""
         return self.search if self.block_size < self.k else 0
 
     def _entries(self, setting: Setting) -> tuple[int, int]:
-        """Bytes of one number of the basis, and of one that products are made of."""
+        """Return the bytes of an entry of the stored basis, and of an entry of the products."""
         stored = setting.network.rows_itemsize
         if self.basis_dtype is not None:
             stored = BYTES[self.basis_dtype]
         return stored, max(stored, BYTES["float32"])
 
     def _piece(self, setting: Setting) -> int:
-        """Bytes of what is converted at once of a coarser basis."""
+        """Return the bytes of the piece of a coarser basis that is converted at once."""
         stored, entry = self._entries(setting)
         coarse = stored < entry
         return entry * min(_CONVERTED, self.vectors * setting.width) if coarse else 0
@@ -114,20 +121,20 @@ class Lanczos:
 
         alone = setting.parameters | basis
         piece = self._piece(setting)
-        yield Moment("the block made orthonormal", alone | {"vectors": 3 * b * row + piece})
+        yield Moment("orthonormalisation of a block", alone | {"vectors": 3 * b * row + piece})
         lengths = 2 * row if entry < BYTES["float64"] else 0
         yield Moment("a restart", alone | {"vectors": b * vector + lengths + piece})
 
-        found: Held = basis | {"results": k * row}
-        yield from of_product(1, found | {"vectors": 2 * row}, name="the check of all pairs")
-        images = {"vectors": (1 + max(0, k - b)) * row}
-        yield from of_product(b, found | images, name="the check of each pair")
+        results: Held = basis | {"results": k * row}
+        yield from of_product(1, results | {"vectors": 2 * row}, name="the check of all pairs")
+        products = {"vectors": (1 + max(0, k - b)) * row}
+        yield from of_product(b, results | products, name="the check of each pair")
         if self.searches:
             outside = {"vectors": 2 * self.searches * row}
-            yield from of_product(1, found | outside, name="the search outside")
-            # Rows and their images, as they were and one longer.
+            yield from of_product(1, results | outside, name="the final search")
+            # Rows and their products, before and after they are extended by one row.
             joined = {"vectors": 4 * self.searches * row}
-            yield Moment("what the search has found", setting.parameters | found | joined)
+            yield Moment("the end of the search", setting.parameters | results | joined)
 
     def work(self, setting: Setting, /) -> Work:
         b, (stored, _) = self.block_size, self._entries(setting)
@@ -135,11 +142,11 @@ class Lanczos:
         size, read = 0, 0
         for _ in range(blocks):
             if size + b > self.vectors:
-                # The basis is read, and the part that is kept is written and scaled.
+                # A restart reads the basis, and reads, writes and scales the part that it keeps.
                 read += size + 3 * self.kept
                 size = self.kept
             size += b
-            # Two projections, each of which reads the basis twice.
+            # Full reorthogonalisation projects twice, and each projection reads the basis twice.
             read += 4 * size
         mean = read / (4 * blocks)
         return Work(
@@ -157,8 +164,8 @@ class Lanczos:
         most = (free // 2 - pairs) // (stored * setting.width) - self.block_size
         if most < self.fewest:
             raise MemoryError(
-                f"lanczos would not begin: a basis of {self.fewest} vectors does not fit in half "
-                "of what is free"
+                f"lanczos cannot start: a basis of {self.fewest} vectors does not fit in half of "
+                "the free memory"
             )
         return replace(self, basis_size=min(self.vectors, most))
 
@@ -168,12 +175,12 @@ class Lanczos:
 
 @dataclass(frozen=True)
 class Slq:
-    """`hessfunc.slq`.
+    """Memory and work of `hessfunc.slq`.
 
     Attributes:
-        probes: random vectors.
-        steps: of each.
-        group: how many probes run at once; all by default.
+        probes: Number of random vectors.
+        steps: Lanczos steps per random vector.
+        group: Maximum number of probes that run at once; None for all of them.
     """
 
     probes: int = 1
@@ -182,15 +189,17 @@ class Slq:
 
     @property
     def at_once(self) -> int:
+        """Number of probes that run at once."""
         return min(self.probes, self.group or self.probes)
 
     @property
     def groups(self) -> int:
+        """Number of groups of probes, which run one after another."""
         return -(-self.probes // self.at_once)
 
     def moments(self, setting: Setting, /) -> Iterator[Moment]:
         g, row = self.at_once, setting.rows
-        # While a group begins, the bases of the one before are still there.
+        # The bases of the previous group are still alive when the next group starts.
         several = 2 if self.groups > 1 else 1
         basis: Held = {
             "basis": (several * self.steps - 1) * g * row,
@@ -213,7 +222,9 @@ class Slq:
     def fitted(self, setting: Setting, free: int, /) -> Slq:
         basis = self.steps * setting.rows
         if basis > free:
-            raise MemoryError("slq would not begin: the basis of one probe does not fit")
+            raise MemoryError(
+                "slq cannot start: the basis of one probe does not fit in the free memory"
+            )
         return replace(self, group=max(1, min(self.at_once, free // 2 // basis)))
 
     def smaller(self) -> tuple[str, Slq]:
@@ -222,11 +233,11 @@ class Slq:
 
 @dataclass(frozen=True)
 class Hutchinson:
-    """`hessfunc.hutchinson`.
+    """Memory and work of `hessfunc.hutchinson`.
 
     Attributes:
-        probes: random vectors.
-        block_size: how many are multiplied at once.
+        probes: Number of random vectors.
+        block_size: Number of vectors that are multiplied at once.
     """
 
     probes: int = 100
@@ -234,14 +245,15 @@ class Hutchinson:
 
     @property
     def at_once(self) -> int:
+        """Number of probes per block product."""
         return min(self.probes, self.block_size)
 
     def moments(self, setting: Setting, /) -> Iterator[Moment]:
         b, row = self.at_once, setting.rows
-        # The mean of the entries of w * Aw in float64, kept between the blocks.
+        # Running mean of the entries of w * Aw in float64, which is kept between blocks.
         spread = BYTES["float64"] * setting.width
         yield from at_product(setting, b, {"next block": b * row, "mean of entries": spread})
-        # Products of entries, which are added up in float64, leaf by leaf.
+        # Elementwise products w * Aw, which are summed in float64, leaf by leaf.
         entries = b * (row + setting.in_float64(setting.largest))
         vectors = {
             "next block": b * row,
@@ -267,11 +279,11 @@ class Hutchinson:
 
 @dataclass(frozen=True)
 class Xtrace:
-    """`hessfunc.xtrace`.
+    """Memory and work of `hessfunc.xtrace`.
 
     Attributes:
-        probes: random vectors, of two products each.
-        block_size: how many are multiplied at once.
+        probes: Number of random vectors, each of which takes two products.
+        block_size: Number of vectors that are multiplied at once.
     """
 
     probes: int = 50
@@ -279,6 +291,7 @@ class Xtrace:
 
     @property
     def at_once(self) -> int:
+        """Number of probes per block product."""
         return min(self.probes, self.block_size)
 
     def moments(self, setting: Setting, /) -> Iterator[Moment]:
@@ -286,16 +299,16 @@ class Xtrace:
         last = p - (p - 1) // b * b
         before: Held = {"basis": 4 * (p - last) * row}
         yield from at_product(
-            setting, last, before | {"next block": last * row}, "the products of probes"
+            setting, last, before | {"next block": last * row}, "the products of the probes"
         )
         grown = {"next block": last * row, "vectors": (3 * p + 3 * last) * row}
         yield from at_product(setting, last, before | grown, "the products of the basis")
-        # Four kinds of rows without each probe, their products of entries, and these in float64.
+        # Four kinds of leave-one-out rows, their elementwise products, and these in float64.
         vectors = {
             "basis": 4 * p * row,
             "vectors": p * (5 * row + setting.in_float64(setting.largest)),
         }
-        yield Moment("the estimates without each probe", setting.parameters | vectors)
+        yield Moment("the leave-one-out estimates", setting.parameters | vectors)
 
     def work(self, setting: Setting, /) -> Work:
         p, b, row = self.probes, self.at_once, setting.rows
@@ -306,7 +319,10 @@ class Xtrace:
     def fitted(self, setting: Setting, free: int, /) -> Xtrace:
         most = free // 2 // (16 * setting.rows)
         if most < 2:
-            raise MemoryError("xtrace would not begin: two probes with their products do not fit")
+            raise MemoryError(
+                "xtrace cannot start: two probes and their products do not fit in half of the free "
+                "memory"
+            )
         return replace(self, probes=min(self.probes, most))
 
     def smaller(self) -> tuple[str, Hutchinson]:

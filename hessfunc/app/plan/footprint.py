@@ -1,4 +1,4 @@
-"""What one rank holds at once."""
+"""Memory of one rank at a phase of an algorithm."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 
 from hessfunc.app.plan.network import BYTES, Network
 
-# Bytes, by what they are.
+# Bytes of each kind of tensor.
 Held = dict[str, int]
 
-# Entries of rows that `sharded` puts together at once.
+# Entries of rows that `sharded` gathers at once.
 _GATHERED = 2**22
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A network on ranks that divide the batches.
+    """Network on ranks that divide the batches.
 
     Attributes:
-        network: whole on every rank.
-        ranks: R.
-        sharded: whether the vectors are cut over the ranks, by `sharded`.
+        network: Network, replicated on every rank.
+        ranks: Number of ranks, R.
+        sharded: Whether the vectors are sharded over the ranks by `sharded`.
     """
 
     network: Network
@@ -30,33 +30,34 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
-            raise ValueError(f"ranks={self.ranks}: there is one at least")
+            raise ValueError(f"ranks={self.ranks}: at least one rank is required")
 
     @property
     def parameters(self) -> Held:
+        """Bytes of the parameters, as an entry of `Held`."""
         return {"parameters": self.network.params * self.network.itemsize}
 
     @property
     def width(self) -> int:
-        """The entries of a vector that one rank holds."""
+        """Number of entries of a vector that one rank holds."""
         return -(-self.network.params // self.ranks) if self.sharded else self.network.params
 
     @property
     def largest(self) -> int:
-        """The entries of a leaf that one rank holds at the most."""
+        """Maximum number of entries of one leaf that a rank holds."""
         return min(self.width, self.network.largest)
 
     @property
     def rows(self) -> int:
-        """Bytes of the part of one vector."""
+        """Bytes of the part of one vector that one rank holds."""
         return self.width * self.network.rows_itemsize
 
     def in_float64(self, entries: int) -> int:
-        """Bytes of the copy that torch makes of entries to add them up in float64."""
+        """Return the bytes of the copy that torch makes to sum so many entries in float64."""
         return 0 if self.network.rows_itemsize == BYTES["float64"] else BYTES["float64"] * entries
 
     def gathers(self, block: int) -> int:
-        """In how many parts a block is put together."""
+        """Return the number of parts in which a vector block is gathered."""
         if not self.sharded:
             return 0
         return -(-block // max(1, _GATHERED // self.network.params))
@@ -64,11 +65,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Moment:
-    """What is alive on one rank at some place of the algorithm.
+    """Tensors that are alive on one rank during a phase of the algorithm.
 
     Attributes:
-        name: of the place.
-        held: bytes, by what they are.
+        name: Name of the phase.
+        held: Bytes of each kind of tensor.
     """
 
     name: str
@@ -76,27 +77,30 @@ class Moment:
 
     @property
     def total(self) -> int:
+        """Bytes of all tensors."""
         return sum(self.held.values())
 
     def without(self, what: str) -> Moment:
+        """Return the phase without the tensors of one kind."""
         return Moment(self.name, {name: size for name, size in self.held.items() if name != what})
 
 
 def at_product(
     setting: Setting, block: int, around: Held, /, name: str = "a product", entry: int = 0
 ) -> Iterator[Moment]:
-    """While a block is put together, and while its product with the mean over batches is made.
+    """Yield the phases of one block product: the gathering of the block, and the product.
 
-    The sum is the flat one of `over_batches`, block n + 2 numbers, float32 at least. The gradient
-    belongs to the graph in reverse mode. Each leaf of the product is the sum of what two uses of
-    the parameter give, forward and backward: the largest is there twice more as they are added.
+    The sum over batches is the flat buffer of `over_batches`: block n + 2 numbers in at least
+    float32. In reverse mode, the graph includes the gradient. Each leaf of the product adds the
+    contributions of two uses of its parameter, in the forward and in the backward pass. Two more
+    copies of the largest leaf are alive during this addition.
 
     Args:
-        setting: of the product.
-        block: how many vectors, which go one by one through the graph.
-        around: what else is alive, all but the parameters.
-        name: of the place.
-        entry: bytes of one number of the block, by default of one of the sum.
+        setting: Network and ranks.
+        block: Number of vectors, which pass through the graph one by one.
+        around: Bytes of the other tensors that are alive, without the parameters.
+        name: Name of the phase.
+        entry: Bytes of one entry of the block; 0 for those of an entry of the sum.
     """
     network = setting.network
     n, itemsize, wide = network.params, network.itemsize, network.rows_itemsize
@@ -105,10 +109,10 @@ def at_product(
     if setting.sharded:
         few = -(-block // setting.gathers(block))
         part = few * (n + setting.width) * entry
-        whole = {"block, whole": block * n * entry}
+        whole = {"full block": block * n * entry}
         exchanged = max(part, block * n * itemsize if converted else 0)
         yield Moment(
-            f"{name}: its block is put together",
+            f"{name}: gathering its block",
             setting.parameters | around | whole | {"exchange": exchanged},
         )
     one_by_one = n if block > 1 else 0
@@ -117,7 +121,7 @@ def at_product(
         setting.parameters
         | around
         | {
-            "block, whole": block * n * itemsize if setting.sharded or converted else 0,
+            "full block": block * n * itemsize if setting.sharded or converted else 0,
             "sum over batches": (block * n + 2) * wide,
             "product": (block * n + one_by_one + 2 * network.largest) * itemsize,
             "graph: gradient": n * itemsize,

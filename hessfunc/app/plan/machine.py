@@ -1,4 +1,4 @@
-"""What time work takes, by the rates of the machine."""
+"""Time and communication of a run, from the rates of the machine."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 from hessfunc.app.plan.footprint import Setting
 
-# Bytes of a number in which vectors of several ranks are added up: float64.
+# Bytes of a float64, the dtype in which inner products are summed over ranks.
 _WIDE = 8
-# What ranks tell each other before a sum, and that a product is finite.
+# Two small collectives per product: one before the sum, and one that checks finiteness.
 _TOLD = 2
 
 
 def gradient_seconds(params: int, tokens: float, flops: float, /) -> float:
-    """A gradient of the loss of so many tokens takes 6 operations a parameter and token.
+    """Return the seconds of one gradient, at 6 operations per parameter and token.
 
     Args:
-        params: of a network whose parameters each take part once for each token.
-        tokens: of one rank.
-        flops: operations a second that the rank reaches.
+        params: Number of parameters, each of which is used once per token.
+        tokens: Number of tokens of one rank.
+        flops: Operations per second that the rank reaches.
 
     Source: Kaplan et al. 2020, arXiv 2001.08361, section 2.1.
     """
@@ -30,12 +30,12 @@ class Machine:
     """Rates of one rank.
 
     Attributes:
-        gradient_seconds: of one gradient over what one rank has of the data.
-        memory_bandwidth: bytes a second that vectors are read with.
-        network_bandwidth: bytes a second that a rank sends.
-        latency: seconds that a collective takes besides.
-        graph_gradients: what making a graph costs, in gradients.
-        product_gradients: what a product through it costs.
+        gradient_seconds: Seconds of one gradient over the data of one rank.
+        memory_bandwidth: Bytes per second at which vectors are read.
+        network_bandwidth: Bytes per second that a rank sends.
+        latency: Seconds of latency per collective.
+        graph_gradients: Cost of building a graph, in gradients.
+        product_gradients: Cost of a product through the graph, in gradients.
     """
 
     gradient_seconds: float
@@ -46,7 +46,7 @@ class Machine:
     product_gradients: float = 2.0
 
     def cost(self, setting: Setting, block: int, work: Work | None = None, /) -> Cost:
-        """Of one step, or of one product with a block alone."""
+        """Return the cost of one step, or of one block product if no ``work`` is given."""
         ranks = setting.ranks
         wide = setting.network.rows_itemsize
         numbers = block * setting.network.params
@@ -74,22 +74,22 @@ class Machine:
         )
 
     def in_all(self, setting: Setting, work: Work, /) -> Cost:
-        """Of a whole run, with all of its checks."""
+        """Return the cost of a complete run, including its checks."""
         steps, checks = self.cost(setting, work.block, work), self.cost(setting, 1)
         return steps.times(work.steps).plus(checks.times(work.checks))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one rank sends, and how long it takes.
+    """Communication and time of one rank.
 
     Attributes:
-        reduced: bytes sent for the sums over batches.
-        gathered: bytes sent for blocks to be whole.
-        sums: bytes sent for inner products.
-        products: seconds of passes through the network.
-        vectors: seconds of reading the basis.
-        wire: seconds of sending.
+        reduced: Bytes sent to all-reduce the sums over batches.
+        gathered: Bytes sent to gather vector blocks.
+        sums: Bytes sent to all-reduce inner products.
+        products: Seconds of passes through the network.
+        vectors: Seconds of reading the basis.
+        wire: Seconds of communication.
     """
 
     reduced: float
@@ -101,18 +101,20 @@ class Cost:
 
     @property
     def sent(self) -> float:
-        """Bytes."""
+        """Total number of bytes sent."""
         return self.reduced + self.gathered + self.sums
 
     @property
     def seconds(self) -> float:
-        """Nothing is done at the same time."""
+        """Total seconds, without any overlap of computation and communication."""
         return self.products + self.vectors + self.wire
 
     def times(self, count: float, /) -> Cost:
+        """Return the cost of ``count`` repetitions."""
         return Cost(*(count * number for number in self._numbers))
 
     def plus(self, other: Cost, /) -> Cost:
+        """Return the sum of two costs."""
         return Cost(*(a + b for a, b in zip(self._numbers, other._numbers, strict=True)))
 
     @property
@@ -122,16 +124,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one rank.
+    """Work of one rank.
 
     Attributes:
-        steps: rounds of the algorithm, each with one block of products.
-        block: the vectors of these blocks.
-        checks: products of one vector that follow at the most.
-        traffic: bytes of vectors that all steps read and write.
-        sums: numbers of float64 that are added up over ranks in one step, where vectors are
-            sharded.
-        exchanges: collectives of one step, those of the products not counted.
+        steps: Number of rounds of the algorithm, each with one block product.
+        block: Number of vectors per block.
+        checks: Maximum number of final products with one vector.
+        traffic: Bytes of vectors that all steps read and write.
+        sums: Number of float64 values that one step sums over the ranks, if vectors are sharded.
+        exchanges: Number of collectives per step, without those of the products.
     """
 
     steps: int
@@ -143,5 +144,5 @@ class Work:
 
     @property
     def products(self) -> int:
-        """With one vector, at the most."""
+        """Maximum number of matrix-vector products."""
         return self.steps * self.block + self.checks

@@ -1,31 +1,31 @@
-"""What products are made of: a network and a batch, by their sizes alone."""
+"""Sizes of a network and a batch, from which the memory of products follows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-# Of one number.
+# Bytes of one number, by dtype.
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
-# Numbers that the graph of a Hessian product holds at its peak for each token, by least squares
-# over ten GPTs of 2 to 24 layers, 96 to 256 wide: within 10 %, and 15 % where layers are computed
-# again. `bench.graphs` measures them.
+# Numbers that the graph of a Hessian product holds per token at its peak: a least-squares fit to
+# ten GPTs with 2 to 24 layers of width 96 to 256. It is accurate within 10 %, or 15 % if layers
+# are recomputed. `bench.graphs` measures the coefficients.
 _KEPT = {"layer": 61.4, "score": 6.5, "logit": 7.6}
 _AGAIN = {"residual": 3.0, "layer": 53.0, "score": 9.8, "logit": 4.7}
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network, whole on every rank, and the graph of one batch.
+    """Network, replicated on every rank, and the graph of one batch.
 
     Attributes:
-        params: n, the entries of all leaves.
-        largest: the entries of the largest leaf.
-        dtype: of the parameters.
-        activations: bytes of the graph of one batch, at the peak of a product, without what is as
-            large as the parameters.
-        recomputed: the same where layers are computed again, by ``functional(recompute=...)``;
-            None where that is not known.
+        params: Number of entries of all leaves, n.
+        largest: Number of entries of the largest leaf.
+        dtype: Name of the dtype of the parameters.
+        activations: Bytes of the graph of one batch at the peak of a product, without tensors of
+            the size of the parameters.
+        recomputed: Bytes of that graph if layers are recomputed by ``functional(recompute=...)``;
+            None if they are not known.
     """
 
     params: int
@@ -39,7 +39,7 @@ class Network:
             raise ValueError(f"dtype={self.dtype!r}: choose {', '.join(BYTES)}")
         if not 1 <= self.largest <= self.params:
             raise ValueError(
-                f"largest={self.largest}: the largest leaf has 1 to {self.params} entries"
+                f"largest={self.largest}: the largest leaf must have 1 to {self.params} entries"
             )
 
     @property
@@ -49,17 +49,17 @@ class Network:
 
     @property
     def rows_itemsize(self) -> int:
-        """Bytes of one number of the vectors that algorithms work on, float32 at least."""
+        """Bytes of one entry of the vectors of algorithms, which are at least float32."""
         return max(self.itemsize, 4)
 
     def computed_again(self) -> Network:
-        """The network with layers that are computed again, where that is known."""
+        """Return the network with recomputed layers, or unchanged if their memory is not known."""
         if self.recomputed is None:
             return self
         return replace(self, activations=self.recomputed, recomputed=None)
 
     def in_bfloat16(self) -> Network:
-        """The network with parameters and graphs in bfloat16."""
+        """Return the network with parameters and graphs in bfloat16."""
         shorter = BYTES["bfloat16"] / self.itemsize
         again = None if self.recomputed is None else round(shorter * self.recomputed)
         activations = round(shorter * self.activations)
@@ -68,14 +68,14 @@ class Network:
 
 @dataclass(frozen=True)
 class Transformer:
-    """A causal transformer, by its sizes.
+    """Sizes of a causal transformer.
 
     Attributes:
-        params: the entries of all leaves.
-        layers: its depth.
-        width: of what flows between layers.
-        heads: of each layer.
-        vocabulary: the outputs of the head.
+        params: Number of entries of all leaves.
+        layers: Number of layers.
+        width: Width of the residual stream.
+        heads: Number of attention heads per layer.
+        vocabulary: Number of outputs of the head.
     """
 
     params: int
@@ -86,10 +86,11 @@ class Transformer:
 
     @classmethod
     def usual(cls, params: int, /, vocabulary: int = 32_000) -> Transformer:
-        """Of the usual shape, where the number of parameters alone is known.
+        """Return a transformer of the usual shape with a given number of parameters.
 
-        params = 12 layers width^2, and the width is 100 times the depth: between GPT-3 of 125M
-        (64) and of 6.7B (128), and that of Llama 2 of 70B. Heads are 128 wide.
+        The shape satisfies params = 12 layers width^2 and width = 100 layers. GPT-3 has ratios
+        width / layers from 64 (125M parameters) to 128 (6.7B); Llama 2 70B has about 100. Heads
+        have width 128.
 
         Source: Kaplan et al. 2020, arXiv 2001.08361 (params); Brown et al. 2020, arXiv 2005.14165,
         and Touvron et al. 2023, arXiv 2307.09288 (shapes).
@@ -100,16 +101,18 @@ class Transformer:
 
     @property
     def largest(self) -> int:
-        """The entries of the largest leaf: the embedding, or a matrix of the feed-forward net."""
+        """Number of entries of the largest leaf: the embedding, or a feed-forward matrix."""
         return min(self.params, self.width * max(4 * self.width, self.vocabulary))
 
     def numbers(self, tokens: int, context: int, *, recompute: bool = False) -> float:
-        """What the graph of a batch holds at the peak of a product, as measured on small ones.
+        """Return how many numbers the graph of a batch holds at the peak of a product.
+
+        The coefficients are fitted to small transformers.
 
         Args:
-            tokens: of the batch.
-            context: tokens that see each other; the scores of attention are kept.
-            recompute: whether each layer is computed again from what flows between layers.
+            tokens: Tokens per batch.
+            context: Tokens per sequence; the graph keeps the attention scores.
+            recompute: Whether each layer is recomputed from the residual stream.
         """
         scores = self.heads * context
         if recompute:
@@ -120,7 +123,7 @@ class Transformer:
         return tokens * (self.layers * layer + _KEPT["logit"] * self.vocabulary)
 
     def network(self, dtype: str, *, tokens: int, context: int) -> Network:
-        """The network, with a batch of so many tokens."""
+        """Return the network with the graph of a batch of ``tokens`` tokens."""
         if dtype not in BYTES:
             raise ValueError(f"dtype={dtype!r}: choose {', '.join(BYTES)}")
         kept = round(BYTES[dtype] * self.numbers(tokens, context))

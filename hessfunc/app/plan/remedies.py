@@ -1,4 +1,4 @@
-"""What would make a run fit that does not."""
+"""Changes that make a run fit in memory."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from hessfunc.app.plan.algorithms import Algorithm, Lanczos
 from hessfunc.app.plan.footprint import Moment, Setting
 
-# The most ranks that are thought of.
+# Maximum number of ranks that are considered.
 _MOST_RANKS = 2**16
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A run, and where its basis lies.
+    """Run with a change that may reduce its memory.
 
     Attributes:
-        how: what is changed.
-        setting: with the change.
-        algorithm: with the change.
-        offloaded: whether the basis lies in host memory.
+        how: Description of the change, as code if possible.
+        setting: Network and ranks with the change.
+        algorithm: Algorithm with the change.
+        offloaded: Whether the basis is in host memory.
     """
 
     how: str
@@ -30,12 +30,12 @@ class Remedy:
 
     @property
     def peak(self) -> int:
-        """Bytes of each rank."""
+        """Peak memory per rank, in bytes."""
         moments = plan(self.setting, self.algorithm).moments
         return max((m.without("basis") if self.offloaded else m).total for m in moments)
 
     def fits(self, memory: int, /) -> bool:
-        """Whether a rank of so many bytes has room; a basis is cut where algorithms do so."""
+        """Return whether the run fits in ``memory`` bytes per rank, after reducing its basis."""
         if self.offloaded:
             return self.peak <= memory
         try:
@@ -44,13 +44,13 @@ class Remedy:
             return False
 
     def on(self, ranks: int, /) -> Remedy:
-        """The same on so many ranks, with sharded vectors."""
+        """Return the run on ``ranks`` ranks, with sharded vectors."""
         return replace(self, setting=replace(self.setting, ranks=ranks, sharded=True))
 
 
 def remedies(setting: Setting, algorithm: Algorithm, /) -> Iterator[Remedy]:
-    """Changes that take less memory on as many ranks, each alone, and at last all of them."""
-    as_it_is = every = Remedy("all of these", setting, algorithm)
+    """Yield the changes that reduce memory on the same ranks: each alone, then all combined."""
+    unchanged = every = Remedy("all of these", setting, algorithm)
     for change in (
         _with_sharded_vectors,
         _with_a_coarse_basis,
@@ -59,8 +59,8 @@ def remedies(setting: Setting, algorithm: Algorithm, /) -> Iterator[Remedy]:
         _with_less_to_find,
         _with_an_offloaded_basis,
     ):
-        alone = change(as_it_is)
-        if alone.peak < as_it_is.peak:
+        alone = change(unchanged)
+        if alone.peak < unchanged.peak:
             yield alone
             every = replace(change(every), how=every.how)
     yield every
@@ -98,7 +98,7 @@ def _with_an_offloaded_basis(run: Remedy) -> Remedy:
 
 
 def fewest_ranks(remedy: Remedy, memory: int, /) -> int | None:
-    """The fewest ranks with sharded vectors that have room; None if no number of them has."""
+    """Return the smallest number of ranks on which the run fits, with sharded vectors, or None."""
     low, high = 0, _MOST_RANKS
     if not remedy.on(high).fits(memory):
         return None
@@ -112,19 +112,19 @@ def fewest_ranks(remedy: Remedy, memory: int, /) -> int | None:
 
 
 def whole(setting: Setting, algorithm: Algorithm, /) -> int:
-    """Bytes that each rank holds at the peak however many there are: what is not sharded."""
+    """Return the replicated bytes at the peak, which do not shrink with the number of ranks."""
     return Remedy("", setting, algorithm).on(_MOST_RANKS).peak
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an algorithm takes on each rank.
+    """Memory of an algorithm on each rank.
 
     Attributes:
-        setting: the network and the ranks.
-        algorithm: as it runs: its basis may be smaller than was asked for, where that does not
-            fit in half of what is free.
-        moments: where a rank may hold the most, in the order of the algorithm.
+        setting: Network and ranks.
+        algorithm: Algorithm as it runs. Its basis is smaller than requested if the requested basis
+            does not fit in half of the free memory.
+        moments: Phases in which the memory may be largest, in the order of the algorithm.
     """
 
     setting: Setting
@@ -133,19 +133,21 @@ class Plan:
 
     @property
     def peak(self) -> Moment:
+        """Phase with the largest memory."""
         return max(self.moments, key=lambda moment: moment.total)
 
 
 def plan(setting: Setting, algorithm: Algorithm, /, *, memory: int | None = None) -> Plan:
-    """What is alive at once on each rank, from the sizes of everything.
+    """Return the memory plan of an algorithm on each rank, from sizes alone.
 
     Args:
-        setting: the network and the ranks.
+        setting: Network and ranks.
         algorithm: `Lanczos`, `Slq`, `Hutchinson` or `Xtrace`.
-        memory: bytes of each rank; where given, algorithms cut their basis to it, as they do.
+        memory: Bytes per rank. If given, the algorithm reduces its basis to this memory, as it
+            does when it runs.
 
     Raises:
-        MemoryError: the algorithm would not begin in that memory.
+        MemoryError: If the algorithm cannot start in that memory.
     """
     if memory is not None:
         taken = sum(setting.parameters.values())

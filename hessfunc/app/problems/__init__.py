@@ -1,1 +1,1 @@
-"""The nets and data sets of the command line, the tests and the benchmarks."""
+"""Networks and data sets of the command line, the tests and the benchmarks."""

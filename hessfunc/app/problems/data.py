@@ -1,4 +1,4 @@
-"""Labelled images as tensors: scikit-learn's digits, MNIST, and CIFAR-10 in its two layouts."""
+"""Labelled images as tensors: digits of scikit-learn, MNIST, and CIFAR-10 in two layouts."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ _MNIST_LAYOUT = (
 
 
 def data_root() -> Path | None:
-    """The folder that the environment variable HESSFUNC_DATA names, or None where it is not set."""
+    """Return the folder in the environment variable HESSFUNC_DATA, or None if it is not set."""
     root = os.environ.get("HESSFUNC_DATA")
     return Path(root).expanduser() if root else None
 
 
 def digits() -> Examples:
-    """scikit-learn's 1797 handwritten digits: inputs ``[1797, 1, 8, 8]`` in [0, 1].
+    """Return scikit-learn's 1797 handwritten digits: inputs ``[1797, 1, 8, 8]`` in [0, 1].
 
     Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
+        ModuleNotFoundError: If scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "the digits come with scikit-learn: pip install 'hessfunc[data]'"
+            "the digits require scikit-learn: pip install 'hessfunc[data]'"
         ) from None
     images, labels = load_digits(return_X_y=True)
     inputs = torch.from_numpy(images).float().div(16).reshape(-1, 1, 8, 8)
@@ -61,48 +61,49 @@ def digits() -> Examples:
 
 
 def cifar10(path: str | Path | None = None, split: Split = "test") -> Examples:
-    """CIFAR-10 (Krizhevsky 2009): inputs ``[N, 3, 32, 32]``, channels normalised.
+    """Return CIFAR-10 (Krizhevsky 2009): inputs ``[N, 3, 32, 32]`` with normalised channels.
 
     Args:
-        path: an .npz file with ``x_{split}`` and ``y_{split}``, the Python version's folder
-            ``cifar-10-batches-py``, or a folder that holds either, itself or in its own folder
-            ``cifar10``. None stands for the folder HESSFUNC_DATA.
-        split: the 10,000 test images or the 50,000 training images; of an .npz file, those in it.
+        path: Path to an .npz file with ``x_{split}`` and ``y_{split}``, to the folder
+            ``cifar-10-batches-py`` of the Python version, or to a folder that contains either of
+            them, directly or in a subfolder ``cifar10``. None for the folder HESSFUNC_DATA.
+        split: Split: the 10,000 test images or the 50,000 training images. An .npz file may
+            contain fewer.
 
     Raises:
-        FileNotFoundError: neither is there.
-        ValueError: a file is damaged, or its arrays are no such images.
+        FileNotFoundError: If the path contains neither.
+        ValueError: If a file is damaged, or its arrays have other shapes or dtypes.
     """
     root = data_root() if path is None else Path(path).expanduser()
     if root is None:
         raise FileNotFoundError(
-            f"no path to CIFAR-10: give one or set HESSFUNC_DATA; expected {_CIFAR10_LAYOUTS}"
+            f"no path to CIFAR-10: pass a path or set HESSFUNC_DATA; expected {_CIFAR10_LAYOUTS}"
         )
     for place in (root, root / "cifar10"):
-        found = _read_npz(place, split) or _read_batches(place, split)
-        if found is not None:
-            images, labels = found
+        arrays = _read_npz(place, split) or _read_batches(place, split)
+        if arrays is not None:
+            images, labels = arrays
             return Examples(_normalised(images), torch.from_numpy(labels).long())
     layouts = _CIFAR10_LAYOUTS.replace("_test", f"_{split}")
     raise FileNotFoundError(f"no CIFAR-10 ({split}) at {root}: expected {layouts}")
 
 
 def mnist(path: str | Path | None = None, split: Split = "train") -> Examples:
-    """MNIST (LeCun, Cortes, Burges 1998): inputs ``[N, 1, 28, 28]``, normalised.
+    """Return MNIST (LeCun, Cortes, Burges 1998): normalised inputs ``[N, 1, 28, 28]``.
 
     Args:
-        path: a folder with the four idx files, as they are or as .gz, itself or in its own folder
-            ``mnist`` or ``MNIST/raw``. None stands for the folder HESSFUNC_DATA.
-        split: the 60,000 training images or the 10,000 test images.
+        path: Path to a folder with the four idx files, unpacked or as .gz, directly or in a
+            subfolder ``mnist`` or ``MNIST/raw``. None for the folder HESSFUNC_DATA.
+        split: Split: the 60,000 training images or the 10,000 test images.
 
     Raises:
-        FileNotFoundError: they are not there.
-        ValueError: a file is damaged.
+        FileNotFoundError: If the folder does not contain the files.
+        ValueError: If a file is damaged.
     """
     root = data_root() if path is None else Path(path).expanduser()
     if root is None:
         raise FileNotFoundError(
-            f"no path to MNIST: give one or set HESSFUNC_DATA; expected {_MNIST_LAYOUT}"
+            f"no path to MNIST: pass a path or set HESSFUNC_DATA; expected {_MNIST_LAYOUT}"
         )
     stem = "train" if split == "train" else "t10k"
     for place in (root, root / "mnist", root / "MNIST" / "raw"):
@@ -119,7 +120,7 @@ def mnist(path: str | Path | None = None, split: Split = "train") -> Examples:
 
 
 def _idx(file: Path, axes: int) -> np.ndarray | None:
-    """The bytes of an idx file or of its .gz as an array, or None where neither is there."""
+    """Return the bytes of an idx file or of its .gz as an array, or None if neither exists."""
     packed = file.with_name(file.name + ".gz")
     if not (file.is_file() or packed.is_file()):
         return None
@@ -127,30 +128,31 @@ def _idx(file: Path, axes: int) -> np.ndarray | None:
         content = file.read_bytes() if file.is_file() else gzip.decompress(packed.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{packed} is damaged: {error}") from None
-    # The third byte is the type, 8 for unsigned bytes; then come the lengths, big-endian.
+    # The third byte is the type (8: unsigned bytes), and the fourth is the number of axes. The
+    # lengths of the axes follow, big-endian.
     head = 4 + 4 * axes
     shape = np.frombuffer(content[4:head], ">u4").tolist()
     body = content[head:]
     if content[:4] != bytes([0, 0, 8, axes]) or len(body) != math.prod(shape):
         raise ValueError(
-            f"{file} is damaged: it is no idx file of unsigned bytes with {axes} axes, or not whole"
+            f"{file} is damaged: it is not a complete idx file of unsigned bytes with {axes} axes"
         )
     return np.frombuffer(bytearray(body), np.uint8).reshape(shape)
 
 
 def _normalised(images: np.ndarray) -> Tensor:
-    """uint8 ``[N, 32, 32, 3]`` -> float32 ``[N, 3, 32, 32]``."""
+    """Convert uint8 ``[N, 32, 32, 3]`` to normalised float32 ``[N, 3, 32, 32]``."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255)
     mean, std = (torch.tensor(c).reshape(1, 3, 1, 1) for c in (CIFAR10_MEAN, CIFAR10_STD))
     return (pixels - mean).div(std).contiguous()
 
 
 def _read_npz(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | None:
-    """The first .npz file in the folder (or the file itself) that has the split."""
+    """Read the first .npz file in the folder (or the file itself) that contains the split."""
     files = [place] if place.suffix == ".npz" and place.is_file() else sorted(place.glob("*.npz"))
     for file in files:
         if not zipfile.is_zipfile(file):
-            raise ValueError(f"{file} is damaged: it is no .npz file")
+            raise ValueError(f"{file} is damaged: it is not an .npz file")
         with np.load(file, allow_pickle=False) as arrays:
             if {f"x_{split}", f"y_{split}"} <= set(arrays.files):
                 try:
@@ -162,7 +164,7 @@ def _read_npz(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | None
 
 
 def _checked(file: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images, and their labels [N], which may lie in a column."""
+    """Return the images and the labels ``[N]``, after checking shapes, dtypes and classes."""
     if (
         images.dtype != np.uint8
         or images.shape[1:] != (32, 32, 3)
@@ -171,7 +173,7 @@ def _checked(file: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.nda
     ):
         raise ValueError(
             f"{file} has images {images.dtype} {list(images.shape)} and labels {labels.dtype} "
-            f"{list(labels.shape)}: expected uint8 [N, 32, 32, 3] and whole numbers [N]"
+            f"{list(labels.shape)}: expected uint8 [N, 32, 32, 3] and integers [N]"
         )
     return images, _of_ten_classes(file, labels.reshape(-1))
 
@@ -185,7 +187,7 @@ def _of_ten_classes(file: Path, labels: np.ndarray) -> np.ndarray:
 
 
 def _read_batches(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | None:
-    """The pickled batches of the Python version, in the folder or in its cifar-10-batches-py."""
+    """Read the pickled batches of the Python version, in the folder or its cifar-10-batches-py."""
     names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     for folder in (place, place / "cifar-10-batches-py"):
         if all((folder / name).is_file() for name in names):
@@ -195,20 +197,20 @@ def _read_batches(place: Path, split: Split) -> tuple[np.ndarray, np.ndarray] | 
 
 
 def _read_batch(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    found = _unpickle(file)
+    content = _unpickle(file)
     try:
-        rows, labels = np.asarray(found["data"]), np.asarray(found["labels"])
+        rows, labels = np.asarray(content["data"]), np.asarray(content["labels"])
         images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is no batch of CIFAR-10: expected a dict with data uint8 [N, 3072] and labels "
-            "[N]"
+            f"{file} is not a batch of CIFAR-10: expected a dict with data uint8 [N, 3072] and "
+            "labels [N]"
         ) from error
     return _checked(file, images, labels)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain containers: a pickle may otherwise call anything."""
+    """Unpickler restricted to NumPy arrays and plain containers, because pickles can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -219,12 +221,12 @@ class _ArraysOnly(pickle.Unpickler):
         try:
             return allowed[module.rpartition(".")[2], name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in CIFAR-10") from None
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in CIFAR-10") from None
 
 
 def _unpickle(file: Path) -> Any:
     with file.open("rb") as stream:
-        # Written by Python 2, whose strings are bytes: latin1 maps each to one character.
+        # Python 2 wrote the file, and its strings are bytes: latin1 maps each byte to a character.
         try:
             return _ArraysOnly(stream, encoding="latin1").load()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Training of a small classifier, for problems that have no pretrained weights."""
+"""Training of a small classifier, for problems without pretrained weights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,22 @@ def train(
     seed: int = 0,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> nn.Module:
-    """Train with SGD on the cross-entropy; the model comes back in eval mode.
+    """Train a model with SGD on the cross-entropy, and return it in eval mode.
 
-    Initial weights and the order of the examples are functions of the seed; torch's random streams
-    stay as they were.
+    Initial weights and the order of the examples depend on the seed only. The state of torch's
+    random streams is not changed.
 
     Args:
-        make_model: builds the untrained model.
-        on_epoch: called with the number of finished epochs and the mean loss over the last one.
+        make_model: Function that builds the untrained model.
+        examples: Training examples.
+        epochs: Number of passes over the examples.
+        batch_size: Number of examples per step.
+        lr: Initial learning rate, which follows a cosine schedule.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        seed: Seed of the initial weights and of the order of the examples.
+        on_epoch: Function that is called with the number of finished epochs and the mean loss
+            over the last epoch.
     """
     with seeded(seed):
         model = make_model().train()
@@ -55,7 +63,7 @@ def train(
 
 
 def accuracy(model: nn.Module, examples: Examples, *, batch_size: int = 500) -> float:
-    """The share of examples whose largest output is the target's, in the mode the model is in."""
+    """Return the share of correctly classified examples, in the current mode of the model."""
     with torch.no_grad():
         hits = sum(
             int((model(inputs).argmax(-1) == targets).sum())

@@ -1,4 +1,4 @@
-"""A small causal transformer (pre-LayerNorm, learned positions)."""
+"""Small causal transformer with pre-LayerNorm and learned positions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward net, each on the normalised residual stream."""
+    """Attention and a feed-forward network, each on the normalised residual stream."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -40,9 +40,9 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token indices ``[N, T]`` -> logits ``[N, T, vocabulary]``, with T at most ``context``.
+    """GPT: token indices ``[N, T]`` -> logits ``[N, T, vocabulary]``, with T at most ``context``.
 
-    The defaults make 867,072 parameters. With ``tied``, the head shares the embedding's weight.
+    The defaults give 867,072 parameters. With ``tied``, head and embedding share one weight.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         if tied:
-            # N(0, 1), the embedding's default, would make the logits of order sqrt(width).
+            # The default of the embedding, N(0, 1), would give logits of order sqrt(width).
             nn.init.normal_(self.tokens.weight, std=0.02)
             self.head.weight = self.tokens.weight
 
@@ -72,5 +72,5 @@ class GPT(nn.Module):
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of logits ``[N, T, vocabulary]`` against the next tokens ``[N, T]``."""
+    """Return the mean cross-entropy of logits ``[N, T, vocabulary]`` and tokens ``[N, T]``."""
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())

@@ -1,4 +1,4 @@
-"""A trained Llama of 260,032 parameters, through Hugging Face transformers."""
+"""Trained Llama with 260,032 parameters, as a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 
 def stories260k(path: str | Path, /) -> nn.Module:
-    """The model stories260K of karpathy/tinyllamas, as a ``LlamaForCausalLM`` in eval mode.
+    """Return stories260K of karpathy/tinyllamas as a ``LlamaForCausalLM`` in eval mode.
 
     Args:
-        path: ``stories260K_torch.npz``, with llama2.c's names and a ``__config__``.
+        path: Path to ``stories260K_torch.npz``, with the parameter names of llama2.c and a
+            ``__config__``.
+
+    Raises:
+        ValueError: If the file lacks parameters of the model, or contains others.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -69,26 +73,26 @@ def stories260k(path: str | Path, /) -> nn.Module:
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
-    # llama2.c rotates neighbouring entries, transformers entry i with entry i + d / 2.
+    # Rotary embedding: llama2.c pairs neighbouring entries, transformers pairs i with i + d / 2.
     pairs = weight.view(heads, -1, 2, weight.shape[1])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def stories_batches(path: str | Path, /) -> list[dict[str, Tensor]]:
-    """Five tokenised stories, one a batch: ``input_ids``, and ``labels`` that ignore padding.
+    """Return five tokenised stories, one per batch, as ``input_ids`` and ``labels``.
 
     Args:
-        path: ``tinystories_sample_ids.npz``.
+        path: Path to ``tinystories_sample_ids.npz``, whose padding is negative.
     """
     with np.load(path, allow_pickle=False) as file:
         ids = torch.from_numpy(file["ids"]).long()
-    found = []
+    batches = []
     for row in ids:
         story = row[row >= 0][None]
-        found.append({"input_ids": story, "labels": story})
-    return found
+        batches.append({"input_ids": story, "labels": story})
+    return batches
 
 
 def tokens(batch: dict[str, Tensor], /) -> int:
-    """The tokens that a causal language model predicts: labels but the first, not ignored."""
+    """Return the number of predicted tokens: all labels except the first and the ignored ones."""
     return int((batch["labels"][:, 1:] != -100).sum())

@@ -1,4 +1,4 @@
-"""The multilayer perceptron."""
+"""Multilayer perceptrons and small conv nets."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 
 def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
-    """A perceptron of the given widths, input and output included: ``mlp([64, 32, 10])``.
+    """Return a perceptron with the given widths, from input to output: ``mlp([64, 32, 10])``.
 
-    Inputs have any shape ``[N, ...]`` with ``widths[0]`` numbers an example; outputs are
+    Inputs have any shape ``[N, ...]`` with ``widths[0]`` numbers per example; outputs have shape
     ``[N, widths[-1]]``.
     """
     layers: list[nn.Module] = [nn.Flatten()]
@@ -22,10 +22,10 @@ def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
 
 
 def c3d3(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
-    """A conv net of 895,210 parameters: ``[N, 3, 32, 32]`` -> ``[N, 10]``.
+    """Return a conv net with 895,210 parameters: ``[N, 3, 32, 32]`` -> ``[N, 10]``.
 
-    Three convolutions, each with a max-pooling of 3 x 3 with stride 2, and three dense layers;
-    Xavier weights and no biases to start with.
+    It has three convolutions, each followed by 3 x 3 max-pooling with stride 2, and three dense
+    layers. Weights start from the Xavier initialisation, and biases from zero.
 
     Source: Schneider, Balles and Hennig 2019, DeepOBS, arXiv 1903.05499.
     """
@@ -43,12 +43,13 @@ def c3d3(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
 
 
 def _pooled() -> tuple[nn.Module, nn.Module]:
-    # TensorFlow's padding "same" of an even size; zeros stand for nothing, as no input is negative.
+    # Equals TensorFlow's padding "same" for even sizes. Padding with zeros does not change the
+    # maximum if the activation is not negative.
     return nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, 2)
 
 
 def c4d3(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
-    """A conv net of 1,099,226 parameters: ``[N, 3, 32, 32]`` -> ``[N, 10]``.
+    """Return a conv net with 1,099,226 parameters: ``[N, 3, 32, 32]`` -> ``[N, 10]``.
 
     Source: Dangel, Harmeling and Hennig 2019, arXiv 1902.01813.
     """
@@ -67,9 +68,10 @@ def c4d3(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
 
 
 def chen_mlp() -> nn.Sequential:
-    """Eight linear layers with sigmoids between, 3,846,810 parameters.
+    """Return eight linear layers with sigmoids in between, 3,846,810 parameters.
 
-    ``[N, 3, 32, 32]`` -> ``[N, 10]``; Xavier weights and no biases to start with.
+    The network maps ``[N, 3, 32, 32]`` -> ``[N, 10]``. Weights start from the Xavier
+    initialisation, and biases from zero.
 
     Source: Chen, Chou and Chang 2018, arXiv 1802.06502, on CIFAR-10.
     """
@@ -77,7 +79,9 @@ def chen_mlp() -> nn.Sequential:
 
 
 def digits_convnet() -> nn.Sequential:
-    """Two convolutions and a linear head, 9930 parameters: ``[N, 1, 8, 8]`` -> ``[N, 10]``.
+    """Return two convolutions and a linear head: ``[N, 1, 8, 8]`` -> ``[N, 10]``.
+
+    The network has 9930 parameters.
 
     GELU is smooth, so the Hessian exists everywhere and finite differences agree with it.
     """
@@ -92,13 +96,14 @@ def digits_convnet() -> nn.Sequential:
 
 
 def c1(channels: int = 3, size: int = 32) -> nn.Sequential:
-    """Two 5 x 5 convolutions and three dense layers: ``[N, channels, size, size]`` -> ``[N, 10]``.
+    """Return the conv net C1: ``[N, channels, size, size]`` -> ``[N, 10]``.
 
-    1,756,682 parameters for CIFAR-10. Each pooling, of 3 x 3 with stride 2, halves the image.
+    It has two 5 x 5 convolutions and three dense layers, with 1,756,682 parameters for CIFAR-10.
+    Each 3 x 3 pooling with stride 2 halves the image.
 
     Source: Yao, Gholami, Lei, Keutzer and Mahoney 2018, arXiv 1802.08241.
     """
-    # (size + 1) // 2, twice.
+    # Each pooling maps size to (size + 1) // 2.
     left = (size + 3) // 4
     return nn.Sequential(
         *(nn.Conv2d(channels, 64, 5, padding=2), nn.ReLU(), nn.BatchNorm2d(64)),
@@ -113,9 +118,10 @@ def c1(channels: int = 3, size: int = 32) -> nn.Sequential:
 
 
 def c2(channels: int = 3, size: int = 32) -> nn.Sequential:
-    """Four 3 x 3 convolutions and three dense layers: ``[N, channels, size, size]`` -> ``[N, 10]``.
+    """Return the conv net C2: ``[N, channels, size, size]`` -> ``[N, 10]``.
 
-    1,148,746 parameters for CIFAR-10. Without padding: images are 16 x 16 at least.
+    It has four 3 x 3 convolutions and three dense layers, with 1,148,746 parameters for CIFAR-10.
+    The convolutions have no padding, so images must be at least 16 x 16.
 
     Source: Yao, Gholami, Lei, Keutzer and Mahoney 2018, arXiv 1802.08241.
     """
@@ -138,7 +144,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def xavier(model: AnyModule) -> AnyModule:
-    """The same model, its weights drawn anew from torch's stream, and its biases zero.
+    """Reinitialise the weights of a model from torch's random stream, and its biases with zero.
 
         w ~ N(0, 2 / (fan_in + fan_out))
 

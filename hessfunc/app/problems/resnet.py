@@ -1,4 +1,4 @@
-"""The ResNets of CIFAR-10 (He, Zhang, Ren, Sun 2015, arXiv 1512.03385, section 4.2)."""
+"""ResNets for CIFAR-10 (He, Zhang, Ren, Sun 2015, arXiv 1512.03385, section 4.2)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WEIGHTS_SOURCE = (
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions and the shortcut around them.
+    """Residual block of two 3 x 3 convolutions.
 
-    Where the shape changes, the shortcut is the paper's option A: every second pixel, new channels
-    filled with zeros, no parameters.
+    If the shape changes, the shortcut is option A of the paper: it takes every second pixel, fills
+    new channels with zeros, and has no parameters.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of blocks of 16, 32, 64 channels: ``[N, C, H, W]`` -> ``[N, classes]``."""
+    """ResNet with stages of 16, 32 and 64 channels: ``[N, C, H, W]`` -> ``[N, classes]``."""
 
     def __init__(self, blocks: int, classes: int = 10, channels: int = 3) -> None:
         super().__init__()
@@ -65,38 +65,39 @@ def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequ
 
 
 def resnet(depth: int = 20, classes: int = 10, channels: int = 3) -> ResNet:
-    """The ResNet of ``depth`` = 6n + 2 layers: 20, 32, 44, 56, 110; for images of any size.
+    """Return the ResNet with ``depth`` = 6n + 2 layers (20, 32, 44, 56, 110), for any image size.
 
     Raises:
-        ValueError: depth is not 6n + 2 with n >= 1.
+        ValueError: If depth is not 6n + 2 with n >= 1.
     """
     return ResNet(blocks_of_depth(depth), classes, channels)
 
 
 def blocks_of_depth(depth: int) -> int:
-    """How many blocks each stage of a ResNet has.
+    """Return the number of blocks per stage of a ResNet.
 
     Raises:
-        ValueError: depth is not 6n + 2 with n >= 1.
+        ValueError: If depth is not 6n + 2 with n >= 1.
     """
     blocks, rest = divmod(depth - 2, 6)
     if rest or blocks < 1:
-        raise ValueError(f"the depth of a CIFAR ResNet is 6n + 2 with n >= 1, not {depth}")
+        raise ValueError(f"the depth of a CIFAR ResNet must be 6n + 2 with n >= 1, not {depth}")
     return blocks
 
 
 def load_weights(
     path: str | Path, expected: str = f"a file like {WEIGHTS_SOURCE}"
 ) -> dict[str, Tensor]:
-    """The state dict of a checkpoint, on the CPU, the names as in a net that is not data-parallel.
+    """Return the state dict of a checkpoint on the CPU, without the prefix of ``DataParallel``.
 
     Args:
-        path: a file of ``torch.save``: a state dict, or a dict with one under ``state_dict``.
-        expected: what should be there, for the message where nothing is.
+        path: Path to a file of ``torch.save``: a state dict, or a dict with one under
+            ``state_dict``.
+        expected: Description of the expected file, for the error message.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: the file is no checkpoint of that form.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a checkpoint of that form.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -106,4 +107,4 @@ def load_weights(
         state = checkpoint.get("state_dict", checkpoint)
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint with a state dict") from error
+        raise ValueError(f"{path} is not a checkpoint with a state dict") from error

@@ -1,4 +1,4 @@
-"""What `hessfunc analyze` analyses: named problems, and the user's own functions."""
+"""Targets of `hessfunc analyze`: named problems and the user's own functions."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from hessfunc.trees import Tree, tree_map
 
 DIGITS_EPOCHS = 8
 
-# The last 297 digits are held out; other people wrote them.
+# The last 297 digits are held out; they were written by other people.
 _DIGITS_TRAINED_ON = 1500
 
 
 class TargetError(ValueError):
-    """A target that cannot be analysed, for a reason that its author can mend."""
+    """Error of a target that its author can fix."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A loss, the point at which its curvature is taken, and the data.
+    """Loss, parameters at which its curvature is taken, and data.
 
     Attributes:
-        loss: ``(params, batch) -> scalar``.
-        params: a tree of tensors.
-        batches: any re-iterable of batches.
+        loss: Function ``(params, batch) -> scalar``.
+        params: Tree of tensors.
+        batches: Iterable of batches that can be iterated over repeatedly.
     """
 
     loss: LossFunction
@@ -49,10 +49,10 @@ class Problem:
     batches: Iterable[Any]
 
     def evaluate(self) -> tuple[float, int, int]:
-        """The mean loss over all examples, the number of these, and the number of batches.
+        """Return the mean loss over all examples, the number of examples, and that of batches.
 
         Raises:
-            TargetError: there is no example, or the loss of a batch is no finite scalar.
+            TargetError: If there are no examples, or the loss of a batch is not a finite scalar.
         """
         total, count, batches = 0.0, 0, 0
         with torch.no_grad():
@@ -60,8 +60,8 @@ class Problem:
                 size = examples(batch)
                 value = self.loss(self.params, batch)
                 if not isinstance(value, Tensor) or value.dim() > 0:
-                    what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    raise TargetError(f"the loss of a batch must be a scalar tensor, not {what}")
+                    kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise TargetError(f"the loss of a batch must be a scalar tensor, not {kind}")
                 if not value.isfinite():
                     raise TargetError(f"the loss is {float(value)} on a batch of {size} examples")
                 total += size * float(value)
@@ -74,9 +74,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a loader on one device, in one floating-point dtype, at most of some size.
+    """Batches of a loader, moved to a device, converted to a dtype, and split to a maximum size.
 
-    None leaves the device, the dtype or the size as it is.
+    Attributes:
+        loader: Iterable of batches.
+        device: Device of all tensors; None to keep it.
+        dtype: Dtype of floating-point tensors; None to keep it.
+        size: Maximum number of examples per batch; None to keep the batches.
     """
 
     loader: Iterable[Any]
@@ -97,25 +101,29 @@ def _placed(leaf: Any, device: torch.device | None, dtype: torch.dtype | None) -
 
 
 def first(batches: Iterable[Any], count: int) -> list[Any]:
-    """The batches with the first ``count`` examples, or with all where there are fewer."""
-    found: list[Any] = []
+    """Return batches with the first ``count`` examples, or with all if there are fewer."""
+    chosen: list[Any] = []
     for batch in batches:
         size = examples(batch)
         if size >= count:
-            return [*found, microbatches(batch, count)[0]]
-        found.append(batch)
+            return [*chosen, microbatches(batch, count)[0]]
+        chosen.append(batch)
         count -= size
-    return found
+    return chosen
 
 
 def digits(
     *, seed: int = 0, on_epoch: Callable[[int, float], None] | None = None
 ) -> tuple[nn.Module, Callable[..., Tensor], list[Any]]:
-    """A small conv net, trained on 1500 of scikit-learn's digits, and these digits.
+    """Train a small conv net on 1500 of scikit-learn's digits.
 
     Args:
-        seed: of the training.
-        on_epoch: called with the number of finished epochs, of `DIGITS_EPOCHS`, and the mean loss.
+        seed: Seed of the training.
+        on_epoch: Function that is called with the number of finished epochs, out of
+            `DIGITS_EPOCHS`, and the mean loss.
+
+    Returns:
+        Model in eval mode, criterion, and batches of the training digits.
     """
     seen = data.digits()[:_DIGITS_TRAINED_ON]
     model = train(digits_convnet, seen, epochs=DIGITS_EPOCHS, lr=0.05, seed=seed, on_epoch=on_epoch)
@@ -125,21 +133,25 @@ def digits(
 def cifar10(
     images: Path | None = None, weights: Path | None = None
 ) -> tuple[nn.Module, Callable[..., Tensor], list[Any]]:
-    """A trained ResNet-20, in eval mode, and CIFAR-10's test images.
+    """Return a trained ResNet-20 and the test images of CIFAR-10.
 
     Args:
-        images: as `hessfunc.app.problems.data.cifar10` takes it.
-        weights: the checkpoint; by default ``resnet20_cifar10/resnet20-12fca82f.th`` in the folder
-            HESSFUNC_DATA.
+        images: Path to CIFAR-10, as in `hessfunc.app.problems.data.cifar10`.
+        weights: Path to the checkpoint; None for ``resnet20_cifar10/resnet20-12fca82f.th`` in the
+            folder HESSFUNC_DATA.
+
+    Returns:
+        Model in eval mode, criterion, and batches of the test images.
 
     Raises:
-        FileNotFoundError: the images or the weights are not there.
+        FileNotFoundError: If the images or the weights do not exist.
+        ValueError: If the checkpoint contains other weights.
     """
     if weights is None:
         root = data.data_root()
         if root is None:
             raise FileNotFoundError(
-                "no path to the weights of the ResNet-20: give one, or set HESSFUNC_DATA; expected "
+                "no path to the weights of the ResNet-20: pass one, or set HESSFUNC_DATA; expected "
                 f"{resnet.WEIGHTS_SOURCE}"
             )
         weights = root / "resnet20_cifar10" / "resnet20-12fca82f.th"
@@ -148,15 +160,15 @@ def cifar10(
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{weights} does not hold the weights of a CIFAR ResNet-20") from error
+        raise ValueError(f"{weights} does not contain the weights of a CIFAR ResNet-20") from error
     return model, F.cross_entropy, data.cifar10(images).batches(100)
 
 
 def imported(target: str) -> Any:
-    """What the user's ``module:function`` returns; the current directory is importable.
+    """Call the user's ``module:function``, which may be in the current directory.
 
     Raises:
-        TargetError: it cannot be imported or called.
+        TargetError: If the function cannot be imported, or fails.
     """
     module_name, _, function_name = target.partition(":")
     here = str(Path.cwd())
@@ -198,18 +210,18 @@ def make_problem(
     count: int | None = None,
     batch_size: int | None = None,
 ) -> Problem:
-    """The problem of what a target returns.
+    """Build the problem from the return value of a target.
 
     Args:
-        target: its name, for messages.
-        returned: ``(model, criterion, loader)`` or ``(loss, params, batches)``.
-        device: where to; by default nothing moves.
-        dtype: of parameters and floating-point inputs; by default nothing is converted.
-        count: how many examples to take, at most.
-        batch_size: larger batches are cut into pieces of so many examples.
+        target: Name of the target, for error messages.
+        returned: Tuple ``(model, criterion, loader)`` or ``(loss, params, batches)``.
+        device: Device to move everything to; None to move nothing.
+        dtype: Dtype of parameters and floating-point inputs; None to convert nothing.
+        count: Maximum number of examples; None for all.
+        batch_size: Maximum number of examples per batch; larger batches are split.
 
     Raises:
-        TargetError: it is neither.
+        TargetError: If ``returned`` is neither of these tuples, or cannot be analysed.
     """
     expected = "(model, criterion, loader) or (loss, params, batches)"
     if not isinstance(returned, tuple) or len(returned) != 3:
@@ -222,15 +234,18 @@ def make_problem(
 
     if count is None and iter(batches) is batches:
         raise TargetError(
-            f"{target} returned batches that can be read only once ({type(batches).__name__}): "
-            "return a list or a DataLoader"
+            f"{target} returned batches that can be iterated over only once "
+            f"({type(batches).__name__}): return a list or a DataLoader"
         )
     try:
         if isinstance(head, nn.Module):
             if not callable(middle):
-                raise TypeError(f"its criterion, of type {type(middle).__name__}, cannot be called")
+                raise TypeError(f"its criterion, of type {type(middle).__name__}, is not callable")
             if getattr(middle, "reduction", "mean") == "sum":
-                raise ValueError("its criterion is a sum, and batches are averaged: take the mean")
+                raise ValueError(
+                    "its criterion has reduction='sum', but batches are averaged: use "
+                    "reduction='mean'"
+                )
             if isinstance(middle, nn.Module):
                 middle.to(device=device, dtype=dtype)
             model_fn, params = functional(head.to(device=device, dtype=dtype))

@@ -1,4 +1,4 @@
-"""A small vision transformer (Dosovitskiy et al. 2020, arXiv 2010.11929), its patches averaged."""
+"""Small vision transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) with mean pooling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hessfunc.app.problems.gpt import Layer, SelfAttention
 
 
 class _Attention(SelfAttention):
-    """Every patch sees every other."""
+    """Self-attention without a mask: every patch attends to every patch."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -23,9 +23,9 @@ class _Layer(Layer):
 
 
 class ViT(nn.Module):
-    """Images ``[N, channels, size, size]`` -> logits ``[N, classes]``, with learned positions.
+    """ViT: images ``[N, channels, size, size]`` -> logits ``[N, classes]``, learned positions.
 
-    The defaults make 10,694,794 parameters.
+    The defaults give 10,694,794 parameters.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What was found: a table for people, JSON for programs, a page for the browser."""
+"""Results of an analysis as a terminal table, as JSON, and as an HTML page."""
 
 from hessfunc.app.report.content import NAMES, Part, Run, Subject, as_json, as_text, content
 from hessfunc.app.report.folder import Folder

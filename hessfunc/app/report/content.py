@@ -1,4 +1,4 @@
-"""An analysis as plain data: what ``results.json`` holds, and all that is shown of it."""
+"""Analysis as plain data: the content of ``results.json`` and of every report."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, Result, versions
 from hessfunc.algorithms.results.landscape import Landscape
 
-# In the order in which they are found.
+# Names of the parts, in the order in which they are computed.
 NAMES = ("eigenvalues", "smallest", "trace", "density", "line", "plane")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One finished part of an analysis.
+    """Finished part of an analysis.
 
     Attributes:
-        name: one of `NAMES`.
-        result: what was found.
-        seconds: how long that took.
+        name: Name of the part, one of `NAMES`.
+        result: Result of the algorithm.
+        seconds: Wall-clock time in seconds.
     """
 
     name: str
@@ -35,16 +35,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is analysed.
+    """Network and data that are analysed.
 
     Attributes:
-        target: its name.
-        parameters: how many numbers they are.
-        examples: how many the loss is the mean over.
-        batches: in so many batches.
-        loss: its value.
-        dtype: of the parameters.
-        device: of the parameters.
+        target: Name of the target.
+        parameters: Number of parameter entries.
+        examples: Number of examples over which the loss is averaged.
+        batches: Number of batches of these examples.
+        loss: Mean loss over the examples.
+        dtype: Dtype of the parameters.
+        device: Device of the parameters.
     """
 
     target: str
@@ -58,12 +58,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Run:
-    """How an analysis was started.
+    """Invocation of an analysis.
 
     Attributes:
-        command: as a shell takes it.
-        seed: of all that is random.
-        began: when, in ISO 8601.
+        command: Command line, quoted for a shell.
+        seed: Seed of all random numbers.
+        began: Start time in ISO 8601 format.
     """
 
     command: str
@@ -74,7 +74,7 @@ class Run:
 def content(
     run: Run, subject: Subject | None, parts: Iterable[Part], /, *, status: str
 ) -> dict[str, Any]:
-    """Plain data of an analysis, finished or not."""
+    """Return the plain data of an analysis, finished or not."""
     return {
         "status": status,
         "subject": subject and asdict(subject),
@@ -85,34 +85,34 @@ def content(
 
 
 def as_json(part: Part, /) -> dict[str, Any]:
-    """Plain data of a part, without vectors and samples; what is not finite is None."""
+    """Return the plain data of a part, without vectors and samples; NaN and Inf become None."""
     result = part.result
-    found: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     match result:
         case Eigenpairs():
             for name in ("values", "residuals", "intervals", "converged"):
-                found[name] = getattr(result, name)
+                data[name] = getattr(result, name)
         case Estimate():
-            found["value"] = result.value
-            found["stderr"] = result.stderr
-            found["interval_95"] = list(result.interval(0.95))
-            found["by_leaf"] = result.by_leaf
+            data["value"] = result.value
+            data["stderr"] = result.stderr
+            data["interval_95"] = list(result.interval(0.95))
+            data["by_leaf"] = result.by_leaf
         case Density():
-            found["n"] = result.n
-            found["probes"], found["steps"] = result.nodes.shape
+            data["n"] = result.n
+            data["probes"], data["steps"] = result.nodes.shape
             for name in ("width", "nodes", "weights"):
-                found[name] = getattr(result, name)
+                data[name] = getattr(result, name)
         case Landscape():
             for name in ("evaluations", "normalise", "lengths", "x", "y", "values"):
-                found[name] = getattr(result, name)
-    found |= {
+                data[name] = getattr(result, name)
+    data |= {
         "matvecs": result.matvecs,
         "passes": result.passes,
         "seconds": round(part.seconds, 3),
         "reason": result.reason,
         "seed": result.seed,
     }
-    return {name: _plain(value) for name, value in found.items()}
+    return {name: _plain(value) for name, value in data.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -130,7 +130,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_text(content: dict[str, Any], /) -> str:
-    """Strict JSON, indented, with each list of numbers on one line."""
+    """Return strict, indented JSON with each list of numbers on one line."""
     text = json.dumps(content, indent=2, allow_nan=False)
-    # No string of JSON has a line break, so what spans lines here is a list.
-    return re.sub(r"\[\n[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
+    # JSON strings contain no line breaks, so a bracketed match over several lines is a list.
+    return re.sub(r"\[\n[^][{}\"]*\]", lambda match: " ".join(match[0].split()), text) + "\n"

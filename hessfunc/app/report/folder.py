@@ -1,4 +1,4 @@
-"""The folder of an analysis."""
+"""Folder with the results of an analysis."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _NAMES_OF_FILES = (
 
 @dataclass
 class Folder:
-    """The folder of one analysis. Each part is there, whole, as soon as it is finished.
+    """Folder of one analysis, to which each part is written completely when it is finished.
 
     Attributes:
-        path: where it is.
-        run: how the analysis was started.
-        subject: what is analysed, once that is known.
-        parts: those that are finished.
+        path: Path of the folder.
+        run: Invocation of the analysis.
+        subject: Network and data, or None until they are known.
+        parts: Finished parts.
         earlier: Names of the files of an earlier analysis, replaced with the first part.
-        pictures: of parts, by name, as PNG.
-        status: running, complete, interrupted or failed.
+        pictures: PNG pictures of parts, by name.
+        status: Status of the analysis: running, complete, interrupted or failed.
     """
 
     path: Path
@@ -56,29 +56,29 @@ class Folder:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What ``results.json`` holds."""
+        """Content of ``results.json``."""
         known = content(self.run, self.subject, self.parts, status=self.status)
         pictures = [f"{name}.png" for name in self.pictures]
         results = [f"{part.name}.npz" for part in self.parts]
         return known | {"files": [_RESULTS, _REPORT, *results, *pictures]}
 
     def begin(self) -> None:
-        """Make the folder, in which only an earlier analysis may have files of the same names.
+        """Create the folder, and refuse to overwrite files that no analysis has written.
 
         Raises:
-            ValueError: The folder has a file that would be overwritten, and is not of an analysis.
+            ValueError: If a file would be overwritten that no earlier analysis has written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        there = {name for name in _NAMES_OF_FILES if (self.path / name).exists()}
-        self.earlier = _written_by_analysis(self.path / _RESULTS) if _RESULTS in there else ()
-        if others := sorted(there.difference(self.earlier)):
+        existing = {name for name in _NAMES_OF_FILES if (self.path / name).exists()}
+        self.earlier = _written_by_analysis(self.path / _RESULTS) if _RESULTS in existing else ()
+        if others := sorted(existing.difference(self.earlier)):
             raise ValueError(
-                f"--out {self.path} has a {others[0]} that no analysis has written: choose another "
-                "folder, or move that file"
+                f"--out {self.path} contains a {others[0]} that no analysis has written: choose "
+                "another folder, or move that file"
             )
 
     def add(self, part: Part, /) -> None:
-        """Write a finished part; the first one takes the place of an earlier analysis."""
+        """Write a finished part; the first part replaces an earlier analysis."""
         for name in self.earlier:
             (self.path / name).unlink(missing_ok=True)
         self.earlier = ()
@@ -90,38 +90,38 @@ class Folder:
         self._write()
 
     def close(self, status: str, /) -> None:
-        """Write how the analysis has ended, complete, interrupted or failed, if it has begun.
+        """Write the final status of an analysis that has begun: complete, interrupted or failed.
 
-        An earlier analysis stays where no part of this one is finished.
+        An earlier analysis is kept if no part of this one is finished.
         """
         self.status = status
         if self.subject is not None and not self.earlier:
             self._write()
 
     def _write(self) -> None:
-        found = self.content
-        self._put(_RESULTS, as_text(found).encode())
-        self._put(_REPORT, page(found, self.pictures).encode())
+        data = self.content
+        self._put(_RESULTS, as_text(data).encode())
+        self._put(_REPORT, page(data, self.pictures).encode())
 
     def _put(self, name: str, data: bytes) -> None:
         write_whole(self.path / name, lambda file: file.write(data))
 
 
 def _written_by_analysis(results: Path) -> tuple[str, ...]:
-    """The files of an analysis, as its results list them; none where they are something else."""
+    """Return the files that ``results.json`` lists, or none if no analysis has written it."""
     try:
-        found = json.loads(results.read_bytes())["files"]
-        return tuple(name for name in _NAMES_OF_FILES if name in found)
+        listed = json.loads(results.read_bytes())["files"]
+        return tuple(name for name in _NAMES_OF_FILES if name in listed)
     except (ValueError, TypeError, KeyError):
         return ()
 
 
 def picture(part: Part, before: Iterable[Part], /) -> bytes | None:
-    """The picture of a part as a PNG, if it has one.
+    """Return the picture of a part as PNG, or None if it has no picture.
 
     Args:
-        part: what is drawn.
-        before: the parts that were finished before; eigenvalues are marked in the density.
+        part: Part to draw.
+        before: Earlier parts, whose eigenvalues are marked in the density.
     """
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     match part.result:

@@ -1,4 +1,4 @@
-"""Pieces of HTML."""
+"""Building blocks of HTML pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hessfunc.app.report.rows import Number, Words
 
 
 def marked(words: Words, /) -> str:
-    """Words with each number in a ``data`` element, which has its value in full."""
+    """Return words as HTML, with each number in a ``data`` element that has its full value."""
     return "".join(
         f'<data value="{json.dumps(word.value)}">{escape(str(word))}</data>'
         if isinstance(word, Number)
@@ -25,7 +25,7 @@ def marked(words: Words, /) -> str:
 
 
 def section(name: str, title: str, *body: str) -> str:
-    """A part of the page with a heading."""
+    """Return a section of the page with a heading."""
     lines = "\n".join(body)
     return (
         f'<section id="{name}" aria-labelledby="{name}-title">\n'
@@ -34,11 +34,11 @@ def section(name: str, title: str, *body: str) -> str:
 
 
 def table(columns: Sequence[tuple[str, str]], lines: Iterable[Sequence[str]], /) -> str:
-    """Lines of cells; the first of each is its head.
+    """Return a table; the first cell of each row is the header of the row.
 
     Args:
-        columns: title and class of each.
-        lines: of cells that are HTML.
+        columns: Title and CSS class of each column.
+        lines: Rows of cells, each cell HTML.
     """
     kinds = [kind for _, kind in columns]
     head = "".join(f'<th scope="col" class="{k}">{escape(title)}</th>' for title, k in columns)
@@ -53,18 +53,18 @@ def _cells(line: Sequence[str], kinds: Sequence[str]) -> str:
 
 
 def scrolled(name: str, body: str, /) -> str:
-    """What may be long, in a frame that the keyboard can scroll as well."""
+    """Return possibly long HTML in a frame that can be scrolled, also with the keyboard."""
     return f'<div class="scroll" role="group" tabindex="0" aria-label="{escape(name)}">{body}</div>'
 
 
 def facts(pairs: Iterable[tuple[str, str]], /) -> str:
-    """Names with what they stand for, which is HTML."""
+    """Return a list of names with their values, which are HTML."""
     lines = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{fact}</dd></div>" for name, fact in pairs)
     return f'<dl class="facts">\n{lines}\n</dl>'
 
 
 def image(picture: bytes, description: str, /) -> str:
-    """A PNG within the page."""
+    """Return an ``img`` element with the PNG inline."""
     source = f"data:image/png;base64,{b64encode(picture).decode()}"
     return f'<img alt="{escape(description)}" src="{source}">'
 
@@ -83,16 +83,16 @@ def document(
     parts: Iterable[str],
     scripts: Iterable[str] = (),
 ) -> str:
-    """HTML with styles, scripts and data inline; it opens without a network.
+    """Return a page with styles, scripts and data inline, which needs no network.
 
     Args:
-        content: plain data, which is embedded as JSON.
-        title: what it is about.
-        kind: what it is, above the title.
-        status: of what was run.
-        headline: below the title.
-        parts: of HTML, of which some may be empty.
-        scripts: names of assets, which run as one module.
+        content: Plain data, embedded as JSON.
+        title: Title of the page.
+        kind: Kind of the page, shown above the title.
+        status: Status of the run.
+        headline: Line below the title.
+        parts: Sections as HTML; empty ones are left out.
+        scripts: Names of script assets, which run as one module.
     """
     script = "\n".join(_asset(f"{name}.js") for name in scripts)
     return Template(_asset("page.html")).substitute(
@@ -102,7 +102,7 @@ def document(
         headline=marked(headline),
         parts="\n".join(filter(None, parts)),
         style=_asset("page.css"),
-        # In JSON a string may hold </script>, which would end the element.
+        # A JSON string may contain </script>, which would end the element.
         content=as_text(content).replace("<", "\\u003c"),
         script=f'<script type="module">\n{script}</script>\n' if script else "",
     )

@@ -1,4 +1,4 @@
-"""The numbers of an analysis as they are written, on a terminal and on a page."""
+"""Formatted numbers of an analysis, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hessfunc.algorithms.results import Eigenpairs, Estimate, Result
 
 @dataclass(frozen=True)
 class Number:
-    """A number of the content, and how it is written.
+    """Number of the content with its format.
 
     Attributes:
-        value: None where it is not known.
-        style: a format specification.
+        value: Value, or None if it is not known.
+        style: Format specification.
     """
 
     value: float | None
@@ -33,12 +33,12 @@ Words: TypeAlias = tuple[Number | str, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one quantity.
+    """Row of a table: one quantity with its value and uncertainty.
 
     Attributes:
-        label: its name.
-        value: what was found.
-        sureness: its residual, or its interval.
+        label: Name of the quantity.
+        value: Value of the quantity.
+        sureness: Residual or interval of the value.
     """
 
     label: str
@@ -47,12 +47,12 @@ class Row:
 
 
 def plain(words: Words, /) -> str:
-    """The words as text."""
+    """Return the words as plain text."""
     return "".join(map(str, words))
 
 
 def headline(subject: Mapping[str, Any], /) -> Words:
-    """What is analysed, in one line."""
+    """Return loss, examples, parameters, dtype and device on one line."""
     return (
         *("loss ", Number(subject["loss"], ".4g")),
         *(" over ", Number(subject["examples"], ","), " examples, "),
@@ -61,39 +61,39 @@ def headline(subject: Mapping[str, Any], /) -> Words:
     )
 
 
-def rows(name: str, found: Mapping[str, Any], /) -> Iterator[Row]:
-    """What a part has found, number by number.
+def rows(name: str, data: Mapping[str, Any], /) -> Iterator[Row]:
+    """Yield the rows of a part.
 
     Args:
-        name: of the part, one of `NAMES`.
-        found: its plain data.
+        name: Name of the part, one of `NAMES`.
+        data: Plain data of the part.
     """
     match name:
         case "eigenvalues" | "smallest":
             label = "eigenvalue {}" if name == "eigenvalues" else "smallest"
-            columns = (found["values"], found["residuals"], found["converged"])
+            columns = (data["values"], data["residuals"], data["converged"])
             for i, (value, residual, converged) in enumerate(zip(*columns, strict=True), start=1):
                 doubt = () if converged else (" (not converged)",)
                 sureness = (Number(residual, ".1e"), *doubt)
                 yield Row(label.format(i), (Number(value, ".5g"),), sureness)
         case "trace":
-            low, high = found["interval_95"]
+            low, high = data["interval_95"]
             sureness = (Number(low, ".4g"), " to ", Number(high, ".4g"))
-            yield Row("trace", (Number(found["value"], ".5g"),), sureness)
+            yield Row("trace", (Number(data["value"], ".5g"),), sureness)
         case "density":
-            size = (Number(found["probes"], ""), " x ", Number(found["steps"], ""), " nodes")
+            size = (Number(data["probes"], ""), " x ", Number(data["steps"], ""), " nodes")
             yield Row("density", size)
         case "line":
-            yield Row("loss on line", (Number(len(found["x"]), ""), " points"))
+            yield Row("loss on line", (Number(len(data["x"]), ""), " points"))
         case "plane":
-            size = (Number(len(found["x"]), ""), " x ", Number(len(found["y"]), ""), " grid")
+            size = (Number(len(data["x"]), ""), " x ", Number(len(data["y"]), ""), " grid")
             yield Row("loss on plane", size)
         case _:
-            raise ValueError(f"{name!r} is no part of an analysis")
+            raise ValueError(f"{name!r} is not a part of an analysis")
 
 
 def brief(result: Result, /) -> str:
-    """Where a running result stands, in a few words."""
+    """Return the state of a running result in a few words."""
     match result:
         case Eigenpairs():
             done = int(result.converged.sum())
@@ -105,18 +105,18 @@ def brief(result: Result, /) -> str:
 
 
 def table(results: Mapping[str, Mapping[str, Any]], /) -> Table:
-    """Each number with its residual or its interval, and what each part has cost.
+    """Return a table of all values with residual or interval, and of the cost of each part.
 
     Args:
-        results: the plain data of each part, by name.
+        results: Plain data of each part, by name.
     """
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     drawn.add_column("", no_wrap=True)
     for column in ("value", "residual or 95 % interval", "products", "time"):
         drawn.add_column(column, justify="right", no_wrap=True)
-    for name, found in results.items():
-        cost = [f"{found['matvecs']:,}", f"{found['seconds']:.1f} s"]
-        for row in rows(name, found):
+    for name, data in results.items():
+        cost = [f"{data['matvecs']:,}", f"{data['seconds']:.1f} s"]
+        for row in rows(name, data):
             drawn.add_row(row.label, plain(row.value), plain(row.sureness), *cost)
             cost = []
         drawn.add_section()

@@ -1,4 +1,4 @@
-"""The sections of the page, each empty where there is nothing to show."""
+"""Sections of the page of an analysis; a section without data is empty."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEADLINES = {
 }
 
 
-# Of a part, for those who did not start it.
+# Names of the parts in the table of costs.
 _PARTS = {
     "eigenvalues": "top eigenvalues",
     "smallest": "smallest eigenvalue",
@@ -39,7 +39,7 @@ _COSTS = (("matvecs", ","), ("passes", ","), ("evaluations", ","), ("seconds", "
 
 
 def headlines(subject: Mapping[str, Any], results: Mapping[str, Any], /) -> str:
-    """The numbers that most people come for."""
+    """Return the cards with the main numbers."""
     cards = [card("loss", (Number(subject["loss"], ".4g"),), ("mean over the examples",))]
     for name, (label, sureness) in _HEADLINES.items():
         if name in results:
@@ -49,7 +49,7 @@ def headlines(subject: Mapping[str, Any], results: Mapping[str, Any], /) -> str:
 
 
 def card(label: str, value: Words, sureness: Words) -> str:
-    """One of the headlines."""
+    """Return a card with one number and its uncertainty."""
     return (
         f"<div><dt>{escape(label)}</dt><dd>{marked(value)}</dd>"
         f'<dd class="sureness">{marked(sureness)}</dd></div>\n'
@@ -57,14 +57,14 @@ def card(label: str, value: Words, sureness: Words) -> str:
 
 
 def figures(results: Mapping[str, Any], pictures: Mapping[str, bytes], /) -> str:
-    """Where scripts draw, and the pictures for where they are off."""
+    """Return the figures, which scripts draw, and pictures for browsers without scripts."""
     drawn = [_figure(name, pictures.get(name)) for name in _FIGURES if name in results]
     return f'<div class="figures">\n{"".join(drawn)}</div>' if drawn else ""
 
 
 def _figure(name: str, picture: bytes | None) -> str:
     title = _FIGURES[name]
-    still = "This figure needs scripts." if picture is None else image(picture, title)
+    still = "This figure requires JavaScript." if picture is None else image(picture, title)
     return (
         f'<figure id="{name}" aria-labelledby="{name}-title">\n'
         f'<h2 id="{name}-title">{escape(title)}</h2>\n<noscript>{still}</noscript>\n</figure>\n'
@@ -72,13 +72,13 @@ def _figure(name: str, picture: bytes | None) -> str:
 
 
 def tables(results: Mapping[str, Any], /) -> str:
-    """Eigenvalues and traces."""
-    found = "\n".join(filter(None, (_eigenvalues(results), _traces(results))))
-    return f'<div class="tables">\n{found}\n</div>' if found else ""
+    """Return the tables of eigenvalues and traces."""
+    body = "\n".join(filter(None, (_eigenvalues(results), _traces(results))))
+    return f'<div class="tables">\n{body}\n</div>' if body else ""
 
 
 def _eigenvalues(results: Mapping[str, Any]) -> str:
-    """The eigenvalues, each with its residual."""
+    """Return the table of eigenvalues with their residuals."""
     lines = [
         [escape(row.label), marked(row.value), marked(row.sureness)]
         for name in ("eigenvalues", "smallest")
@@ -90,7 +90,7 @@ def _eigenvalues(results: Mapping[str, Any]) -> str:
 
 
 def _traces(results: Mapping[str, Any]) -> str:
-    """The trace of each parameter as a bar."""
+    """Return the table of the trace of each parameter, with bars."""
     by_leaf = results["trace"]["by_leaf"] if "trace" in results else {}
     columns = (("parameter", "name"), ("", "bar"), ("trace", "number"))
     lines = [
@@ -102,12 +102,12 @@ def _traces(results: Mapping[str, Any]) -> str:
 
 
 def _breakable(name: str) -> str:
-    """The name of a parameter, which may go on in a new line after each dot."""
+    """Return the name of a parameter as HTML that may break after each dot."""
     return escape(name).replace(".", ".<wbr>")
 
 
 def _bars(values: list[float | None]) -> Iterator[str]:
-    """Bars to both sides of a common zero."""
+    """Yield bars that extend to both sides of a common zero."""
     known = [value or 0.0 for value in values]
     low, high = min([0.0, *known]), max([0.0, *known])
     share = 100 / ((high - low) or 1.0)
@@ -118,7 +118,7 @@ def _bars(values: list[float | None]) -> Iterator[str]:
 
 
 def run(content: Mapping[str, Any], /) -> str:
-    """What was run, so that it can be run again."""
+    """Return the section with everything that is needed to repeat the run."""
     subject = content["subject"]
     examples = (
         *(Number(subject["examples"], ","), " in "),
@@ -144,20 +144,20 @@ def run(content: Mapping[str, Any], /) -> str:
 
 
 def cost(results: Mapping[str, Any], /) -> str:
-    """What each part took, and why it stopped."""
+    """Return the section with the cost of each part, and why it stopped."""
     columns = (
         *(("", ""), ("products", "number"), ("passes", "number passes")),
         *(("evaluations", "number"), ("seconds", "number")),
     )
     lines = [
         [
-            f'{escape(_PARTS[name])} <small class="reason">{escape(found["reason"])}</small>',
+            f'{escape(_PARTS[name])} <small class="reason">{escape(data["reason"])}</small>',
             *(
-                marked((Number(found[cost], style),)) if cost in found else ""
+                marked((Number(data[cost], style),)) if cost in data else ""
                 for cost, style in _COSTS
             ),
         ]
-        for name, found in results.items()
+        for name, data in results.items()
     ]
     return section("cost", "What it cost", table(columns, lines)) if lines else ""
 
@@ -166,15 +166,15 @@ _SCRIPTS = ("numbers", "svg", "zoom", "chart", "density", "landscape", "page")
 
 
 def page(content: dict[str, Any], pictures: Mapping[str, bytes], /) -> str:
-    """HTML with styles, scripts, pictures and data inline; it opens without a network.
+    """Return the page of an analysis, with all assets inline, which needs no network.
 
-    All numbers are those of the content, which is embedded as JSON; each that is written stands
-    in a ``data`` element with its value in full. Figures can be zoomed; where scripts are off,
-    pictures take their place.
+    All numbers come from the content, which is embedded as JSON. Each number on the page is a
+    ``data`` element with its full value. Figures can be zoomed; without scripts, pictures replace
+    them.
 
     Args:
-        content: as `hessfunc.app.report.content.content` makes it, with a subject.
-        pictures: of parts, by name, as PNG.
+        content: Content from `hessfunc.app.report.content.content`, with a subject.
+        pictures: PNG pictures of parts, by name.
     """
     subject, results = content["subject"], content["results"]
     return document(

@@ -1,4 +1,4 @@
-"""The page of a training for the browser, which needs nothing but itself."""
+"""Self-contained HTML page of a training run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hessfunc.app.report.sections import card
 from hessfunc.training import history
 from hessfunc.training.loop import Record
 
-# Others are whole sentences.
+# Statuses that fit in the badge; all others are sentences and are shown as ended early.
 _STATUSES = ("complete", "time is up", "interrupted", "running")
-# Of each record, with the titles of the columns and how numbers are written.
+# Attributes of a record, with column titles and number formats.
 _COLUMNS = (
     *(("epoch", "epoch", "g"), ("step", "updates", ","), ("loss", "loss", ".4f")),
     *(("accuracy", "accuracy", ".1%"), ("test_loss", "test loss", ".4f")),
@@ -29,13 +29,13 @@ _COLUMNS = (
 def training(
     run: history.Run, settings: Mapping[str, Any], started: Started, picture: bytes, /
 ) -> str:
-    """HTML with styles, the picture and all records inline; it opens without a network.
+    """Return the page of a training run, with all assets inline, which needs no network.
 
     Args:
-        run: the training, finished or not, with a record at least.
-        settings: of it, plain data, with ``data`` and ``arch`` among them.
-        started: how.
-        picture: of its course, as PNG.
+        run: Training run, finished or not, with at least one record.
+        settings: Settings of the run as plain data, including ``data`` and ``arch``.
+        started: Invocation of the run.
+        picture: PNG picture of the training curves.
     """
     content = {"run": asdict(started), **history.content(settings, [run])}
     return document(
@@ -46,7 +46,7 @@ def training(
         headline=_headline(run, settings),
         parts=(
             _headlines(run),
-            f"<figure>\n{image(picture, 'The course of the training')}\n</figure>",
+            f"<figure>\n{image(picture, 'Training curves')}\n</figure>",
             _epochs(run),
             _what(settings, content),
             _cost(run),
@@ -64,7 +64,7 @@ def _headline(run: history.Run, settings: Mapping[str, Any]) -> Words:
 
 
 def _headlines(run: history.Run) -> str:
-    """The numbers that most people come for."""
+    """Return the cards with the main numbers."""
     last, measured = run.records[-1], history.last_measured(run)
     seen = (Number(last.accuracy, ".1%"), " on the training examples")
     if last.test_accuracy is None:
@@ -80,7 +80,7 @@ def _headlines(run: history.Run) -> str:
 
 
 def _epochs(run: history.Run) -> str:
-    """All records, without columns of which nothing is known."""
+    """Return the table of all records, without empty columns."""
     known = [
         column
         for column in _COLUMNS
@@ -98,7 +98,7 @@ def _cell(record: Record, name: str, style: str) -> str:
 
 
 def _what(settings: Mapping[str, Any], content: Mapping[str, Any]) -> str:
-    """What was run, so that it can be run again."""
+    """Return the section with everything that is needed to repeat the run."""
     started = content["run"]
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     given = ((name.replace("_", " "), _setting(value)) for name, value in settings.items())
@@ -129,7 +129,7 @@ def _setting(value: Any) -> str:
 
 
 def _cost(run: history.Run) -> str:
-    """What the steps took, and why there were no more."""
+    """Return the section with the cost of the steps, and why the run ended."""
     last = run.records[-1]
     return section(
         "cost",

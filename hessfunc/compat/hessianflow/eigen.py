@@ -116,7 +116,7 @@ def _dominant(
     if not found.converged[0]:
         warnings.warn(
             f"the eigenvalue {value:.3g} has not converged to tol={tol:g}: its residual is "
-            f"{residual:.1e}, and {found.reason}; raise maxIter, or tol",
+            f"{residual:.1e} ({found.reason}); raise maxIter, or tol",
             stacklevel=4,
         )
     return value, [block[0] for block in found.vectors.values()]

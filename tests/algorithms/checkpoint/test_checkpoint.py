@@ -276,7 +276,7 @@ def test_the_state_of_another_run_is_refused(
 
 def test_another_algorithm_is_refused(tmp_path: Path) -> None:
     run_lanczos(tmp_path)
-    with pytest.raises(ValueError, match="algorithm was lanczos and is xtrace now"):
+    with pytest.raises(ValueError, match="algorithm was Lanczos and is XTrace now"):
         hf.xtrace(hf.dense(MATRIX), LIKE, checkpoint=tmp_path)
 
 

@@ -244,7 +244,7 @@ def test_the_basis_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watched(*arguments: Any) -> Any:
         state = real(*arguments)
-        workspaces.add(state.basis.data_ptr())
+        workspaces.add(state.basis.rows.data_ptr())
         return state
 
     monkeypatch.setattr(lanczos, "_step", watched)

@@ -18,7 +18,7 @@ def test_estimates_are_what_the_formula_says() -> None:
     matrix = symmetric(0.8 ** torch.arange(n).double())
     space = space_of({"a": torch.zeros(10).double(), "b": torch.zeros(20).double()})
     probes = space.probes(range(p), kind="sphere", seed=0)
-    state = xnystrace._State(probes, probes @ matrix)
+    state = xnystrace._State(probes, probes @ matrix, 0)
     approximation = xnystrace._nystrom(space, state, eps=2e-16)
     one = xnystrace._leave_one_out(space, state, approximation)[0].sum(1)
     two = xnystrace._leave_two_out(approximation)

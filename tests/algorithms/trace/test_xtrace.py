@@ -112,7 +112,7 @@ def test_leave_two_out_is_what_it_says() -> None:
     probes = space.probes(range(p), kind="sphere", seed=0)
     products = Products(hf.dense(matrix), space)
     sketch = Sketch.empty(space).extended(space, products, probes @ matrix)
-    found = xtrace._leave_two_out(space, xtrace._State(probes, probes @ matrix, sketch))
+    found = xtrace._leave_two_out(space, xtrace._State(probes, probes @ matrix, sketch, 0))
     for i in range(p):
         for j in set(range(p)) - {i}:
             kept = [m for m in range(p) if m not in (i, j)]

@@ -151,7 +151,7 @@ def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
     assert stopped.exit_code == 130
     assert stopped.stdout == ""
     assert stopped.stderr == (
-        "hessfunc: interrupted; eigenvalues, smallest finished, see hessfunc-out\n"
+        "hessfunc: interrupted; finished parts in hessfunc-out: eigenvalues, smallest\n"
     )
     content = results(here / "hessfunc-out")
     assert content["status"] == "interrupted"
@@ -167,20 +167,20 @@ def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "TARGET is digits, cifar10 or module:function, not 'nothing'"),
-        (["mine:"], "TARGET is digits"),
+        (["nothing"], "TARGET must be digits, cifar10 or module:function, not 'nothing'"),
+        (["mine:"], "TARGET must be digits"),
         (["nowhere_to_be_found:it"], "cannot import 'nowhere_to_be_found'"),
         (["mine:missing"], "has no function 'missing'"),
         (["mine:number"], "must return (model, criterion, loader)"),
-        (["mine:breaking"], "KeyError: 'y' (--traceback shows where)"),
+        (["mine:breaking"], "KeyError: 'y' (use --traceback for details)"),
         (["mine:quadratic", "--k", "7"], "the matrix has 6 eigenvalues"),
         (["mine:quadratic", "--device", "abacus"], "--device abacus cannot be used: "),
         (["mine:quadratic", "--out", "mine.py"], "--out mine.py cannot be used: File exists"),
-        (["mine:quadratic", "--data", "x"], "go with cifar10 alone"),
-        (["mine:quadratic", "--data-path", "x"], "go with cifar10 alone"),
-        (["mine:quadratic", "--landscape", "2"], "--landscape is 0 or at least 3 points"),
-        (["mine:quadratic", "--radius", "-1"], "--radius a positive number"),
-        (["mine:quadratic", "--seed", "1" + 20 * "0"], "--seed is a whole number from 0 to 2^63"),
+        (["mine:quadratic", "--data", "x"], "require the target cifar10"),
+        (["mine:quadratic", "--data-path", "x"], "require the target cifar10"),
+        (["mine:quadratic", "--landscape", "2"], "--landscape must be 0 or at least 3"),
+        (["mine:quadratic", "--radius", "-1"], "--radius positive and finite"),
+        (["mine:quadratic", "--seed", "1" + 20 * "0"], "--seed must be an integer from 0 to 2^63"),
         (["cifar10"], "set HESSFUNC_DATA"),
         (["cifar10", "--weights", "none.th"], "no weights at none.th"),
     ],
@@ -229,7 +229,8 @@ def test_a_folder_in_which_another_analysis_runs_is_refused(here: Path) -> None:
 
 def test_the_lock_of_an_analysis_that_was_killed_is_taken_over(here: Path) -> None:
     code = (
-        "import os, pathlib; from hessfunc.app.cli.options import held; pathlib.Path('found').mkdir()\n"
+        "import os, pathlib; from hessfunc.app.cli.options import held\n"
+        "pathlib.Path('found').mkdir()\n"
         "with held(pathlib.Path('found')): os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
@@ -266,7 +267,9 @@ def test_a_missing_extra_is_named() -> None:
     code = "import sys; sys.modules['typer'] = None; import hessfunc.app.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == ("hessfunc: the command line needs typer: pip install 'hessfunc[cli]'\n")
+    assert done.stderr == (
+        "hessfunc: the command line requires typer: pip install 'hessfunc[cli]'\n"
+    )
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(training, "train", interrupted)
     stopped = train("--optimizer", "sgd", "--examples", "100")
     assert stopped.exit_code == 130
-    assert stopped.stderr.endswith("interrupted; what is finished is in hessfunc-train\n")
+    assert stopped.stderr.endswith("interrupted; the finished epochs are in hessfunc-train\n")
     (run,) = history()["runs"]
     assert run["ended"] == "interrupted"
     assert ">interrupted<" in Path("hessfunc-train/report.html").read_text()
@@ -129,41 +129,47 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "abacus"], "--data is digits, mnist or cifar10, not 'abacus'"),
-        (["--data-path", "x"], "--data-path goes with --data mnist or cifar10 alone"),
+        (["--data", "abacus"], "--data must be digits, mnist or cifar10, not 'abacus'"),
+        (["--data-path", "x"], "--data-path requires --data mnist or --data cifar10"),
         (["--data", "cifar10"], "set HESSFUNC_DATA"),
         (["--data", "cifar10", "--data-path", "none"], "no CIFAR-10 (train) at none: expected"),
         (["--data", "mnist"], "set HESSFUNC_DATA"),
         (["--data", "mnist", "--data-path", "none"], "no MNIST (train) at none: expected a folder"),
-        (["--arch", "resnet21"], "the depth of a CIFAR ResNet is 6n + 2"),
-        (["--arch", "c1", "--depth", "20"], "--depth goes with --arch resnet alone, not with c1"),
-        (["--method", "adam"], "--method is sgd or absa, not 'adam'"),
-        (["--eps", "0.1"], "--eps goes with --method absa alone"),
-        (["--patience", "3"], "--patience goes with --method absa alone"),
-        (["--lr-decay-epoch", "soon"], "--lr-decay-epoch is a list such as 30,60, not 'soon'"),
-        (["--lr-decay-epoch", "30", "60"], "--lr-decay-epoch takes one word, with commas: 30,60"),
-        (["--lr-decay-epoch", "30,60", "soon"], "'soon' belongs to no option"),
+        (["--arch", "resnet21"], "the depth of a CIFAR ResNet must be 6n + 2"),
+        (["--arch", "c1", "--depth", "20"], "--depth requires --arch resnet, not --arch c1"),
+        (["--method", "adam"], "--method must be sgd or absa, not 'adam'"),
+        (["--eps", "0.1"], "--eps requires --method absa"),
+        (["--patience", "3"], "--patience requires --method absa"),
+        (["--lr-decay-epoch", "soon"], "--lr-decay-epoch must be a list such as 30,60, not 'soon'"),
+        (["--lr-decay-epoch", "30", "60"], "separate the epochs by commas: --lr-decay-epoch 30,60"),
+        (
+            ["--lr-decay-epoch", "30,60", "soon"],
+            "unexpected argument 'soon': it belongs to no option",
+        ),
         (["--lr-decay", "0"], "lr_decay=0.0: it must be positive"),
-        (["--track", "all"], "--track is top or full, not 'all'"),
-        (["--arch", "c4d3"], "there is no 'c4d3' for digits: choose mlp, convnet"),
-        (["--optimizer", "adam"], "--optimizer is sgd or newton, not 'adam'"),
-        (["--optimizer", "sgd", "--alpha", "0.1"], "--alpha goes with --optimizer newton alone"),
-        (["--optimizer", "sgd", "--cg-max", "3"], "--cg-max goes with --optimizer newton alone"),
+        (["--track", "all"], "--track must be top or full, not 'all'"),
+        (["--arch", "c4d3"], "no network 'c4d3' for digits: choose mlp, convnet"),
+        (["--optimizer", "adam"], "--optimizer must be sgd or newton, not 'adam'"),
+        (["--optimizer", "sgd", "--alpha", "0.1"], "--alpha requires --optimizer newton"),
+        (["--optimizer", "sgd", "--cg-max", "3"], "--cg-max requires --optimizer newton"),
         (
             ["--optimizer", "newton", "--momentum", "0.9"],
-            "--momentum goes with --optimizer sgd alone",
+            "--momentum requires --optimizer sgd",
         ),
         (
             ["--curvature", "ggn", "--weight-decay", "5e-4", "--optimizer", "newton"],
-            "--weight-decay goes with --optimizer sgd alone",
+            "--weight-decay requires --optimizer sgd",
         ),
         (["--curvature", "none"], "choose one of hbp-none"),
         (["--curvature", "ggn", "--max-blocks", "2"], "goes with hbp alone"),
         (["--curvature", "ggn", "--solve", "direct"], "solve by cg"),
-        (["--seed", "1" + 20 * "0"], "--seed is a whole number from 0 to 2^63 - 1, not 1000"),
-        (["--lr", "0"], "lr=0.0: it must be positive"),
-        (["--lr", "inf"], "lr=inf: it must be positive and finite"),
-        (["--curvature", "ggn", "--lr", "nan"], "lr=nan: it must be positive and finite"),
+        (["--seed", "1" + 20 * "0"], "--seed must be an integer from 0 to 2^63 - 1, not 1000"),
+        (["--lr", "0"], "lr=0.0: the learning rate must be positive"),
+        (["--lr", "inf"], "lr=inf: the learning rate must be positive and finite"),
+        (
+            ["--curvature", "ggn", "--lr", "nan"],
+            "lr=nan: the learning rate must be positive and finite",
+        ),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--out", "file"], "--out file cannot be used: File exists"),
     ],
@@ -181,7 +187,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: st
 def test_an_unknown_experiment_is_refused() -> None:
     refused = experiment("exp99")
     assert refused.exit_code == 2
-    assert refused.stderr == "hessfunc: NAME is exp01, exp02, exp08 or exp09, not 'exp99'\n"
+    assert refused.stderr == "hessfunc: NAME must be exp01, exp02, exp08 or exp09, not 'exp99'\n"
     assert "set HESSFUNC_DATA" in experiment("exp01").stderr
 
 
@@ -211,7 +217,7 @@ ABSA = (
 
 def test_absa() -> None:
     done = CliRunner().invoke(app, [*ABSA, "--depth", "20"])
-    assert "--depth goes with --arch resnet alone" in done.stderr
+    assert "--depth requires --arch resnet" in done.stderr
     done = CliRunner().invoke(app, ABSA)
     assert done.exit_code == 0, done.output
     assert "eigenvalue" in done.stderr
@@ -369,9 +375,9 @@ def test_eig_finds_the_data_where_the_training_did() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--arch", "c1"], "is of --arch mlp, not c1: leave --arch away"),
-        (["--depth", "8"], "is of --arch mlp, not resnet8: leave --arch away"),
-        (["--data", "mnist"], "is of --data digits, not mnist: leave --data away"),
+        (["--arch", "c1"], "was trained with --arch mlp, not c1: omit --arch"),
+        (["--depth", "8"], "was trained with --arch mlp, not resnet8: omit --arch"),
+        (["--data", "mnist"], "was trained with --data digits, not mnist: omit --data"),
     ],
 )
 def test_options_that_contradict_a_checkpoint_are_refused(option: list[str], message: str) -> None:
@@ -393,23 +399,29 @@ def test_eig_reads_plain_state_dicts_too() -> None:
     ("arguments", "message"),
     [
         (["--resume", "none.pt"], "no weights at none.pt: expected checkpoint.pt of hessfunc"),
-        (["--resume", "text.pt"], "text.pt is no checkpoint"),
+        (["--resume", "text.pt"], "text.pt is not a checkpoint"),
         (
             ["--resume", "mlp.pt", "--arch", "c1", "--data", "digits"],
-            "of a c1 for digits, as 0.weight is missing and 1.weight is not expected: are --arch",
+            "of a c1 for digits: 0.weight is missing and 1.weight is not expected. Pass --arch",
         ),
         (
             ["--resume", "wide.pt"],
-            "as 1.weight has shape (9, 64), not (32, 64): are --arch and --data those",
+            "1.weight has shape (9, 64), not (32, 64). Pass --arch and --data of its training.",
         ),
-        (["--resume", "mlp.pt", "--arch", "c9"], "there is no 'c9' for digits"),
-        (["--resume", "mlp.pt", "--type", "some"], "--type is approximate or full, not 'some'"),
-        (["--resume", "mlp.pt", "--data", "abacus"], "--data is digits, mnist or cifar10"),
-        (["--resume", "other.pt", "--arch", "c1"], "is missing: are --arch and --data those"),
-        (["--resume", "mlp.pt", "--data-path", "x"], "goes with --data mnist or cifar10 alone"),
+        (["--resume", "mlp.pt", "--arch", "c9"], "no network 'c9' for digits"),
+        (
+            ["--resume", "mlp.pt", "--type", "some"],
+            "--type must be approximate or full, not 'some'",
+        ),
+        (["--resume", "mlp.pt", "--data", "abacus"], "--data must be digits, mnist or cifar10"),
+        (
+            ["--resume", "other.pt", "--arch", "c1"],
+            "is missing. Pass --arch and --data of its training.",
+        ),
+        (["--resume", "mlp.pt", "--data-path", "x"], "requires --data mnist or --data cifar10"),
         (
             ["--resume", "mlp.pt", "--seed", "-1"],
-            "--seed is a whole number from 0 to 2^63 - 1, not -1",
+            "--seed must be an integer from 0 to 2^63 - 1, not -1",
         ),
         (["--resume", "mlp.pt", "--k", "9999"], "k=9999: the matrix has 2410 eigenvalues"),
     ],
@@ -447,7 +459,7 @@ def test_an_experiment_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPa
         patched.setattr(training, "train", interrupted)
         stopped = experiment(*arguments)
     assert stopped.exit_code == 130
-    assert stopped.stderr.endswith("interrupted; 2 trainings finished, see found\n")
+    assert stopped.stderr.endswith("interrupted; 2 finished training runs are in found\n")
     before = history("found/results.json")["runs"]
     assert [run["method"] for run in before] == ["SGD", "PCH zero"]
     done = experiment(*arguments)

@@ -142,7 +142,7 @@ def test_a_basis_is_cut_as_lanczos_cuts_it(
     try:
         wanted = lanczos._size_that_fits(problem, space(1000), asked.vectors, None)
     except MemoryError:
-        with pytest.raises(MemoryError, match="lanczos would not begin"):
+        with pytest.raises(MemoryError, match="lanczos cannot start"):
             asked.fitted(setting, free)
         return
     assert asked.fitted(setting, free).vectors == wanted
@@ -158,7 +158,7 @@ def test_probes_are_grouped_as_slq_groups_them(
     try:
         wanted = density._probes_that_fit(space(1000), 6, 10, space(1000).device)
     except MemoryError:
-        with pytest.raises(MemoryError, match="slq would not begin"):
+        with pytest.raises(MemoryError, match="slq cannot start"):
             asked.fitted(setting, free)
         return
     assert asked.fitted(setting, free).at_once == wanted
@@ -284,11 +284,11 @@ def test_the_graph_of_a_transformer_is_as_large_as_is_said(recompute: str | None
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="choose bfloat16, float16, float32, float64"):
         Network(10, 5, "int8")
-    with pytest.raises(ValueError, match="the largest leaf has 1 to 10 entries"):
+    with pytest.raises(ValueError, match="the largest leaf must have 1 to 10 entries"):
         Network(10, 11)
-    with pytest.raises(ValueError, match="there is one at least"):
+    with pytest.raises(ValueError, match="at least one rank is required"):
         Setting(Network(10, 5), 0)
-    with pytest.raises(ValueError, match="k \\+ 2 block_size = 12 at least"):
+    with pytest.raises(ValueError, match="at least k \\+ 2 block_size = 12"):
         Lanczos(k=10, basis_size=11)
     with pytest.raises(ValueError, match="choose bfloat16, float32 or float64"):
         Lanczos(basis_dtype="float16")

@@ -80,7 +80,7 @@ def test_a_batch_written_by_python_2_is_read(tmp_path: Path) -> None:
 
 def test_a_pickle_that_calls_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test_batch").write_bytes(pickle.dumps(Path("elsewhere")))
-    with pytest.raises(ValueError, match=r"test_batch is damaged: .* has no place in CIFAR-10"):
+    with pytest.raises(ValueError, match=r"test_batch is damaged: .* is not allowed in CIFAR-10"):
         data.cifar10(tmp_path)
 
 
@@ -98,11 +98,11 @@ ROWS = np.zeros((2, 3072), np.uint8)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([ROWS, [0, 1]], "is no batch of CIFAR-10: expected a dict with data"),
-        ({"data": ROWS}, "is no batch of CIFAR-10"),
-        ({"labels": [0, 1]}, "is no batch of CIFAR-10"),
-        ({"data": ROWS[:, 1:], "labels": [0, 1]}, "is no batch of CIFAR-10"),
-        ({"data": ROWS, "labels": [[0], [1, 2]]}, "is no batch of CIFAR-10"),
+        ([ROWS, [0, 1]], "is not a batch of CIFAR-10: expected a dict with data"),
+        ({"data": ROWS}, "is not a batch of CIFAR-10"),
+        ({"labels": [0, 1]}, "is not a batch of CIFAR-10"),
+        ({"data": ROWS[:, 1:], "labels": [0, 1]}, "is not a batch of CIFAR-10"),
+        ({"data": ROWS, "labels": [[0], [1, 2]]}, "is not a batch of CIFAR-10"),
         ({"data": ROWS / 2, "labels": [0, 1]}, r"has images float64 \[2, 32, 32, 3\]"),
         ({"data": ROWS, "labels": [0, 1, 2]}, r".* and labels int64 \[3\]: expected"),
         ({"data": ROWS, "labels": ["cat", "dog"]}, ".* and labels <U3"),
@@ -206,7 +206,11 @@ def test_missing_mnist_says_what_is_expected(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train-images-idx3-ubyte", b"\0\0\x08\x03" + bytes(12) + b"more", "or not whole"),
+        (
+            "train-images-idx3-ubyte",
+            b"\0\0\x08\x03" + bytes(12) + b"more",
+            "not a complete idx file",
+        ),
         ("train-images-idx3-ubyte", b"\0\0\x0d\x03" + bytes(12), "unsigned bytes with 3 axes"),
         ("train-images-idx3-ubyte", b"", "unsigned bytes with 3 axes"),
         ("train-labels-idx1-ubyte", idx(np.arange(5)), "6 images and 5 labels"),

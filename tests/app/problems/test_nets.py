@@ -131,5 +131,5 @@ def test_bad_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="resnet20-12fca82f.th of https://github.com"):
         load_weights(tmp_path / "none.th")
     (tmp_path / "text.th").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="text.th is no checkpoint"):
+    with pytest.raises(ValueError, match="text.th is not a checkpoint"):
         load_weights(tmp_path / "text.th")

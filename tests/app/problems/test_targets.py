@@ -85,7 +85,7 @@ def test_batches_that_can_be_read_once_are_enough_for_so_many_examples(batches: 
         (3, "it must return (model, criterion, loader) or (loss, params, batches), not int"),
         ((1, 2), "not tuple of length 2"),
         ((1, 2, 3), "not (int, int, int)"),
-        ((mlp([4, 3]), "mse", []), "its criterion, of type str, cannot be called"),
+        ((mlp([4, 3]), "mse", []), "its criterion, of type str, is not callable"),
         ((F.cross_entropy, mlp([4, 3]).parameters(), []), "is a generator, not a tensor"),
         ((F.cross_entropy, {"x": torch.arange(3)}, []), "dtype torch.int64"),
         ((nn.ReLU(), F.cross_entropy, []), "no trainable parameter"),
@@ -158,7 +158,7 @@ def test_cifar10_is_the_trained_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, examples, _ = problem.evaluate()
     assert examples == 100
     assert loss < 0.6
-    with pytest.raises(ValueError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="not a checkpoint"):
         cifar10(DATA, data_file("cifar10/cifar10_subset.npz"))
     monkeypatch.delenv("HESSFUNC_DATA")
     assert len(cifar10(DATA, weights)[2]) == 10
@@ -168,5 +168,5 @@ def test_cifar10_is_the_trained_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_of_another_net_are_refused(tmp_path: Path) -> None:
     torch.save(mlp([4, 3]).state_dict(), tmp_path / "mlp.pt")
-    with pytest.raises(ValueError, match="not hold the weights of a CIFAR ResNet-20"):
+    with pytest.raises(ValueError, match="not contain the weights of a CIFAR ResNet-20"):
         cifar10(tmp_path, tmp_path / "mlp.pt")

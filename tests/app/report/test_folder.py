@@ -59,10 +59,10 @@ def test_the_first_part_takes_the_place_of_an_earlier_analysis(tmp_path: Path) -
 @pytest.mark.parametrize("text", ["{}", "[1]", "not JSON", '{"results": {"trace": 1}}'])
 def test_results_of_something_else_are_not_overwritten(text: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(ValueError, match="has a results.json that no analysis has written"):
+    with pytest.raises(ValueError, match="contains a results.json that no analysis has written"):
         report.Folder(tmp_path, RUN).begin()
     (tmp_path / "results.json").rename(tmp_path / "density.png")
-    with pytest.raises(ValueError, match="has a density.png that no analysis has written"):
+    with pytest.raises(ValueError, match="contains a density.png that no analysis has written"):
         report.Folder(tmp_path, RUN).begin()
 
 

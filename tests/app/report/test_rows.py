@@ -36,7 +36,7 @@ def test_what_is_not_known_is_said() -> None:
 
 
 def test_an_unknown_part_is_refused() -> None:
-    with pytest.raises(ValueError, match="'other' is no part of an analysis"):
+    with pytest.raises(ValueError, match="'other' is not a part of an analysis"):
         list(report.rows("other", {}))
 
 

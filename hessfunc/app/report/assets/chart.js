@@ -1,20 +1,20 @@
-// A chart that can be zoomed: axes, tools, what the pointer is on.
+// Zoomable charts: axes, tool buttons, and a tooltip at the pointer.
 
 const MARGIN = { left: 58, right: 14, top: 10, bottom: 42 };
 
 // Draws a chart into a figure.
 //
-//   full          {x: [low, high], y: [low, high]}: all there is
-//   axes          those that zoom, of ["x", "y"]
-//   labels        {x, y}
-//   isLog         whether y is on a log scale
-//   shape         height by width
-//   aspect        length of a unit of y in units of x, for distances that look equal; none by default
-//   range(view)   the range of y in a view; by default the view's own
-//   paint(frame)  elements to draw; a frame maps data to pixels by frame.x and frame.y
-//   find(frame, point)  {x, y, text} of what is nearest to a point of the data, or null
-//   caption       elements below
-//   tools         elements beside the buttons
+//   full          full range of the data, {x: [low, high], y: [low, high]}
+//   axes          axes that zoom, a subset of ["x", "y"]
+//   labels        axis labels, {x, y}
+//   isLog         whether y has a log scale
+//   shape         ratio of height to width
+//   aspect        length of a unit of y in units of x, for axes of equal scale; 0 for independent axes
+//   range(view)   range of y for a view; the range of the view by default
+//   paint(frame)  elements to draw; frame.x and frame.y map data to pixels
+//   find(frame, point)  {x, y, text} of the nearest element to a point of the data, or null
+//   caption       elements below the chart
+//   tools         elements next to the buttons
 function chart(figure, { full, axes, labels, isLog = false, shape, aspect = 0, range, paint, find, caption, tools = [] }) {
   let view = full;
   let frame = null;
@@ -47,7 +47,7 @@ function chart(figure, { full, axes, labels, isLog = false, shape, aspect = 0, r
       const next = { ...view };
       for (const axis of axes) {
         const [low, high] = [from[axis], to[axis]].sort((a, b) => a - b);
-        // A drag along one axis leaves the other as it is.
+        // A drag along one axis does not change the other axis.
         if (high - low > 0.02 * width(view[axis])) next[axis] = within([low, high], full[axis]);
       }
       show(next);
@@ -56,11 +56,11 @@ function chart(figure, { full, axes, labels, isLog = false, shape, aspect = 0, r
       above.replaceChildren(...(from ? [frame.box(from, to, axes)] : []));
     },
     hover(event) {
-      const found = event && find(frame, frame.at(event));
-      tip.hidden = !found;
-      if (!found) return;
-      const x = frame.x(found.x), y = frame.y(found.y);
-      tip.textContent = found.text;
+      const nearby = event && find(frame, frame.at(event));
+      tip.hidden = !nearby;
+      if (!nearby) return;
+      const x = frame.x(nearby.x), y = frame.y(nearby.y);
+      tip.textContent = nearby.text;
       tip.style.left = `${Math.max(0, Math.min(x + 12, frame.width - tip.offsetWidth))}px`;
       tip.style.top = `${Math.max(0, y - tip.offsetHeight - 10)}px`;
       if (!event.buttons) above.replaceChildren(frame.hair(x, y));
@@ -106,7 +106,7 @@ function button(text, label, press) {
   return made;
 }
 
-// Maps data to pixels, at the present size of the drawing.
+// Maps data to pixels at the current size of the drawing.
 function framed(drawing, x, y, isLog, shape, aspect) {
   const width = drawing.parentElement.clientWidth;
   const height = Math.round(Math.min(Math.max(shape * width, 260), 440));
@@ -154,7 +154,7 @@ function framed(drawing, x, y, isLog, shape, aspect) {
     },
     hair: (across, down) =>
       svg("g", {}, line("hair", across, top, across, bottom), line("hair", left, down, right, down)),
-    // Points at the very ends are whole.
+    // The clip region has a margin, so points at the ends of the range are drawn completely.
     clipped(children) {
       const [x, y, width, height] = [left - 6, top, right - left + 12, bottom - top];
       return svg("svg", { x, y, width, height, viewBox: `${x} ${y} ${width} ${height}` }, ...children);

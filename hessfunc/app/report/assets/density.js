@@ -1,17 +1,17 @@
-// The spectral density, smoothed anew for each width and each part that is shown.
+// Spectral density, smoothed again for each kernel width and each visible range.
 
-// Beyond so many widths a Gaussian is below rounding.
+// Number of widths beyond which a Gaussian is below rounding.
 const REACH = 8;
 
-function densityChart(figure, { density: found, eigenvalues, smallest }) {
-  const probes = found.nodes.map((nodes, i) => atoms(nodes, found.weights[i]));
+function densityChart(figure, { density: estimate, eigenvalues, smallest }) {
+  const probes = estimate.nodes.map((nodes, i) => atoms(nodes, estimate.weights[i]));
   const marks = [...marked(eigenvalues, i => `eigenvalue ${i + 1}`), ...marked(smallest, () => "smallest eigenvalue")];
   const ends = [...probes.flat().map(atom => atom.at), ...marks.map(mark => mark.at)].sort((a, b) => a - b);
   const [low, high] = [ends[0], ends.at(-1)];
-  const margin = Math.max(5 * found.width, 0.03 * (high - low));
-  let smoothing = found.width;
+  const margin = Math.max(5 * estimate.width, 0.03 * (high - low));
+  let smoothing = estimate.width;
 
-  const one = () => 1 / (found.n * smoothing * Math.sqrt(2 * Math.PI));
+  const one = () => 1 / (estimate.n * smoothing * Math.sqrt(2 * Math.PI));
   const at = x => {
     const each = probes.map(probe => smoothed(probe, smoothing, x));
     const mean = each.reduce((sum, value) => sum + value, 0) / each.length;
@@ -38,7 +38,7 @@ function densityChart(figure, { density: found, eigenvalues, smallest }) {
     paint(frame) {
       const [floor] = limits;
       const points = samples(frame, probes, smoothing).map(x => [x, at(x)]);
-      // What is below the floor is drawn out of sight.
+      // Values below the floor are drawn outside of the visible range.
       const edge = of => points.map(([x, value]) => [frame.x(x), frame.y(Math.max(of(value), 0.8 * floor))]);
       const mean = edge(value => value.mean);
       const ground = [[frame.right, frame.bottom], [frame.left, frame.bottom]];
@@ -61,7 +61,7 @@ function densityChart(figure, { density: found, eigenvalues, smallest }) {
     },
     tools: [html("label", {}, "smoothing", slider, written)],
     caption: [
-      key(`density, from ${probes.length} probe${probes.length > 1 ? "s" : ""} of ${found.steps} steps`, line("curve", 0, 6, 24, 6)),
+      key(`density, from ${probes.length} probe${probes.length > 1 ? "s" : ""} of ${estimate.steps} steps`, line("curve", 0, 6, 24, 6)),
       ...(probes.length > 1 ? [key("range of the probes", svg("rect", { class: "band", y: 1, width: 24, height: 10 }))] : []),
       ...(marks.length ? [key("eigenvalues", line("stick", 12, 6, 12, 12), svg("circle", { class: "head", cx: 12, cy: 5, r: 3.5 }))] : []),
       key("height of one eigenvalue", line("one", 0, 6, 24, 6)),
@@ -69,14 +69,14 @@ function densityChart(figure, { density: found, eigenvalues, smallest }) {
   });
 
   slider.addEventListener("input", () => {
-    smoothing = found.width * 10 ** Number(slider.value);
+    smoothing = estimate.width * 10 ** Number(slider.value);
     limits = range();
     relabel();
     draw();
   });
 }
 
-// The point masses of one probe, ascending, without those that fill it up.
+// Point masses of one probe in ascending order, without padding of weight zero.
 const atoms = (nodes, weights) =>
   nodes
     .map((node, i) => ({ at: node, weight: weights[i] }))
@@ -100,7 +100,7 @@ function stick(frame, mark, height) {
   return [line("stick", x, frame.bottom, x, y), svg("circle", { class: kind, cx: x, cy: y, r: 3.5 })];
 }
 
-// Every pixel, and every point mass where peaks are so narrow that pixels would miss them.
+// Sample points: every pixel, and every point mass if peaks are narrower than pixels.
 function samples(frame, probes, smoothing) {
   const [low, high] = frame.view.x;
   const count = Math.round(frame.right - frame.left);

@@ -1,19 +1,19 @@
-// The loss along a line, and over a plane.
+// Loss along a line and over a plane.
 
-// The loss is on a log scale where its largest value is more than so many times its smallest.
+// Ratio of largest to smallest loss above which the scale is logarithmic.
 const WIDE = 50;
 const LEVELS = 15;
-// From dark to light, so that the order of values is seen without colour.
+// Shades from dark to light, so that the order of values is visible without colour.
 const SHADES = ["#0f2b46", "#1f4e79", "#4a86ae", "#8fc0c9", "#cfe0cf", "#f6efd9"];
 
-function lineChart(figure, { line: found }) {
-  const points = found.x.map((x, i) => ({ x, loss: found.values[i] })).filter(point => point.loss !== null);
+function lineChart(figure, { line: landscape }) {
+  const points = landscape.x.map((x, i) => ({ x, loss: landscape.values[i] })).filter(point => point.loss !== null);
   if (!points.length) return;
   const losses = points.map(point => point.loss);
   const scale = scaled(losses);
 
   chart(figure, {
-    full: { x: ends(found.x), y: [0, 1] },
+    full: { x: ends(landscape.x), y: [0, 1] },
     axes: ["x"],
     labels: { x: "along eigenvector 1", y: "loss" },
     isLog: scale.isLog,
@@ -33,36 +33,36 @@ function lineChart(figure, { line: found }) {
   });
 }
 
-function planeChart(figure, { plane: found }) {
+function planeChart(figure, { plane: landscape }) {
   const known = rows => rows.flat().filter(value => value !== null);
-  if (!known(found.values).length) return;
+  if (!known(landscape.values).length) return;
   const limits = [html("span"), html("span")];
 
   chart(figure, {
-    full: { x: ends(found.x), y: ends(found.y) },
+    full: { x: ends(landscape.x), y: ends(landscape.y) },
     axes: ["x", "y"],
     labels: { x: "along eigenvector 1", y: "along eigenvector 2" },
     shape: 0.72,
-    aspect: found.normalise === null ? found.lengths[1] / found.lengths[0] : 1,
+    aspect: landscape.normalise === null ? landscape.lengths[1] / landscape.lengths[0] : 1,
     paint(frame) {
-      const [i, j] = [span(found.x, frame.view.x), span(found.y, frame.view.y)];
-      const shown = known(found.values.slice(...i).map(row => row.slice(...j)));
-      const scale = scaled(shown.length ? shown : known(found.values));
+      const [i, j] = [span(landscape.x, frame.view.x), span(landscape.y, frame.view.y)];
+      const shown = known(landscape.values.slice(...i).map(row => row.slice(...j)));
+      const scale = scaled(shown.length ? shown : known(landscape.values));
       limits[0].textContent = `loss ${number(scale.low)}`;
       limits[1].textContent = `${number(scale.high)}${scale.isLog ? " (log scale)" : ""}`;
       const box = { x: frame.left, y: frame.top, width: frame.right - frame.left, height: frame.bottom - frame.top };
       const [x, y] = [frame.x(0), frame.y(0)];
       return [
-        svg("image", { ...box, preserveAspectRatio: "none", href: shaded(found, scale, frame, box) }),
+        svg("image", { ...box, preserveAspectRatio: "none", href: shaded(landscape, scale, frame, box) }),
         line("cross", x - 7, y, x + 7, y),
         line("cross", x, y - 7, x, y + 7),
       ];
     },
     find(frame, at) {
-      const i = nearest([...found.x.keys()], k => found.x[k] - at.x);
-      const j = nearest([...found.y.keys()], k => found.y[k] - at.y);
-      const place = `at ${number(found.x[i])}, ${number(found.y[j])}`;
-      return { x: found.x[i], y: found.y[j], text: `${place}\nloss ${number(found.values[i][j], 5)}` };
+      const i = nearest([...landscape.x.keys()], k => landscape.x[k] - at.x);
+      const j = nearest([...landscape.y.keys()], k => landscape.y[k] - at.y);
+      const place = `at ${number(landscape.x[i])}, ${number(landscape.y[j])}`;
+      return { x: landscape.x[i], y: landscape.y[j], text: `${place}\nloss ${number(landscape.values[i][j], 5)}` };
     },
     caption: [
       key("the parameters", line("cross", 6, 6, 18, 6), line("cross", 12, 0, 12, 12)),
@@ -73,7 +73,7 @@ function planeChart(figure, { plane: found }) {
 
 const ends = values => [values[0], values.at(-1)];
 
-// Where the points that are in a range, and the next ones, begin and end.
+// Start and end index of the points in a range, including one neighbour on each side.
 function span(values, [low, high]) {
   const last = values.findIndex(value => value >= high);
   return [Math.max(values.findLastIndex(value => value <= low), 0), last < 0 ? values.length : last + 1];
@@ -82,7 +82,7 @@ function span(values, [low, high]) {
 const nearest = (items, difference) =>
   items.reduce((best, item) => (Math.abs(difference(item)) < Math.abs(difference(best)) ? item : best));
 
-// How losses are spread over [0, 1], and over an axis.
+// Scale of the losses, which maps them to [0, 1] and to the range of an axis.
 function scaled(values) {
   const low = Math.min(...values), high = Math.max(...values);
   const isLog = low > 0 && high > WIDE * low;
@@ -99,15 +99,15 @@ function scaled(values) {
   };
 }
 
-// The part of the plane that a frame shows, as a picture of bands; bilinear between the points.
-function shaded(found, scale, frame, box) {
-  const heights = found.values.map(row => row.map(value => (value === null ? NaN : scale.along(value))));
+// Picture of the visible part of the plane in bands, with bilinear interpolation between points.
+function shaded(landscape, scale, frame, box) {
+  const heights = landscape.values.map(row => row.map(value => (value === null ? NaN : scale.along(value))));
   const canvas = html("canvas", { width: Math.round(box.width), height: Math.round(box.height) });
-  const across = Array.from({ length: canvas.width }, (_, i) => between(found.x, frame.fromX(frame.left + i + 0.5)));
+  const across = Array.from({ length: canvas.width }, (_, i) => between(landscape.x, frame.fromX(frame.left + i + 0.5)));
   const context = canvas.getContext("2d");
   const picture = context.createImageData(canvas.width, canvas.height);
   for (let down = 0, at = 0; down < canvas.height; down++) {
-    const [j, v] = between(found.y, frame.fromY(frame.top + down + 0.5));
+    const [j, v] = between(landscape.y, frame.fromY(frame.top + down + 0.5));
     for (const [i, u] of across) {
       const first = heights[i][j] * (1 - v) + heights[i][j + 1] * v;
       const second = heights[i + 1][j] * (1 - v) + heights[i + 1][j + 1] * v;
@@ -120,7 +120,7 @@ function shaded(found, scale, frame, box) {
   return canvas.toDataURL();
 }
 
-// The cell of ascending values in which one lies, and where within it.
+// Cell of ascending values that contains a value, and the position within the cell.
 function between(values, value) {
   const after = values.findIndex(other => other > value);
   const i = Math.min(Math.max((after < 0 ? values.length : after) - 1, 0), values.length - 2);

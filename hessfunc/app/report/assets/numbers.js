@@ -1,4 +1,4 @@
-// Numbers as text, and the ticks of an axis.
+// Formatting of numbers and ticks of axes.
 
 const signed = text => text.replaceAll("-", "\u2212");
 

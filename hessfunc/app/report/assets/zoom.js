@@ -1,7 +1,7 @@
-// What part of its axes a chart shows: wheel, drag, pinch, keys, double-click.
+// Visible range of a chart, controlled by wheel, drag, pinch, keys and double-click.
 //
-// A view has a range [low, high] for each axis, "x" and "y"; those that zoom stay within the full
-// view, the others stay as they are.
+// A view has a range [low, high] for each axis, "x" and "y". Axes that zoom stay within the full
+// view; the other axes do not change.
 
 const CLOSEST = 1e-6;
 
@@ -32,7 +32,7 @@ function moved(view, full, axis, share) {
 const middle = view =>
   Object.fromEntries(Object.entries(view).map(([axis, [low, high]]) => [axis, (low + high) / 2]));
 
-// Keys, by the name that the browser gives them.
+// Actions by the browser's name of the key.
 const KEYS = {
   "+": chart => chart.zoom(1 / 1.5),
   "=": chart => chart.zoom(1 / 1.5),
@@ -45,7 +45,7 @@ const KEYS = {
   ArrowUp: chart => chart.move("y", 0.2),
 };
 
-// Listens on an element. The chart has: zoom(factor, centre), move(axis, share), reset(),
+// Adds the listeners to an element. The chart has zoom(factor, centre), move(axis, share), reset(),
 // select(from, to), at(event) -> a point of the data, mark(from, to), hover(event), and isFull().
 function listen(element, chart) {
   const pointers = new Map();
@@ -53,7 +53,7 @@ function listen(element, chart) {
   let spread = null;
 
   element.addEventListener("wheel", event => {
-    // A page that is scrolled down is not caught by a chart that cannot zoom out.
+    // A chart that cannot zoom out does not capture the scrolling of the page.
     if (event.deltaY > 0 && chart.isFull()) return;
     event.preventDefault();
     chart.zoom(Math.exp(0.0015 * event.deltaY * (event.deltaMode ? 16 : 1)), chart.at(event));
