@@ -45,8 +45,8 @@ def opened(
         is_leaf: Predicate for further values that count as leaves.
 
     Raises:
-        TypeError: If an object holds tensors and cannot be opened. The returned function raises
-            it if an object cannot be copied.
+        TypeError: If an object holds tensors and cannot be opened or, raised by the returned
+            function, cannot be copied.
     """
     opened_tree = _Opened.of(tree, is_leaf, {})
     opened_tree.refuse_hidden(what)

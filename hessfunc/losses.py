@@ -74,8 +74,8 @@ def supervised(
             ``torch.nn.functional.cross_entropy`` or a loss module.
 
     Raises:
-        TypeError: If ``model_fn`` is an ``nn.Module``. The returned loss raises it if a batch is
-            not a pair.
+        TypeError: If ``model_fn`` is an ``nn.Module`` or, raised by the returned loss, if a batch
+            is not a pair.
     """
     refuse_module(model_fn)
     return Loss(_OfInputs(model_fn), OfTargets(criterion))
@@ -154,7 +154,7 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
         Loss ``(chosen, batch) -> scalar``.
 
     Raises:
-        RuntimeError: The returned loss raises it if a fixed parameter has changed in place.
+        RuntimeError: If a fixed parameter has changed in place; raised by the returned loss.
     """
     if not rest:
         return loss

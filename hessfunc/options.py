@@ -136,7 +136,10 @@ def _together(
 
 
 def _outline(name: str, value: Any) -> Any:
-    """Return a plain value that represents an argument when ranks compare it."""
+    """Return a plain value that represents an argument when ranks compare it.
+
+    A checkpoint is represented by "given", because ranks later compare its contents.
+    """
     if value is None or (isinstance(value, bool | int | float | str) and name != "checkpoint"):
         return value
     return str(value) if isinstance(value, torch.dtype) else "given"

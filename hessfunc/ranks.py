@@ -220,7 +220,8 @@ class Ranks:
             Numbers of each rank.
 
         Raises:
-            RuntimeError: If only other ranks report a failure. A rank with a failure raises it.
+            RuntimeError: If only other ranks report a failure. A rank with a failure raises that
+                failure itself.
             ConnectionError: If another rank does not take part. Its cause is the failure of this
                 rank, if any.
         """

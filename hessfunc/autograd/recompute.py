@@ -34,8 +34,8 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
             a gradient through a closure.
 
     Raises:
-        TypeError: The returned function raises it if ``fn`` returns anything but floating-point
-            tensors, or if an object among the arguments holds tensors that require a gradient.
+        TypeError: If ``fn`` returns anything but floating-point tensors, or if an object among the
+            arguments holds tensors that require a gradient; raised by the returned function.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -125,7 +125,7 @@ def recomputing(segments: list[Segment], /) -> Iterator[None]:
     """Context manager in which these modules recompute their activations.
 
     Raises:
-        ValueError: A module raises it if it is called with a key-value cache.
+        ValueError: If a module is called with a key-value cache.
     """
 
     def call(forward: Segment, *args: Any, **kwargs: Any) -> Any:

@@ -62,8 +62,9 @@ def activations(
         index of the call).
 
     Raises:
-        ValueError: If no module is selected. ``zeros`` and the loss raise it if a selected module
-            has no floating-point tensor there, or is called more often than ``zeros`` recorded.
+        ValueError: If no module is selected or, raised by ``zeros`` and the loss, if a selected
+            module has no floating-point tensor there or is called more often than ``zeros``
+            recorded.
 
     Source: Yao, Gholami, Keutzer and Mahoney 2020, arXiv 1912.07145, with activations in place of
     parameters; Dong et al. 2020, arXiv 1911.03852 (HAWQ-V2).

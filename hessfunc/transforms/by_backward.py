@@ -62,12 +62,13 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
         of ``model.named_parameters()``.
 
     Raises:
-        ValueError: The curvature function raises it if the module has no parameter of a given
-            name, or if the loss is not a finite scalar that depends on params.
-        NotImplementedError: The curvature function raises it if the backward of a custom function
-            is not the derivative of its forward, as in a straight-through estimator.
-        RuntimeError: The matvec raises it if params have changed in place since it was made, or
-            if another rank has failed. A failure inside the loss is noticed after the timeout.
+        ValueError: If the module has no parameter of a given name, or if the loss is not a finite
+            scalar that depends on params; raised by the curvature function.
+        NotImplementedError: If the backward of a custom function is not the derivative of its
+            forward, as in a straight-through estimator; raised by the curvature function.
+        RuntimeError: If params have changed in place since the matvec was made, or if another rank
+            has failed; raised by the matvec. A failure inside the loss is noticed after the
+            timeout.
 
     Cost: two gradients per product. A product keeps four numbers per entry of the shard.
     """

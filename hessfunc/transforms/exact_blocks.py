@@ -32,7 +32,7 @@ def exact_blocks(
         loss: Loss of a flat dict of all parameters.
 
     Raises:
-        RuntimeError: A matvec raises it if a parameter has changed in place since the lookup.
+        RuntimeError: If a parameter has changed in place since the lookup; raised by a matvec.
 
     Cost: a product with a block costs at most a product with the whole matrix, and less in later
     layers. A lookup evaluates the loss once.

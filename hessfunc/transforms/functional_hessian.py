@@ -43,7 +43,7 @@ def functional_hvp(
 
     Raises:
         TypeError: If ``loss`` is a plain function without outputs and criterion.
-        ValueError: The curvature function raises it if the loss does not depend on params.
+        ValueError: If the loss does not depend on params; raised by the curvature function.
 
     Cost: the same as `hvp`, and one more evaluation of the outputs per batch.
 

@@ -62,7 +62,7 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
 
     The output Hessians of cross-entropy, MSE and BCE-with-logits, and of criteria made by
     `with_output_hessian`, are applied in closed form. Other criteria are differentiated by
-    autograd, with a `NotConvexWarning` if the criterion is not convex.
+    autograd, with a warning if the criterion is not convex or is linear in the outputs.
 
     Args:
         loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.
@@ -71,11 +71,11 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
 
     Raises:
         TypeError: If ``loss`` is a plain function without outputs and criterion.
-        ValueError: The curvature function raises it if the loss is not a finite scalar.
-        NotImplementedError: The curvature function raises it if autograd would lose a derivative,
-            in a custom function whose backward detaches or leaves torch, or in a hook.
-        RuntimeError: The matvec raises it if params have changed in place since it was made, or
-            if autocast is enabled.
+        ValueError: If the loss is not a finite scalar; raised by the curvature function.
+        NotImplementedError: If autograd would lose a derivative, in a custom function whose
+            backward detaches or leaves torch, or in a hook; raised by the curvature function.
+        RuntimeError: If params have changed in place since the matvec was made, or if autocast is
+            enabled; raised by the matvec.
 
     Cost: the model is linearised once per batch. A product costs 4/3 gradients on a deep net.
     Models with custom autograd functions or hooks are checked once, as in `hvp`.
@@ -173,9 +173,9 @@ def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
 
     Raises:
         TypeError: If ``loss`` is a plain function without outputs and criterion.
-        ValueError: The curvature function raises it if output leaves differ in their number of
-            examples, or if the criterion is neither the mean nor the sum of its examples or
-            cannot be evaluated on a single one.
+        ValueError: If output leaves differ in their number of examples, or if the criterion is
+            neither the mean nor the sum of its examples or cannot be evaluated on a single one;
+            raised by the curvature function.
 
     Cost: the same as `ggnvp`.
 

@@ -70,13 +70,13 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = N
 
     Raises:
         TypeError: If ``loss`` is an ``nn.Module``.
-        ValueError: The curvature function raises it if the loss is not a finite scalar that
-            depends on params.
-        NotImplementedError: The curvature function or the matvec raises it if an operation has no
-            second derivative. It is also raised if autograd would lose a second derivative, in a
-            custom function whose backward detaches or leaves torch.
-        RuntimeError: The matvec raises it if params have changed in place since it was made, or
-            if autocast is enabled.
+        ValueError: If the loss is not a finite scalar that depends on params; raised by the
+            curvature function.
+        NotImplementedError: If an operation has no second derivative, or if autograd would lose
+            one, in a custom function whose backward detaches or leaves torch; raised by the
+            curvature function or the matvec.
+        RuntimeError: If params have changed in place since the matvec was made, or if autocast is
+            enabled; raised by the matvec.
 
     Cost: one gradient with its graph to linearise the loss. A loss with custom autograd functions
     is evaluated once more, and one call of each kind is differentiated nine times alone, once per

@@ -87,8 +87,8 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
 
     Raises:
         TypeError: If ``loss`` is a plain function without outputs and criterion.
-        NotImplementedError: The curvature function raises it if the model has another
-            nonlinearity. One of two functions of the same parameter, such as a quotient, is
+        NotImplementedError: If the model has another nonlinearity; raised by the curvature
+            function. A nonlinearity of two functions of the same parameter, such as a quotient, is
             recognised in the graph. Others are recognised by a comparison of ``"none"`` with the
             blocks of the Hessian, which is made once.
 

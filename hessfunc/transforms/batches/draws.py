@@ -122,13 +122,13 @@ def draws(
         again; both live as long as the matvec of the draw.
 
     Raises:
-        TypeError: The function raises it if the batches have no length or cannot be indexed.
-        ValueError: The function raises it if it gets no batch, if a weight is negative or all
-            weights are 0, or if a model uses batch statistics (BatchNorm in train mode) on several
-            batches. A draw raises it if the loss divides by class weights or by the number of
-            targets that are not ignored, their share differs between batches, and no weight is
-            given.
-        RuntimeError: A draw raises it if params have changed in place since the draws were made.
+        TypeError: If the batches have no length or cannot be indexed; raised by the function.
+        ValueError: If the list has no batch, if a weight is negative or all weights are 0, or if a
+            model uses batch statistics (BatchNorm in train mode) on several batches; raised by the
+            function. Also if the loss divides by class weights or by the number of targets that
+            are not ignored, their share differs between batches, and no weight is given; raised by
+            a draw.
+        RuntimeError: If params have changed in place since the draws were made; raised by a draw.
 
     Cost: each batch is read once to compute its weight. A draw costs the same as ``curvature`` of
     its batch.

@@ -81,7 +81,7 @@ def over_batches(
 
     Raises:
         TypeError: If the batches can be read only once, or if ``curvature`` does not return a
-            matvec. The curvature function or the matvec raises it.
+            matvec; raised by the curvature function or the matvec, like the following errors.
         ValueError: If the data set has no batch, if the weights sum to zero, if the number of
             examples is ambiguous because first axes differ, if two passes saw different examples,
             if a model uses batch statistics (BatchNorm in train mode) on several batches, or if

@@ -56,8 +56,8 @@ def compiled(
 
     Raises:
         ValueError: If the chunk size is not positive.
-        RuntimeError: The returned matvec raises it if params have changed in place since it was
-            made.
+        RuntimeError: If params have changed in place since ``matvec`` was made; raised by the
+            returned matvec.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: it must be at least 1")
