@@ -40,7 +40,7 @@ def computed() -> str:
     on = [f"GiB on {ranks:,} rank{'s' * (ranks > 1)}" for ranks in RANKS]
     fewest = [f"ranks of {memory}" for memory in MEMORIES]
     of_step = [f"GiB sent a step, {OF_TIME} ranks", "seconds a step"]
-    head = ["parameters", "layers x width", "in", *on, "whole on each", *fewest, *of_step]
+    head = ["parameters", "layers x width", "in", *on, "replicated", *fewest, *of_step]
     rows = [head]
     for name, params in SIZES.items():
         for dtype in FLOPS:

@@ -16,4 +16,4 @@ def test_the_code_of_the_page_runs() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, object] = {}
     exec(compile(block, str(PAGE), "exec"), names)
-    assert "found" in names
+    assert "estimate" in names

@@ -43,7 +43,7 @@ def by_double_backward(model: nn.Module, x: Tensor, y: Tensor) -> LinearOperator
 
 def data_hessian(dtype: torch.dtype) -> tuple[hf.trees.Matvec, hf.trees.Tree]:
     data = cifar10(data_file("cifar10"))
-    examples = (data.inputs[:8].to(dtype), data.targets[:8])
+    examples = (data.inputs[:5].to(dtype), data.targets[:5])
     model_fn, params = hf.functional(trained().to(dtype))
     loss = hf.supervised(model_fn, cross_entropy)
     return hf.hvp(loss, chunk_size=1)(params, examples), params
