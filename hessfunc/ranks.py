@@ -182,7 +182,9 @@ class Ranks:
         table = self.told(list(same.values()), device)
         for name, values in zip(same, zip(*table, strict=True), strict=True):
             if not all(math.isclose(v, values[0], rel_tol=ALIKE) for v in values):
-                raise ValueError(f"the ranks disagree on {name}: {by_rank(values)}")
+                raise ValueError(
+                    f"the ranks disagree on {name}: {by_rank(values)}; make it equal on all ranks"
+                )
 
     def alike(self, own: Mapping[str, object], /) -> None:
         """Raise on every rank unless all ranks have equal values.

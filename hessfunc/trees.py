@@ -64,7 +64,7 @@ def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], 
                 raise RuntimeError(
                     f"parameter {name!r} has changed in place since this matvec was made, for "
                     "instance by an optimiser step. Its products would mix old and new values: "
-                    "make the matvec again, or pass clones of the parameters"
+                    "make the matvec again"
                 )
 
     return refuse_if_changed

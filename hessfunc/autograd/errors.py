@@ -112,8 +112,8 @@ def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | No
     if devices - {space.device}:
         return ValueError(
             f"the parameters are on {space.device}, but the batch has tensors on "
-            f"{', '.join(sorted(map(str, devices - {space.device})))}: call "
-            f"`batch.to({str(space.device)!r})`"
+            f"{', '.join(sorted(map(str, devices - {space.device})))}: move them, "
+            f"`tensor.to({str(space.device)!r})`"
         )
     return None
 

@@ -303,7 +303,10 @@ def checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
     if not torch.isfinite(value):
         for name, leaf in zip(space.names, point, strict=True):
             if not torch.isfinite(leaf).all():
-                raise ValueError(f"parameter {name!r} has entries that are NaN or infinite")
+                raise ValueError(
+                    f"parameter {name!r} has entries that are NaN or infinite: load or initialise "
+                    "it again"
+                )
         raise ValueError(
             f"the loss is {value.item()} at finite parameters: check the batch for NaN and "
             "infinite entries"

@@ -188,7 +188,7 @@ def _agree_on_reduction(average: Average, told: Sequence[float]) -> None:
     if len(known) > 1:
         raise ValueError(
             "the loss is a mean over examples on some ranks and a sum on others: pass the same "
-            "`reduction` on all ranks, for instance reduction='mean'"
+            "reduction to the criterion on all ranks, for instance reduction='mean'"
         )
     for number in known:
         average.reduction = _REDUCTIONS[number]

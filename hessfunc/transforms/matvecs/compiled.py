@@ -110,7 +110,7 @@ def _program(
     except Exception as error:  # The matvec itself works even if torch.compile fails.
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
-            f"the product is not compiled, and runs uncompiled: {reason}",
+            f"the product cannot be compiled and runs uncompiled: {reason}",
             NotCompiledWarning,
             stacklevel=4,
         )
