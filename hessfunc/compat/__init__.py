@@ -1,6 +1,6 @@
-"""Drop-in replacements for other libraries, and operators of SciPy.
+"""Drop-in replacements for other libraries, and conversion to and from SciPy operators.
 
-A script that uses another library runs with its import changed, for instance to
+A script that uses another library runs after its import is changed, for example to
 ``from hessfunc.compat.pyhessian import hessian``.
 """
 

@@ -1,4 +1,4 @@
-"""Models as their scripts pass them, and batches where the parameters lie."""
+"""Unwrap models and move batches, as scripts for other libraries expect it."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from hessfunc.modules import eval_mode, functional
 
 
 def bare(model: nn.Module, /) -> nn.Module:
-    """The model itself, where it is wrapped for data parallelism."""
+    """Return the module without its wrapper for data parallelism."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return model.module if isinstance(model, wrappers) else model
 
 
 def device_of(model: nn.Module, /) -> torch.device:
-    """Where the parameters lie."""
+    """Return the device of the parameters."""
     return next(model.parameters()).device
 
 
 def moved(batch: Any, device: torch.device, /) -> tuple[Any, Any]:
-    """The inputs and targets of a batch, with all their tensors on a device.
+    """Return the inputs and targets of a batch, with all their tensors on a device.
 
     Raises:
-        TypeError: it is no pair.
+        TypeError: If the batch is not a pair.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         size = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
         raise TypeError(
-            f"a batch is a pair (inputs, targets), and this is a {type(batch).__name__}{size}: "
-            "gather what the model takes into inputs, and what the criterion takes into targets"
+            f"a batch must be a pair (inputs, targets), but got a {type(batch).__name__}{size}: "
+            "put the arguments of the model into inputs and those of the criterion into targets"
         )
     inputs, targets = mapped(lambda x: x.to(device), batch, "batch")
     return inputs, targets
@@ -43,19 +43,19 @@ def moved(batch: Any, device: torch.device, /) -> tuple[Any, Any]:
 def evaluated_loss(
     model: nn.Module, criterion: Callable[[Any, Any], Tensor], /
 ) -> tuple[LossFunction, dict[str, Tensor]]:
-    """The loss of a model in eval mode, and the parameters as they are now.
+    """Return the loss of a model in eval mode, and its current parameters.
 
-    The model is called with the inputs as they are, be they a tensor, a tuple or a mapping. A batch
-    is brought to where the parameters lie.
+    The model is called with the inputs as one argument: a tensor, a tuple or a mapping. Batches are
+    moved to the device of the parameters.
     """
     model = bare(model)
     with eval_mode(model):
         model_fn, params = functional(model)
-    loss = supervised(lambda found, inputs: model_fn(found, (inputs,)), criterion)
+    loss = supervised(lambda tree, inputs: model_fn(tree, (inputs,)), criterion)
     device = device_of(model)
-    return lambda found, batch: loss(found, moved(batch, device)), params
+    return lambda tree, batch: loss(tree, moved(batch, device)), params
 
 
 def seed_of_stream() -> int:
-    """A seed drawn from torch's random stream."""
+    """Draw a seed from torch's random stream."""
     return int(torch.randint(2**62, (), device="cpu"))

@@ -1,4 +1,4 @@
-"""Diagonal blocks of curvature matrices as matrices: Hessian backpropagation, KFAC and others."""
+"""Structured diagonal blocks of curvature matrices: Hessian backpropagation, KFAC and others."""
 
 from hessfunc.kronecker.blocks import (
     Block,
@@ -34,14 +34,14 @@ __all__ = [
     "exact_blocks",
     "BlockCurvature",
     "Blocks",
-    # What a block can be
+    # Kinds of blocks
     "Block",
     "Dense",
     "Kronecker",
     "Eigenbasis",
     "Congruence",
     "DirectSum",
-    # Rules, and what they are made of
+    # Rules for modules, and the classes that they use
     "rule",
     "rule_of",
     "elementwise",

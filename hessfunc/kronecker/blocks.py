@@ -1,4 +1,4 @@
-"""The blocks of a block-diagonal curvature matrix: symmetric matrices with structure."""
+"""Diagonal blocks of a block-diagonal curvature matrix: symmetric matrices with structure."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hessfunc.trees import Tree
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The eigenvalues of a symmetric matrix, and the way to its eigenbasis.
+    """Eigenvalues of a symmetric matrix, with the maps to and from its eigenbasis.
 
     Attributes:
-        values: ``(r,)``; all further eigenvalues are zero.
-        rounding: how large an eigenvalue of each is by rounding alone, ``(r,)``.
-        project: rows ``(k, n)`` -> their coordinates ``(k, r)``.
-        lift: coordinates -> rows.
+        values: Eigenvalues ``(r,)``; the other n - r eigenvalues are zero.
+        rounding: Rounding error of each eigenvalue, ``(r,)``.
+        project: Map from rows ``(k, n)`` to their coordinates ``(k, r)``.
+        lift: Map from coordinates ``(k, r)`` to rows ``(k, n)``.
     """
 
     values: Tensor
@@ -34,91 +34,96 @@ class Spectrum:
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues ``(..., n)``, their rounding ``(..., 1)``, and eigenvectors.
+    """Return the eigenvalues ``(..., n)``, their rounding ``(..., 1)``, and the eigenvectors.
 
-    Negative eigenvalues that rounding explains are zero, so that a positive semi-definite matrix
-    stays one.
+    Negative eigenvalues within rounding of zero are set to zero, so that a positive semi-definite
+    matrix stays positive semi-definite.
     """
     values, vectors = torch.linalg.eigh(matrices)
     eps = torch.finfo(values.dtype).eps
+    # Weyl's inequality: a backward error of n eps |A|_2 changes each eigenvalue by at most as much.
     rounding = values.shape[-1] * eps * values.abs().amax(-1, keepdim=True)
     return torch.where((values < 0) & (values >= -rounding), 0, values), rounding, vectors
 
 
 class Block(ABC):
-    """A symmetric matrix on the entries of one parameter tensor.
+    """Diagonal block: a symmetric matrix on the entries of one parameter tensor.
 
     Attributes:
-        shape: of the parameter.
+        shape: Shape of the parameter.
     """
 
     shape: torch.Size
 
     @property
     def n(self) -> int:
-        """The dimension."""
+        """Dimension of the matrix."""
         return self.shape.numel()
 
     def matvec(self, block: Tensor, /) -> Tensor:
-        """The products with k vectors ``(k, *shape)``: a matvec that every algorithm takes."""
+        """Return the products with k vectors ``(k, *shape)``; every algorithm accepts this."""
         return self._product(self._rows(block)).reshape(block.shape)
 
     def dense(self) -> Tensor:
-        """The matrix ``(n, n)``, in the order of the flattened parameter.
+        """Materialise the matrix ``(n, n)``, in the order of the flattened parameter.
 
         Raises:
-            MemoryError: it does not fit.
+            MemoryError: If the matrix does not fit into memory.
         """
         refuse_unless_fits(
             2 * self.n**2,
             self._like,
             f"a dense block of {self.n} x {self.n} entries",
-            "use its matvec, and cg(block.matvec, b, damping=...) for the inverse",
+            "use `block.matvec`, and `cg(block.matvec, b, damping=...)` for the inverse",
         )
         return self._dense()
 
     @abstractmethod
     def trace(self) -> float:
-        """The trace, without the matrix."""
+        """Return the trace without materialising the matrix."""
 
     def inverse_matvec(self, block: Tensor, damping: float, /) -> Tensor:
-        """``(A + damping I)^-1`` times k vectors ``(k, *shape)``.
+        """Return ``(A + damping I)^-1`` times k vectors ``(k, *shape)``.
 
-        The first call finds the eigenvalues, of the factors where the block has a structure; later
-        ones, of any damping, use them again.
+        The first call computes the eigenvalues, from the factors if the block has a structure.
+        Later calls with any damping reuse them.
 
         Raises:
-            ValueError: A + damping I is singular.
-            MemoryError: the eigenvectors do not fit.
+            ValueError: If A + damping I is singular.
+            MemoryError: If the eigenvectors do not fit into memory.
         """
         rows, spectrum = self._rows(block), self._spectrum
         shifted = self._shifted(damping)
         inverse = 1 / shifted[: len(spectrum.values)]
+        # With orthonormal columns V and A = V diag(l) V',
+        #   (A + d I)^-1 = I / d + V diag(1 / (l + d) - 1 / d) V',
+        # and the terms in 1 / d cancel if V is square.
         if len(spectrum.values) < self.n:
             moved = spectrum.lift(spectrum.project(rows) * (inverse - 1 / damping))
             return (rows / damping + moved).reshape(block.shape)
         return spectrum.lift(spectrum.project(rows) * inverse).reshape(block.shape)
 
     def logdet(self, damping: float = 0.0, /) -> float:
-        """``log det (A + damping I)``.
+        """Return ``log det (A + damping I)``.
 
         Raises:
-            ValueError: A + damping I is not positive definite.
+            ValueError: If A + damping I is not positive definite.
         """
         shifted = self._shifted(damping).double()
         if not bool((shifted > 0).all()):
+            least = float(shifted.min())
             raise ValueError(
-                f"A + {damping:g} I is not positive definite, its least eigenvalue is "
-                f"{float(shifted.min()):.2e}: a larger damping makes it so"
+                f"A + {damping:g} I is not positive definite: its smallest eigenvalue is "
+                f"{least:.2e}; pass a damping larger than {damping - least:.2e}"
             )
         missing = self.n - len(self._spectrum.values)
         total = float(shifted[: len(self._spectrum.values)].log().sum())
         return total + (missing * math.log(damping) if missing else 0.0)
 
     def _shifted(self, damping: float) -> Tensor:
-        """The eigenvalues of A + damping I: those of the basis, and one for all that are zero."""
+        """Return the eigenvalues of A + damping I: r in the basis, then one for all n - r zeros."""
         if not math.isfinite(damping):
-            raise ValueError(f"damping={damping}: it must be finite")
+            raise ValueError(f"damping={damping}: the damping must be finite")
         spectrum = self._spectrum
         zero = spectrum.values.new_zeros(1 if len(spectrum.values) < self.n else 0)
         values, rounding = (
@@ -127,16 +132,14 @@ class Block(ABC):
         shifted = values + damping
         least = rounding.clamp_min(torch.finfo(values.dtype).eps * abs(damping))
         if bool(((shifted.abs() <= least) & ~((values >= 0) & (damping > 0))).any()):
-            raise ValueError(
-                f"A + {damping:g} I is singular, up to rounding: take a larger damping"
-            )
+            raise ValueError(f"A + {damping:g} I is singular up to rounding: pass a larger damping")
         return shifted
 
     def _rows(self, block: Tensor) -> Tensor:
         if block.dim() != len(self.shape) + 1 or block.shape[1:] != self.shape:
             expected = ", ".join(("k", *map(str, self.shape)))
             raise ValueError(
-                f"a block of vectors ({expected}) is due, and got shape {tuple(block.shape)}"
+                f"expected a vector block of shape ({expected}), got {tuple(block.shape)}"
             )
         return block.reshape(len(block), self.n)
 
@@ -156,11 +159,11 @@ class Block(ABC):
     @property
     @abstractmethod
     def _like(self) -> Tensor:
-        """A tensor of the block's dtype and device."""
+        """Tensor with the dtype and the device of the block."""
 
     @abstractmethod
     def _product(self, rows: Tensor) -> Tensor:
-        """The products with rows ``(k, n)``."""
+        """Return the products with rows ``(k, n)``."""
 
     @abstractmethod
     def _dense(self) -> Tensor: ...
@@ -168,10 +171,11 @@ class Block(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Dense(Block):
-    """A matrix without structure.
+    """Diagonal block without structure.
 
     Attributes:
-        matrix: ``(n, n)``, symmetric.
+        matrix: Symmetric matrix ``(n, n)``.
+        shape: Shape of the parameter.
     """
 
     matrix: Tensor
@@ -193,11 +197,14 @@ class Dense(Block):
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Block):
-    """``B_g (x) A_g`` for each group g: a weight ``V_g (O, K)`` -> ``B_g V_g A_g``.
+    """Kronecker product ``B_g (x) A_g`` for each group g.
+
+    The product with a weight ``V_g (O, K)`` is ``B_g V_g A_g``.
 
     Attributes:
-        left: B, on the outputs, ``(G, O, O)``.
-        right: A, on the inputs, ``(G, K, K)``.
+        left: Factors B on the outputs, ``(G, O, O)``.
+        right: Factors A on the inputs, ``(G, K, K)``.
+        shape: Shape of the parameter.
     """
 
     left: Tensor
@@ -205,12 +212,14 @@ class Kronecker(Block):
     shape: torch.Size
 
     def trace(self) -> float:
+        # tr(B (x) A) = tr(B) tr(A), summed over the groups.
         left, right = (
             factor.diagonal(dim1=1, dim2=2).double().sum(1) for factor in (self.left, self.right)
         )
         return float(left @ right)
 
     def _product(self, rows: Tensor) -> Tensor:
+        # (B (x) A) vec(V) = vec(B V A') with V flattened row by row, and A is symmetric.
         weights = _weights(rows, self.left, self.right)
         return (self.left @ weights @ self.right).flatten(1)
 
@@ -219,6 +228,8 @@ class Kronecker(Block):
         return torch.block_diag(*(torch.kron(left, right) for left, right in pairs))
 
     def _decomposed(self) -> Spectrum:
+        # B = L diag(b) L' and A = R diag(a) R' give B (x) A = (L (x) R) diag(b (x) a) (L (x) R)'.
+        # To first order, the error of a product b a is |da| |b| + |db| |a|.
         (b, b_rounding, left), (a, a_rounding, right) = _eigh(self.left), _eigh(self.right)
         b, a = b[:, :, None], a[:, None, :]
         rounding = b_rounding[:, :, None] * a.abs() + b.abs() * a_rounding[:, None, :]
@@ -231,12 +242,13 @@ class Kronecker(Block):
 
 @dataclass(frozen=True, eq=False)
 class Eigenbasis(Block):
-    """``U diag(s) U'`` with eigenvectors that are Kronecker products, ``U_g = L_g (x) R_g``.
+    """Matrix ``U diag(s) U'`` whose eigenvectors are Kronecker products ``U_g = L_g (x) R_g``.
 
     Attributes:
-        left: L, orthogonal, ``(G, O, O)``.
-        right: R, orthogonal, ``(G, K, K)``.
-        values: s, ``(G, O, K)``.
+        left: Orthogonal matrices L, ``(G, O, O)``.
+        right: Orthogonal matrices R, ``(G, K, K)``.
+        values: Eigenvalues s, ``(G, O, K)``.
+        shape: Shape of the parameter.
     """
 
     left: Tensor
@@ -256,7 +268,7 @@ class Eigenbasis(Block):
         return torch.block_diag(*((basis * values) @ basis.mT for basis, values in pairs))
 
     def _decomposed(self) -> Spectrum:
-        # Second moments: each is as exact as it is large.
+        # The eigenvalues are sums of squares: the error of each is relative to its own size.
         rounding = torch.finfo(self.values.dtype).eps * self.values.abs()
         return _in_basis(self.values, rounding, self.left, self.right)
 
@@ -266,7 +278,8 @@ class Eigenbasis(Block):
 
 
 def _in_basis(values: Tensor, rounding: Tensor, left: Tensor, right: Tensor) -> Spectrum:
-    """The spectrum ``(G, O, K)`` of eigenvectors ``L_g (x) R_g``."""
+    """Return the spectrum with eigenvalues ``(G, O, K)`` and eigenvectors ``L_g (x) R_g``."""
+    # (L (x) R)' vec(V) = vec(L' V R), and (L (x) R) vec(V) = vec(L V R').
     return Spectrum(
         values.flatten(),
         rounding.flatten(),
@@ -276,22 +289,23 @@ def _in_basis(values: Tensor, rounding: Tensor, left: Tensor, right: Tensor) -> 
 
 
 def _weights(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Rows ``(k, n)`` as weights ``(k, G, O, K)``."""
+    """View rows ``(k, n)`` as weights ``(k, G, O, K)``."""
     return rows.reshape(len(rows), len(left), left.shape[-1], right.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
 class Congruence(Block):
-    """``mean_m J_m' H J_m``, where J_m maps weights to outputs that share them.
+    """Mean congruence ``mean_m J_m' H J_m``, where J_m maps a shared weight to its outputs.
 
         z[g, o, p] = sum_k W[g, o, k] X_m[g, k, p]
 
-    with g the groups, o the outputs of a group, k its inputs, and p the positions. A linear layer
-    has one group and one position; a convolution has as many positions as pixels.
+    Here g counts the groups, o the outputs of a group, k its inputs, and p the positions. A linear
+    layer has one group and one position; a convolution has one position for each output pixel.
 
     Attributes:
-        hessian: H, ``(G O P, G O P)``.
-        inputs: X, ``(M, G, K, P)``.
+        hessian: Matrix H on the outputs, ``(G O P, G O P)``.
+        inputs: Inputs X, ``(M, G, K, P)``.
+        shape: Shape of the parameter.
     """
 
     hessian: Tensor
@@ -299,15 +313,16 @@ class Congruence(Block):
     shape: torch.Size
 
     def trace(self) -> float:
+        # tr(J'HJ) = sum_gpq (sum_o H[g, o, p, g, o, q]) (sum_k X[g, k, p] X[g, k, q]).
         groups, outputs, positions = self._sizes
         view = self.hessian.view(groups, outputs, positions, groups, outputs, positions)
-        # sum_o H[g, o, p, g, o, q], for all g, p and q.
         summed = torch.einsum("gopgoq->gpq", view)
         seconds = torch.einsum("mgkp,mgkq->gpq", self.inputs, self.inputs)
         return float((summed.double() * seconds.double()).sum() / len(self.inputs))
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
+        """Numbers of groups, of outputs in a group, and of positions."""
         _, groups, _, positions = self.inputs.shape
         return groups, len(self.hessian) // (groups * positions), positions
 
@@ -317,6 +332,7 @@ class Congruence(Block):
         most = max(1, AT_ONCE // max(1, len(rows) * len(self.hessian)))
         total = torch.zeros_like(weights)
         for inputs in self.inputs.split(most):
+            # J v, H (J v), and J' (H J v), for the inputs of this chunk.
             outer = torch.einsum("vgok,mgkp->mvgop", weights, inputs).flatten(2) @ self.hessian
             outer = outer.view(*outer.shape[:2], groups, outputs, positions)
             total += torch.einsum("mvgop,mgkp->vgok", outer, inputs)
@@ -327,6 +343,7 @@ class Congruence(Block):
         view = self.hessian.view(groups * outputs, positions, groups * outputs, positions)
         total = self.hessian.new_zeros(groups, outputs, self.inputs.shape[2], self.n)
         for inputs in self.inputs:
+            # H J, then J' (H J). Row a = (g, o) of J takes the inputs of its group g.
             each = inputs.repeat_interleave(outputs, dim=0)
             right = torch.einsum("apbq,bkq->apbk", view, each).reshape(
                 groups, outputs, positions, self.n
@@ -335,11 +352,12 @@ class Congruence(Block):
         return total.view(self.n, self.n) / len(self.inputs)
 
     def _decomposed(self) -> Spectrum:
-        """By way of the space of the outputs, where that is the smaller one."""
+        """Return the spectrum from a matrix on the outputs if this is smaller than the block."""
         groups, outputs, positions = self._sizes
         if len(self.inputs) > 1 or positions >= self.inputs.shape[2]:
             return super()._decomposed()
-        # X_g = U_g S_g V_g': J'HJ = (I (x) U) (SV' H VS) (I (x) U)', with orthonormal columns U.
+        # X_g = U_g S_g V_g' gives J'HJ = (I (x) U) (S V' H V S) (I (x) U)'. The columns of U are
+        # orthonormal, so that the eigenvalues of S V' H V S are those of the block, up to zeros.
         left, size, right = torch.linalg.svd(self.inputs[0], full_matrices=False)
         scaled = (size[..., None] * right).repeat_interleave(outputs, dim=0)
         view = self.hessian.view(groups * outputs, positions, groups * outputs, positions)
@@ -363,10 +381,11 @@ class Congruence(Block):
 
 @dataclass(frozen=True, eq=False)
 class DirectSum(Block):
-    """Blocks of consecutive rows of one parameter: each row sees those of its own part alone.
+    """Direct sum of diagonal blocks, each on consecutive rows of one parameter.
 
     Attributes:
-        parts: the blocks, in the order of the rows.
+        parts: Diagonal blocks, in the order of the rows.
+        shape: Shape of the parameter.
     """
 
     parts: tuple[Block, ...]
@@ -399,11 +418,14 @@ class DirectSum(Block):
 
 @dataclass(frozen=True, eq=False)
 class Blocks(Mapping[str, Block]):
-    """A block-diagonal matrix, one block a parameter; called, it is the matvec of the whole.
+    """Block-diagonal matrix with one diagonal block for each parameter.
+
+    It maps the name of a parameter to its block. Called on a tree, it is the matvec of the whole
+    matrix.
 
     Attributes:
-        blocks: by the name of the parameter, in the order of the parameters.
-        space: of the parameters.
+        blocks: Diagonal blocks by the name of the parameter, in the order of the parameters.
+        space: Space of the parameters.
     """
 
     blocks: Mapping[str, Block]
@@ -422,18 +444,18 @@ class Blocks(Mapping[str, Block]):
         return self._each(block, lambda part, rows: part.matvec(rows))
 
     def inverse_matvec(self, block: Tree, damping: float, /) -> Tree:
-        """``(A + damping I)^-1`` times a block of trees, as `Block.inverse_matvec`."""
+        """Return ``(A + damping I)^-1`` times a vector block, as in `Block.inverse_matvec`."""
         return self._each(block, lambda part, rows: part.inverse_matvec(rows, damping))
 
     def trace(self) -> float:
-        """The trace of the whole matrix."""
+        """Return the trace of the whole matrix."""
         return math.fsum(part.trace() for part in self.blocks.values())
 
     def logdet(self, damping: float = 0.0, /) -> float:
-        """``log det (A + damping I)`` of the whole matrix."""
+        """Return ``log det (A + damping I)`` of the whole matrix."""
         return math.fsum(part.logdet(damping) for part in self.blocks.values())
 
     def _each(self, block: Tree, fn: Callable[[Block, Tensor], Tensor]) -> Tree:
-        found = self.space.block_leaves(block)
+        leaves = self.space.block_leaves(block)
         parts = [self.blocks[name] for name in self.space.names]
-        return self.space.tree(fn(p, leaf) for p, leaf in zip(parts, found, strict=True))
+        return self.space.tree(fn(p, leaf) for p, leaf in zip(parts, leaves, strict=True))

@@ -1,4 +1,4 @@
-"""What a loss gives to a model, and takes from it."""
+"""Record how a loss calls its model, and check that the examples stay independent."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from hessfunc.spaces.space import Space
 
 
 def refuse_dtensors(space: Space, /) -> None:
-    """Raise where parameters are DTensors: a rank sees a part of each layer alone."""
+    """Raise if parameters are DTensors, because each rank has only a part of each layer."""
     if space.distributed:
         raise NotImplementedError(
-            "blocks with structure are of parameters that every rank has whole: take them from "
-            "`unsharded(model)`, and the module before it was sharded; or `per_block` of products"
+            "structured blocks do not support DTensor parameters: pass `unsharded(model)` as "
+            "params and build the loss from the module before sharding, or use "
+            "`per_block(hvp(loss)(params, batch), params)`"
         )
 
 
@@ -30,7 +31,7 @@ def refuse_compiled(model: nn.Module, /) -> None:
     """Raise for a module that `torch.compile` has wrapped, or that has such a submodule.
 
     Raises:
-        NotImplementedError: It has no layers of its own.
+        NotImplementedError: If it is a `torch.compile`d module, without layers of its own.
     """
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod"):
@@ -46,14 +47,14 @@ def refuse_compiled(model: nn.Module, /) -> None:
 def linearising(
     space: Space, params: Mapping[str, Tensor], batch: Any, /
 ) -> Iterator[tuple[dict[str, Tensor], Any]]:
-    """Differentiate a model inside, in the surroundings of every product of the library.
+    """Context in which a model is differentiated, as in every product of the library.
 
-    Returns:
-        The parameters as leaves that need a gradient, and a copy of the batch.
+    Yields:
+        The parameters as leaves that require a gradient, and a copy of the batch.
 
     Raises:
-        RuntimeError: Autocast is enabled.
-        NotImplementedError: (from what is done inside) an operation has no second derivative.
+        RuntimeError: If autocast is enabled.
+        NotImplementedError: If an operation inside the context has no second derivative.
     """
     refuse_autocast(space.device)
     with explained(space, batch), differentiable_twice(space.device):
@@ -63,13 +64,13 @@ def linearising(
 
 @dataclass(frozen=True)
 class Called:
-    """A module as the loss calls it.
+    """Record of one call of a module by the loss.
 
     Attributes:
-        arguments: by their names in its forward, defaults included.
-        state: its parameters and buffers.
-        training: the training flag of each of its modules.
-        outputs: what it returns.
+        arguments: Arguments by their names in ``forward``, including defaults.
+        state: Parameters and buffers of the module.
+        training: Training flag of each submodule.
+        outputs: Value that the module returned.
     """
 
     arguments: Mapping[str, Any]
@@ -79,13 +80,14 @@ class Called:
 
 
 def called(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any, /) -> Called:
-    """What the loss gives to the model, and takes from it.
+    """Evaluate the outputs of the loss, and record its call of the model.
 
     Raises:
-        ValueError: the loss does not call the model once, or does not take its outputs as they
-            are; the model mixes examples, or is random; or a parameter is not the model's.
+        ValueError: If the loss does not call the model exactly once, or changes its outputs before
+            the criterion; if the model mixes examples or is random; or if a parameter does not
+            belong to the model.
     """
-    found: list[Called] = []
+    calls: list[Called] = []
 
     def record(
         model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
@@ -94,38 +96,38 @@ def called(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: An
         bound.apply_defaults()
         state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         flags = [(module, module.training) for module in model.modules()]
-        found.append(Called(bound.arguments, state, flags, outputs))
+        calls.append(Called(bound.arguments, state, flags, outputs))
 
     with refusing_train_mode(model), hooked({model: record}):
         outputs = loss.outputs(params, batch)
-    if len(found) != 1:
+    if len(calls) != 1:
         raise ValueError(
-            f"the loss calls the model {len(found)} times a batch, and must call it once: give the "
-            "module of which the loss is made"
+            f"the loss calls the model {len(calls)} times in a batch instead of once: pass the "
+            "module from which the loss was made"
         )
-    if outputs is not found[0].outputs or not isinstance(outputs, Tensor):
+    if outputs is not calls[0].outputs or not isinstance(outputs, Tensor):
         raise ValueError(
-            "the model must return one tensor, and the loss take it as it is, not cast or changed: "
-            "put what is done to it in between into the criterion, or into the model"
+            "the model must return one tensor, and the loss must pass it to the criterion "
+            "unchanged: move casts and other operations into the criterion or into the model"
         )
     for name, leaf in params.items():
-        own = found[0].state.get(name)
+        own = calls[0].state.get(name)
         if own is None or own.shape != leaf.shape:
             raise ValueError(
-                f"{name!r} of shape {tuple(leaf.shape)} is no parameter of the model: take those "
-                "that `functional(model)` returns, or some of them by `split` and `hold`"
+                f"{name!r} of shape {tuple(leaf.shape)} is not a parameter of the model: pass the "
+                "params from `functional(model)`, or a part of them with `split` and `hold`"
             )
-    return found[0]
+    return calls[0]
 
 
 def full_name(path: str, own: str, /) -> str:
-    """The name in the model of a parameter of the module at this path."""
+    """Return the name in the model of a parameter of the module at a path."""
     return f"{path}.{own}" if path else own
 
 
 @contextmanager
 def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], /) -> Iterator[None]:
-    """Inside, modules call these functions of (module, args, kwargs, output) after they ran."""
+    """Context in which each module calls its hook ``(module, args, kwargs, output)`` afterwards."""
     handles = [
         module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()
     ]
@@ -138,20 +140,20 @@ def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], /) -> Iterator[None]:
 
 @contextmanager
 def refusing_train_mode(model: nn.Module, /) -> Iterator[None]:
-    """Inside, a module that mixes examples or is random raises when it is called."""
+    """Context in which calling a module that mixes examples or is random raises an error."""
     names = {module: name for name, module in model.named_modules()}
 
     def refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
         if uses_batch_statistics(module):
             raise ValueError(
-                f"BatchNorm {names[module]!r} takes the statistics of the batch and mixes "
-                "examples, which must be apart: call `model.eval()` before `functional(model)`, or "
-                "take exact products, `per_block(hvp(loss)(params, batch), params)`"
+                f"BatchNorm {names[module]!r} in train mode uses batch statistics and mixes "
+                "examples: call `model.eval()` before `functional(model)`, or use exact products, "
+                "`per_block(hvp(loss)(params, batch), params)`"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
             raise ValueError(
-                f"{type(module).__name__} {names[module]!r} in train mode is another function at "
-                "each call: call `model.eval()` before `functional(model)`"
+                f"{type(module).__name__} {names[module]!r} in train mode changes with each call: "
+                "call `model.eval()` before `functional(model)`"
             )
 
     handles = [module.register_forward_pre_hook(refuse) for module in names]

@@ -1,12 +1,14 @@
-"""Kronecker-factored curvature: each block is ``B (x) A``, of outputs and of inputs.
+"""Kronecker-factored curvature: each diagonal block is ``B (x) A``.
 
-For a weight that acts on P positions of an example, inputs x_p and gradients g_p at its outputs,
+The factor B belongs to the outputs of a layer, the factor A to its inputs. A weight acts on P
+positions of an example, with inputs x_p and gradients g_p at its outputs:
 
     "expand":  A = mean_bp x_p x_p'         B = sum_b sum_p g_p g_p'
     "reduce":  A = mean_b xbar xbar'        B = sum_b (sum_p g_p) (sum_p g_p)'
 
-with xbar the mean of x_p. The first fits positions that are examples of their own, such as tokens
-of which each has a target; the second, positions that are averaged before the loss.
+Here xbar is the mean of x_p over positions. "expand" fits positions that act as examples, such as
+tokens with a target each. "reduce" fits positions that are averaged before the loss (Eschenhagen,
+Immer, Turner, Schneider and Hennig 2023, arXiv 2311.00636).
 """
 
 from __future__ import annotations
@@ -45,32 +47,39 @@ from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_g
 from hessfunc.transforms.output_hessians import each_hessian
 
 Sharing: TypeAlias = Literal["expand", "reduce"]
-# (outputs, batch) -> columns (c, B, ...) whose outer products sum to the criterion's Hessian.
+# Function (outputs, batch) -> columns (c, B, ...) with sum_c u_bc u_bc' = H_b, the Hessian of the
+# criterion at the outputs of example b, exactly or in expectation.
 _Columns: TypeAlias = Callable[[Tensor, Any], Tensor]
 
 _Key = TypeVar("_Key")
-_ONLY_WEIGHTS = "Kronecker factors are for the weights and biases of linear maps"
-_HOLD = "hold the others fixed by `split` and `hold`"
+_ONLY_WEIGHTS = "Kronecker factors need weights and biases of linear maps"
+_HOLD = "hold such parameters fixed with `split` and `hold`"
 
 
 @validated
 def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
     """Kronecker-factored recursive approximation: ``(params, batch) -> blocks``.
 
-        G = H_z (x) mean(x x')
+        G = H_z (x) mean(x x'),    H_x = mean_b J_b' H_z J_b
 
-    with H_z the Gauss-Newton matrix at a module's outputs as `hbp` propagates it: at each module
-    the mean of J'HJ over the batch.
+    Here H_z is the Gauss-Newton matrix at the outputs of a module. It is propagated backwards as
+    in `hbp`, by the mean of J'HJ over the batch at each module.
 
     Args:
-        loss: with its two halves, as made by `supervised`.
-        model: as for `hbp`.
-        sharing: how positions that share a weight are taken together.
+        loss: Loss that exposes its outputs and its criterion, as made by `supervised`.
+        model: Module from which the loss was made, as for `hbp`.
+        sharing: Treatment of positions that share a weight, ``"expand"`` or ``"reduce"``.
+
+    Returns:
+        A curvature function that returns `Blocks`.
 
     Raises:
-        ValueError, NotImplementedError, MemoryError: as `hbp`.
+        ValueError: If `hbp` raises it.
+        NotImplementedError: If `hbp` raises it, or if a parameter is not the weight or bias of a
+            linear map.
+        MemoryError: If `hbp` raises it.
 
-    Cost: as `hbp`.
+    Cost: the cost of `hbp`.
 
     Source: Botev, Ritter and Barber 2017, arXiv 1706.03662.
     """
@@ -80,10 +89,12 @@ def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
     def block(reached: Reached) -> Block:
         weight = reached.dependence
         if not isinstance(weight, SharedWeight):
-            raise NotImplementedError(f"{_ONLY_WEIGHTS}: {_HOLD}, or take `hbp`")
+            raise NotImplementedError(f"{_ONLY_WEIGHTS}: {_HOLD}, or use `hbp`")
         hessian = weight.by_channel(reached.hessian)
         outputs, positions = weight.shape[0] // weight.groups, len(hessian) // weight.shape[0]
         view = hessian.view(2 * (weight.groups, outputs, positions))
+        # With H_z = sum g g' over outputs (o, p), B[o, a] is sum_p H_z[o, p, a, p] for "expand"
+        # and sum_pq H_z[o, p, a, q] for "reduce".
         summed = "gopgap->goa" if sharing == "expand" else "gopgaq->goa"
         left = torch.einsum(summed, view)
         return Kronecker(left, _second_moments(weight.each(), sharing), weight.shape)
@@ -104,25 +115,32 @@ def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
 
         G = sum_b (J_b' H_b J_b) (x) mean_b(x x')
 
-    with J_b the Jacobian of the model's outputs with respect to a module's outputs, and H_b the
-    Hessian of the loss with respect to the model's. Negative eigenvalues of H_b are left out.
+    Here J_b is the Jacobian of the model's outputs with respect to a module's outputs, and H_b is
+    the Hessian of the loss with respect to the model's outputs. Negative eigenvalues of H_b are
+    set to zero.
 
     Args:
-        loss: with its two halves, as made by `supervised` or `composed`.
-        model: the module of which the loss is made; any architecture, as long as the parameters
-            are those of modules whose outputs depend on them linearly. The calls of a module, and
-            those of modules that share a weight, are taken together like positions.
-        sharing: how positions that share a weight are taken together.
+        loss: Loss that exposes its outputs and its criterion, as made by `supervised` or
+            `composed`.
+        model: Module from which the loss was made, of any architecture. Each parameter must belong
+            to a module whose outputs depend on it linearly. Several calls of a module, and calls
+            of modules that share a weight, are treated like positions.
+        sharing: Treatment of positions that share a weight, ``"expand"`` or ``"reduce"``.
+
+    Returns:
+        A curvature function that returns `Blocks`.
 
     Raises:
-        TypeError: the loss does not show its halves.
-        ValueError, NotImplementedError: (from the curvature function) a parameter is not one of
-            such a module, or is used by another function too: hold it fixed by `split` and
-            `hold`; the examples do not lie one after another along first axes, or see each other.
+        TypeError: If the loss does not expose its outputs and its criterion.
+        ValueError: If a parameter is also used outside its modules, if examples do not follow one
+            another along the first axes, or if the model mixes examples. Raised by the curvature
+            function.
+        NotImplementedError: If a parameter does not belong to a linear module. Hold it fixed with
+            `split` and `hold`. Raised by the curvature function.
 
-    Cost: one backward pass an output of an example, and two that check that examples are apart and
-    that no use of a parameter is missed. Where an example has several rows of outputs, as with
-    outputs flattened over positions, its outputs are those of all of its rows.
+    Cost: one backward pass for each output of an example, and two that check that the examples are
+    independent and that no use of a parameter is missed. If an example has several rows of
+    outputs (outputs flattened over positions), the outputs of all its rows count.
 
     Source: Botev, Ritter and Barber 2017, arXiv 1706.03662; sharing: Eschenhagen, Immer, Turner,
     Schneider and Hennig 2023, arXiv 2311.00636.
@@ -142,21 +160,29 @@ def kfac(
 ) -> BlockCurvature:
     """Kronecker-factored approximate curvature: ``(params, batch) -> blocks``.
 
-    As `kflr`, with the factor of the outputs estimated from targets that are drawn from the
-    model's own prediction, so that its expectation is that of `kflr`.
+        G = sum_b (g_b g_b') (x) mean_b(x x'),    E[sum_b g_b g_b'] = sum_b J_b' H_b J_b
+
+    Here g_b are gradients at a module's outputs for targets drawn from the model's own prediction.
+    The expectation of the output factor is therefore that of `kflr`.
 
     Args:
-        loss: with its two halves, the criterion a negative log-likelihood as for `fvp`.
-        model: as for `kflr`.
-        samples: draws of each target.
-        seed: of the draws, which depend on (seed, batch) alone. None draws a seed once, here.
-        sharing: how positions that share a weight are taken together.
+        loss: Loss that exposes its outputs and its criterion. The criterion is a negative
+            log-likelihood, as for `fvp`.
+        model: Module from which the loss was made, as for `kflr`.
+        samples: Number of draws of each target.
+        seed: Seed of the draws, which depend on (seed, batch) only. None draws a seed once, when
+            `kfac` is called.
+        sharing: Treatment of positions that share a weight, ``"expand"`` or ``"reduce"``.
+
+    Returns:
+        A curvature function that returns `Blocks`.
 
     Raises:
-        ValueError: the criterion is not the negative logarithm of a known likelihood, or samples
-            is not positive; and as `kflr`.
+        ValueError: If the criterion is not the negative logarithm of a known likelihood, if
+            ``samples`` is not positive, or if `kflr` raises it.
 
-    Cost: one backward pass a sample, and one that checks that no use of a parameter is missed.
+    Cost: one backward pass for each sample, and one that checks that no use of a parameter is
+    missed.
 
     Source: Martens and Grosse 2015, arXiv 1503.05671; convolutions: Grosse and Martens 2016,
     arXiv 1602.01407.
@@ -178,22 +204,27 @@ def ekfac(
 
         G = (U_B (x) U_A) diag(s) (U_B (x) U_A)',  s = sum_b ((U_B (x) U_A)' g_b)^2
 
-    with the eigenvectors of the factors of `kfac`, and g_b the gradients of the weight of which G
-    is the second moment: of all matrices with these eigenvectors, the nearest to it. Where a factor
-    is singular, as A is under "reduce" with fewer examples than inputs, the eigenvectors of zero,
-    and so this matrix, are not unique.
+    Here U_B and U_A are the eigenvectors of the factors of `kfac`, and g_b are the gradients of the
+    weight. Among all matrices with these eigenvectors, G is the nearest to the second moment
+    ``sum_b g_b g_b'`` in the Frobenius norm. If a factor is singular, its eigenvectors for the
+    eigenvalue zero are not unique, and neither is G. This happens to A under "reduce" with fewer
+    examples than inputs.
 
     Args:
-        loss: with its two halves.
-        model: as for `kflr`.
-        samples: draws of each target, as for `kfac`; None for the exact output factor of `kflr`.
-        seed: as for `kfac`.
-        sharing: how positions are taken together in the eigenvectors.
+        loss: Loss that exposes its outputs and its criterion.
+        model: Module from which the loss was made, as for `kflr`.
+        samples: Number of draws of each target, as for `kfac`. None computes the exact output
+            factor of `kflr`.
+        seed: Seed of the draws, as for `kfac`.
+        sharing: Treatment of positions in the eigenvectors, ``"expand"`` or ``"reduce"``.
+
+    Returns:
+        A curvature function that returns `Blocks`.
 
     Raises:
-        ValueError: as `kfac`.
+        ValueError: If `kfac` raises it.
 
-    Cost: two backward passes a sample, or an output of an example.
+    Cost: two backward passes for each sample, or for each output of an example.
 
     Source: George, Laurent, Bouthillier, Ballas and Vincent 2018, arXiv 1806.03884.
     """
@@ -210,9 +241,10 @@ def _exact(loss: Loss) -> _Columns:
     refuse_without_halves(loss)
 
     def columns(outputs: Tensor, batch: Any) -> Tensor:
+        # H_b = sum_c s_bc v_bc v_bc' = sum_c u_bc u_bc' with columns u_bc = sqrt(s_bc) v_bc.
         values, vectors = torch.linalg.eigh(each_hessian(loss.criterion, outputs, batch))
         roots = (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)
-        # A softmax leaves one direction of each example without curvature, up to rounding.
+        # Drop columns that are zero up to rounding: a softmax has H_b 1 = 0 for each example.
         largest = values.amax(0)
         rounding = len(largest) * torch.finfo(values.dtype).eps * float(largest[-1])
         kept = roots[largest > rounding] if rounding else roots[-1:]
@@ -225,7 +257,7 @@ def _sampled(loss: Loss, samples: int, seed: int | None) -> _Columns:
     refuse_without_halves(loss)
     refuse_without_likelihood(loss.criterion)
     if samples < 1:
-        raise ValueError(f"samples={samples}: at least 1")
+        raise ValueError(f"samples={samples}: the number of samples must be at least 1")
     drawn = of_matrix(seed)
 
     def columns(outputs: Tensor, batch: Any) -> Tensor:
@@ -237,15 +269,15 @@ def _sampled(loss: Loss, samples: int, seed: int | None) -> _Columns:
 
 @dataclass(frozen=True)
 class _Use:
-    """How the model uses a parameter: once for each call of a module that has it.
+    """All uses of a parameter in the model, one for each call of a module that owns it.
 
-    The positions of all calls are taken together.
+    The positions of all calls are concatenated.
 
     Attributes:
-        weights: How each output depends on the parameter.
+        weights: Dependence of each output on the parameter.
         outputs: Output of each call.
-        examples: Number of examples, B. An output may have more rows along its first axis, as many
-            for each example, one example after another.
+        examples: Number of examples, B. An output may have several rows for each example along its
+            first axis, the same number for each, one example after another.
     """
 
     weights: tuple[SharedWeight, ...]
@@ -253,7 +285,7 @@ class _Use:
     examples: int
 
     def inputs(self) -> Tensor:
-        """What the parameter meets at each position, ``(B, G, K, P)``, or one for all examples."""
+        """Return the inputs X at all positions, ``(B, G, K, P)``; B is 1 if examples share them."""
         parts = []
         for weight, output in zip(self.weights, self.outputs, strict=True):
             inputs, rows = weight.each(), len(output) // self.examples
@@ -266,14 +298,14 @@ class _Use:
         return torch.cat([part.expand(count, -1, -1, -1) for part in parts], -1)
 
     def slopes(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The gradients at the outputs, as ``(B, G, O, P)``."""
+        """Return the gradients at the outputs, as ``(B, G, O, P)``."""
         pairs = zip(self.weights, gradients, strict=True)
         parts = [weight.slopes(slope.reshape(len(slope), -1)) for weight, slope in pairs]
         return torch.cat([_grouped(part, self.examples) for part in parts], -1)
 
 
 def _grouped(rows: Tensor, examples: int) -> Tensor:
-    """``(B R, G, N, P)`` -> ``(B, G, N, R P)``: the rows of one example are further positions."""
+    """Move the R rows of each example to positions: ``(B R, G, N, P)`` -> ``(B, G, N, R P)``."""
     if len(rows) == examples:
         return rows
     return rows.unflatten(0, (examples, -1)).movedim(1, 3).flatten(3)
@@ -299,14 +331,14 @@ def _factored(
 
     def factored(space: Space, leaves: Mapping[str, Tensor], batch: Any) -> Blocks:
         outputs, uses = _observed(model, loss, leaves, batch)
-        # Draws of different rows are independent, and the expand factor keeps positions apart: no
-        # row needs to be told from another.
+        # Without grouping, rows need no check: draws of different rows are independent, and the
+        # "expand" factor has no cross terms between positions.
         grouped = exact or corrected or sharing == "reduce"
         _refuse_unless_seen(outputs, leaves, uses, grouped=grouped)
-        found = columns(outputs.detach(), batch)
+        vectors = columns(outputs.detach(), batch)
         examples = next(iter(uses.values())).examples
-        apart = _apart(found, examples) if exact else list(found)
-        # A module's weight and bias have the same B.
+        apart = _apart(vectors, examples) if exact else list(vectors)
+        # The weight and the bias of a module share the factor B: it is computed once for a site.
         sites = {name: (*map(id, use.outputs), use.weights[0].groups) for name, use in uses.items()}
         lefts = _summed(
             outputs,
@@ -324,6 +356,8 @@ def _factored(
                 },
                 space,
             )
+        # With eigenvectors U_B and U_A, (U_B (x) U_A)' vec(g x') = vec((U_B' g) (U_A' x)'), so that
+        # s[o, k] = sum_b (sum_p (U_B' g_bp)_o (U_A' x_bp)_k)^2 (George et al. 2018).
         lefts = {site: torch.linalg.eigh(factor).eigenvectors for site, factor in lefts.items()}
         rights = {name: torch.linalg.eigh(factor).eigenvectors for name, factor in rights.items()}
         turned = {name: rights[name].mT @ inputs[name] for name in uses}
@@ -345,48 +379,51 @@ def _factored(
 
 
 def _apart(columns: Tensor, examples: int) -> list[Tensor]:
-    """Columns that are zero but at one row of each example: squares of a sum have cross terms."""
+    """Split each column into one per row of an example, zero at the other rows.
+
+    Without this, the square of a sum over rows would have cross terms between them.
+    """
     rows = columns.shape[1] // examples
     if rows == 1:
         return list(columns)
-    found = []
+    parts = []
     for column in columns:
         for row in range(rows):
             one = torch.zeros_like(column).unflatten(0, (examples, rows))
             one[:, row] = column.unflatten(0, (examples, rows))[:, row]
-            found.append(one.flatten(0, 1))
-    return found
+            parts.append(one.flatten(0, 1))
+    return parts
 
 
 def _refuse_unless_seen(
     outputs: Tensor, leaves: Mapping[str, Tensor], uses: Mapping[str, _Use], *, grouped: bool
 ) -> None:
-    """Raise unless the uses of each parameter give its gradient, and examples are apart.
+    """Raise unless the recorded uses give each parameter's gradient and examples are independent.
 
-    Two gradients tell. Along one vector w at the outputs, the gradient of a parameter must be
-    ``sum_bp g_bp x_bp'``. Along ``s_b w_b``, with another s_b for each example, the gradient at the
-    outputs of a module must be ``s_b g_b``.
+    Two backward passes check this. For a cotangent w at the outputs, the gradient of a parameter
+    must be ``sum_bp g_bp x_bp'``. For the cotangent ``s_b w_b``, with a different s_b for each
+    example, the gradient at the outputs of a module must be ``s_b g_b``.
     """
     examples = next(iter(uses.values())).examples
     ends = {id(end): (name, end) for name, use in uses.items() for end in use.outputs}
     along = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos()
     along = along.to(outputs).view_as(outputs)
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         outputs,
         [*(end for _, end in ends.values()), *leaves.values()],
         along,
         retain_graph=True,
         materialize_grads=True,
     )
-    slopes = dict(zip(ends, found, strict=False))
-    for name, gradient in zip(leaves, found[len(ends) :], strict=True):
+    slopes = dict(zip(ends, gradients, strict=False))
+    for name, gradient in zip(leaves, gradients[len(ends) :], strict=True):
         use = uses[name]
         own = use.slopes([slopes[id(end)] for end in use.outputs]).to(gradient)
         inputs = use.inputs().to(gradient).expand(len(own), -1, -1, -1)
         if not _is_close(torch.einsum("bgop,bgkp->gok", own, inputs), gradient):
             raise ValueError(
-                f"parameter {name!r} is used in other ways than by the modules that have it, such "
-                f"as a shared weight in `F.linear(x, self.weight)`: {_HOLD}"
+                f"parameter {name!r} is also used outside the modules that own it, for example in "
+                f"`F.linear(x, self.weight)`: {_HOLD}"
             )
     if not grouped or examples == 1:
         return
@@ -399,14 +436,14 @@ def _refuse_unless_seen(
         retain_graph=True,
         materialize_grads=True,
     )
-    for (name, _), slope, other in zip(ends.values(), found, again, strict=False):
+    for (name, _), slope, other in zip(ends.values(), gradients, again, strict=False):
         expected = _by_example(slope, examples) * scales.to(slope)[:, None]
         if not _is_close(_by_example(other, examples), expected):
             raise ValueError(
                 f"the {len(slope)} rows of the module of {name!r} and the {len(outputs)} rows of "
-                f"the outputs do not follow {examples} examples along their first axis, one after "
-                "another, or examples see each other: keep the examples first, as in outputs "
-                "`(examples, classes, positions)`, `model_fn(params, x).movedim(-1, 1)`"
+                f"the outputs are not ordered by the {examples} examples along the first axis, or "
+                "the model mixes examples: keep the examples first, for example with outputs "
+                "`(examples, classes, positions)` from `model_fn(params, x).movedim(-1, 1)`"
             )
 
 
@@ -426,14 +463,14 @@ def _summed(
     uses: Mapping[_Key, _Use],
     fn: Callable[[_Key, Tensor], Tensor],
 ) -> dict[_Key, Tensor]:
-    """For each use, the sum over columns of a function of the gradients at its module's output."""
+    """Sum a function of the gradients at the outputs of each use over the columns."""
     ends = {id(end): end for use in uses.values() for end in use.outputs}
     total: dict[_Key, Tensor] = {}
     for column in columns:
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             outputs, list(ends.values()), column, retain_graph=True, materialize_grads=True
         )
-        slopes = dict(zip(ends, found, strict=True))
+        slopes = dict(zip(ends, gradients, strict=True))
         for key, use in uses.items():
             part = fn(key, use.slopes([slopes[id(end)] for end in use.outputs]))
             total[key] = total[key] + part if key in total else part
@@ -441,37 +478,40 @@ def _summed(
 
 
 def _outer(slopes: Tensor, sharing: Sharing) -> Tensor:
-    """B of one column, from gradients ``(B, G, O, P)``."""
+    """Return the factor B of one column, ``(G, O, O)``, from gradients ``(B, G, O, P)``."""
+    # "expand": sum_bp g_bp g_bp'. "reduce": sum_b (sum_p g_bp) (sum_p g_bp)'.
     return _gram(slopes if sharing == "expand" else slopes.sum(-1, keepdim=True))
 
 
 def _second_moments(inputs: Tensor, sharing: Sharing) -> Tensor:
-    """A, ``(G, K, K)``, from inputs ``(B, G, K, P)``."""
+    """Return the factor A, ``(G, K, K)``, from inputs ``(B, G, K, P)``."""
+    # "expand": mean_bp x_bp x_bp'. "reduce": mean_b xbar_b xbar_b'.
     if sharing == "reduce":
         inputs = inputs.mean(-1, keepdim=True)
     return _gram(inputs).div_(len(inputs) * inputs.shape[-1])
 
 
 def _gram(vectors: Tensor) -> Tensor:
-    """The sum over examples and positions of outer products: ``(B, G, N, P)`` -> ``(G, N, N)``."""
+    """Sum outer products over examples and positions: ``(B, G, N, P)`` -> ``(G, N, N)``."""
     groups, width = vectors.shape[1:3]
     refuse_unless_fits(
         groups * width**2,
         vectors,
         f"a Kronecker factor of {width} x {width} entries",
-        "hold that layer fixed by `split` and `hold`, or take exact products",
+        "hold that layer fixed with `split` and `hold`, or use exact products",
     )
     columns = vectors.permute(1, 2, 0, 3).flatten(2)
     return columns @ columns.mT
 
 
 def _squares(slopes: Tensor, inputs: Tensor) -> Tensor:
-    """The squares of the entries of each example's gradient, summed: ``(G, O, K)``.
+    """Sum the squared entries of the gradients of all examples: ``(G, O, K)``.
 
     Args:
-        slopes: ``(B, G, O, P)``.
-        inputs: ``(B, G, K, P)``, or one for all examples.
+        slopes: Gradients at the outputs, ``(B, G, O, P)``.
+        inputs: Inputs, ``(B, G, K, P)``, or ``(1, G, K, P)`` if all examples share them.
     """
+    # The gradient of an example is sum_p g_p x_p'. With one position, (g_o x_k)^2 = g_o^2 x_k^2.
     if slopes.shape[-1] == 1:
         left, right = slopes[..., 0].square(), inputs[..., 0].square()
         return torch.einsum("bgo,bgk->gok", left, right.expand(len(slopes), -1, -1))
@@ -483,7 +523,7 @@ def _squares(slopes: Tensor, inputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One call of a module in the course of the loss."""
+    """Record of one call of a module while the loss is evaluated."""
 
     module: nn.Module
     training: bool
@@ -495,7 +535,7 @@ class _Seen:
 def _observed(
     model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any
 ) -> tuple[Tensor, dict[str, _Use]]:
-    """The model's outputs, and where each parameter is used."""
+    """Evaluate the model, and return its outputs with all uses of each parameter."""
     named = _canonical_names(model, params)
     paths = {
         module: path
@@ -512,7 +552,7 @@ def _observed(
             raise _not_linear(paths[module], module)
         state = {name: value.detach() for name, value in module.named_parameters()}
         one = _Seen(module, module.training, state, given[0].detach(), output)
-        # What comes after may change its input in place: the output is kept as it is.
+        # A later module may change its input in place: keep a copy of the output.
         out = output.clone()
         seen.setdefault(paths[module], []).append(replace(one, output=out))
         return out.clone()
@@ -521,8 +561,8 @@ def _observed(
         outputs = loss.outputs(params, batch)
     if not isinstance(outputs, Tensor) or not outputs.dim():
         raise TypeError(
-            "Kronecker factors take a model whose outputs are one tensor, with the examples along "
-            f"its first axis, and these are {type(outputs).__name__}: make them one in `composed`"
+            "Kronecker factors need outputs that are one tensor with the examples along its first "
+            f"axis, but got {type(outputs).__name__}: combine them into one tensor with `composed`"
         )
     calls: dict[str, list[tuple[SharedWeight, Tensor]]] = {}
     for path, of_module in seen.items():
@@ -533,14 +573,14 @@ def _observed(
     for name, leaf in params.items():
         if name not in calls or calls[name][0][0].shape != leaf.shape:
             raise ValueError(
-                f"{name!r} of shape {tuple(leaf.shape)} is no parameter of a module that the loss "
-                f"calls: {_HOLD}"
+                f"{name!r} of shape {tuple(leaf.shape)} is not a parameter of a module that the "
+                f"loss calls: {_HOLD}"
             )
         if len({(weight.groups, weight.shape) for weight, _ in calls[name]}) > 1:
             raise NotImplementedError(
                 f"parameter {name!r} is shared by layers of different kinds: {_HOLD}"
             )
-    examples = _count(outputs, [output for found in calls.values() for _, output in found])
+    examples = _count(outputs, [output for uses in calls.values() for _, output in uses])
     uses = {}
     for name in params:
         weights, ends = zip(*calls[name], strict=True)
@@ -549,7 +589,7 @@ def _observed(
 
 
 def _canonical_names(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
-    """The name in params of each name that a parameter has in the model."""
+    """Map each name of a parameter in the model to its name in ``params``."""
     names: dict[int, str] = {}
     every = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in every.items():
@@ -563,13 +603,13 @@ def _canonical_names(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str
 
 
 def _count(outputs: Tensor, ends: Sequence[Tensor]) -> int:
-    """The number of examples: the least first axis, of which all others are multiples."""
+    """Return the number of examples: the shortest first axis, which divides all the others."""
     lengths = [len(outputs), *(len(end) if end.dim() else 1 for end in ends)]
     examples = min(lengths)
     if any(length % examples for length in lengths):
         raise ValueError(
             f"the first axes of outputs and modules have lengths {sorted(set(lengths))}, which are "
-            "no multiples of a number of examples: keep the examples along the first axis"
+            "not multiples of one number of examples: keep the examples along the first axis"
         )
     return examples
 
@@ -580,17 +620,17 @@ def _own_parameters(module: nn.Module) -> list[str]:
 
 def _not_linear(path: str, module: nn.Module) -> NotImplementedError:
     return NotImplementedError(
-        f"{_ONLY_WEIGHTS}, and {path!r} is a {type(module).__name__}: {_HOLD}, or take `hbp`"
+        f"{_ONLY_WEIGHTS}, but {path!r} is a {type(module).__name__}: {_HOLD}, or use `hbp`"
     )
 
 
 def _weights_of(path: str, seen: _Seen) -> dict[str, SharedWeight]:
-    """How a call of a module depends on each of its parameters.
+    """Return the dependence of a module's output on each of its parameters.
 
     Raises:
-        NotImplementedError: One of them is not the weight or bias of a linear map.
+        NotImplementedError: If a parameter is not the weight or bias of a linear map.
     """
-    found = rule_of(type(seen.module))
+    rule = rule_of(type(seen.module))
     call = Call(
         partial(torch.func.functional_call, seen.module),
         seen.state,
@@ -600,7 +640,7 @@ def _weights_of(path: str, seen: _Seen) -> dict[str, SharedWeight]:
         seen.output.shape[1:],
     )
     with training_flags([(seen.module, seen.training)]):
-        dependences = {} if found is None else found(call).parameters
+        dependences = {} if rule is None else rule(call).parameters
     weights = {name: d for name, d in dependences.items() if isinstance(d, SharedWeight)}
     if len(weights) < len(_own_parameters(seen.module)):
         raise _not_linear(path, seen.module)

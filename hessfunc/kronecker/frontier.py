@@ -1,4 +1,7 @@
-"""The joint Hessian of the loss with respect to tensors that no path leads between."""
+"""Joint Hessian of the loss with respect to the frontier of a backward pass.
+
+No tensor of the frontier depends on another one.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +13,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class _Row:
-    """The Hessian with respect to one tensor, and its mixed derivatives with the others."""
+    """Hessian with respect to one tensor, and its mixed derivatives with the others."""
 
     own: Tensor
     mixed: Mapping[int, Tensor]
 
 
 class Frontier:
-    """The blocks of a symmetric matrix that goes back through a graph.
+    """Blocks of the symmetric matrix that is propagated backwards through a graph.
 
-    It begins at the outputs. A tensor is taken out when its step is passed, and what its step
-    reads comes in; where paths part, several are in it at once, with their mixed derivatives.
+    At the start, the frontier contains the outputs only. Each step replaces its output by its
+    inputs. Where paths branch, the frontier contains several tensors and their mixed derivatives.
+
+    For z = f(x) with Jacobian J and any other tensor y of the frontier, the chain rule gives
+
+        H_xx = J' H_zz J + sum_k g_k Hess z_k,    H_yx = H_yz J.
     """
 
     def __init__(self, outputs: int, hessian: Tensor) -> None:
         self._parts = {(outputs, outputs): hessian}
 
     def take(self, number: int, /) -> _Row | None:
-        """Take out one tensor; None where the loss does not depend on it."""
+        """Remove one tensor, and return its row; None if the loss does not depend on it."""
         own = self._parts.pop((number, number), None)
         mixed = {a: part for (a, b), part in self._parts.items() if b == number}
         self._parts = {pair: part for pair, part in self._parts.items() if number not in pair}
         return None if own is None else _Row(own, mixed)
 
     def add(self, sources: Sequence[int], hessian: Sequence[Sequence[Tensor]], /) -> None:
-        """Add a matrix on the inputs of a step, one block a pair of inputs."""
+        """Add a matrix on the inputs of a step, given as one block for each pair of inputs."""
         for i, a in enumerate(sources):
             for j, b in enumerate(sources):
                 if a == b or i < j:
@@ -44,6 +51,7 @@ class Frontier:
         """Add the mixed derivatives of one tensor and the inputs of a step."""
         for source, part in zip(sources, rows, strict=True):
             if source == other:
+                # The tensor is itself an input: both H_yx and H_xy add to its own block.
                 self._add(other, other, part + part.mT)
             else:
                 self._add(other, source, part)

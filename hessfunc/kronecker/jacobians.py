@@ -1,7 +1,9 @@
-"""Jacobians of modules on a batch: how a Hessian goes back through one of them.
+"""Jacobians of modules on a batch, which propagate a Hessian backwards.
 
-Outputs and inputs are flat, ``m`` and ``n`` entries an example. A matrix on the outputs goes back
-in two ways: its rows times the mean Jacobian, or the mean of ``J_b' H J_b`` over examples.
+Outputs and inputs are flat, with ``m`` and ``n`` entries for each example. A matrix H on the
+outputs is propagated in one of two ways (Dangel, Harmeling and Hennig 2019, arXiv 1902.01813):
+
+    Jbar' H Jbar  with the mean Jacobian Jbar = mean_b J_b,  or  mean_b J_b' H J_b.
 """
 
 from __future__ import annotations
@@ -18,30 +20,31 @@ from hessfunc.memory import AT_ONCE
 
 
 class Jacobian(ABC):
-    """The Jacobians J_b of one module, with respect to one or several inputs."""
+    """Jacobians J_b of one module, with respect to one or several inputs."""
 
     @abstractmethod
     def pull(self, rows: Tensor, /) -> tuple[Tensor, ...]:
-        """Rows ``(k, m)`` times the mean Jacobian: ``(k, n)`` for each input."""
+        """Multiply rows ``(k, m)`` by the mean Jacobian: ``(k, n)`` for each input."""
 
     @property
     def entries(self) -> int:
-        """The numbers in memory that it takes beside the matrices that it maps."""
+        """Number of entries in memory, in addition to the matrices that are propagated."""
         return 0
 
     def congruence(self, hessian: Tensor, /) -> list[list[Tensor]]:
-        """``J' H J`` with the mean Jacobian, for each pair of inputs."""
+        """Return ``Jbar' H Jbar`` with the mean Jacobian, for each pair of inputs."""
+        # With half_i = H J_i, the block is half_i' J_j = J_i' H J_j, because H is symmetric.
         half = self.pull(hessian)
         return [list(self.pull(part.mT)) for part in half]
 
     def mean_congruence(self, hessian: Tensor, /) -> list[list[Tensor]]:
-        """The mean of ``J_b' H J_b`` over examples, for each pair of inputs."""
+        """Return the mean of ``J_b' H J_b`` over examples, for each pair of inputs."""
         return self.congruence(hessian)
 
 
 @dataclass(frozen=True)
 class Identity(Jacobian):
-    """J = I: a change of shape."""
+    """Jacobian J = I of a change of shape."""
 
     def pull(self, rows: Tensor, /) -> tuple[Tensor, ...]:
         return (rows,)
@@ -52,12 +55,13 @@ class Identity(Jacobian):
 
 @dataclass(frozen=True)
 class OfAll(Jacobian):
-    """One linear map for all examples.
+    """Linear map that all examples share.
 
     Attributes:
-        adjoint: cotangents ``(k, *output shape)`` -> ``(k, *input shape)`` for each input.
-        shape: of one example's output.
-        width: the entries of the largest tensor an example, of inputs and outputs.
+        adjoint: Transposed map from cotangents ``(k, *output shape)`` to ``(k, *input shape)`` for
+            each input.
+        shape: Shape of the output of one example.
+        width: Number of entries of the largest input or output of one example.
     """
 
     adjoint: Callable[[Tensor], Sequence[Tensor]]
@@ -66,18 +70,18 @@ class OfAll(Jacobian):
 
     def pull(self, rows: Tensor, /) -> tuple[Tensor, ...]:
         parts = [
-            [found.flatten(1) for found in self.adjoint(some.reshape(len(some), *self.shape))]
-            for some in rows.split(max(1, AT_ONCE // self.width))
+            [pulled.flatten(1) for pulled in self.adjoint(part.reshape(len(part), *self.shape))]
+            for part in rows.split(max(1, AT_ONCE // self.width))
         ]
         return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True)
 class Diagonal(Jacobian):
-    """J_b = diag(slope_b), of an elementwise function.
+    """Jacobians J_b = diag(slope_b) of an elementwise function.
 
     Attributes:
-        slopes: ``(B, n)``, or ``(1, n)`` where all examples have the same.
+        slopes: Slopes ``(B, n)``, or ``(1, n)`` if all examples share them.
     """
 
     slopes: Tensor
@@ -86,22 +90,24 @@ class Diagonal(Jacobian):
         return (rows * self.slopes.mean(0),)
 
     def mean_congruence(self, hessian: Tensor, /) -> list[list[Tensor]]:
+        # mean_b diag(s_b) H diag(s_b) = H * mean_b(s_b s_b'), entry by entry.
         return [[hessian * (self.slopes.mT @ self.slopes / len(self.slopes))]]
 
 
 @dataclass(frozen=True)
 class Selection(Jacobian):
-    """Each output is one of the inputs, and which one depends on the example: max-pooling.
+    """Jacobians of a selection of inputs that depends on the example, such as max-pooling.
 
     Attributes:
-        chosen: the input of each output, ``(B, m)``.
-        n: the number of inputs.
+        chosen: Index of the input that each output equals, ``(B, m)``.
+        n: Number of inputs.
     """
 
     chosen: Tensor
     n: int
 
     def pull(self, rows: Tensor, /) -> tuple[Tensor, ...]:
+        # Jbar[i, j] is the fraction of examples whose output i is input j: a sparse matrix.
         count, outputs = self.chosen.shape
         places = torch.stack(
             [torch.arange(outputs, device=rows.device).expand(count, -1), self.chosen]
@@ -114,6 +120,7 @@ class Selection(Jacobian):
 
     def mean_congruence(self, hessian: Tensor, /) -> list[list[Tensor]]:
         total = hessian.new_zeros(self.n, self.n)
+        # (J' H J)[c_i, c_j] += H[i, j], first along the rows, then along the columns.
         for chosen in self.chosen:
             half = hessian.new_zeros(self.n, len(hessian)).index_add_(0, chosen, hessian)
             total.index_add_(1, chosen, half)
@@ -122,11 +129,11 @@ class Selection(Jacobian):
 
 @dataclass(frozen=True)
 class EachExample(Jacobian):
-    """A matrix of its own for each example.
+    """Jacobians that are dense matrices, one for each example.
 
     Attributes:
-        formed: gives them, ``(B, m, n)``.
-        shape: B, m and n.
+        formed: Function that computes the Jacobians, ``(B, m, n)``.
+        shape: Sizes B, m and n.
     """
 
     formed: Callable[[], Tensor]
@@ -134,18 +141,19 @@ class EachExample(Jacobian):
 
     @property
     def entries(self) -> int:
-        # Twice the Jacobians, and the second derivatives of the outputs.
+        # Two copies of the Jacobians, (B, m, n), and the second derivatives, (B, n, n).
         count, outputs, inputs = self.shape
         return count * inputs * (2 * outputs + inputs)
 
     @cached_property
     def matrices(self) -> Tensor:
-        """The Jacobians, formed when they are first needed."""
+        """Jacobians ``(B, m, n)``, computed on first use."""
         return self.formed()
 
     def pull(self, rows: Tensor, /) -> tuple[Tensor, ...]:
         return (rows @ self.matrices.mean(0),)
 
     def mean_congruence(self, hessian: Tensor, /) -> list[list[Tensor]]:
-        images = (hessian @ self.matrices).flatten(0, 1)
-        return [[self.matrices.flatten(0, 1).mT @ images / len(self.matrices)]]
+        # sum_b J_b' (H J_b) is one product of matrices with B m rows.
+        products = (hessian @ self.matrices).flatten(0, 1)
+        return [[self.matrices.flatten(0, 1).mT @ products / len(self.matrices)]]

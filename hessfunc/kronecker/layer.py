@@ -1,4 +1,4 @@
-"""What Hessian backpropagation needs to know of a module on a batch."""
+"""Derivatives of a module on a batch, as Hessian backpropagation needs them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hessfunc.transforms.positive_curvature import Residual, positive
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module, or of a function, on a batch.
+    """Call of a module or of a function on a batch.
 
     Attributes:
-        function: ``(params, *inputs) -> output``, pure.
-        params: the module's own parameters; empty for a function.
-        inputs: the tensors that it is called on, the examples along their first axes.
-        moving: the numbers of those inputs that depend on the parameters.
-        module: for its options; None for a function.
-        shape: of one example's output.
+        function: Pure function ``(params, *inputs) -> output``.
+        params: Own parameters of the module; empty for a function.
+        inputs: Input tensors, with the examples along their first axes.
+        moving: Indices of the inputs that depend on the parameters.
+        module: Module, for its options; None for a function.
+        shape: Shape of the output of one example.
     """
 
     function: Callable[..., Tensor]
@@ -40,14 +40,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Layer:
-    """The derivatives of a module on a batch.
+    """Derivatives of a module on a batch.
 
     Attributes:
-        jacobian: of the output, with respect to the moving inputs.
-        curvature: the gradient of the loss at the output ``(B, m)`` -> ``sum_b sum_k g_bk H_bk``
-            with H_bk the Hessian of the k-th output with respect to the input: the matrix
-            ``(n, n)``, or ``(n,)`` where it is diagonal. None where it is zero.
-        parameters: how the output depends on each parameter, by its name in the module.
+        jacobian: Jacobian of the output with respect to the moving inputs.
+        curvature: Function from the gradient g of the loss at the output, ``(B, m)``, to
+            ``sum_b sum_k g_bk H_bk``, where H_bk is the Hessian of the k-th output with respect to
+            the input. The result is ``(n, n)``, or ``(n,)`` if it is diagonal. None if it is zero.
+        parameters: Dependence of the output on each parameter, by its name in the module.
     """
 
     jacobian: Jacobian
@@ -56,7 +56,7 @@ class Layer:
 
 
 def with_sign(curvature: Tensor, residual: Residual) -> Tensor:
-    """A diagonal ``(n,)`` or a matrix ``(n, n)`` with what is negative replaced."""
+    """Replace the negative eigenvalues of a diagonal ``(n,)`` or a matrix ``(n, n)``."""
     if curvature.dim() == 1 or residual == "none":
         return positive(curvature, residual)
     values, vectors = torch.linalg.eigh(curvature)
@@ -64,11 +64,11 @@ def with_sign(curvature: Tensor, residual: Residual) -> Tensor:
 
 
 class Dependence(ABC):
-    """How the output of a module depends on one of its parameters."""
+    """Dependence of the output of a module on one of its parameters."""
 
     @abstractmethod
     def entries(self, width: int, *, average: bool) -> int:
-        """The numbers in memory that the block of an output of this width takes."""
+        """Return the number of entries in memory of the block for an output of a given width."""
 
     @abstractmethod
     def block(
@@ -80,29 +80,29 @@ class Dependence(ABC):
         average: bool,
         max_blocks: int | None,
     ) -> Block:
-        """The block of this parameter.
+        """Return the diagonal block of the parameter.
 
         Args:
-            hessian: with respect to the output, ``(m, m)``.
-            slope: the gradient of the loss at the output, ``(B, m)``; None where not needed.
-            residual: what is done with negative curvature.
-            average: take the mean Jacobian, not the mean of J'HJ.
-            max_blocks: cut the rows of a linear layer in at most so many parts.
+            hessian: Hessian with respect to the output, ``(m, m)``.
+            slope: Gradient of the loss at the output, ``(B, m)``; None if it is not needed.
+            residual: Treatment of negative curvature, as in `hbp`.
+            average: Whether to use the mean Jacobian instead of the mean of J'HJ.
+            max_blocks: Largest number of parts into which the rows of a linear layer are split.
         """
 
 
 @dataclass(frozen=True)
 class SharedWeight(Dependence):
-    """A weight that acts on all positions: ``z[b, g, o, p] = sum_k W[g, o, k] X[b, g, k, p]``.
+    """Weight that acts on all positions: ``z[b, g, o, p] = sum_k W[g, o, k] X[b, g, k, p]``.
 
     Attributes:
-        of: the inputs of the module ``(B, ...)`` -> X.
-        inputs: of the module.
-        shape: of the parameter.
-        groups: how many there are.
-        is_affine: whether X is affine in the inputs, so that the mean X is X at the mean input.
-        channels_last: whether the outputs are ordered (p, g, o), not (g, o, p).
-        splits: whether its rows may be cut in parts.
+        of: Function from the inputs of the module, ``(B, ...)``, to X.
+        inputs: Inputs of the module.
+        shape: Shape of the parameter.
+        groups: Number of groups, G.
+        is_affine: Whether X is affine in the inputs, so that the mean X is X at the mean input.
+        channels_last: Whether the outputs are ordered (p, g, o) instead of (g, o, p).
+        splits: Whether the rows may be split into parts.
     """
 
     of: Callable[[Tensor], Tensor]
@@ -114,11 +114,11 @@ class SharedWeight(Dependence):
     splits: bool = False
 
     def each(self) -> Tensor:
-        """X, ``(B, G, K, P)``."""
+        """Return X, ``(B, G, K, P)``."""
         return self.of(self.inputs)
 
     def mean(self) -> Tensor:
-        """The mean of X over examples, ``(1, G, K, P)``."""
+        """Return the mean of X over examples, ``(1, G, K, P)``."""
         if self.is_affine:
             return self.of(self.inputs.mean(0, keepdim=True))
         return self.each().mean(0, keepdim=True)
@@ -132,14 +132,14 @@ class SharedWeight(Dependence):
         return inner + examples + (fan_in**2 if width == channels else 0)
 
     def slopes(self, slope: Tensor) -> Tensor:
-        """The gradient at the outputs ``(B, m)`` as ``(B, G, O, P)``."""
+        """View the gradient at the outputs, ``(B, m)``, as ``(B, G, O, P)``."""
         channels, groups = self.shape[0], self.groups
         if self.channels_last:
             slope = slope.view(len(slope), -1, channels).mT
         return slope.reshape(len(slope), groups, channels // groups, -1)
 
     def by_channel(self, hessian: Tensor) -> Tensor:
-        """A matrix on the outputs with these ordered (g, o, p)."""
+        """Reorder the rows and columns of a matrix on the outputs as (g, o, p)."""
         channels = self.shape[0]
         positions = len(hessian) // channels
         if not self.channels_last or positions == 1:
@@ -174,25 +174,27 @@ class SharedWeight(Dependence):
 
 
 def _of_weight(hessian: Tensor, inputs: Tensor, shape: torch.Size) -> Block:
+    """Return the block ``mean_b J_b' H J_b`` of a weight with inputs X, ``(M, G, K, P)``."""
     examples, groups, fan_in, positions = inputs.shape
     hessian, inputs = hessian.contiguous(), inputs.contiguous()
     if examples > 1 and groups == positions == 1:
+        # One group and one position: J_b = I (x) x_b', and mean_b J_b' H J_b = H (x) mean_b x x'.
         rows = inputs[:, 0, :, 0]
         return Kronecker(hessian[None], (rows.mT @ rows / examples)[None], shape)
     block = Congruence(hessian, inputs, shape)
-    # With more positions than inputs the matrix on the weights is the smaller one.
+    # If there are more positions than inputs, the matrix on the weight is smaller than H.
     return Dense(block.dense(), shape) if fan_in <= positions else block
 
 
 @dataclass(frozen=True)
 class General(Dependence):
-    """A parameter of any differentiable module.
+    """Parameter of any differentiable module.
 
     Attributes:
-        jacobians: of the output, ``(B, m, n)``, when called.
-        examples: B.
-        curvature: as in `Layer`, with respect to the parameter.
-        shape: of the parameter.
+        jacobians: Function that computes the Jacobians of the output, ``(B, m, n)``.
+        examples: Number of examples, B.
+        curvature: Second term with respect to the parameter, as in `Layer`.
+        shape: Shape of the parameter.
     """
 
     jacobians: Callable[[], Tensor]
@@ -215,6 +217,7 @@ class General(Dependence):
     ) -> Block:
         jacobian = self._jacobian(len(hessian))
         inner = jacobian.congruence if average else jacobian.mean_congruence
+        # H_theta = J' H_z J + sum_k g_k Hess_theta z_k.
         ((matrix,),) = inner(hessian)
         if slope is not None and residual != "zero":
             matrix = matrix + with_sign(self.curvature(slope), residual)

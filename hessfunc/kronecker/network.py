@@ -1,4 +1,4 @@
-"""A module on a batch, as steps that each have a rule."""
+"""Decompose a module on a batch into steps, each of which has a rule."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hessfunc.kronecker.rules import reshaped, rule_of
 from hessfunc.trees import leaves
 
 EXACT_PRODUCTS = (
-    "take exact products, `per_block(hvp(loss)(params, batch), params)` or `pchvp(loss)`, which go "
-    "through any model"
+    "use exact products, `per_block(hvp(loss)(params, batch), params)` or `pchvp(loss)`, which "
+    "support any model"
 )
 _REGISTER = "register a rule for the module around it (`from hessfunc.kronecker import rule`)"
 
@@ -26,15 +26,15 @@ _OUT_OF_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.isub: ope
 
 @dataclass(frozen=True)
 class Step:
-    """A call that depends on the parameters.
+    """Call of a module or function whose output depends on the parameters.
 
     Attributes:
-        name: for messages.
-        target: what is called: a module type, a function, or the name of a tensor method.
-        call: on values that are detached.
-        sources: the numbers of the steps that give its moving inputs.
-        parameters: the full name of each parameter that is differentiated, by its own name.
-        output: with its graph.
+        name: Name for messages.
+        target: Module type, function, or name of the tensor method that is called.
+        call: Call on detached values.
+        sources: Indices of the steps that compute the moving inputs.
+        parameters: Full name of each differentiated parameter, by its name in the module.
+        output: Output with its autograd graph.
     """
 
     name: str
@@ -46,34 +46,34 @@ class Step:
 
     @property
     def width(self) -> int:
-        """The entries of one example's output."""
+        """Number of entries of the output of one example."""
         return self.output[0].numel()
 
     def layer(self) -> Layer:
-        """The derivatives of the call.
+        """Return the derivatives of the call.
 
         Raises:
-            NotImplementedError: there is no rule, or it does not fit the call.
+            NotImplementedError: If there is no rule, or if it does not apply to the call.
         """
-        found = rule_of(self.target)
-        if found is None:
+        rule = rule_of(self.target)
+        if rule is None:
             kind = getattr(self.target, "__name__", str(self.target))
             raise NotImplementedError(
                 f"Hessian backpropagation has no rule for {kind}, at {self.name!r}: register one "
                 "(`from hessfunc.kronecker import by_autodiff, rule`; "
-                f"`rule({kind})(by_autodiff)` fits what treats each example by itself), or "
+                f"`rule({kind})(by_autodiff)` if it treats each example independently), or "
                 f"{EXACT_PRODUCTS}"
             )
         try:
-            layer = found(self.call)
-            if found is not reshaped:
+            layer = rule(self.call)
+            if rule is not reshaped:
                 self._refuse_unless_apart()
         except (NotImplementedError, ValueError) as error:
             raise type(error)(f"at {self.name!r}: {error}") from None
         if unknown := [own for own in self.parameters if own not in layer.parameters]:
             raise NotImplementedError(
-                f"the rule for {self.target.__name__}, at {self.name!r}, does not say how the "
-                f"output depends on the parameter {unknown[0]!r}: `by_autodiff` finds out"
+                f"the rule for {self.target.__name__}, at {self.name!r}, does not differentiate "
+                f"the output with respect to the parameter {unknown[0]!r}: use `by_autodiff`"
             )
         return layer
 
@@ -86,18 +86,23 @@ class Step:
                 is_apart = False
             if not is_apart:
                 raise NotImplementedError(
-                    "one example alone gives something else than in the batch, and Hessian "
-                    f"backpropagation needs the examples apart: {EXACT_PRODUCTS}"
+                    "the output for one example alone differs from its output in the batch, but "
+                    f"Hessian backpropagation needs independent examples: {EXACT_PRODUCTS}"
                 )
 
 
 def steps_of(model: nn.Module, found: Called, chosen: frozenset[str], /) -> list[Step]:
-    """The calls that depend on the chosen parameters; the last one gives the outputs.
+    """Return the calls that depend on the chosen parameters; the last call gives the outputs.
+
+    Args:
+        model: Module that the loss calls.
+        found: Record of this call.
+        chosen: Full names of the parameters that are differentiated.
 
     Raises:
-        ValueError: a parameter is used more than once, or none at all.
-        NotImplementedError: the calls cannot be read, or a parameter is used outside of modules
-            that have a rule.
+        ValueError: If a parameter is used more than once, or if the outputs depend on none.
+        NotImplementedError: If the module cannot be traced, or if a parameter is used outside
+            modules that have a rule.
     """
     graph, constants = _traced(model, found.arguments)
     values: dict[fx.Node, Any] = {}
@@ -114,8 +119,8 @@ def steps_of(model: nn.Module, found: Called, chosen: frozenset[str], /) -> list
         elif node.op == "get_attr":
             if target in chosen:
                 raise NotImplementedError(
-                    f"parameter {target!r} is used outside of a module that has a rule: "
-                    f"{_REGISTER}, hold the parameter fixed by `split` and `hold`, or "
+                    f"parameter {target!r} is used outside a module that has a rule: "
+                    f"{_REGISTER}, hold the parameter fixed with `split` and `hold`, or "
                     f"{EXACT_PRODUCTS}"
                 )
             values[node] = constants[target] if target in constants else found.state[target]
@@ -151,14 +156,17 @@ def steps_of(model: nn.Module, found: Called, chosen: frozenset[str], /) -> list
                 steps.append(step)
     _refuse_shared(steps, found.state)
     if last not in numbers:
-        raise ValueError("the model's outputs do not depend on any of the parameters")
+        raise ValueError(
+            "the model's outputs do not depend on any of the parameters: pass the params from "
+            "`functional(model)`"
+        )
     return steps[: numbers[last] + 1]
 
 
 def _traced(
     model: nn.Module, arguments: Mapping[str, Any]
 ) -> tuple[fx.Graph, Mapping[str, Tensor]]:
-    """The graph of a module's calls, and the constants in it."""
+    """Trace a module: return the graph of its calls and the constants in it."""
     if rule_of(type(model)) is not None:
         graph = fx.Graph()
         inputs = tuple(graph.placeholder(name) for name in arguments)
@@ -175,11 +183,11 @@ def _traced(
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise NotImplementedError(
-            f"the calls of {type(model).__name__} cannot be read ({reason}): {_REGISTER}, or "
+            f"{type(model).__name__} cannot be traced by torch.fx ({reason}): {_REGISTER}, or "
             f"{EXACT_PRODUCTS}"
         ) from error
     finally:
-        # The tracer keeps constant tensors in the module itself.
+        # The tracer stores constant tensors as attributes of the module: remove them again.
         constants = {name: vars(model).pop(name) for name in set(vars(model)) - before}
     return graph, constants
 
@@ -199,7 +207,7 @@ def _evaluated(
     sources: Sequence[fx.Node],
     moving: tuple[int, ...],
 ) -> tuple[Call, Any]:
-    """A node as a call on the values of its sources, and its value."""
+    """Return a node as a call on the values of its sources, and its output."""
     module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
     in_place = (
         getattr(module, "inplace", False)
@@ -246,9 +254,9 @@ def _is_floating(value: Any) -> bool:
 
 def _refuse_unless_batched(node: fx.Node, output: Any, outputs: Tensor) -> None:
     if not _is_floating(output) or output.dim() == 0 or len(output) != len(outputs):
-        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise NotImplementedError(
-            f"{node.name!r} gives {what}, and Hessian backpropagation needs tensors with the "
+            f"{node.name!r} returns {kind}, but Hessian backpropagation needs tensors with the "
             f"{len(outputs)} examples along their first axes: {_REGISTER}, or {EXACT_PRODUCTS}"
         )
 
@@ -256,8 +264,8 @@ def _refuse_unless_batched(node: fx.Node, output: Any, outputs: Tensor) -> None:
 def _refuse_unless_equal(ours: Any, outputs: Tensor) -> None:
     if ours.shape != outputs.shape or not torch.allclose(ours, outputs, rtol=1e-3, atol=1e-5):
         raise ValueError(
-            "the graph of the model's calls does not give its outputs: does forward draw random "
-            f"numbers? Then {EXACT_PRODUCTS}"
+            "the traced graph of the model does not reproduce its outputs, as happens if forward "
+            f"draws random numbers: {EXACT_PRODUCTS}"
         )
 
 
@@ -267,6 +275,6 @@ def _refuse_shared(steps: Sequence[Step], state: Mapping[str, Tensor]) -> None:
     for name in names:
         if names.count(name) > 1 or tensors.count(id(state[name])) > 1:
             raise ValueError(
-                f"parameter {name!r} is used more than once, and a block of one use would miss the "
-                f"cross terms: {EXACT_PRODUCTS}"
+                f"parameter {name!r} is used more than once, so that the blocks of its uses have "
+                f"cross terms, which Hessian backpropagation misses: {EXACT_PRODUCTS}"
             )

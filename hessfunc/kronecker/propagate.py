@@ -1,4 +1,4 @@
-"""Hessian backpropagation: one averaged Hessian goes back through the model, step by step."""
+"""Hessian backpropagation: propagate one averaged Hessian backwards, step by step."""
 
 from __future__ import annotations
 
@@ -38,50 +38,53 @@ def hbp(
     average_parameter_jacobian: bool = True,
     max_blocks: int | None = None,
 ) -> BlockCurvature:
-    """The Hessian's diagonal blocks by backpropagation: ``(params, batch) -> blocks``.
+    """Compute the diagonal blocks of the Hessian by backpropagation: ``(params, batch) -> blocks``.
 
         H_x = J' H_z J + sum_k g_k Hess_x z_k
 
-    for each module z = f(x, theta), with J its Jacobian, g the gradient of the loss at z, and the
-    same for theta. One matrix goes back, an average over the batch: of the loss' Hessians at the
-    outputs, then of the modules' Jacobians or of ``J_b' H_z J_b``, then of the second terms. So
-    each block has the structure of its layer, such as ``H_z (x) xbar xbar'`` for the weight of a
-    linear one, and a product costs no pass over the batch. For one example the blocks are those of
-    the Hessian. Where paths meet again, as around a skip connection, the Hessian of all their ends
-    goes back, so that no cross term is lost; averages are still those of each module by itself.
+    This holds for each module z = f(x, theta) with Jacobian J and gradient g of the loss at z, and
+    in the same way for theta. One matrix is propagated backwards, an average over the batch: first
+    of the Hessians of the loss at the outputs, then of the Jacobians of a module or of
+    ``J_b' H_z J_b``, then of the second terms. Each block has the structure of its layer, for
+    example ``H_z (x) xbar xbar'`` for the weight of a linear layer, and a product needs no pass
+    over the batch. For one example, the blocks are the blocks of the Hessian. Where paths meet
+    again, as around a skip connection, the joint Hessian of all branches is propagated, so that no
+    cross term is lost. Each module is still averaged separately.
 
-    Rules for modules and functions are in `hessfunc.kronecker.rules`, where users register
-    more; modules made of these are looked into, in whatever way they are connected.
+    `hessfunc.kronecker.rules` contains the rules for modules and functions; users can register
+    more. Modules without a rule are traced into the modules and functions that they call.
 
     Args:
-        loss: with its two halves, as made by `supervised`.
-        model: the module of which the loss is made, in eval mode where it has BatchNorm or
-            Dropout.
-        residual: what is done with the second term, after it is summed over the batch: ``"none"``:
-            kept; ``"abs"``: replaced by its absolute value; ``"clip"``: by its positive part;
-            ``"zero"``: left out. All but the first give positive semi-definite blocks, for a
-            criterion that is convex in the outputs.
-        average_input_jacobian: take the mean Jacobian of each module, not the mean of J'HJ.
-        average_parameter_jacobian: the same for parameters.
-        max_blocks: cut the rows of each linear layer in at most so many parts (`torch.chunk`), of
-            which each is a block of its own.
+        loss: Loss that exposes its outputs and its criterion, as made by `supervised`.
+        model: Module from which the loss was made, in eval mode if it has BatchNorm or Dropout.
+        residual: Treatment of the second term, after its sum over the batch. ``"none"`` keeps it,
+            ``"abs"`` replaces it by its absolute value, ``"clip"`` by its positive part, and
+            ``"zero"`` drops it. All but ``"none"`` give positive semi-definite blocks if the
+            criterion is convex in the outputs.
+        average_input_jacobian: Whether to propagate with the mean Jacobian of each module instead
+            of the mean of J'HJ.
+        average_parameter_jacobian: Whether to use the mean Jacobian with respect to the parameters
+            instead of the mean of J'HJ.
+        max_blocks: Largest number of parts into which the rows of each linear layer are split
+            (`torch.chunk`). Each part is a block of its own.
 
     Returns:
-        A curvature function; its `Blocks` map each parameter's name to a block with ``matvec``,
-        ``dense()``, ``trace()``, ``logdet(damping)`` and ``inverse_matvec(block, damping)``, and
-        are, called, the matvec of the whole block-diagonal matrix.
+        A curvature function that returns `Blocks`. They map the name of each parameter to a block
+        with ``matvec``, ``dense()``, ``trace()``, ``logdet(damping)`` and
+        ``inverse_matvec(block, damping)``. Called, they are the matvec of the whole block-diagonal
+        matrix.
 
     Raises:
-        TypeError: the loss does not show its halves.
-        NotImplementedError: (from the curvature function) the model has a module for which there
-            is no rule.
-        ValueError: (from the curvature function) a module mixes examples, such as BatchNorm in
-            train mode, or a parameter is used more than once.
-        MemoryError: (from the curvature function, before it is needed) memory does not suffice;
-            (from a block) its dense matrix does not fit.
+        TypeError: If the loss does not expose its outputs and its criterion.
+        NotImplementedError: If the model has a module without a rule. Raised by the curvature
+            function.
+        ValueError: If a module mixes examples, such as BatchNorm in train mode, or if a parameter
+            is used more than once. Raised by the curvature function.
+        MemoryError: If the matrices do not fit into memory. Raised by the curvature function
+            before it allocates them, and by ``dense()`` of a block.
 
-    Cost: two gradients, and for a layer of m outputs and n inputs matmuls of (m + n) m n; a product
-    with a linear layer's block is one with H_z.
+    Cost: two gradients, and (m + n) m n operations in matrix products for a layer with m outputs
+    and n inputs. A product with the block of a linear layer is one product with H_z.
 
     Source: Dangel, Harmeling and Hennig 2019, arXiv 1902.01813; Chen, Chou and Chang 2018,
     arXiv 1802.06502; Botev, Ritter and Barber 2017, arXiv 1706.03662.
@@ -89,7 +92,7 @@ def hbp(
     refuse_without_halves(loss)
     refuse_residual(residual)
     if max_blocks is not None and max_blocks < 1:
-        raise ValueError(f"max_blocks={max_blocks}: at least 1, or None for whole layers")
+        raise ValueError(f"max_blocks={max_blocks}: pass at least 1, or None for whole layers")
 
     def block(reached: Reached) -> Block:
         return reached.dependence.block(
@@ -112,12 +115,13 @@ def hbp(
 
 @dataclass(frozen=True)
 class Reached:
-    """A parameter that backpropagation has reached.
+    """Parameter reached by the backward pass, with the derivatives at its module's output.
 
     Attributes:
-        dependence: of the module's output on it.
-        hessian: with respect to the module's output, ``(m, m)``.
-        slope: the gradient of the loss there, ``(B, m)``; None where no residual is wanted.
+        dependence: Dependence of the module's output on the parameter.
+        hessian: Hessian with respect to the module's output, ``(m, m)``.
+        slope: Gradient of the loss at the module's output, ``(B, m)``; None if the residual is
+            dropped.
     """
 
     dependence: Dependence
@@ -135,7 +139,7 @@ def backpropagated(
     average_input_jacobian: bool,
     average_parameter_jacobian: bool,
 ) -> BlockCurvature:
-    """The curvature function of what ``block`` makes of each parameter."""
+    """Return the curvature function whose blocks are ``block(reached)`` for each parameter."""
     refuse_compiled(model)
 
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
@@ -143,25 +147,26 @@ def backpropagated(
         refuse_dtensors(space)
         with linearising(space, params, batch) as (leaves, given):
             with noted(loss, params, batch):
-                found = called(model, loss, leaves, given)
-            with training_flags(found.training):
-                blocks = propagated(found, frozenset(params), given)
+                call = called(model, loss, leaves, given)
+            with training_flags(call.training):
+                blocks = propagated(call, frozenset(params), given)
         if unused := [name for name in space.names if name not in blocks]:
             raise ValueError(
                 f"the loss does not depend on parameter {unused[0]!r} of the model: hold it fixed "
-                "by `split` and `hold`"
+                "with `split` and `hold`"
             )
         return Blocks({name: blocks[name] for name in space.names}, space)
 
-    def propagated(found: Called, chosen: frozenset[str], batch: Any) -> dict[str, Block]:
-        steps = steps_of(model, found, chosen)
+    def propagated(call: Called, chosen: frozenset[str], batch: Any) -> dict[str, Block]:
+        steps = steps_of(model, call, chosen)
         slopes = _slopes(loss, steps, batch) if residual != "zero" else [None] * len(steps)
         with torch.no_grad():
             layers = [step.layer() for step in steps]
             _refuse_unless_fits(steps, layers, average=average_parameter_jacobian)
             hessian = mean_hessian(loss.criterion, steps[-1].output.detach(), batch)
             if residual == "zero":
-                # With the second terms, the Hessian is right however the loss is split.
+                # With the second terms, the Hessian does not depend on how the loss is split into
+                # outputs and criterion. Without them, a linear criterion gives zero.
                 warn_if_zero(loss.criterion, hessian)
             return _backward(
                 steps, layers, slopes, hessian, block, residual, average_input_jacobian
@@ -171,16 +176,16 @@ def backpropagated(
 
 
 def refuse_residual(residual: str, /) -> None:
-    """Raise for a residual that there is not."""
+    """Raise if the residual is not one of the options."""
     if residual not in get_args(Residual):
         raise ValueError(f"residual={residual!r}: choose 'abs', 'clip', 'zero' or 'none'")
 
 
 def _slopes(loss: Loss, steps: Sequence[Step], batch: Any) -> list[Tensor | None]:
-    """The gradient of the loss at the output of each step, ``(B, m)``."""
+    """Return the gradient of the loss at the output of each step, ``(B, m)``."""
     value = loss.criterion(steps[-1].output, batch)
-    found = torch.autograd.grad(value, [step.output for step in steps], materialize_grads=True)
-    return [slope.reshape(len(slope), -1) for slope in found]
+    gradients = torch.autograd.grad(value, [step.output for step in steps], materialize_grads=True)
+    return [gradient.reshape(len(gradient), -1) for gradient in gradients]
 
 
 def _backward(
@@ -192,22 +197,32 @@ def _backward(
     residual: Residual,
     average: bool,
 ) -> dict[str, Block]:
+    """Propagate the Hessian at the outputs backwards, and return the block of each parameter.
+
+    The recursion is that of Dangel, Harmeling and Hennig 2019, arXiv 1902.01813:
+
+        H_x = J' H_z J + sum_k g_k Hess_x z_k
+
+    Mixed derivatives with another tensor y of the frontier follow H_yx = H_yz J.
+    """
     frontier = Frontier(len(steps) - 1, hessian)
     blocks: dict[str, Block] = {}
     for number in reversed(range(len(steps))):
         step, layer, slope = steps[number], layers[number], slopes[number]
-        found = frontier.take(number)
-        if found is None:
+        row = frontier.take(number)
+        if row is None:
             continue
         for own, name in step.parameters.items():
-            blocks[name] = block(Reached(layer.parameters[own], found.own, slope))
+            blocks[name] = block(Reached(layer.parameters[own], row.own, slope))
         if not step.sources:
             continue
         jacobian = layer.jacobian
         inner = jacobian.congruence if average else jacobian.mean_congruence
-        frontier.add(step.sources, inner(found.own))
-        for other, rows in found.mixed.items():
+        # J' H_z J for each pair of inputs, then H_yz J for each other tensor y.
+        frontier.add(step.sources, inner(row.own))
+        for other, rows in row.mixed.items():
             frontier.add_mixed(other, step.sources, jacobian.pull(rows))
+        # sum_k g_k Hess_x z_k, summed over the batch before its sign is treated.
         if layer.curvature is not None and slope is not None:
             curvature = with_sign(layer.curvature(slope), residual)
             whole = torch.diag(curvature) if curvature.dim() == 1 else curvature
@@ -216,7 +231,7 @@ def _backward(
 
 
 def _refuse_unless_fits(steps: Sequence[Step], layers: Sequence[Layer], *, average: bool) -> None:
-    """Raise if the matrices that live at once, and those that the blocks keep, do not fit."""
+    """Raise if the matrices alive at one step and those kept by the blocks do not fit."""
     widths = [step.width for step in steps]
     live, kept, most = {len(steps) - 1}, 0, 0
     for number in reversed(range(len(steps))):
@@ -228,14 +243,14 @@ def _refuse_unless_fits(steps: Sequence[Step], layers: Sequence[Layer], *, avera
         inner = sum(widths[s] for s in live | sources) ** 2
         if sources:
             inner += widths[number] * sum(widths[s] for s in sources) + layer.jacobian.entries
-        # Sums, products and copies of these matrices take as much again.
+        # Sums, products and copies of these matrices double the memory.
         most = max(most, kept + 2 * inner)
         live = (live | sources) - {number}
     widest = max(range(len(steps)), key=widths.__getitem__)
     refuse_unless_fits(
         most,
         steps[-1].output,
-        "Hessian backpropagation, whose largest matrix is the one of "
-        f"{widths[widest]} x {widths[widest]} at {steps[widest].name!r},",
+        "Hessian backpropagation, whose largest matrix has "
+        f"{widths[widest]} x {widths[widest]} entries at {steps[widest].name!r},",
         EXACT_PRODUCTS,
     )

@@ -1,4 +1,4 @@
-"""One rule a module type: a call on a batch -> its derivatives."""
+"""Rules for module types and functions, which map a call on a batch to its derivatives."""
 
 from __future__ import annotations
 
@@ -27,25 +27,29 @@ def rule(*targets: Any) -> Callable[[AnyRule], AnyRule]:
         def swish(call):
             return elementwise(call)
 
-    or, shorter, ``rule(Swish)(elementwise)``. Ready to use are `elementwise`, `piecewise_linear`,
-    `linear`, `selection`, and `by_autodiff`, which fits any module that treats each example by
-    itself. A module whose type has a rule is one step of the backpropagation; one without is
-    looked into. A subclass that acts as its base takes the base's rule:
+    The short form is ``rule(Swish)(elementwise)``. Predefined rules are `elementwise`,
+    `piecewise_linear`, `linear`, `selection`, and `by_autodiff`. The last one fits any module that
+    treats each example independently. A module whose type has a rule is one step of the
+    backpropagation; a module without a rule is traced into the calls that it makes. A subclass that
+    computes the same function as its base can reuse the rule of the base:
     ``rule(MyLinear)(rule_of(torch.nn.Linear))``.
 
     Args:
-        targets: ``nn.Module`` types (not their subclasses), functions, strings.
+        targets: ``nn.Module`` types (not their subclasses), functions, or names of tensor methods.
+
+    Returns:
+        A decorator that registers a rule, a function from `Call` to `Layer`, and returns it.
     """
 
-    def register(found: AnyRule) -> AnyRule:
-        _RULES.update(dict.fromkeys(targets, found))
-        return found
+    def register(new: AnyRule) -> AnyRule:
+        _RULES.update(dict.fromkeys(targets, new))
+        return new
 
     return register
 
 
 def rule_of(target: Any, /) -> Rule | None:
-    """The rule of a module type, a function, or the name of a tensor method."""
+    """Return the rule of a module type, a function, or the name of a tensor method, or None."""
     return _RULES.get(target)
 
 
@@ -57,11 +61,11 @@ def rule_of(target: Any, /) -> Rule | None:
     *(nn.FeatureAlphaDropout, F.dropout),
 )
 def reshaped(call: Call, /) -> Layer:
-    """The same numbers, maybe in another shape; dropout in eval mode is one."""
+    """Rule for functions that only change the shape, such as dropout in eval mode: J = I."""
     if call.shape.numel() != call.inputs[0][0].numel():
         raise NotImplementedError(
-            f"an example's shape changes from {tuple(call.inputs[0].shape[1:])} to "
-            f"{tuple(call.shape)}, so these are not the same numbers in another shape"
+            f"the shape of an example changes from {tuple(call.inputs[0].shape[1:])} to "
+            f"{tuple(call.shape)}, so that the call is not a reshape"
         )
     return Layer(Identity())
 
@@ -91,13 +95,14 @@ def reshaped(call: Call, /) -> Layer:
     *(torch.movedim, operator.getitem, torch.flip, "flip", torch.roll, "roll", "add_", "sub_"),
 )
 def linear(call: Call, /) -> Layer:
-    """A function that is linear, up to a constant, and the same for all examples."""
+    """Rule for an affine function that is the same for all examples."""
     width = max(shape.numel() for shape in (call.shape, *(t.shape[1:] for t in call.inputs)))
 
     def adjoint(cotangents: Tensor) -> Sequence[Tensor]:
+        # The Jacobian of an affine function is the same everywhere: take it at zero.
         zeros = [t.new_zeros(len(cotangents), *t.shape[1:]) for t in call.inputs]
-        found = torch.func.vjp(call, *zeros)[1](cotangents)
-        return [found[i] for i in call.moving]
+        pulled = torch.func.vjp(call, *zeros)[1](cotangents)
+        return [pulled[i] for i in call.moving]
 
     return Layer(OfAll(adjoint, call.shape, width))
 
@@ -112,7 +117,7 @@ def linear(call: Call, /) -> Layer:
     *("sigmoid", "tanh", "exp", "log", "sin", "cos", "square", "sqrt", "pow", "mul", "div"),
 )
 def elementwise(call: Call, /) -> Layer:
-    """A function of each entry alone: J = diag(phi'), and its curvature is diag(sum_b phi'' g).
+    """Rule for a function phi of each entry: J = diag(phi'), with curvature diag(sum_b phi'' g).
 
     Further inputs may be fixed, as in a product with a mask.
     """
@@ -127,16 +132,19 @@ def elementwise(call: Call, /) -> Layer:
     *(operator.abs, nn.RReLU, "relu", "relu_", "clamp", "abs"),
 )
 def piecewise_linear(call: Call, /) -> Layer:
-    """An elementwise function whose second derivative is zero; phi' is 0 or as torch takes it."""
+    """Rule for an elementwise function with zero second derivative.
+
+    At a kink, phi' is the derivative that PyTorch returns.
+    """
     return Layer(Diagonal(_slopes(call, twice=False)[0]))
 
 
 def _slopes(call: Call, *, twice: bool) -> tuple[Tensor, Tensor | None]:
-    """phi' and phi'' at each entry ``(B, n)``; None for a phi'' that is zero."""
+    """Return phi' and phi'' at each entry, ``(B, n)``; None if phi'' is zero."""
     if len(call.moving) != 1:
         raise NotImplementedError(
-            "a product or quotient of two tensors that both depend on parameters is no function "
-            "of each entry of one"
+            "a product or quotient of two tensors that both depend on parameters is not an "
+            "elementwise function of one tensor"
         )
     inputs, (place,) = list(call.inputs), call.moving
     with torch.enable_grad():
@@ -144,9 +152,10 @@ def _slopes(call: Call, *, twice: bool) -> tuple[Tensor, Tensor | None]:
         y = call(*inputs)
         if y.shape != x.shape:
             raise NotImplementedError(
-                f"inputs of shape {tuple(x.shape)} are broadcast to {tuple(y.shape)}, which is no "
-                "function of each entry alone"
+                f"inputs of shape {tuple(x.shape)} are broadcast to {tuple(y.shape)}, so that the "
+                "call is not an elementwise function"
             )
+        # phi acts entry by entry, so that the gradient of sum(phi(x)) is phi' at each entry.
         (first,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=twice)
         second = None
         if twice and first.requires_grad:
@@ -155,7 +164,7 @@ def _slopes(call: Call, *, twice: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _flat(batch: Tensor) -> Tensor:
-    """One row an example."""
+    """Flatten each example to one row."""
     return batch.reshape(len(batch), -1)
 
 
@@ -166,23 +175,24 @@ def _flat(batch: Tensor) -> Tensor:
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
 )
 def selection(call: Call, /) -> Layer:
-    """A function each of whose outputs is one of the inputs."""
+    """Rule for a function each of whose outputs equals one of the inputs."""
     (inputs,) = call.inputs
     n = inputs[0].numel()
     with torch.enable_grad():
         x = inputs.detach().double().requires_grad_()
         y = call(x)
-        # J c, with c the numbers of the inputs, is the number of the input that each output is.
+        # Row i of J is the unit vector of the chosen input, so that J (0, 1, ..., n - 1)' is its
+        # index. J v is the derivative of the pullback w -> J' w in the direction v.
         cotangent = torch.zeros_like(y, requires_grad=True)
         (pulled,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
         numbers = torch.arange(n, dtype=x.dtype, device=x.device).expand(len(x), -1)
-        (found,) = torch.autograd.grad(pulled, cotangent, numbers.reshape(x.shape))
-    return Layer(Selection(_flat(found.round().long()), n))
+        (chosen,) = torch.autograd.grad(pulled, cotangent, numbers.reshape(x.shape))
+    return Layer(Selection(_flat(chosen.round().long()), n))
 
 
 @rule(nn.Linear)
 def affine(call: Call, /) -> Layer:
-    """``z = W x + b`` at each position: J = W, H_W = H (x) xx'."""
+    """Rule for ``z = W x + b`` at each position: J = W and H_W = H_z (x) x x'."""
     (inputs,), weight = call.inputs, call.params["weight"]
 
     def adjoint(cotangents: Tensor) -> tuple[Tensor, ...]:
@@ -199,7 +209,7 @@ def affine(call: Call, /) -> Layer:
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(call: Call, /) -> Layer:
-    """J is the convolution, H_W goes through the unfolded input."""
+    """Rule for a convolution: J is its linear part, and H_W = J_W' H_z J_W uses unfolded inputs."""
     module = call.module
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return Layer(
@@ -209,7 +219,7 @@ def convolution(call: Call, /) -> Layer:
 
 
 def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """What each weight of a convolution meets at each position, ``(B, groups, K, P)``."""
+    """Return the inputs that each weight multiplies at each position, ``(B, groups, K, P)``."""
     dims = len(module.kernel_size)
     if module.padding != "valid":
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -227,11 +237,12 @@ def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def batch_norm(call: Call, /) -> Layer:
-    """An affine map of each channel, in eval mode."""
+    """Rule for batch norm in eval mode, an affine map of each channel."""
     module, (inputs,) = call.module, call.inputs
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
     assert module.running_mean is not None
     assert module.running_var is not None
+    # z = w (x - mean) / sqrt(var + eps) + b for each channel, with fixed mean and var.
     per_channel = (1, -1, *[1] * (inputs.dim() - 2))
     mean = module.running_mean.to(inputs).view(per_channel)
     scale = torch.rsqrt(module.running_var.to(inputs) + module.eps).view(per_channel)
@@ -249,7 +260,7 @@ def batch_norm(call: Call, /) -> Layer:
 
 @rule(nn.PReLU)
 def prelu(call: Call, /) -> Layer:
-    """``max(0, x) + w min(0, x)``, with one w or one a channel."""
+    """Rule for ``max(0, x) + w min(0, x)``, with one w for all channels or one for each."""
     (inputs,), weight = call.inputs, call.params["weight"]
     return Layer(
         piecewise_linear(call).jacobian,
@@ -268,19 +279,19 @@ def prelu(call: Call, /) -> Layer:
 def _shared(
     call: Call, weight: Callable[[Tensor], Tensor], *, groups: int = 1, **options: Any
 ) -> dict[str, Dependence]:
-    """The dependence on ``weight`` and on ``bias``, which is a weight of inputs that are one."""
+    """Return the dependence on ``weight`` and on ``bias``, a weight whose inputs are all 1."""
 
     def ones(x: Tensor) -> Tensor:
         return x.new_ones(1, 1, 1, call.shape.numel() // len(call.params["bias"]))
 
     (inputs,) = call.inputs
-    found: dict[str, Dependence] = {}
+    parameters: dict[str, Dependence] = {}
     if "weight" in call.params:
         shape = call.params["weight"].shape
-        found["weight"] = SharedWeight(weight, inputs, shape, groups, **options)
+        parameters["weight"] = SharedWeight(weight, inputs, shape, groups, **options)
     if "bias" in call.params:
-        found["bias"] = SharedWeight(ones, inputs, call.params["bias"].shape, **options)
-    return found
+        parameters["bias"] = SharedWeight(ones, inputs, call.params["bias"].shape, **options)
+    return parameters
 
 
 @rule(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
@@ -298,17 +309,20 @@ def _shared(
 @rule(nn.LocalResponseNorm, nn.LPPool1d, nn.LPPool2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 @rule(nn.ConvTranspose3d, F.layer_norm)
 def by_autodiff(call: Call, /) -> Layer:
-    """Any twice differentiable function that treats each example by itself.
+    """Rule for any twice differentiable function that treats each example independently.
 
-    Its Jacobians ``(B, m, n)`` are formed by autodiff, with respect to the input and to each
-    parameter.
+    Automatic differentiation computes its Jacobians ``(B, m, n)`` with respect to the input and to
+    each parameter.
     """
     if len(call.inputs) != 1:
-        raise NotImplementedError(f"by_autodiff takes one input, and there are {len(call.inputs)}")
+        raise NotImplementedError(
+            f"by_autodiff supports one input, but the call has {len(call.inputs)}: register "
+            "another rule (`from hessfunc.kronecker import rule`)"
+        )
     (inputs,) = call.inputs
 
     def flat(leaf: str | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """One example's flat output, a function of the input or of a parameter, also flat."""
+        """Return the flat output of one example as a function of its flat input or parameter."""
 
         def function(value: Tensor, example: Tensor) -> Tensor:
             x = (value if leaf is None else example).view(1, *inputs.shape[1:])
@@ -322,6 +336,7 @@ def by_autodiff(call: Call, /) -> Layer:
         return torch.func.vmap(function, in_dims=(0 if leaf is None else None, 0))(at, examples)
 
     def curvature(leaf: str | None, at: Tensor) -> Callable[[Tensor], Tensor]:
+        # sum_k g_k Hess z_k is the Hessian of <g, z> at fixed g.
         def along(value: Tensor, example: Tensor, slope: Tensor) -> Tensor:
             return flat(leaf)(value, example) @ slope
 

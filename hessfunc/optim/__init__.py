@@ -1,4 +1,4 @@
-"""Optimisers that use curvature: Newton steps, their solvers, and adaptive batch sizes."""
+"""Optimisation with curvature: Newton steps, their solvers, and adaptive batch sizes."""
 
 from hessfunc.optim.adversarial import fgsm, pgd
 from hessfunc.optim.newton import Newton, NewtonState, newton

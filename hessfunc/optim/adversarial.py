@@ -1,4 +1,4 @@
-"""Adversarial examples."""
+"""Adversarial examples: inputs that are moved to raise the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hessfunc.trees import Tree
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Bounds: TypeAlias = tuple[float, float] | None
 
-# A batch -> adversarial inputs of it.
+# Function from a batch to adversarial inputs.
 Attack: TypeAlias = Callable[[Batch], Tensor]
 
 
@@ -31,24 +31,24 @@ def fgsm(
     eps: float = 0.005,
     bounds: Bounds = None,
 ) -> Tensor:
-    """Inputs moved by the sign of their gradient (fast gradient sign method).
+    """Move inputs by the sign of their gradient (fast gradient sign method).
 
         x + eps sign(grad_x loss),    clamped to the bounds
 
     Args:
-        loss: ``(params, batch) -> scalar``, of a model that was in eval mode when `functional`
-            read it, so that no batch statistics mix the examples.
-        params: where the gradient is taken.
-        batch: ``(inputs, targets)``, inputs a floating-point tensor.
-        eps: the length of the step, in units of the inputs.
-        bounds: the least and the largest value of an input; by default those of these inputs.
+        loss: Function ``(params, batch) -> scalar``. Its model must have been in eval mode when
+            `functional` was called, so that no batch statistics mix the examples.
+        params: Parameters at which the gradient is taken.
+        batch: Pair ``(inputs, targets)`` whose inputs are a floating-point tensor.
+        eps: Step size, in units of the inputs.
+        bounds: Smallest and largest value of an input. By default the range of the given inputs.
 
     Returns:
         A tensor like the inputs.
 
     Raises:
-        ValueError: an option is out of range.
-        TypeError: the inputs have no gradient.
+        ValueError: If an option is out of range.
+        TypeError: If the inputs are not a floating-point tensor.
 
     Cost: one gradient with respect to the inputs.
 
@@ -70,26 +70,26 @@ def pgd(
     bounds: Bounds = None,
     seed: int | None = None,
 ) -> Tensor:
-    """Inputs moved by the signs of several gradients (projected gradient descent).
+    """Move inputs by the signs of several gradients (projected gradient descent).
 
         x <- x + step_size sign(grad_x loss),    clamped to eps around the inputs and to the bounds
 
     Args:
-        loss: as for `fgsm`.
-        params: where the gradients are taken.
-        batch: ``(inputs, targets)``, inputs a floating-point tensor.
-        eps: how far each input may move.
-        step_size: the length of a step.
-        steps: how many.
-        bounds: the least and the largest value of an input; by default those of these inputs.
-        seed: of a random start within eps; None starts at the inputs.
+        loss: Function ``(params, batch) -> scalar``, as for `fgsm`.
+        params: Parameters at which the gradients are taken.
+        batch: Pair ``(inputs, targets)`` whose inputs are a floating-point tensor.
+        eps: Largest distance that an input may move, in units of the inputs.
+        step_size: Size of a step, in units of the inputs.
+        steps: Number of steps.
+        bounds: Smallest and largest value of an input. By default the range of the given inputs.
+        seed: Seed of a random start within eps of the inputs. None starts at the inputs.
 
     Returns:
         A tensor like the inputs.
 
     Raises:
-        ValueError: an option is out of range.
-        TypeError: the inputs have no gradient.
+        ValueError: If an option is out of range.
+        TypeError: If the inputs are not a floating-point tensor.
 
     Cost: ``steps`` gradients with respect to the inputs.
 
@@ -100,23 +100,23 @@ def pgd(
     inputs, targets = batch
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise TypeError(f"inputs of {kind} have no gradient: attack floating-point tensors")
+        raise TypeError(f"inputs of {kind} have no gradient: pass a floating-point tensor")
     inputs = inputs.detach()
     low, high = _range(inputs) if bounds is None else bounds
     if not low <= high:
-        raise ValueError(f"bounds={bounds}: the first must not be larger than the second")
+        raise ValueError(f"bounds={bounds}: the lower bound must not exceed the upper bound")
     moved = inputs if seed is None else (inputs + _uniform(inputs, eps, seed)).clamp(low, high)
     for _ in range(steps):
         moved = moved + step_size * _gradient(loss, params, moved, targets).sign()
-        # Within eps of the inputs first: where these lie beyond the bounds, the bounds hold.
+        # The bounds come last, so that they hold even if the inputs themselves violate them.
         moved = moved.clamp(inputs - eps, inputs + eps).clamp(low, high)
     return moved
 
 
 def partly(attack: Attack, batch: Batch, share: float, /) -> Batch:
-    """A batch whose first examples, this share of them, are adversarial.
+    """Return a batch in which a share of the examples, the first ones, is adversarial.
 
-    Where the share is less than one example, the batch is as it was.
+    If the share is at most one example, the batch is returned unchanged.
     """
     inputs, targets = batch
     if share * len(targets) <= 1:
@@ -143,7 +143,7 @@ def _gradient(loss: LossFunction, params: Tree, inputs: Tensor, targets: Tensor)
         value = scalar(loss(params, (inputs, targets)))
     if not value.requires_grad:
         raise ValueError(
-            "the loss does not depend on the inputs: compute it from the batch that it is given, "
-            "outside of `torch.no_grad()`"
+            "the loss does not depend on the inputs: compute it from the batch argument, outside "
+            "`torch.no_grad()`"
         )
     return torch.autograd.grad(value, inputs)[0]

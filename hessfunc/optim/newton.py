@@ -1,4 +1,4 @@
-"""Newton's method with one equation a parameter tensor, as pure functions."""
+"""Newton's method with one equation for each parameter tensor, as pure functions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hessfunc.options import validated
 
 @dataclass(frozen=True)
 class NewtonState:
-    """What Newton's method remembers from step to step.
+    """State of Newton's method between two steps.
 
     Attributes:
-        step: steps so far.
-        matvecs: products so far, each with the block of one parameter tensor.
-        unconverged: the parameters whose last equation was not solved within the tolerance.
-        negative_curvature: the parameters whose last matrix was not positive definite.
+        step: Number of steps so far.
+        matvecs: Number of products so far, each with the block of one parameter tensor.
+        unconverged: Names of the parameters whose last equation did not reach the tolerance.
+        negative_curvature: Names of the parameters whose last matrix was not positive definite.
     """
 
     step: int = 0
@@ -32,11 +32,11 @@ class NewtonState:
 
 @dataclass(frozen=True)
 class Newton:
-    """The two functions of an optimiser, both pure.
+    """Optimiser as a pair of pure functions.
 
     Attributes:
-        init: ``params -> state``.
-        update: ``(gradients, state, params, matvecs) -> (params, state)``.
+        init: Function ``params -> state``.
+        update: Function ``(gradients, state, params, matvecs) -> (params, state)``.
     """
 
     init: Callable[[Mapping[str, Tensor]], NewtonState]
@@ -48,37 +48,38 @@ class Newton:
 
 @validated
 def newton(*, lr: float = 0.1, alpha: float = 0.02, solve: Solver | None = None) -> Newton:
-    """Newton's method, one equation a parameter tensor.
+    """Newton's method with one equation for each parameter tensor.
 
         [(1 - alpha) H + alpha I] d = -g,    theta <- theta + lr d
 
-    with g the gradient and H the curvature of this tensor alone. With alpha = 1 it is gradient
-    descent, at no product.
+    Here g is the gradient and H the diagonal block of the curvature for this tensor. With
+    alpha = 1 the method is gradient descent and needs no products.
 
     Args:
-        lr: the learning rate.
-        alpha: how much of the identity is mixed into the curvature, in [0, 1].
-        solve: of one equation, `conjugate_gradients` or `direct`; by default the former.
+        lr: Learning rate.
+        alpha: Weight of the identity in the damped curvature, in [0, 1].
+        solve: Solver of one equation, `conjugate_gradients` or `direct`. The default is
+            `conjugate_gradients`.
 
     Returns:
-        `Newton`. Its ``update`` takes flat dicts of gradients and parameters, and of the curvature
-        for each name a matvec of this tensor alone (``[k, *shape]`` -> the same), or a block with
-        such a ``matvec``: what `exact_blocks` and the blocks of `hbp` or `kfac` are. They are
-        looked up one after another, and none is kept.
+        A `Newton`. Its ``update`` takes flat dicts of gradients and parameters, and a mapping of
+        the curvature. For each name this holds a matvec of the tensor (``[k, *shape]`` to
+        ``[k, *shape]``) or a block with such a ``matvec``, as `exact_blocks`, `hbp` and `kfac`
+        return them. Blocks are looked up one after another, and none is kept.
 
     Raises:
-        ValueError: an option is out of range; (from ``update``) a gradient is not finite, or not
-            of its parameter's shape.
-        KeyError: (from ``update``) a parameter has no gradient or no matvec.
+        ValueError: If an option is out of range. ``update`` raises it if a gradient is not finite
+            or does not have the shape of its parameter.
+        KeyError: If a parameter has no gradient or no matvec. Raised by ``update``.
 
     Source: Martens 2010, Deep learning via Hessian-free optimization; Chen, Chou and Chang 2018,
     arXiv 1802.06502; Dangel, Harmeling and Hennig 2019, arXiv 1902.01813.
     """
-    # Zero is where schedules start or end.
+    # Schedules may start or end at a learning rate of zero.
     if not (lr >= 0 and math.isfinite(lr)):
-        raise ValueError(f"lr={lr}: it must be finite, and not negative")
+        raise ValueError(f"lr={lr}: the learning rate must be finite and not negative")
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha}: it must be in [0, 1]")
+        raise ValueError(f"alpha={alpha}: alpha must be in [0, 1]")
     solver = conjugate_gradients() if solve is None else solve
 
     def init(params: Mapping[str, Tensor], /) -> NewtonState:
@@ -98,7 +99,7 @@ def newton(*, lr: float = 0.1, alpha: float = 0.02, solve: Solver | None = None)
         directions = {
             name: Direction(-gradients[name])
             if alpha == 1
-            # The block is named nowhere, so that its graph is gone before the next is made.
+            # No name refers to the block, so that its graph is freed before the next is built.
             else solver(matvecs[name], -gradients[name], alpha)
             for name in params
         }
@@ -118,17 +119,17 @@ def newton(*, lr: float = 0.1, alpha: float = 0.02, solve: Solver | None = None)
 def _refuse_missing(params: Mapping[str, Tensor], given: Mapping[str, Any], what: str) -> None:
     present = set(given)
     if missing := [name for name in params if name not in present]:
-        raise KeyError(f"no {what} for the parameters {', '.join(missing)}")
+        raise KeyError(f"no {what} for the parameters {', '.join(missing)}: pass one for each")
 
 
 def _refuse_gradient(name: str, parameter: Tensor, gradient: Tensor) -> None:
     if gradient.shape != parameter.shape:
         raise ValueError(
-            f"the gradient of {name!r} has shape {tuple(gradient.shape)}, and the parameter "
-            f"{tuple(parameter.shape)}"
+            f"the gradient of {name!r} has shape {tuple(gradient.shape)}, but the parameter has "
+            f"shape {tuple(parameter.shape)}"
         )
     if not bool(gradient.isfinite().all()):
         raise ValueError(
-            f"the gradient of {name!r} has entries that are NaN or infinite: lower lr or raise "
-            "alpha"
+            f"the gradient of {name!r} has entries that are NaN or infinite: decrease lr or "
+            "increase alpha"
         )

@@ -1,4 +1,4 @@
-"""Newton's method as an optimiser of torch."""
+"""Newton's method as a ``torch.optim.Optimizer``."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _REMEMBERED = [field.name for field in fields(NewtonState)]
 
 
 class NewtonOptimizer(torch.optim.Optimizer):
-    """`newton` for ordinary loops: ``loss.backward(); optimizer.step(batch)``.
+    """Optimiser with the steps of `newton`: ``loss.backward(); optimizer.step(batch)``.
 
-    Each step takes the gradients in ``p.grad``, makes the blocks at the current parameters, and
-    moves the parameters in place. Those without a gradient stay. ``lr`` and ``alpha`` are those of
-    ``param_groups``, so that schedulers may change them; what `NewtonState` remembers stands there
-    too, and in ``state_dict``.
+    Each step reads the gradients in ``p.grad``, computes the blocks at the current parameters, and
+    updates the parameters in place. Parameters without a gradient do not change. ``lr`` and
+    ``alpha`` are read from ``param_groups``, so that schedulers can change them. The fields of
+    `NewtonState` are stored in ``param_groups`` too, and therefore in ``state_dict``.
 
     Args:
-        model: whose trainable parameters are optimised.
-        blocks: ``(params, batch) -> {name: matvec or block}``, as `exact_blocks`, `hbp` or `kfac`
-            give it, of the same loss.
-        lr: the learning rate.
-        alpha: how much of the identity is mixed into the curvature, in [0, 1].
-        solve: of one equation; by default `conjugate_gradients`.
+        model: Module whose trainable parameters are optimised.
+        blocks: Function ``(params, batch) -> {name: matvec or block}`` of the same loss, as
+            `exact_blocks`, `hbp` and `kfac` return it.
+        lr: Learning rate.
+        alpha: Weight of the identity in the damped curvature, in [0, 1].
+        solve: Solver of one equation. The default is `conjugate_gradients`.
 
     Raises:
-        ValueError: an option is out of range, or no parameter is trainable.
+        ValueError: If an option is out of range, or if no parameter is trainable.
     """
 
     def __init__(
@@ -52,20 +52,21 @@ class NewtonOptimizer(torch.optim.Optimizer):
 
     @property
     def matvecs(self) -> int:
-        """Products so far."""
+        """Number of products so far."""
         return sum(group["matvecs"] for group in self.param_groups)
 
     def step(  # type: ignore[override]
         self, batch: Any, closure: Callable[[], Any] | None = None
     ) -> Any:
-        """Move the parameters once.
+        """Perform one optimisation step.
 
         Args:
-            batch: of which the gradients are, in the form that the blocks take.
-            closure: computes the loss and its gradients first, as for other optimisers.
+            batch: Batch on which the gradients were computed, in the form that ``blocks`` takes.
+            closure: Function that computes the loss and its gradients before the step, as for
+                other optimisers.
 
         Returns:
-            What the closure returns, or None.
+            The value of the closure, or None without a closure.
         """
         value = None
         if closure is not None:
@@ -77,7 +78,7 @@ class NewtonOptimizer(torch.optim.Optimizer):
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         }
         blocks = self._blocks(params, batch)
-        # All are found before the first moves: blocks are made at the parameters as they are.
+        # Compute all steps before the first update: blocks are evaluated at the old parameters.
         moved = [self._moved(group, params, blocks) for group in self.param_groups]
         for group in moved:
             for name, leaf in group.items():

@@ -11,16 +11,16 @@ from hessfunc.options import at_least, validated
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleState:
-    """What holds for the next epoch.
+    """Settings of the next epoch.
 
     Attributes:
-        epoch: epochs so far.
-        ratio: how many base batches make one step.
-        adversarial_share: how much of each base batch is made adversarial.
-        lr_factor: what the initial learning rate is multiplied by.
-        reference: the eigenvalue that the next ones are compared with; None before the first.
-        waited: epochs with an eigenvalue since the batch grew.
-        watching: whether ``after_epoch`` needs an eigenvalue.
+        epoch: Number of epochs so far.
+        ratio: Number of base batches in one step.
+        adversarial_share: Fraction of each base batch that is made adversarial.
+        lr_factor: Factor of the initial learning rate.
+        reference: Eigenvalue to which later ones are compared; None before the first one.
+        waited: Number of epochs with an eigenvalue since the batch last grew.
+        watching: Whether ``after_epoch`` needs an eigenvalue.
     """
 
     epoch: int = 0
@@ -34,12 +34,12 @@ class ScheduleState:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The two functions of a schedule, both pure.
+    """Schedule as a pair of pure functions.
 
     Attributes:
-        init: ``() -> state``.
-        after_epoch: ``(state, eigenvalue) -> state``; the eigenvalue may be None where the state
-            is not watching.
+        init: Function ``() -> state``.
+        after_epoch: Function ``(state, eigenvalue) -> state``. The eigenvalue may be None if
+            ``state.watching`` is False.
     """
 
     init: Callable[[], ScheduleState]
@@ -57,33 +57,33 @@ def absa(
     lr_decay: float = 0.2,
     lr_decay_epochs: Collection[int] = (30, 60),
 ) -> Schedule:
-    """Batches that grow where the loss is flat, with adversarial examples until they are large.
+    """Grow the batch when the loss becomes flat, with adversarial examples until it is large.
 
-    R base batches make one step, R = 1 at first, and a share of each base batch is adversarial.
-    The first eigenvalue, of the Hessian after an epoch, is the reference. When
+    R base batches make one step, with R = 1 at first. A share of each base batch is adversarial.
+    The first dominant eigenvalue of the Hessian after an epoch is the reference. Whenever
 
         |eigenvalue| <= |reference| / factor,
 
-    it is the new reference, and R and the learning rate are multiplied by the factor, the share
-    divided by it. The same without a new reference where R has not grown for ``patience`` epochs.
-    R ends at ``max_ratio``: the share is 0 then, and no eigenvalue is needed. From half of the
-    epochs on the share is 0, too.
+    the eigenvalue becomes the new reference, R and the learning rate are multiplied by the factor,
+    and the share is divided by it. If R has not grown for ``patience`` epochs, they change in the
+    same way, but the reference is kept. When R reaches ``max_ratio``, the share is 0 and no further
+    eigenvalues are needed. The share is also 0 in the second half of the epochs.
 
     Args:
-        epochs: of the training.
-        max_ratio: the most base batches that make one step.
-        factor: of growth.
-        adversarial_share: to start with.
-        patience: epochs until the batch grows in any case.
-        lr_decay: the learning rate is multiplied by it,
-        lr_decay_epochs: after each of these epochs, counted from 1.
+        epochs: Number of epochs of the training.
+        max_ratio: Largest number of base batches in one step.
+        factor: Growth factor of R.
+        adversarial_share: Initial fraction of each base batch that is adversarial.
+        patience: Number of epochs after which the batch grows in any case.
+        lr_decay: Factor of the learning rate after each epoch in ``lr_decay_epochs``.
+        lr_decay_epochs: Epochs after which the learning rate decays, counted from 1.
 
     Returns:
-        `Schedule`. Its ``after_epoch`` takes the dominant eigenvalue of the Hessian.
+        A `Schedule`. Its ``after_epoch`` takes the dominant eigenvalue of the Hessian.
 
     Raises:
-        ValueError: an option is out of range, or no whole number; (from ``after_epoch``) an
-            eigenvalue is needed and there is none, or it is not finite.
+        ValueError: If an option is out of range or not an integer. ``after_epoch`` raises it if an
+            eigenvalue is needed and is missing or not finite.
 
     Source: Yao, Gholami, Keutzer and Mahoney 2018, arXiv 1810.01021.
     """
@@ -91,7 +91,7 @@ def absa(
     at_least(2, factor=factor)
     _whole(epochs=epochs, max_ratio=max_ratio, patience=patience, factor=factor)
     if not 0 <= adversarial_share <= 1:
-        raise ValueError(f"adversarial_share={adversarial_share}: it must be in [0, 1]")
+        raise ValueError(f"adversarial_share={adversarial_share}: the share must be in [0, 1]")
     decayed = _decay(lr_decay, lr_decay_epochs)
 
     def init() -> ScheduleState:
@@ -116,7 +116,7 @@ def absa(
         state = replace(state, waited=state.waited + 1)
         if state.reference is None:
             state = replace(state, reference=eigenvalue)
-        # From a reference of 0 nothing can fall.
+        # The strict inequality excludes a reference of 0, below which nothing can fall.
         elif abs(eigenvalue) <= abs(state.reference) / factor < abs(state.reference):
             return grown(replace(state, reference=eigenvalue))
         return grown(state) if state.waited >= patience else state
@@ -132,15 +132,15 @@ def absa(
 def constant(
     *, ratio: int = 1, lr_decay: float = 1.0, lr_decay_epochs: Collection[int] = ()
 ) -> Schedule:
-    """Batches of one size, without adversarial examples.
+    """Schedule with a constant batch size and without adversarial examples.
 
     Args:
-        ratio: how many base batches make one step.
-        lr_decay: the learning rate is multiplied by it,
-        lr_decay_epochs: after each of these epochs, counted from 1.
+        ratio: Number of base batches in one step.
+        lr_decay: Factor of the learning rate after each epoch in ``lr_decay_epochs``.
+        lr_decay_epochs: Epochs after which the learning rate decays, counted from 1.
 
     Raises:
-        ValueError: an option is out of range, or no whole number.
+        ValueError: If an option is out of range or not an integer.
     """
     at_least(1, ratio=ratio)
     _whole(ratio=ratio)
@@ -151,9 +151,9 @@ def constant(
 def _decay(
     lr_decay: float, lr_decay_epochs: Collection[int]
 ) -> Callable[[ScheduleState], ScheduleState]:
-    """The state after one more epoch, with its decay of the learning rate."""
+    """Return the function that counts one epoch and decays the learning rate of a state."""
     if not (lr_decay > 0 and math.isfinite(lr_decay)):
-        raise ValueError(f"lr_decay={lr_decay}: it must be positive and finite")
+        raise ValueError(f"lr_decay={lr_decay}: the factor must be positive and finite")
 
     def decayed(state: ScheduleState) -> ScheduleState:
         epoch = state.epoch + 1
@@ -172,7 +172,7 @@ def _whole(**options: object) -> None:
 def _finite(eigenvalue: float | None) -> float:
     if eigenvalue is None or not math.isfinite(eigenvalue):
         raise ValueError(
-            f"the eigenvalue after the epoch is {eigenvalue}: a schedule that is watching needs a "
-            "finite one"
+            f"the eigenvalue after the epoch is {eigenvalue}: pass a finite eigenvalue while "
+            "`state.watching` is True"
         )
     return eigenvalue

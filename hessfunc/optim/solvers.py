@@ -1,4 +1,4 @@
-"""Solvers of one parameter tensor's Newton equation."""
+"""Solvers of the Newton equation of one parameter tensor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hessfunc.trees import Matvec
 
 @dataclass(frozen=True)
 class Direction:
-    """A step of one parameter tensor, before the learning rate.
+    """Newton direction of one parameter tensor, before multiplication by the learning rate.
 
     Attributes:
-        value: of the parameter's shape.
-        matvecs: products that were spent.
-        converged: whether it solves the equation within the tolerance.
-        negative_curvature: whether the matrix turned out not to be positive definite.
+        value: Direction, with the shape of the parameter.
+        matvecs: Number of products used.
+        converged: Whether the direction solves the equation within the tolerance.
+        negative_curvature: Whether the matrix proved not to be positive definite.
     """
 
     value: Tensor
@@ -32,7 +32,7 @@ class Direction:
     negative_curvature: bool = False
 
 
-# (block, b, alpha) -> the solution of [(1 - alpha) H + alpha I] d = b.
+# Function (block, b, alpha) -> solution d of [(1 - alpha) H + alpha I] d = b.
 Solver: TypeAlias = Callable[[Any, Tensor, float], Direction]
 
 
@@ -40,21 +40,24 @@ Solver: TypeAlias = Callable[[Any, Tensor, float], Direction]
 def conjugate_gradients(
     *, rtol: float = 1e-5, atol: float = 1e-8, max_matvecs: int = 200
 ) -> Solver:
-    """The solver of ``[(1 - alpha) H + alpha I] d = b`` by conjugate gradients.
+    """Make a solver of ``[(1 - alpha) H + alpha I] d = b`` by conjugate gradients.
 
-    Where the budget is spent, or a direction has no positive curvature, d is the last iterate;
-    where that comes before the first step, d = b.
+    If the budget is exhausted or a search direction has no positive curvature, d is the last
+    iterate. If this happens before the first step, d = b.
 
     Args:
-        rtol: the relative tolerance of the residual.
-        atol: the absolute tolerance of the residual.
-        max_matvecs: the budget for one parameter tensor.
+        rtol: Relative tolerance of the residual.
+        atol: Absolute tolerance of the residual.
+        max_matvecs: Largest number of products for one parameter tensor.
+
+    Returns:
+        A solver ``(block, b, alpha) -> Direction``.
 
     Raises:
-        ValueError: an option is out of range; (from the solver) b is not finite.
-        FloatingPointError: (from the solver) a product is not finite.
+        ValueError: If an option is out of range. The solver raises it if b is not finite.
+        FloatingPointError: If a product is not finite. Raised by the solver.
 
-    Cost: that of `cg` without a measurement, one matvec an iteration.
+    Cost: one matvec for each iteration, as in `cg` with ``measure=False``.
 
     Source: Nocedal and Wright 2006, Numerical Optimization, algorithm 7.1.
     """
@@ -62,7 +65,7 @@ def conjugate_gradients(
     at_least(1, max_matvecs=max_matvecs)
 
     def solve(block: Any, b: Tensor, alpha: float) -> Direction:
-        found = cg(
+        solution = cg(
             scale(_matvec(block), 1 - alpha),
             b,
             damping=alpha,
@@ -72,10 +75,10 @@ def conjugate_gradients(
             measure=False,
         )
         return Direction(
-            value=found.x if bool(found.x.any()) else b,
-            matvecs=found.matvecs,
-            converged=found.converged,
-            negative_curvature=found.negative_curvature is not None,
+            value=solution.x if bool(solution.x.any()) else b,
+            matvecs=solution.matvecs,
+            converged=solution.converged,
+            negative_curvature=solution.negative_curvature is not None,
         )
 
     return solve
@@ -83,35 +86,40 @@ def conjugate_gradients(
 
 @validated
 def direct() -> Solver:
-    """The solver of ``[(1 - alpha) H + alpha I] d = b`` by the block's own inverse.
+    """Make a solver of ``[(1 - alpha) H + alpha I] d = b`` by the inverse of the block.
 
         d = 1 / (1 - alpha) (H + alpha / (1 - alpha) I)^-1 b
 
-    Raises:
-        TypeError: (from the solver) the block has no ``inverse_matvec(v, damping)``.
-        ValueError: (from the solver) b is not finite, or the solution is not: H is singular.
+    Returns:
+        A solver ``(block, b, alpha) -> Direction``.
 
-    Cost: one inverse product.
+    Raises:
+        TypeError: If the block has no ``inverse_matvec(v, damping)``. Raised by the solver.
+        ValueError: If b or the solution is not finite, because H is singular. Raised by the
+            solver.
+
+    Cost: one product with the inverse.
     """
 
     def solve(block: Any, b: Tensor, alpha: float) -> Direction:
         inverse = getattr(block, "inverse_matvec", None)
         if inverse is None:
             raise TypeError(
-                f"a {type(block).__name__} has no inverse_matvec: take blocks with factors, such "
-                "as those of kfac, or solve by conjugate_gradients()"
+                f"a {type(block).__name__} has no inverse_matvec: use blocks with factors, such "
+                "as those of `kfac`, or pass `solve=conjugate_gradients()`"
             )
-        found: Tensor = inverse(b[None], alpha / (1 - alpha))[0] / (1 - alpha)
-        if not math.isfinite(float(found.sum())):
+        # (1 - alpha) H + alpha I = (1 - alpha) (H + alpha / (1 - alpha) I).
+        solution: Tensor = inverse(b[None], alpha / (1 - alpha))[0] / (1 - alpha)
+        if not math.isfinite(float(solution.sum())):
             raise ValueError(
-                "b or the solution has entries that are NaN or infinite: where the block is "
-                f"singular, raise alpha={alpha}"
+                "b or the solution has entries that are NaN or infinite: if the block is "
+                f"singular, increase alpha from {alpha}"
             )
-        return Direction(found)
+        return Direction(solution)
 
     return solve
 
 
 def _matvec(block: Any) -> Matvec:
-    """The matvec of a block, which may itself be one."""
+    """Return the matvec of a block; a block without one is itself a matvec."""
     return getattr(block, "matvec", block)

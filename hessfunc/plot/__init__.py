@@ -1,8 +1,9 @@
 """Figures of results, with matplotlib.
 
-Each function takes a result, draws it on the Axes ``ax`` and returns them; without ``ax`` it makes
-a new figure of pyplot, which is otherwise left alone. `blocks` takes and returns an array of Axes,
-one a block. `trainings` takes no Axes: it returns a Figure of several, which pyplot does not know.
+Each function draws a result on the Axes ``ax`` and returns them. Without ``ax``, it creates a new
+pyplot figure; no other state of pyplot changes. `blocks` takes and returns an array of Axes, one
+for each block. `trainings` takes no Axes: it returns a Figure with several Axes that is not
+registered with pyplot.
 """
 
 from hessfunc.plot.blocks import blocks

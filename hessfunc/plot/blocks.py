@@ -1,4 +1,4 @@
-"""The spectra of the blocks of a model."""
+"""Figure of the spectra of the diagonal blocks of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-# Of one panel, in inches.
+# Width and height of one panel, in inches.
 _PANEL = (2.4, 1.8)
 _MOST_COLUMNS = 4
 
@@ -26,29 +26,32 @@ _MOST_COLUMNS = 4
 def blocks(
     found: Mapping[str, Density | Eigenpairs], /, *, ax: Iterable[Axes] | None = None
 ) -> NDArray[np.object_]:
-    """The spectrum of each block in a panel of its own, drawn as `density` or `eigenvalues`.
+    """Draw the spectrum of each diagonal block in its own panel, as `density` or `eigenvalues`.
 
-    Each panel has its own axes, as spectra of blocks differ by orders of magnitude.
+    Each panel has its own scales, because the spectra differ by orders of magnitude.
 
     Args:
-        found: as `block_spectra` returns them.
-        ax: an array of Axes, one a block or more; by default a new figure.
+        found: Results by block, as `block_spectra` returns them.
+        ax: Array of Axes, at least one for each block; by default a new figure.
 
     Returns:
-        The Axes of the blocks ``(blocks,)``.
+        The Axes of the blocks, ``(blocks,)``.
 
     Raises:
-        TypeError: these are no results by block, or one is neither a `Density` nor `Eigenpairs`.
-        ValueError: there is no block, or there are fewer Axes than blocks.
+        TypeError: If ``found`` is not a mapping of results, or if a result is neither a `Density`
+            nor `Eigenpairs`.
+        ValueError: If there is no block, or if there are fewer Axes than blocks.
     """
     import numpy as np
 
-    refuse_other(found, Mapping, "`blocks` takes results by block, as block_spectra gives them")
+    refuse_other(found, Mapping, "`blocks` takes results by block, as returned by block_spectra")
     if not found:
-        raise ValueError("there is no block to draw")
+        raise ValueError("there is no block to draw: the mapping is empty")
     panels = _panels(len(found)) if ax is None else np.asarray(ax, dtype=object).ravel()
     if len(panels) < len(found):
-        raise ValueError(f"{len(found)} blocks and {len(panels)} Axes: pass one for each")
+        raise ValueError(
+            f"{len(panels)} Axes are too few for {len(found)} blocks: pass one for each block"
+        )
     for panel, (name, result) in zip(panels, found.items(), strict=False):
         _draw(clean(panel), name, result)
         panel.tick_params(labelsize="x-small")
@@ -75,6 +78,6 @@ def _draw(panel: Axes, name: str, result: Density | Eigenpairs) -> None:
             note(panel, (name,))
         case _:
             raise TypeError(
-                f"the result of block {name!r} is a {type(result).__name__}: a Density or "
+                f"the result of block {name!r} is a {type(result).__name__}: only a Density or "
                 "Eigenpairs can be drawn"
             )

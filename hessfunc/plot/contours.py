@@ -1,4 +1,4 @@
-"""The loss on a plane, from above."""
+"""Figure of a loss on a plane, as contours."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ _SIZE = (6.4, 4.6)
 
 @validated(found=anything)
 def contours(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None) -> Axes:
-    """The loss along two directions as contours, the darker the lower; the cross is params.
+    """Draw the loss along two directions as contours.
+
+    Darker colours are lower losses. The cross marks the parameters.
 
     Args:
-        found: a landscape along two directions.
-        scale: of the levels, ``"linear"`` or ``"log"``; by default whichever suits their range.
-        ax: where to draw; by default a new figure.
+        found: Landscape along two directions.
+        scale: Scale of the levels, ``"linear"`` or ``"log"``; by default it depends on their range.
+        ax: Axes to draw on; by default a new figure.
 
     Raises:
-        TypeError: it is no `Landscape`.
-        ValueError: the landscape is along one direction, or has less than 2 x 2 points; the loss
-            is nowhere finite, or not positive on a log scale.
+        TypeError: If ``found`` is not a `Landscape`.
+        ValueError: If the landscape is along one direction or has fewer than 2 x 2 points, or if
+            the loss is finite nowhere, or not positive on a log scale.
     """
     from matplotlib.colors import LogNorm, Normalize
 
-    refuse_other(found, Landscape, "`contours` takes a landscape, as landscape(...) gives it")
+    refuse_other(found, Landscape, "`contours` takes a landscape, as returned by landscape(...)")
     x, y, values = found.x, second_axis(found), losses(found)
     scale = scaled(scale, values)
     levels = _levels(values, scale)
@@ -53,6 +55,6 @@ def contours(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None
 
 def _levels(values: Heights, scale: Scale) -> Heights:
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    # A plateau has one colour.
+    # On a plateau, low == high: widen the range, so that the levels increase.
     high = high if high > low else low + (abs(low) or 1.0)
     return (np.geomspace if scale == "log" else np.linspace)(low, high, LEVELS)

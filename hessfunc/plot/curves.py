@@ -1,4 +1,4 @@
-"""The loss along a line."""
+"""Figure of a loss along a line."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ def curves(
     scale: Scale | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """The loss along one direction, or along each of several; the dot is params.
+    """Draw the loss along one direction, or along each of several directions.
+
+    The dot marks the parameters.
 
     Args:
-        found: a landscape along one direction, or several by name.
-        scale: of the loss, ``"linear"`` or ``"log"``; by default whichever suits its range.
-        ax: where to draw; by default a new figure.
+        found: Landscape along one direction, or several such landscapes by name.
+        scale: Scale of the loss, ``"linear"`` or ``"log"``; by default it depends on its range.
+        ax: Axes to draw on; by default a new figure.
 
     Raises:
-        TypeError: it is no `Landscape`.
-        ValueError: there is no landscape, or one is along two directions; the loss is nowhere
-            finite, or not positive on a log scale.
+        TypeError: If ``found`` is neither a `Landscape` nor a mapping of landscapes.
+        ValueError: If there is no landscape, if one is along two directions, or if the loss is
+            finite nowhere, or not positive on a log scale.
     """
     named = found if isinstance(found, Mapping) else {"": found}
     for one in named.values():
-        refuse_other(one, Landscape, "`curves` takes a landscape, as landscape(...) gives it")
+        refuse_other(one, Landscape, "`curves` takes a landscape, as returned by landscape(...)")
     if not named:
-        raise ValueError("there is no landscape to draw")
+        raise ValueError("there is no landscape to draw: the mapping is empty")
     lines = {name: (only_axis(one), losses(one)) for name, one in named.items()}
     scale = scaled(scale, np.concatenate([values for _, values in lines.values()]))
     ax = clean(new_axes() if ax is None else ax)

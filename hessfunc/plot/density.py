@@ -1,4 +1,4 @@
-"""The spectral density."""
+"""Figure of a spectral density."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hessfunc.plot.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of the curve at least.
+# Smallest number of points of the curve.
 _POINTS = 1000
 
 
@@ -40,27 +40,27 @@ def density(
     eigenvalues: Eigenpairs | Sequence[Eigenpairs] | None = None,
     width: float | None = None,
 ) -> Axes:
-    """The smoothed spectral density on a log axis, with its outliers as sticks.
+    """Draw the smoothed spectral density on a log axis, with its outliers as sticks.
 
     The band reaches from the lowest to the highest density of a single probe. The dashed line is
-    the height of one single eigenvalue, ``1 / (n width sqrt(2 pi))``: a bump that reaches it
-    stands for about one.
+    the height of one eigenvalue, ``1 / (n width sqrt(2 pi))``: a bump of this height is about one
+    eigenvalue.
 
     Args:
-        density: as `slq` returns it.
-        ax: where to draw; by default a new figure.
-        eigenvalues: drawn as the sticks, those of one or several results; by default the Ritz
-            values that stand alone, five widths or more from the next one of the same probe.
-        width: of the smoothing, in units of the eigenvalues; by default the density's own.
+        density: Spectral density, as returned by `slq`.
+        ax: Axes to draw on; by default a new figure.
+        eigenvalues: Result or results whose eigenvalues are drawn as sticks. By default the sticks
+            are the isolated Ritz values, at least five widths from the next one of the same probe.
+        width: Width of the Gaussians, in units of the eigenvalues; by default ``density.width``.
 
     Raises:
-        TypeError: it is no density.
-        ValueError: the width is not positive and finite.
+        TypeError: If ``density`` is not a `Density`.
+        ValueError: If the width is not positive and finite.
     """
-    refuse_other(density, Density, "`density` takes a density, as slq(matvec, params) gives it")
+    refuse_other(density, Density, "`density` takes a density, as returned by slq(matvec, params)")
     width = density.width if width is None else width
     if not 0 < width < math.inf:
-        raise ValueError(f"width={width}: a positive, finite number")
+        raise ValueError(f"width={width}: the width must be positive and finite")
     ax = clean(new_axes() if ax is None else ax)
     pairs = [eigenvalues] if isinstance(eigenvalues, Eigenpairs) else eigenvalues
     draw(density, ax, width=width, eigenvalues=pairs)
@@ -81,7 +81,8 @@ def density(
 def draw(
     density: Density, ax: Axes, *, width: float, eigenvalues: Sequence[Eigenpairs] | None
 ) -> None:
-    """The curve, its band and its outliers, on a log axis, without labels."""
+    """Draw the curve, its band and its outliers on a log axis, without labels."""
+    # Height of the Gaussian of one eigenvalue, whose mass is 1 / n.
     one = 1 / (density.n * width * math.sqrt(2 * math.pi))
     if eigenvalues:
         sticks = torch.cat([pairs.values.cpu() for pairs in eigenvalues])
@@ -104,14 +105,17 @@ def draw(
     if len(sticks):
         heights = _by_probe(density, sticks, width).mean(0).clamp_min(2 * floor)
         ax.vlines(sticks, floor, heights, color=SECOND, linewidth=1.1)
-        name = "eigenvalues" if eigenvalues else "Ritz values that stand alone"
+        name = "eigenvalues" if eigenvalues else "isolated Ritz values"
         ax.plot(sticks, heights, "o", color=SECOND, markersize=4, label=name)
     ax.axhline(one, color=QUIET, linewidth=0.8, linestyle=DASHED, label="one eigenvalue")
     ax.set(yscale="log", xlim=(low, high), ylim=(floor, top))
 
 
 def _grid(density: Density, low: float, high: float, width: float) -> Tensor:
-    """Four points a width, or peaks would be cut off; where that is too many, around the nodes."""
+    """Return the points of the curve: four a width, so that no peak is cut off.
+
+    If this needs too many points, the fine grid covers only the neighbourhood of the nodes.
+    """
     near = density.nodes[density.weights > 0][:, None] + width * torch.arange(-5, 6)
     wanted = 4 * (high - low) / width
     if wanted <= _POINTS + near.numel():
@@ -121,17 +125,17 @@ def _grid(density: Density, low: float, high: float, width: float) -> Tensor:
 
 
 def _by_probe(density: Density, points: Tensor, width: float) -> Tensor:
-    """The density of each probe ``(probes, points)``."""
-    # One after another, as each takes the memory of its nodes times the points.
+    """Return the density of each probe, ``(probes, points)``."""
+    # One probe at a time: each takes memory for its nodes times the points.
     probes = zip(density.nodes.split(1), density.weights.split(1), strict=True)
     return torch.stack([replace(density, nodes=n, weights=w).pdf(points, width) for n, w in probes])
 
 
 def _lone_nodes(density: Density, distance: float) -> Tensor:
-    """The nodes, of all probes, with no other node of their probe within a distance."""
-    found = []
+    """Return the nodes of all probes without another node of the same probe within a distance."""
+    lone = []
     for nodes, weights in zip(density.nodes, density.weights, strict=True):
         nodes = nodes[weights > 0]
         gaps = torch.cat([nodes.new_tensor([math.inf]), nodes.diff(), nodes.new_tensor([math.inf])])
-        found.append(nodes[torch.minimum(gaps[:-1], gaps[1:]) > distance])
-    return torch.cat(found)
+        lone.append(nodes[torch.minimum(gaps[:-1], gaps[1:]) > distance])
+    return torch.cat(lone)

@@ -1,4 +1,4 @@
-"""Eigenvalues by index."""
+"""Figure of eigenvalues by index."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 @validated(pairs=anything)
 def eigenvalues(pairs: Eigenpairs, /, *, ax: Axes | None = None) -> Axes:
-    """Eigenvalues by index, with their intervals; those that have not converged are hollow.
+    """Draw eigenvalues by index, with their intervals.
+
+    Eigenvalues that have not converged are hollow.
 
     Args:
-        pairs: as `lanczos` or `power_iteration` returns them.
-        ax: where to draw; by default a new figure.
+        pairs: Eigenpairs, as returned by `lanczos` or `power_iteration`.
+        ax: Axes to draw on; by default a new figure.
 
     Raises:
-        TypeError: it is no `Eigenpairs`.
+        TypeError: If ``pairs`` is not an `Eigenpairs`.
     """
     refuse_other(pairs, Eigenpairs, "`eigenvalues` takes the result of lanczos(matvec, params)")
     ax = clean(new_axes() if ax is None else ax)
@@ -34,7 +36,7 @@ def eigenvalues(pairs: Eigenpairs, /, *, ax: Axes | None = None) -> Axes:
 
 
 def draw(pairs: Eigenpairs, ax: Axes) -> None:
-    """The eigenvalues as bars with heads, without labels."""
+    """Draw the eigenvalues as bars with heads, without labels."""
     values, intervals, converged = (
         x.cpu() for x in (pairs.values, pairs.intervals, pairs.converged)
     )
@@ -42,7 +44,7 @@ def draw(pairs: Eigenpairs, ax: Axes) -> None:
     ax.axhline(0, color=QUIET, linewidth=0.8)
     ax.vlines(index, values.clamp_max(0), values.clamp_min(0), color=FIRST, alpha=0.35)
     ax.vlines(index, *intervals.T, color=SECOND, linewidth=3, label="interval")
-    for done, face, name in ((converged, FIRST, "converged"), (~converged, WHITE, "not yet")):
+    for done, face, name in ((converged, FIRST, "converged"), (~converged, WHITE, "not converged")):
         if done.any():
             ax.plot(index[done], values[done], "o", color=FIRST, markerfacecolor=face, label=name)
     ax.set_xlim(0.4, len(values) + 0.6)

@@ -1,4 +1,4 @@
-"""Eigenvalues in the course of a training."""
+"""Figure of eigenvalues during a training."""
 
 from __future__ import annotations
 
@@ -39,21 +39,22 @@ def history(
     against: str = "step",
     ax: Axes | None = None,
 ) -> Axes:
-    """Eigenvalues against steps or epochs, one line an index, and where wanted the line 2 / lr.
+    """Draw eigenvalues against steps or epochs, one line for each index, and the line 2 / lr.
 
     Gradient descent with step size lr is stable on a quadratic whose eigenvalues are below 2 / lr.
     Intervals of `Eigenpairs` are drawn as a band.
 
     Args:
-        found: step or epoch -> the eigenvalues there; NaN where one was not measured.
-        lr: Step size of plain gradient descent, or that from each step or epoch on; where it is 0
-            there is no line.
-        against: the name of the horizontal axis, ``"step"`` or ``"epoch"``.
-        ax: where to draw; by default a new figure.
+        found: Mapping from a step or epoch to the eigenvalues at this point. NaN marks an
+            eigenvalue that was not measured.
+        lr: Step size of plain gradient descent, or a mapping from a step or epoch to the step size
+            from there on. The line has a gap where it is 0. None draws no line.
+        against: Label of the horizontal axis, ``"step"`` or ``"epoch"``.
+        ax: Axes to draw on; by default a new figure.
 
     Raises:
-        TypeError: it does not say to which step the eigenvalues belong.
-        ValueError: there is nothing to draw, or the number of eigenvalues changes.
+        TypeError: If ``found`` is not a mapping from steps to eigenvalues.
+        ValueError: If there is nothing to draw, or if the number of eigenvalues changes.
     """
     refuse_other(found, Mapping, "`history` takes {step: eigenvalues}, such as {0: lanczos(...)}")
     steps = sorted(found)
@@ -93,6 +94,7 @@ def _intervals(found: Values) -> Tensor:
 def _stacked(rows: Sequence[Tensor]) -> Tensor:
     if len({len(row) for row in rows}) != 1:
         raise ValueError(
-            "a history has at least one step, and the same number of eigenvalues at each"
+            "a history needs at least one step and the same number of eigenvalues at each: mark "
+            "missing ones with NaN"
         )
     return torch.stack(list(rows))

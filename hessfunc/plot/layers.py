@@ -1,4 +1,4 @@
-"""Traces by layer."""
+"""Figure of traces by layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hessfunc.plot.style import FIRST, QUIET, SECOND, clean, new_axes, note, ref
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Inches.
+# Height of a bar, height of the margins, and width of the figure, in inches.
 _BAR, _MARGIN, _WIDTH = 0.2, 1.0, 7.2
 _TAKES = "`layers` takes a trace, such as xtrace(matvec, params), or several"
 
@@ -37,24 +37,24 @@ def layers(
     quantity: str = "trace",
     ax: Axes | None = None,
 ) -> Axes:
-    """A trace by layer, as bars from the first layer to the last, with intervals where known.
+    """Draw a trace by layer as bars, from the first layer to the last, with known intervals.
 
     Args:
-        found: one estimate, whose ``by_leaf`` is drawn; several of the same matrix from
-            different seeds, whose ``by_leaf`` differ as the intervals say; or an estimate for
-            each layer, with its own interval.
-        level: of the intervals.
-        quantity: what the estimates are of.
-        ax: where to draw; by default a new figure, as high as there are layers.
+        found: Estimate whose ``by_leaf`` is drawn without intervals; or several estimates of one
+            matrix with different seeds, whose ``by_leaf`` give the intervals; or a mapping with an
+            estimate for each layer, which has its own interval.
+        level: Confidence level of the intervals.
+        quantity: Name of the estimated quantity, for the horizontal axis.
+        ax: Axes to draw on; by default a new figure whose height fits the number of layers.
 
     Raises:
-        TypeError: it is no estimate.
-        ValueError: there is no layer, two estimates share a seed, or their layers differ.
+        TypeError: If ``found`` contains anything but estimates.
+        ValueError: If there is no layer, if two estimates share a seed, or if their layers differ.
     """
     refuse_other(found, (Estimate, Sequence, Mapping), _TAKES)
     bars = _bars(found, level)
     if not bars:
-        raise ValueError("the estimate has no part by layer: `by_leaf` is empty")
+        raise ValueError("the estimate has no parts by layer: its `by_leaf` is empty")
     ax = clean(new_axes((_WIDTH, _MARGIN + _BAR * len(bars))) if ax is None else ax)
     places = range(len(bars))
     ax.axvline(0, color=QUIET, linewidth=0.8)
@@ -99,12 +99,13 @@ def _bars(
 
 
 def _spread(found: Sequence[Estimate], level: float) -> dict[str, _Bar]:
-    """The means over estimates, and Student's intervals of these."""
+    """Return the means over estimates, with Student's intervals."""
     if len(found) < 2 or len({one.seed for one in found}) < len(found):
-        raise ValueError("intervals by layer need two estimates or more, of different seeds")
+        raise ValueError("intervals by layer need at least two estimates with different seeds")
     names = list(found[0].by_leaf)
     if any(list(one.by_leaf) != names for one in found):
-        raise ValueError("the estimates have different layers: they are of different matrices")
+        raise ValueError("the estimates have different layers: pass estimates of one matrix")
+    # Half-width of the interval of the mean of m values: t_{m - 1} stdev / sqrt(m).
     quantile = student_quantile((1 + level) / 2, len(found) - 1) / math.sqrt(len(found))
     bars = {}
     for name in names:

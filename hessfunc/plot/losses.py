@@ -1,4 +1,4 @@
-"""What the pictures of a landscape have in common: values, scales and labels."""
+"""Common parts of the figures of a landscape: values, scales and labels."""
 
 from __future__ import annotations
 
@@ -13,56 +13,60 @@ from hessfunc.algorithms.results.landscape import Landscape
 Heights: TypeAlias = NDArray[np.float64]
 Scale: TypeAlias = Literal["linear", "log"]
 
-# Of contours.
+# Number of levels of the contours.
 LEVELS = 15
-# The scale is log where the largest loss is more than so many times the smallest.
+# Ratio of the largest to the smallest loss above which the scale is logarithmic.
 _WIDE = 50
 
 
 def only_axis(found: Landscape, /) -> Tensor:
-    """The coordinates of a landscape along one direction."""
+    """Return the coordinates of a landscape along one direction."""
     if found.y is not None:
-        raise ValueError("the landscape is along two directions: take `contours` or `surface`")
+        raise ValueError("the landscape is along two directions: use `contours` or `surface`")
     return found.x
 
 
 def second_axis(found: Landscape, /) -> Tensor:
-    """The coordinates on the second axis of a landscape along two directions."""
+    """Return the coordinates on the second axis of a landscape along two directions."""
     if found.y is None:
-        raise ValueError("the landscape is along one direction: take `curves`")
+        raise ValueError("the landscape is along one direction: use `curves`")
     if min(found.values.shape) < 2:
-        raise ValueError(f"{tuple(found.values.shape)} points: a surface has 2 x 2 or more")
+        raise ValueError(
+            f"the landscape has {tuple(found.values.shape)} points: a surface needs at least 2 x 2"
+        )
     return found.y
 
 
 def losses(found: Landscape, /) -> Heights:
-    """The values, NaN where they are not finite."""
+    """Return the values, with NaN for each value that is not finite."""
     values = found.values.numpy()
     if not np.isfinite(values).any():
-        raise ValueError("the loss is not finite at any point of the landscape")
+        raise ValueError(
+            "the loss is not finite at any point of the landscape: pass a smaller `radius`"
+        )
     return np.where(np.isfinite(values), values, np.nan)
 
 
 def scaled(scale: Scale | None, values: Heights, /) -> Scale:
-    """The scale that was asked for, or the one that suits the range of the values."""
+    """Return the given scale, or the scale that suits the range of the values."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if scale is None:
         return "log" if low > 0 and high > _WIDE * low else "linear"
     if scale not in get_args(Scale):
         raise ValueError(f"scale={scale!r}: choose 'linear' or 'log'")
     if scale == "log" and not low > 0:
-        raise ValueError(f"the smallest loss is {low:.3g}: a log scale needs positive ones")
+        raise ValueError(f"the smallest loss is {low:.3g}: a log scale needs positive losses")
     return scale
 
 
 def label(found: Landscape, axis: int, /) -> str:
-    """What an axis of coordinates stands for, with its unit."""
+    """Return the label of an axis of coordinates, with its unit."""
     which = "along the" if found.y is None else ("first", "second")[axis]
     return f"{which} direction ({_unit(found, axis)})"
 
 
 def aspect(found: Landscape, /) -> float:
-    """The length of a unit of the second axis in units of the first."""
+    """Return the length of a unit of the second axis, in units of the first axis."""
     if found.normalise is not None:
         return 1.0
     first, second = found.lengths.tolist()

@@ -1,4 +1,4 @@
-"""What all figures have in common: colours, axes, and notes above them."""
+"""Common parts of all figures: colours, axes, and notes above them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# Any two differ by 25 or more in CIELAB, and so they do to people who see no red, green or blue.
+# Any two colours differ by at least 25 in CIELAB, also under protanopia, deuteranopia and
+# tritanopia.
 PALETTE = ("#1f4e79", "#c8553d", "#5aa9c4", "#e3b34c", "#471e28")
 
 
@@ -30,7 +31,7 @@ FAINT = "#e4e6e9"
 WHITE = "#ffffff"
 
 
-# From dark to light, so that the order of values is seen without colour.
+# From dark to light, so that the order of values is visible without colour.
 _SHADES = ("#0f2b46", "#1f4e79", "#4a86ae", "#8fc0c9", "#cfe0cf", "#f6efd9")
 
 
@@ -40,33 +41,35 @@ DASHED = (0, (5, 4))
 SIZE = (7.2, 4.2)
 
 
-# Points of a line that are marked.
+# Number of points below which the points of a line are marked.
 _FEW = 30
 
 
 def new_axes(size: tuple[float, float] = SIZE, **options: Any) -> Axes:
-    """The Axes of a new figure of pyplot.
+    """Return the Axes of a new pyplot figure.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed.
     """
     return grid(1, 1, size, **options)[0]
 
 
 def grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> NDArray[np.object_]:
-    """Rows of Axes, one after another, of a new figure of pyplot."""
+    """Return the Axes of a new pyplot figure with a grid of panels, row by row."""
     try:
         from matplotlib import pyplot as plt
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("figures need matplotlib: pip install 'hessfunc[plot]'") from None
-    found = plt.subplots(
+        raise ModuleNotFoundError(
+            "figures need matplotlib: `pip install 'hessfunc[plot]'`"
+        ) from None
+    panels = plt.subplots(
         rows, columns, figsize=size, layout="constrained", squeeze=False, subplot_kw=options
     )[1]
-    return found.ravel()
+    return panels.ravel()
 
 
 def clean(ax: Axes) -> Axes:
-    """Axes without a frame, with quiet ticks."""
+    """Remove the frame of Axes, make their ticks quiet, and return them."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(QUIET)
     ax.tick_params(which="both", color=QUIET, labelsize="small")
@@ -74,47 +77,52 @@ def clean(ax: Axes) -> Axes:
 
 
 def legend(ax: Axes, **options: Any) -> None:
-    """A legend without a frame, of what has a name."""
+    """Add a legend without a frame, if anything has a label."""
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize="small", **options)
 
 
 def marker(points: int) -> str | None:
-    """Of a line through so many points: dots while they are few, as one alone has no line."""
+    """Return the marker of a line: dots for few points, because a single point has no line."""
     return "o" if points < _FEW else None
 
 
 def note(ax: Axes, parts: Iterable[str]) -> None:
-    """What the figure is of, in small letters above it."""
+    """Describe the figure in small letters above it."""
     ax.set_title(" · ".join(parts), fontsize="small", color=QUIET, loc="left")
 
 
 def refuse_other(found: object, kind: type | tuple[type, ...], takes: str) -> None:
-    """Raise for what a figure is not of.
+    """Raise for a value of a type that a figure does not draw.
+
+    Args:
+        found: Value that was passed.
+        kind: Expected type or types.
+        takes: Beginning of the message, which names the expected value.
 
     Raises:
-        TypeError: it is so.
+        TypeError: If ``found`` is not an instance of ``kind``.
     """
     if not isinstance(found, kind):
-        raise TypeError(f"{takes}, and got a {type(found).__name__}")
+        raise TypeError(f"{takes}, but got a {type(found).__name__}")
 
 
 def shades() -> Colormap:
-    """A colour map whose lightness rises steadily."""
+    """Return a colour map whose lightness increases monotonically."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("shades", _SHADES)
 
 
 def draw_edge(ax: Axes, edges: Mapping[float, float], /, *, end: float, label: str) -> None:
-    """The edge of stability, on Axes of curvature against steps.
+    """Draw the edge of stability on Axes of curvature against steps.
 
     Args:
-        ax: where to draw.
-        edges: step -> the edge from there on; where it is not finite the line has a gap, and where
-            none is finite there is no line.
-        end: the step to which the line reaches at least.
-        label: Name of the line.
+        ax: Axes to draw on.
+        edges: Mapping from a step to the edge from there on. The line has a gap where the edge is
+            not finite; without a finite edge there is no line.
+        end: Step to which the line extends at least.
+        label: Label of the line.
     """
     if not any(map(math.isfinite, edges.values())):
         return

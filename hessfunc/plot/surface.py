@@ -1,4 +1,4 @@
-"""The loss on a plane, in three dimensions."""
+"""Figure of a loss on a plane, as a surface in three dimensions."""
 
 from __future__ import annotations
 
@@ -16,36 +16,39 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SIZE = (6.4, 5.0)
-# Lines on each axis of the surface at most.
+# Largest number of lines on each axis of the surface.
 _LINES = 101
-# From the lowest point of the surface to the contours below it, as a part of its height.
+# Distance from the lowest point of the surface to the contours below it, relative to its height.
 _GAP = 0.35
 
 
 @validated(found=anything)
 def surface(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None) -> Axes:
-    """The loss along two directions as a surface over its contours.
+    """Draw the loss along two directions as a surface over its contours.
 
     Args:
-        found: a landscape along two directions.
-        scale: of the loss, ``"linear"`` or ``"log"``; by default whichever suits its range.
-        ax: three-dimensional Axes, ``figure.add_subplot(projection="3d")``; by default a new
+        found: Landscape along two directions.
+        scale: Scale of the loss, ``"linear"`` or ``"log"``; by default it depends on its range.
+        ax: Three-dimensional Axes, ``figure.add_subplot(projection="3d")``; by default a new
             figure.
 
     Raises:
-        TypeError: it is no `Landscape`.
-        ValueError: the landscape is along one direction, or has less than 2 x 2 points; the loss
-            is nowhere finite, or not positive on a log scale; the Axes are flat.
+        TypeError: If ``found`` is not a `Landscape`.
+        ValueError: If the landscape is along one direction or has fewer than 2 x 2 points, if the
+            loss is finite nowhere, or not positive on a log scale, or if the Axes are
+            two-dimensional.
     """
-    refuse_other(found, Landscape, "`surface` takes a landscape, as landscape(...) gives it")
+    refuse_other(found, Landscape, "`surface` takes a landscape, as returned by landscape(...)")
     y, values = second_axis(found), losses(found)
     scale = scaled(scale, values)
     solid: Any = new_axes(_SIZE, projection="3d") if ax is None else ax
     if solid.name != "3d":
-        raise ValueError("a surface needs three dimensions: figure.add_subplot(projection='3d')")
+        raise ValueError(
+            "a surface needs three-dimensional Axes: pass `ax=figure.add_subplot(projection='3d')`"
+        )
     heights = np.log10(values) if scale == "log" else values
     low, high = float(np.nanmin(heights)), float(np.nanmax(heights))
-    # A plateau has a height, too.
+    # On a plateau, low == high: use a height of 1.
     high = high if high > low else low + 1.0
     floor = low - _GAP * (high - low)
     grid = np.meshgrid(found.x.numpy(), y.numpy(), indexing="ij")
@@ -57,7 +60,7 @@ def surface(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None 
     solid.set(xlabel=label(found, 0), ylabel=label(found, 1), zlabel="loss", zlim=(floor, high))
     _quieten(solid)
     sides = np.array([np.ptp(found.x.numpy()), np.ptp(y.numpy()) * aspect(found)])
-    # Smaller than its place, which leaves room for the labels.
+    # A zoom below 1 leaves room for the labels.
     solid.set_box_aspect((*sides / sides.max(), 0.8), zoom=0.95)
     ticks = _ticks(low, high, scale)
     solid.set_zticks(list(ticks), list(ticks.values()))
@@ -77,15 +80,15 @@ def _quieten(solid: Any) -> None:
 
 
 def _ticks(low: float, high: float, scale: Scale) -> dict[float, str]:
-    """Heights, and the losses that are written there."""
+    """Return the ticks: heights with the labels of their losses."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     if scale == "linear":
         return _within(MaxNLocator(5).tick_values(low, high), low, high)
     few = (1.0, 2.0, 5.0) if high - low < 2 else (1.0,)
     round_losses = LogLocator(subs=few, numticks=8).tick_values(10**low, 10**high)
-    found = _within(round_losses, 10**low, 10**high)
-    return {float(np.log10(loss)): text for loss, text in found.items()}
+    labels = _within(round_losses, 10**low, 10**high)
+    return {float(np.log10(loss)): text for loss, text in labels.items()}
 
 
 def _within(candidates: Iterable[float], low: float, high: float) -> dict[float, str]:

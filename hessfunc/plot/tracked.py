@@ -1,4 +1,4 @@
-"""A tracked quantity, beside the line at which training is stable."""
+"""Figure of a tracked quantity with the edge of stability."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Quantity = Literal["top", "bottom", "trace", "preconditioned", "critical"]
 
-# The second colour is that of the line.
+# The second colour of the palette is the colour of the edge.
 _COLOURS = (PALETTE[0], *PALETTE[2:])
 _NAMES: dict[Quantity, str] = {
     "top": "largest eigenvalue",
@@ -36,33 +36,36 @@ def tracked(
     quantity: Quantity = "top",
     threshold: Callable[[float], float] | Literal["known"] | None = "known",
 ) -> Axes:
-    """A quantity against steps, with the line at which training is stable.
+    """Draw a tracked quantity against steps, with the edge up to which the training is stable.
 
-    Bands are residuals, or twice the standard error of a trace. The line bounds one quantity alone:
+    Bands are residuals, or twice the standard error of a trace. The edge bounds one quantity only:
     the largest eigenvalue for SGD, at (2 + 2 momentum) / lr, and the preconditioned sharpness for
-    Adam, at (2 + 2 beta_1) / ((1 - beta_1) lr). Where the optimiser is not known, it is that of
-    plain gradient descent, 2 / lr, beside the largest eigenvalue and critical sharpness.
+    Adam, at (2 + 2 beta_1) / ((1 - beta_1) lr). If the optimiser is unknown, the edge is 2 / lr of
+    plain gradient descent, drawn with the largest eigenvalue and the critical sharpness.
 
     Args:
-        points: of a `Tracker`, or from `read`.
-        ax: where to draw; by default a new figure.
-        quantity: ``"top"``, ``"bottom"``, ``"trace"``, ``"preconditioned"`` or ``"critical"``.
-        threshold: Function of the learning rate, drawn beside any quantity. ``"known"`` draws the
-            line of the optimiser that the tracker was given, and None no line.
+        points: Points of a `Tracker`, or from `read`.
+        ax: Axes to draw on; by default a new figure.
+        quantity: Quantity to draw: ``"top"``, ``"bottom"``, ``"trace"``, ``"preconditioned"`` or
+            ``"critical"``.
+        threshold: Function from the learning rate to a threshold, drawn with any quantity.
+            ``"known"`` draws the edge of the optimiser of the tracker, and None draws no line.
 
     Raises:
-        TypeError: these are no points.
-        ValueError: the quantity is none of these, or no point has it.
-        ModuleNotFoundError: matplotlib is not installed.
+        TypeError: If ``points`` is not a sequence of points.
+        ValueError: If the quantity is unknown, or if no point has it.
+        ModuleNotFoundError: If matplotlib is not installed.
     """
     if quantity not in _NAMES:
-        raise ValueError(f"quantity={quantity!r}: choose {', '.join(map(repr, _NAMES))}")
+        raise ValueError(f"quantity={quantity!r}: choose one of {', '.join(map(repr, _NAMES))}")
     refuse_other(points, Sequence, "`tracked` takes points, as in tracker.points")
     for point in points:
         refuse_other(point, Point, "`tracked` takes points, as in tracker.points")
     lines = _lines(points, quantity)
     if not lines:
-        raise ValueError(f"no point has {_NAMES[quantity]}: was it measured?")
+        raise ValueError(
+            f"no point has a {_NAMES[quantity]}: select the quantity in the options of the tracker"
+        )
     ax = clean(new_axes() if ax is None else ax)
     for i, line in enumerate(lines):
         steps, values, radii = zip(*line, strict=True)
@@ -92,9 +95,9 @@ def _draw_edge(
         drawn = {step: threshold(lr) if lr else math.nan for step, lr in rates.items()}
         draw_edge(ax, drawn, end=end, label="edge of stability")
         return
-    found: dict[float, float | None] = {point.step: _edge(point, quantity) for point in points}
-    if any(edge is not None for edge in found.values()):
-        drawn = {step: math.nan if edge is None else edge for step, edge in found.items()}
+    edges: dict[float, float | None] = {point.step: _edge(point, quantity) for point in points}
+    if any(edge is not None for edge in edges.values()):
+        drawn = {step: math.nan if edge is None else edge for step, edge in edges.items()}
         draw_edge(ax, drawn, end=end, label="edge of stability")
     elif quantity in ("top", "critical") and not any(map(_is_known, points)):
         drawn = {step: stability(lr) if lr else math.nan for step, lr in rates.items()}
@@ -102,33 +105,34 @@ def _draw_edge(
 
 
 def _is_known(point: Point) -> bool:
-    """Whether the optimiser of a point is known, and has an edge of some quantity."""
+    """Return whether the optimiser of a point is known and has an edge for some quantity."""
     return point.edge is not None or point.preconditioned_edge is not None
 
 
 def _edge(point: Point, quantity: Quantity) -> float | None:
-    """The edge of a quantity."""
+    """Return the edge of a quantity at a point."""
     match quantity:
         case "top":
             return point.edge
         case "preconditioned":
             return point.preconditioned_edge
         case "critical" if point.edge and point.lr and math.isclose(point.edge * point.lr, 2):
-            # The loss along the gradient is what a step of plain gradient descent meets.
+            # Critical sharpness is measured along the gradient, the step of plain gradient
+            # descent: its edge is known only if the edge is 2 / lr.
             return point.edge
         case _:
             return None
 
 
 def _lines(points: Sequence[Point], quantity: Quantity) -> list[list[tuple[int, float, float]]]:
-    """Of each line its steps, values and half-widths of the band."""
-    found: list[list[tuple[int, float, float]]] = []
+    """Return the steps, values and half-widths of the band of each line."""
+    lines: list[list[tuple[int, float, float]]] = []
     for point in points:
         for i, (value, radius) in enumerate(_values(point, quantity)):
-            if i == len(found):
-                found.append([])
-            found[i].append((point.step, value, radius))
-    return found
+            if i == len(lines):
+                lines.append([])
+            lines[i].append((point.step, value, radius))
+    return lines
 
 
 def _values(point: Point, quantity: Quantity) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Trainings, against epochs and against their work."""
+"""Figure of trainings, against epochs and against gradient-equivalents."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _AGAINST = {"epoch": "epochs", "gradients": "gradient-equivalents"}
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """What a row of Axes shows.
+    """Content of a row of Axes.
 
     Attributes:
-        label: of its vertical axis.
-        lines: linestyle -> what a line of this style shows.
-        scale: of the vertical axis.
-        of_epochs: whether it is constant in each epoch, and has few values.
-        height: in inches.
+        label: Label of the vertical axis.
+        lines: Mapping from a line style to the quantity that is drawn in this style.
+        scale: Scale of the vertical axis.
+        of_epochs: Whether the quantity is constant within each epoch and has few values.
+        height: Height of the row, in inches.
     """
 
     label: str
@@ -69,25 +69,30 @@ def _rows(runs: Sequence[Run], batch_size: int | None) -> list[_Row]:
 
 @validated(runs=anything)
 def trainings(runs: Sequence[Run], /, *, batch_size: int | None = None) -> Figure:
-    """One colour a method, one line a seed; of the test examples the lines are dashed.
+    """Draw trainings with one colour for each method and one line for each seed.
 
-    Where eigenvalues were measured, they are drawn too, with what follows them: the batch size
-    and the learning rate of each epoch.
+    Lines of test examples are dashed. If eigenvalues were measured, they are drawn too, with the
+    batch size and the learning rate of each epoch.
 
     Args:
-        runs: the trainings.
-        batch_size: examples of a base batch; without it, batch sizes are in base batches.
+        runs: Trainings to draw.
+        batch_size: Number of examples in a base batch. Without it, batch sizes are in base batches.
+
+    Returns:
+        A new Figure, which is not registered with pyplot.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("figures need matplotlib: pip install 'hessfunc[plot]'") from None
+        raise ModuleNotFoundError(
+            "figures need matplotlib: `pip install 'hessfunc[plot]'`"
+        ) from None
     rows = _rows(runs, batch_size)
     heights = [row.height for row in rows]
-    # A figure of its own, as commands write it to a file and never show it.
+    # Commands write the figure to a file and never show it: keep it out of pyplot.
     figure = Figure(figsize=(9.6, sum(heights)), layout="constrained")
     panels = figure.subplots(len(rows), 2, sharex="col", sharey="row", height_ratios=heights)
     for row, panel in zip(rows, panels, strict=True):
@@ -96,7 +101,7 @@ def trainings(runs: Sequence[Run], /, *, batch_size: int | None = None) -> Figur
             _draw_on(ax, runs, row, against)
     for ax, name in zip(panels[-1], _AGAINST.values(), strict=True):
         ax.set_xlabel(name)
-    # Methods differ by orders of magnitude in what a step takes.
+    # The cost of a step differs by orders of magnitude between methods.
     panels[-1, 1].set_xscale("symlog", linthresh=1)
     panels[-1, 1].set_xlim(left=0)
     legend(panels[0, 0])
@@ -120,7 +125,7 @@ def _draw_on(ax: Axes, runs: Sequence[Run], row: _Row, against: str) -> None:
                 labelled.add(run.method)
                 style["label"] = run.method
             if row.of_epochs:
-                # A record is of the epoch that ends there.
+                # A record belongs to the epoch that ends at its position.
                 style["drawstyle"] = "steps-pre"
                 shown |= {y for _, y in known}
             ax.plot(*zip(*known, strict=True), **style)
@@ -130,6 +135,6 @@ def _draw_on(ax: Axes, runs: Sequence[Run], row: _Row, against: str) -> None:
 
 
 def draw(path: Path, runs: Sequence[Run], /, *, batch_size: int | None = None) -> None:
-    """Write the figure as a PNG."""
+    """Write the figure of trainings to a PNG file."""
     figure = trainings(runs, batch_size=batch_size)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=160))

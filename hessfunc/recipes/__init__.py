@@ -1,0 +1,1 @@
+"""Recipes: compositions of transforms and algorithms for a loss, parameters and batches."""

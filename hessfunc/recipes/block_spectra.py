@@ -1,4 +1,4 @@
-"""The spectra of all blocks of a model, one after another."""
+"""Spectra of the diagonal blocks of a curvature matrix, computed one after another."""
 
 from __future__ import annotations
 
@@ -43,29 +43,30 @@ def block_spectra(
     algorithm: Callable[[Matvec, Tree], Any] = _density,
     callback: Callable[[str, Any], object] | None = None,
 ) -> dict[str, Any]:
-    """The spectrum of each diagonal block of a curvature matrix: of each layer, say.
+    """Compute the spectrum of each diagonal block of a curvature matrix, for example of each layer.
 
-    Each block is that of the loss with all other parameters held fixed. Blocks of transformers
-    differ widely, which is what adaptive optimisers profit from.
+    A diagonal block is the curvature matrix of the loss with all other parameters held fixed. The
+    spectra of the blocks of a transformer differ widely, and adaptive optimisers profit from this.
 
     Args:
-        loss: of all parameters.
-        params: at which the curvature is taken.
-        batches: any re-iterable of batches; of several the mean weighted by examples is taken.
-        blocks: the name of each block and its leaves, as patterns of `split`; or patterns alone.
-            By default each leaf that has entries is a block.
-        weight: what a batch counts, as in `over_batches`: for language models, its tokens.
-        keep: keep the graphs of all batches while a block is worked on.
-        curvature: loss -> curvature function, such as `hvp` or `ggnvp`.
-        algorithm: ``(matvec, like) -> result``, such as ``functools.partial(lanczos, k=5)``; by
-            default `slq` with one probe of 50 steps.
-        callback: called with the name and the result of each block as soon as it is there.
+        loss: Loss as a function of all parameters.
+        params: Parameters at which the curvature is taken.
+        batches: Any re-iterable of batches. The curvature is their mean, weighted by examples.
+        blocks: Mapping from the name of a block to the pattern of its leaves, as in `split`, or
+            patterns only. By default each leaf that has entries is a block.
+        weight: Weight of a batch in the mean, as in `over_batches`; for a language model, its
+            number of tokens.
+        keep: Whether the graphs of all batches are kept while a block is computed.
+        curvature: Function from a loss to its curvature function, such as `hvp` or `ggnvp`.
+        algorithm: Function ``(matvec, like) -> result``, such as
+            ``functools.partial(lanczos, k=5)``. The default is `slq` with one probe of 50 steps.
+        callback: Function called with the name and the result of each block once it is computed.
 
     Returns:
         The result of each block, in the order of the blocks.
 
     Raises:
-        ValueError: a pattern chooses nothing.
+        ValueError: If a pattern matches no leaf.
 
     Source: Zhang et al. 2024, Why transformers need Adam, arXiv 2402.16788.
     """
@@ -81,14 +82,14 @@ def block_spectra(
         patterns = {
             pattern: pattern for pattern in ([blocks] if isinstance(blocks, str) else blocks)
         }
-    # All patterns are tried first, so that a wrong one does not wait for the others' results.
+    # Match all patterns first, so that a wrong pattern raises before any block is computed.
     parts = {name: split(params, pattern) for name, pattern in patterns.items()}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, (chosen, rest) in parts.items():
         matvec = over_batches(curvature(hold(loss, rest)), weight=weight, keep=keep)(
             chosen, batches
         )
-        found[name] = algorithm(matvec, chosen)
+        results[name] = algorithm(matvec, chosen)
         if callback is not None:
-            callback(name, found[name])
-    return found
+            callback(name, results[name])
+    return results

@@ -1,4 +1,4 @@
-"""The diagonal of a Gauss-Newton matrix, exactly, from the Jacobian of each example."""
+"""Exact diagonal of a Gauss-Newton matrix, from the Jacobian of each example."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _Build: TypeAlias = Callable[[Sequence[Tensor]], Any]
 
-# Squares of a few gradients of a few examples at once: more leave the cache.
+# Limit on the gradients that are squared in one pass; a larger pass no longer fits in the cache.
 _BYTES_AT_ONCE = 64 * 2**20
 
 
@@ -47,41 +47,43 @@ def ggn_diagonal(
     data: Data = "replicated",
     examples_per_chunk: int | None = None,
 ) -> Tree:
-    """The diagonal of the generalised Gauss-Newton matrix, without any sampling.
+    """Compute the diagonal of the generalised Gauss-Newton matrix exactly, without sampling.
 
         diag G = sum_b sum_c s_bc (J_b' u_bc)^2,  H_b = sum_c s_bc u_bc u_bc'
 
-    with J_b the Jacobian of the outputs of example b, H_b its block of the Hessian of the
-    criterion, and s_bc, u_bc the eigenpairs of that. Its sum is the trace of G. For a criterion
-    that is the negative logarithm of a likelihood (cross-entropy, BCE-with-logits) it is also the
-    diagonal of the Fisher matrix.
+    Here J_b is the Jacobian of the outputs of example b, H_b is its diagonal block of the Hessian
+    of the criterion, and (s_bc, u_bc) are the eigenpairs of H_b. The sum of the diagonal is the
+    trace of G. If the criterion is a negative log-likelihood (cross-entropy, BCE-with-logits), the
+    result is also the diagonal of the Fisher matrix.
 
     Args:
-        loss: with its two halves, as made by `supervised` or `composed`. Examples lie along the
-            first axis of inputs and outputs, and do not see each other.
-        params: at which the diagonal is taken.
-        batches: of which the weighted mean is taken, as in `over_batches`.
-        weight: what a batch counts, as in `over_batches`.
-        mesh: of ranks that share the batches, as in `over_batches`.
-        data: How batches lie on the ranks, as in `over_batches`.
+        loss: Loss that exposes its outputs and its criterion, as made by `supervised` or
+            `composed`. Examples lie along the first axis of inputs and outputs and are
+            independent of each other.
+        params: Parameters at which the diagonal is taken.
+        batches: Batches whose weighted mean is taken, as in `over_batches`.
+        weight: Weight of a batch in the mean, as in `over_batches`.
+        mesh: Device mesh of the ranks that share the batches, as in `over_batches`.
+        data: Layout of the batches on the ranks, as in `over_batches`.
         examples_per_chunk: Number of examples in one pass by vmap; 1 is a loop without vmap. By
-            default the number whose gradients take 64 MiB.
+            default, the gradients of one pass take 64 MiB.
 
     Returns:
-        A tree of the shapes of params, in float32 at least.
+        A tree with the shapes of ``params``, in float32 or wider.
 
     Raises:
-        TypeError: the loss does not show its halves; outputs are not one tensor; batches can be
-            read only once.
-        ValueError: examples see each other, as in batch norm in train mode; the criterion couples
-            them; they cannot be told apart; there are no batches.
-        MemoryError: the blocks H_b do not fit.
-        RuntimeError: the model does not go through vmap, as an LSTM; ``examples_per_chunk=1`` is
-            a loop by plain autograd.
+        TypeError: If the loss does not expose its outputs and criterion, if the outputs are not
+            one tensor, or if the batches can be read only once.
+        ValueError: If the model mixes examples (batch norm in train mode), if the criterion
+            couples examples, if the examples cannot be separated, or if there are no batches.
+        MemoryError: If the blocks H_b do not fit into memory.
+        RuntimeError: If the model does not support vmap, for example an LSTM. Pass
+            ``examples_per_chunk=1`` for a loop by plain autograd.
 
-    Cost: for C outputs an example C - 1 backward passes (cross-entropy) or C; with 10 classes some
-    9 gradients on a convolutional net; C^3 operations and C^2 numbers an example for the blocks.
-    From some hundred outputs on take ``hutchinson_diagonal(ggnvp(loss)(params, batch), params)``.
+    Cost: C backward passes an example for C outputs, or C - 1 for cross-entropy; about 9 gradients
+    for a convolutional net with 10 classes. The blocks take C^3 operations and C^2 numbers an
+    example. For more than a few hundred outputs, use
+    ``hutchinson_diagonal(ggnvp(loss)(params, batch), params)``.
 
     Source: Schraudolph 2002; as in Dangel, Kunstner and Hennig 2020, BackPACK, arXiv 1912.10985.
     """
@@ -109,11 +111,12 @@ def diagonal_of(
     data: Data,
     examples_per_chunk: int | None,
 ) -> Tree:
-    """As `ggn_diagonal`, in a pass that may be compared with those of another matrix."""
+    """Compute `ggn_diagonal` in one pass whose batch checksum can be compared with another pass."""
     refuse_without_halves(loss)
     at_least(1, examples_per_chunk=examples_per_chunk)
     ones = tree_map(lambda leaf: torch.ones_like(leaf)[None], params)
-    # A diagonal is a matrix too: its mean over batches is found as that of any other.
+    # A diagonal matrix is a curvature matrix: diag(mean_b G_b) is the product of mean_b diag(G_b)
+    # with the vector of ones.
     mean = mean_over(
         _of_batch(loss, examples_per_chunk),
         passes=passes,
@@ -126,14 +129,15 @@ def diagonal_of(
 
 
 def _of_batch(loss: Loss, examples_per_chunk: int | None) -> Curvature:
-    """The diagonal matrix of one batch."""
+    """Return the curvature function whose matrix is ``diag(G)`` of one batch."""
 
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = space_of(params)
         if space.distributed:
             raise NotImplementedError(
-                "the exact diagonal takes whole parameters, and these are DTensors: gather them "
-                "by `unsharded`, or take `hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
+                "the exact diagonal does not support DTensor parameters: gather them with "
+                "`unsharded(model)`, or use "
+                "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
             )
         refuse_autocast(space.device)
         with (
@@ -162,8 +166,8 @@ def _diagonal(
     sizes = [examples(piece) for piece in pieces]
     if sum(sizes) != len(outputs):
         raise ValueError(
-            f"the outputs have {len(outputs)} rows along their first axis, and the batch "
-            f"{sum(sizes)} examples: let `composed` make outputs with a row for each example"
+            f"the outputs have {len(outputs)} rows along their first axis, but the batch has "
+            f"{sum(sizes)} examples: return one row for each example, for instance with `composed`"
         )
     total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
     for piece, together, value, vector in zip(
@@ -175,11 +179,11 @@ def _diagonal(
             rows, build = rows_of(piece)
             each = partial(_of_example, loss, space, point, build, at_once)
             alone, every = _over_examples(each, value, vector, *rows)
-            squares = [found.sum(0) for found in every]
+            squares = [leaf.sum(0) for leaf in every]
         _refuse_unless_apart(alone, together)
-        for sums, found in zip(total, squares, strict=True):
+        for sums, leaf in zip(total, squares, strict=True):
             # The batch itself may require a gradient.
-            sums += found.detach()
+            sums += leaf.detach()
     return total
 
 
@@ -193,7 +197,7 @@ def _of_example(
     vectors: Tensor,
     *rows: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The outputs of one example, and ``sum_c s_c (J'u_c)^2`` leaf by leaf."""
+    """Return the outputs of one example, and ``sum_c s_c (J'u_c)^2`` for each leaf."""
 
     def model(*leaves: Tensor) -> Tensor:
         return loss.outputs(space.tree(leaves), build([row[None] for row in rows]))[0]
@@ -203,6 +207,7 @@ def _of_example(
         return outputs, []
     total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
     for value, vector in zip(values.split(at_once), vectors.split(at_once), strict=True):
+        # J' u_c for several columns c at once, leaf by leaf.
         gradients = vmap(pull)(vector.reshape(-1, *outputs.shape).to(outputs.dtype))
         total = [
             sums + torch.einsum("c,c...->...", value, gradient.to(value).square())
@@ -216,9 +221,9 @@ def _over_examples(each: Callable[..., Any], *rows: Tensor) -> tuple[Tensor, lis
         return vmap(each, randomness="different")(*rows)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise RuntimeError(
-            f"the examples of this model do not go through vmap ({_line(error)}): call "
-            "model.eval() if a layer sees the whole batch; otherwise pass "
-            "examples_per_chunk=1, which is a loop"
+            f"the model cannot be mapped over examples by vmap ({_line(error)}): call "
+            "`model.eval()` if a layer mixes examples; otherwise pass `examples_per_chunk=1` for "
+            "a loop"
         ) from error
 
 
@@ -230,7 +235,7 @@ def _of_one(
     values: Tensor,
     vectors: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `_of_example`, for a batch of one example and without `torch.func`."""
+    """Compute `_of_example` for a batch of one example, without `torch.func`."""
     inputs = [leaf.detach().requires_grad_() for leaf in point]
     try:
         outputs = loss.outputs(space.tree(inputs), batch)
@@ -238,8 +243,8 @@ def _of_one(
         raise
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise ValueError(
-            f"the model cannot be evaluated on one example alone ({_line(error)}): are the entries "
-            "of the first axis no examples, as the nodes of a graph? Take "
+            f"the model cannot be evaluated on one example alone ({_line(error)}); the first axis "
+            "may not be an axis of examples (the nodes of a graph, for instance): use "
             "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
         ) from error
     total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
@@ -258,7 +263,7 @@ def _of_one(
 
 
 def _line(error: Exception) -> str:
-    """The first line of what an error says."""
+    """Return the first line of the message of an error."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -267,35 +272,35 @@ def _outputs(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> T
     outputs = checked_outputs(loss, space, inputs, batch)
     if not isinstance(outputs, Tensor) or not outputs.dim():
         raise TypeError(
-            "the exact diagonal takes a model whose outputs are one tensor, with a row for each "
-            f"example, and these are {type(outputs).__name__}: make them one in `composed`"
+            "the exact diagonal needs outputs that are one tensor with a row for each example, "
+            f"but got {type(outputs).__name__}: combine them into one tensor with `composed`"
         )
     return outputs.detach()
 
 
 def _eigenpairs(loss: Loss, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-    """Of each example's block: values ``(B, r)`` and vectors ``(B, r, C)``, without the kernel."""
+    """Return the eigenpairs of each H_b: values ``(B, r)``, vectors ``(B, r, C)``, no kernel."""
     blocks = each_hessian(loss.criterion, outputs, batch)
     values, vectors = torch.linalg.eigh(blocks.to(wide_dtype(blocks.device)))
     size, order = values.abs().amax(0).sort()
     counts = torch.ones_like(order, dtype=torch.bool)
-    # All that is left out, together, is no more than rounding. One column stays at the least.
+    # Drop the smallest eigenvalues while their sum is below rounding; keep at least one column.
     left_out = size.cumsum(0) <= 10 * torch.finfo(blocks.dtype).eps * size.sum()
     counts[order[:-1][left_out[:-1]]] = False
     return values[:, counts].to(blocks.dtype), vectors.mT[:, counts].to(blocks.dtype)
 
 
 def _refuse_unless_apart(alone: Tensor, together: Tensor) -> None:
-    """Raise unless examples have the same outputs alone as in their batch, up to rounding."""
+    """Raise unless each example has the same outputs alone as in its batch, up to rounding."""
     if alone.shape == together.shape:
-        # Of a model that computes in a narrower dtype than its outputs have.
+        # If the outputs are exact in a narrower dtype, the model computes in it: use its eps.
         narrow = (torch.bfloat16, torch.float16)
         exact = [d for d in narrow if torch.equal(together.to(d).to(together.dtype), together)]
         eps = torch.finfo(exact[0] if exact else together.dtype).eps
         if bool((alone - together).abs().amax() <= eps**0.5 * together.abs().amax()):
             return
     raise ValueError(
-        "the outputs of an example alone are not those in its batch: their first axis is not that "
-        "of the examples, or a layer sees the whole batch (batch norm in train mode) or is random "
-        "(dropout): call model.eval()"
+        "the outputs of an example alone differ from its outputs in the batch: the first axis is "
+        "not the axis of examples, or a layer mixes examples (batch norm in train mode) or is "
+        "random (dropout); in the latter cases call `model.eval()`"
     )

@@ -1,4 +1,4 @@
-"""The trace of a Hessian: its Gauss-Newton part exactly, the rest by probes."""
+"""Trace of a Hessian: its Gauss-Newton part exactly, the remainder by random probes."""
 
 from __future__ import annotations
 
@@ -43,47 +43,55 @@ def hessian_trace(
     callback: Callback[Estimate] | None = None,
     checkpoint: Directory = None,
 ) -> Estimate:
-    """The trace of the Hessian of a loss over batches, by exact and by random parts.
+    """Estimate the trace of the Hessian of a loss over batches.
 
         tr H = tr G + E[w' (H - G) w],  tr G = sum_b sum_c s_bc |J_b' u_bc|^2
 
-    with G the generalised Gauss-Newton matrix, whose trace `ggn_diagonal` finds without sampling,
-    and probes for what it leaves out, `functional_hvp`. Of a net that fits its data that is
-    little: the variance of a probe, at most 2 |H - G|_F^2, is then a small part of 2 |H|_F^2.
+    The trace of the generalised Gauss-Newton matrix G is exact, from `ggn_diagonal`. Random probes
+    w estimate the trace of the remainder H - G, whose products are `functional_hvp`. If a net fits
+    its data, the remainder is small: the variance of a probe is at most 2 |H - G|_F^2, a small part
+    of the 2 |H|_F^2 of a probe of H.
 
     Args:
-        loss: with its two halves, as made by `supervised` or `composed`.
-        params: at which the trace is taken.
-        batches: of which the weighted mean is taken.
-        rtol: stop when the half-width of the 95 % interval is below rtol |value|.
-        atol: stop when it is below atol. Without rtol and atol the whole budget is used.
-        max_matvecs: the budget: so many probes at the most.
-        weight: what a batch counts, as in `over_batches`.
-        keep: keep the graph of every batch, as in `over_batches`.
-        mesh: of ranks that share the batches, as in `over_batches`.
-        data: How batches lie on the ranks, as in `over_batches`.
-        examples_per_chunk: how many examples go through one pass of `ggn_diagonal`.
-        block_size: how many probes are multiplied at once.
-        seed: of the probes.
-        space: in which every rank holds a part of each vector, made by `sharded`; by default
-            every rank holds the whole.
-        callback: called with the running `Estimate` after each round; returning True stops.
-        checkpoint: a directory that keeps the state of the probes, for a run that was killed to
-            go on from.
+        loss: Loss that exposes its outputs and its criterion, as made by `supervised` or
+            `composed`.
+        params: Parameters at which the trace is taken.
+        batches: Batches whose weighted mean is taken.
+        rtol: Relative tolerance: stop when the half-width of the 95 % interval is below
+            ``rtol |value|``.
+        atol: Absolute tolerance: stop when the half-width is below ``atol``. Without ``rtol`` and
+            ``atol``, the whole budget is used.
+        max_matvecs: Largest number of probes, each of which takes one product.
+        weight: Weight of a batch in the mean, as in `over_batches`.
+        keep: Whether the graph of every batch is kept, as in `over_batches`.
+        mesh: Device mesh of the ranks that share the batches, as in `over_batches`.
+        data: Layout of the batches on the ranks, as in `over_batches`.
+        examples_per_chunk: Number of examples in one pass of `ggn_diagonal`.
+        block_size: Number of probes that are multiplied at once.
+        seed: Seed of the probes.
+        space: Space made by `sharded`, in which every rank holds a part of each vector. By
+            default vectors are replicated.
+        callback: Function called with the running `Estimate` after each round. A return value of
+            True stops the run.
+        checkpoint: Directory that keeps the state of the probes, so that an interrupted run can
+            be resumed.
 
     Returns:
-        `Estimate`, with the part of each leaf in ``by_leaf``; ``matvecs`` counts products with
+        An `Estimate`, with the part of each leaf in ``by_leaf``. ``matvecs`` counts products with
         H - G.
 
     Raises:
-        TypeError, ValueError: as `ggn_diagonal`, `over_batches` and `hutchinson`.
+        TypeError: If an argument has the wrong type, as in `ggn_diagonal`, `over_batches` and
+            `hutchinson`.
+        ValueError: If an argument has an invalid value, as in `ggn_diagonal`, `over_batches` and
+            `hutchinson`.
 
-    Cost: the backward passes of `ggn_diagonal`, C or less an example for C outputs, and a product
-    a probe. For a model of many outputs take `xtrace`.
+    Cost: the backward passes of `ggn_diagonal`, at most C an example for C outputs, and one product
+    a probe. For a model with many outputs, use `xtrace`.
 
-    Source: the parts: Schraudolph 2002; the probes: Hutchinson 1990.
+    Source: Schraudolph 2002 for the parts; Hutchinson 1990 for the probes.
     """
-    # Of both parts, so that they are of the same examples.
+    # Shared by both parts, which must see the same examples for tr G + tr(H - G) = tr H.
     passes = Passes()
     known = diagonal_of(
         loss,

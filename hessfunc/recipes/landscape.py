@@ -1,4 +1,4 @@
-"""A loss on a line or a plane through the parameters."""
+"""Loss landscapes: a loss on a line or a plane through the parameters."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from hessfunc.transforms.batches.reductions import Average
 from hessfunc.transforms.hessian import checked
 from hessfunc.trees import Tree, leaves
 
-# Points that may go through one pass of vmap, the most first; 1 is a loop.
+# Candidate numbers of points in one pass of vmap, in descending order; 1 is a loop.
 _SIZES = (64, 16, 4, 1)
 
 
-# The most entries that an operation may write on average for all points of a pass: beyond that,
-# vmap only moves the arithmetic of small operations out of the caches. Over 13 nets the size that
-# follows takes at most 1.12 times the fastest one's time, on a CPU with one thread.
+# Largest average number of entries that an operation may write for all points of a pass. Beyond
+# it, vmap only moves the arithmetic of small operations out of the caches. Over 13 nets, the chunk
+# size from this rule takes at most 1.12 times the time of the fastest size (CPU, one thread).
 _ENTRIES = 2**19
 
 
-# An accelerator needs more to be busy.
+# An accelerator needs larger operations to be busy.
 _ACCELERATOR_ENTRIES = 2**24
 
 
-# The most memory that a pass may take on a CPU: a constant, because what is free changes.
+# Largest memory of a pass on a CPU. It is a constant, because the free memory varies between runs.
 _PASS_BYTES = 2**30
 
 
-# Points between two calls of the callback where a loop takes one after another.
+# Number of points between two calls of the callback when points are evaluated in a loop.
 _IN_A_LOOP = 4
 
 
@@ -61,44 +61,46 @@ def landscape(
     points_per_chunk: int | None = None,
     callback: Callable[[Landscape], object] | None = None,
 ) -> Landscape:
-    """The loss along one or two directions from params, as a mean over batches.
+    """Evaluate a loss along one or two directions from ``params``, as a mean over batches.
 
         values_ij = sum_b weight(b) loss(params + x_i u + y_j v, b) / sum_b weight(b)
 
-    Along a unit eigenvector of the loss's Hessian the second derivative at 0 is its eigenvalue;
-    where the loss has kinks, those of ReLU, between any two of them.
+    Along a unit eigenvector of the Hessian, the second derivative at 0 is the eigenvalue. For a
+    loss with kinks, such as those of ReLU, this holds only between two kinks.
 
     Cost: one forward pass for each point and batch, and two more to measure one pass. Without
-    ``points_per_chunk``, up to 64 points go through one pass by vmap. Their number follows from
+    ``points_per_chunk``, up to 64 points go through one pass by vmap. Their number depends only on
     the sizes of the loss's operations, so that every run takes the same path.
 
     Args:
-        loss: ``(params, batch) -> scalar``. Models with BatchNorm belong in eval mode; dropout in
-            train mode has the same mask at all points.
-        params: the point from which the directions start.
-        batches: any iterable of batches, read once.
-        directions: one or two trees like params (a gradient, a step, the way to other parameters),
-            or blocks of one or two of them (``Eigenpairs.vectors``, `random_like`).
-        radius: coordinates reach from -radius to radius on each axis,
-        points: in so many steps; an odd number has params in its middle.
-        at: strictly increasing coordinates ``(p,)`` in place of radius and points, the same on
-            both axes or one tensor an axis.
-        normalise: ``"unit"``: directions of unit length, so that coordinates are distances.
-            ``"filter"``: each filter of a direction, that is each slice of a leaf along its first
-            axis, as long as the filter of params; leaves with fewer than two axes, biases and
-            norms, are left out. Shapes of nets whose weights differ in scale can then be
-            compared. None: directions as they are.
+        loss: Function ``(params, batch) -> scalar``. Models with BatchNorm must be in eval mode;
+            dropout in train mode has the same mask at all points.
+        params: Point from which the directions start.
+        batches: Any iterable of batches, read once.
+        directions: Directions, one or two trees like ``params`` (a gradient, a step, the difference
+            to other parameters), or vector blocks with one or two vectors in total
+            (``Eigenpairs.vectors``, `random_like`).
+        radius: Largest coordinate: each axis reaches from -radius to radius.
+        points: Number of points on each axis. An odd number places ``params`` in the middle.
+        at: Strictly increasing coordinates ``(p,)`` that replace ``radius`` and ``points``, either
+            one tensor for both axes or one tensor for each axis.
+        normalise: Normalisation of the directions. ``"unit"`` scales each direction to unit
+            length, so that coordinates are distances. ``"filter"`` scales each filter of a
+            direction (a slice of a leaf along its first axis) to the length of the same filter of
+            ``params``, and sets leaves with fewer than two axes (biases, norms) to zero. Nets whose
+            weights differ in scale can then be compared. None leaves the directions unchanged.
         weight: Weight of a batch in the mean, as in `over_batches`.
-        points_per_chunk: Number of points in one pass, 1 for a loop, None for the rule.
-        callback: called with the landscape so far after each chunk.
+        points_per_chunk: Number of points in one pass. 1 is a loop; None chooses it by the rule
+            above.
+        callback: Function called with the landscape computed so far after each chunk.
 
     Raises:
-        TypeError: the batches are a single batch.
-        ValueError: there are no or more than two directions; one is zero, not finite, or not
-            shaped like params; the radius or the number of points is not positive; the
-            coordinates are not one-dimensional, finite and strictly increasing; there is no batch;
-            the loss at params is not a finite scalar; a model uses batch statistics (BatchNorm in
-            train mode) on more than one batch.
+        TypeError: If ``batches`` is a single batch.
+        ValueError: If the number of directions is not one or two; if a direction is zero, not
+            finite, or not shaped like ``params``; if the radius or the number of points is not
+            positive; if the coordinates are not one-dimensional, finite and strictly increasing;
+            if there is no batch; if the loss at ``params`` is not a finite scalar; or if a model
+            uses batch statistics (BatchNorm in train mode) on more than one batch.
 
     Source: Goodfellow et al. 2015, arXiv 1412.6544; filter normalisation and surfaces, Li et al.
     2018, arXiv 1712.09913.
@@ -146,39 +148,41 @@ def landscape(
             if points_per_chunk is None:
                 size = _size_by_rule(measured, space.device)
                 size = size if _maps(value, steps[:1]) else 1
-        for part, found in _values(value, steps, size, by_rule=points_per_chunk is None):
-            total[part] += counted * found
+        for part, losses in _values(value, steps, size, by_rule=points_per_chunk is None):
+            total[part] += counted * losses
             weights[part] += counted
-            evaluations += len(found)
+            evaluations += len(losses)
             if callback is not None:
                 callback(so_far("running"))
     if not evaluations:
-        raise ValueError("no batch has a weight: is the loader empty?")
+        raise ValueError(
+            "no batch has a positive weight: check that `batches` is not empty or consumed"
+        )
     return so_far("complete")
 
 
 def _not_single(batches: Iterable[Any]) -> Iterable[Any]:
     is_pair = isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[1], Tensor)
     if isinstance(batches, (Tensor, Mapping)) or is_pair:
-        raise TypeError("batches is a single batch: pass a list of batches, [batch]")
+        raise TypeError("`batches` is a single batch: pass a list of batches, `[batch]`")
     return batches
 
 
 def _rows(space: Space, directions: Sequence[Tree]) -> Tensor:
-    """The directions as flat rows ``(d, n)``."""
+    """Return the directions as flat rows ``(d, n)``."""
     parts = []
     for direction in directions:
         first = leaves(direction)[:1]
         if first and isinstance(first[0], Tensor) and first[0].dim() == len(space.shapes[0]) + 1:
-            found = space.block_leaves(direction)
+            rows = space.block_leaves(direction)
         else:
-            found = [leaf[None] for leaf in space.tree_leaves(direction)]
-        parts.append(space.ravel_leaves([leaf.detach() for leaf in found]))
+            rows = [leaf[None] for leaf in space.tree_leaves(direction)]
+        parts.append(space.ravel_leaves([leaf.detach() for leaf in rows]))
     count = sum(map(len, parts))
     if count not in (1, 2):
         raise ValueError(
-            f"{count} directions: a landscape is along one or two; of a block of more take the "
-            "first, {name: leaf[:1] for name, leaf in block.items()}"
+            f"{count} directions: a landscape has one or two; take the first vector of a larger "
+            "block, `{name: leaf[:1] for name, leaf in block.items()}`"
         )
     return torch.cat(parts)
 
@@ -192,11 +196,12 @@ def _normalised(space: Space, rows: Tensor, point: Tensor, normalise: Normalise 
         case "filter":
             pairs = zip(leaves(space.unravel(rows)), leaves(space.unravel(point)), strict=True)
             return space.ravel_leaves([_like_filters(d, weights) for d, weights in pairs])
-    raise ValueError(f"normalise={normalise!r}: choose {get_args(Normalise)} or None")
+    raise ValueError(f"normalise={normalise!r}: choose one of {get_args(Normalise)} or None")
 
 
 def _like_filters(directions: Tensor, weights: Tensor) -> Tensor:
-    """Each filter of each direction as long as that of the weights."""
+    """Scale each filter of each direction to the length of the same filter of the weights."""
+    # d_f <- d_f |w_f| / |d_f| for each filter f, and zero for biases and norms (Li et al. 2018).
     if weights.dim() < 2:
         return torch.zeros_like(directions)
     lengths = directions.flatten(2).norm(dim=2)
@@ -208,8 +213,8 @@ def _not_a_direction(lengths: Tensor, normalise: Normalise | None) -> str:
     bad = next(i for i, length in enumerate(lengths.tolist()) if not 0 < length < math.inf)
     if normalise == "filter" and lengths[bad] == 0:
         return (
-            f"direction {bad + 1} is zero after filter normalisation, which leaves out biases and "
-            "norms: take normalise='unit'"
+            f"direction {bad + 1} is zero after filter normalisation, which sets biases and norms "
+            "to zero: pass `normalise='unit'`"
         )
     return f"direction {bad + 1} is zero, or has entries that are NaN or infinite"
 
@@ -217,28 +222,30 @@ def _not_a_direction(lengths: Tensor, normalise: Normalise | None) -> str:
 def _axes(
     at: Tensor | Sequence[Tensor] | None, radius: float, points: int, count: int
 ) -> list[Tensor]:
-    """The coordinates on each axis."""
+    """Return the coordinates on each axis."""
     if at is None:
         if not 0 < radius < math.inf or points < 1 or points % 1:
             raise ValueError(
                 f"radius={radius}, points={points}: both must be positive, and points an integer"
             )
-        # Symmetric to the last bit, so that the middle is params itself.
+        # Symmetric to the last bit, so that the middle point is exactly params.
         places = torch.arange(points, dtype=torch.float64, device="cpu") - (points - 1) / 2
         at = places * (2 * radius / max(1, points - 1))
-    found = [at] * count if isinstance(at, Tensor) else list(at)
-    if len(found) != count:
-        raise ValueError(f"at has {len(found)} axes for {count} directions: pass one tensor each")
-    axes = [torch.as_tensor(axis, dtype=torch.float64, device="cpu").detach() for axis in found]
+    given = [at] * count if isinstance(at, Tensor) else list(at)
+    if len(given) != count:
+        raise ValueError(
+            f"`at` has {len(given)} axes for {count} directions: pass one tensor for each direction"
+        )
+    axes = [torch.as_tensor(axis, dtype=torch.float64, device="cpu").detach() for axis in given]
     for axis in axes:
         if axis.dim() != 1 or not len(axis) or not axis.isfinite().all():
             raise ValueError(
-                f"at has an axis of shape {tuple(axis.shape)}: the coordinates on an axis are "
-                "one-dimensional, finite, and one at least"
+                f"`at` has an axis of shape {tuple(axis.shape)}: pass a one-dimensional, non-empty "
+                "tensor of finite coordinates"
             )
         if not bool((axis.diff() > 0).all()):
             raise ValueError(
-                "at has an axis that is not strictly increasing: pass its `unique()` coordinates"
+                "`at` has an axis that is not strictly increasing: pass `axis.unique()`"
             )
     return axes
 
@@ -252,7 +259,7 @@ def _along(
     *,
     several: bool,
 ) -> Callable[[Tensor], Tensor]:
-    """Steps ``(d,)`` along the directions -> the loss of a batch there."""
+    """Return the loss of a batch as a function of the coordinates ``(d,)`` of a point."""
 
     def value(step: Tensor) -> Tensor:
         with (
@@ -269,14 +276,14 @@ def _along(
 def _start(
     value: Callable[[Tensor], Tensor], space: Space, params: Tree, batch: Any, origin: Tensor
 ) -> Footprint:
-    """Check that there is a loss at params, and measure one evaluation."""
+    """Check that the loss at ``params`` is a finite scalar, and measure one evaluation."""
     with explained(space, batch), Footprint() as measured:
         checked(value(origin), space, space.tree_leaves(params))
     return measured
 
 
 def _size_by_rule(of_one: Footprint, device: torch.device) -> int:
-    """The points of one pass, from the operations of one evaluation of the loss."""
+    """Return the number of points in one pass, from the operations of one evaluation."""
     on_cpu = device.type == "cpu"
     entries = (_ENTRIES if on_cpu else _ACCELERATOR_ENTRIES) * max(1, of_one.operations)
     largest = _PASS_BYTES // max(1, of_one.peak) if on_cpu else _SIZES[0]
@@ -286,7 +293,7 @@ def _size_by_rule(of_one: Footprint, device: torch.device) -> int:
 
 
 def _maps(value: Callable[[Tensor], Tensor], steps: Tensor) -> bool:
-    """Whether all operations of the loss have batching rules."""
+    """Return whether all operations of the loss have batching rules."""
     try:
         _chunk(value, steps, 2)
     except RuntimeError:
@@ -297,38 +304,39 @@ def _maps(value: Callable[[Tensor], Tensor], steps: Tensor) -> bool:
 def _values(
     value: Callable[[Tensor], Tensor], steps: Tensor, size: int, *, by_rule: bool
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The values at each of these coordinates, chunk by chunk, on the CPU.
+    """Yield the values at the given coordinates in chunks, on the CPU.
 
     Args:
-        value: Coordinates of one point -> the loss there.
-        steps: Coordinates of all points.
-        size: Points in one pass.
-        by_rule: Whether smaller passes may take over where one of this size fails.
+        value: Function from the coordinates of one point to the loss at this point.
+        steps: Coordinates of all points, ``(points, d)``.
+        size: Number of points in one pass.
+        by_rule: Whether a pass that fails may be repeated with fewer points.
     """
     start = 0
     while start < len(steps):
         part = slice(start, start + (_IN_A_LOOP if size == 1 else size))
         try:
-            found = _chunk(value, steps[part], size).to("cpu", torch.float64)
+            losses = _chunk(value, steps[part], size).to("cpu", torch.float64)
         except torch.OutOfMemoryError:
             if size == 1 or not by_rule:
                 raise
             size = max(1, size // 4)
             continue
         except RuntimeError:
-            # An operation without a batching rule; an error of the loss comes again from the loop.
+            # An operation has no batching rule. An error of the loss itself is raised again by
+            # the loop.
             if size == 1 or not by_rule:
                 raise
             size = 1
             continue
-        yield part, found
-        start += len(found)
+        yield part, losses
+        start += len(losses)
 
 
 def _chunk(value: Callable[[Tensor], Tensor], steps: Tensor, size: int) -> Tensor:
     if size == 1:
         return torch.stack([value(step) for step in steps])
     with warnings.catch_warnings():
-        # Operations without a batching rule loop inside of vmap.
+        # Operations without a batching rule run as a loop inside vmap.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         return torch.vmap(value, randomness="same")(steps)

@@ -1,4 +1,4 @@
-"""Critical sharpness: the curvature along a direction, from evaluations of the loss alone."""
+"""Critical sharpness: curvature along a direction, from evaluations of the loss only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
 from hessfunc.trees import Tree
 
-# Steps further than this factor from the first one are not tried.
+# Steps beyond this factor of the first step are not tried.
 _FURTHEST = 1e12
 
 
@@ -98,7 +98,7 @@ def critical_sharpness(
         raise ValueError(f"the loss is {base} at params: check the parameters and the batch")
 
     def raises(step: float) -> bool:
-        # A loss that is no longer finite has certainly risen.
+        # A NaN compares false, so that a loss that is no longer finite counts as risen.
         return not value_at(step) <= base
 
     low, high, trial = 0.0, math.inf, start
@@ -110,14 +110,14 @@ def critical_sharpness(
     if high == math.inf:
         return result(0.0, math.inf, (low, math.inf), trial >= start * _FURTHEST)
     while low == 0.0 and evaluations < max_evaluations and high > start / _FURTHEST:
-        # A step too small to change the loss decides nothing: only a lower loss is a bound.
+        # A step too small to change the loss gives no bound: only a lower loss is one.
         if value_at(high / 2) < base:
             low = high / 2
         else:
             high /= 2
     if low == 0.0:
-        found_none = high <= start / _FURTHEST
-        return result(math.inf if found_none else 2 / high, 0.0, (0.0, high), found_none)
+        no_descent = high <= start / _FURTHEST
+        return result(math.inf if no_descent else 2 / high, 0.0, (0.0, high), no_descent)
     while high - low > rtol * high and evaluations < max_evaluations:
         middle = (low + high) / 2
         low, high = (low, middle) if raises(middle) else (middle, high)

@@ -1,4 +1,4 @@
-"""Curvature during training."""
+"""Track the curvature of a model during training."""
 
 from hessfunc.tracking.measure import (
     Measurement,

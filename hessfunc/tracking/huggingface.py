@@ -1,4 +1,4 @@
-"""Curvature that is watched by the Trainer of Hugging Face."""
+"""Callback for the Hugging Face ``Trainer`` that tracks curvature."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ try:
     from transformers import TrainerCallback
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
-        "this callback is for the Trainer of Hugging Face: pip install transformers"
+        "the callback for the Hugging Face Trainer needs transformers: `pip install transformers`"
     ) from None
 
 from hessfunc.losses import LossFunction, composed
@@ -25,16 +25,21 @@ def _own_loss(outputs: Any, batch: Any) -> Tensor:
 
 
 class CurvatureCallback(TrainerCallback):
-    """Measures at the start of a training, and every few steps or epochs: see `tracked`.
+    """Callback that measures at the start of a training and every few steps or epochs.
+
+    It uses `tracked`.
 
     Args:
-        batches: on which the curvature is measured, mappings of what the model takes, on its
-            device, labels included.
-        every: measure after so many.
-        unit: ``"steps"`` of the optimiser, or ``"epochs"``.
-        criterion: ``(outputs, batch) -> scalar``; by default the loss of the model itself.
-        compose: of the pure model function and the criterion.
-        options: of `tracked` and of `tracking`.
+        batches: Batches on which the curvature is measured. Each is a mapping of the model's
+            arguments on its device, including the labels.
+        every: Number of steps or epochs between two measurements.
+        unit: Unit of ``every``: ``"steps"`` of the optimiser, or ``"epochs"``.
+        criterion: Function ``(outputs, batch) -> scalar``. The default is the model's own loss.
+        compose: Function that makes a loss from the pure model function and the criterion.
+        options: Options of `tracked` and of `functional_tracker`.
+
+    Attributes:
+        points: Measured points, in order.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class CurvatureCallback(TrainerCallback):
                 self._criterion,
                 self._batches,
                 every=self._every if self._unit == "steps" else None,
-                # Accelerate wraps the optimiser.
+                # Accelerate wraps the optimiser in one that has it as an attribute.
                 optimizer=getattr(optimizer, "optimizer", optimizer),
                 steps=state.global_step,
                 **self._options,

@@ -1,4 +1,4 @@
-"""Curvature that is watched by the Trainer of Lightning."""
+"""Callback for the Lightning ``Trainer`` that tracks curvature."""
 
 from __future__ import annotations
 
@@ -20,19 +20,25 @@ def _base() -> Any:
         except ModuleNotFoundError:
             continue
     raise ModuleNotFoundError(
-        "this callback is for the Trainer of Lightning: pip install lightning"
+        "the callback for the Lightning Trainer needs lightning: `pip install lightning`"
     )
 
 
 class CurvatureCallback(_base()):  # type: ignore[misc]
-    """Measures at the start of a training, and every few steps or epochs: see `tracked`.
+    """Callback that measures at the start of a training and every few steps or epochs.
+
+    It uses `tracked`.
 
     Args:
-        criterion: ``(outputs, targets) -> scalar``, of what the module's ``forward`` returns.
-        batches: on which the curvature is measured, ``(inputs, targets)`` on the module's device.
-        every: measure after so many.
-        unit: ``"steps"`` of the optimiser, or ``"epochs"``.
-        options: of `tracked` and of `tracking`.
+        criterion: Function ``(outputs, targets) -> scalar`` of the outputs of ``forward``.
+        batches: Batches ``(inputs, targets)`` on which the curvature is measured, on the module's
+            device.
+        every: Number of steps or epochs between two measurements.
+        unit: Unit of ``every``: ``"steps"`` of the optimiser, or ``"epochs"``.
+        options: Options of `tracked` and of `functional_tracker`.
+
+    Attributes:
+        points: Measured points, in order.
     """
 
     def __init__(
@@ -72,7 +78,7 @@ class CurvatureCallback(_base()):  # type: ignore[misc]
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Of several batches whose gradients are summed only the last makes a step.
+        # With gradient accumulation, only the last batch makes a step of the optimiser.
         if self._tracker is not None and trainer.global_step > self._tracker.steps:
             self._tracker.step(trainer.global_step, epoch=trainer.current_epoch)
 

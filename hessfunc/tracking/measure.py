@@ -1,4 +1,4 @@
-"""Curvature at one point of a training, as pure functions."""
+"""Measure the curvature at one point of a training, as pure functions."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ from hessfunc.trees import Tree
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The curvature at one point, in the units of the loss over those of the parameters squared.
+    """Curvature at one point, in units of the loss divided by those of the parameters squared.
 
     Attributes:
-        loss: the mean over the batches; None where it is not finite, and then nothing is measured.
-        top: the largest eigenvalues, descending.
-        top_residuals: |A v - value v| of each: some eigenvalue lies so close. Nothing is promised
-            about its index: one that overtakes all is found some points later.
-        bottom: the smallest eigenvalues, ascending.
-        bottom_residuals: of each.
-        trace: its estimate; None where it is not asked for.
-        trace_stderr: the standard error of the trace.
-        preconditioned: the largest eigenvalue of P^-1/2 A P^-1/2; None without a preconditioner.
-        preconditioned_residual: of it.
-        critical: critical sharpness along the gradient; None where it is not asked for, or no
-            finite number.
-        matvecs: products that were spent.
-        evaluations: forward passes over the batches that were spent on critical sharpness.
+        loss: Mean loss over the batches. None if it is not finite; then nothing else is measured.
+        top: Largest eigenvalues, in descending order.
+        top_residuals: Residual |A v - value v| of each pair: some eigenvalue lies within this
+            distance of the value. Its index is not certain, because an eigenvalue that overtakes
+            the others may be detected some points later.
+        bottom: Smallest eigenvalues, in ascending order.
+        bottom_residuals: Residuals of the smallest eigenvalues.
+        trace: Estimate of the trace; None if it was not requested.
+        trace_stderr: Standard error of the trace.
+        preconditioned: Largest eigenvalue of P^-1/2 A P^-1/2; None without a preconditioner.
+        preconditioned_residual: Residual of ``preconditioned``.
+        critical: Critical sharpness along the gradient; None if it was not requested or is not
+            finite.
+        matvecs: Number of products used.
+        evaluations: Number of forward passes over the batches used by the critical sharpness.
     """
 
     loss: float | None
@@ -65,13 +66,13 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingState:
-    """Where the next point starts.
+    """Results of the last point, from which the next point starts.
 
     Attributes:
-        top: the last largest eigenpairs with their vectors, the guards after those asked for.
-        bottom: the last smallest.
-        preconditioned: the last of the preconditioned matrix.
-        critical_step: the last step that raised the loss.
+        top: Largest eigenpairs with their vectors; the guards follow the requested pairs.
+        bottom: Smallest eigenpairs with their vectors.
+        preconditioned: Largest eigenpair of the preconditioned matrix.
+        critical_step: Last step that raised the loss.
     """
 
     top: Followed | None = None
@@ -85,11 +86,11 @@ Measure: TypeAlias = Callable[..., tuple[TrackingState, Measurement]]
 
 @dataclass(frozen=True)
 class Tracking:
-    """Two functions, both pure.
+    """Tracker as a pair of pure functions.
 
     Attributes:
-        init: ``params -> state``.
-        measure: ``(state, params, batches, preconditioner=None) -> (state, measurement)``.
+        init: Function ``params -> state``.
+        measure: Function ``(state, params, batches, preconditioner=None) -> (state, measurement)``.
     """
 
     init: Callable[[Tree], TrackingState]
@@ -113,35 +114,39 @@ def functional_tracker(
     keep: bool = False,
     seed: int = 0,
 ) -> Tracking:
-    """The curvature of a loss from point to point of a training, each started from the last one.
+    """Track the curvature of a loss during a training, starting each point from the last one.
 
     Args:
-        loss: ``(params, batch) -> scalar``.
-        curvature: loss -> curvature function, such as `hvp` or `ggnvp`.
-        top: how many of the largest eigenvalues.
-        bottom: how many of the smallest; next to the bulk they take many more products.
-        trace_probes: random vectors of the trace, 0 for none. They are the same at each point, so
-            that the curve is smooth; the largest eigenpairs are taken out first.
-        critical: whether critical sharpness along the gradient is measured.
-        guards: eigenvectors that are carried along beside those asked for, to see at once one
-            that overtakes them.
-        rtol: of the residuals. A value is off by about its square, over the relative gap.
-        max_matvecs: the budget of each end at a point. Residuals tell what it was enough for.
-        weight: what a batch counts, as in `over_batches`.
-        keep: keep the graphs of several batches during a measurement; that of one is kept.
-        seed: of the first vectors, and of the probes.
+        loss: Function ``(params, batch) -> scalar``.
+        curvature: Function from a loss to its curvature function, such as `hvp` or `ggnvp`.
+        top: Number of largest eigenvalues.
+        bottom: Number of smallest eigenvalues. They need many more products if they are close to
+            the bulk of the spectrum.
+        trace_probes: Number of random probes for the trace, 0 for none. All points use the same
+            probes, so that the curve is smooth. The largest eigenpairs are projected out first.
+        critical: Whether the critical sharpness along the gradient is measured.
+        guards: Number of additional eigenvectors that are tracked, so that an eigenvalue that
+            overtakes the requested ones is detected at once.
+        rtol: Relative tolerance of the residuals. The relative error of an eigenvalue is about
+            ``rtol^2`` divided by the relative gap.
+        max_matvecs: Largest number of products at a point for each end of the spectrum. The
+            residuals show the accuracy that was reached.
+        weight: Weight of a batch in the mean, as in `over_batches`.
+        keep: Whether the graphs of several batches are kept during a measurement. The graph of a
+            single batch is always kept.
+        seed: Seed of the start vectors and of the probes.
 
     Returns:
-        `Tracking`. Its ``measure`` takes any re-iterable of batches and, for preconditioned
+        A `Tracking`. Its ``measure`` takes any re-iterable of batches and, for preconditioned
         sharpness, a positive diagonal such as `adam_diagonal`.
 
     Raises:
-        ValueError: an option is out of range.
-        FloatingPointError: (from ``measure``) a product is not finite.
+        ValueError: If an option is out of range.
+        FloatingPointError: If a product is not finite. Raised by ``measure``.
 
-    Cost: the loss and its gradient with a graph, and the products. Of a perceptron in full-batch
-    gradient descent, every 10 steps, the largest eigenvalue takes 4 products a point and 11
-    unless started from the last.
+    Cost: the loss, its gradient with a graph, and the products. For a perceptron in full-batch
+    gradient descent, measured every 10 steps, the largest eigenvalue takes 4 products a point,
+    and 11 without the start from the last point.
 
     Source: Cohen et al. 2021, arXiv 2103.00065; preconditioned: Cohen et al. 2022,
     arXiv 2207.14484; critical: Kalra et al. 2026, arXiv 2601.16979.
@@ -157,7 +162,10 @@ def functional_tracker(
     def init(params: Tree) -> TrackingState:
         n = space_of(params).n
         if max(top, bottom) > n:
-            raise ValueError(f"top={top}, bottom={bottom}: the matrix has {n} eigenvalues")
+            raise ValueError(
+                f"top={top}, bottom={bottom}: the matrix has only {n} eigenvalues; pass smaller "
+                "numbers"
+            )
         return TrackingState()
 
     def measure(
@@ -173,7 +181,7 @@ def functional_tracker(
         if not math.isfinite(value):
             return state, Measurement(loss=None)
         matvec = over_batches(of_batch, weight=weight, keep=keep or single)(params, batches)
-        largest = smallest = felt = trace = found = None
+        largest = smallest = felt = trace = sharpness = None
         if top:
             largest = pairs(matvec, params, k=top, end="largest", before=state.top)
         if bottom:
@@ -185,8 +193,10 @@ def functional_tracker(
             trace = hutchinson(matvec, params, deflate=largest, max_matvecs=trace_probes, seed=seed)
         if critical:
             direction = _gradient(loss, average, params, batches)
-            found = critical_sharpness(mean, params, batches, direction, start=state.critical_step)
-        step = state.critical_step if found is None else found.step
+            sharpness = critical_sharpness(
+                mean, params, batches, direction, start=state.critical_step
+            )
+        step = state.critical_step if sharpness is None else sharpness.step
         next_state = TrackingState(
             top=largest,
             bottom=smallest,
@@ -205,23 +215,27 @@ def functional_tracker(
             trace_stderr=None if trace is None else trace.stderr,
             preconditioned=None if felt is None else float(felt.values[0]),
             preconditioned_residual=None if felt is None else float(felt.residuals[0]),
-            critical=found.value if found is not None and math.isfinite(found.value) else None,
+            critical=(
+                sharpness.value
+                if sharpness is not None and math.isfinite(sharpness.value)
+                else None
+            ),
             matvecs=sum(result.matvecs for result in spent if result is not None),
-            evaluations=0 if found is None else found.evaluations,
+            evaluations=0 if sharpness is None else sharpness.evaluations,
         )
 
     return Tracking(init, measure)
 
 
 def _first(pairs: Eigenpairs | None, k: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The first values and residuals; those of the guards are left out."""
+    """Return the first k values and residuals, without those of the guards."""
     if pairs is None:
         return (), ()
     return tuple(pairs.values[:k].tolist()), tuple(pairs.residuals[:k].tolist())
 
 
 def _mean(loss: LossFunction, average: Average) -> LossFunction:
-    """The loss of several batches."""
+    """Return the mean loss of several batches as a loss ``(params, batches) -> scalar``."""
 
     def of_all(params: Tree, batches: Iterable[Any]) -> Tensor:
         pairs = []
@@ -243,7 +257,7 @@ def _value(mean: LossFunction, params: Tree, batches: Iterable[Any]) -> float:
 
 
 def _gradient(loss: LossFunction, average: Average, params: Tree, batches: Iterable[Any]) -> Tree:
-    """That of the mean, batch by batch: one graph is in memory at a time."""
+    """Return the gradient of the mean loss, with one graph in memory at a time."""
     space = space_of(params)
     point = [leaf.detach().requires_grad_() for leaf in space.tree_leaves(params)]
     total, weights = [torch.zeros_like(leaf) for leaf in point], 0.0
@@ -254,8 +268,8 @@ def _gradient(loss: LossFunction, average: Average, params: Tree, batches: Itera
             continue
         with differentiable_twice(space.device):
             value = loss(space.tree(point), batch)
-            found = torch.autograd.grad(value, point, materialize_grads=True)
-        for target, part in zip(total, found, strict=True):
+            gradient = torch.autograd.grad(value, point, materialize_grads=True)
+        for target, part in zip(total, gradient, strict=True):
             target.add_(part, alpha=counted)
         weights += counted
     return space.tree(target / average.divisor(weights) for target in total)
@@ -263,16 +277,17 @@ def _gradient(loss: LossFunction, average: Average, params: Tree, batches: Itera
 
 @dataclass(frozen=True, kw_only=True)
 class Point(Measurement):
-    """A measurement, and when it was made.
+    """Measurement with its position in the training.
 
     Attributes:
-        step: steps of the optimiser before it.
-        epoch: passes over the data before it; None where nobody told.
-        lr: the learning rate of the step to come; None where nobody told.
+        step: Number of steps of the optimiser before the measurement.
+        epoch: Number of passes over the data before the measurement; None if it is unknown.
+        lr: Learning rate of the next step; None if it is unknown.
         edge: Largest eigenvalue at which the optimiser's next step is stable on a quadratic; None
-            where it is not known, as for Adam.
-        preconditioned_edge: The same of the preconditioned sharpness; None for all but Adam.
-        seconds: that it took.
+            if it is unknown, as for Adam.
+        preconditioned_edge: Largest preconditioned sharpness at which the optimiser's next step is
+            stable; None for all optimisers but Adam.
+        seconds: Duration of the measurement, in seconds.
     """
 
     step: int

@@ -12,52 +12,59 @@ from hessfunc.options import validated
 
 @validated
 def adam_diagonal(optimizer: torch.optim.Optimizer, model: nn.Module, /) -> dict[str, Tensor]:
-    """The diagonal P by which Adam divides its steps, a tree like the params of ``functional``.
+    """Return the diagonal P by which Adam divides its steps, a tree like ``functional(model)[1]``.
 
         P = (1 - beta_1^t) (sqrt(v / (1 - beta_2^t)) + eps)
 
-    Training with Adam is stable while the largest eigenvalue of P^-1/2 H P^-1/2, that is of
-    ``precondition(matvec, adam_diagonal(optimizer, model))``, stays below (2 + 2 beta_1) /
-    ((1 - beta_1) lr), 38 / lr at beta_1 = 0.9.
+    Training with Adam is stable while the largest eigenvalue of P^-1/2 H P^-1/2 is below
+    (2 + 2 beta_1) / ((1 - beta_1) lr), which is 38 / lr for beta_1 = 0.9. The products with this
+    matrix are ``precondition(matvec, adam_diagonal(optimizer, model))``.
 
     Args:
-        optimizer: Adam or AdamW of torch, after at least one step.
-        model: whose parameters it trains.
+        optimizer: Adam or AdamW optimiser of PyTorch, after at least one step.
+        model: Module whose parameters the optimiser trains.
 
     Raises:
-        TypeError: the optimiser is neither.
-        ValueError: a trainable parameter has no second moment in the optimiser's state.
+        TypeError: If the optimiser is neither Adam nor AdamW.
+        ValueError: If a trainable parameter has no second moment in the optimiser's state.
 
     Source: Cohen et al. 2022, arXiv 2207.14484.
     """
     if not isinstance(optimizer, torch.optim.Adam):
-        raise TypeError(f"{type(optimizer).__name__} is not Adam or AdamW, and divides otherwise")
+        raise TypeError(
+            f"{type(optimizer).__name__} has no known preconditioner: pass an Adam or AdamW"
+        )
     options = {p: group for group in optimizer.param_groups for p in group["params"]}
-    found: dict[str, Tensor] = {}
+    diagonal: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         state = optimizer.state.get(parameter, {})
         if "exp_avg_sq" not in state:
             raise ValueError(
-                f"the optimiser holds no second moment of {name!r}: is it an Adam of this model, "
-                "and has it made a step?"
+                f"the optimiser has no second moment of {name!r}: pass an Adam that trains this "
+                "model, after its first step"
             )
         group, t = options[parameter], float(state["step"])
         first, second = group["betas"]
         moment = state.get("max_exp_avg_sq", state["exp_avg_sq"])
         corrected = moment.detach() / (1 - second**t)
-        found[name] = (1 - first**t) * (corrected.sqrt() + group["eps"])
-    return found
+        diagonal[name] = (1 - first**t) * (corrected.sqrt() + group["eps"])
+    return diagonal
 
 
 def stability(lr: float, /, *, momentum: float = 0.0) -> float:
-    """The curvature above which gradient descent on a quadratic diverges, (2 + 2 momentum) / lr."""
+    """Return the curvature above which gradient descent on a quadratic diverges.
+
+    The value is (2 + 2 momentum) / lr.
+    """
     return (2 + 2 * momentum) / lr
 
 
 def adam_stability(lr: float, /, *, beta_1: float = 0.9) -> float:
-    """Largest stable preconditioned sharpness of Adam, (2 + 2 beta_1) / ((1 - beta_1) lr).
+    """Return the largest stable preconditioned sharpness of Adam.
+
+    The value is (2 + 2 beta_1) / ((1 - beta_1) lr).
 
     Source: Cohen et al. 2022, arXiv 2207.14484.
     """
@@ -67,22 +74,22 @@ def adam_stability(lr: float, /, *, beta_1: float = 0.9) -> float:
 def edges(
     optimizer: torch.optim.Optimizer | None, /, lr: float | None = None
 ) -> tuple[float | None, float | None]:
-    """The curvatures above which the steps of an optimiser diverge on a quadratic.
+    """Return the curvatures above which the steps of an optimiser diverge on a quadratic.
 
-    Gradient descent with momentum b, dampening d and the decay w of weights is stable up to
+    Gradient descent with momentum b, dampening d and weight decay w is stable up to
 
         (2 + 2 b) / ((1 - d) lr) - w,
 
-    and with Nesterov's momentum up to ``(2 + 2 b) / ((1 + 2 b) lr) - w``.
+    and with Nesterov momentum up to ``(2 + 2 b) / ((1 + 2 b) lr) - w``.
 
     Args:
-        optimizer: Optimiser of torch, or None where it is not known.
-        lr: Learning rate, by default that of the optimiser.
+        optimizer: Optimiser of PyTorch, or None if it is unknown.
+        lr: Learning rate. By default the learning rate of the optimiser.
 
     Returns:
-        The edge of the largest eigenvalue, which SGD has, and that of the preconditioned sharpness,
-        which Adam and AdamW have. None where there is none: for another optimiser, for groups of
-        parameters with other options, and for a step size of 0.
+        The edge for the largest eigenvalue (of SGD), and the edge for the preconditioned sharpness
+        (of Adam and AdamW). Each is None for another optimiser, for parameter groups with different
+        edges, and for a step size of 0.
     """
     if optimizer is None:
         return None, None
@@ -105,7 +112,7 @@ def _of_sgd(group: dict[str, Any], lr: float) -> float | None:
     if group["maximize"]:
         return None
     momentum = float(group["momentum"])
-    # Without momentum torch has no use for the others.
+    # Without momentum, torch ignores dampening and Nesterov.
     dampening = float(group["dampening"]) if momentum else 0.0
     per_step = 1 + 2 * momentum if momentum and group["nesterov"] else 1 - dampening
     if not per_step > 0:
@@ -114,12 +121,12 @@ def _of_sgd(group: dict[str, Any], lr: float) -> float | None:
 
 
 def _of_adam(group: dict[str, Any], lr: float) -> float | None:
-    # Decay that is not decoupled is a part of the gradient, so of another matrix.
+    # Coupled weight decay is a part of the gradient, so that the matrix is H + w I instead of H.
     coupled = group["weight_decay"] and not group.get("decoupled_weight_decay", False)
     if group["maximize"] or coupled:
         return None
     return adam_stability(lr, beta_1=float(group["betas"][0]))
 
 
-def _common(found: list[float | None]) -> float | None:
-    return found[0] if len(set(found)) == 1 else None
+def _common(edges: list[float | None]) -> float | None:
+    return edges[0] if len(set(edges)) == 1 else None

@@ -1,4 +1,4 @@
-"""Curvature that is watched from any training loop."""
+"""Track curvature from any training loop."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from hessfunc.tracking.writers import ScalarWriter, json_lines, summary_writer, 
 
 
 class Tracker:
-    """Measures a model every few steps of its training; `tracked` makes one.
+    """Tracker that measures a model every few steps of its training, made by `tracked`.
 
     Attributes:
-        points: those that were measured, in order.
-        steps: of the optimiser so far.
-        state: the last eigenpairs with their vectors, from which the next point starts.
+        points: Measured points, in order.
+        steps: Number of steps of the optimiser so far.
+        state: Last eigenpairs with their vectors, from which the next point starts.
     """
 
     def __init__(
@@ -48,24 +48,25 @@ class Tracker:
         self._model, self._method, self._batches = model, method, batches
         self._every, self._optimizer, self._writers = every, optimizer, tuple(writers)
         self._preconditioned = preconditioned
-        # Parameters that are frozen later still belong to the matrix.
+        # The names are fixed here: parameters that are frozen later still belong to the matrix.
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.state: TrackingState = method.init(self._params())
 
     def step(
         self, steps: int | None = None, /, *, lr: float | None = None, epoch: float | None = None
     ) -> Point | None:
-        """Tell that the optimiser has made a step, and measure where it is time.
+        """Record a step of the optimiser, and measure at every ``every``-th step.
 
-        It is time at each multiple of ``every``, or at the first step that is told after one.
+        If steps are skipped, the measurement is made at the first recorded step after a multiple
+        of ``every``.
 
         Args:
-            steps: those made so far; by default one more than at the last call.
-            lr: the learning rate of the next step; by default that of the optimiser.
-            epoch: passes over the data so far.
+            steps: Number of steps so far. By default one more than at the last call.
+            lr: Learning rate of the next step. By default the learning rate of the optimiser.
+            epoch: Number of passes over the data so far.
 
         Returns:
-            The point, or None between two points.
+            The measured point, or None if this step is not measured.
         """
         before, self.steps = self.steps, self.steps + 1 if steps is None else steps
         if self._every is None or self.steps // self._every <= before // self._every:
@@ -73,19 +74,26 @@ class Tracker:
         return self.measure(lr=lr, epoch=epoch)
 
     def measure(self, *, lr: float | None = None, epoch: float | None = None) -> Point:
-        """Measure now, whatever the step: at the end of an epoch, say.
+        """Measure at the current step, for example at the end of an epoch.
+
+        Args:
+            lr: Learning rate of the next step. By default the learning rate of the optimiser.
+            epoch: Number of passes over the data so far.
+
+        Returns:
+            The measured point.
 
         Raises:
-            FloatingPointError: the loss is finite, and a product is not.
+            FloatingPointError: If the loss is finite but a product is not.
         """
         started = time.perf_counter()
         with undisturbed(self._model, self._batches):
-            self.state, found = self._method.measure(
+            self.state, measurement = self._method.measure(
                 self.state, self._params(), self._batches, self._preconditioner()
             )
         edge, preconditioned_edge = edges(self._optimizer, lr)
         point = Point(
-            **vars(found),
+            **vars(measurement),
             step=self.steps,
             epoch=epoch,
             lr=self._lr() if lr is None else lr,
@@ -99,14 +107,14 @@ class Tracker:
         return point
 
     def _params(self) -> dict[str, Tensor]:
-        found = dict(self._model.named_parameters())
-        return {name: found[name].detach() for name in self._names}
+        parameters = dict(self._model.named_parameters())
+        return {name: parameters[name].detach() for name in self._names}
 
     def _lr(self) -> float | None:
         return None if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
 
     def _preconditioner(self) -> dict[str, Tensor] | None:
-        # Before its first step an Adam has no second moments.
+        # Before its first step, Adam has no second moments.
         if not self._preconditioned or self._optimizer is None or not self._optimizer.state:
             return None
         return adam_diagonal(self._optimizer, self._model)
@@ -131,7 +139,7 @@ def tracked(
     steps: int = 0,
     **options: Any,
 ) -> Iterator[Tracker]:
-    """Watch the curvature of a model while it trains, in any loop.
+    """Track the curvature of a model while it trains, in any training loop.
 
         with tracked(model, criterion, [batch], every=10, optimizer=optimizer) as tracker:
             for inputs, targets in loader:
@@ -139,44 +147,47 @@ def tracked(
                 optimizer.step()
                 tracker.step()
 
-    The training is not changed by a single bit: parameters, buffers, gradients and training flags
-    stay as they are, and so do the random streams of Python, NumPy, torch and the loader.
+    Tracking does not change a single bit of the training. Parameters, buffers, gradients, training
+    flags, and the random streams of Python, NumPy, torch and the loader keep their state.
 
     Args:
-        model: that is trained.
-        criterion: ``(outputs, targets) -> scalar``.
-        batches: on which the curvature is measured, a list or a loader: the same at each point,
-            or the curve is one of the batches, too.
-        every: measure after so many steps; None for only where ``measure`` is called.
-        optimizer: Optimiser whose learning rate is recorded, with the curvature at which its steps
-            are stable.
-        preconditioned: measure the sharpness that the optimiser feels, an Adam, from its first
-            step on.
-        compose: makes the loss of the pure model function and the criterion: `supervised`, or
-            `composed` for a criterion ``(outputs, batch) -> scalar``.
-        eval_mode: measure in eval mode, whatever the mode of the training; else in the mode in
-            which the model is now.
-        out: a file to which each point is appended, one line of JSON each; it survives a kill.
-        tensorboard: a folder for TensorBoard, or a writer with ``add_scalar`` and ``flush``.
-        callback: called with each point.
-        steps: those that were made before, where a training goes on.
-        options: of `tracking`: what is measured, and how well.
+        model: Module that is trained.
+        criterion: Function ``(outputs, targets) -> scalar``.
+        batches: Batches on which the curvature is measured, a list or a loader. Use the same
+            batches at each point; otherwise the curve also shows differences between batches.
+        every: Number of steps between two measurements. None measures only when ``measure`` is
+            called.
+        optimizer: Optimiser whose learning rate is recorded, with the curvature up to which its
+            steps are stable.
+        preconditioned: Whether the preconditioned sharpness is measured, from the first step of
+            the optimiser. The optimiser must be Adam or AdamW.
+        compose: Function that makes the loss from the pure model function and the criterion:
+            `supervised`, or `composed` for a criterion ``(outputs, batch) -> scalar``.
+        eval_mode: Whether to measure in eval mode. If False, the model is measured in its mode
+            when `tracked` is called.
+        out: File to which each point is appended as one line of JSON. Each line is on the disk
+            before the training continues.
+        tensorboard: Folder for TensorBoard, or a writer with ``add_scalar`` and ``flush``.
+        callback: Function called with each point.
+        steps: Number of steps before this call, if a training is resumed.
+        options: Options of `functional_tracker`, which select the quantities and their accuracy.
 
     Returns:
-        A context manager that gives a `Tracker`.
+        A context manager that yields a `Tracker`.
 
     Raises:
-        ValueError: an option is out of range; the loader keeps its workers between passes.
-        TypeError: ``preconditioned``, and the optimiser is no Adam.
-        ModuleNotFoundError: tensorboard is not installed.
+        ValueError: If an option is out of range, or if the loader has persistent workers.
+        TypeError: If ``preconditioned`` is True and the optimiser is not Adam or AdamW.
+        ModuleNotFoundError: If tensorboard is not installed.
 
-    Cost: that of `tracking` at each point.
+    Cost: the cost of `functional_tracker` at each point.
     """
     at_least(1, every=every)
     refuse_busy_workers(batches)
     if preconditioned and not isinstance(optimizer, torch.optim.Adam):
         raise TypeError(
-            f"preconditioned=True needs the optimizer, an Adam, and got {type(optimizer).__name__}"
+            "preconditioned=True needs an Adam or AdamW optimiser, but got "
+            f"{type(optimizer).__name__}: pass `optimizer=optimizer`"
         )
     with modes.eval_mode(model) if eval_mode else nullcontext():
         loss = compose(functional(model)[0], criterion)

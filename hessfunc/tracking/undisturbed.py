@@ -1,4 +1,4 @@
-"""Measurements that a training does not notice."""
+"""Isolate measurements from a training: random streams, autocast and loader workers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import nn
 
 @contextmanager
 def undisturbed(model: nn.Module, batches: Any, /) -> Iterator[None]:
-    """Afterwards all random streams are where they were; inside, autocast is off.
+    """Context without autocast that restores all random streams at its end.
 
-    Streams of Python, NumPy, torch on the CPU and on the model's devices, and a loader's own.
+    These are the streams of Python, NumPy, torch on the CPU and on the model's devices, and the
+    loader's own generators.
     """
     kinds = {p.device.type for p in model.parameters()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -37,20 +38,22 @@ def undisturbed(model: nn.Module, batches: Any, /) -> Iterator[None]:
 
 
 def refuse_busy_workers(batches: Any, /) -> None:
-    """A loader that keeps its workers has one pass at a time: a second one ends the training's.
+    """Raise for a loader with persistent workers, because it supports only one pass at a time.
+
+    A second pass would end the pass of the training.
 
     Raises:
-        ValueError: it is one.
+        ValueError: If the loader has persistent workers.
     """
     if getattr(batches, "persistent_workers", False):
         raise ValueError(
-            "the loader keeps its workers (persistent_workers=True), so that a pass over it for "
-            "a measurement would end the training's own: pass another loader, or a list of batches"
+            "the loader has persistent_workers=True, so that a pass for a measurement would end "
+            "the pass of the training: pass another loader, or a list of batches"
         )
 
 
 def _generators(batches: Any) -> list[torch.Generator]:
     sampler, of_batches = (getattr(batches, name, None) for name in ("sampler", "batch_sampler"))
     owners = (batches, sampler, of_batches, getattr(of_batches, "sampler", None))
-    found = (getattr(owner, "generator", None) for owner in owners)
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    generators = (getattr(owner, "generator", None) for owner in owners)
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())

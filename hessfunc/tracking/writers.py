@@ -1,4 +1,4 @@
-"""Points as JSON, one a line."""
+"""Write and read points: files with one line of JSON for each point, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from hessfunc.tracking.measure import Point
 
 
 def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
-    """A function that appends a point to a file, as one line that is on the disk on return.
+    """Return a function that appends a point to a file as one line of JSON.
 
-    A last line that a kill has cut short is taken away first.
+    The line is on the disk when the function returns. A truncated last line, left by an interrupted
+    run, is removed first.
 
     Raises:
-        ValueError: The file cannot be written, or holds something else than points.
+        ValueError: If the file cannot be written, or if it contains anything but points.
     """
     file = Path(path)
     try:
@@ -28,12 +29,14 @@ def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
     except OSError as error:
         raise ValueError(
             f"out={os.fspath(path)!r} cannot be written ({error.strerror}): pass the path of a "
-            "file, such as 'points.jsonl'"
+            "file, such as `out='points.jsonl'`"
         ) from None
     whole = _whole(content)
     read(path)
     if not _is_cut_short(content[len(whole) :]):
-        raise ValueError(f"the last line of {os.fspath(path)} is no point: pass another out=")
+        raise ValueError(
+            f"the last line of {os.fspath(path)} is not a point: pass another file as `out`"
+        )
     os.truncate(file, len(whole))
 
     def append(point: Point) -> None:
@@ -46,21 +49,23 @@ def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
 
 
 def read(path: str | os.PathLike[str], /) -> list[Point]:
-    """The points of a file, in the order of their steps.
+    """Read the points of a file, in the order of their steps.
 
-    A last line that a kill has cut short is left out. Where a training went back, to its last
-    checkpoint, points of steps that were made again are left out, too.
+    A truncated last line is skipped. If the training was resumed from an earlier step, the points
+    after this step from before the interruption are skipped too.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is no point.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is not a point.
     """
     points: list[Point] = []
     for number, line in enumerate(_whole(Path(path).read_bytes()).splitlines(), start=1):
         try:
             point = _point(**json.loads(line))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"line {number} of {os.fspath(path)} is no point: {error}") from None
+            raise ValueError(
+                f"line {number} of {os.fspath(path)} is not a point: {error}"
+            ) from None
         while points and points[-1].step >= point.step:
             points.pop()
         points.append(point)
@@ -75,7 +80,7 @@ def _point(**plain: Any) -> Point:
 
 
 def _is_cut_short(line: bytes) -> bool:
-    """Whether a line without an end may be the beginning of a point."""
+    """Return whether a line without an end may be a truncated point."""
     try:
         json.loads(line or b"{")
     except ValueError:
@@ -88,7 +93,7 @@ def _whole(content: bytes) -> bytes:
 
 
 class ScalarWriter(Protocol):
-    """What is needed of torch's SummaryWriter."""
+    """Interface of a writer, the part of ``SummaryWriter`` that is used."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
 
@@ -96,22 +101,22 @@ class ScalarWriter(Protocol):
 
 
 def summary_writer(folder: str | os.PathLike[str], /) -> Any:
-    """The SummaryWriter of torch.
+    """Return a ``torch.utils.tensorboard.SummaryWriter`` for a folder.
 
     Raises:
-        ModuleNotFoundError: tensorboard is not installed.
+        ModuleNotFoundError: If tensorboard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "torch's SummaryWriter needs tensorboard: pip install tensorboard"
+            "torch's SummaryWriter needs tensorboard: `pip install tensorboard`"
         ) from None
     return SummaryWriter(os.fspath(folder))
 
 
 def writing(writer: ScalarWriter, /) -> Callable[[Point], None]:
-    """A function that gives the scalars of a point to a writer."""
+    """Return a function that passes the scalars of a point to a writer."""
 
     def write(point: Point) -> None:
         for tag, value in scalars(point).items():
@@ -122,8 +127,8 @@ def writing(writer: ScalarWriter, /) -> Callable[[Point], None]:
 
 
 def scalars(point: Point, /) -> dict[str, float]:
-    """The numbers of a point that are drawn, by tag."""
-    found: dict[str, float | None] = {
+    """Return the scalars of a point that are plotted, by tag."""
+    values: dict[str, float | None] = {
         **{f"curvature/top {i}": value for i, value in enumerate(point.top, start=1)},
         **{f"curvature/bottom {i}": value for i, value in enumerate(point.bottom, start=1)},
         "curvature/trace": point.trace,
@@ -135,6 +140,6 @@ def scalars(point: Point, /) -> dict[str, float]:
         "curvature/preconditioned edge": point.preconditioned_edge,
     }
     if point.lr and point.edge is None and point.preconditioned_edge is None:
-        # The optimiser is not known.
-        found["curvature/2 over lr"] = 2 / point.lr
-    return {tag: value for tag, value in found.items() if value is not None}
+        # The optimiser is unknown: plot the edge 2 / lr of plain gradient descent.
+        values["curvature/2 over lr"] = 2 / point.lr
+    return {tag: value for tag, value in values.items() if value is not None}

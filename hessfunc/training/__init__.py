@@ -1,1 +1,1 @@
-"""Training with curvature."""
+"""Training loop with first- and second-order steps, adaptive batch sizes and checkpoints."""

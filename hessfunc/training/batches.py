@@ -1,4 +1,4 @@
-"""The batches of each epoch, and the groups of them that make one step."""
+"""Batches of each epoch, and the groups of batches that make one step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Source: TypeAlias = Examples | Iterable[Batch]
 
 
 def epochs_of(source: Source, /, *, batch_size: int, seed: int) -> Iterator[Iterable[Batch]]:
-    """The batches of one epoch after another, without end.
+    """Yield the batches of each epoch, without end.
 
-    Those of `Examples` are cut from an order that is a function of the seed and the epoch, the
-    last one smaller where there is a rest; a loader is read as it is.
+    `Examples` are split in an order that is a function of the seed and the epoch; the last batch
+    may be smaller. A loader is iterated in its own order.
     """
     if isinstance(source, Examples):
         return _shuffled(source, batch_size, seed)
@@ -34,7 +34,7 @@ def _shuffled(examples: Examples, batch_size: int, seed: int) -> Iterator[Iterab
 
 
 class _Taken:
-    """Batches that are taken out of the examples one by one."""
+    """Batches of given indices, which are gathered from the examples one by one."""
 
     def __init__(self, examples: Examples, indices: Sequence[torch.Tensor]) -> None:
         self.examples, self.indices = examples, indices
@@ -45,21 +45,21 @@ class _Taken:
 
 
 def refuse_iterators(*sources: Source | None) -> None:
-    """Each epoch and each record is one more pass.
+    """Raise for a source that can be read only once, because each epoch and record is one pass.
 
     Raises:
-        ValueError: a source can be read only once.
+        ValueError: If a source is an iterator.
     """
     for source in sources:
         if isinstance(source, Iterator):
             raise ValueError(
-                f"the batches can be read only once ({type(source).__name__}), and each "
-                "epoch reads them anew: pass a list or a DataLoader"
+                f"the batches can be read only once ({type(source).__name__}), but each epoch "
+                "reads them again: pass a list or a DataLoader"
             )
 
 
 def grouped(batches: Iterator[Batch], size: int, /) -> Iterator[tuple[list[Batch], bool]]:
-    """So many batches at a time, the last time maybe fewer, and whether it is the last time."""
+    """Yield groups of ``size`` batches, and whether a group is the last, which may be smaller."""
     ahead = next(batches, None)
     while ahead is not None:
         group = [ahead, *islice(batches, size - 1)]

@@ -1,4 +1,4 @@
-"""The state of a training in one file, for a training that was killed to go on from."""
+"""Checkpoint of a training in one file, from which an interrupted training is resumed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hessfunc.files import write_whole
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """A file with weights under ``state_dict``, and with all else that a training depends on.
+    """File with the weights under ``state_dict`` and all other state of a training.
 
-    It is replaced in one step: whenever the process is killed, a whole state is there.
+    The file is replaced atomically, so that an interruption at any time leaves a complete state.
 
     Attributes:
-        path: of the file.
-        settings: of the training, plain data; a state of others is not taken up.
-        every: so many steps lie between two states, besides those after each epoch.
+        path: Path of the file.
+        settings: Settings of the training as plain data. A state with other settings is refused.
+        every: Number of steps between two states, in addition to the state after each epoch.
     """
 
     path: Path
@@ -30,42 +30,42 @@ class TrainingCheckpoint:
     every: int = 100
 
     def write(self, state: Mapping[str, Any], /, *, finished: bool) -> None:
-        """Replace the state."""
+        """Replace the state in the file."""
         content = {**state, "settings": json.dumps(self.settings), "finished": finished}
         write_whole(self.path, lambda file: torch.save(content, file))
 
     def read(self) -> dict[str, Any] | None:
-        """The state, on the CPU, or None where there is none.
+        """Read the state onto the CPU; None if there is no file.
 
         Raises:
-            ValueError: the file is damaged, or holds a training of other settings.
+            ValueError: If the file is damaged, or if it contains a training with other settings.
         """
         if not self.path.exists():
             return None
         try:
             content: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            found, finished = json.loads(content["settings"]), content["finished"]
+            stored, finished = json.loads(content["settings"]), content["finished"]
         except Exception as error:
             raise ValueError(
-                f"{self.path} is damaged ({type(error).__name__}): remove it, or take another --out"
+                f"{self.path} is damaged ({type(error).__name__}): remove it, or pass another --out"
             ) from error
         wanted = json.loads(json.dumps(self.settings))
-        changed = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+        changed = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
         if not changed:
             return content
         name, kind = changed[0], "a finished" if finished else "an unfinished"
         raise ValueError(
-            f"{self.path} holds {kind} training of other settings, as {name} was "
-            f"{found.get(name)} and is {wanted.get(name)} now: take another --out"
+            f"{self.path} contains {kind} training with other settings ({name} was "
+            f"{stored.get(name)} and is now {wanted.get(name)}): pass another --out"
         )
 
 
 def settings_of(path: Path, /) -> dict[str, Any]:
-    """The settings of the training that a file holds, or none where it holds something else."""
+    """Return the settings of the training in a file; empty if the file contains no training."""
     try:
         content = torch.load(path.expanduser(), map_location="cpu", weights_only=True)
-        found = json.loads(content["settings"])
-    # Whatever is wrong is said by those who read the weights.
+        settings = json.loads(content["settings"])
+    # The code that loads the weights reports what is wrong with the file.
     except Exception:
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}

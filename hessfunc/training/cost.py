@@ -1,4 +1,4 @@
-"""What the steps of a training cost."""
+"""Measure the cost of the steps of a training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What steps have cost, as in `hessfunc.training.loop.Record`."""
+    """Cost of steps, in the units of `hessfunc.training.loop.Record`."""
 
     matvecs: int = 0
     gradients: float = 0.0
@@ -39,13 +39,15 @@ class Cost:
 
 @dataclass
 class Measured:
-    """Steps that tell their cost.
+    """Steps whose cost is measured.
 
     Attributes:
-        steps: what is measured.
-        peak: memory of the first step on the CPU, once it is known: to watch it takes time.
-        unit: the floating-point operations of the gradient of a base batch, once they are known.
-        of_attack: the gradients that an attack on a share of a batch of each shape is worth.
+        steps: Steps that are measured.
+        peak: Peak memory of the first step on the CPU, in bytes; 0 until it is measured. Later
+            steps are not measured, because this takes time.
+        unit: Floating-point operations of the gradient of a base batch; 0 until they are counted.
+        of_attack: Cost of an attack in gradient-equivalents, by the shape of the inputs and the
+            adversarial share.
     """
 
     steps: Steps
@@ -54,46 +56,50 @@ class Measured:
     of_attack: dict[tuple[torch.Size, float], float] = field(default_factory=dict)
 
     def step(self, batches: Sequence[Batch], ratio: int) -> tuple[Step, Cost]:
-        """One step, and its cost."""
+        """Make one step, and return it with its cost."""
         self.measure_unit(batches[0])
         start = time.perf_counter()
-        found, peak = self._with_peak(lambda: self.steps(batches, ratio))
-        return found, Cost(
-            matvecs=found.matvecs,
-            gradients=len(batches) + found.flops / self.unit,
+        step, peak = self._with_peak(lambda: self.steps(batches, ratio))
+        return step, Cost(
+            matvecs=step.matvecs,
+            gradients=len(batches) + step.flops / self.unit,
             seconds=time.perf_counter() - start,
             peak_bytes=peak,
         )
 
     def attacked(self, attack: Attack, batch: Batch, share: float, /) -> tuple[Batch, Cost]:
-        """A batch of which a share is adversarial; work is counted the first time of its kind."""
+        """Return a batch with an adversarial share, and its cost.
+
+        Operations are counted once for each shape and share.
+        """
         kind = batch[0].shape, share
         if kind not in self.of_attack:
             self.measure_unit(batch)
-            found, cost = self.counted(lambda: partly(attack, batch, share))
+            moved, cost = self.counted(lambda: partly(attack, batch, share))
             self.of_attack[kind] = cost.gradients
-            return found, cost
+            return moved, cost
         start = time.perf_counter()
-        found = partly(attack, batch, share)
+        moved = partly(attack, batch, share)
         seconds = time.perf_counter() - start
-        return found, Cost(gradients=self.of_attack[kind], seconds=seconds)
+        return moved, Cost(gradients=self.of_attack[kind], seconds=seconds)
 
     def counted(self, run: Callable[[], Found], /) -> tuple[Found, Cost]:
-        """Any work after the first batch, in units of the gradient of a base batch."""
+        """Run a function after the first batch, and return its result and its cost."""
         start = time.perf_counter()
         with CountedFlops() as flops:
-            found = run()
-        return found, Cost(gradients=flops.total / self.unit, seconds=time.perf_counter() - start)
+            result = run()
+        return result, Cost(gradients=flops.total / self.unit, seconds=time.perf_counter() - start)
 
     def measure_unit(self, batch: Batch) -> None:
-        """Take the unit from a batch, the first one: later ones may be smaller."""
+        """Count the operations of one gradient of the first batch, as later ones may be smaller."""
         if self.unit:
             return
         inputs, targets = batch
         model, device = self.steps.model, next(self.steps.model.parameters()).device
         trainable = [p for p in model.parameters() if p.requires_grad]
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        # Neither the statistics of normalisation nor the training's random numbers move.
+        # Copied buffers and a separate stream leave the batch statistics and the random numbers
+        # of the training unchanged.
         with (
             CountedFlops() as flops,
             Stream.of(0, device).here(),
@@ -111,14 +117,14 @@ class Measured:
         if self.peak:
             return run(), self.peak
         with Footprint() as memory:
-            found = run()
+            step = run()
         self.peak = memory.peak
-        return found, memory.peak
+        return step, memory.peak
 
 
 def _on_cuda(run: Callable[[], Step], device: torch.device) -> tuple[Step, int]:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    found = run()
+    step = run()
     torch.cuda.synchronize(device)
-    return found, torch.cuda.max_memory_allocated(device) - before
+    return step, torch.cuda.max_memory_allocated(device) - before

@@ -1,4 +1,4 @@
-"""The dominant eigenvalue of a model's Hessian as the model moves."""
+"""Dominant eigenvalue of a model's Hessian during a training."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Tree, tree_map
 
-# Length of the random vector that is added to the unit vector of the last measurement.
+# Length of the random vector that is added to the last unit eigenvector.
 _RANDOM = 0.3
 
-# The vectors of the last measurement, or None -> the dominant eigenpair.
+# Function from the vectors of the last measurement, or None, to the dominant eigenpair.
 Watch: TypeAlias = Callable[[Tree | None], Eigenpairs]
 
 
@@ -35,21 +35,25 @@ def watch(
     max_matvecs: int = 10,
     seed: int = 0,
 ) -> Watch:
-    """What measures the eigenvalue that is largest in absolute value, at the current parameters.
+    """Return a function that measures the eigenvalue of largest absolute value.
 
-    In eval mode; the model is not changed. Started near the vector of the last measurement it needs
-    a few products. A random vector is added to it, so that an eigenvalue that has overtaken the
-    last one is found: its eigenvector may be orthogonal to the last one, but not to the sum.
+    The Hessian is that of the model in eval mode, at the current parameters. A measurement does not
+    change the model. It starts near the eigenvector of the last measurement, and therefore needs
+    few products. A random vector is added to the start, so that an eigenvalue that has overtaken
+    the last one is detected: its eigenvector may be orthogonal to the last one, but not to the sum.
 
     Args:
-        model: whose parameters move between two measurements.
-        batches: the Hessian is that of the mean loss over their examples.
-        criterion: ``(outputs, targets) -> mean over the examples``.
-        rtol: the relative residual that is small enough.
-        max_matvecs: the budget of a measurement.
-        seed: of the first start.
+        model: Module whose parameters change between two measurements.
+        batches: Batches whose mean loss over examples has the Hessian.
+        criterion: Function ``(outputs, targets) -> mean over the examples``.
+        rtol: Relative tolerance of the residual.
+        max_matvecs: Largest number of products of a measurement.
+        seed: Seed of the first start vector, and of the random vector that is added later.
 
-    Cost: at most ``max_matvecs`` passes over the batches.
+    Returns:
+        A function from the last vectors (or None) to the dominant eigenpair.
+
+    Cost: at most ``max_matvecs`` passes over the batches for each measurement.
     """
     with eval_mode(model):
         model_fn, params = functional(model)
@@ -71,7 +75,8 @@ def watch(
 
 
 def _near(vectors: Tree, params: Tree, seed: int) -> Tree:
-    """The last vector, a block of one, with a random vector added."""
+    """Add a random vector to the last eigenvector, a vector block with k = 1."""
+    # A normal vector has a length of about sqrt(n), so that the random part has length _RANDOM.
     share = _RANDOM / space_of(params).n ** 0.5
     random = random_like(params, 1, kind="normal", seed=seed)
     return tree_map(lambda last, drawn: last + share * drawn, vectors, random)

@@ -1,4 +1,4 @@
-"""The loss and the accuracy of a classifier on many examples."""
+"""Loss and accuracy of a classifier on a data set."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over examples.
+    """Loss and accuracy as means over examples.
 
     Attributes:
-        loss: the criterion's.
-        accuracy: the share of examples whose largest output is the target's.
-        examples: how many there are.
+        loss: Mean of the criterion.
+        accuracy: Fraction of examples whose largest output is that of the target.
+        examples: Number of examples.
     """
 
     loss: float
@@ -31,10 +31,10 @@ class Evaluation:
 
 
 def evaluated(model: nn.Module, source: Source, criterion: Criterion, /) -> Evaluation:
-    """The model in eval mode on all examples.
+    """Evaluate the model in eval mode on all examples.
 
     Raises:
-        ValueError: there is no example.
+        ValueError: If there is no example.
     """
     device = next(model.parameters()).device
     batches = source.batches(_AT_ONCE) if isinstance(source, Examples) else source
@@ -46,5 +46,5 @@ def evaluated(model: nn.Module, source: Source, criterion: Criterion, /) -> Eval
             hits += int((outputs.argmax(-1) == expected).sum())
             count += len(targets)
     if not count:
-        raise ValueError("the loader is empty")
+        raise ValueError("the loader is empty: pass at least one batch")
     return Evaluation(total / count, hits / count, count)

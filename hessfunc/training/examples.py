@@ -1,4 +1,4 @@
-"""Labelled examples in memory, as the trainings and problems hold them."""
+"""Labelled examples in memory, as trainings and problems use them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled examples.
+    """Labelled examples in two tensors.
 
     Attributes:
-        inputs: ``[N, ...]``.
-        targets: class indices, ``[N]``.
+        inputs: Inputs ``[N, ...]``.
+        targets: Class indices ``[N]``.
     """
 
     inputs: Tensor
@@ -26,5 +26,5 @@ class Examples:
         return Examples(self.inputs[index], self.targets[index])
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
-        """Cut into ``(inputs, targets)`` of ``size`` examples in order; the last may be smaller."""
+        """Split into pairs ``(inputs, targets)`` of ``size`` examples; the last may be smaller."""
         return list(zip(self.inputs.split(size), self.targets.split(size), strict=True))

@@ -1,4 +1,4 @@
-"""What a training computes, in floating-point operations, and what it holds in memory."""
+"""Count the floating-point operations of a training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hessfunc.containers import batch_leaves
 
 Found = TypeVar("Found")
-# Floating-point operations over the cube of the order, by Golub and Van Loan 2013.
+# Floating-point operations divided by the cube of the order (Golub and Van Loan 2013).
 _DECOMPOSITIONS: dict[Any, float] = {
     torch.ops.aten._linalg_eigh: 9,
     torch.ops.aten._linalg_svd: 21,
@@ -22,22 +22,23 @@ _DECOMPOSITIONS: dict[Any, float] = {
     torch.ops.aten._linalg_solve_ex: 2 / 3,
 }
 
-# A product of matrices by oneDNN, which torch's registry does not know; not all builds have it.
+# Matrix product by oneDNN, which only some builds have and which torch's registry does not list.
 _ONE_DNN = "mkldnn::_linear_pointwise"
 
 
 class CountedFlops(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products, convolutions and decompositions.
+    """Count the floating-point operations of matrix products, convolutions and decompositions.
 
-    Products and convolutions as ``torch.utils.flop_counter.FlopCounterMode``, but without a share
-    for each module, which takes most of its time. Elementwise functions do not count.
+    Products and convolutions are counted as in ``torch.utils.flop_counter.FlopCounterMode``, but
+    without the statistics of each module, which take most of its time. Elementwise functions are
+    not counted.
 
     Attributes:
-        total: the operations so far.
+        total: Number of operations so far.
     """
 
     def __init__(self) -> None:
-        # It takes a fifth of a second to import.
+        # Imported here, because the import takes a fifth of a second.
         from torch.utils.flop_counter import flop_registry
 
         super().__init__()  # type: ignore[no-untyped-call]
@@ -61,22 +62,22 @@ class CountedFlops(TorchDispatchMode):
 
 def _of_decomposition(function: Any, matrices: Tensor) -> int:
     rows, columns = matrices.shape[-2:]
-    # That of a rectangular matrix is linear in the longer side.
+    # For a rectangular matrix, the count is linear in the longer side: c max(m, n) min(m, n)^2.
     return round(_DECOMPOSITIONS[function] * matrices.numel() * min(rows, columns))
 
 
 @dataclass
 class Metered:
-    """Blocks ``(params, batch) -> {name: block}`` that count their floating-point operations.
+    """Blocks ``(params, batch) -> {name: block}`` whose floating-point operations are counted.
 
-    A dispatch mode would slow small products down; so it counts each kind of work (the blocks of a
-    batch, a lookup, a product) twice, and what it has found the second time is taken for all
-    later ones: the first may verify or time something.
+    A dispatch mode slows small products down. Each kind of work (the blocks of a batch, a lookup, a
+    product) is therefore counted only twice. The second count is used from then on, because the
+    first run may include checks or timings.
 
     Attributes:
-        blocks: what is counted.
-        total: the operations so far.
-        found: those of each kind of work, one or two times counted.
+        blocks: Function whose blocks are counted.
+        total: Number of operations so far.
+        found: Counts of each kind of work, at most two.
     """
 
     blocks: Callable[[Mapping[str, Tensor], Any], Mapping[str, Any]]
@@ -89,14 +90,14 @@ class Metered:
         return _MeteredBlocks(self, made, shapes)
 
     def counted(self, kind: Hashable, run: Callable[[], Found], /) -> Found:
-        """The result of some work, whose operations are added."""
-        seen = self.found.setdefault(kind, [])
-        if len(seen) == 2:
-            self.total += seen[-1]
+        """Run a function, add its operations to the total, and return its result."""
+        counts = self.found.setdefault(kind, [])
+        if len(counts) == 2:
+            self.total += counts[-1]
             return run()
         with CountedFlops() as flops:
             result = run()
-        seen.append(flops.total)
+        counts.append(flops.total)
         self.total += flops.total
         return result
 
@@ -131,7 +132,7 @@ class _MeteredBlock:
 
     @property
     def inverse_matvec(self) -> Callable[[Tensor, float], Tensor]:
-        # Missing where the block has none.
+        # Raises AttributeError if the block has no inverse, so that `getattr` returns its default.
         inverse = self.block.inverse_matvec
         return lambda vectors, damping: self.meter.counted(
             ("inverse", len(vectors), self.kind), lambda: inverse(vectors, damping)

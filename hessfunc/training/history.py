@@ -1,4 +1,4 @@
-"""Trainings as JSON: written whole after each of them, and read again to go on."""
+"""Trainings as JSON: the file is rewritten after each training, and read to resume a series."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hessfunc.training.loop import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training.
+    """Records of one training.
 
     Attributes:
-        method: its name.
-        seed: of its weights and batches.
-        ended: ``"complete"``, or why it ended sooner.
-        records: from the start on.
+        method: Name of the method.
+        seed: Seed of the weights and the batches.
+        ended: ``"complete"``, or the reason why the training ended earlier.
+        records: Records, from the start on.
     """
 
     method: str
@@ -31,44 +31,44 @@ class Run:
 
 
 def last_measured(run: Run, /) -> Record | None:
-    """The last record with an eigenvalue, if there is one."""
+    """Return the last record with an eigenvalue, or None."""
     return next((r for r in reversed(run.records) if r.eigenvalue is not None), None)
 
 
 def is_tracked(run: Run, /) -> bool:
-    """Whether eigenvalues were measured."""
+    """Return whether eigenvalues were measured."""
     return last_measured(run) is not None
 
 
 def content(settings: Mapping[str, Any], runs: Sequence[Run], /) -> dict[str, Any]:
-    """Plain data of trainings and of the settings that they share."""
+    """Return trainings and their common settings as plain data."""
     return {"settings": settings, "versions": versions(), "runs": [asdict(run) for run in runs]}
 
 
 def write(path: Path, settings: Mapping[str, Any], runs: Sequence[Run], /) -> None:
-    """Write trainings and the settings that they share."""
+    """Write trainings and their common settings to a file."""
     text = json.dumps(content(settings, runs), indent=1, allow_nan=False) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
 
 
 def read(path: Path, settings: dict[str, Any], /) -> list[Run]:
-    """The trainings of a file, none where there is no file.
+    """Read the trainings of a file; an empty list if there is no file.
 
     Raises:
-        ValueError: the file holds trainings of other settings, or is damaged.
+        ValueError: If the file contains trainings with other settings, or if it is damaged.
     """
     if not path.exists():
         return []
     try:
         plain = json.loads(path.read_text())
-        found, runs = plain["settings"], [_run(**run) for run in plain["runs"]]
+        stored, runs = plain["settings"], [_run(**run) for run in plain["runs"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, or take another --out") from None
+        raise ValueError(f"{path} is damaged ({error}): remove it, or pass another --out") from None
     wanted = json.loads(json.dumps(settings))
-    if changed := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
+    if changed := [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]:
         raise ValueError(
-            f"{path} holds trainings of other settings, as {changed[0]} was "
-            f"{found.get(changed[0])} and is {wanted.get(changed[0])} now: take another --out"
+            f"{path} contains trainings with other settings ({changed[0]} was "
+            f"{stored.get(changed[0])} and is now {wanted.get(changed[0])}): pass another --out"
         )
     return runs
 

@@ -1,4 +1,4 @@
-"""A training loop that tells what it has cost, and that goes on after it was killed."""
+"""Training loop that records its cost and can be resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from hessfunc.trees import Tree, tree_map
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """Where a training stands.
+    """State of a training at one point.
 
     Attributes:
-        step: steps so far.
-        epoch: passes over the training examples so far.
-        loss: mean over all training examples.
-        minibatch_loss: mean over the steps since the last record, each before it; None before the
-            first.
-        accuracy: on the training examples.
-        test_loss: mean over the test examples; None where there are none.
-        test_accuracy: on the test examples; None where there are none.
-        matvecs: products so far.
-        gradients: the work so far in gradient-equivalents: the floating-point operations of
-            products, convolutions and decompositions of matrices, over those of one gradient of
-            the first base batch. A step of SGD is one for each of its base batches.
-        seconds: of the steps so far, without the evaluations.
-        peak_bytes: memory that tensors made during a step have held at most: on the CPU during
-            the first, on CUDA during any.
-        ratio: base batches in a step of this epoch.
-        adversarial_share: how much of them was adversarial.
-        lr: the learning rate of this epoch.
-        eigenvalue: the dominant one after the epoch; None where it was not measured.
+        step: Number of steps so far.
+        epoch: Number of passes over the training examples so far.
+        loss: Mean loss over all training examples.
+        minibatch_loss: Mean over the steps since the last record of the loss before each step;
+            None before the first step.
+        accuracy: Accuracy on the training examples.
+        test_loss: Mean loss over the test examples; None without test examples.
+        test_accuracy: Accuracy on the test examples; None without test examples.
+        matvecs: Number of products so far.
+        gradients: Work so far in gradient-equivalents: the floating-point operations of matrix
+            products, convolutions and decompositions, divided by those of one gradient of the
+            first base batch. A step of SGD counts one for each of its base batches.
+        seconds: Duration of the steps so far, without the evaluations, in seconds.
+        peak_bytes: Peak memory of the tensors allocated during a step, in bytes: of the first step
+            on a CPU, of any step so far on CUDA.
+        ratio: Number of base batches in a step of this epoch.
+        adversarial_share: Fraction of each base batch that was adversarial.
+        lr: Learning rate of this epoch.
+        eigenvalue: Dominant eigenvalue after the epoch; None if it was not measured.
     """
 
     step: int
@@ -89,56 +89,65 @@ def train(
 ) -> Iterator[Record]:
     """Train a classifier, and yield a `Record` at the start, after each epoch, and at the end.
 
-    As many base batches as the schedule says make one step; no step crosses an epoch. Order and
-    draws are functions of the seed, those of a loader too, except from a generator of its own.
-    Torch's random stream stays as it was, and evaluations are made in eval mode.
+    The schedule determines the number of base batches in one step. No step crosses an epoch. The
+    order and all draws are functions of the seed, also those of a loader without its own generator.
+    Torch's random stream does not change. Evaluations are made in eval mode.
 
     Args:
-        model: in the mode in which it is to be trained.
-        steps: of its parameters.
-        source: examples to train on, or a loader or list of batches ``(inputs, targets)``, which
-            is read anew in each epoch and for each record.
-        epochs: passes over them.
-        batch_size: examples of a base batch; the last one of an epoch may be smaller. A loader
-            has its own.
-        seed: of the order and of what layers draw.
-        test: examples to evaluate on, beside.
-        schedule: of the batch size and the learning rate; by default one batch a step.
-        attack: makes the adversarial examples of the schedule.
-        watch: measures the eigenvalue of the schedule.
-        track: measure it after each epoch, also where the schedule does not need it.
-        every: also a record after so many steps.
-        minutes: end after so much time of steps.
-        checkpoint: where the state is kept. A training with the same settings goes on from it,
-            yields the records from before again, and ends with the same bits.
-        on_step: called after each step with the examples so far of the epoch.
+        model: Module to train, in the mode in which it is to be trained.
+        steps: Steps of its parameters.
+        source: Examples to train on, or a loader or list of batches ``(inputs, targets)``, which
+            is read again in each epoch and for each record.
+        epochs: Number of passes over the examples.
+        batch_size: Number of examples in a base batch; the last batch of an epoch may be smaller.
+            A loader uses its own batch size.
+        seed: Seed of the order and of the draws of layers.
+        test: Examples for an additional evaluation.
+        schedule: Schedule of the batch size and the learning rate. By default one batch makes one
+            step.
+        attack: Function that makes the adversarial examples of the schedule.
+        watch: Function that measures the eigenvalue for the schedule, as made by
+            `hessfunc.training.dominant.watch`.
+        track: Whether the eigenvalue is measured after each epoch, even if the schedule does not
+            need it.
+        every: Number of steps between additional records within an epoch.
+        minutes: Time limit for the steps, in minutes.
+        checkpoint: Checkpoint that keeps the state. A training with the same settings is resumed
+            from it, yields the earlier records again, and ends with the same bits.
+        on_step: Function called after each step with the number of examples so far in the epoch.
+
+    Yields:
+        Records of the training.
 
     Raises:
-        ValueError: there is no example, or an option is out of range, or missing; a source is an
-            iterator, or a loader that keeps its workers and is read for records amid an epoch.
-        FloatingPointError: the loss over all examples is not finite.
+        ValueError: If there is no example; if an option is out of range or missing; if a source is
+            an iterator; or if a loader with persistent workers is read for records within an epoch.
+        FloatingPointError: If the loss over all examples is not finite.
     """
     if epochs < 0 or batch_size < 1 or (isinstance(source, Examples) and not len(source)):
         raise ValueError(
-            f"epochs={epochs}, batch_size={batch_size}: epochs must not be negative, the other at "
-            "least 1, and there must not be 0 examples"
+            f"epochs={epochs}, batch_size={batch_size}: epochs must not be negative, batch_size "
+            "must be at least 1, and the source must have at least one example"
         )
     refuse_iterators(source, test)
     if every:
         refuse_busy_workers(source)
     if checkpoint is not None and not isinstance(source, Examples):
         raise ValueError(
-            "the order of a loader cannot be taken up again: with a checkpoint, train on Examples"
+            "a training on a loader cannot be resumed, because its order is unknown: with a "
+            "checkpoint, train on Examples"
         )
     schedule = schedule or constant()
     first = schedule.init()
     if (first.watching or track) and watch is None:
         raise ValueError(
-            "eigenvalues are needed: give watch=, as hessfunc.training.dominant makes it"
+            "the schedule or `track` needs eigenvalues: pass "
+            "`watch=hessfunc.training.dominant.watch(model, batches)`"
         )
     if first.adversarial_share and attack is None:
         raise ValueError(
-            "the schedule needs adversarial examples: give attack=, such as one of fgsm"
+            "the schedule needs adversarial examples: pass "
+            "`attack=functools.partial(fgsm, loss, params)`"
         )
     training = _Training(
         model=model,
@@ -171,18 +180,18 @@ def train(
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """How far a training has come, and what it depends on besides model, steps and draws.
+    """Position of a training, with all state apart from the model, the steps and the draws.
 
     Attributes:
-        schedule: of the running epoch.
-        batches: base batches of the running epoch so far.
-        examples: those in them.
-        step: steps so far.
-        loss_sum: over the steps since the last record,
-        loss_count: and how many these are.
-        cost: so far.
-        vectors: of the last eigenvalue.
-        records: so far.
+        schedule: State of the schedule for the current epoch.
+        batches: Number of base batches of the current epoch so far.
+        examples: Number of examples in these batches.
+        step: Number of steps so far.
+        loss_sum: Sum of the losses of the steps since the last record.
+        loss_count: Number of steps since the last record.
+        cost: Cost so far.
+        vectors: Eigenvectors of the last measured eigenvalue.
+        records: Records so far.
     """
 
     schedule: ScheduleState
@@ -198,7 +207,7 @@ class _Place:
 
 @dataclass(kw_only=True)
 class _Training:
-    """A training that moves from place to place."""
+    """Training in progress, with its options and its current position."""
 
     model: nn.Module
     steps: Steps
@@ -218,7 +227,7 @@ class _Training:
     place: _Place
 
     def epoch(self, batches: Iterator[Batch]) -> Iterator[Record]:
-        """The rest of the running epoch, or as much as the time allows."""
+        """Train for the rest of the current epoch, or until the time limit."""
         state = self.place.schedule
         rest = islice(batches, self.place.batches, None)
         for group, is_last in grouped(rest, state.ratio):
@@ -241,7 +250,7 @@ class _Training:
         return self.place.cost.seconds >= self.limit
 
     def advance(self, batches: Sequence[Batch]) -> None:
-        """One step."""
+        """Make one step, and update the position."""
         place, state = self.place, self.place.schedule
         cost = place.cost
         with self.stream.here():
@@ -263,16 +272,16 @@ class _Training:
 
     def attacked(self, batches: Sequence[Batch]) -> tuple[list[Batch], Cost]:
         assert self.attack is not None
-        found, cost = [], Cost()
+        attacked, cost = [], Cost()
         for batch in batches:
             share = self.place.schedule.adversarial_share
             moved, spent = self.measured.attacked(self.attack, batch, share)
-            found.append(moved)
+            attacked.append(moved)
             cost += spent
-        return found, cost
+        return attacked, cost
 
     def after_epoch(self) -> Record:
-        """The record of the epoch that has ended; the next one begins."""
+        """Return the record of the finished epoch, and begin the next epoch."""
         place = self.place
         eigenvalue = self.watched() if self.track or place.schedule.watching else None
         new = self.schedule.after_epoch(place.schedule, eigenvalue)
@@ -283,18 +292,18 @@ class _Training:
         return self.kept(record)
 
     def watched(self) -> float:
-        """The eigenvalue; what it costs counts where the schedule needs it."""
+        """Measure the eigenvalue; its cost counts only if the schedule needs it."""
         place, watch = self.place, self.watch
         assert watch is not None
         with self.aside():
-            found, cost = self.measured.counted(lambda: watch(place.vectors))
-        cost = replace(cost, matvecs=found.matvecs) if place.schedule.watching else Cost()
-        self.place = replace(place, vectors=found.vectors, cost=place.cost + cost)
-        return float(found.values[0])
+            pairs, cost = self.measured.counted(lambda: watch(place.vectors))
+        cost = replace(cost, matvecs=pairs.matvecs) if place.schedule.watching else Cost()
+        self.place = replace(place, vectors=pairs.vectors, cost=place.cost + cost)
+        return float(pairs.values[0])
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is drawn inside is a function of the seed, and later batches and draws stay."""
+        """Context whose draws depend on the seed only and do not affect later batches or draws."""
         with undisturbed(self.model, self.source), replace(self.stream).here():
             yield
 
@@ -304,18 +313,18 @@ class _Training:
     def record(self, eigenvalue: float | None = None) -> Record:
         place, criterion = self.place, self.steps.criterion
         with self.aside():
-            seen = evaluated(self.model, self.source, criterion)
+            training = evaluated(self.model, self.source, criterion)
             test = None if self.test is None else evaluated(self.model, self.test, criterion)
-        if not math.isfinite(seen.loss):
+        if not math.isfinite(training.loss):
             raise FloatingPointError(
-                f"the loss is {seen.loss} after {place.step} steps: {DIVERGED}"
+                f"the loss is {training.loss} after {place.step} steps: {DIVERGED}"
             )
         return Record(
             step=place.step,
-            epoch=place.schedule.epoch + place.examples / seen.examples,
-            loss=seen.loss,
+            epoch=place.schedule.epoch + place.examples / training.examples,
+            loss=training.loss,
             minibatch_loss=place.loss_sum / place.loss_count if place.loss_count else None,
-            accuracy=seen.accuracy,
+            accuracy=training.accuracy,
             test_loss=None if test is None else test.loss,
             test_accuracy=None if test is None else test.accuracy,
             ratio=place.schedule.ratio,
@@ -326,14 +335,14 @@ class _Training:
         )
 
     def kept(self, record: Record) -> Record:
-        """The same record, which belongs to the state from now on."""
+        """Add a record to the state, keep the state, and return the record."""
         records = (*self.place.records, record)
         self.place = replace(self.place, records=records, loss_sum=0.0, loss_count=0)
         self.keep()
         return record
 
     def keep(self) -> None:
-        """Write the state, where it is wanted."""
+        """Write the state to the checkpoint, if there is one."""
         if self.checkpoint is None:
             return
         place = {**vars(self.place), "schedule": vars(self.place.schedule)}
@@ -348,7 +357,7 @@ class _Training:
         self.checkpoint.write(state, finished=self.place.schedule.epoch >= self.epochs)
 
     def go_on(self) -> None:
-        """Take up the state that was written."""
+        """Resume from the state in the checkpoint, if there is one."""
         state = None if self.checkpoint is None else self.checkpoint.read()
         if state is None:
             return

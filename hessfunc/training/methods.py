@@ -1,4 +1,4 @@
-"""Optimisers by their settings, as steps of the training loop."""
+"""Optimisation methods with their settings, as steps of the training loop."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class SGD:
     """Stochastic gradient descent with momentum.
 
     Attributes:
-        lr: the learning rate.
-        momentum: the share of the last step that is kept.
-        weight_decay: what is added to the gradient, in units of the parameters.
+        lr: Learning rate.
+        momentum: Factor of the last step that is kept.
+        weight_decay: Factor of the parameters that is added to the gradient.
     """
 
     lr: float = 0.1
@@ -46,9 +46,9 @@ class SGD:
     weight_decay: float = 0.0
 
     def steps(self, model: nn.Module, /, *, seed: int = 0) -> Steps:
-        """Its steps for a model, on the cross-entropy; nothing is random."""
+        """Return the steps of a model on the cross-entropy; they do not use the seed."""
         if not self.lr > 0:
-            raise ValueError(f"lr={self.lr}: it must be positive")
+            raise ValueError(f"lr={self.lr}: the learning rate must be positive")
         optimizer = torch.optim.SGD(
             model.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
@@ -57,21 +57,21 @@ class SGD:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockNewton:
-    """Newton's method with one equation a parameter tensor, as in `newton`.
+    """Newton's method with one equation for each parameter tensor, as in `newton`.
 
     Attributes:
-        curvature: one of `CURVATURES`.
-        lr: the learning rate.
-        alpha: how much of the identity is mixed into the curvature.
-        solve: how an equation is solved.
-        rtol: the relative tolerance of conjugate gradients.
-        atol: their absolute tolerance.
-        max_matvecs: their budget for one parameter tensor.
-        max_blocks: into how many blocks the rows of a weight are cut by ``hbp``; None leaves all
-            whole.
+        curvature: Name of the curvature, one of `CURVATURES`.
+        lr: Learning rate.
+        alpha: Weight of the identity in the damped curvature, in [0, 1].
+        solve: Solver of an equation, ``"cg"`` or ``"direct"``.
+        rtol: Relative tolerance of conjugate gradients.
+        atol: Absolute tolerance of conjugate gradients.
+        max_matvecs: Largest number of products of conjugate gradients for one parameter tensor.
+        max_blocks: Largest number of blocks into which ``hbp`` splits the rows of a weight. None
+            does not split them.
 
     Raises:
-        ValueError: the options do not go together.
+        ValueError: If the options cannot be combined.
     """
 
     curvature: str
@@ -87,26 +87,29 @@ class BlockNewton:
         if self.curvature not in CURVATURES:
             raise ValueError(f"curvature {self.curvature!r}: choose one of {', '.join(CURVATURES)}")
         if self.max_blocks is not None and not self.curvature.startswith("hbp-"):
-            raise ValueError(f"max_blocks goes with hbp alone, and not with {self.curvature}")
+            raise ValueError(
+                f"max_blocks={self.max_blocks} requires an hbp curvature, got {self.curvature}: "
+                "pass max_blocks=None"
+            )
         if self.solve not in ("cg", "direct"):
-            raise ValueError(f"solve={self.solve!r}: choose cg or direct")
+            raise ValueError(f"solve={self.solve!r}: choose 'cg' or 'direct'")
         if self.solve == "direct" and self.curvature in EXACT:
             raise ValueError(
-                f"the blocks of {self.curvature} are known by their products alone: solve by cg, "
-                f"or take one of {', '.join(FACTORED)}"
+                f"the blocks of {self.curvature} have only products and no inverse: solve by cg, "
+                f"or choose one of {', '.join(FACTORED)}"
             )
 
     @property
     def solver(self) -> Solver:
-        """Of one equation."""
+        """Solver of one equation."""
         if self.solve == "direct":
             return direct()
         return conjugate_gradients(rtol=self.rtol, atol=self.atol, max_matvecs=self.max_matvecs)
 
     def steps(self, model: nn.Module, /, *, seed: int = 0) -> Steps:
-        """Its steps for a model, on the cross-entropy; what is drawn is a function of the seed.
+        """Return the steps of a model on the cross-entropy; draws are functions of the seed.
 
-        The curvature is that of eval mode, on all examples of a step.
+        The curvature is computed in eval mode, on all examples of a step.
         """
         with eval_mode(model):
             blocks = blocks_of(self.curvature, model, max_blocks=self.max_blocks, seed=seed)
@@ -128,7 +131,7 @@ Method: TypeAlias = SGD | BlockNewton
 def blocks_of(
     curvature: str, model: nn.Module, /, *, max_blocks: int | None = None, seed: int = 0
 ) -> Blocks:
-    """The blocks of a curvature matrix of the cross-entropy, by its name of `CURVATURES`."""
+    """Return the blocks of a curvature of the cross-entropy, by its name in `CURVATURES`."""
     loss = supervised(functional(model)[0], F.cross_entropy)
     match curvature.split("-"):
         case ["hbp", residual]:

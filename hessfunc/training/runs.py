@@ -1,4 +1,4 @@
-"""One training from its settings."""
+"""Run one training from its settings."""
 
 from __future__ import annotations
 
@@ -50,36 +50,38 @@ def run(
     callback: Callable[[Run], object] | None = None,
     on_step: Callable[[int], object] | None = None,
 ) -> Run:
-    """A training whose weights, batches and draws are functions of the seed.
+    """Run a training whose weights, batches and draws are functions of the seed.
 
     Two methods with the same seed start from the same weights and see the same batches.
 
     Args:
-        name: of the method, for tables.
-        make_model: builds the untrained model.
-        method: how it is trained.
-        examples: to train on; they lie on the device.
-        test: examples to evaluate on, beside.
-        epochs: passes over the examples.
-        batch_size: examples a step.
-        seed: of all that is random; torch's own stream stays as it was.
-        minutes: end after so much time of steps.
-        device: where to train; by default where the model is made.
-        schedule: of the batch size; by default constant. Where it needs eigenvalues, they are
-            those of the first examples, `EXAMPLES_WATCHED` or a base batch if that is more.
-        eps: how far the inputs of its adversarial examples are moved.
-        track: record the dominant eigenvalue after each epoch, of these first examples
-            (``"top"``) or of all (``"full"``), which is then the schedule's, too.
-        checkpoint: where the state is kept, for a run that was killed to go on from.
-        callback: called with the running training after each record.
-        on_step: called after each step with the examples so far of the epoch.
+        name: Name of the method, for tables.
+        make_model: Function that builds the untrained model.
+        method: Optimisation method.
+        examples: Examples to train on, on the device.
+        test: Examples for an additional evaluation.
+        epochs: Number of passes over the examples.
+        batch_size: Number of examples in a base batch.
+        seed: Seed of all random numbers. Torch's own stream does not change.
+        minutes: Time limit for the steps, in minutes.
+        device: Device of the training. By default the device on which the model is built.
+        schedule: Schedule of the batch size; constant by default. If it needs eigenvalues, they are
+            measured on the first examples: `EXAMPLES_WATCHED` of them, or a base batch if this is
+            larger.
+        eps: Step size of the adversarial examples, in units of the inputs.
+        track: Whether to record the dominant eigenvalue after each epoch: of the first examples
+            (``"top"``), of all examples (``"full"``), or not at all (None). The schedule uses the
+            same eigenvalue.
+        checkpoint: Checkpoint that keeps the state, from which an interrupted run is resumed.
+        callback: Function called with the `Run` so far after each record.
+        on_step: Function called after each step with the number of examples so far in the epoch.
 
     Returns:
-        `Run`. Where numbers are no longer finite it ends there, and says so.
+        A `Run`. If a number is not finite, the run ends there with the error in ``ended``.
     """
     with seeded(seed):
         model = make_model().to(device)
-    found = Run(method=name, seed=seed, ended="running", records=())
+    result = Run(method=name, seed=seed, ended="running", records=())
     try:
         for record in train(
             model,
@@ -97,15 +99,15 @@ def run(
             checkpoint=checkpoint,
             on_step=on_step,
         ):
-            found = replace(found, records=(*found.records, record))
+            result = replace(result, records=(*result.records, record))
             if callback is not None:
-                callback(found)
+                callback(result)
     except (FloatingPointError, ValueError) as error:
-        if not found.records:
+        if not result.records:
             raise
-        return replace(found, ended=str(error))
-    reached = found.records[-1].epoch >= epochs
-    return replace(found, ended="complete" if reached else "time is up")
+        return replace(result, ended=str(error))
+    reached = result.records[-1].epoch >= epochs
+    return replace(result, ended="complete" if reached else "time is up")
 
 
 def _fgsm(model: nn.Module, eps: float) -> Attack:

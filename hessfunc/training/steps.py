@@ -1,4 +1,4 @@
-"""Steps of an optimiser, each with the gradient of one or more batches."""
+"""Steps of an optimiser, each with the gradients of one or more batches."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hessfunc.training.flops import Metered
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-DIVERGED = "lower the learning rate, or raise alpha where there is one"
+DIVERGED = "lower the learning rate, or increase alpha if the method has one"
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What moving the parameters has taken, beyond their gradient.
+    """Cost of an update of the parameters, without the cost of the gradient.
 
     Attributes:
-        matvecs: products.
-        flops: floating-point operations.
+        matvecs: Number of products.
+        flops: Number of floating-point operations.
     """
 
     matvecs: int = 0
@@ -34,10 +34,10 @@ class Spent:
 
 @dataclass(frozen=True)
 class Step(Spent):
-    """What one step tells.
+    """Cost and loss of one step.
 
     Attributes:
-        loss: mean over its examples, before the step.
+        loss: Mean loss over the examples of the step, before the update.
     """
 
     loss: float = 0.0
@@ -45,14 +45,15 @@ class Step(Spent):
 
 @dataclass(frozen=True)
 class Steps:
-    """How the parameters of a model move.
+    """Steps of the parameters of a model.
 
     Attributes:
-        model: whose gradients are found.
-        optimizer: whose learning rate a schedule may change, and whose state is kept.
-        move: takes the batches of a step, whose gradient is in the parameters, and moves these.
-        criterion: ``(outputs, targets) -> mean over the examples``.
-        meter: what counts the operations of ``move``.
+        model: Module whose gradients are computed.
+        optimizer: Optimiser whose learning rate a schedule may change and whose state is kept.
+        move: Function that updates the parameters, given the batches of a step. The gradients are
+            in ``p.grad`` when it is called.
+        criterion: Function ``(outputs, targets) -> mean over the examples``.
+        meter: Meter that counts the operations of ``move``.
     """
 
     model: nn.Module
@@ -62,18 +63,18 @@ class Steps:
     meter: Metered | None = None
 
     def __call__(self, batches: Sequence[Batch], ratio: int = 1, /) -> Step:
-        """One step with the gradients of at most ``ratio`` batches, one after another.
+        """Make one step with the gradients of at most ``ratio`` batches, one after another.
 
-        Each batch counts by its examples, and all together as their number over ``ratio``:
+        The gradient is that of
 
             sum_i n_i loss_i / sum_i n_i  *  len(batches) / ratio
 
-        so that a learning rate in proportion to the ratio suits fewer batches, too. Graphs are
-        freed batch by batch.
+        where batch i has n_i examples. With the second factor, a learning rate in proportion to the
+        ratio also suits fewer batches. The graph of each batch is freed before the next one.
 
         Raises:
-            FloatingPointError: the loss of a batch is not finite.
-            ValueError: a batch has one example, and the model normalises by its statistics.
+            FloatingPointError: If the loss of a batch is not finite.
+            ValueError: If a batch has one example and the model normalises by batch statistics.
         """
         self.optimizer.zero_grad()
         total, count = 0.0, sum(len(targets) for _, targets in batches)
@@ -82,19 +83,20 @@ class Steps:
                 loss = self.criterion(self.model(inputs), targets)
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss of a batch is {loss.item()}: {DIVERGED}")
-            # Exactly the ratio where all batches are of one size, and one gradient is untouched.
+            # The divisor is exactly `ratio` if all batches have one size, so that with ratio 1 the
+            # gradient of a batch keeps its bits.
             (loss / (ratio * (count / (len(batches) * len(targets))))).backward()
             total += loss.item() * (len(targets) / count)
         spent = self.move(batches)
         return Step(loss=total, matvecs=spent.matvecs, flops=spent.flops)
 
     def state(self) -> dict[str, Any]:
-        """What a later step depends on, besides the model."""
+        """Return the state on which later steps depend, apart from the model."""
         meter = None if self.meter is None else (self.meter.total, self.meter.found)
         return {"optimizer": self.optimizer.state_dict(), "meter": meter}
 
     def restore(self, state: Mapping[str, Any], /) -> None:
-        """Go on from a state."""
+        """Restore the state of an earlier `state` call."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.meter is not None:
             self.meter.total, self.meter.found = state["meter"]
@@ -102,10 +104,10 @@ class Steps:
 
 @contextmanager
 def single_examples_explained(targets: Tensor, /) -> Iterator[None]:
-    """Inside, what batch normalisation refuses is said with what to do about it.
+    """Context that explains the error of batch normalisation for a batch with one example.
 
     Raises:
-        ValueError: there is one target, and normalisation in train mode has refused its example.
+        ValueError: If there is one target and normalisation in train mode refuses its example.
     """
     try:
         yield
@@ -113,16 +115,16 @@ def single_examples_explained(targets: Tensor, /) -> Iterator[None]:
         if len(targets) > 1 or "more than 1 value per channel" not in str(error):
             raise
         raise ValueError(
-            "a batch has a single example, which has no statistics to normalise by: choose a batch "
-            "size that leaves more for the last batch of an epoch, or drop that one in a loader of "
-            "your own"
+            "a batch has a single example, from which batch normalisation cannot compute "
+            "statistics: choose a batch size that leaves more for the last batch of an epoch, or "
+            "pass a DataLoader with `drop_last=True`"
         ) from error
 
 
 def first_order(
     model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Criterion = F.cross_entropy, /
 ) -> Steps:
-    """The steps of any optimiser of torch that needs nothing but gradients."""
+    """Return the steps of any PyTorch optimiser that needs only gradients."""
 
     def move(batches: Sequence[Batch]) -> Spent:
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Torch's random numbers as a stream of one's own."""
+"""Separate random stream for torch's global generators."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Item = TypeVar("Item")
 
 @dataclass
 class Stream:
-    """A stream that goes on from where it was left, whatever others draw.
+    """Random stream that other draws do not affect.
 
     Attributes:
-        device: where is drawn, besides the CPU.
-        states: of the generators of the CPU and of the device.
+        device: Device on which random numbers are drawn, in addition to the CPU.
+        states: States of the generators of the CPU and of the device.
     """
 
     device: torch.device
@@ -27,7 +27,7 @@ class Stream:
 
     @classmethod
     def of(cls, seed: int, device: torch.device) -> Stream:
-        """One that begins at a seed."""
+        """Return the stream that starts at a seed."""
         with seeded(seed):
             states = [torch.default_generator.get_state()]
         if device.type == "cuda":
@@ -36,7 +36,7 @@ class Stream:
 
     @contextmanager
     def here(self) -> Iterator[None]:
-        """Inside, torch draws from this stream; afterwards it is where it was."""
+        """Context in which torch draws from this stream; its own stream is restored at the end."""
         generators = self._generators()
         before = [generator.get_state() for generator in generators]
         for generator, state in zip(generators, self.states, strict=True):
@@ -49,7 +49,7 @@ class Stream:
                 generator.set_state(state)
 
     def each(self, items: Iterable[Item], /) -> Iterator[Item]:
-        """The items, which are made from this stream's draws."""
+        """Yield the items of an iterable that draws its random numbers from this stream."""
         with self.here():
             rest = iter(items)
         while True:
@@ -70,7 +70,7 @@ class Stream:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's CPU stream starts at ``seed``; afterwards it is where it was."""
+    """Context in which torch's CPU stream starts at ``seed``; it is restored at the end."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the accelerators too, which fork_rng does not restore here.
         torch.default_generator.manual_seed(seed)

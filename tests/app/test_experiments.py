@@ -157,7 +157,7 @@ def test_trainings_go_through_a_file(tmp_path: Path) -> None:
     write(path, settings, runs)
     assert read(path, settings) == runs
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
-    with pytest.raises(ValueError, match="epochs was 3 and is 4 now: take another --out"):
+    with pytest.raises(ValueError, match="epochs was 3 and is now 4.: pass another --out"):
         read(path, {**settings, "epochs": 4})
     path.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
@@ -260,7 +260,7 @@ def test_factored_curvatures_train(curvature: str, solve: str) -> None:
     ("options", "message"),
     [
         ({"curvature": "nothing"}, "choose one of hbp-none"),
-        ({"curvature": "ggn", "max_blocks": 2}, "goes with hbp alone"),
+        ({"curvature": "ggn", "max_blocks": 2}, "requires an hbp curvature"),
         ({"curvature": "hessian", "solve": "direct"}, "solve by cg"),
         ({"curvature": "ggn", "solve": "guess"}, "solve='guess'"),
     ],

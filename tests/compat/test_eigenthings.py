@@ -177,18 +177,18 @@ def test_the_threshold_is_one_of_the_residual() -> None:
 def test_pairs_that_have_not_converged_are_warned_of() -> None:
     wide = torch.diag(torch.linspace(1.0, 2.0, 300))
     slow = LambdaOperator(lambda vector: wide @ vector, 300)
-    with pytest.warns(UserWarning, match="of 3 pairs have not converged.*raise `max_steps`"):
+    with pytest.warns(UserWarning, match="of 3 pairs have not converged.*increase `max_steps`"):
         values, _ = lanczos(slow, 3, max_steps=1, num_lanczos_vectors=8)
     assert len(values) == 3
     with pytest.raises(ValueError, match="choose 'LM'"):
         lanczos(slow, 3, which="SM")
-    with pytest.warns(UserWarning, match="3 of 3 .*raise `power_iter_steps`") as told:
+    with pytest.warns(UserWarning, match="3 of 3 .*increase `power_iter_steps`") as told:
         values, vectors = deflated_power_iteration(slow, 3)
     assert len(told) == 1
     residuals = np.linalg.norm(vectors @ wide.numpy() - values[:, None] * vectors, axis=1)
     said = float(str(told[0].message).split("up to ")[1].split(":")[0])
     assert said == pytest.approx(residuals.max(), rel=0.1)
-    with pytest.warns(UserWarning, match="1 of 1 pairs have not converged.*raise `steps`"):
+    with pytest.warns(UserWarning, match="1 of 1 pairs have not converged.*increase `steps`"):
         power_iteration(slow)
     # Two of three are found.
     well_apart = LambdaOperator(lambda vector: apart * vector, 4)
@@ -389,7 +389,7 @@ def test_batch_norm_uses_and_keeps_its_running_statistics() -> None:
     with torch.no_grad():
         model(data()[0])
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with pytest.warns(UserWarning, match="in train mode, and the Hessian is that of eval mode"):
+    with pytest.warns(UserWarning, match="in train mode, but the Hessian is computed in eval mode"):
         found = HVPOperator(model, loader(20), cross_entropy)
     vector = torch.ones(found.size, dtype=torch.float64)
     product = found.apply(vector)

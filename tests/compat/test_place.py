@@ -111,7 +111,7 @@ def test_the_curvature_is_that_of_eval_mode(face: Face) -> None:
     [({"x": 1, "y": 2}, "dict of length 2"), ((1, 2, 3), "tuple of length 3"), (1, "int:")],
 )
 def test_a_batch_that_is_no_pair_is_refused(batch: Any, size: str) -> None:
-    with pytest.raises(TypeError, match=rf"a batch is a pair .* is a {size}"):
+    with pytest.raises(TypeError, match=rf"a batch must be a pair .* got a {size}"):
         moved(batch, torch.device("cpu"))
 
 
@@ -129,5 +129,5 @@ def test_faces_refuse_a_batch_that_is_no_pair(batch: Callable[..., Any]) -> None
         lambda: of_eigenthings(model, found),
         lambda: of_hessianflows_data_set(model, found),
     ):
-        with pytest.raises(TypeError, match="a batch is a pair"):
+        with pytest.raises(TypeError, match="a batch must be a pair"):
             run()

@@ -562,12 +562,17 @@ def test_layers_that_cannot_be_chosen_are_refused() -> None:
     made = face.hessian_with_activation(model, cross_entropy, dataloader=found[::-1])
     with pytest.raises(ValueError, match="no layer is chosen"):
         made.trace_activ()
-    with pytest.raises(ValueError, match="the name of no layer ends with 'conv': 0.branch.0"):
+    with pytest.raises(
+        ValueError, match="no layer name ends with 'conv': the layers are 0.branch.0"
+    ):
         made.insert_hook("conv")
-    with pytest.raises(ValueError, match="contains param_name='conv.weight': 0.branch.0.weight, "):
+    with pytest.raises(
+        ValueError,
+        match="contains param_name='conv.weight': the parameters are 0.branch.0.weight, ",
+    ):
         made.trace()
     made.insert_hook("2")
-    with pytest.raises(ValueError, match="a batch of 20 examples comes after a first one of 7"):
+    with pytest.raises(ValueError, match="a batch of 20 examples follows a first batch of 7"):
         made.trace_activ()
 
 

@@ -290,7 +290,9 @@ def test_any_architecture() -> None:
 
 def test_what_is_refused() -> None:
     model, loss, params, batch = attention()
-    with pytest.raises(NotImplementedError, match="'embedding' is a Embedding: hold the others"):
+    with pytest.raises(
+        NotImplementedError, match="'embedding' is a Embedding: hold such parameters"
+    ):
         hf.kronecker.kflr(loss, model)(params, batch)
     case = perceptron(2)
     with pytest.raises(ValueError, match="sharing='both'"):
@@ -300,7 +302,7 @@ def test_what_is_refused() -> None:
     smoothed = hf.supervised(case.loss.outputs, nn.CrossEntropyLoss(label_smoothing=0.1))
     with pytest.raises(ValueError, match="negative logarithm of a likelihood"):
         hf.kronecker.kfac(smoothed, case.model)
-    with pytest.raises(ValueError, match="'0.weight' of shape .* is no parameter"):
+    with pytest.raises(ValueError, match="'0.weight' of shape .* is not a parameter"):
         hf.kronecker.kflr(case.loss, perceptron(2).model)(case.params, case.batch)
     with pytest.raises(TypeError, match="two halves"):
         hf.kronecker.kflr(lambda params, batch: 0.0, case.model)
@@ -379,7 +381,7 @@ def test_a_weight_that_is_used_by_a_function_too_is_refused() -> None:
 
     case = net(Hidden, 3, examples=2)
     for of in (hf.kronecker.kflr, hf.kronecker.ekfac, hf.kronecker.kfac):
-        with pytest.raises(ValueError, match=r"'layer.weight' is used in other ways.*`hold`"):
+        with pytest.raises(ValueError, match=r"'layer.weight' is also used outside.*`hold`"):
             of(case.loss, case.model)(case.params, case.batch)
 
 
@@ -396,7 +398,9 @@ def test_a_weight_of_layers_of_different_kinds_is_refused() -> None:
     model = Head().double()
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.cross_entropy)
-    with pytest.raises(NotImplementedError, match="'embedding' is a Embedding: hold the others"):
+    with pytest.raises(
+        NotImplementedError, match="'embedding' is a Embedding: hold such parameters"
+    ):
         hf.kronecker.ekfac(loss, model)(params, (torch.tensor([0, 1]), torch.tensor([1, 2])))
 
 
@@ -458,7 +462,7 @@ def test_the_expectation_of_draws_is_that_of_flattened_outputs() -> None:
 def test_rows_that_are_not_those_of_examples_are_refused(inner: int, outer: int) -> None:
     case = mixing(inner, outer)
     for of in (hf.kronecker.kflr, hf.kronecker.ekfac):
-        with pytest.raises(ValueError, match=r"rows of the outputs do not follow.*movedim"):
+        with pytest.raises(ValueError, match=r"rows of the outputs are not ordered by.*movedim"):
             of(case.loss, case.model)(case.params, case.batch)
 
 
@@ -476,7 +480,9 @@ def test_modules_that_return_several_tensors_are_refused(make) -> None:
     loss = hf.supervised(lambda p, x: model_fn(p, (x, x, x))[0], F.mse_loss)
     if isinstance(layer, nn.LSTM):
         loss = hf.supervised(lambda p, x: model_fn(p, x)[0], F.mse_loss)
-    with pytest.raises(NotImplementedError, match=rf"is a {type(layer).__name__}: hold the others"):
+    with pytest.raises(
+        NotImplementedError, match=rf"is a {type(layer).__name__}: hold such parameters"
+    ):
         hf.kronecker.kflr(loss, layer)(params, (torch.ones(2, 4, 3), torch.zeros(2, 4, 3)))
 
 
@@ -487,7 +493,7 @@ def test_outputs_that_are_no_tensor_are_refused() -> None:
         lambda out, b: F.cross_entropy(out["logits"], b[1]),
     )
     for of in (hf.kronecker.kflr, hf.kronecker.ekfac):
-        with pytest.raises(TypeError, match="outputs are one tensor.*these are dict"):
+        with pytest.raises(TypeError, match="outputs that are one tensor.*got dict"):
             of(loss, case.model)(case.params, case.batch)
 
 

@@ -120,7 +120,7 @@ def test_a_share_is_of_the_first_examples(share: float, moved: int) -> None:
         ({"eps": -0.1}, "eps=-0.1: it must be at least 0"),
         ({"step_size": -1.0}, "step_size"),
         ({"steps": 0}, "steps=0"),
-        ({"bounds": (1.0, 0.0)}, "must not be larger"),
+        ({"bounds": (1.0, 0.0)}, "must not exceed"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:

@@ -299,10 +299,10 @@ def test_inputs_are_never_changed_and_the_state_adds_up() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -0.1}, "lr=-0.1: it must be finite, and not negative"),
+        ({"lr": -0.1}, "lr=-0.1: the learning rate must be finite and not negative"),
         ({"lr": math.inf}, "lr=inf"),
         ({"lr": math.nan}, "lr=nan"),
-        ({"alpha": -0.1}, r"alpha=-0.1: it must be in \[0, 1\]"),
+        ({"alpha": -0.1}, r"alpha=-0.1: alpha must be in \[0, 1\]"),
         ({"alpha": 1.1}, "alpha=1.1"),
     ],
 )
@@ -323,20 +323,20 @@ def test_bad_gradients_are_refused() -> None:
     params, matvecs = {"x": torch.ones(2)}, {"x": lambda v: v}
     with pytest.raises(ValueError, match="gradient of 'x' has entries that are NaN or infinite"):
         once(newton(), {"x": torch.tensor([1.0, math.nan])}, params, matvecs)
-    with pytest.raises(ValueError, match=r"has shape \(1,\), and the parameter \(2,\)"):
+    with pytest.raises(ValueError, match=r"has shape \(1,\), but the parameter has shape \(2,\)"):
         once(newton(), {"x": torch.ones(1)}, params, matvecs)
 
 
 def test_direct_needs_an_inverse_that_exists() -> None:
     params = {"x": torch.ones(2)}
-    with pytest.raises(TypeError, match="a function has no inverse_matvec: take blocks with"):
+    with pytest.raises(TypeError, match="a function has no inverse_matvec: use blocks with"):
         once(newton(solve=direct()), params, params, {"x": lambda v: v})
 
     class Singular:
         def inverse_matvec(self, vectors: Tensor, damping: float) -> Tensor:
             return vectors / damping
 
-    with pytest.raises(ValueError, match="singular, raise alpha=0.0"):
+    with pytest.raises(ValueError, match="singular, increase alpha from 0.0"):
         once(newton(alpha=0.0, solve=direct()), params, params, {"x": Singular()})
 
 

@@ -142,7 +142,7 @@ def test_states_are_not_changed() -> None:
 
 @pytest.mark.parametrize("eigenvalue", [None, float("nan"), float("inf")])
 def test_an_eigenvalue_that_is_needed_must_be_finite(eigenvalue: float | None) -> None:
-    with pytest.raises(ValueError, match="needs a finite one"):
+    with pytest.raises(ValueError, match="pass a finite eigenvalue"):
         absa().after_epoch(absa().init(), eigenvalue)
 
 
@@ -156,7 +156,7 @@ def test_an_eigenvalue_that_is_needed_must_be_finite(eigenvalue: float | None) -
         ({"factor": 2.5}, "factor=2.5: it must be a whole number"),
         ({"max_ratio": 2.5}, "max_ratio=2.5: it must be a whole number"),
         ({"adversarial_share": 1.5}, "must be in"),
-        ({"lr_decay": 0.0}, "lr_decay=0.0: it must be positive"),
+        ({"lr_decay": 0.0}, "lr_decay=0.0: the factor must be positive"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:

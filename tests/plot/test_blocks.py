@@ -31,7 +31,7 @@ def test_axes_may_be_more_than_blocks(density: Density) -> None:
     ("count", "axes", "error", "message"),
     [
         (0, 1, ValueError, "no block"),
-        (3, 2, ValueError, "3 blocks and 2 Axes"),
+        (3, 2, ValueError, "2 Axes are too few for 3 blocks"),
     ],
 )
 def test_too_few_are_refused(

@@ -86,7 +86,7 @@ def test_one_point_mass_is_drawn(density: Density) -> None:
 
 @pytest.mark.parametrize("width", [0.0, -1.0, math.nan, math.inf])
 def test_a_width_that_is_not_positive_is_refused(density: Density, width: float) -> None:
-    with pytest.raises(ValueError, match=f"width={width}: a positive, finite number"):
+    with pytest.raises(ValueError, match=f"width={width}: the width must be positive and finite"):
         plot.density(density, width=width)
     assert not plt.get_fignums()
 

@@ -103,10 +103,10 @@ def test_a_plateau_is_drawn(picture: Callable[..., Any], plane: Landscape, heigh
 
 
 def test_the_other_dimension_is_refused(line: Landscape, plane: Landscape) -> None:
-    with pytest.raises(ValueError, match="take `contours` or `surface`"):
+    with pytest.raises(ValueError, match="use `contours` or `surface`"):
         plot.curves(plane)
     for picture in PLANES:
-        with pytest.raises(ValueError, match="take `curves`"):
+        with pytest.raises(ValueError, match="use `curves`"):
             picture(line)
     with pytest.raises(ValueError, match=r"add_subplot\(projection='3d'\)"):
         plot.surface(plane, ax=plt.figure().add_subplot())
@@ -120,7 +120,7 @@ def test_what_cannot_be_drawn_is_refused(line: Landscape, plane: Landscape) -> N
         plot.contours(thin)
     with pytest.raises(ValueError, match="not finite at any point"):
         plot.curves(replace(line, values=line.values * torch.nan))
-    with pytest.raises(ValueError, match="a log scale needs positive ones"):
+    with pytest.raises(ValueError, match="a log scale needs positive losses"):
         plot.curves(replace(line, values=line.values - 1), scale="log")
     with pytest.raises(ValueError, match="scale='cubic'"):
         plot.curves(line, scale="cubic")  # type: ignore[arg-type]

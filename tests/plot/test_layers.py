@@ -68,8 +68,8 @@ def test_several_estimates_have_student_intervals_of_their_layers() -> None:
     [
         (replace(ONE, by_leaf={}), "by_leaf` is empty"),
         ({}, "by_leaf` is empty"),
-        ([ONE], "two estimates or more"),
-        ([ONE, ONE], "of different seeds"),
+        ([ONE], "at least two estimates"),
+        ([ONE, ONE], "with different seeds"),
         ([ONE, replace(ONE, seed=1, by_leaf={"1.weight": 1.0})], "different layers"),
     ],
 )

@@ -13,7 +13,7 @@ from hessfunc.algorithms.results import Density, Eigenpairs
         (plot.layers, "takes a trace, such as xtrace"),
         (plot.eigenvalues, "takes the result of lanczos"),
         (plot.history, r"takes \{step: eigenvalues\}"),
-        (plot.blocks, "takes results by block, as block_spectra"),
+        (plot.blocks, "takes results by block, as returned by block_spectra"),
         (plot.curves, "takes a landscape"),
         (plot.contours, "takes a landscape"),
         (plot.surface, "takes a landscape"),
@@ -23,14 +23,14 @@ from hessfunc.algorithms.results import Density, Eigenpairs
 def test_a_density_in_place_of_another_result_is_refused(
     picture: Callable[[Any], object], takes: str, density: Density
 ) -> None:
-    with pytest.raises(TypeError, match=f"`{picture.__name__}` {takes}.*and got a Density"):
+    with pytest.raises(TypeError, match=f"`{picture.__name__}` {takes}.*but got a Density"):
         picture(density)
 
 
 @pytest.mark.parametrize(
     ("picture", "takes"),
     [
-        (plot.density, "takes a density, as slq"),
+        (plot.density, "takes a density, as returned by slq"),
         (lambda pairs: plot.layers([pairs, pairs]), "takes a trace"),
         (lambda pairs: plot.layers({"a": pairs}), "takes a trace"),
         (lambda pairs: plot.curves({"a": pairs}), "takes a landscape"),
@@ -40,5 +40,5 @@ def test_a_density_in_place_of_another_result_is_refused(
 def test_eigenpairs_in_place_of_another_result_are_refused(
     picture: Callable[[Any], object], takes: str, pairs: Eigenpairs
 ) -> None:
-    with pytest.raises(TypeError, match=f"{takes}.*and got a Eigenpairs"):
+    with pytest.raises(TypeError, match=f"{takes}.*but got a Eigenpairs"):
         picture(pairs)

@@ -51,5 +51,5 @@ def test_another_threshold_has_its_own_name() -> None:
 
 
 def test_an_unknown_quantity_is_refused() -> None:
-    with pytest.raises(ValueError, match="quantity='foo': choose 'top', 'bottom', 'trace'"):
+    with pytest.raises(ValueError, match="quantity='foo': choose one of 'top', 'bottom', 'trace'"):
         plot.tracked([traced(0)], quantity="foo")  # type: ignore[arg-type]

@@ -257,7 +257,7 @@ def test_a_loop_takes_models_that_torch_func_does_not() -> None:
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.cross_entropy)
     batch = (torch.randn(3, 4, 2).double(), torch.tensor([4, 2, 3])), torch.tensor([0, 1, 1])
-    with pytest.raises(RuntimeError, match="pass examples_per_chunk=1"):
+    with pytest.raises(RuntimeError, match="pass `examples_per_chunk=1`"):
         hf.ggn_diagonal(loss, params, [batch])
     diagonal = hf.ggn_diagonal(loss, params, [batch], examples_per_chunk=1)
     right = gauss_newton(loss, params, batch).diagonal()

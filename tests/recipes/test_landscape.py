@@ -365,7 +365,7 @@ ZERO = {"w": torch.zeros(3).double()}
 @pytest.mark.parametrize(
     ("directions", "options", "message"),
     [
-        ([], {}, "0 directions: a landscape is along one or two"),
+        ([], {}, "0 directions: a landscape has one or two"),
         ([U, V, U], {}, "3 directions"),
         ([{"w": torch.eye(3).double()}], {}, r"3 directions.*leaf\[:1\]"),
         ([{"b": U["w"]}], {}, "structure of the parameters"),
@@ -386,7 +386,7 @@ ZERO = {"w": torch.zeros(3).double()}
         ([U], {"at": [torch.zeros(2), torch.zeros(3)]}, "2 axes for 1 directions"),
         ([U], {"points_per_chunk": 0}, "points_per_chunk=0"),
         ([U], {"weight": lambda _: -1.0}, "weight of a batch is -1.0"),
-        ([U], {"weight": lambda _: 0.0}, "is the loader empty"),
+        ([U], {"weight": lambda _: 0.0}, "no batch has a positive weight"),
     ],
 )
 def test_errors_say_what_is_wrong(directions: Any, options: Any, message: str) -> None:
@@ -401,7 +401,7 @@ def test_a_single_batch_is_refused(batches: Any) -> None:
 
 
 def test_no_batch_and_no_scalar_are_refused() -> None:
-    with pytest.raises(ValueError, match="is the loader empty"):
+    with pytest.raises(ValueError, match="no batch has a positive weight"):
         landscape(quadratic, POINT, once(), U)
     with pytest.raises(ValueError, match="must be a scalar"):
         landscape(lambda params, batch: params["w"], POINT, [H], U)

@@ -236,13 +236,13 @@ def test_frozen_parameters_need_no_state() -> None:
 )
 def test_another_optimiser_is_refused(optimizer: Any) -> None:
     found, made = trained(2, optimizer)
-    with pytest.raises(TypeError, match="is not Adam or AdamW"):
+    with pytest.raises(TypeError, match="pass an Adam or AdamW"):
         hf.tracking.adam_diagonal(made, found.model)
 
 
 def test_an_optimiser_without_a_step_is_refused() -> None:
     found, made = trained(0, torch.optim.Adam)
-    with pytest.raises(ValueError, match="holds no second moment of '0.weight': is it an Adam"):
+    with pytest.raises(ValueError, match="has no second moment of '0.weight': pass an Adam"):
         hf.tracking.adam_diagonal(made, found.model)
 
 

@@ -312,7 +312,7 @@ def test_batches_that_can_be_read_once_are_refused() -> None:
 def test_a_loader_that_keeps_its_workers_has_no_records_amid_an_epoch() -> None:
     model = mlp([2, 2])
     loader = DataLoader(Noisy(), batch_size=20, num_workers=1, persistent_workers=True)
-    with pytest.raises(ValueError, match="keeps its workers"):
+    with pytest.raises(ValueError, match="persistent_workers=True"):
         next(train(model, SGD().steps(model), loader, epochs=1, every=1))
 
 
@@ -330,11 +330,11 @@ def test_any_loader_and_optimiser() -> None:
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     model = mlp([2, 2])
     start = partial(train, model, SGD().steps(model), blobs(), epochs=1)
-    with pytest.raises(ValueError, match="give watch="):
+    with pytest.raises(ValueError, match="pass `watch="):
         next(start(schedule=absa()))
-    with pytest.raises(ValueError, match="give watch="):
+    with pytest.raises(ValueError, match="pass `watch="):
         next(start(track=True))
-    with pytest.raises(ValueError, match="give attack="):
+    with pytest.raises(ValueError, match="pass `attack="):
         next(start(schedule=absa(), watch=watch(model, blobs().batches(60))))
     kept = TrainingCheckpoint(tmp_path / "state.pt", {})
     with pytest.raises(ValueError, match="train on Examples"):
@@ -435,10 +435,12 @@ def test_a_state_of_other_settings(tmp_path: Path) -> None:
         return list(islice(found, count))
 
     start(0.1, 3, 2)
-    with pytest.raises(ValueError, match=r"state.pt holds an unfinished .* lr was 0.1 and is 0.2"):
+    with pytest.raises(
+        ValueError, match=r"state.pt contains an unfinished .*lr was 0.1 and is now 0.2"
+    ):
         start(0.2, 3)
     assert [r.step for r in start(0.1, 3)] == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match=r"a finished .* lr was 0.1 and is 0.2 now: take another"):
+    with pytest.raises(ValueError, match=r"a finished .*lr was 0.1 and is now 0.2.: pass another"):
         start(0.2, 1)
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match=r"state.pt is damaged .*: remove it"):

@@ -1,38 +1,41 @@
-"""pytorch-hessian-eigenthings 0.x, which its 1.0 removed: the top eigenpairs as NumPy arrays.
+"""Drop-in replacement for pytorch-hessian-eigenthings 0.x, whose interface its 1.0 removed.
 
-A script goes on with its import changed, ``from hessfunc.compat.eigenthings import
-compute_hessian_eigenthings``. Values and vectors have the shapes and the order that they had: by
-power iteration descending, by Lanczos ascending, vectors ``(k, n)`` in the order of
-``parameters_to_vector``. What was wrong there is not here:
+A script runs after its import is changed to ``from hessfunc.compat.eigenthings import
+compute_hessian_eigenthings``. Values and vectors are NumPy arrays with the same shapes and order:
+descending for power iteration, ascending for Lanczos, with vectors ``(k, n)`` in the order of
+``parameters_to_vector``. These mistakes of the original are corrected:
 
-- Momentum subtracted the current vector, so that the value was lower by the momentum; it is the
-  one before, in the scale of the current one.
-- The mean over batches, and over the pieces of one, counted each alike; it counts examples.
-- The graphs of all pieces of a batch lived at once, so that cutting saved no memory, and a piece
-  could have nearly twice ``max_possible_gpu_samples`` examples; one lives at a time, and none is
-  larger.
-- ``init_vec`` of `lanczos` was ignored; it is the start.
-- A deflated power iteration started from the vector before, which deflation sends to zero; each
-  start is its own.
-- Power iteration stopped when two estimates were close; it stops when the residual is small,
-  relative to the value, or, with a warning, when the steps are spent. Both belong to one pair.
-- ARPACK raised where it did not converge in ``max_steps`` restarts; pairs are returned, with a
-  warning that tells their residuals.
-- A fresh batch for each product (``full_dataset=False``) kept power iteration at the noise of a
-  batch; its noise is reduced by a few products with all of them. Lanczos took its products from
-  several matrices; it takes one batch for the whole run.
-- In train mode BatchNorm moved its statistics at each product, and with Dropout each was with
-  another matrix; the model is evaluated in eval mode, with a warning, and no module is touched.
-- ``use_gpu=True`` failed without CUDA; vectors are where the parameters are. With CUDA the model
-  is moved there, as before.
-- A parameter that is frozen, or that the loss does not depend on, failed; the first is left out,
-  the second has zeros.
-- In float64 power iteration failed, and Lanczos rounded its vectors to float32; vectors have the
-  dtype of the parameters.
-- Arrays were reversed views, which `torch.from_numpy` refuses; they are plain.
+- Momentum subtracted the current vector, so that the value was too low by the momentum. Here it
+  subtracts the previous vector, in the scale of the current one.
+- Means over batches, and over the pieces of a batch, had equal weights. Here they are weighted by
+  examples.
+- The graphs of all pieces of a batch were alive at once, so that splitting saved no memory, and a
+  piece could have nearly twice ``max_possible_gpu_samples`` examples. Here one graph is alive at a
+  time, and no piece is larger.
+- `lanczos` ignored ``init_vec``. Here it is the start vector.
+- A deflated power iteration started from the previous eigenvector, which deflation maps to zero.
+  Here each pair has its own start.
+- Power iteration stopped when two estimates were close. Here it stops when the residual relative
+  to the value is small or, with a warning, when the steps are exhausted. Value and vector belong
+  to one pair.
+- ARPACK raised an error if it did not converge in ``max_steps`` restarts. Here the pairs are
+  returned, with a warning that states their residuals.
+- With a new batch for each product (``full_dataset=False``), power iteration kept the noise of a
+  batch. Here a few products with all batches reduce the noise. Lanczos mixed products of several
+  matrices; here it uses one batch for the whole run.
+- In train mode, BatchNorm changed its statistics at each product, and with Dropout each product
+  had another matrix. Here the model is evaluated in eval mode, with a warning, and no module
+  changes.
+- ``use_gpu=True`` failed without CUDA. Here vectors are on the device of the parameters. With CUDA,
+  the model is moved there, as before.
+- A parameter that is frozen, or on which the loss does not depend, caused an error. Here a frozen
+  parameter is left out, and an unused one has zeros.
+- In float64, power iteration failed, and Lanczos rounded its vectors to float32. Here vectors have
+  the dtype of the parameters.
+- Arrays were reversed views, which `torch.from_numpy` refuses. Here they are contiguous.
 
-Each call draws the seed of its start from torch's random stream, so that `torch.manual_seed`
-makes a script repeat itself. Nothing is printed.
+Each call draws the seed of its start from torch's random stream, so that a script is reproducible
+with `torch.manual_seed`. Nothing is printed.
 """
 
 from hessfunc.compat.eigenthings.compute import compute_hessian_eigenthings

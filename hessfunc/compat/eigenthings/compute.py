@@ -1,4 +1,4 @@
-"""The top eigenpairs of a model's Hessian, in one call."""
+"""Largest eigenpairs of a model's Hessian, in one call."""
 
 from __future__ import annotations
 
@@ -31,23 +31,27 @@ def compute_hessian_eigenthings(
     max_possible_gpu_samples: int = 2**16,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """Eigenvalues ``(k,)`` and eigenvectors ``(k, n)`` of the Hessian of the mean loss.
+    """Compute eigenvalues ``(k,)`` and eigenvectors ``(k, n)`` of the Hessian of the mean loss.
 
     Args:
-        model: of which all parameters that require a gradient count; evaluated in eval mode.
-        dataloader: of batches ``(inputs, targets)``.
-        loss: ``(outputs, targets) -> scalar``, a mean over examples.
-        num_eigenthings: how many pairs, of largest absolute value.
-        full_dataset: of all batches; else power iteration on random ones, and a few products with
-            all of them, and Lanczos on a single one.
-        mode: ``"power_iter"``, values descending, or ``"lanczos"``, ascending and much the faster.
-        use_gpu: move the model to CUDA, where there is one.
-        fp16: vectors are in float16.
-        max_possible_gpu_samples: a batch is cut into pieces of at most so many examples.
-        **kwargs: of `deflated_power_iteration` or `lanczos`.
+        model: Module whose trainable parameters are used, evaluated in eval mode.
+        dataloader: Loader of batches ``(inputs, targets)``.
+        loss: Function ``(outputs, targets) -> scalar``, a mean over examples.
+        num_eigenthings: Number of pairs, those of largest absolute value.
+        full_dataset: Whether each product uses all batches. Otherwise power iteration uses random
+            batches and a few products with all of them, and Lanczos uses a single batch.
+        mode: Algorithm: ``"power_iter"`` with values in descending order, or ``"lanczos"``, which
+            is much faster, in ascending order.
+        use_gpu: Whether the model is moved to CUDA, if available.
+        fp16: Whether vectors are in float16.
+        max_possible_gpu_samples: Largest number of examples in a piece of a batch.
+        **kwargs: Options of `deflated_power_iteration` or `lanczos`.
+
+    Returns:
+        ``(values, vectors)``, as NumPy arrays by default.
 
     Raises:
-        ValueError: there is no such mode, or an option is out of range.
+        ValueError: If the mode is unknown, or if an option is out of range.
     """
     if mode not in _ALGORITHMS:
         raise ValueError(f"mode={mode!r}: choose 'power_iter' or 'lanczos'")

@@ -1,4 +1,4 @@
-"""The Hessian of a model's loss over a data set, or of its batches in turn."""
+"""Hessian of a model's loss over a data set, or over one batch after another."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from hessfunc.trees import Matvec, Tree
 
 
 class HVPOperator(Operator):
-    """The Hessian of the mean loss over all examples of a loader, or of one batch after another.
+    """Hessian of the mean loss over all examples of a loader, or over one batch after another.
 
-    The parameters are read at each product, so that an operator follows a training.
+    The parameters are read at each product, so that the operator follows a training.
 
     Args:
-        model: of which all parameters that require a gradient count; evaluated in eval mode, and
-            unwrapped where it is wrapped for data parallelism.
-        dataloader: of batches ``(inputs, targets)``; one that is read again gives the same
-            examples.
-        criterion: ``(outputs, targets) -> scalar``, a mean over examples.
-        use_gpu: move the model to CUDA, where there is one.
-        fp16: products are rounded to float16.
-        full_dataset: each product is with all batches; or with the next one.
-        max_possible_gpu_samples: a batch is cut into pieces of at most so many examples.
+        model: Module whose trainable parameters are used. It is evaluated in eval mode, without
+            its wrapper for data parallelism.
+        dataloader: Loader of batches ``(inputs, targets)``, the same examples in each pass.
+        criterion: Function ``(outputs, targets) -> scalar``, a mean over examples.
+        use_gpu: Whether the model is moved to CUDA, if available.
+        fp16: Whether products are rounded to float16.
+        full_dataset: Whether each product uses all batches. Otherwise it uses the next batch.
+        max_possible_gpu_samples: Largest number of examples in a piece of a batch.
     """
 
     def __init__(
@@ -58,31 +57,32 @@ class HVPOperator(Operator):
         self._batches: Iterator[Any] = iter(())
         if model.training:
             warnings.warn(
-                "the model is in train mode, and the Hessian is that of eval mode, without Dropout "
-                "and with the running statistics of BatchNorm: call `model.eval()` to say so",
+                "the model is in train mode, but the Hessian is computed in eval mode, without "
+                "Dropout and with the running statistics of BatchNorm: call `model.eval()` first "
+                "to silence this warning",
                 stacklevel=2,
             )
 
     def apply(self, vec: Tensor) -> Tensor:
-        """The product with one vector, of all batches or of the next one."""
+        """Return the product with one vector, for all batches or for the next one."""
         draw = self.draws()
         matvec = self.matvec() if draw is None else draw(0)
-        image = matvec(vec[None])[0]
-        return image.half() if self.fp16 else image
+        product = matvec(vec[None])[0]
+        return product.half() if self.fp16 else product
 
     def matvec(self) -> Matvec:
-        """The Hessian of all batches on flat blocks, at the parameters as they are now."""
+        """Return the matvec of all batches on flat vector blocks, at the current parameters."""
         loss, params = self._loss()
         return _flat(
             params, over_batches(self._curvature(loss), weight=examples)(params, self.dataloader)
         )
 
     def draws(self) -> Callable[[int], Matvec] | None:
-        """The Hessian of the next batch, or None if each product is with all of them."""
+        """Return a function that draws the matvec of the next batch; None for all batches."""
         return None if self.full_dataset else self._of_next_batch
 
     def like(self, *, use_gpu: bool) -> Tensor:
-        """What a vector looks like: it lies where the parameters do."""
+        """Return a vector of zeros with the size, dtype and device of the parameters."""
         space = space_of(self._loss()[1])
         return space.zeros(1, space.dtype)[0]
 
@@ -98,7 +98,7 @@ class HVPOperator(Operator):
             for batch in self._batches:
                 return batch
             self._batches = iter(self.dataloader)
-        raise ValueError("the dataloader has no batch")
+        raise ValueError("the dataloader has no batch: pass at least one")
 
     def _curvature(self, loss: LossFunction) -> Curvature:
         def of_batch(params: Tree, batch: Any) -> Matvec:

@@ -1,4 +1,4 @@
-"""Lanczos, with restarts."""
+"""Lanczos with restarts, with the interface of pytorch-hessian-eigenthings."""
 
 from __future__ import annotations
 
@@ -24,32 +24,35 @@ def lanczos(
     use_gpu: bool = False,
     fp16: bool = False,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Extreme eigenpairs.
+    """Compute extreme eigenpairs.
 
     Args:
-        operator: of the matrix; of one that takes another batch in each product, the next.
-        num_eigenthings: how many pairs.
-        which: ``"LM"`` largest in absolute value, ``"LA"`` largest, ``"SA"`` smallest, ``"BE"``
-            half from each end. ``"SM"``, inside of the spectrum, is refused: `to_scipy`, and
-            ``eigsh`` on it.
-        max_steps: the most restarts; None for ten times the number of entries, as ARPACK has it.
-        tol: of the residual, relative to the value; in float32 the rounding of the products where
-            that is larger.
-        num_lanczos_vectors: the most vectors that are kept; by default 2 num_eigenthings + 10.
-        init_vec: to start from; random by default.
-        use_gpu: vectors lie on CUDA, where there is one; those of a model where it is.
-        fp16: vectors are in float16.
+        operator: Operator of the matrix. If it uses another batch for each product, the next batch
+            is used for the whole run.
+        num_eigenthings: Number of pairs.
+        which: Selection of the pairs: ``"LM"`` for the largest in absolute value, ``"LA"`` for the
+            largest, ``"SA"`` for the smallest, ``"BE"`` for half from each end. ``"SM"``, from the
+            interior of the spectrum, is refused; use ``eigsh`` on `to_scipy`.
+        max_steps: Largest number of restarts. None for ten times the number of entries, as in
+            ARPACK.
+        tol: Tolerance of the residual, relative to the value. In float32, the rounding of the
+            products is used if it is larger.
+        num_lanczos_vectors: Largest number of vectors that are kept. The default is
+            ``2 num_eigenthings + 10``.
+        init_vec: Start vector; random by default.
+        use_gpu: Whether vectors are on CUDA, if available. Vectors of a model are on its device.
+        fp16: Whether vectors are in float16.
 
     Returns:
-        ``(values, vectors)``, ``(k,)`` in ascending order and ``(k, n)``.
+        ``(values, vectors)`` of shapes ``(k,)``, in ascending order, and ``(k, n)``.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: If an option is out of range.
 
     Warns:
-        UserWarning: pairs have not converged.
+        UserWarning: If pairs have not converged.
 
-    Cost: at most max_steps (m - k) + m products, m vectors being kept.
+    Cost: at most max_steps (m - k) + m products, where m vectors are kept.
     """
     start = Start.of(operator, init_vec, use_gpu=use_gpu, fp16=fp16)
     kept = max(num_lanczos_vectors or 2 * num_eigenthings + 10, num_eigenthings + 2)

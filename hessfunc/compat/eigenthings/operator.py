@@ -1,4 +1,4 @@
-"""Linear maps of flat vectors."""
+"""Symmetric linear operators on flat vectors."""
 
 from __future__ import annotations
 
@@ -18,53 +18,53 @@ from hessfunc.trees import Matvec
 
 
 class Operator:
-    """A symmetric linear map of flat vectors; a subclass says what `apply` does.
+    """Symmetric linear operator on flat vectors; subclasses implement `apply`.
 
     Attributes:
-        size: the number of entries of a vector, or the shape of the matrix.
+        size: Number of entries of a vector, or shape of the matrix.
     """
 
     def __init__(self, size: int | Sequence[int]) -> None:
         self.size = size
 
     def apply(self, vec: Tensor) -> Tensor:
-        """The product with one vector."""
+        """Return the product with one vector."""
         raise NotImplementedError
 
     def matvec(self) -> Matvec:
-        """The map on flat blocks, the same at each product."""
+        """Return the matvec on flat vector blocks, the same for each product."""
         return batched(self.apply, chunk_size=1)
 
     def draws(self) -> Callable[[int], Matvec] | None:
-        """Random maps whose mean is `matvec`; None where there is nothing to draw from."""
+        """Return a function that draws random matvecs with the mean `matvec`, or None."""
         return None
 
     def like(self, *, use_gpu: bool) -> Tensor:
-        """What a vector looks like."""
+        """Return a vector of zeros with the size, dtype and device of the vectors."""
         entries = self.size if isinstance(self.size, int) else self.size[0]
         device = "cuda" if use_gpu and torch.cuda.is_available() else "cpu"
         return torch.zeros(entries, dtype=torch.float32, device=device)
 
 
 class LambdaOperator(Operator):
-    """The map of a function of one vector."""
+    """Linear operator of a function of one vector."""
 
     def __init__(self, apply_fn: Callable[[Tensor], Tensor], size: int | Sequence[int]) -> None:
         super().__init__(size)
         self.apply_fn = apply_fn
 
     def apply(self, vec: Tensor) -> Tensor:
-        """The product with one vector."""
+        """Return the product with one vector."""
         return self.apply_fn(vec)
 
 
 def warn_of_residuals(found: Sequence[Eigenpairs], tol: float, /, *, budget: str) -> None:
-    """Warn the caller's caller of residuals above tol times the value, and above rounding.
+    """Warn in the caller's caller if a residual is above the tolerance and above rounding.
 
     Args:
-        found: of one matrix.
-        tol: relative to the value.
-        budget: the option that allows for more products.
+        found: Eigenpairs of one matrix.
+        tol: Tolerance of the residuals, relative to the value.
+        budget: Name of the option that allows for more products.
     """
     eps = torch.finfo(found[0].vectors.dtype).eps
     floor = rounding(eps, max(pairs.largest for pairs in found))
@@ -75,19 +75,19 @@ def warn_of_residuals(found: Sequence[Eigenpairs], tol: float, /, *, budget: str
     if missing.any():
         warnings.warn(
             f"{int(missing.sum())} of {len(missing)} pairs have not converged, with residuals of "
-            f"up to {float(residuals[missing].max()):.1e}: raise `{budget}`",
+            f"up to {float(residuals[missing].max()):.1e}: increase `{budget}`",
             stacklevel=4,
         )
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run on an operator starts.
+    """Start of a run on an operator.
 
     Attributes:
-        like: what its vectors look like.
-        vector: the first; None for a random one.
-        seed: of that.
+        like: Vector with the size, dtype and device of the vectors.
+        vector: Start vector; None for a random one.
+        seed: Seed of the random start vector.
     """
 
     like: Tensor
@@ -96,7 +96,7 @@ class Start:
 
     @classmethod
     def of(cls, operator: Operator, vector: Any = None, /, *, use_gpu: bool, fp16: bool) -> Start:
-        """From this vector, or from a random one, by the random stream of torch."""
+        """Return the start at a given vector, or at a random one from torch's random stream."""
         like = operator.like(use_gpu=use_gpu)
         if fp16:
             like = like.half()

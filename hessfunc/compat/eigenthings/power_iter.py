@@ -1,4 +1,4 @@
-"""Power iteration, one pair after another."""
+"""Power iteration with deflation, with the interface of pytorch-hessian-eigenthings."""
 
 from __future__ import annotations
 
@@ -29,46 +29,47 @@ def deflated_power_iteration(
     fp16: bool = False,
     to_numpy: bool = True,
 ) -> tuple[Any, Any]:
-    """The eigenpairs of largest absolute value, each on the matrix without those before it.
+    """Compute the eigenpairs of largest absolute value, one after another by deflation.
 
     Args:
-        operator: of the matrix.
-        num_eigenthings: how many pairs.
-        power_iter_steps: the most products for each.
-        power_iter_err_threshold: of the residual, relative to the value.
-        momentum: in units of the eigenvalue squared; best near (lambda_2 / 2)^2.
-        use_gpu: vectors lie on CUDA, where there is one; those of a model where it is.
-        fp16: vectors are in float16.
-        to_numpy: return NumPy arrays, rather than tensors on the CPU.
+        operator: Operator of the matrix.
+        num_eigenthings: Number of pairs.
+        power_iter_steps: Largest number of products for each pair.
+        power_iter_err_threshold: Tolerance of the residual, relative to the value.
+        momentum: Momentum, in units of the eigenvalue squared. The best value is near
+            (lambda_2 / 2)^2.
+        use_gpu: Whether vectors are on CUDA, if available. Vectors of a model are on its device.
+        fp16: Whether vectors are in float16.
+        to_numpy: Whether to return NumPy arrays instead of tensors on the CPU.
 
     Returns:
-        ``(values, vectors)``, ``(k,)`` in descending order and ``(k, n)``.
+        ``(values, vectors)`` of shapes ``(k,)``, in descending order, and ``(k, n)``.
 
     Raises:
-        ValueError: there are not so many pairs, or another option is out of range.
+        ValueError: If the matrix has fewer pairs, or if another option is out of range.
 
     Warns:
-        UserWarning: pairs have not converged.
+        UserWarning: If pairs have not converged.
 
-    Cost: ``power_iter_steps`` products a pair.
+    Cost: at most ``power_iter_steps`` products for each pair.
     """
     n = operator.like(use_gpu=use_gpu).numel()
     if not 1 <= num_eigenthings <= n:
         raise ValueError(
             f"num_eigenthings={num_eigenthings}: the matrix has {n} eigenvalues, choose 1 to {n}"
         )
-    found: list[Eigenpairs] = []
+    pairs: list[Eigenpairs] = []
     for _ in range(num_eigenthings):
         start = Start.of(operator, use_gpu=use_gpu, fp16=fp16)
         pair = _dominant(
-            operator, start, found, power_iter_steps, power_iter_err_threshold, momentum
+            operator, start, pairs, power_iter_steps, power_iter_err_threshold, momentum
         )
-        found.append(pair)
-    warn_of_residuals(found, power_iter_err_threshold, budget="power_iter_steps")
-    values = torch.cat([pair.values for pair in found])
+        pairs.append(pair)
+    warn_of_residuals(pairs, power_iter_err_threshold, budget="power_iter_steps")
+    values = torch.cat([pair.values for pair in pairs])
     order = values.argsort(descending=True)
     values = values[order]
-    vectors = torch.cat([pair.vectors for pair in found]).cpu()[order]
+    vectors = torch.cat([pair.vectors for pair in pairs]).cpu()[order]
     return (array(values), array(vectors)) if to_numpy else (values, vectors)
 
 
@@ -82,21 +83,26 @@ def power_iteration(
     fp16: bool = False,
     init_vec: Any = None,
 ) -> tuple[float, Tensor]:
-    """The eigenpair of largest absolute value, as ``(value, vector)``.
+    """Compute the eigenpair of largest absolute value.
 
     Args:
-        operator: of the matrix.
-        steps: the most products.
-        error_threshold: of the residual, relative to the value.
-        momentum: in units of the eigenvalue squared; best near (lambda_2 / 2)^2.
-        use_gpu: the vector lies on CUDA, where there is one; that of a model where it is.
-        fp16: the vector is in float16.
-        init_vec: to start from; random by default.
+        operator: Operator of the matrix.
+        steps: Largest number of products.
+        error_threshold: Tolerance of the residual, relative to the value.
+        momentum: Momentum, in units of the eigenvalue squared. The best value is near
+            (lambda_2 / 2)^2.
+        use_gpu: Whether the vector is on CUDA, if available. The vector of a model is on its
+            device.
+        fp16: Whether the vector is in float16.
+        init_vec: Start vector; random by default.
+
+    Returns:
+        ``(value, vector)``.
 
     Warns:
-        UserWarning: the pair has not converged.
+        UserWarning: If the pair has not converged.
 
-    Cost: ``steps`` products.
+    Cost: at most ``steps`` products.
     """
     start = Start.of(operator, init_vec, use_gpu=use_gpu, fp16=fp16)
     pair = _dominant(operator, start, [], steps, error_threshold, momentum)
@@ -112,7 +118,7 @@ def _dominant(
     threshold: float,
     momentum: float,
 ) -> Eigenpairs:
-    """The dominant pair of the matrix without those that were found."""
+    """Compute the dominant pair of the matrix after deflation of earlier pairs."""
     matvec = reduce(deflate, found, operator.matvec())
     options: dict[str, Any] = {
         "momentum": momentum,

@@ -1,24 +1,27 @@
-"""The face of HessianFlow: ``from hessfunc.compat import hessianflow as hf``.
+"""Drop-in replacement for HessianFlow: ``from hessfunc.compat import hessianflow as hf``.
 
-One module stands for ``hessianflow``, ``hessianflow.optimizer``, ``.optm_utils`` and
-``.progressbar``. Signatures and returned values are HessianFlow's; what was wrong there is not:
+This module replaces ``hessianflow``, ``hessianflow.optimizer``, ``.optm_utils`` and
+``.progressbar``. Signatures and returned values are those of HessianFlow. These mistakes of
+HessianFlow are corrected:
 
-- Batches go to where the parameters lie; ``cuda`` is read no more, nor is the size of a batch.
-- Every batch counts, by its examples; those smaller than the first were left out.
-- A gradient that is made for an eigenvalue leaves no graph behind, and nothing in ``.grad``; the
-  model keeps its mode, and torch's random stream its place.
-- An eigenvalue is found when its residual is small, not when it has stopped to move; one that has
-  not converged is warned of.
-- ``baseline`` takes ``max_large_ratio`` batches a step, as it says; it always took one.
-- No step crosses an epoch. Gradients that were left over went into a step of the next epoch, whose
-  number of batches might be another.
-- Learning rates decay where the schedule says; `exp_lr_scheduler` was missing where it was called.
-- The optimiser's own step is made, so that any of torch will do; a copy of SGD's called signatures
-  of tensors that torch has removed.
-- ``absa`` compares eigenvalues of one and the same batch, not of a new one after each epoch, and by
-  their absolute value. Its adversarial examples are those of the criterion.
+- Batches are moved to the device of the parameters. ``cuda`` and the batch size are ignored.
+- Every batch counts, weighted by its examples. HessianFlow dropped batches smaller than the first.
+- The gradient for an eigenvalue leaves no graph and nothing in ``.grad``. The model keeps its mode,
+  and torch's random stream its state.
+- An eigenvalue has converged when its residual is small, not when its value stops changing. An
+  eigenvalue that has not converged causes a warning.
+- ``baseline`` uses ``max_large_ratio`` batches in each step, as documented. HessianFlow always used
+  one.
+- No step crosses an epoch. In HessianFlow, remaining gradients went into a step of the next epoch,
+  whose number of batches could differ.
+- Learning rates decay according to the schedule. In HessianFlow, `exp_lr_scheduler` was undefined
+  where it was called.
+- The optimiser makes its own step, so that any optimiser of torch works. HessianFlow used a copy of
+  SGD that called tensor methods with signatures that torch has removed.
+- ``absa`` compares the absolute eigenvalues of one fixed batch. HessianFlow took a new batch after
+  each epoch, and compared signed values. The adversarial examples use the given criterion.
 - A loss that is not finite ends a training with an error.
-- The checkpoint of ``--resume`` was never loaded; ``hessfunc eig --resume`` loads it.
+- ``hessfunc eig --resume`` loads the checkpoint. HessianFlow never loaded that of ``--resume``.
 
 Source: Yao, Gholami, Lei, Keutzer and Mahoney 2018, arXiv 1802.08241; Yao, Gholami, Keutzer and
 Mahoney 2018, arXiv 1810.01021.

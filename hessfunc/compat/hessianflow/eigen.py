@@ -1,4 +1,4 @@
-"""The dominant eigenvalue of the Hessian, in eval mode."""
+"""Dominant eigenvalue of the Hessian in eval mode, with the interface of HessianFlow."""
 
 from __future__ import annotations
 
@@ -30,27 +30,29 @@ def get_eigen(
     maxIter: int = 50,
     tol: float = 1e-3,
 ) -> tuple[float, list[Tensor]]:
-    """The eigenvalue of largest absolute value of the Hessian on one batch, and its vector.
+    """Compute the eigenpair of largest absolute value of the Hessian on one batch.
+
+    The random start vector is a function of torch's seed.
 
     Args:
-        model: in eval mode here, whatever its mode.
-        inputs: of the batch.
-        targets: of the batch.
-        criterion: ``(outputs, targets) -> mean over the examples``.
-        cuda: not read: the batch goes to where the parameters lie.
-        maxIter: the most products; at least two are made.
-        tol: stop when |H v - value v| <= tol |value|.
+        model: Module, which is evaluated in eval mode.
+        inputs: Inputs of the batch.
+        targets: Targets of the batch.
+        criterion: Function ``(outputs, targets) -> mean over the examples``.
+        cuda: Ignored: the batch is moved to the device of the parameters.
+        maxIter: Largest number of products; at least two are made.
+        tol: Relative tolerance: stop when ``|H v - value v| <= tol |value|``.
 
     Returns:
-        ``(value, vector)``, the vector of unit length, as one tensor for each trainable parameter
-        in the order of ``model.parameters()``. The random start is a function of torch's seed.
+        ``(value, vector)``. The vector has unit length and consists of one tensor for each
+        trainable parameter, in the order of ``model.parameters()``.
 
     Raises:
-        ValueError: an option is out of range.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range.
+        FloatingPointError: If a product is not finite.
 
     Warns:
-        UserWarning: the residual is above the tolerance.
+        UserWarning: If the residual is above the tolerance.
 
     Cost: at most ``maxIter`` products, by Lanczos, which takes fewer than power iteration.
     """
@@ -66,26 +68,26 @@ def get_eigen_full_dataset(
     maxIter: int = 50,
     tol: float = 1e-3,
 ) -> tuple[float, list[Tensor]]:
-    """The eigenvalue of largest absolute value of the Hessian on a data set, and its vector.
+    """Compute the eigenpair of largest absolute value of the Hessian on a data set.
 
     Args:
-        model: as for `get_eigen`, like all below.
-        dataloader: of batches ``(inputs, targets)``, each of which counts by its examples.
-        criterion: ``(outputs, targets) -> mean over the examples``.
-        cuda: not read.
-        maxIter: the most products; at least two are made.
-        tol: of the residual.
+        model: Module, which is evaluated in eval mode.
+        dataloader: Loader of batches ``(inputs, targets)``, weighted by their numbers of examples.
+        criterion: Function ``(outputs, targets) -> mean over the examples``.
+        cuda: Ignored: batches are moved to the device of the parameters.
+        maxIter: Largest number of products; at least two are made.
+        tol: Relative tolerance of the residual, as in `get_eigen`.
 
     Returns:
-        As `get_eigen`.
+        ``(value, vector)``, as in `get_eigen`.
 
     Raises:
-        ValueError: an option is out of range; the batches can be read only once, or differ from
-            one pass to the next, as with random augmentation.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range, if the batches can be read only once, or if they
+            differ from one pass to the next (random augmentation).
+        FloatingPointError: If a product is not finite.
 
     Warns:
-        UserWarning: the residual is above the tolerance.
+        UserWarning: If the residual is above the tolerance.
 
     Cost: at most ``maxIter`` products, each one pass over the data.
     """
@@ -104,7 +106,7 @@ def _dominant(
     refuse_iterators(batches)
     loss, params = evaluated_loss(model, criterion)
     with undisturbed(model, batches):
-        found = lanczos(
+        pairs = lanczos(
             over_batches(hvp(loss), weight=examples, keep=keep)(params, batches),
             params,
             k=1,
@@ -112,11 +114,11 @@ def _dominant(
             max_matvecs=max(most, 2),
             seed=torch.initial_seed(),
         )
-    value, residual = float(found.values[0]), float(found.residuals[0])
-    if not found.converged[0]:
+    value, residual = float(pairs.values[0]), float(pairs.residuals[0])
+    if not pairs.converged[0]:
         warnings.warn(
             f"the eigenvalue {value:.3g} has not converged to tol={tol:g}: its residual is "
-            f"{residual:.1e} ({found.reason}); raise maxIter, or tol",
+            f"{residual:.1e} ({pairs.reason}); increase maxIter or tol",
             stacklevel=4,
         )
-    return value, [block[0] for block in found.vectors.values()]
+    return value, [block[0] for block in pairs.vectors.values()]

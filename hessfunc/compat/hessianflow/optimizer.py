@@ -1,4 +1,4 @@
-"""Trainings with batches of one size, or with batches that grow where the loss is flat."""
+"""Trainings with a constant or an adaptive batch size, with the interface of HessianFlow."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ def baseline(
     max_large_ratio: int = 1,
     cuda: bool = True,
 ) -> tuple[nn.Module, int]:
-    """Train with batches of one size; a line is printed after each epoch.
+    """Train with batches of one size, and print a line after each epoch.
 
     Args:
-        model: where it lies; it comes back in eval mode.
-        train_loader: read anew in each epoch; its order is a function of torch's seed.
-        test_loader: of examples to evaluate on.
-        criterion: ``(outputs, targets) -> mean over the examples``.
-        optimizer: any of torch that needs nothing but gradients.
-        epochs: passes over the examples.
-        lr_decay_epoch: after each of these epochs, counted from 1,
-        lr_decay_ratio: the learning rate is multiplied by it.
-        batch_size: not read: the loader has its own.
-        max_large_ratio: R, how many batches make one step. The last step of an epoch may have
-            fewer, and counts in proportion.
-        cuda: not read: batches go to where the parameters lie.
+        model: Module to train, on its own device. It is in eval mode afterwards.
+        train_loader: Loader that is read in each epoch. Its order is a function of torch's seed.
+        test_loader: Loader of the examples for the evaluation.
+        criterion: Function ``(outputs, targets) -> mean over the examples``.
+        optimizer: Any optimiser of torch that needs only gradients.
+        epochs: Number of passes over the examples.
+        lr_decay_epoch: Epochs after which the learning rate decays, counted from 1.
+        lr_decay_ratio: Factor of the learning rate after each epoch in ``lr_decay_epoch``.
+        batch_size: Ignored: the loader has its own batch size.
+        max_large_ratio: Number of batches in one step, R. The last step of an epoch may have
+            fewer batches and is scaled in proportion.
+        cuda: Ignored: batches are moved to the device of the parameters.
 
     Returns:
-        ``(model, updates)``: the same model, and how many steps it has made.
+        ``(model, updates)``: the same model, and the number of steps.
 
     Raises:
-        ValueError: an option is out of range, or a loader can be read only once.
-        FloatingPointError: a loss is not finite.
+        ValueError: If an option is out of range, or if a loader can be read only once.
+        FloatingPointError: If a loss is not finite.
 
-    Cost: that of the training; one more pass over both loaders a line.
+    Cost: the training, and one more pass over both loaders for each line.
     """
     schedule = schedules.constant(
         ratio=max_large_ratio, lr_decay=lr_decay_ratio, lr_decay_epochs=lr_decay_epoch
@@ -94,22 +94,25 @@ def absa(
 ) -> tuple[nn.Module, int]:
     """Train with adaptive batch size and adversarial training (ABSA).
 
+    Arguments that are not listed here are those of `baseline`.
+
     Args:
-        model: as for `baseline`, like all that is not below.
-        hessian_loader: its first batch is that whose eigenvalue is compared from epoch to epoch.
-        max_large_ratio: the most batches that make one step; 1 keeps them as they are.
-        adv_ratio: how much of each batch is adversarial to start with.
-        eps: how far adversarial inputs are moved.
-        duration: whether the batch grows after ten epochs without growth, too.
-        batch_size: of a batch, for the printed lines alone.
-        print_flag: whether they tell the eigenvalue, and how many examples make one step.
+        model: Module to train, as for `baseline`.
+        hessian_loader: Loader whose first batch is used for the eigenvalue after each epoch.
+        max_large_ratio: Largest number of batches in one step; 1 keeps the batch size constant.
+        adv_ratio: Initial fraction of each batch that is adversarial.
+        eps: Step size of the adversarial inputs.
+        duration: Whether the batch also grows after ten epochs without growth.
+        batch_size: Number of examples in a batch, used only for the printed lines.
+        print_flag: Whether the printed lines contain the eigenvalue and the number of examples in
+            one step.
 
     Returns:
-        ``(model, updates)``, as `baseline`.
+        ``(model, updates)``, as in `baseline`.
 
     Raises:
-        ValueError: an option is out of range, or a loader can be read only once.
-        FloatingPointError: a loss or a product is not finite.
+        ValueError: If an option is out of range, or if a loader can be read only once.
+        FloatingPointError: If a loss or a product is not finite.
 
     Source: Yao, Gholami, Keutzer and Mahoney 2018, arXiv 1810.01021.
     """
@@ -150,7 +153,7 @@ def _updates(
     watch: Watch | None = None,
     batch_size: int | None = None,
 ) -> int:
-    """How many steps a training has made; a line is printed after each epoch."""
+    """Run a training, print a line after each epoch, and return the number of steps."""
     records = train(
         model.train(),
         first_order(model, optimizer, criterion),
@@ -194,7 +197,7 @@ def _first_batch_watched(model: nn.Module, loader: Loader, criterion: Criterion)
 
 @validated
 def exp_lr_scheduler(optimizer: optim.Optimizer, decay_ratio: float = 0.1) -> optim.Optimizer:
-    """Multiply the learning rates by ``decay_ratio``; returns the optimiser."""
+    """Multiply the learning rates by ``decay_ratio``, and return the optimiser."""
     for group in optimizer.param_groups:
         group["lr"] *= decay_ratio
     return optimizer
@@ -202,13 +205,13 @@ def exp_lr_scheduler(optimizer: optim.Optimizer, decay_ratio: float = 0.1) -> op
 
 @validated
 def test(model: nn.Module, test_loader: Iterable[Batch]) -> float:
-    """The accuracy in eval mode, in percent, which is printed, too."""
+    """Print and return the accuracy in eval mode, in percent."""
     accuracy = 100 * evaluated(bare(model), test_loader, F.cross_entropy).accuracy
     print(f"test accuracy {accuracy:.3f} %")
     return accuracy
 
 
 def progress_bar(current: int, total: int, msg: str | None = None) -> None:
-    """Print how far an epoch is; ``current`` is counted from 0, and the line is written over."""
+    """Print the progress of an epoch on one line; ``current`` is counted from 0."""
     end = "\n" if current + 1 == total else "\r"
     print(f"{current + 1}/{total} {msg or ''}", end=end, flush=True)

@@ -1,36 +1,37 @@
-"""The interface of PyHessian 0.1, over `lanczos`, `hutchinson` and `slq`.
+"""Drop-in replacement for PyHessian 0.1, based on `lanczos`, `hutchinson` and `slq`.
 
-A script changes where it imports from, and no more:
+A script changes only its imports:
 
     from hessfunc.compat.pyhessian import hessian            # from pyhessian import hessian
     from hessfunc.compat.pyhessian import group_product      # from pyhessian.utils import ...
     from hessfunc.compat.pyhessian import get_esd_plot       # from density_plot import ...
 
-What is returned has the same shapes, types and order. Budgets keep their meaning, and tolerances
-are what they say. These mistakes of PyHessian are not repeated:
+Returned values have the same shapes, types and order. Budgets keep their meaning, and tolerances
+are applied as documented. These mistakes of PyHessian are corrected:
 
-- Eigenvalues: on convergence the estimate of the step before was returned, with the vector of the
-  step after; a pair now belongs together, and its residual is measured. The stop looked at the
-  change of the value, which is small wherever the iteration is slow; it now looks at the residual,
-  and pairs that miss the tolerance are warned of.
-- Trace: the stop looked at how much one more sample moves the mean, which is little by chance, and
-  compared it with a trace that may be negative; it now looks at the 95 % interval.
-- Density: ``torch.eig`` is gone from torch, and ``torch.linalg.eig`` of a symmetric matrix in
-  float32 gives complex weights; nodes and weights are real, from float64. A Krylov space was
-  exhausted only where a number was exactly zero, and else filled up with rounding errors; it now
-  is where that number is no more than rounding, and the vectors are orthogonalised twice.
-- Vectors were divided by ``|v| + 1e-6``; they are unit vectors.
-- A parameter that the loss does not use was an error; its row of the Hessian is zero.
-- The model stayed in eval mode, and its ``.grad`` got gradients with their graph, to which those of
-  another `hessian` of it were added; it is evaluated in eval mode, and nothing of it is changed.
-- ``cuda=True`` without a GPU, or with the model elsewhere, was an error; data go to where the
-  parameters are.
-- A loader that shows other examples in each pass gave products of different matrices; it is now
-  refused.
+- Eigenvalues: on convergence, PyHessian returned the value of the previous step with the vector of
+  the next step. It stopped when the value changed little, which happens whenever the iteration is
+  slow. Here value and vector belong together, the residual decides, and a pair that does not reach
+  the tolerance causes a warning.
+- Trace: PyHessian stopped when one more sample changed the mean little, which happens by chance,
+  and compared the change with a trace that may be negative. Here the 95 % interval decides.
+- Density: ``torch.eig`` no longer exists, and ``torch.linalg.eig`` of a symmetric matrix in float32
+  returns complex weights. Here nodes and weights are real, and computed in float64. PyHessian ended
+  a Krylov space only if a norm was exactly zero, and otherwise continued with rounding errors. Here
+  the space ends when this norm is at rounding level, and vectors are orthogonalised twice.
+- Vectors were divided by ``|v| + 1e-6``. Here they are unit vectors.
+- A parameter that the loss does not use caused an error. Here its row of the Hessian is zero.
+- The model stayed in eval mode, and its ``.grad`` received gradients with their graph, to which a
+  second `hessian` of the model added its own. Here the model is evaluated in eval mode, and nothing
+  in it changes.
+- ``cuda=True`` without a GPU, or with the model on another device, caused an error. Here data are
+  moved to the device of the parameters.
+- A loader with other examples in each pass gave products of different matrices. Here it raises an
+  error.
 - `orthnormal` changed its argument, and figures were drawn over each other.
-- Activations (the fork's ``hessian_with_activation``): where layers share what they read, the
-  product was not symmetric; probes were 0 and 1; layers without a gradient of the same shape were
-  left out, the first one, Linear ones and smaller batches among them.
+- Activations (``hessian_with_activation`` of the fork): the product was not symmetric if layers
+  share their input, and probes were 0 and 1. Layers without a gradient of the same shape were left
+  out, among them the first layer, Linear layers and smaller batches.
 """
 
 from hessfunc.compat.pyhessian.activations import hessian_with_activation

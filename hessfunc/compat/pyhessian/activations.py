@@ -1,4 +1,4 @@
-"""Traces layer by layer, of the Hessian of what layers read and of that of their weights."""
+"""Traces by layer of the Hessian with respect to activations, and with respect to weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hessfunc.trees import Matvec, Tree, tree_map
 
 
 class hessian_with_activation(MeanLoss):  # noqa: N801
-    """The Hessians of a mean loss with respect to what layers read, and to their weights.
+    """Hessians of a mean loss with respect to the inputs of layers, and to their weights.
 
     Arguments and attributes are those of `MeanLoss`.
     """
@@ -31,36 +31,38 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
         self._endings: list[str] = []
 
     def insert_hook(self, module_name: str) -> None:
-        """Choose the layers, modules without children, whose name ends with this.
+        """Choose all layers (modules without children) whose name ends with ``module_name``.
 
-        No hook stays on the model.
+        No hook is registered on the model.
 
         Raises:
-            ValueError: there is none.
+            ValueError: If no layer has such a name.
         """
         layers = [name for name, module in self.module.named_modules() if _is_layer(module)]
         if not any(name.endswith(module_name) for name in layers):
-            raise ValueError(f"the name of no layer ends with {module_name!r}: {', '.join(layers)}")
+            raise ValueError(
+                f"no layer name ends with {module_name!r}: the layers are {', '.join(layers)}"
+            )
         self._endings.append(module_name)
 
     def trace_activ(self, maxIter: int = 100, tol: float = 1e-3) -> list[list[float]]:
-        """Samples of the trace of the Hessian with respect to what each chosen layer reads.
+        """Sample the trace of the Hessian with respect to the input of each chosen layer.
 
-        With random signs z over the activations of all of them at once, ``z_l'(Hz)_l``. Each layer
-        alone sees its perturbation, so that H is symmetric on skip paths too. A batch has
-        activations of its own, and the last one may be smaller.
+        A sample for layer l is ``z_l'(Hz)_l``, with random signs z on the activations of all chosen
+        layers. A perturbation acts on its own layer only, so that H is symmetric on skip paths too.
+        Each batch has its own activations, and the last batch may be smaller.
 
         Args:
-            maxIter: samples at the most; at least two are drawn.
-            tol: enough when the half-width of the 95 % interval of the sum over layers is below
-                tol times that sum; 0 or less for ``maxIter`` samples.
+            maxIter: Largest number of samples; at least two are drawn.
+            tol: Relative tolerance: stop when the half-width of the 95 % interval of the sum over
+                layers is below ``tol`` times that sum. 0 or less draws ``maxIter`` samples.
 
         Returns:
-            A list over samples of lists over layers, in the order of the model's modules, which
-            ``results["trace_activ"].by_leaf`` names.
+            A list over samples of lists over layers, in the order of the model's modules. The names
+            of the layers are in ``results["trace_activ"].by_leaf``.
 
         Raises:
-            ValueError: no layer is chosen, or a batch has more examples than the first.
+            ValueError: If no layer is chosen, or if a batch has more examples than the first.
         """
         self.results["trace_activ"], samples = _sampled(*self._of_activations(), maxIter, tol)
         return samples
@@ -68,15 +70,24 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
     def trace(
         self, maxIter: int = 100, tol: float = 1e-3, param_name: str = "conv.weight"
     ) -> list[list[float]]:
-        """The same of the Hessian with respect to the parameters with ``param_name`` in their name.
+        """Sample the trace of the Hessian for each parameter whose name contains ``param_name``.
+
+        Args:
+            maxIter: Largest number of samples, as in `trace_activ`.
+            tol: Relative tolerance, as in `trace_activ`.
+            param_name: Part of the names of the parameters.
+
+        Returns:
+            A list over samples of lists over parameters.
 
         Raises:
-            ValueError: there is none.
+            ValueError: If no parameter has such a name.
         """
         loss, params = self.loss()
         if not any(param_name in name for name in params):
             raise ValueError(
-                f"the name of no parameter contains param_name={param_name!r}: {', '.join(params)}"
+                f"no parameter name contains param_name={param_name!r}: the parameters are "
+                f"{', '.join(params)}"
             )
         chosen, rest = split(params, lambda name, _: param_name in name)
         matvec = self.over_data(hvp(hold(loss, rest)))(chosen, self.data)
@@ -84,9 +95,9 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
         return samples
 
     def _of_activations(self) -> tuple[Matvec, Tree]:
-        """The Hessian, and the activations of the first batch, as zeros."""
+        """Return the matvec of the Hessian, and zeros like the activations of the first batch."""
         if not self._endings:
-            raise ValueError("no layer is chosen: call insert_hook('conv') first")
+            raise ValueError("no layer is chosen: call `insert_hook('conv')` first")
         with eval_mode(self.module):
             loss, zeros = activations(self.module, self.criterion, self._is_chosen)
         first = next(iter(self.batches))
@@ -96,7 +107,7 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
             count = examples(batch)
             if count > most:
                 raise ValueError(
-                    f"a batch of {count} examples comes after a first one of {most}: the first "
+                    f"a batch of {count} examples follows a first batch of {most}: the first batch "
                     "must be the largest"
                 )
             inputs, targets = self.moved(batch)
@@ -117,14 +128,15 @@ def _is_layer(module: nn.Module) -> bool:
 def _sampled(
     matvec: Matvec, like: Tree, most: int, rtol: float
 ) -> tuple[Estimate, list[list[float]]]:
-    """The trace, and the samples of its parts leaf by leaf."""
+    """Estimate the trace, and return the estimate with the samples of each leaf."""
     space = space_of(like)
     samples: list[list[float]] = []
 
     def watched(block: Tree) -> Tree:
-        images = matvec(block)
-        samples.extend(space.by_leaf(space.ravel(block), space.ravel(images)).tolist())
-        return images
+        # A sample of leaf l is z_l' (H z)_l, for each vector z of the block.
+        products = matvec(block)
+        samples.extend(space.by_leaf(space.ravel(block), space.ravel(products)).tolist())
+        return products
 
     estimate = hutchinson(
         watched,

@@ -1,4 +1,4 @@
-"""A smoothed density from nodes and weights, and its picture."""
+"""Smoothed density from nodes and weights, and its figure."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from hessfunc.options import reals, validated
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Added to the density, whose logarithm is drawn.
+# Added to the density, so that its logarithm is finite.
 _FLOOR = 1e-7
 
 
 @validated(eigenvalues=reals, weights=reals)
 def get_esd_plot(eigenvalues: ArrayLike, weights: ArrayLike) -> Axes:
-    """The density on a log axis, in a new figure, which is also written to ``example.pdf``.
+    """Draw the density on a log axis in a new figure, and write it to ``example.pdf``.
 
     Args:
-        eigenvalues: nodes, ``(runs, m)``.
-        weights: of the nodes, ``(runs, m)``.
+        eigenvalues: Nodes ``(runs, m)``.
+        weights: Weights of the nodes, ``(runs, m)``.
+
+    Returns:
+        The Axes of the figure.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed.
     """
     from hessfunc.plot.style import clean, new_axes
 
@@ -51,16 +54,16 @@ def density_generate(
     sigma_squared: float = 1e-5,
     overhead: float = 0.01,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The mean over runs of Gaussians around the nodes, scaled to a sum of 1 over the grid.
+    """Compute the mean over runs of Gaussians at the nodes, scaled to a sum of 1 over the grid.
 
     Args:
-        eigenvalues: nodes, ``(runs, m)``.
-        weights: of the nodes, ``(runs, m)``.
-        num_bins: points of the grid, from the mean lowest to the mean highest node.
-        sigma_squared: the variance of a Gaussian, times the length of the grid where that is
-            above 1. From a length of sigma_squared num_bins^2 on, 1000 by default, Gaussians are
-            narrower than a step of the grid: pass more of either.
-        overhead: by how much the grid is longer, at each end.
+        eigenvalues: Nodes ``(runs, m)``.
+        weights: Weights of the nodes, ``(runs, m)``.
+        num_bins: Number of points of the grid, from the mean lowest to the mean highest node.
+        sigma_squared: Variance of a Gaussian, multiplied by the length of the grid if this is
+            above 1. For lengths above sigma_squared num_bins^2 (1000 by default), a Gaussian is
+            narrower than a step of the grid. Increase one of the two options then.
+        overhead: Length by which the grid is extended at each end.
 
     Returns:
         ``(density, grids)``, each ``(num_bins,)``.

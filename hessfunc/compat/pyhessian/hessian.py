@@ -1,4 +1,4 @@
-"""The Hessian of a model on a batch or a data set: eigenvalues, trace, density."""
+"""Hessian of a model on a batch or a data set: eigenvalues, trace and density."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from hessfunc.trees import Matvec
 
 
 class hessian(MeanLoss):  # noqa: N801
-    """The Hessian of a mean loss: its eigenvalues, trace and spectral density.
+    """Hessian of a mean loss, with its eigenvalues, trace and spectral density.
 
     Arguments and attributes are those of `MeanLoss`.
     """
 
     @cached_property
     def gradsH(self) -> list[Tensor]:
-        """The gradient of the mean loss with its graph, for `hessian_vector_product`.
+        """Gradient of the mean loss with its graph, for `hessian_vector_product`.
 
-        Of the parameters at the first time that it is asked for. Memory grows with the data.
+        It is computed on first access, at the parameters of that time. Its memory grows with the
+        size of the data set.
         """
         loss, params = self.loss()
         own = dict(zip(params, self.params, strict=True))
@@ -41,22 +42,22 @@ class hessian(MeanLoss):  # noqa: N801
             counted = [(examples(batch), loss(own, batch)) for batch in self.batches]
             total = torch.stack([count * value for count, value in counted]).sum()
             mean = total / sum(count for count, _ in counted)
-            found = torch.autograd.grad(mean, self.params, create_graph=True, allow_unused=True)
-        return filled(found, self.params)
+            gradient = torch.autograd.grad(mean, self.params, create_graph=True, allow_unused=True)
+        return filled(gradient, self.params)
 
     @validated
     def eigenvalues(
         self, maxIter: int = 100, tol: float = 1e-3, top_n: int = 1
     ) -> tuple[list[float], list[list[Tensor]]]:
-        """The eigenvalues that are largest in absolute value, in that order, by `lanczos`.
+        """Compute the eigenvalues of largest absolute value, in this order, by `lanczos`.
 
         Args:
-            maxIter: products for each, at the most.
-            tol: a pair has converged when ``|Hv - value v| <= tol |value|``.
-            top_n: how many.
+            maxIter: Largest number of products for each pair.
+            tol: Relative tolerance: a pair has converged when ``|Hv - value v| <= tol |value|``.
+            top_n: Number of eigenvalues.
 
         Returns:
-            The values, and for each its unit vector, a list of tensors shaped like ``params``.
+            The values, and the unit vector of each, a list of tensors shaped like ``params``.
         """
         matvec, params = self.matvec()
         pairs = lanczos(
@@ -71,8 +72,9 @@ class hessian(MeanLoss):  # noqa: N801
         missing = int((~pairs.converged).sum())
         if missing:
             warnings.warn(
-                f"{missing} of {top_n} eigenpairs have not converged to tol={tol:g}: "
-                f"{pairs.reason}. Their residuals are in results['eigenvalues']",
+                f"{missing} of {top_n} eigenpairs have not converged to tol={tol:g} "
+                f"({pairs.reason}): increase maxIter or tol; `results['eigenvalues'].residuals` "
+                "contains the residuals",
                 stacklevel=3,
             )
         vectors = [[leaf[i] for leaf in pairs.vectors.values()] for i in range(top_n)]
@@ -80,12 +82,15 @@ class hessian(MeanLoss):  # noqa: N801
 
     @validated(tol=real)
     def trace(self, maxIter: int = 100, tol: float = 1e-3) -> list[float]:
-        """Samples ``z'Hz`` of random signs z, whose mean estimates the trace, by `hutchinson`.
+        """Sample ``z'Hz`` for random signs z by `hutchinson`; the mean estimates the trace.
 
         Args:
-            maxIter: samples at the most; at least two are drawn.
-            tol: enough when the half-width of the 95 % interval is below ``tol |mean|``; 0 or less
-                for ``maxIter`` samples.
+            maxIter: Largest number of samples; at least two are drawn.
+            tol: Relative tolerance: stop when the half-width of the 95 % interval is below
+                ``tol |mean|``. 0 or less draws ``maxIter`` samples.
+
+        Returns:
+            The samples.
         """
         matvec, params = self.matvec()
         estimate = hutchinson(
@@ -101,27 +106,27 @@ class hessian(MeanLoss):  # noqa: N801
 
     @validated
     def density(self, iter: int = 100, n_v: int = 1) -> tuple[list[list[float]], list[list[float]]]:
-        """Nodes and weights of the spectral density, a list for each run, by `slq`.
+        """Compute nodes and weights of the spectral density by `slq`, one list for each run.
 
         Args:
-            iter: Lanczos steps of a run; no more than there are parameters are made.
-            n_v: runs.
+            iter: Number of Lanczos steps in a run, at most the number of parameters.
+            n_v: Number of runs.
 
         Returns:
-            ``(nodes, weights)``; nodes ascend, and the weights of a run sum to 1.
+            ``(nodes, weights)``. Nodes are in ascending order, and the weights of a run sum to 1.
         """
         matvec, params = self.matvec()
-        found = slq(matvec, params, probes=n_v, steps=iter, seed=seed_of_stream())
-        self.results["density"] = found
-        return found.nodes.tolist(), found.weights.tolist()
+        density = slq(matvec, params, probes=n_v, steps=iter, seed=seed_of_stream())
+        self.results["density"] = density
+        return density.nodes.tolist(), density.weights.tolist()
 
     def dataloader_hv_product(self, v: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        """``v'Hv`` and ``Hv``."""
+        """Return ``v'Hv`` and ``Hv``."""
         matvec, params = self.matvec()
-        images = list(apply(matvec, dict(zip(params, v, strict=True))).values())
-        return float(group_product(images, v)), images
+        product = list(apply(matvec, dict(zip(params, v, strict=True))).values())
+        return float(group_product(product, v)), product
 
     def matvec(self) -> tuple[Matvec, dict[str, Tensor]]:
-        """The Hessian at the parameters as they are now, and these, for any algorithm."""
+        """Return the matvec of the Hessian at the current parameters, and these parameters."""
         loss, params = self.loss()
         return self.over_data(hvp(loss))(params, self.data), params

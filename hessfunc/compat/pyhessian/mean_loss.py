@@ -1,4 +1,4 @@
-"""The mean loss of a model over a batch or a data set."""
+"""Mean loss of a model over a batch or a data set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hessfunc.transforms.chunks import Curvature
 
 
 class Results(TypedDict, total=False):
-    """The last result of each method, under its name."""
+    """Last result of each method, by its name."""
 
     eigenvalues: Eigenpairs
     trace: Estimate
@@ -26,31 +26,31 @@ class Results(TypedDict, total=False):
 
 
 class MeanLoss:
-    """The mean loss of a model, in eval mode, on a batch or on a data set.
+    """Mean loss of a model, in eval mode, on a batch or on a data set.
 
-    Each method takes the parameters as they are when it is called, and changes nothing of the
-    model. Random vectors come from a seed that is drawn from torch's random stream, so that
-    ``torch.manual_seed`` makes them the same.
+    Each method uses the current parameters, and does not change the model. The seed of random
+    vectors is drawn from torch's random stream, so that they are reproducible with
+    ``torch.manual_seed``.
 
     Args:
-        model: called with the inputs of a batch; one that is wrapped for data parallelism is
-            unwrapped.
-        criterion: ``(outputs, targets) -> scalar``, a mean over examples.
-        data: one batch ``(inputs, targets)``.
-        dataloader: batches that can be read again and again. Each counts its examples.
-        cuda: without effect: batches are moved to where the parameters are.
+        model: Module that is called with the inputs of a batch, without its wrapper for data
+            parallelism.
+        criterion: Function ``(outputs, targets) -> scalar``, a mean over examples.
+        data: Single batch ``(inputs, targets)``.
+        dataloader: Batches that can be read several times, weighted by their numbers of examples.
+        cuda: Ignored: batches are moved to the device of the parameters.
 
     Attributes:
-        params: the model's own parameters that require a gradient, as it says now.
-        results: the last result of each method, with residuals, intervals and costs.
-        full_dataset: whether there is a dataloader.
-        data: the batch or the dataloader.
-        inputs, targets: of the one batch, where the parameters are.
+        params: Parameters of the model that currently require a gradient.
+        results: Last result of each method, with residuals, intervals and costs.
+        full_dataset: Whether a dataloader was given.
+        data: Batch or dataloader.
+        inputs, targets: Inputs and targets of the single batch, on the device of the parameters.
 
     Raises:
-        ValueError: there are both a batch and a dataloader, or neither; no parameter requires a
-            gradient.
-        TypeError: a batch is no pair.
+        ValueError: If both a batch and a dataloader are given, or neither, or if no parameter
+            requires a gradient.
+        TypeError: If a batch is not a pair.
     """
 
     @validated(data=anything)
@@ -70,38 +70,41 @@ class MeanLoss:
         self.data: Any = dataloader if data is None else data
         self.results: Results = {}
         if not self.params:
-            raise ValueError(f"no parameter of {type(model).__name__} requires a gradient")
+            raise ValueError(
+                f"no parameter of {type(model).__name__} requires a gradient: call "
+                "`model.requires_grad_()`"
+            )
         if not self.full_dataset:
             self.inputs, self.targets = self.moved(data)
 
     @property
     def params(self) -> list[Tensor]:
-        """The model's own parameters that require a gradient."""
+        """Parameters of the model that require a gradient."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
     def device(self) -> str:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return str(device_of(self.model))
 
     @property
     def module(self) -> nn.Module:
-        """The model itself, where it is wrapped for data parallelism."""
+        """Module without its wrapper for data parallelism."""
         return bare(self.model)
 
     @property
     def batches(self) -> Iterable[Any]:
-        """The batches, or the one batch."""
+        """Batches, or a list of the single batch."""
         return self.data if self.full_dataset else [self.data]
 
     def loss(self) -> tuple[LossFunction, dict[str, Tensor]]:
-        """The loss ``(params, batch) -> scalar``, and the parameters as they are now."""
+        """Return the loss ``(params, batch) -> scalar``, and the current parameters."""
         return evaluated_loss(self.model, self.criterion)
 
     def over_data(self, curvature: Curvature) -> Curvature:
-        """The curvature of the batch, or the mean over the batches."""
+        """Return the curvature function of the single batch, or of the mean over the batches."""
         return over_batches(curvature, weight=examples) if self.full_dataset else curvature
 
     def moved(self, batch: Any) -> tuple[Any, Any]:
-        """The inputs and targets of a batch, where the parameters are."""
+        """Return the inputs and targets of a batch, on the device of the parameters."""
         return moved(batch, device_of(self.model))

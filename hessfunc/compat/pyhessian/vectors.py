@@ -1,4 +1,4 @@
-"""Vectors that are lists of tensors, one a parameter."""
+"""Arithmetic of vectors that are lists of tensors, one for each parameter."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from torch import Tensor, nn
 
 
 def group_product(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """The inner product of two vectors, a tensor without axes."""
+    """Return the inner product of two vectors, a tensor without axes."""
     return torch.stack([torch.sum(x * y) for x, y in zip(xs, ys, strict=True)]).sum()
 
 
 def group_add(
     params: Sequence[Tensor], update: Sequence[Tensor], alpha: float | Tensor = 1
 ) -> Sequence[Tensor]:
-    """``params + alpha * update``, in place."""
+    """Compute ``params + alpha * update`` in place, and return ``params``."""
     for param, change in zip(params, update, strict=True):
         param.detach().add_(change.detach() * alpha)
     return params
 
 
 def normalization(v: Sequence[Tensor]) -> list[Tensor]:
-    """The vector over its length; a vector of zeros stays as it is."""
+    """Return the vector divided by its length; a vector of zeros is returned unchanged."""
     length = float(group_product(v, v)) ** 0.5
     return [x / (length or 1.0) for x in v]
 
 
 def orthnormal(w: Sequence[Tensor], v_list: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The part of w outside of orthonormal vectors, as a unit vector; w stays as it is."""
-    # Twice is enough: the second pass removes what rounding left of the first.
+    """Project orthonormal vectors out of w, and return a unit vector; w is not changed."""
+    # w <- w - (w'v) v for each v. The second pass removes the rounding errors of the first, and
+    # two passes are enough.
     for v in (*v_list, *v_list):
         along = group_product(w, v)
         w = [x - along * y for x, y in zip(w, v, strict=True)]
@@ -38,7 +39,7 @@ def orthnormal(w: Sequence[Tensor], v_list: Sequence[Sequence[Tensor]]) -> list[
 
 
 def get_params_grad(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters that require a gradient, and copies of their gradients; zeros for none."""
+    """Return the trainable parameters and copies of their gradients, zeros if there is none."""
     params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     return params, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
 
@@ -46,7 +47,7 @@ def get_params_grad(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 def hessian_vector_product(
     gradsH: Sequence[Tensor], params: Sequence[Tensor], v: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The derivative of ``gradsH'v``, of a gradient that holds its graph: ``Hv``.
+    """Return ``Hv``, the derivative of ``gradsH'v``, from a gradient with its graph.
 
     Entries of parameters on which the gradient does not depend are zero.
     """

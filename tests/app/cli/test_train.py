@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
             ["--lr-decay-epoch", "30,60", "soon"],
             "unexpected argument 'soon': it belongs to no option",
         ),
-        (["--lr-decay", "0"], "lr_decay=0.0: it must be positive"),
+        (["--lr-decay", "0"], "lr_decay=0.0: the factor must be positive"),
         (["--track", "all"], "--track must be top or full, not 'all'"),
         (["--arch", "c4d3"], "no network 'c4d3' for digits: choose mlp, convnet"),
         (["--optimizer", "adam"], "--optimizer must be sgd or newton, not 'adam'"),
@@ -161,7 +161,7 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
             "--weight-decay requires --optimizer sgd",
         ),
         (["--curvature", "none"], "choose one of hbp-none"),
-        (["--curvature", "ggn", "--max-blocks", "2"], "goes with hbp alone"),
+        (["--curvature", "ggn", "--max-blocks", "2"], "requires an hbp curvature"),
         (["--curvature", "ggn", "--solve", "direct"], "solve by cg"),
         (["--seed", "1" + 20 * "0"], "--seed must be an integer from 0 to 2^63 - 1, not 1000"),
         (["--lr", "0"], "lr=0.0: the learning rate must be positive"),
@@ -312,12 +312,12 @@ def test_a_training_of_other_settings_is_refused() -> None:
     assert train(*options, "--minutes", "0").exit_code == 0
     refused = train(*options, "--lr", "0.3")
     assert refused.exit_code == 2
-    assert "unfinished training of other settings, as lr was 0.1 and is 0.3" in refused.stderr
+    assert "unfinished training with other settings (lr was 0.1 and is now 0.3" in refused.stderr
     assert train(*options).exit_code == 0
     refused = train(*options, "--lr", "0.3")
     assert refused.exit_code == 2
-    assert "a finished training of other settings" in refused.stderr
-    assert refused.stderr.endswith("take another --out\n")
+    assert "a finished training with other settings" in refused.stderr
+    assert refused.stderr.endswith("pass another --out\n")
 
 
 def test_a_damaged_checkpoint_is_refused() -> None:
@@ -475,7 +475,7 @@ def test_an_experiment_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPa
     assert "PCH clip" in done.stdout
     other = experiment(*arguments, "--minutes", "3")
     assert other.exit_code == 2
-    assert "minutes was None and is 3.0 now: take another --out" in other.stderr
+    assert "minutes was None and is now 3.0): pass another --out" in other.stderr
 
 
 @pytest.mark.slow

@@ -1,1 +1,0 @@
-"""Curvature that is watched from other libraries' training loops; each file needs its library."""
