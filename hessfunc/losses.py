@@ -137,7 +137,7 @@ def _is_many(batch: Any) -> bool:
     return isinstance(batch, DataLoader) or (
         isinstance(batch, (tuple, list))
         and bool(batch)
-        and all(isinstance(one, (tuple, list)) and len(one) == 2 for one in batch)
+        and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in batch)
     )
 
 

@@ -225,15 +225,15 @@ class Space:
     def _refuse(
         self, name: str, shape: torch.Size, leaf: Tensor, length: torch.Size, batch_dims: int
     ) -> None:
-        what = "block" if batch_dims else "vector"
+        kind = "block" if batch_dims else "vector"
         if not leaf.is_floating_point():
             raise TypeError(
-                f"leaf {name!r} of the {what} has dtype {leaf.dtype}, but vectors are real and "
+                f"leaf {name!r} of the {kind} has dtype {leaf.dtype}, but vectors are real and "
                 f"floating-point: {'take its real part' if leaf.is_complex() else 'call .float()'}"
             )
         if leaf.device != self.device:
             raise ValueError(
-                f"leaf {name!r} of the {what} is on {leaf.device}, expected {self.device}: call "
+                f"leaf {name!r} of the {kind} is on {leaf.device}, expected {self.device}: call "
                 f"leaf.to({str(self.device)!r})"
             )
         if batch_dims and leaf.shape == shape:
@@ -248,7 +248,7 @@ class Space:
             )
         expected = ("k, " if batch_dims else "") + ", ".join(map(str, shape))
         raise ValueError(
-            f"leaf {name!r} of the {what} has shape {tuple(leaf.shape)}, expected ({expected})"
+            f"leaf {name!r} of the {kind} has shape {tuple(leaf.shape)}, expected ({expected})"
         )
 
     def _leaves_of_structure(self, tree: Tree) -> list[Tensor]:

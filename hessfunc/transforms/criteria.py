@@ -325,10 +325,10 @@ def warn_of_linear(criterion: Callable[[Any, Any], Tensor], /) -> None:
 
 def _warn_of_linear_leaves(names: Sequence[str]) -> None:
     """Warn that some of the output leaves contribute nothing to the Gauss-Newton matrix."""
-    which = ", ".join(names)
+    outputs = ", ".join(names)
     warnings.warn(
-        f"the criterion is linear in {which}, at least near these outputs, so the Gauss-Newton "
-        f"matrix leaves out the curvature of {which}: move the last nonlinear function of that "
+        f"the criterion is linear in {outputs}, at least near these outputs, so the Gauss-Newton "
+        f"matrix leaves out the curvature of {outputs}: move the last nonlinear function of that "
         "output into the criterion, `composed(outputs, criterion)`, or use `hvp(loss)`",
         LinearCriterionWarning,
         stacklevel=2,

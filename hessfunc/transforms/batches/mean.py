@@ -167,13 +167,13 @@ def mean_over(
         reading = _Reading(curvature, params, batches, average, space, share, passes)
         local = reading.kept() if keep else reading.anew()
 
-        def told(block: Tree) -> Sum:
+        def summed(block: Tree) -> Sum:
             total = local(block)
             if outer is not None and mesh is None:
                 outer.weight = total.weight
             return total
 
-        mean = share.over(space, batches, told)
+        mean = share.over(space, batches, summed)
         return with_fingerprint(mean, partial(_fingerprint, space, params, batches, data))
 
     return of_data

@@ -190,10 +190,10 @@ def noted(loss: LossFunction, params: Tree, batch: Any, /) -> Iterator[None]:
     if watch is None:
         yield
         return
-    one = Noted(loss, params, batch)
-    watch.losses.append(one)
+    noted_loss = Noted(loss, params, batch)
+    watch.losses.append(noted_loss)
     is_optional = watch.optional is not None and watch.optional is batch
-    if is_optional and _reduction_of(loss) == "mean" and one.terms == 0:
+    if is_optional and _reduction_of(loss) == "mean" and noted_loss.terms == 0:
         raise NoTargetsError("all targets of the batch are ignored")
     token = _watched.set(None)
     try:
@@ -371,8 +371,8 @@ class Average:
             ValueError: If the losses have different divisors whose ratio to the number of
                 examples varies between batches.
         """
-        terms = [one.terms for one in losses]
-        alike = len(set(terms)) == 1 and len({id(one.batch) for one in losses}) == 1
+        terms = [item.terms for item in losses]
+        alike = len(set(terms)) == 1 and len({id(item.batch) for item in losses}) == 1
         if alike and not counted and self._shares is None:
             self._terms = terms[0]
             self._is_by_terms |= terms[0] is not None
@@ -380,7 +380,7 @@ class Average:
         if self._is_by_terms:
             raise ValueError(f"losses that are added up are means over different targets: {_PASS}")
         try:
-            counts = [examples(one.batch) for one in losses]
+            counts = [examples(item.batch) for item in losses]
         except ValueError:
             return
         shares = [
