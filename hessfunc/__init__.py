@@ -1,7 +1,7 @@
 """Curvature of neural networks, as functions.
 
-A curvature matrix is a function ``(params, batch) -> matvec``. Transforms make and combine such
-functions, and algorithms consume the matvec.
+A curvature matrix is a function ``(params, batch) -> matvec``. Transforms build and combine such
+functions; algorithms consume the matvec.
 """
 
 import sys
@@ -10,8 +10,8 @@ from hessfunc.lazy import LazyPackage
 
 __version__ = "0.1.0"
 
-# The public functions in the order in which a user meets them, each with the module that defines
-# it. Type checkers read them in `__init__.pyi`.
+# Public functions in the order in which a user meets them, each with the module that defines it.
+# Type checkers read `__init__.pyi` instead.
 _HOMES = {
     # A model and a loss as pure functions
     "functional": "modules",
@@ -71,7 +71,7 @@ _HOMES = {
     "landscape": "recipes.landscape",
     "critical_sharpness": "recipes.sharpness",
 }
-# The families: modules of functions and types for one purpose.
+# Public modules, each of which collects functions and types for one purpose.
 _FAMILIES = {
     "matvecs": "transforms.matvecs",
     "kronecker": "kronecker",

@@ -1,4 +1,4 @@
-"""Types of the public names, which `__init__.py` imports when they are first used."""
+"""Types of the public names, which `__init__.py` imports on first use."""
 
 from hessfunc import compat as compat
 from hessfunc import kronecker as kronecker

@@ -1,4 +1,4 @@
-"""Structures that hold tensors, of any type: open them and rebuild them."""
+"""Flatten and rebuild structures of any type that hold tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from hessfunc.trees import _NAMESPACE, _torch_order, leaves
 
 
 def batch_leaves(batch: Any, /) -> list[Any]:
-    """Return the leaves of a batch, with objects that hold tensors opened.
+    """Return the leaves of a batch, including those inside objects that hold tensors.
 
-    An object that cannot be opened is a leaf; `opened` refuses it.
+    An object that cannot be opened counts as one leaf, whereas `opened` raises for it.
     """
     return _Opened.of(batch, None, {}).leaves
 
@@ -34,45 +34,46 @@ def opened(
 ) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
     """Return the leaves of any structure that holds tensors, and a function that rebuilds it.
 
-    Beside the containers that are registered with torch, every object that holds tensors is
-    opened: mappings, subclasses of dict, list and tuple, data classes and instances of any other
-    class, by their ``__dict__`` and ``__slots__``. The function takes other leaves and returns a
-    copy of the structure that holds them; it never writes into the original.
+    The containers that are registered with torch are opened, and so is every other object that
+    holds tensors: mappings, subclasses of dict, list and tuple, data classes, and instances of any
+    other class by their ``__dict__`` and ``__slots__``. The returned function takes new leaves and
+    returns a copy of the structure that holds them. It never writes into the original.
 
     Args:
         tree: Batch, inputs or outputs.
         what: Name of the tree for messages, such as ``"batch"``.
-        is_leaf: Predicate of further values that count as leaves.
+        is_leaf: Predicate for further values that count as leaves.
 
     Raises:
-        TypeError: An object holds tensors and cannot be opened, or (from the function) copied.
+        TypeError: If an object holds tensors and cannot be opened or, raised by the returned
+            function, cannot be copied.
     """
-    found = _Opened.of(tree, is_leaf, {})
-    found.refuse_hidden(what)
-    return found.leaves, lambda leaves: found.rebuilt(iter(leaves), {})
+    opened_tree = _Opened.of(tree, is_leaf, {})
+    opened_tree.refuse_hidden(what)
+    return opened_tree.leaves, lambda leaves: opened_tree.rebuilt(iter(leaves), {})
 
 
 def leaf_paths(
     tree: Any, root: str, /, *, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[str]:
-    """Return the expression that reaches each leaf of `opened` from a variable named root."""
+    """Return the expressions that reach the leaves of `opened` from a variable named ``root``."""
     return _Opened.of(tree, is_leaf, {}).paths(root)
 
 
 def mapped(fn: Callable[[Tensor], Tensor], tree: Any, what: str, /) -> Any:
-    """Return a structure with ``fn`` of each of its tensors, objects opened as by `opened`."""
-    found, rebuilt = opened(tree, what)
-    if not any(isinstance(leaf, Tensor) for leaf in found):
+    """Apply ``fn`` to each tensor of a structure, with objects opened as by `opened`."""
+    leaves, rebuilt = opened(tree, what)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return tree
-    return rebuilt(fn(leaf) if isinstance(leaf, Tensor) else leaf for leaf in found)
+    return rebuilt(fn(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
 def is_array(leaf: Any, /) -> bool:
-    """Whether a leaf is a tensor or a NumPy array of numbers, text or dates."""
+    """Return whether a leaf is a tensor or a NumPy array of numbers, text or dates."""
     return isinstance(leaf, Tensor) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind != "O")
 
 
-# Values that hold no tensors, or are leaves themselves.
+# Types that are never opened: their values hold no tensors or are leaves themselves.
 _CLOSED = (
     *(Tensor, np.ndarray, np.generic, str, bytes, bytearray, int, float, complex, type(None)),
     *(torch.dtype, torch.device, torch.layout, torch.Generator, torch.Size),
@@ -80,32 +81,32 @@ _CLOSED = (
 )
 
 
-# Objects within objects that are opened.
+# Largest nesting depth of objects that are opened.
 _DEEPEST = 16
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """Another reference to an object that is opened elsewhere in the structure."""
+    """Further reference to an object that is opened elsewhere in the structure."""
 
     owner: Any
 
 
 @dataclass(frozen=True)
 class _Hiding:
-    """A leaf that holds tensors and cannot be opened."""
+    """Leaf that holds tensors and cannot be opened."""
 
     leaf: Any
 
 
 @dataclass(frozen=True, eq=False)
 class _Content:
-    """What an object holds: its attributes, and the items of a mapping or elements of a sequence.
+    """Content of an object: its attributes, mapping items and sequence elements.
 
     Attributes:
         owner: Object itself.
         kinds: Kind of each place: ``"attribute"``, ``"slot"``, ``"item"`` or ``"element"``.
-        places: Name of each attribute, key of each item or number of each element.
+        places: Name of each attribute, key of each item or index of each element.
         values: Value at each place, opened.
     """
 
@@ -118,7 +119,7 @@ class _Content:
     def of(
         cls, owner: Any, is_leaf: Callable[[Any], bool] | None, seen: dict[int, Any], depth: int
     ) -> _Content | None:
-        """Open an object; None if it holds no tensor, or lies too deep to be data."""
+        """Open an object; return None if it holds no tensor or is a function or a logger."""
         held = [*_attributes(owner), *_items(owner)]
         if not held or isinstance(owner, FunctionType | partial | Logger):
             return None
@@ -129,7 +130,7 @@ class _Content:
         return cls(owner, kinds, places, inner) if holds else None
 
     def rebuilt(self, found: Iterator[Any], made: dict[int, Any]) -> Any:
-        """Return a copy of the object that holds the next of these leaves."""
+        """Return a copy of the object that holds the next leaves of ``found``."""
         if isinstance(self.owner, tuple | MappingProxyType):
             return self._immutable(self.values.rebuilt(found, made))
         try:
@@ -140,7 +141,7 @@ class _Content:
             raise self._not_copied("`copy.copy` returns the object itself")
         made[id(self.owner)] = new
         if getattr(self.owner, "__dict__", None) is self.owner:
-            # A dict whose attributes are its items stays one.
+            # Some dicts are their own ``__dict__``: the copy must be too.
             new.__dict__ = new
         values = self.values.rebuilt(found, made)
         for kind, place, value in zip(self.kinds, self.places, values, strict=True):
@@ -168,40 +169,40 @@ class _Content:
     def _not_copied(self, reason: str) -> TypeError:
         return TypeError(
             f"a {type(self.owner).__name__} holds tensors and cannot be copied ({reason}): "
-            "hold them in a tuple, a dict or a dataclass"
+            "put the tensors in a tuple, a dict or a dataclass"
         )
 
     def paths(self, root: str) -> list[str]:
-        """Return the expression that reaches each leaf from the object, named root."""
+        """Return the expressions that reach the leaves from an object named ``root``."""
         roots = [
             f"{root}.{place}" if kind in ("attribute", "slot") else f"{root}[{place!r}]"
             for kind, place in zip(self.kinds, self.places, strict=True)
         ]
-        # The structure is that of the list of values.
+        # The structure is a list of the values, so an accessor begins with the index of a place.
         return self.values.below(
-            [one[1:].codify(roots[one[0].entry]) for one in self.values.structure.accessors()]
+            [path[1:].codify(roots[path[0].entry]) for path in self.values.structure.accessors()]
         )
 
 
 def _attributes(owner: Any) -> list[tuple[str, Any, Any]]:
-    """Return the attributes of an instance that hold its state: (kind, name, value)."""
+    """Return the attributes that hold the state of an instance as ``(kind, name, value)``."""
     state = getattr(owner, "__dict__", None)
-    found = []
-    # A dict whose attributes are its items, by ``self.__dict__ = self``, has no others.
+    attributes = []
+    # A dict with ``self.__dict__ = self`` has no attributes besides its items.
     if isinstance(state, dict) and state is not owner:
-        found = [("attribute", name, value) for name, value in state.items()]
+        attributes = [("attribute", name, value) for name, value in state.items()]
     for kind in type(owner).__mro__:
         slots = vars(kind).get("__slots__", ())
         for slot in (slots,) if isinstance(slots, str) else tuple(slots):
             private = slot.startswith("__") and not slot.endswith("__")
             name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
             if slot not in ("__dict__", "__weakref__") and hasattr(owner, name):
-                found.append(("slot", name, getattr(owner, name)))
-    return found
+                attributes.append(("slot", name, getattr(owner, name)))
+    return attributes
 
 
 def _items(owner: Any) -> list[tuple[str, Any, Any]]:
-    """Return the items of a dict or the elements of a list or tuple: (kind, place, value)."""
+    """Return dict items, or list or tuple elements, as ``(kind, place, value)``."""
     if isinstance(owner, dict):
         return [("item", key, value) for key, value in dict.items(owner)]
     if isinstance(owner, MappingProxyType):
@@ -215,11 +216,12 @@ def _items(owner: Any) -> list[tuple[str, Any, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class _Opened:
-    """A structure of registered containers, with the objects among its leaves opened.
+    """Structure of registered containers whose leaves may be opened objects.
 
     Attributes:
         structure: Structure of the registered containers.
-        slots: Leaves of the structure: each a leaf, `_Content`, `_Seen` or `_Hiding`.
+        slots: Values at the leaves of the structure: plain leaves, `_Content`, `_Seen` or
+            `_Hiding`.
     """
 
     structure: optree.PyTreeSpec
@@ -233,7 +235,7 @@ class _Opened:
         seen: dict[int, Any],
         depth: int = 0,
     ) -> _Opened:
-        """Open a structure; ``seen`` has the objects that are opened already, by their id."""
+        """Open a structure; ``seen`` maps ids to objects that have already been opened."""
 
         def slot(leaf: Any) -> Any:
             is_object = isinstance(leaf, np.ndarray) and leaf.dtype.kind == "O"
@@ -249,22 +251,25 @@ class _Opened:
             return content
 
         with _torch_order():
-            found, structure = optree.tree_flatten(tree, is_leaf, namespace=_NAMESPACE)
-        return cls(structure, [slot(leaf) for leaf in found])
+            leaves, structure = optree.tree_flatten(tree, is_leaf, namespace=_NAMESPACE)
+        return cls(structure, [slot(leaf) for leaf in leaves])
 
     @property
     def leaves(self) -> list[Any]:
-        """The leaves, with those of each object in its place."""
-        found: list[Any] = []
+        """Leaves of the structure, including the leaves of opened objects."""
+        leaves: list[Any] = []
         for slot in self.slots:
             if isinstance(slot, _Content):
-                found.extend(slot.values.leaves)
+                leaves.extend(slot.values.leaves)
             elif not isinstance(slot, _Seen):
-                found.append(slot.leaf if isinstance(slot, _Hiding) else slot)
-        return found
+                leaves.append(slot.leaf if isinstance(slot, _Hiding) else slot)
+        return leaves
 
     def rebuilt(self, found: Iterator[Any], made: dict[int, Any]) -> Any:
-        """Return the structure with the next of these leaves; ``made`` has the copied objects."""
+        """Return the structure with the next leaves of ``found``.
+
+        ``made`` maps ids of the original objects to their copies.
+        """
 
         def value(slot: Any) -> Any:
             if isinstance(slot, _Content):
@@ -276,26 +281,26 @@ class _Opened:
         return self.structure.unflatten(map(value, self.slots))
 
     def paths(self, root: str) -> list[str]:
-        """Return the expression that reaches each leaf from a variable named root."""
-        return self.below([one.codify(root) for one in self.structure.accessors()])
+        """Return the expressions that reach the leaves from a variable named ``root``."""
+        return self.below([path.codify(root) for path in self.structure.accessors()])
 
     def below(self, paths: Sequence[str]) -> list[str]:
-        """Return the expression that reaches each leaf, given those of the slots."""
-        found: list[str] = []
+        """Return the expressions that reach the leaves, given the expressions of the slots."""
+        expressions: list[str] = []
         for path, slot in zip(paths, self.slots, strict=True):
             if isinstance(slot, _Content):
-                found.extend(slot.paths(path))
+                expressions.extend(slot.paths(path))
             elif not isinstance(slot, _Seen):
-                found.append(path)
-        return found
+                expressions.append(path)
+        return expressions
 
     def refuse_hidden(self, what: str) -> None:
-        """Raise for a leaf that holds tensors and cannot be opened."""
+        """Raise TypeError if a leaf holds tensors and cannot be opened."""
         for hiding in self._hiding():
             names = (p for p, x in zip(self.paths(what), self.leaves, strict=True) if x is hiding)
             raise TypeError(
-                f"{next(names)} is a {type(hiding).__name__} that holds tensors, which would not "
-                "be seen: hold them in a tuple, a dict or a dataclass"
+                f"{next(names)} is a {type(hiding).__name__} that holds tensors, but "
+                "cannot be opened: put them in a tuple, a dict or a dataclass"
             )
 
     def _hiding(self) -> Iterator[Any]:
@@ -307,13 +312,13 @@ class _Opened:
 
 
 def _hides_tensors(leaf: Any, depth: int = 4) -> bool:
-    """Whether a value that cannot be opened, such as a closure or a set, holds a tensor."""
+    """Return whether a value that cannot be opened, such as a closure or a set, holds a tensor."""
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind == "O" and any(isinstance(x, Tensor) for x in leaf.flat)
     if isinstance(leaf, _CLOSED) or depth == 0:
         return False
     if isinstance(leaf, FunctionType):
-        # What a function reads from its module is not its own.
+        # Globals belong to the module of a function, so only cells and defaults count.
         cells = [cell.cell_contents for cell in leaf.__closure__ or () if _is_filled(cell)]
         held = [*cells, *(leaf.__defaults__ or ()), *(leaf.__kwdefaults__ or {}).values()]
     else:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], /) -> None:
-    """Write a file aside, flush it to the disk, and put it in its place at once."""
+    """Write a file atomically: write a temporary file, flush it to disk and rename it."""
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -19,7 +19,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], /) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError:
-        # Another error than that of a full disk or a wrong path leaves nothing to clear away.
+        # Remove the temporary file, if it exists at all; the first error is the one to report.
         with contextlib.suppress(OSError):
             part.unlink()
         raise

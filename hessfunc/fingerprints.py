@@ -1,8 +1,8 @@
 """Fingerprints of matvecs: exact checksums of the tensors that determine a matrix.
 
-A matvec of this library has an attribute ``fingerprint``, a function without arguments that
+A matvec of this library has an attribute ``fingerprint``. It is a function without arguments that
 returns one checksum for each kind of data, such as parameters and batches. Transforms set the
-attribute, and a run that keeps a checkpoint evaluates it once: a pass over the bytes of the data.
+attribute. A run with a checkpoint evaluates it once, at the cost of a pass over the data.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from hessfunc.trees import Matvec
 
 Fingerprint: TypeAlias = Mapping[str, str]
 
-# Entries of a batch that are hashed at once.
+# Number of entries of a batch that are hashed at once.
 _PIECE = 2**20
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def with_fingerprint(matvec: Matvec, made: Callable[[], Fingerprint], /) -> Matvec:
-    """The same matvec, marked with its fingerprint, which is made when it is asked for."""
+    """Attach a fingerprint to a matvec and return the matvec; ``made`` computes it on demand."""
     vars(matvec)["fingerprint"] = made
     return matvec
 
 
 def fingerprint(matvec: Matvec, /) -> Fingerprint:
-    """The checksums of a matvec by the kind of data; none for a function of unknown origin."""
+    """Return the checksums of a matvec by kind of data; empty for a matvec without fingerprint."""
     made = getattr(matvec, "fingerprint", None)
     return made() if callable(made) else {}
 
 
 def combined(matvecs: Sequence[Matvec], /) -> Fingerprint:
-    """The fingerprint of a matrix that is made of others."""
+    """Return the fingerprint of a matrix that is built from others."""
     parts = [fingerprint(matvec) for matvec in matvecs]
     kinds = dict.fromkeys(kind for part in parts for kind in part)
     return {kind: ", ".join(part.get(kind, "unknown") for part in parts) for kind in kinds}
 
 
 def checksum(tensors: Iterable[Tensor], /) -> str:
-    """The checksum of the bytes of some tensors; of a DTensor, those of this rank."""
+    """Return the checksum of the bytes of tensors; for a DTensor, of its local shard."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(bytes_of(tensor.to_local() if hasattr(tensor, "to_local") else tensor))
@@ -53,22 +53,23 @@ def checksum(tensors: Iterable[Tensor], /) -> str:
 
 
 def of_batches(batches: Iterable[Any], /) -> str:
-    """The checksum of all examples of some batches, in any order and any division into batches."""
+    """Return a checksum of all examples that does not depend on their order or batch size."""
     sums = [_of_examples(batch) for batch in batches]
     return " ".join(f"{sum(column) % 2**64:016x}" for column in zip(*sums, strict=True))
 
 
 def _of_examples(batch: Any) -> tuple[int, int]:
-    """The sums over examples of h and h^2 modulo 2^64, exact integers.
+    """Return the sums over examples of h and h^2 modulo 2^64, as exact integers.
 
-    An example is one row of each tensor, and h = sum_j word_j entry_j of its entries' bits, with
-    odd random words. The squares tell apart examples whose targets are exchanged.
+    An example is one row of each tensor. Its hash is h = sum_j word_j entry_j, where entry_j are
+    the bits of its entries as integers and word_j are odd random words. The sum of h alone would
+    not change when two examples exchange their targets; the sum of h^2 does.
     """
-    found = batch_leaves(batch)
-    tensors = [leaf.detach() for leaf in found if isinstance(leaf, Tensor)]
+    values = batch_leaves(batch)
+    tensors = [leaf.detach() for leaf in values if isinstance(leaf, Tensor)]
     counts = [len(tensor) for tensor in tensors if tensor.dim() > 0]
     hashes: Tensor | None = None
-    rest = [repr(x).encode() for x in found if isinstance(x, bool | int | float | str)]
+    rest = [repr(x).encode() for x in values if isinstance(x, bool | int | float | str)]
     for i, tensor in enumerate(tensors):
         if tensor.dim() > 0 and len(tensor) == counts[0] and tensor.layout == torch.strided:
             of_rows = _of_rows(tensor, i)
@@ -92,11 +93,11 @@ def _of_rows(tensor: Tensor, which: int) -> Tensor:
 
 
 def digest_of(data: bytes | memoryview, /) -> str:
-    """The checksum of bytes, which no other bytes have but by chance, once in 2^128 cases."""
+    """Return a 128-bit checksum of bytes: other bytes share it with probability 2^-128."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def bytes_of(tensor: Tensor, /) -> memoryview:
-    """The bytes of a tensor."""
+    """Return the bytes of a tensor."""
     plain = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
     return plain.cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""A package that imports each public name when it is first used."""
+"""Package class that imports each public name on first use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class LazyPackage(ModuleType):
     """Class of a package whose public names are imported on first use.
 
     Attributes:
-        _HOMES: Submodule that defines each public name.
-        _FAMILIES: Submodule that each public module is.
+        _HOMES: Submodule that defines each public name, by name.
+        _FAMILIES: Submodule behind each public module, by name.
     """
 
     _HOMES: dict[str, str]

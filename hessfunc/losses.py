@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from hessfunc import options
 from hessfunc.options import validated
-from hessfunc.selection import merge
+from hessfunc.selection import first_of, merge
 from hessfunc.spaces.of import space_of
 from hessfunc.trees import Tree, leaves, tree_map, unchanged
 
@@ -21,11 +21,11 @@ LossFunction: TypeAlias = Callable[[Tree, Any], Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """A pure loss ``(params, batch) -> scalar`` that also shows its two halves.
+    """Pure loss ``(params, batch) -> scalar`` with its two parts, the model and the criterion.
 
     Attributes:
-        outputs: ``(params, batch) -> outputs``, the model.
-        criterion: ``(outputs, batch) -> scalar``.
+        outputs: Model, ``(params, batch) -> outputs``.
+        criterion: Criterion, ``(outputs, batch) -> scalar``.
     """
 
     outputs: Callable[[Tree, Any], Any]
@@ -43,16 +43,18 @@ def composed(
     *,
     targets: Callable[[Any], Any] | None = None,
 ) -> Loss:
-    """The loss of any batch: ``criterion(outputs(params, batch), batch)``.
+    """Return the loss ``criterion(outputs(params, batch), batch)`` for batches of any type.
 
     Args:
-        outputs: ``(params, batch) -> outputs``.
-        criterion: ``(outputs, batch) -> scalar``; with ``targets``, ``(outputs, targets)``.
-        targets: batch -> targets. A usual criterion, such as ``cross_entropy``, then stays known,
-            so that Gauss-Newton and Fisher matrices take its closed forms.
+        outputs: Model, ``(params, batch) -> outputs``.
+        criterion: Criterion, ``(outputs, batch) -> scalar``, or ``(outputs, targets) -> scalar``
+            if ``targets`` is given.
+        targets: Function that returns the targets of a batch. It lets Gauss-Newton and Fisher
+            matrices recognise a standard criterion, such as ``cross_entropy``, and use its closed
+            forms.
 
     Raises:
-        TypeError: ``outputs`` is a module, which has no params to be given.
+        TypeError: If ``outputs`` is an ``nn.Module``, which takes no params.
     """
     refuse_module(outputs)
     return Loss(outputs, criterion if targets is None else OfTargets(criterion, targets))
@@ -62,31 +64,33 @@ def composed(
 def supervised(
     model_fn: Callable[[Tree, Any], Any], criterion: Callable[[Any, Any], Tensor], /
 ) -> Loss:
-    """The loss of batches ``(inputs, targets)``: ``criterion(model_fn(params, inputs), targets)``.
+    """Return the loss ``criterion(model_fn(params, inputs), targets)``.
+
+    The loss takes batches that are pairs ``(inputs, targets)``.
 
     Args:
-        model_fn: as `functional` returns it.
-        criterion: ``(outputs, targets) -> scalar``, such as ``torch.nn.functional.cross_entropy``
-            or a loss module.
+        model_fn: Model ``(params, inputs) -> outputs``, as returned by `functional`.
+        criterion: Criterion ``(outputs, targets) -> scalar``, such as
+            ``torch.nn.functional.cross_entropy`` or a loss module.
 
     Raises:
-        TypeError: ``model_fn`` is a module; from the loss: a batch is no pair.
+        TypeError: If ``model_fn`` is an ``nn.Module`` or, raised by the returned loss, if a batch
+            is not a pair.
     """
     refuse_module(model_fn)
     return Loss(_OfInputs(model_fn), OfTargets(criterion))
 
 
 def refuse_module(function: object, /) -> None:
-    """Raise where a module stands in place of a pure function.
+    """Raise if a module is passed instead of a pure function.
 
     Raises:
-        TypeError: it is so.
+        TypeError: If ``function`` is an ``nn.Module``.
     """
     if isinstance(function, nn.Module):
         raise TypeError(
-            f"{type(function).__name__} is a module, and no function of (params, ...): make it "
-            "pure, `model_fn, params = functional(model)`, and take "
-            "`supervised(model_fn, criterion)`"
+            f"{type(function).__name__} is a module, not a function of (params, ...): use "
+            "`model_fn, params = functional(model)` and `supervised(model_fn, criterion)`"
         )
 
 
@@ -104,7 +108,7 @@ def _targets(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class OfTargets:
-    """A criterion of (outputs, targets) as one of (outputs, batch)."""
+    """Criterion of (outputs, targets) as a criterion of (outputs, batch)."""
 
     criterion: Callable[[Any, Any], Tensor]
     targets: Callable[[Any], Any] = _targets
@@ -118,36 +122,39 @@ def _pair(batch: Any) -> tuple[Any, Any]:
         return batch[0], batch[1]
     size = f" of length {len(batch)}" if isinstance(batch, (tuple, list, Mapping)) else ""
     remedy = (
-        "for many batches take `over_batches(hvp(loss))(params, loader)`"
+        "for several batches use `over_batches(hvp(loss))(params, loader)`"
         if _is_many(batch)
         else "use `composed(outputs, criterion)` for any other batch"
     )
     raise TypeError(
-        f"a supervised loss takes batches (inputs, targets), and got a {type(batch).__name__}"
+        f"a supervised loss takes a batch (inputs, targets), but got a {type(batch).__name__}"
         f"{size}: {remedy}"
     )
 
 
 def _is_many(batch: Any) -> bool:
-    """Whether it is batches (inputs, targets), not one."""
+    """Return whether ``batch`` is a loader or a sequence of pairs instead of one pair."""
     return isinstance(batch, DataLoader) or (
         isinstance(batch, (tuple, list))
         and bool(batch)
-        and all(isinstance(one, (tuple, list)) and len(one) == 2 for one in batch)
+        and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in batch)
     )
 
 
 @validated
 def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
-    """A loss of some of the parameters alone; the others stay as they are.
+    """Return the loss as a function of some parameters, with the others held fixed.
 
     Args:
-        loss: of all parameters. A `Loss` gives a `Loss`.
-        rest: the parameters that are held, as `split` returns them. They are not copied: writes
-            through ``.data`` or NumPy are not seen, so make loss and matvec again after those.
+        loss: Loss of all parameters. A `Loss` gives a `Loss`.
+        rest: Parameters to hold fixed, as returned by `split`. They are not copied. Writes through
+            ``.data`` or NumPy are not detected: make the loss and the matvec again after them.
+
+    Returns:
+        Loss ``(chosen, batch) -> scalar``.
 
     Raises:
-        RuntimeError: (from the loss) a held parameter has changed in place since.
+        RuntimeError: If a fixed parameter has changed in place; raised by the returned loss.
     """
     if not rest:
         return loss
@@ -162,7 +169,7 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
 
 
 def _of_whole(loss: LossFunction, whole: Callable[[Tree], Tree]) -> LossFunction:
-    """The loss of a part of the parameters, from which ``whole`` makes all of them."""
+    """Return the loss of some parameters, which ``whole`` extends to all parameters."""
     if isinstance(loss, Loss):
         outputs = loss.outputs
         return Loss(lambda part, batch: outputs(whole(part), batch), loss.criterion)
@@ -173,35 +180,42 @@ def _of_whole(loss: LossFunction, whole: Callable[[Tree], Tree]) -> LossFunction
 def sliced(
     loss: LossFunction, params: Mapping[str, Tensor], slices: Mapping[str, Any], /
 ) -> tuple[LossFunction, dict[str, Tensor]]:
-    """A loss of slices of some parameters alone, such as one attention head, and these slices.
+    """Return the loss as a function of slices of some parameters, and these slices.
+
+    A slice may be one attention head, for instance. All other entries are held fixed.
 
     Args:
-        loss: of all parameters. A `Loss` gives a `Loss`.
-        params: all parameters, a flat dict.
-        slices: for each parameter that is cut, any index that tensors take: ``slice(0, 8)``,
-            ``numpy.s_[:, 0:8]``, a list of rows. All else is held fixed.
+        loss: Loss of all parameters. A `Loss` gives a `Loss`.
+        params: Flat dict of all parameters.
+        slices: Index for each parameter that is sliced. Any index that tensors accept:
+            ``slice(0, 8)``, ``numpy.s_[:, 0:8]`` or a list of rows.
 
     Returns:
-        ``(loss, chosen)``, with ``chosen`` a dict of the cut tensors.
+        ``(loss, chosen)``, where ``chosen`` is a dict of the sliced tensors.
 
     Raises:
-        ValueError: There is no parameter of that name; a slice is no index of it, is empty, or
-            names an entry twice.
+        ValueError: If no parameter has a given name, or if a slice is not a valid index, is empty
+            or contains an entry twice.
     """
     if not slices:
-        raise ValueError("slices is empty: name a parameter, and which part of it")
+        raise ValueError("slices is empty: pass for instance slices={'0.weight': slice(0, 8)}")
     if unknown := sorted(set(slices) - set(params)):
-        raise ValueError(f"there is no parameter named {', '.join(unknown)}")
+        raise ValueError(
+            f"there is no parameter named {', '.join(unknown)} among {first_of(list(params))}"
+        )
     fixed = {name: leaf.detach() for name, leaf in params.items()}
     places = {name: _places(name, fixed[name], index) for name, index in slices.items()}
     for name, place in places.items():
         if not len(place) or len(place.unique()) < len(place):
-            raise ValueError(f"the slice of {name!r} is empty or names an entry twice")
+            raise ValueError(
+                f"the slice of {name!r} is empty or contains an entry twice: pass distinct "
+                f"indices, such as slices={{{name!r}: slice(0, 1)}}"
+            )
     refuse_if_changed = unchanged(tuple(fixed), list(fixed.values()))
 
     def whole(chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         refuse_if_changed()
-        # Out of place, for forward mode.
+        # Forward mode needs `index_put` out of place: the fixed tensors carry no tangents.
         changed = {
             name: fixed[name]
             .flatten()
@@ -216,11 +230,12 @@ def sliced(
 
 
 def _places(name: str, leaf: Tensor, index: Any) -> Tensor:
-    """The numbers of the entries of a flat leaf that an index chooses."""
+    """Return the positions in the flat leaf of the entries that an index chooses."""
     try:
-        found = torch.arange(leaf.numel(), device=leaf.device).view(leaf.shape)[index]
+        positions = torch.arange(leaf.numel(), device=leaf.device).view(leaf.shape)[index]
     except (IndexError, TypeError, ValueError) as error:
         raise ValueError(
-            f"slices[{name!r}] is no index of a tensor of shape {tuple(leaf.shape)}: {error}"
+            f"slices[{name!r}] is not a valid index of a tensor of shape {tuple(leaf.shape)}: "
+            f"{error}"
         ) from None
-    return found.flatten()
+    return positions.flatten()

@@ -1,4 +1,4 @@
-"""How much memory is left, and how much is taken."""
+"""Measure free memory, and the memory that a computation needs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from hessfunc.trees import leaves, tree_map
 
 
 def available_memory(device: torch.device, /) -> int:
-    """The bytes that this process may still take: of the GPU, or of the machine or its cgroup."""
+    """Return the bytes that this process may still allocate on a device.
+
+    On a CPU, the limit is the free memory of the machine or of the control group, divided by the
+    number of local processes that ``torchrun`` started.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     limit, used = _control_group("memory.max"), _control_group("memory.current")
     free = _of_machine()
     if limit is not None and used is not None:
         free = max(0, min(free, limit - used))
-    # torchrun says how many processes share the machine.
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -43,13 +46,13 @@ def _control_group(entry: str) -> int | None:
 
 
 class Footprint(TorchDispatchMode):
-    """What a computation takes: its peak of memory, and its operations and their sizes.
+    """Dispatch mode that records the memory and the operations of a computation.
 
     Attributes:
-        now: Bytes of the tensors that were made inside and are alive.
-        peak: Largest value of ``now`` so far.
+        now: Bytes of the live tensors that were allocated inside the mode.
+        peak: Largest value of ``now`` so far, in bytes.
         largest: Bytes of the largest single tensor.
-        operations: Number of operations that made new tensors; views do not count.
+        operations: Number of operations that returned new tensors; views do not count.
         entries: Number of entries that these operations wrote.
     """
 
@@ -69,7 +72,7 @@ class Footprint(TorchDispatchMode):
             self.operations += 1
             self.entries += sum(x.numel() for x in leaves(out) if isinstance(x, Tensor))
         for storage in _storages(out):
-            # A view of what was made outside is not new.
+            # A view of an argument shares its storage, and allocates nothing.
             if storage._cdata not in given:
                 self._hold(storage)
         return out
@@ -94,21 +97,29 @@ def _storages(found: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def _with_memory(value: Any) -> Any:
-    # Forward mode's symbolic zeros have none, and below a dispatch mode kernels would read it.
+    # The symbolic zeros of forward mode have no storage. Below a dispatch mode, kernels would
+    # read it nevertheless.
     if isinstance(value, Tensor) and value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     return value
 
 
-# The entries of the largest intermediate result of what is done in parts.
+# Largest number of entries of an intermediate result that is computed in parts.
 AT_ONCE = 2**24
 
 
 def refuse_unless_fits(entries: int, like: Tensor, what: str, instead: str, /) -> None:
-    """Raise before a matrix is made that memory does not hold."""
+    """Raise MemoryError if a tensor with this many entries does not fit in free memory.
+
+    Args:
+        entries: Number of entries of the tensor.
+        like: Tensor with the same dtype and device.
+        what: Subject of the message, such as ``"the matrix"``.
+        instead: Advice at the end of the message.
+    """
     size, free = entries * like.element_size(), available_memory(like.device)
     if size > free:
         raise MemoryError(
-            f"{what} takes {size / 2**30:.1f} GiB at once, and {free / 2**30:.1f} GiB are free: "
+            f"{what} takes {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free: "
             f"{instead}"
         )

@@ -1,4 +1,4 @@
-"""``nn.Module`` -> pure functions of the parameters."""
+"""Turn modules into pure functions of their parameters."""
 
 from __future__ import annotations
 
@@ -35,36 +35,39 @@ def functional(
     dtype: torch.dtype | None = None,
     recompute: str | None = None,
 ) -> tuple[Callable[[Tree, Any], Any], dict[str, Tensor]]:
-    """A pure function of a module's parameters, and these parameters.
+    """Return a module as a pure function of its parameters, and these parameters.
 
-    ``model_fn(params, inputs)`` takes inputs that are a tensor, a tuple (positional arguments), a
-    mapping (keyword arguments) or anything else, such as a named tuple (one argument), and returns
-    what the module returns. The module is never changed: buffers are cloned inside each call, so
-    that BatchNorm works in train mode too. The training flag of each submodule is read once, here.
+    ``model_fn(params, inputs)`` returns what the module returns. A tuple of inputs is passed as
+    positional arguments and a mapping as keyword arguments. Any other value, such as a tensor or a
+    named tuple, is one argument.
+
+    The module is never changed. Each call clones the buffers, so BatchNorm also works in train
+    mode. The training flag of each submodule is read once, when `functional` is called.
 
     Parameters that are not among ``params``, such as frozen ones, are read from the module in each
-    call, and are not copied, as copies would double the memory of a large model. A matvec refuses
-    its products once they have changed in place, but torch does not see writes through ``.data``
-    or NumPy: make the matvec again after those.
+    call. They are not copied, because copies would double the memory of a large model. A matvec
+    raises an error once they have changed in place. Writes through ``.data`` or NumPy are not
+    detected: make the matvec again after them.
 
     Args:
-        model: the module.
-        trainable_only: leave parameters that do not require a gradient out of ``params``.
-        dtype: in which the model is evaluated, such as ``torch.bfloat16``; params, buffers and
-            inputs are cast inside the function and outputs back, so that params, loss and vectors
-            stay in their own. None: as it is.
-        recompute: a glob over module names (``"model.layers.*"``). Their activations are not kept
-            for the derivatives but computed again, so that a deep model's graph fits in memory;
-            `recomputed` does it for any function.
+        model: Module to convert.
+        trainable_only: Whether to leave parameters that do not require a gradient out of
+            ``params``.
+        dtype: Dtype in which the model is evaluated, such as ``torch.bfloat16``. ``model_fn``
+            casts params, buffers and inputs to it and casts outputs back, so that params, loss and
+            vectors keep their own dtype. None evaluates the model without casts.
+        recompute: Glob over the names of modules (``"model.layers.*"``) whose activations are
+            recomputed for the derivatives instead of kept. The graph of a deep model then fits in
+            memory. `recomputed` does the same for any function.
 
     Returns:
-        ``(model_fn, params)``, with ``params`` a dict in the order of ``named_parameters``: a tied
-        tensor stands there once, and each is a detached view of the module's own.
+        ``(model_fn, params)``. ``params`` is a dict of detached views of the parameters, in the
+        order of ``named_parameters``; tied parameters appear once.
 
     Raises:
-        ValueError: there is no parameter left, or no module to recompute.
-        NotImplementedError: the module is sharded by `fully_shard`, or wrapped in `DataParallel`,
-            `DistributedDataParallel` or `torch.jit`.
+        ValueError: If no parameter is left, or if no module matches ``recompute``.
+        NotImplementedError: If the module is sharded by `fully_shard`, or wrapped in
+            `DataParallel`, `DistributedDataParallel` or `torch.jit`.
     """
     _refuse_if_fully_sharded(model)
     _refuse_wrapped(model)
@@ -75,8 +78,8 @@ def functional(
     }
     if not params:
         raise ValueError(
-            f"{type(model).__name__} has no trainable parameter: set `requires_grad`, or pass "
-            "`trainable_only=False`"
+            f"{type(model).__name__} has no trainable parameter: call "
+            "`model.requires_grad_(True)`, or pass `trainable_only=False`"
         )
     training = [(module, module.training) for module in model.modules()]
     segments = [] if recompute is None else segments_of(model, recompute)
@@ -94,7 +97,7 @@ def functional(
         if batch_statistics and _SEVERAL_BATCHES.get():
             raise ValueError(
                 f"BatchNorm {batch_statistics[0]!r} uses the statistics of each batch, so the "
-                "result would depend on how the data is cut into batches: call `model.eval()` "
+                "result would depend on how the data is divided into batches: call `model.eval()` "
                 "before `functional(model)`, or use one batch"
             )
         note_read((n, p) for n, p in model.named_parameters() if n not in params)
@@ -119,11 +122,11 @@ def functional(
 
 
 def _unlike(params: object, named: Collection[str]) -> Exception:
-    """The error of params that are not those of the model."""
+    """Return the error for params that are not the parameters of the model."""
     if not isinstance(params, Mapping):
         return TypeError(
-            f"params is a {type(params).__name__}, and not the dict of named parameters that "
-            "`functional(model)` returns"
+            f"params is a {type(params).__name__}, not a dict of named parameters: pass the "
+            "params of `model_fn, params = functional(model)`"
         )
     others = [str(name) for name in params if name not in named]
     return ValueError(
@@ -136,9 +139,9 @@ def _refuse_if_fully_sharded(model: nn.Module) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
         raise NotImplementedError(
-            f"{type(model).__name__} is sharded by `fully_shard`, which knows the module's own "
-            "parameters alone and first derivatives alone: take `hvp_by_backward(model, loss)`; or "
-            "`unsharded(model)`, with `functional` of the same module before it was sharded"
+            f"{type(model).__name__} is sharded by `fully_shard`, which supports neither other "
+            "parameters nor second derivatives: use `hvp_by_backward(model, loss)`, or "
+            "`params = unsharded(model)` with `functional` of an unsharded copy of the module"
         )
 
 
@@ -150,21 +153,21 @@ def _refuse_wrapped(model: nn.Module) -> None:
         ):
             raise NotImplementedError(
                 f"{place} is a {type(module).__name__}, which copies its parameters to devices or "
-                f"averages gradients by itself: take `functional({place}.module)`, the plain "
-                "module, and `over_batches(..., mesh=...)` for several processes"
+                f"averages gradients by itself: use `functional({place}.module)`, and "
+                "`over_batches(..., mesh=mesh)` for several processes"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise NotImplementedError(
-                f"{place} is a {type(module).__name__}, compiled by torch.jit, whose parameters "
-                "cannot be replaced: take the plain module that it was made from"
+                f"{place} is a {type(module).__name__}, and the parameters of a module compiled "
+                "by torch.jit cannot be replaced: pass the original nn.Module"
             )
 
 
 def _renormalises(model: nn.Module) -> bool:
-    """Whether a module has embeddings that are rescaled when they are looked up.
+    """Return whether a module has embeddings with ``max_norm``, which rescale looked-up rows.
 
     Raises:
-        NotImplementedError: If another module uses such a weight, too, and would see it rescaled.
+        NotImplementedError: If another module shares such a weight, and would see it rescaled.
     """
     chosen = [
         m
@@ -175,7 +178,7 @@ def _renormalises(model: nn.Module) -> bool:
     if any(uses[id(module.weight)] > 1 for module in chosen):
         raise NotImplementedError(
             "an embedding with `max_norm` shares its weight with another module, which would see "
-            "rows that are rescaled as they are looked up: set its `max_norm = None`"
+            "rows that the lookup has rescaled: set `embedding.max_norm = None`"
         )
     return bool(chosen)
 
@@ -183,7 +186,7 @@ def _renormalises(model: nn.Module) -> bool:
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    # A named tuple, such as a PackedSequence, is one argument.
+    # A named tuple, such as a PackedSequence, is a single argument.
     if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
         return tuple(inputs), {}
     return (inputs,), {}
@@ -197,7 +200,7 @@ def _cast(tree: Tree, dtype: torch.dtype) -> Tree:
 
 
 def _without_cudnn() -> AbstractContextManager[None]:
-    # cuDNN's recurrent layers have no second derivative; those of torch do.
+    # The recurrent layers of cuDNN have no second derivative; torch's own kernels have one.
     cudnn = torch.backends.cudnn
     return cudnn.flags(
         enabled=False,
@@ -209,14 +212,15 @@ def _without_cudnn() -> AbstractContextManager[None]:
 
 @contextmanager
 def _without_checkpointing() -> Iterator[None]:
-    # It would compute again in the backward pass, with the module's own parameters.
+    # torch.utils.checkpoint would recompute in the backward pass with the module's own parameters
+    # instead of ``params``.
     refusal = (
-        "torch.utils.checkpoint (gradient checkpointing) does not work under second derivatives: "
-        "turn it off, and take functional(model, recompute='model.layers.*') in its place"
+        "torch.utils.checkpoint (gradient checkpointing) does not support second derivatives: "
+        "turn it off, and use functional(model, recompute='model.layers.*') instead"
     )
     before = _saved_tensors_hooks_get_disabled_error_message()
-    # `disable_saved_tensors_hooks` fails where there are hooks already. Those are the user's own,
-    # such as save_on_cpu, and stay.
+    # `disable_saved_tensors_hooks` would raise if hooks are active. Those are the user's own, such
+    # as save_on_cpu, and stay.
     _saved_tensors_hooks_disable(refusal, fail_if_non_empty=False)
     try:
         yield
@@ -229,7 +233,7 @@ def _without_checkpointing() -> Iterator[None]:
 
 @contextmanager
 def training_flags(training: Sequence[tuple[nn.Module, bool]], /) -> Iterator[None]:
-    """Inside, each of these modules has this training flag."""
+    """Context manager that sets the training flag of each module, and restores it on exit."""
     changed = [module for module, flag in training if module.training != flag]
     for module in changed:
         module.training = not module.training
@@ -241,7 +245,7 @@ def training_flags(training: Sequence[tuple[nn.Module, bool]], /) -> Iterator[No
 
 
 def uses_batch_statistics(module: nn.Module, /) -> bool:
-    """Whether a module normalises by the statistics of the batch."""
+    """Return whether a module normalises by the statistics of the batch."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
         module.training or module.running_mean is None
     )
@@ -252,7 +256,7 @@ _SEVERAL_BATCHES: ContextVar[bool] = ContextVar("several batches", default=False
 
 @contextmanager
 def several_batches() -> Iterator[None]:
-    """Inside, a model is seen as one of a sum over batches: batch statistics are refused."""
+    """Context manager of a sum over several batches, in which batch statistics are refused."""
     token = _SEVERAL_BATCHES.set(True)
     try:
         yield
@@ -262,10 +266,11 @@ def several_batches() -> Iterator[None]:
 
 @validated
 def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, Tensor]:
-    """The parameters of a module of DTensors, such as `fully_shard` makes, whole on every rank.
+    """Return the parameters of a module of DTensors, gathered on every rank.
 
-    They have the names and the order of the module before it was sharded, and so are those of its
-    twin, a module of the same class that has never been sharded:
+    Modules sharded by `fully_shard` have such parameters. The returned dict has the names and the
+    order of the module before sharding, so it fits the function of an unsharded ``twin``, a module
+    of the same class:
 
         params = hf.unsharded(model)
         model_fn, _ = hf.functional(twin)
@@ -273,14 +278,14 @@ def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, 
         matvec = hf.over_batches(hf.hvp(loss), mesh=mesh)(params, loader)
         hf.lanczos(matvec, params, k=10, space=hf.sharded(params, mesh))
 
-    Buffers and frozen parameters are the twin's own: load them into it.
+    ``model_fn`` uses the buffers and frozen parameters of ``twin``, so load them into it first.
 
     Args:
-        model: the module; every rank calls this.
-        trainable_only: leave parameters that do not require a gradient out.
+        model: Sharded module. Every rank must call this function.
+        trainable_only: Whether to leave out parameters that do not require a gradient.
 
     Returns:
-        Copies, which later steps of an optimiser do not change.
+        Copies of the parameters, which later steps of an optimiser do not change.
 
     Cost: n numbers on every rank, gathered once.
     """
@@ -292,7 +297,7 @@ def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, 
 
 
 def eval_mode(model: nn.Module, /) -> AbstractContextManager[None]:
-    """Inside, the model is in eval mode; afterwards each of its modules is as it was."""
+    """Context manager that puts a model in eval mode and restores each training flag on exit."""
     return training_flags([(module, False) for module in model.modules()])
 
 
@@ -301,7 +306,11 @@ _READ: ContextVar[dict[int, tuple[str, Tensor]] | None] = ContextVar("read", def
 
 @contextmanager
 def parameters_read() -> Iterator[dict[int, tuple[str, Tensor]]]:
-    """Inside, the parameters that losses read beside those they are given are added to a dict."""
+    """Context manager that collects the parameters that losses read from modules.
+
+    Yields:
+        Dict of (name, parameter) by id, filled by `note_read`.
+    """
     read: dict[int, tuple[str, Tensor]] = {}
     token = _READ.set(read)
     try:
@@ -311,6 +320,6 @@ def parameters_read() -> Iterator[dict[int, tuple[str, Tensor]]]:
 
 
 def note_read(named: Iterable[tuple[str, Tensor]], /) -> None:
-    """Show parameters, with their names, to `parameters_read`."""
+    """Report parameters, with their names, to `parameters_read`."""
     if (read := _READ.get()) is not None:
         read |= {id(parameter): (name, parameter) for name, parameter in named}

@@ -1,4 +1,4 @@
-"""The precision in which scalars are accumulated."""
+"""Precision of accumulated scalars and of products."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import torch
 
 
 def wide_dtype(device: torch.device, /) -> torch.dtype:
-    """float64, where the device has it."""
+    """Return float64, or float32 on MPS devices, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-# Coarser products come from leaves of 16 bits: those are rounded once, not in every sum.
+# A larger eps belongs to 16-bit leaves. Sums over them accumulate in float32, so that only the
+# result is rounded to 16 bits.
 _HALF_PRECISION = 1e-4
 
 
 def rounding(eps: float, largest: float, /) -> float:
-    """The size of the rounding error of a product with a unit vector.
+    """Return the expected rounding error of the product with a unit vector.
 
     Args:
-        eps: of the dtype in which products are made.
-        largest: the largest absolute eigenvalue, as far as it is known.
+        eps: Machine epsilon of the dtype of the products.
+        largest: Estimate of the largest absolute eigenvalue.
     """
     return (30 if eps < _HALF_PRECISION else 2) * eps * largest

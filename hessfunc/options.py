@@ -1,8 +1,9 @@
-"""Arguments of public functions, checked and normalised where they come in.
+"""Validation of the arguments of public functions.
 
-An argument of one name means the same in every public function. `ARGUMENTS` says for each name
-what is accepted: `validated` applies it, so that a function sees plain ints, floats, bools and
-strings, and so that a wrong argument is named in one sentence. Ranges are checked by the functions.
+Arguments with the same name have the same meaning in every public function. `ARGUMENTS` maps each
+name to a check that normalises accepted values and raises for others. The decorator `validated`
+applies the checks, so that functions see plain ints, floats, bools and strings. Each function
+checks the ranges of its arguments itself.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# (name, value) -> the normalised value.
+# Function (name, value) -> normalised value, which raises for a wrong value.
 Check: TypeAlias = Callable[[str, Any], Any]
 # Options of every run of an algorithm.
 RUN = ("seed", "space", "callback", "checkpoint")
-# Arguments that each rank of one run has of its own; a checkpoint is compared by its contents.
+# Arguments that may differ between the ranks of a run.
 _OF_ONE_RANK = frozenset({"callback", "space", "mesh"})
 
 
@@ -42,14 +43,15 @@ def validated(function: Callable[P, R], /) -> Callable[P, R]: ...
 @overload
 def validated(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def validated(function: Any = None, /, **own: Check) -> Any:
-    """Check and normalise the arguments of a function by their names.
+    """Decorate a function so that its arguments are checked and normalised by name.
 
-    None passes where it is the default. Where the arguments belong to vectors or products that are
-    divided among ranks, an argument that is wrong or different on one rank raises on every rank.
+    None is accepted for an argument whose default is None. If the vectors or products are divided
+    among ranks, an argument that is wrong on one rank or differs between ranks raises on every
+    rank.
 
     Args:
-        function: Function to wrap; None for a decorator.
-        own: Checks of arguments that mean something else in this function.
+        function: Function to wrap. None returns a decorator.
+        own: Checks that replace those of `ARGUMENTS` for this function.
     """
     if function is None:
         return functools.partial(validated, **own)
@@ -76,16 +78,16 @@ def validated(function: Any = None, /, **own: Check) -> Any:
     has_run = "seed" in by_name and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def checked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        found = [check(name, value) for (name, check), value in zip(ordered, args, strict=False)]
-        beyond = args[len(found) :]
+        values = [check(name, value) for (name, check), value in zip(ordered, args, strict=False)]
+        beyond = args[len(values) :]
         if has_run and (unknown := kwargs.keys() - by_name):
             raise TypeError(
                 f"{function.__name__} has no option {min(unknown)!r}: choose one of "
                 f"{', '.join(sorted(by_name))}"
             )
-        # Arguments that the function does not have are left to Python's own message.
-        found += beyond if rest is None else [rest[1](rest[0], value) for value in beyond]
-        return found, {
+        # For unknown arguments, the call below raises Python's own error.
+        values += beyond if rest is None else [rest[1](rest[0], value) for value in beyond]
+        return values, {
             name: by_name[name](name, value) if name in by_name else value
             for name, value in kwargs.items()
         }
@@ -112,7 +114,10 @@ def validated(function: Any = None, /, **own: Check) -> Any:
 def _together(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Ranks, torch.device] | None:
-    """Return the ranks that call a function together, as far as its arguments show them."""
+    """Return the ranks that call a function together, and their device; None for a single one.
+
+    Ranks are recognised by a ``space``, a matvec with ``ranks`` or a DTensor among the arguments.
+    """
     space = kwargs.get("space")
     if space is not None and getattr(space, "ranks", None) is not None:
         return space.ranks, space.device
@@ -123,7 +128,7 @@ def _together(
             continue
         for leaf in leaves(value):
             if hasattr(leaf, "device_mesh"):
-                # torch.distributed takes a while to import.
+                # The import of torch.distributed is slow.
                 from hessfunc.ranks import Ranks
 
                 return Ranks.apart(leaf.device_mesh), leaf.device
@@ -131,14 +136,17 @@ def _together(
 
 
 def _outline(name: str, value: Any) -> Any:
-    """What ranks can compare of an argument."""
+    """Return a plain value that represents an argument when ranks compare it.
+
+    A checkpoint is represented by "given", because ranks later compare its contents.
+    """
     if value is None or (isinstance(value, bool | int | float | str) and name != "checkpoint"):
         return value
     return str(value) if isinstance(value, torch.dtype) else "given"
 
 
 def or_none(check: Check, /) -> Check:
-    """The check of an argument that may be None where that is not the default."""
+    """Return a check that also accepts None, for arguments with another default."""
     return functools.partial(_optional, check)
 
 
@@ -147,7 +155,7 @@ def _optional(check: Check, name: str, value: Any) -> Any:
 
 
 def described(value: object, /) -> str:
-    """A value in a few words, for a message."""
+    """Describe a value in a few words for a message."""
     match value:
         case Tensor():
             return f"a tensor of shape {tuple(value.shape)}"
@@ -169,14 +177,14 @@ def described(value: object, /) -> str:
 
 
 def _refused(name: str, value: object, due: str, remedy: str) -> TypeError:
-    return TypeError(f"{name} must be {due}, and is {described(value)}: {remedy}")
+    return TypeError(f"{name} must be {due}, not {described(value)}: {remedy}")
 
 
-# Numbers, flags and words
+# Numbers, flags and strings
 
 
 def _scalar(value: Any) -> Any:
-    """A scalar of NumPy or torch as Python's own; anything else as given."""
+    """Convert a scalar of NumPy or torch to a Python scalar; return other values unchanged."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         return value.item()
     if isinstance(value, Tensor) and value.dim() == 0 and not _is_meta(value):
@@ -185,16 +193,18 @@ def _scalar(value: Any) -> Any:
 
 
 def _is_bool(value: object) -> bool:
-    # A bool is an int of Python's, and no number here.
     return isinstance(value, bool)
 
 
 def whole_number(name: str, value: Any, /) -> int:
-    """An int of Python, NumPy or torch, and no bool."""
+    """Return an integer of Python, NumPy or torch as an int; a bool is refused."""
     plain = _scalar(value)
     if isinstance(plain, Integral) and not _is_bool(plain):
         if abs(int(plain)) >= 2**63:
-            raise ValueError(f"{name} has {int(plain).bit_length()} bits: it must be below 2^63")
+            raise ValueError(
+                f"{name} has {int(plain).bit_length()} bits: pass an integer below 2^63, for "
+                f"instance {name}=0"
+            )
         return int(plain)
     if isinstance(plain, float):
         example = f"{plain:.0f}" if math.isfinite(plain) else "10"
@@ -204,7 +214,7 @@ def whole_number(name: str, value: Any, /) -> int:
 
 
 def finite(name: str, value: Any, /) -> float:
-    """A finite float or int of Python, NumPy or torch."""
+    """Return a finite real number of Python, NumPy or torch as a float."""
     plain = _scalar(value)
     if not isinstance(plain, Real) or _is_bool(plain):
         example = "0.1"
@@ -217,12 +227,12 @@ def finite(name: str, value: Any, /) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{name}={number}: it must be finite")
+        raise ValueError(f"{name}={number}: it must be finite, such as {name}=0.1")
     return number
 
 
 def real(name: str, value: Any, /) -> float:
-    """A float or int of Python, NumPy or torch; the function says whether it must be finite."""
+    """Return a real number, which may be infinite or NaN, as an int or a float."""
     plain = _scalar(value)
     if isinstance(plain, float) and not math.isfinite(plain):
         return plain
@@ -231,7 +241,7 @@ def real(name: str, value: Any, /) -> float:
 
 
 def reals(name: str, value: Any, /) -> Tensor:
-    """Real numbers of any shape, as a tensor in float64 on the CPU."""
+    """Return real numbers of any shape as a float64 tensor on the CPU."""
     plain = _scalar(value)
     if isinstance(plain, Real):
         return torch.tensor(real(name, plain), dtype=torch.float64, device="cpu")
@@ -243,36 +253,36 @@ def reals(name: str, value: Any, /) -> Tensor:
     if isinstance(value, Tensor) and value.layout != torch.strided:
         raise TypeError(f"{name} has the layout {value.layout}: pass {name}.to_dense()")
     if isinstance(value, Sequence):
-        # Nested lists of unequal lengths, or of other things than numbers, have no dtype.
+        # Conversion fails for nested lists of unequal lengths or with other objects than numbers.
         with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
             value = np.asarray(value)
     if isinstance(value, Sequence):
         raise _refused(name, value, "an array of numbers", f"pass {name}=torch.linspace(-1, 1, 21)")
-    found = torch.as_tensor(finite_array(name, value)).detach()
-    return found.to(dtype=torch.float64, device="cpu")
+    array = torch.as_tensor(finite_array(name, value)).detach()
+    return array.to(dtype=torch.float64, device="cpu")
 
 
 def axes(name: str, value: Any, /) -> Any:
-    """Axes of matplotlib."""
+    """Return matplotlib Axes."""
     if hasattr(value, "plot") and hasattr(value, "figure"):
         return value
-    raise _refused(name, value, "Axes of matplotlib", "pass plt.gca(), or none for a new figure")
+    raise _refused(name, value, "matplotlib Axes", f"pass {name}=plt.gca(), or omit it")
 
 
 def panels(name: str, value: Any, /) -> list[Any]:
-    """One Axes, or several, such as those of ``plt.subplots``."""
+    """Return a list of matplotlib Axes, given one Axes or several, as from ``plt.subplots``."""
     if hasattr(value, "plot"):
         return [axes(name, value)]
     if isinstance(value, np.ndarray):
         value = value.ravel().tolist()
     items = value if isinstance(value, Tensor) else _items(value)
     if not isinstance(items, list):
-        raise _refused(name, value, "Axes of matplotlib", "pass those of plt.subplots(2, 2)[1]")
-    return [axes(f"each of {name}", one) for one in items]
+        raise _refused(name, value, "matplotlib Axes", f"pass {name}=plt.subplots(2, 2)[1]")
+    return [axes(f"each of {name}", item) for item in items]
 
 
 def rates(name: str, value: Any, /) -> Any:
-    """A number, or a mapping of steps to numbers."""
+    """Return a number, or a mapping of steps to numbers."""
     if isinstance(value, Mapping):
         return {
             finite(f"each step of {name}", step): finite(f"{name}[{step!r}]", rate)
@@ -282,14 +292,14 @@ def rates(name: str, value: Any, /) -> Any:
 
 
 def factor(name: str, value: Any, /) -> Any:
-    """A finite number, or a tensor of one number, which may carry a gradient."""
+    """Return a finite float, or a floating-point tensor without axes, which may need a gradient."""
     if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
         return value
     return finite(name, value)
 
 
 def flag(name: str, value: Any, /) -> bool:
-    """A bool of Python, NumPy or torch."""
+    """Return a bool of Python, NumPy or torch as a bool."""
     plain = _scalar(value)
     if isinstance(plain, bool):
         return plain
@@ -298,41 +308,46 @@ def flag(name: str, value: Any, /) -> bool:
 
 
 def text(name: str, value: Any, /) -> str:
-    """A string."""
+    """Return a string."""
     plain = _scalar(value)
     if isinstance(plain, str):
         return str(plain)
-    raise _refused(name, value, "a string", f"the documentation lists the choices of {name}")
+    raise _refused(name, value, "a string", f"the documentation lists the choices for {name}")
 
 
 def path(name: str, value: Any, /) -> Any:
-    """A path: a string or a ``pathlib.Path``."""
+    """Return a path, which is a string or a ``pathlib.Path``."""
     if isinstance(value, str | os.PathLike) and value != "":
         if "\0" in str(os.fspath(value)):
-            raise ValueError(f"{name}={os.fspath(value)!r}: a path has no NUL character")
+            raise ValueError(
+                f"{name}={os.fspath(value)!r} contains a NUL character: pass {name}='results', "
+                "for instance"
+            )
         return value
     raise _refused(name, value, "a path", f"pass {name}='results', or a pathlib.Path")
 
 
 def dtype(name: str, value: Any, /) -> torch.dtype:
-    """A dtype of torch."""
+    """Return a torch dtype."""
     if isinstance(value, torch.dtype):
         return value
-    raise _refused(name, value, "a dtype of torch", f"pass {name}=torch.float32, for instance")
+    raise _refused(name, value, "a torch.dtype", f"pass {name}=torch.float32, for instance")
 
 
 def device(name: str, value: Any, /) -> torch.device:
-    """A device of torch, or its name."""
+    """Return a torch device, given the device or its name; the meta device is refused."""
     if not isinstance(value, str | torch.device):
         raise _refused(name, value, "a device", f"pass {name}='cpu', for instance")
     with contextlib.suppress(RuntimeError):
-        if (found := torch.device(value)).type != "meta":
-            return found
-    raise ValueError(f"{name}={str(value)!r} is no device of torch with memory: pass {name}='cpu'")
+        if (known := torch.device(value)).type != "meta":
+            return known
+    raise ValueError(
+        f"{name}={str(value)!r} is not a torch device with memory: pass {name}='cpu', for instance"
+    )
 
 
 def _items(value: Any) -> list[Any] | None:
-    """The items of a collection with one axis; None for anything else."""
+    """Return the items of a one-dimensional collection; None for any other value."""
     if isinstance(value, np.ndarray | Tensor):
         return value.tolist() if value.ndim == 1 and not _is_meta(value) else None
     if isinstance(value, Collection | Iterator) and not isinstance(value, str | bytes | Mapping):
@@ -341,16 +356,16 @@ def _items(value: Any) -> list[Any] | None:
 
 
 def whole_numbers(name: str, value: Any, /) -> tuple[int, ...]:
-    """A collection of ints."""
+    """Return a collection of integers as a tuple of ints."""
     if (items := _items(value)) is not None:
-        return tuple(whole_number(f"each of {name}", one) for one in items)
+        return tuple(whole_number(f"each of {name}", item) for item in items)
     raise _refused(name, value, "a collection of whole numbers", f"pass {name}=(30, 60)")
 
 
 def numbers(name: str, value: Any, /) -> list[float]:
-    """A sequence of numbers."""
+    """Return a sequence of finite numbers as a list of floats."""
     if (items := _items(value)) is not None and not isinstance(value, set | frozenset):
-        return [finite(f"each of {name}", one) for one in items]
+        return [finite(f"each of {name}", item) for item in items]
     raise _refused(name, value, "a sequence of numbers", f"pass {name}=[1.0, 2.0]")
 
 
@@ -358,58 +373,61 @@ def numbers(name: str, value: Any, /) -> list[float]:
 
 
 def tree(name: str, value: Any, /) -> Any:
-    """A pytree of tensors."""
+    """Return a pytree of dense tensors with memory, unchanged."""
     if isinstance(value, nn.Module):
-        remedy = "pass its parameters, `model_fn, params = hessfunc.functional(model)`"
+        remedy = "pass params of `model_fn, params = hessfunc.functional(model)`"
         raise _refused(name, value, "a tree of tensors", remedy)
     if isinstance(value, Iterator):
         remedy = "pass a dict, such as dict(model.named_parameters())"
         raise _refused(name, value, "a tree of tensors", remedy)
     if isinstance(value, np.ndarray):
         raise _refused(name, value, "a tree of tensors", f"pass {name}=torch.from_numpy(array)")
-    found = leaves(value)
-    for leaf in found:
+    tensors = leaves(value)
+    for leaf in tensors:
         if not isinstance(leaf, Tensor):
             where = value if leaf is value else leaf
             inside = "" if leaf is value else "a tree with "
             raise TypeError(
-                f"{name} must be a tree of tensors, and is {inside}{described(where)}: pass a "
+                f"{name} must be a tree of tensors, not {inside}{described(where)}: pass a "
                 "tensor, or a (nested) dict, list or tuple of tensors"
             )
         if leaf.device.type == "meta":
-            raise ValueError(f"{name} lies on the meta device, without numbers: move it to another")
+            raise ValueError(
+                f"{name} is on the meta device, which stores no numbers: load it on another "
+                "device, for instance device='cpu'"
+            )
         if leaf.layout != torch.strided:
             raise TypeError(f"{name} has a leaf of layout {leaf.layout}: pass leaf.to_dense()")
-    if not found:
+    if not tensors:
         raise ValueError(
             f"{name} is {described(value)} without tensors: pass the parameters, such as "
-            "dict(model.named_parameters()); are all of them frozen?"
+            "dict(model.named_parameters()), and check that not all of them are frozen"
         )
     return value
 
 
 def mapping(name: str, value: Any, /) -> Any:
-    """A mapping of names to tensors, or to further mappings."""
+    """Return a mapping of names to tensors or to further mappings, unchanged."""
     if isinstance(value, Mapping):
         return tree(name, value) if value else value
     raise _refused(
         name,
         value,
         "a dict of names and tensors",
-        "pass the parameters that `hessfunc.functional(model)` returns, or "
+        "pass params of `model_fn, params = hessfunc.functional(model)`, or "
         "dict(model.named_parameters())",
     )
 
 
 def indices(name: str, value: Any, /) -> Any:
-    """A mapping of names to indices of tensors."""
+    """Return a mapping of names to tensor indices, unchanged."""
     if isinstance(value, Mapping):
         return value
     raise _refused(name, value, "a dict", f"pass {name}={{'0.weight': slice(0, 8)}}")
 
 
 def coordinates(name: str, value: Any, /) -> Any:
-    """The coordinates on every axis, or those of each axis."""
+    """Return one tensor of coordinates for all axes, or a list with one tensor per axis."""
     if isinstance(value, np.ndarray | Tensor) and not _is_meta(value):
         return torch.as_tensor(finite_array(name, value))
     if isinstance(value, list | tuple) and value:
@@ -421,30 +439,33 @@ def coordinates(name: str, value: Any, /) -> Any:
 
 
 def finite_array(name: str, value: Any, /) -> Any:
-    """An array, tensor or sequence of real numbers."""
+    """Return an array, tensor or sequence of real numbers."""
     if isinstance(value, Sequence):
         return numbers(name, value)
     kind = value.dtype
     real = kind.kind in "fiu" if isinstance(value, np.ndarray) else not kind.is_complex
     if real and kind not in (torch.bool,):
         return value
-    raise _refused(name, value, "of real numbers", f"its dtype is {kind}")
+    raise _refused(name, value, "an array of real numbers", f"its dtype is {kind}")
 
 
 def _is_sparse(value: object) -> bool:
-    """Whether a value is a matrix or an operator of SciPy."""
+    """Return whether a value is a SciPy matrix or operator."""
     return hasattr(value, "tocsr") or hasattr(value, "matmat")
 
 
 def _is_meta(value: object) -> bool:
-    """Whether a value is a tensor without numbers."""
+    """Return whether a value is a tensor on the meta device."""
     return isinstance(value, Tensor) and value.device.type == "meta"
 
 
 def tensor(name: str, value: Any, /) -> Tensor:
-    """A tensor."""
+    """Return a tensor with memory."""
     if _is_meta(value):
-        raise ValueError(f"{name} lies on the meta device, without numbers: move it to another")
+        raise ValueError(
+            f"{name} is on the meta device, which stores no numbers: load it on another device, "
+            "for instance device='cpu'"
+        )
     if isinstance(value, Tensor):
         return value
     remedy = "pass torch.as_tensor(array)" if isinstance(value, np.ndarray) else "pass a tensor"
@@ -454,8 +475,8 @@ def tensor(name: str, value: Any, /) -> Tensor:
 
 
 def batches(name: str, value: Any, /) -> Any:
-    """A list of batches, or a loader."""
-    # Sequences of the old protocol have places, and no iterator of their own.
+    """Return an iterable of batches, such as a list or a loader."""
+    # A sequence may define only `__getitem__`; `iter` accepts it nevertheless.
     readable = isinstance(value, Iterable) or hasattr(value, "__getitem__")
     other = isinstance(value, str | bytes | nn.Module | type) or _is_sparse(value)
     if not readable or other or getattr(value, "ndim", 1) == 0:
@@ -464,7 +485,7 @@ def batches(name: str, value: Any, /) -> Any:
 
 
 def eigenpairs(name: str, value: Any, /) -> Any:
-    """Eigenpairs, or another object with ``values`` and ``vectors``."""
+    """Return eigenpairs: any object with ``values`` and ``vectors``."""
     if isinstance(getattr(value, "values", None), Tensor) and hasattr(value, "vectors"):
         return value
     remedy = "pass the result of hessfunc.lanczos(matvec, params, k=10)"
@@ -472,104 +493,104 @@ def eigenpairs(name: str, value: Any, /) -> Any:
 
 
 def several_eigenpairs(name: str, value: Any, /) -> Any:
-    """Eigenpairs, or a sequence of them."""
+    """Return eigenpairs, or a list of several."""
     if isinstance(value, list | tuple):
-        return [eigenpairs(f"each of {name}", one) for one in value]
+        return [eigenpairs(f"each of {name}", pairs) for pairs in value]
     return eigenpairs(name, value)
 
 
 def estimates(name: str, value: Any, /) -> Any:
-    """A sequence of estimates."""
+    """Return a nonempty sequence of estimates."""
     remedy = "pass the results of hessfunc.hutchinson, one for each seed"
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         if not value:
             raise ValueError(f"{name} is empty: {remedy}")
-        for one in value:
-            if not hasattr(one, "samples"):
-                raise _refused(f"each of {name}", one, "an Estimate", remedy)
+        for estimate in value:
+            if not hasattr(estimate, "samples"):
+                raise _refused(f"each of {name}", estimate, "an Estimate", remedy)
         return value
     raise _refused(name, value, "a list of Estimates", remedy)
 
 
 def space(name: str, value: Any, /) -> Any:
-    """A space of vectors, as `sharded` returns it."""
-    # Spaces stand above this module, so that their public functions can be validated.
+    """Return a vector space, as returned by `sharded`."""
+    # The public functions of `spaces` are validated, so this module cannot import `spaces`.
     if hasattr(value, "tree_leaves") and hasattr(value, "ranks"):
         return value
     raise _refused(name, value, "a Space", "pass hessfunc.sharded(params, mesh)")
 
 
 def module(name: str, value: Any, /) -> nn.Module:
-    """A module."""
+    """Return a module."""
     if isinstance(value, nn.Module):
         return value
-    remedy = "pass the torch.nn.Module itself, whose parameters are then returned as `params`"
+    remedy = "pass the torch.nn.Module itself"
     raise _refused(name, value, "a module", remedy)
 
 
 def optimizer(name: str, value: Any, /) -> torch.optim.Optimizer:
-    """An optimiser of torch."""
+    """Return a torch optimiser."""
     if isinstance(value, torch.optim.Optimizer):
         return value
-    raise _refused(name, value, "an optimiser of torch.optim", f"pass {name}=optimizer")
+    raise _refused(name, value, "a torch.optim.Optimizer", f"pass {name}=optimizer")
 
 
 def pattern(name: str, value: Any, /) -> Any:
-    """A glob over names, several of them, or a predicate."""
+    """Return a glob over names, a list of names or globs, or a predicate (name, tensor)."""
     if isinstance(value, str):
         return str(value)
     if _is_function(value, 2):
         return value
-    if (items := _items(value)) is not None and all(isinstance(one, str) for one in items):
+    if (items := _items(value)) is not None and all(isinstance(item, str) for item in items):
         return items
     due = "a glob, a list of names or a predicate"
     raise _refused(name, value, due, f"pass {name}='layer1.*', for instance")
 
 
 def selection(name: str, value: Any, /) -> Any:
-    """A glob over names of modules, a type of module or several, or a predicate."""
+    """Return a glob over module names, a module type or a tuple of types, or a predicate."""
     if isinstance(value, str):
         return str(value)
     types_ = value if isinstance(value, tuple) and value else (value,)
-    if all(isinstance(one, type) and issubclass(one, nn.Module) for one in types_):
+    if all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in types_):
         return value
     if _is_function(value, 2):
         return value
-    due = "a glob over the names of modules, a type of module or a predicate"
+    due = "a glob over module names, a module type or a predicate"
     raise _refused(name, value, due, f"pass {name}='layer1.*' or {name}=torch.nn.Linear")
 
 
 def groups(name: str, value: Any, /) -> dict[str, list[str]]:
-    """A mapping of names to lists of names."""
+    """Return a mapping of group names to lists of names."""
     fits = isinstance(value, Mapping) and all(_items(names) is not None for names in value.values())
     if not fits:
         due = "a dict of groups of names"
         raise _refused(name, value, due, f"pass {name}={{'first': ['0.weight', '0.bias']}}")
     return {
-        group: [text(f"each of {name}", one) for one in _items(names) or ()]
+        group: [text(f"each of {name}", item) for item in _items(names) or ()]
         for group, names in value.items()
     }
 
 
 def parts(name: str, value: Any, /) -> Any:
-    """A pattern, several of them, or a mapping of names to patterns."""
+    """Return a pattern, a list of patterns, or a mapping of names to patterns."""
     if isinstance(value, Mapping):
-        return {key: pattern(f"{name}[{key!r}]", one) for key, one in value.items()}
+        return {key: pattern(f"{name}[{key!r}]", chosen) for key, chosen in value.items()}
     if callable(value):
-        due = "patterns, or a dict of names and patterns"
+        due = "a list of patterns, or a dict of names and patterns"
         raise _refused(name, value, due, f"pass {name}={{'name': predicate}}")
     return pattern(name, value)
 
 
 def pair(name: str, value: Any, /) -> Any:
-    """Two values, such as inputs and targets."""
+    """Return a tuple or list of two values, such as inputs and targets."""
     if isinstance(value, tuple | list) and len(value) == 2:
         return value
     raise _refused(name, value, "a pair", f"pass {name}=(first, second)")
 
 
 def limits(name: str, value: Any, /) -> tuple[float, float]:
-    """A least and a largest number."""
+    """Return a lower and an upper limit as floats."""
     if isinstance(value, np.ndarray | Tensor) and value.ndim == 1:
         value = value.tolist()
     low, high = pair(name, value)
@@ -577,21 +598,21 @@ def limits(name: str, value: Any, /) -> tuple[float, float]:
 
 
 def writer(name: str, value: Any, /) -> Any:
-    """A folder, or a writer of TensorBoard."""
+    """Return the path of a folder, or a TensorBoard writer."""
     if hasattr(value, "add_scalar") and hasattr(value, "flush"):
         return value
     return path(name, value)
 
 
 def called(name: str, value: Any, /) -> Any:
-    """A function of any arguments, or a module."""
+    """Return a callable that is not a class."""
     if callable(value) and not isinstance(value, type):
         return value
     raise _refused(name, value, "a function", f"pass {name}=f, without calling it")
 
 
 def anything(name: str, value: Any, /) -> Any:
-    """A value that the function itself checks."""
+    """Return the value unchanged; the function itself checks it."""
     return value
 
 
@@ -599,7 +620,12 @@ def anything(name: str, value: Any, /) -> Any:
 
 
 def function_of(count: int, takes: str, /) -> Check:
-    """The check of a function of so many arguments, which is no module or class."""
+    """Return a check for functions with ``count`` arguments that are not modules or classes.
+
+    Args:
+        count: Number of positional arguments.
+        takes: Names of the arguments, for the message.
+    """
 
     def check(name: str, value: Any, /) -> Any:
         if _is_function(value, count):
@@ -610,7 +636,7 @@ def function_of(count: int, takes: str, /) -> Check:
 
 
 def criterion(name: str, value: Any, /) -> Any:
-    """A criterion: a function or a loss module of (outputs, targets)."""
+    """Return a criterion: a function or a loss module of (outputs, targets)."""
     due = "a criterion of (outputs, targets)"
     if isinstance(value, type):
         raise _refused(name, value, due, f"pass an instance, {name}={value.__name__}()")
@@ -620,7 +646,7 @@ def criterion(name: str, value: Any, /) -> Any:
 
 
 def _takes(value: Any, count: int) -> bool:
-    """Whether a callable takes so many arguments, as far as its signature says."""
+    """Return whether a callable accepts ``count`` arguments; True if it has no signature."""
     try:
         signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
     except (TypeError, ValueError):
@@ -633,7 +659,7 @@ def _takes(value: Any, count: int) -> bool:
 
 
 def _is_function(value: Any, count: int) -> bool:
-    """Whether a value is a function of so many arguments, and no module or class."""
+    """Return whether a value is a function with ``count`` arguments, not a module or class."""
     return callable(value) and not isinstance(value, nn.Module | type) and _takes(value, count)
 
 
@@ -642,12 +668,11 @@ def _is_loss(value: object) -> bool:
 
 
 def pure(name: str, value: Any, /) -> Any:
-    """A function of (params, inputs), and no module."""
+    """Return a function of (params, inputs) that is not a module."""
     if isinstance(value, nn.Module):
         raise TypeError(
-            f"{name}={type(value).__name__} is a module, and no function of (params, ...): make it "
-            "pure, `model_fn, params = functional(model)`, and take "
-            "`supervised(model_fn, criterion)`"
+            f"{name}={type(value).__name__} is a module, not a function of (params, ...): use "
+            "`model_fn, params = functional(model)` and `supervised(model_fn, criterion)`"
         )
     if _is_function(value, 2):
         return value
@@ -656,7 +681,7 @@ def pure(name: str, value: Any, /) -> Any:
 
 
 def loss(name: str, value: Any, /) -> Any:
-    """A function of (params, batch) that returns a scalar."""
+    """Return a function of (params, batch) that is not a module."""
     if isinstance(value, nn.Module):
         return pure(name, value)
     if _is_function(value, 2):
@@ -666,27 +691,27 @@ def loss(name: str, value: Any, /) -> Any:
 
 
 def curvature(name: str, value: Any, /) -> Any:
-    """A curvature function (params, batch) -> matvec."""
+    """Return a curvature function (params, batch) -> matvec."""
     due = "a curvature function of (params, batch)"
     remedy = "pass hessfunc.hvp(loss), for instance"
     if _is_loss(value):
         raise _refused(name, value, due, remedy)
     if not _is_function(value, 2):
         if _is_function(value, 1):
-            remedy += "; this function takes one argument, as a matvec does"
+            remedy += "; this function has one argument, like a matvec"
         raise _refused(name, value, due, remedy)
     return value
 
 
 def matvec(name: str, value: Any, /) -> Any:
-    """A function of a block of vectors."""
-    due = "a matvec, a function of a block of vectors"
+    """Return a matvec, a function of a vector block."""
+    due = "a matvec, a function of a vector block"
     if isinstance(value, nn.Module):
         raise _refused(
             name,
             value,
             due,
-            "make one, `model_fn, params = hessfunc.functional(model)` and "
+            "use `model_fn, params = hessfunc.functional(model)` and "
             "`hessfunc.hvp(hessfunc.supervised(model_fn, criterion))(params, batch)`",
         )
     if isinstance(value, Tensor):
@@ -696,15 +721,15 @@ def matvec(name: str, value: Any, /) -> Any:
     if not _is_function(value, 1):
         if _is_function(value, 2):
             raise TypeError(
-                f"{name} is a curvature function or a loss, and no matvec: call a curvature "
-                "function with (params, batch) to get one, `hvp(loss)(params, batch)`"
+                f"{name} is a curvature function or a loss, not a matvec: pass "
+                "`hvp(loss)(params, batch)`, for instance"
             )
         raise _refused(name, value, due, "pass hessfunc.hvp(loss)(params, batch), for instance")
     return value
 
 
 def factory(name: str, value: Any, /) -> Any:
-    """A function of a loss that returns a curvature function."""
+    """Return a function of a loss that returns a curvature function."""
     if _is_function(value, 1):
         return value
     remedy = f"pass {name}=hessfunc.hvp, without calling it"
@@ -712,25 +737,25 @@ def factory(name: str, value: Any, /) -> Any:
 
 
 def of_numpy(error: Exception, /) -> TypeError | None:
-    """The clearer error of a function of arrays that was given tensors; None for other errors."""
+    """Return a clearer error for a NumPy function that was called with tensors; None otherwise."""
     if "numpy" not in str(error) or "from_scipy" in str(error):
         return None
     return TypeError(
-        f"the function does not take tensors ({error}): pass a matrix of NumPy as "
-        "hessfunc.from_scipy(A), a function f as from_scipy(LinearOperator((n, n), f))"
+        f"the function does not accept tensors ({error}): pass hessfunc.compat.from_scipy(A) for a "
+        "NumPy matrix A, or from_scipy(LinearOperator((n, n), f)) for a function f of arrays"
     )
 
 
 def by_draw(name: str, value: Any, /) -> Any:
-    """A function i -> the matvec of the i-th random batch."""
+    """Return a function of i that gives the matvec of the i-th random batch."""
     if _is_function(value, 1):
         return value
     remedy = "pass hessfunc.draws(curvature)(params, batches)"
-    raise _refused(name, value, "a function of the number of a draw", remedy)
+    raise _refused(name, value, "a function of the index of a draw", remedy)
 
 
 def family(name: str, value: Any, /) -> Any:
-    """A function of ``chunk_size=`` that returns a curvature function."""
+    """Return a function of ``chunk_size=`` that returns a curvature function."""
     if callable(value) and not isinstance(value, nn.Module | type):
         with contextlib.suppress(TypeError, ValueError):
             inspect.signature(value).bind(chunk_size=1)
@@ -739,7 +764,7 @@ def family(name: str, value: Any, /) -> Any:
     raise _refused(name, value, "a function of chunk_size=", remedy)
 
 
-# Of every argument of a public function, by its name.
+# Check of each argument of the public functions, by name.
 ARGUMENTS: dict[str, Check] = {
     "self": anything,
     # Functions
@@ -764,7 +789,7 @@ ARGUMENTS: dict[str, Check] = {
     "compose": function_of(2, "(model_fn, criterion)"),
     "solve": called,
     "fn": function_of(1, "one argument"),
-    # Models, and what is chosen of them
+    # Models and selections of their parts
     "model": module,
     "optimizer": optimizer,
     "recompute": text,
@@ -880,7 +905,7 @@ ARGUMENTS: dict[str, Check] = {
     "preconditioned": flag,
     "eval_mode": flag,
     "replace": flag,
-    # Flags of other libraries, which are read as true or false
+    # Flags of drop-in replacements, which may have any truth value
     "cuda": anything,
     "use_gpu": anything,
     "fp16": anything,
@@ -889,7 +914,7 @@ ARGUMENTS: dict[str, Check] = {
     "duration": anything,
     "print_flag": anything,
     "init_vec": anything,
-    # Words
+    # Strings
     "mode": text,
     "residual": text,
     "at": text,
@@ -905,7 +930,7 @@ ARGUMENTS: dict[str, Check] = {
     "scale": text,
     # Figures
     "ax": axes,
-    # Places
+    # Dtypes, devices and paths
     "dtype": dtype,
     "basis_dtype": dtype,
     "basis_device": device,
@@ -919,7 +944,7 @@ ARGUMENTS: dict[str, Check] = {
 
 
 def at_least(least: float, **options: float | None) -> None:
-    """Raise for an option below its least value."""
+    """Raise ValueError if an option is less than ``least`` or not finite."""
     for name, value in options.items():
         if value is not None and not value >= least:
             raise ValueError(f"{name}={value}: it must be at least {least}")

@@ -1,7 +1,7 @@
-"""Random numbers as functions of a key and a position: no stream, no state.
+"""Counter-based random numbers: functions of a key and a position, without a stream or a state.
 
-Bits come from SplitMix64 (Steele, Lea and Flood 2014) by position, so they are the same on every
-device, in any order and in any part.
+The bits are those of SplitMix64 (Steele, Lea and Flood 2014) at a position. They are the same on
+every device, in any order, and whether the numbers are drawn together or in parts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mixed(*numbers: int) -> int:
-    """One 64-bit key of several integers: SplitMix64's finaliser, absorbing one after another."""
+    """Hash several integers to a 64-bit key with SplitMix64's finaliser, one after another."""
     state = 0
     for number in numbers:
         state = (state + number + _GOLDEN) & _WORD
@@ -32,39 +32,41 @@ def mixed(*numbers: int) -> int:
 
 
 def of_matrix(seed: int | None, /) -> int:
-    """The seed of a random matrix, or a fresh one.
+    """Return the seed of a random matrix, or a fresh one for None.
 
     Raises:
-        ValueError: none was given, and the other processes of torch.distributed would draw others.
+        ValueError: If the seed is None and torch.distributed has several processes, which would
+            draw different seeds.
     """
     if seed is not None:
         return seed
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if several and torch.distributed.get_world_size() > 1:
         raise ValueError(
-            "without a seed every rank would draw one of its own, and multiply another matrix: "
-            "pass the same `seed=` on all"
+            "seed=None would give each rank a different random matrix: pass the same seed on all "
+            "ranks, for instance `seed=0`"
         )
     return secrets.randbits(63)
 
 
 def keys(seed: int, indices: Sequence[int], leaves: range, device: torch.device, /) -> Tensor:
-    """The keys ``mixed(seed, index, leaf)``, int64 ``(indices, leaves)``."""
+    """Return the keys ``mixed(seed, index, leaf)``, an int64 tensor ``(indices, leaves)``."""
+    # The last step of `mixed` is one finaliser of state + leaf + _GOLDEN, here on the device.
     states = [_signed((mixed(seed, index) + _GOLDEN) & _WORD) for index in indices]
     rows = torch.tensor(states, dtype=torch.int64, device=device)[:, None]
     return _finalised(rows + torch.arange(leaves.start, leaves.stop, device=device))
 
 
 def signs(keys: Tensor, places: Sequence[range], device: torch.device, /) -> Tensor:
-    """+1 or -1 at places of endless sequences, one for each key, one behind another: int8.
+    """Return random signs at given places of the infinite sequences of some keys.
 
     Args:
         keys: Keys ``(k, l)``.
-        places: Places in the sequences of each column.
+        places: Range of places for each of the l columns of keys.
         device: Device of the result.
 
     Returns:
-        Signs ``(k, total number of places)``.
+        Entries +1 and -1, int8 ``(k, total number of places)``, the columns one after another.
     """
     words, chosen = _chosen(keys, places, 64, device)
     octets = words.view(torch.uint8)
@@ -74,11 +76,13 @@ def signs(keys: Tensor, places: Sequence[range], device: torch.device, /) -> Ten
 
 
 def normals(keys: Tensor, places: Sequence[range], device: torch.device, /) -> Tensor:
-    """Standard normals at places of endless sequences, float64 where the device has it.
+    """Return standard normal numbers at given places of the infinite sequences of some keys.
 
-    Box and Muller 1958: each word gives two 32-bit uniforms, and they two normals. Arguments are
-    those of `signs`.
+    Box and Muller 1958: each 64-bit word gives two 32-bit uniform numbers, and these give two
+    normal numbers. The arguments and the shape are those of `signs`; the dtype is float64 where
+    the device has it.
     """
+    # With uniforms u, v in (0, 1): sqrt(-2 log u) cos(2 pi v) and sqrt(-2 log u) sin(2 pi v).
     wide = wide_dtype(device)
     words, chosen = _chosen(keys, places, 2, device)
     radius = _shifted(words, 32).to(wide).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
@@ -91,7 +95,11 @@ def normals(keys: Tensor, places: Sequence[range], device: torch.device, /) -> T
 
 
 def uniforms(count: int, /, *key: int, device: torch.device) -> Tensor:
-    """Numbers of (0, 1), float64 where the device has it: a function of the key alone."""
+    """Return uniform numbers in (0, 1) that depend only on the key.
+
+    The dtype is float64 where the device has it.
+    """
+    # The upper 52 bits of each word give (bits + 1/2) / 2^52, which is never 0 or 1.
     words = _shifted(_words(mixed(*key), range(count), device), 12)
     return words.to(wide_dtype(device)).add_(0.5).mul_(2.0**-52)
 
@@ -101,7 +109,8 @@ def _signed(word: int) -> int:
 
 
 def _words(key: int, places: range, device: torch.device) -> Tensor:
-    """The 64-bit words of a key at these places."""
+    """Return the 64-bit words of a key at these places."""
+    # Word i of SplitMix64 is the finaliser of key + (i + 1) * golden.
     words = torch.arange(places.start + 1, places.stop + 1, dtype=torch.int64, device=device)
     return _finalised(words.mul_(_signed(_GOLDEN)).add_(_signed(key)))
 
@@ -109,17 +118,19 @@ def _words(key: int, places: range, device: torch.device) -> Tensor:
 def _chosen(
     keys: Tensor, places: Sequence[range], entries: int, device: torch.device
 ) -> tuple[Tensor, slice | Tensor]:
-    """The words of which the places are made, and which of their entries are at the places.
+    """Return the words that cover the given places, and the index of the places among them.
 
     Args:
         keys: Keys ``(k, l)``.
-        places: Places in the sequences of each column.
-        entries: How many entries a word gives.
+        places: Range of places for each of the l columns of keys.
+        entries: Number of entries that each word gives.
         device: Device of the words.
 
     Returns:
-        Words ``(k, w)``, and the chosen ones among ``w * entries`` entries.
+        Words ``(k, w)``, and the index of the places among the ``w * entries`` entries.
     """
+    # Column c needs words firsts[c], ..., firsts[c] + counts[c] - 1. They are concatenated over
+    # columns; `shifts` maps a concatenated position to its word, `offsets` a place to its entry.
     firsts = [part.start // entries for part in places]
     counts = [
         -(-part.stop // entries) - a if part else 0 for part, a in zip(places, firsts, strict=True)
@@ -148,12 +159,12 @@ def _chosen(
 
 
 def _finalised(words: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place."""
+    """Apply SplitMix64's finaliser in place."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
     return words.bitwise_xor_(_shifted(words, 31))
 
 
 def _shifted(words: Tensor, by: int) -> Tensor:
-    # The shift of int64 is arithmetic: the copies of the sign bit are masked off.
+    # The shift of int64 is arithmetic, so the copies of the sign bit are masked off.
     return (words >> by).bitwise_and_((1 << (64 - by)) - 1)

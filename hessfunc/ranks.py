@@ -1,8 +1,8 @@
-"""The processes along one axis of a mesh, and what they tell each other.
+"""Collectives among the ranks of a mesh, which fail together on every rank.
 
-Every collective is outside of torch's transforms, and none is begun before all ranks have said
-that they are ready for the same one: so a rank that fails, or that asks for something else, is an
-error on every rank, and none of them waits for what never comes.
+Collectives run outside of torch's transforms. No collective begins before all ranks have reported
+that they are ready for it. A rank that fails or disagrees therefore raises an error on every rank,
+and no rank waits for a message that never comes.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
 
 Made = TypeVar("Made")
 
-# Its name from torch 2.13 on, which warns of the other.
+# torch 2.13 renamed the function, and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-# Sums of the same numbers on unlike processors differ by their rounding.
+# Relative tolerance of numbers that must agree: different processors round sums differently.
 ALIKE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """Processes that take part in the same collectives.
+    """Group of processes that take part in the same collectives.
 
     Attributes:
-        name: of their group, which is not held: it may be destroyed while this lives.
-        size: how many there are.
-        rank: which one this is.
+        name: Name of the process group. The group itself is not stored, because it may be
+            destroyed earlier than this object.
+        size: Number of ranks.
+        rank: Rank of this process in the group.
     """
 
     name: str
@@ -50,32 +51,41 @@ class Ranks:
 
     @classmethod
     def of(cls, mesh: DeviceMesh, axis: str | None = None, /) -> Ranks:
-        """Those of an axis of a mesh that this process is among, or of all of a mesh of one axis.
+        """Return the ranks along an axis of a mesh, or all ranks of the mesh.
+
+        Args:
+            mesh: Device mesh that contains this process.
+            axis: Name of an axis; the result has the ranks along it that include this process.
+                None stands for all ranks of the mesh.
 
         Raises:
-            ValueError: this process is not of the mesh; the mesh has no such axis, or several.
+            TypeError: If ``mesh`` is not a DeviceMesh.
+            ValueError: If the mesh does not contain this process or has no such axis.
         """
         if not isinstance(mesh, DeviceMesh):
             raise TypeError(
-                f"mesh is a {type(mesh).__name__}: pass a DeviceMesh, as of "
-                'init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))'
+                f"mesh must be a DeviceMesh, not a {type(mesh).__name__}: pass "
+                'mesh=init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))'
             )
         _refuse_outside(mesh)
         if axis is not None and axis not in (mesh.mesh_dim_names or ()):
-            raise ValueError(f"the mesh has no axis {axis!r}: its axes are {mesh.mesh_dim_names}")
+            raise ValueError(
+                f"the mesh has no axis {axis!r}: name one of its axes {mesh.mesh_dim_names}"
+            )
         if axis is None and mesh.ndim > 1:
             return cls.apart(mesh)
         return cls._of(mesh.get_group(axis))
 
     @classmethod
     def apart(cls, mesh: DeviceMesh, /) -> Ranks:
-        """All of a mesh, in a group in which no model sends.
+        """Return all ranks of a mesh, in a process group that no model uses.
 
-        Where a rank fails within a model the others wait in the model's next collective. What it
-        says of that must not reach them as the numbers that they wait for: gloo would abort.
+        If a rank fails inside a model, the others wait in the model's next collective. The failing
+        rank must report the failure in another group. Otherwise the others would receive the
+        report as the message that they wait for, and gloo would abort.
 
         Raises:
-            ValueError: this process is not of the mesh.
+            ValueError: If the mesh does not contain this process.
         """
         _refuse_outside(mesh)
         return cls._of(_group_of_all(mesh))
@@ -89,18 +99,21 @@ class Ranks:
         return _resolve_process_group(GroupName(self.name))
 
     def parts(self, count: int, /) -> list[range]:
-        """The numbers below ``count`` in runs, one a rank, as even as may be."""
+        """Divide ``range(count)`` into one contiguous range per rank, as evenly as possible."""
         ends = [count * r // self.size for r in range(self.size + 1)]
         return [range(a, b) for a, b in pairwise(ends)]
 
     def sum(self, numbers: Tensor, /) -> Tensor:
-        """The sum over ranks, the same bits on each; in place where that can be."""
+        """Return the sum over ranks, with the same bits on each rank.
+
+        A contiguous tensor is summed in place.
+        """
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
     def least(self, number: int, /, device: torch.device) -> int:
-        """The least of the numbers of the ranks."""
-        found = torch.tensor([number], dtype=torch.int64, device=device)
-        return int(self._reduced(found, dist.ReduceOp.MIN))
+        """Return the least of the integers of all ranks."""
+        least = torch.tensor([number], dtype=torch.int64, device=device)
+        return int(self._reduced(least, dist.ReduceOp.MIN))
 
     def _reduced(self, numbers: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         numbers = numbers.contiguous()
@@ -109,71 +122,78 @@ class Ranks:
         return numbers
 
     def gathered(self, part: Tensor, lengths: Sequence[int], /) -> list[Tensor]:
-        """The parts of all ranks, which differ in the length of their first axis."""
+        """Gather the parts of all ranks, given the length of the first axis of each part."""
         if not max(lengths):
             return [part] * self.size
-        found = self._padded(part, max(lengths)).split(max(lengths))
-        return [x[:length] for x, length in zip(found, lengths, strict=True)]
+        padded = self._padded(part, max(lengths)).split(max(lengths))
+        return [x[:length] for x, length in zip(padded, lengths, strict=True)]
 
     def joined(self, part: Tensor, lengths: Sequence[int], /) -> Tensor:
-        """The parts of all ranks, one behind another."""
+        """Gather the parts of all ranks, concatenated along the first axis."""
         if set(lengths) == {lengths[0]} != {0}:
-            # They arrive so: a large block is not copied once more.
+            # Parts of equal length arrive concatenated, which saves a copy of a large block.
             return self._padded(part, lengths[0])
         return torch.cat(self.gathered(part, lengths))
 
     def _padded(self, part: Tensor, longest: int) -> Tensor:
-        """The parts one behind another, each with what makes it as long as the longest."""
+        """Gather the parts, padded to the length of the longest one and concatenated."""
         rest = part.shape[1:]
         mine = part.contiguous()
         if len(part) < longest:
             mine = part.new_zeros(longest, *rest)
             mine[: len(part)] = part
-        found = part.new_empty(self.size * longest, *rest)
+        padded = part.new_empty(self.size * longest, *rest)
         with _in_contact():
-            _all_gather(found, mine, group=self.group)
-        return found
+            _all_gather(padded, mine, group=self.group)
+        return padded
 
     def objects(self, one: Made, /) -> list[Made]:
-        """What each rank has, on every rank."""
-        found: list[Made | None] = [None] * self.size
+        """Gather the object of each rank on every rank."""
+        gathered: list[Made | None] = [None] * self.size
         with _in_contact():
-            dist.all_gather_object(found, one, group=self.group)
-        return found  # type: ignore[return-value]
+            dist.all_gather_object(gathered, one, group=self.group)
+        return gathered  # type: ignore[return-value]
 
     def all_do(self, act: Callable[[], Made], /, device: torch.device) -> Made:
-        """What ``act``, which waits for no other rank, returns here, if it fails nowhere.
+        """Return the result of ``act()`` if the call succeeds on all ranks.
+
+        Args:
+            act: Function without collectives.
+            device: Device of the collective that reports failures.
 
         Raises:
-            RuntimeError: it failed on another rank. Its own error, on the rank where it failed.
+            RuntimeError: If ``act`` failed on another rank only. A rank on which it failed raises
+                the original error.
         """
         made, failure = attempted(act)
         self.told([], device, failure)
         return made[0]
 
     def agree(self, same: Mapping[str, float], /, device: torch.device) -> None:
-        """Raise on every rank unless all have the same numbers.
+        """Raise on every rank unless all ranks have the same numbers.
 
         Args:
-            same: what each rank must have alike, by name, and as many on each.
-            device: of the collective.
+            same: Numbers by name, with the same names on each rank.
+            device: Device of the collective.
 
         Raises:
-            ValueError: the numbers differ.
+            ValueError: If the numbers differ.
         """
         table = self.told(list(same.values()), device)
         for name, values in zip(same, zip(*table, strict=True), strict=True):
             if not all(math.isclose(v, values[0], rel_tol=ALIKE) for v in values):
-                raise ValueError(f"the ranks disagree on {name}: {by_rank(values)}")
+                raise ValueError(
+                    f"the ranks disagree on {name}: {by_rank(values)}; make it equal on all ranks"
+                )
 
     def alike(self, own: Mapping[str, object], /) -> None:
-        """Raise on every rank unless all have equal values.
+        """Raise on every rank unless all ranks have equal values.
 
         Args:
-            own: Plain values by name.
+            own: Plain values of this rank by name.
 
         Raises:
-            ValueError: The values of a name differ.
+            ValueError: If the values of a name differ.
         """
         table = self.objects(dict(own))
         for name in dict.fromkeys(name for row in table for name in row):
@@ -191,43 +211,48 @@ class Ranks:
         device: torch.device,
         failure: Exception | None = None,
     ) -> list[list[float]]:
-        """The numbers of all ranks, on each, if all are well.
+        """Gather the numbers of all ranks on each rank, or raise if a rank reports a failure.
 
         Args:
-            numbers: of this rank, as many on each.
-            device: of the collective.
-            failure: what went wrong on this rank.
+            numbers: Numbers of this rank; each rank passes the same count.
+            device: Device of the collective.
+            failure: Exception raised on this rank before the call, if any.
+
+        Returns:
+            Numbers of each rank.
 
         Raises:
-            RuntimeError: another rank failed. The failure itself, on the rank where it came up.
-            ConnectionError: another rank has not come; its cause is the failure, if any, on this.
+            RuntimeError: If only other ranks report a failure. A rank with a failure raises that
+                failure itself.
+            ConnectionError: If another rank does not take part. Its cause is the failure of this
+                rank, if any.
         """
         dtype = torch.float32 if device.type == "mps" else torch.float64
         mine = torch.tensor([[failure is not None, *numbers]], dtype=dtype, device=device)
         try:
             table: list[list[float]] = self.joined(mine, [1] * self.size).tolist()
         except ConnectionError as lost:
-            # What failed here may be why the others have not come.
+            # The failure on this rank may be the reason why the others did not take part.
             raise lost from failure or lost.__cause__
         if any(row[0] for row in table):
             self._tell(failure)
         return [row[1:] for row in table]
 
     def _tell(self, failure: Exception | None) -> None:
-        told = self.objects("" if failure is None else f"{type(failure).__name__}: {failure}")
+        texts = self.objects("" if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
-        failed = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]
-        raise RuntimeError("failed on another rank, so this one stops: " + "; ".join(failed))
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+        raise RuntimeError("failed on another rank, so this rank stops: " + "; ".join(failed))
 
 
 def by_rank(values: Sequence[float], /) -> str:
-    """The number of each rank, in words."""
+    """Return the number of each rank as text for a message."""
     return ", ".join(f"rank {rank} has {value:.12g}" for rank, value in enumerate(values))
 
 
 def attempted(act: Callable[[], Made], /) -> tuple[Sequence[Made], Exception | None]:
-    """What ``act`` returns, if it does, and what it raised, if it did."""
+    """Call ``act`` and return ``((result,), None)``, or ``((), exception)`` if it raises."""
     try:
         return (act(),), None
     except Exception as failure:
@@ -236,22 +261,24 @@ def attempted(act: Callable[[], Made], /) -> tuple[Sequence[Made], Exception | N
 
 def _refuse_outside(mesh: DeviceMesh) -> None:
     if mesh.get_coordinate() is None:
-        raise ValueError(f"rank {dist.get_rank()} is not of the mesh {mesh}")
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the mesh {mesh}: call this only on ranks of the mesh"
+        )
 
 
-# The names of groups of all ranks of a mesh.
+# Names of the process groups of all ranks, by mesh.
 _of_all: WeakKeyDictionary[DeviceMesh, str] = WeakKeyDictionary()
 
 
 def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The group of all ranks of a mesh, made once: making one is a collective of its own."""
+    """Return the group of all ranks of a mesh, made once because that is itself a collective."""
     name = _of_all.get(mesh)
     if name is None or name not in _world.pg_names.values():
         ranks = mesh.mesh.flatten().tolist()
         group = dist.new_group(
             ranks,
             timeout=_timeout(mesh),
-            # Ranks outside of the mesh do not come here, and are not waited for.
+            # Ranks outside of the mesh do not take part in making the group.
             use_local_synchronization=len(ranks) < dist.get_world_size(),
         )
         assert group is not None
@@ -260,7 +287,7 @@ def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
 
 
 def _timeout(mesh: DeviceMesh) -> timedelta:
-    """That of its first axis, where torch would take half an hour."""
+    """Return the timeout of the first axis of a mesh; torch's default is half an hour."""
     backend = mesh.get_group(0)._get_backend(torch.device(mesh.device_type))
     return backend.options._timeout
 
@@ -274,6 +301,6 @@ def _in_contact() -> Iterator[None]:
     except RuntimeError as lost:
         raise ConnectionError(
             f"rank {dist.get_rank()} has lost contact with the other ranks: one of them has ended, "
-            "or has not come to the same place within the timeout of its process group. Start all "
-            f"again: with `checkpoint=` a run goes on from where it was ({lost})"
+            "or did not reach the same collective within the timeout of its process group. Restart "
+            f"all ranks; `checkpoint='run.pt'` makes a run resume where it stopped ({lost})"
         ) from lost

@@ -17,34 +17,37 @@ def split(
     pattern: str | Iterable[str] | Callable[[str, Tensor], bool],
     /,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The chosen leaves of a (nested) mapping, and the rest.
+    """Split a (nested) mapping of tensors into the chosen leaves and the rest.
 
     Args:
-        tree: a mapping of names to tensors, or to further mappings.
-        pattern: a glob over dotted names (``"layer3.*"``), several of them or of exact names, or a
+        tree: Mapping of names to tensors or to further mappings.
+        pattern: Glob over dotted names (``"layer3.*"``), several globs or exact names, or a
             predicate ``(name, tensor) -> bool``.
 
+    Returns:
+        ``(chosen, rest)``, two nested dicts; `hold` takes the second.
+
     Raises:
-        TypeError: the tree has containers other than mappings.
-        ValueError: nothing, or nothing by one of several patterns, is found.
+        TypeError: If the tree has containers other than mappings.
+        ValueError: If no leaf, or no leaf for one of several patterns, is chosen.
     """
-    found = list(_named(tree, (), ()))
-    names = [name for name, _, _ in found]
+    named = list(_named(tree, (), ()))
+    names = [name for name, _, _ in named]
     unknown: list[str] = []
     if callable(pattern):
-        wanted = {name for name, _, leaf in found if pattern(name, leaf)}
+        wanted = {name for name, _, leaf in named if pattern(name, leaf)}
     else:
         patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-        fitting = {one: _fitting(one, names) for one in patterns}
+        fitting = {glob: _fitting(glob, names) for glob in patterns}
         wanted = set().union(*fitting.values())
-        unknown = [one for one, fit in fitting.items() if not fit]
+        unknown = [glob for glob, fit in fitting.items() if not fit]
     if not wanted:
         raise ValueError(f"{pattern!r} chooses none of the leaves {first_of(names)}")
     if unknown:
         raise ValueError(f"there is no leaf named {', '.join(unknown)} among {first_of(names)}")
     chosen: dict[str, Any] = {}
     rest: dict[str, Any] = {}
-    for name, path, leaf in found:
+    for name, path, leaf in named:
         _insert(chosen if name in wanted else rest, path, leaf)
     return chosen, rest
 
@@ -52,7 +55,7 @@ def split(
 def _named(
     tree: Mapping[str, Any], names: tuple[str, ...], path: tuple[str, ...]
 ) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
-    """The dotted name, the keys and the tensor of each leaf of a mapping."""
+    """Yield the dotted name, the keys and the tensor of each leaf of a mapping."""
     for key, value in tree.items():
         here, keys = (*names, str(key)), (*path, key)
         if isinstance(value, Mapping):
@@ -61,20 +64,20 @@ def _named(
             yield ".".join(here), keys, value
         else:
             raise TypeError(
-                f"{'.'.join(here)!r} is a {type(value).__name__}: `split` takes tensors in "
-                "(nested) mappings"
+                f"{'.'.join(here)!r} is a {type(value).__name__}, and `split` takes (nested) "
+                "mappings of tensors: pass dict(model.named_parameters())"
             )
 
 
 def _fitting(pattern: str, names: Sequence[str]) -> set[str]:
-    # A name may have brackets, which a glob takes for a set of letters.
+    # A name may contain brackets, which a glob would read as a set of letters.
     if pattern in names:
         return {pattern}
     return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
 
 
 def first_of(names: Sequence[str], /) -> str:
-    """The first of some names, for a message."""
+    """Return the first eight names as text for a message."""
     return ", ".join(names[:8]) + ", ..." * (len(names) > 8)
 
 
@@ -85,7 +88,7 @@ def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Tensor) -> None:
 
 
 def merge(chosen: Mapping[str, Any], rest: Mapping[str, Any], /) -> dict[str, Any]:
-    """The whole of what `split` has cut in two."""
+    """Merge the two dicts of `split` into one."""
     whole = dict(rest)
     for key, value in chosen.items():
         whole[key] = merge(value, whole[key]) if key in whole else value

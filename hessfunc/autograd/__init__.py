@@ -1,4 +1,4 @@
-"""What a loss is computed with, where it is to be differentiated twice."""
+"""Evaluation of losses so that they can be differentiated twice."""
 
 from hessfunc.autograd.contexts import (
     differentiable_twice,

@@ -1,9 +1,9 @@
 """Bilinear maps of activations and weights: convolutions, linear layers, scales of channels.
 
-A bilinear map y = B(x, w) is one face of the trilinear form <g, B(x, w)>. The other two are its
-transposes, left(g, w) = dx and right(g, x) = dw; and the derivative of each of the three is made
-of the other two. So the second derivative of a layer needs no more than what its first needs: six
-such maps a product where a gradient takes three.
+A bilinear map B and its transposes satisfy <g, B(x, w)> = <x, left(g, w)> = <w, right(g, x)>. With
+the cotangent g of y = B(x, w), the gradient is dx = left(g, w) and dw = right(g, x). The derivative
+of each of the three maps consists of the other two, so the second derivative of a layer needs no
+further maps. A Hessian product takes six of them, a gradient three.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from hessfunc.autograd.functorch import batched, on_blocks, once_more
 
 
 class Bilinear(ABC):
-    """A bilinear map and its transposes.
+    """Bilinear map B and its transposes.
 
-    Each argument, one of a call at the most, may be a block, with a leading probe axis; then the
-    result is one. In grad mode all are of functions that torch differentiates.
+    In each call, one argument may be a block with a leading probe axis. The result is then a block
+    too. In grad mode, all methods consist of functions that torch differentiates.
     """
 
     @abstractmethod
     def out(self, x: Tensor, w: Tensor, /) -> Tensor:
-        """B(x, w)."""
+        """Return B(x, w)."""
 
     @abstractmethod
     def left(self, g: Tensor, w: Tensor, /) -> Tensor:
-        """What is like x, and of which the inner product with x is <g, B(x, w)>."""
+        """Transpose in the first argument: the dx with <dx, x> = <g, B(x, w)>."""
 
     @abstractmethod
     def right(self, g: Tensor, x: Tensor, /) -> Tensor:
-        """What is like w, and of which the inner product with w is <g, B(x, w)>."""
+        """Transpose in the second argument: the dw with <dw, w> = <g, B(x, w)>."""
 
     @property
     @abstractmethod
     def dims(self) -> int:
-        """The axes of y, the second of which is that of the bias."""
+        """Number of axes of y; the bias belongs to the second axis."""
 
     def spread(self, b: Tensor, /) -> Tensor:
-        """A bias, as it is added to y."""
+        """Return a bias, or a block of biases, in the shape in which it is added to y."""
         return b.view(*b.shape[:-1], 1, -1, *[1] * (self.dims - 2))
 
     def gathered(self, g: Tensor, /) -> Tensor:
-        """The transpose of `spread`."""
+        """Transpose of `spread`: sum g over all axes except the second."""
         return g.sum((-self.dims, *range(2 - self.dims, 0)))
 
     def tangent(self, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, /) -> Tensor:
-        """B(dx, w) + B(x, dw); dx and dw may be blocks."""
+        """Return the tangent B(dx, w) + B(x, dw); dx and dw may be blocks."""
         return _plus(self.out(dx, w), self.out(x, dw))
 
 
@@ -65,22 +65,23 @@ def affine(
     *,
     value: Tensor | None = None,
 ) -> Tensor:
-    """B(x, w) + b, and its derivatives of every order.
+    """Return B(x, w) + b, with derivatives of every order.
 
     Args:
-        form: B.
-        x: the activations.
-        w: the weights.
-        b: the bias.
-        value: the result, where it is known.
+        form: Bilinear map B.
+        x: Activations.
+        w: Weights.
+        b: Bias.
+        value: Value of the result, if it is known already.
     """
-    # An argument of autograd.Function that is returned becomes a view, not to be changed in place.
+    # autograd.Function returns a tensor argument as a view, which forbids in-place changes. The
+    # list hides the tensor.
     known = [] if value is None else [value]
     return _Affine.apply(form, x, w, b, known)  # type: ignore[no-untyped-call]
 
 
 def _plus(found: Tensor, other: Tensor) -> Tensor:
-    """The sum, in place where the first is as large: one of them alone may be a block."""
+    """Return the sum, in place unless only the second term is a block."""
     return found.add_(other) if found.dim() >= other.dim() else found + other
 
 
@@ -94,28 +95,28 @@ class _Affine(torch.autograd.Function):
         ctx.form = form
         if known:
             return known[0]
-        found = form.out(x, w)
-        return found if b is None else found.add_(form.spread(b))
+        y = form.out(x, w)
+        return y if b is None else y.add_(form.spread(b))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, w = ctx.saved_tensors
         form, needed = ctx.form, ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled() and not batched(g):
-            found = _Transposes.apply(form, g, *once_more(x, w), needed[2])  # type: ignore[no-untyped-call]
+            gradients = _Transposes.apply(form, g, *once_more(x, w), needed[2])  # type: ignore[no-untyped-call]
         else:
-            # A Function without a rule for vmap would be applied to what vmap has wrapped.
+            # vmap would pass its wrapped tensors to a Function without a vmap rule.
             run = _as_it_is if torch.is_grad_enabled() else on_blocks
-            found = (
+            gradients = (
                 run(form.left, g, w) if needed[0] else None,
                 run(form.right, g, x) if needed[1] else None,
                 run(form.gathered, g) if needed[2] else None,
             )
-        return None, *found, None
+        return None, *gradients, None
 
 
 class _Transposes(torch.autograd.Function):
-    """The transposes of a form and of its bias, those that are needed."""
+    """Gradients (left(g, w), right(g, x), gathered(g)) that are needed; the others are None."""
 
     @staticmethod
     def forward(
@@ -134,10 +135,14 @@ class _Transposes(torch.autograd.Function):
     def backward(
         ctx: Any, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
     ) -> tuple[Any, ...]:
+        # The cotangents dx, dw, db act as tangents of x, w, b:
+        # <dx, left(g, w)> + <dw, right(g, x)> + <db, gathered(g)>
+        #   = <g, B(dx, w) + B(x, dw) + spread(db)>,
+        # whose derivatives by g, x and w are the bracket, left(g, dw) and right(g, dx).
         g, x, w = ctx.saved_tensors
         form = ctx.form
         _, needs_g, needs_x, needs_w = ctx.needs_input_grad[:4]
-        # Derivatives of higher orders are those of torch's own functions.
+        # In grad mode, torch's own functions give the derivatives of higher orders.
         run = _as_it_is if torch.is_grad_enabled() else on_blocks
         moved = _moved(form, g.shape)
         of_g = run(moved, x, w, dx, dw, db) if needs_g else None
@@ -151,29 +156,38 @@ def _as_it_is(formula: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor
 
 
 def _moved(form: Bilinear, shape: torch.Size) -> Callable[..., Tensor]:
-    """The tangent of y, of a shape: from those of x, w and b that are there."""
+    """Return a function that computes the tangent of y from the given tangents of x, w and b.
+
+    Args:
+        form: Bilinear map B.
+        shape: Shape of y.
+    """
 
     def moved(
         x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
     ) -> Tensor:
         if dx is not None and dw is not None:
-            found = form.tangent(x, w, dx, dw)
+            tangent = form.tangent(x, w, dx, dw)
         elif dx is not None:
-            found = form.out(dx, w)
+            tangent = form.out(dx, w)
         elif dw is not None:
-            found = form.out(x, dw)
+            tangent = form.out(x, dw)
         else:
             assert db is not None
             spread = form.spread(db)
             return spread.expand(*spread.shape[: spread.dim() - len(shape)], *shape)
-        return found if db is None else _plus(found, form.spread(db))
+        return tangent if db is None else _plus(tangent, form.spread(db))
 
     return moved
 
 
 @dataclass(frozen=True)
 class Channels(Bilinear):
-    """y = x with its channel c, of the second axis of ``axes``, times w_c."""
+    """Scaling of channels: y is x with channel c of the second axis multiplied by w_c.
+
+    Attributes:
+        axes: Number of axes of x.
+    """
 
     axes: int
 

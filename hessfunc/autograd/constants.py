@@ -1,4 +1,4 @@
-"""Keep constant, in finite differences of a gradient, what autograd takes for constant."""
+"""Keep values that autograd treats as constant fixed in finite differences of a gradient."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _OF_SHAPES = {
 
 
 class Constants(Replaced):
-    """Mode that repeats, at moved parameters, the constants of a first evaluation.
+    """Mode that replays the constants of a first evaluation at shifted parameters.
 
-    Autograd takes for constant what is detached, computed under ``no_grad``, or leaves torch as a
-    number. A finite difference would see it move. The first evaluation records each value that is
-    computed of a tensor that needs a gradient, and itself needs none; later evaluations get the
-    recorded values, in the same order.
+    Autograd treats values as constant if they are detached, computed under ``no_grad``, or
+    converted to Python numbers. A finite difference would see them change. The first evaluation
+    records each value that is computed from a tensor that needs a gradient but needs none itself.
+    Later evaluations get the recorded values in the same order.
 
-    Values inside of an `autograd.Function` are no constants: its backward gives their gradient.
+    Values inside an `autograd.Function` are not constants, because its backward defines their
+    gradient.
     """
 
     def __init__(self, replaced: Replacements) -> None:
@@ -41,7 +42,7 @@ class Constants(Replaced):
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Compute with no constants, such as the gradient of the loss."""
+        """Context manager that neither records nor replays, for instance during the backward."""
         self._suspended = True
         try:
             yield
@@ -49,7 +50,7 @@ class Constants(Replaced):
             self._suspended = False
 
     def start(self) -> None:
-        """Start an evaluation: the first records, all others repeat."""
+        """Start an evaluation. The first one records constants, all others replay them."""
         self._evaluations += 1
         self._next = 0
 
@@ -57,7 +58,7 @@ class Constants(Replaced):
         """End an evaluation.
 
         Raises:
-            RuntimeError: If it asked for fewer constants than the first.
+            RuntimeError: If the evaluation used fewer constants than the first one.
         """
         if self._evaluations > 1 and self._next != len(self._values):
             raise RuntimeError(_ANOTHER_PATH)
@@ -90,7 +91,7 @@ class Constants(Replaced):
         return self._repeated(result, in_place=in_place)
 
     def constant(self, value: Tensor) -> Tensor:
-        """Detach a tensor inside of a function that is replaced."""
+        """Detach a tensor inside a replacement function, and record or replay its value."""
         return self._repeated(value.detach(), in_place=False) if value.requires_grad else value
 
     def _repeated(self, result: Any, *, in_place: bool) -> Any:
@@ -120,14 +121,14 @@ class Constants(Replaced):
 
 
 _ANOTHER_PATH = (
-    "the loss takes another path at moved parameters, so finite differences cannot keep constant "
-    "what it detaches: take `hvp(loss, mode='reverse')`"
+    "the loss takes another path at shifted parameters, so finite differences cannot keep the "
+    "values that it detaches constant: use `hvp(loss, mode='reverse')`"
 )
 
 _active: ContextVar[Constants | None] = ContextVar("constants", default=None)
 
 
 def constant(value: Tensor, /) -> Tensor:
-    """Detach a tensor; in finite differences, keep its first value."""
+    """Detach a tensor. In finite differences, keep the value of the first evaluation."""
     mode = _active.get()
     return value.detach() if mode is None else mode.constant(value)

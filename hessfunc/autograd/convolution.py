@@ -1,8 +1,8 @@
-"""Convolutions, as bilinear maps.
+"""Convolutions as bilinear maps.
 
-torch's own second derivative of a convolution takes the weights' gradient as a convolution with
-kernels as large as images, and under vmap copies whole activations from one layout to another.
-Images whose channels are last stay so.
+torch's second derivative of a convolution computes the gradient of the weights as a convolution
+with kernels as large as the images. Under vmap it also copies all activations to another memory
+layout. The maps here do neither, and keep the channels-last layout of images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from hessfunc.autograd.overrides import plain
 
 @dataclass(frozen=True)
 class Convolution(Bilinear):
-    """y = x * w, with x ``[N, C, ...]`` and w ``[O, C / groups, ...]``."""
+    """Convolution y = x * w with x ``[N, C, ...]`` and w ``[O, C / groups, ...]``.
+
+    Attributes:
+        stride: Stride along each axis of the image.
+        padding: Zero padding along each axis of the image.
+        dilation: Dilation along each axis of the image.
+        groups: Number of groups of channels.
+        inputs: Shape of x.
+        weights: Shape of w.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -59,7 +68,7 @@ class Convolution(Bilinear):
         return torch.ops.aten.convolution(x, w, None, *self._options())
 
     def _left(self, g: Tensor, w: Tensor) -> Tensor:
-        # Only its shape and layout are read.
+        # The kernel reads only the shape and the layout of x.
         shape = (len(g), *self.inputs[1:])
         x = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=_layout(g))
         return self._backward(g, x, w, [True, False, False])[0]
@@ -84,7 +93,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 def _block(found: Sequence[Tensor]) -> Tensor:
-    """A stack of activations, each laid out as it is."""
+    """Stack activations to a block, keeping the memory layout of each."""
     first = found[0]
     shape = (len(found) * len(first), *first.shape[1:])
     rows = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=_layout(first))
@@ -95,11 +104,11 @@ def _block(found: Sequence[Tensor]) -> Tensor:
 
 
 def convolution(original: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
-    """``F.conv1d``, ``conv2d`` or ``conv3d``, to be differentiated twice.
+    """Return a replacement of ``F.conv1d``, ``conv2d`` or ``conv3d`` for second derivatives.
 
     Args:
-        original: the function of torch.
-        dims: of an image.
+        original: Function of torch, used for arguments that are not supported.
+        dims: Number of axes of an image.
     """
 
     def convolved(

@@ -1,9 +1,9 @@
 """Check that custom autograd functions can be differentiated a second time.
 
-A backward formula that detaches, leaves torch, or is marked with ``once_differentiable`` gives the
-right gradient, but autograd loses how that gradient depends on its inputs, without an error. Such
-formulas are Python functions (`torch.autograd.Function`, custom operators), C++ functions of
-extensions, or hooks; torch's own nodes are exact.
+A backward that detaches, leaves torch, or is marked with ``once_differentiable`` gives the right
+gradient. Autograd then loses, often without an error, how the gradient depends on its inputs.
+Python functions (`torch.autograd.Function`, custom operators), C++ functions of extensions and
+hooks can have such a backward; torch's own nodes are exact.
 """
 
 from __future__ import annotations
@@ -23,21 +23,27 @@ from hessfunc.autograd import same_draws
 
 # Classes and flags of custom functions that have passed the check.
 Verified: TypeAlias = set[Any]
-# Tensors and their cotangents -> the gradient with respect to the tensors.
+# Function (tensors, cotangents, create_graph) -> gradient with respect to the tensors.
 _Backward: TypeAlias = Callable[[list[Tensor], list[Tensor], bool], list[Tensor | None]]
 
-# Relative steps of the differences, by dtype. Steps in float64 are so small that the few entries
-# that move do not cross kinks.
+# Relative steps of finite differences by dtype. Float64 steps are so small that the few shifted
+# entries do not cross kinks.
 _STEPS = {torch.float64: (1e-7, 1e-5), torch.float32: (3e-3, 1e-2)}
 _ENTRIES = {torch.float64: 4096, torch.float32: 64}
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 3e-2}
-# Errors of functions that do not take float64.
+# Errors that functions raise if they do not support float64.
 _NOT_TAKEN = (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a custom function: its class and arguments, tensors detached."""
+    """Call of a custom function.
+
+    Attributes:
+        function: Class of the function.
+        args: Arguments, with tensors detached.
+        moving: Indices of the differentiated arguments.
+    """
 
     function: type[Function]
     args: tuple[Any, ...]
@@ -45,13 +51,13 @@ class _Call:
 
 
 def _key(function: type[Function], args: tuple[Any, ...]) -> Any:
-    """Class and flags: calls with the same key run the same code."""
+    """Return the class and flags of a call. Calls with the same key run the same code."""
     flags = [a if isinstance(a, (bool, int, str)) else None for a in args]
     return function, _moving(args), tuple(flags)
 
 
 def _moving(args: tuple[Any, ...]) -> tuple[int, ...]:
-    """Return the places of the arguments that are differentiated."""
+    """Return the indices of the arguments that are differentiated."""
     return tuple(
         i
         for i, a in enumerate(args)
@@ -72,20 +78,20 @@ def refuse_if_cut(
 
     Args:
         ends: Tensors at the end of the graph.
-        inputs: Leaves at its start.
-        again: Evaluates the ends at other leaves. It is called only if the graph has custom
-            functions that are not verified yet.
+        inputs: Leaves at the start of the graph.
+        again: Function that evaluates the ends at other leaves. It is called only if the graph has
+            custom functions that are not verified yet.
         hooks: Names of the hooks that were registered on tensors of the graph.
-        verified: What has passed this check before; it is added to.
+        verified: Keys of the functions that have passed this check; updated in place.
         linear: Whether the gradient will be differentiated only with respect to its cotangents,
             as in a Gauss-Newton matrix.
 
     Raises:
-        NotImplementedError: If a second derivative is lost; the operation is named.
+        NotImplementedError: If a second derivative is lost. The message names the operation.
 
-    Cost: A walk over the graph. With custom functions one more evaluation of the ends and, for each
-    kind of call, nine gradients of the custom function alone; with hooks one more gradient and its
-    derivative. Each is done once for each set of ``verified``.
+    Cost: a walk over the graph. Custom functions add one evaluation of the ends and, for each kind
+    of call, nine gradients of the custom function alone. Hooks add one gradient and its derivative.
+    Each check runs once per ``verified`` set.
     """
     python, other, segments = _custom_nodes(ends)
     if segments and ("recomputed", linear) not in verified:
@@ -109,13 +115,13 @@ def refuse_unless_derivatives(
     inputs: Sequence[Tensor],
     again: Callable[[Sequence[Tensor]], Sequence[Tensor]],
 ) -> None:
-    """Raise if a custom function's backward is not the derivative of its forward.
+    """Raise if the backward of a custom function is not the derivative of its forward.
 
-    Finite differences of a gradient see the forward, and reverse mode sees the backward alone: with
-    a straight-through estimator they are different matrices.
+    Finite differences of a gradient depend on the forward, reverse mode only on the backward. For
+    a straight-through estimator, the two give different matrices.
 
     Raises:
-        NotImplementedError: If there is such a function; it is named.
+        NotImplementedError: If the graph has such a function. The message names the function.
     """
     python, _, _ = _custom_nodes(ends)
     if not python:
@@ -125,9 +131,9 @@ def refuse_unless_derivatives(
     for call in calls.values():
         if _is_wrong(call, _value_error):
             raise NotImplementedError(
-                f"the backward of {_named(call.function)} is not the derivative of its forward (a "
-                "straight-through estimator?), so finite differences are another matrix than "
-                "autograd's: take `hvp(loss, mode='reverse')`"
+                f"the backward of {_named(call.function)} is not the derivative of its forward, "
+                "like a straight-through estimator, so finite differences give another matrix "
+                "than autograd: use `hvp(loss, mode='reverse')`"
             )
 
 
@@ -137,13 +143,13 @@ def _custom_nodes(
     """Find the nodes of a graph that are not torch's own.
 
     Returns:
-        The Python functions, with their ``needs_input_grad``; the names of other nodes; and the
-        nodes of `recomputed` functions, whose own graphs are not part of this one.
+        Python functions with their ``needs_input_grad``, names of other nodes, and nodes of
+        `recomputed` functions, whose own graphs are not part of this graph.
     """
     python: dict[tuple[type[Function], tuple[bool, ...]], None] = {}
     other: dict[str, None] = {}
     segments: list[Any] = []
-    # Modes of the loss need not see that its graph is read.
+    # Reading the graph must not trigger the modes of the loss.
     with torch._C.DisableTorchFunction():
         waiting: list[Any] = [end.grad_fn for end in ends]
     seen = set()
@@ -155,21 +161,21 @@ def _custom_nodes(
         waiting.extend([following for following, _ in node.next_functions])
         kind = type(node)
         if issubclass(kind, BackwardCFunction):
-            found: Any = node
-            function = found._forward_cls
+            custom: Any = node
+            function = custom._forward_cls
             if function.__name__ == "BackwardHookFunction":
                 other[function.__name__] = None
             elif function.__name__ == "_Recomputed":
                 segments.append(node)
             elif not _is_trusted(function):
-                python[function, tuple(found.needs_input_grad)] = None
+                python[function, tuple(custom.needs_input_grad)] = None
         elif kind.__name__ == "CppFunction" and _is_foreign(node.name()):
             other[node.name()] = None
     return list(python), list(other), segments
 
 
 def _refuse_cut_segment(node: Any, *, verified: Verified, linear: bool) -> None:
-    """Check the graph of a `recomputed` function, by an evaluation of its own."""
+    """Check the graph of a `recomputed` function by evaluating the function separately."""
     tensors = [tensor.detach() for tensor in node.saved_tensors]
     leaves = [tensor.requires_grad_() for tensor in tensors[: node.count]]
     others = tensors[node.count :]
@@ -181,16 +187,16 @@ def _refuse_cut_segment(node: Any, *, verified: Verified, linear: bool) -> None:
 
 
 def _is_trusted(function: type[Function]) -> bool:
-    """Whether the function is this project's or torch's own."""
+    """Return whether the function belongs to this package or to torch."""
     package = function.__module__.partition(".")[0]
-    # The functions of custom operators are made in this module, by formulas of the user.
+    # torch generates the functions of custom operators in this module, from formulas of the user.
     return package == "hessfunc" or (
         package == "torch" and function.__module__ != "torch._library.autograd"
     )
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether a C++ node may have a formula that is not torch's: ``CppNode<Function>`` has."""
+    """Return whether a C++ node may have a user's formula, such as ``CppNode<Function>``."""
     known = name.startswith("torch::autograd::") and "CppNode" not in name
     return not known or name.endswith("NotImplemented")
 
@@ -218,12 +224,12 @@ def _refuse_cut_functions(
 
 
 def _cut_message(name: str, *, linear: bool) -> str:
-    fix = "" if linear else ", or take `hvp(loss, mode='difference')`"
+    fix = "" if linear else ", or use `hvp(loss, mode='difference')`"
     return (
-        f"{name} has a gradient, but autograd cannot differentiate its backward, and would leave "
-        "that part of the second derivative out. Write the backward in torch operations on "
-        "`ctx.saved_tensors`, which hold inputs and outputs only, without `once_differentiable`, "
-        f"`detach` or NumPy{fix}"
+        f"{name} has a gradient, but autograd cannot differentiate its backward, and would omit "
+        "that part of the second derivative. Write the backward with torch operations on "
+        "`ctx.saved_tensors`, save only inputs and outputs there, and avoid `once_differentiable`, "
+        f"`detach` and NumPy{fix}"
     )
 
 
@@ -232,10 +238,10 @@ _patching = threading.RLock()
 
 @contextmanager
 def _recorded(functions: Sequence[type[Function]]) -> Iterator[dict[Any, _Call]]:
-    """Record one call of each kind that this thread makes of these functions.
+    """Record one call of each kind that this thread makes to these functions.
 
-    ``Function.apply`` cannot be observed, and users keep references to it, but it looks up
-    ``forward`` anew in each call.
+    ``Function.apply`` cannot be patched, because users keep references to it. However, ``apply``
+    looks up ``forward`` in each call.
     """
     calls: dict[Any, _Call] = {}
     thread = threading.get_ident()
@@ -266,13 +272,13 @@ def _recorded(functions: Sequence[type[Function]]) -> Iterator[dict[Any, _Call]]
 
 
 def _call(function: type[Function], args: tuple[Any, ...]) -> _Call:
-    # Copies, as a function may change its arguments in place.
+    # Clone the tensors, because a function may change its arguments in place.
     kept = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
     return _Call(function, kept, _moving(args))
 
 
 def _is_wrong(call: _Call, error: Callable[[_Call, torch.dtype], bool | None]) -> bool:
-    """Whether a check fails, in float64 or, if that does not decide, in the call's own dtype."""
+    """Return whether a check fails, in float64 or, if inconclusive, in the dtype of the call."""
     own = {call.args[i].dtype for i in call.moving}
     if not own:
         return False
@@ -295,14 +301,14 @@ def _converted(call: _Call, dtype: torch.dtype) -> _Call:
 
 
 def _outputs(call: _Call, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The differentiable outputs of a call at other inputs."""
+    """Return the differentiable outputs of a call at other inputs."""
     args = list(call.args)
     for i, leaf in zip(call.moving, leaves, strict=True):
         args[i] = leaf.clone()
     with torch.enable_grad(), same_draws(leaves[0].device):
         outputs = call.function.apply(*args)
-    found = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [y for y in found if isinstance(y, Tensor) and y.requires_grad]
+    values = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [y for y in values if isinstance(y, Tensor) and y.requires_grad]
 
 
 def _leaves(call: _Call) -> list[Tensor]:
@@ -310,9 +316,10 @@ def _leaves(call: _Call) -> list[Tensor]:
 
 
 def _cotangent_error(call: _Call, dtype: torch.dtype) -> bool | None:
-    """Whether the derivative of the backward with respect to its cotangents is wrong.
+    """Return whether the derivative of the backward with respect to its cotangents is wrong.
 
-    A backward B(x, g) is linear in g, so <B(x, g), u> equals its derivative along g.
+    A backward B(x, g) is linear in g. For any u, <B(x, g), u> therefore equals its own derivative
+    along g, which is sum_i g_i d<B(x, g), u>/dg_i.
     """
     leaves = _leaves(call)
     outputs = _outputs(call, leaves)
@@ -326,25 +333,29 @@ def _is_cut_from(
     cotangents: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> bool:
+    # `value` is <B(x, g), u> and `along` is its derivative along g; see `_cotangent_error`.
     gradient = torch.autograd.grad(ends, leaves, cotangents, create_graph=True, allow_unused=True)
     value, size = _projected(gradient)
-    found: Sequence[Tensor | None] = [None]
+    slopes: Sequence[Tensor | None] = [None]
     if value.requires_grad:
         try:
-            found = torch.autograd.grad(value, cotangents, allow_unused=True)
+            slopes = torch.autograd.grad(value, cotangents, allow_unused=True)
         except RuntimeError:
-            # A formula that is marked with `once_differentiable`, or has none of a second order.
+            # The backward is marked with `once_differentiable`, or has no derivative.
             return True
     along = sum(
         float((d * c.detach()).sum())
-        for d, c in zip(found, cotangents, strict=False)
+        for d, c in zip(slopes, cotangents, strict=False)
         if d is not None
     )
     return abs(along - float(value.detach())) > _TOLERANCE[dtype] * size
 
 
 def _projected(gradient: Sequence[Tensor | None]) -> tuple[Tensor, float]:
-    """The inner product with random directions, each part of the gradient on one scale."""
+    """Return sum_i <g_i, u_i> / |g_i| for random u_i, and its typical size.
+
+    The division puts all parts of the gradient on the same scale.
+    """
     parts = []
     for i, g in enumerate(gradient):
         if g is not None and (norm := float(g.detach().norm())) > 0:
@@ -355,7 +366,7 @@ def _projected(gradient: Sequence[Tensor | None]) -> tuple[Tensor, float]:
 
 
 def _input_error(call: _Call, dtype: torch.dtype) -> bool | None:
-    """Whether the derivative of the backward with respect to its inputs is wrong."""
+    """Return whether the derivative of the backward with respect to its inputs is wrong."""
     leaves = _leaves(call)
     directions = _directions(leaves, dtype)
     shapes = [y.detach() for y in _outputs(call, leaves)]
@@ -373,7 +384,7 @@ def _input_error(call: _Call, dtype: torch.dtype) -> bool | None:
 
 
 def _value_error(call: _Call, dtype: torch.dtype) -> bool | None:
-    """Whether the backward is not the derivative of the forward."""
+    """Return whether the backward is not the derivative of the forward."""
     leaves = _leaves(call)
 
     def value(at: Sequence[Tensor], *, create_graph: bool) -> Sequence[Tensor]:
@@ -388,19 +399,21 @@ def _differs(
     directions: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> bool | None:
-    """Whether autograd's derivative of a field differs from finite differences.
+    """Return whether autograd's derivative of a vector field differs from finite differences.
 
-    None if the differences change with the step, as at kinks, and decide nothing. Every step is
-    taken, so that ranks make the same number of evaluations.
+    The result is None, which means inconclusive, if the differences depend on the step, as they do
+    at kinks. Every step is evaluated, so that all ranks make the same number of evaluations.
     """
+    # With f(x) = <field(x), u>, `along` is autograd's derivative of f along the directions v, and
+    # each slope is a central difference (f(x + h v) - f(x - h v)) / 2h.
     at = field(leaves, create_graph=True)
     value, size = _projected(at)
     scales = [None if g is None else float(g.detach().norm()) for g in at]
     along = 0.0
     if value.requires_grad:
-        found = torch.autograd.grad(value, leaves, allow_unused=True)
+        gradient = torch.autograd.grad(value, leaves, allow_unused=True)
         along = sum(
-            float((d * v).sum()) for d, v in zip(found, directions, strict=True) if d is not None
+            float((d * v).sum()) for d, v in zip(gradient, directions, strict=True) if d is not None
         )
 
     def projected(sign: float) -> float:
@@ -429,9 +442,9 @@ def _differs(
 
 
 def _directions(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Random multiples of a few entries of each leaf.
+    """Return random multiples of a few entries of each leaf, zero elsewhere.
 
-    Entries that are exactly zero stay so: many functions have their kink there.
+    Entries that are exactly zero do not move, because many functions have a kink at zero.
     """
     directions = []
     for i, leaf in enumerate(leaves):
@@ -448,7 +461,7 @@ def _directions(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _random(like: Tensor, kind: int, which: int) -> Tensor:
-    """Standard normal numbers, the same for each (kind, which)."""
+    """Return standard normal numbers that depend only on (kind, which) and the shape."""
     generator = torch.Generator().manual_seed(1000 * kind + which)
     numbers = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
     return numbers.to(like)
@@ -462,22 +475,22 @@ def _refuse_cut_graph(
     *,
     linear: bool,
 ) -> None:
-    """Check a whole graph, for hooks and for functions whose calls cannot be repeated alone."""
+    """Check the whole graph, for hooks and for functions whose calls cannot be repeated alone."""
     if any(name.endswith("NotImplemented") for name in nodes):
         raise NotImplementedError(
-            "the loss passes through a custom operator without a derivative (torch.library, with "
-            "no `register_autograd`), so its gradient leaves that part out: register one"
+            "the loss passes through a custom operator of torch.library without a derivative, so "
+            "its gradient omits that part: call `torch.library.register_autograd`"
         )
     dtype = torch.float64 if {x.dtype for x in inputs} == {torch.float64} else torch.float32
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     ends = again(leaves)
     cotangents = [_random(y, 1, i).requires_grad_() for i, y in enumerate(ends)]
     if _is_cut_from(ends, leaves, cotangents, dtype):
-        what = " and ".join(hooks or nodes)
+        names = " and ".join(hooks or nodes)
         raise NotImplementedError(
-            f"the gradient passes through {what}, which detaches it or changes it other than "
-            "linearly, so its second derivative would be left out: remove the hook, or write it "
-            "in torch operations on the gradient, without `detach` or `.data`"
+            f"the gradient passes through {names}, which detaches the gradient or is not linear "
+            "in it, so the second derivative would be incomplete: remove the hook, or write it "
+            "with torch operations on the gradient, without `detach` or `.data`"
         )
     if linear or not [name for name in nodes if not name.startswith("BackwardHook")]:
         return

@@ -1,7 +1,7 @@
-"""Smooth activations, whose first and second derivatives are computed once and kept.
+"""Smooth activations whose first and second derivatives are computed once and kept.
 
-torch computes them anew for each product, from the exponentials on. A product needs no more than
-two multiplications: with y = f(x) and g the gradient at y,
+torch recomputes both for each product, including their exponentials. With kept derivatives, a
+product only multiplies: for y = f(x) and the cotangent g of y,
 
     dy = f'(x) dx,   d(g f'(x)) = f'(x) dg + g f''(x) dx.
 """
@@ -22,19 +22,19 @@ from hessfunc.autograd.overrides import plain
 
 Map = Callable[[Tensor], Tensor]
 
-# Entries below which a call costs more than what it saves.
+# Smallest number of entries for which the call overhead pays off.
 _LARGE = 2**14
 
 
 @dataclass(frozen=True)
 class _Activation:
-    """f and its derivatives, each of functions that torch differentiates.
+    """Activation f and its derivatives, composed of functions that torch differentiates.
 
     Attributes:
-        value: f.
-        slope: f', of what is kept.
-        curve: the derivative of the slope with respect to what is kept.
-        keeps_output: f(x) is kept, and not x, as torch does.
+        value: Activation f.
+        slope: Derivative f'(x) as a function of the kept tensor.
+        curve: Derivative of ``slope`` with respect to the kept tensor.
+        keeps_output: Whether the kept tensor is f(x), as in torch, instead of x.
     """
 
     value: Map
@@ -44,7 +44,7 @@ class _Activation:
 
 
 def elementwise(original: Map) -> Callable[..., Tensor]:
-    """``F.silu``, ``tanh`` or ``sigmoid``, to be differentiated twice."""
+    """Return a replacement of ``F.silu``, ``tanh`` or ``sigmoid`` for second derivatives."""
     activation = _ACTIVATIONS[original]
 
     def mapped(input: Tensor, *options: Any, **named: Any) -> Tensor:
@@ -57,7 +57,7 @@ def elementwise(original: Map) -> Callable[..., Tensor]:
 
 
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
-    """``F.gelu``, to be differentiated twice."""
+    """Compute ``F.gelu`` so that its second derivative is fast."""
     activation = _GELUS.get(approximate)
     if activation is None or not _applies(input):
         return F.gelu(input, approximate=approximate)
@@ -80,7 +80,7 @@ class _Mapped(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (kept,) = ctx.saved_tensors
         if torch.is_grad_enabled() and batched(g):
-            # A Function without a rule for vmap would be applied to what vmap has wrapped.
+            # vmap would pass its wrapped tensors to a Function without a vmap rule.
             return None, g * ctx.activation.slope(kept)
         if ctx.slope is None:
             with torch.no_grad():
@@ -91,7 +91,7 @@ class _Mapped(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """g f'(x), with the slope f'(x) at hand."""
+    """Cotangent g f'(x), given the slope f'(x)."""
 
     @staticmethod
     def forward(
@@ -104,6 +104,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
+        # The cotangent v of g slope(kept) gives v slope for g and v g curve for the kept tensor.
         g, kept = ctx.saved_tensors
         _, needs_g, needs_kept, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
@@ -120,6 +121,7 @@ def _normal_density(x: Tensor) -> Tensor:
     return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
 
+# GELU: f = x Phi(x), f' = Phi + x phi, f'' = (2 - x^2) phi, with the normal density phi.
 _GELU = _Activation(
     F.gelu,
     lambda x: torch.special.ndtr(x) + x * _normal_density(x),
@@ -128,12 +130,13 @@ _GELU = _Activation(
 
 
 def _inner(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """tanh of the cubic of the approximate GELU, and the cubic's derivatives."""
+    """Return t = tanh u, u' and u'' for u = c (x + a x^3), the cubic of the approximate GELU."""
     c, a = math.sqrt(2 / math.pi), 0.044715
     return torch.tanh(c * (x + a * x**3)), c * (1 + 3 * a * x * x), 6 * c * a * x
 
 
 def _slope_by_tanh(x: Tensor) -> Tensor:
+    # f = x (1 + t) / 2 with t' = (1 - t^2) u'.
     t, du, _ = _inner(x)
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
 
@@ -150,6 +153,7 @@ _GELUS = {
 
 
 def _slope_of_silu(x: Tensor) -> Tensor:
+    # f = x s with the sigmoid s, s' = s (1 - s).
     s = torch.sigmoid(x)
     return s * (1 + x * (1 - s))
 
@@ -159,7 +163,8 @@ def _curve_of_silu(x: Tensor) -> Tensor:
     return s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
-# By the value y: dy/dx = f'(y), and the curve is the slope's derivative with respect to y.
+# The kept tensor is y = f(x): slope(y) = dy/dx and curve(y) = d slope / dy. The chain rule of
+# autograd multiplies by dy/dx.
 _TANH = _Activation(torch.tanh, lambda y: 1 - y * y, lambda y: -2 * y, keeps_output=True)
 _SIGMOID = _Activation(torch.sigmoid, lambda y: y * (1 - y), lambda y: 1 - 2 * y, keeps_output=True)
 _ACTIVATIONS: dict[Any, _Activation] = {

@@ -1,4 +1,4 @@
-"""Embeddings with dense gradients, which leave their weights as they are."""
+"""Embeddings with dense gradients that do not change their weights in place."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Compute ``F.embedding`` without sparse gradients and without changes to its weights.
+    """Compute ``F.embedding`` without sparse gradients and without changing its weights.
 
-    ``max_norm`` rescales the rows that are returned, by factors that autograd takes for constant,
-    instead of the rows of the weight. ``scale_grad_by_freq`` changes the gradient into one that
-    belongs to no function, and is left out.
+    ``max_norm`` rescales the returned rows instead of the rows of the weight, by factors that
+    autograd treats as constant. ``scale_grad_by_freq`` is ignored, because the gradient that it
+    produces is not the gradient of any function.
     """
     rows = F.embedding(input, weight, padding_idx)
     return rows if max_norm is None else rows + _rescaling(rows, max_norm, norm_type)
@@ -40,9 +40,10 @@ def padded_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Compute ``F.embedding`` with the row of ``padding_idx`` constant.
+    """Compute ``F.embedding`` with a constant row for ``padding_idx``.
 
-    In reverse mode that row gets no gradient; without this, it would still have a tangent.
+    In reverse mode, `F.embedding` gives the row no gradient. In forward mode, the row would still
+    have a tangent.
     """
     rows = _embedding(input, weight, None, max_norm, norm_type)
     if padding_idx is None:
@@ -75,7 +76,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Compute ``F.embedding_bag`` without sparse gradients and without changes to its weights."""
+    """Compute ``F.embedding_bag`` without sparse gradients and without changing its weights."""
     if max_norm is not None:
         weight = weight + _rescaling_of(weight, input, max_norm, norm_type)
     return F.embedding_bag(
@@ -99,10 +100,10 @@ def pure_lookup() -> dict[Any, Any]:
 
 
 def _rescaling(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """Return what takes rows to those of norm ``max_norm`` at most, a constant."""
+    """Return the constant to add to rows so that their norms are at most ``max_norm``."""
     fixed = constant(rows)
     norms = torch.linalg.vector_norm(fixed, norm_type, dim=-1, keepdim=True)
-    # The same small number as in torch.
+    # torch adds the same 1e-7.
     scale = torch.where(norms > max_norm, max_norm / (norms + 1e-7), torch.ones_like(norms))
     return fixed * (scale - 1)
 
@@ -114,7 +115,7 @@ def _rescaling_of(weight: Tensor, indices: Tensor, max_norm: float, norm_type: f
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    # The fused kernel's second derivative leaves out that |v| depends on v.
+    # The second derivative of the fused kernel ignores that |v| depends on v.
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 

@@ -1,4 +1,4 @@
-"""Errors of autograd, explained in terms of the loss and of what to do."""
+"""Explanations of autograd errors, with advice on how to change the loss."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NO_MOVE = re.compile(r"redistribute from (\S+) to (\S+) not supported")
 
 @contextmanager
 def explained(space: Space, batch: Any) -> Iterator[None]:
-    """Say which operation has no derivative, or which device is wrong, and what to do."""
+    """Context manager that replaces known errors of autograd by clearer ones."""
     try:
         yield
     except RuntimeError as error:
@@ -41,86 +41,87 @@ def explained(space: Space, batch: Any) -> Iterator[None]:
 
 
 def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | None:
-    """An error that says what to do."""
+    """Return a clearer error that says what to do, or None for an unknown error."""
     text = str(error)
-    if found := _NO_REVERSE.search(text):
+    if match := _NO_REVERSE.search(text):
         return NotImplementedError(
-            f"{_operation(found)} has no second derivative in torch: replace it, or take "
-            "`hvp(loss, mode='difference')`, the Hessian by finite differences of the "
-            "gradient, which need a smooth loss and are best in float64"
+            f"{_operation(match)} has no second derivative in torch: replace the operation, or use "
+            "`hvp(loss, mode='difference')`, finite differences of the gradient, which need a "
+            "smooth loss and are most accurate in float64"
         )
-    if found := _NO_FORWARD.search(text):
+    if match := _NO_FORWARD.search(text):
         return NotImplementedError(
-            f"{_operation(found)}: not supported in forward mode: take `hvp(loss, mode='reverse')`"
+            f"{_operation(match)} is not supported in forward mode: use `hvp(loss, mode='reverse')`"
         )
-    if found := _MIXED.search(text):
+    if match := _MIXED.search(text):
         return ValueError(
-            f"{_operation(found)} meets a plain tensor beside a DTensor: let the model make "
-            "DTensors of its inputs and constants (`input_fn` of distribute_module, or "
-            "torch.distributed.tensor.experimental.implicit_replication), or take `unsharded`"
+            f"{_operation(match)} combines a plain tensor with a DTensor: make DTensors of the "
+            "inputs and constants of the model (`input_fn` of distribute_module, or "
+            "torch.distributed.tensor.experimental.implicit_replication), or use `unsharded(model)`"
         )
-    if found := _NO_MOVE.search(text):
+    if match := _NO_MOVE.search(text):
         return NotImplementedError(
-            f"torch cannot move a DTensor from {found[1]} to {found[2]}, as a second derivative "
-            "needs here: place some parameters otherwise (Shard(0), or Replicate), or take "
-            "`unsharded` parameters, or `hvp(loss, mode='difference')`"
+            f"torch cannot redistribute a DTensor from {match[1]} to {match[2]}, which the second "
+            "derivative needs: use Shard(0) or Replicate for some parameters, or "
+            "`unsharded(model)`, or `hvp(loss, mode='difference')`"
         )
     if "Cannot access data pointer of Tensor that doesn't have storage" in text:
         return NotImplementedError(
-            "the loss leaves torch, such as by NumPy or a packed sequence, where forward mode and "
-            "vmap cannot follow: take `hvp(loss, mode='reverse')`"
+            "the loss leaves torch, for instance for NumPy or a packed sequence, where forward "
+            "mode and vmap cannot follow: use `hvp(loss, mode='reverse')`"
         )
     if "nference tensors cannot be saved" in text:
         return RuntimeError(
             "the batch has tensors made in `torch.inference_mode()`, which autograd cannot save: "
-            "clone them outside of it, or make them under `torch.no_grad()`"
+            "call `tensor.clone()` outside of it, or make them under `torch.no_grad()`"
         )
     if "modified by an inplace operation" in text:
         return RuntimeError(
-            "a tensor in the graph of the loss has changed in place since it was computed: if it "
+            "a tensor in the graph of the loss has changed in place since it was computed. If it "
             "is the batch, a frozen parameter or a buffer, make the matvec again, or pass "
-            "`batch.clone()`; if the model itself changes it, take the operation out of place"
+            "`batch.clone()`; if the model itself changes it, use an operation out of place"
         )
     if "One of the differentiated Tensors does not require grad" in text:
         return NotImplementedError(
             "a layer is called where no gradient is recorded, such as under `torch.no_grad()`, "
-            "behind `detach()` or in torch.utils.checkpoint: take the layer out of it, or take "
+            "before `detach()` or in torch.utils.checkpoint: call the layer outside of it, or use "
             "exact products, `per_block(hvp(loss)(params, batch), params)`"
         )
-    if found := _UNREGISTERED.search(text):
+    if match := _UNREGISTERED.search(text):
         return NotImplementedError(
-            f"the custom operator {found[1]} has no derivative: register one by "
+            f"the custom operator {match[1]} has no derivative: register one with "
             "`torch.library.register_autograd`"
         )
     if "does not currently support double backward" in text:
         return NotImplementedError(
-            "the loss has a part that `torch.compile` has compiled, which has no second "
-            "derivative: make it from the uncompiled model (`model._orig_mod`)"
+            "the loss has a part compiled by `torch.compile`, which has no second derivative: use "
+            "the uncompiled model, `model._orig_mod`"
         )
     if "override the setup_context" in text or ("forward mode AD" in text and "jvp" in text):
         return NotImplementedError(
             "an autograd.Function of the loss has no `setup_context` and `jvp`, which forward mode "
-            "and `recompute` need: take `hvp(loss, mode='reverse')` without recomputation, or add "
-            "them (see 'Extending torch.func with autograd.Function' in torch's documentation)"
+            "and `recompute` need: use `hvp(loss, mode='reverse')` without recomputation, or add "
+            "both (see 'Extending torch.func with autograd.Function' in torch's documentation)"
         )
     if "When use_reentrant=True" in text:
         return NotImplementedError(
-            "torch.utils.checkpoint (gradient checkpointing) does not work under second "
-            "derivatives: turn it off, and take functional(model, recompute='model.layers.*')"
+            "torch.utils.checkpoint (gradient checkpointing) does not support second derivatives: "
+            "turn it off, and use functional(model, recompute='model.layers.*')"
         )
     devices = {leaf.device for leaf in batch_leaves(batch) if isinstance(leaf, Tensor)}
     if devices - {space.device}:
         return ValueError(
-            f"the parameters lie on {space.device}, but the batch has tensors on "
-            f"{', '.join(sorted(map(str, devices - {space.device})))}: move one to the other"
+            f"the parameters are on {space.device}, but the batch has tensors on "
+            f"{', '.join(sorted(map(str, devices - {space.device})))}: move them, "
+            f"`tensor.to({str(space.device)!r})`"
         )
     return None
 
 
 def lacks_forward_mode(error: RuntimeError, /) -> str | None:
-    """Return the operation that has no forward-mode derivative, if that is the error."""
-    found = _NO_FORWARD.search(str(error))
-    return None if found is None else _operation(found)
+    """Return the operation without a forward-mode derivative, or None for another error."""
+    match = _NO_FORWARD.search(str(error))
+    return None if match is None else _operation(match)
 
 
 def _operation(found: re.Match[str]) -> str:

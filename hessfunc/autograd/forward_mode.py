@@ -1,6 +1,6 @@
-"""Functions of torch as compositions that forward mode differentiates.
+"""Compositions of torch functions that forward mode can differentiate.
 
-torch has no formula for the forward derivative of their backward, or one that fails.
+torch has no forward derivative for the backward of the original functions, or one that fails.
 """
 
 from __future__ import annotations
@@ -75,22 +75,22 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
 
 
 def _set_grad_enabled(mode: bool) -> Any:
-    """Switch forward mode off with reverse mode: under ``no_grad`` both take all for constant."""
+    """Switch reverse and forward mode together, so that ``no_grad`` makes constants in both."""
     torch._C._set_fwd_grad_enabled(mode)
     return torch._C._set_grad_enabled(mode)
 
 
 def _data(tensor: Tensor, *_: Any) -> Tensor:
-    # `.data` of what torch.func has wrapped keeps its tangent.
+    # `.data` of a tensor wrapped by torch.func would keep its tangent.
     return tensor.detach()
 
 
 def _grad(*args: Any, **kwargs: Any) -> Any:
-    """Compute ``torch.autograd.grad``, whose result is constant without ``create_graph``."""
-    found = torch.autograd.grad(*args, **kwargs)
+    """Compute ``torch.autograd.grad``; without ``create_graph`` the result is a constant."""
+    gradient = torch.autograd.grad(*args, **kwargs)
     if kwargs.get("create_graph", args[4] if len(args) > 4 else False):
-        return found
-    return tuple(None if g is None else g.detach() for g in found)
+        return gradient
+    return tuple(None if g is None else g.detach() for g in gradient)
 
 
 def _gumbel_softmax(
@@ -115,7 +115,7 @@ FORWARD: Replacements = {
     torch.autograd.grad: _grad,
 }
 
-# What finite differences see and autograd does not.
+# Replacements of functions whose detached parts finite differences would otherwise see.
 DIFFERENCES: Replacements = {
     **EXACT,
     F.embedding: padded_embedding,

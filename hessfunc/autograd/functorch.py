@@ -1,7 +1,7 @@
-"""The tensors beneath those that `torch.vmap` hands to a backward formula.
+"""Access to the tensors that `torch.vmap` wraps, and pullbacks through a kept graph.
 
-A formula that sees the whole block can choose how its probe axis lies, and so spare the copies
-and broadcasts of vmap's own rules, for which each operation stands alone.
+A backward formula that sees the whole block can choose the memory layout of the probe axis. It
+avoids the copies and broadcasts of vmap, which treats each operation separately.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 
 
 def batched(*tensors: Tensor | None) -> bool:
-    """Whether vmap, or a gradient with `is_grads_batched`, has wrapped one of these."""
+    """Return whether vmap, or a gradient with `is_grads_batched`, has wrapped one of these."""
     return any(
         t is not None and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
         for t in tensors
@@ -25,15 +25,15 @@ def batched(*tensors: Tensor | None) -> bool:
 
 
 def on_blocks(formula: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    """A formula of plain tensors, on tensors some of which vmap may have wrapped.
+    """Apply a formula of plain tensors to tensors that vmap may have wrapped.
 
-    Where one is, the formula sees it with a leading probe axis, and must return a block.
+    The formula gets a wrapped tensor with a leading probe axis, and must then return a block.
     """
     level = max((_level(tensor) for tensor in tensors), default=0)
     if level == 0:
         return formula(*tensors)
-    found = formula(*(_beneath(tensor, level) for tensor in tensors))
-    return functorch._add_batch_dim(found, 0, level)
+    block = formula(*(_beneath(tensor, level) for tensor in tensors))
+    return functorch._add_batch_dim(block, 0, level)
 
 
 def _level(tensor: Tensor | None) -> int:
@@ -53,10 +53,10 @@ _linear_in_cotangents: ContextVar[bool] = ContextVar("linear in cotangents", def
 
 @contextmanager
 def linear_in_cotangents() -> Iterator[None]:
-    """Inside, gradients are taken that will be differentiated by their cotangents alone.
+    """Context manager for gradients that are differentiated only by their cotangents.
 
-    So it is in a Gauss-Newton matrix: the graph need not know how a gradient depends on the
-    parameters, and is smaller.
+    A Gauss-Newton matrix needs only such derivatives. The graph does not record how the gradient
+    depends on the parameters, and is therefore smaller.
     """
     token = _linear_in_cotangents.set(True)
     try:
@@ -66,15 +66,15 @@ def linear_in_cotangents() -> Iterator[None]:
 
 
 def once_more(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a gradient was computed from, as far as the gradient will be differentiated by it."""
+    """Return the arguments of a gradient, detached inside `linear_in_cotangents`."""
     if not _linear_in_cotangents.get():
         return tensors
     return tuple(None if t is None else t.detach() for t in tensors)
 
 
 def edges(tensors: Sequence[Tensor], /) -> list[GradientEdge]:
-    """Return the places of tensors in their graph, which do not keep the tensors alive."""
-    # Modes of the loss need not see that its graph is read.
+    """Return the graph edges of tensors, which do not keep the tensors alive."""
+    # Reading the graph must not trigger the modes of the loss.
     with torch._C.DisableTorchFunction():
         return [get_gradient_edge(tensor) for tensor in tensors]
 
@@ -82,20 +82,21 @@ def edges(tensors: Sequence[Tensor], /) -> list[GradientEdge]:
 def pullback(
     outputs: Sequence[Tensor | GradientEdge], inputs: Sequence[Tensor], /
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """The function cotangents of outputs -> cotangents of inputs, through a graph that is kept.
+    """Return the function that maps cotangents of outputs to cotangents of inputs.
 
-    As `torch.autograd.grad`, less its checks of shapes, which take as long as a small product:
-    cotangents must be like the outputs.
+    The graph is kept for further calls. Unlike `torch.autograd.grad`, the function does not check
+    shapes, which would take as long as a small product. Cotangents must have the shapes and dtypes
+    of the outputs.
     """
     ends, starts = tuple(outputs), tuple(inputs)
 
     def pulled(cotangents: Sequence[Tensor]) -> list[Tensor]:
         if not ends:
             return [torch.zeros_like(leaf) for leaf in starts]
-        found = _engine_run_backward(ends, tuple(cotangents), True, False, starts, True, False)
+        gradient = _engine_run_backward(ends, tuple(cotangents), True, False, starts, True, False)
         return [
             torch.zeros_like(leaf) if g is None else g
-            for leaf, g in zip(starts, found, strict=True)
+            for leaf, g in zip(starts, gradient, strict=True)
         ]
 
     return pulled

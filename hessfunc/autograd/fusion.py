@@ -1,4 +1,4 @@
-"""From what an activation was computed, for a layer after it that can be made one with it."""
+"""Record how an activation was computed, so that a following layer can be fused with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hessfunc.autograd.bilinear import Bilinear
 
 @dataclass(frozen=True)
 class Source:
-    """y = form(x, w) + b."""
+    """Affine map y = form(x, w) + b that computed an activation y."""
 
     form: Bilinear
     x: Tensor
@@ -22,17 +22,17 @@ class Source:
 
 
 def remember(y: Tensor, source: Source, /) -> None:
-    """Keep the source of y for as long as y lives."""
+    """Record the source of y until y is destroyed."""
     key = id(y)
     _sources[key] = _Kept(source, y.grad_fn, _versions(y, source))
     weakref.finalize(y, _sources.pop, key, None)
 
 
 def source_of(y: Tensor, /) -> Source | None:
-    """What `remember` kept, if derivatives of y can be taken by it.
+    """Return the recorded source of y if derivatives may bypass y, else None.
 
-    Nothing may have changed since, in place or in the graph, and nobody may wait for a gradient
-    at y, for none will come there.
+    The tensors and the graph must not have changed since. No hook or ``retain_grad`` may wait for
+    a gradient at y, because the fused layer sends none there.
     """
     kept = _sources.get(id(y))
     if kept is None or kept.made_by is None or y.grad_fn is not kept.made_by:
@@ -49,7 +49,7 @@ class _Kept:
     versions: list[int]
 
 
-# By id, as tensors have no equality.
+# Keys are ids, because `==` of tensors is elementwise.
 _sources: dict[int, _Kept] = {}
 
 

@@ -1,4 +1,4 @@
-"""Linear layers, as bilinear maps."""
+"""Linear layers as bilinear maps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hessfunc.autograd.fusion import Source, remember
 from hessfunc.autograd.matrices import has_faster, multiplied
 from hessfunc.autograd.overrides import plain
 
-# Multiplications below which a call costs more than the product.
+# Smallest number of multiplications for which the call overhead pays off.
 _LARGE = 2**20
 
 
 @dataclass(frozen=True)
 class Linear(Bilinear):
-    """y = x w', with x ``[R, C]`` and w ``[O, C]``."""
+    """Matrix product y = x w' with x ``[R, C]`` and w ``[O, C]``."""
 
     @property
     def dims(self) -> int:
@@ -43,7 +43,7 @@ class Linear(Bilinear):
         if g.dim() == 3:
             rows, features = x.shape
             if rows < features:
-                # Less is copied where the transposes of g are, than where the results are.
+                # Copying the transposes of g, R O entries, is cheaper than stacking results, C O.
                 return multiplied(g.mT.reshape(-1, rows), x).unflatten(0, (len(g), -1))
             return torch.stack([multiplied(each.mT, x) for each in g])
         if x.dim() == 3:
@@ -54,14 +54,14 @@ class Linear(Bilinear):
     def tangent(self, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, /) -> Tensor:
         if dx.dim() == 2 or dw.dim() == 2:
             return super().tangent(x, w, dx, dw)
-        found = self.out(dx, w)
-        for target, each in zip(found, dw, strict=True):
+        tangents = self.out(dx, w)
+        for target, each in zip(tangents, dw, strict=True):
             target.add_(multiplied(x, each.mT))
-        return found
+        return tangents
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, to be differentiated twice."""
+    """Compute ``F.linear`` so that its second derivative is fast."""
     large = weight.dim() == 2 and input.numel() * len(weight) >= _LARGE
     one_bias = bias is None or bias.dim() == 1
     if not (large and one_bias and plain(input, weight, bias) and has_faster(input)):

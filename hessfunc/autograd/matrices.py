@@ -1,4 +1,4 @@
-"""Products of matrices, by the library that suits the processor."""
+"""Matrix products by the library that is fastest on the processor."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _torchs_own: ContextVar[bool] = ContextVar("torch's own products", default=False
 
 
 def has_faster(x: Tensor, /) -> bool:
-    """Whether `multiplied` calls another library than ``@`` for large matrices of this dtype.
+    """Return whether `multiplied` uses oneDNN instead of ``@`` for large matrices of this dtype.
 
-    MKL favours processors of Intel, its maker: on an AMD EPYC oneDNN multiplies large float32
-    matrices in about half of MKL's time, on an Intel Xeon in 1.0 to 1.3 of it. The processor's
-    vendor decides, rather than a trial, so that each run on a machine takes the same library.
+    torch multiplies with MKL, which favours Intel processors. For large float32 matrices, oneDNN
+    takes about half of MKL's time on an AMD EPYC, and 1.0 to 1.3 times MKL's time on an Intel Xeon.
+    The choice depends on the vendor of the processor instead of a timing, so that every run on a
+    machine uses the same library.
     """
     return (
         x.device.type == "cpu"
@@ -37,7 +38,7 @@ def has_faster(x: Tensor, /) -> bool:
 
 @contextmanager
 def torchs_own() -> Iterator[None]:
-    """Inside, products of matrices are torch's own: curvature that is made here keeps to them."""
+    """Context manager in which products use ``@``; matvecs made inside keep using it."""
     token = _torchs_own.set(True)
     try:
         yield
@@ -56,7 +57,7 @@ def _has_both_libraries() -> bool:
 
 @cache
 def _vendor() -> str:
-    """The processor's vendor, as the processor itself spells it where the system says so."""
+    """Return the vendor of the processor, such as ``"GenuineIntel"``, or ``"unknown"``."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -68,7 +69,7 @@ def _vendor() -> str:
 
 
 def multiplied(a: Tensor, b: Tensor, /) -> Tensor:
-    """``a @ b`` by oneDNN, or by torch itself where it is differentiated or mapped over."""
+    """Return ``a @ b`` computed by oneDNN, or by torch under autograd or vmap."""
     if batched(a, b) or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return a @ b
     return _operation()(a, b) if _as_operations.get() else _by_one_dnn(a, b)
@@ -83,9 +84,9 @@ _as_operations: ContextVar[bool] = ContextVar("as operations", default=False)
 
 @contextmanager
 def as_operations() -> Iterator[None]:
-    """Inside, `multiplied` is one operation, which a compiler leaves as it is.
+    """Context manager in which `multiplied` is a custom operator that the compiler keeps.
 
-    Of oneDNN's own operation torch's compiler wants constant weights.
+    The compiler of torch accepts oneDNN's own operator only with constant weights.
     """
     token = _as_operations.set(True)
     try:
@@ -99,6 +100,6 @@ def _operation() -> Callable[[Tensor, Tensor], Tensor]:
     def product(a: Tensor, b: Tensor) -> Tensor:
         return _by_one_dnn(a, b)
 
-    found = torch.library.custom_op("hessfunc::multiplied", product, mutates_args=())
-    found.register_fake(lambda a, b: a.new_empty(len(a), b.shape[1]))
-    return found
+    operator = torch.library.custom_op("hessfunc::multiplied", product, mutates_args=())
+    operator.register_fake(lambda a, b: a.new_empty(len(a), b.shape[1]))
+    return operator

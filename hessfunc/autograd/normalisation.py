@@ -1,4 +1,4 @@
-"""Layer norm and batch norm, with second derivatives in few passes."""
+"""Layer norm and batch norm whose second derivatives take few passes over memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``F.layer_norm`` over the last axis, to be differentiated twice."""
+    """Compute ``F.layer_norm`` so that its second derivative over the last axis is fast."""
     applies = len(normalized_shape) == 1 and input.requires_grad
     if not (applies and plain(input, weight, bias)):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
@@ -30,8 +30,7 @@ def layer_norm(
     with torch.no_grad():
         value, mean, scale = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
         z = (x - mean).mul_(scale)
-        # What is returned may be changed in place; what is kept is another tensor, as one that
-        # is returned would keep the graph that keeps it.
+        # Keep a detached tensor. The returned one would keep its own graph alive, in a cycle.
         kept = z.detach()
     returned = value if weight is None else z
     standard = _Standardised.apply(x, [returned], kept, scale, eps)  # type: ignore[no-untyped-call]
@@ -41,9 +40,9 @@ def layer_norm(
 
 
 class _Standardised(torch.autograd.Function):
-    """z = r (x - mean x), r = (var x + eps)^-1/2, of each row.
+    """Standardised rows z = r (x - mean x) with r = (var x + eps)^-1/2.
 
-    Its Jacobian is symmetric: P = r (I - 11'/C - zz'/C).
+    The Jacobian of a row of length C is symmetric: P = r (I - 11'/C - zz'/C).
     """
 
     @staticmethod
@@ -59,13 +58,13 @@ class _Standardised(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         z, scale = ctx.known
         if not torch.is_grad_enabled():
-            found = _projected(_centred(g), z, scale)[0]
+            of_x = _projected(_centred(g), z, scale)[0]
         elif batched(g):
-            # A Function without a rule for vmap would be applied to what vmap has wrapped.
-            found = _by_definition(g, x, ctx.eps)
+            # vmap would pass its wrapped tensors to a Function without a vmap rule.
+            of_x = _by_definition(g, x, ctx.eps)
         else:
-            found = _Projected.apply(g, *once_more(x), z, scale, ctx.eps)  # type: ignore[no-untyped-call]
-        return found, None, None, None, None
+            of_x = _Projected.apply(g, *once_more(x), z, scale, ctx.eps)  # type: ignore[no-untyped-call]
+        return of_x, None, None, None, None
 
 
 def _centred(v: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ def _centred(v: Tensor) -> Tensor:
 
 
 def _projected(centred: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """P v and mean(v z), of v less its mean."""
+    """Return P v = r (v - mean(v z) z) and mean(v z), given v minus its mean."""
     along = _mean_product(centred, z)
     return torch.addcmul(centred, along, z, value=-1).mul_(scale), along
 
@@ -83,9 +82,13 @@ def _mean_product(u: Tensor, v: Tensor) -> Tensor:
 
 
 class _Projected(torch.autograd.Function):
-    """P g. With a = mean(v z), b = mean(g z), and v and g less their means,
+    """Product P g of the Jacobian with a cotangent.
 
-    d<v, P g>/dx = -r^2 (b v + a g + z (mean(v g) - 3 a b)).
+    For a cotangent v of P g, with the means of v and g subtracted, a = mean(v z) and
+    b = mean(g z):
+
+        d<v, P g>/dg = P v,
+        d<v, P g>/dx = -r^2 (b v + a g + z (mean(v g) - 3 a b)).
     """
 
     @staticmethod
@@ -106,6 +109,7 @@ class _Projected(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return of_g, None, None, None, None
         if ctx.of_gradient is None:
+            # r^2 g and its b do not depend on v, and are kept for further products.
             scaled = _centred(g) * scale**2
             ctx.of_gradient = scaled, _mean_product(scaled, z)
         scaled, b = ctx.of_gradient
@@ -115,20 +119,21 @@ class _Projected(torch.autograd.Function):
 
 
 def _by_definition(g: Tensor, x: Tensor, eps: float) -> Tensor:
-    """P g, of functions that torch differentiates."""
+    """Return P g, composed of functions that torch differentiates."""
     centred = _centred(x)
     scale = torch.rsqrt(_mean_product(centred, centred) + eps)
     return _projected(_centred(g), centred * scale, scale)[0]
 
 
 def _by_autograd(g: Tensor, x: Tensor, v: Tensor, eps: float) -> tuple[Tensor | None, ...]:
-    # Derivatives of a higher order than those of a product. Views, as g may depend on x.
+    # Used for derivatives of higher order than a Hessian product. The views separate g from x,
+    # on which it may depend.
     g, x = g.view_as(g), x.view_as(x)
     moving = [t for t in (g, x) if t.requires_grad]
-    found = torch.autograd.grad(
+    gradient = torch.autograd.grad(
         _by_definition(g, x, eps), moving, v, create_graph=True, allow_unused=True
     )
-    slopes = iter(found)
+    slopes = iter(gradient)
     return tuple(next(slopes) if t.requires_grad else None for t in (g, x))
 
 
@@ -142,12 +147,16 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``F.batch_norm``, to be differentiated twice.
+    """Compute ``F.batch_norm`` so that its second derivative is fast.
 
-    With running statistics it is ``scale x + shift``. After a convolution or a linear layer the
-    scale is moved into its weights, so that products have no work with it: the result is torch's,
-    its derivatives are those of the one layer. No gradient passes through the input itself, so
-    a loss that asks for one there, inside of itself, is told that it is not in the graph.
+    With running statistics, batch norm is ``scale x + shift``. After a convolution or linear layer
+    B(x, w) + b it is fused into that layer:
+
+        scale (B(x, w) + b) + shift = B(x, scale w) + (scale b + shift).
+
+    The value is torch's; the derivatives are those of the fused layer. No gradient passes through
+    the input itself, so a loss that differentiates with respect to the input gets autograd's
+    error that it is not in the graph.
     """
     known = running_mean, running_var, weight, bias
     if (

@@ -1,4 +1,4 @@
-"""Functions of torch that are computed in another way where they are differentiated twice."""
+"""Mode that replaces torch functions where they are differentiated twice."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Replacements: TypeAlias = Mapping[Any, Callable[..., Any]]
 
 
 class Replaced(TorchFunctionMode):
-    """Mode in which some functions of torch are computed by others.
+    """Mode that calls replacements for some functions of torch.
 
     Attributes:
-        replaced: Each function of torch, with the one that is called in its place; it calls the
-            former where it does not apply.
+        replaced: Replacement of each torch function. It calls the original function for arguments
+            that it does not support.
         hooks: Names of the hooks that were registered on tensors or nodes.
     """
 
@@ -41,13 +41,13 @@ class Replaced(TorchFunctionMode):
 
     def _refuse_what_needs_a_gradient(self, args: Any, kwargs: dict[str, Any] | None) -> None:
         if torch.is_grad_enabled():
-            # The checkpoint is over.
+            # Gradients are enabled again, so the checkpoint has ended.
             self._gets_no_gradient = False
         elif needs_gradient(args, kwargs):
             raise NotImplementedError(
                 "torch.utils.checkpoint with use_reentrant=True has inputs that need no gradient, "
-                "so the parameters inside of it get none: turn it off, such as by "
-                "`model.gradient_checkpointing_disable()`, and take "
+                "so the parameters inside get none: turn it off, for instance with "
+                "`model.gradient_checkpointing_disable()`, and use "
                 "`functional(model, recompute='model.layers.*')`"
             )
 
@@ -58,13 +58,13 @@ class Replaced(TorchFunctionMode):
         self.hooks.append(f"the hook {getattr(args[1], '__qualname__', args[1])}")
 
     def _see_node(self, args: Any) -> None:
-        # A caller that reads the node can register a hook on it.
+        # A caller that reads `grad_fn` can register a hook on it.
         if args[0].requires_grad:
             self.hooks.append("a hook on `grad_fn`")
 
 
 def getter(name: str, /) -> Any:
-    """Return the function that modes see when an attribute of a tensor is read."""
+    """Return the function that a mode intercepts when an attribute of a tensor is read."""
     return vars(torch._C.TensorBase)[name].__get__
 
 
@@ -76,7 +76,7 @@ _WATCHED: Mapping[Any, Callable[[Replaced, Any], None]] = {
 
 
 def needs_gradient(args: Any, kwargs: Mapping[str, Any] | None = None, /) -> bool:
-    """Whether an argument of a function, or a member of a sequence of them, needs a gradient."""
+    """Return whether an argument, or an element of a list or tuple, needs a gradient."""
     for value in (*args, *(kwargs or {}).values()):
         if isinstance(value, Tensor):
             if value.requires_grad:
@@ -87,7 +87,7 @@ def needs_gradient(args: Any, kwargs: Mapping[str, Any] | None = None, /) -> boo
 
 
 def _in_checkpoint_of_constants() -> bool:
-    """Whether the caller is a reentrant checkpoint none of whose inputs needs a gradient."""
+    """Return whether the call is inside a reentrant checkpoint without inputs that need grad."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         context = frame.f_locals.get("ctx") if frame.f_code.co_name == "forward" else None
@@ -101,10 +101,10 @@ def _in_checkpoint_of_constants() -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether these are real tensors of torch's own, in no surroundings that change what is done.
+    """Return whether the tensors are real, of torch's own classes, and evaluated plainly.
 
-    Such are transforms of torch.func, forward mode, autocast, inference mode, and hooks on what
-    is saved for the backward pass, as those of checkpointing, which computes a region again.
+    Evaluation is not plain under transforms of torch.func, forward mode, autocast, inference mode,
+    or hooks on saved tensors. Checkpointing uses such hooks to recompute a region.
     """
     if (
         torch._C._are_functorch_transforms_active()

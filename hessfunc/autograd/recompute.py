@@ -1,4 +1,4 @@
-"""Recomputation: parts of a model whose activations are not kept, but made again when needed."""
+"""Recompute the activations of parts of a model instead of keeping them."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ Pure = Callable[..., tuple[Tensor, ...]]
 
 @options.validated(fn=options.called)
 def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
-    """A function that keeps its arguments alone for the derivatives, and computes the rest again.
+    """Return a function that recomputes its activations for derivatives instead of keeping them.
 
-    The kept graph of a Hessian product then holds the arguments of ``fn`` in place of its
-    activations; a product evaluates ``fn`` two more times. Unlike ``torch.utils.checkpoint`` it
-    saves memory under double backward and works under ``torch.func``. ``functional(model,
-    recompute=...)`` applies it to the chosen modules.
+    The kept graph of a Hessian product then holds only the arguments of ``fn``, and each product
+    evaluates ``fn`` two more times. Unlike ``torch.utils.checkpoint``, it saves memory under double
+    backward and works under ``torch.func``. ``functional(model, recompute=...)`` applies it to
+    selected modules.
 
     Args:
-        fn: pure: what it depends on are its arguments, which may be any trees; tensors that
-            require a gradient must not come by closure.
+        fn: Pure function of arguments that may be any trees. It must not use tensors that require
+            a gradient through a closure.
 
     Raises:
-        TypeError: (from the function) it returns something else than floating-point tensors; an
-            object among its arguments holds tensors that require a gradient.
+        TypeError: If ``fn`` returns anything but floating-point tensors, or if an object among the
+            arguments holds tensors that require a gradient; raised by the returned function.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        found, structure = flatten((args, kwargs))
-        _refuse_hidden(found)
-        floating = [i for i, leaf in enumerate(found) if _is_floating(leaf)]
+        arguments, structure = flatten((args, kwargs))
+        _refuse_hidden(arguments)
+        floating = [i for i, leaf in enumerate(arguments) if _is_floating(leaf)]
         others = [
-            i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and i not in floating
+            i for i, leaf in enumerate(arguments) if isinstance(leaf, Tensor) and i not in floating
         ]
         returned: list[Any] = []
-        replayed = _replay(found)
+        replayed = _replay(arguments)
 
         def pure(*tensors: Tensor) -> tuple[Tensor, ...]:
-            leaves = list(found)
+            leaves = list(arguments)
             for i, tensor in zip(floating + others, tensors, strict=True):
                 leaves[i] = tensor
             inner_args, inner_kwargs = structure.unflatten(leaves)
             with replayed() if returned else nullcontext():
                 out, out_structure = flatten(fn(*inner_args, **inner_kwargs))
             if not out or not all(_is_floating(leaf) for leaf in out):
-                raise TypeError("a recomputed function must return floating-point tensors alone")
+                raise TypeError("a recomputed function must return only floating-point tensors")
             returned[:] = [out_structure]
-            # An argument that is returned as it is must not be saved as an output.
+            # autograd.Function must not save a returned argument as an output: return a view.
             return tuple(
-                leaf.view_as(leaf) if any(leaf is one for one in tensors) else leaf for leaf in out
+                leaf.view_as(leaf) if any(leaf is x for x in tensors) else leaf for leaf in out
             )
 
-        tensors = [found[i] for i in floating + others]
+        tensors = [arguments[i] for i in floating + others]
         out = _Recomputed.apply(pure, len(floating), *tensors)  # type: ignore[no-untyped-call]
         return returned[0].unflatten(out)
 
@@ -71,7 +71,7 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
 
 
 def _refuse_hidden(arguments: Sequence[Any]) -> None:
-    """Raise where an object among the arguments holds tensors that require a gradient."""
+    """Raise if an object among the arguments holds tensors that require a gradient."""
     for leaf in arguments:
         inner = [] if isinstance(leaf, Tensor) else batch_leaves(leaf)
         if any(isinstance(x, Tensor) and x.requires_grad for x in inner):
@@ -83,7 +83,7 @@ def _refuse_hidden(arguments: Sequence[Any]) -> None:
 
 
 class Segment(nn.Module):
-    """The forward of a module without its hooks, which have run outside of it."""
+    """Forward of a module without its hooks, which run outside of the recomputed part."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -95,48 +95,48 @@ class Segment(nn.Module):
 
 
 def segments_of(model: nn.Module, pattern: str, /) -> list[Segment]:
-    """The outermost modules whose names match a glob.
+    """Return the outermost modules whose names match a glob.
 
     Raises:
-        ValueError: there is none.
+        ValueError: If no module matches.
     """
-    found: dict[str, Segment] = {}
+    segments: dict[str, Segment] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
+        inside = any(name.startswith(f"{outer}.") for outer in segments)
         if name and not inside and fnmatch.fnmatchcase(name, pattern):
-            found[name] = Segment(module)
-    if not found:
+            segments[name] = Segment(module)
+    if not segments:
         raise no_module(f"recompute={pattern!r}", model)
-    return list(found.values())
+    return list(segments.values())
 
 
 def no_module(choice: str, model: nn.Module, /) -> ValueError:
-    """The error of a choice that fits none of the modules within."""
+    """Return the error for a choice that matches no submodule."""
     if names := [name for name, _ in model.named_modules() if name]:
         return ValueError(f"{choice} chooses none of the modules {first_of(names)}")
     return ValueError(
-        f"{choice} chooses nothing: a bare {type(model).__name__} has no modules within, and "
-        "itself no name"
+        f"{choice} chooses nothing, because a bare {type(model).__name__} has no submodules: "
+        "wrap it, `torch.nn.Sequential(model)`"
     )
 
 
 @contextmanager
 def recomputing(segments: list[Segment], /) -> Iterator[None]:
-    """Inside, these modules keep their arguments alone, and compute the rest again.
+    """Context manager in which these modules recompute their activations.
 
     Raises:
-        ValueError: (from the modules) one is called with a cache of keys and values.
+        ValueError: If a module is called with a key-value cache.
     """
 
     def call(forward: Segment, *args: Any, **kwargs: Any) -> Any:
         if any(type(leaf).__name__.endswith("Cache") for leaf in leaves((args, kwargs))):
             raise ValueError(
-                "the model keeps a cache of keys and values, which recomputation would fill "
-                "again: set `model.config.use_cache = False`"
+                "the model uses a key-value cache, which recomputation would fill twice: set "
+                "`model.config.use_cache = False`"
             )
 
         def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
-            # Detached: BatchNorm refuses running statistics that it should differentiate.
+            # BatchNorm raises for running statistics that require a gradient, so detach them.
             state = params, {name: buffer.detach().clone() for name, buffer in buffers.items()}
             return torch.func.functional_call(forward, state, args, kwargs)
 
@@ -153,7 +153,7 @@ def recomputing(segments: list[Segment], /) -> Iterator[None]:
 
 
 def _replay(found: list[Any]) -> Callable[[], AbstractContextManager[None]]:
-    """Contexts in which a second evaluation draws the same random numbers as the first."""
+    """Return a context manager in which an evaluation draws the current random numbers again."""
     tensors = (leaf for leaf in found if isinstance(leaf, Tensor))
     device = next((t.device for t in tensors), torch.device("cpu"))
     state = torch.random.get_rng_state()
@@ -175,13 +175,13 @@ def _is_floating(leaf: Any) -> bool:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A function of tensors, the first ``count`` of which are differentiated."""
+    """Function of tensors; only the first ``count`` of them are differentiated."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(pure: Pure, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # As in the pullback: random layers draw another mask outside of torch.func.
+        # Evaluate under torch.func like the pullback: random layers draw other masks outside.
         return torch.func.vjp(_of_first(pure, tensors[count:]), *tensors[:count])[0]
 
     @staticmethod
@@ -204,7 +204,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 class _Pulled(torch.autograd.Function):
-    """The pullback of a function, as a function of cotangents and inputs, kept no more than it."""
+    """Pullback (cotangents, inputs) -> gradient of a recomputed function, recomputed as well."""
 
     generate_vmap_rule = True
 

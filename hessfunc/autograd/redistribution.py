@@ -1,4 +1,4 @@
-"""Second derivatives through the change of a DTensor's placement."""
+"""Second derivatives of changes of the placement of DTensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor, _api
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Inside, gradients of what stands behind `DTensor.from_local` have derivatives.
+    """Context manager in which the backward of `DTensor.from_local` is differentiable.
 
-    torch adds a gradient up over ranks there without telling autograd, so that a Hessian would
-    lack terms. It is so wherever a tensor-parallel layer does not come first in a model.
+    torch sums that gradient over ranks without recording the sum in the graph, so a Hessian would
+    lack terms. Every model with a tensor-parallel layer that is not its first layer is affected.
     """
     function = _api._FromTorchTensor
     plain = function.backward

@@ -1,4 +1,4 @@
-"""The functions of torch that are replaced where a gradient is differentiated in reverse mode."""
+"""Replacements of torch functions for gradients that are differentiated in reverse mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hessfunc.autograd.linear import linear
 from hessfunc.autograd.normalisation import batch_norm, layer_norm
 from hessfunc.autograd.overrides import Replacements
 
-# Functions whose values and derivatives are torch's, and whose products are faster.
+# Replacements with the values and derivatives of torch, and faster Hessian products.
 SECOND_ORDER: Replacements = {
     **EXACT,
     F.conv1d: convolution(F.conv1d, 1),

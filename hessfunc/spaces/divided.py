@@ -1,4 +1,4 @@
-"""The arithmetic of rows whose columns are divided among ranks."""
+"""Arithmetic of rows whose columns are divided among ranks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, eq=False)
 class DividedSpace(Space):
-    """Rows of which each rank holds some columns, and no two ranks the same.
+    """Vector space whose columns are divided among ranks: each rank holds distinct columns.
 
     Attributes:
-        along: the ranks that hold them.
+        along: Ranks that hold the columns.
     """
 
     along: Ranks
@@ -42,8 +42,9 @@ class DividedSpace(Space):
         return self.summed(self._norms(rows).square()).sqrt()
 
     def factored(self, rows: Tensor, /) -> tuple[Tensor, Tensor]:
-        # Demmel, Grigori, Hoemmen and Langou 2012, arXiv 0808.2664: each rank factors its own
-        # part, and all factor the small factors of all.
+        # TSQR, Demmel, Grigori, Hoemmen and Langou 2012, arXiv 0808.2664. With the part of rank r
+        # factored as rows_r' = Q_r R_r, and the stacked R_r = P R with blocks P_r, the result is
+        # rows_r' = (Q_r P_r) R.
         k = len(rows)
         basis, triangle = torch.linalg.qr(rows.mT)
         if len(triangle) < k:

@@ -1,4 +1,4 @@
-"""The vector space of a tree of DTensors, with rows that are cut as the leaves are."""
+"""Vector space of a tree of DTensors, whose rows are divided like the leaves."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from hessfunc.trees import Tree, whole
 
 @dataclass(frozen=True)
 class Layout:
-    """How a leaf lies on a mesh.
+    """Placement of a leaf on a mesh.
 
     Attributes:
-        shape: of the whole leaf.
-        mesh: None for a plain tensor, of which every rank has the same.
-        placements: on the axes of the mesh.
-        begin: where the shard of this rank begins, on each axis of the leaf.
-        extent: the shape of this shard.
-        runs: the entries of the flat shard, divided among the ranks that have the same shard.
-        run: those of this rank.
-        widest: the most entries that any rank may hold.
+        shape: Global shape of the leaf.
+        mesh: Mesh of the leaf; None for a plain tensor, which is replicated.
+        placements: Placement on each axis of the mesh.
+        begin: Global index of the first entry of this rank's shard, for each axis of the leaf.
+        extent: Shape of this rank's shard.
+        runs: Ranges of the flat shard, one for each of the ranks that have the same shard.
+        run: Range of this rank.
+        widest: Largest number of entries on any rank.
     """
 
     shape: torch.Size
@@ -44,18 +44,18 @@ class Layout:
     widest: int
 
     def local(self, leaf: Tensor, /) -> Tensor:
-        """The shard of a block of leaves."""
+        """Return the shard of a leaf with a leading probe axis."""
         if self.mesh is None:
             return whole(leaf)
         if not isinstance(leaf, DTensor):
             raise ValueError(
-                "a leaf of the vector is a plain tensor where one on the mesh is due: take "
-                "torch.distributed.tensor.distribute_tensor"
+                "a leaf of the vector is a plain tensor, but its parameter is a DTensor: pass "
+                "torch.distributed.tensor.distribute_tensor(leaf, mesh, placements)"
             )
         return leaf.redistribute(self.mesh, self._placements(1)).to_local()
 
     def tensor(self, local: Tensor, axes: int, /) -> Tensor:
-        """The leaf, or block with one leading axis, of which this is the shard."""
+        """Return the DTensor with this shard; ``axes`` is its number of leading axes, 0 or 1."""
         if self.mesh is None:
             return local
         shape = torch.Size((*local.shape[:axes], *self.shape))
@@ -71,7 +71,9 @@ class Layout:
         return [Shard(p.dim + axes) if isinstance(p, Shard) else p for p in self.placements]
 
     def entries(self, of: Callable[[range], Tensor], /) -> Tensor:
-        """What a function of places in the flat leaf is at those of this rank's run."""
+        """Evaluate a function of places in the flat leaf at the entries of this rank's run."""
+        # The function is evaluated on the contiguous range that covers the shard; the strides of
+        # the whole leaf then pick the shard out of it.
         strides = _strides(self.shape)
         first = sum(b * s for b, s in zip(self.begin, strides, strict=True))
         last = first + sum((e - 1) * s for e, s in zip(self.extent, strides, strict=True))
@@ -82,13 +84,13 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class DTensorSpace(DividedSpace):
-    """Rows of which each rank holds the columns of its own shards.
+    """Vector space of DTensors: each rank holds the columns of its own shards.
 
-    Where ranks hold the same shard they divide its columns: each column is in one place.
+    Ranks that have the same shard divide its columns, so that each column is on one rank.
 
     Attributes:
-        layouts: of the leaves.
-        copies: the leaves of which the same ranks hold one shard, with these ranks.
+        layouts: Layout of each leaf.
+        copies: Pairs of ranks that share shards, and the indices of the leaves they share.
     """
 
     layouts: tuple[Layout, ...]
@@ -96,23 +98,23 @@ class DTensorSpace(DividedSpace):
 
     @classmethod
     def over(cls, space: Space, found: Sequence[Tensor], /) -> DTensorSpace:
-        """The space, given its leaves.
+        """Return the space of DTensors, given the space of plain tensors and the leaves.
 
         Raises:
-            NotImplementedError: torch is too old.
-            ValueError: leaves lie on several meshes, or are placed in another way than Shard and
-                Replicate; this process is not of the mesh.
+            NotImplementedError: If torch is older than 2.13.
+            ValueError: If the leaves lie on several meshes or have placements other than Shard
+                and Replicate, or if the mesh does not contain this process.
         """
         if not hasattr(_redistribute, "NestedRedistribute"):
             raise NotImplementedError(
-                "this version of torch has no second derivative of a change of placement: for "
-                "DTensors take torch 2.13 or newer"
+                f"torch {torch.__version__} has no second derivative of DTensor.redistribute: "
+                "install torch>=2.13"
             )
         meshes = {leaf.device_mesh for leaf in found if isinstance(leaf, DTensor)}
         if len(meshes) > 1:
             raise ValueError(
-                f"leaves lie on several meshes, {', '.join(map(str, meshes))}: take `unsharded`, "
-                "or hold those of all but one by `split` and `hold`"
+                f"leaves lie on several meshes, {', '.join(map(str, meshes))}: pass "
+                "`unsharded(model)`, or fix the leaves of all but one mesh with `split` and `hold`"
             )
         mesh = meshes.pop()
         ranks = Ranks.apart(mesh)
@@ -158,8 +160,8 @@ class DTensorSpace(DividedSpace):
 
     def stacked(self, vectors: Sequence[Sequence[Tensor]], /) -> list[Tensor]:
         return [
-            layout.tensor(torch.cat([layout.local(leaf[None]) for leaf in found]), 1)
-            for layout, found in zip(self.layouts, zip(*vectors, strict=True), strict=True)
+            layout.tensor(torch.cat([layout.local(leaf[None]) for leaf in leaves]), 1)
+            for layout, leaves in zip(self.layouts, zip(*vectors, strict=True), strict=True)
         ]
 
     def ravel_leaves(
@@ -175,8 +177,8 @@ class DTensorSpace(DividedSpace):
     def unravel(self, rows: Tensor, /) -> Tree:
         if rows.dim() not in (1, 2) or rows.shape[-1] != self.width:
             raise ValueError(
-                f"a flat vector of shape {tuple(rows.shape)} where the part of this rank, "
-                f"({self.width},) or (k, {self.width}), is due"
+                f"a flat vector has shape {tuple(rows.shape)}: on this rank, pass its part of "
+                f"shape ({self.width},) or (k, {self.width})"
             )
         shards = self._shards(torch.atleast_2d(rows))
         return self.tree(
@@ -194,7 +196,7 @@ class DTensorSpace(DividedSpace):
         rows.add_(self.ravel(block, dtype=rows.dtype), alpha=weight)
 
     def _shards(self, rows: Tensor) -> list[Tensor]:
-        """The shard of each leaf, from the runs of the ranks that hold the same."""
+        """Return the shard of each leaf, gathered from the ranks that share the shard."""
         parts = list(rows.split([len(run) for run in self.spans], dim=1))
         for ranks, same in self.copies:
             lengths = [[len(self.layouts[i].runs[r]) for i in same] for r in range(ranks.size)]
@@ -202,8 +204,8 @@ class DTensorSpace(DividedSpace):
             if not any(widths):
                 continue
             mine = torch.cat([parts[i] for i in same], dim=1).mT
-            found = ranks.gathered(mine, widths)
-            runs = [x.split(of_rank) for x, of_rank in zip(found, lengths, strict=True)]
+            columns = ranks.gathered(mine, widths)
+            runs = [x.split(of_rank) for x, of_rank in zip(columns, lengths, strict=True)]
             for i, pieces in zip(same, zip(*runs, strict=True), strict=True):
                 parts[i] = torch.cat(pieces).mT
         return [
@@ -216,8 +218,8 @@ class DTensorSpace(DividedSpace):
     ) -> None:
         parts = rows.split([len(run) for run in self.spans], dim=1)
         for i, (part, layout) in enumerate(zip(parts, self.layouts, strict=True)):
-            found = keys(range(i, i + 1))
-            for row, key in zip(part, found, strict=True):
+            of_leaf = keys(range(i, i + 1))
+            for row, key in zip(part, of_leaf, strict=True):
                 row.copy_(layout.entries(partial(_drawn, of, key[None], self.device)))
 
     def units(self, dtype: torch.dtype, /) -> Tensor:
@@ -244,19 +246,20 @@ def _placements_of(name: str, leaf: Tensor, mesh: DeviceMesh) -> tuple[Placement
     for placement in leaf.placements:
         if type(placement) not in (Shard, Replicate):
             raise ValueError(
-                f"leaf {name!r} is placed by {placement}, where Shard or Replicate is due: "
-                "redistribute it, or take `unsharded`"
+                f"leaf {name!r} has placement {placement}, not Shard or Replicate: call "
+                "leaf.redistribute(mesh, placements), or pass `unsharded(model)`"
             )
     return leaf.placements
 
 
 def _along(mesh: DeviceMesh, axes: tuple[int, ...]) -> Ranks:
-    """The ranks that differ on these axes alone."""
+    """Return the ranks that differ from this one only on these axes."""
     if len(axes) == mesh.ndim:
         return Ranks.of(mesh)
     if mesh.mesh_dim_names is None:
         raise ValueError(
-            f"the axes of the mesh {mesh} have no names: pass `mesh_dim_names` to init_device_mesh"
+            f"the axes of the mesh {mesh} have no names: call "
+            'init_device_mesh("cpu", shape, mesh_dim_names=("data", "model"))'
         )
     return Ranks.of(mesh[tuple(mesh.mesh_dim_names[axis] for axis in axes)])
 
@@ -267,7 +270,7 @@ def _layout(
     begin, extent, most = [0] * leaf.dim(), list(leaf.shape), list(leaf.shape)
     for axis, placement in enumerate(placements):
         if isinstance(placement, Shard):
-            # As torch.chunk cuts.
+            # DTensor shards an axis like torch.chunk: ceil(length / ranks) entries each.
             each = -(-extent[placement.dim] // mesh.size(axis))
             most[placement.dim] = -(-most[placement.dim] // mesh.size(axis))
             first = min(each * mesh.get_local_rank(axis), extent[placement.dim])

@@ -1,4 +1,4 @@
-"""The space of a tree, and conversions between trees and flat vectors."""
+"""Vector space of a tree, and conversions between trees and flat vectors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from hessfunc.trees import Tree, flatten
 
 
 def space_of(like: Tree, /) -> Space:
-    """Return the space of vectors that look like ``like``, divided among ranks for DTensors.
+    """Return the space of vectors with the structure of ``like``, divided among ranks for DTensors.
 
     Raises:
-        TypeError: a leaf is not a tensor, or not of a real floating-point dtype.
-        ValueError: there is no leaf, or leaves lie on several devices or meshes.
+        TypeError: If a leaf is not a tensor of a real floating-point dtype.
+        ValueError: If the tree has no leaf, or if leaves lie on several devices or meshes.
     """
-    found, structure = flatten(like)
+    leaves, structure = flatten(like)
     names = _names(structure)
-    if not found:
-        raise ValueError("the tree has no leaf: are all parameters frozen?")
-    for name, leaf in zip(names, found, strict=True):
+    if not leaves:
+        raise ValueError(
+            "the tree has no leaf: check that not all parameters are frozen, or call "
+            "`model.requires_grad_(True)`"
+        )
+    for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"leaf {name!r} is a {type(leaf).__name__}, not a tensor{_advice(leaf)}"
@@ -32,42 +35,45 @@ def space_of(like: Tree, /) -> Space:
                 f"leaf {name!r} has dtype {leaf.dtype}; curvature needs real floating-point "
                 "leaves: keep the others fixed with `split` and `hold`"
             )
-    devices = {leaf.device for leaf in found}
+    devices = {leaf.device for leaf in leaves}
     if len(devices) > 1:
         raise ValueError(
-            f"leaves lie on several devices, {sorted(map(str, devices))}: move them to one"
+            f"leaves lie on several devices, {sorted(map(str, devices))}: move all of them to one, "
+            f"for instance with `leaf.to({str(leaves[0].device)!r})`"
         )
-    dtypes = tuple(leaf.dtype for leaf in found)
+    dtypes = tuple(leaf.dtype for leaf in leaves)
     dtype = dtypes[0]
     for other in dtypes[1:]:
         dtype = torch.promote_types(dtype, other)
-    shapes = tuple(leaf.shape for leaf in found)
-    space = Space(structure, names, shapes, dtype, dtypes, found[0].device)
-    if any(hasattr(leaf, "device_mesh") for leaf in found):
-        # torch.distributed takes a while to import.
+    shapes = tuple(leaf.shape for leaf in leaves)
+    space = Space(structure, names, shapes, dtype, dtypes, leaves[0].device)
+    if any(hasattr(leaf, "device_mesh") for leaf in leaves):
+        # The import of torch.distributed is slow.
         from hessfunc.spaces.dtensors import DTensorSpace
 
-        return DTensorSpace.over(space, found)
+        return DTensorSpace.over(space, leaves)
     return space
 
 
 @options.validated(tree=options.tree)
 def ravel(tree: Tree, /) -> Tensor:
-    """One flat vector ``(n,)`` of a tree, in the order of ``parameters_to_vector``."""
+    """Return a tree as a flat vector ``(n,)``, in the order of ``parameters_to_vector``."""
     space = space_of(tree)
     return space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(tree)])[0]
 
 
 @validated
 def unravel(flat: Tensor, like: Tree, /) -> Tree:
-    """The tree of a flat vector ``(n,)``, or the block of rows ``(k, n)``: views, no copy.
+    """Return the tree of a flat vector ``(n,)``, or the vector block of rows ``(k, n)``.
+
+    Leaves are views of ``flat``, except for leaves of another dtype, which are converted.
 
     Args:
-        flat: the vector or the rows.
-        like: a tree that says what vectors look like.
+        flat: Flat vector or rows.
+        like: Tree with the structure of a vector, such as the parameters.
 
     Raises:
-        ValueError: the last axis of ``flat`` does not have n entries.
+        ValueError: If the last axis of ``flat`` does not have n entries.
     """
     return space_of(like).unravel(flat)
 
@@ -76,17 +82,21 @@ def unravel(flat: Tensor, like: Tree, /) -> Tree:
 def random_like(
     like: Tree, k: int, /, *, kind: ProbeKind = "signs", seed: int, start: int = 0
 ) -> Tree:
-    """A block of k random vectors of second moment I.
+    """Return a block of k random vectors whose second moment E[v v'] is the identity.
 
-    Vector i is a function of (seed, start + i) alone: blocks may be cut, repeated or spread over
-    processes without changing a single vector, and torch's random stream is not touched.
+    Vector i depends only on (seed, start + i). Blocks can therefore be split, repeated or
+    distributed over processes without changing a vector. The random stream of torch is not used.
 
     Args:
-        like: a tree that says what vectors look like.
-        k: the number of vectors.
-        kind: ``"signs"`` (Rademacher), ``"normal"``, or ``"sphere"`` of radius sqrt(n).
-        seed: any integer.
-        start: the index of the first vector.
+        like: Tree with the structure of a vector, such as the parameters.
+        k: Number of vectors.
+        kind: Distribution of the vectors: ``"signs"`` (Rademacher), ``"normal"``, or
+            ``"sphere"`` (uniform on the sphere of radius sqrt(n)).
+        seed: Seed of the vectors, any integer.
+        start: Index of the first vector.
+
+    Returns:
+        Tree of leaves ``(k, *shape)``.
     """
     space = space_of(like)
     return space.unravel(space.probes(range(start, start + k), kind=kind, seed=seed))

@@ -1,4 +1,4 @@
-"""The vector space of a tree that every rank holds whole, with rows that are cut over the ranks."""
+"""Vector space of a replicated tree, with rows that are divided among the ranks."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Tree
 
-# Entries of rows that are gathered at once.
+# Number of entries of rows that are gathered at once.
 _GATHERED = 2**22
 
 
 @validated
 def sharded(like: Tree, mesh: DeviceMesh, /) -> ShardedSpace:
-    """The space of vectors that look like ``like``, each of them cut over the ranks of a mesh.
+    """Return a vector space that divides each vector among the ranks of a mesh.
 
-    Pass it as ``space=`` to an algorithm: each of R ranks then holds 1/R of the basis, and does
-    1/R of the arithmetic. Before a product the ranks put the block together; of the product each
-    keeps its own part again. Numbers that decide what comes next are the same bits on all ranks.
+    Pass it as ``space=`` to an algorithm. Each of R ranks then holds 1/R of the basis and does 1/R
+    of the arithmetic. The ranks gather the vector block before each product, and each rank keeps
+    its part of the product. Numbers that control the algorithm have the same bits on all ranks.
 
         space = hf.sharded(params, mesh)
         top = hf.lanczos(matvec, params, k=10, space=space)
-        space.gathered(top.vectors)                             # a block, whole on every rank
+        space.gathered(top.vectors)                             # the same block on every rank
 
-    All ranks must call the algorithm, with the same options. ``vectors`` of its result are this
-    rank's part, rows ``(k, about n / R)``; they may be passed on as ``start`` or ``deflate``.
+    All ranks must call the algorithm with the same options. The ``vectors`` of the result are this
+    rank's part, rows ``(k, about n / R)``. They can be passed to ``start`` or ``deflate``.
 
     Args:
-        like: the parameters, whole and the same on each rank.
-        mesh: of ranks, on one axis or several.
+        like: Parameters, replicated on each rank.
+        mesh: Mesh of ranks, with one axis or several.
 
     Raises:
-        ValueError: ranks see different leaves; this process is not of the mesh.
-        ConnectionError: (here and in algorithms) another rank has ended, or does not come.
+        ValueError: If the ranks have different leaves, or if the mesh does not contain this
+            process.
+        ConnectionError: If another rank has ended or does not take part. Algorithms raise it too.
 
-    Cost: a block of k vectors is gathered once a product, k n numbers; an inner product is a sum
-    over ranks of one number.
+    Cost: each product gathers a block of k vectors, k n numbers. An inner product is an all-reduce
+    of one number.
     """
     whole = space_of(like)
     ranks = Ranks.of(mesh)
@@ -56,7 +57,7 @@ def sharded(like: Tree, mesh: DeviceMesh, /) -> ShardedSpace:
 
 @dataclass(frozen=True, eq=False)
 class ShardedSpace(DividedSpace):
-    """Rows of which each rank holds a run of columns."""
+    """Vector space in which each rank holds a contiguous range of columns."""
 
     @cached_property
     def columns(self) -> range:
@@ -64,22 +65,24 @@ class ShardedSpace(DividedSpace):
 
     @cached_property
     def spans(self) -> list[range]:
-        found, begin = [], 0
+        spans, begin = [], 0
         for size in self.sizes:
             first = min(max(self.columns.start - begin, 0), size)
             last = min(max(self.columns.stop - begin, 0), size)
-            found.append(range(first, max(first, last)))
+            spans.append(range(first, max(first, last)))
             begin += size
-        return found
+        return spans
 
     @property
     def widest(self) -> int:
         return max(map(len, self.ranks.parts(self.n)))
 
     def gathered(self, vectors: Tensor, /) -> Tree:
-        """The block of these vectors of a result, whole on every rank; all ranks call this.
+        """Gather the vectors of a result as a vector block that is replicated on every rank.
 
-        Cost: k n numbers, in memory and over the wire.
+        All ranks must call this method.
+
+        Cost: k n numbers, in memory and in communication.
         """
         return self.unravel(vectors)
 
@@ -107,7 +110,10 @@ class ShardedSpace(DividedSpace):
         return super().unravel(self._whole(rows))
 
     def _whole(self, rows: Tensor) -> Tensor:
-        """The rows, all of their columns: a few rows at once, as they lie twice in memory."""
+        """Gather all columns of the rows.
+
+        A few rows are gathered at once, because each piece is in memory twice.
+        """
         lengths = [len(part) for part in self.ranks.parts(self.n)]
         whole = rows.new_empty(len(rows), self.n)
         few = max(1, _GATHERED // max(self.n, 1))
@@ -125,5 +131,5 @@ class ShardedSpace(DividedSpace):
 
 
 def _flat(leaf: Tensor) -> Tensor:
-    # A block of numbers has no axis to flatten.
+    # A block of scalars has only the probe axis.
     return leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]

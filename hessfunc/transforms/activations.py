@@ -1,4 +1,4 @@
-"""Curvature with respect to activations: losses of perturbations inside a model."""
+"""Curvature with respect to activations, by losses of perturbations inside a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hessfunc.modules import functional, note_read
 from hessfunc.options import validated
 from hessfunc.trees import tree_map
 
-# One perturbation for each call of each chosen module: (module name, number of the call).
+# Key (module name, index of the call) of the perturbation in one call of a module.
 Key: TypeAlias = tuple[str, int]
 Select: TypeAlias = (
     str | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, nn.Module], bool]
@@ -34,34 +34,37 @@ def activations(
     *,
     at: Literal["input", "output"] = "input",
 ) -> tuple[Loss, Callable[[Any], dict[Key, Tensor]]]:
-    """A loss of perturbations of activations, and the zeros at which to take its curvature.
+    """Return a loss of perturbations of activations, and the zeros at which to evaluate it.
 
-    Each chosen module alone sees its perturbation, in what it reads or in what it gives: on a skip
-    connection the other branch does not. Then
+    Perturbations are added to the input or output of each selected module:
 
         loss, zeros = activations(model, criterion, "conv*")
         matvec = hvp(loss)(zeros(inputs), (inputs, targets))
 
-    is the activation Hessian, a symmetric matrix over all chosen activations, and `ggnvp` of the
-    same loss its Gauss-Newton matrix. A trace estimate's ``by_leaf`` is the trace by layer.
+    The matvec is the activation Hessian, a symmetric matrix over all selected activations;
+    `ggnvp` of the same loss gives the Gauss-Newton matrix. The ``by_leaf`` attribute of a trace
+    estimate is the trace by layer. A perturbation affects only its module, so on a skip connection
+    the other branch does not change.
 
     Args:
-        model: the module; its parameters are read in each call, not changed and not copied: see
+        model: Module. Its parameters are read in each call, neither changed nor copied; see
             `functional`.
-        criterion: ``(outputs, targets) -> scalar``.
-        select: which modules: a glob over names (``"layer1.*.conv?"``, ``"*conv"``); a name or the
-            last parts of one, as in ``"conv"`` of ``"block.conv"``; a module type or a tuple of
+        criterion: Criterion ``(outputs, targets) -> scalar``.
+        select: Modules to perturb: a glob over names (``"layer1.*.conv?"``, ``"*conv"``); a name
+            or the end of one, such as ``"conv"`` for ``"block.conv"``; a module type or a tuple of
             types; or a predicate ``(name, module)``.
-        at: ``"input"``: what a module reads, its first floating-point argument; ``"output"``: what
-            it gives, the first floating-point tensor.
+        at: Position of the perturbation: ``"input"`` for the first floating-point argument of a
+            module, ``"output"`` for its first floating-point result.
 
     Returns:
-        ``(loss, zeros)``: ``loss(perturbations, batch)`` of batches ``(inputs, targets)``, and
-        ``zeros(inputs)``, a dict of zeros keyed (module name, number of the call).
+        ``(loss, zeros)``. The loss takes ``(perturbations, batch)`` with batches
+        ``(inputs, targets)``. ``zeros(inputs)`` returns a dict of zeros with keys (module name,
+        index of the call).
 
     Raises:
-        ValueError: no module is chosen, or (from ``zeros`` and the loss) a chosen module has no
-            floating-point tensor there, or is called more often than ``zeros`` saw.
+        ValueError: If no module is selected or, raised by ``zeros`` and the loss, if a selected
+            module has no floating-point tensor there or is called more often than ``zeros``
+            recorded.
 
     Source: Yao, Gholami, Keutzer and Mahoney 2020, arXiv 1912.07145, with activations in place of
     parameters; Dong et al. 2020, arXiv 1911.03852 (HAWQ-V2).
@@ -74,30 +77,31 @@ def activations(
     model_fn, params = functional(model, trainable_only=False)
 
     def zeros(inputs: Any, /) -> dict[Key, Tensor]:
-        found: dict[Key, Tensor] = {}
+        perturbations: dict[Key, Tensor] = {}
 
         def record(key: Key, value: Tensor) -> Tensor:
-            found[key] = torch.zeros_like(value)
+            perturbations[key] = torch.zeros_like(value)
             return value
 
         device = next(iter(params.values())).device
         with differentiable_twice(device), torch.no_grad(), _hooks(chosen, at, record):
             model_fn(params, inputs)
-        # The order of the modules in the model, not that of the calls.
+        # Sort by the order of the modules in the model instead of the order of their calls.
         order = {name: i for i, name in enumerate(chosen)}
-        return dict(sorted(found.items(), key=lambda item: (order[item[0][0]], item[0][1])))
+        return dict(sorted(perturbations.items(), key=lambda item: (order[item[0][0]], item[0][1])))
 
     def perturbed(perturbations: dict[Key, Tensor], inputs: Any) -> Any:
         def add(key: Key, value: Tensor) -> Tensor:
             if key not in perturbations:
                 raise ValueError(
-                    f"module {key[0]!r} is called for time {key[1] + 1}, and there is no "
-                    "perturbation for it: make zeros(inputs) of the same inputs"
+                    f"call {key[1] + 1} of module {key[0]!r} has no perturbation: pass "
+                    "zeros(inputs) with the inputs of the batch"
                 )
             if perturbations[key].shape != value.shape:
                 raise ValueError(
                     f"the perturbation of {key[0]!r} has shape {tuple(perturbations[key].shape)}, "
-                    f"its activation {tuple(value.shape)}: make zeros(inputs) of the same inputs"
+                    f"but its activation has {tuple(value.shape)}: pass zeros(inputs) with the "
+                    "inputs of the batch"
                 )
             return value + perturbations[key]
 
@@ -137,10 +141,13 @@ def _hooks(
             done = True
             return change(key, value)
 
-        found = tree_map(of_leaf, values)
+        new = tree_map(of_leaf, values)
         if not done:
-            raise ValueError(f"module {name!r} has no floating-point tensor at its {at}")
-        return found
+            raise ValueError(
+                f"module {name!r} has no floating-point tensor at its {at}: select other modules, "
+                f"or pass at={'output' if at == 'input' else 'input'!r}"
+            )
+        return new
 
     handles = []
     for name, module in chosen.items():

@@ -1,4 +1,4 @@
-"""The Hessian of a module whose gradients come by `.backward()` alone."""
+"""Hessian of a module whose gradients are only available through `.backward()`."""
 
 from __future__ import annotations
 
@@ -29,46 +29,48 @@ from hessfunc.trees import Matvec, Tree
 
 @options.validated(loss=options.function_of(1, "a batch"))
 def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curvature:
-    """The Hessian of a module that is sharded by `fully_shard`, or wrapped in another way.
+    """Return the Hessian of a module that is sharded by `fully_shard` or wrapped in another way.
 
         H v = (g(params + t v) - g(params - t v)) / 2t,   t = eps^(1/3) |params| / |v|
 
-    with g what ``loss(batch).backward()`` leaves in ``.grad``. No rank ever holds more of the
-    model than in training, and vectors are cut as the parameters are:
+    g is the gradient that ``loss(batch).backward()`` stores in ``.grad``. No rank holds more of the
+    model than in training, and vectors are sharded like the parameters:
 
         params = dict(model.named_parameters())
         loss = lambda batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
         hf.lanczos(hf.hvp_by_backward(model, loss)(params, batch), params, k=10)
 
-    It is accurate to about 1e-9 in float64 and 1e-4 in float32 for smooth losses. With kinks (ReLU,
-    max-pooling), or parameters that are cast to a narrower dtype on the way, it means little.
+    For smooth losses, products are accurate to about 1e-9 in float64 and 1e-4 in float32. They are
+    not reliable with kinks (ReLU, max-pooling), or if parameters are cast to a narrower dtype.
 
-    What is detached, or computed under ``no_grad``, is constant, as in `hvp`; in a module that is
-    sharded by `fully_shard`, which detaches much itself, it moves with the parameters.
+    Detached values, and values computed under ``no_grad``, are constant as in `hvp`. A module
+    sharded by `fully_shard` is an exception: `fully_shard` itself detaches tensors, so there such
+    values change with the parameters.
 
-    Each product moves the module's parameters and puts the same bits back, even if the loss
-    raises. Gradients and buffers stay as they were. Randomness in the loss is the same for every
-    product.
+    Each product changes the module's parameters temporarily and restores the same bits, even if
+    the loss raises. Gradients and buffers are restored too. Randomness in the loss is the same for
+    every product.
 
     Args:
-        model: the module; parameters that are not among ``params`` are held fixed.
-        loss: ``batch -> scalar``, which calls the module. `fully_shard` takes the mean of the
-            gradients of the ranks, so the matrix is that of the mean over ranks of their losses,
-            each on its own batch; every rank must make the same products.
+        model: Module. Parameters that are not in ``params`` are held fixed.
+        loss: Loss ``batch -> scalar`` that calls the module. `fully_shard` averages gradients over
+            ranks, so the matrix belongs to the mean over ranks of the losses, each on the batch of
+            its rank. Every rank must compute the same products.
 
     Returns:
-        A curvature function ``(params, batch) -> matvec``, with ``params`` some or all of
-        ``model.named_parameters()``, by name.
+        Curvature function ``(params, batch) -> matvec``, where ``params`` is a dict of some or all
+        of ``model.named_parameters()``.
 
     Raises:
-        ValueError: (from the curvature function) the module has no parameter of that name; the
-            loss is not a finite scalar that depends on params.
-        NotImplementedError: (from the curvature function) a custom function's backward is not the
-            derivative of its forward, as in a straight-through estimator.
-        RuntimeError: (from the matvec) params have changed in place since it was made. Another
-            rank has failed: at once, or after the timeout where it failed within the loss.
+        ValueError: If the module has no parameter of a given name, or if the loss is not a finite
+            scalar that depends on params; raised by the curvature function.
+        NotImplementedError: If the backward of a custom function is not the derivative of its
+            forward, as in a straight-through estimator; raised by the curvature function.
+        RuntimeError: If params have changed in place since the matvec was made, or if another rank
+            has failed; raised by the matvec. A failure inside the loss is noticed after the
+            timeout.
 
-    Cost: a product is two gradients. Four numbers for each of the shard's are kept meanwhile.
+    Cost: two gradients per product. A product keeps four numbers per entry of the shard.
     """
 
     def curvature(params: Tree, batch: Any) -> Matvec:
@@ -93,7 +95,7 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
                     mode.finish()
                 if first and not sharded:
                     refuse_unless_derivatives([value], own, value_at_present)
-                # A rank that raised alone would leave the others waiting in the backward pass.
+                # If one rank raised alone, the others would wait in the collectives of backward.
                 space.on_all(partial(_refuse_infinite, value))
                 value.backward()
                 return filled([parameter.grad for parameter in own], own)
@@ -103,7 +105,7 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
             point = kept(leaves)
             gradient(point, first=True)
         product = gradient_differences(gradient, space, point)
-        # Those that are not moved are read from the module by each product.
+        # Each product reads the other parameters from the module, so they must not change.
         moved = set(map(id, own))
         fixed = [(name, p) for name, p in model.named_parameters() if id(p) not in moved]
         return block_matvec(
@@ -115,7 +117,10 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
 
 def _refuse_infinite(loss: Tensor) -> None:
     if not loss.isfinite():
-        raise ValueError(f"the loss is {loss.item()}")
+        raise ValueError(
+            f"the loss is {loss.item()}: check the parameters and the batch for NaN and infinite "
+            "entries"
+        )
 
 
 def _parameters(model: nn.Module, space: Space) -> list[nn.Parameter]:
@@ -123,15 +128,18 @@ def _parameters(model: nn.Module, space: Space) -> list[nn.Parameter]:
     named = dict(model.named_parameters())
     if unknown := [name for name in space.names if name not in named]:
         raise ValueError(
-            f"{type(model).__name__} has no parameter named {', '.join(unknown[:4])}: params are "
-            "dict(model.named_parameters()), or some of them"
+            f"{type(model).__name__} has no parameter named {', '.join(unknown[:4])}: pass "
+            "dict(model.named_parameters()), or a part of this dict"
         )
     return [named[name] for name in space.names]
 
 
 @contextmanager
 def _moved(model: nn.Module, own: Sequence[nn.Parameter], at: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, these parameters are elsewhere, gradients are empty and may be taken."""
+    """Context manager that sets parameters to other values and clears all gradients.
+
+    On exit, parameters, buffers and gradients are restored.
+    """
     _reshard(model)
     everything = [*model.parameters(), *model.buffers()]
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -140,7 +148,7 @@ def _moved(model: nn.Module, own: Sequence[nn.Parameter], at: Sequence[Tensor]) 
     try:
         for parameter, _ in kept:
             parameter.grad = None
-        # Graphs that the user keeps see parameters that have never changed.
+        # Keep the version counters, so that graphs that the user holds stay valid.
         with _unsafe_preserve_version_counter(tuple(everything)):
             _copy(own, at)
             with torch.enable_grad():
@@ -160,7 +168,7 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Free what `fully_shard` has gathered, so that the module's parameters are the shards."""
+    """Free the parameters that `fully_shard` gathered, so that the module holds its shards."""
     for module in _sharded_modules(model):
         module.reshard()
 

@@ -1,4 +1,4 @@
-"""One product -> a block of products: a loop, or vmap in chunks that fit in memory."""
+"""Products with vector blocks, by a loop or by vmap in chunks that fit in memory."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ Curvature: TypeAlias = Callable[[Tree, Any], Matvec]
 Product: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 ChunkSize: TypeAlias = int | None
 
-# Below this many vectors vmap costs more than it saves.
+# Smallest number of vectors for which vmap is faster than a loop.
 _SMALLEST_BLOCK = 4
-# The largest mean output of an operation, in entries, for which a block goes through vmap: smaller
-# operations spend their time in calls, which vmap shares, and larger ones in arithmetic, which
-# vmap only moves out of the caches. Measured over 13 nets, the rule stays within 8 % of the
-# fastest of a loop, chunks of 4 and the whole block (`python -m bench.speed 'rule/*'`).
+# Largest mean output of an operation, in entries, for which a block goes through vmap. Smaller
+# operations are dominated by call overhead, which vmap shares among vectors. Larger operations are
+# dominated by arithmetic, and vmap only moves their data out of the caches. Measured over 13 nets,
+# the rule stays within 8 % of the fastest of a loop, chunks of 4 and the whole block
+# (`python -m bench.speed 'rule/*'`).
 _HESSIAN_ENTRIES = 2**15
 GAUSS_NEWTON_ENTRIES = 2**16
-# An accelerator needs about a million entries to be busy.
+# An accelerator needs about a million entries to be fully used.
 _ACCELERATOR_ENTRIES = 2**20
-# The most memory that a chunk may take on a CPU: a constant, because what is free changes.
+# Largest memory of a chunk on a CPU, in bytes. It is a constant, because free memory varies.
 _CHUNK_BYTES = 2**30
-# glibc returns larger allocations to the system at once and gets them anew, page by page, so that
-# they are several times slower to write.
+# Largest allocation on a CPU, in bytes. glibc returns larger allocations to the system when they
+# are freed and maps each new one page by page, so writing to them is several times slower.
 _LARGEST_ON_CPU = 2**25
 _guards: ContextVar[list[Callable[[], None]]] = ContextVar("guards")
 
 
 @contextmanager
 def guarding(checks: list[Callable[[], None]], /) -> Iterator[None]:
-    """Inside, the checks that products make of their parameters are added to a list."""
+    """Context manager that collects the checks that products run on their parameters in a list."""
     token = _guards.set(checks)
     try:
         yield
@@ -53,12 +54,12 @@ def guarding(checks: list[Callable[[], None]], /) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Chunks:
-    """The number of vectors that go through one pass.
+    """Number of vectors in one pass.
 
     Attributes:
-        size: Vectors in a chunk, 1 for a loop, None for the rule of `chunk_by_rule`.
-        entries: Largest mean output of an operation for which the rule takes vmap on a CPU.
-        chosen: Chunks that the rule gave, by the number of vectors and the shapes of the batch.
+        size: Number of vectors in a chunk; 1 is a loop, None the rule of `chunk_by_rule`.
+        entries: Largest mean output of an operation for which the rule chooses vmap on a CPU.
+        chosen: Chunk sizes that the rule chose, by number of vectors and shapes of the batch.
     """
 
     size: ChunkSize = None
@@ -80,16 +81,16 @@ def block_matvec(
     copies: Sequence[Tensor] | None = None,
     fixed: Sequence[tuple[str, Tensor]] = (),
 ) -> Matvec:
-    """The matvec of a product of one vector.
+    """Return the matvec of a function that multiplies one vector.
 
     Args:
-        product: the leaves of one vector -> the leaves of its product.
-        space: of the vectors.
-        point: the leaves of the parameters at which the product was made.
-        batch: the batch for which it was made; its shapes tell similar products apart.
-        chunks: how the block is cut.
+        product: Function from the leaves of one vector to the leaves of its product.
+        space: Space of the vectors.
+        point: Leaves of the parameters, which must not change.
+        batch: Batch of the product. Its shapes distinguish products for the chunk size.
+        chunks: Division of the block into chunks.
         copies: Leaves at which the product was made, if they are copies of ``point``.
-        fixed: Other parameters that a product reads, with their names.
+        fixed: Other parameters that the product reads, with their names.
     """
     refuse_if_changed = unchanged(
         [*space.names, *(name for name, _ in fixed)], [*point, *(leaf for _, leaf in fixed)]
@@ -115,12 +116,12 @@ def block_matvec(
             if size == 1:
                 leaves, chunks.chosen[key] = pieces.completed(1)
                 return leaves
-            # Its block of results would stand beside that of the chunks.
+            # Free the block of results before the chunks allocate another one.
             del pieces
         leaves, chunks.chosen[key] = _by_vmap_or_loop(product, tangents, size)
         return leaves
 
-    # The way of one vector is short: on a small net it takes as long as the product.
+    # This function is kept short: on a small net, its overhead is as long as a product.
     def matvec(block: Tree) -> Tree:
         refuse_autocast(space.device)
         refuse_if_changed()
@@ -154,20 +155,20 @@ def block_matvec(
 def _by_vmap_or_loop(
     product: Product, tangents: Sequence[Tensor], size: int
 ) -> tuple[Sequence[Tensor], int]:
-    """The products of a block in chunks, or by a loop where an operation has no batching rule."""
+    """Multiply a block in chunks, or by a loop if an operation has no batching rule."""
     try:
         return _in_chunks(product, tangents, size)
     except RuntimeError:
         if size == 1:
             raise
-        # An error of the product itself comes again from the loop.
+        # If the product itself fails, the loop raises its error again.
         return _in_chunks(product, tangents, 1)
 
 
 def _in_chunks(
     product: Product, tangents: Sequence[Tensor], size: int
 ) -> tuple[Sequence[Tensor], int]:
-    """The products of a block, and the chunk size with which they fitted in memory."""
+    """Return the products of a block, and the chunk size with which they fitted in memory."""
     k = len(tangents[0])
     if 1 < size >= k:
         try:
@@ -180,17 +181,19 @@ def _in_chunks(
 
 def _mapped(product: Product, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
     with warnings.catch_warnings():
-        # Operations without a batching rule loop inside of vmap.
+        # Operations without a batching rule loop inside vmap, which warns about it.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         return torch.vmap(product, randomness="same")(tangents)
 
 
 class _Pieces:
-    """The products of a block, made piece by piece.
+    """Products of a block, computed piece by piece.
 
     Attributes:
-        found: the leaves of the products.
-        done: how many vectors have been multiplied.
+        product: Function that multiplies one vector.
+        tangents: Leaves of the block.
+        found: Leaves of the products.
+        done: Number of vectors that have been multiplied.
     """
 
     def __init__(self, product: Product, tangents: Sequence[Tensor]) -> None:
@@ -200,7 +203,7 @@ class _Pieces:
         self.done = 0
 
     def take(self, size: int) -> None:
-        """Multiply the next vectors, or the last ones again where fewer are left."""
+        """Multiply the next ``size`` vectors; if fewer remain, repeat some earlier ones."""
         start = min(self.done, len(self.tangents[0]) - size)
         end = start + size
         if size == 1:
@@ -208,12 +211,12 @@ class _Pieces:
         else:
             part = _mapped(self.product, [t[start:end] for t in self.tangents])
         for target, out in zip(self.found, part, strict=True):
-            # One product has no probe axis, and is broadcast.
+            # A single product has no probe axis; `copy_` broadcasts it.
             target[start:end].copy_(out)
         self.done = max(self.done, end)
 
     def completed(self, size: int) -> tuple[Sequence[Tensor], int]:
-        """The products of all vectors, and the chunk size with which they fitted in memory."""
+        """Return all products, and the chunk size with which they fitted in memory."""
         k = len(self.tangents[0])
         while self.done < k:
             try:
@@ -228,14 +231,15 @@ class _Pieces:
 
 
 def chunk_by_rule(pieces: _Pieces, entries: int) -> int:
-    """The chunk of a block, from the sizes of the operations of its first product.
+    """Return the chunk size of a block, from the sizes of the operations of its first product.
 
-    The whole block goes through vmap where operations write at most ``entries`` entries on
-    average, in equal chunks of at most 1 GiB on a CPU; otherwise a loop multiplies it. No clock
-    and no other process has a say, so that every run takes the same path.
+    If operations write at most ``entries`` entries on average, the whole block goes through vmap,
+    on a CPU in equal chunks of at most 1 GiB. Otherwise a loop multiplies it. The choice depends
+    neither on timings nor on other processes, so that every run takes the same path.
 
     Args:
-        pieces: The block. Its first product is made here, and kept where a loop goes on from it.
+        pieces: Block to multiply. Its first product is computed here, and a loop can resume
+            from it.
         entries: Largest mean output of an operation on a CPU.
     """
     k, device = len(pieces.tangents[0]), pieces.tangents[0].device
@@ -244,8 +248,8 @@ def chunk_by_rule(pieces: _Pieces, entries: int) -> int:
     on_cpu = device.type == "cpu"
     if of_one.entries > (entries if on_cpu else _ACCELERATOR_ENTRIES) * max(1, of_one.operations):
         return 1
-    # On an accelerator running out of memory is an exception, and the chunk is halved then. A CPU
-    # grants any allocation and the kernel kills the process later.
+    # An accelerator raises an error when it is out of memory, and the chunk is then halved. On a
+    # CPU, any allocation succeeds and the kernel kills the process later.
     most = k
     if on_cpu:
         most = min(

@@ -1,4 +1,4 @@
-"""The Hessian of a criterion with respect to the outputs, in closed form for the usual losses."""
+"""Hessian of a criterion with respect to the outputs, in closed form for standard losses."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from hessfunc.transforms.batches.reductions import Reduction, declared_reduction
 from hessfunc.trees import Tree
 
 INDEPENDENT = (
-    "the loss does not depend on params, through no output of the model: are the outputs computed "
-    "from the module itself, or under `torch.no_grad()` or `.detach()`? Use the given params"
+    "the loss does not depend on params through any output of the model: compute the outputs from "
+    "the given params, not from the module itself, and not under `torch.no_grad()` or after "
+    "`.detach()`"
 )
 
 OutputProduct: TypeAlias = Callable[[Tensor], Tensor]
@@ -31,12 +32,12 @@ OutputHessian: TypeAlias = Callable[[Tensor, Any], OutputProduct]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A criterion with a closed form of its output Hessian.
+    """Criterion with a closed form of its output Hessian.
 
     Attributes:
-        criterion: ``(outputs, targets) -> scalar``.
-        output_hessian: ``(outputs, targets) -> product``, where ``product(u)`` is the Hessian of
-            the criterion with respect to the outputs, times u, shaped like the outputs.
+        criterion: Criterion ``(outputs, targets) -> scalar``.
+        output_hessian: Function ``(outputs, targets) -> product``. ``product(u)`` is the Hessian
+            of the criterion with respect to the outputs times u, shaped like the outputs.
     """
 
     criterion: Callable[[Any, Any], Tensor]
@@ -53,18 +54,21 @@ def with_output_hessian(
     """Attach a closed form of the output Hessian to a criterion.
 
     Args:
-        criterion: ``(outputs, targets) -> scalar``; ``(outputs, batch)`` for `composed`.
-        output_hessian: of the same arguments; returns the product with one vector shaped like the
-            outputs. It is called once a batch, so what is shared by all products is computed once.
+        criterion: Criterion ``(outputs, targets) -> scalar``, or ``(outputs, batch) -> scalar``
+            for `composed`.
+        output_hessian: Function of the same arguments that returns the product with one vector
+            shaped like the outputs. It is called once per batch, so work that all products share
+            can be done there.
     """
     return Criterion(criterion, output_hessian)
 
 
 def closed_form(criterion: Callable[[Any, Any], Tensor], /) -> OutputHessian | None:
-    """The closed form of a criterion's output Hessian, ``(outputs, batch) -> product``, or None.
+    """Return the closed form ``(outputs, batch) -> product`` of a criterion's output Hessian.
 
-    Known are cross-entropy, MSE and BCE-with-logits, as functions, partials or modules, with all
-    of their options, and criteria made by `with_output_hessian`.
+    The result is None for an unknown criterion. Known criteria are cross-entropy, MSE and
+    BCE-with-logits, as functions, partials or modules, with all of their options, and criteria made
+    by `with_output_hessian`.
     """
     if isinstance(criterion, OfTargets):
         of_targets = closed_form(criterion.criterion)
@@ -96,12 +100,13 @@ def example_weights(
     reduction: Reduction,
     /,
 ) -> Tensor | float:
-    """Return the c_b with which ``sum_b c_b r_b r_b'`` is the empirical Fisher matrix.
+    """Return the weights c_b with which ``sum_b c_b r_b r_b'`` is the empirical Fisher matrix.
 
-    r_b is the part of example b in the gradient of the loss, g_b the gradient of its own loss. In
-    a sum r_b = g_b, and the matrix is ``sum_b g_b g_b'``. In a mean r_b = s_b g_b, with s_b the
-    share of the example, one over their number or, where targets are ignored, one over the number
-    of those that are not; the matrix is ``sum_b s_b g_b g_b'``.
+    r_b is the part of example b in the gradient of the loss, and g_b is the gradient of the
+    example's own loss. For a sum over examples, r_b = g_b, the matrix is ``sum_b g_b g_b'`` and
+    c_b = 1. For a mean, r_b = s_b g_b, the matrix is ``sum_b s_b g_b g_b'`` and c_b = 1 / s_b. The
+    share s_b of an example is one over the number of examples or, if targets are ignored, one over
+    the number of examples that are not ignored.
     """
     if reduction == "sum":
         return 1.0
@@ -118,29 +123,29 @@ def example_weights(
 def reduction_over_examples(
     criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /
 ) -> Reduction | None:
-    """Return how a criterion puts the examples of a batch together; None for a single example.
+    """Return whether a criterion is a mean or a sum over examples; None for a single example.
 
-    A criterion with a closed form is known; any other is evaluated on each example.
+    A criterion with a closed form is known. Any other criterion is evaluated on each example.
 
     Raises:
-        ValueError: It is neither the mean nor the sum of its examples, or cannot be evaluated on
-            one alone.
+        ValueError: If the criterion is neither the mean nor the sum of its examples, or cannot be
+            evaluated on a single example.
     """
     inner, targets = with_targets(criterion, batch)
     if _is_known(function_and_options(inner)[0]):
         return declared_reduction(inner)
     advice = (
-        "an empirical Fisher matrix needs the gradient of each example: take a criterion that is "
-        "a mean or a sum over the first axis of the outputs, or a known one, as in "
+        "an empirical Fisher matrix needs the gradient of each example: use a criterion that is "
+        "a mean or a sum over the first axis of the outputs, or a known one, for instance "
         "`composed(outputs, cross_entropy, targets=lambda batch: batch['labels'])`"
     )
     rows, targets_rows = rows_of(outputs, what="outputs"), rows_of(targets, what="targets")
     try:
-        alone = torch.stack([inner(*one) for one in _apart(rows, targets_rows)])
+        alone = torch.stack([inner(*pair) for pair in _apart(rows, targets_rows)])
     except (ValueError, RuntimeError, IndexError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"the criterion could not be evaluated on one example alone ({reason}); {advice}"
+            f"the criterion could not be evaluated on a single example ({reason}); {advice}"
         ) from error
     together = inner(outputs, targets)
     values: dict[Reduction, Tensor] = {"mean": alone.mean(), "sum": alone.sum()}
@@ -158,14 +163,14 @@ def reduction_over_examples(
 
 
 def _apart(outputs: Rows, targets: Rows) -> Iterator[tuple[Any, Any]]:
-    """Yield the outputs and targets of each example alone.
+    """Yield the outputs and targets of each single example.
 
-    Arrays of another length than the outputs are the same for all examples, such as constants of
-    the model or weights of classes.
+    Arrays whose length differs from that of the outputs are shared by all examples, such as
+    constants of the model or weights of classes.
     """
     moving = {len(x) for x in outputs[0] if isinstance(x, Tensor) and x.requires_grad}
     if len(moving) != 1:
-        raise ValueError(f"outputs have first axes of {sorted(moving)}")
+        raise ValueError(f"outputs have first axes of different lengths {sorted(moving)}")
     (count,) = moving
     for i in range(count):
         one, target = (
@@ -176,18 +181,21 @@ def _apart(outputs: Rows, targets: Rows) -> Iterator[tuple[Any, Any]]:
 
 
 def with_targets(criterion: Callable[[Any, Any], Tensor], batch: Any, /) -> tuple[Any, Any]:
-    """A criterion of (outputs, targets), and the targets: those of the batch, or the batch."""
+    """Return the inner criterion (outputs, targets), and the targets of the batch.
+
+    A criterion of (outputs, batch) is returned unchanged, with the batch itself as targets.
+    """
     if isinstance(criterion, OfTargets):
         return criterion.criterion, criterion.targets(batch)
     return criterion, batch
 
 
 def function_and_options(criterion: Any) -> tuple[Any, Mapping[str, Any]]:
-    """The function that a module or a partial stands for, and its options."""
+    """Return the function that a module or a partial computes, and its options."""
     if isinstance(criterion, functools.partial) and not criterion.args:
         return criterion.func, criterion.keywords
     for module, (function, names) in _MODULES.items():
-        # A subclass may compute anything: only the classes themselves are known.
+        # A subclass may compute anything, so only the classes themselves are known.
         if type(criterion) is module:
             return function, {name: getattr(criterion, name) for name in names}
     return criterion, {}
@@ -202,7 +210,12 @@ def cross_entropy_scale(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """What the softmax Hessian of each prediction counts in a cross-entropy."""
+    """Return the weight of each prediction's softmax Hessian in a cross-entropy.
+
+    The loss of a prediction is -sum_c q_c log p_c, with the weighted target distribution q. Its
+    Hessian is (sum_c q_c) (diag(p) - pp'). The weight is sum_c q_c, for a mean divided by the same
+    number as the loss: the number of predictions, or the total class weight of the targets.
+    """
     axis = min(1, outputs.dim() - 1)
     classes = outputs.shape[axis]
     if targets.is_floating_point():
@@ -220,14 +233,14 @@ def cross_entropy_scale(
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor, **options: Any) -> OutputProduct:
-    """``s (diag(p) - pp')``, with p the softmax and s the weight of each prediction."""
+    """Return the product with ``s (diag(p) - pp')``, softmax p and weight s of each prediction."""
     axis = min(1, outputs.dim() - 1)
     share = torch.softmax(outputs, axis)
     scale = cross_entropy_scale(outputs, targets, **options)
 
     def product(tangent: Tensor) -> Tensor:
-        # No more than three tensors of the size of the outputs live at once: this is the peak of
-        # memory where there are many classes.
+        # (diag(p) - pp') u = p (u - <p, u>). At most three tensors of the size of the outputs are
+        # alive at once, which is the peak of memory if there are many classes.
         inner = (tangent * share).sum(axis, keepdim=True)
         return (tangent - inner).mul_(share).mul_(scale)
 
@@ -235,6 +248,7 @@ def _cross_entropy(outputs: Tensor, targets: Tensor, **options: Any) -> OutputPr
 
 
 def _mse(outputs: Tensor, targets: Tensor, *, reduction: str = "mean") -> OutputProduct:
+    # The Hessian of sum (f - y)^2 / N is 2/N I; broadcasting repeats each output `copies` times.
     shape = torch.broadcast_shapes(outputs.shape, targets.shape)
     copies = shape.numel() / outputs.numel()
     factor = 2 * copies / (shape.numel() if reduction == "mean" else 1)
@@ -249,7 +263,7 @@ def _bce_with_logits(
     pos_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> OutputProduct:
-    """Diagonal: ``weight (1 + (pos_weight - 1) y) p (1 - p)``."""
+    """Return the product with the diagonal ``weight (1 + (pos_weight - 1) y) p (1 - p)``."""
     probability = torch.sigmoid(outputs)
     diagonal = probability * (1 - probability)
     if pos_weight is not None:
@@ -283,39 +297,39 @@ _MODULES: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
 
 
 class NotConvexWarning(UserWarning):
-    """A criterion is not convex in the outputs: its Gauss-Newton matrix may be indefinite."""
+    """Warning that a criterion is not convex, so its Gauss-Newton matrix may be indefinite."""
 
 
 class LinearCriterionWarning(UserWarning):
-    """A criterion is linear in outputs, which add nothing to its Gauss-Newton matrix."""
+    """Warning that a criterion is linear in outputs, which then have no Gauss-Newton curvature."""
 
 
 def warn_of_linear(criterion: Callable[[Any, Any], Tensor], /) -> None:
-    """Warn that the Gauss-Newton matrix is zero, and say how the loss is split otherwise."""
+    """Warn that the Gauss-Newton matrix is zero, and recommend another split of the loss."""
     inner = criterion.criterion if isinstance(criterion, OfTargets) else criterion
     function = getattr(inner, "func", inner)
     if function is F.nll_loss or isinstance(function, nn.NLLLoss):
         message = (
-            "nll_loss is linear in the log-probabilities that it takes, so the Gauss-Newton "
-            "matrix is zero: let the model return logits, without LogSoftmax at its end, and take "
+            "nll_loss is linear in log-probabilities, so the Gauss-Newton matrix is zero: let the "
+            "model return logits, without a final LogSoftmax, and use "
             "`supervised(model_fn, torch.nn.functional.cross_entropy)`"
         )
     else:
         message = (
-            "the criterion is linear in the model's outputs, at least near these, so the "
-            "Gauss-Newton matrix is zero: put the last nonlinear function of the model into the "
-            "criterion, `composed(outputs, criterion)`, or take `hvp(loss)`"
+            "the criterion is linear in the model's outputs, at least near these outputs, so the "
+            "Gauss-Newton matrix is zero: move the last nonlinear function of the model into the "
+            "criterion, `composed(outputs, criterion)`, or use `hvp(loss)`"
         )
     warnings.warn(message, LinearCriterionWarning, stacklevel=2)
 
 
 def _warn_of_linear_leaves(names: Sequence[str]) -> None:
-    """Warn that some of the output leaves add nothing to the Gauss-Newton matrix."""
-    which = ", ".join(names)
+    """Warn that some of the output leaves contribute nothing to the Gauss-Newton matrix."""
+    outputs = ", ".join(names)
     warnings.warn(
-        f"the criterion is linear in {which}, at least near these outputs, so the Gauss-Newton "
-        f"matrix leaves out the curvature of {which}: put the last nonlinear function of the model "
-        "there into the criterion, `composed(outputs, criterion)`, or take `hvp(loss)`",
+        f"the criterion is linear in {outputs}, at least near these outputs, so the Gauss-Newton "
+        f"matrix leaves out the curvature of {outputs}: move the last nonlinear function of that "
+        "output into the criterion, `composed(outputs, criterion)`, or use `hvp(loss)`",
         LinearCriterionWarning,
         stacklevel=2,
     )
@@ -324,20 +338,20 @@ def _warn_of_linear_leaves(names: Sequence[str]) -> None:
 def output_gradient(
     criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /, *, create_graph: bool
 ) -> tuple[list[int], list[Tensor], list[Tensor]]:
-    """The gradient of a criterion with respect to the outputs.
+    """Compute the gradient of a criterion with respect to the outputs.
 
     Returns:
-        The indices of the output leaves that depend on the parameters and on which the criterion
-        depends, these leaves, and the gradient at each.
+        Indices of the output leaves that depend on the parameters and that the criterion uses,
+        these leaves, and the gradient with respect to each.
 
     Raises:
-        ValueError: there is no such leaf.
+        ValueError: If the outputs have no such leaf.
     """
-    found, rebuilt = opened(outputs, "outputs")
-    places = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    inner = list(found)
+    values, rebuilt = opened(outputs, "outputs")
+    places = [i for i, leaf in enumerate(values) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    inner = list(values)
     for i in places:
-        inner[i] = found[i].detach().requires_grad_()
+        inner[i] = values[i].detach().requires_grad_()
     value = criterion(rebuilt(inner), batch)
     gradient: tuple[Tensor | None, ...] = ()
     if places and value.requires_grad:
@@ -359,11 +373,18 @@ def by_autodiff(
     try_convexity: bool,
     verified: Verified | None = None,
 ) -> tuple[list[int], Callable[[list[Tensor]], list[Tensor]]]:
-    """The output Hessian of any criterion, through a kept graph of its gradient.
+    """Return the output Hessian of any criterion, through a kept graph of its gradient.
+
+    Args:
+        criterion: Criterion ``(outputs, batch) -> scalar``.
+        outputs: Outputs of the model, with their graph.
+        batch: Batch.
+        try_convexity: Whether to warn if the criterion is linear or not convex.
+        verified: Set of keys that have passed the check for lost derivatives; updated in place.
 
     Returns:
-        The indices of the output leaves that depend on the parameters and on which the criterion
-        depends, and the product with one vector of such leaves.
+        Indices of the output leaves that depend on the parameters and that the criterion uses,
+        and the product with one vector of such leaves.
     """
     used, leaves, slopes = output_gradient(criterion, outputs, batch, create_graph=True)
     if verified is None or "criterion" not in verified:
@@ -390,8 +411,8 @@ def by_autodiff(
         if len(linear) == len(leaves):
             warn_of_linear(criterion)
         else:
-            found, _ = opened(outputs, "outputs")
-            places = [used[i] for i in linear if _is_curved(found[used[i]])]
+            output_leaves, _ = opened(outputs, "outputs")
+            places = [used[i] for i in linear if _is_curved(output_leaves[used[i]])]
             if places:
                 names = leaf_paths(outputs, "outputs")
                 _warn_of_linear_leaves([names[place] for place in places])
@@ -406,11 +427,11 @@ def _refuse_if_cut(
     used: Sequence[int],
     leaves: Sequence[Tensor],
 ) -> None:
-    """Refuse a criterion whose gradient autograd cannot differentiate."""
-    found, rebuilt = opened(outputs, "outputs")
+    """Raise if autograd cannot differentiate the gradient of a criterion."""
+    values, rebuilt = opened(outputs, "outputs")
 
     def again(at: Sequence[Tensor]) -> list[Tensor]:
-        inner = list(found)
+        inner = list(values)
         for i, leaf in zip(used, at, strict=True):
             inner[i] = leaf
         return [criterion(rebuilt(inner), batch)]
@@ -421,16 +442,16 @@ def _refuse_if_cut(
 def _without_image(
     product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]
 ) -> list[int]:
-    """Return the places of leaves where the product of a vector without zeros is zero."""
+    """Return the indices of leaves in which the product with a vector without zeros is zero."""
     tangents = [
         torch.arange(1.0, leaf.numel() + 1, device=leaf.device).cos().to(leaf).view_as(leaf)
         for leaf in leaves
     ]
-    return [i for i, image in enumerate(product(tangents)) if not bool(image.any())]
+    return [i for i, part in enumerate(product(tangents)) if not bool(part.any())]
 
 
 def _is_curved(output: Tensor) -> bool:
-    """Whether an output of the model is not linear in the parameters, nor piecewise linear."""
+    """Return whether an output is neither linear nor piecewise linear in the parameters."""
     waiting, seen, leaves = [output.grad_fn], set(), []
     while waiting:
         node = waiting.pop()
@@ -450,7 +471,8 @@ _DIRECTIONS_TRIED = 16
 def _warn_unless_convex(
     product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]
 ) -> None:
-    # Directions that move one example alone see a negative curvature that a sum would hide.
+    # Convex means u'Hu >= 0. Each direction moves only one example, because the sum over examples
+    # could hide a negative curvature.
     examples = max(1, min(len(leaf) if leaf.dim() else 1 for leaf in leaves))
     generator = torch.Generator().manual_seed(0)
     for trial in range(_DIRECTIONS_TRIED):
@@ -460,13 +482,14 @@ def _warn_unless_convex(
             target = tangent[trial % examples] if leaf.dim() and len(leaf) else tangent
             target.copy_(torch.randn(target.shape, generator=generator, device="cpu"))
             tangents.append(tangent)
-        found = product(tangents)
-        curvature = sum(float((u * h).sum()) for u, h in zip(tangents, found, strict=True))
-        size = sum(float((u * h).abs().sum()) for u, h in zip(tangents, found, strict=True))
+        moved = product(tangents)
+        curvature = sum(float((u * h).sum()) for u, h in zip(tangents, moved, strict=True))
+        size = sum(float((u * h).abs().sum()) for u, h in zip(tangents, moved, strict=True))
         if curvature < -1e-5 * size:
             warnings.warn(
-                "the criterion is not convex in the model's outputs (found in a random "
-                "direction): its Gauss-Newton matrix may have negative eigenvalues",
+                "the criterion is not convex in the model's outputs (tested in a random "
+                "direction), so its Gauss-Newton matrix may have negative eigenvalues: use a "
+                "convex criterion if the matrix must be positive semi-definite",
                 NotConvexWarning,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""The exact diagonal blocks of a curvature matrix, one parameter tensor each."""
+"""Exact diagonal blocks of a curvature matrix, one per parameter tensor."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from hessfunc.trees import Matvec, unchanged
 def exact_blocks(
     curvature: Callable[[Any], Curvature], loss: LossFunction, /
 ) -> Callable[[Mapping[str, Tensor], Any], Mapping[str, Matvec]]:
-    """The blocks of a curvature matrix, a function ``(params, batch) -> {name: matvec}``.
+    """Return the diagonal blocks of a matrix as a function ``(params, batch) -> {name: matvec}``.
 
-    Each block is that of the loss with all other parameters held fixed, and its matvec takes and
-    gives tensors ``[k, *shape]``. A block is made when it is looked up, anew each time, so that
-    one graph is in memory at a time.
+    A block is the curvature of the loss with all other parameters held fixed. Its matvec takes and
+    returns tensors ``(k, *shape)``. Each lookup makes the block again, so that only one graph is in
+    memory at a time.
 
     Args:
-        curvature: loss -> curvature function, such as `hvp`, `ggnvp` or
+        curvature: Function from a loss to a curvature function, such as `hvp`, `ggnvp` or
             ``functools.partial(pchvp, residual="abs")``.
-        loss: of all parameters, a flat dict.
+        loss: Loss of a flat dict of all parameters.
 
     Raises:
-        RuntimeError: (from a matvec) a parameter has changed in place since the lookup.
+        RuntimeError: If a parameter has changed in place since the lookup; raised by a matvec.
 
-    Cost: one product with a block costs at most one product with the whole matrix, less in later
-    layers; a lookup evaluates the loss once.
+    Cost: a product with a block costs at most a product with the whole matrix, and less in later
+    layers. A lookup evaluates the loss once.
     """
-    # Made once a name, as curvature functions remember what they have timed and verified.
-    found: dict[str, Curvature] = {}
+    # Curvature functions remember chunk sizes and verified functions, so make one per name.
+    by_name: dict[str, Curvature] = {}
 
     def blocks(params: Mapping[str, Tensor], batch: Any, /) -> Mapping[str, Matvec]:
         def block(name: str) -> Matvec:
-            if name not in found:
-                found[name] = curvature(_of_part(loss))
+            if name not in by_name:
+                by_name[name] = curvature(_of_part(loss))
             rest = {other: leaf.detach() for other, leaf in params.items() if other != name}
             refuse_if_changed = unchanged(tuple(rest), list(rest.values()))
-            matvec = found[name]({name: params[name]}, (rest, batch))
+            matvec = by_name[name]({name: params[name]}, (rest, batch))
 
             def product(vectors: Tensor) -> Tensor:
                 refuse_if_changed()
@@ -60,12 +60,12 @@ def exact_blocks(
 
 
 def _of_part(loss: LossFunction) -> LossFunction:
-    """The loss of some parameters on batches ``(rest, batch)``, the others held fixed."""
+    """Return the loss of some parameters, for batches ``(rest, batch)`` with the other ones."""
     if not isinstance(loss, Loss):
         return lambda part, pair: loss({**pair[0], **part}, pair[1])
     outputs, criterion = loss.outputs, loss.criterion
     of_pair: Callable[[Any, Any], Tensor] = OfTargets(criterion, itemgetter(1))
-    # A known criterion stays known, with its closed forms.
+    # Rewrap a known criterion, so that its closed form is still recognised.
     if isinstance(criterion, OfTargets):
         targets = criterion.targets
         of_pair = OfTargets(criterion.criterion, lambda pair: targets(pair[1]))
@@ -74,7 +74,11 @@ def _of_part(loss: LossFunction) -> LossFunction:
 
 @dataclass(frozen=True)
 class _OnLookup(Mapping[str, Matvec]):
-    """A mapping whose values are made when they are looked up, and not kept."""
+    """Mapping that makes a value at each lookup, and does not keep it.
+
+    Attributes:
+        makers: Function that makes each value, by name.
+    """
 
     makers: Mapping[str, Callable[[], Matvec]]
 

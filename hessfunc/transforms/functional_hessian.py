@@ -1,4 +1,4 @@
-"""What a Gauss-Newton matrix leaves out of the Hessian."""
+"""Functional Hessian: the difference between the Hessian and the Gauss-Newton matrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.hessian import Mode, hvp, kept
 from hessfunc.trees import Matvec, Tree
 
-# The indices of the output leaves that matter, and the derivative with respect to each.
+# Indices of the output leaves that the criterion uses, and its derivative with respect to each.
 _Fixed: TypeAlias = tuple[list[int], list[Tensor]]
 
 
@@ -27,33 +27,35 @@ _Fixed: TypeAlias = tuple[list[int], list[Tensor]]
 def functional_hvp(
     loss: Loss, /, *, mode: Mode = "auto", chunk_size: ChunkSize = None
 ) -> Curvature:
-    """The functional Hessian, as a curvature function ``(params, batch) -> matvec``.
+    """Return the functional Hessian as a curvature function ``(params, batch) -> matvec``.
 
         H - G = sum_i r_i d2 f_i / d params2
 
-    with f_i the outputs of the model and r_i the derivative of the criterion with respect to each:
-    the Hessian less the generalised Gauss-Newton matrix. It is small where the model fits, and
-    has no trace in a net of linear and piecewise linear layers, in which each layer's block is 0.
+    It is the Hessian minus the generalised Gauss-Newton matrix. f_i are the outputs of the model,
+    and r_i is the derivative of the criterion with respect to f_i. The functional Hessian is small
+    where the model fits the data. In a net of linear and piecewise linear layers, the block of each
+    layer is zero, and so is the trace.
 
     Args:
-        loss: with its two halves, as made by `supervised` or `composed`.
-        mode: as in `hvp`.
-        chunk_size: as in `hvp`.
+        loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.
+        mode: Method for the products, as in `hvp`.
+        chunk_size: Number of vectors in one pass, as in `hvp`.
 
     Raises:
-        TypeError: the loss does not show its halves.
-        ValueError: (from the curvature function) the loss does not depend on params.
+        TypeError: If ``loss`` is a plain function without outputs and criterion.
+        ValueError: If the loss does not depend on params; raised by the curvature function.
 
-    Cost: as `hvp`, and the outputs once more for each batch.
+    Cost: the same as `hvp`, and one more evaluation of the outputs per batch.
 
     Source: Schraudolph 2002; the name: Singh, Bachmann and Hofmann 2021, arXiv 2106.16225.
     """
     refuse_without_halves(loss)
 
     def along_gradient(outputs: Tree, fixed: _Fixed) -> Tensor:
+        # The Hessian of sum_i r_i f_i with fixed r_i is sum_i r_i d2 f_i.
         used, slopes = fixed
-        found, _ = opened(outputs, "outputs")
-        return torch.stack([(found[i] * r).sum() for i, r in zip(used, slopes, strict=True)]).sum()
+        leaves, _ = opened(outputs, "outputs")
+        return torch.stack([(leaves[i] * r).sum() for i, r in zip(used, slopes, strict=True)]).sum()
 
     linear = composed(
         lambda params, pair: loss.outputs(params, pair[0]),

@@ -1,7 +1,7 @@
-"""Gauss-Newton matrices: the generalised Gauss-Newton matrix, the Fisher matrix, the empirical one.
+"""Gauss-Newton matrices: generalised Gauss-Newton, Fisher and empirical Fisher.
 
-All of them are ``J' B J``, with J the Jacobian of the model's outputs and B a positive matrix on
-the outputs; they differ in B alone.
+All three are ``J' B J``, with the Jacobian J of the model's outputs and a matrix B on the outputs.
+They differ only in B.
 """
 
 from __future__ import annotations
@@ -46,37 +46,39 @@ from hessfunc.transforms.hessian import checked, kept
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
 from hessfunc.trees import Matvec, Tree
 
-# The indices of the output leaves that matter, and the product of B with one vector of them.
+# Indices of the output leaves on which B acts, and the product of B with one vector.
 _Middle: TypeAlias = tuple[list[int], Callable[[list[Tensor]], Sequence[Tensor]]]
 
 
 @validated
 def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
-    """The generalised Gauss-Newton matrix, as a curvature function ``(params, batch) -> matvec``.
+    """Return the generalised Gauss-Newton matrix as a function ``(params, batch) -> matvec``.
 
         G = J' H J
 
-    with J the Jacobian of ``loss.outputs`` and H the Hessian of ``loss.criterion`` with respect to
-    the outputs. G is the Hessian of the loss with the model replaced by its linearisation, and
-    positive semi-definite for a criterion that is convex in the outputs. The output Hessians of
-    cross-entropy, MSE and BCE-with-logits, and of criteria made by `with_output_hessian`, are
-    applied in closed form; any other goes through autodiff, and warns where it is not convex.
+    J is the Jacobian of ``loss.outputs``, and H is the Hessian of ``loss.criterion`` with respect
+    to the outputs. G is the Hessian of the loss of the linearised model. It is positive
+    semi-definite if the criterion is convex in the outputs.
+
+    The output Hessians of cross-entropy, MSE and BCE-with-logits, and of criteria made by
+    `with_output_hessian`, are applied in closed form. Other criteria are differentiated by
+    autograd, with a warning if the criterion is not convex or is linear in the outputs.
 
     Args:
-        loss: with its two halves, as made by `supervised` or `composed`.
-        chunk_size: Number of vectors of a block that go through one pass by vmap, 1 for a loop,
-            or None for the rule that `hvp` describes.
+        loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.
+        chunk_size: Number of vectors of a block that go through one pass by vmap; 1 is a loop,
+            and None follows the rule that `hvp` describes.
 
     Raises:
-        TypeError: the loss does not show its halves.
-        ValueError: (from the curvature function) the loss is not a finite scalar.
-        NotImplementedError: (from the curvature function) autograd would lose a derivative, of a
-            custom function whose backward detaches or leaves torch, or through a hook.
-        RuntimeError: (from the matvec) params have changed in place since it was made. Autocast
-            is enabled.
+        TypeError: If ``loss`` is a plain function without outputs and criterion.
+        ValueError: If the loss is not a finite scalar; raised by the curvature function.
+        NotImplementedError: If autograd would lose a derivative, in a custom function whose
+            backward detaches or leaves torch, or in a hook; raised by the curvature function.
+        RuntimeError: If params have changed in place since the matvec was made, or if autocast is
+            enabled; raised by the matvec.
 
-    Cost: the model is linearised once a batch; a product costs 4/3 gradients on a deep net. Models
-    with custom autograd functions or hooks are checked once, as in `hvp`.
+    Cost: the model is linearised once per batch. A product costs 4/3 gradients on a deep net.
+    Models with custom autograd functions or hooks are checked once, as in `hvp`.
 
     Source: Schraudolph 2002, Fast curvature matrix-vector products; Martens 2014, arXiv 1412.1193.
     """
@@ -84,9 +86,11 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
     verified: Verified = set()
 
     def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
-        found = hessian_of_outputs(loss, outputs, batch, try_convexity=not tried, verified=verified)
+        hessian = hessian_of_outputs(
+            loss, outputs, batch, try_convexity=not tried, verified=verified
+        )
         tried.append(True)
-        return found
+        return hessian
 
     return _gauss_newton(loss, middle, chunk_size)
 
@@ -100,29 +104,29 @@ def fvp(
     seed: int | None = None,
     chunk_size: ChunkSize = None,
 ) -> Curvature:
-    """The Fisher information matrix, as a curvature function ``(params, batch) -> matvec``.
+    """Return the Fisher information matrix as a function ``(params, batch) -> matvec``.
 
         F = mean over examples of E_y[g g'],  g = grad of -log p(y | example, params)
 
-    with y drawn from the model's own prediction; where an example has several predictions
-    (positions of cross-entropy, entries of BCE), they are independent and averaged. Exact, it
-    equals the generalised Gauss-Newton matrix for cross-entropy (categorical y), for
-    BCE-with-logits (Bernoulli), and for MSE with normal y of variance C/2, for C outputs an
-    example (variance 1/2 where the loss is a sum):
-    then MSE is -log p up to a constant.
+    The targets y are drawn from the model's own prediction. If an example has several predictions
+    (positions of cross-entropy, entries of BCE), they are independent and averaged.
+
+    The exact expectation equals the generalised Gauss-Newton matrix for cross-entropy (categorical
+    y), for BCE-with-logits (Bernoulli y), and for MSE with normal y. For MSE the variance is C/2
+    for C outputs per example, or 1/2 if the loss is a sum, so that MSE is -log p up to a constant.
 
     Args:
-        loss: with its two halves, as made by `supervised`.
-        samples: None for the exact expectation; else the number of draws of y for each prediction.
-        seed: of the draws, which depend on (seed, batch) alone: each pass over the data draws the
-            same. None draws a seed once, here.
-        chunk_size: as in `ggnvp`.
+        loss: Loss with outputs and criterion, as returned by `supervised`.
+        samples: Number of draws of y for each prediction; None for the exact expectation.
+        seed: Seed of the draws. They depend only on (seed, batch), so each pass over the data
+            draws the same targets. None chooses a seed when `fvp` is called.
+        chunk_size: Number of vectors in one pass, as in `ggnvp`.
 
     Raises:
-        TypeError: the loss does not show its halves.
-        ValueError: the criterion is not the negative logarithm of a known likelihood.
+        TypeError: If ``loss`` is a plain function without outputs and criterion.
+        ValueError: If the criterion is not the negative logarithm of a known likelihood.
 
-    Cost: as `ggnvp`.
+    Cost: the same as `ggnvp`.
 
     Source: Martens 2014, arXiv 1412.1193; Kunstner, Balles and Hennig 2019, arXiv 1905.12558.
     """
@@ -131,7 +135,7 @@ def fvp(
     if samples is None:
         return _gauss_newton(loss, hessian_of_outputs, chunk_size)
     if samples < 1:
-        raise ValueError(f"samples={samples}: at least 1, or None for the exact matrix")
+        raise ValueError(f"samples={samples}: it must be at least 1, or None for the exact matrix")
     seed = of_matrix(seed)
 
     def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
@@ -144,36 +148,38 @@ def fvp(
 
 @validated
 def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
-    """The empirical Fisher matrix, as a curvature function ``(params, batch) -> matvec``.
+    """Return the empirical Fisher matrix as a function ``(params, batch) -> matvec``.
 
-        E = mean over examples of g_b g_b', or their sum for a loss that is a sum
+        E = mean over examples of g_b g_b'
 
-    with g_b the gradient of the loss of example b, the b-th entry of the first axis of the model's
-    outputs. Examples whose targets are ignored do not count; those with more targets count more.
-    It takes one gradient of the criterion with respect to the outputs, so the loss must be a mean
-    or a sum over examples that do not see each other. Except for cross-entropy, MSE and
-    BCE-with-logits, this is checked once, on the first batch with two examples or more: the
-    criterion of the batch is compared with those of its examples.
+    g_b is the gradient of the loss of example b, the b-th entry of the first axis of the model's
+    outputs. If the loss is a sum over examples, E is the sum. Examples whose targets are ignored do
+    not count, and examples with more targets count more.
 
-    Over targets that are drawn from the model's own prediction, the expectation of E is the Fisher
-    matrix F of `fvp` if each example has one prediction, as in classification. It is not where
-    the loss of an example is itself a mean over several predictions: over n outputs of
-    BCE-with-logits or MSE, or n positions of cross-entropy, E is smaller by a factor of about n,
-    as it squares the mean over them and F is the mean of squares.
+    E is computed from one gradient of the criterion with respect to the outputs. The loss must
+    therefore be a mean or a sum over examples that do not interact. Cross-entropy, MSE and
+    BCE-with-logits are known to be. For any other criterion, its value on the first batch with at
+    least two examples is compared with its values on the single examples.
+
+    For targets drawn from the model's own prediction, the expectation of E is the Fisher matrix F
+    of `fvp` if each example has one prediction, as in classification. The two differ if the loss
+    of an example is itself a mean over n predictions: n outputs of BCE-with-logits or MSE, or n
+    positions of cross-entropy. E squares that mean, whereas F is a mean of squares, so E is
+    smaller by a factor of about n.
 
     Args:
-        loss: with its two halves, as made by `supervised` or `composed`.
-        chunk_size: as in `ggnvp`.
+        loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.
+        chunk_size: Number of vectors in one pass, as in `ggnvp`.
 
     Raises:
-        TypeError: the loss does not show its halves.
-        ValueError: (from the curvature function) output leaves differ in their number of examples;
-            the criterion is neither the mean nor the sum of its examples, or could not be
-            evaluated on one alone.
+        TypeError: If ``loss`` is a plain function without outputs and criterion.
+        ValueError: If output leaves differ in their number of examples, or if the criterion is
+            neither the mean nor the sum of its examples or cannot be evaluated on a single one;
+            raised by the curvature function.
 
-    Cost: as `ggnvp`.
+    Cost: the same as `ggnvp`.
 
-    Source: Kunstner, Balles and Hennig 2019, arXiv 1905.12558, on what it is and is not.
+    Source: Kunstner, Balles and Hennig 2019, arXiv 1905.12558, on its limitations.
     """
     known: list[Reduction] = []
 
@@ -181,7 +187,7 @@ def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
         if not known:
             with torch.no_grad():
                 reduction = reduction_over_examples(loss.criterion, outputs, batch)
-            # A single example is its own mean and sum, and does not tell of other batches.
+            # For a single example, mean and sum are equal, so the reduction stays unknown.
             known.extend([] if reduction is None else [reduction])
         return _empirical(loss, outputs, batch, known[0] if known else "sum")
 
@@ -210,11 +216,11 @@ def _gauss_newton(
 
 
 def refuse_without_halves(loss: Any) -> None:
-    """Raise for a loss that is a plain function."""
+    """Raise TypeError if a loss is a plain function without outputs and criterion."""
     if not isinstance(loss, Loss):
         raise TypeError(
-            "a Gauss-Newton matrix needs the two halves of the loss, outputs and criterion: make "
-            "it by `supervised(model_fn, criterion)` or `composed(outputs, criterion)`"
+            "a Gauss-Newton matrix needs the two halves of the loss, outputs and criterion: pass "
+            "`supervised(model_fn, criterion)` or `composed(outputs, criterion)`"
         )
 
 
@@ -247,9 +253,9 @@ def refuse_if_outputs_are_cut(
     hooks: Sequence[str],
     verified: Verified,
 ) -> None:
-    """Refuse outputs whose Jacobian autograd would lose part of.
+    """Raise if autograd would lose a part of the Jacobian J of the outputs.
 
-    J v is found as the derivative of the pullback J'w with respect to w.
+    J v is computed as the derivative of the pullback J'w with respect to w.
     """
 
     def again(leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -260,7 +266,11 @@ def refuse_if_outputs_are_cut(
 
 
 def checked_outputs(loss: Loss, space: Space, inputs: Sequence[Tensor], batch: Any) -> Tree:
-    """The outputs of the model, if they depend on params and the loss is a finite scalar."""
+    """Return the outputs of the model, after checking them and the loss.
+
+    Raises:
+        ValueError: If the outputs do not depend on params, or the loss is not a finite scalar.
+    """
     outputs = loss.outputs(space.tree(inputs), batch)
     with torch.no_grad():
         checked(loss.criterion(outputs, batch), space, inputs)
@@ -275,15 +285,15 @@ def linearised(
     shapes: Sequence[torch.Size],
     between: Callable[[list[Tensor]], Sequence[Tensor]],
 ) -> Product:
-    """The product ``J' B J v``, with J the Jacobian of some places of a graph and B on these.
+    """Return the product ``J' B J v``, with the Jacobian J of some ends of a graph.
 
     Args:
-        inputs: the leaves at which the graph starts.
-        ends: the places: tensors, or edges of the graph.
-        shapes: of the ends.
-        between: the product of B with one vector.
+        inputs: Leaves at the start of the graph.
+        ends: Tensors or edges at the end of the graph.
+        shapes: Shape of each end.
+        between: Product of B with one vector.
     """
-    # J'w is linear in w, so J v is the derivative of (J'w)'v with respect to w, at any w.
+    # J'w is linear in w. Hence J v = d/dw <J'w, v> at any w; here w = 0.
     cotangents = [
         torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
         .expand(shape)
@@ -295,7 +305,7 @@ def linearised(
             ends, inputs, cotangents, create_graph=True, materialize_grads=True
         )
     moving = [i for i, g in enumerate(slopes) if g.requires_grad]
-    # Only where they stand in the graph: their values, zero, are not needed.
+    # Edges of the graph suffice, so that the values of the gradients can be freed.
     pushed = pullback(edges([slopes[i] for i in moving]), cotangents)
     pulled = pullback(ends, inputs)
     return lambda tangents: pulled(between(pushed([tangents[i] for i in moving])))
@@ -309,7 +319,7 @@ def hessian_of_outputs(
     try_convexity: bool = False,
     verified: Verified | None = None,
 ) -> _Middle:
-    """B = the Hessian of the criterion."""
+    """Return B, the Hessian of the criterion with respect to the outputs."""
     known = closed_form(loss.criterion)
     if known is None or not isinstance(outputs, Tensor):
         return by_autodiff(
@@ -324,19 +334,24 @@ def hessian_of_outputs(
 
 
 def _empirical(loss: Loss, outputs: Tree, batch: Any, reduction: Reduction) -> _Middle:
-    """B = c_b r_b r_b' for each example b, with r_b its part of the gradient at the outputs."""
+    """Return B with one block c_b r_b r_b' per example b.
+
+    r_b is the part of example b in the gradient with respect to the outputs, and c_b is the weight
+    from `example_weights`.
+    """
     used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
     counts = {len(g) if g.dim() else 1 for g in slopes}
     if len(counts) != 1:
         raise ValueError(
-            f"the outputs have {sorted(counts)} examples along their first axes: an empirical "
-            "Fisher matrix needs one gradient an example"
+            f"the outputs have {sorted(counts)} examples along their first axes, but an empirical "
+            "Fisher matrix needs one gradient per example: return outputs with equal first axes"
         )
     count = counts.pop()
     weights = example_weights(loss.criterion, outputs, batch, count, reduction)
     rows = [g.reshape(count, -1) for g in slopes]
 
     def product(tangents: list[Tensor]) -> list[Tensor]:
+        # B u = c_b r_b <r_b, u_b> for each example b.
         moved = [t.reshape(count, -1) for t in tangents]
         along = torch.stack([(r * t).sum(1) for r, t in zip(rows, moved, strict=True)]).sum(0)
         scaled = (weights * along)[:, None]

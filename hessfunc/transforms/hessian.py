@@ -1,4 +1,4 @@
-"""The Hessian of a loss."""
+"""Hessian of a loss."""
 
 from __future__ import annotations
 
@@ -33,51 +33,54 @@ Mode = Literal["reverse", "forward", "difference", "auto"]
 
 @validated
 def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = None) -> Curvature:
-    """The Hessian of a loss, as a curvature function ``(params, batch) -> matvec``.
+    """Return the Hessian of a loss as a curvature function ``(params, batch) -> matvec``.
 
-    With the gradient g of the loss,
+    With the gradient g of the loss, a product is
 
         H v = d/dt g(params + t v) at t = 0.
 
-    Randomness in the loss (dropout in train mode) is drawn once, from a seed of its own, and is
-    the same for every product. Attention runs in the form that has a second derivative. Where
-    params are DTensors, so are the vectors, one after another, in mode reverse or difference.
+    Randomness in the loss, such as dropout in train mode, is drawn once from a fixed seed and is
+    the same for every product. Attention uses an implementation that has a second derivative. If
+    params are DTensors, so are the vectors. They are multiplied one after another, in mode reverse
+    or difference.
 
-    All modes give autograd's matrix: what is detached, or computed under ``no_grad``, is constant.
-    The matrix is that of the params and the batch as they were when it was made: it keeps a copy
-    of both, so that writes through ``.data`` or NumPy, which torch does not see, do not change it.
-    The copy of a batch is small beside the activations in the graph. Frozen parameters are not
-    copied: see `functional`.
+    All modes give the matrix of autograd, in which detached values and values computed under
+    ``no_grad`` are constant. The matvec copies params and batch when it is made, so that later
+    writes through ``.data`` or NumPy, which torch does not detect, do not change it. The copy of a
+    batch is small compared to the activations in the graph. Frozen parameters are not copied; see
+    `functional`.
 
     Args:
-        loss: ``(params, batch) -> scalar``, pure.
-        mode: how a product is made.
-            ``"reverse"``: backward through the kept graph of the gradient. The loss is evaluated
-            once; a product costs one backward through the gradient, 2 gradients on a deep net.
-            ``"forward"``: forward-mode derivative of the gradient. No graph is kept, and each
+        loss: Pure loss ``(params, batch) -> scalar``.
+        mode: Method for the products.
+            ``"reverse"``: Backward pass through the kept graph of the gradient. The loss is
+            evaluated once. A product costs one such pass, 2 gradients on a deep net.
+            ``"forward"``: Forward-mode derivative of the gradient. No graph is kept, and each
             call evaluates the loss again.
-            ``"difference"``: (g(params + t v) - g(params - t v)) / 2t with
-            t = eps^(1/3) |params| / |v|: 2 gradients, works for any loss with a gradient,
-            accurate to about 1e-9 in float64 and 1e-4 in float32 for smooth losses. With kinks
-            (ReLU, max-pooling) it means little in float32, where the step crosses them.
-            ``"auto"``: reverse, or forward where the graph does not fit on the GPU.
+            ``"difference"``: Finite difference (g(params + t v) - g(params - t v)) / 2t with
+            t = eps^(1/3) |params| / |v|. It costs 2 gradients and works for any loss with a
+            gradient. For smooth losses, it is accurate to about 1e-9 in float64 and 1e-4 in
+            float32. With kinks (ReLU, max-pooling), float32 is not reliable, because the step
+            crosses them.
+            ``"auto"``: Reverse, or forward if the graph does not fit on the GPU.
         chunk_size: Number of vectors of a block that go through one pass by vmap; 1 is a loop.
-            None follows a rule from the sizes of the product's operations, the same in every
-            run: the whole block where they are small, a loop where they are large. `tune` measures
-            a chunk instead.
+            None follows a fixed rule. If the operations of a product are small, the whole block is
+            one chunk; if they are large, the block is multiplied by a loop. `tune` measures a
+            chunk size instead.
 
     Raises:
-        TypeError: the loss is a module.
-        ValueError: (from the curvature function) the loss is not a finite scalar that depends on
-            params.
-        NotImplementedError: (also from the matvec) an operation has no second derivative, or one
-            that autograd would lose: a custom function whose backward detaches or leaves torch.
-        RuntimeError: (from the matvec) params have changed in place since it was made. Autocast
-            is enabled.
+        TypeError: If ``loss`` is an ``nn.Module``.
+        ValueError: If the loss is not a finite scalar that depends on params; raised by the
+            curvature function.
+        NotImplementedError: If an operation has no second derivative, or if autograd would lose
+            one, in a custom function whose backward detaches or leaves torch; raised by the
+            curvature function or the matvec.
+        RuntimeError: If params have changed in place since the matvec was made, or if autocast is
+            enabled; raised by the matvec.
 
-    Cost: to linearise, one gradient with its graph. A loss with custom autograd functions is
-    evaluated once more, and a call of each kind is differentiated nine times alone, once for each
-    `hvp`; with hooks on tensors, one more gradient and its derivative.
+    Cost: one gradient with its graph to linearise the loss. A loss with custom autograd functions
+    is evaluated once more, and one call of each kind is differentiated nine times alone, once per
+    `hvp`. Hooks on tensors add one gradient and its derivative.
 
     Source: Pearlmutter 1994, Fast exact multiplication by the Hessian.
     """
@@ -117,17 +120,25 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = N
 
 
 def kept(leaves: Sequence[Tensor], /) -> list[Tensor]:
-    """Copy the parameters of a matvec, so that it stays that of their present values.
+    """Copy the parameters of a matvec, so that it keeps their present values.
 
-    Writes through ``.data`` or NumPy leave no trace on the version of a tensor, and would reach the
-    weights in a kept graph, but not the activations.
+    A write through ``.data`` or NumPy does not change the version of a tensor, so a kept graph
+    would combine new weights with old activations.
     """
     return [leaf.detach().clone() for leaf in leaves]
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """A loss at a point, and what is known of its custom functions."""
+    """Loss at a point.
+
+    Attributes:
+        loss: Loss ``(params, batch) -> scalar``.
+        space: Space of the parameters.
+        point: Leaves of the parameters.
+        batch: Batch.
+        verified: Custom functions that have been verified.
+    """
 
     loss: LossFunction
     space: Space
@@ -136,15 +147,15 @@ class _Problem:
     verified: Verified
 
     def value(self, leaves: Sequence[Tensor]) -> Tensor:
-        """The loss at these leaves."""
+        """Return the loss at these leaves, after checking it."""
         return checked(self.loss(self.space.tree(leaves), self.batch), self.space, leaves)
 
     def inputs(self) -> list[Tensor]:
-        """New leaves at the point."""
+        """Return new leaves at the point that require a gradient."""
         return [leaf.detach().requires_grad_() for leaf in self.point]
 
     def refuse_if_cut(self, value: Tensor, inputs: Sequence[Tensor], seen: Replaced) -> None:
-        """Refuse a loss whose gradient autograd cannot differentiate."""
+        """Raise if autograd cannot differentiate the gradient of the loss."""
         refuse_if_cut(
             [value],
             inputs,
@@ -168,8 +179,9 @@ def _reverse(problem: _Problem) -> Product:
         value = problem.value(inputs)
         problem.refuse_if_cut(value, inputs, seen)
         gradient = _gradient(value, inputs, create_graph=True)
+    # The pullback of the gradient maps v to H'v, and H' = H.
     curved = [i for i, g in enumerate(gradient) if g.requires_grad]
-    # The values of the gradient are not needed: only where they stand in the graph.
+    # Edges of the graph suffice, so that the values of the gradient can be freed.
     pulled = pullback(edges([gradient[i] for i in curved]), inputs)
     return lambda tangents: pulled([tangents[i] for i in curved])
 
@@ -178,12 +190,12 @@ def _forward(problem: _Problem) -> Product:
     space, point = problem.space, problem.point
     if space.distributed:
         raise NotImplementedError(
-            "DTensors have no forward mode: take `hvp(loss, mode='reverse')`; where its graph does "
-            "not fit in memory, cut the batch by `microbatches`, or take mode='difference'"
+            "DTensors have no forward mode: use `hvp(loss, mode='reverse')`. If its graph does not "
+            "fit in memory, use `microbatches(batch, size)`, or `hvp(loss, mode='difference')`"
         )
 
-    def value(*found: Tensor) -> Tensor:
-        return problem.loss(space.tree(found), problem.batch)
+    def value(*leaves: Tensor) -> Tensor:
+        return problem.loss(space.tree(leaves), problem.batch)
 
     inputs = problem.inputs()
     with differentiable_twice(space.device, FORWARD) as seen:
@@ -195,23 +207,24 @@ def _forward(problem: _Problem) -> Product:
     def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         try:
             with differentiable_twice(space.device, FORWARD):
-                found = torch.func.jvp(gradient, tuple(point), tuple(tangents))[1]
+                products = torch.func.jvp(gradient, tuple(point), tuple(tangents))[1]
         except RuntimeError as error:
             operation = lacks_forward_mode(error)
             if operation is not None and not _has_reverse_mode(problem):
                 raise NotImplementedError(
                     f"{operation} has no second derivative in torch, in forward or reverse mode: "
-                    "replace it, or take `hvp(loss, mode='difference')`, the Hessian by finite "
-                    "differences of the gradient, which need a smooth loss and are best in float64"
+                    "replace the operation, or use `hvp(loss, mode='difference')`, finite "
+                    "differences of the gradient, which need a smooth loss and are most accurate "
+                    "in float64"
                 ) from error
             raise
-        return [out.detach() for out in found]
+        return [out.detach() for out in products]
 
     return product
 
 
 def _has_reverse_mode(problem: _Problem) -> bool:
-    """Whether reverse mode makes a product, for the advice of an error."""
+    """Return whether reverse mode can compute a product, for the advice in an error message."""
     try:
         _reverse(problem)([torch.zeros_like(leaf) for leaf in problem.point])
     except torch.OutOfMemoryError:
@@ -243,7 +256,9 @@ def _difference(problem: _Problem) -> Product:
 
 
 def gradient_differences(gradient: Gradient, space: Space, point: Sequence[Tensor]) -> Product:
-    """The central difference of a gradient along one vector."""
+    """Return the product with one vector as a central difference of a gradient."""
+    # H v = (g(p + t v) - g(p - t v)) / 2t + O(t^2). The step |t v| = eps^(1/3) |p| balances this
+    # error with the rounding error, of order eps / t.
     eps = max(torch.finfo(dtype).eps for dtype in space.dtypes)
     step = eps ** (1 / 3) * (_norm(space, point) or 1.0)
 
@@ -264,18 +279,18 @@ def _norm(space: Space, vector: Sequence[Tensor]) -> float:
 
 
 def _gradient(value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool) -> list[Tensor]:
-    found: Sequence[Tensor | None] = ()
+    gradient: Sequence[Tensor | None] = ()
     if value.requires_grad:
-        found = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
-    return filled(found, inputs)
+        gradient = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
+    return filled(gradient, inputs)
 
 
 def filled(found: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient, with zeros where a leaf is not used, if any is."""
+    """Return a gradient with None replaced by zeros, or raise if all of its leaves are None."""
     if all(g is None for g in found):
         raise ValueError(
-            "the loss does not depend on params: is it computed from the module itself, or under "
-            "`torch.no_grad()` or `.detach()`? Use the params that the loss is given"
+            "the loss does not depend on params: compute it from the params that it is given, not "
+            "from the module itself, and not under `torch.no_grad()` or after `.detach()`"
         )
     return [
         torch.zeros_like(leaf) if g is None else g for leaf, g in zip(inputs, found, strict=True)
@@ -283,20 +298,28 @@ def filled(found: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Ten
 
 
 def checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
-    """The value of a loss, if it is a finite scalar."""
+    """Return the value of a loss, or raise if it is not a finite scalar."""
     value = scalar(value)
     if not torch.isfinite(value):
         for name, leaf in zip(space.names, point, strict=True):
             if not torch.isfinite(leaf).all():
-                raise ValueError(f"parameter {name!r} has entries that are NaN or infinite")
-        raise ValueError(f"the loss is {value.item()} at finite parameters: check the batch")
+                raise ValueError(
+                    f"parameter {name!r} has entries that are NaN or infinite: load or initialise "
+                    "it again"
+                )
+        raise ValueError(
+            f"the loss is {value.item()} at finite parameters: check the batch for NaN and "
+            "infinite entries"
+        )
     return value
 
 
 def scalar(value: Any) -> Tensor:
-    """The value of a loss, if it is a scalar."""
+    """Return the value of a loss, or raise if it is not a scalar tensor."""
     if not isinstance(value, Tensor) or value.dim() > 0:
-        is_tensor = isinstance(value, Tensor)
-        what = f"shape {tuple(value.shape)}: take its mean" if is_tensor else type(value).__name__
-        raise ValueError(f"the loss must be a scalar tensor, and is of {what}")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the loss must be a scalar tensor, not a {type(value).__name__}")
+        raise ValueError(
+            f"the loss must be a scalar tensor, not of shape {tuple(value.shape)}: return its mean"
+        )
     return value

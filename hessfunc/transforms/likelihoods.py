@@ -1,4 +1,4 @@
-"""The likelihood of which a criterion is the negative logarithm, sampled."""
+"""Sampled Fisher matrices of criteria that are negative log-likelihoods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hessfunc.transforms.criteria import (
     with_targets,
 )
 
-# Options under which a criterion is still the negative logarithm of a likelihood.
+# Options with which a criterion is still the negative logarithm of a likelihood.
 _OPTIONS: dict[Any, set[str]] = {
     F.cross_entropy: {"ignore_index", "reduction"},
     F.mse_loss: {"reduction"},
@@ -28,7 +28,7 @@ _OPTIONS: dict[Any, set[str]] = {
 
 
 def refuse_without_likelihood(criterion: Callable[[Any, Any], Tensor], /) -> None:
-    """Raise for a criterion that is not the negative logarithm of a known likelihood."""
+    """Raise ValueError unless a criterion is the negative logarithm of a known likelihood."""
     inner = criterion.criterion if isinstance(criterion, OfTargets) else criterion
     function, options = function_and_options(inner)
     given = {
@@ -40,9 +40,9 @@ def refuse_without_likelihood(criterion: Callable[[Any, Any], Tensor], /) -> Non
     if known is None or not given <= known:
         raise ValueError(
             "a Fisher matrix needs a criterion that is the negative logarithm of a likelihood: "
-            "cross_entropy (no class weights, no label smoothing), mse_loss or "
-            "binary_cross_entropy_with_logits (no weights), given to `supervised`. `ggnvp` takes "
-            "any criterion"
+            "pass cross_entropy (no class weights, no label smoothing), mse_loss or "
+            "binary_cross_entropy_with_logits (no weights) to `supervised`, or use `ggnvp(loss)`, "
+            "which takes any criterion"
         )
 
 
@@ -55,11 +55,14 @@ def sampled_fisher(
     samples: int,
     key: tuple[int, ...],
 ) -> OutputProduct:
-    """The Monte Carlo Fisher matrix of the outputs: an unbiased estimate of the exact one.
+    """Return the Monte Carlo Fisher matrix of the outputs, an unbiased estimate of the exact one.
 
-    Targets are drawn independently for each prediction (each position, for cross-entropy; each
-    entry, for MSE and BCE), and each contributes the outer product of its own gradient.
+    Targets are drawn independently for each prediction: each position for cross-entropy, each
+    entry for MSE and BCE. Each prediction contributes the outer product of its own gradient.
     """
+    # For MSE and BCE, the exact matrix is diagonal with entries E_y[r^2], r the gradient of -log p.
+    # `share` is mean_s r_s^2 / E[r^2]: r_s is normal for MSE, and p - y_s for BCE, where
+    # E[r^2] = p (1 - p).
     inner, targets = with_targets(criterion, batch)
     function, options = function_and_options(inner)
     if function is F.cross_entropy:
@@ -70,7 +73,7 @@ def sampled_fisher(
     draws = uniforms(samples * outputs.numel(), *key, device=outputs.device)
     draws = draws.view(samples, *outputs.shape)
     if function is F.mse_loss:
-        # The square of a standard normal, of mean 1.
+        # The square of a standard normal number has mean 1.
         share = torch.special.ndtri(draws).square().mean(0)
     else:
         probability = torch.sigmoid(outputs)
@@ -84,16 +87,17 @@ def sampled_fisher(
 def _categorical(
     outputs: Tensor, scale: Tensor, samples: int, key: tuple[int, ...]
 ) -> OutputProduct:
-    """``scale mean_s r_s r_s'`` with r_s = p - e_y for the s-th draw of y."""
+    """Return the product with ``scale mean_s r_s r_s'``, r_s = p - e_y for the s-th draw of y."""
     axis = _class_axis(outputs)
     share = torch.softmax(outputs, axis)
     drawn = _drawn_classes(share, samples, key)
 
     def product(tangent: Tensor) -> Tensor:
+        # along_s = <r_s, u> / S, and the product is sum_s along_s (p - e_{y_s}).
         along = (tangent * share).sum(axis, keepdim=True) - tangent.gather(axis, drawn)
         along = along / samples
-        found = share * along.sum(axis, keepdim=True)
-        return found.scatter_add(axis, drawn, -along) * scale
+        total = share * along.sum(axis, keepdim=True)
+        return total.scatter_add(axis, drawn, -along) * scale
 
     return product
 
@@ -103,7 +107,8 @@ def _class_axis(outputs: Tensor) -> int:
 
 
 def _drawn_classes(share: Tensor, samples: int, key: tuple[int, ...]) -> Tensor:
-    """Classes of probabilities ``share``, the draws along the axis of the classes."""
+    """Draw classes with probabilities ``share``; the draws lie along the axis of the classes."""
+    # Inverse transform sampling: the class is the first whose cumulated probability exceeds u.
     axis = _class_axis(share)
     cumulated = torch.movedim(share.cumsum(axis), axis, -1)
     draws = uniforms(samples * cumulated[..., 0].numel(), *key, device=share.device)
@@ -121,10 +126,10 @@ def sampled_gradients(
     samples: int,
     key: tuple[int, ...],
 ) -> Tensor:
-    """Columns ``(samples, *outputs)`` whose outer products sum to a Monte Carlo Fisher matrix.
+    """Return columns ``(samples, *outputs)`` whose outer products sum to a sampled Fisher matrix.
 
-    A column holds, for each example, the gradient of -log p(y) for a draw of y, with the weight
-    that makes the expectation of the sum the output Hessian.
+    For each example, a column holds the gradient of -log p(y) for a draw of y. It is weighted so
+    that the expectation of the sum is the output Hessian.
     """
     inner, targets = with_targets(criterion, batch)
     function, options = function_and_options(inner)

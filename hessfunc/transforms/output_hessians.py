@@ -1,4 +1,4 @@
-"""The Hessian of the loss with respect to each example's outputs."""
+"""Hessians of the loss with respect to the outputs of single examples."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from hessfunc.transforms.criteria import (
 
 
 def mean_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any, /) -> Tensor:
-    """The sum over examples of the Hessian with respect to the outputs of one, ``(m, m)``.
+    """Return the sum over examples of the Hessian with respect to the m outputs, ``(m, m)``.
 
-    For a loss that is a mean over examples, it is the mean of these Hessians.
+    If the loss is a mean over examples, the sum is the mean of the Hessians of the examples.
     """
+    # A criterion without interaction has a block-diagonal Hessian. Its product with e_i in every
+    # example has the i-th column of each block, and these are summed.
     apart = _apart(criterion, outputs, batch)
     if apart is None:
         return _finite(_blocks(criterion, outputs, batch)[0].sum(0))
@@ -32,11 +34,11 @@ def mean_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch
 
 
 def each_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any, /) -> Tensor:
-    """The diagonal blocks of the criterion's Hessian, one an example: ``(B, m, m)``.
+    """Return the diagonal blocks of the criterion's Hessian, one per example, ``(B, m, m)``.
 
     Raises:
-        MemoryError: they do not fit.
-        ValueError: The criterion couples examples, so that the blocks are not all of its Hessian.
+        MemoryError: If the blocks do not fit in memory.
+        ValueError: If the criterion couples examples, so that its Hessian has other blocks too.
 
     Warns:
         LinearCriterionWarning: The Hessian is zero.
@@ -48,8 +50,8 @@ def each_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch
         warn_if_zero(criterion, blocks)
         return _finite(blocks)
     _refuse_unless_blocks_fit(outputs)
-    found = [apart(unit).reshape(len(outputs), -1) for unit in _units(outputs)]
-    return _finite(torch.stack(found, dim=1))
+    columns = [apart(unit).reshape(len(outputs), -1) for unit in _units(outputs)]
+    return _finite(torch.stack(columns, dim=1))
 
 
 def _refuse_unless_blocks_fit(outputs: Tensor) -> None:
@@ -58,14 +60,14 @@ def _refuse_unless_blocks_fit(outputs: Tensor) -> None:
         count * width**2,
         outputs,
         f"the Hessians of {count} examples with respect to {width} outputs each",
-        "take a smaller batch",
+        "use a smaller batch, for instance `microbatches(batch, 16)`",
     )
 
 
 def _blocks(
     criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The diagonal blocks of any criterion's Hessian, and its products with tangents."""
+    """Return the diagonal blocks of any criterion's Hessian, and its products with tangents."""
     _refuse_unless_blocks_fit(outputs)
     count, width = len(outputs), outputs[0].numel()
     products = _products(criterion, outputs, batch)
@@ -73,23 +75,24 @@ def _blocks(
     for chosen in torch.arange(count * width).split(max(1, AT_ONCE // (count * width))):
         tangents = outputs.new_zeros(len(chosen), count * width)
         tangents[range(len(chosen)), chosen] = 1
-        images = products(tangents.view(-1, *outputs.shape)).reshape(len(chosen), count, width)
-        rows.append(images[range(len(chosen)), chosen // width])
+        columns = products(tangents.view(-1, *outputs.shape)).reshape(len(chosen), count, width)
+        # Keep the diagonal block of the example to which each unit vector belongs.
+        rows.append(columns[range(len(chosen)), chosen // width])
     return torch.cat(rows).view(count, width, width), products
 
 
 def _refuse_if_coupled(
     products: Callable[[Tensor], Tensor], outputs: Tensor, blocks: Tensor
 ) -> None:
-    """Raise unless the blocks of the examples are all of the criterion's Hessian."""
+    """Raise unless the criterion's Hessian is block-diagonal with these blocks."""
     tangent = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos().to(outputs)
-    image = products(tangent.view(1, *outputs.shape))[0]
+    product = products(tangent.view(1, *outputs.shape))[0]
     apart = torch.einsum("bij,bj->bi", blocks, tangent.view(len(outputs), -1))
-    difference = (image.reshape_as(apart) - apart).abs().amax()
+    difference = (product.reshape_as(apart) - apart).abs().amax()
     if difference > torch.finfo(blocks.dtype).eps ** 0.5 * blocks.abs().sum(2).amax():
         raise ValueError(
-            "the criterion's second derivatives couple examples, and blocks of outputs need one "
-            "that is a sum or a mean over examples: take exact products, as in "
+            "the criterion's second derivatives couple examples, but blocks of outputs need a "
+            "criterion that is a sum or a mean over examples: use exact products, for instance "
             "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
         )
 
@@ -97,29 +100,32 @@ def _refuse_if_coupled(
 def _products(
     criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any
 ) -> Callable[[Tensor], Tensor]:
-    """The products of any criterion's Hessian with tangents ``(k, *outputs)``."""
+    """Return the products of any criterion's Hessian with tangents ``(k, *outputs)``."""
     known = closed_form(criterion)
     if known is not None:
         product = known(outputs, batch)
         return lambda tangents: torch.stack([product(tangent) for tangent in tangents])
     with torch.enable_grad():
         moving = outputs.detach().requires_grad_()
-        _, found = by_autodiff(criterion, moving, batch, try_convexity=False)
-    return torch.vmap(lambda tangent: found([tangent])[0])
+        _, by_autograd = by_autodiff(criterion, moving, batch, try_convexity=False)
+    return torch.vmap(lambda tangent: by_autograd([tangent])[0])
 
 
 def warn_if_zero(criterion: Callable[[Any, Any], Tensor], hessian: Tensor, /) -> None:
-    """Warn of a criterion that is linear in the outputs; that of ignored targets is zero too."""
+    """Warn if the Hessian is zero because the criterion is linear in the outputs.
+
+    A known criterion is exempt, because ignored targets make its Hessian zero too.
+    """
     if closed_form(criterion) is None and not bool(hessian.any()):
         warn_of_linear(criterion)
 
 
 def _finite(hessian: Tensor) -> Tensor:
-    """Return a Hessian of the criterion, checked."""
+    """Return a Hessian of the criterion, or raise if it is not finite."""
     if not bool(hessian.isfinite().all()):
         raise ValueError(
-            "the Hessian of the criterion has entries that are NaN or infinite: are all targets "
-            "ignored, or the outputs not finite?"
+            "the Hessian of the criterion has entries that are NaN or infinite: check that the "
+            "outputs are finite, and that not all targets are ignored"
         )
     return hessian
 
@@ -127,14 +133,14 @@ def _finite(hessian: Tensor) -> Tensor:
 def _apart(
     criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any
 ) -> Callable[[Tensor], Tensor] | None:
-    """The product with a criterion's Hessian, if it is known to keep examples apart."""
+    """Return the product with a criterion's Hessian, or None if examples might interact."""
     known = closed_form(criterion)
     own = isinstance(with_targets(criterion, batch)[0], Criterion)
     return None if known is None or own else known(outputs, batch)
 
 
 def _units(outputs: Tensor) -> Tensor:
-    """For each output of an example, the tangent that moves it in all examples alike."""
+    """Return tangents ``(m, B, ...)``: the i-th moves output i of every example by 1."""
     width = outputs[0].numel()
     units = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
     return units.view(width, 1, *outputs.shape[1:]).expand(width, *outputs.shape)

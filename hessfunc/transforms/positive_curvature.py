@@ -1,4 +1,4 @@
-"""The positive-curvature Hessian: the Hessian's diagonal blocks with what is negative replaced."""
+"""Positive-curvature Hessian: diagonal blocks of the Hessian with negative curvature replaced."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from hessfunc.trees import Matvec, Tree
 
 Residual: TypeAlias = Literal["abs", "clip", "zero", "none"]
 
-# Nodes of the graph of a function of each entry alone. Piecewise linear ones have no curvature.
+# Graph nodes of elementwise functions. Piecewise linear functions have no curvature.
 _ELEMENTWISE = {
     *("TanhBackward0", "SigmoidBackward0", "GeluBackward0", "SiluBackward0", "MishBackward0"),
     *("SoftplusBackward0", "EluBackward0", "CeluBackward0", "LogSigmoidBackward0"),
@@ -45,48 +45,54 @@ _ELEMENTWISE = {
     *("SinhBackward0", "CoshBackward0", "AsinhBackward0"),
 }
 
-# Functions of rows of their input, each row for itself.
+# Graph nodes of functions that act on each row of their input separately.
 _SOFTMAX = {"SoftmaxBackward0", "SafeSoftmaxBackward0", "LogSoftmaxBackward0"}
 _NORMALISATION = {
     *("NativeLayerNormBackward0", "NativeGroupNormBackward0", "NativeBatchNormBackward0"),
 }
 _ROWWISE = _SOFTMAX | _NORMALISATION
-# Rows beyond this have matrices that take too long to decompose.
+# Longest row for which an eigendecomposition is computed.
 _LONGEST_ROW = 4096
 
 
 @validated
 def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = None) -> Curvature:
-    """The positive-curvature Hessian, as a curvature function ``(params, batch) -> matvec``.
+    """Return the positive-curvature Hessian as a function ``(params, batch) -> matvec``.
 
-    Block-diagonal, one block a parameter tensor. The diagonal block of the Hessian is
+    The matrix is block-diagonal with one block per parameter tensor. The corresponding block of
+    the Hessian is
 
-        J' H J + sum_a J_a' diag(phi''(a) g_a) J_a,
+        J' H J + sum_a J_a' diag(phi''(a) g_a) J_a.
 
-    with J the Jacobian of the outputs and H the criterion's Hessian, and for each activation
-    function phi with input a its Jacobian J_a, and g_a the gradient of the loss at its output.
-    The second term, the residual, may be negative; it is replaced entry by entry. Softmax and
-    normalisations inside the model act on rows (of an example; of a channel, for BatchNorm in
-    train mode), and take the eigenvalues of each row's matrix. A product of two functions of one
-    parameter (attention, a gate), by entries or of matrices, takes those of [[0, K], [K', 0]].
+    J is the Jacobian of the outputs, and H is the Hessian of the criterion. The sum runs over the
+    activation functions phi. J_a is the Jacobian of the input a of phi, and g_a is the gradient of
+    the loss with respect to the output of phi. This second term, the residual, may be negative;
+    its diagonal entries phi''(a) g_a are replaced according to ``residual``.
 
-    Activations are found in the graph of the loss, as modules or as functions, in any
-    architecture, skip connections included.
+    Two other kinds of functions inside the model have matrices instead of diagonal entries, whose
+    eigenvalues are replaced. Softmax and normalisations act on rows (of an example or, for
+    BatchNorm in train mode, of a channel), with one matrix per row. A product of two functions of
+    one parameter (attention, a gate), elementwise or of matrices, has the matrix
+    [[0, K], [K', 0]].
+
+    Activations are read from the graph of the loss. They may be modules or functions, in any
+    architecture, including skip connections.
 
     Args:
-        loss: with its two halves, as made by `supervised` or `composed`.
-        residual: ``"abs"``: its absolute value; ``"clip"``: its positive part; ``"zero"``: left
-            out, which gives the blocks of the Gauss-Newton matrix; ``"none"``: as it is, which
-            gives the blocks of the Hessian.
-        chunk_size: as in `ggnvp`.
+        loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.
+        residual: Replacement of the residual: ``"abs"`` for its absolute value, ``"clip"`` for its
+            positive part, ``"zero"`` to omit it, which gives the blocks of the Gauss-Newton
+            matrix, or ``"none"`` to keep it, which gives the blocks of the Hessian.
+        chunk_size: Number of vectors in one pass, as in `ggnvp`.
 
     Raises:
-        TypeError: the loss does not show its halves.
-        NotImplementedError: (from the curvature function) the model has another nonlinearity: of
-            two functions of one parameter (a quotient, say), found in the graph, or of one, found
-            by comparing ``"none"`` with the Hessian's blocks once.
+        TypeError: If ``loss`` is a plain function without outputs and criterion.
+        NotImplementedError: If the model has another nonlinearity; raised by the curvature
+            function. A nonlinearity of two functions of the same parameter, such as a quotient, is
+            recognised in the graph. Others are recognised by a comparison of ``"none"`` with the
+            blocks of the Hessian, which is made once.
 
-    Cost: one product a parameter tensor and vector.
+    Cost: one product per parameter tensor and vector.
 
     Source: Dangel, Harmeling and Hennig 2019, arXiv 1902.01813; Chen, Chou and Chang 2018,
     arXiv 1802.06502.
@@ -107,21 +113,21 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
             batch = kept_batch(batch)
             point = kept(leaves)
             with differentiable_twice(space.device) as seen:
-                found = _with_residual(
+                graph = _with_residual(
                     loss, space, point, batch, seen, sound, allow_products=residual == "zero"
                 )
 
         def blocks(kind: Residual) -> Matvec:
             with torch.inference_mode(False):
-                product = found.product(kind)
+                product = graph.product(kind)
             matvec = block_matvec(product, space, leaves, batch, chunks=chunks, copies=point)
             return per_block(matvec, params)
 
         if not verified and residual != "zero":
             with watching():
-                # The loss has been shown already.
+                # The loss has been noted already, and must not count twice.
                 exact = per_block(exact_blocks(params, batch), params)
-            _refuse_unless_equal(space, blocks("none"), exact, found)
+            _refuse_unless_equal(space, blocks("none"), exact, graph)
             verified.append(True)
         return blocks(residual)
 
@@ -130,7 +136,12 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
 
 @dataclass(frozen=True)
 class _Rows:
-    """How a tensor is seen as rows ``(..., d)``, and rows as that tensor."""
+    """Conversion of a tensor to rows ``(..., d)``, and back.
+
+    Attributes:
+        of: Function that returns the rows of a tensor.
+        back: Function that returns the tensor of rows.
+    """
 
     of: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
@@ -138,10 +149,15 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Tap:
-    """A function inside the model: the edge of its input, and its curvature there.
+    """Nonlinear function inside the model.
 
-    ``curvature`` has the input's shape for a function of each entry; it is ``(..., d, d)``, one
-    matrix a row, for a function of rows.
+    Attributes:
+        edge: Graph edge of its input a.
+        shape: Shape of the input.
+        curvature: Second derivative of <g, phi(a)>, with the gradient g of the loss at phi(a). It
+            has the shape of the input for an elementwise function, and the shape ``(..., d, d)``,
+            one matrix per row, for a function of rows.
+        rows: Conversion of the input to rows; None for an elementwise function.
     """
 
     edge: GradientEdge
@@ -153,6 +169,7 @@ class _Tap:
         if self.rows is None:
             kept = positive(self.curvature, residual)
             return lambda tangent: kept * tangent
+        # The curvature V diag(l) V' of a row becomes V diag(positive(l)) V'.
         values, vectors = torch.linalg.eigh(self.curvature)
         matrix = (vectors * positive(values, residual)[..., None, :]) @ vectors.mT
         rows = self.rows
@@ -161,10 +178,16 @@ class _Tap:
 
 @dataclass(frozen=True)
 class _PairTap:
-    """A product ``a b`` inside the model, by entries or of matrices: its inputs' edges and shapes.
+    """Product ``a b`` inside the model, elementwise or of matrices.
 
-    With g the gradient of the loss at the product, its curvature is ``[[0, K], [K', 0]]`` with
-    ``K db = g db`` by entries, ``g db'`` for matrices.
+    With the gradient g of the loss at the product, the second derivative of <g, a b> is
+    ``R = [[0, K], [K', 0]]`` with ``K db = g db`` elementwise, or ``K db = g db'`` for matrices.
+
+    Attributes:
+        edges: Graph edges of the factors.
+        shapes: Shapes of the factors.
+        slope: Gradient g.
+        of_matrices: Whether the product is a matrix product.
     """
 
     edges: tuple[GradientEdge, GradientEdge]
@@ -183,7 +206,7 @@ class _PairTap:
             case "abs":
                 return absolute
             case "clip":
-                # max(R, 0) = (R + |R|) / 2.
+                # The positive part of R is (R + |R|) / 2.
                 def clipped(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
                     pairs = zip(crossed(a, b), absolute(a, b), strict=True)
                     first, second = ((x + y) / 2 for x, y in pairs)
@@ -196,6 +219,7 @@ class _PairTap:
         return (self.slope * b).sum_to_size(first), (self.slope * a).sum_to_size(second)
 
     def _absolute(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        # |R| = diag(|g|, |g|); the sums undo the broadcasting of the factors.
         first, second = self.shapes
         size = self.slope.abs()
         return (size * a).sum_to_size(first), (size * b).sum_to_size(second)
@@ -204,7 +228,7 @@ class _PairTap:
         return self.slope @ b.mT, a.mT @ self.slope
 
     def _absolute_of_matrices(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        # |R| = diag((g g')^1/2, (g' g)^1/2).
+        # |R| = diag((g g')^1/2, (g' g)^1/2). With g = U S V', the blocks are U S U' and V S V'.
         left, size, right = torch.linalg.svd(self.slope, full_matrices=False)
         rows, columns = (
             (left * size[..., None, :]) @ left.mT,
@@ -214,7 +238,7 @@ class _PairTap:
 
 
 def positive(values: Tensor, residual: Residual, /) -> Tensor:
-    """Curvatures with what is negative replaced."""
+    """Replace negative curvatures according to ``residual``."""
     match residual:
         case "abs":
             return values.abs()
@@ -228,7 +252,17 @@ def positive(values: Tensor, residual: Residual, /) -> Tensor:
 
 @dataclass(frozen=True)
 class _Found:
-    """What the graph of one batch gives: the ends of the linearisation, and the taps."""
+    """Linearisation of the loss of one batch, and its nonlinear functions.
+
+    Attributes:
+        inputs: Leaves of the parameters.
+        ends: Outputs of the model, then the inputs of ``taps`` and the factors of ``pairs``.
+        shapes: Shape of each end.
+        outer: Product with the Hessian of the criterion.
+        taps: Nonlinear functions of one input.
+        pairs: Products of two functions of one parameter.
+        nodes: Names of all nodes of the graph.
+    """
 
     inputs: Sequence[Tensor]
     ends: Sequence[Tensor | GradientEdge]
@@ -245,11 +279,12 @@ class _Found:
         first_tap = first_pair - len(self.taps)
 
         def between(tangents: list[Tensor]) -> Sequence[Tensor]:
-            found = list(self.outer(tangents[:first_tap]))
-            found += [fn(t) for fn, t in zip(inner, tangents[first_tap:first_pair], strict=True)]
+            # Block-diagonal B: H on the outputs, and the curvature of each tap and pair.
+            products = list(self.outer(tangents[:first_tap]))
+            products += [fn(t) for fn, t in zip(inner, tangents[first_tap:first_pair], strict=True)]
             for i, fn in enumerate(paired):
-                found += fn(*tangents[first_pair + 2 * i : first_pair + 2 * i + 2])
-            return found
+                products += fn(*tangents[first_pair + 2 * i : first_pair + 2 * i + 2])
+            return products
 
         return linearised(self.inputs, self.ends, self.shapes, between)
 
@@ -265,7 +300,7 @@ def _with_residual(
     allow_products: bool,
 ) -> _Found:
     inputs = [leaf.detach().requires_grad_() for leaf in point]
-    # A view of each leaf: a tap may then sit on a parameter itself.
+    # Pass views of the leaves, because a tap needs a graph node even on a parameter itself.
     outputs = checked_outputs(loss, space, [leaf.view_as(leaf) for leaf in inputs], batch)
     hooks = tuple(seen.hooks)
     used, outer = hessian_of_outputs(loss, outputs, batch, verified=sound)
@@ -300,14 +335,14 @@ def _with_residual(
     )
 
 
-# Nodes that are linear in all of their inputs together.
+# Nodes that are linear in all of their inputs jointly.
 _JOINTLY_LINEAR = {
     *("AddBackward0", "SubBackward0", "CatBackward0", "StackBackward0", "WhereBackward0"),
     *("MaximumBackward0", "MinimumBackward0", "MaskedScatterBackward0", "LerpBackward0"),
 }
 
 
-# Products, and the places of their two factors among the node's inputs.
+# Product nodes, with the indices of their two factors among the inputs of the node.
 _PRODUCTS = {
     "MulBackward0": (0, 1),
     **dict.fromkeys(("MmBackward0", "BmmBackward0"), (0, 1)),
@@ -316,10 +351,10 @@ _PRODUCTS = {
 
 
 def _products(nodes: Sequence[Node], inputs: Sequence[Tensor], space: Space) -> list[Node]:
-    """The products of two functions of one parameter.
+    """Return the nodes that multiply two functions of one parameter.
 
     Raises:
-        NotImplementedError: a node combines such functions in another way, and not linearly.
+        NotImplementedError: If a node combines such functions in another nonlinear way.
     """
     names = {id(leaf): name for leaf, name in zip(inputs, space.names, strict=True)}
     reached: dict[Node, frozenset[str]] = {}
@@ -334,15 +369,15 @@ def _products(nodes: Sequence[Node], inputs: Sequence[Tensor], space: Space) -> 
                 continue
             waiting.pop()
             own = names.get(id(getattr(node, "variable", None)))
-            found = frozenset() if own is None else frozenset({own})
-            reached[node] = found.union(*(reached[f] for f in following))
+            direct = frozenset() if own is None else frozenset({own})
+            reached[node] = direct.union(*(reached[f] for f in following))
         return reached[root]
 
     products = []
     for node in nodes:
         parts = [parameters_of(f) for f, _ in node.next_functions if f is not None]
         if node.name().startswith(("Addmm", "Baddbmm", "Addbmm", "Addmv")):
-            # The first is added to the product of the others.
+            # The node adds its first input to the product of the others.
             parts = parts[1:]
         shared = {n for i, a in enumerate(parts) for b in parts[:i] for n in a & b}
         if shared and node.name() in _PRODUCTS:
@@ -350,9 +385,9 @@ def _products(nodes: Sequence[Node], inputs: Sequence[Tensor], space: Space) -> 
         elif shared and node.name() not in _JOINTLY_LINEAR:
             raise NotImplementedError(
                 f"{node.name().removesuffix('Backward0')} combines two functions of the parameter "
-                f"{min(shared)!r}, and the residual of that has no entries, rows or products of "
-                "its own: take residual='zero', or per_block(hvp(loss)(params, batch), params) "
-                "for the Hessian's own blocks"
+                f"{min(shared)!r}, and its residual is neither elementwise nor by rows nor that of "
+                "a product: use residual='zero', or per_block(hvp(loss)(params, batch), params) "
+                "for the blocks of the Hessian itself"
             )
     return products
 
@@ -377,7 +412,7 @@ def _shape_at(edge: Any) -> torch.Size:
 
 
 def _slopes(value: Tensor, nodes: Sequence[Node]) -> Sequence[Tensor | None]:
-    """The gradient of the loss at the output of each node."""
+    """Return the gradient of the loss with respect to the output of each node."""
     if not nodes:
         return []
     return torch.autograd.grad(
@@ -386,7 +421,7 @@ def _slopes(value: Tensor, nodes: Sequence[Node]) -> Sequence[Tensor | None]:
 
 
 def _nodes(ends: Sequence[Tensor]) -> list[Node]:
-    """The nodes of the graph of these tensors, in the order in which they are met."""
+    """Return the nodes of the graph of these tensors, in the order of a depth-first search."""
     waiting = [end.grad_fn for end in ends]
     seen: dict[Node, None] = {}
     while waiting:
@@ -404,7 +439,7 @@ def _input_of(node: Node) -> GradientEdge | None:
 
 def _tap(node: Node, slope: Tensor) -> _Tap | None:
     edge = cast(GradientEdge, _input_of(node))
-    # The node is the map w -> phi'(a) w: its derivative with respect to a is phi''(a) w.
+    # The node is the map w -> phi'(a) w. At w = g, its derivative with respect to a is phi''(a) g.
     others = [None] * (_outputs(node) - 1)
     pulled = cast(Callable[..., Any], node)(slope.detach(), *others)
     pulled = pulled[0] if isinstance(pulled, tuple) else pulled
@@ -418,13 +453,13 @@ def _tap(node: Node, slope: Tensor) -> _Tap | None:
     if width > _LONGEST_ROW:
         raise NotImplementedError(
             f"{node.name().removesuffix('Backward0')} acts on rows of {width} entries, and the "
-            f"eigenvalues of matrices beyond {_LONGEST_ROW} take too long: take residual='zero'"
+            f"eigenvalues of matrices larger than {_LONGEST_ROW} take too long: use residual='zero'"
         )
     columns = []
     for i in range(width):
-        one = torch.zeros_like(rows.of(pulled))
-        one[..., i] = 1
-        column = _derivative(pulled, edge, rows.back(one))
+        unit = torch.zeros_like(rows.of(pulled))
+        unit[..., i] = 1
+        column = _derivative(pulled, edge, rows.back(unit))
         if column is None:
             return None
         columns.append(rows.of(column))
@@ -432,7 +467,7 @@ def _tap(node: Node, slope: Tensor) -> _Tap | None:
 
 
 def _outputs(node: Any) -> int:
-    # Normalisations also give their statistics, and the node takes a gradient for each of them.
+    # Normalisations also return their statistics, so their nodes take further cotangents.
     return 1 if node.name() == "NativeLayerNormBackward0" else len(node._input_metadata)
 
 
@@ -445,7 +480,7 @@ def _derivative(pulled: Tensor, edge: GradientEdge, direction: Tensor) -> Tensor
 def _rows_of(node: Any, like: Tensor) -> _Rows:
     shape = like.shape
     if node.name() in _SOFTMAX:
-        # Saved as unsigned: a negative axis comes back beyond 2^63.
+        # The axis is saved as an unsigned integer, so a negative axis exceeds 2^63.
         axis = node._saved_dim - 2**64 if node._saved_dim >= 2**63 else node._saved_dim
         return _Rows(lambda t: torch.movedim(t, axis, -1), lambda r: torch.movedim(r, -1, axis))
     if node.name() == "NativeLayerNormBackward0":
@@ -454,7 +489,7 @@ def _rows_of(node: Any, like: Tensor) -> _Rows:
     if node.name() == "NativeGroupNormBackward0":
         groups = node._saved_group
         return _Rows(lambda t: t.reshape(shape[0], groups, -1), lambda r: r.reshape(shape))
-    # Batch statistics: a row is a channel of all examples.
+    # With batch statistics, a row is one channel of all examples.
     channels = (shape[1], shape[0], *shape[2:])
     return _Rows(
         lambda t: t.transpose(0, 1).flatten(1),
@@ -472,6 +507,6 @@ def _refuse_unless_equal(space: Space, found: Matvec, exact: Matvec, what: _Foun
         unknown = sorted(name.removesuffix("Backward0") for name in what.nodes)
         raise NotImplementedError(
             "the model has a nonlinearity other than the usual elementwise functions, softmax and "
-            f"normalisations, among {', '.join(unknown)}. Take residual='zero', or "
-            "per_block(hvp(loss)(params, batch), params) for the Hessian's own blocks"
+            f"normalisations, among {', '.join(unknown)}: use residual='zero', or "
+            "per_block(hvp(loss)(params, batch), params) for the blocks of the Hessian itself"
         )

@@ -1,4 +1,4 @@
-"""A chunk size by measurement, for those who want more than the rule."""
+"""Measurement of the fastest chunk size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hessfunc.spaces.of import space_of
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.trees import Matvec, Tree
 
-# The first round warms up, and the fastest of the others counts: noise only adds to times.
+# The first round is a warm-up. The minimum of the others counts, because noise only adds time.
 _ROUNDS = 4
 
 
@@ -31,12 +31,11 @@ def tune(
     *,
     vectors: int = 16,
 ) -> int:
-    """Time the products of a block in chunks of 1, 4, 16, ... vectors; return the fastest size.
+    """Time products in chunks of 1, 4, 16, ... vectors, and return the fastest chunk size.
 
-    The result is a number to pass as ``chunk_size``. Curvature functions choose by a rule from
-    sizes, which no clock influences, so that a run repeats to the bit; a tuned chunk is as good as
-    the rule's or better on the machine on which it was measured, and must be passed again to
-    repeat a run::
+    By default, curvature functions choose their chunk size by a rule that depends on sizes but not
+    on timings, so that a run can be repeated bit by bit. A tuned chunk size is at least as fast on
+    the machine on which it was measured. Pass the same number again to repeat a run::
 
         family = functools.partial(hf.hvp, loss)
         chunk_size = hf.tune(family, params, batch, vectors=16)
@@ -44,12 +43,12 @@ def tune(
 
     Args:
         family: Function of ``chunk_size=`` that returns a curvature function.
-        params: Parameters at which products are timed.
-        batch: Batch for which products are timed.
-        vectors: Number of vectors of the blocks that will be multiplied.
+        params: Parameters for the timed products.
+        batch: Batch for the timed products.
+        vectors: Number of vectors in the blocks that will be multiplied.
 
     Returns:
-        Chunk size, at most ``vectors``; 1 stands for a loop.
+        Chunk size between 1 (a loop) and ``vectors``.
 
     Raises:
         ValueError: If ``vectors`` is not positive.
@@ -75,7 +74,7 @@ def tune(
             try:
                 spent = _seconds(matvec, block, space.device)
             except RuntimeError:
-                # An operation without a batching rule, or no memory on an accelerator.
+                # An operation has no batching rule, or the accelerator is out of memory.
                 if size == 1:
                     raise
                 del matvecs[size], seconds[size]

@@ -295,4 +295,4 @@ def test_an_option_that_is_wrong_on_one_rank_is_an_error_on_all(run_with: Any, t
     assert second.error is not None
     assert "k must be a whole number" in second.error
     assert first.error is not None
-    assert "failed on another rank, so this one stops: rank 1: TypeError: k must" in first.error
+    assert "failed on another rank, so this rank stops: rank 1: TypeError: k must" in first.error

@@ -236,10 +236,10 @@ def with_a_plain_batch() -> None:
     ("refused", "message"),
     [
         (on_two_meshes, "ValueError: leaves lie on several meshes"),
-        (with_a_partial_leaf, "ValueError: leaf 'a' is placed by P(sum), where Shard or"),
-        (with_a_plain_vector, "ValueError: a leaf of the vector is a plain tensor where one on"),
-        (with_rows_of_another_length, "ValueError: a flat vector of shape (37,) where the part of"),
-        (with_a_plain_batch, "ValueError: addmm meets a plain tensor beside a DTensor"),
+        (with_a_partial_leaf, "ValueError: leaf 'a' has placement P(sum), not Shard or"),
+        (with_a_plain_vector, "ValueError: a leaf of the vector is a plain tensor, but its"),
+        (with_rows_of_another_length, "ValueError: a flat vector has shape (37,): on this rank"),
+        (with_a_plain_batch, "ValueError: addmm combines a plain tensor with a DTensor"),
     ],
 )
 def test_what_would_be_wrong_is_refused(refused: object, message: str, two: Ranks) -> None:
@@ -303,7 +303,7 @@ def test_a_move_that_torch_cannot_make_is_named(four: Ranks) -> None:
     for outcome in four.outcomes(curvature_differs_by, "transformer", "hvp", 4):
         assert outcome.error is not None
         assert outcome.error.startswith(
-            "NotImplementedError: torch cannot move a DTensor from S(1)"
+            "NotImplementedError: torch cannot redistribute a DTensor from S(1)"
         )
 
 

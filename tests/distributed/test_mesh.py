@@ -273,7 +273,7 @@ def test_a_rank_that_fails_is_an_error_on_all(where: str, two: Ranks) -> None:
     first, second = two.outcomes(fails_on_one, 1, where)
     assert second.error == "KeyError: 'no such column'"
     assert first.error == (
-        "RuntimeError: failed on another rank, so this one stops: rank 1: KeyError: "
+        "RuntimeError: failed on another rank, so this rank stops: rank 1: KeyError: "
         "'no such column'"
     )
 
@@ -291,7 +291,7 @@ def asks_for(what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("count", "the ranks ask for different products: of the vectors, rank 0 has 2, rank 1"),
+        ("count", "with different numbers of vectors: rank 0 has 2, rank 1"),
         ("seed", "the ranks do not have the same block. Call the same algorithm"),
         ("parameters", "parameter '0.weight' is not the same on all ranks"),
     ],
@@ -427,7 +427,7 @@ def with_sampler(kind: str) -> None:
     [
         ("in a batch sampler", "pads 23 examples to 24"),
         ("wrapped", "pads 23 examples to 24"),
-        ("of four", "divides the data in 4 parts, and the mesh has 2"),
+        ("of four", "divides the data into 4 parts, but the mesh has 2"),
         ("epochs", "the ranks disagree on the sampler's seed and epoch"),
     ],
 )
@@ -481,7 +481,7 @@ def without_a_seed(what: str) -> None:
 def test_matrices_that_each_rank_would_draw_for_itself_are_refused(what: str, two: Ranks) -> None:
     for outcome in two.outcomes(without_a_seed, what):
         assert outcome.error is not None
-        assert "pass the same `seed=` on all" in outcome.error
+        assert "pass the same seed on all" in outcome.error
 
 
 def with_a_number() -> float:

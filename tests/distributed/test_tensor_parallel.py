@@ -129,7 +129,7 @@ def with_backpropagated_blocks() -> None:
     ("refused", "message"),
     [
         (changed_in_place, "RuntimeError: parameter '0.weight' has changed in place"),
-        (with_mode_forward, "NotImplementedError: DTensors have no forward mode: take"),
+        (with_mode_forward, "NotImplementedError: DTensors have no forward mode: use"),
         (with_blocks, "NotImplementedError: blocks with structure are of parameters that every"),
         (with_backpropagated_blocks, "NotImplementedError: blocks with structure are of"),
     ],

@@ -101,7 +101,7 @@ def test_losses_at_each_position() -> None:
 
 def test_all_targets_ignored() -> None:
     case = LAYERS["linear"]
-    with pytest.raises(ValueError, match="are all targets ignored"):
+    with pytest.raises(ValueError, match="not all targets are ignored"):
         hf.kronecker.hbp(case.loss, case.model)(case.params, (case.batch[0], torch.tensor([-100])))
 
 

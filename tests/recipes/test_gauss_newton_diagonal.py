@@ -269,7 +269,7 @@ def test_a_packed_sequence_is_refused() -> None:
     model_fn, params = hf.functional(cells)
     loss = hf.supervised(lambda p, x: model_fn(p, x)[1][-1], F.mse_loss)
     packed = nn.utils.rnn.pack_sequence([torch.randn(n, 2).double() for n in (3, 2)])
-    with pytest.raises(ValueError, match="a PackedSequence cannot be cut: pack the sequences in"):
+    with pytest.raises(ValueError, match="a PackedSequence cannot be divided: pass a padded"):
         hf.ggn_diagonal(loss, params, [(packed, torch.zeros(2, 3).double())])
 
 

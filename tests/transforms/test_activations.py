@@ -296,7 +296,7 @@ def test_a_choice_without_modules_is_refused() -> None:
     few = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
     with pytest.raises(ValueError, match="none of the modules 0, 1$"):
         hf.activations(few, F.cross_entropy, "conv9")
-    with pytest.raises(ValueError, match="a bare Linear has no modules within"):
+    with pytest.raises(ValueError, match="a bare Linear has no submodules"):
         hf.activations(nn.Linear(2, 2), F.cross_entropy, "weight")
 
 
@@ -316,7 +316,7 @@ def test_a_call_that_zeros_did_not_see_is_refused() -> None:
     x, y = vectors()
     loss, zeros = hf.activations(Twice().double(), F.cross_entropy, "layer")
     once = {key: z for key, z in zeros(x).items() if key[1] == 0}
-    with pytest.raises(ValueError, match=r"'layer' is called for time 2.*make zeros\(inputs\)"):
+    with pytest.raises(ValueError, match=r"call 2 of module 'layer' .*pass zeros\(inputs\)"):
         loss(once, (x, y))
 
 

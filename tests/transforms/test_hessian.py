@@ -281,19 +281,19 @@ def squares(params: Any, batch: Any) -> Tensor:
             lambda p, _: p["w"] ** 2,
             {"w": torch.ones(3)},
             ValueError,
-            r"the loss must be a scalar tensor, and is of shape \(3,\): take its mean",
+            r"the loss must be a scalar tensor, not of shape \(3,\): return its mean",
         ),
         (
             lambda p, _: 1.0,
             {"w": torch.ones(3)},
             ValueError,
-            "the loss must be a scalar tensor, and is of float$",
+            "the loss must be a scalar tensor, not a float$",
         ),
         (
             lambda p, _: None,
             {"w": torch.ones(3)},
             ValueError,
-            "the loss must be a scalar tensor, and is of NoneType$",
+            "the loss must be a scalar tensor, not a NoneType$",
         ),
         (
             squares,
@@ -333,7 +333,7 @@ def test_a_loss_that_does_not_depend_on_params_is_refused(loss: Any, mode: Mode)
         ({"w": torch.ones(2, 3)}, "does not have the structure of the parameters"),
         ({"w": torch.ones(2, 4), "b": torch.ones(2)}, r"shape \(2, 4\), expected \(k, 3\)"),
         ({"w": torch.ones(3), "b": torch.tensor(1.0)}, "use `apply"),
-        ({"w": torch.ones(2, 3, device="meta"), "b": torch.ones(2)}, "lies on meta, expected cpu"),
+        ({"w": torch.ones(2, 3, device="meta"), "b": torch.ones(2)}, "is on meta, expected cpu"),
     ],
 )
 def test_a_block_of_another_space_is_refused(block: Any, message: str, mode: Mode) -> None:
@@ -349,7 +349,7 @@ def test_a_batch_on_another_device_is_refused(mode: Mode) -> None:
     loss = hf.supervised(model_fn, F.cross_entropy)
     batch = torch.ones(2, 3, device="meta"), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(
-        ValueError, match="parameters lie on cpu, but the batch has tensors on meta"
+        ValueError, match="parameters are on cpu, but the batch has tensors on meta"
     ):
         hf.hvp(loss, mode=mode)(params, batch)
 
@@ -440,7 +440,7 @@ def test_what_forward_mode_cannot_do_is_named_and_reverse_can(
     loss: Any, named: str, k: int
 ) -> None:
     params, batch = {"w": torch.randn(4, 3).double()}, torch.randn(6, 4).double()
-    with pytest.raises(NotImplementedError, match=rf"{named}.*take `hvp\(loss, mode='reverse'\)`"):
+    with pytest.raises(NotImplementedError, match=rf"{named}.*use `hvp\(loss, mode='reverse'\)`"):
         hf.hvp(loss, mode="forward")(params, batch)(hf.random_like(params, k, seed=0))
     found = matrix(hf.hvp(loss, mode="reverse")(params, batch), params)
     assert relative_error(found, hessian(loss, params, batch)) < 1e-8
@@ -479,6 +479,6 @@ def test_forward_mode_advises_what_works(loss: Any, operation: str, k: int) -> N
 def test_forward_mode_advises_reverse_mode_where_that_works() -> None:
     params, batch = {"w": torch.randn(4, 3).double()}, torch.randn(6, 4).double()
     vector = hf.random_like(params, 1, seed=0)
-    with pytest.raises(NotImplementedError, match=r"take `hvp\(loss, mode='reverse'\)`"):
+    with pytest.raises(NotImplementedError, match=r"use `hvp\(loss, mode='reverse'\)`"):
         hf.hvp(sampled_grid, mode="forward")(params, batch)(vector)
     hf.hvp(sampled_grid, mode="reverse")(params, batch)(vector)

@@ -450,7 +450,7 @@ def test_a_loss_that_is_not_finite_is_refused(kind: Kind) -> None:
 
 
 def test_a_loss_without_its_halves_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"make it by `supervised\(model_fn, criterion\)`"):
+    with pytest.raises(TypeError, match=r"pass `supervised\(model_fn, criterion\)`"):
         hf.pchvp(lambda p, _: p["w"].sum())  # type: ignore[arg-type]
 
 

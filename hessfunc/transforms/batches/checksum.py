@@ -1,4 +1,4 @@
-"""A number of the examples of a batch, or of a pass, that does not depend on their order."""
+"""Checksum of the examples of a batch or a pass that does not depend on their order."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from hessfunc.numerics import wide_dtype
 
 
 class Checksum:
-    """The checksum of all examples that were added.
+    """Checksum (count, sum p^2, sum (p + 1)^2) of all examples that were added.
 
-    Each example is projected on fixed directions. Two sums of squares of the projections change
-    when an example is left out, repeated, altered, or paired with another target; neither cancels,
-    so that rounding is small beside it in any order.
+    p is the projection of an example on a fixed direction. The sums of squares change if an example
+    is left out, repeated, altered, or paired with another target. All terms are nonnegative, so
+    nothing cancels, and rounding errors stay small in any order.
+
+    Attributes:
+        total: Checksum ``(3,)``.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.total = torch.zeros(3, dtype=wide_dtype(device), device=device)
 
     def add(self, batch: Any) -> Tensor:
-        """Add the examples of a batch: the checksum of these alone."""
-        found, _ = opened(batch, "batch")
-        tensors = [x for x in map(_numbers, found) if x is not None and x.dim() > 0 and len(x)]
+        """Add the examples of a batch, and return the checksum of the batch."""
+        leaves, _ = opened(batch, "batch")
+        tensors = [x for x in map(_numbers, leaves) if x is not None and x.dim() > 0 and len(x)]
         if not tensors:
             return torch.zeros_like(self.total)
         dtype, device = self.total.dtype, self.total.device
@@ -51,9 +54,9 @@ class Checksum:
 
 
 def _numbers(leaf: Any) -> Tensor | None:
-    """Return a leaf as a dense tensor of real numbers, or None where it is neither."""
+    """Return a leaf as a dense tensor of real numbers, or None if it is no array of numbers."""
     if isinstance(leaf, np.ndarray):
-        # Dates, text and unsigned integers of 64 bits have no tensor.
+        # torch has no tensors of dates and text.
         return torch.as_tensor(leaf) if leaf.dtype.kind in "biufc" else None
     if not isinstance(leaf, Tensor):
         return None
@@ -66,7 +69,7 @@ def _numbers(leaf: Any) -> Tensor | None:
 
 
 def batch_key(seed: int, batch: Any, device: torch.device, /) -> tuple[int, ...]:
-    """The key of random numbers that depend on the seed and on the examples alone."""
+    """Return a key of random numbers that depends only on the seed and the examples."""
     checksum = Checksum(device)
     checksum.add(batch)
     return (seed, *checksum.total.cpu().double().view(torch.int64).tolist())

@@ -1,4 +1,4 @@
-"""Random batches: one at a time stands for a whole data set."""
+"""Curvature of random batches, as unbiased estimates of the curvature of a data set."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.matvecs.arithmetic import scale
 from hessfunc.trees import Matvec, Tree, tree_map, unchanged
 
-# Probes of the same seed are functions of other keys: (seed, index, leaf), no index negative.
+# Negative numbers in keys, so that they differ from the keys (seed, index, leaf) of probes.
 _BATCH_OF_DRAW = -1
 _ORDER_OF_PASS = -3
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The curvature of random batches: ``draws(i)`` is the matvec of the i-th draw's batch.
+    """Curvature of random batches: ``draws(i)`` is the matvec of the i-th drawn batch.
 
     Attributes:
-        full: the matvec of all batches, the mean of the draws' in expectation.
-        batches: how many there are to draw from, those of weight 0 included.
-        seed: of the draws.
-        ends: the running sum of the batches' weights.
-        of_batch: the matvec of the batch at a place.
-        places: Places of the batches that have a weight.
+        full: Matvec of all batches, which is the expectation of a draw.
+        batches: Number of batches, including batches of weight 0.
+        seed: Seed of the draws.
+        ends: Cumulative sum of the weights of the batches.
+        of_batch: Function that returns the matvec of the batch with a given index.
+        places: Indices of the batches with a positive weight.
         replace: Whether batches are drawn with replacement.
     """
 
@@ -53,24 +53,26 @@ class Draws:
 
     @property
     def population(self) -> int | None:
-        """Number of draws that make a full pass; None for draws with replacement."""
+        """Number of draws in a full pass; None for draws with replacement."""
         return None if self.replace else len(self.places)
 
     def batch(self, i: int, /) -> int:
-        """Return the place of the i-th draw's batch, a function of (seed, i) alone."""
+        """Return the index of the i-th drawn batch, which depends only on (seed, i)."""
         if not self.replace:
             turn, at = divmod(i, len(self.places))
             return self.places[_order(self.seed, len(self.places), turn)[at]]
+        # Inverse transform sampling: batch b has the interval [ends[b-1], ends[b]).
         point = float(uniforms(1, self.seed, _BATCH_OF_DRAW, i, device=torch.device("cpu")))
-        found = bisect_right(self.ends, point * self.ends[-1])
-        # A point that rounds up to the end belongs to the last batch that has a weight.
-        return min(found, self.ends.index(self.ends[-1]))
+        place = bisect_right(self.ends, point * self.ends[-1])
+        # A point that rounds up to the end belongs to the last batch with a positive weight.
+        return min(place, self.ends.index(self.ends[-1]))
 
     def __call__(self, i: int, /) -> Matvec:
         place = self.batch(i)
         matvec = self.of_batch(place)
         if self.replace:
             return matvec
+        # Without replacement, batch b counts B weight(b) / sum_b weight(b).
         weight = self.ends[place] - (self.ends[place - 1] if place else 0.0)
         share = weight / self.ends[-1] * len(self.places)
         return matvec if abs(share - 1) < 1e-12 else scale(matvec, share)
@@ -78,7 +80,7 @@ class Draws:
 
 @lru_cache(maxsize=8)
 def _order(seed: int, count: int, turn: int) -> list[int]:
-    """Return a random order of this many batches, another one in each pass."""
+    """Return a random order of ``count`` batches, which differs between passes."""
     points = uniforms(count, seed, _ORDER_OF_PASS, turn, device=torch.device("cpu"))
     return points.argsort(stable=True).tolist()
 
@@ -94,46 +96,50 @@ def draws(
 ) -> Callable[[Tree, Sequence[Any]], Draws]:
     """Draw random batches of a data set, as a function ``(params, batches) -> Draws``.
 
-    The plain mean over draws is unbiased for the curvature of the whole data set, however unequal
-    the batches are:
+    The plain mean over draws is an unbiased estimate of the curvature of the data set, even if the
+    batches differ in size:
 
         E[A_draw] = sum_b weight(b) A_b / sum_b weight(b).
 
-    By default the B batches are drawn without replacement, in one random order after another, and
-    the curvature of batch b is multiplied by B weight(b) / sum_b weight(b). The mean over a full
-    pass is then exact. With ``replace=True`` batch b is drawn with the probability of its weight,
-    and draws are independent of one another. Where the loss is a sum over examples and no weight
-    is given, the curvature of the data set is the sum over batches, and so is the mean over draws.
+    By default, the B batches are drawn without replacement in a random order, which is drawn again
+    for each pass. The curvature of batch b is multiplied by B weight(b) / sum_b weight(b), so that
+    the mean over a full pass is exact. With ``replace=True``, draws are independent, and batch b is
+    drawn with probability weight(b) / sum_b weight(b). If the loss is a sum over examples and no
+    weight is given, the curvature of the data set is the sum over batches, and the mean over draws
+    estimates this sum.
 
     Args:
-        curvature: Curvature of one batch.
-        weight: Weight of a batch; by default the number of its examples. Pass your own for a
-            cross-entropy with ignored targets or class weights, which is refused otherwise.
-            Batches of weight 0 are never drawn.
+        curvature: Curvature function of one batch.
+        weight: Weight of a batch; by default the number of its examples. A weight is required for
+            a cross-entropy with ignored targets or class weights. Batches of weight 0 are never
+            drawn.
         replace: Whether batches are drawn with replacement.
-        seed: of the draws: the i-th depends on (seed, i) alone. None draws a seed once, here.
+        seed: Seed of the draws. Draw i depends only on (seed, i). None chooses a seed when `draws`
+            is called.
 
     Returns:
-        (from the function) `Draws`. A batch is read anew at each draw and its graph is made
-        anew; it lives as long as the matvec of that draw.
+        Function ``(params, batches) -> Draws``. Each draw reads its batch and makes its graph
+        again; both live as long as the matvec of the draw.
 
     Raises:
-        TypeError: (from the function) the batches have no length or no places.
-        ValueError: (from the function) there is no batch; a weight is negative, or all are 0; a
-            model uses batch statistics (BatchNorm in train mode) on more than one batch.
-        ValueError: (from a draw) a loss that divides by weights or kept targets meets a batch in
-            which their share differs, and no weight is given.
-        RuntimeError: (from a draw) params have changed in place since the draws were made.
+        TypeError: If the batches have no length or cannot be indexed; raised by the function.
+        ValueError: If the list has no batch, if a weight is negative or all weights are 0, or if a
+            model uses batch statistics (BatchNorm in train mode) on several batches; raised by the
+            function. Also if the loss divides by class weights or by the number of targets that
+            are not ignored, their share differs between batches, and no weight is given; raised by
+            a draw.
+        RuntimeError: If params have changed in place since the draws were made; raised by a draw.
 
-    Cost: each batch is read once to be weighed; a draw costs what ``curvature`` of its batch does.
+    Cost: each batch is read once to compute its weight. A draw costs the same as ``curvature`` of
+    its batch.
     """
     seed = of_matrix(seed)
 
     def of_data(params: Tree, batches: Sequence[Any]) -> Draws:
         if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")):
             raise TypeError(
-                f"batches is a {type(batches).__name__}, from which no single batch can be "
-                "picked: pass list(loader), or the pieces of `microbatches`"
+                f"batches is a {type(batches).__name__}, which cannot be indexed: pass "
+                "list(loader), or microbatches(batch, size)"
             )
         full = over_batches(curvature, weight=weight)(params, batches)
         counted = [float((weight or examples)(batches[b])) for b in range(len(batches))]
@@ -147,11 +153,11 @@ def draws(
             refuse_if_changed()
             with several_batches() if len(ends) > 1 else nullcontext(), watching() as seen:
                 matvec = curvature(params, batches[place])
-                # A batch of one example does not tell a mean from a sum.
+                # Test the reduction on the largest batch: one example has equal mean and sum.
                 largest = batches[counted.index(max(counted))]
                 average.decide(seen, batch=largest, counted=True)
             share = ends[-1] / counted[place]
-            if weight is None and any(isinstance(one, Inner) for one in seen):
+            if weight is None and any(isinstance(noted, Inner) for noted in seen):
                 return _of_inner(matvec, average, average.later(batches[place]), share, ends[-1])
             return scale(matvec, share) if average.is_sum else matvec
 
@@ -163,14 +169,14 @@ def draws(
 def _of_inner(
     matvec: Matvec, average: Average, own: Callable[[], float], share: float, total: float
 ) -> Matvec:
-    """Scale a mean or sum over batches that is one of the drawn batches.
+    """Scale the matvec of a drawn batch that is itself a mean or sum over batches.
 
     Args:
-        matvec: Its matvec.
-        average: How it is put together with others, known once it has made a product.
-        own: Function that then gives its weight.
-        share: Ratio of the weight of all drawn batches to that with which it is drawn.
-        total: Weight of all drawn batches.
+        matvec: Matvec of the drawn batch.
+        average: Combination of the drawn batches, known after the first product.
+        own: Function that returns the weight of the drawn batch after a product.
+        share: Ratio of the total weight to the weight with which the batch is drawn.
+        total: Total weight of the batches.
     """
 
     def drawn(block: Tree) -> Tree:
@@ -180,8 +186,8 @@ def _of_inner(
             return tree_map(lambda leaf: share * leaf, product)
         if not math.isclose(weight * share, total, rel_tol=1e-6):
             raise ValueError(
-                f"a batch was drawn with the weight {total / share:.6g}, but the batches within it "
-                f"have {weight:.6g}: pass `weight=`, the sum of the weights within, such as "
+                f"a batch was drawn with the weight {total / share:.6g}, but the batches inside it "
+                f"have the total weight {weight:.6g}: pass their total, for instance "
                 "`weight=lambda batches: sum(map(hessfunc.examples, batches))`"
             )
         return product
@@ -192,10 +198,10 @@ def _of_inner(
 def _running_sum(weights: Sequence[float]) -> tuple[float, ...]:
     for weight in weights:
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"the weight of a batch is {weight}: at least 0, and finite")
+            raise ValueError(f"the weight of a batch is {weight}: it must be at least 0 and finite")
     if not sum(weights) > 0:
         raise ValueError(
-            "the weights of the batches sum to zero: is the list empty, or does `weight` count "
-            "nothing?"
+            "the weights of the batches sum to zero: check that the list is not empty, and that "
+            "`weight` returns positive numbers"
         )
     return tuple(accumulate(weights))

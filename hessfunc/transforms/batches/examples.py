@@ -1,4 +1,4 @@
-"""Examples of a batch: how many there are, and pieces of some of them."""
+"""Count the examples of a batch, and divide a batch into microbatches."""
 
 from __future__ import annotations
 
@@ -13,42 +13,44 @@ from torch.nn.utils.rnn import PackedSequence
 from hessfunc.containers import is_array, leaf_paths, opened
 from hessfunc.options import validated
 
-# Arrays that have a first axis, and a function that puts others in their place.
+# Arrays that have a first axis, and a function that rebuilds the batch from other arrays.
 Rows: TypeAlias = tuple[list[Any], Callable[[Sequence[Any]], Any]]
 
 
 @validated
 def examples(batch: Any, /) -> int:
-    """Return the number of examples of a batch: the length that all of its arrays share.
+    """Return the number of examples of a batch, which is the common length of its arrays.
 
-    Counted are the first axes of tensors and NumPy arrays, wherever they lie in the batch, and the
-    sequences of a PackedSequence. Numbers, text and tensors without an axis do not count.
+    The length of a tensor or NumPy array, anywhere in the batch, is that of its first axis. The
+    length of a PackedSequence is its number of sequences. Numbers, text and tensors without an
+    axis are ignored.
 
     Raises:
-        TypeError: The batch has an object that holds tensors and cannot be opened.
-        ValueError: There is no array, or lengths differ, so that the number would be a guess.
+        TypeError: If the batch has an object that holds tensors and cannot be opened.
+        ValueError: If the batch has no array, or if lengths differ.
     """
     lengths = _lengths(batch)
     if not lengths:
         raise ValueError(
             f"a batch of type {type(batch).__name__} has no tensor whose first axis counts its "
-            "examples: pass `weight=`, a function of the batch, such as `weight=lambda batch: 1`"
+            "examples: pass a function of the batch as weight, such as `weight=lambda batch: 1`"
         )
     if len(set(lengths.values())) > 1:
         raise ValueError(
             f"the number of examples is a guess where first axes differ: {_told(lengths)}. Pass "
-            f"what the loss is a mean over, such as `weight=lambda batch: {_likely(lengths)}`"
+            f"the number that the loss averages over, such as `weight=lambda batch: "
+            f"{_likely(lengths)}`"
         )
     return next(iter(lengths.values()))
 
 
 def _lengths(batch: Any) -> dict[str, int]:
-    """Return the length of each array of a batch, by the expression that reaches it."""
-    found, _ = opened(batch, "batch", is_leaf=_is_counted)
-    lengths = [_length(leaf) for leaf in found]
+    """Return the length of each array of a batch, by the expression that reaches the array."""
+    leaves, _ = opened(batch, "batch", is_leaf=_is_counted)
+    lengths = [_length(leaf) for leaf in leaves]
     if len(set(lengths) - {None}) < 2:
-        # Paths take longer than all the rest, and are for messages.
-        names = list(map(str, range(len(found))))
+        # Expressions are slow to build, and only needed in the message about different lengths.
+        names = list(map(str, range(len(leaves))))
     else:
         names = leaf_paths(batch, "batch", is_leaf=_is_counted)
     return {name: length for name, length in zip(names, lengths, strict=True) if length is not None}
@@ -67,9 +69,9 @@ def _is_packed(leaf: Any) -> bool:
 
 
 def _is_counted(leaf: Any) -> bool:
-    """Whether a value has a length of its own: packed sequences, and a list of 0-d tensors.
+    """Return whether a value counts as one array: a PackedSequence or a list of 0-d tensors.
 
-    Such a list holds a target for each example, whose inputs may be a list of tensors, too.
+    Such a list holds one target per example. The inputs may then be a list of tensors too.
     """
     return _is_packed(leaf) or (
         isinstance(leaf, list)
@@ -84,34 +86,41 @@ def _told(lengths: dict[str, int]) -> str:
 
 
 def _likely(lengths: dict[str, int]) -> str:
-    """Return the count that is likely meant: of the targets, by their name or as the last."""
+    """Return code for the likely number of examples: the length of the targets.
+
+    Targets are recognised by their name; otherwise the last array is chosen.
+    """
     named = [n for n in lengths if re.search(r"label|target|\by\b", n)]
     return f"len({(named or list(lengths))[-1]})"
 
 
 @validated
 def microbatches(batch: Any, size: int, /) -> list[Any]:
-    """Cut a batch into pieces of at most ``size`` examples, each of the same structure.
+    """Divide a batch into microbatches of at most ``size`` examples, with the same structure.
 
-    Tensors and NumPy arrays are cut along their first axis, as views, in whatever containers and
-    objects they lie; lists of text or numbers with an entry for each example are cut too. All
-    else is repeated. Pass the pieces to `over_batches` when the graph of the whole batch does not
-    fit in memory.
+    Tensors and NumPy arrays in any containers or objects are divided along their first axis, as
+    views. Lists of text or numbers with one entry per example are divided too. Everything else is
+    repeated. Pass the microbatches to `over_batches` if the graph of the whole batch does not fit
+    in memory.
+
+    Args:
+        batch: Batch to divide.
+        size: Largest number of examples of a microbatch.
 
     Raises:
-        TypeError: The batch has an object that holds tensors and cannot be opened or copied.
-        ValueError: ``size`` is not positive, arrays differ in their number of examples, or the
-            batch has a PackedSequence, which has no examples one after another.
+        TypeError: If the batch has an object that holds tensors and cannot be opened or copied.
+        ValueError: If ``size`` is not positive, if arrays differ in their number of examples, or
+            if the batch has a PackedSequence, which cannot be divided.
     """
     if size < 1:
-        raise ValueError(f"size={size}: a microbatch has at least one example")
+        raise ValueError(f"size={size}: a microbatch has at least one example, such as size=1")
     rows, build = rows_of(batch)
     lengths = Counter(map(len, rows))
     if len(lengths) != 1 or lengths.keys() != set(_lengths(batch).values()):
-        what = _told(_lengths(batch)) or f"a {type(batch).__name__} has no tensor"
+        shown = _told(_lengths(batch)) or f"no tensor in a {type(batch).__name__}"
         raise ValueError(
-            f"a batch is cut along first axes of one length, and has {what}: cut it yourself, and "
-            "pass the pieces to `over_batches`"
+            f"a batch is divided along first axes of equal length, but this batch has {shown}: "
+            "divide it yourself, and pass the list to `over_batches`"
         )
     (count,) = lengths
     columns, build = rows_of(batch, columns_of=count)
@@ -126,39 +135,40 @@ def rows_of(batch: Any, /, *, what: str = "batch", columns_of: int | None = None
 
     Args:
         batch: Batch, or outputs of a model.
-        what: Name of it for messages.
-        columns_of: Number of examples; lists of so many texts or numbers are arrays then.
+        what: Name of the batch for messages.
+        columns_of: Number of examples. If given, lists of that many texts or numbers count as
+            arrays.
 
     Raises:
-        ValueError: The batch has a PackedSequence.
+        ValueError: If the batch has a PackedSequence.
     """
 
     def is_leaf(leaf: Any) -> bool:
         return _is_packed(leaf) or (columns_of is not None and _is_column(leaf, columns_of))
 
-    found, rebuilt = opened(batch, what, is_leaf=is_leaf)
-    if any(map(_is_packed, found)):
+    leaves, rebuilt = opened(batch, what, is_leaf=is_leaf)
+    if any(map(_is_packed, leaves)):
         raise ValueError(
-            "a PackedSequence cannot be cut: pack the sequences inside of the model, from a padded "
-            "tensor and the lengths of its examples"
+            "a PackedSequence cannot be divided: pass a padded tensor and the lengths, and call "
+            "`pack_padded_sequence` inside the model"
         )
     cut = [
         i
-        for i, leaf in enumerate(found)
+        for i, leaf in enumerate(leaves)
         if (is_array(leaf) and leaf.ndim > 0) or (isinstance(leaf, list) and is_leaf(leaf))
     ]
 
     def build(rows: Sequence[Any]) -> Any:
-        inner = list(found)
+        inner = list(leaves)
         for i, row in zip(cut, rows, strict=True):
             inner[i] = row
         return rebuilt(inner)
 
-    return [found[i] for i in cut], build
+    return [leaves[i] for i in cut], build
 
 
 def _is_column(leaf: Any, count: int) -> bool:
-    """Whether a value is a list of texts or numbers with one for each example."""
+    """Return whether a value is a list of texts or numbers with one entry per example."""
     return (
         type(leaf) is list
         and len(leaf) == count

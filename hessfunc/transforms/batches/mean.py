@@ -1,4 +1,4 @@
-"""Means over batches: the curvature of a whole data set."""
+"""Curvature of a data set, as a weighted mean over its batches."""
 
 from __future__ import annotations
 
@@ -35,59 +35,63 @@ def over_batches(
     mesh: DeviceMesh | None = None,
     data: Data = "replicated",
 ) -> Curvature:
-    """The curvature of a data set from those of its batches: ``(params, batches) -> matvec``.
+    """Return the curvature of a data set as a function ``(params, batches) -> matvec``.
 
         A v = sum_b weight(b) A_b v / sum_b weight(b)
 
-    For a loss that is a mean over examples or targets, with their number as the weight, this is
-    the curvature of the mean over all of them, however they are cut into batches. Where the loss
-    is a sum over examples (``reduction="sum"``) and no weight is given, batches are summed. The
-    reduction is read from torch's loss functions and modules. Of any other loss the first batch
-    tells: its loss is compared with those of its halves, once, at the cost of two evaluations.
-    Within another `over_batches`, the sum of the weights is the weight of the whole.
+    A_b is the curvature of batch b. For a loss that is a mean over examples or targets, weighted by
+    their number, A is the curvature of the mean over the data set. It does not depend on the
+    division into batches. For a loss that is a sum over examples (``reduction="sum"``), batches
+    are summed if no weight is given.
 
-    One pass over the batches serves a whole block. Passes are
-    compared by a checksum of their examples, in any order. Two things it cannot see: a mask of
-    dropout in train mode belongs to a place in the batch, so the order must stay; and frozen
-    parameters and buffers are read anew in each pass, so they must stay. (A DataLoader draws a
-    number from torch's random stream in each pass, shuffling or not.)
+    The reduction is read from the loss functions and modules of torch. For any other loss it is
+    tested once: the loss of the first batch is compared with the losses of its halves, at the cost
+    of two evaluations. Inside another `over_batches`, the weight of the whole is the sum of the
+    weights.
 
-    On a mesh the batches are divided among the ranks of its axis "data", and the vectors of a
-    block among those of its axis "probe". Sums and weights are then added up over ranks, so that
-    shares may be uneven. Every rank makes the matvec and calls it with the same block, and every
-    rank gets the whole mean. A rank that fails, or asks for another product, is an error on all.
+    One pass over the batches multiplies a whole vector block. Each pass computes a checksum of its
+    examples, which does not depend on their order, and must have the same checksum as the first.
+    The checksum misses two changes. A dropout mask in train mode belongs to a position in the
+    batch, so the order of examples must not change. Frozen parameters and buffers are read in each
+    pass, so they must not change either. A DataLoader draws a number from torch's random stream in
+    each pass, with or without shuffling.
+
+    On a mesh, the batches are divided among the ranks of the axis "data", and the vectors of a
+    block among the ranks of the axis "probe". Sums and weights are all-reduced, so the parts may be
+    uneven. Every rank must make the matvec and call it with the same block, and every rank gets the
+    whole mean. If a rank fails or requests another product, all ranks raise an error.
 
     Args:
-        curvature: of one batch.
-        weight: Weight of a batch in the mean. None: what the loss of the batch divides by, for the
-            losses of torch that are means over targets (with class targets, the number that are
-            not ignored or the sum of their class weights; otherwise, the number of entries); for
-            another mean, the number of examples; for a sum, batches are summed. Pass your own
-            where another loss is a mean over something else, such as tokens that are not padding,
-            or where the first axes of the batch's tensors differ (time before batch, graphs):
-            ``lambda batch: len(batch[1])``. Batches of weight 0 are left out.
-        keep: keep the graph of every batch, and a copy of the batch: products are faster, memory
-            grows with the data. A loader may reuse its buffers; a list made from such a loader
-            holds the last batch alone, again and again, so let that loader copy.
-        mesh: of ranks, with the axes "data", "probe" or both.
-        data: How batches lie on the ranks. ``"replicated"``: every rank has the same batches in the
-            same order, and rank r of R takes batches r, r + R, r + 2R and so on. ``"sharded"``:
-            every rank has its own part. A sampler that pads the parts to one length counts
-            examples twice, and is refused.
+        curvature: Curvature function of one batch.
+        weight: Weight of a batch in the mean. Batches of weight 0 are left out. The default for
+            losses of torch that are means over targets is the divisor of the mean. For class
+            targets, this is the number of targets that are not ignored, or the sum of their class
+            weights; otherwise it is the number of entries. The default for another mean is the
+            number of examples. Pass a function such as ``lambda batch: len(batch[1])`` if another
+            loss is a mean over something else, such as tokens without padding, or if the first axes
+            of the tensors differ, as with time before batch or with graphs.
+        keep: Whether to keep the graph and a copy of every batch. Products are then faster, and
+            memory grows with the data. A loader that reuses its buffers must copy its batches
+            before you make a list, because the list would hold the last batch repeatedly.
+        mesh: Mesh of ranks with the axes "data", "probe" or both.
+        data: Distribution of the batches. ``"replicated"``: Every rank has the same batches in the
+            same order, and rank r of R multiplies batches r, r + R, r + 2R and so on.
+            ``"sharded"``: Every rank has its own part. Samplers that pad the parts to the same
+            length count examples twice, and are refused.
 
     Raises:
-        TypeError: (from the curvature function) the batches can be read only once; (also from the
-            matvec) ``curvature`` gives no matvec.
-        ValueError: there is no batch; weights sum to zero; the number of examples is a guess, as
-            the first axes of a batch's tensors differ; two passes saw different examples; a
-            model uses batch statistics (BatchNorm in train mode) on more than one batch; the mesh
-            has another axis. From the matvec or the curvature function: ranks differ in their
-            parameters, their blocks or their data, or count examples twice.
-        RuntimeError: another rank has failed.
-        ConnectionError: another rank has ended, or does not come within the timeout.
+        TypeError: If the batches can be read only once, or if ``curvature`` does not return a
+            matvec; raised by the curvature function or the matvec, like the following errors.
+        ValueError: If the data set has no batch, if the weights sum to zero, if the number of
+            examples is ambiguous because first axes differ, if two passes saw different examples,
+            if a model uses batch statistics (BatchNorm in train mode) on several batches, or if
+            the mesh has another axis. On a mesh, also if ranks differ in their parameters, blocks
+            or data, or count examples twice.
+        RuntimeError: If another rank has failed.
+        ConnectionError: If another rank has ended, or does not take part within the timeout.
 
-    Cost: one pass over the batches a block. On a mesh, one sum of k n + 2 numbers over "data",
-    and k n numbers gathered over "probe".
+    Cost: one pass over the batches per block. A mesh adds an all-reduce of k n + 2 numbers over
+    "data", and a gather of k n numbers over "probe".
     """
     if data not in get_args(Data):
         raise ValueError(f"data={data!r}: choose 'replicated' or 'sharded'")
@@ -104,24 +108,24 @@ class Passes:
     """Passes over batches that must see the same examples, of one matrix or of several.
 
     Attributes:
-        first: the checksum of the first pass, once it is made.
+        first: Checksum of the first pass; None before it.
     """
 
     first: Tensor | None = None
 
     def add(self, total: Tensor) -> None:
-        """One more pass, of this checksum.
+        """Add the checksum of a pass.
 
         Raises:
-            ValueError: it saw other examples than the first.
+            ValueError: If the pass saw other examples than the first one.
         """
         if self.first is None:
             self.first = total
         elif not torch.allclose(self.first, total, rtol=1e-9, atol=0.0):
             raise ValueError(
                 "two passes over the batches saw different examples, so the products belong "
-                "to different matrices: turn off random augmentation, and `shuffle` where "
-                "`drop_last` is set; or read the batches once, list(loader)"
+                "to different matrices: turn off random augmentation, and `shuffle` together with "
+                "`drop_last`; or read the batches once, list(loader)"
             )
 
 
@@ -135,7 +139,16 @@ def mean_over(
     mesh: DeviceMesh | None,
     data: Data,
 ) -> Curvature:
-    """As `over_batches`, with passes that may be compared with those of another matrix."""
+    """Implement `over_batches`, with ``passes`` that several matrices may share.
+
+    Args:
+        curvature: Curvature function of one batch.
+        passes: Checksums of passes. Matrices that share them must see the same examples.
+        weight: Weight of a batch, as in `over_batches`.
+        keep: Whether to keep the graphs, as in `over_batches`.
+        mesh: Mesh of ranks, as in `over_batches`.
+        data: Distribution of the batches, as in `over_batches`.
+    """
 
     def of_data(params: Tree, batches: Iterable[Any]) -> Matvec:
         share = Share() if mesh is None else _share_of(mesh, data)
@@ -149,25 +162,28 @@ def mean_over(
         several = mesh is not None or not isinstance(batches, Sized) or len(batches) != 1
         average = Average(weight, several)
         outer = inner(average)
-        # A mean within another one is weighted by the sum of its own weights.
+        # The weight of an inner mean is the sum of its own weights, even for a single batch.
         average.several |= outer is not None
         reading = _Reading(curvature, params, batches, average, space, share, passes)
         local = reading.kept() if keep else reading.anew()
 
-        def told(block: Tree) -> Sum:
+        def summed(block: Tree) -> Sum:
             total = local(block)
             if outer is not None and mesh is None:
                 outer.weight = total.weight
             return total
 
-        mean = share.over(space, batches, told)
+        mean = share.over(space, batches, summed)
         return with_fingerprint(mean, partial(_fingerprint, space, params, batches, data))
 
     return of_data
 
 
 def _fingerprint(space: Space, params: Tree, batches: Iterable[Any], data: Data) -> Fingerprint:
-    """Of the parameters, and of batches that are at hand: a loader would be read once more."""
+    """Return checksums of the parameters and of a list of batches.
+
+    A loader has no checksum, because it would have to be read once more.
+    """
     of_params = {"parameters": checksum(space.tree_leaves(params))}
     if data == "sharded" or not isinstance(batches, Sequence):
         return of_params
@@ -175,7 +191,7 @@ def _fingerprint(space: Space, params: Tree, batches: Iterable[Any], data: Data)
 
 
 def _share_of(mesh: DeviceMesh, data: Data) -> Share:
-    # torch.distributed takes a while to import.
+    # The import of torch.distributed is slow.
     from hessfunc.transforms.batches.mesh import MeshShare
 
     return MeshShare.of(mesh, data)
@@ -185,7 +201,7 @@ def _refuse_one_batch(batches: Iterable[Any]) -> None:
     if isinstance(batches, Iterator):
         raise TypeError(
             f"batches is a {type(batches).__name__}, which can be read only once, but each "
-            "product is a pass over the data: pass a list or a DataLoader"
+            "product is a pass over the data: pass list(batches) or a DataLoader"
         )
     is_pair = isinstance(batches, tuple) and (
         hasattr(batches, "_fields") or (len(batches) == 2 and isinstance(batches[1], Tensor))
@@ -196,7 +212,17 @@ def _refuse_one_batch(batches: Iterable[Any]) -> None:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A pass over the batches of which this rank has a share."""
+    """Passes of one rank over its batches.
+
+    Attributes:
+        curvature: Curvature function of one batch.
+        params: Parameters.
+        batches: Batches of all ranks, or the part of this rank.
+        average: Combination of the batches.
+        space: Space of the parameters.
+        share: Part of the work that this rank does.
+        passes: Checksums of the passes.
+    """
 
     curvature: Curvature
     params: Tree
@@ -207,7 +233,7 @@ class _Reading:
     passes: Passes
 
     def kept(self) -> Callable[[Tree], Sum]:
-        """The graphs of all batches are made now."""
+        """Make the graphs of all batches now, and return the function that multiplies a block."""
         read = Read.nothing(self.space.device)
 
         def make() -> list[tuple[Callable[[], float], Callable[[], Matvec]]]:
@@ -218,28 +244,28 @@ class _Reading:
             self.passes.add(read.all.total)
             return made
 
-        found = self.share.all_well(make)
-        return lambda block: Sum.of(self.space, block, found, read, self.average)
+        matvecs = self.share.all_well(make)
+        return lambda block: Sum.of(self.space, block, matvecs, read, self.average)
 
     def anew(self) -> Callable[[Tree], Sum]:
-        """The graph of a batch is made in every pass."""
+        """Return a function that multiplies a block and makes the graphs in each pass."""
         refuse_if_changed = unchanged(self.space.names, self.space.tree_leaves(self.params))
 
         def products(block: Tree) -> Sum:
             refuse_if_changed()
             read = Read.nothing(self.space.device)
-            found = (
+            matvecs = (
                 (partial(self.average.of, batch), partial(self._at, batch, i))
                 for i, batch in self._mine(read)
             )
-            total = Sum.of(self.space, block, found, read, self.average)
+            total = Sum.of(self.space, block, matvecs, read, self.average)
             self.passes.add(read.all.total)
             return total
 
         return products
 
     def _mine(self, read: Read) -> Iterator[tuple[int, Any]]:
-        """The batches of this rank that count, with their place among all."""
+        """Yield the batches of this rank that have a weight, with their index among all batches."""
         for i, batch in enumerate(self.batches):
             place = self.share.place(i)
             read.add(batch, own=place is not None)
@@ -247,7 +273,7 @@ class _Reading:
                 yield place, batch
 
     def _at(self, batch: Any, place: int) -> Matvec:
-        # A batch that stands alone is not left out, whatever becomes of its loss.
+        # A single batch is never left out, even if all of its targets are ignored.
         optional = batch if self.average.weight is None and self.average.several else None
         with several_batches() if place else nullcontext(), watching(optional=optional) as seen:
             try:
@@ -261,7 +287,7 @@ class _Reading:
 def _matvec(made: Any) -> Matvec:
     if not callable(made):
         raise TypeError(
-            f"curvature(params, batch) gave a {type(made).__name__}, not a matvec: pass a "
+            f"curvature(params, batch) returned a {type(made).__name__}, not a matvec: pass a "
             "curvature function, such as `over_batches(hvp(loss))`"
         )
     return cast("Matvec", made)

@@ -1,4 +1,4 @@
-"""The share of one rank of a mesh in the mean over batches, and how the shares become the mean."""
+"""Part of one rank of a mesh in the mean over batches, and the reduction of the parts."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from hessfunc.trees import Matvec, Tree, leaves
 Made = TypeVar("Made")
 
 _AXES = ("data", "probe")
-# Ranks that each run the same algorithm may drift apart by rounding, and by no more.
+# Relative tolerance of blocks: rounding differs between ranks that run the same algorithm.
 _DRIFT = 1e-3
-# Entries of each leaf of a vector that are compared.
+# Number of entries of each leaf of a vector that are compared.
 _COMPARED = 256
-# Entries whose bits are looked at at once.
+# Number of entries whose bits are hashed at once.
 _PIECE = 2**20
-# The largest weight that float32 adds exactly is 2^24: it goes in two parts.
+# float32 adds integers exactly only up to 2^24, so a weight is sent as two numbers.
 _PART = 2.0**20
 
 
 @dataclass(frozen=True)
 class MeshShare(Share):
-    """What one rank of a mesh does.
+    """Part of the work that one rank of a mesh does.
 
     Attributes:
-        everyone: all ranks of the mesh.
-        data: those that divide the batches.
-        probe: those that divide the block, and have the same data.
-        placement: How batches lie on the ranks.
-        device: of the products.
+        everyone: All ranks of the mesh.
+        data: Ranks that divide the batches; None without the axis "data".
+        probe: Ranks that divide the block and have the same data; None without the axis "probe".
+        placement: Distribution of the batches, as in `over_batches`.
+        device: Device of the products.
     """
 
     everyone: Ranks
@@ -53,25 +53,25 @@ class MeshShare(Share):
 
     @classmethod
     def of(cls, mesh: DeviceMesh, placement: Data, /) -> MeshShare:
-        """Of this rank.
+        """Return the part of this rank.
 
         Raises:
-            ValueError: the mesh has other axes.
+            ValueError: If the mesh has axes other than "data" and "probe".
         """
         everyone = Ranks.of(mesh)
         names = mesh.mesh_dim_names or ()
         if not names or not set(names) <= set(_AXES):
             raise ValueError(
                 f"the mesh has the axes {names or None}: name them 'data', 'probe' or both, as in "
-                'init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe")); of a mesh '
-                'with further axes pass these alone, mesh["data"]'
+                'init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probe")). If the mesh '
+                'has further axes, pass a submesh, mesh["data"]'
             )
         data, probe = (Ranks.of(mesh, name) if name in names else None for name in _AXES)
         return cls(everyone, data, probe, placement, torch.device(mesh.device_type))
 
     @property
     def _place(self) -> tuple[int, int]:
-        """Which of the parts of the data, and of how many."""
+        """Index of this rank's part of the data, and the number of parts."""
         return (0, 1) if self.data is None else (self.data.rank, self.data.size)
 
     def place(self, i: int, /) -> int | None:
@@ -92,7 +92,7 @@ class MeshShare(Share):
             if len(set(values)) > 1:
                 raise ValueError(
                     f"parameter {name!r} is not the same on all ranks: load the same weights on "
-                    "each, or broadcast them from one"
+                    "each rank, or call torch.distributed.broadcast(parameter, src=0)"
                 )
         if self.placement == "sharded":
             drawn = self.all_well(lambda: shards.refuse_sampler(batches, self._place[1]))
@@ -113,7 +113,7 @@ class MeshShare(Share):
                 total = replace(total, rows=rows)
             return total.mean(space)
 
-        # An algorithm compares its options on these ranks before it asks for the first product.
+        # Algorithms compare their options among these ranks before the first product.
         vars(matvec)["ranks"] = self.everyone, self.device
         return matvec
 
@@ -126,10 +126,10 @@ class MeshShare(Share):
         return _Made(given, parts, local(space.tree(leaf[rows] for leaf in given)))
 
     def _refuse_differences(self, table: list[list[float]], examples: int | None) -> None:
-        """Raise on every rank what is not alike."""
+        """Raise on every rank if ranks differ in their block or their data."""
         if len({row[1] for row in table}) > 1:
             raise ValueError(
-                "the ranks ask for different products: of the vectors, "
+                "the ranks request products with different numbers of vectors: "
                 f"{by_rank([row[1] for row in table])}. {_SAME}"
             )
         _, _, first, size, *_ = table[0]
@@ -152,12 +152,12 @@ class MeshShare(Share):
 
 @dataclass(frozen=True)
 class _Made:
-    """A rank's part of a product.
+    """Part of a product that one rank computes.
 
     Attributes:
-        given: the leaves of the whole block.
-        parts: which rows of it each rank takes.
-        total: of this rank's rows and batches.
+        given: Leaves of the whole block.
+        parts: Rows of the block that each rank multiplies.
+        total: Sum over this rank's batches of the products with its rows.
     """
 
     given: Sequence[Tensor]
@@ -166,7 +166,7 @@ class _Made:
 
     @property
     def numbers(self) -> list[float]:
-        """What other ranks compare with theirs."""
+        """Numbers that ranks compare: size, sample and norm of the block, checksums, reduction."""
         read = self.total.read
         sums = torch.cat([read.all.total, read.own]).tolist()
         reduction = _REDUCTIONS.index(self.total.average.reduction)
@@ -174,40 +174,40 @@ class _Made:
 
 
 _REDUCTIONS: tuple[Reduction | None, ...] = (None, "mean", "sum")
-# Of `_Made.numbers`.
+# Length of `_Made.numbers`.
 _NUMBERS = 10
 _SAME = (
-    "Call the same algorithm with the same options, start and `seed=` on each rank; where they "
-    "share a `space=sharded(params, mesh)` they agree on sizes and seeds by themselves"
+    "Call the same algorithm with the same options, start and `seed=` on each rank. With "
+    "`space=sharded(params, mesh)`, the ranks check sizes and seeds themselves"
 )
 
 
 def _agree_on_reduction(average: Average, told: Sequence[float]) -> None:
-    """Take over what other ranks know of the loss: a batch of one example does not tell."""
+    """Adopt the reduction that other ranks know; a batch of one example does not reveal it."""
     known = {int(number) for number in told} - {0}
     if len(known) > 1:
         raise ValueError(
-            "the loss is a mean over examples on some ranks, and a sum on others: take one "
-            "`reduction` on all of them"
+            "the loss is a mean over examples on some ranks and a sum on others: pass the same "
+            "reduction to the criterion on all ranks, for instance reduction='mean'"
         )
     for number in known:
         average.reduction = _REDUCTIONS[number]
 
 
 def _sampled(block: Sequence[Tensor]) -> list[float]:
-    """A number of some entries of a block that another block would not have, and their size."""
+    """Return a projection of some entries of a block, which identifies it, and their norm."""
     wide = wide_dtype(block[0].device)
-    found = [_local(leaf)[..., None].flatten(1) for leaf in block]
-    parts = [leaf[:, :_COMPARED].flatten() for leaf in found]
+    flat = [_local(leaf)[..., None].flatten(1) for leaf in block]
+    parts = [leaf[:, :_COMPARED].flatten() for leaf in flat]
     entries = torch.cat([part.to(wide) for part in parts])
     place = torch.arange(1, len(entries) + 1, dtype=wide, device=entries.device)
     number = (entries * torch.cos(1.618 * place)).sum()
-    # One copy to the host.
+    # Stacked, both numbers take a single copy to the host.
     return torch.stack([number, torch.linalg.vector_norm(entries)]).tolist()
 
 
 def _bits(leaf: Tensor) -> int:
-    """A number of 24 bits that any change of a leaf changes, but for one in millions."""
+    """Return a 24-bit hash of a leaf. A changed leaf keeps its hash with probability 2^-24."""
     leaf = _local(leaf)
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[leaf.itemsize]
     total = torch.zeros((), dtype=torch.int64, device=leaf.device)
@@ -218,5 +218,5 @@ def _bits(leaf: Tensor) -> int:
 
 
 def _local(leaf: Tensor) -> Tensor:
-    """What this rank holds of a leaf."""
+    """Return the part of a leaf that this rank holds."""
     return (leaf.to_local() if isinstance(leaf, DTensor) else leaf).detach()

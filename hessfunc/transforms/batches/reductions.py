@@ -1,4 +1,4 @@
-"""How the loss of a data set follows from those of its batches: as a weighted mean, or as a sum."""
+"""Combination of the losses of batches to the loss of a data set: a weighted mean or a sum."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Reduction: TypeAlias = Literal["mean", "sum"]
 
 
 class ReductionWarning(UserWarning):
-    """Whether a loss is a mean or a sum over examples could not be told."""
+    """Warning that the reduction of a loss, mean or sum over examples, could not be determined."""
 
 
 def declared_reduction(criterion: Any, /) -> Reduction | None:
-    """Return the reduction of a loss module or function of torch, or None where it is not known.
+    """Return the reduction of a loss module or function of torch, or None if it is unknown.
 
-    Partials and the wrappers of this library are looked through. A subclass of a loss module may
-    compute anything, so its reduction is not known.
+    Partials and wrappers of this library are unwrapped. A subclass of a loss module may compute
+    anything, so its reduction is unknown.
     """
     while isinstance(criterion, OfTargets) or hasattr(criterion, "output_hessian"):
         criterion = criterion.criterion
@@ -45,27 +45,27 @@ def declared_reduction(criterion: Any, /) -> Reduction | None:
         criterion = criterion.func
     if isinstance(criterion, nn.Module):
         of_torch = type(criterion).__module__ == nn.modules.loss.__name__
-        found = getattr(criterion, "reduction", None) if of_torch else None
+        reduction = getattr(criterion, "reduction", None) if of_torch else None
     elif getattr(criterion, "__module__", None) == F.__name__:
         parameter = inspect.signature(criterion).parameters.get("reduction")
-        found = options.get("reduction", None if parameter is None else parameter.default)
+        reduction = options.get("reduction", None if parameter is None else parameter.default)
         legacy = options.get("size_average"), options.get("reduce")
         if legacy != (None, None):
-            found = legacy_get_string(*legacy, emit_warning=False)
+            reduction = legacy_get_string(*legacy, emit_warning=False)
     else:
         return None
-    if found == "batchmean":
+    if reduction == "batchmean":
         return "mean"
-    return found if found in ("mean", "sum") else None
+    return reduction if reduction in ("mean", "sum") else None
 
 
-# Losses whose mean divides by the weights of the class targets that are not ignored.
+# Losses whose mean divides by the class weights of the targets that are not ignored.
 _CROSS_ENTROPY = (F.cross_entropy, nn.CrossEntropyLoss)
 _OF_CLASSES = (*_CROSS_ENTROPY, F.nll_loss, nn.NLLLoss)
 
 
 def _kind_and_options(criterion: Any) -> tuple[Any, Mapping[str, Any]]:
-    """Return the function or the type of module that a criterion is, and its options."""
+    """Return the function or module type of a criterion, and its options."""
     options: dict[str, Any] = {}
     while True:
         if isinstance(criterion, OfTargets) or hasattr(criterion, "output_hessian"):
@@ -88,10 +88,10 @@ def _has_examples(batch: Any) -> bool:
 
 
 def _terms(one: Noted) -> float | None:
-    """Return what the mean of a loss of torch divides by, up to a constant; None of another loss.
+    """Return the divisor of the mean of a torch loss, up to a constant; None for other losses.
 
-    A mean over class targets counts those that are not ignored, by the weights of their classes.
-    A mean over floating-point targets counts their entries.
+    A mean over class targets divides by the number of targets that are not ignored, or by the sum
+    of their class weights. A mean over floating-point targets divides by their number of entries.
     """
     if not isinstance(one.loss, Loss) or not isinstance(one.loss.criterion, OfTargets):
         return None
@@ -115,7 +115,13 @@ def _terms(one: Noted) -> float | None:
 
 @dataclass(frozen=True)
 class Noted:
-    """A loss of which a curvature was made."""
+    """Loss for which a curvature was made.
+
+    Attributes:
+        loss: Loss ``(params, batch) -> scalar``.
+        params: Parameters of the evaluation.
+        batch: Batch of the evaluation.
+    """
 
     loss: LossFunction
     params: Tree
@@ -123,18 +129,18 @@ class Noted:
 
     @functools.cached_property
     def terms(self) -> float | None:
-        """What a mean of torch divides by: read from the device once."""
+        """Divisor of the mean of a torch loss, read from the device once; None for other losses."""
         return _terms(self)
 
 
 @dataclass
 class Inner:
-    """A mean or sum over batches within that of which it is one batch.
+    """Inner mean or sum over batches, which is one batch of an outer mean or sum.
 
     Attributes:
-        average: How its batches are put together, once a product is made.
-        weight: Sum of the weights of its batches in the last product; None on a mesh, where other
-            ranks have a part of it.
+        average: Combination of the inner batches, known after a product.
+        weight: Total weight of the inner batches in the last product; None on a mesh, where other
+            ranks have parts of the weight.
     """
 
     average: Average
@@ -142,16 +148,16 @@ class Inner:
 
 
 class NoTargetsError(ValueError):
-    """All targets of a batch are ignored, so its mean is 0 / 0."""
+    """Error that all targets of a batch are ignored, so that its mean is 0 / 0."""
 
 
 @dataclass(frozen=True)
 class _Watch:
-    """Losses and means over batches that `watching` has seen.
+    """Losses and means over batches that `watching` has collected.
 
     Attributes:
-        losses: Losses and means, in their order.
-        optional: Batch that is left out where its targets are all ignored; None: no batch.
+        losses: Losses and means in the order of their evaluation.
+        optional: Batch that is left out if all of its targets are ignored; None for no batch.
     """
 
     losses: list[Noted | Inner]
@@ -163,10 +169,10 @@ _watched: ContextVar[_Watch | None] = ContextVar("watched", default=None)
 
 @contextmanager
 def watching(*, optional: Any = None) -> Iterator[list[Noted | Inner]]:
-    """Inside, the losses of which curvatures are made are added to a list.
+    """Context manager that collects the losses for which curvatures are made in a list.
 
     Args:
-        optional: Batch that raises `NoTargetsError` where its targets are all ignored, before its
+        optional: Batch that raises `NoTargetsError` if all of its targets are ignored, before its
             loss is evaluated.
     """
     seen: list[Noted | Inner] = []
@@ -179,15 +185,15 @@ def watching(*, optional: Any = None) -> Iterator[list[Noted | Inner]]:
 
 @contextmanager
 def noted(loss: LossFunction, params: Tree, batch: Any, /) -> Iterator[None]:
-    """Show a loss to `watching`; losses that are derived from it inside are not shown."""
+    """Context manager that reports a loss to `watching`, but not the losses derived from it."""
     watch = _watched.get()
     if watch is None:
         yield
         return
-    one = Noted(loss, params, batch)
-    watch.losses.append(one)
+    noted_loss = Noted(loss, params, batch)
+    watch.losses.append(noted_loss)
     is_optional = watch.optional is not None and watch.optional is batch
-    if is_optional and _reduction_of(loss) == "mean" and one.terms == 0:
+    if is_optional and _reduction_of(loss) == "mean" and noted_loss.terms == 0:
         raise NoTargetsError("all targets of the batch are ignored")
     token = _watched.set(None)
     try:
@@ -197,13 +203,13 @@ def noted(loss: LossFunction, params: Tree, batch: Any, /) -> Iterator[None]:
 
 
 def inner(average: Average, /) -> Inner | None:
-    """Show a mean over batches to `watching`; None where nothing watches."""
+    """Report a mean over batches to `watching`; return None outside of it."""
     watch = _watched.get()
     if watch is None:
         return None
-    found = Inner(average)
-    watch.losses.append(found)
-    return found
+    mean = Inner(average)
+    watch.losses.append(mean)
+    return mean
 
 
 def _reduction_of(loss: LossFunction) -> Reduction | None:
@@ -211,21 +217,22 @@ def _reduction_of(loss: LossFunction) -> Reduction | None:
 
 
 _PASS = (
-    "pass what the loss is a mean over, such as `weight=lambda batch: (batch[1] != -100).sum()` or "
+    "pass the number that the loss averages over, such as "
+    "`weight=lambda batch: (batch[1] != -100).sum()` or "
     "`weight=lambda batch: class_weights[batch[1]].sum()`, or `weight=hessfunc.examples`"
 )
 
 
 @dataclass
 class Average:
-    """How batches are put together: by weights of the user, by examples, or as a sum.
+    """Combination of batches: a mean with given weights, a mean by examples, or a sum.
 
     Attributes:
-        weight: Weight of a batch, for a weighted mean. None: what the loss of a batch divides by,
-            where the loss is one of torch's means over targets; the examples of a batch where the
-            loss is another mean; where the loss is a sum over examples, batches are summed.
-        several: Whether there is more than one batch, as far as it is known.
-        reduction: Reduction of the loss, once it is known.
+        weight: Weight of a batch given by the user. With None, the weight is the divisor of the
+            loss if it is a torch loss that is a mean over targets, and the number of examples if
+            it is another mean. If the loss is a sum over examples, batches are summed.
+        several: Whether the data may have more than one batch.
+        reduction: Reduction of the loss; None if unknown.
     """
 
     weight: Callable[[Any], float] | None
@@ -245,25 +252,25 @@ class Average:
         return self.reduction == "sum"
 
     def counts(self, batch: Any) -> bool:
-        """Whether a batch has a weight, before its loss is evaluated."""
+        """Return whether a batch has a positive weight, before its loss is evaluated."""
         if self.weight is not None:
             return self.of(batch) > 0
         try:
             return examples(batch) > 0
         except ValueError:
-            # Of a sum, or of one batch, the number of examples is not needed.
+            # A sum, or the mean of a single batch, does not need the number of examples.
             return True
 
     def of(self, batch: Any) -> float:
-        """Return the weight of the batch that was decided last.
+        """Return the weight of the batch of the last call of `decide`.
 
         Raises:
-            ValueError: The weight is negative, or the number of examples is a guess.
+            ValueError: If the weight is negative, or the number of examples is ambiguous.
         """
         if self.weight is not None:
             counted = float(self.weight(batch))
             if not counted >= 0:
-                raise ValueError(f"the weight of a batch is {counted}: at least 0")
+                raise ValueError(f"the weight of a batch is {counted}: it must be at least 0")
             return counted
         if self._inner:
             return self._of_inner(self._inner, self._beside)
@@ -272,19 +279,19 @@ class Average:
         return float(examples(batch)) if self._terms is None else self._terms
 
     def later(self, batch: Any) -> Callable[[], float]:
-        """Return a function that gives the weight of the batch that was decided last.
+        """Return a function that returns the weight of the batch of the last call of `decide`.
 
-        The weight of a mean over batches within is known once that has made a product.
+        The weight of an inner mean over batches is known only after its product.
         """
         if self.weight is None and self._inner:
             return functools.partial(self._of_inner, self._inner, self._beside)
         return functools.partial(float, self.of(batch))
 
     def _of_inner(self, parts: Sequence[Inner], beside: float | None) -> float:
-        """Return the weight of means over batches, or 1 of sums.
+        """Return the common weight of inner means over batches, or 1 for sums.
 
         Args:
-            parts: Means or sums over batches, which are added up.
+            parts: Inner means or sums over batches, which are added.
             beside: Weight of another loss of the same batch that is added to them.
         """
         for part in parts:
@@ -298,48 +305,49 @@ class Average:
             math.isclose(weight, weights[0], rel_tol=1e-9) for weight in others
         ):
             raise ValueError(
-                "`over_batches` within `over_batches` has no single weight, as the inner one is on "
-                "a mesh or is added to a loss of another weight: pass the outer one `weight=`, "
-                "such as `weight=hessfunc.examples`"
+                "`over_batches` within `over_batches` has no single weight, because the inner one "
+                "is on a mesh or is added to a loss of another weight: pass a weight to the outer "
+                "one, such as `weight=hessfunc.examples`"
             )
         return weights[0]
 
     def divisor(self, total: float) -> float:
-        """Return the number by which the weighted sum is divided, given the sum of weights."""
+        """Return the divisor of the weighted sum, given the sum of weights."""
         if self.weight is None and self.reduction is None and self._undecided > 1:
             self._undecided = 0
-            _warn("no batch has two examples, by which a mean and a sum could be told apart")
+            _warn("no batch has two examples, which would distinguish a mean from a sum")
         return 1.0 if self.is_sum else total
 
     def look(self, loss: LossFunction, params: Tree, batch: Any) -> None:
-        """Find the reduction of a loss that is evaluated on a batch, unless it is known."""
+        """Determine the reduction of a loss that is evaluated on a batch, unless it is known."""
         self.decide([Noted(loss, params, batch)])
 
     def decide(
         self, seen: Sequence[Noted | Inner], *, batch: Any = None, counted: bool = False
     ) -> None:
-        """Find the reduction of the losses of one curvature, and the weight of their batch.
+        """Determine the reduction of the losses of one curvature, and the weight of their batch.
 
         Args:
-            seen: Losses and what they were evaluated on.
-            batch: Batch that tells more of the reduction than that on which they were evaluated.
+            seen: Losses of the curvature, and inner means over batches.
+            batch: Larger batch on which the reduction is tested; by default the batch on which
+                the losses were evaluated.
             counted: Whether batches have been weighted by their examples already.
 
         Raises:
-            ValueError: The losses have different reductions, or no single weight.
+            ValueError: If the losses have different reductions or no single weight.
         """
         if self.weight is not None:
             return
-        self._inner = [one for one in seen if isinstance(one, Inner)]
-        losses = [one for one in seen if isinstance(one, Noted)]
-        for one in losses:
-            told = one if batch is None else replace(one, batch=batch)
-            found = _reduction_of(one.loss)
-            if found is None and self.several and not self._is_tested:
-                found = self._tested(told)
-                self._undecided += found is None and not self._is_tested
-            if found is not None:
-                self._take(found)
+        self._inner = [item for item in seen if isinstance(item, Inner)]
+        losses = [item for item in seen if isinstance(item, Noted)]
+        for noted_loss in losses:
+            tested = noted_loss if batch is None else replace(noted_loss, batch=batch)
+            reduction = _reduction_of(noted_loss.loss)
+            if reduction is None and self.several and not self._is_tested:
+                reduction = self._tested(tested)
+                self._undecided += reduction is None and not self._is_tested
+            if reduction is not None:
+                self._take(reduction)
         self._terms = None
         if losses and self.several and not self.is_sum:
             self._weigh(losses, counted=counted)
@@ -351,19 +359,20 @@ class Average:
     def _take(self, reduction: Reduction) -> None:
         if self.reduction not in (None, reduction):
             raise ValueError(
-                "a mean over examples and a sum over examples are added up: give both "
-                "losses one `reduction`, or pass `weight=hessfunc.examples`"
+                "a mean over examples and a sum over examples are added up: use the same "
+                "`reduction` for both losses, or pass `weight=hessfunc.examples`"
             )
         self.reduction = reduction
 
     def _weigh(self, losses: Sequence[Noted], *, counted: bool) -> None:
-        """Take what the losses divide by as the weight, where it is one number.
+        """Take the divisor of the losses as the weight if they have a common one.
 
         Raises:
-            ValueError: It is not, and differs from the number of examples from batch to batch.
+            ValueError: If the losses have different divisors whose ratio to the number of
+                examples varies between batches.
         """
-        terms = [one.terms for one in losses]
-        alike = len(set(terms)) == 1 and len({id(one.batch) for one in losses}) == 1
+        terms = [item.terms for item in losses]
+        alike = len(set(terms)) == 1 and len({id(item.batch) for item in losses}) == 1
         if alike and not counted and self._shares is None:
             self._terms = terms[0]
             self._is_by_terms |= terms[0] is not None
@@ -371,7 +380,7 @@ class Average:
         if self._is_by_terms:
             raise ValueError(f"losses that are added up are means over different targets: {_PASS}")
         try:
-            counts = [examples(one.batch) for one in losses]
+            counts = [examples(item.batch) for item in losses]
         except ValueError:
             return
         shares = [
@@ -384,13 +393,16 @@ class Average:
         for share, other in zip(shares, self._shares, strict=False):
             if not math.isclose(share, other, rel_tol=1e-5):
                 raise ValueError(
-                    f"the loss is a mean over targets, and a batch has {share:.4g} an example, but "
-                    f"another {other:.4g} (ignored targets, weights of classes, lengths), so the "
-                    f"number of examples is not its weight: {_PASS}"
+                    f"the loss is a mean over targets, and one batch has {share:.4g} targets per "
+                    f"example, but another has {other:.4g} (ignored targets, class weights or "
+                    f"lengths), so the number of examples is not its weight: {_PASS}"
                 )
 
     def _tested(self, one: Noted) -> Reduction | None:
-        """Compare the loss of a batch with those of its halves."""
+        """Determine the reduction by comparing the loss of a batch with the losses of its halves.
+
+        The result is None if the comparison is inconclusive.
+        """
         try:
             count = examples(one.batch)
         except ValueError:
@@ -407,6 +419,8 @@ class Average:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             _warn(f"the loss of half a batch could not be evaluated ({reason})")
             return None
+        # For halves with losses a and b: a mean is s a + (1 - s) b with the share s of the first
+        # half; a sum is a + b.
         share = half / count
         is_mean = _is_close(whole, share * first + (1 - share) * second)
         is_sum = _is_close(whole, first + second)
@@ -415,7 +429,7 @@ class Average:
             return None
         if not is_mean and not is_sum:
             _warn(
-                f"the loss of a batch is {float(whole):.4g}, and those of its halves are "
+                f"the loss of a batch is {float(whole):.4g}, and the losses of its halves are "
                 f"{float(first):.4g} and {float(second):.4g}"
             )
             return None
@@ -427,7 +441,7 @@ def _values(one: Noted, batches: list[Any]) -> list[Tensor]:
     params = space.tree([leaf.detach() for leaf in space.tree_leaves(one.params)])
     values = []
     for batch in batches:
-        # Random layers draw alike each time.
+        # Random layers draw the same numbers in each evaluation.
         with differentiable_twice(space.device), torch.no_grad():
             values.append(one.loss(params, batch).detach())
     return values
@@ -441,8 +455,8 @@ def _is_close(value: Tensor, other: Tensor) -> bool:
 def _warn(reason: str) -> None:
     warnings.warn(
         f"{reason}, so the loss is not known to be a mean or a sum over examples; batches are "
-        "weighted by their examples. Pass `weight=`, what the loss is a mean over: "
-        "`hessfunc.examples`, or such as `lambda batch: (batch[1] != -100).sum()`",
+        "weighted by their examples. Pass the number that the loss averages over, "
+        "`weight=hessfunc.examples` or `weight=lambda batch: (batch[1] != -100).sum()`",
         ReductionWarning,
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""Whether the parts of the data that ranks read make up the whole, each example once."""
+"""Checks that the parts of the data that ranks read contain each example once."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 from hessfunc.ranks import ALIKE
 
 _REMEDY = (
-    "Pass the same DataLoader on every rank and say data='replicated'; or give each rank a "
-    "torch.utils.data.Subset of its own indices, range(rank, n, ranks)"
+    "Pass the same DataLoader on every rank and data='replicated', or give each rank its own part, "
+    "torch.utils.data.Subset(dataset, range(rank, n, ranks))"
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank has read.
+    """Part of the data that a rank has read.
 
     Attributes:
-        place: of its part among those of the data.
-        all: the checksum of what it has read; the first number counts the examples.
-        own: that of the batches that it has multiplied.
+        place: Index of the part.
+        all: Checksum of all batches that the rank has read. Its first number counts examples.
+        own: Checksum of the batches that the rank has multiplied.
     """
 
     place: int
@@ -34,59 +34,63 @@ class Part:
 
 
 def refuse_other_order(parts: Sequence[Part], /) -> None:
-    """Raise unless all ranks have read the same, and their own batches make up the whole.
+    """Raise unless all ranks have read the same batches and multiplied each of them once.
 
     Raises:
-        ValueError: it is so.
+        ValueError: If ranks have read different batches, or batches in another order.
     """
     together = [sum(x) for x in zip(*_by_place(parts, "own").values(), strict=True)]
     if any(not _alike(part.all, parts[0].all) for part in parts) or not _alike(
         together, parts[0].all
     ):
         raise ValueError(
-            "the ranks read different batches, or the same in another order, and each takes a "
-            "part of what it reads: give every rank the same loader without `shuffle`, or the "
-            "same list; or say data='sharded' if each loader yields a part already"
+            "the ranks read different batches, or the same in another order, so some batches count "
+            "twice and others not at all: pass every rank the same list, or the same loader "
+            "without `shuffle`; or pass data='sharded' if each loader yields its own part"
         )
 
 
 def refuse_repeated(parts: Sequence[Part], examples: int | None, /) -> None:
-    """Raise where examples count twice, as far as that can be seen.
+    """Raise if examples count twice, as far as checksums show it.
+
+    Args:
+        parts: Part of each rank.
+        examples: Number of examples in the data set, if known.
 
     Raises:
-        ValueError: two ranks have read the same part; all parts together have more examples than
-            the data set, or ranks of one part have read different ones.
+        ValueError: If two ranks have read the same part, if all parts together have more examples
+            than the data set, or if ranks that share a part have read different examples.
     """
     by_place = _by_place(parts, "all")
     if any(not _alike(part.all, by_place[part.place]) for part in parts):
         raise ValueError(
-            "ranks that differ on the axis 'probe' alone read different batches: shard the loader "
-            "over the axis 'data'"
+            "ranks that differ only on the axis 'probe' read different batches: shard the loader "
+            "over the axis 'data' only, for instance by mesh.get_local_rank('data')"
         )
-    found = [sums for sums in by_place.values() if sums[0]]
-    for i, sums in enumerate(found):
-        if any(_alike(sums, other) for other in found[:i]):
+    filled = [sums for sums in by_place.values() if sums[0]]
+    for i, sums in enumerate(filled):
+        if any(_alike(sums, other) for other in filled[:i]):
             raise ValueError(
                 "two ranks read the same examples, which would count twice: pass "
                 "data='replicated' if every rank has the whole loader, or give each its own part"
             )
-    counted = round(sum(sums[0] for sums in found))
+    counted = round(sum(sums[0] for sums in filled))
     if examples is not None and counted > examples:
         raise ValueError(
-            f"the ranks read {counted} examples of {examples}, so some count twice: a sampler "
-            f"pads the parts. {_REMEDY}"
+            f"the ranks read {counted} examples of {examples}, so some count twice, probably "
+            f"because a sampler pads the parts. {_REMEDY}"
         )
 
 
 def refuse_sampler(batches: Iterable[Any], parts: int, /) -> dict[str, float]:
-    """Raise for a sampler that does not give each of the parts its own examples once.
+    """Raise if a sampler does not divide the examples among the parts, each example once.
 
     Returns:
-        What must be the same on all ranks for its parts to be apart.
+        Numbers by name that must be the same on all ranks, so that the parts are disjoint.
 
     Raises:
-        ValueError: it pads, or divides the data in another number of parts; or its data set has
-            no length, so that padding would not be seen.
+        ValueError: If the sampler pads, or divides the data into another number of parts, or if
+            the data set has no length, so that padding would go unnoticed.
     """
     examples_of(batches)
     sampler = next((x for x in _samplers(batches) if isinstance(x, DistributedSampler)), None)
@@ -95,8 +99,8 @@ def refuse_sampler(batches: Iterable[Any], parts: int, /) -> dict[str, float]:
     examples = len(sampler.dataset)  # type: ignore[arg-type]
     if sampler.num_replicas != parts:
         raise ValueError(
-            f"the DistributedSampler divides the data in {sampler.num_replicas} parts, and the "
-            f"mesh has {parts} on the axis 'data'"
+            f"the DistributedSampler divides the data into {sampler.num_replicas} parts, but the "
+            f"mesh has {parts} ranks on the axis 'data': pass num_replicas={parts}"
         )
     if not sampler.drop_last and examples % parts:
         raise ValueError(
@@ -107,10 +111,10 @@ def refuse_sampler(batches: Iterable[Any], parts: int, /) -> dict[str, float]:
 
 
 def examples_of(batches: Iterable[Any], /) -> int | None:
-    """Return the length of the data set, where a sampler gives each rank a part of it.
+    """Return the length of the data set if a custom sampler divides it among ranks, else None.
 
     Raises:
-        ValueError: There is such a sampler, and its data set has no length.
+        ValueError: If the loader has such a sampler and its data set has no length.
     """
     plain = (SequentialSampler, RandomSampler, BatchSampler, _InfiniteConstantSampler)
     custom = next((x for x in _samplers(batches) if type(x) not in plain), None)
@@ -119,14 +123,15 @@ def examples_of(batches: Iterable[Any], /) -> int | None:
     dataset = getattr(_innermost(batches), "dataset", None)
     if not isinstance(dataset, Sized):
         raise ValueError(
-            f"the sampler {type(custom).__name__} may pad the parts of the ranks, and the data set "
-            "has no length that would show it: give the data set a `__len__`. " + _REMEDY
+            f"the sampler {type(custom).__name__} may pad the parts of the ranks, and without a "
+            "length of the data set this would go unnoticed: give the data set a `__len__`. "
+            + _REMEDY
         )
     return len(dataset)
 
 
 def _samplers(batches: Any) -> Iterator[Any]:
-    """Those of a loader, the one inside of a batch sampler included."""
+    """Yield the samplers of a loader, including those inside a batch sampler."""
     loader = _innermost(batches)
     for name in ("sampler", "batch_sampler"):
         sampler = getattr(loader, name, None)
@@ -136,7 +141,7 @@ def _samplers(batches: Any) -> Iterator[Any]:
 
 
 def _innermost(batches: Any) -> Any:
-    """The loader inside of what moves its batches elsewhere."""
+    """Return the loader inside wrappers that, for instance, move batches to a device."""
     while (inner := getattr(batches, "loader", None)) is not None:
         batches = inner
     return batches

@@ -1,4 +1,4 @@
-"""The weighted sum of products that one process makes, and the mean that it becomes."""
+"""Weighted sums of the products of batches on one process, and their mean."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Data: TypeAlias = Literal["replicated", "sharded"]
 
 @dataclass
 class Read:
-    """The checksums of one pass over the batches.
+    """Checksums of one pass over the batches.
 
     Attributes:
-        all: of what was read.
-        own: of the batches that this process multiplies.
+        all: Checksum of all batches that this process read.
+        own: Checksum of the batches that this process multiplied.
     """
 
     all: Checksum
@@ -38,22 +38,22 @@ class Read:
         return cls(none, none.total.clone())
 
     def add(self, batch: Any, *, own: bool) -> None:
-        found = self.all.add(batch)
+        added = self.all.add(batch)
         if own:
-            self.own += found
+            self.own += added
 
 
 @dataclass(frozen=True)
 class Sum:
-    """Products of a block with the matrices of batches, weighted and added up.
+    """Weighted sum of the products of a block with the matrices of batches.
 
     Attributes:
-        flat: the rows one after another, and room behind them for two numbers, so that all can be
-            added up over ranks at once.
-        rows: ``(k, n)``, or the columns of this rank; a view.
-        weight: of all of these batches.
-        read: the checksums of the pass.
-        average: How batches are put together.
+        flat: Tensor with all rows and two further entries, so that a single all-reduce can sum
+            rows and weight.
+        rows: View ``(k, n)`` of the rows, or of the columns on this rank.
+        weight: Total weight of the batches.
+        read: Checksums of the pass.
+        average: Combination of the batches.
     """
 
     flat: Tensor
@@ -77,48 +77,48 @@ class Sum:
         read: Read,
         average: Average,
     ) -> Sum:
-        """Sum over all batches, from functions that give the weight and the matvec of each.
+        """Sum over all batches, given functions that return the weight and matvec of each.
 
-        The weight is asked for after the matvec is made, which shows what the loss is.
+        The weight is computed after the matvec, because making the matvec reveals the loss.
         """
         total = cls.zero(space, len(space.block_leaves(block)[0]), read, average)
 
         def add(weight: Callable[[], float], matvec: Callable[[], Matvec]) -> float:
-            # A rank that has no vector to multiply reads its batches, and no more.
+            # A rank without vectors only reads its batches, for the checksum and the weight.
             if len(total.rows):
                 space.accumulate(total.rows, matvec()(block), weight=weight())
             return weight()
 
-        # Neither matvec nor product is named: they are gone before the next graph is made.
+        # No variable holds the matvec or the product, so both are freed before the next graph.
         return replace(total, weight=sum(starmap(add, batches), 0.0))
 
     def mean(self, space: Space) -> Tree:
-        """Return the weighted mean, or the sum of a loss that is a sum over examples."""
+        """Return the weighted mean, or the sum if the loss is a sum over examples."""
         if not self.weight > 0:
             raise ValueError(
-                "the weights of the batches sum to zero: is the loader empty, or does `weight` "
-                "count nothing?"
+                "the weights of the batches sum to zero: check that the loader is not empty, and "
+                "that `weight` returns positive numbers"
             )
         views = leaves(space.views(self.rows.div_(self.average.divisor(self.weight))))
-        # Each leaf in its own dtype, but float32 at least.
+        # Each leaf keeps its dtype, except that 16-bit leaves become float32.
         dtypes = (torch.promote_types(dtype, torch.float32) for dtype in space.dtypes)
         return space.tree(view.to(dtype) for view, dtype in zip(views, dtypes, strict=True))
 
 
 class Share:
-    """All of the work, on the one process that there is."""
+    """Single-process partition: this process evaluates every batch."""
 
     def place(self, i: int, /) -> int | None:
-        """Where the i-th batch of this process stands among all; None if another takes it."""
+        """Return the index among all batches of the i-th batch read here, None if not evaluated."""
         return i
 
     def all_well(self, act: Callable[[], Made], /) -> Made:
-        """What ``act`` returns; its error on one process is an error on every one."""
+        """Return the result of ``act``; an error on one process raises on all processes."""
         return act()
 
     def refuse_unlike(self, space: Space, params: Tree, batches: Iterable[Any], /) -> None:
-        """Raise where processes are not given the same."""
+        """Raise if processes have different parameters or incompatible loaders."""
 
     def over(self, space: Space, batches: Iterable[Any], local: Callable[[Tree], Sum], /) -> Matvec:
-        """The matvec of the mean, given the sum of one process."""
+        """Return the matvec of the mean, given the function that computes the sum of a process."""
         return lambda block: local(block).mean(space)

@@ -1,4 +1,4 @@
-"""Arithmetic of matvecs: shifted, scaled, added, deflated, preconditioned and compiled ones."""
+"""Arithmetic of matvecs: shift, scale, add, deflate, precondition and compile them."""
 
 from hessfunc.transforms.matvecs.arithmetic import (
     add,

@@ -1,4 +1,4 @@
-"""Matvec -> matvec: sums, shifts, deflation, and matvecs of plain functions and matrices."""
+"""Arithmetic of matvecs, and matvecs of plain functions and matrices."""
 
 from __future__ import annotations
 
@@ -17,31 +17,36 @@ from hessfunc.trees import Matvec, Tree, flatten, leaves, tree_map
 
 
 def apply(matvec: Matvec, vector: Tree, /) -> Tree:
-    """The product with one tree."""
-    found, structure = flatten(vector)
-    # The way of one vector is short: signatures are looked at only where something is wrong.
-    if not all(isinstance(leaf, Tensor) for leaf in found):
+    """Return the product of a matvec with one vector, a tree.
+
+    Raises:
+        ValueError: If the product does not have the structure and shapes of the vector.
+    """
+    entries, structure = flatten(vector)
+    # For speed, arguments are validated only if something is wrong.
+    if not all(isinstance(leaf, Tensor) for leaf in entries):
         options.tree("vector", vector)
     if isinstance(matvec, nn.Module):
         options.matvec("matvec", matvec)
     try:
-        product, given = flatten(matvec(structure.unflatten(leaf[None] for leaf in found)))
+        product, given = flatten(matvec(structure.unflatten(leaf[None] for leaf in entries)))
     except TypeError:
         options.matvec("matvec", matvec)
         raise
     shapes = [tuple(getattr(leaf, "shape", ())) for leaf in product]
-    wanted = [(1, *leaf.shape) for leaf in found]
+    wanted = [(1, *leaf.shape) for leaf in entries]
     if given != structure or shapes != wanted:
         raise ValueError(
-            "the matvec's product is not like its block: its leaves have the shapes "
-            f"{first_of([*map(str, shapes)])}, those of the block {first_of([*map(str, wanted)])}"
+            "the matvec's product is not like its block: the leaves of the product have shapes "
+            f"{first_of([*map(str, shapes)])}, the leaves of the block have "
+            f"{first_of([*map(str, wanted)])}. Return a tree with the shapes of the block"
         )
     return structure.unflatten(leaf[0] for leaf in product)
 
 
 @validated
 def shift(matvec: Matvec, s: float, /) -> Matvec:
-    """A + s I."""
+    """Return the matvec of A + s I."""
     return _made_of(
         lambda block: tree_map(lambda out, v: out + s * v, matvec(block), block), matvec
     )
@@ -49,15 +54,15 @@ def shift(matvec: Matvec, s: float, /) -> Matvec:
 
 @validated
 def scale(matvec: Matvec, a: float, /) -> Matvec:
-    """a A."""
+    """Return the matvec of a A."""
     return _made_of(lambda block: tree_map(lambda out: a * out, matvec(block)), matvec)
 
 
 @validated
 def add(*matvecs: Matvec) -> Matvec:
-    """A + B + ..., of matrices on the same space."""
+    """Return the matvec of A + B + ..., for matrices on the same space."""
     if not matvecs:
-        raise ValueError("add takes at least one matvec")
+        raise ValueError("add needs at least one matvec: call add(first, second)")
 
     def total(block: Tree) -> Tree:
         products = matvecs[0](block)
@@ -69,7 +74,10 @@ def add(*matvecs: Matvec) -> Matvec:
 
 
 def _made_of(matvec: Matvec, *others: Matvec) -> Matvec:
-    """A matvec with the fingerprints and ranks of others; their scalars show in the products."""
+    """Attach the combined fingerprints and the ranks of other matvecs to a matvec.
+
+    Scalars are not part of the fingerprint; they show in the products.
+    """
     for other in others:
         if (ranks := getattr(other, "ranks", None)) is not None:
             vars(matvec)["ranks"] = ranks
@@ -78,12 +86,12 @@ def _made_of(matvec: Matvec, *others: Matvec) -> Matvec:
 
 @validated
 def deflate(matvec: Matvec, pairs: Any, /) -> Matvec:
-    """A - sum_i values_i v_i v_i': the matrix with these eigenpairs moved to zero.
+    """Return the matvec of A - sum_i values_i v_i v_i', which has these eigenvalues set to zero.
 
     Args:
-        matvec: of A.
-        pairs: an ``Eigenpairs``, or any object with ``values`` (k,) and an orthonormal block
-            ``vectors``.
+        matvec: Matvec of A.
+        pairs: Result with eigenpairs, or any object with ``values`` ``(k,)`` and an orthonormal
+            vector block ``vectors``.
     """
     space = space_of(tree_map(lambda leaf: leaf[0], pairs.vectors))
     basis = space.ravel(pairs.vectors)
@@ -98,22 +106,29 @@ def deflate(matvec: Matvec, pairs: Any, /) -> Matvec:
 
 @validated
 def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
-    """P^-1/2 A P^-1/2, with P the positive diagonal of a tree.
+    """Return the matvec of P^-1/2 A P^-1/2, where P is the diagonal matrix with these entries.
 
-    Its eigenvalues are those of P^-1 A, the curvature that a preconditioned optimiser feels.
+    Its eigenvalues are those of P^-1 A, the curvature that a preconditioned optimiser sees.
+
+    Args:
+        matvec: Matvec of A.
+        diagonal: Tree with the positive diagonal entries of P.
 
     Raises:
-        ValueError: an entry of the diagonal is not positive.
+        ValueError: If an entry of the diagonal is not positive.
     """
     space = space_of(diagonal)
     if not all(bool((leaf > 0).all()) for leaf in leaves(diagonal)):
-        raise ValueError("the diagonal of a preconditioner must be positive: add a damping")
+        raise ValueError(
+            "the diagonal of a preconditioner must be positive: add a damping to each leaf, "
+            "`leaf + 1e-3`"
+        )
     root = [torch.rsqrt(leaf) for leaf in space.tree_leaves(diagonal)]
 
     def preconditioned(block: Tree) -> Tree:
         inner = [v * r for v, r in zip(space.block_leaves(block), root, strict=True)]
-        images = space.block_leaves(matvec(space.tree(inner)))
-        return space.tree(v * r for v, r in zip(images, root, strict=True))
+        products = space.block_leaves(matvec(space.tree(inner)))
+        return space.tree(v * r for v, r in zip(products, root, strict=True))
 
     return _made_of(preconditioned, matvec)
 
@@ -122,47 +137,53 @@ def precondition(matvec: Matvec, diagonal: Tree, /) -> Matvec:
 def per_block(
     matvec: Matvec, like: Tree, /, blocks: Mapping[str, Iterable[str]] | None = None
 ) -> Matvec:
-    """The block-diagonal part of A: each group of leaves sees itself alone.
+    """Return the matvec of the block-diagonal part of A, with one block per group of leaves.
 
     Args:
-        matvec: of A.
-        like: a tree that says what vectors look like.
-        blocks: the leaf names of each group; by default each leaf is a group of its own. A leaf
-            in no group gets zeros.
+        matvec: Matvec of A.
+        like: Tree with the structure of a vector, such as the parameters.
+        blocks: Names of the leaves in each group, by name of the group. By default each leaf is a
+            group. Leaves in no group have zero products.
 
     Raises:
-        ValueError: There is no group; a name is unknown, or stands in two groups.
+        ValueError: If ``blocks`` is empty, or if a name is unknown or in two groups.
 
-    Cost: one matvec a group and vector, in one pass.
+    Cost: one matvec per group and vector, in one pass.
     """
     space = space_of(like)
     groups = [[name] for name in space.names] if blocks is None else [*map(list, blocks.values())]
     if not groups:
         raise ValueError(
-            "blocks is empty: name a group of leaves, or pass None for each leaf alone"
+            "blocks is empty: pass for instance blocks={'first': ['0.weight', '0.bias']}, or "
+            "blocks=None for one block per leaf"
         )
     listed = [name for group in groups for name in group]
     if len(set(listed)) < len(listed) or set(listed) - set(space.names):
         wrong = sorted({n for n in listed if n not in space.names or listed.count(n) > 1})
-        raise ValueError(f"unknown or repeated in blocks: {', '.join(wrong)}")
+        raise ValueError(
+            f"unknown or repeated in blocks: {', '.join(wrong)}; name each leaf once, such as "
+            f"{first_of(space.names)}"
+        )
 
     def diagonal_blocks(block: Tree) -> Tree:
-        found = space.block_leaves(block)
-        k = len(found[0])
+        # A vector is split into one vector per group, which is zero outside of the group. The
+        # product of group i contributes only its leaves in group i.
+        entries = space.block_leaves(block)
+        k = len(entries[0])
         stacked = []
-        for name, leaf in zip(space.names, found, strict=True):
+        for name, leaf in zip(space.names, entries, strict=True):
             rows = leaf.new_zeros(len(groups), *leaf.shape)
             for i, group in enumerate(groups):
                 if name in group:
                     rows[i] = leaf
             stacked.append(rows.flatten(0, 1))
-        images = space.block_leaves(matvec(space.tree(stacked)))
+        products = space.block_leaves(matvec(space.tree(stacked)))
         return space.tree(
             sum(
-                (image[i * k : (i + 1) * k] for i, group in enumerate(groups) if name in group),
+                (product[i * k : (i + 1) * k] for i, group in enumerate(groups) if name in group),
                 torch.zeros_like(leaf),
             )
-            for name, leaf, image in zip(space.names, found, images, strict=True)
+            for name, leaf, product in zip(space.names, entries, products, strict=True)
         )
 
     return _made_of(diagonal_blocks, matvec)
@@ -170,26 +191,27 @@ def per_block(
 
 @options.validated(chunk_size=options.whole_number)
 def batched(fn: Callable[[Tree], Tree], /, *, chunk_size: int | None = None) -> Matvec:
-    """The matvec of a function of one vector.
+    """Return the matvec of a linear function of one vector.
 
     Args:
-        fn: tree -> tree, linear.
-        chunk_size: how many vectors go through ``fn`` at once by vmap; None for the whole block;
-            1 for a plain loop, which any ``fn`` survives.
+        fn: Linear function of a tree that returns a tree.
+        chunk_size: Number of vectors that go through ``fn`` at once by vmap; None for the whole
+            block, 1 for a plain loop, which works for any ``fn``.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: it must be at least 1")
 
     def loop(block: Tree) -> Tree:
         rows = range(len(leaves(block)[0]))
-        found = [_of_tensors(fn, tree_map(lambda leaf, i=i: leaf[i], block)) for i in rows]
-        return tree_map(lambda *out: torch.stack(out), *found)
+        products = [_of_tensors(fn, tree_map(lambda leaf, i=i: leaf[i], block)) for i in rows]
+        return tree_map(lambda *out: torch.stack(out), *products)
 
     def mapped(block: Tree) -> Tree:
         try:
             return torch.vmap(fn, chunk_size=chunk_size)(block)
         except (RuntimeError, TypeError, ValueError):
-            # A function that leaves torch fails inside of vmap, with whatever NumPy makes of that.
+            # A function that leaves torch fails inside vmap with an obscure error of NumPy. A
+            # plain call raises a clearer one.
             _of_tensors(fn, tree_map(lambda leaf: leaf[0], block))
             raise
 
@@ -197,7 +219,7 @@ def batched(fn: Callable[[Tree], Tree], /, *, chunk_size: int | None = None) -> 
 
 
 def _of_tensors(fn: Callable[[Tree], Tree], vector: Tree) -> Tree:
-    """The product of one vector, if it is a tree of tensors."""
+    """Return the product with one vector, or raise if it is not a tree of tensors."""
     try:
         product = fn(vector)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -207,39 +229,47 @@ def _of_tensors(fn: Callable[[Tree], Tree], vector: Tree) -> Tree:
     for leaf in leaves(product):
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"the function returns a {type(leaf).__name__}, and not a tree of tensors: compute "
-                "in torch, or pass a NumPy function f as from_scipy(LinearOperator((n, n), f))"
+                f"the function returns a {type(leaf).__name__}, not a tree of tensors: compute in "
+                "torch, or pass a NumPy function f as from_scipy(LinearOperator((n, n), f))"
             )
     return product
 
 
 @validated
 def dense(matrix: Tensor, /) -> Matvec:
-    """The matvec of a dense symmetric matrix, on flat vectors ``(n,)`` or on trees of n entries.
+    """Return the matvec of a dense symmetric matrix.
+
+    Args:
+        matrix: Symmetric matrix ``(n, n)``. Vectors are flat, ``(n,)``, or trees with n entries.
 
     Raises:
-        TypeError: The matrix is not of a real floating-point dtype.
-        ValueError: the matrix is not square, not finite, or not symmetric.
+        TypeError: If the matrix does not have a real floating-point dtype.
+        ValueError: If the matrix is not square, not finite, or not symmetric.
     """
     if matrix.layout != torch.strided:
         raise TypeError(f"the matrix has layout {matrix.layout}: pass matrix.to_dense()")
     if not matrix.is_floating_point():
-        raise TypeError(f"the matrix has dtype {matrix.dtype}: pass matrix.double(), or its parts")
+        raise TypeError(
+            f"the matrix has dtype {matrix.dtype}: pass matrix.double(), or matrix.real if it is "
+            "complex"
+        )
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"a matrix of shape {tuple(matrix.shape)} is not square")
+        raise ValueError(
+            f"a matrix of shape {tuple(matrix.shape)} is not square: pass a tensor (n, n)"
+        )
     if not matrix.numel():
-        raise ValueError("the matrix has no entries: pass one of at least one row")
+        raise ValueError("the matrix has no entries: pass a matrix with at least one row")
     if not bool(matrix.isfinite().all()):
-        raise ValueError("the matrix has entries that are NaN or infinite")
+        raise ValueError("the matrix has entries that are NaN or infinite: pass a finite matrix")
     tolerance = 10 * torch.finfo(matrix.dtype).eps * matrix.abs().max()
     if not torch.allclose(matrix, matrix.mT, rtol=0, atol=float(tolerance)):
-        raise ValueError("the matrix is not symmetric: take (A + A.T) / 2 if it should be")
+        raise ValueError("the matrix is not symmetric: pass (A + A.T) / 2 if it should be")
 
     def matvec(block: Tree) -> Tree:
         space = space_of(tree_map(lambda leaf: leaf[0], block))
         if space.n != len(matrix):
             raise ValueError(
-                f"the matrix takes vectors of {len(matrix)} entries, and got one of {space.n}"
+                f"the matrix takes vectors of {len(matrix)} entries, but got one of {space.n}"
             )
         return space.unravel(space.ravel(block).to(matrix.dtype) @ matrix)
 

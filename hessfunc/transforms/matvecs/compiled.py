@@ -1,4 +1,4 @@
-"""A matvec, compiled."""
+"""Compilation of matvecs."""
 
 from __future__ import annotations
 
@@ -18,62 +18,63 @@ from hessfunc.fingerprints import fingerprint, with_fingerprint
 from hessfunc.transforms.chunks import guarding
 from hessfunc.trees import Matvec, Tree, flatten
 
-# Of products as they were written down, to those of the matvec.
+# Relative tolerance between products of the traced program and of the matvec.
 _TOLERANCE = 1e-3
-# Of leaves, (shape, dtype, device); and the products of such a block.
+# Key of a program, (shape, dtype, device) of each leaf, and the program itself.
 _Shapes = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 _Products = Callable[..., Sequence[Tensor]]
-# The tree of leaves.
+# Function that builds a tree from its leaves.
 _Nested = Callable[[Iterable[Tensor]], Tree]
 
 
 class NotCompiledWarning(UserWarning):
-    """A matvec could not be compiled, and runs as it is."""
+    """Warning that a matvec could not be compiled and runs uncompiled."""
 
 
 @options.validated(chunk_size=options.whole_number)
 def compiled(
     matvec: Matvec, /, *, chunk_size: int = 1, backend: str | Callable[..., Any] = "inductor"
 ) -> Matvec:
-    """The same matrix, with its products compiled: for thousands of them on a large net.
+    """Return a matvec with compiled products, for thousands of products on a large net.
 
-    The operations of a product are written down once, with what they keep of the loss as
-    constants, and the whole is compiled: element-wise operations become one, copies and views go.
-    There is one compilation for each shape of a chunk: larger blocks go through it in pieces.
+    The operations of a product are traced once, with the tensors that the matvec keeps as
+    constants. Compilation then fuses elementwise operations and removes copies and views. Each
+    shape of a chunk is compiled separately; larger blocks are multiplied in chunks.
 
-    Compiling takes half a minute and more, and pays after
+    Compilation takes half a minute or more. It pays off after
 
-        seconds of compilation / (seconds of a product - seconds of a compiled one)
+        seconds of compilation / (seconds of a product - seconds of a compiled product)
 
-    products: thousands on a CPU, as the tables in `bench/results/speed` say. A product that cannot
-    be compiled, such as one that reads its data each time (`over_batches` without ``keep``), runs
-    as it is, and a `NotCompiledWarning` says why.
+    products, which is thousands on a CPU; see the tables in `bench/results/speed`. Some products
+    cannot be compiled, for instance if they read the data each time (`over_batches` without
+    ``keep``). They run uncompiled, and a `NotCompiledWarning` gives the reason.
 
     Args:
-        matvec: block -> block, of parameters and data that are fixed.
-        chunk_size: the most vectors that one program multiplies; one is compiled fastest.
-        backend: of `torch.compile`.
+        matvec: Matvec with fixed parameters and data.
+        chunk_size: Largest number of vectors that one program multiplies. 1 compiles fastest.
+        backend: Backend of `torch.compile`.
 
     Raises:
-        ValueError: the chunk size is not positive.
-        RuntimeError: (from the matvec) params have changed in place since it was made.
+        ValueError: If the chunk size is not positive.
+        RuntimeError: If params have changed in place since ``matvec`` was made; raised by the
+            returned matvec.
     """
     if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: at least 1")
+        raise ValueError(f"chunk_size={chunk_size}: it must be at least 1")
     programs: dict[_Shapes, _Products] = {}
     checks: list[Callable[[], None]] = []
 
-    def of_chunk(found: Sequence[Tensor], nested: _Nested) -> Sequence[Tensor]:
-        key = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in found)
+    def of_chunk(leaves: Sequence[Tensor], nested: _Nested) -> Sequence[Tensor]:
+        key = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
         if key not in programs:
-            programs[key] = _program(matvec, found, nested, backend, checks)
-        return programs[key](*found)
+            programs[key] = _program(matvec, leaves, nested, backend, checks)
+        return programs[key](*leaves)
 
     def products(block: Tree) -> Tree:
         for check in checks:
             check()
-        found, structure = flatten(block)
-        pieces = zip(*(leaf.split(chunk_size) for leaf in found), strict=True)
+        entries, structure = flatten(block)
+        pieces = zip(*(leaf.split(chunk_size) for leaf in entries), strict=True)
         parts = [of_chunk(piece, structure.unflatten) for piece in pieces]
         if len(parts) == 1:
             return structure.unflatten(parts[0])
@@ -92,24 +93,24 @@ def _program(
     def of_leaves(*leaves: Tensor) -> list[Tensor]:
         return flatten(matvec(nested(leaves)))[0]
 
-    # The first product of a shape also measures its operations, which is no part of the program.
+    # The first product of a shape also measures its operations, which must not be traced.
     of_leaves(*found)
     try:
         with torch.no_grad(), guarding(checks), as_operations():
-            written = make_fx(of_leaves, tracing_mode="real")(*found)
-        for name, constant in list(written.named_buffers()):
-            setattr(written, name, constant.detach())
-        written.graph.eliminate_dead_code()
-        written.recompile()
-        # What was not done by torch stands in the program as the first block found it.
+            traced = make_fx(of_leaves, tracing_mode="real")(*found)
+        for name, constant in list(traced.named_buffers()):
+            setattr(traced, name, constant.detach())
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
+        # Tracing turns values computed outside of torch into constants. Another block shows them.
         other = [torch.linspace(-1, 1, t.numel()).to(t).view_as(t) for t in found]
-        _refuse_another(_precisely(written)(*other), of_leaves(*other))
-        program = _precisely(torch.compile(written, fullgraph=True, dynamic=False, backend=backend))
+        _refuse_another(_precisely(traced)(*other), of_leaves(*other))
+        program = _precisely(torch.compile(traced, fullgraph=True, dynamic=False, backend=backend))
         program(*found)
-    except Exception as error:  # Whatever torch.compile cannot do, the matvec itself can.
+    except Exception as error:  # The matvec itself works even if torch.compile fails.
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
-            f"the product is not compiled, and runs as it is: {reason}",
+            f"the product cannot be compiled and runs uncompiled: {reason}",
             NotCompiledWarning,
             stacklevel=4,
         )
@@ -131,6 +132,6 @@ def _refuse_another(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None
     size = math.sqrt(sum(float(b.double().square().sum()) for _, b in pairs))
     if not error <= _TOLERANCE * size:
         raise ValueError(
-            f"products as they were written down, of length {size:.1e}, are off by {error:.1e}: "
-            "does the matvec leave torch, by way of NumPy or of Python's numbers?"
+            f"products of the traced program, of length {size:.1e}, are off by {error:.1e}, as if "
+            "the matvec leaves torch, for NumPy or Python numbers: compute in torch only"
         )

@@ -209,9 +209,9 @@ def test_what_cannot_be_picked_from_is_refused(batches: Any, message: str) -> No
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([], "sum to zero: is the list empty"),
+        ([], "sum to zero: check that the list is not empty"),
         ([0.0, 0.0], "sum to zero"),
-        ([1.0, -1.0], "is -1.0: at least 0"),
+        ([1.0, -1.0], "is -1.0: it must be at least 0"),
         ([float("nan"), 1.0], "is nan"),
         ([float("inf"), 1.0], "is inf"),
     ],

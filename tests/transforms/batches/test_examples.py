@@ -197,7 +197,7 @@ def test_examples_are_the_first_axis_that_all_arrays_share(batch: Any, count: in
 def test_a_count_that_is_a_guess_is_refused(batch: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hf.examples(batch)
-    with pytest.raises(ValueError, match="a batch is cut along first axes of one length|Packed"):
+    with pytest.raises(ValueError, match="a batch is divided along first axes|Packed"):
         hf.microbatches(batch, 2)
 
 
@@ -248,7 +248,7 @@ def test_every_mean_refuses_a_guess(of: Any) -> None:
 
 
 def test_examples_that_cannot_be_counted_are_named() -> None:
-    with pytest.raises(ValueError, match="batch of type dict has no tensor.*pass `weight=`"):
+    with pytest.raises(ValueError, match="batch of type dict has no tensor.*`weight=lambda"):
         hf.examples({"names": ["a", "b"]})
 
 
@@ -295,9 +295,9 @@ def test_arrays_and_lists_of_the_examples_are_cut_too() -> None:
     ("batch", "size", "message"),
     [
         ((X, Y), 0, "size=0: a microbatch has at least one example"),
-        ((X, Y[:4]), 2, r"has 6 of batch\[0\], 4 of batch\[1\]: cut it yourself"),
-        ("text", 2, "a str has no tensor"),
-        (pack_sequence([X, X]), 2, "a PackedSequence cannot be cut: pack the sequences inside"),
+        ((X, Y[:4]), 2, r"has 6 of batch\[0\], 4 of batch\[1\]: divide it yourself"),
+        ("text", 2, "has no tensor in a str"),
+        (pack_sequence([X, X]), 2, "a PackedSequence cannot be divided: pass a padded"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(batch: Any, size: int, message: str) -> None:
@@ -364,7 +364,7 @@ def test_a_list_with_a_tensor_for_each_example_is_no_unanimous_count() -> None:
     batch = [torch.ones(4)] * 6, [torch.tensor(1)] * 6
     with pytest.raises(ValueError, match="first axes differ"):
         hf.examples(batch)
-    with pytest.raises(ValueError, match="cut along first axes"):
+    with pytest.raises(ValueError, match="divided along first axes"):
         hf.microbatches(batch, 2)
 
 

@@ -77,7 +77,7 @@ def test_weights_count_what_the_loss_is_a_mean_over() -> None:
     expected = hessian(found.loss, found.params, (inputs, targets))
     assert relative_error(matrix(weighted, found.params), expected) < 1e-10
     by_examples = hf.over_batches(hf.hvp(found.loss))(found.params, batches)
-    with pytest.warns(ReductionWarning, match="no batch has two examples.*Pass `weight=`"):
+    with pytest.warns(ReductionWarning, match="no batch has two examples.*Pass .*`weight="):
         assert relative_error(matrix(by_examples, found.params), expected) > 1e-3
 
 
@@ -284,7 +284,7 @@ def test_entries_that_are_not_finite_and_not_used_are_no_difference(absent: floa
 def test_what_can_be_read_once_is_refused(batches: Any, name: str, keep: bool) -> None:
     found = case("mlp")
     curvature = hf.over_batches(hf.hvp(found.loss), keep=keep)
-    with pytest.raises(TypeError, match=f"a {name}, which can be read only once.*pass a list"):
+    with pytest.raises(TypeError, match=f"a {name}, which can be read only once.*pass list"):
         curvature(found.params, batches())
 
 
@@ -297,7 +297,7 @@ def test_what_can_be_read_once_is_refused(batches: Any, name: str, keep: bool) -
 def test_no_data_is_refused(batches: Any, weight: Any, keep: bool) -> None:
     found = case("mlp")
     curvature = hf.over_batches(hf.hvp(found.loss), weight=weight, keep=keep)
-    with pytest.raises(ValueError, match="sum to zero: is the loader empty"):
+    with pytest.raises(ValueError, match="sum to zero: check that the loader is not empty"):
         curvature(found.params, batches)(hf.random_like(found.params, 1, seed=0))
 
 
@@ -328,7 +328,7 @@ def test_batch_statistics_are_refused_for_several_batches(mode: Any, keep: bool)
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_loss_in_place_of_a_curvature_function_is_named(keep: bool) -> None:
     found = case("mlp")
-    with pytest.raises(TypeError, match=r"is a Loss: pass hessfunc.hvp\(loss\)"):
+    with pytest.raises(TypeError, match=r"not a Loss: pass hessfunc.hvp\(loss\)"):
         hf.apply(
             hf.over_batches(found.loss, keep=keep)(found.params, [found.batch]),
             found.params,

@@ -160,7 +160,7 @@ def test_dense_products_are_in_the_dtype_of_the_tree() -> None:
     [
         (torch.zeros(3, 4), r"shape \(3, 4\) is not square"),
         (torch.zeros(3), r"shape \(3,\) is not square"),
-        (torch.triu(torch.ones(3, 3)), r"not symmetric: take \(A \+ A.T\) / 2"),
+        (torch.triu(torch.ones(3, 3)), r"not symmetric: pass \(A \+ A.T\) / 2"),
     ],
 )
 def test_a_matrix_that_is_not_symmetric_is_refused(wrong: Tensor, message: str) -> None:
@@ -169,7 +169,7 @@ def test_a_matrix_that_is_not_symmetric_is_refused(wrong: Tensor, message: str) 
 
 
 def test_a_sum_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="add takes at least one matvec"):
+    with pytest.raises(ValueError, match="add needs at least one matvec"):
         hf.matvecs.add()
 
 
