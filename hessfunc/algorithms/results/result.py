@@ -230,12 +230,12 @@ def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> 
     return Result.kinds[kind](**values)
 
 
-def _nested(paths: list[list[str | int]], tensors: list[Tensor]) -> Tree:
+def _nested(paths: list[list[str | int]], found: list[Tensor]) -> Tree:
     """Return the nested dict with these leaves at these paths, or a single tensor."""
     if paths == [[]]:
-        return tensors[0]
+        return found[0]
     tree: dict[str | int, Any] = {}
-    for path, leaf in zip(paths, tensors, strict=True):
+    for path, leaf in zip(paths, found, strict=True):
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
