@@ -127,7 +127,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "no products": (lambda: hf.hutchinson(lambda v: None, LIKE), "not like its block"),
     "one product": (lambda: hf.hutchinson(lambda v: v[0], LIKE), "shape of one vector"),
     "a number": (lambda: hf.apply(lambda v: v.sum(), LIKE), "not like its block"),
-    "no draw": (lambda: hf.sampled_trace(lambda i: i, LIKE), "the draw is a int"),
+    "no draw": (lambda: hf.sampled_trace(lambda i: i, LIKE), "the draw is of type int"),
 }
 
 

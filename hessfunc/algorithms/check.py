@@ -1,4 +1,4 @@
-"""Whether a matvec is what the algorithms take it for, before products are spent."""
+"""Check of a matvec before a run: deterministic, linear, symmetric, derivative of the gradient."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from hessfunc.spaces.of import ravel, space_of
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Matvec, Tree
 
+# Number of vectors in each of the two random blocks.
 _PROBES = 2
-
-
-# Finite-difference steps that are tried, each smaller than the one before.
+# Number of finite-difference steps, each smaller than the one before.
 _STEPS = 5
 
 
@@ -33,25 +32,26 @@ def check(
     """Check that a matvec is deterministic, linear and symmetric, on random vectors.
 
     Args:
-        matvec: block -> block.
-        like: a tree that says what vectors look like; with ``gradient``, the parameters at which
+        matvec: Function from a block of vectors to the block of their products.
+        like: Tree that shows the structure of a vector. With ``gradient``, the parameters at which
             the matvec was made.
-        gradient: params -> tree, such as ``torch.func.grad(loss)`` with the batch held. Products
-            are compared with (g(params + t v) - g(params - t v)) / 2t as well.
-        tolerance: relative; by default 1e-3 in float32, 1e-6 in float64, and 8 roundings in a
-            narrower dtype.
-        seed: of the vectors.
+        gradient: Function from parameters to the gradient g, such as ``torch.func.grad(loss)`` with
+            a fixed batch. If given, products with v are also compared with the finite differences
+            (g(params + t v) - g(params - t v)) / 2t.
+        tolerance: Largest accepted difference, relative to the length of a product. By default
+            1e-3 in float32, 1e-6 in float64, and 8 roundings in a narrower dtype.
+        seed: Seed of the random vectors.
 
     Returns:
-        `Check`: true where nothing is found to be wrong; ``problems`` says what is, and what
-        usually causes it. ``consistent`` is None where differences decide nothing. Errors are
-        relative to the length of a whole product: one entry of the matrix that is off by 1 % is
-        mostly below what float32 resolves, which ``resolution`` says.
+        `Check`, which is true if there is no problem. Its ``problems`` describe each problem and
+        its usual causes. ``consistent`` is None if the finite differences are not accurate enough
+        to decide. Errors are relative to the length of a whole product, so an error of 1 % in a
+        single entry of the matrix is usually too small for float32; see ``resolution``.
 
     Raises:
-        FloatingPointError: a product is not finite.
+        FloatingPointError: If a product is not finite.
 
-    Cost: 8 matvecs in 4 passes, and 22 gradients where ``gradient`` is given.
+    Cost: 8 matvecs in 4 passes, and 22 gradients if ``gradient`` is given.
     """
     space = space_of(like)
     if tolerance is None:
@@ -61,10 +61,13 @@ def check(
     y = space.probes(range(_PROBES, 2 * _PROBES), kind="normal", seed=seed)
 
     def product(rows: Tensor) -> Tensor:
-        found = space.ravel(matvec(space.unravel(rows)))
-        if not torch.isfinite(found).all():
-            raise FloatingPointError("a product has entries that are NaN or infinite")
-        return found
+        images = space.ravel(matvec(space.unravel(rows)))
+        if not torch.isfinite(images).all():
+            raise FloatingPointError(
+                "a product has entries that are NaN or infinite: check that the loss and its "
+                "gradient are finite at these parameters"
+            )
+        return images
 
     ax, again, ay, mixed = product(x), product(x), product(y), product(2 * x - 3 * y)
     size = float(torch.cat([ax, ay]).norm(dim=1).max()) or 1.0
@@ -78,9 +81,10 @@ def check(
         change = _change_of_gradient(space, gradient, like)
         if not change <= tolerance:
             problems.append(
-                f"the gradient is random: at the same params it differs by {change:.1e}, so that "
-                "products cannot be compared with it. Usual causes: dropout, noise that the loss "
-                "draws, a loader that shuffles. Fix the seed within the loss"
+                f"the gradient is random: two evaluations at the same params differ by "
+                f"{change:.1e}, so finite differences of it are no reference for products. Usual "
+                "causes: dropout, noise drawn in the loss, a loader that shuffles. Call "
+                "model.eval(), or fix the seed within the loss"
             )
         else:
             inconsistency, resolution = (
@@ -88,20 +92,22 @@ def check(
             )
     if not nondeterminism <= tolerance:
         problems.append(
-            f"not deterministic: two equal products differ by {nondeterminism:.1e}. Usual causes: "
-            "dropout whose mask is redrawn, a loader that shuffles or augments, nondeterministic "
-            "kernels"
+            f"not deterministic: two products with the same vector differ by {nondeterminism:.1e}. "
+            "Usual causes: dropout with a new mask at each call, a loader that shuffles or "
+            "augments, nondeterministic kernels"
         )
     if not nonlinearity <= tolerance:
         problems.append(
-            f"not linear: A(2x - 3y) is off by {nonlinearity:.1e}. Usual causes: the function is "
-            "no product but the gradient at the vector, an added constant, finite differences "
-            "with too large a step or across kinks, a model that computes in low precision"
+            f"not linear: A(2x - 3y) and 2Ax - 3Ay differ by {nonlinearity:.1e}. Usual causes: a "
+            "function that returns the gradient at the vector instead of a product with it, an "
+            "added constant, finite differences with too large a step or across kinks, a model "
+            "that computes in low precision"
         )
     if not asymmetry <= tolerance:
         problems.append(
             f"not symmetric: y'Ax and x'Ay differ by {asymmetry:.1e}. Usual causes: a Jacobian "
-            "where a Hessian was meant, a mask that is redrawn, a detached part of the loss"
+            "instead of a Hessian, a dropout mask that changes between calls, a detached part of "
+            "the loss"
         )
     notes = []
     consistent = None if inconsistency is None else inconsistency <= tolerance
@@ -109,19 +115,19 @@ def check(
         if resolution > inconsistency / 3:
             consistent = None
             notes.append(
-                "undecided whether it is the derivative of the gradient: finite differences are "
-                f"off by {inconsistency:.1e}, and change by {resolution:.1e} with their step. "
-                "Either the loss has kinks (ReLU, max-pooling, absolute values), where the "
-                "gradient jumps and differences mean nothing, while the product is that of the "
-                "smooth pieces; or rounding hides what is smaller: check in float64, where "
-                "smaller steps miss the kinks"
+                "undecided whether the product is the derivative of the gradient: it differs from "
+                f"finite differences by {inconsistency:.1e}, and these change by {resolution:.1e} "
+                "with their step. Either the loss has kinks (ReLU, max-pooling, absolute values), "
+                "where the gradient jumps and finite differences are meaningless while the product "
+                "is that of the smooth pieces, or rounding hides the difference. Check in float64, "
+                "where smaller steps miss the kinks"
             )
         else:
             problems.append(
-                "not the derivative of the gradient: finite differences are off by "
-                f"{inconsistency:.1e}, at every step. Usual causes: another batch, other "
-                "parameters or another training mode than the gradient's; another scale; a "
-                "detached part of the loss; a custom backward whose own derivative is wrong"
+                "not the derivative of the gradient: products differ from finite differences by "
+                f"{inconsistency:.1e}, at every step. Usual causes: the matvec and the gradient "
+                "use different batches, parameters, training modes or scales; a detached part of "
+                "the loss; a custom backward with a wrong derivative"
             )
     return Check(
         nondeterminism=nondeterminism,
@@ -137,7 +143,7 @@ def check(
 
 
 def _change_of_gradient(space: Space, gradient: Callable[[Tree], Tree], params: Tree) -> float:
-    """How much two evaluations of the gradient differ, relative to its length."""
+    """Return the difference of two evaluations of the gradient, relative to its length."""
     first, second = (ravel(gradient(params)) for _ in range(2))
     return float((first - second).norm()) / (float(first.norm()) or 1.0)
 
@@ -145,26 +151,30 @@ def _change_of_gradient(space: Space, gradient: Callable[[Tree], Tree], params: 
 def _compared(
     space: Space, gradient: Callable[[Tree], Tree], params: Tree, rows: Tensor, images: Tensor
 ) -> tuple[float, float]:
-    """How far the products are from differences of the gradient, and these from one another.
+    """Return the error of products against finite differences, and the change of these.
 
-    A kink that lies between the two points adds its jump over the step. Smaller steps cross fewer
-    kinks; where the differences go on changing with the step, kinks or rounding are what is seen.
+    A kink between the two points adds its jump divided by the step. Smaller steps cross fewer
+    kinks. If the finite differences change from step to step, they show kinks or rounding.
+
+    Returns:
+        Smallest error over all steps, and smallest change between two consecutive steps.
     """
     point = ravel(params)
+    # The step eps^(1/3) balances the truncation error t^2 and the rounding error eps / t.
     first = torch.finfo(space.dtype).eps ** (1 / 3) * (float(point.norm()) or 1.0)
     shrink = 0.1 if space.dtype == torch.float64 else 0.4
 
     def difference(step: float) -> Tensor:
-        found = []
+        products = []
         for row in rows:
             move = step / float(row.norm()) * row
             ahead, behind = (
                 ravel(gradient(space.unravel(point + sign * move))) for sign in (1, -1)
             )
-            found.append((ahead - behind) * (float(row.norm()) / (2 * step)))
-        return torch.stack(found)
+            products.append((ahead - behind) * (float(row.norm()) / (2 * step)))
+        return torch.stack(products)
 
-    tried = [difference(first * shrink**i) for i in range(_STEPS)]
-    errors = [float((found - images).norm(dim=1).max()) for found in tried]
-    changes = [float((a - b).norm(dim=1).max()) for a, b in pairwise(tried)]
+    differences = [difference(first * shrink**i) for i in range(_STEPS)]
+    errors = [float((each - images).norm(dim=1).max()) for each in differences]
+    changes = [float((a - b).norm(dim=1).max()) for a, b in pairwise(differences)]
     return min(errors), min(changes)

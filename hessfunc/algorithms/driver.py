@@ -1,8 +1,8 @@
-"""The driver: one loop over rounds, which every algorithm shares.
+"""Driver of all algorithms: the loop over rounds.
 
 An algorithm is a `Method`: a frozen dataclass of its options, with pure functions of its state.
-`run_method` adds what all runs have in common: the space, the seed, the budget, the callback and
-the checkpoint. A method can also be stepped by hand:
+`run_method` adds the space, the seed, the budget, the callback and the checkpoint, which all runs
+have in common. A method can also be stepped by hand:
 
     products = Products.of(matvec, like)
     state = method.init(products, seed=0)
@@ -27,7 +27,7 @@ State = TypeVar("State")
 AnyResult = TypeVar("AnyResult", bound=Result)
 Callback = Callable[[AnyResult], object]
 
-# Reason of a result that a callback sees.
+# Reason of a running result, which a callback receives.
 RUNNING = "running"
 
 
@@ -35,12 +35,13 @@ class RunOptions(TypedDict, total=False):
     """Options of a run, which mean the same for every algorithm.
 
     Attributes:
-        seed: Seed of all random vectors. Without one a fresh seed is drawn; the result records it.
-        space: Space in which every rank holds a part of each vector, made by `sharded`. By default
-            every rank holds whole vectors.
-        callback: Function called after each round with the running result; returning True stops
-            the run.
-        checkpoint: Directory that keeps the state of the run after each round, so that an
+        seed: Seed of all random vectors. By default a fresh seed is drawn, and the result records
+            it.
+        space: Vector space in which every rank holds a part of each vector, made by `sharded`. By
+            default vectors are replicated.
+        callback: Function of the running result, called after each round. The run stops when it
+            returns True.
+        checkpoint: Directory in which the state of the run is saved after each round, so that an
             interrupted run can be resumed.
     """
 
@@ -51,14 +52,14 @@ class RunOptions(TypedDict, total=False):
 
 
 class Method(ABC, Generic[State, AnyResult]):
-    """An algorithm: a frozen dataclass of options, with pure functions of its state.
+    """Algorithm, a frozen dataclass of options with pure functions of its state.
 
-    A state is a frozen dataclass of tensors, numbers and tuples. Its `Rows` are divided among
-    ranks as the vectors are; see `hessfunc.spaces.space`.
+    A state is a frozen dataclass of tensors, numbers and tuples. Its `Rows` are divided among ranks
+    in the same way as vectors; see `hessfunc.spaces.space`.
 
     Attributes:
         changeable: Names of the options that a resumed run may change.
-        is_random: Whether random vectors take part, so that results record the seed.
+        is_random: Whether the algorithm uses random vectors, so that results record the seed.
     """
 
     changeable: ClassVar[frozenset[str]] = frozenset({"rtol", "atol"})
@@ -69,7 +70,7 @@ class Method(ABC, Generic[State, AnyResult]):
         """Return the state before the first round.
 
         Args:
-            products: Products of the run; a method that begins at a given vector may make one.
+            products: Products of the run. A method that starts from a given vector may make one.
             seed: Seed of all random vectors.
         """
 
@@ -77,15 +78,20 @@ class Method(ABC, Generic[State, AnyResult]):
     def step(self, state: State, products: Products, room: int, /) -> State:
         """Return the state after one more round of at most ``room`` matvecs.
 
-        A state from which no round of so few matvecs leads on is returned unchanged.
+        The state is returned unchanged if a round needs more matvecs.
+
+        Args:
+            state: State before the round.
+            products: Products of the run.
+            room: Number of matvecs that the budget leaves.
         """
 
     def verdict(self, state: State, products: Products, room: int, /) -> str | None:
-        """Return the reason for which the run is over, or None.
+        """Return the reason to stop the run, or None to continue.
 
         Args:
             state: State after a round.
-            products: Products of the run; none is made.
+            products: Products of the run. The verdict makes none.
             room: Number of matvecs that the budget leaves.
         """
         return None
@@ -93,19 +99,19 @@ class Method(ABC, Generic[State, AnyResult]):
     def finish(
         self, state: State, products: Products, reason: str, room: int, /
     ) -> tuple[State, str]:
-        """Return the last state, checked by products that the budget leaves, and the reason.
+        """Return the final state and the reason, after checks with the remaining products.
 
         Args:
             state: State after the last round.
             products: Products of the run.
-            reason: Reason for which the run is over.
+            reason: Reason for which the run stopped.
             room: Number of matvecs that the budget leaves.
         """
         return state, reason
 
     @abstractmethod
     def result(self, state: State, space: Space, cost: Cost, /) -> AnyResult:
-        """Return the result, of a running state too.
+        """Return the result of a running or final state.
 
         Args:
             state: State after at least one round.
@@ -114,7 +120,7 @@ class Method(ABC, Generic[State, AnyResult]):
         """
 
     def options(self) -> dict[str, Any]:
-        """Return the options that a resumed run must share, by name."""
+        """Return the options that a resumed run must not change, by name."""
         return {
             option.name: getattr(self, option.name)
             for option in dataclasses.fields(self)  # type: ignore[arg-type]
@@ -138,12 +144,12 @@ def run_method(
         products: Products of the run, in the space of the run.
         run: Options of the run.
         max_matvecs: Budget of matvecs.
-        kept: Number of matvecs that rounds leave to `Method.finish`.
+        kept: Number of matvecs that are reserved for `Method.finish`.
     """
     callback, store = run.get("callback"), store_of(method, products, run)
     space, seed = products.space, store.seed
     recorded = seed if method.is_random else None
-    # A running result is made by all ranks together, whichever of them has a callback.
+    # All ranks make a running result together, even if only one of them has a callback.
     watched = space.least(callback is None) == 0
 
     def stops(state: State) -> bool:
@@ -152,7 +158,7 @@ def run_method(
         result = method.result(state, space, products.cost(RUNNING, recorded))
         return _says_stop(space, callback, result)
 
-    # The first state is not named here: its workspace would live as long as its name.
+    # The first state has no name here, which would keep its workspace in memory during the run.
     state, reason = _rounds(
         method.init(products, seed), method, products, store, max_matvecs - kept, stops
     )
@@ -161,10 +167,10 @@ def run_method(
 
 
 def store_of(method: Method[Any, Any], products: Products, run: RunOptions, /) -> Checkpoint:
-    """Return the store of the state of a run, with its seed.
+    """Return the checkpoint of a run, which also holds its seed.
 
     Raises:
-        ValueError: If the directory holds something else than a state of this run.
+        ValueError: If the directory contains anything but a state of this run.
     """
     name = type(method).__name__
     checkpoint, seed = run.get("checkpoint"), run.get("seed")
@@ -179,7 +185,7 @@ def _rounds(
     max_matvecs: int,
     stops: Callable[[State], bool],
 ) -> tuple[State, str]:
-    """Make rounds, and return the last state with the reason for which the run is over."""
+    """Make rounds until the run stops, and return the last state with the reason."""
     try:
         state = store.restored(state)
         while (reason := method.verdict(state, products, max_matvecs - products.matvecs)) is None:
@@ -192,8 +198,8 @@ def _rounds(
                 return state, "stopped by the callback"
             if products.matvecs == before:
                 return state, (
-                    f"budget exhausted after {before} of {max_matvecs} matvecs, as a round needs "
-                    "more than the rest"
+                    f"budget exhausted after {before} of {max_matvecs} matvecs (a round needs "
+                    "more than the rest)"
                 )
         return state, reason
     finally:
@@ -201,9 +207,12 @@ def _rounds(
 
 
 def _says_stop(space: Space, callback: Callback[AnyResult] | None, result: AnyResult) -> bool:
-    """Return whether the callback has returned True on any rank: clocks differ between ranks."""
+    """Return whether the callback has returned True on any rank.
 
-    def goes_on() -> bool:
+    Ranks must agree, and a callback may look at a clock, which differs between ranks.
+    """
+
+    def continues() -> bool:
         return callback is None or callback(result) is not True
 
-    return space.least(space.on_all(goes_on)) == 0
+    return space.least(space.on_all(continues)) == 0

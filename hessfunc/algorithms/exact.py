@@ -1,4 +1,4 @@
-"""Traces and diagonals of small matrices, from the products of all unit vectors."""
+"""Exact traces and diagonals of small matrices, from products with all unit vectors."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from hessfunc.algorithms.symmetry import measured_rounding
 from hessfunc.spaces.space import Space, products_eps, rows_dtype
 
 _EXACT = "exact: all unit vectors were multiplied"
+# Dimension up to which unit vectors are preferred if the budget leaves too few random probes.
 _SMALL = 60
-# All unit vectors of more entries than this take too much memory.
+# Dimension above which all unit vectors take too much memory.
 _LARGEST = 4096
-# Differences of w'Av and v'Aw that the rounding of a product explains, in units of its length.
+# Largest difference of w'Av and v'Aw that rounding explains, in units of the rounding of a product.
 _ROUNDINGS = 10.0
-# The rounding of products in 16 bits, in units of their length, through a few layers.
+# Largest rounding of products in 16 bits through a few layers, in units of their length.
 _COARSEST = 0.03
 
 
 def random_budget(products: Products, max_matvecs: int, /, *, tolerance: bool) -> int:
-    """Return how many products random probes may take before all unit vectors cost less.
+    """Return the number of products for random probes before all unit vectors cost less.
 
-    Without a tolerance, n unit vectors are better than a budget of n random ones. With one, random
-    probes may reach it earlier: they are given as many products, or what is left over. Where next
-    to nothing is left over, the unit vectors of a small matrix come first, and those of a larger
-    one are not multiplied at all.
+    Without a tolerance, n unit vectors are better than a budget of at least n random probes. With a
+    tolerance, random probes may reach it earlier. They get n products, or the products that the
+    budget leaves beside n unit vectors. If these are too few, a matrix of dimension up to 60 is
+    multiplied by its unit vectors only, and a larger one by random probes only.
 
     Args:
         products: Products of the run.
         max_matvecs: Budget of the run.
-        tolerance: Whether the run may stop earlier.
+        tolerance: Whether the run may stop before its budget is exhausted.
     """
     n = products.space.n
     if n > min(max_matvecs, _LARGEST):
@@ -53,8 +54,8 @@ def unit_vectors_left(products: Products, max_matvecs: int, random: int, reason:
     Args:
         products: Products of the run.
         max_matvecs: Budget of the run.
-        random: What `random_budget` returned.
-        reason: Why random probes stopped.
+        random: Result of `random_budget`.
+        reason: Reason for which the random probes stopped.
     """
     if random == max_matvecs or reason.startswith(("converged", "exact", "stopped")):
         return False
@@ -75,9 +76,12 @@ def exact_trace(
     Args:
         products: Products of the run.
         seed: Seed of the run.
-        max_matvecs: Budget of the run, at least n above what it has taken.
+        max_matvecs: Budget of the run, of which at least n matvecs must remain.
         block_size: Number of vectors that are multiplied at once.
-        known: Trace of a part that the matvec leaves out, leaf by leaf.
+        known: Trace of the part that the matvec leaves out, by leaf, float64 ``(leaves,)``.
+
+    Raises:
+        ValueError: If the matvec is not deterministic.
     """
     space, rows, images, rounding, reason = _products(products, max_matvecs, block_size)
     parts = space.by_leaf(rows, images).sum(0).cpu().double()
@@ -103,7 +107,7 @@ def exact_trace(
 def exact_diagonal(
     products: Products, seed: int, /, *, max_matvecs: int, block_size: int
 ) -> DiagonalEstimate:
-    """Return the diagonal up to rounding, in n matvecs; arguments are those of `exact_trace`."""
+    """Return the diagonal up to rounding, in n matvecs, with the arguments of `exact_trace`."""
     space, rows, images, rounding, reason = _products(products, max_matvecs, block_size)
     diagonal = (rows * images).sum(0)
     squares = images.double().square().sum(0)
@@ -119,20 +123,26 @@ def exact_diagonal(
 
 
 def refuse_asymmetric(products: Products, probes: Tensor, images: Tensor, /) -> None:
-    """Raise if products A w_i of probes w_i do not satisfy ``w_i'A w_j = w_j'A w_i``.
+    """Raise an error unless ``w_i'A w_j = w_j'A w_i`` for all probes, up to rounding.
 
-    Where they differ by more than the dtype explains, the rounding of the products is measured, as
-    a model in low precision may have parameters in float32.
+    If both forms differ by more than the rounding of the dtype, the rounding of the products is
+    measured, since a model in low precision may have parameters in float32.
+
+    Args:
+        products: Products of the run. Measuring the rounding makes three more, uncounted.
+        probes: Probes w_i, rows.
+        images: Products A w_i, rows.
 
     Raises:
-        ValueError: If the matrix is not symmetric, or if its products are random.
+        ValueError: If the matvec is not symmetric or not deterministic.
     """
     space, p = products.space, len(probes)
     if p < 2:
         return
     forms = space.gram(probes, images).cpu().double()
     length = float(space.norms(images).square().mean().sqrt())
-    # The rounding e of a product is no more along a probe w than along others: w'e is about |e|.
+    # The rounding error e of a product has no preferred direction, so w'e is about |e| for a probe
+    # w with E[ww'] = I.
     difference = float((forms - forms.mT).norm()) / math.sqrt(p * (p - 1))
     if difference <= _eps(space) ** 0.5 * length:
         return
@@ -140,12 +150,12 @@ def refuse_asymmetric(products: Products, probes: Tensor, images: Tensor, /) -> 
         raise ValueError(
             f"the matvec is not symmetric, or not deterministic: v'Aw and w'Av differ by "
             f"{difference:.1e} for random v and w, where |Aw| is {length:.1e}. Take `hutchinson` "
-            "for a matrix that is not symmetric, and call model.eval() if the loss is random"
+            "if the matrix is not symmetric, and call model.eval() if the loss is random"
         )
 
 
 def _rounding_of_products(products: Products, probes: Tensor) -> float:
-    """Return the rounding of a product A w, and 0 where the same product twice differs as well."""
+    """Return the rounding of a product A w, or 0 if two products with the same vector differ."""
     size = float(products.space.norms(probes[:1]))
     rounding, random, length = measured_rounding(products, probes[:1])
     small = rounding <= _COARSEST * length
@@ -153,13 +163,17 @@ def _rounding_of_products(products: Products, probes: Tensor) -> float:
 
 
 def _eps(space: Space) -> float:
+    """Return the relative rounding of the products."""
     return products_eps(space, rows_dtype(space))
 
 
 def _products(
     products: Products, max_matvecs: int, block_size: int
 ) -> tuple[Space, Tensor, Tensor, float, str]:
-    """Return the space, all unit vectors, their products, the rounding of a sum, and a reason."""
+    """Return the space, all unit vectors, their products, the rounding of a sum, and a reason.
+
+    If the products are not symmetric, one more tests whether they are deterministic.
+    """
     space = products.space
     rows = space.units(rows_dtype(space))
     images = torch.cat([products(block) for block in rows.split(block_size)])
@@ -167,16 +181,16 @@ def _products(
     rounding = rounding_of_sum(_eps(space)) * float(lengths.norm())
     matrix = images.double() if space.ranks is None else space.gram(rows, images)
     asymmetry = float((matrix - matrix.mT).abs().max())
-    # Random products are not symmetric, unless there is a single entry.
+    # Products of a random matvec are not symmetric, except for a matrix with a single entry.
     if space.n > 1 and asymmetry <= _eps(space) ** 0.5 * float(lengths.max()):
         return space, rows, images, rounding, _EXACT
     if products.matvecs >= max_matvecs:
-        return space, rows, images, rounding, f"{_EXACT}, if the same product twice is the same"
+        return space, rows, images, rounding, f"{_EXACT}, if the matvec is deterministic"
     difference = float(space.norms(products(rows[:1]) - images[:1]))
     if difference > _eps(space) ** 0.5 * float(lengths[0]):
         raise ValueError(
-            f"the matvec is not deterministic: the same product twice differs by {difference:.1e} "
-            f"of {float(lengths[0]):.1e}. Call model.eval() if the loss has dropout, or pass a "
-            "seed to what it samples"
+            "the matvec is not deterministic: two products with the same vector, of length "
+            f"{float(lengths[0]):.1e}, differ by {difference:.1e}. Call model.eval() if the loss "
+            "has dropout, or fix the seed of random numbers within the loss"
         )
     return space, rows, images, rounding, _EXACT

@@ -1,4 +1,4 @@
-"""Norms of a matrix, from products with probes that were made for something else."""
+"""Norms of a matrix, from the products that a trace or a diagonal has made."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from hessfunc.spaces.space import Space
 
 
 def squared_frobenius(samples: Tensor, space: Space, cost: Cost, /) -> Estimate:
-    """The squared Frobenius norm, of samples ``|A w|^2`` with E[ww'] = I.
+    """Return an estimate of the squared Frobenius norm from samples ``|A w|^2``.
 
-    |A|_F^2 = E |A w|^2, and the sum of the squared eigenvalues of a symmetric A.
+        |A|_F^2 = E |A w|^2,  E[ww'] = I
+
+    For a symmetric A, it is the sum of the squared eigenvalues.
+
+    Args:
+        samples: Samples ``|A w|^2``, float64 ``(p,)``.
+        space: Space of the vectors.
+        cost: Cost of the products.
     """
     return Estimate(
         value=float(samples.mean()),
@@ -31,15 +38,17 @@ def squared_frobenius(samples: Tensor, space: Space, cost: Cost, /) -> Estimate:
 def squared_row_norms(
     mean: Tensor, spread: Tensor, count: int, space: Space, cost: Cost, /
 ) -> DiagonalEstimate:
-    """The squared norm of each row, of samples ``(A w) * (A w)`` with probes of random signs.
+    """Return estimates of the squared norm of each row, from products with random signs.
 
-    sum_k a_jk^2 = E (A w)_j^2. The standard error is that of the samples, times
-    1 + sqrt(8 / p): squares of normal variables have the skewness sqrt(8), and these no more.
+        sum_k a_jk^2 = E (A w)_j^2
+
+    The standard error is that of the samples, times 1 + sqrt(8 / p), which allows for their
+    skewness: it is at most sqrt(8), that of the square of a normal variable.
 
     Args:
-        mean: of the samples, ``(n,)``.
-        spread: their standard deviation, ``(n,)``.
-        count: the number of samples p.
+        mean: Mean of the samples ``(A w) * (A w)``, ``(n,)``.
+        spread: Standard deviation of the samples, ``(n,)``.
+        count: Number p of samples.
         space: Space of the vectors.
         cost: Cost of the products.
     """
@@ -53,4 +62,5 @@ def squared_row_norms(
 
 
 def _from(cost: Cost, what: str) -> Cost:
+    """Return the cost of products that were made for a trace or a diagonal."""
     return Cost(**{**cost, "reason": f"from the products of the {what}"})

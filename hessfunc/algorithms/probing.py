@@ -1,4 +1,4 @@
-"""Estimators by random probes, with all unit vectors in their place where these cost less."""
+"""Estimators from random probes, replaced by all unit vectors if these cost less."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Exact_co = TypeVar("Exact_co", bound=Result, covariant=True)
 
 
 class _Exact(Protocol[Exact_co]):
-    """Estimator from all unit vectors, as `exact_trace`."""
+    """Exact function of a matrix from all unit vectors, such as `exact_trace`."""
 
     def __call__(
         self, products: Products, seed: int, /, *, max_matvecs: int, block_size: int
@@ -42,8 +42,9 @@ class Probing(Method[State, AnyResult]):
     Attributes:
         block_size: Number of vectors that are multiplied at once.
         rtol: Relative tolerance at which the run stops.
-        most: Number of probes for which memory suffices, or None for a method that keeps none.
+        most: Largest number of probes that fit in memory, or None for a method that keeps none.
         fewest: Number of probes below which an interval does not stop a run.
+        keeps_none: Name of the function that estimates the same number without keeping probes.
     """
 
     block_size: int
@@ -60,12 +61,12 @@ class Probing(Method[State, AnyResult]):
 
     @property
     def has_tolerance(self) -> bool:
-        """Whether the run stops before its budget is exhausted."""
+        """Whether the run may stop before its budget is exhausted."""
         return self.rtol is not None
 
     @property
     def widening(self) -> float:
-        """Factor of standard errors; a run with a tolerance stops where its error looks small."""
+        """Factor of standard errors: 1.1 for a run with a tolerance, else 1."""
         return STOPPED if self.has_tolerance else 1.0
 
     @abstractmethod
@@ -78,15 +79,18 @@ class Probing(Method[State, AnyResult]):
 
     @abstractmethod
     def reached(self, estimate: AnyResult, /) -> str | None:
-        """Return the reason for which an estimate need not be refined, or None."""
+        """Return the reason to stop at an estimate that reaches the tolerance, or None."""
 
     @abstractmethod
     def judged(self, estimate: AnyResult, /) -> AnyResult:
-        """Return the last estimate, which has converged if its own interval says so."""
+        """Return the final estimate, marked as converged if it reaches the tolerance."""
 
     def verdict(self, state: State, products: Products, room: int, /) -> str | None:
         if self.most is not None and self.count(state) >= self.most:
-            return f"no more than {self.most} probes fit in memory: `{self.keeps_none}` keeps none"
+            return (
+                f"no more than {self.most} probes fit in memory: take `{self.keeps_none}`, which "
+                "keeps none"
+            )
         if self.count(state) < self.fewest or not self.has_tolerance:
             return None
         return self.reached(self.estimate(state, products.space, products.cost(RUNNING, None)))
@@ -145,14 +149,22 @@ def run_trace(
     max_matvecs: int,
     exact: _Exact[Estimate] = exact_trace,
 ) -> Estimate:
-    """Run an estimator of a trace, or multiply all unit vectors where these cost less."""
+    """Run an estimator of a trace, or multiply all unit vectors if they cost less.
+
+    Args:
+        method: Estimator with its options.
+        products: Products of the run.
+        run: Options of the run.
+        max_matvecs: Budget of matvecs.
+        exact: Function that computes the trace from all unit vectors.
+    """
     return _run(method, products, run, max_matvecs, exact)
 
 
 def run_diagonal(
     method: DiagonalProbing[State], products: Products, run: RunOptions, /, *, max_matvecs: int
 ) -> DiagonalEstimate:
-    """Run an estimator of a diagonal, or multiply all unit vectors where these cost less."""
+    """Run an estimator of a diagonal, or multiply all unit vectors if they cost less."""
     return _run(method, products, run, max_matvecs, exact_diagonal)
 
 
@@ -163,6 +175,7 @@ def _run(
     max_matvecs: int,
     exact: _Exact[AnyResult],
 ) -> AnyResult:
+    """Run random probes, all unit vectors, or first random probes and then all unit vectors."""
     random = random_budget(products, max_matvecs, tolerance=method.has_tolerance)
     if random:
         estimate = run_method(method, products, run, max_matvecs=random)

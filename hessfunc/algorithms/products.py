@@ -15,9 +15,10 @@ from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Matvec, Tree
 
-# Of a run. A matvec that writes into its block does so from the first product on.
+# Number of products of a run whose blocks are compared before and after. A matvec that writes into
+# its block does so from the first product on.
 _PRODUCTS_LOOKED_AT = 2
-# Entries of a block that are kept to be compared after a product.
+# Number of entries of a block that are copied for that comparison.
 _SAMPLED = 2**16
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,16 +34,17 @@ class Cost(TypedDict):
 
 @dataclass
 class Products:
-    """The products of a matvec with flat rows, counted and checked.
+    """Products of a matvec with flat rows, counted and checked.
 
     Attributes:
-        matvec: block -> block.
-        space: of its vectors.
-        matvecs: products with one vector so far.
-        passes: calls so far.
-        keep_first: keep the first vector with its product.
-        first: these two.
-        last: Last vector, its product and its length, where symmetry is looked at.
+        matvec: Function from a block of vectors to the block of their products.
+        space: Space of the vectors.
+        matvecs: Number of products with one vector so far.
+        passes: Number of calls of the matvec so far.
+        keep_first: Whether to keep the first vector and its product.
+        first: First vector and its product, or None.
+        last: Last vector, its product and its length, for algorithms that test the symmetry, or
+            None.
     """
 
     matvec: Matvec
@@ -54,24 +56,35 @@ class Products:
     last: tuple[Tensor, Tensor, float] | None = None
 
     def __post_init__(self) -> None:
-        # What a function of the caller's has returned is checked nowhere else.
+        # A matvec that a function of the caller has returned, such as a draw, is checked only here.
         given: object = self.matvec
         if not callable(given):
             kind = type(given).__name__
-            raise TypeError(f"the draw is a {kind}, and not a matvec: take `hessfunc.draws`")
+            raise TypeError(
+                f"the draw is of type {kind}, not a matvec: pass "
+                "`hf.draws(curvature)(params, batches)`"
+            )
 
     @classmethod
     def of(cls, matvec: Matvec, like: Tree, space: Space | None = None, /) -> Products:
-        """Of a matvec in the given space, or in that of ``like``."""
+        """Return the products of a matvec in the given space, or in the space of ``like``.
+
+        Raises:
+            ValueError: If the tree has no entries, or does not belong to the given space.
+        """
         if space is None:
             space = space_of(like)
         else:
             space.tree_leaves(like)
         if space.n == 0:
-            raise ValueError("the leaves of the tree have no entries: there is no matrix")
+            raise ValueError(
+                "the leaves of `like` have no entries, so there is no matrix: pass a tree with at "
+                "least one parameter"
+            )
         return cls(matvec, space)
 
     def __call__(self, rows: Tensor, /) -> Tensor:
+        """Return the products with the rows, counted."""
         product = self.uncounted(rows)
         self.matvecs += len(rows)
         self.passes += 1
@@ -80,9 +93,15 @@ class Products:
         return product
 
     def uncounted(self, rows: Tensor, /) -> Tensor:
-        """Products that are no part of the run's cost."""
+        """Return the products with the rows, without counting them.
+
+        Raises:
+            ValueError: If the matvec writes into its block, or if its product has another
+                structure than the block.
+            FloatingPointError: If a product is not finite.
+        """
         version = None if rows.is_inference() else rows._version
-        # A write through NumPy or `.data` moves no version: look for it in the first products.
+        # A write through NumPy or `.data` leaves the version unchanged, so compare the entries too.
         before = _bits(rows) if self.passes < _PRODUCTS_LOOKED_AT else None
         images = self.space.on_all(lambda: self._images(rows))
         product = self._ravelled(images, rows.dtype)
@@ -91,34 +110,39 @@ class Products:
         if moved or (before is not None and not _same_bits(before, rows)):
             raise ValueError(
                 "the matvec changes its block in place: return a new one, such as v * d instead "
-                "of v.mul_(d), as the block is the algorithm's own memory"
+                "of v.mul_(d), because the algorithm still needs the block"
             )
         if len(product) != len(rows):
-            raise ValueError(f"the matvec gave {len(product)} products of {len(rows)} vectors")
-        # The sum is finite where all entries are, but for an overflow, and fast.
+            raise ValueError(
+                f"the matvec returned {len(product)} products for a block of {len(rows)} vectors: "
+                "return one product per vector, along the first axis of each leaf"
+            )
+        # One sum is a fast test: it is finite if all entries are, unless it overflows.
         if not self.space.summed(product.sum()).isfinite():
             refuse_infinite(self.space, product, "a product", FloatingPointError)
         return product
 
     def _ravelled(self, images: Tree, dtype: torch.dtype) -> Tensor:
+        """Return a block of products as flat rows."""
         try:
-            # No gradient is taken through an algorithm, whatever graph a product carries.
+            # Algorithms are not differentiated, so the graph of a product is not needed.
             with torch.no_grad():
                 return self.space.ravel(images, dtype=dtype)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the matvec's product is not like its block: {error}") from None
 
     def _images(self, rows: Tensor) -> Tree:
+        """Return the products with the rows as a block, with clearer errors of wrong functions."""
         try:
             return self.matvec(self.space.unravel(rows))
         except TypeError as error:
             if (clearer := of_numpy(error)) is not None:
                 raise clearer from error
-            # Looked at only now: a signature takes as long as a small product.
+            # The signature is inspected only after a failure, as it takes as long as a product.
             if _is_of_params_and_batch(self.matvec):
                 raise TypeError(
-                    "this is a curvature function or a loss, and no matvec: call a curvature "
-                    "function with (params, batch) to get one, `hvp(loss)(params, batch)`"
+                    "this function of (params, batch) is no matvec: call a curvature function to "
+                    "get one, such as `hvp(loss)(params, batch)`"
                 ) from error
             raise
 
@@ -128,18 +152,19 @@ class Products:
 
 
 def _bits(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A sample of the entries of a block, and the sum of all, both in their bits as integers."""
+    """Return a sample of the entries of a block and the sum of all, reinterpreted as integers."""
     sample = rows[:, :: max(1, rows.numel() // _SAMPLED)].clone()
     words = _WORDS[rows.itemsize]
     return sample.view(words), rows.sum().view(words)
 
 
 def _same_bits(before: tuple[Tensor, Tensor], rows: Tensor) -> bool:
+    """Return whether the rows have the bits of `_bits` from before."""
     return all(torch.equal(*pair) for pair in zip(before, _bits(rows), strict=True))
 
 
 def _is_of_params_and_batch(matvec: object) -> bool:
-    """Whether it can be called with two arguments, and not with one."""
+    """Return whether a function can be called with two arguments, but not with one."""
     try:
         signature = inspect.signature(cast("Callable[..., object]", matvec))
         signature.bind(None, None)
@@ -153,7 +178,14 @@ def _is_of_params_and_batch(matvec: object) -> bool:
 
 
 def refuse_infinite(space: Space, rows: Tensor, what: str, kind: type[Exception], /) -> None:
-    """Raise where entries are not finite, with the leaves in which they lie."""
+    """Raise an error that names the leaves with NaN or infinite entries, if there are any.
+
+    Args:
+        space: Space of the rows.
+        rows: Rows to be checked.
+        what: Noun phrase for the rows, for the message.
+        kind: Class of the error.
+    """
     columns = torch.nonzero(~torch.isfinite(rows).all(0)).flatten()
     if names := space.leaf_of_columns(columns):
         raise kind(f"{what} has entries that are NaN or infinite, at {', '.join(names[:4])}")

@@ -13,30 +13,48 @@ from hessfunc.trees import Tree
 
 
 def drawn_seed(space: Space, seed: int | None, /) -> int:
-    """Return the seed, or a fresh one that is the same on all ranks."""
+    """Return the seed, or, for None, a fresh seed that all ranks share."""
     return space.least(secrets.randbits(63)) if seed is None else seed
 
 
 def of_starts(seed: int) -> int:
-    """The seed of an eigensolver's vectors: other ones than the probes of estimates.
+    """Return the seed of an eigensolver's random vectors, which differs from that of probes.
 
-    A trace beside eigenpairs would else be biased, as a probe lies in the span of the pairs.
+    With one seed for both, a probe would lie in the span of the eigenpairs, and a trace that is
+    deflated by them would be biased.
     """
     return mixed(seed, -2)
 
 
 def unit_start(space: Space, start: Tree | None, seed: int) -> Tensor:
-    """One row of unit length: the given tree, or a random vector."""
+    """Return the start vector as one row of unit length.
+
+    Args:
+        space: Space of the vectors.
+        start: Tree like one vector, or None for a random vector.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: If the start is a block of several vectors, is not finite, or is zero.
+    """
     dtype = rows_dtype(space)
     if start is None:
         row = space.probes([0], kind="normal", seed=of_starts(seed), dtype=dtype)
     else:
         row = space.rows(start, dtype=dtype)
         if len(row) != 1:
-            raise ValueError(f"start is a block of {len(row)} vectors: one is due")
+            raise ValueError(
+                f"start is a block of {len(row)} vectors: pass a single vector, a tree with the "
+                "structure of `like`"
+            )
         length = float(space.norms(row))
         if not math.isfinite(length):
-            raise ValueError("start has entries that are NaN or infinite")
+            raise ValueError(
+                "start has entries that are NaN or infinite: pass a finite vector, or start=None "
+                "for a random one"
+            )
         if length == 0:
-            raise ValueError("start is a vector of zeros")
+            raise ValueError(
+                "start is a vector of zeros: pass another vector, or start=None for a random one"
+            )
     return row / space.norms(row).to(dtype)[:, None]

@@ -1,4 +1,7 @@
-"""Quantiles of distributions, by SciPy, which is imported at the first call."""
+"""Quantiles, standard errors and jackknives.
+
+Quantiles come from SciPy, which is imported at the first call.
+"""
 
 from __future__ import annotations
 
@@ -63,19 +66,19 @@ def kolmogorov_quantile(probability: float, /) -> float:
     return float(kolmogi(1 - probability))
 
 
-# The interval of fewer samples does not stop a run, since the variance is too uncertain.
+# Number of samples below which an interval does not stop a run, since its width is too uncertain.
 FEWEST_SAMPLES = 20
-# A run that stops by a tolerance stops where its error happens to look small. Its standard errors
-# are widened by this factor from the first round on, so that the interval that is compared with
-# the tolerance is the one that is reported (bench/results/coverage.md).
+# Factor of the standard errors of a run with a tolerance, which stops where its error happens to
+# look small. It applies from the first round on, so that the interval that is compared with the
+# tolerance is the reported one (bench/results/coverage.md).
 STOPPED = 1.1
 
 
 def rounding_of_sum(eps: float, /, *, halves: float = 0.5) -> float:
     """Return the relative standard error that rounding gives a sum of products.
 
-    Products in 16 bits are rounded once, at the end, and their errors average out; those in 32 bits
-    and more are rounded in every sum.
+    Products in 16 bits are rounded once, at the end, so their errors average out. Products in 32
+    bits or more are rounded in every sum.
 
     Args:
         eps: Relative rounding of the products.
@@ -89,29 +92,29 @@ def sphere_error(quadratics: Tensor, squares: Tensor, dimension: int, /) -> floa
 
         Var(w'Aw) = 2 E(|Aw|^2 - (w'Aw)^2 / n)
 
-    holds exactly for a symmetric A and w uniform on the sphere of radius sqrt(n). The right side
-    is a mean of p terms, which are known far better than the p deviations of w'Aw from their own
-    mean: with p degrees of freedom Student's intervals cover at every level, from p = 2 on, for
-    flat spectra as for a single outlier.
+    holds exactly for a symmetric A and w uniform on the sphere of radius sqrt(n). The mean of p
+    samples of the right side varies far less than the sample variance of w'Aw. Student's intervals
+    with p degrees of freedom have their nominal coverage at every level, from p = 2 on, both for
+    flat spectra and for a single outlier.
 
     Args:
-        quadratics: Samples of w'Aw, float64 ``(p,)``.
-        squares: Samples of |Aw|^2, float64 ``(p,)``.
-        dimension: n.
+        quadratics: Samples of ``w'Aw``, float64 ``(p,)``.
+        squares: Samples of ``|Aw|^2``, float64 ``(p,)``.
+        dimension: Dimension n.
     """
     parts = (squares - quadratics.square() / dimension).clamp_min(0)
     return math.sqrt(2 * float(parts.mean()) / len(parts))
 
 
 def standard_error(samples: Tensor, /) -> float:
-    """Return the standard error of the mean of skewed samples, infinite for a single one.
+    """Return the standard error of the mean of skewed samples, infinite for a single sample.
 
         s / sqrt(p) (1 + |g| / sqrt(p) + 1 / p),  g = the sample skewness
 
     Quadratic forms of a matrix with few large eigenvalues are as skewed as a chi-squared variable
-    of one degree. Student's interval then covers 87 to 93 % where 95 are claimed; the factor
-    makes up for the shift of its centre, g s (1 + 2 t^2) / (6 p), and for a skewness that few
-    samples do not show.
+    of one degree of freedom. Student's interval at level 95 % then covers only 87 to 93 %. The
+    factor compensates for the shift of its centre, g s (1 + 2 t^2) / (6 p), and for skewness that
+    few samples do not show.
 
     Source: Johnson 1978, Modified t tests and confidence intervals for asymmetrical populations.
     """
@@ -127,14 +130,16 @@ def standard_error(samples: Tensor, /) -> float:
 
 
 def leaf_errors(parts: Tensor, stderr: float, /) -> list[float]:
-    """Return the standard error of each leaf's part of an estimate.
+    """Return the standard error of the contribution of each leaf to an estimate.
 
-    Each is the naive error of the mean of that leaf's samples, times the ratio of the standard
-    error of the whole to its own naive error, and at least once.
+        stderr_l = s_l / sqrt(p) (1 + 1 / p) max(1, stderr sqrt(p) / s)
+
+    Here s_l is the standard deviation of the samples of leaf l, and s that of their sums over all
+    leaves.
 
     Args:
         parts: Samples of each leaf, float64 ``(p, leaves)``.
-        stderr: Standard error of the whole, the mean of the samples' sums over leaves.
+        stderr: Standard error of the estimate, the mean of the sums over all leaves.
     """
     p = len(parts)
     if p < 2 or math.isinf(stderr):
@@ -146,20 +151,24 @@ def leaf_errors(parts: Tensor, stderr: float, /) -> list[float]:
     return [widening * error for error in (parts.std(0) / math.sqrt(p)).tolist()]
 
 
-# Calibrated on ten spectra at 80, 90, 95 and 99 % (bench/results/coverage.md).
+# Factor of `sphere_error`, exponent of the jackknife, and factor of the lost curvature, calibrated
+# on ten spectra at 80, 90, 95 and 99 % (bench/results/coverage.md).
 _OWN, _SHARE, _LOST = 1.15, 0.7, 0.6
 
 
 @dataclass(frozen=True)
 class Complements:
-    """What p probes say of the complements on which they test the others' approximations.
+    """Quadratic forms of p probes on the complements of leave-one-out approximations.
+
+    Probe i tests the approximation from all other probes on the complement of its range.
 
     Attributes:
         dimension: Dimension d of a complement.
-        quadratics: ``u_i'A u_i`` for the probes u_i on the sphere of radius sqrt(d), ``(p,)``.
-        squares: Squared lengths of ``A u_i`` within the complement, ``(p,)``.
-        lost: Curvature ``s_i'A s_i`` along the unit direction that the i-th product alone adds,
-            ``(p,)``.
+        quadratics: Forms ``u_i'A u_i`` of the probes u_i on the sphere of radius sqrt(d) of their
+            complements, float64 ``(p,)``.
+        squares: Squared lengths of ``A u_i`` within the complement, float64 ``(p,)``.
+        lost: Curvature ``s_i'A s_i`` along the unit direction s_i that only the i-th product adds,
+            float64 ``(p,)``.
     """
 
     dimension: int
@@ -176,23 +185,25 @@ def standard_error_of_mean(
     *,
     jackknife: float,
 ) -> float:
-    """Return the standard error of the mean of p leave-one-out estimates t_i, for p degrees.
+    """Return the standard error of the mean of p leave-one-out estimates t_i.
 
-    It is the largest of three, times factors that were calibrated:
+    It has p degrees of freedom, and is the largest of three errors, each times a calibrated factor:
 
     - the error of independent quadratic forms on the complements, `sphere_error`;
-    - the geometric mean of the naive error of the t_i, which share p - 1 probes, and of the
-      jackknife of their mean. The first is too small where the spectrum decays, by up to 5, and
-      the second too large on average (Efron and Stein 1981);
-    - the spread of the curvature that a left-out product loses. With as many probes as equal
-      dominant eigenvalues all t_i may be too small by that at once, and agree with each other.
+    - the weighted geometric mean of the naive error of the t_i, which share p - 1 probes, and of
+      the jackknife error of their mean. If the spectrum decays, the naive error is too small, by
+      up to a factor 5. The jackknife error is too large on average (Efron and Stein 1981);
+    - the root mean square of the curvature that is lost when one product is left out, less the mean
+      curvature on the complement. If the number of probes equals that of equal dominant
+      eigenvalues, all t_i may be too small by that amount and still agree with each other.
 
     Args:
-        left_one: t_i, float64 ``(p,)``.
-        left_two: t_ij, ``(p, p)``: probe i tests the approximation that leaves out i and j; the
-            diagonal is not read. None where leaving a probe out changes nothing.
+        left_one: Estimates t_i, float64 ``(p,)``.
+        left_two: Estimates t_ij, in which probe i tests the approximation that leaves out i and j,
+            float64 ``(p, p)``. The diagonal is not read. None if the products are linearly
+            dependent, so that leaving one out changes nothing.
         complements: Complements of the p probes.
-        jackknife: Factor of the jackknife, which depends on the estimator.
+        jackknife: Factor of the jackknife error, which depends on the estimator.
     """
     own = sphere_error(complements.quadratics, complements.squares, complements.dimension)
     lost = complements.lost - complements.quadratics / complements.dimension
@@ -205,18 +216,18 @@ def standard_error_of_mean(
 
 
 def _naive(left_one: Tensor) -> float:
-    """Return the error of the mean of the t_i as if they were independent."""
+    """Return the standard error of the mean of the t_i as if they were independent."""
     p = len(left_one)
     return float(left_one.std()) / math.sqrt(p) if p > 1 else 0.0
 
 
 def _complete(left_one: Tensor, left_two: Tensor | None) -> float:
-    """Return the jackknife error of the mean, at least the naive one; it needs three probes.
+    """Return the jackknife error of the mean, and at least the naive error.
 
-        complete^2 = rho^2 (p - 1) / p sum_j (T_j - mean T)^2,  T_j = mean over i of t_ij,
+        complete^2 = rho^2 (p - 1) / p sum_j (T_j - mean T)^2,  T_j = mean over i != j of t_ij
 
-    where rho <= 1 carries the error of p - 1 probes, which the jackknife measures, over to p
-    probes: it is the ratio of the naive errors of both.
+    The jackknife measures the error of p - 1 probes. The factor rho <= 1 converts it to p probes:
+    it is the ratio of the naive errors of both. Fewer than three probes have the naive error only.
     """
     p, naive = len(left_one), _naive(left_one)
     if left_two is None or p < 3:
@@ -224,6 +235,7 @@ def _complete(left_one: Tensor, left_two: Tensor | None) -> float:
     same = torch.eye(p, dtype=torch.bool, device="cpu")
     left_two = left_two.masked_fill(same, 0.0)
     means = left_two.sum(0) / (p - 1)
+    # `fewer` is the naive error of p - 1 probes: that of T_j, averaged over j.
     inside = (left_two - means).masked_fill(same, 0.0).square().sum(0) / (p - 2)
     fewer = math.sqrt(float(inside.mean()) / (p - 1))
     ratio = min(1.0, naive / fewer) if fewer > 0 else 1.0

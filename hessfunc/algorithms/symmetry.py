@@ -1,4 +1,4 @@
-"""Symmetry of a matvec, as the inner products of a run show it at no cost."""
+"""Tests of the symmetry of a matvec, from inner products that a run has computed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from torch import Tensor
 from hessfunc.algorithms.products import Products
 from hessfunc.numerics import rounding
 
-# Differences of u'Av and v'Au that products in low precision may have, in units of |A|.
+# Largest difference of u'Av and v'Au that is accepted without measuring rounding, in units of |A|.
 SYMMETRIC = 1e-3
-# Differences of u'Av and v'Au that the rounding of a product explains, in units of its length.
+# Largest difference of u'Av and v'Au that rounding explains, in units of the rounding of a product.
 _ROUNDINGS = 10.0
-# Two products with one vector may differ by this part of their rounding.
+# Largest difference of two products with one vector that counts as deterministic, in units of their
+# rounding.
 _REPEATED = 0.1
 
 
 def refuse_asymmetric(difference: Tensor, scale: float, tolerance: float, /) -> None:
-    """Raise where u'Av and v'Au differ by more than a part of the largest eigenvalue.
+    """Raise an error if u'Av and v'Au differ by more than a fraction of the largest eigenvalue.
 
     Args:
         difference: Differences of u'Av and v'Au for unit vectors u and v.
         scale: Largest absolute eigenvalue so far.
-        tolerance: Largest difference that is let through, in units of the scale.
+        tolerance: Largest accepted difference, in units of the scale.
 
     Raises:
-        ValueError: A difference is larger.
+        ValueError: If a difference exceeds the tolerance.
     """
     if difference.numel() and float(difference.abs().max()) > tolerance * scale:
         raise _not_symmetric(float(difference.abs().max() / scale))
@@ -34,23 +35,23 @@ def refuse_asymmetric(difference: Tensor, scale: float, tolerance: float, /) -> 
 def refuse_unless_rounding(
     products: Products, row: Tensor, difference: float, scale: float, tolerance: float, /
 ) -> float:
-    """Raise where u'Av and v'Au differ by more than a tolerance and the rounding of products.
+    """Raise an error if u'Av and v'Au differ by more than a tolerance and rounding explain.
 
-    The rounding is measured where the difference is larger than the tolerance, since a model in
-    low precision may have parameters in float32.
+    The rounding is measured if the difference exceeds the tolerance, since a model in low precision
+    may have parameters in float32.
 
     Args:
-        products: Products of the run; three more are made, uncounted, beyond the tolerance.
-        row: One vector, to measure the rounding.
+        products: Products of the run. Measuring the rounding makes three more, uncounted.
+        row: Vector with which the rounding is measured, one row.
         difference: Difference of u'Av and v'Au for unit vectors u and v.
         scale: Largest length of a product with a unit vector so far.
-        tolerance: Largest difference that is let through, in units of the scale.
+        tolerance: Largest accepted difference, in units of the scale.
 
     Returns:
-        The tolerance of the next differences, which rounding may have raised.
+        Tolerance of the next differences, increased to the measured rounding if necessary.
 
     Raises:
-        ValueError: The difference is larger than both.
+        ValueError: If the difference exceeds both the tolerance and the measured rounding.
     """
     if difference <= tolerance * scale:
         return tolerance
@@ -62,17 +63,19 @@ def refuse_unless_rounding(
 
 
 def measured_rounding(products: Products, row: Tensor, /) -> tuple[float, float, float]:
-    """Return the rounding of a product with a unit vector, how far two differ, and their length.
+    """Return the rounding of a product with a unit vector, its nondeterminism, and its length.
 
-    A product with 3 v is rounded at other places than that with v. Cost: three products, which are
-    not counted.
+    The products A (3 v) / 3 and A v are rounded differently, so their difference measures the
+    rounding. The difference of two products A v measures the nondeterminism.
+
+    Cost: three products, which are not counted.
     """
     space = products.space
     unit = row / space.norms(row).to(row.dtype)[:, None]
     thrice = products.uncounted(3 * unit) / 3
     once, again = products.uncounted(unit), products.uncounted(unit)
-    found = space.norms(torch.cat([thrice - once, again - once, once]))
-    rounded, random, length = found.tolist()
+    lengths = space.norms(torch.cat([thrice - once, again - once, once]))
+    rounded, random, length = lengths.tolist()
     return rounded, random, length
 
 
@@ -86,39 +89,42 @@ def asymmetry_named(
     eps: float,
     rtol: float,
 ) -> str | None:
-    """Return why a run that has not converged could not, in words, or None.
+    """Return the defect of the matvec that prevents convergence, as a sentence, or None.
 
     Args:
-        products: Products of the run; three more are made, uncounted, where the difference is
-            beyond rounding.
-        row: One vector, to measure the rounding.
-        difference: Largest difference of u'Av and v'Au that was seen, for unit vectors.
+        products: Products of the run. Three more are made, uncounted, if the difference exceeds
+            the rounding.
+        row: Vector with which the rounding is measured, one row.
+        difference: Largest difference of u'Av and v'Au in the run, for unit vectors.
         scale: Largest length of a product with a unit vector.
         eps: Relative rounding of the products.
         rtol: Relative tolerance of the run; an asymmetry below it does not matter.
     """
-    # Noise along one vector is a small part of its length.
+    # The component of a random error along one vector is a small fraction of its length.
     if difference <= max(rounding(eps, scale), 0.01 * rtol * scale):
         return None
     rounded, random, length = measured_rounding(products, row)
     if random > max(_REPEATED * rounded, rounding(eps, length), 0.1 * rtol * length):
         return (
-            f"the matvec is not deterministic: the same product twice differs by {random:.1e}, of "
-            f"the length {length:.1e}; call model.eval(), or give the loss a seed"
+            f"the matvec is not deterministic: two products with the same vector, of length "
+            f"{length:.1e}, differ by {random:.1e}; call model.eval(), or fix the seed within the "
+            "loss"
         )
     if length and difference > scale * max(_ROUNDINGS * rounded / length, rtol):
         return (
-            f"the matvec is not symmetric: u'Av and v'Au of unit vectors differ by "
-            f"{difference:.1e}, of lengths up to {scale:.1e}; `check(matvec, like)` tells more"
+            f"the matvec is not symmetric: u'Av and v'Au differ by {difference:.1e} for unit "
+            f"vectors, with products of lengths up to {scale:.1e}; call `check(matvec, like)` for "
+            "details"
         )
     return None
 
 
 def _not_symmetric(relative: float) -> ValueError:
+    """Return the error of a matvec whose u'Av and v'Au differ, relative to its scale."""
     return ValueError(
         "the matvec is not symmetric or not deterministic: u'Av and v'Au differ by "
-        f"{relative:.1e} of the largest eigenvalue. Common "
-        "causes: randomness in the loss, a loader that changes between passes, a matrix that "
-        "is no Hessian, products in low precision (take rtol=0.02 or more), differences of a "
-        "loss with kinks. `check(matvec, like)` tells more"
+        f"{relative:.1e}, relative to the largest eigenvalue. Usual causes: randomness in the "
+        "loss, a loader that changes between passes, a matrix that is not a Hessian, products in "
+        "low precision (take rtol=0.02 or more), finite differences of a loss with kinks. Call "
+        "`check(matvec, like)` for details"
     )

@@ -286,7 +286,7 @@ def test_bounds_refuse_a_percentage() -> None:
 @pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
 def test_band_refuses_a_level_that_is_no_probability(level: float) -> None:
     found = of_nodes([[0.0]], [[1.0]], 5)
-    with pytest.raises(ValueError, match="a probability between 0 and 1"):
+    with pytest.raises(ValueError, match="choose a probability between 0 and 1"):
         found.cdf_bounds(torch.zeros(1), level, simultaneous=True)
 
 
@@ -404,9 +404,9 @@ def test_a_function_that_is_not_finite_within_the_spectrum_has_no_bounds() -> No
 
 def test_ends_that_eigenvalues_pass_are_refused() -> None:
     found = diagonal(SPECTRUM.double(), 2, 30, seed=0)
-    with pytest.raises(ValueError, match=r"smallest=0.0: an eigenvalue estimate lies at -0.9"):
+    with pytest.raises(ValueError, match=r"smallest=0.0: a Ritz value lies at -0.9"):
         found.mean(torch.exp, smallest=0.0)
-    with pytest.raises(ValueError, match="largest=1: an eigenvalue estimate lies at 2.9"):
+    with pytest.raises(ValueError, match="largest=1: a Ritz value lies at 2.9"):
         found.mean(torch.exp, largest=1)
 
 
@@ -510,12 +510,12 @@ def test_mean_refuses_the_log_of_a_negative_node() -> None:
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, math.nan, math.inf])
 def test_effective_dimension_refuses_a_damping(damping: float) -> None:
-    with pytest.raises(ValueError, match=f"damping={damping}: a positive number"):
+    with pytest.raises(ValueError, match=f"damping={damping}: choose a positive number"):
         of_nodes([[1.0]], [[1.0]], 5).effective_dimension(damping)
 
 
 def test_effective_dimension_is_of_a_positive_matrix() -> None:
-    with pytest.raises(ValueError, match="take the GGN"):
+    with pytest.raises(ValueError, match="such as `ggnvp"):
         of_nodes([[-1e-5, 1.0]], [[0.5, 0.5]], 10).effective_dimension(1.0)
     # Rounding of float32, which would stand out at a damping as small.
     found = of_nodes([[-1e-6, 1.0]], [[0.5, 0.5]], 10).effective_dimension(1e-6)

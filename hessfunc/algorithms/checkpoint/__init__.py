@@ -1,15 +1,15 @@
-"""The state of a run in a directory: written after each round, read when the run starts again.
+"""Checkpoints: the state of a run in a directory, saved after each round and read to resume.
 
-Rows of tensors lie in segments, files that are named by the digest of their bytes: rows that a
-round appends make a new segment, and those before are not written again. One manifest says which
-segments make up the state, and whose state it is. It is replaced in one step, after all segments
-that it names are on the disk, and before any other one is removed: whenever a process is killed,
-a whole state is there, the one before or the one after.
+Rows of tensors lie in segments, files that are named by the digest of their bytes. Rows that a
+round appends make a new segment; earlier segments are not written again. A manifest lists the
+segments of the state and identifies the run. It is replaced atomically, after all segments that it
+lists are on the disk, and before any other segment is removed. Therefore the directory contains a
+complete state whenever a process is killed, either the previous or the new one.
 
-Where vectors are cut over ranks each of them writes its columns, into one directory that all of
-them see, and the first writes the manifest once all are done. Columns are put together anew as
-they are read: a run may go on with another number of ranks. Of DTensors a rank's columns are those
-of its shards, and a run goes on where they are cut alike.
+If vectors are divided among ranks, each rank writes its columns into one directory that all ranks
+see, and the first rank writes the manifest after all others are done. Columns are joined when they
+are read, so a run can be resumed with another number of ranks. For DTensors, the columns of a rank
+are those of its shards, and the resumed run must divide them in the same way.
 """
 
 from hessfunc.algorithms.checkpoint.run import Checkpoint, Directory

@@ -1,4 +1,4 @@
-"""The lock of a directory of checkpoints or results, which one run at a time holds."""
+"""Lock of a directory of checkpoints or results, which one run at a time holds."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from pathlib import Path
 
 LOCK = "hessfunc.lock"
 
-# Locks of the operating system exclude other processes, but not other threads of this one.
+# File locks of the operating system exclude other processes, but not other threads of this process.
 _threads = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a directory.
+    """Process that holds a directory.
 
     Attributes:
-        host: Name of its host.
-        pid: Its number on that host.
-        started: Start time in the words of the operating system, as numbers are used again.
+        host: Name of the host.
+        pid: Process ID on that host.
+        started: Start time of the process as the operating system reports it, since process IDs are
+            reused.
         run: Prefix of the files that the run writes.
     """
 
@@ -36,7 +37,7 @@ class Owner:
 
     @classmethod
     def here(cls, run: str, /) -> Owner:
-        """This process."""
+        """Return the owner for the current process."""
         return cls(socket.gethostname(), os.getpid(), _start_time(os.getpid()) or "", run)
 
     @property
@@ -46,15 +47,15 @@ class Owner:
 
 
 def acquire(directory: Path, run: str, /, *, option: str = "checkpoint") -> Owner:
-    """Take the directory for this process, from a process that has ended if need be.
+    """Lock the directory for this process, even if a process that has ended still holds it.
 
     Args:
         directory: Directory, which must exist.
         run: Prefix of the files that the run writes.
-        option: Option that names the directory, for messages.
+        option: Name of the option with the directory, for messages.
 
     Raises:
-        ValueError: Another run holds the directory.
+        ValueError: If another run holds the directory.
     """
     mine = Owner.here(run)
     with _exclusive(directory / LOCK) as file:
@@ -66,7 +67,7 @@ def acquire(directory: Path, run: str, /, *, option: str = "checkpoint") -> Owne
 
 
 def release(directory: Path, mine: Owner, /) -> None:
-    """Remove the lock of this run, if it is still there."""
+    """Remove the lock of this run, unless another run has replaced it."""
     if owner_of(directory) == mine:
         with _exclusive(directory / LOCK) as file:
             if _owner(directory, os.read(file, 4096)) == mine:
@@ -74,16 +75,21 @@ def release(directory: Path, mine: Owner, /) -> None:
 
 
 def refuse_if_held(directory: Path, /) -> None:
-    """Raise where another run holds the directory.
+    """Raise an error if another run holds the directory.
 
     Raises:
-        ValueError: It does, or may do so on another host.
+        ValueError: If another process of this host holds the directory, or any process of another
+            host.
     """
     _refuse(directory, owner_of(directory))
 
 
 def owner_of(directory: Path, /) -> Owner | None:
-    """The process that holds the directory, or held it until it was interrupted."""
+    """Return the process that holds the directory or was interrupted while holding it, or None.
+
+    Raises:
+        ValueError: If the lock cannot be read, or is not a lock of this library.
+    """
     try:
         return _owner(directory, (directory / LOCK).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -96,6 +102,7 @@ def owner_of(directory: Path, /) -> Owner | None:
 
 
 def _owner(directory: Path, text: bytes, option: str = "checkpoint") -> Owner | None:
+    """Return the owner that the text of a lock names, or None for an empty lock."""
     if not text:
         # The process was interrupted before it wrote its name.
         return None
@@ -109,6 +116,7 @@ def _owner(directory: Path, text: bytes, option: str = "checkpoint") -> Owner | 
 
 
 def _refuse(directory: Path, owner: Owner | None, option: str = "checkpoint") -> None:
+    """Raise an error unless the owner is None or is known to have ended."""
     if owner is None or owner.ended:
         return
     holder = f"process {owner.pid} on host {owner.host}"
@@ -129,19 +137,23 @@ def _refuse(directory: Path, owner: Owner | None, option: str = "checkpoint") ->
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[int]:
-    """The open file, which no other process or thread has opened in this way."""
-    # Only POSIX systems have it, and only runs with a checkpoint need it.
+    """Open a file for reading and writing, exclusively among processes and threads.
+
+    Yields:
+        Descriptor of the open file.
+    """
+    # The module exists only on POSIX systems, and only runs with a checkpoint need it.
     import fcntl
 
     with _threads:
         while True:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                # A file system without locks leaves a moment in which two runs can both begin.
+                # On a file system without locks, two runs that start at once may both begin.
                 with contextlib.suppress(OSError):
                     fcntl.lockf(file, fcntl.LOCK_EX)
                 if not _is_at(path, file):
-                    # Another run removed it while this one waited.
+                    # Another run removed the file while this run waited.
                     continue
                 yield file
                 return
@@ -150,6 +162,7 @@ def _exclusive(path: Path) -> Iterator[int]:
 
 
 def _is_at(path: Path, file: int) -> bool:
+    """Return whether the path still refers to the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
@@ -157,7 +170,7 @@ def _is_at(path: Path, file: int) -> bool:
 
 
 def _start_time(pid: int) -> str | None:
-    """The start time of a process of this host; None where there is no such process."""
+    """Return the start time of a process of this host, or None if it does not run."""
     if not Path("/proc/self/stat").exists():
         words = ["ps", "-o", "lstart=", "-p", str(pid)]
         return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
@@ -165,6 +178,6 @@ def _start_time(pid: int) -> str | None:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The name of the command, in parentheses, may hold anything; the state comes after it.
+    # The command name, in parentheses, may contain spaces and parentheses; the state follows it.
     state, *fields = text.rpartition(")")[2].split()
     return None if state in "ZX" else fields[18]

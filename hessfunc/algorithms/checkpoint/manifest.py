@@ -1,4 +1,4 @@
-"""The one file that says which segments make up a state, and whose state it is."""
+"""Manifest of a checkpoint: the file that lists the segments of a state and identifies the run."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ _FORMAT = 4
 
 
 def read(directory: Path, /) -> dict[str, Any] | None:
-    """What the manifest of a directory says; None where there is none.
+    """Return the content of the manifest of a directory, or None if there is no manifest.
 
     Raises:
-        ValueError: The path is a file, or the manifest is damaged or of another program.
+        ValueError: If the path is a file, if the manifest is damaged or of another program, or if
+            it has the format of another version.
     """
     if not directory.exists():
         return None
     if not directory.is_dir():
-        raise ValueError(f"checkpoint {directory}: a file is there, and a directory is needed")
+        raise ValueError(
+            f"checkpoint {directory}: a file is there, not a directory: pass the path of a "
+            f"directory, such as checkpoint={str(directory.with_suffix('.run'))!r}"
+        )
     path = directory / _MANIFEST
     if not path.exists():
         return None
@@ -37,17 +41,21 @@ def read(directory: Path, /) -> dict[str, Any] | None:
     manifest: dict[str, Any] = json.loads(text)
     if manifest["format"] != _FORMAT:
         raise ValueError(
-            f"checkpoint {directory}: written in format {manifest['format']}, and this version "
-            f"reads format {_FORMAT}: finish the run with the version that began it"
+            f"checkpoint {directory}: the state has format {manifest['format']}, and this version "
+            f"reads format {_FORMAT}: resume the run with the version that began it"
         )
     return manifest
 
 
 def refuse_other_files(directory: Path, run: str, /) -> None:
-    """Raise where a directory without a manifest has files that this run has not written.
+    """Raise an error if a directory without a manifest contains files of other origin.
+
+    Args:
+        directory: Directory, which need not exist.
+        run: Prefix of the files that this run writes.
 
     Raises:
-        ValueError: It has.
+        ValueError: If the directory contains files that this run has not written.
     """
     ours = {LOCK, f"{_MANIFEST}.part"}
     files = directory.iterdir() if directory.exists() else ()
@@ -56,7 +64,7 @@ def refuse_other_files(directory: Path, run: str, /) -> None:
 
 
 def stamp(directory: Path, /) -> str:
-    """What tells the manifest that is there now from any other; empty where there is none."""
+    """Return the digest of the current manifest, or an empty string if there is none."""
     try:
         with (directory / _MANIFEST).open("rb") as file:
             return file.readline().strip().decode(errors="replace")
@@ -65,7 +73,7 @@ def stamp(directory: Path, /) -> str:
 
 
 def replace(directory: Path, body: dict[str, Any], /) -> str:
-    """Put another manifest in the place of the one that is there: its stamp."""
+    """Replace the manifest atomically, and return the stamp of the new one."""
     text = json.dumps({"format": _FORMAT} | body).encode()
     digest = digest_of(text)
     _flush(directory)
@@ -77,34 +85,35 @@ def replace(directory: Path, body: dict[str, Any], /) -> str:
 
 
 def remove_all_but(directory: Path, run: str, segments: set[str], /) -> None:
-    """Remove the other files that this run has written: segments of earlier states."""
+    """Remove the segments of earlier states, all other files that this run has written."""
     for file in directory.iterdir():
         if _is_of(file, run) and file.name not in segments:
             file.unlink(missing_ok=True)
 
 
 def damaged(directory: Path, what: str, /) -> ValueError:
-    """The error of a state of which a part is not what was written."""
+    """Return the error of a state with a part that differs from what was written."""
     return ValueError(
         f"checkpoint {directory}: {what} is damaged, nothing was changed: restore it from a copy, "
-        "or choose another directory to begin anew"
+        "or choose another directory to start a new run"
     )
 
 
 def _other_files(directory: Path, name: str) -> ValueError:
+    """Return the error of a directory that contains a file of other origin."""
     return ValueError(
-        f"checkpoint {directory}: the directory holds other files ({name}): choose an empty one, "
-        f"such as checkpoint={str(directory / 'run')!r}"
+        f"checkpoint {directory}: the directory holds other files ({name}): choose an empty "
+        f"directory, such as checkpoint={str(directory / 'run')!r}"
     )
 
 
 def _is_of(file: Path, run: str) -> bool:
-    """Whether a run of this prefix wrote the file."""
+    """Return whether the run with this prefix wrote the file."""
     return bool(run) and file.name.startswith(f"{run}-")
 
 
 def _flush(directory: Path) -> None:
-    """Names of new files are on the disk only when the directory is."""
+    """Write the directory to disk, without which the names of new files may be lost."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""The checkpoint of one run: whose state it is, when it is read, when it is replaced."""
+"""Checkpoint of one run: identification of its state, restoring and saving."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from hessfunc.trees import leaves, whole
 State = TypeVar("State")
 Directory = str | os.PathLike[str] | None
 
-# Seconds after which a network file system shows a rank what another one has written.
+# Seconds after which a network file system shows a rank the files of another rank.
 _PATIENCE = 5.0
-# A product that is made again may differ by so many eps, up to a share of its length; or else by
-# so many times the rounding that is measured now.
+# Largest accepted difference of a recomputed product, in units of eps of its length and at most as
+# a fraction of its length; or else in units of the rounding that is measured now.
 _GRANTED = 32
 _MOST = 1e-3
 _ROUNDINGS = 4
@@ -38,17 +38,17 @@ _ROUNDINGS = 4
 
 @dataclass
 class Checkpoint:
-    """Where a run keeps its state; nowhere without segments.
+    """Checkpoint of a run, which saves nothing if it has no segments.
 
     Attributes:
-        segments: of the state.
-        options: Algorithm, options and leaves, which must be the same to resume.
+        segments: Segments of the state, or None for a run without a checkpoint.
+        options: Algorithm, options and leaves, which a resumed run must not change.
         matrix: Checksums of the parameters, batches or matrices behind the matvec, by kind.
-        products: Products of the run; their counts are part of the state.
-        seed: of the run: as given, as stored, or drawn.
-        manifest: what was found.
-        stamp: of the manifest that this run has read or written last.
-        owner: This process, while it holds the lock of the directory.
+        products: Products of the run, whose counts are part of the state.
+        seed: Seed of the run: the given, the stored or a fresh one.
+        manifest: Manifest with which the run resumes, or None for a new run.
+        stamp: Stamp of the manifest that this run has last read or written.
+        owner: Owner of the lock for this process, or None while it does not hold the lock.
     """
 
     segments: Segments | None
@@ -70,11 +70,19 @@ class Checkpoint:
         /,
         **options: Any,
     ) -> Checkpoint:
-        """Of a run of this algorithm with these options: plain values, or trees of tensors.
+        """Return the checkpoint of a run, after checks that it can be resumed.
+
+        Args:
+            path: Directory, or None for a run without a checkpoint.
+            algorithm: Name of the algorithm.
+            products: Products of the run.
+            seed: Seed of the run, or None for the stored or a fresh one.
+            **options: Options that a resumed run must not change: plain values or trees of tensors.
 
         Raises:
-            ValueError: the directory holds something else, a state that is damaged or belongs to
-                another run, or another run is going on in it; or ranks see different ones.
+            ValueError: If the directory contains other files, or a state that is damaged or belongs
+                to another run; if another run is running in it; or if ranks see different
+                directories.
         """
         space = products.space
         known = {
@@ -110,9 +118,14 @@ class Checkpoint:
         return cls(segments, known, matrix, products, manifest["seed"], manifest, stamp)
 
     def restored(self, state: State, /) -> State:
-        """The stored state, after one stored product has been made again; or the given state.
+        """Return the stored state, or the given state of a new run, and lock the directory.
 
-        The directory then belongs to this run, until `release`.
+        A stored product is recomputed to check that the matrix is the same. The run holds the
+        directory until `release`.
+
+        Raises:
+            ValueError: If the stored product differs from the recomputed one, or if another run
+                holds the directory.
         """
         if self.segments is None:
             return state
@@ -125,16 +138,16 @@ class Checkpoint:
         def read() -> tuple[Any, Any]:
             return tuple(segments.decoded(self._parts(of), home, of) for of in ("state", "first"))
 
-        found: State
-        found, self.products.first = self.products.space.on_all(read)
+        stored: State
+        stored, self.products.first = self.products.space.on_all(read)
         if self.products.first is not None:
             self._refuse_another_matrix(self.segments.directory, *self.products.first)
         self.products.matvecs = self.manifest["matvecs"]
         self.products.passes = self.manifest["passes"]
-        return found
+        return stored
 
     def _acquire(self, segments: Segments) -> None:
-        """Take the directory, which all ranks must see."""
+        """Lock the directory, and check that all ranks see it."""
         space, directory = self.products.space, segments.directory
 
         def take() -> None:
@@ -151,39 +164,42 @@ class Checkpoint:
             space.on_all(lambda: _refuse_unshared(directory, owner))
 
     def release(self) -> None:
-        """Let other runs have the directory."""
+        """Unlock the directory for other runs."""
         if self.segments is None or self.owner is None:
             return
         directory = self.segments.directory
         if not manifests.stamp(directory):
-            # The run ends before it has a state, so nothing would say whose its files are.
+            # The run ends before it has saved a state, and no manifest would identify its files.
             manifests.remove_all_but(directory, self.segments.run, set())
         locks.release(directory, self.owner)
         self.owner = None
 
     def _parts(self, of: str) -> list[Part]:
+        """Return the stored parts of all ranks, of the state or of the first product."""
         assert self.manifest is not None
         return [Part(range(*part["columns"]), part[of]) for part in self.manifest["parts"]]
 
     def save(self, state: object, /) -> None:
-        """Replace what is stored."""
+        """Replace the stored state by another."""
         if self.segments is None:
             return
         ranks = self.products.space.ranks
         parts = [self.products.space.on_all(lambda: self._part(state))]
         names = set(self.segments.names)
         if ranks is not None:
-            found = ranks.objects((parts[0], self.segments.names))
-            parts, names = [part for part, _ in found], {name for _, own in found for name in own}
+            gathered = ranks.objects((parts[0], self.segments.names))
+            parts = [part for part, _ in gathered]
+            names = {name for _, own in gathered for name in own}
 
         def replace() -> None:
             if ranks is None or ranks.rank == 0:
                 self._replace(parts, names)
 
-        # No rank writes segments of the next state before those of the last are removed.
+        # All ranks wait, so that no rank writes new segments before the old ones are removed.
         self.products.space.on_all(replace)
 
     def _part(self, state: object) -> dict[str, Any]:
+        """Write the segments of this rank, and return its part of the manifest."""
         assert self.segments is not None
         self.segments.directory.mkdir(parents=True, exist_ok=True)
         columns = self.products.space.columns
@@ -197,6 +213,7 @@ class Checkpoint:
             raise _of_another_process(self.segments.directory) from removed
 
     def _replace(self, parts: list[dict[str, Any]], names: set[str]) -> None:
+        """Replace the manifest, and remove the segments that it does not list."""
         assert self.segments is not None
         directory = self.segments.directory
         if manifests.stamp(directory) != self.stamp:
@@ -216,10 +233,10 @@ class Checkpoint:
         manifests.remove_all_but(directory, self.segments.run, names)
 
     def _refuse_another_matrix(self, directory: Path, vector: Tensor, image: Tensor) -> None:
-        """Raise unless a stored product is the one made now, up to rounding.
+        """Raise an error unless a stored product equals the recomputed one up to rounding.
 
-        Another processor or block size rounds anew; so does a product with three times the vector,
-        whose distance from three products measures the rounding.
+        Another processor or block size changes the rounding. The difference of A (3 v) / 3 and A v
+        measures it.
         """
         products, space = self.products, self.products.space
         again = products.uncounted(vector[None])
@@ -229,24 +246,28 @@ class Checkpoint:
         thrice = products.uncounted(3 * vector[None])
         if difference > _ROUNDINGS * float(space.norms(thrice / 3 - again)):
             raise ValueError(
-                f"checkpoint {directory}: a stored product differs by {difference:.1e} of "
-                f"{size:.1e} from the one made now, so the state belongs to another matrix (other "
-                "parameters, data or loss): choose another directory"
+                f"checkpoint {directory}: a stored product of length {size:.1e} differs by "
+                f"{difference:.1e} from the recomputed one, so the state belongs to another matrix "
+                "(other parameters, data or loss): choose another directory"
             )
 
 
 def _make(directory: Path) -> None:
+    """Create the directory if it does not exist."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"checkpoint {directory}: the directory cannot be made ({error.strerror}): choose one "
-            "that can be written"
+            f"checkpoint {directory}: the directory cannot be created ({error.strerror}): choose a "
+            "path that can be written"
         ) from None
 
 
 def _of_all(known: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The options of all ranks, which may each hold a part of a vector, such as the start."""
+    """Return the options of all ranks; an option that differs between them becomes a digest.
+
+    Options such as the start vector are divided among ranks.
+    """
     values = {name: [one[name] for one in known] for name in known[0]}
     return {
         name: each[0] if all(one == each[0] for one in each) else digest_of(repr(each).encode())
@@ -255,7 +276,7 @@ def _of_all(known: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _of_matrix(products: Products) -> dict[str, str]:
-    """The fingerprint of the matvec; where leaves are cut over ranks, that of all parts."""
+    """Return the fingerprint of the matvec, of all ranks if leaves are divided among them."""
     space = products.space
     mine = space.on_all(lambda: dict(fingerprint(products.matvec)))
     if space.ranks is None:
@@ -268,22 +289,25 @@ def _of_matrix(products: Products) -> dict[str, str]:
 
 
 def _prefix(space: Space, directory: Path) -> str:
-    """The prefix of the files of a new run, or of one that was interrupted before its first."""
+    """Return the prefix of the files of a new run.
+
+    A run that was interrupted before its first saved state leaves a lock, whose prefix is reused.
+    """
     before = locks.owner_of(directory)
     run = secrets.token_hex(4) if before is None else before.run
     return run if space.ranks is None else space.ranks.objects(run)[0]
 
 
 def _refuse_unshared(directory: Path, owner: locks.Owner | None) -> None:
-    """Raise where this rank does not see the lock that the first one has just written."""
+    """Raise an error if this rank does not see the lock that the first rank has just written."""
     assert owner is not None
     deadline = time.monotonic() + _PATIENCE
     while locks.owner_of(directory) != owner:
         if time.monotonic() > deadline:
             raise ValueError(
-                f"checkpoint {directory}: the ranks do not share this directory, as the lock that "
-                f"process {owner.pid} on host {owner.host} has written is not in it here: choose "
-                "a directory on a file system that all ranks see"
+                f"checkpoint {directory}: the ranks do not share this directory, since this rank "
+                f"does not see the lock of process {owner.pid} on host {owner.host}: choose a "
+                "directory on a file system that all ranks see"
             )
         time.sleep(0.05)
 
@@ -291,6 +315,7 @@ def _refuse_unshared(directory: Path, owner: locks.Owner | None) -> None:
 def _refuse_another_run(
     directory: Path, manifest: dict[str, Any], options: dict[str, Any], seed: int | None
 ) -> None:
+    """Raise an error if an option or the seed differs from that of the stored run."""
     stored = manifest["options"] | {"seed": manifest["seed"]}
     wanted = options | {"seed": manifest["seed"] if seed is None else seed}
     for name in [*wanted, *stored]:
@@ -302,6 +327,7 @@ def _refuse_another_run(
 
 
 def _refuse_other_data(directory: Path, stored: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise an error if a checksum differs from that of the stored run."""
     for kind in stored.keys() & wanted.keys():
         if stored[kind] != wanted[kind]:
             raise ValueError(
@@ -311,13 +337,15 @@ def _refuse_other_data(directory: Path, stored: dict[str, str], wanted: dict[str
 
 
 def _of_another_process(directory: Path) -> ValueError:
+    """Return the error of a directory to which another process has written."""
     return ValueError(
         f"checkpoint {directory}: another process has written to it since this run began: choose "
-        "another directory, or start again to resume from its state"
+        "another directory, or start this run again to resume from the new state"
     )
 
 
 def _described(value: Any) -> Any:
+    """Return a plain option unchanged, and a tree of tensors as the digests of its leaves."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return ", ".join(digest_of(bytes_of(whole(leaf))) for leaf in leaves(value))

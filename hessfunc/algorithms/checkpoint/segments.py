@@ -1,4 +1,4 @@
-"""A state as plain values, with its tensors in segments, and back."""
+"""Conversion of a state to plain values, with its tensors in segments, and back."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from hessfunc.spaces.space import DIVIDED, Space
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank has written.
+    """Part of a state that one rank has written.
 
     Attributes:
-        columns: of the vectors, that it held.
-        values: the state as plain values; of all but vectors the first rank's are read.
+        columns: Columns of the vectors that the rank held.
+        values: State as plain values. Only vectors differ between ranks; all other values are read
+            from the first rank.
     """
 
     columns: range
@@ -32,13 +33,14 @@ class Part:
 
 @dataclass
 class Segments:
-    """The segments of one rank's part of a state.
+    """Segments of one rank's part of a state.
 
     Attributes:
-        directory: of the run.
+        directory: Directory of the run.
         run: Prefix of the names of the files of the run.
-        space: of its vectors.
-        written: the segments of each tensor as last written, for their rows to be reused.
+        space: Space of the vectors.
+        written: Segments of each tensor in the last saved state, by the tensor's key. Segments with
+            unchanged rows are reused.
     """
 
     directory: Path
@@ -48,8 +50,8 @@ class Segments:
 
     @property
     def names(self) -> list[str]:
-        """The files that make up the part as last written."""
-        return [segment["file"] for found in self.written.values() for segment in found]
+        """Names of the files with the last saved state of this rank."""
+        return [segment["file"] for segments in self.written.values() for segment in segments]
 
     def encoded(self, value: Any, key: str, *, divided: bool = False) -> Any:
         """Return a value as plain data, with its tensors written to segments.
@@ -57,7 +59,7 @@ class Segments:
         Args:
             value: Dataclass, tuple, tensor or plain value.
             key: Place of the value in the state.
-            divided: Whether ranks divide the last axis of its tensors, as of `Rows`.
+            divided: Whether the last axis of the tensors is divided among ranks, as for `Rows`.
         """
         if isinstance(value, Tensor):
             if not divided and self.space.ranks is not None and self.space.ranks.rank:
@@ -83,6 +85,7 @@ class Segments:
         return {"value": value}
 
     def _encoded_tensor(self, value: Tensor, key: str) -> dict[str, Any]:
+        """Return a tensor as plain data, after writing the rows that no segment contains yet."""
         rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
         kept, start = [], 0
         for segment in self.written.get(key, []):
@@ -107,18 +110,22 @@ class Segments:
         }
 
     def _name(self, digest: str) -> str:
-        # Ranks that write the same bytes do not write the same file at once.
+        """Return the name of the segment with a digest."""
+        # Ranks may write the same bytes at the same time, so the name includes the rank.
         ranks = self.space.ranks
         rank = "" if ranks is None else f".{ranks.rank}"
         return f"{self.run}-{digest}{rank}{SEGMENT}"
 
     def decoded(self, parts: Sequence[Part], home: Any, key: str) -> Any:
-        """The value of which these are the parts of all ranks.
+        """Return a value from the parts of all ranks, as `encoded` has written them.
 
         Args:
-            parts: in the order of ranks.
-            home: the module of its dataclasses.
-            key: where it stands in the state.
+            parts: Parts in the order of ranks.
+            home: Module that defines the dataclasses of the state.
+            key: Place of the value in the state.
+
+        Raises:
+            ValueError: If a segment is missing or damaged.
         """
         first = parts[0].values
         if "tensor" in first:
@@ -137,19 +144,22 @@ class Segments:
         return first["value"]
 
     def _decoded_tensor(self, parts: Sequence[Part], key: str) -> Tensor:
+        """Return a tensor, with the columns of this rank if it is divided among ranks."""
         first = parts[0].values
-        found = self._together(parts, key) if first["cut"] else self._read(first)
+        tensor = self._together(parts, key) if first["cut"] else self._read(first)
         if not first["cut"] and (self.space.ranks is None or not self.space.ranks.rank):
             self.written[key] = first["tensor"]
-        return found.to(self.space.device) if first["on_device"] else found
+        return tensor.to(self.space.device) if first["on_device"] else tensor
 
     def _together(self, parts: Sequence[Part], key: str) -> Tensor:
+        """Return the columns of this rank, joined from the parts that contain them."""
         mine, pieces = self.space.columns, []
         for part in parts:
             begin, end = max(part.columns.start, mine.start), min(part.columns.stop, mine.stop)
             if part.columns == mine:
                 self.written[key] = part.values["tensor"]
                 return self._read(part.values)
+            # The first part is kept even if it is empty, so that there is a piece to join.
             if begin < end or part is parts[0]:
                 offset = part.columns.start
                 end = max(begin, end)
@@ -157,6 +167,7 @@ class Segments:
         return torch.cat(pieces, dim=-1)
 
     def _read(self, value: dict[str, Any]) -> Tensor:
+        """Return the tensor that the segments of one rank contain."""
         data = bytearray()
         for segment in value["tensor"]:
             part = self._read_segment(segment["file"])
@@ -179,4 +190,5 @@ class Segments:
 
 
 def _inside(parts: Sequence[Part], kind: str, at: Any) -> list[Part]:
+    """Return the parts of one field of a dataclass, or of one item of a tuple."""
     return [Part(part.columns, part.values[kind][at]) for part in parts]

@@ -1,1 +1,1 @@
-"""Stochastic estimates of the diagonal: one estimator a file."""
+"""Stochastic estimators of a diagonal, one per file."""

@@ -1,4 +1,4 @@
-"""The diagonal by independent probes."""
+"""Hutchinson's estimator of a diagonal, from independent probes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
-# Of fewer probes of random signs, all samples of an entry may be the same by chance.
+# Number of random signs below which all samples of an entry may agree by chance.
 _FEWEST_SIGNS = 8
 
 
@@ -34,30 +34,31 @@ def hutchinson_diagonal(
     block_size: int = 10,
     **run: Unpack[RunOptions],
 ) -> DiagonalEstimate:
-    """The diagonal of a matrix, by random signs.
+    """Estimate the diagonal of a matrix by random signs.
 
         diag A = E[w * Aw],  entries of w are +1 or -1
 
-    estimated by the mean over probes. The variance of entry j is the sum of a_jk^2 over k != j,
-    for a symmetric A; its standard error is that of the samples.
+    The estimate is the mean of w * Aw over the probes w. The variance of one sample of entry j is
+    the sum of a_jk^2 over k != j. The standard error is that of the samples, entry by entry.
 
     Args:
-        matvec: block -> block.
-        like: a tree that says what vectors look like.
-        rtol: stop when a bound of the error is below rtol times the values, both in the 2-norm
-            over all entries, with 95 % confidence. Without it the whole budget is used.
-        max_matvecs: the budget: so many probes at the most.
-        block_size: how many probes are multiplied at once.
+        matvec: Function from a block of vectors to the block of their products.
+        like: Tree that shows the structure of a vector.
+        rtol: Relative tolerance: the run stops when a 95 % bound of the error is at most
+            rtol |value|, both in the 2-norm over all entries. Without rtol the whole budget is
+            used.
+        max_matvecs: Budget, the largest number of probes.
+        block_size: Number of probes that are multiplied at once.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `DiagonalEstimate`, with ``squared_row_norms`` from the same products.
 
     Raises:
-        ValueError: an option is out of range.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range.
+        FloatingPointError: If a product is not finite.
 
-    Cost: one matvec a probe; 4 block_size + 12 vectors of memory in float64, and block_size more.
+    Cost: one matvec per probe. Memory: 4 block_size + 12 vectors in float64, and block_size more.
 
     Source: Bekas, Kokiopoulou and Saad 2007.
     """
@@ -98,6 +99,7 @@ class HutchinsonDiagonal(DiagonalProbing["_State"]):
         )
         spread = diagonal.spread
         if count < _FEWEST_SIGNS:
+            # An entry whose few samples agree by chance gets the root mean square of all entries.
             typical = space.summed(spread.square().sum()).div(space.n).sqrt()
             spread = torch.where(spread * math.sqrt(count) <= rounding, typical, spread)
         stderr = (spread / math.sqrt(count) + rounding) * self.widening
@@ -112,14 +114,22 @@ class HutchinsonDiagonal(DiagonalProbing["_State"]):
 
 @dataclass(frozen=True)
 class _Moments:
-    """The mean and the sum of squared deviations of samples, entry by entry."""
+    """Mean and sum of squared deviations of samples, entry by entry.
+
+    Attributes:
+        count: Number of samples.
+        mean: Means, ``(n,)``.
+        deviations: Sums of squared deviations from the means, ``(n,)``.
+    """
 
     count: int
     mean: Rows = field(metadata=DIVIDED)
     deviations: Rows = field(metadata=DIVIDED)
 
     def extended(self, samples: Tensor) -> _Moments:
-        """With more samples, as rows (Chan, Golub and LeVeque 1979)."""
+        """Return the moments with more samples, given as rows (Chan, Golub and LeVeque 1979)."""
+        # With d = mean_k - mean_m of k new and m old samples:
+        #     mean = mean_m + d k / (m + k),  S = S_m + S_k + d^2 m k / (m + k)
         samples = samples.to(self.mean)
         k, count = len(samples), self.count + len(samples)
         mean = samples.mean(0)
@@ -133,7 +143,7 @@ class _Moments:
 
     @property
     def spread(self) -> Tensor:
-        """The standard deviation; infinite for a single sample."""
+        """Standard deviation of each entry; infinite for a single sample."""
         if self.count < 2:
             return torch.full_like(self.mean, torch.inf)
         return (self.deviations / (self.count - 1)).sqrt()
@@ -141,7 +151,13 @@ class _Moments:
 
 @dataclass(frozen=True)
 class _State:
-    """Of the samples ``w * Aw`` and ``(Aw)^2``."""
+    """State of a run.
+
+    Attributes:
+        diagonal: Moments of the samples ``w * Aw``.
+        squares: Moments of the samples ``(Aw) * (Aw)``.
+        seed: Seed of the probes.
+    """
 
     diagonal: _Moments
     squares: _Moments

@@ -1,4 +1,4 @@
-"""The diagonal by exchangeable leave-one-out low-rank approximations."""
+"""XDiag estimator of a diagonal, from exchangeable leave-one-out low-rank approximations."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
-# The leave-one-out estimates share their probes and are correlated: over 1,000 seeds on six
-# spectra their naive standard error was too small by 1.0 to 1.3.
+# Factor of the standard error. Leave-one-out estimates share their probes, so they are correlated:
+# over 1,000 seeds on six spectra their naive standard error was too small by factors 1.0 to 1.3.
 _WIDENING = 1.45
 _FEWEST_PROBES = 10
 
@@ -40,35 +40,37 @@ def xdiag(
     block_size: int = 10,
     **run: Unpack[RunOptions],
 ) -> DiagonalEstimate:
-    """The diagonal of a symmetric matrix, positive or not, by XDiag.
+    """Estimate the diagonal of a symmetric matrix, definite or not, by XDiag.
 
-    With probes w_i of random signs, and Q_i an orthonormal basis of the span of A w_j for all j
-    but i,
+    With probes w_i of random signs, and Q_i an orthonormal basis of the span of A w_j for all
+    j != i,
 
         d_i = diag(Q_i Q_i' A) + w_i * (I - Q_i Q_i') A w_i.
 
-    The estimate is the mean of d_i. The variance is far below that of `hutchinson_diagonal` where
-    the spectrum decays, and zero from rank + 1 probes on.
+    The estimate is the mean of the d_i. If the spectrum decays, its variance is far below that of
+    `hutchinson_diagonal`. The variance is zero from rank(A) + 1 probes on.
 
     Args:
-        matvec: block -> block, symmetric.
-        like: a tree that says what vectors look like.
-        rtol: stop when a bound of the error is below rtol times the values, both in the 2-norm
-            over all entries, with 95 % confidence. Without it the whole budget is used.
-        max_matvecs: the budget, two a probe.
-        block_size: how many vectors are multiplied at once.
+        matvec: Function from a block of vectors to the block of their products, symmetric.
+        like: Tree that shows the structure of a vector.
+        rtol: Relative tolerance: the run stops when a 95 % bound of the error is at most
+            rtol |value|, both in the 2-norm over all entries. Without rtol the whole budget is
+            used.
+        max_matvecs: Budget, the largest number of products, two per probe.
+        block_size: Number of probes that are multiplied at once.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `DiagonalEstimate`; ``stderr`` is the jackknife standard error of the d_i widened by 1.45,
-        since they are correlated. ``squared_row_norms`` come from the same products.
+        `DiagonalEstimate`, whose ``stderr`` is the jackknife standard error of the d_i times 1.45,
+        since the d_i are correlated. ``squared_row_norms`` comes from the same products.
 
     Raises:
-        ValueError: an option is out of range.
-        MemoryError: not even two probes fit in memory.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range, or if the matvec is not symmetric or not
+            deterministic.
+        MemoryError: If not even two probes fit in memory.
+        FloatingPointError: If a product is not finite.
 
-    Cost: two matvecs a probe; the memory of 9 vectors a probe at its peak.
+    Cost: two matvecs per probe. Memory: at most 9 vectors per probe.
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825.
     """
@@ -81,7 +83,7 @@ def xdiag(
 
 @dataclass(frozen=True, kw_only=True)
 class XDiag(DiagonalProbing["_State"]):
-    """Mean of leave-one-out diagonals, each with the sketch of all other products."""
+    """Mean of the leave-one-out diagonals, each from the sketch of all other products."""
 
     def init(self, products: Products, seed: int, /) -> _State:
         none = products.space.zeros(0, rows_dtype(products.space))
@@ -128,7 +130,14 @@ class XDiag(DiagonalProbing["_State"]):
 
 @dataclass(frozen=True)
 class _State:
-    """Rows: probes W and products AW, with a sketch of the products."""
+    """State of a run, with p probes.
+
+    Attributes:
+        probes: Probes w_i, rows ``(p, n)``.
+        images: Products A w_i, rows ``(p, n)``.
+        sketch: Orthonormal basis Q of the products, with A Q and the factor C in A W = Q C.
+        seed: Seed of the probes.
+    """
 
     probes: Rows = field(metadata=DIVIDED)
     images: Rows = field(metadata=DIVIDED)
@@ -137,14 +146,17 @@ class _State:
 
 
 def _mean_and_spread(space: Space, state: _State) -> tuple[Tensor, Tensor]:
-    """The mean and the standard deviation of the d_i, entry by entry: float64 ``(n,)``.
+    """Return the mean and the standard deviation of the d_i, entry by entry: float64 ``(n,)``.
 
-    With s_i = Q S_i the direction that only the i-th product adds, Q_i Q_i' = QQ' - s_i s_i', and
-    d_i = diag(QQ'A) + s_i * (w_i (s_i'A w_i) - A s_i).
+    With the unit direction s_i that only the i-th product adds to the range of Q,
+
+        Q_i Q_i' = QQ' - s_i s_i',  (I - Q_i Q_i') A w_i = s_i (s_i'A w_i),
+        d_i = diag(QQ'A) + s_i * (w_i (s_i'A w_i) - A s_i).
     """
     sketch = state.sketch
     wide = wide_dtype(space.device)
     whole = (sketch.basis * sketch.images).sum(0, dtype=wide)
+    # s_i = Q a_i with the columns a_i of `coefficients`, and s_i'A w_i = a_i'c_i for A w_i = Q c_i.
     coefficients = sketch.left_out()
     alone = (coefficients * sketch.factor).sum(0).to(state.probes)
     missing = space.combine(coefficients.mT, sketch.basis)
@@ -155,7 +167,8 @@ def _mean_and_spread(space: Space, state: _State) -> tuple[Tensor, Tensor]:
 
 
 def _spread(samples: Tensor) -> Tensor:
+    """Return the standard deviation of each entry; infinite for a single sample."""
     if len(samples) == 1:
         return torch.full_like(samples[0], torch.inf)
-    # A rank may hold no entry, of which torch would warn.
+    # A rank may hold no entry, and torch warns about the standard deviation of an empty tensor.
     return samples.std(0) if samples.numel() else samples[0]

@@ -1,4 +1,4 @@
-"""What every algorithm returns: what was found, how sure, what it cost, and why it stopped."""
+"""Results of algorithms: estimates with their uncertainty, their cost and the reason to stop."""
 
 from hessfunc.algorithms.results.check import Check
 from hessfunc.algorithms.results.density import Density

@@ -7,21 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """What `check` found; true where nothing is wrong.
+    """Result of `check`, which is true if there is no problem.
+
+    Differences are relative to the length of a product.
 
     Attributes:
-        nondeterminism: the largest difference of two equal products.
-        nonlinearity: the largest difference of A(2x - 3y) and 2Ax - 3Ay.
-        asymmetry: the difference of y'Ax and x'Ay.
-        inconsistency: the difference from finite differences of the gradient; None where no
-            gradient was given, or it is random.
-        resolution: Difference of the two finite differences that agree best: a smaller error of the
-            product would not be seen. None where ``inconsistency`` is.
-        consistent: whether the product is the derivative of the gradient; None where that was not
-            asked, or where kinks of the loss or rounding leave it undecided.
-        tolerance: that each of them, relative to the size of the products, must not exceed.
-        problems: what is wrong, and what usually causes it; empty if nothing is.
-        notes: what looks wrong and is not.
+        nondeterminism: Largest difference of two products with the same vector.
+        nonlinearity: Largest difference of A(2x - 3y) and 2Ax - 3Ay.
+        asymmetry: Largest difference of y'Ax and x'Ay.
+        inconsistency: Difference of the products and finite differences of the gradient; None if
+            no gradient was given, or if the gradient is random.
+        resolution: Difference of the two finite differences that agree best. A smaller error of the
+            product cannot be detected. None if ``inconsistency`` is None.
+        consistent: Whether the product is the derivative of the gradient; None if no gradient was
+            given, or if kinks of the loss or rounding leave it undecided.
+        tolerance: Largest difference that is accepted.
+        problems: Description of each problem, with its usual causes; empty if there is none.
+        notes: Observations that look like a problem and are none.
     """
 
     nondeterminism: float
@@ -46,5 +48,5 @@ class Check:
         shown = max(self.inconsistency, self.resolution)
         return (
             f"{passed}, and the derivative of the gradient up to {100 * shown:.1g} % of the length "
-            "of a product, which is what finite differences show here"
+            "of a product, the resolution of the finite differences"
         )

@@ -1,4 +1,4 @@
-"""A diagonal with its standard error, entry by entry."""
+"""Estimate of a diagonal, with standard errors entry by entry."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hessfunc.trees import Tree, leaves, tree_map
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DiagonalEstimate(Result):
-    """One number for each entry of a tree, with its standard error.
+    """Estimate of one number per entry of a tree, with standard errors.
 
     Attributes:
-        value: a tree of estimates.
-        stderr: a tree of their standard errors.
-        degrees: of freedom, with which the standard errors are themselves known.
-        squared_row_norms: of the same matrix, ``sum_k a_jk^2`` for each row j, where the same
-            products tell them.
+        value: Tree of estimates.
+        stderr: Tree of the standard errors of the estimates.
+        degrees: Degrees of freedom with which the standard errors are known.
+        squared_row_norms: Estimate of ``sum_k a_jk^2`` for each row j of the same matrix, from the
+            same products, or None.
     """
 
     value: Tree
@@ -34,12 +34,21 @@ class DiagonalEstimate(Result):
 
     @validated
     def interval(self, level: float = 0.95) -> tuple[Tree, Tree]:
-        """The two-sided Student intervals at this level, entry by entry: two trees.
+        """Return the two-sided Student intervals, entry by entry.
 
-        Each holds with this probability, not all of them at once.
+        Each interval holds with probability ``level`` on its own, not all of them at once.
+
+        Args:
+            level: Confidence level, in (0, 1).
+
+        Returns:
+            Trees of the lower and of the upper ends.
+
+        Raises:
+            ValueError: If the level is not in (0, 1).
         """
         if not 0 < level < 1:
-            raise ValueError(f"level={level}: a probability between 0 and 1")
+            raise ValueError(f"level={level}: choose a probability between 0 and 1, such as 0.95")
         t = student_quantile((1 + level) / 2, self.degrees)
         lower = tree_map(lambda value, stderr: value - t * stderr, self.value, self.stderr)
         upper = tree_map(lambda value, stderr: value + t * stderr, self.value, self.stderr)
@@ -47,21 +56,27 @@ class DiagonalEstimate(Result):
 
     @validated
     def relative_error(self, level: float = 0.95) -> float:
-        """Return a bound of ``|error|_2 / |value|_2`` over all entries.
+        """Return an upper bound of ``|error|_2 / |value|_2`` over all entries.
 
-        It is 0 where every standard error is 0, and otherwise infinite where every value is 0.
+        The bound is 0 if all standard errors are 0, and otherwise infinite if all values are 0.
 
-        The squared error of the whole diagonal is a sum of as many independent terms as entries
-        have a share in it, nu = (sum stderr^2)^2 / sum stderr^4, and so close to its mean:
+        The squared error of the whole diagonal is approximately a scaled chi-squared variable of
+        nu = (sum stderr^2)^2 / sum stderr^4 degrees of freedom, so it is close to its mean:
 
             |error|_2^2 <= sum stderr^2 q / nu,  q = the chi-squared quantile of nu degrees,
 
         with nu halved, since entries share their probes.
 
+        Args:
+            level: Probability with which the bound holds, in (0, 1).
+
+        Raises:
+            ValueError: If the level is not in (0, 1).
+
         Source: Satterthwaite 1946.
         """
         if not 0 < level < 1:
-            raise ValueError(f"level={level}: a probability between 0 and 1")
+            raise ValueError(f"level={level}: choose a probability between 0 and 1, such as 0.95")
         size = _power_sum(self.value, 2) ** 0.5
         error = _power_sum(self.stderr, 2)
         if error == 0:
@@ -73,14 +88,17 @@ class DiagonalEstimate(Result):
 
 
 def close_enough(estimate: DiagonalEstimate, rtol: float | None, /) -> str | None:
-    """Return why a diagonal need not be refined, in words, or None."""
+    """Return the reason for which a diagonal need not be refined, or None."""
     if rtol is not None and estimate.relative_error() <= rtol:
         return "converged: the error in the 2-norm is within the tolerance, with 95 % confidence"
     return None
 
 
 def settled(estimate: DiagonalEstimate, rtol: float | None, /) -> DiagonalEstimate:
-    """Return the last estimate of a run, which has converged if and only if it is close enough."""
+    """Return the estimate of a finished run, marked as converged if its error bound is met.
+
+    A run whose budget is exhausted may reach the tolerance in its last round.
+    """
     reason = close_enough(estimate, rtol)
     if reason is None or estimate.reason == reason:
         return estimate
@@ -90,4 +108,5 @@ def settled(estimate: DiagonalEstimate, rtol: float | None, /) -> DiagonalEstima
 
 
 def _power_sum(tree: Tree, power: int) -> float:
+    """Return the sum of a power of all entries, in float64."""
     return float(sum(leaf.double().pow(power).sum() for leaf in leaves(tree)))

@@ -1,4 +1,4 @@
-"""Eigenvalues with vectors."""
+"""Eigenvalues and eigenvectors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from hessfunc.trees import Tree, leaves
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Eigenpairs(Result):
-    """Eigenvalues with vectors, in the order that the algorithm states.
+    """Eigenvalues and eigenvectors, in the order that the algorithm states.
 
     Attributes:
         values: Ritz values, float64 ``(k,)``.
-        vectors: a block of k orthonormal vectors.
-        residuals: ``|A v_i - values_i v_i|``, float64 ``(k,)``; measured with A at the end.
-        converged: whether the residual is within the stated tolerance, bool ``(k,)``.
-        largest: the largest absolute Ritz value that was seen, the scale of rounding.
+        vectors: Block of k orthonormal Ritz vectors v_i.
+        residuals: Residual norms ``|A v_i - values_i v_i|``, measured with A at the end of the run,
+            float64 ``(k,)``.
+        converged: Whether each residual is within the tolerance of the run, bool ``(k,)``.
+        largest: Largest absolute Ritz value of the run, the scale of the rounding of products.
     """
 
     values: Tensor
@@ -37,11 +38,12 @@ class Eigenpairs(Result):
 
     @property
     def intervals(self) -> Tensor:
-        """``[value - residual, value + residual]``, ``(k, 2)``: some eigenvalue lies in each.
+        """Intervals ``[value - residual, value + residual]``, float64 ``(k, 2)``.
 
-        Widened by the rounding of the products. Nothing is promised about the index of that
-        eigenvalue.
+        Each interval contains an eigenvalue; the index of that eigenvalue is not known. The
+        intervals are widened by the rounding of the products.
         """
+        # |lambda - value| <= |A v - value v| for some eigenvalue lambda of a symmetric A, |v| = 1.
         radius = self.residuals + rounding(
             max(torch.finfo(leaf.dtype).eps for leaf in leaves(self.vectors)), self.largest
         )

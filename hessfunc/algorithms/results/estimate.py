@@ -1,4 +1,4 @@
-"""A number with its standard error."""
+"""Estimate of a number with its standard error, and pools of estimates."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hessfunc.spaces.space import Space
 
 Found = TypeVar("Found", bound="Estimate")
 
-# Probability with which estimates of one number are said to contradict each other.
+# Probability with which `pool` refuses estimates that agree, as contradicting each other.
 _CHANCE = 1e-9
 
 WITHIN = "converged: the half-width of the 95 % interval is within the tolerance"
 
 
 class LeafEstimate(float):
-    """The part of one leaf in an estimate: a float with a standard error.
+    """Contribution of one leaf to an estimate: a float with a standard error.
 
     Attributes:
-        stderr: Standard error of the part, NaN where it is not known.
+        stderr: Standard error of the contribution, NaN if it is not known.
         degrees: Degrees of freedom with which the standard error is known.
     """
 
@@ -53,17 +53,28 @@ class LeafEstimate(float):
 
     @property
     def value(self) -> float:
-        """The part as a plain float."""
+        """Contribution of the leaf as a plain float."""
         return float(self)
 
     @validated
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Return the two-sided Student interval of this part alone at this level."""
+        """Return the two-sided Student interval of this contribution on its own.
+
+        Args:
+            level: Confidence level, in (0, 1).
+
+        Returns:
+            Lower and upper end.
+
+        Raises:
+            ValueError: If the level is not in (0, 1).
+        """
         half = _half_width(self.stderr, self.degrees, level)
         return float(self) - half, float(self) + half
 
 
 def _half_width(stderr: float, degrees: int, level: float) -> float:
+    """Return the half-width of a two-sided Student interval, 0 for a standard error of 0."""
     if not 0 < level < 1:
         raise ValueError(f"level={level}: choose a probability between 0 and 1, such as 0.95")
     return student_quantile((1 + level) / 2, degrees) * stderr if stderr else 0.0
@@ -71,22 +82,24 @@ def _half_width(stderr: float, degrees: int, level: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Estimate(Result):
-    """A number with its standard error.
+    """Estimate of a number with its standard error.
 
     Attributes:
         value: Estimate.
         stderr: Standard error of the value.
         degrees: Degrees of freedom with which the standard error is known.
-        samples: Samples of the value, one a probe, float64 ``(p,)``.
-        by_leaf: Parts of the leaves, which sum to the value. Each is a float with ``stderr`` and
-            ``interval(level)``, a `LeafEstimate`.
-        leaf_stderr: Standard errors of the parts in ``by_leaf``.
-        leaf_shapes: Shapes of the leaves of the matrix's vectors; empty where no leaf is known.
-        n: Dimension of the matrix, or None where it is not known.
-        bounds: Enclosure of the value for these very probes, where that has an error of its own,
-            such as that of a quadrature; None where it has none. The interval contains it.
-        squared_frobenius: Estimate of |A|_F^2 of the same matrix, from the same products, or None.
-        seeds: Seeds of the estimates that were pooled.
+        samples: Samples of the value, one per probe, float64 ``(p,)``.
+        by_leaf: Contributions of the leaves by name, which sum to the value. Each is a
+            `LeafEstimate`, a float with ``stderr`` and ``interval(level)``.
+        leaf_stderr: Standard errors of the contributions in ``by_leaf``, by name.
+        leaf_shapes: Shapes of the leaves of the matrix's vectors, by name; empty if unknown.
+        n: Dimension of the matrix, or None if unknown.
+        bounds: Lower and upper bound of the value for the probes of this run, if the value has an
+            error besides that of the probes, such as a quadrature error; else None. The interval
+            contains both bounds.
+        squared_frobenius: Estimate of ``|A|_F^2`` of the same matrix from the same products, or
+            None.
+        seeds: Seeds of the pooled estimates; empty for a single estimate.
     """
 
     value: float
@@ -114,19 +127,29 @@ class Estimate(Result):
 
     @validated
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Return the two-sided Student interval at this level."""
+        """Return the two-sided Student interval of the value.
+
+        Args:
+            level: Confidence level, in (0, 1).
+
+        Returns:
+            Lower and upper end.
+
+        Raises:
+            ValueError: If the level is not in (0, 1).
+        """
         half = _half_width(self.stderr, self.degrees, level)
         low, high = self.bounds or (self.value, self.value)
         return low - half, high + half
 
 
 def leaf_fields(space: Space, parts: Tensor, stderr: Sequence[float], /) -> dict[str, Any]:
-    """Return the fields of an `Estimate` that say how it is made up of leaves.
+    """Return the fields of an `Estimate` that describe the contributions of its leaves.
 
     Args:
         space: Vector space of the matrix.
-        parts: Part of each leaf, ``(leaves,)``.
-        stderr: Standard error of each part.
+        parts: Contribution of each leaf, ``(leaves,)``.
+        stderr: Standard error of each contribution.
     """
     return {
         "by_leaf": dict(zip(space.names, parts.tolist(), strict=True)),
@@ -137,7 +160,7 @@ def leaf_fields(space: Space, parts: Tensor, stderr: Sequence[float], /) -> dict
 
 
 def narrow_enough(estimate: Estimate, rtol: float | None, atol: float | None, /) -> str | None:
-    """Return why an estimate need not be refined, in words, or None."""
+    """Return the reason for which an estimate need not be refined, or None."""
     if rtol is None and atol is None:
         return None
     low, high = estimate.interval()
@@ -147,10 +170,10 @@ def narrow_enough(estimate: Estimate, rtol: float | None, atol: float | None, /)
 
 
 def judged(estimate: Found, rtol: float | None, atol: float | None, /) -> Found:
-    """Return the last estimate of a run, which has converged if and only if it is narrow enough.
+    """Return the estimate of a finished run, marked as converged if the tolerance is reached.
 
-    A run that used up its budget may have got there in its last round, and an exact one may be
-    too coarse for its tolerance, by rounding.
+    A run whose budget is exhausted may reach the tolerance in its last round. An exact estimate may
+    miss its tolerance because of rounding.
     """
     reason = narrow_enough(estimate, rtol, atol)
     if reason is None or estimate.reason == reason:
@@ -162,7 +185,7 @@ def judged(estimate: Found, rtol: float | None, atol: float | None, /) -> Found:
 
 @validated
 def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, /) -> Estimate:
-    """Return the weighted mean of independent estimates, such as one for each of several batches.
+    """Return the weighted mean of independent estimates, such as one per batch.
 
         value = sum_b w_b value_b / sum_b w_b,  stderr^2 = sum_b w_b^2 stderr_b^2 / (sum_b w_b)^2
 
@@ -172,19 +195,26 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
         estimates: Estimates of the same quantity for one tree of parameters, from different
             batches or different probes.
         weights: Weights of the estimates, such as the number of examples in each batch. By
-            default, all are equal, and all estimates are of one matrix: those that contradict each
-            other are refused. Give weights to pool estimates of different batches.
+            default, all weights are equal, all estimates must be of one matrix, and estimates that
+            contradict each other are refused. Pass weights to pool estimates of different batches.
+
+    Returns:
+        `Estimate` without a seed of its own; ``seeds`` holds the seeds of the estimates.
 
     Raises:
-        ValueError: If there is no estimate, if weights do not match, if the matrices differ in
-            their leaves, if two estimates share a seed and so their probes, or if there are no
-            weights and two estimates differ by more than their standard errors explain.
+        ValueError: If there is no estimate, if the number of weights differs from that of
+            estimates, if the matrices differ in their leaves, if two estimates share a seed and
+            therefore their probes, or if there are no weights and two estimates differ by more
+            than their standard errors explain.
     """
     estimates = list(estimates)
     same_matrix = weights is None
     weights = [1.0] * len(estimates) if weights is None else [float(w) for w in weights]
     if not estimates or len(weights) != len(estimates):
-        raise ValueError(f"{len(estimates)} estimates and {len(weights)} weights: pass one each")
+        raise ValueError(
+            f"there are {len(estimates)} estimates and {len(weights)} weights: pass at least one "
+            "estimate, and one weight for each"
+        )
     if not all(0 <= w < math.inf for w in weights) or not sum(weights) > 0:
         raise ValueError(f"weights={weights}: choose finite numbers of at least 0, not all 0")
     _refuse_other_matrices(estimates)
@@ -223,6 +253,7 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
 
 
 def _refuse_other_matrices(estimates: Sequence[Estimate]) -> None:
+    """Raise if the leaves differ, unless only the number of examples of activations does."""
     first = estimates[0]
     for other in estimates[1:]:
         if first.n == other.n and _described(first) == _described(other):
@@ -236,12 +267,13 @@ def _refuse_other_matrices(estimates: Sequence[Estimate]) -> None:
 
 
 def _described(estimate: Estimate) -> dict[str, list[int] | None]:
+    """Return the shapes of the leaves by name, None for an unknown shape."""
     shapes = estimate.leaf_shapes
     return {name: list(shapes[name]) if name in shapes else None for name in estimate.by_leaf}
 
 
 def _examples(estimate: Estimate) -> int | None:
-    """Return the length of the first axis that all leaves share, as activations do, or None."""
+    """Return the common length of the first axis of all leaves, as of activations, or None."""
     lengths = {
         tuple(shape)[:1] if len(shape) > 1 else () for shape in estimate.leaf_shapes.values()
     }
@@ -249,31 +281,35 @@ def _examples(estimate: Estimate) -> int | None:
 
 
 def _per_example(estimate: Estimate) -> dict[str, list[int]] | None:
-    """Return the shapes of activations without the axis of examples, which batches differ in."""
+    """Return the shapes of activations without the axis of examples, or None for other leaves."""
     if _examples(estimate) is None:
         return None
     return {name: list(shape)[1:] for name, shape in estimate.leaf_shapes.items()}
 
 
 def _refuse_shared_seeds(estimates: Sequence[Estimate]) -> None:
+    """Raise if two estimates share the seed of their probes or of their draws."""
     seeds = [seed for estimate in estimates for seed in _seeds(estimate)]
     if len(set(seeds)) < len(seeds):
-        raise ValueError("two estimates share a seed, so they are not independent: vary `seed=`")
+        raise ValueError(
+            "two estimates share a seed, so they are not independent: pass another `seed=` to each"
+        )
     draws = [getattr(estimate, "draws_seed", None) for estimate in estimates]
     known = [seed for seed in draws if seed is not None]
     if len(set(known)) < len(known):
         raise ValueError(
-            "two estimates share the seed of their draws, so they are from the same batches: vary "
-            "`draws(..., seed=)`"
+            "two estimates share the seed of their draws, so they are from the same batches: pass "
+            "another seed to each `draws(..., seed=)`"
         )
 
 
 def _refuse_contradictions(estimates: Sequence[Estimate]) -> None:
-    """Raise where two estimates of one number differ by more than chance.
+    """Raise if two estimates of one number differ by more than chance explains.
 
-    The distance of two values is compared with the quantile of Student's distribution of the fewer
-    degrees. Left out are pools, whose estimates may be of different batches, and estimates from
-    batches of which some were not drawn, whose standard errors do not know of those.
+    The distance of two values is compared with Student's quantile at the smaller degrees of
+    freedom. Pools are not compared, since their estimates may be of different batches. Estimates
+    with batches that were not drawn are not compared either, since their standard errors do not
+    include those batches.
     """
     if len({estimate.n for estimate in estimates}) > 1:
         return
@@ -296,7 +332,7 @@ def _refuse_contradictions(estimates: Sequence[Estimate]) -> None:
     )
     gaps = torch.maximum(low[:, None] - high, low - high[:, None])
     explained = torch.maximum(quantiles[:, None], quantiles) * torch.hypot(stderr[:, None], stderr)
-    # Equal values without errors agree.
+    # Equal values without errors give 0 / 0, and agree.
     distances = (gaps / explained).nan_to_num(nan=0.0)
     if not float(distances.max()) > 1:
         return
@@ -305,17 +341,21 @@ def _refuse_contradictions(estimates: Sequence[Estimate]) -> None:
     raise ValueError(
         f"estimates[{places[first]}] and estimates[{places[second]}] contradict each other: "
         f"{one.value:.6g} with the standard error {one.stderr:.2g}, and {other.value:.6g} with "
-        f"{other.stderr:.2g}. Pool estimates of one matrix; for different batches, pass the number "
-        "of examples of each as weights, such as pool(estimates, [64, 64])"
+        f"{other.stderr:.2g}. Pool estimates of one matrix, or, for different batches, pass their "
+        "numbers of examples as weights, such as pool(estimates, [64, 64])"
     )
 
 
 def _seeds(estimate: Estimate) -> list[int]:
+    """Return the seed of an estimate, or the seeds of a pool."""
     return list(estimate.seeds) if estimate.seed is None else [estimate.seed]
 
 
 def _pooled_degrees(variances: Sequence[float], degrees: Sequence[int]) -> int:
-    """Return the degrees of freedom of a sum of estimated variances (Welch 1947)."""
+    """Return the degrees of freedom of a sum of estimated variances (Welch 1947).
+
+    degrees = (sum_b v_b)^2 / sum_b (v_b^2 / degrees_b)
+    """
     if math.isinf(sum(variances)):
         return min(degrees)
     spread = sum(v**2 / max(d, 1) for v, d in zip(variances, degrees, strict=True))

@@ -1,4 +1,4 @@
-"""Result of a landscape: a loss along one or two directions."""
+"""Landscape of a loss along one or two directions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ Normalise: TypeAlias = Literal["filter", "unit"]
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Landscape(Result):
-    """A loss along one direction u, or along two, u and v.
+    """Loss along one direction u, or along two directions u and v.
 
         values_i = loss(params + x_i u),  values_ij = loss(params + x_i u + y_j v)
 
     Attributes:
-        values: float64 ``(p,)`` or ``(p, q)``; infinite or NaN where the loss is, and NaN where it
-            is not known yet.
-        x: coordinates along the first direction, float64 ``(p,)``.
-        y: along the second, float64 ``(q,)``; None along one direction.
-        lengths: |u|, or |u| and |v|, after they were normalised, float64.
-        normalise: how they were: ``"filter"``, ``"unit"``, or None, as they came.
-        evaluations: of the loss of one batch at one point; no product is made.
+        values: Losses, float64 ``(p,)`` or ``(p, q)``; infinite or NaN where the loss is, and NaN
+            at points that a running result has not reached.
+        x: Coordinates along u, float64 ``(p,)``.
+        y: Coordinates along v, float64 ``(q,)``; None for one direction.
+        lengths: Lengths ``|u|``, or ``|u|`` and ``|v|``, after normalisation, float64.
+        normalise: Normalisation of the directions: ``"filter"``, ``"unit"``, or None for none.
+        evaluations: Number of evaluations of the loss of one batch at one point. No product is
+            made.
     """
 
     values: Tensor

@@ -1,8 +1,9 @@
-"""Bounds of integrals over the measures whose Gauss quadratures Lanczos runs give.
+"""Bounds of integrals over the spectral measures of Lanczos runs.
 
-A measure F of mass 1 on [a, b] is known by the nodes and weights of its m-point Gauss rule, and by
-the residuals of the Ritz pairs, which are the last row of the Jacobi matrix in its eigenbasis.
-Three kinds of bounds of the integral of f follow from them, without a further product.
+A Lanczos run of m steps yields the nodes and weights of the m-point Gauss rule of a measure F of
+mass 1 on [a, b], and the residuals of the Ritz pairs, which are the last row of the extended Jacobi
+matrix in the eigenbasis of the Jacobi matrix. Three kinds of bounds of the integral of f follow
+from these numbers without a further product.
 """
 
 from __future__ import annotations
@@ -17,40 +18,44 @@ from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
 
-# Smaller than any scale of a matrix.
+# Number below the scale of any matrix.
 _TINY = 1e-300
-# chi2_1 is smaller once in 1,000 times.
+# Quantile of chi2_1 at the probability 0.001.
 _UNLIKELY = 1.57e-6
-# Of the distance of an end from the outermost node: more, and the range is not bounded.
+# Number of doublings of the distance between an end and the outermost node, after which the range
+# counts as unbounded, and number of halvings that locate the end.
 _DOUBLINGS = 60
 _HALVINGS = 40
-# Points between two nodes at which a function is looked at, and how many of them are left out for
-# a second look, which a pole or a peak between the points makes much lower.
+# Number of intervals between two nodes on which the total variation is taken, step of the coarser
+# grid that it is compared with, and largest ratio of both variations. A pole or a narrow peak has a
+# much smaller variation on the coarser grid.
 _BETWEEN = 128
 _COARSER = 8
 _STEADY = 1.5
-# Points of the even grid on which divided differences are taken.
+# Number of points of the uniform grid on which divided differences are taken.
 _EVEN = 65
-# Points that approach either end of the range geometrically.
+# Number of points that approach either end of the range geometrically.
 _TOWARDS_AN_END = 48
-# The least distance of two points of the grid, as a part of that from the nearer end.
+# Smallest distance of two grid points, relative to the distance from the nearer end.
 _APART = 0.01
-# Divided differences of these orders keep their signs where higher derivatives do, too.
+# Orders of the divided differences whose signs are tested; higher derivatives of common functions
+# keep their signs if these do.
 _ORDERS = (3, 4, 5, 6)
-# Points on which the error of an interpolant is measured, for each of its own points.
+# Number of points per interpolation point on which the error of an interpolant is measured.
 _MEASURED = 4
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Quadrature rules of several probes.
+    """Gauss quadrature rules of several probes.
 
     Attributes:
-        nodes: Ascending nodes, float64 ``(p, m)``.
-        weights: Weights, float64 ``(p, m)``, each row of sum 1; 0 where a row has fewer nodes.
-        residuals: Residual norms of the Ritz pairs, float64 ``(p, m)``; a row of zeros belongs to
-            a probe whose Krylov space is exhausted, so that its rule has no error. None where they
-            are not known.
+        nodes: Nodes in ascending order, float64 ``(p, m)``.
+        weights: Weights, float64 ``(p, m)``. Each row sums to 1; a row with fewer nodes is padded
+            with weights 0.
+        residuals: Residual norms of the Ritz pairs, float64 ``(p, m)``, or None if unknown. A row
+            of zeros means that the Krylov space of the probe is exhausted, so that its rule has no
+            error.
     """
 
     nodes: Tensor
@@ -66,21 +71,26 @@ class Rule:
 
 
 def radau(rule: Rule, at: float) -> tuple[Tensor, Tensor]:
-    """Nodes and weights ``(p, m + 1)`` of the Gauss-Radau rules with a node at an end of the range.
+    """Return nodes and weights ``(p, m + 1)`` of the Gauss-Radau rules with a prescribed node.
 
-    In the eigenbasis of the Jacobi matrix T, the matrix that has one more row is an arrowhead,
+    In the eigenbasis of the Jacobi matrix T, the Jacobi matrix with one more row is an arrowhead,
 
         [[diag(nodes), s], [s', c]],    c = at + sum_j s_j^2 / (nodes_j - at),
 
-    with the residuals as s. Their signs alternate, as the last entries of eigenvectors of T do
-    whose first entries are positive.
+    where s are the residuals with alternating signs. This choice of c makes ``at`` an eigenvalue.
+    The signs are those of the last entries of the eigenvectors of T whose first entries are
+    positive.
+
+    Args:
+        rule: Gauss rules with known residuals.
+        at: Prescribed node, at or beyond an end of the nodes.
 
     Source: Golub 1973; Golub and Meurant 2010, Matrices, Moments and Quadrature, section 6.2.
     """
     assert rule.residuals is not None
     signs = 1.0 - 2.0 * (torch.arange(rule.nodes.shape[1], device="cpu") % 2)
     tip = rule.residuals * signs
-    # A node may lie beyond the end by its rounding.
+    # Rounding may put a node slightly beyond the end, where a distance would change its sign.
     side = 1.0 if at <= float(rule.nodes.mean()) else -1.0
     least = torch.finfo(torch.float64).eps * max(float(rule.nodes.abs().max()), _TINY)
     distances = side * (side * (rule.nodes - at)).clamp_min(least)
@@ -89,36 +99,47 @@ def radau(rule: Rule, at: float) -> tuple[Tensor, Tensor]:
     arrow[:, -1, :-1] = tip
     arrow[:, :-1, -1] = tip
     nodes, vectors = torch.linalg.eigh(arrow)
+    # The first basis vector of the Krylov space has the coordinates sqrt(weights) in the eigenbasis
+    # of T, so the new weights are (sum_j sqrt(weights_j) vectors_jl)^2.
     weights = torch.einsum("pj,pjl->pl", rule.weights.sqrt(), vectors[:, :-1]).square()
     return nodes, weights / weights.sum(1, keepdim=True)
 
 
 def ends(rule: Rule, n: int) -> tuple[float, float]:
-    """A range that holds all eigenvalues of a matrix of dimension n, but for one run in 500.
+    """Return a range that contains all eigenvalues of a matrix of dimension n in 499 of 500 runs.
 
     With the orthonormal polynomials p_j of the recurrence, an eigenvalue x has at most the weight
-    1 / K(x), K(x) = sum_{j <= m} p_j(x)^2, in the measure of a probe. In a random unit vector that
-    weight is chi2_1 / n very nearly, so that it is seldom so small where K(x) is large. In the
+    1 / K(x), K(x) = sum_{j <= m} p_j(x)^2, in the measure of a probe. For a random unit vector the
+    weight is approximately chi2_1 / n, which is rarely that small if K(x) is large. In the
     eigenbasis of the Jacobi matrix, with the residuals s,
 
         K(x) = (1 + sum_j (s_j / (nodes_j - x))^2) / (sum_j sqrt(weights_j) s_j / (nodes_j - x))^2.
 
-    The range of a probe without error is that of its nodes. Without residuals nothing is known.
+    The range of a probe without error is that of its nodes. Without residuals the range is
+    unbounded.
+
+    Args:
+        rule: Gauss rules.
+        n: Dimension of the matrix.
+
+    Returns:
+        Lower and upper end.
 
     Source: Kuczynski and Wozniakowski 1992; Christoffel functions: Golub and Meurant 2010.
     """
     if rule.residuals is None:
         return -math.inf, math.inf
-    found = [
+    each = [
         (_end(*(row[weights > 0] for row in (nodes, weights, residuals)), n=n, side=side))
         for nodes, weights, residuals in zip(rule.nodes, rule.weights, rule.residuals, strict=True)
         for side in (-1.0, 1.0)
     ]
-    return max(found[::2]), min(found[1::2])
+    # Each probe yields an enclosure, and the tightest one is returned.
+    return max(each[::2]), min(each[1::2])
 
 
 def _end(nodes: Tensor, weights: Tensor, residuals: Tensor, *, n: int, side: float) -> float:
-    """The end of the range on one side, -1 or 1, by bisection."""
+    """Return the end of the range of one probe on one side, -1 or 1, by bisection."""
     outermost = float((side * nodes).max())
     if not bool((residuals > 0).any()):
         return side * outermost
@@ -126,8 +147,9 @@ def _end(nodes: Tensor, weights: Tensor, residuals: Tensor, *, n: int, side: flo
     tip, first = residuals * signs, weights.sqrt()
 
     def is_seen(distance: float) -> bool:
+        # K(x) > n / chi2_1 at the probability 0.001: an eigenvalue at x is improbable.
         parts = tip / (nodes - side * (outermost + distance))
-        # Far outside rounding hides how large K is.
+        # Far outside, the sum cancels below its rounding, which limits K from above.
         least = torch.finfo(torch.float64).eps * float((first * parts).abs().sum())
         last = max(abs(float((first * parts).sum())), least)
         return math.hypot(1.0, float(parts.norm())) > math.sqrt(n / _UNLIKELY) * last
@@ -146,25 +168,28 @@ def _end(nodes: Tensor, weights: Tensor, residuals: Tensor, *, n: int, side: flo
 
 
 def bracket(rule: Rule, f: Function, low: float, high: float, *, regular: bool) -> Tensor:
-    """Bounds ``(p, 2)`` of the integral of f over the measure of each probe, on ``[low, high]``.
+    """Return bounds of the integral of f over the measure of each probe on ``[low, high]``.
 
-    The tightest of three:
+    The bounds are the tightest of three:
 
-    - Total variation: Between two nodes the distribution function differs from that of the Gauss
-      rule by less than the weights of these nodes (Chebyshev, Markov, Stieltjes), so that each
+    - Total variation: Between two nodes, the distribution function differs from that of the Gauss
+      rule by less than the weights of these nodes (Chebyshev, Markov, Stieltjes). Therefore each
       increase of f between them counts with one weight at most.
-    - Polynomials: The Gauss rule has no error for degrees up to 2 m - 1, so f - p with an
-      interpolating polynomial p is all that it can miss, and |f - p| is known.
-    - Gauss and Gauss-Radau: Where the derivatives of f of order 2 m and 2 m + 1 keep their signs,
-      the Gauss rule and the two Radau rules lie on both sides of the integral. The signs are those
-      of divided differences of orders 3 to 6 on a fine grid.
+    - Polynomials: The Gauss rule is exact for polynomials p of degree up to 2 m - 1, so its error
+      is that of f - p for an interpolant p, and |f - p| is measured.
+    - Gauss and Gauss-Radau: If the derivatives of f of orders 2 m and 2 m + 1 keep their signs, the
+      Gauss rule and the two Radau rules lie on both sides of the integral. The signs are tested by
+      divided differences of orders 3 to 6 on a fine grid.
 
     Args:
         rule: Gauss rules.
         f: Function of the nodes, element by element.
         low: Lower end of the range.
         high: Upper end of the range.
-        regular: Whether derivatives are known to keep their signs, so that no grid decides.
+        regular: Whether the derivatives are known to keep their signs, so that no grid is needed.
+
+    Returns:
+        Lower and upper bounds, float64 ``(p, 2)``.
     """
     gauss = _integral(f, rule.nodes, rule.weights)
     known = gauss[:, None].expand(-1, 2)
@@ -178,7 +203,7 @@ def bracket(rule: Rule, f: Function, low: float, high: float, *, regular: bool) 
         bounds = _within(bounds, _by_polynomials(rule, f, gauss, low, high))
     if rule.residuals is not None and (regular or _keeps_signs(f, rule.nodes, low, high)):
         rules = torch.stack([gauss, *(_integral(f, *radau(rule, end)) for end in (low, high))])
-        # Where f is not finite at an end, nothing is known on that side.
+        # If f is not finite at an end, the bound on that side is infinite.
         lower = torch.where(rules.isnan(), -torch.inf, rules).amin(0)
         upper = torch.where(rules.isnan(), torch.inf, rules).amax(0)
         bounds = _within(bounds, torch.stack([lower, upper], dim=1))
@@ -186,21 +211,24 @@ def bracket(rule: Rule, f: Function, low: float, high: float, *, regular: bool) 
 
 
 def _within(first: Tensor, second: Tensor) -> Tensor:
+    """Return the intersection of two bounds, row by row."""
     return torch.stack(
         [torch.maximum(first[:, 0], second[:, 0]), torch.minimum(first[:, 1], second[:, 1])], dim=1
     )
 
 
 def _integral(f: Function, nodes: Tensor, weights: Tensor) -> Tensor:
-    # 0 * inf is not 0.
+    """Return the integral of f by each rule, ``(p,)``."""
+    # 0 * inf is NaN, so nodes of weight 0 are left out.
     return torch.where(weights > 0, weights * f(nodes).to(torch.float64), 0.0).sum(1)
 
 
 def _by_variation(rule: Rule, f: Function, gauss: Tensor, low: float, high: float) -> Tensor:
-    """Bounds by the increases and decreases of f between the nodes.
+    """Return the bounds by the increases and decreases of f between the nodes.
 
-    With G the distribution function of the rule, ``int f dF - int f dG = -int (F - G) df`` and
-    ``-w_j <= F - G <= w_{j+1}`` between the nodes j and j + 1.
+    With the distribution function G of the rule, ``int f dF - int f dG = -int (F - G) df`` and
+    ``-w_j <= F - G <= w_{j+1}`` between the nodes j and j + 1. Hence an increase of f there lowers
+    the integral by at most w_{j+1} and raises it by at most w_j times the increase.
     """
     probes = len(rule.nodes)
     ends = [torch.full((probes, 1), end, dtype=torch.float64, device="cpu") for end in (low, high)]
@@ -222,13 +250,14 @@ def _by_variation(rule: Rule, f: Function, gauss: Tensor, low: float, high: floa
 
 
 def _product(weights: Tensor, changes: Tensor) -> Tensor:
+    """Return the products, 0 for a weight of 0 even if the change is infinite."""
     return torch.where(weights > 0, weights * changes, 0.0)
 
 
 def _by_polynomials(rule: Rule, f: Function, gauss: Tensor, low: float, high: float) -> Tensor:
-    """Bounds by the interpolant p of degree 2 m - 1 in Chebyshev's points.
+    """Return the bounds by the interpolant p of degree 2 m - 1 in Chebyshev's points.
 
-    ``int f dF = int p dG + int (f - p) dF``, and the last one is at most the largest |f - p|.
+    ``int f dF = int p dG + int (f - p) dF``, and ``|int (f - p) dF| <= max |f - p|``.
     """
     steps = (rule.weights > 0).sum(1)
     count = 2 * int(steps[~rule.exact].min())
@@ -241,7 +270,7 @@ def _by_polynomials(rule: Rule, f: Function, gauss: Tensor, low: float, high: fl
         return torch.stack([gauss, gauss], dim=1)
     angles = (np.arange(count) + 0.5) * np.pi / count
     values = of(np.cos(angles))
-    # Coefficients by the discrete cosine transform, as the points are those of the first kind.
+    # For Chebyshev's points of the first kind, the coefficients are a discrete cosine transform.
     orders = np.arange(count)
     coefficients = 2 / count * np.cos(np.outer(orders, angles)) @ values.numpy()
     coefficients[0] /= 2
@@ -252,15 +281,16 @@ def _by_polynomials(rule: Rule, f: Function, gauss: Tensor, low: float, high: fl
     at_nodes = f(rule.nodes).to(torch.float64) - torch.from_numpy(
         chebval(nodes.numpy(), coefficients)
     )
+    # int p dG = int f dG - int (f - p) dG
     off = torch.where(rule.weights > 0, rule.weights * at_nodes, 0.0).sum(1)
     middle = gauss - off
     return torch.stack([middle - largest, middle + largest], dim=1)
 
 
 def _keeps_signs(f: Function, nodes: Tensor, low: float, high: float) -> bool:
-    """Whether divided differences of f keep their signs, beyond rounding, as far as a grid shows.
+    """Return whether the divided differences of f on a grid keep their signs, up to rounding.
 
-    Those of one parity have one sign, or vanish up to rounding.
+    The divided differences of orders 3 and 5 must share one sign, and those of orders 4 and 6.
     """
     spread = high - low
     if not spread > 0:
@@ -269,17 +299,19 @@ def _keeps_signs(f: Function, nodes: Tensor, low: float, high: float) -> bool:
     even = torch.linspace(0, 1, _EVEN, dtype=torch.float64, device="cpu")
     points = torch.cat([low + spread * even, low + spread * halves, high - spread * halves])
     points = torch.cat([points, nodes.flatten().clamp(low, high)]).unique()
-    # Differences of points that lie next to each other are rounding.
+    # Divided differences of nearly equal points would consist of rounding, so thin out the grid.
     room = torch.minimum(points - low, high - points).clamp_min(0)
     apart = points.diff() > _APART * torch.maximum(room[1:], room[:-1])
     points = points[torch.cat([torch.ones_like(apart[:1]), apart])]
     values = f(points).to(torch.float64)
-    # A function may be infinite at an end of its range, such as the logarithm at 0.
+    # f may be infinite at an end of the range, such as the logarithm at 0.
     inner = (points > low) & (points < high)
     if not bool(values[inner].isfinite().all()):
         return False
     finite = values.isfinite()
     points, difference = points[finite], values[finite]
+    # f[x_0, ..., x_k] = (f[x_1, ..., x_k] - f[x_0, ..., x_(k-1)]) / (x_k - x_0); `doubt` bounds the
+    # rounding of each difference.
     eps = torch.finfo(torch.float64).eps
     doubt = 4 * eps * difference.abs()
     signs: dict[int, set[int]] = {}

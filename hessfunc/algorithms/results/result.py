@@ -1,4 +1,4 @@
-"""What every result tells, and how it is saved and loaded without pickle."""
+"""Common fields of results, and saving and loading without pickle."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ from hessfunc.trees import Tree, flatten, leaves
 
 @cache
 def versions() -> dict[str, str]:
-    """The versions under which results are made."""
+    """Return the versions of the packages that results depend on, by name."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"torch": torch.__version__, "numpy": np.__version__}
+    packages = {"torch": torch.__version__, "numpy": np.__version__}
     try:
-        found["hessfunc"] = version("hessfunc")
+        packages["hessfunc"] = version("hessfunc")
     except PackageNotFoundError:
-        found["hessfunc"] = "not installed"
-    return found
+        packages["hessfunc"] = "not installed"
+    return packages
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
-    """What every result tells.
+    """Base class of all results, with the cost of the run and its reason to stop.
 
     Attributes:
-        matvecs: products with one vector that were spent.
-        passes: calls of the matvec; each serves a whole block.
-        reason: why the run stopped, in words.
-        seed: with which the run can be repeated.
-        versions: of the packages that made it.
+        matvecs: Number of products with one vector.
+        passes: Number of calls of the matvec; each multiplies a whole block of vectors.
+        reason: Reason for which the run stopped, such as "converged: ..." or "budget exhausted
+            ...".
+        seed: Seed with which the run can be repeated, or None if nothing random took part.
+        versions: Versions of the packages that made the result, by name.
     """
 
     matvecs: int
@@ -62,23 +63,27 @@ class Result:
         Result.kinds[cls.__name__] = cls
 
     def __repr__(self) -> str:
-        """What one asks first; vectors and samples stay in their fields."""
-        said = {**self._headline(), "matvecs": self.matvecs, "reason": repr(self.reason)}
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in said.items())})"
+        """Return the main numbers as text, without vectors and samples."""
+        parts = {**self._headline(), "matvecs": self.matvecs, "reason": repr(self.reason)}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in parts.items())})"
 
     def _headline(self) -> dict[str, object]:
-        """Names and values that stand first, as they are shown."""
+        """Return the names and values that the text of a result begins with."""
         return {}
 
     def save(self, path: str | os.PathLike[str], /) -> None:
-        """Write to one ``.npz`` file, whole or not at all; `load` reads it without pickle.
+        """Write the result to one ``.npz`` file, which `load` reads without pickle.
 
-        Trees are read back as (nested) dicts, with the keys of dicts that are strings or whole
-        numbers, and strings for all others.
+        The file is written completely or not at all. `load` returns trees as nested dicts. Keys of
+        dicts that are strings or integers are kept; all other keys become strings.
+
+        Args:
+            path: Path of the file.
 
         Raises:
-            TypeError: The path is no path.
-            ValueError: The file cannot be written there, or two keys of a tree have one name.
+            TypeError: If ``path`` is not a path.
+            ValueError: If the file cannot be written, or if two keys of a tree have the same name
+                in the file.
         """
         target = Path(as_path("path", path))
         arrays: dict[str, np.ndarray[Any, Any]] = {}
@@ -94,28 +99,28 @@ class Result:
 
 
 def array(tensor: Tensor, /) -> np.ndarray[Any, Any]:
-    """A tensor as a NumPy array; bfloat16, which NumPy does not know, becomes float32."""
+    """Return a tensor as a NumPy array; bfloat16, which NumPy lacks, becomes float32."""
     known = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
     return known.detach().cpu().numpy()
 
 
 def shown(numbers: Tensor, digits: int = 6) -> str:
-    """The first ten numbers of a vector, as text."""
+    """Return the first ten numbers of a vector as text."""
     first = [f"{x:.{digits}g}" for x in numbers[:10].tolist()]
     return f"[{', '.join([*first, '...'] if len(numbers) > 10 else first)}]"
 
 
 def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-    """All of a result but its tensors, which go into ``arrays``."""
+    """Return the fields of a result as plain data, and put its tensors into ``arrays``."""
     plain: dict[str, Any] = {"kind": type(result).__name__}
     for item in dataclasses.fields(result):
         value, key = getattr(result, item.name), prefix + item.name
         if isinstance(value, Result):
             plain[item.name] = {"result": _plain(value, f"{key}/", arrays)}
         elif isinstance(value, Tensor) or _is_tree(value):
-            found, structure = flatten(value)
+            tensors, structure = flatten(value)
             plain[item.name] = {"paths": _paths(item.name, structure)}
-            for i, leaf in enumerate(found):
+            for i, leaf in enumerate(tensors):
                 arrays[f"{key}/{i}"] = array(leaf)
         elif isinstance(value, tuple):
             plain[item.name] = {"tuple": value}
@@ -125,37 +130,46 @@ def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]])
 
 
 def _paths(name: str, structure: PyTreeSpec) -> list[list[str | int]]:
-    """The keys that lead to each leaf of a tree: whole numbers of dicts, and strings."""
+    """Return the keys that lead to each leaf of a tree: integer keys of dicts, and strings."""
     paths = [[_key(entry) for entry in accessor] for accessor in structure.accessors()]
     seen: dict[tuple[str | int, ...], PyTreeAccessor] = {}
     for path, accessor in zip(map(tuple, paths), structure.accessors(), strict=True):
         if path in seen:
             raise ValueError(
-                f"{accessor.codify(name)} and {seen[path].codify(name)} would have one name in the "
-                "file: take strings or whole numbers as the keys of the parameters"
+                f"{accessor.codify(name)} and {seen[path].codify(name)} would have the same name "
+                "in the file: use strings or integers as the keys of the parameters"
             )
         seen[path] = accessor
     return paths
 
 
 def _key(entry: PyTreeEntry) -> str | int:
+    """Return the key of an entry: an integer for an integer key of a dict, else a string."""
     key = entry.entry
     whole = isinstance(key, int | np.integer) and not isinstance(key, bool)
     return int(key) if whole and isinstance(entry, MappingEntry) else str(key)
 
 
 def _is_tree(value: Any) -> bool:
-    found = leaves(value)
-    return bool(found) and all(isinstance(leaf, Tensor) for leaf in found)
+    """Return whether a value is a tree of tensors with at least one leaf."""
+    entries = leaves(value)
+    return bool(entries) and all(isinstance(leaf, Tensor) for leaf in entries)
 
 
 @validated
 def load(path: str | os.PathLike[str], /) -> Result:
-    """A result that was written by ``save``.
+    """Load a result that `Result.save` has written.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Result of the class that was saved.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file holds no result, or is damaged.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a result of hessfunc, is damaged, or was written by a version
+            with other kinds of results.
     """
     name = os.fspath(path)
     try:
@@ -163,13 +177,15 @@ def load(path: str | os.PathLike[str], /) -> Result:
             return _restored(json.loads(file["result"].tobytes()), "", file)
     except _UnknownKindError as kind:
         raise ValueError(
-            f"{name} holds a result of kind {kind.args[0]!r}, which this version of hessfunc does "
-            "not know: load it with the version that wrote it"
+            f"{name} holds a result of class {kind.args[0]!r}, which this version of hessfunc does "
+            "not have: load it with the version that wrote it"
         ) from None
     except OSError as error:
         if not isinstance(error, FileNotFoundError):
             raise ValueError(f"{name} cannot be read: {error.strerror}") from None
-        raise _MissingFileError(f"there is no file {name}: pass the path given to save") from None
+        raise _MissingFileError(
+            f"there is no file {name}: pass the path that result.save(path) has written"
+        ) from None
     except (
         ValueError,
         TypeError,
@@ -179,22 +195,23 @@ def load(path: str | os.PathLike[str], /) -> Result:
         zipfile.BadZipFile,
         zlib.error,
     ):
-        # A file cut short is no longer a zip file; NumPy takes junk for a pickle.
+        # A truncated file is no zip file, and NumPy takes other bytes for a pickle.
         raise ValueError(
-            f"{name} holds no result of hessfunc, or is damaged: pass a file that was written by "
-            "result.save(path)"
+            f"{name} is not a result of hessfunc, or is damaged: pass a file that "
+            "result.save(path) has written"
         ) from None
 
 
 class _MissingFileError(FileNotFoundError, ValueError):
-    """A wrong path, which is a wrong argument as well as a missing file."""
+    """Missing file, caught both as a missing file and as a wrong argument."""
 
 
 class _UnknownKindError(Exception):
-    """The kind of a result that this version does not know."""
+    """Class of a result that this version does not have."""
 
 
 def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> Result:
+    """Return the result that `_plain` has turned into plain data and arrays."""
     kind = plain.pop("kind")
     if kind not in Result.kinds:
         raise _UnknownKindError(kind)
@@ -208,12 +225,13 @@ def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> 
         elif "result" in item:
             values[name] = _restored(item["result"], f"{key}/", arrays)
         else:
-            found = [torch.from_numpy(arrays[f"{key}/{i}"]) for i in range(len(item["paths"]))]
-            values[name] = _nested(item["paths"], found)
+            tensors = [torch.from_numpy(arrays[f"{key}/{i}"]) for i in range(len(item["paths"]))]
+            values[name] = _nested(item["paths"], tensors)
     return Result.kinds[kind](**values)
 
 
 def _nested(paths: list[list[str | int]], found: list[Tensor]) -> Tree:
+    """Return the nested dict with these leaves at these paths, or a single tensor."""
     if paths == [[]]:
         return found[0]
     tree: dict[str | int, Any] = {}

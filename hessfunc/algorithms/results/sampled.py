@@ -1,4 +1,4 @@
-"""A number that was estimated on random batches, with the two sources of its noise."""
+"""Estimate of a number from random batches, with the two sources of its noise."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from dataclasses import dataclass
 from hessfunc.algorithms.results.estimate import Estimate
 from hessfunc.options import validated
 
-# To make the graph of a gradient takes 2 to 3 gradients, a product with it 2.
+# Cost of the graph of a batch's gradient, in products: the graph takes 2 to 3 gradients, a product
+# with it 2.
 _COST_OF_A_BATCH = 1.25
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SampledEstimate(Estimate):
-    """An estimate from m random batches with r probes each; ``samples`` are the batches' means.
+    """Estimate from m random batches with r probes on each.
 
-    The variance of the value is
-    ``correction * variance_data / m + variance_probes / (m r)``. The standard error is infinite
-    where all samples agree to rounding while some batches were not drawn: nothing is known of the
-    noise then.
+    Its ``samples`` are the means of the batches. The variance of the value is
+    ``correction * variance_data / m + variance_probes / (m r)``. The standard error is infinite if
+    all samples agree to rounding and some batches were not drawn, since the noise is then unknown.
 
     Attributes:
-        variance_probes: Variance of one probe within a batch; NaN where it is not known, since
-            each batch had a single probe.
-        variance_data: Variance between batches of what infinitely many probes would give on each.
-            An estimate, and 0 where the batches differ no more than the probes explain; NaN where
-            it is not known, since each batch had a single probe.
+        variance_probes: Variance of one probe within a batch; NaN if it is unknown, because each
+            batch had a single probe.
+        variance_data: Estimated variance of the trace between batches, without the noise of the
+            probes; 0 if the probes explain the differences of the batches, and NaN if it is
+            unknown, because each batch had a single probe.
         draws: Number m of draws.
         probes_per_draw: Number r of probes on each draw.
-        population: Number of batches that are drawn from without replacement, or None where it is
-            not known or where batches are drawn with replacement.
+        population: Number of batches, if they are drawn without replacement and their number is
+            known, else None.
         correction: Finite population correction: 1 with replacement, 0 after whole passes.
-        draws_seed: Seed of the draws, or None where it is not known.
+        draws_seed: Seed of the draws, or None if it is unknown.
     """
 
     variance_probes: float
@@ -51,66 +51,73 @@ class SampledEstimate(Estimate):
 
     @property
     def data_share(self) -> float:
-        """The part of the value's variance that only more batches reduce, in [0, 1] or NaN."""
+        """Share of the value's variance that only more batches reduce, in [0, 1] or NaN."""
         data = self.correction * self.variance_data
         total = data + self.variance_probes / self.probes_per_draw
         return data / total if total else math.nan
 
     @property
     def every_batch_was_drawn(self) -> bool:
-        """Whether no batch can differ from what was seen."""
+        """Whether the draws include every batch of a known population."""
         return self.population is not None and self.draws >= self.population
 
     @validated
     def best_probes_per_draw(self, cost: float = _COST_OF_A_BATCH) -> float:
-        """The r with the least variance for the same work, infinite without noise of the data.
+        """Return the number r of probes per draw with the least variance for the same work.
 
             r = sqrt(cost variance_probes / variance_data)
 
         Args:
-            cost: what a batch costs before its first product, in products with one vector. By
-                default 1.25: for a Hessian, the graph of a gradient against a product.
+            cost: Cost of a batch before its first product, in units of a product with one vector.
+                By default 1.25, the cost of the graph of a gradient for a Hessian.
+
+        Returns:
+            The number r, infinite if the data have no noise.
+
+        Raises:
+            ValueError: If the cost is not positive.
         """
         if not cost > 0:
-            raise ValueError(f"cost={cost}: it must be positive")
+            raise ValueError(f"cost={cost}: choose a positive number, such as cost=1.25")
         if self.variance_data == 0:
             return math.inf if self.variance_probes > 0 else math.nan
         return math.sqrt(cost * self.variance_probes / self.variance_data)
 
     @property
     def advice(self) -> str:
-        """What makes the interval narrower for the least work, in words."""
+        """Advice on how to narrow the interval for the least work."""
         if math.isnan(self.variance_data):
             return (
-                "With one probe a draw the noise of the data cannot be told from that of the "
-                "probes: take 2 probes a draw."
+                "With one probe per draw, the noise of the data cannot be separated from that of "
+                "the probes: take 2 probes per draw."
             )
         if self.every_batch_was_drawn and self.correction == 0:
             if self.variance_probes == 0:
                 return f"All {self.population} batches were drawn, and the probes agree: exact."
             return (
-                f"All {self.population} batches were drawn: take more probes a draw, or another "
+                f"All {self.population} batches were drawn: take more probes per draw, or another "
                 "pass."
             )
         unknown = math.isinf(self.stderr) and not self.every_batch_was_drawn
         if unknown or math.isnan(self.data_share):
             return f"The batches drawn agree, and so do the probes. {self._unseen}"
         shares = (
-            f"Of the variance {self.data_share:.0%} comes from the data and "
+            f"Of the variance, {self.data_share:.0%} comes from the data and "
             f"{1 - self.data_share:.0%} from the probes: "
         )
         best = self.best_probes_per_draw()
         if math.isinf(best):
-            return shares + "take more probes a draw, which cost less than more draws."
+            return shares + "take more probes per draw, which cost less than more draws."
         wanted = max(1, round(best))
         if wanted > self.probes_per_draw:
-            return shares + f"take more probes a draw; about {wanted} are best."
+            return shares + f"take more probes per draw; about {wanted} are best."
         if wanted < self.probes_per_draw:
             return shares + f"take more draws, with fewer probes each; about {wanted} is best."
-        return shares + f"take more draws; {wanted} a draw is the best number of probes already."
+        return shares + f"take more draws; the number of probes per draw, {wanted}, is the best."
 
     @property
     def _unseen(self) -> str:
+        """Advice on batches that were not drawn."""
         if self.population is None:
             return (
                 "Batches that were not drawn can differ: draw all of them, with "

@@ -15,7 +15,7 @@ class Sharpness(Result):
         value: Critical sharpness, 2 / step.
         step: Smallest step against the direction that raises the loss.
         bounds: Largest step tried that did not raise the loss, and smallest step that did.
-        evaluations: Number of evaluations of the loss; no product is made.
+        evaluations: Number of evaluations of the loss. The search makes no product.
     """
 
     value: float

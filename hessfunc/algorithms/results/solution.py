@@ -1,4 +1,4 @@
-"""The solution of a linear system."""
+"""Solution of a linear system."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from hessfunc.trees import Tree
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Solution(Result):
-    """A solution of ``(A + damping I) x = b``.
+    """Solution of ``(A + damping I) x = b``.
 
     Attributes:
-        x: a tree like b.
-        residual: ``|b - (A + damping I) x|``, as measured at the end; where it was not to be
-            measured, a bound: the length by the recurrence, and what rounding may have added.
-        converged: whether the residual is within the stated tolerance.
-        negative_curvature: a direction p with ``p'(A + damping I) p <= 0`` and unit length, where
-            one was met; None otherwise.
+        x: Solution, a tree with the structure of b.
+        residual: Residual norm ``|b - (A + damping I) x|``, measured at the end of the run. If the
+            caller asked not to measure it, an upper bound, which adds the largest effect of
+            rounding to the norm from the recurrence.
+        converged: Whether the residual is within the tolerance of the run.
+        negative_curvature: Unit vector p with ``p'(A + damping I) p <= 0`` that the run met, or
+            None.
     """
 
     x: Tree

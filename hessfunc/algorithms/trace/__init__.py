@@ -1,1 +1,1 @@
-"""Stochastic estimates of the trace: one estimator a file."""
+"""Stochastic estimators of a trace, one per file."""

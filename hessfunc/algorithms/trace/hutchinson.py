@@ -1,4 +1,4 @@
-"""The trace by independent probes."""
+"""Girard-Hutchinson estimator of a trace, from independent probes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, ProbeKind, Rows, Space, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
-# The spread of fewer random signs is not to be trusted: on [[0, 1], [1, 0]] all p samples are the
-# same with probability 2^(1 - p).
+# Number of random signs below which their sample variance is unreliable: for [[0, 1], [1, 0]] all
+# p samples are equal with probability 2^(1 - p).
 _FEWEST_SIGNS = 8
 
 
@@ -45,16 +45,18 @@ def hutchinson(
 
         tr A = E[w'Aw],  E[ww'] = I
 
-    The estimate is the mean over probes. The variance of one probe is
-    2 (|A|_F^2 - sum_i a_ii^2) for signs, 2 |A|_F^2 for normal probes, and
-    2 n / (n + 2) (|A|_F^2 - tr(A)^2 / n) for the sphere, for a symmetric A. The standard error
-    follows from that formula, estimated from the products themselves. That estimate is far more
-    accurate than the spread of the samples, so that intervals cover at every level from 3 products
-    on. Known eigenpairs need not be sampled:
+    The estimate is the mean of w'Aw over the probes w. For a symmetric A, the variance of one
+    sample is 2 (|A|_F^2 - sum_i a_ii^2) for signs, 2 |A|_F^2 for normal probes, and
+    2 n / (n + 2) (|A|_F^2 - tr(A)^2 / n) for probes on the sphere. The standard error is that
+    formula, with terms estimated from the products. It is far more accurate than the sample
+    standard deviation, so intervals have their nominal coverage from 3 products on.
+
+    Known eigenpairs (value_i, V_i) need not be sampled:
 
         tr A = sum_i value_i + E[u'Au],  u = (I - VV') w.
 
-    The same holds for a part K of the matrix with a known diagonal, if ``matvec`` leaves K out:
+    A part K of the matrix with a known diagonal need not be sampled either, if ``matvec`` leaves
+    K out:
 
         tr (A + K) = tr K + E[w'Aw].
 
@@ -65,28 +67,30 @@ def hutchinson(
             is at most rtol |value|.
         atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
         max_matvecs: Budget, the largest number of probes.
-        kind: ``"signs"``, ``"normal"`` or ``"sphere"``. By default signs, unless all n unit
-            vectors fit into the budget: these give the exact trace, at once or as soon as the
-            random probes have cost as much.
+        kind: Distribution of the probes: ``"signs"``, ``"normal"`` or ``"sphere"``. By default,
+            signs; if all n unit vectors fit into the budget, they give the exact trace, either at
+            once or as soon as the random probes have cost n products.
         deflate: Eigenpairs of A, from `lanczos`. Their vectors must be orthonormal; they need not
             have converged.
-        known: Diagonal of K, as a tree like one vector; the estimate is then of tr (A + K).
+        known: Diagonal of K, a tree with the structure of one vector. The estimate is then that of
+            tr (A + K).
         block_size: Number of probes that are multiplied at once.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Estimate`, with the part of each leaf in ``by_leaf`` (those of eigenpairs up to their
-        residuals), and ``squared_frobenius`` from the same products, where no part is known. It
-        says "converged" if and only if its 95 % interval is within the tolerance. Intervals of a
-        run with a tolerance are widened by 1.1, since the run stops where its error looks small.
+        `Estimate`, with the part of each leaf in ``by_leaf`` (parts of eigenpairs are accurate up
+        to their residuals), and ``squared_frobenius`` from the same products unless ``known`` is
+        given. Its reason is "converged" if and only if its 95 % interval is within the tolerance.
+        Standard errors of a run with a tolerance are multiplied by 1.1, since such a run stops
+        where its error happens to look small.
 
     Raises:
-        ValueError: If an option is out of range, or if the eigenpairs are of other parameters.
+        ValueError: If an option is out of range, or if the eigenpairs belong to other parameters.
         FloatingPointError: If a product is not finite.
 
-    Cost: one matvec a probe; the matvecs of the eigenpairs are not counted again. Memory: 3
-    block_size vectors, or with signs 2 block_size and 5 in float64 if that is more. A normal or
-    sphere probe takes about 8 ns an entry on one core, signs less.
+    Cost: one matvec per probe; the matvecs of the eigenpairs are not counted again. Memory:
+    3 block_size vectors, or, with signs, 2 block_size vectors and 5 vectors in float64 if that is
+    more. Drawing a normal or sphere probe takes about 8 ns per entry on one core, signs less.
 
     Source: Girard 1989; Hutchinson 1990.
     """
@@ -108,12 +112,12 @@ def hutchinson(
 
 @dataclass(frozen=True, kw_only=True)
 class Hutchinson(TraceProbing["_State"]):
-    """Mean of quadratic forms of random probes.
+    """Mean of the quadratic forms of random probes.
 
     Attributes:
         kind: Distribution of the probes.
-        eigenpairs: Span of known eigenpairs, which is not sampled.
-        known: Trace of the part that the matvec leaves out, leaf by leaf: float64 ``(leaves,)``.
+        eigenpairs: Span of the known eigenpairs, which is not sampled.
+        known: Trace of the part that the matvec leaves out, by leaf, float64 ``(leaves,)``.
     """
 
     kind: ProbeKind
@@ -142,7 +146,8 @@ class Hutchinson(TraceProbing["_State"]):
         drawn = space.probes(indices, kind=self.kind, seed=state.seed, dtype=rows_dtype(space))
         probes = pairs.complement(space, drawn, on_sphere=self.kind == "sphere")
         images = products(probes)
-        # P A w, with P = I - VV' the projector off the eigenvectors.
+        # inside = P A u with P = I - VV': its squared length is the |A|_F^2 of the matrix PAP whose
+        # trace is sampled, E |PAPw|^2 = |PAP|_F^2.
         inside = pairs.complement(space, images, on_sphere=False)
         spread = state.spread
         if self.kind == "signs":
@@ -159,7 +164,7 @@ class Hutchinson(TraceProbing["_State"]):
         exact = self.eigenpairs.parts if self.known is None else self.eigenpairs.parts + self.known
         samples = exact.sum() + state.parts.sum(1)
         stderr = _stderr(state, self.kind, space.n - len(self.eigenpairs.basis))
-        # The sum of a sample is rounded, also where samples do not differ.
+        # Each sample is a rounded sum, even if all samples are equal.
         stderr += torch.finfo(rows_dtype(space)).eps * float(state.parts.abs().sum(1).mean())
         stderr *= self.widening
         frobenius = None
@@ -178,11 +183,11 @@ class Hutchinson(TraceProbing["_State"]):
 
 @dataclass(frozen=True)
 class _Spread:
-    """Spread of the entries of ``w * Aw`` over probes of random signs (Welford 1962).
+    """Moments of the entries of ``w * Aw`` over probes of random signs (Welford 1962).
 
     Attributes:
-        centre: Mean of each entry so far.
-        squares: Sum over entries and probes of squared deviations from the means.
+        centre: Mean of each entry so far, a wide row ``(1, n)``; no row for other probes.
+        squares: Sum of squared deviations from the means, over all entries and probes.
         probes: Number of probes.
     """
 
@@ -196,6 +201,8 @@ class _Spread:
         return cls(wide, 0.0, 0)
 
     def extended(self, space: Space, signs: Tensor, images: Tensor) -> _Spread:
+        """Return the moments with more probes and their products."""
+        # Welford: m_p = m_(p-1) + (x - m_(p-1)) / p,  S_p = S_(p-1) + (x - m_(p-1)) (x - m_p).
         centre, squares, probes = self.centre[0], self.centre.new_zeros(()), self.probes
         for row, image in zip(signs, images, strict=True):
             probes += 1
@@ -208,13 +215,13 @@ class _Spread:
 
 @dataclass(frozen=True)
 class _State:
-    """Samples so far, float64.
+    """Samples so far, of the probes u = P w with P = I - VV'.
 
     Attributes:
-        parts: ``w'Aw`` leaf by leaf, ``(p, leaves)``.
-        squares: ``|Aw|^2``, ``(p,)``.
-        inside: ``|PAw|^2`` with P the projector off the eigenvectors, ``(p,)``.
-        spread: Spread of the entries of ``w * PAw``, for signs alone.
+        parts: ``u'Au`` by leaf, float64 ``(p, leaves)``.
+        squares: ``|Au|^2``, float64 ``(p,)``.
+        inside: ``|PAu|^2``, float64 ``(p,)``.
+        spread: Moments of the entries of ``w * PAu``, for random signs only.
         seed: Seed of the probes.
     """
 
@@ -226,19 +233,22 @@ class _State:
 
 
 def _stderr(state: _State, kind: ProbeKind, dimension: int) -> float:
-    """Return the standard error of the mean by the variance of each kind of probe.
+    """Return the standard error of the mean, from the variance formula of each kind of probe.
 
-    For signs, 2 (|A|_F^2 - sum_i a_ii^2) is twice the sum of the variances of the entries of
-    ``w * Aw``. For few of them |A|_F^2 - tr(A)^2 / n takes its place, which is no smaller.
+    For signs, |A|_F^2 - sum_i a_ii^2 is the sum of the variances of the entries of ``w * Aw``. With
+    fewer than 8 signs, the upper bound |A|_F^2 - tr(A)^2 / n replaces it.
     """
     p = len(state.parts)
     if kind == "signs" and p >= _FEWEST_SIGNS:
+        # Entry i of w * Aw has the mean a_ii and the variance sum_(k != i) a_ik^2.
         return math.sqrt(2 * state.spread.squares / ((p - 1) * p))
     quadratics = state.parts.sum(1)
     if kind == "normal" or (kind == "signs" and dimension <= 2):
+        # Var(w'Aw) = 2 |A|_F^2 = 2 E |Aw|^2
         return math.sqrt(2 * float(state.inside.mean()) / p)
     if kind == "sphere":
         return sphere_error(quadratics, state.inside, dimension)
+    # E(|Aw|^2 - (w'Aw)^2 / d) >= (1 - 2 / d) (|A|_F^2 - tr(A)^2 / d) for signs in d dimensions.
     return sphere_error(quadratics, state.inside, dimension) * math.sqrt(
         dimension / (dimension - 2)
     )
@@ -246,17 +256,28 @@ def _stderr(state: _State, kind: ProbeKind, dimension: int) -> float:
 
 @dataclass(frozen=True)
 class _Spanned:
-    """What eigenpairs tell: orthonormal rows, the trace of each leaf and ``|AV|_F^2``."""
+    """Span V of eigenpairs.
+
+    Attributes:
+        basis: Orthonormal rows V'.
+        parts: Sum of the eigenvalues, split over the leaves, float64 ``(leaves,)``.
+        squares: ``|AV|_F^2``.
+    """
 
     basis: Tensor
     parts: Tensor
     squares: float
 
     def complement(self, space: Space, probes: Tensor, *, on_sphere: bool) -> Tensor:
-        """The probes outside of the basis; back on the sphere of that complement if need be."""
+        """Return P w for each probe w, with P = I - VV'.
+
+        With ``on_sphere``, each P w is rescaled to the sphere of the complement, whose radius is
+        the root of its dimension.
+        """
         if not len(self.basis):
             return probes
         outer = probes
+        # A second projection removes what rounding leaves of the first.
         for _ in range(2):
             outer = outer - space.combine(space.gram(outer, self.basis), self.basis)
         if on_sphere:
@@ -266,22 +287,30 @@ class _Spanned:
 
 
 def _sums(space: Space, vector: Tree) -> Tensor:
-    """Of the entries of each leaf."""
+    """Return the sum of the entries of each leaf, float64 ``(leaves,)``."""
     wide = wide_dtype(space.device)
     sums = torch.stack([leaf.sum(dtype=wide).cpu().double() for leaf in space.tree_leaves(vector)])
     if not bool(sums.isfinite().all()):
-        raise ValueError("known has entries that are NaN or infinite")
+        raise ValueError(
+            "known has entries that are NaN or infinite: pass the finite diagonal of the part that "
+            "the matvec leaves out"
+        )
     return sums
 
 
 def _spanned(space: Space, pairs: Eigenpairs | None) -> _Spanned:
+    """Return the span of eigenpairs, empty for None."""
     if pairs is None:
         none = space.zeros(0, rows_dtype(space))
         return _Spanned(none, torch.zeros(len(space.names), dtype=torch.float64, device="cpu"), 0.0)
     basis = space.rows(pairs.vectors, dtype=rows_dtype(space))
     if len(basis) >= space.n:
-        raise ValueError("all eigenpairs are at hand: the trace is the sum of their values")
+        raise ValueError(
+            f"deflate has {len(basis)} eigenpairs of a matrix of dimension {space.n}, so no vector "
+            "is left to sample: the trace is deflate.values.sum()"
+        )
     values = pairs.values.cpu().double()
+    # |A v_i|^2 = value_i^2 + residual_i^2, since A v_i - value_i v_i is orthogonal to v_i.
     return _Spanned(
         basis,
         (values[:, None] * space.by_leaf(basis, basis).cpu().double()).sum(0),

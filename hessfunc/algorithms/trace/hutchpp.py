@@ -1,4 +1,4 @@
-"""The trace of a sketched range, and independent probes outside of it."""
+"""Hutch++ estimator of a trace, from a sketch of the range and probes outside of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
-# An interval of fewer probes does not stop a run.
+# Number of probes below which an interval does not stop a run.
 _FEWEST_PROBES = 10
 
 
@@ -37,39 +37,42 @@ def hutchpp(
     block_size: int = 10,
     **run: Unpack[RunOptions],
 ) -> Estimate:
-    """The trace of a symmetric matrix, by Hutch++.
+    """Estimate the trace of a symmetric matrix by Hutch++.
 
-    With an orthonormal basis Q of the products of some random vectors, and other probes g_i on
-    the sphere of radius sqrt(n),
+        tr A = tr(Q'AQ) + E[c u'Au],  u = (I - QQ') g,  c = (n - q) / |u|^2
 
-        tr A = tr(Q'AQ) + E[c u'Au],  u = (I - QQ') g,  c = (n - q) / |u|^2,
+    Q is an orthonormal basis of q vectors of the span of products with random vectors. The probes g
+    are other random vectors, on the sphere of radius sqrt(n); c rescales u to the sphere of the
+    complement of Q. A third of the budget each goes to the random vectors, to Q and to the probes.
+    When the basis grows, all earlier probes are projected again, at no further product.
 
-    where Q has q rows, and c puts u on the sphere of the complement. Thirds of the budget go to
-    the random vectors, to Q, and to the probes. A basis that grows is put to use on all probes,
-    old ones too, without a product.
-
-    The probes are independent of Q, so the standard error is that of quadratic forms on a sphere,
-    which the products themselves give, and the interval is Student's. `xtrace` makes more of as
-    many products, but its error is harder to know.
+    The probes are independent of Q. Therefore the standard error is that of quadratic forms on a
+    sphere, estimated from the products themselves, and the interval is Student's. `xtrace` is more
+    accurate for the same number of products, but its error is harder to estimate.
 
     Args:
-        matvec: block -> block, symmetric.
-        like: a tree that says what vectors look like.
-        rtol: stop when the half-width of the 95 % interval is below rtol |value|.
-        atol: stop when it is below atol. Without rtol and atol the whole budget is used.
-        max_matvecs: the budget.
-        block_size: how many vectors of each kind join in one round.
+        matvec: Function from a block of vectors to the block of their products, symmetric.
+        like: Tree that shows the structure of a vector.
+        rtol: Relative tolerance: the run stops when the half-width of the reported 95 % interval
+            is at most rtol |value|.
+        atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
+        max_matvecs: Budget, the largest number of products, three per probe.
+        block_size: Number of probes, and of random vectors for Q, that a round adds.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Estimate`; ``squared_frobenius`` comes from the same products.
+        `Estimate`, with ``squared_frobenius`` from the same products. Its reason is "converged" if
+        and only if its 95 % interval is within the tolerance. Standard errors of a run with a
+        tolerance are multiplied by 1.1, since such a run stops where its error happens to look
+        small.
 
     Raises:
-        ValueError: an option is out of range.
-        MemoryError: not even two probes fit in memory.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range, or if the matvec is not symmetric or not
+            deterministic.
+        MemoryError: If not even two probes fit in memory.
+        FloatingPointError: If a product is not finite.
 
-    Cost: three matvecs a probe; the memory of 8 vectors a probe and 3 block_size more at its peak.
+    Cost: three matvecs per probe. Memory: at most 8 vectors per probe and 3 block_size more.
 
     Source: Meyer, Musco, Musco and Woodruff 2021, arXiv 2010.09649.
     """
@@ -82,7 +85,7 @@ def hutchpp(
 
 @dataclass(frozen=True, kw_only=True)
 class HutchPP(TraceProbing["_State"]):
-    """Trace of a sketched range, and quadratic forms of independent probes outside of it."""
+    """Trace on a sketched range, and quadratic forms of independent probes outside of it."""
 
     def init(self, products: Products, seed: int, /) -> _State:
         none = products.space.zeros(0, rows_dtype(products.space))
@@ -97,7 +100,7 @@ class HutchPP(TraceProbing["_State"]):
         width = min(self.block_size, room // 3, most - p)
         if width < 1:
             return state
-        # Even indices are for the sketch, odd ones for the probes.
+        # Even indices are random vectors for the sketch, odd indices are probes.
         indices = [*range(2 * p, 2 * (p + width), 2), *range(2 * p + 1, 2 * (p + width), 2)]
         rows = space.probes(indices, kind="sphere", seed=state.seed, dtype=rows_dtype(space))
         images = products(rows)
@@ -136,7 +139,14 @@ class HutchPP(TraceProbing["_State"]):
 
 @dataclass(frozen=True)
 class _State:
-    """Rows: probes G and products AG, with a sketch that is independent of them."""
+    """State of a run, with p probes.
+
+    Attributes:
+        probes: Probes g_i, rows ``(p, n)``.
+        images: Products A g_i, rows ``(p, n)``.
+        sketch: Orthonormal basis Q with A Q, independent of the probes.
+        seed: Seed of the probes and of the random vectors for Q.
+    """
 
     probes: Rows = field(metadata=DIVIDED)
     images: Rows = field(metadata=DIVIDED)
@@ -145,12 +155,14 @@ class _State:
 
 
 def _samples(space: Space, state: _State) -> tuple[Tensor, Tensor]:
-    """Return the estimates of each probe, and the squared lengths of ``PAu``, both float64.
+    """Return the estimate of each probe by leaf, and the squared lengths of the projected products.
 
-    With P = I - QQ' and u = P g on the sphere of the complement, the estimates are tr(Q'AQ) + u'Au,
-    leaf by leaf: ``(p, leaves)`` and ``(p,)``.
+    With P = I - QQ', u = P g and c = (n - q) / |u|^2:
+
+        parts = tr(Q'AQ) + c u'Au, float64 ``(p, leaves)``;  c |PAu|^2, float64 ``(p,)``.
     """
     basis, basis_images = state.sketch.basis, state.sketch.images
+    # u = g - Q x and A u = A g - A Q x,  x = Q'g.
     inside = space.gram(state.probes, basis)
     outer = state.probes - space.combine(inside, basis)
     outer_images = state.images - space.combine(inside, basis_images)

@@ -1,4 +1,4 @@
-"""The trace from random batches, the noise of the data told from that of the probes."""
+"""Trace from random batches, with the noise of the data separated from that of the probes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import ProbeKind, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
-# Between two looks at the interval: one that is looked at often stops where it is narrow by luck.
+# Number of draws between two tests of the interval. A run that tests it more often is more likely
+# to stop where the interval is narrow by chance.
 _DRAWS_A_ROUND = 10
-# Fewer probes of random signs may all give the same sample by chance.
+# Number of random signs below which all samples may agree by chance.
 _FEWEST_SIGNS = 8
 
 
@@ -46,50 +47,54 @@ def sampled_trace(
 ) -> SampledEstimate:
     """Estimate the trace of a data set's matrix from random batches, with a few probes on each.
 
-    With A = E[A_i] over random draws i, and r fresh probes on each,
+    With A = E[A_i] over random draws i, and r fresh probes w on each draw,
 
         tr A = E[w'A_i w],    var(mean of m draws) = f data / m + probes / (m r),
 
-    where ``data`` is the variance of tr A_i over draws, ``probes`` that of w'A_i w within one, and
-    f the finite population correction: 1 - m / B in the first pass over B batches that are drawn
-    without replacement, 0 after whole passes, 1 with replacement. A one-way analysis of variance
-    tells the two apart: with the mean squares within draws, MSW, and between them, MSB,
+    where ``data`` is the variance of tr A_i over draws, ``probes`` is the variance of w'A_i w
+    within one draw, and f is the finite population correction. Without replacement, f is 1 - m / B
+    in the first pass over B batches, and 0 after whole passes; with replacement, f is 1. A one-way
+    analysis of variance separates the two sources of noise. With the mean squares within draws,
+    MSW, and between draws, MSB,
 
         probes = MSW,    data = max(0, (MSB - MSW) / r).
 
-    The interval is Student's, widened for skewness: it covers the noise of both where batches are
-    alike. No interval covers batches of great curvature that are so rare that no draw has met one
-    (Bahadur and Savage 1956). So the run says "converged" only after a full pass. Where the
-    tolerance is reached earlier, a pass that at most doubles the work is finished; otherwise the
-    run stops, and says "not certified". Where all drawn batches agree to rounding, they show no
-    noise that an interval could be made of: until every batch is drawn, the interval is infinite.
+    The interval is Student's, widened for skewness. It covers both sources of noise if the batches
+    are similar. No interval covers batches of large curvature that are so rare that none was drawn
+    (Bahadur and Savage 1956). Therefore a run converges only after a full pass. If the tolerance is
+    reached earlier, the run finishes the pass if that at most doubles the work. Otherwise it stops
+    with the reason "tolerance reached, not certified". If all drawn batches agree to rounding,
+    their noise is unknown, and the interval is infinite until every batch is drawn.
 
-    To equal standard error this took 30 to 80 times fewer gradients than full passes on untrained
-    perceptrons, over 100 to 200 batches; on a trained ResNet-20, where a few examples carry the
-    trace, 1.6 times fewer over 80 batches (``python -m bench.draws``).
+    For an equal standard error, random batches took 30 to 80 times fewer gradients than full passes
+    on untrained perceptrons with 100 to 200 batches. On a trained ResNet-20 with 80 batches, where
+    a few examples dominate the trace, they took 1.6 times fewer (``python -m bench.draws``).
 
     Args:
-        draws: i -> the matvec of the i-th random batch; `hessfunc.draws` makes one, which also
-            knows how many batches there are.
-        like: a tree that says what vectors look like.
-        probes: r, the probes on each draw. From 2 on the noise is told apart.
-        rtol: stop when the half-width of the 95 % interval is below rtol |value|.
-        atol: stop when it is below atol. Without rtol and atol the whole budget is used.
-        max_matvecs: the budget, r a draw.
-        kind: ``"signs"``, ``"normal"`` or ``"sphere"``.
-        block_size: how many probes of one draw are multiplied at once.
+        draws: Function from i to the matvec of the i-th random batch, made by `hessfunc.draws`,
+            whose functions also know the number of batches.
+        like: Tree that shows the structure of a vector.
+        probes: Number r of probes on each draw. At least 2 are needed to separate the two sources
+            of noise.
+        rtol: Relative tolerance: the run stops when the half-width of the reported 95 % interval
+            is at most rtol |value|.
+        atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
+        max_matvecs: Budget, the largest number of products, r per draw.
+        kind: Distribution of the probes: ``"signs"``, ``"normal"`` or ``"sphere"``.
+        block_size: Number of probes of one draw that are multiplied at once.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `SampledEstimate`; its ``advice`` says of what to buy more. ``matvecs`` counts products of
-        one vector with one batch, not with the data set.
+        `SampledEstimate`, whose ``advice`` says whether more draws or more probes per draw narrow
+        the interval for less work. Its ``matvecs`` counts products of one vector with one batch,
+        not with the data set.
 
     Raises:
-        ValueError: an option is out of range.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range.
+        FloatingPointError: If a product is not finite.
 
-    Cost: r products with one batch, and one batch's graph, a draw; 3 block_size + 2 vectors of
-    memory.
+    Cost: r products with one batch per draw, and the graph of that batch. Memory: 3 block_size + 2
+    vectors.
 
     Source: Girard 1989; Hutchinson 1990; the analysis of variance: Searle, Casella and McCulloch
     1992, Variance components, section 3.5.
@@ -110,16 +115,16 @@ def sampled_trace(
 
 @dataclass(frozen=True, kw_only=True)
 class SampledTrace(Method["_State", SampledEstimate]):
-    """Mean of quadratic forms of random batches.
+    """Mean of the quadratic forms of random batches.
 
     Attributes:
-        draws: Function from the number of a draw to the matvec of its batch.
+        draws: Function from the index of a draw to the matvec of its batch.
         probes: Number r of probes on each draw.
         kind: Distribution of the probes.
         block_size: Number of probes of one draw that are multiplied at once.
         rtol: Relative tolerance at which the run stops.
         atol: Absolute tolerance at which the run stops.
-        max_matvecs: Budget, which decides whether a pass over all batches is finished.
+        max_matvecs: Budget, which decides whether the run may finish a pass over all batches.
     """
 
     draws: Callable[[int], Matvec]
@@ -144,7 +149,7 @@ class SampledTrace(Method["_State", SampledEstimate]):
 
     @property
     def population(self) -> int | None:
-        """Number of batches, where they are drawn without replacement."""
+        """Number of batches if they are drawn without replacement, else None."""
         return getattr(self.draws, "population", None)
 
     @property
@@ -160,7 +165,7 @@ class SampledTrace(Method["_State", SampledEstimate]):
         m, population = len(state.parts), self.population
         count = min(room // self.probes, _DRAWS_A_ROUND)
         if population is not None:
-            # The error of whole passes is that of the probes alone.
+            # Stop at the end of a pass, where only the probes contribute to the error.
             count = min(count, population - m % population)
         samples = [self._of_draw(i, products, state.seed) for i in range(m, m + count)]
         if not samples:
@@ -168,8 +173,8 @@ class SampledTrace(Method["_State", SampledEstimate]):
         return _State(torch.cat([state.parts, torch.stack(samples)]), state.seed)
 
     def _of_draw(self, i: int, products: Products, seed: int) -> Tensor:
-        """Return ``w'A_i w`` of each probe of a draw, leaf by leaf: float64 ``(r, leaves)``."""
-        # The matvec, and with it the batch's graph, is gone before the next draw is made.
+        """Return ``w'A_i w`` of each probe of a draw by leaf, float64 ``(r, leaves)``."""
+        # The matvec, which holds the batch's graph, must be freed before the next draw is made.
         space, r = products.space, self.probes
         of_batch = Products(self.draws(i), space, keep_first=i == 0)
         parts = []
@@ -220,7 +225,7 @@ class SampledTrace(Method["_State", SampledEstimate]):
         reason = narrow_enough(estimate, self.rtol, self.atol)
         if _is_certified(estimate) or (reason is None and math.isfinite(estimate.stderr)):
             return reason
-        # With one probe a draw, the noise of the probes is known after two passes.
+        # With one probe per draw, the noise of the probes is known only after two passes.
         wanted = (self.population or 0) * (1 if self.probes > 1 else 2)
         fits = wanted <= 2 * m and wanted * self.probes <= self.max_matvecs
         if self.population is not None and fits:
@@ -242,17 +247,24 @@ class SampledTrace(Method["_State", SampledEstimate]):
 
 @dataclass(frozen=True)
 class _State:
-    """Samples ``w'A_i w`` by draw, probe and leaf: float64 ``(m, r, leaves)``."""
+    """State of a run, with m draws.
+
+    Attributes:
+        parts: Samples ``w'A_i w`` by draw, probe and leaf, float64 ``(m, r, leaves)``.
+        seed: Seed of the probes.
+    """
 
     parts: Tensor
     seed: int
 
 
 def _is_certified(estimate: SampledEstimate) -> bool:
+    """Return whether every batch was drawn and the noise of the probes is known."""
     return estimate.every_batch_was_drawn and not math.isnan(estimate.variance_probes)
 
 
 def _uncertified(estimate: SampledEstimate) -> str:
+    """Return the reason of a run that stops without a certified interval."""
     reason = "tolerance reached, not certified: "
     if math.isinf(estimate.stderr):
         reason = "not certified, and the interval is not known: the samples agree to rounding, but "
@@ -268,7 +280,15 @@ def _uncertified(estimate: SampledEstimate) -> str:
 
 @dataclass(frozen=True)
 class _Noise:
-    """Standard error of a mean over draws, with its two sources as in `SampledEstimate`."""
+    """Standard error of a mean over draws, with the variances of its two sources.
+
+    Attributes:
+        stderr: Standard error of the mean.
+        degrees: Degrees of freedom with which the standard error is known.
+        within: Variance of one probe within a batch, NaN if unknown.
+        between: Variance between batches, NaN if unknown.
+        correction: Finite population correction f of the variance between batches.
+    """
 
     stderr: float
     degrees: int
@@ -280,27 +300,27 @@ class _Noise:
 def _noise(samples: Tensor, places: Sequence[int], population: int | None) -> _Noise:
     """Return the noise of the mean of samples ``(m, r)``.
 
-    With m = q B + s draws from a population of B batches without replacement, q whole passes know
-    the batches' part without error, and f = s (1 - s / B) / m of the variance between batches is
-    left (Cochran 1977, sections 2.6 and 10.3):
+    Consider m = q B + s draws without replacement from a population of B batches. After q whole
+    passes the contribution of the batches has no error, and the fraction f = s (1 - s / B) / m of
+    the variance between batches remains (Cochran 1977, sections 2.6 and 10.3):
 
         var = f var(means) / m + (1 - f) sum_b n_b v_b / (m^2 r),
 
     where batch b was drawn n_b times and v_b is the variance of its probes. The degrees of freedom
-    are those of Welch 1947, with two less for estimated weights. The part of the probes is widened
-    for their skewness, as few batches may make most of it.
+    are those of Welch 1947, less two for estimated weights. The contribution of the probes is
+    widened for skewness, since a few batches may dominate it.
 
     Args:
-        samples: Samples, one row a draw.
-        places: Batch of each draw.
-        population: B, or None with replacement.
+        samples: Samples, one row per draw, float64 ``(m, r)``.
+        places: Index of the batch of each draw.
+        population: Number B of batches, or None with replacement.
     """
     m, r = samples.shape
     means = samples.mean(1)
     error = standard_error(means)
     groups = _by_batch(samples, places)
     if min(len(group) for group in groups) < 2:
-        # Whole passes bring no new batch, but what the probes add is not known.
+        # A batch with a single sample does not show the variance v_b of its probes.
         return _Noise(error, m - 1, math.nan, math.nan, 1.0)
     within = float(samples.var(1).mean()) if r > 1 else float(_weighted(groups).sum()) / m
     between = max(0.0, float(means.var()) - within / r) if m > 1 else math.nan
@@ -323,7 +343,7 @@ def _noise(samples: Tensor, places: Sequence[int], population: int | None) -> _N
 
 
 def _show_noise(samples: Tensor, kind: ProbeKind) -> bool:
-    """Return whether the probes of all batches would show the noise that they have."""
+    """Return whether there are enough probes for their samples to show their noise."""
     return kind != "signs" or samples.numel() >= _FEWEST_SIGNS
 
 
@@ -332,9 +352,9 @@ def _by_batch(samples: Tensor, places: Sequence[int]) -> list[Tensor]:
     rows: dict[int, list[int]] = {}
     for row, place in enumerate(places):
         rows.setdefault(place, []).append(row)
-    return [samples[found].flatten() for found in rows.values()]
+    return [samples[draws].flatten() for draws in rows.values()]
 
 
 def _weighted(groups: Sequence[Tensor]) -> Tensor:
-    """Return the variance of the probes of each batch, times the number of its draws and r."""
+    """Return n_b r v_b for each batch b: the variance of its probes times their number."""
     return torch.stack([len(group) * group.var() for group in groups])

@@ -1,4 +1,4 @@
-"""The trace by exchangeable leave-one-out low-rank approximations."""
+"""XTrace estimator of a trace, from exchangeable leave-one-out low-rank approximations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
-# An interval of fewer probes does not stop a run.
+# Number of probes below which an interval does not stop a run.
 _FEWEST_PROBES = 10
 # Factor of the jackknife error, calibrated on ten spectra (bench/results/coverage.md).
 _JACKKNIFE = 1.1
@@ -44,40 +44,42 @@ def xtrace(
     block_size: int = 10,
     **run: Unpack[RunOptions],
 ) -> Estimate:
-    """The trace of a symmetric matrix, positive or not, by XTrace.
+    """Estimate the trace of a symmetric matrix, definite or not, by XTrace.
 
     With probes w_i on the sphere of radius sqrt(n), and Q_i an orthonormal basis of the span of
-    A w_j for all j but i,
+    A w_j for all j != i,
 
         t_i = tr(Q_i' A Q_i) + c_i u_i' A u_i,  u_i = (I - Q_i Q_i') w_i,
 
-    where c_i = (n - p + 1) / |u_i|^2 puts u_i back on its sphere. The estimate is the mean of
-    t_i. The variance is far below Hutchinson's where the spectrum decays, and zero from rank + 1
-    probes on.
+    where c_i = (n - p + 1) / |u_i|^2 rescales u_i to the sphere of the complement. The estimate is
+    the mean of the t_i over the p probes. If the spectrum decays, its variance is far below that of
+    `hutchinson`. The variance is zero from rank(A) + 1 probes on.
 
     Args:
-        matvec: block -> block, symmetric.
-        like: a tree that says what vectors look like.
-        rtol: stop when the half-width of the 95 % interval is below rtol |value|.
-        atol: stop when it is below atol. Without rtol and atol the whole budget is used.
-        max_matvecs: the budget, two a probe.
-        block_size: how many vectors are multiplied at once.
+        matvec: Function from a block of vectors to the block of their products, symmetric.
+        like: Tree that shows the structure of a vector.
+        rtol: Relative tolerance: the run stops when the half-width of the reported 95 % interval
+            is at most rtol |value|.
+        atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
+        max_matvecs: Budget, the largest number of products, two per probe.
+        block_size: Number of probes that are multiplied at once.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Estimate`. ``samples`` are the t_i, which are correlated; ``stderr`` is the largest of
-        three errors: that of independent probes on the complements times 1.15, a jackknife, and
-        the curvature that a left-out product loses. Intervals of a run with a tolerance are
-        widened by 1.1, since it stops where its error looks small. It says "converged" if and
-        only if its 95 % interval is within the tolerance. ``squared_frobenius`` comes from the
-        same products.
+        `Estimate`, whose ``samples`` are the t_i, which are correlated. ``stderr`` is the maximum
+        of the error of independent probes on the complements times 1.15, a jackknife error, and
+        the spread of the curvature that is lost when one product is left out. Its reason is
+        "converged" if and only if its 95 % interval is within the tolerance. Standard errors of a
+        run with a tolerance are multiplied by 1.1, since such a run stops where its error happens
+        to look small. ``squared_frobenius`` comes from the same products.
 
     Raises:
-        ValueError: an option is out of range, or the matrix is not symmetric or not deterministic.
-        MemoryError: not even two probes fit in memory.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range, or if the matvec is not symmetric or not
+            deterministic.
+        MemoryError: If not even two probes fit in memory.
+        FloatingPointError: If a product is not finite.
 
-    Cost: two matvecs a probe; the memory of 9 vectors a probe at its peak.
+    Cost: two matvecs per probe. Memory: at most 9 vectors per probe.
 
     Source: Epperly, Tropp and Webber 2023, arXiv 2301.07825; the interval: Efron and Stein 1981.
     """
@@ -90,7 +92,7 @@ def xtrace(
 
 @dataclass(frozen=True, kw_only=True)
 class XTrace(TraceProbing["_State"]):
-    """Mean of leave-one-out estimates, each with the sketch of all other products."""
+    """Mean of the leave-one-out estimates, each from the sketch of all other products."""
 
     def init(self, products: Products, seed: int, /) -> _State:
         none = products.space.zeros(0, rows_dtype(products.space))
@@ -142,7 +144,14 @@ class XTrace(TraceProbing["_State"]):
 
 @dataclass(frozen=True)
 class _State:
-    """Rows: probes W and products AW, with a sketch of the products."""
+    """State of a run, with p probes.
+
+    Attributes:
+        probes: Probes w_i, rows ``(p, n)``.
+        images: Products A w_i, rows ``(p, n)``.
+        sketch: Orthonormal basis Q of the products, with A Q and the factor C in A W = Q C.
+        seed: Seed of the probes.
+    """
 
     probes: Rows = field(metadata=DIVIDED)
     images: Rows = field(metadata=DIVIDED)
@@ -151,25 +160,33 @@ class _State:
 
 
 def _leave_one_out(space: Space, state: _State) -> tuple[Tensor, Complements]:
-    """Return the estimates t_i, leaf by leaf: float64 ``(p, leaves)``, and their complements.
+    """Return the estimates t_i by leaf, float64 ``(p, leaves)``, and their complements.
 
-    With s_i = Q S_i the unit direction that only the i-th product adds, Q_i Q_i' = QQ' - s_i s_i'.
+    Leaving out the i-th product removes one unit direction Q s_i from the range of Q,
+
+        Q_i Q_i' = Q (I - s_i s_i') Q',
+
+    where s_i is orthogonal to all columns of C but the i-th, for A W = Q C. Here and below, s_i are
+    coefficients with respect to Q, and s_i = 0 if the other products span the i-th.
     """
     sketch = state.sketch
     basis, basis_images = sketch.basis, sketch.images
     left_out = sketch.left_out()
+    # u_i = w_i - Q x_i and A u_i = A w_i - A Q x_i,  x_i = (I - s_i s_i') Q'w_i.
     inside = space.gram(basis, state.probes).cpu().double()
     inside = inside - left_out * (left_out * inside).sum(0)
     outer = state.probes - space.combine(inside.mT, basis)
     outer_images = state.images - space.combine(inside.mT, basis_images)
+    # The complement of Q_i has the dimension n - q + 1, or n - q if s_i = 0.
     dimension = space.n - len(basis) + left_out.norm(dim=0).round()
     rescaling = dimension / space.norms(outer).cpu().double().square()
+    # tr(Q_i'AQ_i) = tr(Q'AQ) - (Q s_i)'A (Q s_i)
     missing = space.combine(left_out.mT, basis)
     missing_images = space.combine(left_out.mT, basis_images)
     lost = space.by_leaf(missing, missing_images).cpu().double()
     whole = space.by_leaf(basis, basis_images).sum(0).cpu().double()
     tests = rescaling[:, None] * space.by_leaf(outer, outer_images).cpu().double()
-    # |P_i A u|^2 with P_i = I - QQ' + s_i s_i'.
+    # |(I - Q_i Q_i') A u_i|^2 = |A u_i|^2 - |Q'A u_i|^2 + (s_i'Q'A u_i)^2
     coefficients = space.gram(outer_images, basis).cpu().double()
     along = (coefficients * left_out.mT).sum(1).square()
     lengths = space.norms(outer_images).cpu().double().square() - coefficients.square().sum(1)
@@ -183,9 +200,16 @@ def _leave_one_out(space: Space, state: _State) -> tuple[Tensor, Complements]:
 
 
 def _leave_two_out(space: Space, state: _State) -> Tensor:
-    """The estimates t_ij that leave out both i and j, tested by i: float64 ``(p, p)``.
+    """Return the estimates t_ij that leave out i and j, tested by probe i: float64 ``(p, p)``.
 
-    All from small matrices: what s_j adds to s_i is one more direction e to be left out.
+    Leaving out j as well removes one more unit direction Q e_ij from the range of Q,
+
+        Q_ij Q_ij' = Q (I - s_i s_i' - e_ij e_ij') Q',
+        e_ij = (s_j - g_ij s_i) / sqrt(1 - g_ij^2),  g_ij = s_i's_j,
+
+    so that t_ij = tr(Q_ij'AQ_ij) + c_ij u_ij'Au_ij, with u_ij = (I - Q_ij Q_ij') w_i and
+    c_ij = (n - p + 2) / |u_ij|^2, follows from p x p matrices alone. It extends the leave-one-out
+    formulas of the paper, and requires linearly independent products. The diagonal has no meaning.
     """
     sketch = state.sketch
     S = sketch.left_out()
@@ -193,11 +217,22 @@ def _leave_two_out(space: Space, state: _State) -> Tensor:
     inside = space.gram(sketch.basis, state.probes).cpu().double()
     quadratic = space.by_leaf(state.probes, state.images).sum(1).cpu().double()
 
+    # Leave out i, as in `_leave_one_out`: u_i = w_i - Q x_i, x_i = (I - s_i s_i') Q'w_i, and
+    # |u_i|^2 = n - |x_i|^2. With H = Q'AQ and C = Q'AW, whose column i is C_i:
+    #     image_i = Q'A u_i = C_i - H x_i
+    #     forms_i = u_i'A u_i = w_i'A w_i - x_i'(C_i + image_i)
     inside = inside - S * (S * inside).sum(0)
     lengths = space.n - inside.square().sum(0)
     image = sketch.factor - H @ inside
     forms = quadratic - (inside * (sketch.factor + image)).sum(0)
 
+    # Leave out j as well: u_ij = u_i + a_ij Q e_ij, with e_ij'x_i = s_j'x_i / sine_ij.
+    #     along_ij = a_ij = e_ij'Q'w_i = e_ij'x_i
+    #     extra_ij = e_ij'H e_ij
+    #     image_along_ij = e_ij'Q'A u_i
+    #     u_ij'A u_ij = u_i'A u_i + 2 a_ij e_ij'Q'A u_i + a_ij^2 e_ij'H e_ij
+    #     |u_ij|^2 = |u_i|^2 + a_ij^2
+    #     tr(Q_ij'AQ_ij) = tr H - s_i'H s_i - e_ij'H e_ij
     cosine = S.mT @ S
     sine = (1 - cosine.square()).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     along = (S.mT @ inside).mT / sine

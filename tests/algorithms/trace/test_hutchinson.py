@@ -145,7 +145,7 @@ def test_squared_frobenius_norm_from_the_same_products() -> None:
 def test_all_eigenpairs_leave_nothing_to_estimate() -> None:
     matvec, like = hf.dense(torch.eye(3)), torch.zeros(3)
     everything = hf.lanczos(matvec, like, k=3, seed=0)
-    with pytest.raises(ValueError, match="the sum of their values"):
+    with pytest.raises(ValueError, match="deflate.values.sum"):
         hf.hutchinson(matvec, like, deflate=everything)
 
 

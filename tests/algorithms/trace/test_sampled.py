@@ -157,7 +157,7 @@ def test_one_probe_a_draw_does_not_tell_them_apart() -> None:
     found = sampled_trace(drawn_from(shifted(0.3)), LIKE, max_matvecs=500, seed=0)
     assert math.isnan(found.variance_probes)
     assert math.isnan(found.variance_data)
-    assert "take 2 probes a draw" in found.advice
+    assert "take 2 probes per draw" in found.advice
     total = variance_of_traces(shifted(0.3)) + variance_of_a_probe(BASE)
     assert found.stderr**2 == pytest.approx(total / 500, rel=0.3)
 
@@ -224,9 +224,12 @@ def estimate(probes: float, data: float, r: int = 2) -> SampledEstimate:
             estimate(0.0, 3.0),
             "100% comes from the data and 0% from.*more draws, with fewer.*about 1 is",
         ),
-        (estimate(3.0, 1.0), "60% from the probes.*take more draws; 2 a draw is the best"),
+        (
+            estimate(3.0, 1.0),
+            "60% from the probes.*take more draws; the number of probes per draw, 2, is the best",
+        ),
         (estimate(0.0, 0.0), "not drawn can differ: draw all of them"),
-        (estimate(math.nan, math.nan, 1), "take 2 probes a draw"),
+        (estimate(math.nan, math.nan, 1), "take 2 probes per draw"),
     ],
 )
 def test_advice_is_what_the_components_say(found: SampledEstimate, words: str) -> None:
@@ -254,7 +257,7 @@ def test_advice_of_runs_at_both_extremes() -> None:
     )
     assert "take more draws, with fewer probes" in noisy_data.advice
     assert noisy_data.data_share > 0.95
-    assert "take more probes a draw" in noisy_probes.advice
+    assert "take more probes per draw" in noisy_probes.advice
     assert noisy_probes.data_share < 0.3
 
 
