@@ -484,8 +484,8 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
     # The recurrence gives V A X' = C' for a symmetric A. Right after a restart, T is therefore the
     # arrowhead matrix of Wu and Simon: diag(values), bordered by C and C'.
     difference = columns[:j] - state.coupling.mT
-    # The vectors do not show that a model computes in bfloat16, whose products are symmetric only up
-    # to SYMMETRIC. A rtol looser than this must not be refused.
+    # The dtype of the vectors does not show that a model computes in bfloat16. Its products are
+    # symmetric only up to SYMMETRIC; with a looser rtol, larger differences must be let through.
     tolerance = max(SYMMETRIC, 10 * problem.eps, 2 * problem.rtol)
     refuse_asymmetric(difference, following.longest, tolerance)
     return following if len(block) else _fresh_block(problem, space, following)
