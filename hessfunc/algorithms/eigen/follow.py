@@ -19,7 +19,8 @@ End = Literal["largest", "smallest"]
 
 # Number of directions that may be added before the basis is reduced to its best vectors.
 _ROOM = 8
-# Directions are rounding if they are shorter outside of the basis than this part of the longest row.
+# Directions whose part outside of the basis is shorter than this are rounding, in units of the
+# longest row.
 _SHORTEST = 1e-6
 # Length of the random vector that is added to the unit scout.
 _STIRRED = 0.1
