@@ -360,7 +360,8 @@ def _accept(space: Space, state: _State, which: str, k: int, value: float, seed:
     state = replace(state, vectors=vectors, images=images, shift=shift)
     if len(vectors) == space.n or (len(vectors) >= k and state.trusted):
         return replace(state, current=none, previous=none, image=None)
-    # Each pair has its own probe. Probe 1 replaces a dominant pair at the wrong end, which is dropped.
+    # Each pair has its own probe. Probe 1 follows a dominant pair that was dropped, since it was at
+    # the wrong end.
     index = len(state.vectors) + 1
     fresh = space.probes([index], kind="normal", seed=of_starts(seed), dtype=vectors.dtype)
     fresh = _outside(space, fresh, state.vectors)
