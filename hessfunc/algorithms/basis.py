@@ -191,9 +191,9 @@ def orthonormal(
 
     Two projections are enough (Kahan; Parlett 1980): the second one removes the rounding of the
     first. A third projection follows if the second one removed more than the length of the shortest
-    remaining direction, or if the remaining rows are nearly dependent. The directions Q are eigenvectors of
-    the Gram matrix of the remainder, so that directions of rounding errors are the short ones.
-    There is one transfer to the host, or two with a third projection.
+    remaining direction, or if the remaining rows are nearly dependent. The directions Q come from
+    the eigenvectors of the Gram matrix of the remainder, so that directions of rounding errors are
+    the short ones. There is one transfer to the host, or two with a third projection.
 
     Args:
         space: Space of the vectors.

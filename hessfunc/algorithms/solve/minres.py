@@ -232,5 +232,5 @@ def _resolved(system: System, state: _State) -> float:
 def _obstacle(state: _State) -> str:
     return (
         f"a least-squares solution: A + damping I is singular and b is not in its range, up to "
-        f"rounding, so that no residual is shorter than {state.length:.3g}; add damping"
+        f"rounding, so that no residual is shorter than {state.length:.3g}; raise `damping`"
     )

@@ -100,7 +100,7 @@ class System:
         if not square > 0 and (length := float(self.space.norms(row))):
             raise ValueError(
                 f"the preconditioner is not positive definite: r'Mr = {square:.1e} for a residual "
-                f"of length {length:.1e}"
+                f"of length {length:.1e}; omit `preconditioner`, or make it positive definite"
             )
         return image, square
 
