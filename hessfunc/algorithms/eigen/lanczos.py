@@ -108,7 +108,7 @@ def lanczos(
             the final check, k more products measure the residuals. Values are off by up to 2^-9.
         basis_device: Device of the basis, by default that of the vectors. ``"cpu"`` keeps the basis
             of a GPU's vectors in page-locked host memory and copies it to the GPU in pieces, the
-            next one while the last one is in use. The GPU then holds two pieces, of 128 MiB or of
+            next one while the current one is in use. The GPU then holds two pieces, of 128 MiB or of
             one vector, besides the block and the pairs. The results are those of a basis on the
             GPU up to rounding. A resumed run may use another device.
         rtol: Relative tolerance: the run stops when each residual is at most
@@ -231,7 +231,7 @@ class Lanczos(Method["_State", Eigenpairs]):
     ) -> tuple[_State, str]:
         """Check the pairs by a product, and search outside of the basis for repeated eigenvalues.
 
-        A pair that fails the check, and an eigenvalue that was missed, are named in the reason.
+        The reason states the number of pairs that fail the check, or an eigenvalue that was missed.
         """
         space, problem = products.space, self._problem(products.space, state.seed)
         if state.failure is None:
@@ -315,6 +315,7 @@ class _State:
         coupling: C, float64 ``(b, m)`` on the CPU.
         probes: Number of random vectors drawn so far.
         basis_size: Largest number of basis vectors.
+        seed: Seed of the run.
         before: Largest absolute Ritz value before the last restart, which may drop its vector.
         steps: Number of block steps since the last random start.
         closed: Wanted values when V last spanned an invariant subspace.
