@@ -1,8 +1,8 @@
-"""Bases: orthonormal rows that grow in a workspace, and the only Gram-Schmidt process.
+"""Orthonormal bases that grow in a workspace, and the only Gram-Schmidt process.
 
-A basis may be kept in a coarser dtype than that of the rows it works on, and on another device. It
-is converted a few columns at a time, so that no copy of it is ever made. From another device it
-comes in pieces, and each piece is used for everything it is needed for while it is there.
+A basis may have a coarser dtype than the vectors, and may lie on another device. It is converted a
+few columns at a time, so that the whole basis is never copied. A basis on another device is copied
+in pieces, and each piece serves all operations that need it before the next one replaces it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from hessfunc.algorithms.offload import (
 )
 from hessfunc.spaces.space import DIVIDED, Rows, Space
 
-# Entries that are converted or rotated at once: they stay in the cache.
+# Number of entries that are converted or rotated at once; they fit in the cache.
 _PIECE = 2**20
-# Where the shortest direction is a smaller part of the longest, it is made of rounding errors.
+# A direction shorter than this part of the longest one may consist of rounding errors.
 _UNEVEN = 0.1
-# Entries that are multiplied in float32 before they are summed in float64.
+# Number of entries whose products are summed in float32, before these sums are added in float64.
 _RUN = 2**14
 
 
@@ -39,8 +39,8 @@ _RUN = 2**14
 class Basis:
     """Orthonormal rows V that grow in a workspace.
 
-    The dtype and the device of the rows are those in which they are kept. Everything that goes in
-    or comes out is in the dtype of the caller, on the device of the space.
+    The rows have the dtype and the device in which the basis is kept. All arguments and results of
+    the methods have the dtype of the caller, on the device of the space.
 
     Attributes:
         rows: Rows V, ``(m, n)``; or the rows of p bases of one length, ``(m, p, n)``.
@@ -50,37 +50,37 @@ class Basis:
 
     @classmethod
     def empty(cls, space: Space, dtype: torch.dtype, device: torch.device, /) -> Basis:
-        """Return a basis without rows, kept in this dtype on this device."""
+        """Return a basis without rows, in this dtype on this device."""
         return cls(torch.empty(0, space.width, dtype=dtype, device=device))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, part: slice, /) -> Basis:
-        """Return the basis of some of the rows, a view."""
+        """Return the basis of some of the rows, as a view."""
         return Basis(self.rows[part])
 
     def of(self, i: int, /) -> Basis:
-        """Return the i-th of several bases, a view."""
+        """Return the i-th of several bases, as a view."""
         return Basis(self.rows[:, i])
 
     def on(self, device: torch.device, /) -> Basis:
-        """Return the basis, kept on this device."""
+        """Return the basis on this device."""
         return self if self.rows.device == device else Basis(self.rows.to(device))
 
     def settle(self, space: Space, /) -> None:
-        """Wait until all rows are written, for the host to read them."""
+        """Wait until all rows are written, so that the host can read them."""
         settled(self.rows, space.device)
 
     def brought(self, space: Space, /) -> Tensor:
-        """Return all rows on the device of the space, without a copy where they are there."""
+        """Return all rows on the device of the space, copied only from another device."""
         return brought(self.rows, space.device)
 
     def append(self, rows: Tensor, capacity: int, /) -> Basis:
-        """Return the basis with more rows, in its own memory where that has room for ``capacity``.
+        """Return the basis with more rows, in its own memory if that has room for ``capacity``.
 
-        Nothing is written but what lies behind the basis. A state that holds the basis therefore
-        stays valid when its successor holds the longer one, as long as it has one successor.
+        Only the memory behind the basis is written. A state that holds the basis therefore stays
+        valid when its successor holds the longer one, as long as it has only one successor.
         """
         size, total = len(self.rows), len(self.rows) + len(rows)
         room, shape = max(capacity, total), self.rows.shape[1:]
@@ -115,7 +115,7 @@ class Basis:
         return total
 
     def rotate(self, space: Space, rotation: Tensor, dtype: torch.dtype, /) -> Basis:
-        """Return the basis of ``rotation' V``, in the place of the first rows.
+        """Return the basis of ``rotation' V``, which overwrites the first rows.
 
         Args:
             space: Space of the vectors.
@@ -128,7 +128,7 @@ class Basis:
             return self._rotated_by_pieces(space, rotation)
         for columns in self.rows.split(_PIECE // len(self.rows) + 1, dim=1):
             columns[: len(first)] = rotation @ columns.to(dtype)
-        # Lengths would drift away from 1 over many restarts.
+        # Rounding would make the lengths drift away from 1 over many restarts.
         first /= space.norms(first).to(first.dtype)[:, None]
         return Basis(first)
 
@@ -136,7 +136,8 @@ class Basis:
         k = len(rotation)
         targets = column_pieces(self.rows)
         for target, columns in zip(targets, pieces(targets, space.device), strict=True):
-            # In the buffer of the piece: new memory for each would pile up before the copies.
+            # The result is put into the buffer of the piece: new memory for each piece would
+            # accumulate until its copy has run.
             columns[:k] = rotation @ columns.to(rotation.dtype)
             written(target[:k], columns[:k])
         targets = row_pieces(space, self.rows[:k])
@@ -157,7 +158,7 @@ def project_out(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
         bases: Bases that are orthogonal to each other.
 
     Returns:
-        C for all bases one after another, ``(k, m)``.
+        Coefficients C for all bases one after another, ``(k, m)``.
     """
     if any(is_far(basis.rows.device, rows.device) for basis in bases):
         return _project_out_by_pieces(space, rows, *bases)
@@ -169,9 +170,9 @@ def project_out(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
 
 
 def _project_out_by_pieces(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
-    """Project out by the modified Gram-Schmidt process of blocks, which reads each row once.
+    """Project out by the modified block Gram-Schmidt process, which reads each row once.
 
-    Rounding leaves no more along orthonormal rows than in the classical process.
+    For orthonormal rows its rounding is no larger than that of the classical process.
     """
     coefficients = []
     for part in chain.from_iterable(_by_rows(space, basis.rows, rows.device) for basis in bases):
@@ -188,11 +189,11 @@ def orthonormal(
 
         W = F' Q + C V,  Q Q' = I,  Q V' = 0
 
-    Two projections are enough (Kahan; Parlett 1980): the second removes what rounding left of the
-    first. Where the remainder is as long as a row, or rows nearly depend on each other, a third
-    projection follows. The directions Q are eigenvectors of the Gram matrix of the remainder, so
-    that those made of rounding errors stand out as short. Numbers go to the host once, or twice
-    where there is a third projection.
+    Two projections are enough (Kahan; Parlett 1980): the second one removes the rounding of the
+    first. A third projection follows if the second one removed more than the length of the shortest
+    remaining direction, or if the remaining rows are nearly dependent. The directions Q come from
+    the eigenvectors of the Gram matrix of the remainder, so that directions of rounding errors are
+    the short ones. There is one transfer to the host, or two with a third projection.
 
     Args:
         space: Space of the vectors.
@@ -202,7 +203,8 @@ def orthonormal(
             direction outside of the bases is left out.
 
     Returns:
-        Q, and F and C in float64 on the CPU.
+        Rows Q, ``(r, n)``, and the coefficients F, ``(r, k)``, and C, ``(k, m)``, in float64 on the
+        CPU.
     """
     width = sum(map(len, bases))
     inner = torch.zeros(len(rows), width, dtype=torch.float64, device="cpu")
@@ -212,9 +214,11 @@ def orthonormal(
         again = project_out(space, rows, *bases)
         numbers = torch.cat([before, again, space.gram(rows, rows)], dim=1).cpu().double()
         taken, left, squares = numbers.split([width, width, len(rows)], dim=1)
+        # W = F' (R + D V) + C V with D = taken + left, so that C grows by F' D.
         inner += factor.mT @ (taken + left)
         whole = (taken.square().sum(1) + squares.diagonal()).max().sqrt()
         least = 0.0 if turn else threshold(float(whole))
+        # R R' = U L^2 U' for the remainder R: Q = L^-1 U'R is orthonormal, and R = U L Q.
         squares, rotation = torch.linalg.eigh(squares)
         lengths = squares.clamp_min(0).sqrt()
         kept = lengths > max(least, 1e-6 * float(lengths[-1]))
@@ -246,7 +250,7 @@ def _by_columns(space: Space, rows: Tensor, basis: Tensor) -> Iterator[tuple[Ten
 
 
 def _by_rows(space: Space, basis: Tensor, used: torch.device) -> Iterator[Tensor]:
-    """Yield the rows of a basis where they are used: in pieces from another device, or all."""
+    """Yield the rows of a basis on the device of use: in pieces from another device, or all."""
     if is_far(basis.device, used):
         return pieces(row_pieces(space, basis), used)
     return iter([basis])

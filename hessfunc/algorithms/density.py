@@ -20,12 +20,12 @@ from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import Space, available_to, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
-# Lanczos steps between two looks of the callback.
+# Number of Lanczos steps in a round.
 _STEPS_A_ROUND = 10
 # Smaller than any scale of a matrix.
 _TINY = 1e-300
-# The diagonal of T, and the norms of its residual vectors: the last one is 0 where the Krylov space
-# is exhausted, and the others are the off-diagonal.
+# The alphas are the diagonal of T. The betas are its off-diagonal, followed by the norm of the last
+# residual vector, which is 0 if the Krylov space is exhausted.
 _Recurrence: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -40,41 +40,45 @@ def slq(
     max_matvecs: int | None = None,
     **run: Unpack[RunOptions],
 ) -> Density:
-    """The spectral density of a symmetric matrix, by stochastic Lanczos quadrature.
+    """Estimate the spectral density of a symmetric matrix by stochastic Lanczos quadrature.
 
     For a random unit vector w and T = V'AV after m Lanczos steps from w,
 
         w' f(A) w ~ sum_j weights_j f(nodes_j),  nodes_j = eig_j(T),  weights_j = (e_1' u_j)^2,
 
-    a Gauss quadrature, exact for polynomials of degree 2 m - 1; the mean over w is tr f(A) / n.
-    All probes run as one block, each with full reorthogonalisation.
+    with the eigenvectors u_j of T. This is a Gauss quadrature, exact for polynomials of degree
+    2 m - 1. The mean over w is tr f(A) / n. All probes run as one block, each with full
+    reorthogonalisation.
 
     Args:
-        matvec: block -> block, symmetric.
-        like: a tree that says what vectors look like.
-        probes: random vectors. In high dimension one is nearly enough: spend on steps.
-        steps: Lanczos steps a probe. The density is resolved to about 12 / steps of its range.
-        basis_device: where the bases are kept; by default where the vectors are. ``"cpu"`` keeps
-            those of a GPU's vectors in the memory of the host, page-locked, and brings them to
-            the GPU a piece at a time, the next one while one is worked on. The GPU then holds
-            two pieces, of 128 MiB or of one vector, besides the probes. The results are those of
-            bases on the GPU up to rounding.
-        max_matvecs: the budget; ``probes * steps`` by default.
+        matvec: Function from a block of vectors to the block of their products. The matrix must be
+            symmetric.
+        like: Tree that shows the structure of a vector.
+        probes: Number of random vectors. In high dimension one is nearly enough, and more steps are
+            the better use of matvecs.
+        steps: Number of Lanczos steps of each probe. They resolve the density to about 12 / steps
+            of its range.
+        basis_device: Device of the bases, by default that of the vectors. ``"cpu"`` keeps the bases
+            of a GPU's vectors in page-locked host memory and copies them to the GPU in pieces, the
+            next one while the current one is in use. The GPU then holds two pieces, of 128 MiB or of
+            one vector, besides the probes. The results are those of bases on the GPU up to
+            rounding.
+        max_matvecs: Budget, the largest number of matvecs; by default ``probes * steps``.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Density`. A probe whose Krylov space is exhausted ends early. Probes that the budget cuts
-        short are left out, unless none is complete.
+        `Density`. A probe whose Krylov space is exhausted ends early. Probes that are incomplete
+        when the budget is exhausted are left out, unless none is complete.
 
     Raises:
-        ValueError: an option is out of range, or the matvec is not symmetric.
-        MemoryError: the basis of one probe, steps * n numbers, does not fit in memory, or the
-            pieces of one that is kept elsewhere do not.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range, or if the matvec is not symmetric.
+        MemoryError: If the basis of one probe, steps * n numbers, does not fit in memory, or if the
+            pieces of a basis on another device do not.
+        FloatingPointError: If a product is not finite.
 
-    Cost: probes * steps matvecs, in ``steps`` passes where the bases of all probes fit in memory,
-    which then hold probes * (steps + 2) vectors.
-    From another device step m brings the m vectors of each probe twice: 2 m n probes numbers.
+    Cost: probes * steps matvecs, in ``steps`` passes if the bases of all probes fit in memory.
+    Memory: probes * (steps + 2) vectors. With bases on another device, step m copies the m vectors
+    of each probe twice, 2 m n probes numbers.
 
     Source: Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019, arXiv 1901.10159; steps
     and probes: Chen, Trogdon and Ubaru 2021, arXiv 2105.06595.
@@ -97,7 +101,7 @@ class LanczosQuadrature(Method["_State", Density]):
     Attributes:
         probes: Number of random vectors.
         steps: Number of Lanczos steps of each.
-        basis_device: Device on which the bases are kept.
+        basis_device: Device of the bases.
         group: Number of probes that run at once.
     """
 
@@ -120,7 +124,7 @@ class LanczosQuadrature(Method["_State", Density]):
         indices: range,
         seed: int,
     ) -> _State:
-        """Return the state of new probes, behind the recurrences of earlier ones."""
+        """Return the state of new probes, with the recurrences of earlier ones in ``done``."""
         probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
         probes /= math.sqrt(space.n)
         none = torch.zeros(0, len(indices), dtype=torch.float64, device="cpu")
@@ -131,7 +135,7 @@ class LanczosQuadrature(Method["_State", Density]):
     def step(self, state: _State, products: Products, room: int, /) -> _State:
         space = products.space
         steps, eps = min(self.steps, space.n), products_eps(space, rows_dtype(space))
-        # The state of an interrupted run may come from a run that kept its bases elsewhere.
+        # A resumed run may keep its bases on another device than the interrupted one.
         state = replace(state, basis=state.basis.on(self.basis_device))
         if not state.active:
             started = len(state.done) + len(state.taken)
@@ -169,16 +173,18 @@ class LanczosQuadrature(Method["_State", Density]):
 
 @dataclass(frozen=True)
 class _State:
-    """The runs of the present group of probes, and the recurrences of the groups before it.
+    """Lanczos runs of the current group of probes, and the recurrences of earlier groups.
 
     Attributes:
-        basis: of the Krylov spaces, ``(m + 1, p, n)``: the block that is multiplied next comes
-            last. It lies in a workspace that a state shares with its successor.
-        alphas: the diagonals of T, float64 ``(m, p)``.
-        betas: the off-diagonals of T, one more at the end, float64 ``(m, p)``.
-        taken: the steps of each run that has ended, -1 of the others.
-        done: of the groups before this one.
-        group: how many probes run at once.
+        basis: Bases of the Krylov spaces, ``(m + 1, p, n)``. The last row is the block that is
+            multiplied next. The rows lie in a workspace that a state shares with its successor.
+        alphas: Diagonals of T, float64 ``(m, p)``.
+        betas: Off-diagonals of T, with the norms of the residual vectors at the end, float64
+            ``(m, p)``.
+        taken: Number of steps of each run that has ended; -1 for an active run.
+        done: Recurrences of the earlier groups.
+        group: Number of probes that run at once.
+        seed: Seed of the probes.
         asymmetry: Largest |u'Av - v'Au| of basis vectors so far, in units of |A|.
     """
 
@@ -193,7 +199,7 @@ class _State:
 
     @property
     def active(self) -> list[int]:
-        """The runs that go on."""
+        """Indices of the runs that have not ended."""
         return [i for i, taken in enumerate(self.taken) if taken < 0]
 
     @property
@@ -213,26 +219,28 @@ class _State:
 
 
 def _extended(products: Products, state: _State, steps: int, eps: float) -> _State:
-    """One step of each run that goes on; their numbers go to the host all at once."""
+    """Return the state after one step of each active run, with one transfer to the host."""
     space, basis, active = products.space, state.basis, state.active
-    all_go_on = len(active) == len(state.taken)
+    all_active = len(active) == len(state.taken)
     last = basis[-1:].brought(space)[0]
-    images = products(last if all_go_on else last[active])
+    images = products(last if all_active else last[active])
     alphas, asymmetries = [], []
     for i, image in zip(active, images.split(1), strict=True):
-        # Twice is enough: the second pass removes what rounding left of the first.
+        # beta_m q_{m+1} = A q_m - alpha_m q_m - beta_{m-1} q_{m-1}, with alpha_m = q_m'A q_m. Full
+        # reorthogonalisation subtracts all q_i; a second pass removes the rounding of the first.
         along = project_out(space, image, basis.of(i)) + project_out(space, image, basis.of(i))
         alphas.append(along[0, -1])
         asymmetries.append(_asymmetry(along[0, :-1], state.betas[:, i]))
     numbers = torch.zeros(3, len(state.taken), dtype=torch.float64, device="cpu")
-    found = [torch.stack(alphas), space.norms(images), torch.stack(asymmetries)]
-    numbers[:, active] = torch.stack(found).cpu().double()
+    rows = [torch.stack(alphas), space.norms(images), torch.stack(asymmetries)]
+    numbers[:, active] = torch.stack(rows).cpu().double()
     state = replace(
         state,
         alphas=torch.cat([state.alphas, numbers[:1]]),
         betas=torch.cat([state.betas, numbers[1:2]]),
     )
     size = len(state.alphas)
+    # Gershgorin's bound of |T| estimates |A|.
     largest = state.alphas.abs().amax(0) + 2 * state.betas.amax(0)
     refuse_asymmetric(numbers[2], float(largest.max()), max(SYMMETRIC, 10 * eps))
     relative = float((numbers[2] / largest.clamp_min(_TINY)).max())
@@ -248,18 +256,21 @@ def _extended(products: Products, state: _State, steps: int, eps: float) -> _Sta
     )
     if not state.active:
         return state
-    # The rows of a run that has ended are zero.
+    # The next vectors of runs that have ended are zero.
     lengths = numbers[1]
     lengths[list(spent)] = math.inf
     images /= lengths[active].to(images)[:, None]
-    block = images if all_go_on else torch.zeros_like(last)
-    if not all_go_on:
+    block = images if all_active else torch.zeros_like(last)
+    if not all_active:
         block[active] = images
     return replace(state, basis=basis.append(block[None], steps))
 
 
 def _asymmetry(along: Tensor, betas: Tensor) -> Tensor:
-    """The largest difference of q_i'A q_m and q_m'A q_i, of which all but one are zero."""
+    """Return the largest |q_i'A q_m - q_m'A q_i| for i < m, from the coefficients of A q_m.
+
+    The recurrence gives q_m'A q_i = 0 for i < m - 1, and beta_{m-1} for i = m - 1.
+    """
     if not len(along):
         return along.new_zeros(())
     last = (along[-1] - betas[-1].to(along)).abs()
@@ -267,7 +278,7 @@ def _asymmetry(along: Tensor, betas: Tensor) -> Tensor:
 
 
 def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes, weights and residual norms ``(p, m)``; short runs are filled up with weights of 0."""
+    """Return nodes, weights and residual norms, ``(p, m)``; short runs end in weights of 0."""
     longest = max(len(alphas) for alphas, _ in recurrences)
     nodes = torch.zeros(len(recurrences), longest, dtype=torch.float64, device="cpu")
     weights, residuals = torch.zeros_like(nodes), torch.zeros_like(nodes)
@@ -280,6 +291,8 @@ def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor, Ten
             + off.diag(1)
             + off.diag(-1)
         )
+        # Gauss quadrature (Golub and Welsch): nodes eig_j(T) and weights (e_1'u_j)^2. The Ritz
+        # vector V u_j has the residual norm beta_m |e_m'u_j|.
         values, vectors = torch.linalg.eigh(projected)
         row[:m], row[m:] = values, values[-1]
         weight[:m] = vectors[0].square()
@@ -288,7 +301,7 @@ def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor, Ten
 
 
 def _probes_that_fit(space: Space, probes: int, steps: int, device: torch.device) -> int:
-    """How many probes may run at once, for the bases to take at most half of the memory."""
+    """Return the number of probes whose bases take at most half of the memory, at least 1."""
     dtype = rows_dtype(space)
     basis = steps * space.widest * dtype.itemsize
     free = available_to(space, device)

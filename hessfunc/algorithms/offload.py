@@ -1,9 +1,9 @@
-"""Rows that are kept on one device and worked on at another, where they come in pieces.
+"""Rows that are kept on one device and used on another, to which they are copied in pieces.
 
-For a GPU the copies are queued in one stream of their own, beside that of the work: while a piece
-is worked on, the next one is under way. As all copies from and to kept rows are in that stream,
-one after the other, rows are read as they were last written. Nothing here makes the host wait,
-but for `settled`. On other devices a copy is made at once.
+On a GPU the copies have a stream of their own, beside the stream of the computation: while one
+piece is in use, the next is copied. All copies from and to kept rows are in that one stream, in
+order, so that rows are read as they were last written. Only `settled` makes the host wait. On other
+devices a copy is immediate.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from torch import Tensor
 
 from hessfunc.spaces.space import Space, available_to
 
-# Bytes of a piece, unless one row has more: 3 ms of a bus, against 10 us to queue a copy.
+# Bytes of a piece, unless one row is larger: 3 ms of transfer, against 10 us to queue a copy.
 _PIECE = 2**27
-# cudaHostRegisterPortable: for every GPU.
+# cudaHostRegisterPortable: the memory is page-locked for every GPU.
 _PORTABLE = 1
 
 
 def is_far(kept: torch.device, used: torch.device, /) -> bool:
-    """Whether rows that are kept here must be brought to where they are used."""
+    """Return whether rows must be copied from the device of storage to the device of use."""
     return kept != used
 
 
 def home(space: Space, asked: torch.device | str | None, /) -> torch.device:
-    """Where rows are kept: the device that was asked for, or that of the vectors."""
-    # Of a tensor, so that it has an index, as those of all tensors.
+    """Return the device on which rows are kept: the requested one, or that of the vectors."""
+    # The device of a tensor has an index, so that it can be compared with those of other tensors.
     return torch.empty(0, device=asked or space.device).device
 
 
 def room_beside(space: Space, dtype: torch.dtype, least: int, /) -> int:
-    """The bytes for other vectors beside two pieces: together they take half of what is left.
+    """Return the bytes for other vectors beside two pieces, within half of the available memory.
 
     Args:
-        space: of the vectors.
-        dtype: of the rows that are kept elsewhere.
-        least: what the other vectors take at the least.
+        space: Space of the vectors.
+        dtype: Dtype of the rows on the other device.
+        least: Bytes that the other vectors need.
 
     Raises:
-        MemoryError: there is less.
+        MemoryError: If less than ``least`` remains.
     """
     working = torch.promote_types(dtype, torch.float32)
     pieces = 2 * max(_PIECE, space.widest * dtype.itemsize)
     if dtype != working:
-        # The one that is worked on is converted.
+        # The piece in use is converted to the working dtype.
         pieces += pieces // 2 * working.itemsize // dtype.itemsize
     limit = available_to(space) // 2
     if pieces + least > limit:
@@ -63,22 +63,22 @@ def room_beside(space: Space, dtype: torch.dtype, least: int, /) -> int:
 
 
 def row_pieces(space: Space, kept: Tensor, /) -> tuple[Tensor, ...]:
-    """The kept rows, a few at once: as many pieces on each rank, which sum once a piece."""
+    """Return pieces of a few rows, equally many on each rank, since ranks reduce once a piece."""
     return kept.split(max(1, _PIECE // max(1, space.widest * kept.itemsize)))
 
 
 def column_pieces(kept: Tensor, /) -> tuple[Tensor, ...]:
-    """The kept rows, a few columns at once."""
+    """Return pieces of a few columns of the kept rows."""
     return kept.split(max(1, _PIECE // (max(1, len(kept)) * kept.itemsize)), dim=1)
 
 
 def workspace(kept: Tensor, shape: Sequence[int], used: torch.device, /) -> Tensor:
-    """Memory for more rows beside the kept ones: page-locked, where a GPU uses them.
+    """Return memory for more rows like the kept ones, page-locked if a GPU uses them.
 
-    Torch's own page-locked memory would be rounded up to a power of two, and never be given back.
+    The page-locked memory of torch would be rounded up to a power of two, and never be freed.
 
     Raises:
-        MemoryError: the driver does not lock as much.
+        MemoryError: If the driver cannot page-lock the memory.
     """
     if used.type != "cuda" or kept.device.type != "cpu":
         return kept.new_empty(shape)
@@ -88,7 +88,7 @@ def workspace(kept: Tensor, shape: Sequence[int], used: torch.device, /) -> Tens
     error = int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, _PORTABLE))
     if error:
         raise MemoryError(
-            f"the driver does not lock {count / 2**30:.2f} GiB of host memory for the basis "
+            f"the CUDA driver cannot lock {count / 2**30:.2f} GiB of host memory for the basis "
             f"(cudaError {error}): take a smaller basis"
         )
     weakref.finalize(memory, _unlock, address, used).atexit = False
@@ -102,18 +102,18 @@ def _unlock(address: int, used: torch.device) -> None:
 
 
 def is_ready(kept: Tensor, used: torch.device, /) -> bool:
-    """Whether a GPU that uses the rows can copy them by itself."""
+    """Return whether the device of use can copy the rows without the help of the host."""
     return used.type != "cuda" or kept.is_cuda or kept.is_pinned()
 
 
 def pieces(parts: Sequence[Tensor], used: torch.device, /) -> Iterator[Tensor]:
-    """Copies of parts of the kept rows where they are used, while the next one is under way.
+    """Yield copies of parts of the kept rows on the device of use, while the next one is copied.
 
-    They lie in two buffers in turn: a copy may be worked on in place, until the next is taken.
+    The copies lie alternately in two buffers. A copy may be overwritten until the next is taken.
 
     Args:
-        parts: each with rows that are contiguous.
-        used: the device of the copies.
+        parts: Parts of the kept rows, each with contiguous rows.
+        used: Device of the copies.
     """
     room = max(part.numel() for part in parts)
     buffers = [parts[0].new_empty(room, device=used) for _ in parts[:2]]
@@ -130,16 +130,16 @@ def pieces(parts: Sequence[Tensor], used: torch.device, /) -> Iterator[Tensor]:
             here = coming
             _wait_for_copies(used)
             if i + 1 < len(parts):
-                # Behind all work that was queued so far, the last on this buffer included.
+                # The copy is queued behind all work so far, including the last use of its buffer.
                 coming = sent(i + 1)
             yield here
     finally:
-        # Whatever takes the memory of the buffers next is queued behind their copies.
+        # The next user of the memory of the buffers is queued behind their copies.
         _wait_for_copies(used)
 
 
 def brought(kept: Tensor, used: torch.device, /) -> Tensor:
-    """The kept rows where they are used: themselves, if they are there."""
+    """Return the kept rows on the device of use, copied only from another device."""
     if not is_far(kept.device, used):
         return kept
     (copy,) = pieces([kept], used)
@@ -147,7 +147,7 @@ def brought(kept: Tensor, used: torch.device, /) -> Tensor:
 
 
 def written(kept: Tensor, rows: Tensor, /) -> None:
-    """Write the rows where they are kept; for a GPU's it is only queued."""
+    """Write rows to the memory of kept ones; from a GPU the copy is only queued."""
     if not is_far(kept.device, rows.device):
         kept.copy_(rows)
         return
@@ -159,7 +159,7 @@ def written(kept: Tensor, rows: Tensor, /) -> None:
 
 
 def settled(kept: Tensor, used: torch.device, /) -> None:
-    """Wait until all that was written is there, for the host to read."""
+    """Wait until all rows are written, so that the host can read them."""
     if is_far(kept.device, used):
         _finish_copies(used)
 
@@ -171,7 +171,7 @@ def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
-    """Inside, copies are queued beside the work of the device, behind what it has so far."""
+    """Queue the copies inside in their own stream, behind the work of the device so far."""
     if device.type != "cuda":
         yield
         return
@@ -182,13 +182,13 @@ def _beside(device: torch.device) -> Iterator[None]:
 
 
 def _wait_for_copies(device: torch.device) -> None:
-    """What is queued next on the device waits for all copies that were queued so far."""
+    """Make the next work on the device wait for all copies that were queued so far."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(_stream_of_copies(device))
 
 
 def _finish_copies(device: torch.device) -> None:
-    """The host waits for all copies that were queued so far."""
+    """Make the host wait for all copies that were queued so far."""
     if device.type == "cuda":
         _stream_of_copies(device).synchronize()
 
@@ -198,6 +198,6 @@ def _copy(target: Tensor, source: Tensor) -> None:
     if target.is_contiguous() and source.is_contiguous():
         target.copy_(source, non_blocking=queued)
         return
-    # Torch would first gather what is not contiguous in ordinary memory, and wait for it.
+    # Torch would first gather a tensor that is not contiguous in pageable memory, and wait for it.
     for mine, his in zip(target, source, strict=True):
         mine.copy_(his, non_blocking=queued)

@@ -1,4 +1,4 @@
-"""An orthonormal basis of a growing span of vectors, with the products of the basis."""
+"""Sketch of a matrix: an orthonormal basis of a growing span of vectors, and its products."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hessfunc.spaces.space import DIVIDED, Rows, Space, available_to, rows_dtype
 
 @dataclass(frozen=True)
 class Sketch:
-    """Vectors Y = C' Q, with orthonormal rows Q and their products AQ.
+    """Rows Y = C' Q, with orthonormal rows Q and their products AQ.
 
     Attributes:
-        basis: Q, rows.
-        images: AQ, rows.
-        factor: C, float64 on the CPU. Where it has fewer rows than columns, the vectors depend on
-            each other.
+        basis: Orthonormal rows Q, ``(r, n)``.
+        images: Products AQ with the rows of Q, ``(r, n)``.
+        factor: Small factor C, float64 ``(r, p)`` on the CPU. The p vectors Y are linearly
+            dependent if r < p.
     """
 
     basis: Rows = field(metadata=DIVIDED)
@@ -36,14 +36,23 @@ class Sketch:
         return self.factor.shape[0] == self.factor.shape[1]
 
     def extended(self, space: Space, products: Products, vectors: Tensor, /) -> Sketch:
-        """The sketch of more vectors. Cost: at most one matvec each."""
+        """Return the sketch with more vectors W, ``(k, n)``.
+
+        With W = D Q + R and R = S' P for the new rows P, orthogonal to Q,
+
+            [Y; W] = [C D'; 0 S]' [Q; P].
+
+        Cost: at most one matvec a vector.
+        """
         rank, p = self.factor.shape
         rest, inner = vectors, torch.zeros(len(vectors), rank, dtype=torch.float64, device="cpu")
+        # Two projections R = W - D Q, since one leaves rounding along Q.
         for _ in range(2):
             share = space.gram(rest, self.basis)
             rest = rest - space.combine(share, self.basis)
             inner += share.cpu().double()
-        # The small factor is rotated so that what depends on the rest stands out as short.
+        # QR of the columns of R' gives R = T'B with orthonormal rows B. The SVD T = U L V' turns it
+        # into R = V L P with P = U'B and S = L V'. Dependent vectors yield short directions.
         added, triangle = space.factored(rest)
         rotation, lengths, axes = torch.linalg.svd(triangle)
         longest = max(
@@ -52,7 +61,7 @@ class Sketch:
         )
         kept = lengths > 100 * torch.finfo(vectors.dtype).eps * longest
         added = space.combine(rotation.mT[kept], added)
-        # What is short after the projection is not quite orthogonal to the basis.
+        # The relative rounding along Q is larger in short directions, so they are projected again.
         added = added - space.combine(space.gram(added, self.basis), self.basis)
 
         factor = torch.zeros(rank + len(added), p + len(vectors), dtype=torch.float64, device="cpu")
@@ -68,23 +77,25 @@ class Sketch:
         )
 
     def left_out(self) -> Tensor:
-        """Unit coefficients S: ``Q' s_i`` spans what only the i-th vector adds to the others.
+        """Return unit columns s_i: ``Q' s_i`` spans the part that only the i-th vector adds.
 
-        A column is zero where the i-th vector lies in the span of the others.
+        The rows of the pseudoinverse of C are dual to the columns c_j of C, so that s_i'c_j = 0 for
+        j != i. A column is zero if the i-th vector lies in the span of the others.
         """
         dual = torch.linalg.pinv(self.factor).mT
-        # Vectors that take part in a dependence are those that others can replace.
+        # The i-th diagonal entry of pinv(C) C is less than 1 if the i-th vector takes part in a
+        # linear dependence. Then the others can replace it.
         replaceable = (1 - (dual * self.factor).sum(0)) > 1e-6
         return torch.where(replaceable, 0.0, dual / dual.norm(dim=0))
 
 
 def vectors_that_fit(space: Space, copies: int, /) -> int:
-    """How many vectors may be kept in ``copies`` copies, for half of the memory at the most."""
+    """Return the number of vectors of which ``copies`` copies fit in half of the memory."""
     free = available_to(space)
     most = free // 2 // (copies * max(1, space.widest) * rows_dtype(space).itemsize)
     if most < 2:
         raise MemoryError(
             f"two probes of {space.widest} entries, with their products, do not fit in "
-            f"{free / 2**30:.1f} GiB: take `hutchinson`, which keeps none"
+            f"{free / 2**30:.1f} GiB: use `hutchinson`, which does not keep them"
         )
     return most

@@ -1,4 +1,4 @@
-"""Eigenpairs of a matrix that has changed a little since its eigenpairs were found."""
+"""Eigenpairs of a matrix that has changed a little since its last eigenpairs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from hessfunc.trees import Matvec, Tree, tree_map
 
 End = Literal["largest", "smallest"]
 
-# Directions that may be added before the basis is cut back to its best vectors.
+# Number of directions that may be added before the basis is reduced to its best vectors.
 _ROOM = 8
-# Directions that lose more of their length outside of the basis are rounding.
+# Directions whose part outside of the basis is shorter than this are rounding, in units of the
+# longest row.
 _SHORTEST = 1e-6
-# The share of a random vector in the scout.
+# Length of the random vector that is added to the unit scout.
 _STIRRED = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Followed(Eigenpairs):
-    """Eigenpairs, guards included, and where to look for others.
+    """Eigenpairs including guards, with a vector that searches for others.
 
     Attributes:
-        scout: a vector of a power iteration outside of these pairs, one step a point.
+        scout: Unit vector of a power iteration outside of these pairs, with one step a point.
     """
 
     scout: Tree
@@ -48,22 +49,38 @@ def follow(
     before: Followed | None,
     seed: int,
 ) -> Followed:
-    """The k outermost eigenpairs, from the vectors of an earlier run, and some guards after them.
+    """Compute the k outermost eigenpairs and some guards, from the vectors of an earlier run.
 
-    Rayleigh-Ritz in the span of the earlier vectors; while one of the k has a residual
-    |A v - value v| > rtol |value|, the residuals of those join the span. Every vector comes with
-    its own product, so residuals are measured and nothing is multiplied twice. The guards, the
-    next pairs, are not asked to converge: they see an eigenvalue that overtakes the k-th.
+    Rayleigh-Ritz in the span of the earlier vectors gives the first pairs. While one of the k has a
+    residual |A v - value v| > rtol |value|, these residuals extend the span. Each vector is kept
+    with its product, so that residuals are measured and no vector is multiplied twice. The guards
+    are the next pairs, which need not converge. They detect an eigenvalue that overtakes the k-th.
 
-    A span that has no part in some eigenvector would never see it, however large its value grows.
-    So one more vector is multiplied at each point, the scout: a power iteration outside of the
-    pairs, to which a random vector is added, so that no direction is lost. It takes the place of a
-    pair when its value is the larger one, some points after that has overtaken them.
+    A span without a part along some eigenvector would never detect it, however large its eigenvalue
+    grows. One more vector is therefore multiplied at each point, the scout. It is a power iteration
+    outside of the pairs, with a random vector added, so that no direction is lost. The scout
+    replaces a pair when its value is larger, some points after its eigenvalue has overtaken them.
 
-    Cost: k + guards + 1 products where the earlier vectors still serve, and one more for each pair
-    and step that do not; 2 (k + guards + 9) vectors of memory.
+    Args:
+        matvec: Function from a block of vectors to the block of their products. The matrix must be
+            symmetric.
+        like: Tree that shows the structure of a vector.
+        k: Number of pairs that must converge.
+        guards: Number of further pairs.
+        end: End of the spectrum, ``"largest"`` or ``"smallest"``.
+        rtol: Relative tolerance: the run stops when the residuals of the k pairs are at most
+            rtol |value|.
+        max_matvecs: Budget, the largest number of matvecs.
+        before: Result of the earlier run; None for the first one, which begins at random vectors.
+        seed: Seed of the random vectors.
 
-    Source: Davidson 1975, without a preconditioner; the restart: Stathopoulos, Saad and Wu 1998.
+    Returns:
+        `Followed`, with the pairs from the end inwards.
+
+    Cost: k + guards + 1 products if the earlier vectors are still accurate, and one more for each
+    pair and step otherwise. Memory: 2 (k + guards + 9) vectors.
+
+    Source: Davidson 1975, without a preconditioner; restart: Stathopoulos, Saad and Wu 1998.
     """
     products = Products.of(matvec, like)
     space, dtype = products.space, rows_dtype(products.space)
@@ -82,9 +99,11 @@ def follow(
     while True:
         basis, images = torch.cat([basis, new]), torch.cat([images, products(new)])
         if ahead is None:
+            # A s of the scout s, from the products of the basis, whose span contains s.
             ahead = space.combine(space.gram(scout, basis), images)
         values, rotation = _outermost(space.gram(basis, images), width, end)
         rows, moved = space.combine(rotation.mT, basis), space.combine(rotation.mT, images)
+        # A v - value v for each Ritz vector v, from the products of the basis.
         residuals = moved - values.to(moved)[:, None] * rows
         lengths = space.norms(residuals).cpu()
         largest = max(largest, float(values.abs().max()))
@@ -103,7 +122,7 @@ def follow(
             reason = "the residuals lie in the basis up to rounding: take a looser rtol, or float64"
             break
     if end == "smallest" and float(space.gram(scout, ahead)) > 0:
-        # Shifted, the smallest eigenvalues are the largest in absolute value.
+        # The shift by -|A s| / |s| makes the smallest eigenvalues the largest in absolute value.
         ahead = ahead - float(space.norms(ahead) / space.norms(scout)) * scout
     ahead = ahead - space.combine(space.gram(ahead, rows), rows)
     return Followed(
@@ -126,7 +145,7 @@ def _block_of_one(tree: Tree) -> Tree:
 
 
 def _outermost(projected: Tensor, width: int, end: End) -> tuple[Tensor, Tensor]:
-    """Ritz values from the end inwards, and their vectors in the basis, as columns."""
+    """Return Ritz values from the end inwards, and their coefficients in the basis, as columns."""
     projected = projected.cpu().double()
     values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
     if end == "largest":
@@ -135,7 +154,7 @@ def _outermost(projected: Tensor, width: int, end: End) -> tuple[Tensor, Tensor]
 
 
 def _orthonormal(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
-    """Return orthonormal rows that span, with the basis, all that the rows span with it."""
+    """Return orthonormal rows that extend the basis to the span of the basis and the rows."""
     outside, _, _ = orthonormal(
         space, rows.clone(), Basis(basis), threshold=lambda longest: _SHORTEST * longest
     )

@@ -1,4 +1,4 @@
-"""Thick-restart Lanczos, with full reorthogonalisation."""
+"""Thick-restart Lanczos with full reorthogonalisation."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ from hessfunc.trees import Matvec, Tree
 
 Which = Literal["LM", "LA", "SA", "BE"]
 
-# Between two looks at the Ritz values the basis grows by this share: a look costs m^3 flops.
+# Share by which the basis grows in a round: the Ritz values after each round cost m^3 flops.
 _GROWTH_A_ROUND = 1 / 16
-# Residuals must fall so many times the rounding of products below the tolerance, where that is less
-# than this part of it.
+# With the rounding r of a product below _REACHABLE times the tolerance, the residuals of the
+# recurrence must fall to the tolerance minus _SAFETY r.
 _SAFETY = 1.25
 _REACHABLE = 0.7
-# chi2_1 is smaller once in 100 times.
+# The 1 % quantile of chi2_1.
 _UNLIKELY = 1.57e-4
-# Larger than any number of eigenvalues, over that.
+# More than n / _UNLIKELY for any n.
 _PLENTY = 1e40
 # Smaller than any scale of a matrix.
 _TINY = 1e-300
-# Probes of the same seed are functions of other keys: (seed, index, leaf), no index negative.
+# Probes have the keys (seed, index, leaf) with no negative index, so this key is free.
 _KEY_OF_MIXTURE = -1
 # Frames between a warning and the caller of `lanczos`.
 _CALLER = 5
-# So many steps from a fresh vector, outside of what was found, must find nothing better.
+# Number of steps from a fresh vector outside of an invariant subspace that must find no better
+# value.
 _STEPS_TO_TRUST = 8
 
 
@@ -64,76 +65,80 @@ def lanczos(
     start: Tree | None = None,
     **run: Unpack[RunOptions],
 ) -> Eigenpairs:
-    """A few extreme eigenpairs of a symmetric matrix, by thick-restart Lanczos.
+    """Compute a few extreme eigenpairs of a symmetric matrix by thick-restart Lanczos.
 
-    With an orthonormal basis V of a Krylov space and T = V A V', the Ritz pairs of T approximate
-    the extreme eigenpairs of A. A full basis is shrunk to its best Ritz vectors and grown again.
-    A pair has converged when
+    The rows V are an orthonormal basis of a Krylov space. The Ritz pairs, which are the eigenpairs
+    of T = V A V', approximate the extreme eigenpairs of A. A full basis is restarted from its best
+    Ritz vectors. A pair has converged when
 
-        |A v - value v| <= max(rtol |value|, atol),
+        |A v - value v| <= max(rtol |value|, atol).
 
-    as checked at the end by a product with a random combination of all, and by k products where
-    that shows more than rounding; a value that is zero up to rounding, when its
-    residual is too. Where the rounding of the products, some eps |A|, hides the tolerance, pairs
-    are not said to have converged, and the reason says so.
+    At the end, one product with a random combination of all pairs checks the residuals. If it
+    deviates by more than rounding, k products measure each residual. A value that is zero up to
+    rounding has converged when its residual is zero up to rounding. If the rounding of the
+    products, a few eps |A|, hides the tolerance, pairs are not reported as converged, and the
+    reason says so.
 
-    A Krylov space of blocks of b vectors holds b copies of a repeated eigenvalue at the most.
-    Where b < k, a few more steps are made from a fresh vector outside of the basis; if they meet
-    an eigenvalue that should have been among the k, the run warns, and the reason says so. That
-    they meet none is no proof.
+    A Krylov space of blocks of b vectors holds at most b copies of a repeated eigenvalue. If
+    b < k, a few more steps begin at a fresh vector outside of the basis. If they meet an eigenvalue
+    that should be among the k, the run warns, and the reason says so. If they meet none, this is
+    no proof that nothing was missed.
 
     Args:
-        matvec: block -> block, symmetric. The block is a view of the basis, which restarts write
-            over: a matvec that keeps one must clone it.
-        like: a tree that says what vectors look like.
-        k: how many pairs, at most n.
-        which: ``"LM"`` largest in absolute value, in that order; ``"LA"`` largest, descending;
-            ``"SA"`` smallest, ascending; ``"BE"`` k/2 from each end, descending (one more from
-            the top if k is odd).
-        block_size: how many vectors are multiplied at once. A matrix with an eigenvalue repeated
-            b times needs blocks of b to be sure of all of them.
-        basis_size: the most vectors that are kept, k + 2 block_size at least; by default 2 k + 10,
-            or k + 4 block_size if that is more.
-        basis_bytes: the most memory that the basis, the next block and the pairs may take, in
-            bytes; by default half of what is available. It lowers ``basis_size`` where that is
-            larger. With ``basis_device`` it is that device's, and the pairs are not counted. Say
-            it where several ranks keep theirs in the memory of one host.
-        basis_dtype: in which the basis is kept; the vectors' own by default, float32 at least.
-            ``torch.bfloat16`` takes half of the memory of float32. Products are still made and
-            combined in float32, but the entries of the basis are rounded to 2^-9 of their size,
-            and residuals do not fall far below 2e-3 |A|: take ``rtol=0.01`` or more. Where that
-            shows they are measured pair by pair, with k products more. Values lose up to 2^-9.
-        basis_device: where the basis is kept; by default where the vectors are. ``"cpu"`` keeps
-            that of a GPU's vectors in the memory of the host, page-locked, and brings it to the
-            GPU a piece at a time, the next one while one is worked on. The GPU then holds two
-            pieces, of 128 MiB or of one vector, besides the block and the pairs. The results are
-            those of a basis on the GPU up to rounding, and a run may go on with either.
-        rtol: the relative tolerance of residuals.
-        atol: the absolute tolerance of residuals, in units of the eigenvalues.
-        max_matvecs: the budget, the final check included.
-        search: the most steps from a fresh vector outside of the basis; 0 makes none, and takes a
-            start on trust.
-        start: a tree to start from, or a block, such as the vectors of an earlier run: more of
-            them than ``block_size`` are mixed; random by default. As a start may lie in an
-            invariant subspace, Lanczos steps from a random vector outside of the basis follow, at
-            one product each, until a wanted eigenvalue there would have been met.
+        matvec: Function from a block of vectors to the block of their products. The matrix must be
+            symmetric. The block is a view of the basis, which restarts overwrite. A matvec that
+            keeps the block must clone it.
+        like: Tree that shows the structure of a vector.
+        k: Number of pairs, at most n.
+        which: Wanted eigenvalues. ``"LM"`` takes the largest in absolute value, in that order,
+            ``"LA"`` the largest, descending, and ``"SA"`` the smallest, ascending. ``"BE"`` takes
+            k/2 from each end, descending, with one more from the top if k is odd.
+        block_size: Number of vectors that are multiplied at once. Only blocks of at least b vectors
+            are sure to find all copies of an eigenvalue of multiplicity b.
+        basis_size: Largest number of basis vectors, at least k + 2 block_size. The default is the
+            larger of 2 k + 10 and k + 4 block_size.
+        basis_bytes: Largest memory of the basis, the next block and the pairs, in bytes. The
+            default is half of the available memory. The limit lowers ``basis_size`` if necessary.
+            With ``basis_device`` it is a limit for that device and excludes the pairs. Set it if
+            several ranks keep their bases in the memory of one host.
+        basis_dtype: Dtype of the basis, by default that of the vectors, but at least float32.
+            ``torch.bfloat16`` takes half of the memory of float32. Products are still computed and
+            combined in float32, but basis entries are rounded to 2^-9 of their size, and residuals
+            do not fall far below 2e-3 |A|. Use ``rtol=0.01`` or more. If the rounding is visible in
+            the final check, k more products measure the residuals. Values are off by up to 2^-9.
+        basis_device: Device of the basis, by default that of the vectors. ``"cpu"`` keeps the basis
+            of a GPU's vectors in page-locked host memory and copies it to the GPU in pieces, the
+            next one while the current one is in use. The GPU then holds two pieces, of 128 MiB or of
+            one vector, besides the block and the pairs. The results are those of a basis on the
+            GPU up to rounding. A resumed run may use another device.
+        rtol: Relative tolerance: the run stops when each residual is at most
+            max(rtol |value|, atol).
+        atol: Absolute tolerance of the residuals, in units of the eigenvalues.
+        max_matvecs: Budget, the largest number of matvecs, including the final check.
+        search: Largest number of steps from a fresh vector outside of the basis. With 0 there are
+            none, and a given start is trusted.
+        start: Start vector as a tree, or a block of vectors, for example those of an earlier run.
+            If the block has more than ``block_size`` vectors, they are mixed. The default is
+            random. A given start may lie in an invariant subspace. Lanczos steps from a random
+            vector outside of the basis therefore follow, at one product each, until they would
+            have met a wanted eigenvalue there.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Eigenpairs`. Where not all k have converged, ``converged`` and ``reason`` say so.
+        `Eigenpairs`. If not all k pairs have converged, ``converged`` and ``reason`` say so.
 
     Raises:
-        ValueError: an option is out of range, or the matvec is not symmetric.
-        MemoryError: not even a basis of k + 2 block_size vectors fits in memory, or the pieces of
-            one that is kept elsewhere do not.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range, or if the matvec is not symmetric.
+        MemoryError: If a basis of k + 2 block_size vectors does not fit in memory, or if the pieces
+            of a basis on another device do not.
+        FloatingPointError: If a product is not finite.
 
-    Cost: one matvec a basis vector, and one at the end; 2 to ``search`` more where block_size < k,
-    and with a start as many as show that nothing was missed, about as a few pairs take.
-    A matvec takes 4 basis_size n flops of reorthogonalisation, twice; (basis_size + block_size + k)
-    n numbers of memory besides those of a product, and 4 search n more where block_size < k.
-    From another device each block step brings the m vectors that are there
-    twice, once for either projection: 2 m n numbers, and a restart moves up to 4 m n.
+    Cost: one matvec a basis vector, and one at the end; 2 to ``search`` more if block_size < k. A
+    given start costs about the matvecs of a few more pairs, to show that nothing was missed.
+    Reorthogonalisation takes 4 basis_size n flops a matvec, twice. Memory: (basis_size +
+    block_size + k) n numbers besides those of a product, and 4 search n more if block_size < k.
+    With a basis of m vectors on another device, a block step copies it twice, once for each
+    projection: 2 m n numbers. A restart moves up to 4 m n.
 
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
     Musco and Rao 2025, arXiv 2508.06486.
@@ -159,7 +164,7 @@ def lanczos(
         search=search,
         start=start,
     )
-    # The last product is kept for the check of the pairs.
+    # The last product is reserved for the check of the pairs.
     return run_method(method, products, run, max_matvecs=max_matvecs, kept=1)
 
 
@@ -224,7 +229,10 @@ class Lanczos(Method["_State", Eigenpairs]):
     def finish(
         self, state: _State, products: Products, reason: str, room: int, /
     ) -> tuple[_State, str]:
-        """Check the pairs by a product, and look outside of the basis for repeated eigenvalues."""
+        """Check the pairs by a product, and search outside of the basis for repeated eigenvalues.
+
+        The reason states the number of pairs that fail the check, or an eigenvalue that was missed.
+        """
         space, problem = products.space, self._problem(products.space, state.seed)
         if state.failure is None:
             state = replace(state, failure=_failure(problem, space, products, state))
@@ -244,7 +252,7 @@ class Lanczos(Method["_State", Eigenpairs]):
         if not (state.trusted or state.finished or missing):
             reason += (
                 ", before a random vector could show that no wanted eigenvalue lies outside of "
-                "the Krylov space of `start`: take more max_matvecs, or no start"
+                "the Krylov space of `start`: raise max_matvecs, or omit `start`"
             )
             warnings.warn(reason, stacklevel=_CALLER)
         elif (
@@ -257,7 +265,7 @@ class Lanczos(Method["_State", Eigenpairs]):
                 reason += (
                     f", but {missed:.6g} was met outside of the basis: repeated eigenvalues were "
                     f"missed, take block_size={min(2 * self.block_size + 2, self.k)} or more; or "
-                    "rtol is too loose for values that are close"
+                    "rtol is too loose for close eigenvalues"
                 )
                 warnings.warn(reason, stacklevel=_CALLER)
         return state, reason
@@ -289,37 +297,39 @@ class _Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products and combinations."""
+        """Dtype of products and combinations."""
         return torch.promote_types(self.basis_dtype, torch.float32)
 
 
 @dataclass(frozen=True)
 class _State:
-    """``A V' = V' T + X' C``: V the first rows of the basis, X the rest, the next block.
+    """Block Lanczos recurrence ``A V' = V' T + X' C``.
 
-    The basis lies in a workspace that a state shares with its successor: a step writes behind the
-    basis alone. A restart writes over it, and leaves no state but the new one.
+    V are the first rows of the basis; X, the next block, are the rest. The basis lies in a
+    workspace that a state shares with its successor. A step writes only behind the basis. A restart
+    overwrites the basis, so that only the new state is valid.
 
     Attributes:
-        basis: orthonormal rows, V above X.
-        projected: T, float64 on the CPU.
-        coupling: C, float64 on the CPU, one column a row of V.
-        probes: random vectors drawn so far.
-        steps: block steps since the last random start.
-        closed: the wanted values when an invariant subspace was last found.
-        finished: nothing is left to be found outside of V.
-        basis_size: the most vectors that are kept.
-        before: the largest absolute Ritz value before the last restart, which may let it go.
-        trusted: Whether a random vector has had its part in the Krylov space, or has shown that no
-            wanted eigenvalue lies outside of it.
-        proved: Whether a random vector has shown it after all pairs had converged, so that nothing
-            is left to be searched.
-        owed: Block steps from the last random vector that must be made, as so many of them have
-            shown a wanted eigenvalue outside of the basis.
-        failure: Length by which the recurrence fails for a combination of all pairs, as measured
-            by a product; None until then.
-        noise: Largest rounding of a product with a unit vector, as far as it was measured.
-        pairs: Wanted pairs with residuals that products have checked; None until the run is over.
+        basis: Orthonormal rows, V above X.
+        projected: T, float64 ``(m, m)`` on the CPU.
+        coupling: C, float64 ``(b, m)`` on the CPU.
+        probes: Number of random vectors drawn so far.
+        basis_size: Largest number of basis vectors.
+        seed: Seed of the run.
+        before: Largest absolute Ritz value before the last restart, which may drop its vector.
+        steps: Number of block steps since the last random start.
+        closed: Wanted values when V last spanned an invariant subspace.
+        finished: Whether nothing remains to be found outside of V.
+        trusted: Whether the Krylov space began at a random vector, or one has shown that no wanted
+            eigenvalue lies outside of it.
+        owed: Number of block steps required from the last random vector, since that many steps
+            have shown a wanted eigenvalue outside of the basis.
+        proved: Whether a random vector has shown, after all pairs had converged, that no wanted
+            eigenvalue lies outside, so that no search is needed.
+        failure: Error of the recurrence for a combination of all pairs, measured by a product;
+            None before that product.
+        noise: Largest measured rounding of a product with a unit vector.
+        pairs: Wanted pairs with residuals checked by products; None before the end of the run.
     """
 
     basis: Basis
@@ -345,25 +355,25 @@ class _State:
 
     @cached_property
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """All Ritz values, ascending, and their vectors in the basis, as columns."""
+        """All Ritz values, ascending, and their coefficients in the basis, as columns."""
         values, vectors = torch.linalg.eigh(self.projected)
         return values, vectors
 
     @property
     def largest(self) -> float:
-        """The largest absolute Ritz value that was seen."""
+        """Largest absolute Ritz value so far, a lower bound of |A|."""
         return max(self.before, float(self.ritz[0].abs().max())) if self.size else 0.0
 
     @property
     def longest(self) -> float:
-        """The longest column of T, which is no longer than `largest`, and sooner computed."""
+        """Length of the longest column of T: at most `largest`, and cheaper."""
         columns = torch.linalg.vector_norm(self.projected, dim=0)
         return max([self.before, *columns.tolist()])
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The wanted Ritz values, their vectors as rows, and residuals."""
+    """Wanted Ritz values, their vectors as rows, and residuals."""
 
     values: Tensor
     rows: Tensor
@@ -384,13 +394,13 @@ def _start(
     if start is not None:
         given = space.rows(start, dtype=dtype)
         if len(given) > b:
-            # Every given vector has its part in the block, in random proportions.
+            # Random combinations of all given vectors, so that none is left out.
             given = space.combine(space.gram(rows, given), given)
         lengths = space.norms(given)
         if not bool(lengths.isfinite().all()):
             raise ValueError("start has entries that are NaN or infinite")
         if not bool((lengths > 0).all()):
-            raise ValueError("start has a vector of zeros")
+            raise ValueError("start has a vector of zeros: each vector must be nonzero")
         rows = torch.cat([given / lengths.to(dtype)[:, None], rows[len(given) :]])
     empty = Basis.empty(space, problem.basis_dtype, problem.basis_device)
     block, _, _ = orthonormal(space, rows, empty, threshold=lambda _: 0.0)
@@ -420,7 +430,7 @@ def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | N
             f"a basis of {fewest} vectors of {space.widest} entries takes "
             f"{((fewest + b) * vector + pairs) / 2**30:.2f} GiB"
             f"{'' if far else ' with the pairs'}, and "
-            f"{limit / 2**30:.2f} GiB may be used: take fewer pairs, a smaller block, "
+            f"{limit / 2**30:.2f} GiB may be used: take fewer pairs, a smaller `block_size`, "
             "`basis_dtype=torch.bfloat16`, `basis_device='cpu'` on a GPU, `power_iteration`, or "
             "more `basis_bytes`"
         )
@@ -428,7 +438,7 @@ def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | N
 
 
 def _round(problem: _Problem, space: Space, products: Products, state: _State, room: int) -> _State:
-    # The state of an interrupted run may come from a run that kept its basis elsewhere.
+    # A resumed run may keep its basis on another device than the interrupted one.
     state = replace(state, basis=state.basis.on(problem.basis_device))
     if _is_settled(problem, state):
         return _examined(problem, space, products, state, room)
@@ -445,7 +455,7 @@ def _round(problem: _Problem, space: Space, products: Products, state: _State, r
 
 
 def _step(problem: _Problem, space: Space, products: Products, state: _State) -> _State:
-    """Multiply the next block, and split the product in T's new columns and a new block."""
+    """Multiply the next block, and split the products into new columns of T and a new block."""
     j, basis = state.size, state.basis
     images = products(basis[j:].brought(space).to(problem.dtype))
     block, factor, inner = orthonormal(
@@ -454,7 +464,9 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
         basis,
         threshold=lambda longest: rounding(problem.eps, max(state.longest, longest)),
     )
+    # A X' = [V; X]' columns + Q' F with the next block Q, so that columns = [V A X'; X A X'].
     columns = inner.mT
+    # T <- [V; X] A [V; X]', and C <- [0 F]. Between them the two keep A V' = V' T + X' C.
     projected = torch.zeros(len(basis), len(basis), dtype=torch.float64, device="cpu")
     projected[:j, :j] = state.projected
     projected[:, j:] = columns
@@ -470,22 +482,27 @@ def _step(problem: _Problem, space: Space, products: Products, state: _State) ->
         steps=state.steps + 1,
         failure=None,
     )
+    # The recurrence gives V A X' = C' for a symmetric A. Right after a restart, T is therefore the
+    # arrowhead matrix of Wu and Simon: diag(values), bordered by C and C'.
     difference = columns[:j] - state.coupling.mT
-    # Products of a model that computes in bfloat16 are symmetric up to that alone, and its vectors
-    # do not tell; but who asks for less than that is not to be refused.
+    # The dtype of the vectors does not show that a model computes in bfloat16. Its products are
+    # symmetric only up to SYMMETRIC; with a looser rtol, larger differences must be let through.
     tolerance = max(SYMMETRIC, 10 * problem.eps, 2 * problem.rtol)
     refuse_asymmetric(difference, following.longest, tolerance)
     return following if len(block) else _fresh_block(problem, space, following)
 
 
 def _room(problem: _Problem, state: _State) -> int:
-    """How many vectors the workspace holds: with a block that was met outside, one more."""
+    """Return the number of vectors in the workspace: one more if a vector may come from outside."""
     width = len(state.basis) - state.size
     return state.basis_size + max(problem.block_size, width) + (not state.trusted)
 
 
 def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
-    """V spans an invariant subspace: look outside of it, unless the last look found nothing."""
+    """Return the state with a random block outside of the invariant subspace that V spans.
+
+    The run is finished instead if the last such block has changed no wanted value.
+    """
     values, _ = _ritz(problem, state)
     floor = rounding(problem.eps, state.largest)
     nothing_new = (
@@ -513,11 +530,11 @@ def _fresh_block(problem: _Problem, space: Space, state: _State) -> _State:
 def _examined(
     problem: _Problem, space: Space, products: Products, state: _State, room: int
 ) -> _State:
-    """A state whose recurrence has converged, after the next doubt was looked into.
+    """Return the state after one check of a recurrence whose residuals have converged.
 
-    The first is the rounding of products, which one product measures. Where it leaves room below
-    the tolerance, residuals must fall by as much again. The second is a start that was given, as
-    it may lie in an invariant subspace.
+    The first check is one product, which measures the rounding of products. If this rounding is
+    below the tolerance, the residuals must fall below the difference of the two. The second check
+    concerns a given start, which may lie in an invariant subspace.
     """
     if state.failure is None:
         failure = _failure(problem, space, products, state)
@@ -531,9 +548,10 @@ def _examined(
 
 
 def _failure(problem: _Problem, space: Space, products: Products, state: _State) -> float:
-    """How far A times a random combination of the wanted Ritz vectors is from the recurrence's."""
+    """Return the error of the recurrence for a random combination of the wanted Ritz vectors."""
     pairs = _chosen(problem, space, state)
     values, rows, mixture = pairs.values, pairs.rows, _mixture(problem, len(pairs.values))
+    # With T Y = Y diag(values): A V' Y m = V' Y (values * m) + X' C Y m for a mixture m.
     predicted = space.combine((mixture * values)[None], rows)
     if state.size < len(state.basis):
         leak = (state.coupling @ _ritz(problem, state)[1] @ mixture)[None]
@@ -549,11 +567,11 @@ def _mixture(problem: _Problem, count: int) -> Tensor:
 def _measured(
     problem: _Problem, space: Space, products: Products, state: _State, room: int
 ) -> _Pairs:
-    """Return the wanted pairs, with residuals that products have checked.
+    """Return the wanted pairs with residuals checked by products.
 
     The recurrence predicts A times any combination of Ritz vectors. One product with a random
-    combination has shown by how much the prediction fails, and that failure is added to each
-    residual. Where it is larger than rounding, or a residual is then too long, each vector is
+    combination has measured the error of this prediction, and the error is added to each residual.
+    If the error exceeds rounding, or a residual then exceeds the tolerance, each vector is
     multiplied.
     """
     assert state.failure is not None
@@ -564,7 +582,7 @@ def _measured(
     trusted = state.failure <= floor and bool(_converged(problem, state, checked).all())
     if trusted or room < len(values):
         return checked
-    # In blocks: where rows are divided over ranks, so many of them are gathered at once.
+    # Blocks bound the memory of sharded rows, which are gathered one block at a time.
     images = torch.cat([products(part) for part in rows.split(problem.block_size)])
     images.addcmul_(values.to(rows)[:, None], rows, value=-1)
     return replace(pairs, residuals=space.norms(images).cpu())
@@ -573,11 +591,11 @@ def _measured(
 def _proved(
     problem: _Problem, space: Space, products: Products, state: _State, room: int
 ) -> _State:
-    """A state that can be trusted, or one with a random vector that leads to a wanted eigenvalue.
+    """Return a trusted state, or one with a random vector that leads to a wanted eigenvalue.
 
-    Lanczos steps from a random vector outside of the basis go on until they have met a value that
-    should be among the wanted ones, or would have met it, or until their own outermost value has
-    converged, as that of a run without a start. They keep two vectors.
+    Lanczos steps from a random vector outside of the basis continue until one of three events. They
+    have met a value that should be among the wanted ones; they would have met such a value; or
+    their own outermost value has converged, as in a run without a start. They keep two vectors.
     """
     inside, _ = _ritz(problem, state)
     tolerance = float(_tolerance(problem, inside, state).max())
@@ -603,7 +621,7 @@ def _proved(
         outermost = _preferred(problem.which, values)[: 1 + (problem.which == "BE")]
         if _better(problem, state, inside, values) is not None:
             coupling = torch.zeros(1, state.size, dtype=torch.float64, device="cpu")
-            # Not only outside of V, but of the next block.
+            # The probe is orthogonal to V; it must be orthogonal to the next block X as well.
             fresh, _, _ = orthonormal(space, first.clone(), state.basis, threshold=lambda _: 1e-6)
             return replace(
                 state,
@@ -615,6 +633,7 @@ def _proved(
                 failure=None,
             )
         off.append(float(factor.norm()))
+        # The residual of a Ritz vector y of m steps is beta_{m+1} |e_m'y|.
         converged = off[-1] * vectors[-1, outermost].abs() <= tolerance
         seen = _least_seen(problem, inside, values, diagonal, off) * space.n < _UNLIKELY
         if seen or bool(converged.all()):
@@ -626,14 +645,21 @@ def _proved(
 def _least_seen(
     problem: _Problem, inside: Tensor, values: Tensor, diagonal: list[float], off: list[float]
 ) -> float:
-    """The most that an unseen eigenvector of a wanted value may have of a vector, squared.
+    """Return an upper bound of (x'u)^2, for a unit eigenvector x of a wanted, unmet eigenvalue.
 
-    With the orthonormal polynomials p_j of the recurrence it is ``1 / sum_j p_j(x)^2``.
+    Here u is the unit vector at which the recurrence began, and p_j are the orthonormal polynomials
+    of the recurrence, with q_j = p_j(A) u. Since x'q_j = p_j(edge) x'u, Bessel's inequality gives
+
+        (x'u)^2 <= 1 / sum_j p_j(edge)^2.
+
+    For a random u, n (x'u)^2 is nearly chi2_1. A bound below its 1 % quantile therefore shows that
+    such an x is unlikely.
     """
     seen = math.inf
     for edge in _edges(problem, inside):
         if float(values[0]) <= edge <= float(values[-1]):
             return 1.0
+        # beta_{j+1} p_{j+1}(x) = (x - alpha_j) p_j(x) - beta_j p_{j-1}(x), with p_0 = 1.
         before, here, total = 0.0, 1.0, 1.0
         for i, (alpha, beta) in enumerate(zip(diagonal, off, strict=True)):
             if not beta > 0 or total > _PLENTY:
@@ -662,14 +688,14 @@ def _converged(problem: _Problem, state: _State, pairs: _Pairs) -> Tensor:
 def _missed(
     problem: _Problem, space: Space, products: Products, state: _State, room: int
 ) -> float | None:
-    """A Ritz value from outside of the basis that should have been among the wanted ones."""
+    """Return a Ritz value from outside of the basis that should be a wanted one, or None."""
     inside, _ = _ritz(problem, state)
     known = state.basis[: state.size]
     steps = min(room, space.n - state.size)
     rows = space.probes([state.probes], kind="sphere", seed=problem.seed, dtype=problem.dtype)
     outside, images, values = rows[:0], rows[:0], inside[:0]
     for _ in range(steps):
-        # The rows are worked on in place, and the images are kept.
+        # Rows are orthonormalised in place, but these are products that must be kept.
         row, _, _ = orthonormal(space, rows.clone(), known, Basis(outside), threshold=lambda _: 0.0)
         if not len(row) or _would_be_seen(problem, inside, values, space.n):
             break
@@ -680,7 +706,7 @@ def _missed(
 
 
 def _better(problem: _Problem, state: _State, inside: Tensor, values: Tensor) -> float | None:
-    """A value from outside of the basis that should be among the wanted ones."""
+    """Return a value from outside of the basis that should be a wanted one, or None."""
     both = torch.cat([inside, values])
     order = both.argsort()
     preferred = order[_wanted(problem, both[order])]
@@ -693,10 +719,11 @@ def _better(problem: _Problem, state: _State, inside: Tensor, values: Tensor) ->
 
 
 def _would_be_seen(problem: _Problem, inside: Tensor, outside: Tensor, n: int) -> bool:
-    """Whether a copy of a wanted value would have risen above the Ritz values outside.
+    """Return whether a copy of a wanted value would exceed the Ritz values outside by now.
 
-    Its square in a random unit vector is 1e-4 / n at the least, but for one in a hundred, and
-    grows with the square of a Chebyshev polynomial.
+    The squared part of its eigenvector in a random unit vector is at least 1e-4 / n, except once in
+    a hundred. After s steps this part has grown by T_{s-1}(ratio)^2, with the Chebyshev polynomial
+    T_m(ratio) = cosh(m acosh(ratio)) > exp(m acosh(ratio)) / 2.
     """
     steps = len(outside)
     if steps < 2:
@@ -712,7 +739,7 @@ def _would_be_seen(problem: _Problem, inside: Tensor, outside: Tensor, n: int) -
 
 
 def _edges(problem: _Problem, inside: Tensor) -> tuple[float, ...]:
-    """The values beyond which an eigenvalue is a wanted one."""
+    """Return the values beyond which an eigenvalue is a wanted one."""
     least, k = float(inside[-1]), problem.k
     return {
         "LM": (abs(least), -abs(least)),
@@ -723,7 +750,14 @@ def _edges(problem: _Problem, inside: Tensor) -> tuple[float, ...]:
 
 
 def _restart(problem: _Problem, space: Space, state: _State) -> _State:
-    """Shrink the basis to its best Ritz vectors, in its own memory; the next block stays."""
+    """Shrink the basis to its best Ritz vectors, in its own memory, and keep the next block.
+
+    With T Y = Y D for the kept Ritz pairs, the recurrence A V' = V' T + X' C turns into
+
+        A (Y'V)' = (Y'V)' D + X' (C Y),
+
+    the restart of Wu and Simon: T becomes the diagonal D, and C becomes C Y.
+    """
     values, vectors = state.ritz
     block = state.basis[state.size :].brought(space).clone()
     room = state.basis_size - len(block)
@@ -741,7 +775,7 @@ def _restart(problem: _Problem, space: Space, state: _State) -> _State:
 
 
 def _preferred(which: Which, values: Tensor) -> Tensor:
-    """The indices of ascending values, the most wanted first."""
+    """Return the indices of ascending values, the most wanted first."""
     last = len(values) - 1
     if which == "LM":
         return values.abs().argsort(descending=True)
@@ -753,29 +787,33 @@ def _preferred(which: Which, values: Tensor) -> Tensor:
 
 
 def _wanted(problem: _Problem, values: Tensor) -> Tensor:
-    """The indices of the wanted among ascending values, in the order of the result."""
-    found = _preferred(problem.which, values)[: problem.k]
-    return found.sort(descending=True).values if problem.which == "BE" else found
+    """Return the indices of the wanted among ascending values, in the order of the result."""
+    wanted = _preferred(problem.which, values)[: problem.k]
+    return wanted.sort(descending=True).values if problem.which == "BE" else wanted
 
 
 def _chosen(problem: _Problem, space: Space, state: _State) -> _Pairs:
-    """The wanted pairs, with the residuals of the recurrence."""
+    """Return the wanted pairs, with the residuals of the recurrence.
+
+    For a Ritz vector v = V'y with T y = value y, A v - value v = X' C y has the length |C y|.
+    """
     values, rotation = _ritz(problem, state)
     rows = state.basis[: state.size].combine(space, rotation.mT, problem.dtype)
     return _Pairs(values, rows, torch.linalg.vector_norm(state.coupling @ rotation, dim=0))
 
 
 def _ritz(problem: _Problem, state: _State) -> tuple[Tensor, Tensor]:
-    """The wanted Ritz values, and their vectors in the basis, as columns."""
+    """Return the wanted Ritz values, and their coefficients in the basis, as columns."""
     values, vectors = state.ritz
     wanted = _wanted(problem, values)
     return values[wanted], vectors[:, wanted]
 
 
 def _tolerance(problem: _Problem, values: Tensor, state: _State) -> Tensor:
-    """The residuals of the recurrence at which to stop: below eps |A| they mean nothing.
+    """Return the residuals of the recurrence at which the run stops, at least eps |A|.
 
-    The rounding of products comes on top of them, and is left out where it is too large for that.
+    The rounding of products adds to the residuals, and is subtracted from the tolerance unless it
+    is too large.
     """
     least = max(problem.atol, problem.eps * state.largest)
     tolerance = (problem.rtol * values.abs()).clamp_min(least)
@@ -784,7 +822,7 @@ def _tolerance(problem: _Problem, values: Tensor, state: _State) -> Tensor:
 
 
 def _is_settled(problem: _Problem, state: _State) -> bool:
-    """Whether the residuals of the recurrence are small enough, or cannot become smaller."""
+    """Return whether the residuals of the recurrence reach the tolerance or cannot shrink."""
     if state.size < problem.k:
         return False
     if state.finished:
@@ -797,7 +835,7 @@ def _is_settled(problem: _Problem, state: _State) -> bool:
 
 
 def _verdict(problem: _Problem, state: _State, *, last: bool) -> str | None:
-    """Why the run is finished, or None. No product may be left for an examination."""
+    """Return why the run is finished, or None. If ``last``, no product remains for a check."""
     if not _is_settled(problem, state):
         return None
     if not last and (state.failure is None or not (state.trusted or state.finished)):

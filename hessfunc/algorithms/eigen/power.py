@@ -19,9 +19,9 @@ from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
-# Products between two looks at the residual.
+# Largest number of products in a round.
 _STEPS_A_ROUND = 4
-# chi2_1 is smaller once in 100 times.
+# The 1 % quantile of chi2_1.
 _UNLIKELY = 1.57e-4
 
 
@@ -38,47 +38,54 @@ def power_iteration(
     start: Tree | None = None,
     **run: Unpack[RunOptions],
 ) -> Eigenpairs:
-    """The largest eigenpairs of a symmetric matrix, one after another, by power iteration.
+    """Compute the largest eigenpairs of a symmetric matrix, one by one, by power iteration.
 
-    With momentum b, and both vectors rescaled together,
+    With momentum b, and with both vectors rescaled together,
 
         w_{t+1} = A w_t - b w_{t-1},        value = w'Aw / w'w.
 
-    A pair is accepted when |A w - value w| <= rtol |value|; the next one is sought orthogonal to
-    it. At the end the pairs are rotated within their span (Rayleigh-Ritz), at no product.
-    `lanczos` takes far fewer products; this is the baseline, needs little memory, and is what
-    stochastic variants build on.
+    A pair is accepted when |A w - value w| <= rtol |value|. The iteration for the next pair is
+    orthogonal to the accepted ones. At the end the pairs are rotated within their span
+    (Rayleigh-Ritz), without a product. `lanczos` needs far fewer products. This method is the
+    baseline, needs little memory, and is the basis of stochastic variants.
 
-    A start that was given may lie in an invariant subspace. Once all pairs have converged from it,
-    steps from a random unit vector u outside of the pairs follow. An eigenvalue x of A there that
-    is as large as the wanted ones has a part w of u with ``w^2 <= |A^s u|^2 / x^(2 s)`` after s of
-    them. They end when that is less than such a part is in 99 of 100 runs, or go on with u when its
-    quotient is larger than a wanted value.
+    A given start may lie in an invariant subspace. Once all pairs have converged from it, steps
+    from a random unit vector u outside of the pairs follow. If A has an eigenvalue x there that is
+    as large as the wanted ones, the part w of u along its eigenvector satisfies
+
+        w^2 <= |A^s u|^2 / x^(2 s)
+
+    after s steps. The steps end when this bound is smaller than w^2 in 99 of 100 runs. If the
+    quotient of u exceeds a wanted value, the iteration continues with u.
 
     Args:
-        matvec: block -> block, symmetric.
-        like: a tree that says what vectors look like.
-        k: how many pairs, at most n.
-        which: ``"LM"`` largest in absolute value; ``"LA"`` largest, ``"SA"`` smallest: the matrix
-            is shifted by its dominant eigenvalue, found first.
-        momentum: b, in units of the eigenvalue squared; best near (lambda_2 / 2)^2.
-        rtol: the relative tolerance of residuals.
-        max_matvecs: the budget.
-        start: a tree to start from; random by default, which takes no steps to be trusted.
+        matvec: Function from a block of vectors to the block of their products. The matrix must be
+            symmetric.
+        like: Tree that shows the structure of a vector.
+        k: Number of pairs, at most n.
+        which: Wanted eigenvalues. ``"LM"`` takes the largest in absolute value, ``"LA"`` the
+            largest, and ``"SA"`` the smallest. For the last two the matrix is shifted by its
+            dominant eigenvalue, which is computed first.
+        momentum: Momentum b, in units of the squared eigenvalue. The best value is near
+            (lambda_2 / 2)^2.
+        rtol: Relative tolerance: a pair is accepted when its residual is at most rtol |value|.
+        max_matvecs: Budget, the largest number of matvecs.
+        start: Start vector as a tree. The default is random, and needs no steps outside of the
+            pairs.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Eigenpairs`; fewer than k, with the last one not converged, where the budget ends before.
-        Residuals are those of products that were made: nothing is extrapolated.
+        `Eigenpairs`. If the budget is exhausted early, there are fewer than k pairs, and the last
+        one has not converged. Residuals are computed from actual products and never extrapolated.
         A dominant pair +a, -a does not converge, and is reported so.
 
     Raises:
-        ValueError: an option is out of range, or the matvec is not symmetric or not deterministic.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range, or if the matvec is not symmetric or not
+            deterministic.
+        FloatingPointError: If a product is not finite.
 
-    Cost: one matvec an iteration; three more, uncounted, where inner products show that the matvec
-    may not be symmetric; 2 k + 3 vectors of memory, 3 k + 1 at the end, besides those of a
-    product.
+    Cost: one matvec an iteration; three more, uncounted, if inner products show that the matvec
+    may not be symmetric. Memory: 2 k + 3 vectors, 3 k + 1 at the end, besides those of a product.
 
     Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670.
     """
@@ -111,14 +118,17 @@ class Power(Method["_State", Eigenpairs]):
 
     def __post_init__(self) -> None:
         if self.which not in ("LM", "LA", "SA"):
-            raise ValueError(f"which={self.which!r}: choose 'LM', 'LA' or 'SA'; `lanczos` has 'BE'")
+            raise ValueError(
+                f"which={self.which!r}: choose 'LM', 'LA' or 'SA', or use `lanczos` for 'BE'"
+            )
         at_least(0, rtol=self.rtol, momentum=self.momentum)
 
     def init(self, products: Products, seed: int, /) -> _State:
         space, start = products.space, self.start
         current = unit_start(space, start, seed)
         if start is not None and self.which != "LM":
-            # The dominant eigenvalue fixes the shift, and must not be missed.
+            # A random part is added, since the shift needs the dominant eigenvalue, which the start
+            # may have no part in.
             current = current + unit_start(space, None, seed)
             current /= space.norms(current).to(current.dtype)[:, None]
         return _State(
@@ -145,8 +155,8 @@ class Power(Method["_State", Eigenpairs]):
         return state
 
     def _tolerance(self, space: Space, values: Tensor, largest: float) -> Tensor:
-        """Return the residuals at which pairs of these values have converged."""
-        # A value that is zero up to rounding has converged when its residual is, too.
+        """Return the residuals at which pairs with these values have converged."""
+        # If a value is zero up to rounding, its residual need only be zero up to rounding.
         floor = rounding(_eps(space), largest)
         tiny = torch.where(values.abs() <= floor, floor, 0.0)
         return torch.maximum(self.rtol * values.abs(), tiny)
@@ -192,26 +202,27 @@ def _eps(space: Space) -> float:
 
 @dataclass(frozen=True)
 class _State:
-    """Rows: the iterate, its predecessor and product, and the accepted vectors and products.
+    """Iterate, its predecessor and product, and the accepted vectors with their products.
 
-    A step writes over the rows of the state before it.
+    A step overwrites the rows of the previous state.
 
     Attributes:
         current: Iterate of unit length; empty once all pairs are accepted.
         previous: Predecessor, scaled with the iterate; empty without momentum.
-        image: Product with the iterate.
+        image: Product A w of the iterate, without the shift; None before it is computed.
         vectors: Accepted vectors, in a workspace that a state shares with its successor.
-        images: Products with them.
-        shift: Multiple of I that is added; None until the dominant eigenvalue, which fixes it, is
-            known.
-        trusted: Whether the pairs are found from random vectors, or one has shown that none is
-            missed.
+        images: Products of the accepted vectors.
+        shift: Multiple of I that is added to A; None before the dominant eigenvalue, which
+            determines it, is known.
+        trusted: Whether the pairs come from random vectors, or a random vector has shown that no
+            pair is missed.
+        seed: Seed of the random vectors.
         steps: Steps since the iterate was a random unit vector u.
         growth: Logarithm of ``|A^steps u|``.
         longest: Length of the longest product.
-        asymmetry: Largest difference of u'Av and v'Au so far, of an iterate and the next.
-        rounded: Difference that the rounding of products explains, in units of ``longest``, where
-            it was measured.
+        asymmetry: Largest difference of u'Av and v'Au so far, for an iterate u and the next one v.
+        rounded: Measured difference that the rounding of products explains, in units of
+            ``longest``.
     """
 
     current: Rows = field(metadata=DIVIDED)
@@ -235,6 +246,7 @@ def _iterate(
     if state.image is None:
         return replace(state, image=products(state.current))
     before = state.current
+    # w_{t+1} = (A + shift I) w_t - b w_{t-1}, outside of the accepted vectors.
     moved = state.image.add_(state.current, alpha=state.shift or 0.0)
     if momentum:
         moved.add_(state.previous, alpha=-momentum)
@@ -245,13 +257,14 @@ def _iterate(
         previous = state.current.div_(length) if momentum else previous
         moved /= length
     else:
-        # A w = 0 exactly: w is an eigenvector of value 0, and stays.
+        # A w = 0 exactly: w is an eigenvector of value 0, and is kept.
         moved = state.current.clone()
     image = products(moved)
     if length > 0:
-        # The iterate u was divided by the length in its place where there is momentum.
+        # With momentum, u was divided by the length in place: u = unit * before.
         unit = length if momentum else 1.0
-        # With v = (A u + shift u - momentum w) / length outside of the accepted vectors.
+        # v = (A u + shift u - b w) / length is orthogonal to the accepted vectors, so that
+        # v'A u = length - shift u'v + b w'v.
         backward = length
         if state.shift:
             backward -= state.shift * unit * float(space.gram(before, moved))
@@ -278,7 +291,7 @@ def _compared(
     difference: float,
     symmetric: float,
 ) -> _State:
-    """The state after a look at the symmetry of a product and the one before."""
+    """Return the state after a test of symmetry on a product and the previous one."""
     longest = max(state.longest, float(space.norms(image)))
     rounded = refuse_unless_rounding(
         products, row, difference, longest, max(symmetric, state.rounded)
@@ -292,7 +305,7 @@ def _compared(
 
 
 def _quotient(space: Space, state: _State) -> tuple[Tensor, float]:
-    """The Rayleigh quotient, and the residual outside of the accepted vectors."""
+    """Return the Rayleigh quotient, and the residual outside of the accepted vectors."""
     assert state.image is not None
     value = space.gram(state.current, state.image)[0].cpu()
     residual = torch.add(state.image, state.current, alpha=-float(value))
@@ -300,15 +313,16 @@ def _quotient(space: Space, state: _State) -> tuple[Tensor, float]:
 
 
 def _largest(space: Space, state: _State) -> float:
-    """The largest absolute eigenvalue, from below: the longest product that is at hand."""
-    found = [rows for rows in (state.images, state.image) if rows is not None and len(rows)]
-    return max((float(space.norms(rows).max()) for rows in found), default=0.0)
+    """Return the length of the longest current product, a lower bound of |A|."""
+    products = [rows for rows in (state.images, state.image) if rows is not None and len(rows)]
+    return max((float(space.norms(rows).max()) for rows in products), default=0.0)
 
 
 def _is_surely_complete(space: Space, state: _State, which: str, k: int) -> bool:
-    """Whether an eigenvalue outside that is as large as the k-th would have been seen by now.
+    """Return whether an outside eigenvalue as large as the k-th would have been met by now.
 
-    With momentum the iterate is another polynomial of A, and only convergence tells.
+    The squared part of its eigenvector in u is w^2 <= |A^s u|^2 / x^(2 s), and n w^2 is nearly
+    chi2_1. With momentum the iterate is another polynomial of A, and only convergence decides.
     """
     if len(state.previous) or not state.steps:
         return False
@@ -336,7 +350,7 @@ def _accept(space: Space, state: _State, which: str, k: int, value: float, seed:
         values = space.gram(state.vectors, state.images).diagonal().cpu()
         among = torch.cat([values, torch.tensor([value], dtype=values.dtype, device="cpu")])
         if value not in _ordered(among, which)[:k].tolist():
-            # From a random vector another pair has converged first, as without a start.
+            # The random vector has led to an unwanted pair, as in a run without a start.
             return replace(state, trusted=True, current=none, previous=none, image=None)
     vectors, images = state.vectors, state.images
     if keeps:
@@ -346,7 +360,8 @@ def _accept(space: Space, state: _State, which: str, k: int, value: float, seed:
     state = replace(state, vectors=vectors, images=images, shift=shift)
     if len(vectors) == space.n or (len(vectors) >= k and state.trusted):
         return replace(state, current=none, previous=none, image=None)
-    # A fresh probe for each pair; one more after the dominant pair was at the wrong end.
+    # Each pair has its own probe. Probe 1 follows a dominant pair that was dropped, since it was at
+    # the wrong end.
     index = len(state.vectors) + 1
     fresh = space.probes([index], kind="normal", seed=of_starts(seed), dtype=vectors.dtype)
     fresh = _outside(space, fresh, state.vectors)
@@ -356,7 +371,7 @@ def _accept(space: Space, state: _State, which: str, k: int, value: float, seed:
 
 
 def _outside(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
-    """Take the parts along orthonormal rows out, in place."""
+    """Subtract the projections on orthonormal rows, in place."""
     if len(basis):
         for _ in range(2):
             project_out(space, rows, Basis(basis))
@@ -364,17 +379,18 @@ def _outside(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
 
 
 def _ritz(space: Space, state: _State, which: str, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rayleigh-Ritz in the span of all vectors whose product is known."""
+    """Return the Ritz pairs in the span of all vectors with a known product, with residuals."""
     rows, images = state.vectors, state.images
     if state.image is not None and len(rows) < k:
-        found = len(rows) > 0
-        rows = torch.cat([rows, state.current]) if found else state.current
-        images = torch.cat([images, state.image]) if found else state.image
+        has_pairs = len(rows) > 0
+        rows = torch.cat([rows, state.current]) if has_pairs else state.current
+        images = torch.cat([images, state.image]) if has_pairs else state.image
     projected = space.gram(rows, images).cpu().double()
     values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
     order = {"LM": values.abs(), "LA": values, "SA": -values}[which].argsort(descending=True)[:k]
     values, rotation = values[order], rotation[:, order]
     rows = space.combine(rotation.mT, rows)
+    # For v = V'y with products A V', the residual is A v - value v = (A V') y - value v.
     residuals = []
     for value, row, column in zip(
         values.tolist(), rows.split(1), rotation.mT.split(1), strict=True

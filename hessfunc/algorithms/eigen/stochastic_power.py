@@ -32,23 +32,23 @@ def stochastic_power_iteration(
     start: Tree | None = None,
     **run: Unpack[RunOptions],
 ) -> Eigenpairs:
-    """The eigenpair of largest absolute value of a data set's matrix, mostly from random batches.
+    """Compute the dominant eigenpair of a data set's matrix, mostly from random batches.
 
-    VR Power+M: an epoch starts with one exact product v = A u at a unit vector u, and goes on
-    with products of independent draws, E[A_t] = A. With momentum b, and both vectors rescaled
-    together,
+    The method is VR Power+M. An epoch starts with one exact product v = A u of a unit vector u, and
+    continues with products of independent draws, E[A_t] = A. With momentum b, and with both vectors
+    rescaled together,
 
         w_{t+1} = A_t (w_t - a u) + a v - b w_{t-1},    a = u'w_t,    w_0 = u.
 
-    Only what differs from u is multiplied by a random batch, so the noise vanishes as u converges
-    and the pair is that of A to any precision, where w_{t+1} = A_t w_t alone stalls at the noise
-    of a batch. The last w, at unit length, is the next u. Values and residuals are those of exact
-    products, and the run stops when |A u - value u| <= rtol |value|. An epoch whose noise outweighs
-    its progress is taken back, and the next one has half as many random products; each success
-    adds one. Without any it is power iteration.
+    A random batch multiplies only the difference from u, so that the noise vanishes as u converges.
+    The pair is that of A to any precision, while w_{t+1} = A_t w_t stalls at the noise of a batch.
+    The last w, at unit length, is the next u. Values and residuals come from exact products, and
+    the run stops when |A u - value u| <= rtol |value|. An epoch is rejected if its noise outweighs
+    its progress. The next epoch then has half the random products, and each success adds one.
+    Without random products the method is power iteration.
 
-    To a residual of 1e-3 on a perceptron of 2,410 parameters and 1,797 digits, shuffled, in
-    gradients of one batch (``python -m bench.draws``):
+    The table shows the cost of a residual of 1e-3 for a perceptron of 2,410 parameters and 1,797
+    shuffled digits, in gradients of one batch (``python -m bench.draws``):
 
         net, batches            power_iteration    lanczos    this
         untrained, 50 of 36               6,300      3,825    2,655
@@ -56,34 +56,35 @@ def stochastic_power_iteration(
         untrained, 150 of 12             18,900     11,475   19,539
         trained, 150 of 12               16,200      8,775    6,435
 
-    So exact products are the better choice, `lanczos` before `power_iteration`, where batches are
-    small or sorted by class, so that one of them is no picture of all, and for more than one pair.
+    Exact products, by `lanczos` before `power_iteration`, are the better choice if batches are
+    small or sorted by class, so that a batch does not represent the data, and for several pairs.
 
     Args:
-        matvec: of A: block -> block, symmetric.
-        draws: i -> the matvec of the i-th random batch; `hessfunc.draws` makes one.
-        like: a tree that says what vectors look like.
-        momentum: b, in units of the eigenvalue squared; best near (lambda_2 / 2)^2 while the noise
-            of a batch is small, harmful where it is not.
-        steps_per_epoch: random products between two exact ones, at most.
-        rtol: the relative tolerance of the residual.
-        max_matvecs: the budget of products of either kind.
-        start: a tree to start from; random by default.
+        matvec: Function from a block of vectors to the block of their products, with the exact
+            matrix A. The matrix must be symmetric.
+        draws: Function from i to the matvec of the i-th random batch, as `hessfunc.draws` makes it.
+        like: Tree that shows the structure of a vector.
+        momentum: Momentum b, in units of the squared eigenvalue. The best value is near
+            (lambda_2 / 2)^2 if the noise of a batch is small. Otherwise momentum is harmful.
+        steps_per_epoch: Largest number of random products between two exact ones.
+        rtol: Relative tolerance: the run stops when the residual is at most rtol |value|.
+        max_matvecs: Budget, the largest number of matvecs, exact and random ones together.
+        start: Start vector as a tree. The default is random.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Eigenpairs` with one pair. ``matvecs`` counts products of either kind; ``reason`` says
-        how many of them were with one batch.
+        `Eigenpairs` with one pair. ``matvecs`` counts exact and random products together;
+        ``reason`` states the number of random ones.
 
     Raises:
-        ValueError: an option is out of range.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range.
+        FloatingPointError: If a product is not finite.
 
-    Cost: one product with A, and ``steps_per_epoch`` with one batch each, an epoch; 7 vectors of
-    memory, besides those of a product.
+    Cost: an epoch takes one product with A and ``steps_per_epoch`` products with one batch each.
+    Memory: 7 vectors, besides those of a product.
 
-    Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670, algorithm VR Power+M; that
-    epochs are taken back is not in it.
+    Source: De Sa, He, Mitliagkas, Re and Xu 2017, arXiv 1707.02670, algorithm VR Power+M, which
+    does not reject epochs.
     """
     at_least(1, max_matvecs=max_matvecs)
     products = Products.of(matvec, like, run.get("space"))
@@ -100,7 +101,7 @@ class StochasticPower(Method["_State", Eigenpairs]):
     Attributes:
         draws: Function from the number of a draw to the matvec of its batch.
         momentum: Momentum b.
-        steps_per_epoch: Number of random products between two exact ones, at most.
+        steps_per_epoch: Largest number of random products between two exact ones.
         rtol: Relative tolerance of the residual.
         start: Vector at which the run begins; a random one by default.
     """
@@ -147,7 +148,7 @@ class StochasticPower(Method["_State", Eigenpairs]):
 
     def result(self, state: _State, space: Space, cost: Cost, /) -> Eigenpairs:
         value, residual, largest = _quotient(space, state)
-        # A value that is zero up to rounding has converged when its residual is, too.
+        # If a value is zero up to rounding, its residual need only be zero up to rounding.
         floor = rounding(_eps(space), largest)
         tolerance = max(self.rtol * abs(value), floor if abs(value) <= floor else 0.0)
         split = f"{state.drawn} of the {cost['matvecs']} products were with one batch"
@@ -167,9 +168,14 @@ def _eps(space: Space) -> float:
 
 @dataclass(frozen=True)
 class _State:
-    """Rows: the unit iterate, its predecessor and its exact product.
+    """State between two epochs.
 
-    ``drawn`` batches were multiplied so far; the next epoch has as many as ``steps``.
+    Attributes:
+        current: Iterate u of unit length.
+        previous: Predecessor, scaled with the iterate.
+        image: Exact product A u; None before it is computed.
+        drawn: Number of random products so far.
+        steps: Number of random products in the next epoch.
     """
 
     current: Rows = field(metadata=DIVIDED)
@@ -187,11 +193,13 @@ def _epoch(
     momentum: float,
     steps: int,
 ) -> _State:
-    """One step with the exact product of the iterate, which needs no other, and random steps."""
+    """Return the state after one exact step, with the known product, and random steps."""
     anchor = state.current
+    # At w_0 = u the recurrence is w_1 = v - b w_{-1}, since a = 1 and w_0 - a u = 0.
     moved = image - momentum * state.previous
     state = _moved(space, state, moved, state.drawn)
     for _ in range(steps):
+        # w_{t+1} = A_t (w_t - a u) + a v - b w_{t-1}, with a = u'w_t.
         along = space.gram(state.current, anchor).to(anchor.dtype)
         moved = product(state.drawn, state.current - along * anchor)
         moved = moved + along * image - momentum * state.previous
@@ -202,16 +210,16 @@ def _epoch(
 def _moved(space: Space, state: _State, moved: Tensor, drawn: int) -> _State:
     length = space.norms(moved).to(moved.dtype)[:, None]
     if not bool(length > 0):
-        # A w = 0 exactly: w is an eigenvector of value 0, and stays.
+        # A w = 0 exactly: w is an eigenvector of value 0, and is kept.
         moved, length = state.current, torch.ones_like(length)
     return _State(moved / length, state.current / length, None, drawn, state.steps)
 
 
 def _is_worse(space: Space, moved: _State, before: _State, eps: float) -> bool:
-    """Whether the noise of an epoch outweighs its progress.
+    """Return whether the noise of an epoch outweighs its progress.
 
-    Exact steps make |A w| grow. Near the eigenvector they do so by less than its rounding, but
-    there the residual falls, which far from it may rise.
+    Exact steps increase |A w|. Near the eigenvector the increase is below rounding, but there the
+    residual falls. Far from the eigenvector the residual may rise.
     """
     _, residual, length = _quotient(space, moved)
     _, residual_before, length_before = _quotient(space, before)
@@ -221,7 +229,7 @@ def _is_worse(space: Space, moved: _State, before: _State, eps: float) -> bool:
 
 
 def _quotient(space: Space, state: _State) -> tuple[float, float, float]:
-    """The Rayleigh quotient, its residual, and the length of the product."""
+    """Return the Rayleigh quotient, its residual, and the length of the product."""
     assert state.image is not None
     value = float(space.gram(state.current, state.image))
     residual = state.image - value * state.current

@@ -1,1 +1,1 @@
-"""Solutions of linear systems: one method a file."""
+"""Methods for linear systems, one a file."""

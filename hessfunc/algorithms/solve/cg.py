@@ -29,7 +29,7 @@ def cg(
     measure: bool = True,
     **run: Unpack[RunOptions],
 ) -> Solution:
-    """The solution of a symmetric positive definite system, by conjugate gradients.
+    """Solve a symmetric positive definite system by conjugate gradients.
 
         (A + damping I) x = b
 
@@ -38,39 +38,42 @@ def cg(
 
         |b - (A + damping I) x| <= max(rtol |b|, atol),
 
-    as measured by one more product at the end. Where rounding has made the residual of the
-    recurrence too small, the method starts again from the measured one, as long as that helps.
-    Where it does not, the rounding of the products hides the tolerance, and the reason says so.
+    measured by one more product at the end. If rounding has made the residual of the recurrence
+    too small, the method restarts from the measured residual, as long as restarts reduce it.
+    Otherwise the rounding of the products hides the tolerance, and the reason says so.
 
     Args:
-        matvec: of A, block -> block, symmetric.
-        b: a tree.
-        damping: added to the diagonal of A.
-        preconditioner: block -> block, symmetric positive definite, close to the inverse of
-            A + damping I.
-        start: a tree to start from; zero by default, which saves a product.
-        rtol: the relative tolerance of the residual.
-        atol: the absolute tolerance of the residual.
-        max_matvecs: the budget, the measurements of the residual included.
-        measure: measure the residual at the end. Else that of the recurrence is taken, with all
-            that rounding may have added to it, and a product is made only where this is too long:
-            for a matvec that is known to be linear and deterministic.
+        matvec: Function from a block of vectors to the block of their products with A. The matrix
+            must be symmetric.
+        b: Right-hand side, a tree.
+        damping: Number that is added to the diagonal of A.
+        preconditioner: Function from a block of vectors to the block of their products with M, a
+            symmetric positive definite matrix close to the inverse of A + damping I.
+        start: Start vector as a tree. The default is zero, which saves a product.
+        rtol: Relative tolerance: the run stops when the residual is at most max(rtol |b|, atol).
+        atol: Absolute tolerance of the residual.
+        max_matvecs: Budget, the largest number of matvecs, including measurements of the residual.
+        measure: Whether a product measures the residual at the end. Otherwise the result has the
+            residual of the recurrence, increased by the possible effect of rounding. A product is
+            then made only if this bound exceeds the tolerance. Use False only for a matvec that is
+            known to be linear and deterministic.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Solution`. Where a direction p has p'(A + damping I)p <= 0, or zero up to rounding, the
-        run stops before the step along p: p is in ``negative_curvature``, and the reason tells
-        the curvature. Then ``x`` is the last iterate; where the curvature is zero, the one of the
-        least residual, as later ones run away along null vectors.
+        `Solution`. If a direction p has p'(A + damping I)p <= 0, or zero up to rounding, the run
+        stops before the step along p. Then ``negative_curvature`` is p, and the reason states the
+        curvature. ``x`` is the last iterate if the curvature is negative. If it is zero, ``x`` is
+        the iterate of the least residual, since later iterates diverge along null vectors.
 
     Raises:
-        ValueError: an option is out of range, b or start is not finite, the preconditioner is not
-            positive definite, or the matvec is not symmetric or not deterministic.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range, if ``b`` or ``start`` is not finite, if the
+            preconditioner is not positive definite, or if the matvec is not symmetric or not
+            deterministic.
+        FloatingPointError: If a product is not finite.
 
-    Cost: one matvec an iteration, and one at the end if ``measure``; three more, uncounted, where
-    inner products show that the matvec may not be symmetric; 12 vectors of memory,
-    besides those of a product.
+    Cost: one matvec an iteration, and one at the end if ``measure``; three more, uncounted, if
+    inner products show that the matvec may not be symmetric. Memory: 12 vectors, besides those of
+    a product.
 
     Source: Hestenes and Stiefel 1952; negative curvature: Steihaug 1983.
     """
@@ -84,7 +87,7 @@ def cg(
 
 @dataclass(frozen=True, kw_only=True)
 class ConjugateGradients(Solver["_State"]):
-    """Conjugate gradients, which stop at a direction of negative curvature."""
+    """Conjugate gradients that stop at a direction of negative curvature."""
 
     def init(self, products: Products, seed: int, /) -> _State:
         begun = self.system.begin(self.start)
@@ -103,15 +106,16 @@ class ConjugateGradients(Solver["_State"]):
 
 @dataclass(frozen=True, kw_only=True)
 class _State(Iterate):
-    """The state of conjugate gradients.
+    """State of conjugate gradients.
 
     Attributes:
-        direction: the last direction p, of unit length.
-        stretch: Length of p as it was made.
-        square: r'Mr of the residual from which p was made.
-        nearest: the iterate of the least residual since the recurrence began.
-        least: the length of that residual.
-        curvature: p'(A + damping I)p of unit p, where it is not positive beyond rounding.
+        direction: Last direction p, at unit length.
+        nearest: Iterate of the least residual since the recurrence began.
+        least: Length of the least residual.
+        stretch: Length of p before it was normalised.
+        square: Form r'Mr of the residual r from which p was computed.
+        curvature: Form p'(A + damping I)p of the unit p if it is not positive beyond rounding,
+            else None.
     """
 
     direction: Rows = field(metadata=DIVIDED)
@@ -128,6 +132,7 @@ def _iterate(system: System, state: _State) -> _State:
     if state.measured:
         state = replace(state, nearest=state.x, least=state.length)
     else:
+        # p_k = M r_k + (r_k'M r_k / r_{k-1}'M r_{k-1}) p_{k-1}.
         direction = direction + (square / state.square * state.stretch) * state.direction
     length = float(space.norms(direction))
     unit = direction / length
@@ -135,9 +140,10 @@ def _iterate(system: System, state: _State) -> _State:
     image = system.product(unit)
     curvature = float(space.gram(unit, image))
     largest = max(state.largest, float(space.norms(image)))
+    # r'Mr / p'(A + damping I)p times p, which is this step times the unit vector p / length.
     step = square / (length * curvature) if curvature > 0 else 0.0
     state = system.compared(replace(state, largest=largest), unit, image, 1.0)
-    # The rounding of a product with too long a step would be longer than the residual.
+    # With eps |A| step > |r|, the rounding of the update would exceed the residual.
     if curvature <= 0 or system.eps * largest * step > state.first:
         return _stopped(system, replace(state, direction=unit, curvature=curvature))
     x, residual = state.x + step * unit, state.residual - step * image
@@ -165,7 +171,7 @@ def _stopped(system: System, state: _State) -> _State:
 
 
 def _is_negative(system: System, state: _State) -> bool:
-    """Whether the curvature is negative beyond rounding."""
+    """Return whether the curvature is negative beyond rounding."""
     return (state.curvature or 0.0) < -rounding(system.eps, state.largest)
 
 

@@ -30,45 +30,47 @@ def minres(
     max_matvecs: int = 1000,
     **run: Unpack[RunOptions],
 ) -> Solution:
-    """The solution of a symmetric system, definite or not, by minimal residuals.
+    """Solve a symmetric system, definite or indefinite, by minimal residuals.
 
         (A + damping I) x = b
 
     Each iterate has the least residual r'Mr over the Krylov space so far, with M the
-    preconditioner. The 2-norm of the residual has a recurrence of its own, and the system is
+    preconditioner. The residual has its own recurrence, which gives its 2-norm, and the system is
     solved when
 
         |b - (A + damping I) x| <= max(rtol |b|, atol),
 
-    as measured by one more product at the end. Where rounding has made the residual of the
-    recurrence too small, the method starts again from the measured one, as long as that helps.
-    Where it does not, the rounding of the products hides the tolerance, and the reason says so.
+    measured by one more product at the end. If rounding has made the residual of the recurrence
+    too small, the method restarts from the measured residual, as long as restarts reduce it.
+    Otherwise the rounding of the products hides the tolerance, and the reason says so.
 
     Args:
-        matvec: of A, block -> block, symmetric.
-        b: a tree.
-        damping: added to the diagonal of A; may be negative.
-        preconditioner: block -> block, symmetric positive definite, close to the inverse of
-            the absolute value of A + damping I.
-        start: a tree to start from; zero by default, which saves a product.
-        rtol: the relative tolerance of the residual.
-        atol: the absolute tolerance of the residual.
-        max_matvecs: the budget, the measurements of the residual included.
+        matvec: Function from a block of vectors to the block of their products with A. The matrix
+            must be symmetric.
+        b: Right-hand side, a tree.
+        damping: Number that is added to the diagonal of A; may be negative.
+        preconditioner: Function from a block of vectors to the block of their products with M, a
+            symmetric positive definite matrix close to the inverse of the absolute value of
+            A + damping I.
+        start: Start vector as a tree. The default is zero, which saves a product.
+        rtol: Relative tolerance: the run stops when the residual is at most max(rtol |b|, atol).
+        atol: Absolute tolerance of the residual.
+        max_matvecs: Budget, the largest number of matvecs, including measurements of the residual.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
         `Solution`, with ``negative_curvature`` None. A singular system is solved if it has a
-        solution. If it has none, the run stops at a solution of least r'Mr, not converged, and
-        the reason says so.
+        solution. If it has none, the run stops at a solution of least r'Mr that has not converged,
+        and the reason says so.
 
     Raises:
-        ValueError: an option is out of range, b or start is not finite, the preconditioner is not
-            positive definite, or the matvec is not symmetric or not deterministic.
-        FloatingPointError: a product is not finite.
+        ValueError: If an option is out of range, if ``b`` or ``start`` is not finite, if the
+            preconditioner is not positive definite, or if the matvec is not symmetric or not
+            deterministic.
+        FloatingPointError: If a product is not finite.
 
-    Cost: one matvec an iteration, and one at the end; three more, uncounted, where inner products
-    show that the matvec may not be symmetric; 23 vectors of memory, besides those
-    of a product.
+    Cost: one matvec an iteration, and one at the end; three more, uncounted, if inner products
+    show that the matvec may not be symmetric. Memory: 23 vectors, besides those of a product.
 
     Source: Paige and Saunders 1975; residual vectors: Choi, Paige and Saunders 2011.
     """
@@ -80,7 +82,7 @@ def minres(
 
 @dataclass(frozen=True, kw_only=True)
 class MinimalResiduals(Solver["_State"]):
-    """Minimal residuals, which stop at a least-squares solution."""
+    """Minimal residuals that stop at a least-squares solution."""
 
     def init(self, products: Products, seed: int, /) -> _State:
         begun = self.system.begin(self.start)
@@ -96,20 +98,22 @@ class MinimalResiduals(Solver["_State"]):
 
 @dataclass(frozen=True, kw_only=True)
 class _State(Iterate):
-    """The Lanczos recurrence ``A v_k = beta_k z_{k-1} + alpha_k z_k + beta_{k+1} z_{k+1}``.
+    """State of the Lanczos recurrence before step k, with A in the place of A + damping I.
 
-    Here v = M z and z'v = 1. The tridiagonal matrix is made triangular by reflections
-    ``[c s; s -c]``; names are those of Paige and Saunders.
+        A v_k = beta_k z_{k-1} + alpha_k z_k + beta_{k+1} z_{k+1},  v_k = M z_k,  z_k'v_k = 1
+
+    Reflections ``[c s; s -c]`` make the tridiagonal matrix T triangular. The names are those of
+    Paige and Saunders.
 
     Attributes:
-        lanczos: z_{k-1}, z_k and v_k.
-        search: w_{k-2} and w_{k-1}, the directions of x.
-        beta: beta_k, zero for k = 1.
-        reflection: c and s of step k - 1.
-        carried: delta_bar_k and epsilon_k, which the last reflections leave in column k.
-        phi_bar: the M-norm of the residual.
-        phi_first: the M-norm of the residual with which the recurrence began.
-        column: the longest column of the tridiagonal matrix.
+        lanczos: Lanczos vectors z_{k-1}, z_k and v_k.
+        search: Directions w_{k-2} and w_{k-1} of x.
+        beta: Off-diagonal entry beta_k, zero for k = 1.
+        reflection: Entries c and s of the reflection of step k - 1.
+        carried: Entries delta_bar_k and epsilon_k that the last two reflections leave in column k.
+        phi_bar: M-norm of the residual.
+        phi_first: M-norm of the residual with which the recurrence began.
+        column: Length of the longest column of T.
         slope: |A r| / |r| of the residual with which the recurrence began, in M-norms.
     """
 
@@ -125,7 +129,7 @@ class _State(Iterate):
 
 
 def _begin(system: System, state: _State) -> _State:
-    """The first Lanczos vector, from the measured residual."""
+    """Return the state with the first Lanczos vector, from the measured residual."""
     image, square = system.preconditioned(state.residual)
     length = math.sqrt(square)
     zeros = torch.zeros_like(state.x)
@@ -150,6 +154,7 @@ def _iterate(system: System, state: _State) -> _State:
     stretch = float(system.space.norms(product)) / length
     state = replace(state, largest=max(state.largest, stretch))
     state = system.compared(state, v, product, length)
+    # beta_{k+1} z_{k+1} = A v_k - beta_k z_{k-1} - alpha_k z_k, with alpha_k = v_k'A v_k.
     ahead = product - state.beta * before
     del product
     alpha = float(system.space.gram(v, ahead))
@@ -157,6 +162,10 @@ def _iterate(system: System, state: _State) -> _State:
     image, square = system.preconditioned(ahead)
     beta = math.sqrt(square)
 
+    # The reflection of step k - 1 acts on the rows k - 1 and k of the columns k and k + 1 of T:
+    #
+    #     [c  s] [delta_bar_k  0         ]   [delta_k      epsilon_{k+1}  ]
+    #     [s -c] [alpha_k      beta_{k+1}] = [gamma_bar_k  delta_bar_{k+1}]
     (c, s), (delta_bar, epsilon) = state.reflection, state.carried
     delta, gamma_bar = c * delta_bar + s * alpha, s * delta_bar - c * alpha
     carried = (-c * beta, s * beta)
@@ -164,7 +173,7 @@ def _iterate(system: System, state: _State) -> _State:
         state,
         column=max(state.column, math.hypot(state.beta, alpha, beta)),
     )
-    # |A r| / |r| of the residual before this step.
+    # |A r| / |r| = |(gamma_bar_k, delta_bar_{k+1})| for the residual r before step k, in M-norms.
     slope = math.hypot(gamma_bar, carried[0])
     if not state.measured and _in_vain(system, state):
         (x, residual), length = state.origin, state.first
@@ -175,11 +184,15 @@ def _iterate(system: System, state: _State) -> _State:
     if slope <= min(_resolved(system, state), 0.01 * state.slope):
         return replace(state, inexact=True)
 
+    # The reflection of step k eliminates beta_{k+1}: c_k gamma_bar_k + s_k beta_{k+1} = gamma_k.
     gamma = math.hypot(gamma_bar, beta)
     c, s = gamma_bar / gamma, beta / gamma
+    # v_k = gamma_k w_k + delta_k w_{k-1} + epsilon_k w_{k-2}, the columns of V = W R.
     w = (v - epsilon * state.search[0] - delta * state.search[1]) / gamma
-    # A product of length zero ends the Krylov space, and the residual is zero.
+    # beta_{k+1} = 0 ends the Krylov space: s_k = 0, and the residual is zero.
     scale = 1 / beta if beta > 0 else 0.0
+    # phi_k = c_k phi_bar_k and phi_bar_{k+1} = s_k phi_bar_k give the updates
+    # x_k = x_{k-1} + phi_k w_k and r_k = s_k^2 r_{k-1} - c_k phi_bar_{k+1} z_{k+1}.
     residual = s**2 * state.residual - (s * state.phi_bar * c * scale) * ahead
     return replace(
         state,
@@ -197,9 +210,10 @@ def _iterate(system: System, state: _State) -> _State:
 
 
 def _in_vain(system: System, state: _State) -> bool:
-    """Whether the steps so far are long, while the residual is no shorter than their rounding.
+    """Return whether the steps so far are long, but shorten the residual by no more than rounding.
 
-    As |A dx|^2 is the loss of |r|^2, this tells of an eigenvalue below 100 eps |A|.
+    With dx the sum of the steps, |A dx|^2 = |r_0|^2 - |r_k|^2 <= eps |A| |dx| |r_0|. For
+    eps |A| |dx| >= 1e-4 |r_0| this shows an eigenvalue below |A dx| / |dx| <= 100 eps |A|.
     """
     step = float(system.space.norms(state.x - state.origin[0]))
     rounded = system.eps * state.largest * step / state.first
@@ -207,9 +221,10 @@ def _in_vain(system: System, state: _State) -> bool:
 
 
 def _resolved(system: System, state: _State) -> float:
-    """The |A r| / |r| that one recurrence can reach.
+    """Return the least |A r| / |r| that one recurrence can reach.
 
-    As r becomes a null vector, rounding puts eps |A| |r| / |A r| of it in the Lanczos vectors.
+    As r approaches a null vector, rounding adds a part eps |A| |r| / |A r| of it to the Lanczos
+    vectors.
     """
     return 3 * math.sqrt(system.eps) * state.column
 
@@ -217,5 +232,5 @@ def _resolved(system: System, state: _State) -> float:
 def _obstacle(state: _State) -> str:
     return (
         f"a least-squares solution: A + damping I is singular and b is not in its range, up to "
-        f"rounding, so that no residual is shorter than {state.length:.3g}; add damping"
+        f"rounding, so that no residual is shorter than {state.length:.3g}; raise `damping`"
     )

@@ -1,4 +1,4 @@
-"""What every method for ``(A + damping I) x = b`` shares: iterate, measure, begin anew."""
+"""Common part of the methods for ``(A + damping I) x = b``: iterate, measure, restart."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from hessfunc.options import at_least
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
-# Products between two calls of the callback.
+# Largest number of products in a round.
 _STEPS_A_ROUND = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """``(A + damping I) x = b`` in flat rows.
+    """Linear system ``(A + damping I) x = b`` in flat rows.
 
     Attributes:
-        products: of A, counted.
-        preconditioner: close to the inverse of A + damping I, or None for I.
-        b: one row.
-        damping: added to the diagonal of A.
-        tolerance: the 2-norm of the residual of a solution.
-        target: the residual at which a recurrence stops; below eps |b| it means nothing.
-        eps: of the products.
-        measure: whether the residual of a solution is always measured by a product.
-        symmetric: Differences of u'Av and v'Au that are let through, in units of |A|.
+        products: Counted products with A.
+        preconditioner: Products with a matrix close to the inverse of A + damping I; None for I.
+        b: Right-hand side, ``(1, n)``.
+        damping: Number that is added to the diagonal of A.
+        tolerance: Largest 2-norm of the residual of a solution.
+        target: Residual at which a recurrence stops, at least eps |b|.
+        eps: Relative rounding of the products.
+        measure: Whether a product always measures the residual of a solution.
+        symmetric: Largest difference of u'Av and v'Au that is let through, in units of |A|.
     """
 
     products: Products
@@ -79,7 +79,7 @@ class System:
             target=max(tolerance, eps * length),
             eps=eps,
             measure=measure,
-            # A solution is measured: whoever asks for few digits needs no better products.
+            # The residual is measured, so that a loose tolerance allows less accurate products.
             symmetric=max(SYMMETRIC, 10 * eps, tolerance / length if length else 0.0),
         )
 
@@ -88,11 +88,11 @@ class System:
         return self.products.space
 
     def product(self, rows: Tensor, /) -> Tensor:
-        """The product with A + damping I."""
+        """Return the products of rows with A + damping I."""
         return self.products(rows) + self.damping * rows
 
     def preconditioned(self, row: Tensor, /) -> tuple[Tensor, float]:
-        """``M r`` and ``r'Mr``, with M the preconditioner."""
+        """Return ``M r`` and ``r'Mr``, with M the preconditioner."""
         if self.preconditioner is None:
             return row, float(self.space.norms(row)) ** 2
         image = self.preconditioner(row)
@@ -100,22 +100,24 @@ class System:
         if not square > 0 and (length := float(self.space.norms(row))):
             raise ValueError(
                 f"the preconditioner is not positive definite: r'Mr = {square:.1e} for a residual "
-                f"of length {length:.1e}"
+                f"of length {length:.1e}; omit `preconditioner`, or make it positive definite"
             )
         return image, square
 
     def compared(
         self, state: AnyIterate, row: Tensor, image: Tensor, length: float, /
     ) -> AnyIterate:
-        """The state after a look at the symmetry of two products in a row, which costs none.
+        """Return the state after a test of symmetry on two successive products.
+
+        For a symmetric A, u'Av = v'Au. The test makes no product unless it fails.
 
         Args:
             state: State of the run.
-            row: One vector.
-            image: Product with it.
-            length: Length of the vector.
+            row: Vector v, ``(1, n)``.
+            image: Product with v.
+            length: Length of v.
         """
-        # Not in the state: a resumed run begins to look one product later.
+        # The last product is not part of the state: a resumed run tests one product later.
         before, self.products.last = self.products.last, (row, image, length)
         if before is None or not state.largest:
             return state
@@ -131,9 +133,9 @@ class System:
         return replace(state, asymmetry=max(state.asymmetry, difference), rounded=tolerance)
 
     def begin(self, start: Tree | None, /) -> Iterate:
-        """Where to start, and the residual there."""
+        """Return the start and its residual."""
         x, residual = torch.zeros_like(self.b), self.b
-        # With b = 0 the solution is known without a product.
+        # For b = 0 the solution is zero, without a product.
         if start is not None and bool(self.space.norms(self.b) > 0):
             x = _finite_row(self.space, start, "start")
             if bool(self.space.norms(x) > 0):
@@ -145,24 +147,24 @@ class System:
         )
 
     def measured(self, x: Tensor, /) -> tuple[Tensor, Tensor, float]:
-        """x in the dtypes in which it is returned, and its residual by a product, with length."""
+        """Return x rounded to the dtypes of the result, its measured residual, and the length."""
         x = self.space.ravel(self.space.unravel(x), dtype=x.dtype)
         residual = self.b - self.product(x)
         return x, residual, float(self.space.norms(residual))
 
     def settled(self, state: Iterate, /) -> bool:
-        """Whether no further product is due before the residual is said to be within tolerance."""
+        """Return whether the residual is known to be within the tolerance, without a product."""
         if state.measured:
             return state.length <= self.tolerance
         return not self.measure and self.bound(state) <= self.tolerance
 
     def bound(self, state: Iterate, /) -> float:
-        """The residual, the rounding of all products that led to it included."""
+        """Return a bound of the residual that includes the rounding of all products behind it."""
         drift = 0.0 if state.measured else rounding(self.eps, state.largest) * state.path
         return state.length + drift
 
     def solution(self, state: Iterate, cost: Cost, direction: Tensor | None = None) -> Solution:
-        """Return the result, with a direction of negative curvature."""
+        """Return the result, with a direction of negative curvature if there is one."""
         return Solution(
             x=self.space.unravel(state.x[0]),
             residual=self.bound(state),
@@ -174,24 +176,23 @@ class System:
 
 @dataclass(frozen=True, kw_only=True)
 class Iterate:
-    """What the state of every method holds.
+    """Common part of the states of all methods.
 
     Attributes:
-        x: the iterate, one row.
-        residual: of x, by the recurrence or, where measured, by a product.
-        length: of the residual.
-        first: the length with which the recurrence began.
-        origin: x and residual with which the recurrence began.
-        measured: whether a product gave the residual; the recurrence then begins anew.
-        inexact: whether the recurrence has lost its accuracy, and should begin anew.
-        stopped: whether the method has met an obstacle.
-        hidden: whether rounding hides the tolerance.
-        again: whether it is not the first recurrence.
-        largest: the longest product with a unit vector.
-        path: the length of the first x, and of all steps from there.
+        x: Iterate, ``(1, n)``.
+        residual: Residual of x, from a product if ``measured``, otherwise from the recurrence.
+        length: Length of the residual.
+        first: Length of the residual with which the recurrence began.
+        origin: Iterate and residual with which the recurrence began.
+        measured: Whether a product gave the residual, so that the recurrence restarts.
+        inexact: Whether the recurrence has lost its accuracy and should restart.
+        stopped: Whether the method has met an obstacle.
+        hidden: Whether rounding hides the tolerance.
+        again: Whether the recurrence has restarted at least once.
+        largest: Length of the longest product with a unit vector.
+        path: Length of the first x plus the lengths of all steps.
         asymmetry: Largest difference of u'Av and v'Au so far, for unit vectors.
-        rounded: Difference that the rounding of products explains, in units of |A|, where it was
-            measured.
+        rounded: Measured difference that the rounding of products explains, in units of |A|.
     """
 
     x: Rows = field(metadata=DIVIDED)
@@ -215,11 +216,11 @@ AnyIterate = TypeVar("AnyIterate", bound=Iterate)
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(Method[AnyIterate, Solution]):
-    """Method for a linear system, which iterates, measures and restarts.
+    """Method for a linear system that iterates, measures and restarts.
 
     Attributes:
         system: System to be solved, with the products of the run.
-        start: Tree at which the run begins; zero by default.
+        start: Start vector as a tree; None for zero.
     """
 
     system: System
@@ -239,16 +240,16 @@ class Solver(Method[AnyIterate, Solution]):
 
     @abstractmethod
     def iterate(self, state: AnyIterate, /) -> AnyIterate:
-        """Return the state after one product; from a measured residual the recurrence restarts."""
+        """Return the state after one product, restarted if the residual was measured."""
 
     @abstractmethod
     def obstacle(self, state: AnyIterate, /) -> str:
-        """Return the reason for which a stopped state allows no further step."""
+        """Return the reason why a stopped state allows no further step."""
 
     def step(self, state: AnyIterate, products: Products, room: int, /) -> AnyIterate:
         system = self.system
         for left in range(room, max(room - _STEPS_A_ROUND, 0), -1):
-            # The last product is kept for the measurement.
+            # The last product is reserved for the measurement.
             over = left == 1 or state.inexact or state.stopped
             if over or state.length <= system.target:
                 return state if state.measured or system.settled(state) else _measure(system, state)
@@ -258,8 +259,8 @@ class Solver(Method[AnyIterate, Solution]):
     def verdict(self, state: AnyIterate, products: Products, room: int, /) -> str | None:
         system = self.system
         if system.settled(state):
-            what = "residual" if state.measured else "residual of the recurrence"
-            return f"converged: the {what} is within the tolerance"
+            residual = "residual" if state.measured else "residual of the recurrence"
+            return f"converged: the {residual} is within the tolerance"
         if not state.measured:
             return None
         if state.hidden:
@@ -281,7 +282,7 @@ class Solver(Method[AnyIterate, Solution]):
 
 
 def _cause(system: System, state: Iterate) -> str | None:
-    """Why the products do not lead to a solution, or None where they are those of a matrix."""
+    """Return why the products are not those of a symmetric matrix, or None if they are."""
     if system.products.last is None:
         return None
     return asymmetry_named(
@@ -295,7 +296,7 @@ def _cause(system: System, state: Iterate) -> str | None:
 
 
 def _measure(system: System, state: AnyIterate) -> AnyIterate:
-    """Put the measured residual in the place of the recurrence's, to stop or to begin anew."""
+    """Return the state with a measured residual, from which the run stops or restarts."""
     x, residual, length = system.measured(state.x)
     excess = length - system.tolerance
     stuck = state.length <= system.target and excess > (state.first - system.tolerance) / 2
@@ -321,7 +322,7 @@ def _measure(system: System, state: AnyIterate) -> AnyIterate:
 
 
 def _rounding_hides(system: System, state: Iterate) -> str:
-    # The residual that is left is the rounding of the products, which can be in low precision.
+    # The remaining residual is the rounding of the products, which may be in low precision.
     sizes = system.space.norms(torch.cat([system.b, state.largest * state.x]))
     eps = max(system.eps, state.length / float(sizes.sum()))
     return (
@@ -332,7 +333,7 @@ def _rounding_hides(system: System, state: Iterate) -> str:
 
 
 def _finite_row(space: Space, tree: Tree, what: str) -> Tensor:
-    found = [leaf.detach()[None] for leaf in space.tree_leaves(tree)]
-    row = space.ravel_leaves(found, dtype=rows_dtype(space))
+    leaves = [leaf.detach()[None] for leaf in space.tree_leaves(tree)]
+    row = space.ravel_leaves(leaves, dtype=rows_dtype(space))
     refuse_infinite(space, row, what, ValueError)
     return row
