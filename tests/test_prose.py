@@ -79,7 +79,7 @@ SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 ENTRY = re.compile(r"    (\*{0,2}[\w., ]+?):(?: (.*))?$")
 
 # Parts of the project that are held to it.
-PARTS: list[str] = []
+PARTS = ["hessfunc", "docs", "examples", "README.md", "CONTRIBUTING.md"]
 
 
 def openings(text: str) -> str | None:

@@ -27,7 +27,6 @@ from hessfunc.trees import Matvec, Tree
 # Factor of the standard error. Leave-one-out estimates share their probes, so they are correlated:
 # over 1,000 seeds on six spectra their naive standard error was too small by factors 1.0 to 1.3.
 _WIDENING = 1.45
-_FEWEST_PROBES = 10
 
 
 @validated

@@ -27,8 +27,6 @@ from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
-# Number of probes below which an interval does not stop a run.
-_FEWEST_PROBES = 10
 # Factor of the jackknife error, calibrated on ten spectra (bench/results/coverage.md).
 _JACKKNIFE = 1.2
 
