@@ -60,8 +60,8 @@ def slq(
             of its range.
         basis_device: Device of the bases, by default that of the vectors. ``"cpu"`` keeps the bases
             of a GPU's vectors in page-locked host memory and copies them to the GPU in pieces, the
-            next one while the current one is in use. The GPU then holds two pieces, of 128 MiB or of
-            one vector, besides the probes. The results are those of bases on the GPU up to
+            next one while the current one is in use. The GPU then holds two pieces, of 128 MiB or
+            of one vector, besides the probes. The results are those of bases on the GPU up to
             rounding.
         max_matvecs: Budget, the largest number of matvecs; by default ``probes * steps``.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.

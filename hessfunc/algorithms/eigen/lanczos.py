@@ -108,8 +108,8 @@ def lanczos(
             the final check, k more products measure the residuals. Values are off by up to 2^-9.
         basis_device: Device of the basis, by default that of the vectors. ``"cpu"`` keeps the basis
             of a GPU's vectors in page-locked host memory and copies it to the GPU in pieces, the
-            next one while the current one is in use. The GPU then holds two pieces, of 128 MiB or of
-            one vector, besides the block and the pairs. The results are those of a basis on the
+            next one while the current one is in use. The GPU then holds two pieces, of 128 MiB or
+            of one vector, besides the block and the pairs. The results are those of a basis on the
             GPU up to rounding. A resumed run may use another device.
         rtol: Relative tolerance: the run stops when each residual is at most
             max(rtol |value|, atol).
