@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hessfunc.app.problems.gpt import GPT, next_token_loss
 from hessfunc.app.problems.nets import mlp
 from hessfunc.app.problems.resnet import resnet
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 
 __all__ = ["CASES", "Case"]
 

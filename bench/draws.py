@@ -34,8 +34,8 @@ from hessfunc.app.problems.data import cifar10, digits
 from hessfunc.app.problems.fit import train
 from hessfunc.app.problems.nets import mlp
 from hessfunc.app.problems.resnet import load_weights, resnet
+from hessfunc.randomness import seeded
 from hessfunc.training.examples import Examples
-from hessfunc.training.stream import seeded
 from hessfunc.transforms.batches.draws import draws
 from tests.datapath import DATA
 

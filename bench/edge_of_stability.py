@@ -20,8 +20,8 @@ from bench.report import environment
 from hessfunc import plot
 from hessfunc.app.problems.data import digits
 from hessfunc.app.problems.nets import mlp
+from hessfunc.randomness import seeded
 from hessfunc.tracking import Point, stability, tracked
-from hessfunc.training.stream import seeded
 
 __all__ = ["descend"]
 

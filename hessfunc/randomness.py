@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
@@ -168,3 +169,21 @@ def _finalised(words: Tensor) -> Tensor:
 def _shifted(words: Tensor, by: int) -> Tensor:
     # The shift of int64 is arithmetic, so the copies of the sign bit are masked off.
     return (words >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None, /) -> Iterator[None]:
+    """Context in which torch's random streams start at a seed; they are restored at the end.
+
+    Args:
+        seed: Seed of the streams.
+        device: Device whose stream is seeded besides that of the CPU, if it is a CUDA device.
+    """
+    cuda = device if device is not None and device.type == "cuda" else None
+    with torch.random.fork_rng(devices=[] if cuda is None else [cuda]):
+        # torch.manual_seed would also seed devices whose streams are not restored.
+        torch.default_generator.manual_seed(seed)
+        if cuda is not None:
+            with torch.cuda.device(cuda):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.app.problems import data, targets
+from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
-from hessfunc.training.stream import seeded
 from hessfunc.trees import Matvec
 
 __all__ = ["CASES", "RESULTS", "SYNTHETIC", "TOP", "Asked", "Matrix"]

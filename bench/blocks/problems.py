@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import hessfunc as hf
 from hessfunc.app.problems.data import digits
 from hessfunc.app.problems.nets import c3d3, digits_convnet, mlp
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 
 __all__ = ["PROBLEMS", "Problem", "problem"]
 

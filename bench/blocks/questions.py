@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench.blocks import ours
 from bench.blocks.peers import backpack, curvlinops
 from bench.blocks.problems import Problem, problem
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 
 __all__ = ["QUESTIONS", "Question", "Work"]
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.baselines import Vector
 from bench.cases import Case
 from bench.speed.device import on_device
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 
 __all__ = [
     "BY_TORCH",

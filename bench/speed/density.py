@@ -14,7 +14,7 @@ from bench.speed.asked import Alternative, Asked, Work, differentiable_twice
 from bench.speed.cells import Cell
 from bench.speed.peers import curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, Judged, prepared, rows_of, timed
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 
 __all__ = ["density"]
 

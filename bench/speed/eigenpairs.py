@@ -20,8 +20,8 @@ from bench.speed.cells import Cell
 from bench.speed.counted import Counted
 from bench.speed.peers import curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, Judged, prepared, rows_of, timed
+from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
-from hessfunc.training.stream import seeded
 
 __all__ = ["Pairs", "eigenpairs"]
 

@@ -18,7 +18,7 @@ from hessfunc.app.problems.llama import stories260k, stories_batches
 from hessfunc.app.problems.nets import digits_convnet, mlp
 from hessfunc.app.problems.resnet import load_weights, resnet
 from hessfunc.app.problems.vit import ViT
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 
 __all__ = ["MODELS", "Model", "batches_of", "made"]
 

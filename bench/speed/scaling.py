@@ -26,7 +26,7 @@ from bench.speed.device import device, on_device, wait
 from bench.speed.peak import peak_of
 from bench.speed.turns import Effort, taken
 from hessfunc.app.problems.nets import mlp
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 
 __all__ = ["SCALINGS"]
 

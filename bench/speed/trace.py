@@ -16,7 +16,7 @@ from bench.speed.asked import BY_TORCH, Asked, Kind
 from bench.speed.cells import Cell, Row
 from bench.speed.peers import curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, gradient_of, reason_of
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 
 __all__ = ["trace"]
 

@@ -5,10 +5,10 @@ An algorithm is a `Method`: a frozen dataclass of its options, with pure functio
 have in common. A method can also be stepped by hand:
 
     products = Products.of(matvec, like)
-    state = method.init(products, seed=0)
-    while (reason := method.verdict(state, products, room=100)) is None:
-        state = method.step(state, products, room=100)
-    result = method.result(state, products.space, products.cost(reason, seed=0))
+    state, budget = method.init(products, 0), 100
+    while method.verdict(state, products, budget - products.matvecs) is None:
+        state = method.step(state, products, budget - products.matvecs)
+    result = method.result(state, products.space, products.cost("converged", 0))
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,6 @@ from hessfunc.algorithms.norms import squared_frobenius, squared_row_norms
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate, leaf_fields
 from hessfunc.algorithms.statistics import FEWEST_SAMPLES, rounding_of_sum
-from hessfunc.algorithms.symmetry import measured_rounding
 from hessfunc.spaces.space import Space, products_eps, rows_dtype
 
 _EXACT = "exact: all unit vectors were multiplied"
@@ -20,10 +18,6 @@ _EXACT = "exact: all unit vectors were multiplied"
 _SMALL = 60
 # Dimension above which all unit vectors take too much memory.
 _LARGEST = 4096
-# Largest difference of w'Av and v'Aw that rounding explains, in units of the rounding of a product.
-_ROUNDINGS = 10.0
-# Largest rounding of products in 16 bits through a few layers, in units of their length.
-_COARSEST = 0.03
 
 
 def random_budget(products: Products, max_matvecs: int, /, *, tolerance: bool) -> int:
@@ -120,46 +114,6 @@ def exact_diagonal(
         ),
         **products.cost(reason, seed),
     )
-
-
-def refuse_asymmetric(products: Products, probes: Tensor, images: Tensor, /) -> None:
-    """Raise an error unless ``w_i'A w_j = w_j'A w_i`` for all probes, up to rounding.
-
-    If both forms differ by more than the rounding of the dtype, the rounding of the products is
-    measured, since a model in low precision may have parameters in float32.
-
-    Args:
-        products: Products of the run. Measuring the rounding makes three more, uncounted.
-        probes: Probes w_i, rows.
-        images: Products A w_i, rows.
-
-    Raises:
-        ValueError: If the matvec is not symmetric or not deterministic.
-    """
-    space, p = products.space, len(probes)
-    if p < 2:
-        return
-    forms = space.gram(probes, images).cpu().double()
-    length = float(space.norms(images).square().mean().sqrt())
-    # The rounding error e of a product has no preferred direction, so w'e is about |e| for a probe
-    # w with E[ww'] = I.
-    difference = float((forms - forms.mT).norm()) / math.sqrt(p * (p - 1))
-    if difference <= _eps(space) ** 0.5 * length:
-        return
-    if difference > _ROUNDINGS * _rounding_of_products(products, probes):
-        raise ValueError(
-            f"the matvec is not symmetric, or not deterministic: v'Aw and w'Av differ by "
-            f"{difference:.1e} for random v and w, where |Aw| is {length:.1e}. Take `hutchinson` "
-            "if the matrix is not symmetric, and call model.eval() if the loss is random"
-        )
-
-
-def _rounding_of_products(products: Products, probes: Tensor) -> float:
-    """Return the rounding of a product A w, or 0 if two products with the same vector differ."""
-    size = float(products.space.norms(probes[:1]))
-    rounding, random, length = measured_rounding(products, probes[:1])
-    small = rounding <= _COARSEST * length
-    return size * rounding if small and random <= rounding / 10 else 0.0
 
 
 def _eps(space: Space) -> float:

@@ -12,6 +12,16 @@ import torch
 from torch import Tensor
 
 
+def refuse_level(level: float, /) -> None:
+    """Check that a confidence level is a probability.
+
+    Raises:
+        ValueError: If the level is not in (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: choose a probability between 0 and 1, such as 0.95")
+
+
 def student_quantile(probability: float, degrees: float, /) -> float:
     """Return the quantile of Student's t, infinite below one degree of freedom.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.products import Products
 from hessfunc.numerics import rounding
+from hessfunc.spaces.space import products_eps, rows_dtype
 
 # Largest difference of u'Av and v'Au that is accepted without measuring rounding, in units of |A|.
 SYMMETRIC = 1e-3
@@ -15,6 +18,8 @@ _ROUNDINGS = 10.0
 # Largest difference of two products with one vector that counts as deterministic, in units of their
 # rounding.
 _REPEATED = 0.1
+# Largest rounding of products in 16 bits through a few layers, in units of their length.
+_COARSEST = 0.03
 
 
 def refuse_asymmetric(difference: Tensor, scale: float, tolerance: float, /) -> None:
@@ -30,6 +35,47 @@ def refuse_asymmetric(difference: Tensor, scale: float, tolerance: float, /) -> 
     """
     if difference.numel() and float(difference.abs().max()) > tolerance * scale:
         raise _not_symmetric(float(difference.abs().max() / scale))
+
+
+def refuse_asymmetric_forms(products: Products, probes: Tensor, images: Tensor, /) -> None:
+    """Raise an error unless ``w_i'A w_j = w_j'A w_i`` for all probes, up to rounding.
+
+    If both forms differ by more than the rounding of the dtype, the rounding of the products is
+    measured, since a model in low precision may have parameters in float32.
+
+    Args:
+        products: Products of the run. Measuring the rounding makes three more, uncounted.
+        probes: Probes w_i, rows.
+        images: Products A w_i, rows.
+
+    Raises:
+        ValueError: If the matvec is not symmetric or not deterministic.
+    """
+    space, p = products.space, len(probes)
+    eps = products_eps(space, rows_dtype(space))
+    if p < 2:
+        return
+    forms = space.gram(probes, images).cpu().double()
+    length = float(space.norms(images).square().mean().sqrt())
+    # The rounding error e of a product has no preferred direction, so w'e is about |e| for a probe
+    # w with E[ww'] = I.
+    difference = float((forms - forms.mT).norm()) / math.sqrt(p * (p - 1))
+    if difference <= eps**0.5 * length:
+        return
+    if difference > _ROUNDINGS * _rounding_of_products(products, probes):
+        raise ValueError(
+            f"the matvec is not symmetric, or not deterministic: v'Aw and w'Av differ by "
+            f"{difference:.1e} for random v and w, where |Aw| is {length:.1e}. Take `hutchinson` "
+            "if the matrix is not symmetric, and call model.eval() if the loss is random"
+        )
+
+
+def _rounding_of_products(products: Products, probes: Tensor) -> float:
+    """Return the rounding of a product A w, or 0 if two products with the same vector differ."""
+    size = float(products.space.norms(probes[:1]))
+    rounding, random, length = measured_rounding(products, probes[:1])
+    small = rounding <= _COARSEST * length
+    return size * rounding if small and random <= rounding / 10 else 0.0
 
 
 def refuse_unless_rounding(

@@ -6,7 +6,6 @@ from hessfunc.autograd.contexts import (
     plain_batch,
     precise,
     refuse_autocast,
-    same_draws,
 )
 from hessfunc.autograd.errors import explained, explanation, lacks_forward_mode
 
@@ -19,5 +18,4 @@ __all__ = [
     "plain_batch",
     "precise",
     "refuse_autocast",
-    "same_draws",
 ]

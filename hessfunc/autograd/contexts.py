@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from hessfunc.autograd.embedding import EXACT
 from hessfunc.autograd.overrides import Replaced, Replacements
 from hessfunc.containers import batch_leaves, is_array, mapped, opened
+from hessfunc.randomness import seeded
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def differentiable_twice(
         stack.enter_context(_uncompiled())
         stack.enter_context(precise(device))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(same_draws(device))
+        stack.enter_context(seeded(0, device))
         if "torch.distributed.tensor" in sys.modules:
             # The import is slow, and a model with DTensors has already done it.
             from hessfunc.autograd.redistribution import twice_differentiable
@@ -110,18 +111,6 @@ def _copied(leaf: Any) -> Any:
         return leaf.copy()
     # Keep `requires_grad`: a loss may differentiate with respect to its inputs.
     return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-
-
-@contextmanager
-def same_draws(device: torch.device) -> Iterator[None]:
-    """Context manager that fixes the random seed, and restores the random streams on exit."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # torch.manual_seed would also seed devices whose streams are not restored.
-        torch.default_generator.manual_seed(0)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
-        yield
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function
 
-from hessfunc.autograd import same_draws
+from hessfunc.randomness import seeded
 
 # Classes and flags of custom functions that have passed the check.
 Verified: TypeAlias = set[Any]
@@ -305,7 +305,7 @@ def _outputs(call: _Call, leaves: Sequence[Tensor]) -> list[Tensor]:
     args = list(call.args)
     for i, leaf in zip(call.moving, leaves, strict=True):
         args[i] = leaf.clone()
-    with torch.enable_grad(), same_draws(leaves[0].device):
+    with torch.enable_grad(), seeded(0, leaves[0].device):
         outputs = call.function.apply(*args)
     values = outputs if isinstance(outputs, tuple) else (outputs,)
     return [y for y in values if isinstance(y, Tensor) and y.requires_grad]

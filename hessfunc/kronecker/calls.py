@@ -37,7 +37,7 @@ def refuse_compiled(model: nn.Module, /) -> None:
         if hasattr(module, "_orig_mod"):
             place = f"model.{name}" if name else "model"
             raise NotImplementedError(
-                f"{place} is compiled by `torch.compile`, and blocks with structure are read from "
+                f"{place} is compiled by `torch.compile`, and structured blocks are read from "
                 f"the layers of the plain module: take `{place}._orig_mod`, for `functional(...)` "
                 "as well, as parameters have other names there"
             )

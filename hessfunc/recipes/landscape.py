@@ -13,11 +13,12 @@ from torch import Tensor
 
 from hessfunc import options
 from hessfunc.algorithms.results.landscape import Landscape, Normalise
-from hessfunc.autograd import explained, precise, same_draws
+from hessfunc.autograd import explained, precise
 from hessfunc.losses import LossFunction
 from hessfunc.memory import Footprint
 from hessfunc.modules import several_batches
 from hessfunc.options import at_least
+from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import Average
@@ -265,7 +266,7 @@ def _along(
         with (
             torch.no_grad(),
             precise(space.device),
-            same_draws(space.device),
+            seeded(0, space.device),
             several_batches() if several else nullcontext(),
         ):
             return loss(space.unravel(point + step @ along), batch)

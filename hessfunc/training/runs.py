@@ -15,13 +15,13 @@ from hessfunc.losses import supervised
 from hessfunc.modules import eval_mode, functional
 from hessfunc.optim.adversarial import Attack, fgsm
 from hessfunc.optim.schedules import Schedule
+from hessfunc.randomness import seeded
 from hessfunc.training.checkpoint import TrainingCheckpoint
 from hessfunc.training.dominant import Watch, watch
 from hessfunc.training.examples import Examples
 from hessfunc.training.history import Run
 from hessfunc.training.loop import train
 from hessfunc.training.methods import Method
-from hessfunc.training.stream import seeded
 
 Track: TypeAlias = Literal["top", "full"] | None
 

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hessfunc.randomness import seeded
+
 Item = TypeVar("Item")
 
 
@@ -66,12 +68,3 @@ class Stream:
         torch.cuda.init()
         index = self.device.index if self.device.index is not None else torch.cuda.current_device()
         return [torch.default_generator, torch.cuda.default_generators[index]]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Context in which torch's CPU stream starts at ``seed``; it is restored at the end."""
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would reseed the accelerators too, which fork_rng does not restore here.
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from hessfunc import options
-from hessfunc.autograd import precise, refuse_autocast, same_draws
+from hessfunc.autograd import precise, refuse_autocast
 from hessfunc.autograd.constants import Constants
 from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import refuse_unless_derivatives
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.forward_mode import DIFFERENCES
 from hessfunc.autograd.overrides import Replaced
+from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.chunks import Chunks, Curvature, block_matvec
@@ -86,7 +87,7 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
             return [scalar(loss(batch))]
 
         def gradient(at: Sequence[Tensor], *, first: bool = False) -> list[Tensor]:
-            with _moved(model, own, at), same_draws(space.device), precise(space.device):
+            with _moved(model, own, at), seeded(0, space.device), precise(space.device):
                 if isinstance(mode, Constants):
                     mode.start()
                 with mode:

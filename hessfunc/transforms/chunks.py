@@ -52,7 +52,7 @@ def guarding(checks: list[Callable[[], None]], /) -> Iterator[None]:
         _guards.reset(token)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunks:
     """Number of vectors in one pass.
 

@@ -130,8 +130,11 @@ def with_backpropagated_blocks() -> None:
     [
         (changed_in_place, "RuntimeError: parameter '0.weight' has changed in place"),
         (with_mode_forward, "NotImplementedError: DTensors have no forward mode: use"),
-        (with_blocks, "NotImplementedError: blocks with structure are of parameters that every"),
-        (with_backpropagated_blocks, "NotImplementedError: blocks with structure are of"),
+        (with_blocks, "NotImplementedError: structured blocks do not support DTensor parameters"),
+        (
+            with_backpropagated_blocks,
+            "NotImplementedError: structured blocks do not support DTensor parameters",
+        ),
     ],
 )
 def test_what_would_be_wrong_is_refused(refused: object, message: str, two: Ranks) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 from tests.cases import case
 from tests.reference import hessian
 

@@ -12,8 +12,8 @@ from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.app.problems.data import digits
 from hessfunc.app.problems.fit import train
 from hessfunc.app.problems.nets import digits_convnet, mlp
+from hessfunc.randomness import seeded
 from hessfunc.recipes.landscape import landscape
-from hessfunc.training.stream import seeded
 
 H = torch.tensor([[3.0, 0.5, 0.0], [0.5, 1.0, -0.2], [0.0, -0.2, 0.1]]).double()
 POINT = {"w": torch.tensor([1.0, -2.0, 3.0]).double()}

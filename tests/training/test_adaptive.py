@@ -19,6 +19,7 @@ import hessfunc as hf
 from hessfunc.app.problems.nets import c1, mlp
 from hessfunc.optim.adversarial import fgsm
 from hessfunc.optim.schedules import Schedule, ScheduleState, absa, constant
+from hessfunc.randomness import seeded
 from hessfunc.training.checkpoint import TrainingCheckpoint
 from hessfunc.training.dominant import watch
 from hessfunc.training.examples import Examples
@@ -26,7 +27,6 @@ from hessfunc.training.loop import Record, train
 from hessfunc.training.methods import SGD, BlockNewton, Method
 from hessfunc.training.runs import run
 from hessfunc.training.steps import Batch, Spent, first_order
-from hessfunc.training.stream import seeded
 from tests.training.blobs import blobs
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hessfunc.training.stream import Stream, seeded
+from hessfunc.randomness import seeded
+from hessfunc.training.stream import Stream
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from tests.cases import case
 SOURCES = Path(hf.__file__).parent
 # Modules that read a clock, and what for.
 CLOCKS = {
-    "app/cli/ranks.py": "a pause at the end of a process",
+    "app/launched.py": "a pause at the end of a process",
     "algorithms/checkpoint/run.py": "the wait for files of other ranks",
     "app/analysis.py": "the seconds of each part, for the report",
     "training/cost.py": "the seconds of a training, for its table",

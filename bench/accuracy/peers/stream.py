@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from bench.accuracy.questions import Products
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 
 __all__ = ["stream"]
 

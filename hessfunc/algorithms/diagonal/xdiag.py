@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.driver import RunOptions
-from hessfunc.algorithms.exact import (
-    refuse_asymmetric,
-)
 from hessfunc.algorithms.norms import squared_row_norms
 from hessfunc.algorithms.probing import DiagonalProbing, run_diagonal
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import DiagonalEstimate
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.statistics import rounding_of_sum
+from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
@@ -110,7 +108,7 @@ class XDiag(DiagonalProbing["_State"]):
     def finish(
         self, state: _State, products: Products, reason: str, room: int, /
     ) -> tuple[_State, str]:
-        refuse_asymmetric(products, state.probes, state.images)
+        refuse_asymmetric_forms(products, state.probes, state.images)
         return state, reason
 
     def estimate(self, state: _State, space: Space, cost: Cost, /) -> DiagonalEstimate:

@@ -593,8 +593,8 @@ def _proved(
 ) -> _State:
     """Return a trusted state, or one with a random vector that leads to a wanted eigenvalue.
 
-    Lanczos steps from a random vector outside of the basis continue until one of three events. They
-    have met a value that should be among the wanted ones; they would have met such a value; or
+    Lanczos steps from a random vector outside of the basis stop when (a) they meet a value that
+    belongs among the wanted ones, (b) such a value would very likely have appeared by now, or (c)
     their own outermost value has converged, as in a run without a start. They keep two vectors.
     """
     inside, _ = _ritz(problem, state)

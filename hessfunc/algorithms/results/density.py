@@ -13,7 +13,7 @@ from torch import Tensor
 from hessfunc.algorithms.results.estimate import Estimate
 from hessfunc.algorithms.results.quadrature import Rule, bracket, ends, radau
 from hessfunc.algorithms.results.result import Result, shown
-from hessfunc.algorithms.statistics import kolmogorov_quantile
+from hessfunc.algorithms.statistics import kolmogorov_quantile, refuse_level
 from hessfunc.numerics import rounding
 from hessfunc.options import real, validated
 
@@ -141,8 +141,7 @@ class Density(Result):
 
         Source: Chen, Trogdon and Ubaru 2021, arXiv 2105.06595; tails: Clopper and Pearson 1934.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level={level}: choose a probability between 0 and 1, such as 0.95")
+        refuse_level(level)
         points = torch.as_tensor(x, dtype=torch.float64, device="cpu")
         if points.isnan().any():
             raise ValueError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
+
 from hessfunc.algorithms.results.result import Result
-from hessfunc.algorithms.statistics import chi_squared_quantile, student_quantile
+from hessfunc.algorithms.statistics import chi_squared_quantile, refuse_level, student_quantile
 from hessfunc.options import validated
 from hessfunc.trees import Tree, leaves, tree_map
 
@@ -47,11 +49,12 @@ class DiagonalEstimate(Result):
         Raises:
             ValueError: If the level is not in (0, 1).
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level={level}: choose a probability between 0 and 1, such as 0.95")
+        refuse_level(level)
         t = student_quantile((1 + level) / 2, self.degrees)
-        lower = tree_map(lambda value, stderr: value - t * stderr, self.value, self.stderr)
-        upper = tree_map(lambda value, stderr: value + t * stderr, self.value, self.stderr)
+        # An exact entry has a width of 0, also where the quantile is infinite.
+        half = tree_map(lambda error: torch.where(error == 0, error, t * error), self.stderr)
+        lower = tree_map(lambda value, width: value - width, self.value, half)
+        upper = tree_map(lambda value, width: value + width, self.value, half)
         return lower, upper
 
     @validated
@@ -75,8 +78,7 @@ class DiagonalEstimate(Result):
 
         Source: Satterthwaite 1946.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level={level}: choose a probability between 0 and 1, such as 0.95")
+        refuse_level(level)
         size = _power_sum(self.value, 2) ** 0.5
         error = _power_sum(self.stderr, 2)
         if error == 0:

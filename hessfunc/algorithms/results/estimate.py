@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results.result import Result
-from hessfunc.algorithms.statistics import student_quantile
+from hessfunc.algorithms.statistics import refuse_level, student_quantile
 from hessfunc.options import validated
 from hessfunc.spaces.space import Space
 
@@ -75,8 +75,7 @@ class LeafEstimate(float):
 
 def _half_width(stderr: float, degrees: int, level: float) -> float:
     """Return the half-width of a two-sided Student interval, 0 for a standard error of 0."""
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: choose a probability between 0 and 1, such as 0.95")
+    refuse_level(level)
     return student_quantile((1 + level) / 2, degrees) * stderr if stderr else 0.0
 
 

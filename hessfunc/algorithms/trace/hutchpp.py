@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.driver import RunOptions
-from hessfunc.algorithms.exact import (
-    refuse_asymmetric,
-)
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.probing import TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Estimate, leaf_fields
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.statistics import leaf_errors, rounding_of_sum, sphere_error
+from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
@@ -111,7 +109,7 @@ class HutchPP(TraceProbing["_State"]):
     def finish(
         self, state: _State, products: Products, reason: str, room: int, /
     ) -> tuple[_State, str]:
-        refuse_asymmetric(products, state.probes, state.images)
+        refuse_asymmetric_forms(products, state.probes, state.images)
         return state, reason
 
     def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:

@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.driver import RunOptions
-from hessfunc.algorithms.exact import (
-    refuse_asymmetric,
-)
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.probing import TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
@@ -23,6 +20,7 @@ from hessfunc.algorithms.statistics import (
     rounding_of_sum,
     standard_error_of_mean,
 )
+from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
@@ -117,7 +115,7 @@ class XTrace(TraceProbing["_State"]):
     def finish(
         self, state: _State, products: Products, reason: str, room: int, /
     ) -> tuple[_State, str]:
-        refuse_asymmetric(products, state.probes, state.images)
+        refuse_asymmetric_forms(products, state.probes, state.images)
         return state, reason
 
     def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:

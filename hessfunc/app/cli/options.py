@@ -7,13 +7,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import torch
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hessfunc.app.cli.ranks import speaks
+
+# torch is imported late, so that --help does not wait for it.
+if TYPE_CHECKING:
+    import torch
 
 
 class DType(StrEnum):

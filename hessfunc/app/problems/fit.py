@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hessfunc.randomness import seeded
 from hessfunc.training.examples import Examples
-from hessfunc.training.stream import seeded
 
 
 def train(

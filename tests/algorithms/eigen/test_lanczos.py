@@ -17,7 +17,7 @@ from hessfunc.algorithms import offload as streamed
 from hessfunc.algorithms.eigen import lanczos
 from hessfunc.algorithms.products import Products
 from hessfunc.memory import Footprint
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
 from tests.algorithms.spectra import decaying, symmetric
 

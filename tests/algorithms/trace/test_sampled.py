@@ -19,7 +19,7 @@ from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.trace.sampled import sampled_trace
 from hessfunc.app.problems.data import digits
 from hessfunc.app.problems.nets import mlp
-from hessfunc.training.stream import seeded
+from hessfunc.randomness import seeded
 from hessfunc.transforms.batches.draws import draws
 from hessfunc.trees import Matvec
 from tests.algorithms.spectra import symmetric

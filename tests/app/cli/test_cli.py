@@ -295,3 +295,8 @@ def test_cifar10(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, done.output
     subject = results(here / "hessfunc-out")["subject"]
     assert (subject["parameters"], subject["examples"]) == (269_722, 20)
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys, hessfunc.app.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
