@@ -22,7 +22,7 @@ from bench.cases import Case
 from bench.markdown import table
 from bench.speed.cells import about
 from bench.speed.models import batches_of, made
-from hessfunc.app.cli.ranks import launched
+from hessfunc.app.launched import launched
 
 RESULTS = Path(__file__).parent / "results" / "ranks.md"
 ROUNDS = 5

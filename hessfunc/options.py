@@ -798,7 +798,6 @@ ARGUMENTS: dict[str, Check] = {
     # Trees and data
     "like": tree,
     "params": tree,
-    "vector": tree,
     "direction": tree,
     "directions": tree,
     "diagonal": tree,
@@ -922,7 +921,6 @@ ARGUMENTS: dict[str, Check] = {
     "which": text,
     "sharing": text,
     "normalise": text,
-    "loader": text,
     "data": text,
     "backend": anything,
     "against": text,

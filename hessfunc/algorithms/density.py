@@ -14,8 +14,9 @@ from hessfunc.algorithms.basis import Basis, project_out
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
 from hessfunc.algorithms.offload import home, is_far, room_beside
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import Density, rounding
+from hessfunc.algorithms.results import Density
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
+from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import Space, available_to, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree

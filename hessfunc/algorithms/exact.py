@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hessfunc.algorithms.norms import squared_frobenius, squared_row_norms
 from hessfunc.algorithms.products import Products
-from hessfunc.algorithms.results import DiagonalEstimate, Estimate, leaf_fields
+from hessfunc.algorithms.results import DiagonalEstimate, Estimate
+from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.statistics import FEWEST_SAMPLES, rounding_of_sum
 from hessfunc.spaces.space import Space, products_eps, rows_dtype
 

@@ -9,21 +9,17 @@ from typing import ClassVar, Protocol, TypeVar
 from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method, store_of
 from hessfunc.algorithms.exact import exact_diagonal, exact_trace, random_budget, unit_vectors_left
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import (
-    DiagonalEstimate,
-    Estimate,
-    Result,
-    close_enough,
-    judged,
-    narrow_enough,
-    settled,
-)
+from hessfunc.algorithms.results import DiagonalEstimate, Estimate, Result
+from hessfunc.algorithms.results.diagonal import close_enough, settled
+from hessfunc.algorithms.results.estimate import judged, narrow_enough
 from hessfunc.algorithms.statistics import STOPPED
+from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.options import at_least
-from hessfunc.spaces.space import Space
+from hessfunc.spaces.space import Rows, Space
 
 State = TypeVar("State")
 AnyResult = TypeVar("AnyResult", bound=Result)
+AnyKept = TypeVar("AnyKept", bound="_Kept")
 Exact_co = TypeVar("Exact_co", bound=Result, covariant=True)
 
 
@@ -98,6 +94,35 @@ class Probing(Method[State, AnyResult]):
     def result(self, state: State, space: Space, cost: Cost, /) -> AnyResult:
         estimate = self.estimate(state, space, cost)
         return estimate if cost["reason"] == RUNNING else self.judged(estimate)
+
+
+class _Kept(Protocol):
+    """State with all probes and their products."""
+
+    @property
+    def probes(self) -> Rows: ...
+
+    @property
+    def images(self) -> Rows: ...
+
+
+class KeepsProbes:
+    """Part of an estimator that keeps its probes, which shows whether the matrix is symmetric."""
+
+    def count(self, state: _Kept, /) -> int:
+        """Return the number of probes so far."""
+        return len(state.probes)
+
+    def finish(
+        self, state: AnyKept, products: Products, reason: str, room: int, /
+    ) -> tuple[AnyKept, str]:
+        """Return the last state and the reason, after a check of the symmetry of the matvec.
+
+        Raises:
+            ValueError: If the matvec is not symmetric or not deterministic.
+        """
+        refuse_asymmetric_forms(products, state.probes, state.images)
+        return state, reason
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,6 @@ _DATA: dict[str, _Images] = {
         },
     ),
 }
-DATASETS = tuple(_DATA)
 
 # The last 297 digits are held out; they were written by other people.
 _DIGITS_TRAINED_ON = 1500
@@ -129,7 +128,7 @@ def examples(
     """Return the training examples and the test examples of a data set.
 
     Args:
-        dataset: Name of the data set, one of `DATASETS`.
+        dataset: Name of the data set: digits, mnist or cifar10.
         path: Path to MNIST or CIFAR-10, as in `hessfunc.app.problems.data`.
         count: Maximum number of training examples and of test examples; None for all.
         device: Device of the tensors; None for the CPU.

@@ -23,9 +23,6 @@ from hessfunc.randomness import seeded
 
 # Classes and flags of custom functions that have passed the check.
 Verified: TypeAlias = set[Any]
-# Function (tensors, cotangents, create_graph) -> gradient with respect to the tensors.
-_Backward: TypeAlias = Callable[[list[Tensor], list[Tensor], bool], list[Tensor | None]]
-
 # Relative steps of finite differences by dtype. Float64 steps are so small that the few shifted
 # entries do not cross kinks.
 _STEPS = {torch.float64: (1e-7, 1e-5), torch.float32: (3e-3, 1e-2)}

@@ -63,7 +63,7 @@ def linearising(
 
 
 @dataclass(frozen=True)
-class Called:
+class ModelCall:
     """Record of one call of a module by the loss.
 
     Attributes:
@@ -79,7 +79,9 @@ class Called:
     outputs: Tensor
 
 
-def called(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any, /) -> Called:
+def recorded_call(
+    model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any, /
+) -> ModelCall:
     """Evaluate the outputs of the loss, and record its call of the model.
 
     Raises:
@@ -87,7 +89,7 @@ def called(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: An
             the criterion; if the model mixes examples or is random; or if a parameter does not
             belong to the model.
     """
-    calls: list[Called] = []
+    calls: list[ModelCall] = []
 
     def record(
         model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
@@ -96,7 +98,7 @@ def called(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: An
         bound.apply_defaults()
         state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         flags = [(module, module.training) for module in model.modules()]
-        calls.append(Called(bound.arguments, state, flags, outputs))
+        calls.append(ModelCall(bound.arguments, state, flags, outputs))
 
     with refusing_train_mode(model), hooked({model: record}):
         outputs = loss.outputs(params, batch)

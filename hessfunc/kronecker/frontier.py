@@ -40,16 +40,16 @@ class Frontier:
         self._parts = {pair: part for pair, part in self._parts.items() if number not in pair}
         return None if own is None else _Row(own, mixed)
 
-    def add(self, sources: Sequence[int], hessian: Sequence[Sequence[Tensor]], /) -> None:
+    def add(self, predecessors: Sequence[int], hessian: Sequence[Sequence[Tensor]], /) -> None:
         """Add a matrix on the inputs of a step, given as one block for each pair of inputs."""
-        for i, a in enumerate(sources):
-            for j, b in enumerate(sources):
+        for i, a in enumerate(predecessors):
+            for j, b in enumerate(predecessors):
                 if a == b or i < j:
                     self._add(a, b, hessian[i][j])
 
-    def add_mixed(self, other: int, sources: Sequence[int], rows: Sequence[Tensor], /) -> None:
+    def add_mixed(self, other: int, predecessors: Sequence[int], rows: Sequence[Tensor], /) -> None:
         """Add the mixed derivatives of one tensor and the inputs of a step."""
-        for source, part in zip(sources, rows, strict=True):
+        for source, part in zip(predecessors, rows, strict=True):
             if source == other:
                 # The tensor is itself an input: both H_yx and H_xy add to its own block.
                 self._add(other, other, part + part.mT)

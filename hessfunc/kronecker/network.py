@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hessfunc.kronecker.calls import Called, full_name
+from hessfunc.kronecker.calls import ModelCall, full_name
 from hessfunc.kronecker.layer import Call, Layer
 from hessfunc.kronecker.rules import reshaped, rule_of
 from hessfunc.trees import leaves
@@ -32,7 +32,7 @@ class Step:
         name: Name for messages.
         target: Module type, function, or name of the tensor method that is called.
         call: Call on detached values.
-        sources: Indices of the steps that compute the moving inputs.
+        predecessors: Indices of the steps that compute the moving inputs.
         parameters: Full name of each differentiated parameter, by its name in the module.
         output: Output with its autograd graph.
     """
@@ -40,7 +40,7 @@ class Step:
     name: str
     target: Any
     call: Call
-    sources: tuple[int, ...]
+    predecessors: tuple[int, ...]
     parameters: Mapping[str, str]
     output: Tensor
 
@@ -91,7 +91,7 @@ class Step:
                 )
 
 
-def steps_of(model: nn.Module, found: Called, chosen: frozenset[str], /) -> list[Step]:
+def steps_of(model: nn.Module, found: ModelCall, chosen: frozenset[str], /) -> list[Step]:
     """Return the calls that depend on the chosen parameters; the last call gives the outputs.
 
     Args:
@@ -204,10 +204,10 @@ def _evaluated(
     node: fx.Node,
     values: Mapping[fx.Node, Any],
     state: Mapping[str, Tensor],
-    sources: Sequence[fx.Node],
+    predecessors: Sequence[fx.Node],
     moving: tuple[int, ...],
 ) -> tuple[Call, Any]:
-    """Return a node as a call on the values of its sources, and its output."""
+    """Return a node as a call on the values of its predecessors, and its output."""
     module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
     in_place = (
         getattr(module, "inplace", False)
@@ -222,7 +222,7 @@ def _evaluated(
 
     def function(params: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
         given = [t.clone() for t in inputs] if in_place else inputs
-        here = {**values, **dict(zip(sources, given, strict=True))}
+        here = {**values, **dict(zip(predecessors, given, strict=True))}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), here.__getitem__)
         if module is not None:
             return torch.func.functional_call(module, {**buffers, **params}, args, kwargs)
@@ -231,7 +231,7 @@ def _evaluated(
         assert callable(node.target)
         return _OUT_OF_PLACE.get(node.target, node.target)(*args, **kwargs)
 
-    inputs = [values[source] for source in sources]
+    inputs = [values[source] for source in predecessors]
     output = function(params, *inputs)
     call = Call(
         function,

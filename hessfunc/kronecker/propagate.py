@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.kronecker.blocks import Block, Blocks
-from hessfunc.kronecker.calls import Called, called, linearising, refuse_compiled, refuse_dtensors
+from hessfunc.kronecker.calls import (
+    ModelCall,
+    linearising,
+    recorded_call,
+    refuse_compiled,
+    refuse_dtensors,
+)
 from hessfunc.kronecker.frontier import Frontier
 from hessfunc.kronecker.layer import Dependence, Layer, with_sign
 from hessfunc.kronecker.network import EXACT_PRODUCTS, Step, steps_of
@@ -147,7 +153,7 @@ def backpropagated(
         refuse_dtensors(space)
         with linearising(space, params, batch) as (leaves, given):
             with noted(loss, params, batch):
-                call = called(model, loss, leaves, given)
+                call = recorded_call(model, loss, leaves, given)
             with training_flags(call.training):
                 blocks = propagated(call, frozenset(params), given)
         if unused := [name for name in space.names if name not in blocks]:
@@ -157,7 +163,7 @@ def backpropagated(
             )
         return Blocks({name: blocks[name] for name in space.names}, space)
 
-    def propagated(call: Called, chosen: frozenset[str], batch: Any) -> dict[str, Block]:
+    def propagated(call: ModelCall, chosen: frozenset[str], batch: Any) -> dict[str, Block]:
         steps = steps_of(model, call, chosen)
         slopes = _slopes(loss, steps, batch) if residual != "zero" else [None] * len(steps)
         with torch.no_grad():
@@ -214,19 +220,19 @@ def _backward(
             continue
         for own, name in step.parameters.items():
             blocks[name] = block(Reached(layer.parameters[own], row.own, slope))
-        if not step.sources:
+        if not step.predecessors:
             continue
         jacobian = layer.jacobian
         inner = jacobian.congruence if average else jacobian.mean_congruence
         # J' H_z J for each pair of inputs, then H_yz J for each other tensor y.
-        frontier.add(step.sources, inner(row.own))
+        frontier.add(step.predecessors, inner(row.own))
         for other, rows in row.mixed.items():
-            frontier.add_mixed(other, step.sources, jacobian.pull(rows))
+            frontier.add_mixed(other, step.predecessors, jacobian.pull(rows))
         # sum_k g_k Hess_x z_k, summed over the batch before its sign is treated.
         if layer.curvature is not None and slope is not None:
             curvature = with_sign(layer.curvature(slope), residual)
             whole = torch.diag(curvature) if curvature.dim() == 1 else curvature
-            frontier.add(step.sources, [[whole]])
+            frontier.add(step.predecessors, [[whole]])
     return blocks
 
 
@@ -235,17 +241,17 @@ def _refuse_unless_fits(steps: Sequence[Step], layers: Sequence[Layer], *, avera
     widths = [step.width for step in steps]
     live, kept, most = {len(steps) - 1}, 0, 0
     for number in reversed(range(len(steps))):
-        step, layer, sources = steps[number], layers[number], set(steps[number].sources)
+        step, layer, predecessors = steps[number], layers[number], set(steps[number].predecessors)
         kept += sum(
             layer.parameters[own].entries(widths[number], average=average)
             for own in step.parameters
         )
-        inner = sum(widths[s] for s in live | sources) ** 2
-        if sources:
-            inner += widths[number] * sum(widths[s] for s in sources) + layer.jacobian.entries
+        inner = sum(widths[s] for s in live | predecessors) ** 2
+        if predecessors:
+            inner += widths[number] * sum(widths[s] for s in predecessors) + layer.jacobian.entries
         # Sums, products and copies of these matrices double the memory.
         most = max(most, kept + 2 * inner)
-        live = (live | sources) - {number}
+        live = (live | predecessors) - {number}
     widest = max(range(len(steps)), key=widths.__getitem__)
     refuse_unless_fits(
         most,

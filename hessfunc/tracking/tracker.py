@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessfunc import modules as modes
+from hessfunc import modules
 from hessfunc.losses import LossFunction, supervised
 from hessfunc.modules import functional
 from hessfunc.options import at_least, validated
@@ -189,7 +189,7 @@ def tracked(
             "preconditioned=True needs an Adam or AdamW optimiser, but got "
             f"{type(optimizer).__name__}: pass `optimizer=optimizer`"
         )
-    with modes.eval_mode(model) if eval_mode else nullcontext():
+    with modules.eval_mode(model) if eval_mode else nullcontext():
         loss = compose(functional(model)[0], criterion)
     with ExitStack() as stack:
         writers: list[Callable[[Point], object]] = []

@@ -20,7 +20,7 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class StepCost:
     """Cost of steps, in the units of `hessfunc.training.loop.Record`."""
 
     matvecs: int = 0
@@ -28,8 +28,8 @@ class Cost:
     seconds: float = 0.0
     peak_bytes: int = 0
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
+    def __add__(self, other: StepCost) -> StepCost:
+        return StepCost(
             matvecs=self.matvecs + other.matvecs,
             gradients=self.gradients + other.gradients,
             seconds=self.seconds + other.seconds,
@@ -55,19 +55,19 @@ class Measured:
     unit: int = 0
     of_attack: dict[tuple[torch.Size, float], float] = field(default_factory=dict)
 
-    def step(self, batches: Sequence[Batch], ratio: int) -> tuple[Step, Cost]:
+    def step(self, batches: Sequence[Batch], ratio: int) -> tuple[Step, StepCost]:
         """Make one step, and return it with its cost."""
         self.measure_unit(batches[0])
         start = time.perf_counter()
         step, peak = self._with_peak(lambda: self.steps(batches, ratio))
-        return step, Cost(
+        return step, StepCost(
             matvecs=step.matvecs,
             gradients=len(batches) + step.flops / self.unit,
             seconds=time.perf_counter() - start,
             peak_bytes=peak,
         )
 
-    def attacked(self, attack: Attack, batch: Batch, share: float, /) -> tuple[Batch, Cost]:
+    def attacked(self, attack: Attack, batch: Batch, share: float, /) -> tuple[Batch, StepCost]:
         """Return a batch with an adversarial share, and its cost.
 
         Operations are counted once for each shape and share.
@@ -81,14 +81,16 @@ class Measured:
         start = time.perf_counter()
         moved = partly(attack, batch, share)
         seconds = time.perf_counter() - start
-        return moved, Cost(gradients=self.of_attack[kind], seconds=seconds)
+        return moved, StepCost(gradients=self.of_attack[kind], seconds=seconds)
 
-    def counted(self, run: Callable[[], Found], /) -> tuple[Found, Cost]:
+    def counted(self, run: Callable[[], Found], /) -> tuple[Found, StepCost]:
         """Run a function after the first batch, and return its result and its cost."""
         start = time.perf_counter()
         with CountedFlops() as flops:
             result = run()
-        return result, Cost(gradients=flops.total / self.unit, seconds=time.perf_counter() - start)
+        return result, StepCost(
+            gradients=flops.total / self.unit, seconds=time.perf_counter() - start
+        )
 
     def measure_unit(self, batch: Batch) -> None:
         """Count the operations of one gradient of the first batch, as later ones may be smaller."""

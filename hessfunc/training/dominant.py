@@ -53,7 +53,7 @@ def watch(
     Returns:
         A function from the last vectors (or None) to the dominant eigenpair.
 
-    Cost: at most ``max_matvecs`` passes over the batches for each measurement.
+    StepCost: at most ``max_matvecs`` passes over the batches for each measurement.
     """
     with eval_mode(model):
         model_fn, params = functional(model)

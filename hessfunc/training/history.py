@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hessfunc.algorithms.results import versions
+from hessfunc.algorithms.results.result import versions
 from hessfunc.files import write_whole
 from hessfunc.training.loop import Record
 

@@ -16,7 +16,7 @@ from hessfunc.optim.schedules import Schedule, ScheduleState, constant
 from hessfunc.tracking.undisturbed import refuse_busy_workers, undisturbed
 from hessfunc.training.batches import Source, epochs_of, grouped, refuse_iterators
 from hessfunc.training.checkpoint import TrainingCheckpoint
-from hessfunc.training.cost import Cost, Measured
+from hessfunc.training.cost import Measured, StepCost
 from hessfunc.training.dominant import Watch
 from hessfunc.training.evaluation import evaluated
 from hessfunc.training.examples import Examples
@@ -200,7 +200,7 @@ class _Place:
     step: int = 0
     loss_sum: float = 0.0
     loss_count: int = 0
-    cost: Cost = field(default_factory=Cost)
+    cost: StepCost = field(default_factory=StepCost)
     vectors: Tree | None = None
     records: tuple[Record, ...] = ()
 
@@ -270,9 +270,9 @@ class _Training:
         if self.on_step is not None:
             self.on_step(self.place.examples)
 
-    def attacked(self, batches: Sequence[Batch]) -> tuple[list[Batch], Cost]:
+    def attacked(self, batches: Sequence[Batch]) -> tuple[list[Batch], StepCost]:
         assert self.attack is not None
-        attacked, cost = [], Cost()
+        attacked, cost = [], StepCost()
         for batch in batches:
             share = self.place.schedule.adversarial_share
             moved, spent = self.measured.attacked(self.attack, batch, share)
@@ -297,7 +297,7 @@ class _Training:
         assert watch is not None
         with self.aside():
             pairs, cost = self.measured.counted(lambda: watch(place.vectors))
-        cost = replace(cost, matvecs=pairs.matvecs) if place.schedule.watching else Cost()
+        cost = replace(cost, matvecs=pairs.matvecs) if place.schedule.watching else StepCost()
         self.place = replace(place, vectors=pairs.vectors, cost=place.cost + cost)
         return float(pairs.values[0])
 
@@ -369,7 +369,7 @@ class _Training:
             **{
                 **place,
                 "schedule": ScheduleState(**place["schedule"]),
-                "cost": Cost(**place["cost"]),
+                "cost": StepCost(**place["cost"]),
                 "records": tuple(Record(**record) for record in place["records"]),
                 "vectors": tree_map(lambda leaf: leaf.to(self.device), place["vectors"]),
             }

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import hessfunc as hf
-from hessfunc.app.cli.ranks import launched
+from hessfunc.app.launched import launched
 from tests.distributed import problems
 
 TIMEOUT = 20

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.checkpoint import lock as locks
 from hessfunc.algorithms.checkpoint import manifest as manifests
-from hessfunc.algorithms.checkpoint.segments import Part, Segments
+from hessfunc.algorithms.checkpoint.segments import Segments, StoredPart
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.starts import drawn_seed
 from hessfunc.fingerprints import bytes_of, digest_of, fingerprint
@@ -174,10 +174,10 @@ class Checkpoint:
         locks.release(directory, self.owner)
         self.owner = None
 
-    def _parts(self, of: str) -> list[Part]:
+    def _parts(self, of: str) -> list[StoredPart]:
         """Return the stored parts of all ranks, of the state or of the first product."""
         assert self.manifest is not None
-        return [Part(range(*part["columns"]), part[of]) for part in self.manifest["parts"]]
+        return [StoredPart(range(*part["columns"]), part[of]) for part in self.manifest["parts"]]
 
     def save(self, state: object, /) -> None:
         """Replace the stored state by another."""

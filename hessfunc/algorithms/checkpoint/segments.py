@@ -18,7 +18,7 @@ from hessfunc.spaces.space import DIVIDED, Space
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """Part of a state that one rank has written.
 
     Attributes:
@@ -116,7 +116,7 @@ class Segments:
         rank = "" if ranks is None else f".{ranks.rank}"
         return f"{self.run}-{digest}{rank}{SEGMENT}"
 
-    def decoded(self, parts: Sequence[Part], home: Any, key: str) -> Any:
+    def decoded(self, parts: Sequence[StoredPart], home: Any, key: str) -> Any:
         """Return a value from the parts of all ranks, as `encoded` has written them.
 
         Args:
@@ -143,7 +143,7 @@ class Segments:
             )
         return first["value"]
 
-    def _decoded_tensor(self, parts: Sequence[Part], key: str) -> Tensor:
+    def _decoded_tensor(self, parts: Sequence[StoredPart], key: str) -> Tensor:
         """Return a tensor, with the columns of this rank if it is divided among ranks."""
         first = parts[0].values
         tensor = self._together(parts, key) if first["cut"] else self._read(first)
@@ -151,7 +151,7 @@ class Segments:
             self.written[key] = first["tensor"]
         return tensor.to(self.space.device) if first["on_device"] else tensor
 
-    def _together(self, parts: Sequence[Part], key: str) -> Tensor:
+    def _together(self, parts: Sequence[StoredPart], key: str) -> Tensor:
         """Return the columns of this rank, joined from the parts that contain them."""
         mine, pieces = self.space.columns, []
         for part in parts:
@@ -189,6 +189,6 @@ class Segments:
             raise damaged(self.directory, f"segment {name} is missing, so the state") from None
 
 
-def _inside(parts: Sequence[Part], kind: str, at: Any) -> list[Part]:
+def _inside(parts: Sequence[StoredPart], kind: str, at: Any) -> list[StoredPart]:
     """Return the parts of one field of a dataclass, or of one item of a tuple."""
-    return [Part(part.columns, part.values[kind][at]) for part in parts]
+    return [StoredPart(part.columns, part.values[kind][at]) for part in parts]

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.norms import squared_row_norms
-from hessfunc.algorithms.probing import DiagonalProbing, run_diagonal
+from hessfunc.algorithms.probing import DiagonalProbing, KeepsProbes, run_diagonal
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import DiagonalEstimate
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.statistics import rounding_of_sum
-from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
@@ -79,15 +78,12 @@ def xdiag(
 
 
 @dataclass(frozen=True, kw_only=True)
-class XDiag(DiagonalProbing["_State"]):
+class XDiag(KeepsProbes, DiagonalProbing["_State"]):
     """Mean of the leave-one-out diagonals, each from the sketch of all other products."""
 
     def init(self, products: Products, seed: int, /) -> _State:
         none = products.space.zeros(0, rows_dtype(products.space))
         return _State(none, none, Sketch.empty(products.space), seed)
-
-    def count(self, state: _State, /) -> int:
-        return len(state.probes)
 
     def step(self, state: _State, products: Products, room: int, /) -> _State:
         space, p = products.space, len(state.probes)
@@ -104,12 +100,6 @@ class XDiag(DiagonalProbing["_State"]):
             state.sketch.extended(space, products, images),
             state.seed,
         )
-
-    def finish(
-        self, state: _State, products: Products, reason: str, room: int, /
-    ) -> tuple[_State, str]:
-        refuse_asymmetric_forms(products, state.probes, state.images)
-        return state, reason
 
     def estimate(self, state: _State, space: Space, cost: Cost, /) -> DiagonalEstimate:
         mean, spread = _mean_and_spread(space, state)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hessfunc.algorithms.basis import Basis, orthonormal
 from hessfunc.algorithms.products import Products
-from hessfunc.algorithms.results import Eigenpairs, rounding
+from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import of_starts
+from hessfunc.numerics import rounding
 from hessfunc.spaces.space import Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree, tree_map
 

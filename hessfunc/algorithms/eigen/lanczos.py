@@ -15,9 +15,10 @@ from hessfunc.algorithms.basis import Basis, orthonormal
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
 from hessfunc.algorithms.offload import home, is_far, room_beside
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import Eigenpairs, rounding
+from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import of_starts
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
+from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
 from hessfunc.randomness import uniforms
 from hessfunc.spaces.space import Space, available_to, products_eps, rows_dtype

@@ -12,9 +12,10 @@ from torch import Tensor
 from hessfunc.algorithms.basis import Basis, project_out
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import Eigenpairs, rounding
+from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import of_starts, unit_start
 from hessfunc.algorithms.symmetry import SYMMETRIC, asymmetry_named, refuse_unless_rounding
+from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree

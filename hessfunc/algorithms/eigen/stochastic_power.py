@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import Eigenpairs, rounding
+from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import unit_start
+from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree

@@ -2,22 +2,18 @@
 
 from hessfunc.algorithms.results.check import Check
 from hessfunc.algorithms.results.density import Density
-from hessfunc.algorithms.results.diagonal import DiagonalEstimate, close_enough, settled
+from hessfunc.algorithms.results.diagonal import DiagonalEstimate
 from hessfunc.algorithms.results.eigenpairs import Eigenpairs
 from hessfunc.algorithms.results.estimate import (
     Estimate,
     LeafEstimate,
-    judged,
-    leaf_fields,
-    narrow_enough,
     pool,
 )
 from hessfunc.algorithms.results.landscape import Landscape
-from hessfunc.algorithms.results.result import Result, load, versions
+from hessfunc.algorithms.results.result import Result, load
 from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.results.sharpness import Sharpness
 from hessfunc.algorithms.results.solution import Solution
-from hessfunc.numerics import rounding
 
 __all__ = [
     "Result",
@@ -33,11 +29,4 @@ __all__ = [
     "Check",
     "load",
     "pool",
-    "close_enough",
-    "judged",
-    "leaf_fields",
-    "narrow_enough",
-    "rounding",
-    "settled",
-    "versions",
 ]

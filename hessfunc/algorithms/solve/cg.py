@@ -8,8 +8,9 @@ from typing import Unpack
 
 from hessfunc.algorithms.driver import RunOptions, run_method
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import Solution, rounding
+from hessfunc.algorithms.results import Solution
 from hessfunc.algorithms.solve.system import Iterate, Solver, System
+from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space
 from hessfunc.trees import Matvec, Tree

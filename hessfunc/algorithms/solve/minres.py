@@ -10,8 +10,9 @@ import torch
 
 from hessfunc.algorithms.driver import RunOptions, run_method
 from hessfunc.algorithms.products import Products
-from hessfunc.algorithms.results import Solution, rounding
+from hessfunc.algorithms.results import Solution
 from hessfunc.algorithms.solve.system import Iterate, Solver, System
+from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows
 from hessfunc.trees import Matvec, Tree

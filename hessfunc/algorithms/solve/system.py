@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hessfunc.algorithms.driver import Method
 from hessfunc.algorithms.products import Cost, Products, refuse_infinite
-from hessfunc.algorithms.results import Solution, rounding
+from hessfunc.algorithms.results import Solution
 from hessfunc.algorithms.symmetry import SYMMETRIC, asymmetry_named, refuse_unless_rounding
+from hessfunc.numerics import rounding
 from hessfunc.options import at_least
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree

@@ -15,7 +15,8 @@ from hessfunc.algorithms.exact import exact_trace
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.probing import TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import Eigenpairs, Estimate, leaf_fields
+from hessfunc.algorithms.results import Eigenpairs, Estimate
+from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.statistics import FEWEST_SAMPLES, leaf_errors, sphere_error
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import at_least, validated

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.norms import squared_frobenius
-from hessfunc.algorithms.probing import TraceProbing, run_trace
+from hessfunc.algorithms.probing import KeepsProbes, TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import Estimate, leaf_fields
+from hessfunc.algorithms.results import Estimate
+from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.statistics import leaf_errors, rounding_of_sum, sphere_error
-from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
@@ -79,15 +79,12 @@ def hutchpp(
 
 
 @dataclass(frozen=True, kw_only=True)
-class HutchPP(TraceProbing["_State"]):
+class HutchPP(KeepsProbes, TraceProbing["_State"]):
     """Trace on a sketched range, and quadratic forms of independent probes outside of it."""
 
     def init(self, products: Products, seed: int, /) -> _State:
         none = products.space.zeros(0, rows_dtype(products.space))
         return _State(none, none, Sketch.empty(products.space), seed)
-
-    def count(self, state: _State, /) -> int:
-        return len(state.probes)
 
     def step(self, state: _State, products: Products, room: int, /) -> _State:
         space, p = products.space, len(state.probes)
@@ -105,12 +102,6 @@ class HutchPP(TraceProbing["_State"]):
             state.sketch.extended(space, products, images[:width]),
             state.seed,
         )
-
-    def finish(
-        self, state: _State, products: Products, reason: str, room: int, /
-    ) -> tuple[_State, str]:
-        refuse_asymmetric_forms(products, state.probes, state.images)
-        return state, reason
 
     def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:
         parts, outside = _samples(space, state)

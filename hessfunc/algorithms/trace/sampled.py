@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import judged, leaf_fields, narrow_enough
+from hessfunc.algorithms.results.estimate import judged, leaf_fields, narrow_enough
 from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.statistics import (
     FEWEST_SAMPLES,

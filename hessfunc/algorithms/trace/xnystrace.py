@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.norms import squared_frobenius
-from hessfunc.algorithms.probing import TraceProbing, run_trace
+from hessfunc.algorithms.probing import KeepsProbes, TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import Estimate, leaf_fields
+from hessfunc.algorithms.results import Estimate
+from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.sketch import vectors_that_fit
 from hessfunc.algorithms.statistics import (
     Complements,
@@ -20,7 +21,6 @@ from hessfunc.algorithms.statistics import (
     rounding_of_sum,
     standard_error_of_mean,
 )
-from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
@@ -90,15 +90,12 @@ def xnystrace(
 
 
 @dataclass(frozen=True, kw_only=True)
-class XNysTrace(TraceProbing["_State"]):
+class XNysTrace(KeepsProbes, TraceProbing["_State"]):
     """Mean of the leave-one-out estimates, each from the Nystrom approximation of other probes."""
 
     def init(self, products: Products, seed: int, /) -> _State:
         none = products.space.zeros(0, rows_dtype(products.space))
         return _State(none, none, seed)
-
-    def count(self, state: _State, /) -> int:
-        return len(state.probes)
 
     def step(self, state: _State, products: Products, room: int, /) -> _State:
         space, p = products.space, len(state.probes)
@@ -116,12 +113,6 @@ class XNysTrace(TraceProbing["_State"]):
         if len(state.probes) == products.space.n:
             return "exact: the probes span the whole space"
         return super().verdict(state, products, room)
-
-    def finish(
-        self, state: _State, products: Products, reason: str, room: int, /
-    ) -> tuple[_State, str]:
-        refuse_asymmetric_forms(products, state.probes, state.images)
-        return state, reason
 
     def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:
         eps = products_eps(space, rows_dtype(space))

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.norms import squared_frobenius
-from hessfunc.algorithms.probing import TraceProbing, run_trace
+from hessfunc.algorithms.probing import KeepsProbes, TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import Estimate, leaf_fields
+from hessfunc.algorithms.results import Estimate
+from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
 from hessfunc.algorithms.statistics import (
     Complements,
@@ -20,7 +21,6 @@ from hessfunc.algorithms.statistics import (
     rounding_of_sum,
     standard_error_of_mean,
 )
-from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
@@ -87,15 +87,12 @@ def xtrace(
 
 
 @dataclass(frozen=True, kw_only=True)
-class XTrace(TraceProbing["_State"]):
+class XTrace(KeepsProbes, TraceProbing["_State"]):
     """Mean of the leave-one-out estimates, each from the sketch of all other products."""
 
     def init(self, products: Products, seed: int, /) -> _State:
         none = products.space.zeros(0, rows_dtype(products.space))
         return _State(none, none, Sketch.empty(products.space), seed)
-
-    def count(self, state: _State, /) -> int:
-        return len(state.probes)
 
     def step(self, state: _State, products: Products, room: int, /) -> _State:
         space, p = products.space, len(state.probes)
@@ -111,12 +108,6 @@ class XTrace(TraceProbing["_State"]):
             state.sketch.extended(space, products, images),
             state.seed,
         )
-
-    def finish(
-        self, state: _State, products: Products, reason: str, room: int, /
-    ) -> tuple[_State, str]:
-        refuse_asymmetric_forms(products, state.probes, state.images)
-        return state, reason
 
     def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:
         parts, complements = _leave_one_out(space, state)

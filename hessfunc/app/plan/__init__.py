@@ -7,14 +7,14 @@ measurements.
 
 from hessfunc.app.plan.algorithms import Algorithm, Hutchinson, Lanczos, Slq, Xtrace
 from hessfunc.app.plan.footprint import Moment, Setting
-from hessfunc.app.plan.machine import Cost, Machine, Work, gradient_seconds
+from hessfunc.app.plan.machine import Machine, RunCost, Work, gradient_seconds
 from hessfunc.app.plan.network import BYTES, Network, Transformer
 from hessfunc.app.plan.remedies import Plan, Remedy, fewest_ranks, plan, remedies, whole
 
 __all__ = [
     "Algorithm",
     "BYTES",
-    "Cost",
+    "RunCost",
     "Hutchinson",
     "Lanczos",
     "Machine",

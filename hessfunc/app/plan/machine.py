@@ -45,7 +45,7 @@ class Machine:
     graph_gradients: float = 1.0
     product_gradients: float = 2.0
 
-    def cost(self, setting: Setting, block: int, work: Work | None = None, /) -> Cost:
+    def cost(self, setting: Setting, block: int, work: Work | None = None, /) -> RunCost:
         """Return the cost of one step, or of one block product if no ``work`` is given."""
         ranks = setting.ranks
         wide = setting.network.rows_itemsize
@@ -64,7 +64,7 @@ class Machine:
         traffic = work.traffic / work.steps if work is not None else 0.0
         wire = reduced + gathered + sums
         gradients = self.graph_gradients + self.product_gradients * block
-        return Cost(
+        return RunCost(
             reduced=reduced,
             gathered=gathered,
             sums=sums,
@@ -73,14 +73,14 @@ class Machine:
             wire=wire / self.network_bandwidth + collectives * self.latency,
         )
 
-    def in_all(self, setting: Setting, work: Work, /) -> Cost:
+    def in_all(self, setting: Setting, work: Work, /) -> RunCost:
         """Return the cost of a complete run, including its checks."""
         steps, checks = self.cost(setting, work.block, work), self.cost(setting, 1)
         return steps.times(work.steps).plus(checks.times(work.checks))
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """Communication and time of one rank.
 
     Attributes:
@@ -109,13 +109,13 @@ class Cost:
         """Total seconds, without any overlap of computation and communication."""
         return self.products + self.vectors + self.wire
 
-    def times(self, count: float, /) -> Cost:
+    def times(self, count: float, /) -> RunCost:
         """Return the cost of ``count`` repetitions."""
-        return Cost(*(count * number for number in self._numbers))
+        return RunCost(*(count * number for number in self._numbers))
 
-    def plus(self, other: Cost, /) -> Cost:
+    def plus(self, other: RunCost, /) -> RunCost:
         """Return the sum of two costs."""
-        return Cost(*(a + b for a, b in zip(self._numbers, other._numbers, strict=True)))
+        return RunCost(*(a + b for a, b in zip(self._numbers, other._numbers, strict=True)))
 
     @property
     def _numbers(self) -> tuple[float, ...]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, Result, versions
+from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, Result
 from hessfunc.algorithms.results.landscape import Landscape
+from hessfunc.algorithms.results.result import versions
 
 # Names of the parts, in the order in which they are computed.
 NAMES = ("eigenvalues", "smallest", "trace", "density", "line", "plane")

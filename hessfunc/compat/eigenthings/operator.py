@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.results import Eigenpairs, rounding
+from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.compat.place import seed_of_stream
+from hessfunc.numerics import rounding
 from hessfunc.options import described
 from hessfunc.transforms.matvecs.arithmetic import batched
 from hessfunc.trees import Matvec

@@ -17,7 +17,7 @@ from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import Average, NoTargetsError, inner, watching
-from hessfunc.transforms.batches.sums import Data, Read, Share, Sum
+from hessfunc.transforms.batches.sums import Data, Partition, Read, Sum
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.trees import Matvec, Tree, tree_map, unchanged
 
@@ -139,11 +139,11 @@ def mean_over(
     mesh: DeviceMesh | None,
     data: Data,
 ) -> Curvature:
-    """Implement `over_batches`, with ``passes`` that several matrices may share.
+    """Implement `over_batches`, with ``passes`` that several matrices may partition.
 
     Args:
         curvature: Curvature function of one batch.
-        passes: Checksums of passes. Matrices that share them must see the same examples.
+        passes: Checksums of passes. Matrices that partition them must see the same examples.
         weight: Weight of a batch, as in `over_batches`.
         keep: Whether to keep the graphs, as in `over_batches`.
         mesh: Mesh of ranks, as in `over_batches`.
@@ -151,20 +151,20 @@ def mean_over(
     """
 
     def of_data(params: Tree, batches: Iterable[Any]) -> Matvec:
-        share = Share() if mesh is None else _share_of(mesh, data)
+        partition = Partition() if mesh is None else _partition_of(mesh, data)
 
         def checked() -> Space:
             _refuse_one_batch(batches)
             return space_of(params)
 
-        space = share.all_well(checked)
-        share.refuse_unlike(space, params, batches)
+        space = partition.all_well(checked)
+        partition.refuse_unlike(space, params, batches)
         several = mesh is not None or not isinstance(batches, Sized) or len(batches) != 1
         average = Average(weight, several)
         outer = inner(average)
         # The weight of an inner mean is the sum of its own weights, even for a single batch.
         average.several |= outer is not None
-        reading = _Reading(curvature, params, batches, average, space, share, passes)
+        reading = _Reading(curvature, params, batches, average, space, partition, passes)
         local = reading.kept() if keep else reading.anew()
 
         def summed(block: Tree) -> Sum:
@@ -173,7 +173,7 @@ def mean_over(
                 outer.weight = total.weight
             return total
 
-        mean = share.over(space, batches, summed)
+        mean = partition.over(space, batches, summed)
         return with_fingerprint(mean, partial(_fingerprint, space, params, batches, data))
 
     return of_data
@@ -190,11 +190,11 @@ def _fingerprint(space: Space, params: Tree, batches: Iterable[Any], data: Data)
     return of_params | {"batches": of_batches(batches)}
 
 
-def _share_of(mesh: DeviceMesh, data: Data) -> Share:
+def _partition_of(mesh: DeviceMesh, data: Data) -> Partition:
     # The import of torch.distributed is slow.
-    from hessfunc.transforms.batches.mesh import MeshShare
+    from hessfunc.transforms.batches.mesh import MeshPartition
 
-    return MeshShare.of(mesh, data)
+    return MeshPartition.of(mesh, data)
 
 
 def _refuse_one_batch(batches: Iterable[Any]) -> None:
@@ -220,7 +220,7 @@ class _Reading:
         batches: Batches of all ranks, or the part of this rank.
         average: Combination of the batches.
         space: Space of the parameters.
-        share: Part of the work that this rank does.
+        partition: Part of the work that this rank does.
         passes: Checksums of the passes.
     """
 
@@ -229,7 +229,7 @@ class _Reading:
     batches: Iterable[Any]
     average: Average
     space: Space
-    share: Share
+    partition: Partition
     passes: Passes
 
     def kept(self) -> Callable[[Tree], Sum]:
@@ -244,7 +244,7 @@ class _Reading:
             self.passes.add(read.all.total)
             return made
 
-        matvecs = self.share.all_well(make)
+        matvecs = self.partition.all_well(make)
         return lambda block: Sum.of(self.space, block, matvecs, read, self.average)
 
     def anew(self) -> Callable[[Tree], Sum]:
@@ -267,7 +267,7 @@ class _Reading:
     def _mine(self, read: Read) -> Iterator[tuple[int, Any]]:
         """Yield the batches of this rank that have a weight, with their index among all batches."""
         for i, batch in enumerate(self.batches):
-            place = self.share.place(i)
+            place = self.partition.place(i)
             read.add(batch, own=place is not None)
             if place is not None and self.average.counts(batch):
                 yield place, batch

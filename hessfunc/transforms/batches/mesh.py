@@ -17,7 +17,7 @@ from hessfunc.ranks import Ranks, attempted, by_rank
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches import shards
 from hessfunc.transforms.batches.reductions import Average, Reduction
-from hessfunc.transforms.batches.sums import Data, Share, Sum
+from hessfunc.transforms.batches.sums import Data, Partition, Sum
 from hessfunc.trees import Matvec, Tree, leaves
 
 Made = TypeVar("Made")
@@ -34,7 +34,7 @@ _PART = 2.0**20
 
 
 @dataclass(frozen=True)
-class MeshShare(Share):
+class MeshPartition(Partition):
     """Part of the work that one rank of a mesh does.
 
     Attributes:
@@ -52,7 +52,7 @@ class MeshShare(Share):
     device: torch.device
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, placement: Data, /) -> MeshShare:
+    def of(cls, mesh: DeviceMesh, placement: Data, /) -> MeshPartition:
         """Return the part of this rank.
 
         Raises:
@@ -135,7 +135,7 @@ class MeshShare(Share):
         _, _, first, size, *_ = table[0]
         if any(abs(row[2] - first) > _DRIFT * size for row in table):
             raise ValueError(f"the ranks do not have the same block. {_SAME}")
-        read = [shards.Part(int(row[0]), tuple(row[4:7]), tuple(row[7:10])) for row in table]
+        read = [shards.ReadPart(int(row[0]), tuple(row[4:7]), tuple(row[7:10])) for row in table]
         if self.placement == "replicated":
             shards.refuse_other_order(read)
         else:

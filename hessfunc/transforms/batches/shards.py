@@ -19,7 +19,7 @@ _REMEDY = (
 
 
 @dataclass(frozen=True)
-class Part:
+class ReadPart:
     """Part of the data that a rank has read.
 
     Attributes:
@@ -33,7 +33,7 @@ class Part:
     own: tuple[float, ...]
 
 
-def refuse_other_order(parts: Sequence[Part], /) -> None:
+def refuse_other_order(parts: Sequence[ReadPart], /) -> None:
     """Raise unless all ranks have read the same batches and multiplied each of them once.
 
     Raises:
@@ -50,7 +50,7 @@ def refuse_other_order(parts: Sequence[Part], /) -> None:
         )
 
 
-def refuse_repeated(parts: Sequence[Part], examples: int | None, /) -> None:
+def refuse_repeated(parts: Sequence[ReadPart], examples: int | None, /) -> None:
     """Raise if examples count twice, as far as checksums show it.
 
     Args:
@@ -147,7 +147,7 @@ def _innermost(batches: Any) -> Any:
     return batches
 
 
-def _by_place(parts: Sequence[Part], which: str) -> dict[int, tuple[float, ...]]:
+def _by_place(parts: Sequence[ReadPart], which: str) -> dict[int, tuple[float, ...]]:
     return {part.place: getattr(part, which) for part in parts}
 
 

@@ -105,7 +105,7 @@ class Sum:
         return space.tree(view.to(dtype) for view, dtype in zip(views, dtypes, strict=True))
 
 
-class Share:
+class Partition:
     """Single-process partition: this process evaluates every batch."""
 
     def place(self, i: int, /) -> int | None:
