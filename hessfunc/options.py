@@ -796,6 +796,7 @@ ARGUMENTS: dict[str, Check] = {
     "pattern": pattern,
     "select": selection,
     # Trees and data
+    "vector": tree,
     "like": tree,
     "params": tree,
     "direction": tree,
