@@ -8,6 +8,7 @@ import io
 import math
 import random
 import signal
+import sys
 import traceback
 import types
 import warnings
@@ -593,6 +594,13 @@ def fuzz(seed: int, count: int, calls: dict[str, Call] = CALLS) -> list[str]:
         if fault := wrong(*pick.choice(arguments), pick):
             faults.append(fault)
     return faults
+
+
+@pytest.fixture(autouse=True)
+def _no_figures_stay_open() -> Iterator[None]:
+    yield
+    if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
+        pyplot.close("all")
 
 
 def test_every_public_function_is_called() -> None:

@@ -16,6 +16,8 @@ COST: dict[str, Any] = {"matvecs": 44, "passes": 22, "reason": "complete", "seed
 
 @pytest.fixture(autouse=True)
 def _close() -> Iterator[None]:
+    # Tests elsewhere may have left figures open.
+    plt.close("all")
     yield
     plt.close("all")
 
