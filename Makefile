@@ -8,12 +8,9 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	$(BIN)/hessfunc analyze digits --out demo
 
-# One worker more than there are cores, for slow tests of several processes, which wait.
-WORKERS = $(shell $(PYTHON) -c 'import os; print(1 + len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "auto")')
-
 test: $(STAMP)
 	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m "not slow"
-	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal -p no:benchmark -m slow
+	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m slow
 
 # The fast ones with the rounding, the threads and the load of other machines, one after another;
 # `make test-machines SETTING=busy` takes one of them.
