@@ -6,8 +6,8 @@ have in common. A method can also be stepped by hand:
 
     products = Products.of(matvec, like)
     state, budget = method.init(products, 0), 100
-    while method.verdict(state, products, budget - products.matvecs) is None:
-        state = method.step(state, products, budget - products.matvecs)
+    while (room := budget - products.matvecs) > 0 and not method.verdict(state, products, room):
+        state = method.step(state, products, room)
     result = method.result(state, products.space, products.cost("converged", 0))
 """
 
