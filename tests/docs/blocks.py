@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterable
+from itertools import count
+from unittest import mock
 
 import torch
 
@@ -18,7 +21,12 @@ def python_blocks(text: str) -> list[str]:
 
 def run(blocks: Iterable[str], page: str) -> None:
     names: dict[str, object] = {"__name__": "__main__"}
-    with torch.random.fork_rng():
+    # Runs without a seed draw these: a page does the same every time, with independent runs.
+    seeds = count()
+    with (
+        torch.random.fork_rng(),
+        mock.patch.object(secrets, "randbits", side_effect=seeds),
+    ):
         torch.manual_seed(0)
         for block in blocks:
             exec(compile(block, page, "exec"), names)
