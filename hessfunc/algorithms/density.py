@@ -137,7 +137,8 @@ class LanczosQuadrature(Method["_State", Density]):
         space = products.space
         steps, eps = min(self.steps, space.n), products_eps(space, rows_dtype(space))
         # A resumed run may keep its bases on another device than the interrupted one.
-        state = replace(state, basis=state.basis.on(self.basis_device))
+        if (basis := state.basis.on(self.basis_device)) is not state.basis:
+            state = replace(state, basis=basis)
         if not state.active:
             started = len(state.done) + len(state.taken)
             indices = range(started, min(started + state.group, self.probes))

@@ -440,7 +440,9 @@ def _size_that_fits(problem: _Problem, space: Space, wanted: int, limit: int | N
 
 def _round(problem: _Problem, space: Space, products: Products, state: _State, room: int) -> _State:
     # A resumed run may keep its basis on another device than the interrupted one.
-    state = replace(state, basis=state.basis.on(problem.basis_device))
+    # A state that is not copied keeps its Ritz pairs, which the verdict has computed.
+    if (basis := state.basis.on(problem.basis_device)) is not state.basis:
+        state = replace(state, basis=basis)
     if _is_settled(problem, state):
         return _examined(problem, space, products, state, room)
     for _ in range(max(1, int(_GROWTH_A_ROUND * state.size / problem.block_size))):

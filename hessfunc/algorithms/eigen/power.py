@@ -171,8 +171,10 @@ class Power(Method["_State", Eigenpairs]):
         self, state: _State, products: Products, reason: str, room: int, /
     ) -> tuple[_State, str]:
         space = products.space
-        pairs = self.result(state, space, products.cost(reason, None))
-        if state.image is None or bool(pairs.converged.all()):
+        if state.image is None:
+            # All pairs are accepted.
+            return state, reason
+        if bool(self.result(state, space, products.cost(reason, None)).converged.all()):
             return state, reason
         cause = asymmetry_named(
             products,
