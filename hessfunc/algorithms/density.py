@@ -135,7 +135,7 @@ class LanczosQuadrature(Method["_State", Density]):
 
     def step(self, state: _State, products: Products, room: int, /) -> _State:
         space = products.space
-        steps, eps = min(self.steps, space.n), products_eps(space, rows_dtype(space))
+        steps, eps = min(self.steps, space.n), products_eps(space)
         # A resumed run may keep its bases on another device than the interrupted one.
         if (basis := state.basis.on(self.basis_device)) is not state.basis:
             state = replace(state, basis=basis)
@@ -168,7 +168,7 @@ class LanczosQuadrature(Method["_State", Density]):
             weights=weights,
             residuals=residuals,
             n=space.n,
-            eps=max(products_eps(space, rows_dtype(space)), state.asymmetry),
+            eps=max(products_eps(space), state.asymmetry),
             **cost,
         )
 

@@ -86,7 +86,7 @@ def exact_trace(
     if known is None:
         frobenius = squared_frobenius(squares.expand(2), space, products.cost(reason, seed))
         frobenius = replace(
-            frobenius, stderr=rounding_of_sum(_eps(space)) * frobenius.value, reason=reason
+            frobenius, stderr=rounding_of_sum(products_eps(space)) * frobenius.value, reason=reason
         )
     return Estimate(
         value=float(parts.sum()),
@@ -117,11 +117,6 @@ def exact_diagonal(
     )
 
 
-def _eps(space: Space) -> float:
-    """Return the relative rounding of the products."""
-    return products_eps(space, rows_dtype(space))
-
-
 def _products(
     products: Products, max_matvecs: int, block_size: int
 ) -> tuple[Space, Tensor, Tensor, float, str]:
@@ -133,16 +128,16 @@ def _products(
     rows = space.units(rows_dtype(space))
     images = torch.cat([products(block) for block in rows.split(block_size)])
     lengths = space.norms(images).cpu().double()
-    rounding = rounding_of_sum(_eps(space)) * float(lengths.norm())
+    rounding = rounding_of_sum(products_eps(space)) * float(lengths.norm())
     matrix = images.double() if space.ranks is None else space.gram(rows, images)
     asymmetry = float((matrix - matrix.mT).abs().max())
     # Products of a random matvec are not symmetric, except for a matrix with a single entry.
-    if space.n > 1 and asymmetry <= _eps(space) ** 0.5 * float(lengths.max()):
+    if space.n > 1 and asymmetry <= products_eps(space) ** 0.5 * float(lengths.max()):
         return space, rows, images, rounding, _EXACT
     if products.matvecs >= max_matvecs:
         return space, rows, images, rounding, f"{_EXACT}, if the matvec is deterministic"
     difference = float(space.norms(products(rows[:1]) - images[:1]))
-    if difference > _eps(space) ** 0.5 * float(lengths[0]):
+    if difference > products_eps(space) ** 0.5 * float(lengths[0]):
         raise ValueError(
             "the matvec is not deterministic: two products with the same vector, of length "
             f"{float(lengths[0]):.1e}, differ by {difference:.1e}. Call model.eval() if the loss "

@@ -10,8 +10,9 @@ from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method, 
 from hessfunc.algorithms.exact import exact_diagonal, exact_trace, random_budget, unit_vectors_left
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate, Result
-from hessfunc.algorithms.results.diagonal import close_enough, settled
-from hessfunc.algorithms.results.estimate import judged, narrow_enough
+from hessfunc.algorithms.results.diagonal import close_enough
+from hessfunc.algorithms.results.estimate import narrow_enough
+from hessfunc.algorithms.results.result import judged
 from hessfunc.algorithms.statistics import STOPPED
 from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.options import at_least
@@ -77,10 +78,6 @@ class Probing(Method[State, AnyResult]):
     def reached(self, estimate: AnyResult, /) -> str | None:
         """Return the reason to stop at an estimate that reaches the tolerance, or None."""
 
-    @abstractmethod
-    def judged(self, estimate: AnyResult, /) -> AnyResult:
-        """Return the final estimate, marked as converged if it reaches the tolerance."""
-
     def verdict(self, state: State, products: Products, room: int, /) -> str | None:
         if self.most is not None and self.count(state) >= self.most:
             return (
@@ -93,7 +90,7 @@ class Probing(Method[State, AnyResult]):
 
     def result(self, state: State, space: Space, cost: Cost, /) -> AnyResult:
         estimate = self.estimate(state, space, cost)
-        return estimate if cost["reason"] == RUNNING else self.judged(estimate)
+        return estimate if cost["reason"] == RUNNING else judged(estimate, self.reached(estimate))
 
 
 class _Kept(Protocol):
@@ -148,9 +145,6 @@ class TraceProbing(Probing[State, Estimate]):
     def reached(self, estimate: Estimate, /) -> str | None:
         return narrow_enough(estimate, self.rtol, self.atol)
 
-    def judged(self, estimate: Estimate, /) -> Estimate:
-        return judged(estimate, self.rtol, self.atol)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DiagonalProbing(Probing[State, DiagonalEstimate]):
@@ -160,9 +154,6 @@ class DiagonalProbing(Probing[State, DiagonalEstimate]):
 
     def reached(self, estimate: DiagonalEstimate, /) -> str | None:
         return close_enough(estimate, self.rtol)
-
-    def judged(self, estimate: DiagonalEstimate, /) -> DiagonalEstimate:
-        return settled(estimate, self.rtol)
 
 
 def run_trace(
@@ -210,6 +201,5 @@ def _run(
     else:
         seed = store_of(method, products, run).seed
     assert seed is not None
-    return method.judged(
-        exact(products, seed, max_matvecs=max_matvecs, block_size=method.block_size)
-    )
+    estimate = exact(products, seed, max_matvecs=max_matvecs, block_size=method.block_size)
+    return judged(estimate, method.reached(estimate))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.products import Products
 from hessfunc.numerics import rounding
-from hessfunc.spaces.space import products_eps, rows_dtype
+from hessfunc.spaces.space import products_eps
 
 # Largest difference of u'Av and v'Au that is accepted without measuring rounding, in units of |A|.
 SYMMETRIC = 1e-3
@@ -52,7 +52,7 @@ def refuse_asymmetric_forms(products: Products, probes: Tensor, images: Tensor, 
         ValueError: If the matvec is not symmetric or not deterministic.
     """
     space, p = products.space, len(probes)
-    eps = products_eps(space, rows_dtype(space))
+    eps = products_eps(space)
     if p < 2:
         return
     forms = space.gram(probes, images).cpu().double()

@@ -29,9 +29,14 @@ if TYPE_CHECKING:
     from hessfunc.ranks import Ranks
 
 
-def products_eps(space: Space, dtype: torch.dtype) -> float:
-    """Return the machine epsilon of products: the largest of ``dtype`` and of all leaves."""
-    return max(torch.finfo(d).eps for d in (dtype, *space.dtypes))
+def products_eps(space: Space, dtype: torch.dtype | None = None) -> float:
+    """Return the machine epsilon of products: the largest of their rows and of all leaves.
+
+    Args:
+        space: Space of the vectors.
+        dtype: Dtype of the rows, by default that of a basis.
+    """
+    return max(torch.finfo(d).eps for d in (dtype or rows_dtype(space), *space.dtypes))
 
 
 def rows_dtype(space: Space) -> torch.dtype:

@@ -21,7 +21,7 @@ from hessfunc.algorithms.checkpoint.segments import Segments, StoredPart
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.starts import drawn_seed
 from hessfunc.fingerprints import bytes_of, digest_of, fingerprint
-from hessfunc.spaces.space import Space, products_eps, rows_dtype
+from hessfunc.spaces.space import Space, products_eps
 from hessfunc.trees import leaves, whole
 
 State = TypeVar("State")
@@ -241,7 +241,7 @@ class Checkpoint:
         products, space = self.products, self.products.space
         again = products.uncounted(vector[None])
         difference, size = space.norms(torch.cat([again - image[None], image[None]])).tolist()
-        if difference <= min(_GRANTED * products_eps(space, rows_dtype(space)), _MOST) * size:
+        if difference <= min(_GRANTED * products_eps(space), _MOST) * size:
             return
         thrice = products.uncounted(3 * vector[None])
         if difference > _ROUNDINGS * float(space.norms(thrice / 3 - again)):

@@ -94,9 +94,7 @@ class HutchinsonDiagonal(DiagonalProbing["_State"]):
 
     def estimate(self, state: _State, space: Space, cost: Cost, /) -> DiagonalEstimate:
         diagonal, squares, count = state.diagonal, state.squares, state.diagonal.count
-        rounding = rounding_of_sum(products_eps(space, rows_dtype(space))) * (
-            diagonal.mean.abs() + diagonal.spread
-        )
+        rounding = rounding_of_sum(products_eps(space)) * (diagonal.mean.abs() + diagonal.spread)
         spread = diagonal.spread
         if count < _FEWEST_SIGNS:
             # An entry whose few samples agree by chance gets the root mean square of all entries.

@@ -104,7 +104,7 @@ class XDiag(KeepsProbes, DiagonalProbing["_State"]):
     def estimate(self, state: _State, space: Space, cost: Cost, /) -> DiagonalEstimate:
         mean, spread = _mean_and_spread(space, state)
         p = len(state.probes)
-        rounding = rounding_of_sum(products_eps(space, rows_dtype(space))) * (mean.abs() + spread)
+        rounding = rounding_of_sum(products_eps(space)) * (mean.abs() + spread)
         squares = state.images.to(mean).square()
         return DiagonalEstimate(
             value=space.unravel(mean),

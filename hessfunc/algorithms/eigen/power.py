@@ -17,7 +17,7 @@ from hessfunc.algorithms.starts import of_starts, unit_start
 from hessfunc.algorithms.symmetry import SYMMETRIC, asymmetry_named, refuse_unless_rounding
 from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps
 from hessfunc.trees import Matvec, Tree
 
 # Largest number of products in a round.
@@ -145,7 +145,7 @@ class Power(Method["_State", Eigenpairs]):
 
     def step(self, state: _State, products: Products, room: int, /) -> _State:
         space, which, k = products.space, self.which, self.k
-        symmetric = max(SYMMETRIC, 10 * _eps(space), 2 * self.rtol)
+        symmetric = max(SYMMETRIC, 10 * products_eps(space), 2 * self.rtol)
         for _ in range(min(room, _STEPS_A_ROUND)):
             state = _iterate(space, products, state, self.momentum, symmetric)
             value, residual = _quotient(space, state)
@@ -158,7 +158,7 @@ class Power(Method["_State", Eigenpairs]):
     def _tolerance(self, space: Space, values: Tensor, largest: float) -> Tensor:
         """Return the residuals at which pairs with these values have converged."""
         # If a value is zero up to rounding, its residual need only be zero up to rounding.
-        floor = rounding(_eps(space), largest)
+        floor = rounding(products_eps(space), largest)
         tiny = torch.where(values.abs() <= floor, floor, 0.0)
         return torch.maximum(self.rtol * values.abs(), tiny)
 
@@ -181,7 +181,7 @@ class Power(Method["_State", Eigenpairs]):
             state.current,
             state.asymmetry,
             state.longest,
-            eps=_eps(space),
+            eps=products_eps(space),
             rtol=self.rtol,
         )
         return state, reason if cause is None else f"{reason}; {cause}"
@@ -197,10 +197,6 @@ class Power(Method["_State", Eigenpairs]):
             largest=largest,
             **cost,
         )
-
-
-def _eps(space: Space) -> float:
-    return products_eps(space, rows_dtype(space))
 
 
 @dataclass(frozen=True)

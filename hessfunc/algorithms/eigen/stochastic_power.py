@@ -16,7 +16,7 @@ from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import unit_start
 from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps
 from hessfunc.trees import Matvec, Tree
 
 
@@ -130,7 +130,7 @@ class StochasticPower(Method["_State", Eigenpairs]):
         random = partial(self._random_product, products)
         moved = _epoch(space, random, state, state.image, self.momentum, steps)
         moved = replace(moved, image=products(moved.current))
-        if steps and _is_worse(space, moved, state, _eps(space)):
+        if steps and _is_worse(space, moved, state, products_eps(space)):
             return replace(state, drawn=moved.drawn, steps=steps // 2)
         return replace(moved, steps=min(state.steps + 1, self.steps_per_epoch))
 
@@ -150,7 +150,7 @@ class StochasticPower(Method["_State", Eigenpairs]):
     def result(self, state: _State, space: Space, cost: Cost, /) -> Eigenpairs:
         value, residual, largest = _quotient(space, state)
         # If a value is zero up to rounding, its residual need only be zero up to rounding.
-        floor = rounding(_eps(space), largest)
+        floor = rounding(products_eps(space), largest)
         tolerance = max(self.rtol * abs(value), floor if abs(value) <= floor else 0.0)
         split = f"{state.drawn} of the {cost['matvecs']} products were with one batch"
         return Eigenpairs(
@@ -161,10 +161,6 @@ class StochasticPower(Method["_State", Eigenpairs]):
             largest=largest,
             **Cost(**{**cost, "reason": f"{cost['reason']}; {split}"}),
         )
-
-
-def _eps(space: Space) -> float:
-    return products_eps(space, rows_dtype(space))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -94,19 +94,6 @@ def close_enough(estimate: DiagonalEstimate, rtol: float | None, /) -> str | Non
     if rtol is not None and estimate.relative_error() <= rtol:
         return "converged: the error in the 2-norm is within the tolerance, with 95 % confidence"
     return None
-
-
-def settled(estimate: DiagonalEstimate, rtol: float | None, /) -> DiagonalEstimate:
-    """Return the estimate of a finished run, marked as converged if its error bound is met.
-
-    A run whose budget is exhausted may reach the tolerance in its last round.
-    """
-    reason = close_enough(estimate, rtol)
-    if reason is None or estimate.reason == reason:
-        return estimate
-    if estimate.reason.startswith("exact"):
-        reason = f"{reason} ({estimate.reason})"
-    return replace(estimate, reason=reason)
 
 
 def _power_sum(tree: Tree, power: int) -> float:

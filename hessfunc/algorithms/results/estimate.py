@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -166,20 +166,6 @@ def narrow_enough(estimate: Estimate, rtol: float | None, atol: float | None, /)
     if (high - low) / 2 <= max((rtol or 0.0) * abs(estimate.value), atol or 0.0):
         return WITHIN
     return None
-
-
-def judged(estimate: Found, rtol: float | None, atol: float | None, /) -> Found:
-    """Return the estimate of a finished run, marked as converged if the tolerance is reached.
-
-    A run whose budget is exhausted may reach the tolerance in its last round. An exact estimate may
-    miss its tolerance because of rounding.
-    """
-    reason = narrow_enough(estimate, rtol, atol)
-    if reason is None or estimate.reason == reason:
-        return estimate
-    if estimate.reason.startswith("exact"):
-        reason = f"{reason} ({estimate.reason})"
-    return replace(estimate, reason=reason)
 
 
 @validated

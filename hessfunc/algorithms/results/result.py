@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from hessfunc.files import write_whole
 from hessfunc.options import path as as_path
 from hessfunc.options import validated
 from hessfunc.trees import Tree, flatten, leaves
+
+AnyResult = TypeVar("AnyResult", bound="Result")
 
 
 @cache
@@ -96,6 +98,23 @@ class Result:
                 f"{target} cannot be written ({error.strerror}): pass the path of a file in a "
                 "directory that exists, such as 'result.npz'"
             ) from None
+
+
+def judged(result: AnyResult, reason: str | None, /) -> AnyResult:
+    """Return the last result of a run, which has converged if its own numbers say so.
+
+    A run that exhausts its budget may reach the tolerance in its last round. An exact result may
+    miss its tolerance because of rounding.
+
+    Args:
+        result: Result with the reason for which the run stopped.
+        reason: Reason for which the result is within the tolerance, or None if it is not.
+    """
+    if reason is None or result.reason == reason:
+        return result
+    if result.reason.startswith("exact"):
+        reason = f"{reason} ({result.reason})"
+    return dataclasses.replace(result, reason=reason)
 
 
 def array(tensor: Tensor, /) -> np.ndarray[Any, Any]:

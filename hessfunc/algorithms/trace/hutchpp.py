@@ -108,7 +108,7 @@ class HutchPP(KeepsProbes, TraceProbing["_State"]):
         samples, basis = parts.sum(1), state.sketch.basis
         quadratics = samples - float(space.by_leaf(basis, state.sketch.images).sum())
         stderr = sphere_error(quadratics, outside, space.n - len(basis))
-        eps = products_eps(space, rows_dtype(space))
+        eps = products_eps(space)
         rounding = rounding_of_sum(eps) * float(parts.abs().sum(1).mean())
         stderr = (stderr + rounding) * self.widening
         squares = space.norms(state.images).cpu().double().square()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results.estimate import judged, leaf_fields, narrow_enough
+from hessfunc.algorithms.results.estimate import leaf_fields, narrow_enough
+from hessfunc.algorithms.results.result import judged
 from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.statistics import (
     FEWEST_SAMPLES,
@@ -193,7 +194,7 @@ class SampledTrace(Method["_State", SampledEstimate]):
         means = samples.mean(1)
         places = range(m) if population is None else [self.draws.batch(i) for i in range(m)]  # type: ignore[attr-defined]
         noise = _noise(samples, places, population)
-        eps = products_eps(space, rows_dtype(space))
+        eps = products_eps(space)
         rounding = rounding_of_sum(eps) * float(samples.abs().mean())
         stderr = (noise.stderr + rounding) * (STOPPED if self.has_tolerance else 1.0)
         every_batch = population is not None and m >= population
@@ -239,7 +240,7 @@ class SampledTrace(Method["_State", SampledEstimate]):
         if math.isinf(estimate.stderr) and "not certified" not in estimate.reason:
             return replace(estimate, reason=f"{estimate.reason}; {_uncertified(estimate)}")
         if _is_certified(estimate):
-            return judged(estimate, self.rtol, self.atol)
+            return judged(estimate, narrow_enough(estimate, self.rtol, self.atol))
         if narrow_enough(estimate, self.rtol, self.atol):
             return replace(estimate, reason=_uncertified(estimate))
         return estimate

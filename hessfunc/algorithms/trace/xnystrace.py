@@ -115,7 +115,7 @@ class XNysTrace(KeepsProbes, TraceProbing["_State"]):
         return super().verdict(state, products, room)
 
     def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:
-        eps = products_eps(space, rows_dtype(space))
+        eps = products_eps(space)
         approximation = _nystrom(space, state, eps)
         parts, complements = _leave_one_out(space, state, approximation)
         samples = parts.sum(1)

@@ -114,7 +114,7 @@ class XTrace(KeepsProbes, TraceProbing["_State"]):
         samples = parts.sum(1)
         two = _leave_two_out(space, state) if state.sketch.full_rank else None
         stderr = standard_error_of_mean(samples, two, complements, jackknife=_JACKKNIFE)
-        eps = products_eps(space, rows_dtype(space))
+        eps = products_eps(space)
         rounding = rounding_of_sum(eps) * float(parts.abs().sum(1).mean())
         stderr = (stderr + rounding) * self.widening
         squares = space.norms(state.images).cpu().double().square()
