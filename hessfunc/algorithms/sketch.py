@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.products import Products
-from hessfunc.spaces.space import DIVIDED, Rows, Space, available_to, rows_dtype
+from hessfunc.spaces.space import DIVIDED, ProbeKind, Rows, Space, available_to, rows_dtype
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,51 @@ class Sketch:
         # linear dependence. Then the others can replace it.
         replaceable = (1 - (dual * self.factor).sum(0)) > 1e-6
         return torch.where(replaceable, 0.0, dual / dual.norm(dim=0))
+
+
+@dataclass(frozen=True)
+class SketchedProbes:
+    """State of an estimator with p probes and a sketch.
+
+    Attributes:
+        probes: Probes w_i, rows ``(p, n)``.
+        images: Products A w_i, rows ``(p, n)``.
+        sketch: Sketch of products of the run, with orthonormal rows Q and A Q.
+        seed: Seed of the probes.
+    """
+
+    probes: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
+    sketch: Sketch
+    seed: int
+
+    @classmethod
+    def none(cls, space: Space, seed: int, /) -> SketchedProbes:
+        """Return the state before the first probe."""
+        rows = space.zeros(0, rows_dtype(space))
+        return cls(rows, rows, Sketch.empty(space), seed)
+
+    def grown(self, products: Products, width: int, kind: ProbeKind, /) -> SketchedProbes:
+        """Return the state with more probes, whose products join the sketch.
+
+        Args:
+            products: Products of the run: ``width`` with the probes, at most as many with the
+                directions that join the sketch.
+            width: Number of new probes. Without any the state is returned unchanged.
+            kind: Distribution of the probes.
+        """
+        if width < 1:
+            return self
+        space, p = products.space, len(self.probes)
+        indices = range(p, p + width)
+        probes = space.probes(indices, kind=kind, seed=self.seed, dtype=rows_dtype(space))
+        images = products(probes)
+        return SketchedProbes(
+            torch.cat([self.probes, probes]),
+            torch.cat([self.images, images]),
+            self.sketch.extended(space, products, images),
+            self.seed,
+        )
 
 
 def vectors_that_fit(space: Space, copies: int, /) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Unpack
 
 import torch
@@ -14,11 +14,11 @@ from hessfunc.algorithms.norms import squared_row_norms
 from hessfunc.algorithms.probing import DiagonalProbing, KeepsProbes, run_diagonal
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import DiagonalEstimate
-from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
+from hessfunc.algorithms.sketch import SketchedProbes, vectors_that_fit
 from hessfunc.algorithms.statistics import rounding_of_sum
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import Space, products_eps
 from hessfunc.trees import Matvec, Tree
 
 # Factor of the standard error. Leave-one-out estimates share their probes, so they are correlated:
@@ -78,30 +78,18 @@ def xdiag(
 
 
 @dataclass(frozen=True, kw_only=True)
-class XDiag(KeepsProbes, DiagonalProbing["_State"]):
+class XDiag(KeepsProbes, DiagonalProbing[SketchedProbes]):
     """Mean of the leave-one-out diagonals, each from the sketch of all other products."""
 
-    def init(self, products: Products, seed: int, /) -> _State:
-        none = products.space.zeros(0, rows_dtype(products.space))
-        return _State(none, none, Sketch.empty(products.space), seed)
+    def init(self, products: Products, seed: int, /) -> SketchedProbes:
+        return SketchedProbes.none(products.space, seed)
 
-    def step(self, state: _State, products: Products, room: int, /) -> _State:
-        space, p = products.space, len(state.probes)
-        width = min(self.block_size, room // 2)
-        width = width if self.most is None else min(width, self.most - p)
-        if width < 1:
-            return state
-        indices = range(p, p + width)
-        probes = space.probes(indices, kind="signs", seed=state.seed, dtype=rows_dtype(space))
-        images = products(probes)
-        return _State(
-            torch.cat([state.probes, probes]),
-            torch.cat([state.images, images]),
-            state.sketch.extended(space, products, images),
-            state.seed,
-        )
+    def step(self, state: SketchedProbes, products: Products, room: int, /) -> SketchedProbes:
+        most = min(products.space.n, self.most or products.space.n)
+        width = min(self.block_size, room // 2, most - len(state.probes))
+        return state.grown(products, width, "signs")
 
-    def estimate(self, state: _State, space: Space, cost: Cost, /) -> DiagonalEstimate:
+    def estimate(self, state: SketchedProbes, space: Space, cost: Cost, /) -> DiagonalEstimate:
         mean, spread = _mean_and_spread(space, state)
         p = len(state.probes)
         rounding = rounding_of_sum(products_eps(space)) * (mean.abs() + spread)
@@ -115,24 +103,7 @@ class XDiag(KeepsProbes, DiagonalProbing["_State"]):
         )
 
 
-@dataclass(frozen=True)
-class _State:
-    """State of a run, with p probes.
-
-    Attributes:
-        probes: Probes w_i, rows ``(p, n)``.
-        images: Products A w_i, rows ``(p, n)``.
-        sketch: Orthonormal basis Q of the products, with A Q and the factor C in A W = Q C.
-        seed: Seed of the probes.
-    """
-
-    probes: Rows = field(metadata=DIVIDED)
-    images: Rows = field(metadata=DIVIDED)
-    sketch: Sketch
-    seed: int
-
-
-def _mean_and_spread(space: Space, state: _State) -> tuple[Tensor, Tensor]:
+def _mean_and_spread(space: Space, state: SketchedProbes) -> tuple[Tensor, Tensor]:
     """Return the mean and the standard deviation of the d_i, entry by entry: float64 ``(n,)``.
 
     With the unit direction s_i that only the i-th product adds to the range of Q,

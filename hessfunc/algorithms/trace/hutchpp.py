@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Unpack
 
 import torch
@@ -14,10 +14,10 @@ from hessfunc.algorithms.probing import KeepsProbes, TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.results.estimate import leaf_fields
-from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
+from hessfunc.algorithms.sketch import SketchedProbes, vectors_that_fit
 from hessfunc.algorithms.statistics import leaf_errors, rounding_of_sum, sphere_error
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 
@@ -79,14 +79,13 @@ def hutchpp(
 
 
 @dataclass(frozen=True, kw_only=True)
-class HutchPP(KeepsProbes, TraceProbing["_State"]):
+class HutchPP(KeepsProbes, TraceProbing[SketchedProbes]):
     """Trace on a sketched range, and quadratic forms of independent probes outside of it."""
 
-    def init(self, products: Products, seed: int, /) -> _State:
-        none = products.space.zeros(0, rows_dtype(products.space))
-        return _State(none, none, Sketch.empty(products.space), seed)
+    def init(self, products: Products, seed: int, /) -> SketchedProbes:
+        return SketchedProbes.none(products.space, seed)
 
-    def step(self, state: _State, products: Products, room: int, /) -> _State:
+    def step(self, state: SketchedProbes, products: Products, room: int, /) -> SketchedProbes:
         space, p = products.space, len(state.probes)
         most = min(self.most or space.n, space.n - 1)
         width = min(self.block_size, room // 3, most - p)
@@ -96,14 +95,14 @@ class HutchPP(KeepsProbes, TraceProbing["_State"]):
         indices = [*range(2 * p, 2 * (p + width), 2), *range(2 * p + 1, 2 * (p + width), 2)]
         rows = space.probes(indices, kind="sphere", seed=state.seed, dtype=rows_dtype(space))
         images = products(rows)
-        return _State(
+        return SketchedProbes(
             torch.cat([state.probes, rows[width:]]),
             torch.cat([state.images, images[width:]]),
             state.sketch.extended(space, products, images[:width]),
             state.seed,
         )
 
-    def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:
+    def estimate(self, state: SketchedProbes, space: Space, cost: Cost, /) -> Estimate:
         parts, outside = _samples(space, state)
         samples, basis = parts.sum(1), state.sketch.basis
         quadratics = samples - float(space.by_leaf(basis, state.sketch.images).sum())
@@ -123,24 +122,7 @@ class HutchPP(KeepsProbes, TraceProbing["_State"]):
         )
 
 
-@dataclass(frozen=True)
-class _State:
-    """State of a run, with p probes.
-
-    Attributes:
-        probes: Probes g_i, rows ``(p, n)``.
-        images: Products A g_i, rows ``(p, n)``.
-        sketch: Orthonormal basis Q with A Q, independent of the probes.
-        seed: Seed of the probes and of the random vectors for Q.
-    """
-
-    probes: Rows = field(metadata=DIVIDED)
-    images: Rows = field(metadata=DIVIDED)
-    sketch: Sketch
-    seed: int
-
-
-def _samples(space: Space, state: _State) -> tuple[Tensor, Tensor]:
+def _samples(space: Space, state: SketchedProbes) -> tuple[Tensor, Tensor]:
     """Return the estimate of each probe by leaf, and the squared lengths of the projected products.
 
     With P = I - QQ', u = P g and c = (n - q) / |u|^2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Unpack
 
 import torch
@@ -14,7 +14,7 @@ from hessfunc.algorithms.probing import KeepsProbes, TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.results.estimate import leaf_fields
-from hessfunc.algorithms.sketch import Sketch, vectors_that_fit
+from hessfunc.algorithms.sketch import SketchedProbes, vectors_that_fit
 from hessfunc.algorithms.statistics import (
     Complements,
     leaf_errors,
@@ -22,7 +22,7 @@ from hessfunc.algorithms.statistics import (
     standard_error_of_mean,
 )
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
+from hessfunc.spaces.space import Space, products_eps
 from hessfunc.trees import Matvec, Tree
 
 # Factor of the jackknife error, calibrated on ten spectra (bench/results/coverage.md).
@@ -87,29 +87,18 @@ def xtrace(
 
 
 @dataclass(frozen=True, kw_only=True)
-class XTrace(KeepsProbes, TraceProbing["_State"]):
+class XTrace(KeepsProbes, TraceProbing[SketchedProbes]):
     """Mean of the leave-one-out estimates, each from the sketch of all other products."""
 
-    def init(self, products: Products, seed: int, /) -> _State:
-        none = products.space.zeros(0, rows_dtype(products.space))
-        return _State(none, none, Sketch.empty(products.space), seed)
+    def init(self, products: Products, seed: int, /) -> SketchedProbes:
+        return SketchedProbes.none(products.space, seed)
 
-    def step(self, state: _State, products: Products, room: int, /) -> _State:
-        space, p = products.space, len(state.probes)
-        width = min(self.block_size, room // 2, min(space.n, self.most or space.n) - p)
-        if width < 1:
-            return state
-        indices = range(p, p + width)
-        probes = space.probes(indices, kind="sphere", seed=state.seed, dtype=rows_dtype(space))
-        images = products(probes)
-        return _State(
-            torch.cat([state.probes, probes]),
-            torch.cat([state.images, images]),
-            state.sketch.extended(space, products, images),
-            state.seed,
-        )
+    def step(self, state: SketchedProbes, products: Products, room: int, /) -> SketchedProbes:
+        most = min(products.space.n, self.most or products.space.n)
+        width = min(self.block_size, room // 2, most - len(state.probes))
+        return state.grown(products, width, "sphere")
 
-    def estimate(self, state: _State, space: Space, cost: Cost, /) -> Estimate:
+    def estimate(self, state: SketchedProbes, space: Space, cost: Cost, /) -> Estimate:
         parts, complements = _leave_one_out(space, state)
         samples = parts.sum(1)
         two = _leave_two_out(space, state) if state.sketch.full_rank else None
@@ -129,24 +118,7 @@ class XTrace(KeepsProbes, TraceProbing["_State"]):
         )
 
 
-@dataclass(frozen=True)
-class _State:
-    """State of a run, with p probes.
-
-    Attributes:
-        probes: Probes w_i, rows ``(p, n)``.
-        images: Products A w_i, rows ``(p, n)``.
-        sketch: Orthonormal basis Q of the products, with A Q and the factor C in A W = Q C.
-        seed: Seed of the probes.
-    """
-
-    probes: Rows = field(metadata=DIVIDED)
-    images: Rows = field(metadata=DIVIDED)
-    sketch: Sketch
-    seed: int
-
-
-def _leave_one_out(space: Space, state: _State) -> tuple[Tensor, Complements]:
+def _leave_one_out(space: Space, state: SketchedProbes) -> tuple[Tensor, Complements]:
     """Return the estimates t_i by leaf, float64 ``(p, leaves)``, and their complements.
 
     Leaving out the i-th product removes one unit direction Q s_i from the range of Q,
@@ -186,7 +158,7 @@ def _leave_one_out(space: Space, state: _State) -> tuple[Tensor, Complements]:
     return whole - lost + tests, complements
 
 
-def _leave_two_out(space: Space, state: _State) -> Tensor:
+def _leave_two_out(space: Space, state: SketchedProbes) -> Tensor:
     """Return the estimates t_ij that leave out i and j, tested by probe i: float64 ``(p, p)``.
 
     Leaving out j as well removes one more unit direction Q e_ij from the range of Q,

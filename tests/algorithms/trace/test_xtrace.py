@@ -7,7 +7,7 @@ from torch import Tensor
 import hessfunc as hf
 from hessfunc.algorithms import sketch as sketches
 from hessfunc.algorithms.products import Products
-from hessfunc.algorithms.sketch import Sketch
+from hessfunc.algorithms.sketch import Sketch, SketchedProbes
 from hessfunc.algorithms.trace import xtrace
 from hessfunc.spaces.of import space_of
 from tests.algorithms.spectra import decaying, symmetric
@@ -112,7 +112,7 @@ def test_leave_two_out_is_what_it_says() -> None:
     probes = space.probes(range(p), kind="sphere", seed=0)
     products = Products(hf.dense(matrix), space)
     sketch = Sketch.empty(space).extended(space, products, probes @ matrix)
-    found = xtrace._leave_two_out(space, xtrace._State(probes, probes @ matrix, sketch, 0))
+    found = xtrace._leave_two_out(space, SketchedProbes(probes, probes @ matrix, sketch, 0))
     for i in range(p):
         for j in set(range(p)) - {i}:
             kept = [m for m in range(p) if m not in (i, j)]
