@@ -22,6 +22,7 @@ from hessfunc.app.cli.options import (
     held,
     in_one_line,
     make_folder,
+    option,
     place,
     refuse_seed,
     unless_given,
@@ -45,91 +46,76 @@ def analyze(
             metavar="TARGET", help="What to analyse: digits, cifar10 or module:function."
         ),
     ] = "digits",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path(
-        "hessfunc-out"
-    ),
+    out: Annotated[Path, option("DIR", "Folder of the results.")] = Path("hessfunc-out"),
     k: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help=unless_given("Number of top eigenvalues.", default="10, or all if fewer"),
-            rich_help_panel=_EFFORT,
+        option(
+            "N", "Number of top eigenvalues.", default="10, or all if fewer", panel=_EFFORT, min=1
         ),
     ] = None,
     probes: Annotated[
         int,
-        typer.Option(
-            min=1, metavar="N", help="Random vectors of the density.", rich_help_panel=_EFFORT
-        ),
+        option("N", "Random vectors of the density.", panel=_EFFORT, min=1),
     ] = 4,
     steps: Annotated[
         int,
-        typer.Option(
-            min=1, metavar="N", help="Lanczos steps per random vector.", rich_help_panel=_EFFORT
-        ),
+        option("N", "Lanczos steps per random vector.", panel=_EFFORT, min=1),
     ] = 80,
     trace_rtol: Annotated[
         float,
-        typer.Option(
+        option(
+            "X",
+            "Tolerance of the trace: relative half-width of its 95 % interval.",
+            panel=_EFFORT,
             min=0,
-            metavar="X",
-            help="Tolerance of the trace: relative half-width of its 95 % interval.",
-            rich_help_panel=_EFFORT,
         ),
     ] = 0.05,
     max_matvecs: Annotated[
         int,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help="Stop each eigenvalue run and the trace after N matrix-vector products, even if "
+        option(
+            "N",
+            "Stop each eigenvalue run and the trace after N matrix-vector products, even if "
             "the tolerance is not reached.",
-            rich_help_panel=_EFFORT,
+            panel=_EFFORT,
+            min=2,
         ),
     ] = 300,
     landscape: Annotated[
         int,
-        typer.Option(
+        option(
+            "N",
+            "Points per axis of the loss along the top eigenvectors; 0: no landscape.",
+            panel=_EFFORT,
             min=0,
-            metavar="N",
-            help="Points per axis of the loss along the top eigenvectors; 0: no landscape.",
-            rich_help_panel=_EFFORT,
         ),
     ] = 15,
     radius: Annotated[
         float,
-        typer.Option(
-            metavar="X",
-            help="Distance that the landscape covers along each unit eigenvector.",
-            rich_help_panel=_EFFORT,
+        option(
+            "X", "Distance that the landscape covers along each unit eigenvector.", panel=_EFFORT
         ),
     ] = 0.5,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Save checkpoints of every part in this folder, and resume from them.",
-            rich_help_panel=_EFFORT,
+        option(
+            "DIR",
+            "Save checkpoints of every part in this folder, and resume from them.",
+            panel=_EFFORT,
         ),
     ] = None,
     examples: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "N",
+            "Use the first N examples.",
+            default="200 for cifar10, else all",
+            panel=_DATA,
             min=1,
-            metavar="N",
-            help=unless_given("Use the first N examples.", default="200 for cifar10, else all"),
-            rich_help_panel=_DATA,
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Split larger batches into batches of N examples.",
-            rich_help_panel=_DATA,
-        ),
+        option("N", "Split larger batches into batches of N examples.", panel=_DATA, min=1),
     ] = None,
     data: Annotated[
         Path | None,
@@ -146,22 +132,21 @@ def analyze(
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help=unless_given("Checkpoint of the ResNet-20.", default="searched in $HESSFUNC_DATA"),
-            rich_help_panel=_DATA,
+        option(
+            "FILE",
+            "Checkpoint of the ResNet-20.",
+            default="searched in $HESSFUNC_DATA",
+            panel=_DATA,
         ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Device to compute on: cpu, cuda, cuda:1, mps."),
+        option("NAME", "Device to compute on: cpu, cuda, cuda:1, mps."),
     ] = None,
     dtype: Annotated[
         DType | None, typer.Option(help="Convert parameters and inputs to this dtype.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of the training and of all random vectors.")
-    ] = 0,
+    seed: Annotated[int, option("N", "Seed of the training and of all random vectors.")] = 0,
     traceback: Traceback = False,
 ) -> None:
     """Analyse the Hessian of a network's loss on its data.

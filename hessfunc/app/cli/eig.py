@@ -20,9 +20,9 @@ from hessfunc.app.cli.options import (
     TrainedOn,
     fail,
     in_one_line,
+    option,
     place,
     refuse_seed,
-    unless_given,
 )
 from hessfunc.app.cli.progress import bars, watch
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, speaks
@@ -40,9 +40,9 @@ _EXAMPLES_OF_ONE_BATCH = 200
 def eig(
     resume: Annotated[
         Path,
-        typer.Option(
-            metavar="FILE",
-            help="Saved network: checkpoint.pt of hessfunc train, or any file of torch.save with "
+        option(
+            "FILE",
+            "Saved network: checkpoint.pt of hessfunc train, or any file of torch.save with "
             "a state dict.",
         ),
     ],
@@ -57,43 +57,34 @@ def eig(
             help="Hessian to analyse: approximate (one batch) or full (all training examples).",
         ),
     ] = "approximate",
-    k: Annotated[int, typer.Option(min=1, metavar="N", help="Number of eigenvalues.")] = 1,
+    k: Annotated[int, option("N", "Number of eigenvalues.", min=1)] = 1,
     rtol: Annotated[
         float,
-        typer.Option(min=0, metavar="X", help="Tolerance: relative residual of each eigenvalue."),
+        option("X", "Tolerance: relative residual of each eigenvalue.", min=0),
     ] = 1e-3,
     max_matvecs: Annotated[
         int,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help="Stop after N matrix-vector products, even if the tolerance is not reached.",
+        option(
+            "N", "Stop after N matrix-vector products, even if the tolerance is not reached.", min=2
         ),
     ] = 200,
     examples: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "N",
+            "Use the first N training examples.",
+            default=f"those of the training, with approximate at most {_EXAMPLES_OF_ONE_BATCH}",
+            panel="Data",
             min=1,
-            metavar="N",
-            help=unless_given(
-                "Use the first N training examples.",
-                default=f"those of the training, with approximate at most {_EXAMPLES_OF_ONE_BATCH}",
-            ),
-            rich_help_panel="Data",
         ),
     ] = None,
     batch_size: Annotated[
         int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Examples per batch; limits the memory.",
-            rich_help_panel="Data",
-        ),
+        option("N", "Examples per batch; limits the memory.", panel="Data", min=1),
     ] = 500,
     data_path: TrainedDataPath = None,
     device: Device = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the start vector.")] = 0,
+    seed: Annotated[int, option("N", "Seed of the start vector.")] = 0,
     traceback: Traceback = False,
 ) -> None:
     """Compute the Hessian eigenvalues of largest absolute value of a saved network.

@@ -17,9 +17,9 @@ from hessfunc.app.cli.options import (
     held,
     in_one_line,
     make_folder,
+    option,
     place,
     refuse_other_files,
-    unless_given,
 )
 from hessfunc.app.cli.progress import bars, line, share, watch
 from hessfunc.app.cli.ranks import refuse_several
@@ -36,53 +36,35 @@ def experiment(
     ],
     epochs: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help=unless_given("Passes over the examples.", default="that of the experiment"),
-        ),
+        option("N", "Passes over the examples.", default="that of the experiment", min=1),
     ] = None,
     examples: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help=unless_given(
-                "Train on the first N examples, and test on at most N.", default="all"
-            ),
-        ),
+        option("N", "Train on the first N examples, and test on at most N.", default="all", min=1),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help=unless_given("Examples per step.", default="that of the experiment"),
-        ),
+        option("N", "Examples per step.", default="that of the experiment", min=1),
     ] = None,
-    seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of training runs per method.")
-    ] = 1,
+    seeds: Annotated[int, option("N", "Number of training runs per method.", min=1)] = 1,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, metavar="X", help="Stop each training run after X minutes of steps."),
+        option("X", "Stop each training run after X minutes of steps.", min=0),
     ] = None,
     data_path: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH",
-            help=unless_given(
-                "Path to CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
-                default="searched in $HESSFUNC_DATA",
-            ),
+        option(
+            "PATH",
+            "Path to CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
+            default="searched in $HESSFUNC_DATA",
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Device to train on: cpu, cuda, cuda:1, mps.")
+        str | None, option("NAME", "Device to train on: cpu, cuda, cuda:1, mps.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help=unless_given("Folder of the results.", default="NAME")),
+        option("DIR", "Folder of the results.", default="NAME"),
     ] = None,
     traceback: Traceback = False,
 ) -> None:

@@ -104,6 +104,30 @@ def unless_given(text: str, /, default: str) -> str:
     return f"{text}  \n[default: {default}]"
 
 
+def option(
+    metavar: str,
+    text: str,
+    /,
+    *,
+    default: str = "",
+    panel: str | None = None,
+    min: float | None = None,
+    max: float | None = None,
+) -> Any:
+    """Declare an option.
+
+    Args:
+        metavar: Placeholder of the value.
+        text: Help text.
+        default: Default in words, where the default is None.
+        panel: Title of the group of options in the help.
+        min: Smallest value of a number.
+        max: Largest value of a number.
+    """
+    shown = unless_given(text, default) if default else text
+    return typer.Option(metavar=metavar, help=shown, rich_help_panel=panel, min=min, max=max)
+
+
 class _WithoutType:
     """Mixin that shows ``--help`` as a flag, without a type."""
 
@@ -164,55 +188,45 @@ _DATASETS = ("digits", "mnist", "cifar10")
 
 
 def _arch(default: str) -> Any:
-    return typer.Option(
-        metavar="NAME",
-        help=unless_given(
-            "Network: c1, c2, mlp, or a ResNet such as resnet20; for digits also convnet, for "
-            "cifar10 also chen, c4d3, c3d3.",
-            default,
-        ),
+    return option(
+        "NAME",
+        "Network: c1, c2, mlp, or a ResNet such as resnet20; for digits also convnet, for "
+        "cifar10 also chen, c4d3, c3d3.",
+        default=default,
     )
 
 
 def _depth(default: str) -> Any:
     text = "Depth with --arch resnet: 20, 32, 44, 56, 110."
-    return typer.Option(min=8, metavar="N", help=unless_given(text, default))
+    return option("N", text, default=default, min=8)
 
 
 def _data_path(default: str) -> Any:
-    return typer.Option(
-        metavar="PATH",
-        help=unless_given(
-            "Path to the data. MNIST: the folder of the four idx files or their .gz. CIFAR-10: "
-            "the folder cifar-10-batches-py or an .npz file.",
-            default,
-        ),
-        rich_help_panel=_DATA,
+    return option(
+        "PATH",
+        "Path to the data. MNIST: the folder of the four idx files or their .gz. CIFAR-10: "
+        "the folder cifar-10-batches-py or an .npz file.",
+        default=default,
+        panel=_DATA,
     )
 
 
 _DATA_NAMES = "Data set: digits, mnist or cifar10."
-Training = Annotated[str, typer.Option(metavar="NAME", help=_DATA_NAMES, rich_help_panel=_DATA)]
+Training = Annotated[str, option("NAME", _DATA_NAMES, panel=_DATA)]
 Arch = Annotated[str | None, _arch("mlp")]
 Depth = Annotated[int | None, _depth("20")]
 DataPath = Annotated[Path | None, _data_path("searched in $HESSFUNC_DATA")]
 # Options of a command that reads a checkpoint, whose settings are their defaults.
 TrainedOn = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help=unless_given(_DATA_NAMES, "that of the checkpoint, else digits"),
-        rich_help_panel=_DATA,
-    ),
+    option("NAME", _DATA_NAMES, default="that of the checkpoint, else digits", panel=_DATA),
 ]
 
 
 TrainedArch = Annotated[str | None, _arch("that of the checkpoint, else mlp")]
 TrainedDepth = Annotated[int | None, _depth("that of the checkpoint, else 20")]
 TrainedDataPath = Annotated[Path | None, _data_path("that of the checkpoint, else $HESSFUNC_DATA")]
-Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Device to compute on: cpu, cuda, cuda:1, mps.")
-]
+Device = Annotated[str | None, option("NAME", "Device to compute on: cpu, cuda, cuda:1, mps.")]
 
 
 Traceback = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hessfunc.app.cli.options import Traceback, fail, in_one_line, unless_given
+from hessfunc.app.cli.options import Traceback, fail, in_one_line, option
 from hessfunc.app.cli.planned import GIB, judged, shown
 from hessfunc.app.plan import (
     BYTES,
@@ -32,89 +32,69 @@ def plan(
     context: typer.Context,
     params: Annotated[
         float,
-        typer.Option(min=1, metavar="N", help="Number of parameters of the network, such as 7e9."),
+        option("N", "Number of parameters of the network, such as 7e9.", min=1),
     ],
     algorithm: Annotated[
-        str, typer.Option(metavar="NAME", help="Algorithm: lanczos, slq, hutchinson or xtrace.")
+        str, option("NAME", "Algorithm: lanczos, slq, hutchinson or xtrace.")
     ] = "lanczos",
-    k: Annotated[int, typer.Option(min=1, metavar="N", help="lanczos: number of eigenpairs.")] = 10,
+    k: Annotated[int, option("N", "lanczos: number of eigenpairs.", min=1)] = 10,
     steps: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="lanczos: number of products; slq: steps per probe."),
+        option("N", "lanczos: number of products; slq: steps per probe.", min=1),
     ] = 100,
     probes: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help=unless_given("Number of random vectors.", "slq 1, hutchinson 100, xtrace 50"),
-        ),
+        option("N", "Number of random vectors.", default="slq 1, hutchinson 100, xtrace 50", min=1),
     ] = None,
     block_size: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help=unless_given("Vectors per block product.", "lanczos 1, traces 10"),
-        ),
+        option("N", "Vectors per block product.", default="lanczos 1, traces 10", min=1),
     ] = None,
     basis_size: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help=unless_given("lanczos: maximum number of basis vectors.", "2 k + 10"),
-        ),
+        option("N", "lanczos: maximum number of basis vectors.", default="2 k + 10", min=1),
     ] = None,
     basis_dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help=unless_given(
-                "lanczos: dtype of the basis, bfloat16, float32 or float64.", "float32"
-            ),
+        option(
+            "NAME", "lanczos: dtype of the basis, bfloat16, float32 or float64.", default="float32"
         ),
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option(
-            metavar="NAME", help="Dtype of the parameters and the graph.", rich_help_panel=_NETWORK
-        ),
+        option("NAME", "Dtype of the parameters and the graph.", panel=_NETWORK),
     ] = "float32",
     largest: Annotated[
         float | None,
-        typer.Option(
+        option(
+            "N",
+            "Entries of the largest parameter tensor.",
+            default="that of a transformer",
+            panel=_NETWORK,
             min=1,
-            metavar="N",
-            help=unless_given("Entries of the largest parameter tensor.", "that of a transformer"),
-            rich_help_panel=_NETWORK,
         ),
     ] = None,
     graph_memory: Annotated[
         float | None,
-        typer.Option(
+        option(
+            "GiB",
+            "Memory of the activations of one batch, at the peak of a product.",
+            default="extrapolated from measured transformers",
+            panel=_NETWORK,
             min=0,
-            metavar="GiB",
-            help=unless_given(
-                "Memory of the activations of one batch, at the peak of a product.",
-                "extrapolated from measured transformers",
-            ),
-            rich_help_panel=_NETWORK,
         ),
     ] = None,
     batch_tokens: Annotated[
         float,
-        typer.Option(
-            min=1, metavar="N", help="Tokens per batch and rank.", rich_help_panel=_NETWORK
-        ),
+        option("N", "Tokens per batch and rank.", panel=_NETWORK, min=1),
     ] = 2048,
     sequence: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Tokens per sequence.", rich_help_panel=_NETWORK),
+        option("N", "Tokens per sequence.", panel=_NETWORK, min=1),
     ] = 2048,
     vocabulary: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Size of the vocabulary.", rich_help_panel=_NETWORK),
+        option("N", "Size of the vocabulary.", panel=_NETWORK, min=1),
     ] = 32_000,
     recompute: Annotated[
         bool,
@@ -127,9 +107,7 @@ def plan(
     ] = False,
     ranks: Annotated[
         int,
-        typer.Option(
-            min=1, metavar="N", help="Number of ranks, one GPU each.", rich_help_panel=_RANKS
-        ),
+        option("N", "Number of ranks, one GPU each.", panel=_RANKS, min=1),
     ] = 1,
     unsharded: Annotated[
         bool,
@@ -142,79 +120,56 @@ def plan(
     ] = False,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            metavar="GiB",
-            help=unless_given("Memory per rank.", "not compared"),
-            rich_help_panel=_RANKS,
-        ),
+        option("GiB", "Memory per rank.", default="not compared", panel=_RANKS, min=0),
     ] = None,
     reserve: Annotated[
         float,
-        typer.Option(
+        option(
+            "GiB",
+            "Part of --gpu-memory for CUDA, NCCL and allocator fragmentation.",
+            panel=_RANKS,
             min=0,
-            metavar="GiB",
-            help="Part of --gpu-memory for CUDA, NCCL and allocator fragmentation.",
-            rich_help_panel=_RANKS,
         ),
     ] = 3.0,
     gradient_seconds: Annotated[
         float | None,
-        typer.Option(
+        option(
+            "X",
+            "Time of one gradient over the data of one rank.",
+            default="6 params tokens / (ranks teraflops utilisation)",
+            panel=_TIME,
             min=0,
-            metavar="X",
-            help=unless_given(
-                "Time of one gradient over the data of one rank.",
-                "6 params tokens / (ranks teraflops utilisation)",
-            ),
-            rich_help_panel=_TIME,
         ),
     ] = None,
     tokens: Annotated[
         float,
-        typer.Option(
-            min=1, metavar="N", help="Tokens of all batches on all ranks.", rich_help_panel=_TIME
-        ),
+        option("N", "Tokens of all batches on all ranks.", panel=_TIME, min=1),
     ] = 2**20,
     teraflops: Annotated[
         float | None,
-        typer.Option(
+        option(
+            "X",
+            "Peak teraflops per rank.",
+            default="67; 989 in bfloat16, float16",
+            panel=_TIME,
             min=0,
-            metavar="X",
-            help=unless_given("Peak teraflops per rank.", "67; 989 in bfloat16, float16"),
-            rich_help_panel=_TIME,
         ),
     ] = None,
     utilisation: Annotated[
         float,
-        typer.Option(
-            min=0,
-            max=1,
-            metavar="X",
-            help="Share of --teraflops that is reached.",
-            rich_help_panel=_TIME,
-        ),
+        option("X", "Share of --teraflops that is reached.", panel=_TIME, min=0, max=1),
     ] = 0.4,
     memory_bandwidth: Annotated[
         float,
-        typer.Option(
-            min=0, metavar="GiB/s", help="Memory bandwidth of a GPU.", rich_help_panel=_TIME
-        ),
+        option("GiB/s", "Memory bandwidth of a GPU.", panel=_TIME, min=0),
     ] = 2000.0,
     network_bandwidth: Annotated[
         float,
-        typer.Option(
-            min=0, metavar="GiB/s", help="Bandwidth at which a rank sends.", rich_help_panel=_TIME
-        ),
+        option("GiB/s", "Bandwidth at which a rank sends.", panel=_TIME, min=0),
     ] = 20.0,
     latency: Annotated[
         float,
-        typer.Option(
-            min=0,
-            metavar="us",
-            help="Latency of a collective, in microseconds.",
-            rich_help_panel=_TIME,
-        ),
+        option("us", "Latency of a collective, in microseconds.", panel=_TIME, min=0),
     ] = 50.0,
     traceback: Traceback = False,
 ) -> None:

@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
-
-from hessfunc.app.cli.options import unless_given
+from hessfunc.app.cli.options import option
 
 DATA = "Data"
 SGD = "--optimizer sgd"
 NEWTON = "--optimizer newton"
 ABSA = "--method absa"
-
-
-def option(
-    metavar: str,
-    text: str,
-    /,
-    *,
-    default: str = "",
-    panel: str | None = None,
-    min: float | None = None,
-    max: float | None = None,
-) -> Any:
-    """Declare an option.
-
-    Args:
-        metavar: Placeholder of the value.
-        text: Help text.
-        default: Default in words, where the default is None.
-        panel: Title of the group of options in the help.
-        min: Smallest value of a number.
-        max: Largest value of a number.
-    """
-    shown = unless_given(text, default) if default else text
-    return typer.Option(metavar=metavar, help=shown, rich_help_panel=panel, min=min, max=max)
 
 
 MethodName = Annotated[
