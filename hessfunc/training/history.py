@@ -51,7 +51,7 @@ def write(path: Path, settings: Mapping[str, Any], runs: Sequence[Run], /) -> No
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def read(path: Path, settings: dict[str, Any], /) -> list[Run]:
+def read(path: Path, settings: Mapping[str, Any], /) -> list[Run]:
     """Read the trainings of a file; an empty list if there is no file.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -115,17 +115,18 @@ def train(
     from hessfunc.app.table import summary
 
     began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-    folder = _Folder(out, Started(command_line(context), seed, began), batch_size, {}, [])
-    try:
-        with ExitStack() as lock:
+    folder = _Folder(out, Started(command_line(context), seed, began), batch_size)
+    # The folder stays locked until an interrupted training is written, too.
+    with ExitStack() as lock:
+        try:
             trained = _trained(context.params, context.args, folder, lock)
-    except KeyboardInterrupt:
-        folder.finish_interrupted()
-        fail(f"interrupted; the finished epochs are in {out}", code=130)
-    except Exception as error:
-        if traceback:
-            raise
-        fail(in_one_line(error))
+        except KeyboardInterrupt:
+            folder.finish_interrupted()
+            fail(f"interrupted; the finished epochs are in {out}", code=130)
+        except Exception as error:
+            if traceback:
+                raise
+            fail(in_one_line(error))
 
     console = Console(markup=False, emoji=False)
     console.print(summary(trained, batch_size=batch_size))
@@ -134,7 +135,7 @@ def train(
         fail(trained.ended)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Folder:
     """Folder of the results of a training.
 
@@ -142,15 +143,15 @@ class _Folder:
         path: Path of the folder.
         started: Command, seed and time of the run, for the report.
         batch_size: Number of examples in a base batch.
-        settings: Settings of the run as plain data.
-        running: The run so far, or nothing before its first record.
+        settings: Settings of the run as plain data, empty until the options are checked.
+        running: Run so far; None before its first record.
     """
 
     path: Path
     started: report.Run
     batch_size: int
-    settings: dict[str, Any]
-    running: list[Run]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    running: Run | None = None
 
     def refuse_others(self) -> None:
         """Refuse files that no earlier run with these settings has written."""
@@ -165,8 +166,8 @@ class _Folder:
         """Write the records so far."""
         from hessfunc.training.history import write
 
-        self.running[:] = [run]
-        write(self.path / "history.json", self.settings, self.running)
+        self.running = run
+        write(self.path / "history.json", self.settings, [run])
 
     def finish(self, run: Run) -> None:
         """Write the records, the figure and the report."""
@@ -175,15 +176,15 @@ class _Folder:
         from hessfunc.plot.trainings import draw
 
         self.keep(run)
-        draw(self.path / "history.png", self.running, batch_size=self.batch_size)
+        draw(self.path / "history.png", [run], batch_size=self.batch_size)
         picture = (self.path / "history.png").read_bytes()
         page = report.training(run, self.settings, self.started, picture).encode()
         write_whole(self.path / "report.html", lambda file: file.write(page))
 
     def finish_interrupted(self) -> None:
         """Write what an interrupted training has finished."""
-        for run in list(self.running):
-            self.finish(replace(run, ended="interrupted"))
+        if self.running is not None:
+            self.finish(replace(self.running, ended="interrupted"))
 
 
 def _trained(given: Mapping[str, Any], more: list[str], folder: _Folder, lock: ExitStack) -> Run:
@@ -224,23 +225,21 @@ def _trained(given: Mapping[str, Any], more: list[str], folder: _Folder, lock: E
     make_folder(folder.path)
     lock.enter_context(held(folder.path))
     path = given["data_path"]
-    folder.settings.update(
-        {
-            "data": given["data"],
-            "data_path": None if path is None else str(path.resolve()),
-            "arch": net,
-            "optimizer": type(chosen).__name__,
-            **asdict(chosen),
-            "method": given["method"],
-            **of_plan,
-            "epochs": given["epochs"],
-            "batch_size": given["batch_size"],
-            "examples": len(seen),
-            "test": len(held_out),
-            "track": given["track"],
-            "seed": given["seed"],
-        }
-    )
+    folder.settings = {
+        "data": given["data"],
+        "data_path": None if path is None else str(path.resolve()),
+        "arch": net,
+        "optimizer": type(chosen).__name__,
+        **asdict(chosen),
+        "method": given["method"],
+        **of_plan,
+        "epochs": given["epochs"],
+        "batch_size": given["batch_size"],
+        "examples": len(seen),
+        "test": len(held_out),
+        "track": given["track"],
+        "seed": given["seed"],
+    }
     folder.refuse_others()
     kind = "sgd" if isinstance(chosen, SGD) else "newton"
     name = kind if given["method"] == "sgd" else f"{kind}, {given['method']}"
@@ -254,7 +253,8 @@ def _trained(given: Mapping[str, Any], more: list[str], folder: _Folder, lock: E
             progress.console.print(line(last), highlight=False, markup=False, soft_wrap=True)
 
         def on_step(count: int) -> None:
-            last = folder.running[0].records[-1]
+            assert folder.running is not None
+            last = folder.running.records[-1]
             done = replace(last, epoch=int(last.epoch) + count / len(seen))
             tick(share(done, given["epochs"], given["minutes"]), f"loss {last.loss:.4g}")
 

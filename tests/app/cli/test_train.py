@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,18 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
         yield next(records)
         signal.raise_signal(signal.SIGINT)
 
+    def draw(*args: object, **options: object) -> None:
+        others.append(train("--optimizer", "sgd", "--examples", "100"))
+        drawn(*args, **options)
+
+    others: list[Result] = []
+    pictures = import_module("hessfunc.plot.trainings")
+    drawn = pictures.draw
+    monkeypatch.setattr(pictures, "draw", draw)
     monkeypatch.setattr(training, "train", interrupted)
     stopped = train("--optimizer", "sgd", "--examples", "100")
+    assert [other.exit_code for other in others] == [2]
+    assert "--out hessfunc-train: process" in others[0].stderr
     assert stopped.exit_code == 130
     assert stopped.stderr.endswith("interrupted; the finished epochs are in hessfunc-train\n")
     (run,) = history()["runs"]
