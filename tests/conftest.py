@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Tests run side by side, one a core, and so do the processes that they start: threads beside them
@@ -9,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+from tests.distributed.ranks import Forks, Ranks
 
 MEMORY = Path("/dev/shm")
 GIB = 2**30
@@ -37,3 +40,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """The process that forks ranks, one for all tests."""
+    found = Forks()
+    yield found
+    found.close()
+
+
+def _ranks(size: int, forks: Forks) -> Iterator[Ranks]:
+    found = Ranks(size, forks)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def two(forks: Forks) -> Iterator[Ranks]:
+    yield from _ranks(2, forks)
+
+
+@pytest.fixture(scope="session")
+def three(forks: Forks) -> Iterator[Ranks]:
+    yield from _ranks(3, forks)
+
+
+@pytest.fixture(scope="session")
+def four(forks: Forks) -> Iterator[Ranks]:
+    yield from _ranks(4, forks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import hessfunc as hf
+from hessfunc.algorithms.results import Result
+from hessfunc.trees import leaves
 
 SIZES = (5, 3, 4, 1, 6, 2, 5)
 CURVATURES = ["hvp", "hvp forward", "ggnvp", "fvp", "sampled fvp", "efvp", "pchvp", "functional"]
@@ -114,3 +118,38 @@ SOLVERS = {
     "cg": partial(hf.cg, damping=1.0, rtol=1e-12),
     "minres": partial(hf.minres, damping=1.0, rtol=1e-12),
 }
+
+
+def difference(found: Any, wanted: Any) -> float:
+    """The largest relative difference of two results, over all that they hold."""
+    if isinstance(wanted, Result):
+        return max(
+            difference(getattr(found, item.name), getattr(wanted, item.name))
+            for item in dataclasses.fields(wanted)
+        )
+    if isinstance(wanted, (str, type(None))):
+        return 0.0 if found == wanted else float("inf")
+    if not leaves(wanted):
+        return 0.0 if found == wanted else float("inf")
+    errors = [0.0]
+    for mine, his in zip(leaves(found), leaves(wanted), strict=True):
+        if isinstance(his, str):
+            errors.append(0.0 if mine == his else float("inf"))
+            continue
+        a, b = torch.as_tensor(mine).double(), torch.as_tensor(his).double()
+        size = max(1.0, float(b.abs().max())) if b.numel() else 1.0
+        same = (a == b) | (a.isnan() & b.isnan())
+        errors.append(float(torch.where(same, 0.0, (a - b).abs() / size).max()) if size else 0.0)
+    return max(errors)
+
+
+def error(found: Any, wanted: Any) -> float:
+    pairs = zip(leaves(found), leaves(wanted), strict=True)
+    sizes = [(a - b, b) for a, b in pairs if b.numel()]
+    return max((float(d.abs().max() / (b.abs().max() + 1e-300)) for d, b in sizes), default=0.0)
+
+
+def data(count: int = 24) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 4, dtype=torch.float64, generator=generator)
+    return TensorDataset(x, torch.randint(3, (count,), generator=generator))

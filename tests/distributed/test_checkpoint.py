@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.trees import leaves
-from tests.distributed import problems, test_dtensors
+from tests.distributed import dtensors, problems
 from tests.distributed.ranks import Ranks
 
 # By the name of the run: the budget of its first part, and of the whole.
@@ -133,17 +133,17 @@ def run_of_dtensors(
     name: str, path: Path | None, kind: str, ranks: int, most: int
 ) -> tuple[list[Tensor], int]:
     """What the run found of leaves that are cut, and the products that it made just now."""
-    mesh, cuts = test_dtensors.on_mesh((ranks,), kind)
-    plain = test_dtensors.as_matvec(problems.symmetric(positive=True), mesh, cuts)
+    mesh, cuts = dtensors.on_mesh((ranks,), kind)
+    plain = dtensors.as_matvec(problems.symmetric(positive=True), mesh, cuts)
     made: list[int] = []
 
     def matvec(block: dict[str, Tensor]) -> dict[str, Tensor]:
         made.append(len(block["a"]))
         return plain(block)  # type: ignore[no-any-return]
 
-    like = test_dtensors.cut(problems.like(), mesh, cuts)
+    like = dtensors.cut(problems.like(), mesh, cuts)
     found = problems.ALGORITHMS[name](matvec, like, max_matvecs=most, checkpoint=path, seed=3)
-    whole = test_dtensors.gathered(found)
+    whole = dtensors.gathered(found)
     values = (
         (whole.vectors, whole.values) if isinstance(found, hf.results.Eigenpairs) else whole.value
     )
@@ -260,9 +260,9 @@ def of_data(path: Path | None, options: list[dict[str, Any]]) -> None:
 
 
 def of_dtensors(path: Path | None, options: list[dict[str, Any]]) -> None:
-    mesh, cuts = test_dtensors.on_mesh((2,), "last axes")
-    matvec = test_dtensors.as_matvec(problems.symmetric(positive=True), mesh, cuts)
-    like = test_dtensors.cut(problems.like(), mesh, cuts)
+    mesh, cuts = dtensors.on_mesh((2,), "last axes")
+    matvec = dtensors.as_matvec(problems.symmetric(positive=True), mesh, cuts)
+    like = dtensors.cut(problems.like(), mesh, cuts)
     hf.lanczos(matvec, like, **({"seed": 3} | options[dist.get_rank()]))
 
 

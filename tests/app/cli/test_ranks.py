@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("typer")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def command(ranks: int, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:

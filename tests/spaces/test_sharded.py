@@ -11,33 +11,10 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from hessfunc.algorithms.results import Result
 from hessfunc.trees import leaves
 from tests.distributed import problems
+from tests.distributed.problems import difference
 from tests.distributed.ranks import Ranks
-
-
-def difference(found: Any, wanted: Any) -> float:
-    """The largest relative difference of two results, over all that they hold."""
-    if isinstance(wanted, Result):
-        return max(
-            difference(getattr(found, item.name), getattr(wanted, item.name))
-            for item in dataclasses.fields(wanted)
-        )
-    if isinstance(wanted, (str, type(None))):
-        return 0.0 if found == wanted else float("inf")
-    if not leaves(wanted):
-        return 0.0 if found == wanted else float("inf")
-    errors = [0.0]
-    for mine, his in zip(leaves(found), leaves(wanted), strict=True):
-        if isinstance(his, str):
-            errors.append(0.0 if mine == his else float("inf"))
-            continue
-        a, b = torch.as_tensor(mine).double(), torch.as_tensor(his).double()
-        size = max(1.0, float(b.abs().max())) if b.numel() else 1.0
-        same = (a == b) | (a.isnan() & b.isnan())
-        errors.append(float(torch.where(same, 0.0, (a - b).abs() / size).max()) if size else 0.0)
-    return max(errors)
 
 
 def algorithm_differs_by(name: str, ranks: int) -> float:
