@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -42,28 +41,8 @@ def test_a_budget_below_the_dimension_is_kept() -> None:
     assert found.matvecs == 6
 
 
-def test_a_tree_without_entries_is_refused() -> None:
-    with pytest.raises(ValueError, match="no entries"):
-        hf.xtrace(lambda block: block, torch.zeros(0, 3))
-
-
-@pytest.mark.parametrize("estimate", [hf.hutchpp, hf.xtrace, hf.xnystrace, hf.xdiag])
-def test_products_rounded_to_bfloat16_in_float32_are_symmetric(estimate: Any) -> None:
-    factor = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
-    matrix = factor @ factor.T + 100 * torch.eye(200)
-    found = estimate(
-        lambda block: (block @ matrix).bfloat16().float(), torch.zeros(200), max_matvecs=40, seed=0
-    )
-    assert found.matvecs <= 40
-
-
-@pytest.mark.parametrize("estimate", [hf.hutchpp, hf.xtrace, hf.xnystrace, hf.xdiag])
-def test_noise_as_large_as_the_rounding_of_bfloat16_is_refused(estimate: Any) -> None:
-    entries = torch.arange(1.0, 201.0)
-    random = torch.Generator().manual_seed(0)
-
-    def product(block: torch.Tensor) -> torch.Tensor:
-        return block * entries * (1 + 0.01 * torch.randn(block.shape, generator=random))
-
-    with pytest.raises(ValueError, match="not deterministic"):
-        estimate(product, torch.zeros(200), max_matvecs=40, seed=0)
+def test_the_trace_of_a_matrix_that_is_not_symmetric_by_unit_vectors() -> None:
+    B = torch.arange(9, dtype=torch.float64).view(3, 3)
+    found = hf.hutchinson(lambda v: v @ B.mT, torch.zeros(3, dtype=torch.float64), max_matvecs=5)
+    assert found.value == pytest.approx(12)
+    assert found.matvecs == 4

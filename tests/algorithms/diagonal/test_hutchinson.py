@@ -11,17 +11,13 @@ MATRIX = symmetric(torch.linspace(-1, 4, N))
 LIKE = {"a": torch.zeros(3, 10).double(), "b": torch.zeros(N - 30).double()}
 
 
-def flat(tree: object) -> torch.Tensor:
-    return hf.ravel(tree)
-
-
 def test_mean_and_standard_error_are_those_of_the_formula() -> None:
     matvec = hf.dense(MATRIX)
     found = [hf.hutchinson_diagonal(matvec, LIKE, max_matvecs=50, seed=s) for s in range(80)]
     expected = ((MATRIX.square().sum(0) - MATRIX.diagonal().square()) / 50).sqrt()
-    mean = torch.stack([flat(one.value) for one in found]).mean(0)
+    mean = torch.stack([hf.ravel(one.value) for one in found]).mean(0)
     assert bool(((mean - MATRIX.diagonal()).abs() < 4.5 * expected / 80**0.5).all())
-    errors = torch.stack([flat(one.stderr) for one in found])
+    errors = torch.stack([hf.ravel(one.stderr) for one in found])
     torch.testing.assert_close(errors.square().mean(0).sqrt(), expected, rtol=0.1, atol=0)
     assert found[0].value["a"].shape == (3, 10)
 
@@ -35,36 +31,12 @@ def test_mean_relative_error_on_a_wishart_matrix() -> None:
     assert float(relative.mean()) == pytest.approx(0.178, abs=0.02)
 
 
-def test_intervals_cover_entries_and_row_norms() -> None:
-    rows = MATRIX.square().sum(0)
-    covered, covered_rows = [], []
-    for seed in range(100):
-        found = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, max_matvecs=20, seed=seed)
-        low, high = map(flat, found.interval())
-        covered.append((low <= MATRIX.diagonal()) & (MATRIX.diagonal() <= high))
-        assert found.squared_row_norms is not None
-        low, high = map(flat, found.squared_row_norms.interval())
-        covered_rows.append((low <= rows) & (rows <= high))
-    assert 0.93 < float(torch.stack(covered).double().mean()) < 0.97
-    assert float(torch.stack(covered_rows).double().mean()) > 0.93
-
-
 def test_stops_at_the_tolerance() -> None:
     found = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, rtol=0.1, max_matvecs=5000, seed=0)
     assert found.reason.startswith("converged")
     assert found.relative_error() <= 0.1
-    error = (flat(found.value) - MATRIX.diagonal()).norm() / MATRIX.diagonal().norm()
+    error = (hf.ravel(found.value) - MATRIX.diagonal()).norm() / MATRIX.diagonal().norm()
     assert float(error) < 0.1
-
-
-def test_the_bound_of_the_whole_diagonals_error_holds_and_is_tight() -> None:
-    ratios = []
-    for seed in range(200):
-        found = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, max_matvecs=30, seed=seed)
-        error = (flat(found.value) - MATRIX.diagonal()).norm() / flat(found.value).norm()
-        ratios.append(found.relative_error() / float(error))
-    assert sum(ratio >= 1 for ratio in ratios) / len(ratios) > 0.92
-    assert sorted(ratios)[100] < 1.25
 
 
 def test_exact_on_a_diagonal_matrix() -> None:
@@ -78,8 +50,8 @@ def test_exact_on_a_diagonal_matrix() -> None:
 def test_block_size_changes_nothing_but_the_passes() -> None:
     ten = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, max_matvecs=30, seed=5)
     one = hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, max_matvecs=30, block_size=1, seed=5)
-    torch.testing.assert_close(flat(ten.value), flat(one.value))
-    torch.testing.assert_close(flat(ten.stderr), flat(one.stderr))
+    torch.testing.assert_close(hf.ravel(ten.value), hf.ravel(one.value))
+    torch.testing.assert_close(hf.ravel(ten.stderr), hf.ravel(one.stderr))
     assert (ten.passes, one.passes) == (3, 30)
 
 
@@ -89,3 +61,13 @@ def test_block_size_changes_nothing_but_the_passes() -> None:
 def test_bad_options(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hf.hutchinson_diagonal(hf.dense(MATRIX), LIKE, **options)
+
+
+def test_entries_that_agree_by_chance_have_an_error() -> None:
+    pair = torch.tensor([[0.0, 1], [1, 0]], dtype=torch.float64)
+    A = torch.block_diag(*[pair] * 30)
+    like, covered = torch.zeros(60, dtype=torch.float64), []
+    for seed in range(60):
+        low, high = hf.hutchinson_diagonal(hf.dense(A), like, max_matvecs=3, seed=seed).interval()
+        covered.append(float(((low <= 0) & (high >= 0)).double().mean()))
+    assert sum(covered) / 60 > 0.93

@@ -403,15 +403,6 @@ def test_scale_does_not_matter(factor: float) -> None:
     torch.testing.assert_close(scaled.x * factor**0.5, plain.x, rtol=1e-6, atol=0)
 
 
-def test_is_saved_and_loaded(tmp_path: Any) -> None:
-    found = cg(hf.dense(-MATRIX), {"w": B})
-    found.save(tmp_path / "solution.npz")
-    loaded = hf.load(tmp_path / "solution.npz")
-    assert isinstance(loaded, Solution)
-    assert loaded.reason == found.reason
-    assert torch.equal(loaded.negative_curvature["w"], found.negative_curvature["w"])
-
-
 def test_b_that_requires_a_gradient() -> None:
     assert not cg(hf.dense(MATRIX), B.clone().requires_grad_()).x.requires_grad
 

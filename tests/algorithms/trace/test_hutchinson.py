@@ -191,3 +191,15 @@ def test_a_known_part_that_is_not_finite_is_refused() -> None:
     known = {"a": torch.full((3, 10), math.nan).double(), "b": torch.zeros(50).double()}
     with pytest.raises(ValueError, match="known"):
         hf.hutchinson(hf.dense(MATRIX), LIKE, known=known, max_matvecs=40, seed=0)
+
+
+@pytest.mark.parametrize("budget", [3, 5])
+def test_random_signs_that_agree_by_chance_have_an_error(budget: int) -> None:
+    """On pairs that are swapped, all samples are the same with probability 2^(1 - p)."""
+    A = torch.zeros(40, 40, dtype=torch.float64)
+    A[0, 1] = A[1, 0] = 1
+    like, covered = torch.zeros(40, dtype=torch.float64), 0
+    for seed in range(100):
+        low, high = hf.hutchinson(hf.dense(A), like, max_matvecs=budget, seed=seed).interval(0.95)
+        covered += low <= 0 <= high
+    assert covered >= 93

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +15,12 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc import files
-from tests.algorithms.spectra import symmetric
+from tests.algorithms.checkpoint.problem import LIKE, MATRIX, N, run_lanczos, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 
-N = 40
-LIKE = {"a": torch.zeros(3, 5).double(), "b": torch.zeros(N - 15).double()}
+
 RIGHT = {"a": torch.ones(3, 5).double(), "b": torch.ones(N - 15).double()}
-MATRIX = symmetric(0.8 ** torch.arange(N).double())
 
 RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "hutchinson": lambda matvec, path: hf.hutchinson(
@@ -82,17 +77,6 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     ),
     "slq": lambda matvec, path: hf.slq(matvec, LIKE, probes=2, steps=25, checkpoint=path, seed=1),
 }
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if dataclasses.is_dataclass(one):
-        names = [item.name for item in dataclasses.fields(one)]
-        return all(same(getattr(one, name), getattr(other, name)) for name in names)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    return bool(one == other)
 
 
 def in_a_child(work: Callable[[], object]) -> int:
@@ -227,32 +211,6 @@ def test_a_drawn_seed_is_taken_up_again(tmp_path: Path) -> None:
     assert again.seed == first.seed
 
 
-def test_rows_are_appended_and_not_written_again(tmp_path: Path) -> None:
-    written: list[str] = []
-    path = tmp_path / "state"
-
-    def look(running: hf.results.Estimate) -> None:
-        written.extend(file.name for file in path.glob("*.rows"))
-
-    hf.xnystrace(
-        hf.dense(MATRIX),
-        LIKE,
-        max_matvecs=20,
-        block_size=5,
-        checkpoint=path,
-        seed=1,
-        callback=look,
-    )
-    sizes = [file.stat().st_size for file in path.glob("*.rows")]
-    # The first vector and its product, and four rounds of five probes with their products.
-    assert sorted(sizes) == [N * 8] * 2 + [5 * N * 8] * 8
-
-
-def run_lanczos(path: Path, **changed: Any) -> hf.results.Eigenpairs:
-    options = {"matvec": hf.dense(MATRIX), "like": LIKE, "k": 2, "seed": 1} | changed
-    return hf.lanczos(options.pop("matvec"), options.pop("like"), checkpoint=path, **options)
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -280,61 +238,6 @@ def test_another_algorithm_is_refused(tmp_path: Path) -> None:
         hf.xtrace(hf.dense(MATRIX), LIKE, checkpoint=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("kind", "damage"),
-    [
-        ("manifest.json", "truncated"),
-        ("manifest.json", "corrupted"),
-        ("*.rows", "truncated"),
-        ("*.rows", "corrupted"),
-        ("*.rows", "missing"),
-    ],
-)
-def test_a_damaged_state_is_refused_and_kept(kind: str, damage: str, tmp_path: Path) -> None:
-    run_lanczos(tmp_path)
-    victim = max(tmp_path.glob(kind), key=lambda file: file.stat().st_size)
-    data = bytearray(victim.read_bytes())
-    if damage == "missing":
-        victim.unlink()
-    else:
-        data = data[:-7] if damage == "truncated" else data
-        data[len(data) // 2] ^= 1
-        victim.write_bytes(data)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="damaged, nothing was changed") as refusal:
-        run_lanczos(tmp_path)
-    assert "\n" not in str(refusal.value)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
-def test_a_directory_of_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match=r"holds other files \(thesis.tex\)"):
-        run_lanczos(tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="a file is there"):
-        run_lanczos(tmp_path / "file")
-
-
-def test_files_of_others_stay_where_they_are(tmp_path: Path) -> None:
-    (tmp_path / "measurements.rows").write_text("precious")
-    with pytest.raises(ValueError, match=r"holds other files \(measurements.rows\)"):
-        run_lanczos(tmp_path)
-    run_lanczos(tmp_path / "run", max_matvecs=8)
-    others = ["measurements.rows", "0" * 32 + ".rows", "notes.txt", "a.part"]
-    for name in others:
-        (tmp_path / "run" / name).write_text("precious")
-    run_lanczos(tmp_path / "run")
-    assert [(tmp_path / "run" / name).read_text() for name in others] == ["precious"] * 4
-
-
-def test_a_manifest_of_another_program_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"name": "app"}')
-    with pytest.raises(ValueError, match=r"holds other files \(manifest.json\)"):
-        run_lanczos(tmp_path)
-    assert (tmp_path / "manifest.json").read_text() == '{"name": "app"}'
-
-
 def test_a_run_that_fails_before_its_first_state_leaves_no_file(tmp_path: Path) -> None:
     def fails(block: Any) -> NoReturn:
         raise KeyboardInterrupt
@@ -342,57 +245,6 @@ def test_a_run_that_fails_before_its_first_state_leaves_no_file(tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         run_lanczos(tmp_path / "state", matvec=fails)
     assert not list((tmp_path / "state").iterdir())
-
-
-def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
-    ready, go = os.pipe(), os.pipe()
-
-    def waits(block: Any) -> Any:
-        os.write(ready[1], b"x")
-        os.read(go[0], 1)
-        return hf.dense(MATRIX)(block)
-
-    child = os.fork()
-    if child == 0:
-        run_lanczos(tmp_path, matvec=waits, max_matvecs=4)
-        os._exit(0)
-    os.read(ready[0], 1)
-    with pytest.raises(ValueError, match=f"process {child} on host {socket.gethostname()} is run"):
-        run_lanczos(tmp_path)
-    os.write(go[1], b"x" * 100)
-    assert os.waitpid(child, 0)[1] == 0
-    assert same(run_lanczos(tmp_path), run_lanczos(tmp_path / "fresh"))
-
-
-def test_a_second_run_of_this_process_is_refused(tmp_path: Path) -> None:
-    def look(running: hf.results.Eigenpairs) -> None:
-        with pytest.raises(ValueError, match=f"process {os.getpid()} on host"):
-            run_lanczos(tmp_path)
-
-    first = run_lanczos(tmp_path, callback=look)
-    assert same(run_lanczos(tmp_path), first)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"host": "elsewhere"}, "process 7 on host elsewhere .* delete .*hessfunc.lock"),
-        ({"pid": os.getpid(), "started": "another time"}, None),
-        ({"pid": 2**22 + 1}, None),
-    ],
-)
-def test_a_lock_that_was_left(changed: dict[str, Any], message: str | None, tmp_path: Path) -> None:
-    owner = {"host": socket.gethostname(), "pid": 7, "started": "1", "run": "00000000"}
-    (tmp_path / "hessfunc.lock").write_text(json.dumps(owner | changed))
-    # What the interrupted run wrote before its first manifest.
-    (tmp_path / "00000000-abc.rows").write_text("rows")
-    if message is None:
-        run_lanczos(tmp_path)
-        assert not (tmp_path / "hessfunc.lock").exists()
-        assert not (tmp_path / "00000000-abc.rows").exists()
-    else:
-        with pytest.raises(ValueError, match=message):
-            run_lanczos(tmp_path)
 
 
 def bfloat16_problem() -> tuple[Any, dict[str, Tensor], Any]:
@@ -493,13 +345,3 @@ def test_a_run_that_made_no_product_goes_on(tmp_path: Path) -> None:
     hf.cg(hf.dense(MATRIX), RIGHT, damping=0.1, max_matvecs=1, checkpoint=tmp_path)
     found = hf.cg(hf.dense(MATRIX), RIGHT, damping=0.1, checkpoint=tmp_path)
     assert found.converged
-
-
-@pytest.mark.parametrize(("name", "words"), [("x" * 300, "too long"), ("nul\0", "NUL")])
-def test_a_path_that_cannot_be_a_directory_is_refused(
-    tmp_path: Path, name: str, words: str
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        hf.lanczos(
-            hf.dense(torch.eye(3)), torch.zeros(3), k=1, seed=0, checkpoint=f"{tmp_path}/{name}"
-        )
