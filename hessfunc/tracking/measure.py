@@ -183,12 +183,12 @@ def functional_tracker(
         matvec = over_batches(of_batch, weight=weight, keep=keep or single)(params, batches)
         largest = smallest = felt = trace = sharpness = None
         if top:
-            largest = pairs(matvec, params, k=top, end="largest", before=state.top)
+            largest = pairs(matvec, params, k=top, which="LA", before=state.top)
         if bottom:
-            smallest = pairs(matvec, params, k=bottom, end="smallest", before=state.bottom)
+            smallest = pairs(matvec, params, k=bottom, which="SA", before=state.bottom)
         if preconditioner is not None:
             divided = precondition(matvec, preconditioner)
-            felt = pairs(divided, params, k=1, end="largest", before=state.preconditioned)
+            felt = pairs(divided, params, k=1, which="LA", before=state.preconditioned)
         if trace_probes:
             trace = hutchinson(matvec, params, deflate=largest, max_matvecs=trace_probes, seed=seed)
         if critical:

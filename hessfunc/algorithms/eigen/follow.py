@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.basis import Basis, orthonormal
-from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.driver import Method, run_method
+from hessfunc.algorithms.eigen.ritz import rayleigh_ritz, wanted
+from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import of_starts
 from hessfunc.numerics import rounding
-from hessfunc.spaces.space import Space, products_eps, rows_dtype
+from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree, tree_map
-
-End = Literal["largest", "smallest"]
 
 # Number of directions that may be added before the basis is reduced to its best vectors.
 _ROOM = 8
@@ -44,7 +44,7 @@ def follow(
     *,
     k: int,
     guards: int,
-    end: End,
+    which: Literal["LA", "SA"],
     rtol: float,
     max_matvecs: int,
     before: Followed | None,
@@ -68,10 +68,10 @@ def follow(
         like: Tree that shows the structure of a vector.
         k: Number of pairs that must converge.
         guards: Number of further pairs.
-        end: End of the spectrum, ``"largest"`` or ``"smallest"``.
+        which: End of the spectrum, ``"LA"`` for the largest or ``"SA"`` for the smallest.
         rtol: Relative tolerance: the run stops when the residuals of the k pairs are at most
             rtol |value|.
-        max_matvecs: Budget, the largest number of matvecs.
+        max_matvecs: Budget, the largest number of matvecs, at least k + guards + 1.
         before: Result of the earlier run; None for the first one, which begins at random vectors.
         seed: Seed of the random vectors.
 
@@ -83,75 +83,143 @@ def follow(
 
     Source: Davidson 1975, without a preconditioner; restart: Stathopoulos, Saad and Wu 1998.
     """
-    products = Products.of(matvec, like)
-    space, dtype = products.space, rows_dtype(products.space)
-    width = min(k + guards, space.n)
-    fresh = space.probes(range(width + 1), kind="normal", seed=of_starts(seed), dtype=dtype)
-    scout = _unit(space, fresh[-1:])
-    if before is None:
-        new = fresh
-    else:
-        scout = space.ravel(_block_of_one(before.scout), dtype=dtype) + _STIRRED * scout
-        new = torch.cat([space.ravel(before.vectors, dtype=dtype), scout])
-    basis = images = new[:0]
-    new = _orthonormal(space, new, basis)
-    eps, largest = products_eps(space, dtype), 0.0
-    ahead = None
-    while True:
-        basis, images = torch.cat([basis, new]), torch.cat([images, products(new)])
-        if ahead is None:
+    method = Following(k=k, guards=guards, which=which, rtol=rtol, before=before)
+    return run_method(method, Products.of(matvec, like), {"seed": seed}, max_matvecs=max_matvecs)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Orthonormal rows V with their products, the Ritz pairs in their span, and the next rows.
+
+    Attributes:
+        basis: Rows V.
+        images: Products A V'.
+        following: Orthonormal rows outside of the basis, which the next round multiplies.
+        scout: Unit vector of the power iteration.
+        stirring: Random unit vector, from which the scout begins again if its product is zero.
+        ahead: Product A s of the scout s; empty before the first round.
+        values: Ritz values, the outermost first.
+        vectors: Ritz vectors, as rows.
+        residuals: Residual |A v - value v| of each pair.
+        largest: Largest absolute Ritz value so far, a lower bound of |A|.
+    """
+
+    basis: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
+    following: Rows = field(metadata=DIVIDED)
+    scout: Rows = field(metadata=DIVIDED)
+    stirring: Rows = field(metadata=DIVIDED)
+    ahead: Rows = field(metadata=DIVIDED)
+    values: Tensor
+    vectors: Rows = field(metadata=DIVIDED)
+    residuals: Tensor
+    largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following(Method[_State, Followed]):
+    """Block Davidson method without a preconditioner; the options are those of `follow`."""
+
+    k: int
+    guards: int
+    which: Literal["LA", "SA"]
+    rtol: float
+    before: Followed | None
+
+    # Runs have no checkpoint, and a digest of the earlier vectors at each point would take long.
+    changeable: ClassVar = frozenset({"rtol", "before"})
+
+    def init(self, products: Products, seed: int, /) -> _State:
+        space, dtype = products.space, rows_dtype(products.space)
+        width = min(self.k + self.guards, space.n)
+        new = space.probes(range(width + 1), kind="normal", seed=of_starts(seed), dtype=dtype)
+        scout = stirring = _unit(space, new[-1:])
+        if self.before is not None:
+            before = tree_map(lambda leaf: leaf[None], self.before.scout)
+            scout = space.ravel(before, dtype=dtype) + _STIRRED * stirring
+            new = torch.cat([space.ravel(self.before.vectors, dtype=dtype), scout])
+        none, no_numbers = new[:0], torch.zeros(0, dtype=torch.float64, device="cpu")
+        return _State(
+            basis=none,
+            images=none,
+            following=_orthonormal(space, new, none),
+            scout=scout,
+            stirring=stirring,
+            ahead=none,
+            values=no_numbers,
+            vectors=none,
+            residuals=no_numbers,
+            largest=0.0,
+        )
+
+    def step(self, state: _State, products: Products, room: int, /) -> _State:
+        space, new = products.space, state.following
+        if len(new) > room:
+            return state
+        width = min(self.k + self.guards, space.n)
+        basis = torch.cat([state.basis, new])
+        images = torch.cat([state.images, products(new)])
+        ahead = state.ahead
+        if not len(ahead):
             # A s of the scout s, from the products of the basis, whose span contains s.
-            ahead = space.combine(space.gram(scout, basis), images)
-        values, rotation = _outermost(space.gram(basis, images), width, end)
-        rows, moved = space.combine(rotation.mT, basis), space.combine(rotation.mT, images)
+            ahead = space.combine(space.gram(state.scout, basis), images)
+        values, coefficients = rayleigh_ritz(space.gram(basis, images))
+        outermost = wanted(self.which, values, width)
+        values, rotation = values[outermost], coefficients[:, outermost].mT
+        vectors, moved = space.combine(rotation, basis), space.combine(rotation, images)
         # A v - value v for each Ritz vector v, from the products of the basis.
-        residuals = moved - values.to(moved)[:, None] * rows
-        lengths = space.norms(residuals).cpu()
-        largest = max(largest, float(values.abs().max()))
-        converged = lengths <= (rtol * values.abs()).clamp_min(rounding(eps, largest))
-        open_ = torch.nonzero(~converged[:k]).flatten().to(residuals.device)
-        if not len(open_):
-            reason = "converged: all residuals are within the tolerance"
-            break
-        if products.matvecs + len(open_) > max_matvecs:
-            reason = f"budget exhausted after {max_matvecs} matvecs"
-            break
-        if len(basis) + len(open_) > width + _ROOM:
-            basis, images = rows, moved
-        new = _orthonormal(space, residuals[open_], basis)
-        if not len(new):
-            reason = "the residuals lie in the basis up to rounding: take a looser rtol, or float64"
-            break
-    if end == "smallest" and float(space.gram(scout, ahead)) > 0:
-        # The shift by -|A s| / |s| makes the smallest eigenvalues the largest in absolute value.
-        ahead = ahead - float(space.norms(ahead) / space.norms(scout)) * scout
-    ahead = ahead - space.combine(space.gram(ahead, rows), rows)
-    return Followed(
-        scout=space.unravel(_unit(space, ahead if bool(ahead.any()) else fresh[-1:])[0]),
-        values=values,
-        vectors=space.unravel(rows),
-        residuals=lengths,
-        converged=converged,
-        largest=largest,
-        **products.cost(reason, seed),
-    )
+        outside = moved - values.to(moved)[:, None] * vectors
+        state = replace(
+            state,
+            basis=basis,
+            images=images,
+            ahead=ahead,
+            values=values,
+            vectors=vectors,
+            residuals=space.norms(outside).cpu(),
+            largest=max(state.largest, float(values.abs().max())),
+        )
+        unconverged = torch.nonzero(~self._converged(state, space)[: self.k]).flatten()
+        if not len(unconverged):
+            return replace(state, following=new[:0])
+        if len(basis) + len(unconverged) > width + _ROOM:
+            state = replace(state, basis=vectors, images=moved)
+        outside = outside[unconverged.to(outside.device)]
+        return replace(state, following=_orthonormal(space, outside, state.basis))
+
+    def _converged(self, state: _State, space: Space) -> Tensor:
+        floor = rounding(products_eps(space), state.largest)
+        return state.residuals <= (self.rtol * state.values.abs()).clamp_min(floor)
+
+    def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
+        if not len(state.values):
+            return None
+        if bool(self._converged(state, products.space)[: self.k].all()):
+            return "converged: all residuals are within the tolerance"
+        if not len(state.following):
+            return "the residuals lie in the basis up to rounding: take a looser rtol, or float64"
+        return None
+
+    def result(self, state: _State, space: Space, cost: Cost, /) -> Followed:
+        scout, ahead, vectors = state.scout, state.ahead, state.vectors
+        if self.which == "SA" and float(space.gram(scout, ahead)) > 0:
+            # The shift by -|A s| / |s| makes the smallest eigenvalues the largest in absolute
+            # value.
+            ahead = ahead - float(space.norms(ahead) / space.norms(scout)) * scout
+        ahead = ahead - space.combine(space.gram(ahead, vectors), vectors)
+        return Followed(
+            scout=space.unravel(_unit(space, ahead if bool(ahead.any()) else state.stirring)[0]),
+            values=state.values,
+            vectors=space.unravel(vectors),
+            residuals=state.residuals,
+            converged=self._converged(state, space),
+            largest=state.largest,
+            **cost,
+        )
 
 
 def _unit(space: Space, row: Tensor) -> Tensor:
     return row / space.norms(row).to(row)[:, None]
-
-
-def _block_of_one(tree: Tree) -> Tree:
-    return tree_map(lambda leaf: leaf[None], tree)
-
-
-def _outermost(projected: Tensor, width: int, end: End) -> tuple[Tensor, Tensor]:
-    """Return Ritz values from the end inwards, and their coefficients in the basis, as columns."""
-    projected = projected.cpu().double()
-    values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
-    if end == "largest":
-        values, vectors = values.flip(0), vectors.flip(1)
-    return values[:width], vectors[:, :width]
 
 
 def _orthonormal(space: Space, rows: Tensor, basis: Tensor) -> Tensor:

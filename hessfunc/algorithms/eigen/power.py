@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.basis import Basis, project_out
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
+from hessfunc.algorithms.eigen.ritz import Which, preferred, rayleigh_ritz, wanted
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import of_starts, unit_start
@@ -317,7 +318,7 @@ def _largest(space: Space, state: _State) -> float:
     return max((float(space.norms(rows).max()) for rows in products), default=0.0)
 
 
-def _is_surely_complete(space: Space, state: _State, which: str, k: int) -> bool:
+def _is_surely_complete(space: Space, state: _State, which: Which, k: int) -> bool:
     """Return whether an outside eigenvalue as large as the k-th would have been met by now.
 
     The squared part of its eigenvector in u is w^2 <= |A^s u|^2 / x^(2 s), and n w^2 is nearly
@@ -333,12 +334,12 @@ def _is_surely_complete(space: Space, state: _State, which: str, k: int) -> bool
     return part + math.log(space.n) < math.log(_UNLIKELY)
 
 
-def _ordered(values: Tensor, which: str) -> Tensor:
-    order = {"LM": values.abs(), "LA": values, "SA": -values}[which].argsort(descending=True)
-    return values[order]
+def _ordered(values: Tensor, which: Which) -> Tensor:
+    ascending = values.sort().values
+    return ascending[preferred(which, ascending)]
 
 
-def _accept(space: Space, state: _State, which: str, k: int, value: float, seed: int) -> _State:
+def _accept(space: Space, state: _State, which: Which, k: int, value: float, seed: int) -> _State:
     assert state.image is not None
     keeps, shift = True, state.shift
     if shift is None:
@@ -377,16 +378,15 @@ def _outside(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
     return rows
 
 
-def _ritz(space: Space, state: _State, which: str, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _ritz(space: Space, state: _State, which: Which, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the Ritz pairs in the span of all vectors with a known product, with residuals."""
     rows, images = state.vectors, state.images
     if state.image is not None and len(rows) < k:
         has_pairs = len(rows) > 0
         rows = torch.cat([rows, state.current]) if has_pairs else state.current
         images = torch.cat([images, state.image]) if has_pairs else state.image
-    projected = space.gram(rows, images).cpu().double()
-    values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
-    order = {"LM": values.abs(), "LA": values, "SA": -values}[which].argsort(descending=True)[:k]
+    values, rotation = rayleigh_ritz(space.gram(rows, images))
+    order = wanted(which, values, k)
     values, rotation = values[order], rotation[:, order]
     rows = space.combine(rotation.mT, rows)
     # For v = V'y with products A V', the residual is A v - value v = (A V') y - value v.

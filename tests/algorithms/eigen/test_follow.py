@@ -18,18 +18,18 @@ def matrix(n: int, eigenvalues: Tensor) -> Tensor:
 
 
 def followed(A: Tensor, before: Any = None, **options: Any) -> hf.results.Eigenpairs:
-    chosen = {"k": 1, "guards": 1, "end": "largest", "rtol": 1e-3, "max_matvecs": 200, **options}
+    chosen = {"k": 1, "guards": 1, "which": "LA", "rtol": 1e-3, "max_matvecs": 200, **options}
     like = torch.zeros(len(A), dtype=A.dtype)
     return follow(hf.dense((A + A.mT) / 2), like, before=before, seed=0, **chosen)
 
 
-@pytest.mark.parametrize("end", ["largest", "smallest"])
+@pytest.mark.parametrize("which", ["LA", "SA"])
 @pytest.mark.parametrize("k", [1, 3])
-def test_pairs_of_either_end_are_those_of_the_dense_matrix(end: str, k: int) -> None:
+def test_pairs_of_either_end_are_those_of_the_dense_matrix(which: str, k: int) -> None:
     values = torch.cat([torch.tensor([9.0, 7.0, 4.0, -8.0, -5.0, -3.0]), torch.rand(44)]).double()
     A = matrix(50, values)
-    found = followed(A, k=k, end=end, rtol=1e-6)
-    expected = values.sort(descending=end == "largest").values[:k]
+    found = followed(A, k=k, which=which, rtol=1e-6)
+    expected = values.sort(descending=which == "LA").values[:k]
     torch.testing.assert_close(found.values[:k], expected, rtol=1e-8, atol=0)
     assert found.converged[:k].all()
     rows = found.vectors @ A - found.values[:, None] * found.vectors
@@ -61,10 +61,10 @@ def test_a_guard_sees_an_eigenvalue_that_overtakes() -> None:
         assert float(found.values[0]) == pytest.approx(max(10, rising), rel=1e-3)
 
 
-@pytest.mark.parametrize("end", ["largest", "smallest"])
-def test_a_block_that_the_vectors_do_not_see_is_found(end: str) -> None:
+@pytest.mark.parametrize("which", ["LA", "SA"])
+def test_a_block_that_the_vectors_do_not_see_is_found(which: str) -> None:
     """Each block of the matrix is invariant, so that residuals say nothing of the others."""
-    sign = 1 if end == "largest" else -1
+    sign = 1 if which == "LA" else -1
     blocks = [matrix(30, torch.cat([torch.ones(1), torch.rand(29) / 2]).double()) for _ in range(4)]
 
     def at(rising: float) -> Tensor:
@@ -73,7 +73,7 @@ def test_a_block_that_the_vectors_do_not_see_is_found(end: str) -> None:
 
     found = None
     for rising in [4.0] * 20 + [12.0] * 12:
-        found = followed(at(rising), found, end=end, rtol=0.01)
+        found = followed(at(rising), found, which=which, rtol=0.01)
     assert sign * float(found.values[0]) == pytest.approx(12, rel=1e-3)
 
 
@@ -94,7 +94,7 @@ def test_a_tolerance_below_rounding_is_that_of_rounding() -> None:
 
 def test_a_matrix_that_is_not_symmetric_ends() -> None:
     A = torch.tensor([[2.0, 1.0], [-1.0, 1.0]]).double()
-    options = {"end": "largest", "rtol": 0.01, "max_matvecs": 100, "before": None, "seed": 0}
+    options = {"which": "LA", "rtol": 0.01, "max_matvecs": 100, "before": None, "seed": 0}
     like = torch.zeros(2).double()
     found = follow(lambda block: block @ A.mT, like, k=1, guards=1, **options)
     assert "lie in the basis" in found.reason

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.algorithms import offload as streamed
-from hessfunc.algorithms.eigen import lanczos
+from hessfunc.algorithms.eigen import lanczos, recurrence
 from hessfunc.memory import Footprint
 from hessfunc.randomness import seeded
 from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
@@ -239,14 +239,14 @@ def test_results_that_a_callback_keeps_stay_as_they_were(block_size: int) -> Non
 
 def test_the_basis_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     workspaces: set[int] = set()
-    real = lanczos._step
+    real = lanczos.block_step
 
     def watched(*arguments: Any) -> Any:
         state = real(*arguments)
         workspaces.add(state.basis.rows.data_ptr())
         return state
 
-    monkeypatch.setattr(lanczos, "_step", watched)
+    monkeypatch.setattr(lanczos, "block_step", watched)
     found = hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, k=3, basis_size=8, seed=0)
     assert found.matvecs > 2 * 8
     assert len(workspaces) == 1
@@ -418,7 +418,7 @@ def test_memory_chooses_the_size_of_the_basis(monkeypatch: pytest.MonkeyPatch) -
     assert small.matvecs > large.matvecs
     with pytest.raises(MemoryError, match="a basis of 5 vectors of 186 entries .*fewer pairs"):
         hf.lanczos(matvec, VECTOR, k=3, basis_bytes=(4 + 1 + 3) * vector, seed=0)
-    monkeypatch.setattr(lanczos, "available_to", lambda *_: 0)
+    monkeypatch.setattr(recurrence, "available_to", lambda *_: 0)
     with pytest.raises(MemoryError, match="take fewer pairs"):
         hf.lanczos(matvec, VECTOR, k=3, seed=0)
 
@@ -426,20 +426,20 @@ def test_memory_chooses_the_size_of_the_basis(monkeypatch: pytest.MonkeyPatch) -
 def test_the_basis_never_exceeds_its_limit() -> None:
     states: list[int] = []
     vector = len(SPECTRUM) * 8
-    real = lanczos._step
+    real = lanczos.block_step
 
     def watched(*arguments: object) -> object:
         state = real(*arguments)
         states.append(len(state.basis))
         return state
 
-    lanczos._step = watched
+    lanczos.block_step = watched
     try:
         hf.lanczos(
             hf.dense(symmetric(SPECTRUM)), VECTOR, k=3, basis_bytes=(8 + 1 + 3) * vector, seed=0
         )
     finally:
-        lanczos._step = real
+        lanczos.block_step = real
     assert max(states) <= 8 + 1
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
 from hessfunc.algorithms import basis, density
-from hessfunc.algorithms.eigen import lanczos
+from hessfunc.algorithms.eigen import recurrence
 from hessfunc.app.plan import (
     BYTES,
     Algorithm,
@@ -134,13 +134,25 @@ def test_a_basis_is_cut_as_lanczos_cuts_it(
     vectors: float, coarse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = round(4000 * vectors)
-    monkeypatch.setattr(lanczos, "available_to", gives(free))
+    monkeypatch.setattr(recurrence, "available_to", gives(free))
     dtype = torch.bfloat16 if coarse else torch.float32
-    problem = lanczos._Problem(5, "LM", 2, 0.1, 0.0, 0, 1e-7, dtype, space(1000).device)
     asked = Lanczos(k=5, block_size=2, basis_dtype="bfloat16" if coarse else None)
+    method = recurrence.LanczosOptions(
+        k=5,
+        which="LM",
+        block_size=2,
+        basis_size=asked.vectors,
+        basis_dtype=dtype,
+        basis_device=space(1000).device,
+        basis_bytes=None,
+        rtol=0.1,
+        atol=0.0,
+        search=8,
+        start=None,
+    )
     setting = Setting(Network(1000, 1000))
     try:
-        wanted = lanczos._size_that_fits(problem, space(1000), asked.vectors, None)
+        wanted = recurrence.size_that_fits(recurrence.Problem(method, space(1000)))
     except MemoryError:
         with pytest.raises(MemoryError, match="lanczos cannot start"):
             asked.fitted(setting, free)
