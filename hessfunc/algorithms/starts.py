@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 
+import torch
 from torch import Tensor
 
 from hessfunc.randomness import mixed
@@ -35,7 +35,8 @@ def unit_start(space: Space, start: Tree | None, seed: int) -> Tensor:
         seed: Seed of the run.
 
     Raises:
-        ValueError: If the start is a block of several vectors, is not finite, or is zero.
+        ValueError: If the start is a block of several vectors, is not finite, is too long for its dtype,
+            or is zero.
     """
     dtype = rows_dtype(space)
     if start is None:
@@ -48,10 +49,11 @@ def unit_start(space: Space, start: Tree | None, seed: int) -> Tensor:
                 "structure of `like`"
             )
         length = float(space.norms(row))
-        if not math.isfinite(length):
+        # A length beyond the range of the dtype would divide every entry to zero.
+        if not length <= torch.finfo(dtype).max:
             raise ValueError(
-                "start has entries that are NaN or infinite: pass a finite vector, or start=None "
-                "for a random one"
+                f"start has entries that are NaN or infinite, or a length above the range of "
+                f"{dtype}: pass a finite vector, or start=None for a random one"
             )
         if length == 0:
             raise ValueError(

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,18 +120,6 @@ def test_a_file_that_holds_no_result_is_named(write: Any, message: str, tmp_path
     write(tmp_path / "broken.npz")
     with pytest.raises(ValueError, match=f"broken.npz .*{message}"):
         hf.load(tmp_path / "broken.npz")
-
-
-def test_a_landscape_is_loaded_by_a_program_that_made_none(tmp_path: Path) -> None:
-    def loss(params: dict[str, torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-        return params["x"].square().sum() * batch.mean()
-
-    params = {"x": torch.ones(3)}
-    made = hf.landscape(loss, params, [torch.ones(2)], {"x": torch.eye(3)[0]}, points=3)
-    made.save(tmp_path / "line.npz")
-    code = f"import hessfunc; print(hessfunc.load({str(tmp_path / 'line.npz')!r}).values.tolist())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == made.values.tolist()
 
 
 def test_results_are_frozen_and_say_what_made_them() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,9 +60,6 @@ def variance_of_a_probe(matrix: Tensor) -> float:
     return 2 * float(matrix.square().sum() - matrix.diagonal().square().sum())
 
 
-# The value
-
-
 def test_unbiased_for_the_weighted_mean_of_unequal_batches() -> None:
     problem = closed_form("linear regression")
     X, y = problem.batch
@@ -107,9 +103,6 @@ def test_draws_and_probes_of_one_seed_are_independent() -> None:
     assert mean == pytest.approx(float(BASE.trace()), abs=4 * error)
     pooled = torch.cat([one.samples for one in found])
     assert float(pooled.var()) == pytest.approx(variance, rel=0.15)
-
-
-# The two components of its noise
 
 
 @pytest.mark.parametrize(("spread", "probes"), [(0.05, 2), (0.3, 2), (0.3, 5), (2.0, 2)])
@@ -162,9 +155,6 @@ def test_one_probe_a_draw_does_not_tell_them_apart() -> None:
     assert found.stderr**2 == pytest.approx(total / 500, rel=0.3)
 
 
-# The interval
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.02, 0.3, 2.0], ids=["of probes", "of both", "of data"])
 @pytest.mark.parametrize("probes", [1, 2])
@@ -189,67 +179,6 @@ def test_interval_of_the_probes_alone_would_not_cover() -> None:
     assert found.stderr > 2 * as_if_independent
 
 
-# Advice
-
-
-def estimate(probes: float, data: float, r: int = 2) -> SampledEstimate:
-    """An estimate with these components."""
-    return SampledEstimate(
-        value=1.0,
-        stderr=0.1,
-        degrees=9,
-        samples=torch.ones(10),
-        by_leaf={},
-        variance_probes=probes,
-        variance_data=data,
-        draws=10,
-        probes_per_draw=r,
-        matvecs=10 * r,
-        passes=10,
-        reason="",
-        seed=0,
-    )
-
-
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
-        (
-            estimate(1.0, 100.0),
-            "100% comes from the data.*more draws, with fewer probes.*about 1 is",
-        ),
-        (estimate(80.0, 1.0), "98% from the probes: take more probes.*about 10 are best"),
-        (estimate(80.0, 0.0), " 0% comes from the data and 100% from the probes: take more probes"),
-        (
-            estimate(0.0, 3.0),
-            "100% comes from the data and 0% from.*more draws, with fewer.*about 1 is",
-        ),
-        (
-            estimate(3.0, 1.0),
-            "60% from the probes.*take more draws; the number of probes per draw, 2, is the best",
-        ),
-        (estimate(0.0, 0.0), "not drawn can differ: draw all of them"),
-        (estimate(math.nan, math.nan, 1), "take 2 probes per draw"),
-    ],
-)
-def test_advice_is_what_the_components_say(found: SampledEstimate, words: str) -> None:
-    assert re.search(words, found.advice), found.advice
-
-
-@pytest.mark.parametrize(("probes", "data", "cost"), [(50.0, 2.0, 1.25), (3.0, 1.0, 8.0)])
-def test_best_number_of_probes_has_the_least_variance_for_its_work(
-    probes: float, data: float, cost: float
-) -> None:
-    def variance_times_work(r: float) -> float:
-        return (data + probes / r) * (cost + r)
-
-    best = estimate(probes, data).best_probes_per_draw(cost)
-    for other in (0.8 * best, 1.25 * best):
-        assert variance_times_work(best) < variance_times_work(other)
-    with pytest.raises(ValueError, match="cost=0"):
-        estimate(probes, data).best_probes_per_draw(0)
-
-
 def test_advice_of_runs_at_both_extremes() -> None:
     noisy_data, noisy_probes = (
         sampled_trace(drawn_from(shifted(spread)), LIKE, probes=4, max_matvecs=400, seed=0)
@@ -259,9 +188,6 @@ def test_advice_of_runs_at_both_extremes() -> None:
     assert noisy_data.data_share > 0.95
     assert "take more probes per draw" in noisy_probes.advice
     assert noisy_probes.data_share < 0.3
-
-
-# The run
 
 
 @pytest.mark.parametrize("tolerance", [{"rtol": 0.05}, {"atol": 3.0}])
@@ -330,8 +256,6 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         sampled_trace(drawn_from(shifted(0.3)), LIKE, **options)
 
 
-# What it saves
-
 # Of one batch, in gradients: its graph, and a product with it.
 GRAPH, PRODUCT = 2.5, 2
 
@@ -364,9 +288,6 @@ def test_a_tenth_of_the_gradients_where_no_example_stands_out(
     assert found.stderr < whole.stderr
     together = math.hypot(found.stderr, whole.stderr)
     assert found.value == pytest.approx(whole.value, abs=3 * together)
-
-
-# Batches of which one has most of the trace
 
 
 def heavy(count: int, share: float, off_diagonal: float = 0.0) -> Tensor:

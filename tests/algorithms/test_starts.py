@@ -1,0 +1,51 @@
+"""Seeds of runs, and start vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hessfunc as hf
+from hessfunc.algorithms.starts import drawn_seed, unit_start
+from hessfunc.spaces.of import space_of
+
+LIKE = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+SPACE = space_of(LIKE)
+
+
+def test_a_seed_is_drawn_where_none_is_given() -> None:
+    assert drawn_seed(SPACE, 7) == 7
+    seeds = {drawn_seed(SPACE, None) for _ in range(5)}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_start_is_scaled_to_unit_length() -> None:
+    start = {"a": torch.ones(2, 3), "b": 2 * torch.ones(4)}
+    row = unit_start(SPACE, start, seed=0)
+    torch.testing.assert_close(row, hf.ravel(start)[None] / 22**0.5)
+
+
+def test_a_random_start_is_a_function_of_the_seed_and_no_probe() -> None:
+    row = unit_start(SPACE, None, seed=3)
+    assert float(row.norm()) == pytest.approx(1)
+    assert torch.equal(row, unit_start(SPACE, None, seed=3))
+    assert not torch.allclose(row, unit_start(SPACE, None, seed=4))
+    probe = SPACE.probes([0], kind="normal", seed=3)
+    assert abs(float(row @ probe.T) / float(probe.norm())) < 0.999
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, "a vector of zeros"),
+        ({"a": torch.zeros(2, 3), "b": torch.full((4,), torch.nan)}, "NaN or infinite"),
+        ({"a": torch.zeros(2, 3), "b": torch.full((4,), 3e38)}, "above the range of torch.float32"),
+        ({"a": torch.zeros(2, 2, 3), "b": torch.zeros(2, 4)}, "start is a block of 2 vectors"),
+    ],
+)
+def test_what_has_no_direction_is_refused(start: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unit_start(SPACE, start, seed=0)

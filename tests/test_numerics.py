@@ -1,0 +1,24 @@
+"""Precision of scalars, and rounding of products."""
+
+import pytest
+import torch
+
+from hessfunc.numerics import rounding, wide_dtype
+from tests.reference import random_symmetric
+
+
+def test_scalars_are_in_float64_where_the_device_has_it() -> None:
+    assert wide_dtype(torch.device("cpu")) == torch.float64
+    assert wide_dtype(torch.device("cuda")) == torch.float64
+    assert wide_dtype(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_bounds_the_error_of_products_with_unit_vectors(dtype: torch.dtype) -> None:
+    exact = random_symmetric(200).to(dtype).double()
+    unit = torch.nn.functional.normalize(torch.randn(50, 200)).to(dtype)
+    error = (unit @ exact.to(dtype)).double() - unit.double() @ exact
+    largest = float(torch.linalg.eigvalsh(exact).abs().max())
+    bound = rounding(torch.finfo(dtype).eps, largest)
+    assert float(error.norm(dim=1).max()) < bound
+    assert bound < 1000 * float(error.norm(dim=1).max())
