@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import hessfunc as hf
+
+# Spectrum with a few separated eigenvalues at both ends, and a vector of its space.
+SPECTRUM = torch.cat([torch.linspace(-1, 1, 180), torch.tensor([9.0, -7.0, 5.0, -4.0, 3.0, 2.0])])
+
+
+VECTOR = torch.zeros(len(SPECTRUM), dtype=torch.float64)
+
 
 def orthogonal(n: int, seed: int = 0) -> Tensor:
     """A random orthogonal matrix, float64."""
@@ -42,3 +50,8 @@ def decaying(n: int) -> dict[str, Tensor]:
         "step": torch.where(index <= n // 20, 1.0, 1e-3).double(),
         "deep step": torch.where(index <= n // 20, 1.0, 1e-8).double(),
     }
+
+
+def measured_residuals(matrix: Tensor, found: hf.results.Eigenpairs) -> Tensor:
+    images = found.vectors.double() @ matrix
+    return (images - found.values[:, None] * found.vectors.double()).norm(dim=1)
