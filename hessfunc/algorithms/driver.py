@@ -54,8 +54,8 @@ class RunOptions(TypedDict, total=False):
 class Method(ABC, Generic[State, AnyResult]):
     """Algorithm, a frozen dataclass of options with pure functions of its state.
 
-    A state is a frozen dataclass of tensors, numbers and tuples. Its `Rows` are divided among ranks
-    in the same way as vectors; see `hessfunc.spaces.space`.
+    A state is a frozen dataclass of tensors, numbers and tuples, or a tuple of such states. Its
+    `Rows` are divided among ranks in the same way as vectors; see `hessfunc.spaces.space`.
 
     Attributes:
         changeable: Names of the options that a resumed run may change.

@@ -43,8 +43,6 @@ class Products:
         passes: Number of calls of the matvec so far.
         keep_first: Whether to keep the first vector and its product.
         first: First vector and its product, or None.
-        last: Last vector, its product and its length, for algorithms that test the symmetry, or
-            None.
     """
 
     matvec: Matvec
@@ -53,7 +51,6 @@ class Products:
     passes: int = 0
     keep_first: bool = False
     first: tuple[Tensor, Tensor] | None = None
-    last: tuple[Tensor, Tensor, float] | None = None
 
     def __post_init__(self) -> None:
         # A matvec that a function of the caller has returned, such as a draw, is checked only here.

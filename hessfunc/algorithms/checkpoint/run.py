@@ -133,7 +133,8 @@ class Checkpoint:
         self.products.keep_first = True
         if self.manifest is None:
             return state
-        segments, home = self.segments, sys.modules[type(state).__module__]
+        segments, first = self.segments, state[0] if isinstance(state, tuple) else state
+        home = sys.modules[type(first).__module__]
 
         def read() -> tuple[Any, Any]:
             return tuple(segments.decoded(self._parts(of), home, of) for of in ("state", "first"))

@@ -6,13 +6,15 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Unpack
 
+from torch import Tensor
+
 from hessfunc.algorithms.driver import RunOptions, run_method
-from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Solution
-from hessfunc.algorithms.solve.system import Iterate, Solver, System
+from hessfunc.algorithms.solve.solver import Solver
+from hessfunc.algorithms.solve.system import Iterate, Steps, System
 from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import DIVIDED, Rows, Space
+from hessfunc.spaces.space import DIVIDED, Rows
 from hessfunc.trees import Matvec, Tree
 
 
@@ -21,6 +23,7 @@ def cg(
     matvec: Matvec,
     b: Tree,
     *,
+    like: Tree | None = None,
     damping: float = 0.0,
     preconditioner: Matvec | None = None,
     start: Tree | None = None,
@@ -46,14 +49,19 @@ def cg(
     Args:
         matvec: Function from a block of vectors to the block of their products with A. The matrix
             must be symmetric.
-        b: Right-hand side, a tree.
+        b: Right-hand side, a tree; with ``like``, a block of k right-hand sides.
+        like: Tree with the structure of a vector, such as the parameters, if b is a block. Each
+            column has its own recurrence, tolerance and reason to stop, and one call of the matvec
+            multiplies the vectors of all columns that have not stopped.
         damping: Number that is added to the diagonal of A.
         preconditioner: Function from a block of vectors to the block of their products with M, a
             symmetric positive definite matrix close to the inverse of A + damping I.
-        start: Start vector as a tree. The default is zero, which saves a product.
-        rtol: Relative tolerance: the run stops when the residual is at most max(rtol |b|, atol).
+        start: Start vector, a tree like b. The default is zero, which saves a product.
+        rtol: Relative tolerance: a column stops when its residual is at most
+            max(rtol |b|, atol).
         atol: Absolute tolerance of the residual.
-        max_matvecs: Budget, the largest number of matvecs, including measurements of the residual.
+        max_matvecs: Budget, the largest number of matvecs of all columns together, including
+            measurements of residuals. At least one per column.
         measure: Whether a product measures the residual at the end. Otherwise the result has the
             residual of the recurrence, increased by the possible effect of rounding. A product is
             then made only if this bound exceeds the tolerance. Use False only for a matvec that is
@@ -61,10 +69,11 @@ def cg(
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Solution`. If a direction p has p'(A + damping I)p <= 0, or zero up to rounding, the run
-        stops before the step along p. Then ``negative_curvature`` is p, and the reason states the
-        curvature. ``x`` is the last iterate if the curvature is negative. If it is zero, ``x`` is
-        the iterate of the least residual, since later iterates diverge along null vectors.
+        `Solution`, with the residual and the reason of each column. If a direction p has
+        p'(A + damping I)p <= 0, or zero up to rounding, the column stops before the step along p.
+        Then ``negative_curvature`` is p, and the reason states the curvature. ``x`` is the last
+        iterate if the curvature is negative. If it is zero, ``x`` is the iterate of the least
+        residual, since later iterates diverge along null vectors.
 
     Raises:
         ValueError: If an option is out of range, if ``b`` or ``start`` is not finite, if the
@@ -74,35 +83,42 @@ def cg(
 
     Cost: one matvec an iteration, and one at the end if ``measure``; three more, uncounted, if
     inner products show that the matvec may not be symmetric. Memory: 12 vectors, besides those of
-    a product.
+    a product. For a block, all of it for each column, in as many passes as the slowest takes.
 
     Source: Hestenes and Stiefel 1952; negative curvature: Steihaug 1983.
     """
-    at_least(1, max_matvecs=max_matvecs)
-    system = System.of(
-        matvec, b, damping, preconditioner, rtol, atol, space=run.get("space"), measure=measure
+    systems = System.each(
+        matvec,
+        b,
+        damping,
+        preconditioner,
+        rtol,
+        atol,
+        like=like,
+        space=run.get("space"),
+        measure=measure,
     )
-    method = ConjugateGradients(system=system, start=start)
-    return run_method(method, system.products, run, max_matvecs=max_matvecs)
+    at_least(len(systems), max_matvecs=max_matvecs)
+    method = ConjugateGradients(systems=systems, start=start, is_block=like is not None)
+    return run_method(method, systems[0].products, run, max_matvecs=max_matvecs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConjugateGradients(Solver["_State"]):
     """Conjugate gradients that stop at a direction of negative curvature."""
 
-    def init(self, products: Products, seed: int, /) -> _State:
-        begun = self.system.begin(self.start)
+    def first(self, begun: Iterate, /) -> _State:
         return _State(**vars(begun), direction=begun.x, nearest=begun.x)
 
-    def iterate(self, state: _State, /) -> _State:
-        return _iterate(self.system, state)
+    def iterate(self, system: System, state: _State, /) -> Steps[_State]:
+        return _iterate(system, state)
 
-    def obstacle(self, state: _State, /) -> str:
-        return _obstacle(self.system, state)
+    def obstacle(self, system: System, state: _State, /) -> str:
+        return _obstacle(system, state)
 
-    def result(self, state: _State, space: Space, cost: Cost, /) -> Solution:
-        direction = None if state.curvature is None else state.direction
-        return self.system.solution(state, cost, direction)
+    def direction(self, state: tuple[_State, ...], /) -> Tensor | None:
+        met = [(c.curvature, c.direction) for c in state if c.curvature is not None]
+        return min(met, key=lambda pair: pair[0])[1] if met else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +143,9 @@ class _State(Iterate):
     curvature: float | None = None
 
 
-def _iterate(system: System, state: _State) -> _State:
+def _iterate(system: System, state: _State) -> Steps[_State]:
     space = system.space
-    direction, square = system.preconditioned(state.residual)
+    direction, square = yield from system.preconditioned(state.residual)
     if state.measured:
         state = replace(state, nearest=state.x, least=state.length)
     else:
@@ -138,7 +154,7 @@ def _iterate(system: System, state: _State) -> _State:
     length = float(space.norms(direction))
     unit = direction / length
     del direction
-    image = system.product(unit)
+    image = yield from system.product(unit)
     curvature = float(space.gram(unit, image))
     largest = max(state.largest, float(space.norms(image)))
     # r'Mr / p'(A + damping I)p times p, which is this step times the unit vector p / length.

@@ -9,9 +9,9 @@ from typing import Unpack
 import torch
 
 from hessfunc.algorithms.driver import RunOptions, run_method
-from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Solution
-from hessfunc.algorithms.solve.system import Iterate, Solver, System
+from hessfunc.algorithms.solve.solver import Solver
+from hessfunc.algorithms.solve.system import Iterate, Steps, System
 from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import DIVIDED, Rows
@@ -23,6 +23,7 @@ def minres(
     matvec: Matvec,
     b: Tree,
     *,
+    like: Tree | None = None,
     damping: float = 0.0,
     preconditioner: Matvec | None = None,
     start: Tree | None = None,
@@ -48,19 +49,25 @@ def minres(
     Args:
         matvec: Function from a block of vectors to the block of their products with A. The matrix
             must be symmetric.
-        b: Right-hand side, a tree.
+        b: Right-hand side, a tree; with ``like``, a block of k right-hand sides.
+        like: Tree with the structure of a vector, such as the parameters, if b is a block. Each
+            column has its own recurrence, tolerance and reason to stop, and one call of the matvec
+            multiplies the vectors of all columns that have not stopped.
         damping: Number that is added to the diagonal of A; may be negative.
         preconditioner: Function from a block of vectors to the block of their products with M, a
             symmetric positive definite matrix close to the inverse of the absolute value of
             A + damping I.
-        start: Start vector as a tree. The default is zero, which saves a product.
-        rtol: Relative tolerance: the run stops when the residual is at most max(rtol |b|, atol).
+        start: Start vector, a tree like b. The default is zero, which saves a product.
+        rtol: Relative tolerance: a column stops when its residual is at most
+            max(rtol |b|, atol).
         atol: Absolute tolerance of the residual.
-        max_matvecs: Budget, the largest number of matvecs, including measurements of the residual.
+        max_matvecs: Budget, the largest number of matvecs of all columns together, including
+            measurements of residuals. At least one per column.
         **run: Seed, space, callback and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Solution`, with ``negative_curvature`` None. A singular system is solved if it has a
+        `Solution`, with the residual and the reason of each column, and ``negative_curvature``
+        None. A singular system is solved if it has a
         solution. If it has none, the run stops at a solution of least r'Mr that has not converged,
         and the reason says so.
 
@@ -71,29 +78,31 @@ def minres(
         FloatingPointError: If a product is not finite.
 
     Cost: one matvec an iteration, and one at the end; three more, uncounted, if inner products
-    show that the matvec may not be symmetric. Memory: 23 vectors, besides those of a product.
+    show that the matvec may not be symmetric. Memory: 23 vectors, besides those of a product. For
+    a block, all of it for each column, in as many passes as the slowest takes.
 
     Source: Paige and Saunders 1975; residual vectors: Choi, Paige and Saunders 2011.
     """
-    at_least(1, max_matvecs=max_matvecs)
-    system = System.of(matvec, b, damping, preconditioner, rtol, atol, space=run.get("space"))
-    method = MinimalResiduals(system=system, start=start)
-    return run_method(method, system.products, run, max_matvecs=max_matvecs)
+    systems = System.each(
+        matvec, b, damping, preconditioner, rtol, atol, like=like, space=run.get("space")
+    )
+    at_least(len(systems), max_matvecs=max_matvecs)
+    method = MinimalResiduals(systems=systems, start=start, is_block=like is not None)
+    return run_method(method, systems[0].products, run, max_matvecs=max_matvecs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinimalResiduals(Solver["_State"]):
     """Minimal residuals that stop at a least-squares solution."""
 
-    def init(self, products: Products, seed: int, /) -> _State:
-        begun = self.system.begin(self.start)
+    def first(self, begun: Iterate, /) -> _State:
         x = begun.x
         return _State(**vars(begun), lanczos=(x, x, x), search=(x, x))
 
-    def iterate(self, state: _State, /) -> _State:
-        return _iterate(self.system, state)
+    def iterate(self, system: System, state: _State, /) -> Steps[_State]:
+        return _iterate(system, state)
 
-    def obstacle(self, state: _State, /) -> str:
+    def obstacle(self, system: System, state: _State, /) -> str:
         return _obstacle(state)
 
 
@@ -129,9 +138,9 @@ class _State(Iterate):
     slope: float = 0.0
 
 
-def _begin(system: System, state: _State) -> _State:
+def _begin(system: System, state: _State) -> Steps[_State]:
     """Return the state with the first Lanczos vector, from the measured residual."""
-    image, square = system.preconditioned(state.residual)
+    image, square = yield from system.preconditioned(state.residual)
     length = math.sqrt(square)
     zeros = torch.zeros_like(state.x)
     return replace(
@@ -146,11 +155,11 @@ def _begin(system: System, state: _State) -> _State:
     )
 
 
-def _iterate(system: System, state: _State) -> _State:
+def _iterate(system: System, state: _State) -> Steps[_State]:
     if state.measured:
-        state = _begin(system, state)
+        state = yield from _begin(system, state)
     before, z, v = state.lanczos
-    product = system.product(v)
+    product = yield from system.product(v)
     length = float(system.space.norms(v))
     stretch = float(system.space.norms(product)) / length
     state = replace(state, largest=max(state.largest, stretch))
@@ -160,7 +169,7 @@ def _iterate(system: System, state: _State) -> _State:
     del product
     alpha = float(system.space.gram(v, ahead))
     ahead = ahead - alpha * z
-    image, square = system.preconditioned(ahead)
+    image, square = yield from system.preconditioned(ahead)
     beta = math.sqrt(square)
 
     # The reflection of step k - 1 acts on the rows k - 1 and k of the columns k and k + 1 of T:

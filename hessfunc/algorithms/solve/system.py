@@ -1,34 +1,34 @@
-"""Common part of the methods for ``(A + damping I) x = b``: iterate, measure, restart."""
+"""Linear system of one right-hand side, in flat rows, and the iterate that all methods share."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.driver import Method
-from hessfunc.algorithms.products import Cost, Products, refuse_infinite
-from hessfunc.algorithms.results import Solution
-from hessfunc.algorithms.symmetry import SYMMETRIC, asymmetry_named, refuse_unless_rounding
+from hessfunc.algorithms.products import Products, refuse_infinite
+from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_unless_rounding
 from hessfunc.numerics import rounding
 from hessfunc.options import at_least
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
-from hessfunc.trees import Matvec, Tree
+from hessfunc.trees import Made, Matvec, Tree
 
-# Largest number of products in a round.
-_STEPS_A_ROUND = 4
+# Coroutine of a column. It yields a matrix and a vector ``(1, n)``, and receives their product.
+Steps: TypeAlias = Generator[tuple[Products, Tensor], Tensor, Made]
 
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """Linear system ``(A + damping I) x = b`` in flat rows.
+    """Linear system ``(A + damping I) x = b`` of one column, in flat rows.
 
     Attributes:
-        products: Counted products with A.
+        products: Counted products with A, of all columns.
         preconditioner: Products with a matrix close to the inverse of A + damping I; None for I.
         b: Right-hand side, ``(1, n)``.
         damping: Number that is added to the diagonal of A.
@@ -37,6 +37,7 @@ class System:
         eps: Relative rounding of the products.
         measure: Whether a product always measures the residual of a solution.
         symmetric: Largest difference of u'Av and v'Au that is let through, in units of |A|.
+        last: Last vector, its product and its length, for the test of symmetry; empty at first.
     """
 
     products: Products
@@ -48,9 +49,10 @@ class System:
     eps: float
     measure: bool
     symmetric: float
+    last: deque[tuple[Tensor, Tensor, float]] = field(default_factory=partial(deque, maxlen=1))
 
     @classmethod
-    def of(
+    def each(
         cls,
         matvec: Matvec,
         b: Tree,
@@ -59,44 +61,52 @@ class System:
         rtol: float,
         atol: float,
         *,
+        like: Tree | None = None,
         space: Space | None = None,
         measure: bool = True,
-    ) -> System:
+    ) -> tuple[System, ...]:
+        """Return the systems of all right-hand sides, with the arguments of `cg`."""
         at_least(0, rtol=rtol, atol=atol)
         if not math.isfinite(damping):
             raise ValueError(f"damping={damping}: it must be finite")
-        products = Products.of(matvec, b, space)
+        products = Products.of(matvec, b if like is None else like, space)
         space = products.space
-        row = _finite_row(space, b, "b")
-        length = float(space.norms(row))
-        eps = products_eps(space, row.dtype)
-        tolerance = max(rtol * length, atol)
-        return cls(
-            products=products,
-            preconditioner=None if preconditioner is None else Products(preconditioner, space),
-            b=row,
-            damping=damping,
-            tolerance=tolerance,
-            target=max(tolerance, eps * length),
-            eps=eps,
-            measure=measure,
-            # The residual is measured, so that a loose tolerance allows less accurate products.
-            symmetric=max(SYMMETRIC, 10 * eps, tolerance / length if length else 0.0),
-        )
+        others = None if preconditioner is None else Products(preconditioner, space)
+        rows = finite_rows(space, b, "b", is_block=like is not None)
+        eps = products_eps(space, rows.dtype)
+
+        def of(row: Tensor) -> System:
+            length = float(space.norms(row))
+            tolerance = max(rtol * length, atol)
+            return cls(
+                products=products,
+                preconditioner=others,
+                b=row,
+                damping=damping,
+                tolerance=tolerance,
+                target=max(tolerance, eps * length),
+                eps=eps,
+                measure=measure,
+                # The residual is measured, so a loose tolerance allows less accurate products.
+                symmetric=max(SYMMETRIC, 10 * eps, tolerance / length if length else 0.0),
+            )
+
+        return tuple(map(of, rows.split(1)))
 
     @property
     def space(self) -> Space:
         return self.products.space
 
-    def product(self, rows: Tensor, /) -> Tensor:
-        """Return the products of rows with A + damping I."""
-        return self.products(rows) + self.damping * rows
+    def product(self, row: Tensor, /) -> Steps[Tensor]:
+        """Return the product of a row with A + damping I."""
+        image = yield self.products, row
+        return image + self.damping * row
 
-    def preconditioned(self, row: Tensor, /) -> tuple[Tensor, float]:
+    def preconditioned(self, row: Tensor, /) -> Steps[tuple[Tensor, float]]:
         """Return ``M r`` and ``r'Mr``, with M the preconditioner."""
         if self.preconditioner is None:
             return row, float(self.space.norms(row)) ** 2
-        image = self.preconditioner(row)
+        image = yield self.preconditioner, row
         square = float(self.space.gram(row, image))
         if not square > 0 and (length := float(self.space.norms(row))):
             raise ValueError(
@@ -119,7 +129,8 @@ class System:
             length: Length of v.
         """
         # The last product is not part of the state: a resumed run tests one product later.
-        before, self.products.last = self.products.last, (row, image, length)
+        before = self.last[0] if self.last else None
+        self.last.append((row, image, length))
         if before is None or not state.largest:
             return state
         forms = self.space.gram(before[0], image) - self.space.gram(row, before[1])
@@ -133,24 +144,24 @@ class System:
         )
         return replace(state, asymmetry=max(state.asymmetry, difference), rounded=tolerance)
 
-    def begin(self, start: Tree | None, /) -> Iterate:
-        """Return the start and its residual."""
+    def begin(self, start: Tensor | None, /) -> Steps[Iterate]:
+        """Return the start, a row, and its residual."""
         x, residual = torch.zeros_like(self.b), self.b
         # For b = 0 the solution is zero, without a product.
         if start is not None and bool(self.space.norms(self.b) > 0):
-            x = _finite_row(self.space, start, "start")
+            x = start
             if bool(self.space.norms(x) > 0):
-                x, residual, _ = self.measured(x)
+                x, residual, _ = yield from self.measured(x)
         length, path = self.space.norms(torch.cat([residual, x])).tolist()
         origin = (x, residual)
         return Iterate(
             x=x, residual=residual, length=length, first=length, origin=origin, path=path
         )
 
-    def measured(self, x: Tensor, /) -> tuple[Tensor, Tensor, float]:
+    def measured(self, x: Tensor, /) -> Steps[tuple[Tensor, Tensor, float]]:
         """Return x rounded to the dtypes of the result, its measured residual, and the length."""
         x = self.space.ravel(self.space.unravel(x), dtype=x.dtype)
-        residual = self.b - self.product(x)
+        residual = self.b - (yield from self.product(x))
         return x, residual, float(self.space.norms(residual))
 
     def settled(self, state: Iterate, /) -> bool:
@@ -163,16 +174,6 @@ class System:
         """Return a bound of the residual that includes the rounding of all products behind it."""
         drift = 0.0 if state.measured else rounding(self.eps, state.largest) * state.path
         return state.length + drift
-
-    def solution(self, state: Iterate, cost: Cost, direction: Tensor | None = None) -> Solution:
-        """Return the result, with a direction of negative curvature if there is one."""
-        return Solution(
-            x=self.space.unravel(state.x[0]),
-            residual=self.bound(state),
-            converged=self.settled(state),
-            negative_curvature=None if direction is None else self.space.unravel(direction[0]),
-            **cost,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +195,7 @@ class Iterate:
         path: Length of the first x plus the lengths of all steps.
         asymmetry: Largest difference of u'Av and v'Au so far, for unit vectors.
         rounded: Measured difference that the rounding of products explains, in units of |A|.
+        reason: Reason for which the column has stopped; empty while the run lasts.
     """
 
     x: Rows = field(metadata=DIVIDED)
@@ -210,131 +212,18 @@ class Iterate:
     path: float = 0.0
     asymmetry: float = 0.0
     rounded: float = 0.0
+    reason: str = ""
 
 
 AnyIterate = TypeVar("AnyIterate", bound=Iterate)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Solver(Method[AnyIterate, Solution]):
-    """Method for a linear system that iterates, measures and restarts.
-
-    Attributes:
-        system: System to be solved, with the products of the run.
-        start: Start vector as a tree; None for zero.
-    """
-
-    system: System
-    start: Tree | None = None
-
-    is_random: ClassVar[bool] = False
-
-    def options(self) -> dict[str, Any]:
-        system = self.system
-        return {
-            "b": system.space.unravel(system.b[0]),
-            "damping": system.damping,
-            "preconditioned": system.preconditioner is not None,
-            "measure": system.measure,
-            "start": self.start,
-        }
-
-    @abstractmethod
-    def iterate(self, state: AnyIterate, /) -> AnyIterate:
-        """Return the state after one product, restarted if the residual was measured."""
-
-    @abstractmethod
-    def obstacle(self, state: AnyIterate, /) -> str:
-        """Return the reason why a stopped state allows no further step."""
-
-    def step(self, state: AnyIterate, products: Products, room: int, /) -> AnyIterate:
-        system = self.system
-        for left in range(room, max(room - _STEPS_A_ROUND, 0), -1):
-            # The last product is reserved for the measurement.
-            over = left == 1 or state.inexact or state.stopped
-            if over or state.length <= system.target:
-                return state if state.measured or system.settled(state) else _measure(system, state)
-            state = self.iterate(state)
-        return state
-
-    def verdict(self, state: AnyIterate, products: Products, room: int, /) -> str | None:
-        system = self.system
-        if system.settled(state):
-            residual = "residual" if state.measured else "residual of the recurrence"
-            return f"converged: the {residual} is within the tolerance"
-        if not state.measured:
-            return None
-        if state.hidden:
-            return _rounding_hides(system, state)
-        return self.obstacle(state) if state.stopped else None
-
-    def finish(
-        self, state: AnyIterate, products: Products, reason: str, room: int, /
-    ) -> tuple[AnyIterate, str]:
-        system = self.system
-        if not (state.measured or system.settled(state)):
-            state = _measure(system, state)
-        if not system.settled(state) and (cause := _cause(system, state)):
-            reason = cause if state.hidden else f"{reason}; {cause}"
-        return state, reason
-
-    def result(self, state: AnyIterate, space: Space, cost: Cost, /) -> Solution:
-        return self.system.solution(state, cost)
-
-
-def _cause(system: System, state: Iterate) -> str | None:
-    """Return why the products are not those of a symmetric matrix, or None if they are."""
-    if system.products.last is None:
-        return None
-    return asymmetry_named(
-        system.products,
-        system.products.last[0],
-        state.asymmetry,
-        state.largest,
-        eps=system.eps,
-        rtol=system.tolerance / float(system.space.norms(system.b)),
-    )
-
-
-def _measure(system: System, state: AnyIterate) -> AnyIterate:
-    """Return the state with a measured residual, from which the run stops or restarts."""
-    x, residual, length = system.measured(state.x)
-    excess = length - system.tolerance
-    stuck = state.length <= system.target and excess > (state.first - system.tolerance) / 2
-    stopped = state.stopped
-    if state.again and length > state.first:
-        (x, residual), length = state.origin, state.first
-        stopped = stopped or state.inexact
-    sizes = system.space.norms(torch.cat([system.b, state.largest * x]))
-    alone = stopped and length <= rounding(system.eps, float(sizes.sum()))
-    return replace(
-        state,
-        x=x,
-        residual=residual,
-        length=length,
-        first=length,
-        measured=True,
-        inexact=False,
-        stopped=stopped,
-        hidden=excess > 0 and (stuck or alone or length <= system.target),
-        origin=(x, residual),
-        again=True,
-    )
-
-
-def _rounding_hides(system: System, state: Iterate) -> str:
-    # The remaining residual is the rounding of the products, which may be in low precision.
-    sizes = system.space.norms(torch.cat([system.b, state.largest * state.x]))
-    eps = max(system.eps, state.length / float(sizes.sum()))
-    return (
-        f"the rounding of the products hides the tolerance: the residual is {state.length:.1e}, "
-        f"and cannot reach {system.tolerance:.1e} with products rounded to {eps:.0e}; "
-        "take a looser rtol, or float64"
-    )
-
-
-def _finite_row(space: Space, tree: Tree, what: str) -> Tensor:
-    leaves = [leaf.detach()[None] for leaf in space.tree_leaves(tree)]
-    row = space.ravel_leaves(leaves, dtype=rows_dtype(space))
-    refuse_infinite(space, row, what, ValueError)
-    return row
+def finite_rows(space: Space, tree: Tree, what: str, /, *, is_block: bool) -> Tensor:
+    """Return the rows of a block, or the row of one vector, after checking them."""
+    checked = space.block_leaves(tree) if is_block else space.tree_leaves(tree)
+    leaves = [leaf.detach() if is_block else leaf.detach()[None] for leaf in checked]
+    if not len(leaves[0]):
+        raise ValueError(f"{what} is a block of no vectors: pass at least one")
+    rows = space.ravel_leaves(leaves, dtype=rows_dtype(space))
+    refuse_infinite(space, rows, what, ValueError)
+    return rows

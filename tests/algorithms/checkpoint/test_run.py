@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 
 
 RIGHT = {"a": torch.ones(3, 5).double(), "b": torch.ones(N - 15).double()}
+BLOCK = {name: torch.stack([leaf, leaf.cumsum(0)]) for name, leaf in RIGHT.items()}
 
 RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "hutchinson": lambda matvec, path: hf.hutchinson(
@@ -63,6 +64,12 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "cg": lambda matvec, path: hf.cg(matvec, RIGHT, damping=0.1, rtol=1e-3, checkpoint=path),
     "minres": lambda matvec, path: hf.minres(
         matvec, RIGHT, damping=0.2, rtol=1e-2, checkpoint=path
+    ),
+    "cg of a block": lambda matvec, path: hf.cg(
+        matvec, BLOCK, like=LIKE, damping=0.1, rtol=1e-3, checkpoint=path
+    ),
+    "minres of a block": lambda matvec, path: hf.minres(
+        matvec, BLOCK, like=LIKE, damping=0.2, rtol=1e-2, checkpoint=path
     ),
     "sampled_trace": lambda matvec, path: hf.sampled_trace(
         lambda i: matvec if i % 2 else hf.matvecs.scale(matvec, 3),

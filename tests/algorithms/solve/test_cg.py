@@ -15,8 +15,9 @@ import hessfunc as hf
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Solution
 from hessfunc.algorithms.solve import cg as module
-from hessfunc.algorithms.solve import system as systems
+from hessfunc.algorithms.solve import solver
 from hessfunc.algorithms.solve.cg import cg
+from hessfunc.algorithms.solve.system import Steps, System
 from tests.algorithms.spectra import symmetric
 
 SPECTRUM = torch.logspace(-2, 1, 80).double()
@@ -32,6 +33,10 @@ def counted(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], list[int]]:
         return block @ matrix
 
     return matvec, calls
+
+
+def made(system: System, steps: Steps[Any]) -> Any:
+    return solver.together([steps], system.products)[0]
 
 
 def residual(matrix: Tensor, b: Tensor, x: Tensor) -> float:
@@ -271,10 +276,12 @@ def test_residual_of_rounding_alone_is_not_sought_for_ever() -> None:
 
 
 def test_recurrence_that_ends_worse_than_it_began_is_undone() -> None:
-    system = systems.System.of(hf.dense(MATRIX), B, 0.0, None, 1e-8, 0.0)
-    begun = module._State(**vars(system.begin(0.1 * B)), direction=system.b, nearest=system.b)
+    system = System.each(hf.dense(MATRIX), B, 0.0, None, 1e-8, 0.0)[0]
+    begun = module._State(
+        **vars(made(system, system.begin(0.1 * system.b))), direction=system.b, nearest=system.b
+    )
     worse = replace(begun, x=10 * system.b, measured=False, inexact=True, again=True)
-    ended = systems._measure(system, worse)
+    ended = made(system, solver._measure(system, worse))
     assert torch.equal(ended.x, begun.x)
     assert torch.equal(ended.residual, begun.residual)
     assert ended.length == begun.length
@@ -374,24 +381,24 @@ def test_callback_sees_progress_and_stops() -> None:
 
 
 def test_a_state_is_all_that_a_run_goes_on_from() -> None:
-    system = systems.System.of(hf.dense(MATRIX), B, 0.0, None, 1e-8, 0.0)
-    begun = system.begin(None)
+    system = System.each(hf.dense(MATRIX), B, 0.0, None, 1e-8, 0.0)[0]
+    begun = made(system, system.begin(None))
     state = module._State(**vars(begun), direction=begun.x, nearest=begun.x)
     states = [state]
     for _ in range(9):
-        states.append(module._iterate(system, states[-1]))
+        states.append(made(system, module._iterate(system, states[-1])))
     saved = {name: _copied(value) for name, value in vars(states[4]).items()}
     resumed = module._State(**saved)
-    fresh = systems.System.of(hf.dense(MATRIX), B, 0.0, None, 1e-8, 0.0)
+    fresh = System.each(hf.dense(MATRIX), B, 0.0, None, 1e-8, 0.0)[0]
     for _ in range(5):
-        resumed = module._iterate(fresh, resumed)
+        resumed = made(fresh, module._iterate(fresh, resumed))
     assert torch.equal(resumed.x, states[9].x)
     assert resumed.length == states[9].length
     assert torch.equal(states[0].x, torch.zeros_like(states[0].x))
 
 
 def _copied(value: Any) -> Any:
-    assert value is None or isinstance(value, (Tensor, float, int, bool, tuple))
+    assert value is None or isinstance(value, (Tensor, float, int, bool, str, tuple))
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -431,7 +438,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_preconditioner_is_not_counted() -> None:
-    system = systems.System.of(hf.dense(MATRIX), B, 0.0, lambda block: block, 1e-3, 0.0)
+    system = System.each(hf.dense(MATRIX), B, 0.0, lambda block: block, 1e-3, 0.0)[0]
     assert isinstance(system.preconditioner, Products)
     matvec, calls = counted(MATRIX)
     preconditioner, applied = counted(torch.eye(80).double())

@@ -13,7 +13,8 @@ import hessfunc as hf
 from hessfunc.algorithms.results import Solution
 from hessfunc.algorithms.solve import minres as module
 from hessfunc.algorithms.solve.minres import minres
-from hessfunc.algorithms.solve.system import System
+from hessfunc.algorithms.solve.solver import together
+from hessfunc.algorithms.solve.system import Steps, System
 from tests.algorithms.spectra import orthogonal, symmetric
 
 POSITIVE = torch.logspace(-1, 1, 80).double()
@@ -25,8 +26,12 @@ SINGULAR = torch.cat([torch.zeros(5).double(), INDEFINITE[5:]])
 NULL = orthogonal(80)[:, :5]
 
 
+def made(system: System, steps: Steps[Any]) -> Any:
+    return together([steps], system.products)[0]
+
+
 def begun(system: System) -> module._State:
-    found = system.begin(None)
+    found = made(system, system.begin(None))
     x = found.x
     return module._State(**vars(found), lanczos=(x, x, x), search=(x, x))
 
@@ -65,12 +70,12 @@ def test_residual_is_the_measured_two_norm(rtol: float, preconditioned: bool) ->
 def test_recurrence_of_the_residual_is_that_of_x(preconditioned: bool) -> None:
     scales = torch.logspace(-1, 1, 80).double()
     preconditioner = (lambda block: block * scales) if preconditioned else None
-    system = System.of(hf.dense(MATRIX), B, 0.2, preconditioner, 1e-8, 0.0)
+    system = System.each(hf.dense(MATRIX), B, 0.2, preconditioner, 1e-8, 0.0)[0]
     state = begun(system)
     damped = MATRIX + 0.2 * torch.eye(80).double()
     for _ in range(20):
         before = state.phi_bar or math.inf
-        state = module._iterate(system, state)
+        state = made(system, module._iterate(system, state))
         torch.testing.assert_close(state.residual, B - state.x @ damped, rtol=0, atol=1e-11)
         norm = (state.residual.square() * (scales if preconditioned else 1.0)).sum().sqrt()
         assert state.phi_bar == pytest.approx(float(norm), rel=1e-9)
@@ -310,17 +315,17 @@ def test_callback_sees_progress_and_stops() -> None:
 
 def test_a_state_is_all_that_a_run_goes_on_from() -> None:
     def system() -> System:
-        return System.of(hf.dense(MATRIX), B, 0.0, None, 1e-8, 0.0)
+        return System.each(hf.dense(MATRIX), B, 0.0, None, 1e-8, 0.0)[0]
 
     state = begun(system())
     states = [state]
     for _ in range(9):
-        states.append(module._iterate(system(), states[-1]))
+        states.append(made(one := system(), module._iterate(one, states[-1])))
     for value in vars(states[4]).values():
-        assert isinstance(value, (Tensor, float, int, bool, tuple, type(None)))
+        assert isinstance(value, (Tensor, float, int, bool, str, tuple, type(None)))
     resumed = module._State(**vars(states[4]))
     for _ in range(5):
-        resumed = module._iterate(system(), resumed)
+        resumed = made(one := system(), module._iterate(one, resumed))
     assert torch.equal(resumed.x, states[9].x)
     assert resumed.phi_bar == states[9].phi_bar
 
