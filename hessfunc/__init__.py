@@ -45,6 +45,8 @@ _HOMES = {
     "batched": "transforms.matvecs",
     "dense": "transforms.matvecs",
     "check": "algorithms.check",
+    "matrix": "algorithms.matrix",
+    "inner": "spaces.of",
     "ravel": "spaces.of",
     "unravel": "spaces.of",
     "random_like": "spaces.of",

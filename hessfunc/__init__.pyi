@@ -15,6 +15,7 @@ from hessfunc.algorithms.eigen.power import power_iteration as power_iteration
 from hessfunc.algorithms.eigen.stochastic_power import (
     stochastic_power_iteration as stochastic_power_iteration,
 )
+from hessfunc.algorithms.matrix import matrix as matrix
 from hessfunc.algorithms.results import load as load
 from hessfunc.algorithms.results import pool as pool
 from hessfunc.algorithms.solve.cg import cg as cg
@@ -38,6 +39,7 @@ from hessfunc.recipes.hessian_trace import hessian_trace as hessian_trace
 from hessfunc.recipes.landscape import landscape as landscape
 from hessfunc.recipes.sharpness import critical_sharpness as critical_sharpness
 from hessfunc.selection import split as split
+from hessfunc.spaces.of import inner as inner
 from hessfunc.spaces.of import random_like as random_like
 from hessfunc.spaces.of import ravel as ravel
 from hessfunc.spaces.of import unravel as unravel

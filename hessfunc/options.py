@@ -547,6 +547,16 @@ def pattern(name: str, value: Any, /) -> Any:
     raise _refused(name, value, due, f"pass {name}='layer1.*', for instance")
 
 
+def entries(name: str, value: Any, /) -> Any:
+    """Return a pattern over leaves, or indices of a flat vector as a tuple of ints."""
+    items = None if callable(value) else _items(value)
+    if items is None or any(isinstance(item, str) for item in items):
+        return pattern(name, value)
+    if not items:
+        raise ValueError(f"{name} is empty: pass at least one index, such as {name}=range(10)")
+    return whole_numbers(name, items)
+
+
 def selection(name: str, value: Any, /) -> Any:
     """Return a glob over module names, a module type or a tuple of types, or a predicate."""
     if isinstance(value, str):

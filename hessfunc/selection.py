@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from hessfunc.options import validated
 
+# Glob over dotted names, several globs or exact names, or a predicate ``(name, tensor) -> bool``.
+Pattern: TypeAlias = str | Iterable[str] | Callable[[str, Tensor], bool]
+
 
 @validated
 def split(
     tree: Mapping[str, Any],
-    pattern: str | Iterable[str] | Callable[[str, Tensor], bool],
+    pattern: Pattern,
     /,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a (nested) mapping of tensors into the chosen leaves and the rest.
@@ -32,10 +35,28 @@ def split(
         ValueError: If no leaf, or no leaf for one of several patterns, is chosen.
     """
     named = list(_named(tree, (), ()))
-    names = [name for name, _, _ in named]
+    wanted = selected({name: leaf for name, _, leaf in named}, pattern)
+    chosen: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name, path, leaf in named:
+        _insert(chosen if name in wanted else rest, path, leaf)
+    return chosen, rest
+
+
+def selected(leaves: Mapping[str, Tensor], pattern: Pattern, /) -> set[str]:
+    """Return the names of the leaves that a pattern chooses.
+
+    Args:
+        leaves: Leaves by their dotted names.
+        pattern: Pattern, as in `split`.
+
+    Raises:
+        ValueError: If no leaf, or no leaf for one of several patterns, is chosen.
+    """
+    names = list(leaves)
     unknown: list[str] = []
     if callable(pattern):
-        wanted = {name for name, _, leaf in named if pattern(name, leaf)}
+        wanted = {name for name, leaf in leaves.items() if pattern(name, leaf)}
     else:
         patterns = [pattern] if isinstance(pattern, str) else list(pattern)
         fitting = {glob: _fitting(glob, names) for glob in patterns}
@@ -45,11 +66,7 @@ def split(
         raise ValueError(f"{pattern!r} chooses none of the leaves {first_of(names)}")
     if unknown:
         raise ValueError(f"there is no leaf named {', '.join(unknown)} among {first_of(names)}")
-    chosen: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
-    for name, path, leaf in named:
-        _insert(chosen if name in wanted else rest, path, leaf)
-    return chosen, rest
+    return wanted
 
 
 def _named(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.matrix import unit_products
 from hessfunc.algorithms.norms import squared_frobenius, squared_row_norms
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate
@@ -125,11 +126,12 @@ def _products(
     If the products are not symmetric, one more tests whether they are deterministic.
     """
     space = products.space
-    rows = space.units(rows_dtype(space))
-    images = torch.cat([products(block) for block in rows.split(block_size)])
+    everything = torch.arange(space.n, device=space.device)
+    rows = space.units(everything, rows_dtype(space))
+    images = torch.cat(list(unit_products(products, everything, block_size)))
     lengths = space.norms(images).cpu().double()
     rounding = rounding_of_sum(products_eps(space)) * float(lengths.norm())
-    matrix = images.double() if space.ranks is None else space.gram(rows, images)
+    matrix = space.entries(images, everything).double()
     asymmetry = float((matrix - matrix.mT).abs().max())
     # Products of a random matvec are not symmetric, except for a matrix with a single entry.
     if space.n > 1 and asymmetry <= products_eps(space) ** 0.5 * float(lengths.max()):

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from hessfunc import options
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.results import Density
 from hessfunc.losses import LossFunction, hold
-from hessfunc.selection import split
+from hessfunc.selection import Pattern, split
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Matvec, Tree
-
-Pattern = str | Iterable[str] | Callable[[str, Tensor], bool]
 
 
 def _density(matvec: Matvec, like: Tree) -> Density:

@@ -38,6 +38,10 @@ class DividedSpace(Space):
     def on_all(self, act: Callable[[], Made], /) -> Made:
         return self.ranks.all_do(act, self.device)
 
+    def entries(self, rows: Tensor, columns: Tensor, /) -> Tensor:
+        # Each column is on one rank, so the sum over ranks has one term.
+        return self.summed(rows @ self.units(columns, rows.dtype).mT)
+
     def norms(self, rows: Tensor, /) -> Tensor:
         return self.summed(self._norms(rows).square()).sqrt()
 

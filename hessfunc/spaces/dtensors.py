@@ -222,18 +222,17 @@ class DTensorSpace(DividedSpace):
             for row, key in zip(part, of_leaf, strict=True):
                 row.copy_(layout.entries(partial(_drawn, of, key[None], self.device)))
 
-    def units(self, dtype: torch.dtype, /) -> Tensor:
+    def places(self) -> Tensor:
         def numbers(places: range) -> Tensor:
             return torch.arange(places.start, places.stop, device=self.device)
 
         begins = list(accumulate(self.sizes, initial=0))[:-1]
-        places = [
-            begin + layout.entries(numbers)
-            for begin, layout in zip(begins, self.layouts, strict=True)
-        ]
-        rows = self.zeros(self.n, dtype)
-        rows[torch.cat(places), range(self.width)] = 1
-        return rows
+        return torch.cat(
+            [
+                begin + layout.entries(numbers)
+                for begin, layout in zip(begins, self.layouts, strict=True)
+            ]
+        )
 
 
 def _drawn(of: Draw, key: Tensor, device: torch.device, places: range) -> Tensor:

@@ -1,14 +1,19 @@
-"""Vector space of a tree, and conversions between trees and flat vectors."""
+"""Vector space of a tree; conversions between trees and flat vectors; inner products."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
+import optree
 import torch
 from torch import Tensor
 
 from hessfunc import options
+from hessfunc.numerics import wide_dtype
 from hessfunc.options import validated
 from hessfunc.spaces.space import ProbeKind, Space, _advice, _names
-from hessfunc.trees import Tree, flatten
+from hessfunc.trees import Tree, flatten, whole
 
 
 def space_of(like: Tree, /) -> Space:
@@ -76,6 +81,46 @@ def unravel(flat: Tensor, like: Tree, /) -> Tree:
         ValueError: If the last axis of ``flat`` does not have n entries.
     """
     return space_of(like).unravel(flat)
+
+
+def inner(a: Tree, b: Tree, /) -> Tensor:
+    """Return the inner product of two vectors as a float64 scalar.
+
+        <a, b> = sum_i a_i b_i
+
+    Products and sums are computed in float64 (float32 on MPS devices). The function can be
+    differentiated and mapped, by autograd and by the transforms of `torch.func`.
+
+    Args:
+        a: Vector, a tree of floating-point tensors.
+        b: Tree with the structure and shapes of ``a``.
+
+    Raises:
+        TypeError: If a leaf is not a tensor of a real floating-point dtype.
+        ValueError: If the trees differ in their structure or in the shape of a leaf.
+    """
+    (entries, structure), (others, given) = flatten(a), flatten(b)
+    # For speed, arguments are validated only if something is wrong.
+    leaves = entries + others
+    if not leaves or not all(isinstance(x, Tensor) and x.is_floating_point() for x in leaves):
+        for name, vector in (("a", a), ("b", b)):
+            space_of(options.tree(name, vector))
+    if given != structure or any(x.shape != y.shape for x, y in zip(entries, others, strict=True)):
+        raise ValueError(
+            f"a has {_outlined(entries, structure)}, and b has {_outlined(others, given)}: pass "
+            "two vectors of the same tree"
+        )
+    wide = wide_dtype(entries[0].device)
+    parts = [whole((x.to(wide) * y.to(wide)).sum()) for x, y in zip(entries, others, strict=True)]
+    return reduce(torch.add, parts)
+
+
+def _outlined(entries: Sequence[Tensor], structure: optree.PyTreeSpec) -> str:
+    shapes = ", ".join(
+        f"{name} {tuple(leaf.shape)}"
+        for name, leaf in zip(_names(structure)[:4], entries, strict=False)
+    )
+    return f"{len(entries)} leaves ({shapes}{', ...' if len(entries) > 4 else ''})"
 
 
 @options.validated(start=options.whole_number)

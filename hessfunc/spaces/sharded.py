@@ -124,10 +124,8 @@ class ShardedSpace(DividedSpace):
                 columns.copy_(part[:, : columns.shape[1]])
         return whole
 
-    def units(self, dtype: torch.dtype, /) -> Tensor:
-        rows = self.zeros(self.n, dtype)
-        rows[list(self.columns), range(self.width)] = 1
-        return rows
+    def places(self) -> Tensor:
+        return torch.arange(self.columns.start, self.columns.stop, device=self.device)
 
 
 def _flat(leaf: Tensor) -> Tensor:

@@ -165,9 +165,17 @@ class Space:
         """Return rows of zeros ``(count, width)``."""
         return torch.zeros(count, self.width, dtype=dtype, device=self.device)
 
-    def units(self, dtype: torch.dtype, /) -> Tensor:
-        """Return the n unit vectors as rows ``(n, width)``."""
-        return torch.eye(self.n, dtype=dtype, device=self.device)
+    def places(self) -> Tensor:
+        """Return the index in a flat vector of each column that this rank holds, ``(width,)``."""
+        return torch.arange(self.n, device=self.device)
+
+    def units(self, columns: Tensor, dtype: torch.dtype, /) -> Tensor:
+        """Return the unit vectors of these columns of a flat vector as rows ``(k, width)``."""
+        return (columns[:, None] == self.places()).to(dtype)
+
+    def entries(self, rows: Tensor, columns: Tensor, /) -> Tensor:
+        """Return the entries of rows in these columns of a flat vector, on every rank."""
+        return rows[:, columns]
 
     def summed(self, numbers: Tensor, /) -> Tensor:
         """Sum over ranks numbers that each rank computed from its part of the rows."""

@@ -23,8 +23,8 @@ def exact_blocks(
     """Return the diagonal blocks of a matrix as a function ``(params, batch) -> {name: matvec}``.
 
     A block is the curvature of the loss with all other parameters held fixed. Its matvec takes and
-    returns tensors ``(k, *shape)``. Each lookup makes the block again, so that only one graph is in
-    memory at a time.
+    returns tensors ``(k, *shape)``, and `matrix` materialises the block. Each lookup makes the
+    block again, so that only one graph is in memory at a time.
 
     Args:
         curvature: Function from a loss to a curvature function, such as `hvp`, `ggnvp` or

@@ -105,3 +105,54 @@ def test_what_is_not_a_vector_is_refused(tree: Any, error: type[Exception], mess
 def test_flat_rows_of_another_length_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"pass one of shape \(10,\) or \(k, 10\)"):
         hf.unravel(torch.zeros(shape), some_tree())
+
+
+def test_inner_accumulates_in_float64() -> None:
+    # In float32, each product would be rounded, and the sum would lose the small entries.
+    a = {"x": torch.tensor([1e6, 1.0, -1e6]), "y": [torch.full((1000,), 1 / 3)]}
+    b = {"x": torch.tensor([1e6, 1.0, 1e6]), "y": [torch.full((1000,), 3.0)]}
+    product = hf.inner(a, b)
+    assert product.dtype == torch.float64
+    assert product.dim() == 0
+    third = float(torch.tensor(1 / 3))
+    assert float(product) == pytest.approx(1.0 + 3000 * third, rel=1e-12)
+
+
+def test_inner_is_transformable() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(7, 7, generator=generator).double()
+    v = {"a": torch.randn(2, 3, generator=generator).double(), "b": torch.ones(()).double()}
+
+    def form(v: dict[str, Tensor]) -> Tensor:
+        return hf.inner(v, hf.unravel(matrix @ hf.ravel(v), v))
+
+    flat = hf.ravel(v)
+    both = matrix + matrix.mT
+    torch.testing.assert_close(hf.ravel(torch.func.grad(form)(v)), both @ flat)
+    hessian = torch.func.jacfwd(lambda x: torch.func.grad(lambda y: hf.inner(y, matrix @ y))(x))
+    torch.testing.assert_close(hessian(flat), both)
+    rows = torch.randn(5, 7, generator=generator).double()
+    mapped = torch.vmap(lambda row: hf.inner(row, matrix @ row))(rows)
+    torch.testing.assert_close(mapped, (rows * (rows @ matrix.mT)).sum(1))
+    # Plain autograd, in the dtype of the leaf.
+    leaf = torch.ones(4, requires_grad=True)
+    hf.inner([leaf], [torch.arange(4.0)]).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [0, 1, 2, 3]
+    assert leaf.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error", "message"),
+    [
+        ({"a": torch.ones(2)}, {"b": torch.ones(2)}, ValueError, r"a has 1 leaves \(a \(2,\)\)"),
+        (torch.ones(2), torch.ones(3), ValueError, r"and b has 1 leaves \(params \(3,\)\)"),
+        (torch.ones(2), torch.ones(2, dtype=torch.int64), TypeError, "dtype torch.int64"),
+        (torch.ones(2) + 0j, torch.ones(2), TypeError, "dtype torch.complex64"),
+        ({"a": 1.0}, {"a": torch.ones(2)}, TypeError, "a must be a tree of tensors"),
+        ({}, {}, ValueError, "without tensors"),
+    ],
+)
+def test_inner_of_other_vectors(a: Any, b: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        hf.inner(a, b)

@@ -237,7 +237,7 @@ def _of_tensors(fn: Callable[[Tree], Tree], vector: Tree) -> Tree:
 
 @validated
 def dense(matrix: Tensor, /) -> Matvec:
-    """Return the matvec of a dense symmetric matrix.
+    """Return the matvec of a dense symmetric matrix, the inverse function of `matrix`.
 
     Args:
         matrix: Symmetric matrix ``(n, n)``. Vectors are flat, ``(n,)``, or trees with n entries.
