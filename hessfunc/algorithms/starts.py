@@ -35,8 +35,8 @@ def unit_start(space: Space, start: Tree | None, seed: int) -> Tensor:
         seed: Seed of the run.
 
     Raises:
-        ValueError: If the start is a block of several vectors, is not finite, is too long for its dtype,
-            or is zero.
+        ValueError: If the start is a block of several vectors, is not finite, is too long for its
+            dtype, or is zero.
     """
     dtype = rows_dtype(space)
     if start is None:
