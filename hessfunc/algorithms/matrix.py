@@ -50,8 +50,8 @@ def matrix(
         rows: Rows of the block: a pattern over leaves, as in `split`, or indices of the flat
             vector. By default all rows.
         columns: Columns of the block, selected like the rows. By default all columns.
-        chunk_size: Number of unit vectors in one call of the matvec; None for as many as have 2^24
-            entries together.
+        chunk_size: Number of unit vectors in one call of the matvec; None for chunks of at most
+            2^24 entries.
         callback: Function of the number of columns so far and of all columns, called after each
             chunk, for a progress bar.
 
