@@ -14,9 +14,9 @@ from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.chunks import ChunkSize, Curvature
-from hessfunc.transforms.criteria import output_gradient
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.hessian import Mode, hvp, kept
+from hessfunc.transforms.output_gradients import output_gradient
 from hessfunc.trees import Matvec, Tree
 
 # Indices of the output leaves that the criterion uses, and its derivative with respect to each.

@@ -25,7 +25,7 @@ from hessfunc.randomness import of_matrix
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.checksum import batch_key
-from hessfunc.transforms.batches.reductions import Reduction, noted
+from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.chunks import (
     GAUSS_NEWTON_ENTRIES,
     Chunks,
@@ -34,16 +34,11 @@ from hessfunc.transforms.chunks import (
     Product,
     block_matvec,
 )
-from hessfunc.transforms.criteria import (
-    INDEPENDENT,
-    by_autodiff,
-    closed_form,
-    example_weights,
-    output_gradient,
-    reduction_over_examples,
-)
+from hessfunc.transforms.criteria import Reduction, closed_form
+from hessfunc.transforms.example_weights import example_weights, reduction_over_examples
 from hessfunc.transforms.hessian import checked, kept
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
+from hessfunc.transforms.output_gradients import INDEPENDENT, by_autodiff, output_gradient
 from hessfunc.trees import Matvec, Tree
 
 # Indices of the output leaves on which B acts, and the product of B with one vector.

@@ -31,13 +31,11 @@ def refuse_without_likelihood(criterion: Callable[[Any, Any], Tensor], /) -> Non
     """Raise ValueError unless a criterion is the negative logarithm of a known likelihood."""
     inner = criterion.criterion if isinstance(criterion, OfTargets) else criterion
     function, options = function_and_options(inner)
-    given = {
-        name
-        for name, value in options.items()
-        if isinstance(value, Tensor) or value not in (None, 0.0)
-    }
     known = _OPTIONS.get(function) if isinstance(function, Hashable) else None
-    if known is None or not given <= known:
+    if known is None or any(
+        name not in known and (isinstance(value, Tensor) or value not in (None, 0.0))
+        for name, value in options.items()
+    ):
         raise ValueError(
             "a Fisher matrix needs a criterion that is the negative logarithm of a likelihood: "
             "pass cross_entropy (no class weights, no label smoothing), mse_loss or "

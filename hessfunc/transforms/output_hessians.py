@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from hessfunc.memory import AT_ONCE, refuse_unless_fits
-from hessfunc.transforms.criteria import (
-    Criterion,
-    by_autodiff,
-    closed_form,
-    warn_of_linear,
-    with_targets,
-)
+from hessfunc.transforms.criteria import Criterion, closed_form, with_targets
+from hessfunc.transforms.output_gradients import by_autodiff, warn_of_linear
 
 
 def mean_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tensor, batch: Any, /) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.transforms.criteria import LinearCriterionWarning
+from hessfunc.transforms.output_gradients import LinearCriterionWarning
 from tests.kronecker.cases import Net, dense, largest_error, net
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.transforms.criteria import LinearCriterionWarning
+from hessfunc.transforms.output_gradients import LinearCriterionWarning
 from tests.cases import NAMES, Case, case
 from tests.reference import flat, gauss_newton, matrix, relative_error
 

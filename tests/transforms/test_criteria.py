@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import warnings
 from typing import Any
@@ -9,21 +8,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.transforms.criteria import LinearCriterionWarning, NotConvexWarning, closed_form
+from hessfunc.transforms.criteria import closed_form, declared_reduction
 from tests.graphs import allocated
 from tests.reference import hessian, matrix, relative_error
+from tests.transforms.outputs import CLASSES, LOGITS, TARGETS, of_outputs
 
 WEIGHT = torch.tensor([0.5, 2.0, 0.1, 1.3]).double()
-LOGITS = torch.linspace(-2, 3, 24).double().sin().mul(2).view(6, 4)
-CLASSES = torch.tensor([0, 1, 3, 2, 1, 0])
+
+
 SHARES = torch.softmax(torch.linspace(0, 7, 24).double().cos().mul(3).view(6, 4), 1)
-TARGETS = torch.linspace(-1, 2, 24).double().cos().view(6, 4)
+
+
 LABELS = (torch.arange(24) % 3 == 0).double().view(6, 4)
+
+
 # [N, C, d]: two examples of four classes at three positions.
 POSITIONS = LOGITS.view(2, 3, 4).movedim(-1, 1)
 
+
 cross_entropy = functools.partial(functools.partial, F.cross_entropy)
+
+
 bce = functools.partial(functools.partial, F.binary_cross_entropy_with_logits)
+
 
 CRITERIA: dict[str, tuple[Any, Tensor, Tensor]] = {
     "cross-entropy": (F.cross_entropy, LOGITS, CLASSES),
@@ -88,11 +95,6 @@ CRITERIA: dict[str, tuple[Any, Tensor, Tensor]] = {
 }
 
 
-def of_outputs(criterion: Any) -> hf.Loss:
-    """A model whose outputs are its parameters: its GGN is the output Hessian."""
-    return hf.supervised(lambda p, _: p["z"], criterion)
-
-
 @pytest.mark.parametrize("name", CRITERIA)
 def test_closed_forms_equal_the_hessian_of_the_criterion(name: str) -> None:
     criterion, outputs, targets = CRITERIA[name]
@@ -145,120 +147,11 @@ def test_a_product_with_many_classes_takes_three_tensors_of_the_size_of_the_logi
     assert allocated(lambda: closed_form(F.cross_entropy)(logits, targets)).kept < 1.1 * size  # type: ignore[misc]
 
 
-class Scaled(nn.CrossEntropyLoss):
-    """A subclass computes something else."""
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return super().forward(3 * outputs, targets)
-
-
-@dataclasses.dataclass
-class Unhashable:
-    """A criterion that is no key of a dict."""
-
-    scale: float = 2.0
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.scale * F.cross_entropy(outputs, targets)
-
-
-@pytest.mark.parametrize(
-    ("criterion", "targets"),
-    [
-        (Scaled(), CLASSES),
-        (Unhashable(), CLASSES),
-        (lambda out, y: 2 * F.cross_entropy(out, y), CLASSES),
-        (functools.partial(lambda out, y, by: by * F.cross_entropy(out, y), by=3.0), CLASSES),
-        (nn.HuberLoss(delta=10.0), TARGETS),
-        (nn.PoissonNLLLoss(), TARGETS.abs()),
-        (lambda out, y: F.nll_loss(out.log_softmax(1), y), CLASSES),
-        (lambda out, y: out.logsumexp(1).mean() - (out * y).mean(), TARGETS),
-        (lambda out, y: torch.linalg.vector_norm(out - y, dim=1).mean(), TARGETS),
-    ],
-    ids=[
-        *("subclass", "unhashable", "lambda", "partial", "huber", "poisson", "nll", "log-sum-exp"),
-        "norm",
-    ],
-)
-def test_any_other_convex_criterion_goes_through_autodiff_without_a_warning(
-    criterion: Any, targets: Tensor
-) -> None:
-    assert closed_form(criterion) is None
-    loss, params, batch = of_outputs(criterion), {"z": LOGITS}, (None, targets)
-    found = matrix(hf.ggnvp(loss)(params, batch), params)
-    assert relative_error(found, hessian(loss, params, batch)) < 1e-10
-
-
-def test_a_criterion_that_is_linear_in_the_outputs_gives_zero() -> None:
-    loss, params = of_outputs(nn.L1Loss()), {"z": LOGITS}
-    with pytest.warns(LinearCriterionWarning, match=r"linear in the model's outputs.*hvp\(loss"):
-        matvec = hf.ggnvp(loss)(params, (None, TARGETS))
-    assert not matrix(matvec, params).any()
-
-
-@pytest.mark.parametrize(
-    "criterion", [F.nll_loss, nn.NLLLoss(), functools.partial(F.nll_loss, reduction="sum")]
-)
-def test_log_softmax_before_nll_loss_is_recognised(criterion: Any) -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1)).double()
-    model_fn, params = hf.functional(model)
-    loss = hf.supervised(model_fn, criterion)
-    batch = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
-    curvatures = [
-        hf.ggnvp(loss),
-        *(of(loss, model) for of in (hf.kronecker.kflr, hf.kronecker.ekfac, hf.kronecker.kfra)),
-    ]
-    for curvature in curvatures:
-        with pytest.warns(LinearCriterionWarning, match=r"nll_loss is linear.*cross_entropy"):
-            curvature(params, batch)
-    with pytest.warns(LinearCriterionWarning, match=r"nll_loss is linear.*cross_entropy"):
-        hf.ggn_diagonal(loss, params, [batch])
-
-
-def test_a_criterion_that_is_linear_near_some_outputs_only_gives_no_warning() -> None:
-    outputs = 10 * LOGITS.sign()
-    outputs[0] = 0.01
-    loss = of_outputs(lambda out, _: F.huber_loss(out, torch.zeros_like(out)))
-    params = {"z": outputs}
-    assert matrix(hf.ggnvp(loss)(params, (None, TARGETS)), params).any()
-
-
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_old_and_unreduced_forms_have_no_closed_form(reduction: str) -> None:
     options = {"reduction": "none"} if reduction == "none" else {"size_average": True}
     assert closed_form(functools.partial(F.cross_entropy, **options)) is None
     assert closed_form(functools.partial(F.cross_entropy, LOGITS)) is None
-
-
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        lambda out, y: (out - y).square().mul(torch.tensor([1.0, 1.0, -0.1, 1.0])).mean(),
-        lambda out, y: torch.tanh((out - y).square()).mean(),
-        lambda out, y: (out[:, 0] * out[:, 1]).mean(),
-        lambda out, y: 1e-12 * out.cos().sum(),
-    ],
-    ids=["one entry", "robust", "saddle", "small"],
-)
-def test_a_criterion_that_is_not_convex_gives_a_warning_and_its_hessian(criterion: Any) -> None:
-    loss, params, batch = of_outputs(criterion), {"z": LOGITS}, (None, TARGETS)
-    with pytest.warns(NotConvexWarning, match="may have negative eigenvalues") as caught:
-        found = matrix(hf.ggnvp(loss)(params, batch), params)
-    assert len(caught) == 1
-    expected = hessian(loss, params, batch)
-    assert relative_error(found, expected) < 1e-10
-    assert torch.linalg.eigvalsh(expected)[0] < 0
-
-
-def test_one_example_that_is_not_convex_among_many_gives_a_warning() -> None:
-    sign = torch.ones(12)
-    sign[7] = -1
-    loss = of_outputs(lambda out, _: (sign[:, None] * out.square()).sum())
-    with pytest.warns(NotConvexWarning):
-        hf.ggnvp(loss)({"z": LOGITS.repeat(2, 1)}, (None, None))
-
-
-# with_output_hessian
 
 
 def logcosh(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -306,3 +199,34 @@ def test_an_own_output_hessian_may_replace_the_exact_one() -> None:
     params = {"z": LOGITS}
     found = matrix(hf.ggnvp(of_outputs(quarter))(params, (None, LABELS)), params)
     assert relative_error(found, torch.eye(24).double() / 4) < 1e-12
+
+
+class Custom(nn.MSELoss):
+    """A subclass, which may compute anything."""
+
+
+@pytest.mark.parametrize(
+    ("criterion", "expected"),
+    [
+        (F.cross_entropy, "mean"),
+        (F.huber_loss, "mean"),
+        (functools.partial(F.l1_loss, reduction="sum"), "sum"),
+        (
+            functools.partial(functools.partial(F.l1_loss, reduction="sum"), reduction="mean"),
+            "mean",
+        ),
+        (functools.partial(F.mse_loss, size_average=False), "sum"),
+        (functools.partial(F.kl_div, reduction="batchmean"), "mean"),
+        (functools.partial(F.mse_loss, reduction="none"), None),
+        (nn.PoissonNLLLoss(), "mean"),
+        (nn.KLDivLoss(reduction="batchmean"), "mean"),
+        (nn.SmoothL1Loss(reduction="sum"), "sum"),
+        (Custom(reduction="sum"), None),
+        (F.softmax, None),
+        (lambda out, y: (out - y).sum(), None),
+    ],
+)
+def test_reductions_of_torch_are_known(criterion: Any, expected: str | None) -> None:
+    assert declared_reduction(criterion) == expected
+    composed = hf.composed(lambda p, b: p, criterion, targets=lambda b: b)
+    assert declared_reduction(composed.criterion) == expected

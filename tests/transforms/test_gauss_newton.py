@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.transforms.criteria import LinearCriterionWarning, NotConvexWarning
+from hessfunc.transforms.output_gradients import LinearCriterionWarning, NotConvexWarning
 from tests.cases import NAMES, Case, case, closed_form
 from tests.reference import (
     gauss_newton,

@@ -16,8 +16,9 @@ from hessfunc.randomness import mixed
 from hessfunc.ranks import Ranks, attempted, by_rank
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches import shards
-from hessfunc.transforms.batches.reductions import Average, Reduction
+from hessfunc.transforms.batches.reductions import Average
 from hessfunc.transforms.batches.sums import Data, Partition, Sum
+from hessfunc.transforms.criteria import Reduction
 from hessfunc.trees import Matvec, Tree, leaves
 
 Made = TypeVar("Made")

@@ -3,80 +3,34 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn._reduction import legacy_get_string
 
 from hessfunc.autograd import differentiable_twice
 from hessfunc.losses import Loss, LossFunction, OfTargets
 from hessfunc.numerics import wide_dtype
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.examples import examples, rows_of
+from hessfunc.transforms.criteria import (
+    Reduction,
+    declared_reduction,
+    function_and_options,
+    without_wrappers,
+)
 from hessfunc.trees import Tree
-
-Reduction: TypeAlias = Literal["mean", "sum"]
 
 
 class ReductionWarning(UserWarning):
     """Warning that the reduction of a loss, mean or sum over examples, could not be determined."""
-
-
-def declared_reduction(criterion: Any, /) -> Reduction | None:
-    """Return the reduction of a loss module or function of torch, or None if it is unknown.
-
-    Partials and wrappers of this library are unwrapped. A subclass of a loss module may compute
-    anything, so its reduction is unknown.
-    """
-    while isinstance(criterion, OfTargets) or hasattr(criterion, "output_hessian"):
-        criterion = criterion.criterion
-    options: dict[str, Any] = {}
-    while isinstance(criterion, functools.partial):
-        options = criterion.keywords | options
-        criterion = criterion.func
-    if isinstance(criterion, nn.Module):
-        of_torch = type(criterion).__module__ == nn.modules.loss.__name__
-        reduction = getattr(criterion, "reduction", None) if of_torch else None
-    elif getattr(criterion, "__module__", None) == F.__name__:
-        parameter = inspect.signature(criterion).parameters.get("reduction")
-        reduction = options.get("reduction", None if parameter is None else parameter.default)
-        legacy = options.get("size_average"), options.get("reduce")
-        if legacy != (None, None):
-            reduction = legacy_get_string(*legacy, emit_warning=False)
-    else:
-        return None
-    if reduction == "batchmean":
-        return "mean"
-    return reduction if reduction in ("mean", "sum") else None
-
-
-# Losses whose mean divides by the class weights of the targets that are not ignored.
-_CROSS_ENTROPY = (F.cross_entropy, nn.CrossEntropyLoss)
-_OF_CLASSES = (*_CROSS_ENTROPY, F.nll_loss, nn.NLLLoss)
-
-
-def _kind_and_options(criterion: Any) -> tuple[Any, Mapping[str, Any]]:
-    """Return the function or module type of a criterion, and its options."""
-    options: dict[str, Any] = {}
-    while True:
-        if isinstance(criterion, OfTargets) or hasattr(criterion, "output_hessian"):
-            criterion = criterion.criterion
-        elif isinstance(criterion, functools.partial) and not criterion.args:
-            options = criterion.keywords | options
-            criterion = criterion.func
-        elif isinstance(criterion, nn.Module):
-            return type(criterion), vars(criterion) | criterion._buffers
-        else:
-            return criterion, options
 
 
 def _has_examples(batch: Any) -> bool:
@@ -95,16 +49,16 @@ def _terms(one: Noted) -> float | None:
     """
     if not isinstance(one.loss, Loss) or not isinstance(one.loss.criterion, OfTargets):
         return None
-    known, options = _kind_and_options(one.loss.criterion)
+    function, options = function_and_options(without_wrappers(one.loss.criterion))
     targets = one.loss.criterion.targets(one.batch)
     if declared_reduction(one.loss.criterion) is None or not isinstance(targets, Tensor):
         return None
     if targets.is_floating_point():
         if options.get("reduction") == "batchmean" or not _has_examples(one.batch):
             return None
-        classes = targets.shape[min(1, targets.dim() - 1)] if known in _CROSS_ENTROPY else 1
+        classes = targets.shape[min(1, targets.dim() - 1)] if function is F.cross_entropy else 1
         return targets.numel() / max(1, classes)
-    if known not in _OF_CLASSES:
+    if function not in (F.cross_entropy, F.nll_loss):
         return None
     kept = targets != options.get("ignore_index", -100)
     weight = options.get("weight")

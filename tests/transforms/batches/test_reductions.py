@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.transforms.batches.reductions import ReductionWarning, declared_reduction
+from hessfunc.transforms.batches.reductions import ReductionWarning
 from tests.reference import gauss_newton, gradient, hessian, matrix, relative_error
 
 GENERATOR = torch.Generator().manual_seed(0)
+
+
 X = torch.randn(7, 3, generator=GENERATOR, dtype=torch.float64)
+
+
 Y = torch.arange(7) % 2
+
+
 BATCHES = [(X[:1], Y[:1]), (X[1:5], Y[1:5]), (X[5:], Y[5:])]
 
 
@@ -49,6 +55,8 @@ CRITERIA = {
         ),
     ),
 }
+
+
 TRACES = {
     "hvp": lambda loss, model, params, batches: matrix(
         hf.over_batches(hf.hvp(loss))(params, batches), params
@@ -236,37 +244,6 @@ def test_the_comparison_draws_nothing_from_the_random_stream() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-class Custom(nn.MSELoss):
-    """A subclass, which may compute anything."""
-
-
-@pytest.mark.parametrize(
-    ("criterion", "expected"),
-    [
-        (F.cross_entropy, "mean"),
-        (F.huber_loss, "mean"),
-        (functools.partial(F.l1_loss, reduction="sum"), "sum"),
-        (
-            functools.partial(functools.partial(F.l1_loss, reduction="sum"), reduction="mean"),
-            "mean",
-        ),
-        (functools.partial(F.mse_loss, size_average=False), "sum"),
-        (functools.partial(F.kl_div, reduction="batchmean"), "mean"),
-        (functools.partial(F.mse_loss, reduction="none"), None),
-        (nn.PoissonNLLLoss(), "mean"),
-        (nn.KLDivLoss(reduction="batchmean"), "mean"),
-        (nn.SmoothL1Loss(reduction="sum"), "sum"),
-        (Custom(reduction="sum"), None),
-        (F.softmax, None),
-        (lambda out, y: (out - y).sum(), None),
-    ],
-)
-def test_reductions_of_torch_are_known(criterion: Any, expected: str | None) -> None:
-    assert declared_reduction(criterion) == expected
-    composed = hf.composed(lambda p, b: p, criterion, targets=lambda b: b)
-    assert declared_reduction(composed.criterion) == expected
-
-
 @pytest.mark.parametrize("own", [False, True])
 def test_a_landscape_of_a_sum_is_the_sum_over_batches(own: bool) -> None:
     _, model_fn, params = net()
@@ -279,7 +256,11 @@ def test_a_landscape_of_a_sum_is_the_sum_over_batches(own: bool) -> None:
 
 
 CLASS_WEIGHTS = torch.tensor([1.0, 5.0], dtype=torch.float64)
+
+
 IGNORED = torch.where(torch.arange(7) == 0, -100, Y)
+
+
 TERMS: dict[str, tuple[Any, Tensor, Any]] = {
     "ignored targets": (F.cross_entropy, IGNORED, lambda batch: (batch[1] != -100).sum()),
     "weights of classes": (
