@@ -11,6 +11,7 @@ from hessfunc.optim.schedules import Schedule, ScheduleState, absa, constant
 from hessfunc.training.loop import Record
 from hessfunc.training.methods import SGD
 from hessfunc.training.runs import run
+from tests.training.records import record
 
 
 def after(schedule: Schedule, *eigenvalues: float | None) -> list[ScheduleState]:
@@ -173,14 +174,6 @@ def test_a_constant_schedule_refuses_them_too() -> None:
         constant(lr_decay=float("inf"))
 
 
-def record(epoch: int, eigenvalue: float | None) -> Record:
-    rest = dict.fromkeys(("minibatch_loss", "test_loss", "test_accuracy"))
-    cost = dict.fromkeys(("matvecs", "gradients", "seconds", "peak_bytes"), 0)
-    return Record(
-        step=epoch, epoch=epoch, loss=1.0, accuracy=0.5, eigenvalue=eigenvalue, **rest, **cost
-    )
-
-
 def test_the_benchmark_tells_growth_by_patience_from_growth_by_the_eigenvalue() -> None:
     pytest.importorskip("matplotlib")
     from bench.absa import CASES, growth
@@ -188,7 +181,8 @@ def test_the_benchmark_tells_growth_by_patience_from_growth_by_the_eigenvalue() 
     case = replace(CASES["digits"], max_ratio=16, patience=3)
     # The last epoch has no batch after it that could be larger.
     eigenvalues = (8.0, 7.0, 4.0, 5.0, 5.0, 4.0, 1.0, 0.1)
-    records = [record(0, None), *(record(i, e) for i, e in enumerate(eigenvalues, start=1))]
+    epochs = enumerate((None, *eigenvalues))
+    records = [record(step=i, epoch=i, eigenvalue=e) for i, e in epochs]
     assert growth(case, records) == "3, *6*, 7"
     assert growth(case, records[:3]) == "never"
     # The first eigenvalue is a reference, and no fall.

@@ -1,4 +1,7 @@
+from __future__ import annotations
+
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,21 +9,17 @@ import pytest
 from hessfunc import plot
 from hessfunc.training.history import Run
 from hessfunc.training.loop import Record
+from tests.training.records import record
 
 
-def record(epoch: float, test_loss: float | None, test_accuracy: float | None) -> Record:
-    return Record(
-        step=1,
+def measured(epoch: float, test_loss: float | None, test_accuracy: float | None) -> Record:
+    return record(
         epoch=epoch,
         loss=2.0 - epoch,
-        minibatch_loss=None,
         accuracy=0.5 + 0.1 * epoch,
         test_loss=test_loss,
         test_accuracy=test_accuracy,
-        matvecs=0,
         gradients=10 * epoch,
-        seconds=0.0,
-        peak_bytes=0,
     )
 
 
@@ -29,7 +28,7 @@ def heights(ax: Any, linestyle: str) -> list[list[float]]:
 
 
 def test_of_the_test_examples_the_lines_are_dashed() -> None:
-    records = (record(0.0, 3.0, 0.2), record(1.0, 2.5, 0.4))
+    records = (measured(0.0, 3.0, 0.2), measured(1.0, 2.5, 0.4))
     figure = plot.trainings([Run(method="SGD", seed=0, ended="complete", records=records)])
     for row, training, test in (
         (figure.axes[:2], [2.0, 1.0], [3.0, 2.5]),
@@ -45,7 +44,7 @@ def test_of_the_test_examples_the_lines_are_dashed() -> None:
 
 def tracked() -> Run:
     """Of three epochs, before the last of which the batch grew; it is no longer watched then."""
-    start = record(0.0, None, None)
+    start = measured(0.0, None, None)
     records = (
         replace(start, lr=0.1),
         replace(start, epoch=1.0, gradients=10.0, eigenvalue=-8.0, lr=0.1),
@@ -89,3 +88,23 @@ def test_what_has_no_logarithm_is_left_out(eigenvalue: float | None) -> None:
     figure.draw_without_rendering()
     none = plot.trainings([replace(run, records=records[2:])])
     none.draw_without_rendering()
+
+
+def test_curves(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from hessfunc.plot.trainings import draw, trainings
+
+    runs = [
+        Run(method=method, seed=seed, ended="complete", records=(record(), record(gradients=9.0)))
+        for method in ("SGD", "PCH")
+        for seed in (0, 1)
+    ]
+    figure = trainings(runs)
+    loss = figure.axes[0]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["SGD", "PCH"]
+    # No test examples, no dashed lines.
+    assert len(loss.lines) == 4
+    assert loss.lines[0].get_color() == loss.lines[1].get_color() != loss.lines[2].get_color()
+    assert list(figure.axes[3].lines[0].get_xdata()) == [4.5, 9.0]
+    draw(tmp_path / "curves.png", runs)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -8,39 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import Result
 
 import hessfunc as hf
-from hessfunc.app.cli.options import held
-from tests.datapath import DATA, data_file
-
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
-from typer.testing import CliRunner, Result
-
-from hessfunc.app import tasks
-from hessfunc.app.cli import app
 from hessfunc.training import runs as training
 from hessfunc.training.loop import train as loop
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HESSFUNC_DATA", raising=False)
-
-
-def train(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["train", *arguments])
-
-
-def experiment(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["experiment", *arguments])
-
-
-def history(file: str = "hessfunc-train/history.json") -> dict[str, object]:
-    return json.loads(Path(file).read_text())
+from tests.app.cli.commands import history, invoke, train
 
 
 @pytest.mark.parametrize(
@@ -195,30 +167,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: st
     assert message in refused.stderr
 
 
-def test_an_unknown_experiment_is_refused() -> None:
-    refused = experiment("exp99")
-    assert refused.exit_code == 2
-    assert refused.stderr == "hessfunc: NAME must be exp01, exp02, exp08 or exp09, not 'exp99'\n"
-    assert "set HESSFUNC_DATA" in experiment("exp01").stderr
-
-
-_SHARED = ("--examples", "--data-path", "--device")
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("train", ("--epochs", "--minutes", "--out", "--method", "--large-ratio", "--track")),
-        ("experiment", ("--epochs", "--minutes", "--out")),
-        ("eig", ("--resume", "--type", "--arch")),
-    ],
-)
-def test_help_names_options(command: str, words: tuple[str, ...]) -> None:
-    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"}).stdout
-    for word in (*words, *_SHARED):
-        assert word in text
-
-
 ABSA = (
     *("train", "--arch", "c1", "--method", "absa", "--large-ratio", "4", "--patience", "2"),
     *("--adversarial-share", "0.3", "--eps", "0.01", "--lr", "0.02", "--lr-decay-epoch", "3"),
@@ -227,9 +175,9 @@ ABSA = (
 
 
 def test_absa() -> None:
-    done = CliRunner().invoke(app, [*ABSA, "--depth", "20"])
+    done = invoke(*ABSA, "--depth", "20")
     assert "--depth requires --arch resnet" in done.stderr
-    done = CliRunner().invoke(app, ABSA)
+    done = invoke(*ABSA)
     assert done.exit_code == 0, done.output
     assert "eigenvalue" in done.stderr
     assert "2 batches a step" in done.stderr
@@ -338,183 +286,3 @@ def test_a_damaged_checkpoint_is_refused() -> None:
     assert refused.exit_code == 2
     assert refused.stderr.count("\n") == 1
     assert "checkpoint.pt is damaged" in refused.stderr
-
-
-def eig(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["eig", *arguments])
-
-
-def test_eigenvalues_of_a_saved_net() -> None:
-    train("--epochs", "1", "--arch", "mlp", "--examples", "250")
-    file = "hessfunc-train/checkpoint.pt"
-    model = tasks.saved("digits", "mlp", Path(file)).eval()
-    seen, _ = tasks.examples("digits")
-    model_fn, params = hf.functional(model)
-    loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
-    for kind, more, count in (
-        ("approximate", (), 200),
-        ("full", ("--examples", "250", "--batch-size", "100"), 250),
-    ):
-        done = eig("--resume", file, "--arch", "mlp", "--type", kind, "--k", "2", *more)
-        assert done.exit_code == 0, done.output
-        assert f"{count} examples" in done.stdout
-        rows = [line.split() for line in done.stdout.splitlines() if "yes" in line]
-        matvec = hf.hvp(loss)(params, (seen.inputs[:count], seen.targets[:count]))
-        expected = hf.lanczos(matvec, params, k=2, seed=1).values.tolist()
-        assert [float(row[1]) for row in rows] == pytest.approx(expected, rel=1e-3)
-
-
-def test_eig_reads_from_a_checkpoint_what_is_not_given() -> None:
-    train("--epochs", "1", "--arch", "resnet", "--depth", "8", "--examples", "30")
-    file = "hessfunc-train/checkpoint.pt"
-    told = eig("--resume", file, "--data", "digits", "--arch", "resnet8", "--examples", "30")
-    assert told.exit_code == 0, told.output
-    for same in ((), ("--type", "full"), ("--depth", "8"), ("--arch", "resnet", "--depth", "8")):
-        assert eig("--resume", file, *same).stdout == told.stdout
-    assert "10 examples" in eig("--resume", file, "--examples", "10").stdout
-
-
-def test_eig_finds_the_data_where_the_training_did() -> None:
-    file = data_file("mnist")
-    train("--data", "mnist", "--data-path", str(file), "--epochs", "1", "--examples", "20")
-    done = eig("--resume", "hessfunc-train/checkpoint.pt", "--max-matvecs", "3")
-    assert done.exit_code == 0, done.output
-    elsewhere = eig("--resume", "hessfunc-train/checkpoint.pt", "--data-path", "none")
-    assert "no MNIST (train) at none" in elsewhere.stderr
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (["--arch", "c1"], "was trained with --arch mlp, not c1: omit --arch"),
-        (["--depth", "8"], "was trained with --arch mlp, not resnet8: omit --arch"),
-        (["--data", "mnist"], "was trained with --data digits, not mnist: omit --data"),
-    ],
-)
-def test_options_that_contradict_a_checkpoint_are_refused(option: list[str], message: str) -> None:
-    train("--epochs", "1", "--examples", "20", "--minutes", "0")
-    refused = eig("--resume", "hessfunc-train/checkpoint.pt", *option)
-    assert refused.exit_code == 2
-    assert refused.stderr == f"hessfunc: hessfunc-train/checkpoint.pt {message}\n"
-
-
-def test_eig_reads_plain_state_dicts_too() -> None:
-    model = tasks.net("digits", "mlp")()
-    torch.save({f"module.{n}": p for n, p in model.state_dict().items()}, "plain.pt")
-    done = eig("--resume", "plain.pt")
-    assert done.exit_code == 0, done.output
-    assert "residual" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--resume", "none.pt"], "no weights at none.pt: expected checkpoint.pt of hessfunc"),
-        (["--resume", "text.pt"], "text.pt is not a checkpoint"),
-        (
-            ["--resume", "mlp.pt", "--arch", "c1", "--data", "digits"],
-            "of a c1 for digits: 0.weight is missing and 1.weight is not expected. Pass --arch",
-        ),
-        (
-            ["--resume", "wide.pt"],
-            "1.weight has shape (9, 64), not (32, 64). Pass --arch and --data of its training.",
-        ),
-        (["--resume", "mlp.pt", "--arch", "c9"], "no network 'c9' for digits"),
-        (
-            ["--resume", "mlp.pt", "--type", "some"],
-            "--type must be approximate or full, not 'some'",
-        ),
-        (["--resume", "mlp.pt", "--data", "abacus"], "--data must be digits, mnist or cifar10"),
-        (
-            ["--resume", "other.pt", "--arch", "c1"],
-            "is missing. Pass --arch and --data of its training.",
-        ),
-        (["--resume", "mlp.pt", "--data-path", "x"], "requires --data mnist or --data cifar10"),
-        (
-            ["--resume", "mlp.pt", "--seed", "-1"],
-            "--seed must be an integer from 0 to 2^63 - 1, not -1",
-        ),
-        (["--resume", "mlp.pt", "--k", "9999"], "k=9999: the matrix has 2410 eigenvalues"),
-    ],
-)
-def test_mistakes_of_eig_are_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
-    Path("text.pt").write_text("not a checkpoint")
-    torch.save(tasks.net("digits", "mlp")().state_dict(), "mlp.pt")
-    wide = {**tasks.net("digits", "mlp")().state_dict(), "1.weight": torch.zeros(9, 64)}
-    torch.save(wide, "wide.pt")
-    torch.save({"settings": "[]", "state_dict": {}}, "other.pt")
-    refused = eig(*arguments)
-    assert refused.exit_code == 2
-    assert refused.stdout == ""
-    assert refused.stderr.startswith("hessfunc: ")
-    assert refused.stderr.count("\n") == 1
-    assert message in refused.stderr
-
-
-@pytest.mark.slow
-def test_an_experiment_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    data_file("cifar10")
-    arguments = (
-        *("exp08", "--epochs", "1", "--examples", "20", "--batch-size", "10"),
-        *("--data-path", str(DATA), "--out", "found"),
-    )
-    left = [2]
-
-    def interrupted(*args: object, **options: object) -> object:
-        left[0] -= 1
-        if left[0] < 0:
-            signal.raise_signal(signal.SIGINT)
-        return loop(*args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "train", interrupted)
-        stopped = experiment(*arguments)
-    assert stopped.exit_code == 130
-    assert stopped.stderr.endswith("interrupted; 2 finished training runs are in found\n")
-    before = history("found/results.json")["runs"]
-    assert [run["method"] for run in before] == ["SGD", "PCH zero"]
-    done = experiment(*arguments)
-    assert done.exit_code == 0, done.output
-    after = history("found/results.json")["runs"]
-    assert after[:2] == before
-    assert [run["method"] for run in after[2:]] == ["PCH abs", "PCH clip"]
-    assert {run["ended"] for run in after} == {"complete"}
-    starts = {run["records"][0]["loss"] for run in after}
-    assert len(starts) == 1
-    assert Path("found/results.md").read_text().count("\n| ") == 6
-    assert Path("found/curves.png").exists()
-    assert "PCH clip" in done.stdout
-    other = experiment(*arguments, "--minutes", "3")
-    assert other.exit_code == 2
-    assert "minutes was None and is now 3.0): pass another --out" in other.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["exp01", "exp02", "exp09"])
-def test_experiments_run(name: str) -> None:
-    data_file("cifar10")
-    done = experiment(
-        *(name, "--epochs", "1", "--examples", "10", "--data-path", str(DATA), "--minutes", "0.05")
-    )
-    assert done.exit_code == 0, done.output
-    runs = history(f"{name}/results.json")["runs"]
-    assert {run["ended"] for run in runs} <= {"complete", "time is up"}
-
-
-@pytest.mark.parametrize("name", ["history.json", "history.png", "report.html"])
-def test_files_of_other_programs_are_not_overwritten(name: str) -> None:
-    Path("mine").mkdir()
-    Path("mine", name).write_text("precious")
-    done = train("--out", "mine", "--epochs", "1", "--examples", "20", "--batch-size", "10")
-    assert done.exit_code == 2
-    assert Path("mine", name).read_text() == "precious"
-
-
-def test_a_folder_in_which_another_command_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "examples", lambda *_, **__: ([0], [0]))
-    Path("mine").mkdir()
-    with held(Path("mine")):
-        for done in (train("--out", "mine"), experiment("exp01", "--out", "mine")):
-            assert done.exit_code == 2
-            assert "--out mine: process" in done.stderr
-        assert [file.name for file in Path("mine").iterdir()] == ["hessfunc.lock"]

@@ -1,17 +1,12 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from hessfunc.app.problems.data import cifar10
-from hessfunc.app.problems.fit import accuracy
-from hessfunc.app.problems.gpt import GPT, next_token_loss
+from hessfunc.app.problems.gpt import GPT
 from hessfunc.app.problems.nets import c1, c2, c3d3, c4d3, chen_mlp, digits_convnet, mlp
-from hessfunc.app.problems.resnet import load_weights, resnet
-from tests.datapath import data_file
+from hessfunc.app.problems.resnet import resnet
 
 
 @pytest.mark.parametrize(
@@ -88,48 +83,3 @@ def test_activations_are_given(make: Callable[..., nn.Sequential]) -> None:
     kinds = [type(m) for m in make(nn.Tanh)]
     assert kinds.count(nn.Tanh) in (5, 6)
     assert nn.ReLU not in kinds
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_gpt_sees_no_later_token(tied: bool) -> None:
-    model = GPT(vocabulary=11, context=8, width=8, layers=2, heads=2, tied=tied)
-    tokens = torch.randint(11, (3, 6))
-    changed = tokens.clone()
-    changed[:, 4:] = (tokens[:, 4:] + 1) % 11
-    before, after = model(tokens), model(changed)
-    torch.testing.assert_close(before[:, :4], after[:, :4])
-    assert not torch.allclose(before[:, 4:], after[:, 4:])
-    assert next_token_loss(before, tokens).shape == ()
-    assert (model.head.weight is model.tokens.weight) == tied
-
-
-@pytest.mark.parametrize("depth", [1, 2, 18, 21])
-def test_resnet_refuses_other_depths(depth: int) -> None:
-    with pytest.raises(ValueError, match=r"6n \+ 2"):
-        resnet(depth)
-
-
-def test_resnet20_classifies_cifar10() -> None:
-    model = resnet(20)
-    model.load_state_dict(load_weights(data_file("resnet20_cifar10/resnet20-12fca82f.th")))
-    model.eval()
-    test = cifar10(data_file("cifar10"))
-    assert accuracy(model, test) == pytest.approx(0.915)
-    with torch.no_grad():
-        assert F.cross_entropy(model(test.inputs), test.targets) == pytest.approx(0.384, abs=5e-4)
-
-
-def test_weights_lose_the_prefix_of_data_parallel(tmp_path: Path) -> None:
-    model = mlp([3, 2])
-    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    for content in (state, {"state_dict": state}, model.state_dict()):
-        torch.save(content, tmp_path / "weights.pt")
-        model.load_state_dict(load_weights(tmp_path / "weights.pt"))
-
-
-def test_bad_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="resnet20-12fca82f.th of https://github.com"):
-        load_weights(tmp_path / "none.th")
-    (tmp_path / "text.th").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="text.th is not a checkpoint"):
-        load_weights(tmp_path / "text.th")

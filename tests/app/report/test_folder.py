@@ -1,10 +1,13 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hessfunc as hf
+from hessfunc import plot
 from hessfunc.app import report
+from hessfunc.app.report.folder import picture
 from tests.app.report.cases import LINE, PARTS, RUN, SUBJECT, TRACE
 
 pytest.importorskip("matplotlib")
@@ -79,3 +82,24 @@ def test_every_part_is_written_and_every_figure_has_a_picture(tmp_path: Path) ->
 def test_nothing_is_written_of_an_analysis_that_has_not_begun(tmp_path: Path) -> None:
     report.Folder(tmp_path, RUN).close("failed")
     assert not list(tmp_path.iterdir())
+
+
+def test_all_eigenvalues_that_were_found_are_marked_in_the_density(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Any] = []
+    density = plot.density
+
+    def noted(*args: Any, **options: Any) -> Any:
+        drawn.append(density(*args, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(plot, "density", noted)
+    found = next(part for part in PARTS if part.name == "density")
+    assert picture(found, PARTS[:3]).startswith(b"\x89PNG")
+    sticks = [float(segment[0][0]) for segment in drawn[0].collections[-1].get_segments()]
+    assert sticks == [5.0, -2.5, -2.5]
+
+
+def test_numbers_alone_have_no_picture() -> None:
+    assert all(picture(part, []) is None for part in PARTS[:3])

@@ -1,25 +1,13 @@
+"""Pages that need nothing but themselves."""
+
 import json
 import re
-from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from hessfunc.app import report
-from tests.app.report.cases import PARTS, RUN, SUBJECT
-from tests.app.report.documents import numbers, parsed
+from tests.app.report.documents import parsed
 
 NASTY = "<script>alert('&amp;')</script>\"$target"
-
-
-@pytest.fixture
-def content() -> dict[str, Any]:
-    return report.content(RUN, SUBJECT, PARTS, status="complete")
-
-
-@pytest.fixture
-def page(content: dict[str, Any]) -> str:
-    return report.page(content, {"density": b"\x89PNG"})
 
 
 def test_it_is_well_formed_and_its_labels_lead_somewhere(page: str) -> None:
@@ -47,32 +35,6 @@ def test_it_needs_no_network(page: str) -> None:
     assert str(policies[0].attributes["content"]).startswith("default-src 'none'; ")
 
 
-def test_its_data_are_the_content(page: str, content: dict[str, Any]) -> None:
-    data, script = parsed(page).all("script")
-    assert data.attributes == {"type": "application/json", "id": "content"}
-    assert json.loads(data.text) == content
-    assert script.attributes == {"type": "module"}
-
-
-def test_every_number_is_one_of_the_content(page: str, content: dict[str, Any]) -> None:
-    known = set(numbers(content))
-    written = parsed(page).all("data")
-    assert len(written) > 40
-    for element in written:
-        value = json.loads(str(element.attributes["value"]))
-        assert value in known
-        assert float(element.text.replace(",", "")) == pytest.approx(value, rel=5e-3, abs=0.051)
-    headlines = re.findall(r"<dd><data value=\"([^\"]*)\">", page)[:4]
-    assert [float(value) for value in headlines] == [0.5, 5.0, -2.5, 4.0]
-
-
-def test_what_is_not_known_is_said() -> None:
-    found = replace(PARTS[2].result, stderr=float("nan"))
-    content = report.content(RUN, SUBJECT, [replace(PARTS[2], result=found)], status="complete")
-    page = report.page(content, {})
-    assert page.count('<data value="null">unknown</data>') == 2
-
-
 def test_text_is_escaped_everywhere(content: dict[str, Any]) -> None:
     content["subject"] |= {"target": NASTY, "dtype": NASTY, "device": NASTY}
     content["run"]["command"] = content["run"]["began"] = content["status"] = NASTY
@@ -84,23 +46,6 @@ def test_text_is_escaped_everywhere(content: dict[str, Any]) -> None:
     assert [element.text for element in document.all("h1")] == [NASTY]
     assert document.all("code")[0].text == NASTY
     assert sum(NASTY in element.text for element in document.all("td") + document.all("th")) == 2
-
-
-def test_only_what_is_finished_is_shown() -> None:
-    for count in range(len(PARTS)):
-        content = report.content(RUN, SUBJECT, PARTS[:count], status="running")
-        document = parsed(report.page(content, {}))
-        figures = [figure.attributes["id"] for figure in document.all("figure")]
-        assert figures == [n for n in report.NAMES[:count] if n in ("density", "line", "plane")]
-        assert "running" in document.all("header")[0].text
-
-
-def test_bars_have_a_common_zero(page: str) -> None:
-    bars = re.findall(r'<i class="(\w+)" style="left:([\d.]+)%;width:([\d.]+)%">', page)
-    (_, zero, width), (kind, left, negative) = bars
-    assert kind == "negative"
-    assert float(left) + float(negative) == pytest.approx(float(zero), abs=0.02)
-    assert float(zero) + float(width) == pytest.approx(100, abs=0.02)
 
 
 def test_colours_have_contrast_in_light_and_dark(page: str) -> None:

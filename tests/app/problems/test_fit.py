@@ -4,19 +4,12 @@ import torch
 from hessfunc.app.problems.data import digits
 from hessfunc.app.problems.fit import accuracy, train
 from hessfunc.app.problems.nets import digits_convnet, mlp
-from hessfunc.training.examples import Examples
+from tests.training.blobs import blobs
 
 
-@pytest.fixture
-def blobs() -> Examples:
-    """Two classes, told apart by the sign of the first coordinate."""
-    inputs = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
-    return Examples(inputs, (inputs[:, 0] > 0).long())
-
-
-def test_training_is_a_function_of_the_seed(blobs: Examples) -> None:
+def test_training_is_a_function_of_the_seed() -> None:
     def weights(seed: int) -> torch.Tensor:
-        model = train(lambda: mlp([2, 4, 2]), blobs, epochs=2, seed=seed)
+        model = train(lambda: mlp([2, 4, 2]), blobs(), epochs=2, seed=seed)
         return torch.nn.utils.parameters_to_vector(model.parameters())
 
     first = weights(0)
@@ -25,16 +18,16 @@ def test_training_is_a_function_of_the_seed(blobs: Examples) -> None:
     assert not torch.equal(first, weights(1))
 
 
-def test_the_global_stream_stays(blobs: Examples) -> None:
+def test_the_global_stream_stays() -> None:
     state = torch.get_rng_state()
-    train(lambda: mlp([2, 4, 2]), blobs, epochs=1)
+    train(lambda: mlp([2, 4, 2]), blobs(), epochs=1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_progress_is_reported_each_epoch(blobs: Examples) -> None:
+def test_progress_is_reported_each_epoch() -> None:
     seen: list[tuple[int, float]] = []
     model = train(
-        lambda: mlp([2, 8, 2]), blobs, epochs=5, on_epoch=lambda *report: seen.append(report)
+        lambda: mlp([2, 8, 2]), blobs(), epochs=5, on_epoch=lambda *report: seen.append(report)
     )
     assert [epoch for epoch, _ in seen] == [1, 2, 3, 4, 5]
     assert seen[-1][1] < seen[0][1]

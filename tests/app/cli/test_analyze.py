@@ -1,66 +1,12 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import hessfunc as hf
-from hessfunc.app.cli.options import held
+from tests.app.cli.commands import analyze
 from tests.datapath import DATA, data_file
-
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-
-from typer.testing import CliRunner, Result
-
-from hessfunc.app.cli import app
-
-# The Hessian of x'Dx / 2 is D, on every batch.
-QUADRATIC = """
-import signal
-from pathlib import Path
-import torch
-
-D = torch.tensor([5.0, 3.0, 1.0, 0.5, -2.0, 0.0])
-
-def loss(params, batch):
-    return (params["x"].square() * D).sum() / 2 + 0 * batch.sum()
-
-def quadratic():
-    return loss, {"x": torch.ones(6)}, [torch.zeros(3, 1), torch.zeros(1, 1)]
-
-def interrupted():
-    def until_ctrl_c(params, batch):
-        if Path("hessfunc-out/smallest.npz").exists():
-            signal.raise_signal(signal.SIGINT)
-        return loss(params, batch)
-    return until_ctrl_c, {"x": torch.ones(6)}, [torch.zeros(3, 1)]
-
-def breaking():
-    def until_broken(params, batch):
-        return params["y"]
-    return until_broken, {"x": torch.ones(6)}, [torch.zeros(3, 1)]
-
-def number():
-    return 3
-"""
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, with the module above in it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    monkeypatch.delenv("HESSFUNC_DATA", raising=False)
-    (tmp_path / "mine.py").write_text(QUADRATIC)
-    return tmp_path
-
-
-def analyze(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["analyze", *arguments])
 
 
 def results(folder: Path) -> dict[str, object]:
@@ -206,75 +152,14 @@ def test_a_target_that_fails_leaves_the_results_of_an_earlier_analysis(
     assert {file.name: file.read_bytes() for file in (here / "found").iterdir()} == before
 
 
-def test_results_of_something_else_stay(here: Path) -> None:
-    (here / "results.json").write_text("{}")
-    refused = analyze("mine:quadratic", "--out", ".")
-    assert refused.exit_code == 2
-    assert "results.json that no analysis has written" in refused.stderr
-    assert (here / "results.json").read_text() == "{}"
-
-
-def test_a_folder_in_which_another_analysis_runs_is_refused(here: Path) -> None:
-    (here / "found").mkdir()
-    with held(here / "found"):
-        refused = analyze("mine:quadratic", "--k", "1", "--out", "found")
-        assert refused.exit_code == 2
-        assert refused.stderr.count("\n") == 1
-        assert "--out found: process" in refused.stderr
-        assert "is running in this directory: wait until it has ended" in refused.stderr
-        assert [file.name for file in (here / "found").iterdir()] == ["hessfunc.lock"]
-    assert analyze("mine:quadratic", "--k", "1", "--out", "found").exit_code == 0
-    assert not (here / "found/hessfunc.lock").exists()
-
-
-def test_the_lock_of_an_analysis_that_was_killed_is_taken_over(here: Path) -> None:
-    code = (
-        "import os, pathlib; from hessfunc.app.cli.options import held\n"
-        "pathlib.Path('found').mkdir()\n"
-        "with held(pathlib.Path('found')): os._exit(1)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=False)
-    assert (here / "found/hessfunc.lock").exists()
-    assert analyze("mine:quadratic", "--k", "1", "--out", "found").exit_code == 0
-    assert not (here / "found/hessfunc.lock").exists()
-
-
-def test_traceback_shows_where(here: Path) -> None:
-    assert isinstance(analyze("mine:breaking", "--traceback").exception, KeyError)
-
-
-@pytest.mark.parametrize("command", [[], ["analyze"], ["train"], ["eig"], ["experiment"]])
-def test_help_has_flags_without_types_and_defaults_in_one_pair_of_brackets(
-    command: list[str],
-) -> None:
-    text = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "100"}).stdout
-    assert "--help" in text
-    assert "<bool>" not in text
-    assert "[default: (" not in text
-
-
 def test_help_names_targets_and_options() -> None:
-    text = CliRunner().invoke(app, ["analyze", "--help"], env={"COLUMNS": "100"}).stdout
+    text = analyze("--help").stdout
     for word in ("digits", "cifar10", "module:function", "--examples", "--weights", "--dtype"):
         assert word in text
 
 
-def test_version() -> None:
-    assert CliRunner().invoke(app, ["--version"]).stdout == f"hessfunc {hf.__version__}\n"
-
-
-def test_a_missing_extra_is_named() -> None:
-    code = "import sys; sys.modules['typer'] = None; import hessfunc.app.cli"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == (
-        "hessfunc: the command line requires typer: pip install 'hessfunc[cli]'\n"
-    )
-
-
 @pytest.mark.slow
 def test_digits(here: Path) -> None:
-    pytest.importorskip("sklearn")
     done = analyze("digits", "--k", "3", "--probes", "1", "--steps", "30")
     assert done.exit_code == 0, done.output
     found = results(here / "hessfunc-out")["results"]
@@ -295,8 +180,3 @@ def test_cifar10(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, done.output
     subject = results(here / "hessfunc-out")["subject"]
     assert (subject["parameters"], subject["examples"]) == (269_722, 20)
-
-
-def test_help_does_not_load_torch() -> None:
-    code = "import sys, hessfunc.app.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

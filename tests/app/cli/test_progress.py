@@ -1,0 +1,29 @@
+"""Lines and bars that show how far a command is."""
+
+from hessfunc.app.cli.progress import bars, line, share, watch
+from tests.training.records import record
+
+
+def test_a_line_has_what_was_measured() -> None:
+    plain = record(epoch=0.5, loss=2.0, accuracy=0.25, gradients=1234.0, seconds=0.25)
+    assert line(plain) == (
+        "epoch 0.5: loss 2.0000, accuracy 25.0%, 1,234 gradient-equivalents, 0.2 s"
+    )
+    full = line(record(test_accuracy=0.5, ratio=4, eigenvalue=-2.5))
+    assert "accuracy 25.0% (test 50.0%), 4 batches a step, eigenvalue -2.5, " in full
+
+
+def test_the_share_is_that_of_epochs_or_of_time_whichever_ends_first() -> None:
+    assert share(record(epoch=3.0, seconds=9.0), 4, None) == 0.75
+    assert share(record(epoch=1.0, seconds=90.0), 4, 2.0) == 0.75
+    assert share(record(epoch=1.0, seconds=30.0), 4, 2.0) == 0.25
+    assert share(record(epoch=1.0, seconds=90.0), 4, 0.0) == 1.0
+
+
+def test_bars_are_drawn_on_a_terminal_alone() -> None:
+    with bars() as progress:
+        tick = watch(progress, "eigenvalues")
+        tick(0.5, "3 of 6")
+        (task,) = progress.tasks
+    assert progress.disable
+    assert (task.completed, task.fields["detail"]) == (0.5, "3 of 6")
