@@ -1,10 +1,20 @@
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional as F
 
 from hessfunc import plot
+from hessfunc.tracking import tracked
 from hessfunc.tracking.measure import Point
+from tests.tracking.problem import point
 
 
 def traced(step: int, **fields: Any) -> Point:
@@ -53,3 +63,67 @@ def test_another_threshold_has_its_own_name() -> None:
 def test_an_unknown_quantity_is_refused() -> None:
     with pytest.raises(ValueError, match="quantity='foo': choose one of 'top', 'bottom', 'trace'"):
         plot.tracked([traced(0)], quantity="foo")  # type: ignore[arg-type]
+
+
+def test_a_curve_has_a_line_for_each_value_and_that_of_stability() -> None:
+    points = [point(s, top=(s + 1.0, 1.0), top_residuals=(0.1, 0.1), lr=0.5) for s in (0, 10)]
+    ax = plot.tracked([*points, point(20, top=(5.0, 2.0), top_residuals=(0.1, 0.1), lr=0.25)])
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    edge = "2 / lr (gradient descent)"
+    assert list(lines) == ["largest eigenvalue, 1", "largest eigenvalue, 2", edge]
+    assert list(lines["largest eigenvalue, 1"].get_ydata()) == [1, 11, 5]
+    assert list(lines[edge].get_ydata()) == [4, 4, 8]
+    assert list(lines[edge].get_xdata()) == [0, 10, 20]
+    assert plot.tracked(points, ax=ax) is ax
+
+
+@pytest.mark.parametrize(
+    ("quantity", "fields"),
+    [
+        ("bottom", {"bottom": (-1.0,), "bottom_residuals": (0.1,)}),
+        ("trace", {"trace": 3.0, "trace_stderr": 0.5}),
+        ("preconditioned", {"preconditioned": 3.0, "preconditioned_residual": 0.5}),
+        ("critical", {"critical": 3.0}),
+    ],
+)
+def test_other_quantities_are_drawn(quantity: Any, fields: dict[str, Any]) -> None:
+    points = [point(0), point(10, **fields, lr=0.1), point(20, **fields, lr=0.1)]
+    ax = plot.tracked(points, quantity=quantity, threshold=lambda lr: 38 / lr)
+    assert list(ax.get_lines()[0].get_xdata()) == [10, 20]
+    assert list(ax.get_lines()[1].get_ydata()) == pytest.approx([380, 380])
+    assert len(plot.tracked(points, quantity=quantity, threshold=None).get_lines()) == 1
+    with pytest.raises(ValueError, match="no point has a"):
+        plot.tracked([point(0)], quantity=quantity)
+
+
+@pytest.mark.parametrize(
+    ("make", "known"),
+    [
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), {"top": 38.0}),
+        (partial(torch.optim.SGD, lr=0.1), {"top": 20.0, "critical": 20.0}),
+        (partial(torch.optim.AdamW, lr=0.1), {"preconditioned": 380.0}),
+    ],
+    ids=["momentum", "plain", "Adam"],
+)
+def test_an_edge_is_drawn_beside_the_quantity_that_it_bounds(
+    make: Callable[..., torch.optim.Optimizer], known: dict[str, float]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = make(model.parameters())
+    batch = torch.randn(10, 4), torch.randint(2, (10,))
+    is_adam = isinstance(optimizer, torch.optim.Adam)
+    options = {"preconditioned": is_adam, "bottom": 1, "trace_probes": 2, "critical": True}
+    with tracked(
+        model, F.cross_entropy, [batch], every=1, optimizer=optimizer, **options
+    ) as tracker:
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+            tracker.step()
+    for quantity in ("top", "bottom", "trace", "critical", *(["preconditioned"] * is_adam)):
+        ax = Figure().add_subplot()
+        _, *line = plot.tracked(tracker.points, ax=ax, quantity=quantity).get_lines()  # type: ignore[arg-type]
+        assert [float(one.get_ydata()[0]) for one in line] == pytest.approx(
+            [known[quantity]] if quantity in known else []
+        )

@@ -3,19 +3,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from hessfunc.app.problems.nets import mlp
+import hessfunc as hf
+from hessfunc.app.problems.nets import c1, mlp
+from hessfunc.optim.adversarial import fgsm
+from hessfunc.optim.schedules import Schedule, ScheduleState, absa, constant
+from hessfunc.randomness import seeded
+from hessfunc.training.checkpoint import TrainingCheckpoint
+from hessfunc.training.dominant import watch
 from hessfunc.training.examples import Examples
 from hessfunc.training.loop import Record, train
 from hessfunc.training.methods import SGD, BlockNewton
-from hessfunc.training.steps import Batch, Spent, Steps
+from hessfunc.training.steps import Batch, Spent, Steps, first_order
 from tests.training.blobs import blobs
+from tests.training.problem import images, small_net
 
 
 def moved_by(model: nn.Module, move: Callable[[Sequence[Batch]], Spent]) -> Steps:
@@ -175,3 +185,218 @@ def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
     nothing = Examples(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
     with pytest.raises(ValueError, match="at least one example"):
         next(train(model, still(model), nothing, epochs=1, batch_size=1))
+
+
+def plainly(model: nn.Module, examples: Examples, batch_size: int, epochs: int, seed: int) -> None:
+    """A loop as people write it."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        model.train()
+        for index in torch.randperm(len(examples), generator=generator).split(batch_size):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(examples.inputs[index]), examples.targets[index])
+            loss.backward()
+            optimizer.step()
+        if epoch == 0:
+            optimizer.param_groups[0]["lr"] *= 0.2
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: c1(1, 8), lambda: nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))]
+)
+@pytest.mark.parametrize("watched", [False, True])
+def test_clean_sgd_is_a_plain_loop_bit_for_bit(make: Any, watched: bool) -> None:
+    model = make()
+    same = copy.deepcopy(model)
+    with seeded(3):
+        plainly(same, images(), 16, epochs=2, seed=3)
+    records = list(
+        train(
+            model,
+            SGD(lr=0.05).steps(model),
+            images(),
+            epochs=2,
+            batch_size=16,
+            seed=3,
+            test=images(20),
+            schedule=constant(lr_decay=0.2, lr_decay_epochs=(1,)),
+            watch=watch(model, images().batches(50)),
+            track=watched,
+        )
+    )
+    assert [r.step for r in records] == [0, 4, 8]
+    for name, leaf in same.state_dict().items():
+        assert torch.equal(leaf, model.state_dict()[name]), name
+
+
+def test_a_fixed_large_batch_is_that_batch() -> None:
+    model = mlp([2, 4, 2])
+    same = copy.deepcopy(model)
+    method = SGD(lr=0.5)
+    options: dict[str, Any] = {"epochs": 3, "seed": 1}
+    small = list(
+        train(
+            model,
+            method.steps(model),
+            blobs(),
+            batch_size=10,
+            schedule=constant(ratio=3),
+            **options,
+        )
+    )
+    large = list(train(same, method.steps(same), blobs(), batch_size=30, **options))
+    assert [r.step for r in small] == [r.step for r in large] == [0, 2, 4, 6]
+    assert {r.ratio for r in small} == {3}
+    for a, b in zip(model.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert small[-1].gradients == 3 * large[-1].gradients
+
+
+def doubling(cap: int = 99) -> Schedule:
+    """Grows after each epoch, and asks for nothing."""
+
+    def after_epoch(state: ScheduleState, eigenvalue: float | None) -> ScheduleState:
+        return replace(
+            state,
+            epoch=state.epoch + 1,
+            ratio=min(2 * state.ratio, cap),
+            lr_factor=2 * state.lr_factor,
+        )
+
+    return Schedule(ScheduleState, after_epoch)
+
+
+def test_steps_follow_the_schedule_and_cross_no_epoch() -> None:
+    model = mlp([2, 2])
+    seen: list[tuple[list[int], float]] = []
+    steps = SGD(lr=0.1).steps(model)
+
+    def move(batches: Any) -> Spent:
+        seen.append(([len(y) for _, y in batches], steps.optimizer.param_groups[0]["lr"]))
+        return Spent()
+
+    moved = replace(steps, move=move)
+    records = list(train(model, moved, blobs(50), epochs=3, batch_size=15, schedule=doubling()))
+    assert [sizes for sizes, _ in seen] == [
+        *([15], [15], [15], [5]),
+        *([15, 15], [15, 5]),
+        [15, 15, 15, 5],
+    ]
+    assert [lr for _, lr in seen] == pytest.approx([0.1] * 4 + [0.2] * 2 + [0.4])
+    assert [r.ratio for r in records] == [1, 1, 2, 4]
+    assert [r.lr for r in records] == pytest.approx([0.1, 0.1, 0.2, 0.4])
+    assert [r.epoch for r in records] == [0, 1, 2, 3]
+    assert records[-1].gradients == 12
+
+
+def test_adversarial_examples_are_those_of_the_schedule_made_in_eval_mode() -> None:
+    model = small_net()
+    shares: list[int] = []
+    model_fn, params = hf.functional(model.eval())
+    model.train()
+    loss = hf.supervised(model_fn, F.cross_entropy)
+
+    def attack(batch: Batch) -> Tensor:
+        shares.append(len(batch[1]))
+        return fgsm(loss, params, batch, eps=0.5)
+
+    steps = SGD().steps(model)
+    met: list[Tensor] = []
+
+    def move(batches: Any) -> Spent:
+        met.extend(x for x, _ in batches)
+        return steps.move(batches)
+
+    schedule = absa(epochs=4, max_ratio=2, patience=1, adversarial_share=0.4, lr_decay_epochs=())
+    records = list(
+        train(
+            model,
+            replace(steps, move=move),
+            blobs(),
+            epochs=4,
+            batch_size=20,
+            schedule=schedule,
+            attack=attack,
+            watch=watch(model, [(blobs().inputs, blobs().targets)]),
+        )
+    )
+    # One epoch at a share of 0.4, then the cap.
+    assert shares == [8, 8, 8]
+    assert [r.adversarial_share for r in records] == [0.4, 0.4, 0, 0, 0]
+    assert [r.ratio for r in records] == [1, 1, 2, 2, 2]
+    assert [r.eigenvalue is None for r in records] == [True, False, True, True, True]
+    changed = [~torch.isin(x[:, 0], blobs().inputs[:, 0]) for x in met[:3]]
+    assert [c.tolist() for c in changed] == [[True] * 8 + [False] * 12] * 3
+    # Their gradients with respect to inputs are work: more than nothing, less than one gradient.
+    assert records[1].gradients > 3
+
+
+class Noisy(Dataset[Batch]):
+    """Examples with a draw on each of them."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> Any:
+        return blobs().inputs[index] + 0.1 * torch.randn(2), blobs().targets[index]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loader_that_shuffles_and_draws_is_a_function_of_the_seed(own: bool) -> None:
+    def trained(of_torch: int, seed: int = 0, every: int | None = None) -> list[float]:
+        generator = torch.Generator().manual_seed(8) if own else None
+        loader = DataLoader(Noisy(), batch_size=25, shuffle=True, generator=generator)
+        with seeded(2):
+            model = mlp([2, 4, 2])
+        with seeded(of_torch):
+            before = torch.get_rng_state()
+            records = train(model, SGD().steps(model), loader, epochs=2, seed=seed, every=every)
+            last = list(records)[-1]
+            assert torch.equal(torch.get_rng_state(), before)
+        return [last.loss, *torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()]
+
+    assert trained(0) == trained(1)
+    assert trained(0) != trained(0, seed=1)
+    # Records between do not move it.
+    assert trained(0) == trained(0, every=1)
+
+
+def test_batches_that_can_be_read_once_are_refused() -> None:
+    model = mlp([2, 2])
+    start = partial(train, model, SGD().steps(model), epochs=1)
+    for sources in ({"source": iter(blobs().batches(20))}, {"test": iter(blobs().batches(20))}):
+        with pytest.raises(ValueError, match=r"read only once \(list_iterator\)"):
+            next(start(sources.pop("source", blobs()), **sources))
+
+
+def test_a_loader_that_keeps_its_workers_has_no_records_amid_an_epoch() -> None:
+    model = mlp([2, 2])
+    loader = DataLoader(Noisy(), batch_size=20, num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent_workers=True"):
+        next(train(model, SGD().steps(model), loader, epochs=1, every=1))
+
+
+def test_any_loader_and_optimiser() -> None:
+    loader = DataLoader(TensorDataset(blobs().inputs, blobs().targets), batch_size=25)
+    model = mlp([2, 8, 2])
+    steps = first_order(model, torch.optim.Adam(model.parameters(), 0.05))
+    records = list(train(model, steps, loader, epochs=8, schedule=constant(ratio=2), test=loader))
+    assert [r.step for r in records[:3]] == [0, 2, 4]
+    assert records[-1].epoch == 8
+    assert records[-1].loss < 0.5 * records[0].loss
+    assert records[-1].test_loss == pytest.approx(records[-1].loss)
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    model = mlp([2, 2])
+    start = partial(train, model, SGD().steps(model), blobs(), epochs=1)
+    with pytest.raises(ValueError, match="pass `watch="):
+        next(start(schedule=absa()))
+    with pytest.raises(ValueError, match="pass `watch="):
+        next(start(track=True))
+    with pytest.raises(ValueError, match="pass `attack="):
+        next(start(schedule=absa(), watch=watch(model, blobs().batches(60))))
+    kept = TrainingCheckpoint(tmp_path / "state.pt", {})
+    with pytest.raises(ValueError, match="train on Examples"):
+        next(train(model, SGD().steps(model), blobs().batches(20), epochs=1, checkpoint=kept))

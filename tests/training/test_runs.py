@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from hessfunc.app.problems.nets import mlp
+from hessfunc.optim.schedules import absa
+from hessfunc.training.checkpoint import TrainingCheckpoint
 from hessfunc.training.history import Run
-from hessfunc.training.methods import FACTORED, SGD, BlockNewton
+from hessfunc.training.methods import FACTORED, SGD, BlockNewton, Method
 from hessfunc.training.runs import run
 from hessfunc.training.steps import Batch, Spent
 from tests.training.blobs import blobs
+from tests.training.problem import small_net
 
 
 def test_methods_start_from_the_same_weights_and_see_the_same_batches() -> None:
@@ -76,3 +81,92 @@ def test_factored_curvatures_train(curvature: str, solve: str) -> None:
     )
     assert found.ended == "complete"
     assert found.records[-1].loss < 0.8 * found.records[0].loss
+
+
+def options(method: Method, path: Path | None) -> dict[str, Any]:
+    kept = None if path is None else TrainingCheckpoint(path, {"seed": 5}, every=2)
+    return {
+        "epochs": 5,
+        "batch_size": 7,
+        "seed": 5,
+        "schedule": absa(epochs=5, max_ratio=4, patience=2, lr_decay_epochs=(3,)),
+        "track": "top",
+        "checkpoint": kept,
+    }
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+METHODS = {
+    "sgd": SGD(lr=0.05),
+    "newton": BlockNewton(curvature="hbp-abs", lr=0.1, alpha=0.5, max_matvecs=4),
+}
+
+
+# Nine steps make the first epoch; what is killed at the ninth goes on at a smaller batch.
+@pytest.mark.parametrize("killed_at", [1, 9, 10, 15, 22])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_killed_training_ends_with_the_same_bits(
+    name: str, killed_at: int, tmp_path: Path
+) -> None:
+    method = METHODS[name]
+    make = small_net if name == "sgd" else lambda: mlp([2, 5, 2], nn.Sigmoid)
+    path = tmp_path / "state.pt"
+    expected = run("it", make, method, blobs(), blobs(20), **options(method, tmp_path / "whole.pt"))
+    steps = [0]
+
+    def kill(examples: int) -> None:
+        steps[0] += 1
+        if steps[0] == killed_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run("it", make, method, blobs(), blobs(20), on_step=kill, **options(method, path))
+    torch.rand(17)
+    found = run("it", make, method, blobs(), blobs(20), **options(method, path))
+    timeless = [[replace(r, seconds=0.0) for r in one.records] for one in (found, expected)]
+    assert timeless[0] == timeless[1]
+    assert found.ended == "complete"
+    whole, resumed = (torch.load(p, weights_only=True) for p in (tmp_path / "whole.pt", path))
+    for key, leaf in whole["state_dict"].items():
+        assert torch.equal(leaf, resumed["state_dict"][key]), key
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.pt", "state.pt"}
+
+
+def test_a_finished_training_is_told_again_without_a_step(tmp_path: Path) -> None:
+    method = METHODS["sgd"]
+    first = run("it", small_net, method, blobs(), **options(method, tmp_path / "state.pt"))
+    steps: list[int] = []
+    again = run(
+        "it",
+        small_net,
+        method,
+        blobs(),
+        on_step=steps.append,
+        **options(method, tmp_path / "state.pt"),
+    )
+    assert again == first
+    assert steps == []
+
+
+def test_time_that_is_up_is_so_after_going_on_too(tmp_path: Path) -> None:
+    kept = TrainingCheckpoint(tmp_path / "state.pt", {})
+    for minutes, ended, steps in ((0, "time is up", 1), (0, "time is up", 1), (9, "complete", 4)):
+        found = run(
+            "it",
+            small_net,
+            SGD(),
+            blobs(),
+            epochs=2,
+            batch_size=30,
+            minutes=minutes,
+            checkpoint=kept,
+        )
+        assert (found.ended, found.records[-1].step) == (ended, steps)
+
+
+def test_records_are_plain(tmp_path: Path) -> None:
+    found = run("it", small_net, SGD(), blobs(), epochs=1, batch_size=30)
+    assert asdict(found.records[-1])["ratio"] == 1

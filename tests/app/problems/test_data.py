@@ -30,14 +30,6 @@ def test_digits_are_images_in_the_unit_interval() -> None:
     assert digits.targets.unique().tolist() == list(range(10))
 
 
-def test_batches_keep_the_order_and_the_rest() -> None:
-    examples = data.Examples(torch.arange(7.0), torch.arange(7))
-    batches = examples.batches(3)
-    assert [len(targets) for _, targets in batches] == [3, 3, 1]
-    assert torch.equal(torch.cat([inputs for inputs, _ in batches]), examples.inputs)
-    assert len(examples[:4]) == 4
-
-
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_both_layouts_of_cifar10_read_the_same(
     tmp_path: Path, images: np.ndarray, split: data.Split

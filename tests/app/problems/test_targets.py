@@ -109,11 +109,6 @@ def test_a_bad_loss_is_named(criterion: Any, message: str, batches: list[Any]) -
         make_problem("it", (mlp([4, 3]), criterion, batches)).evaluate()
 
 
-def test_an_empty_loader_is_named() -> None:
-    with pytest.raises(TargetError, match="the loader is empty"):
-        make_problem("it", (mlp([4, 3]), F.cross_entropy, [])).evaluate()
-
-
 def test_a_function_is_imported_from_here(module: Path) -> None:
     module.write_text("def it(): return 1, 2, 3")
     assert imported(f"{module.stem}:it") == (1, 2, 3)
