@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -292,4 +293,19 @@ LAYERS: dict[str, Net] = {
         )
         for activation in ACTIVATIONS
     },
+}
+
+
+def eight_rows(examples: int = 1) -> object:
+    return net(
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 3)), 4, examples=examples
+    )
+
+
+STRUCTURED = {
+    "hbp": hf.kronecker.hbp,
+    "kfra": hf.kronecker.kfra,
+    "kflr": hf.kronecker.kflr,
+    "kfac": partial(hf.kronecker.kfac, seed=0),
+    "ekfac": hf.kronecker.ekfac,
 }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from tests.cases import Residual
+from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, Jacobian, OfAll, Selection
 from tests.kronecker.cases import Net, dense, largest_error, net
 from tests.kronecker.reference import backpropagated
 
@@ -61,68 +61,6 @@ def test_against_the_definition(chain: str, residual: str, averages: tuple[bool,
     blocks = hf.kronecker.hbp(case.loss, case.model, **options)(case.params, case.batch)
     found = dense(blocks)
     assert largest_error(found, {name: exact[name] for name in found}) < 1e-9
-
-
-def residual_net() -> nn.Module:
-    inner = nn.Sequential(nn.Linear(5, 5), nn.Sigmoid(), nn.Linear(5, 5), nn.Tanh())
-    return nn.Sequential(nn.Linear(4, 5), Residual(inner), nn.Tanh(), nn.Linear(5, 3))
-
-
-@pytest.mark.parametrize("averages", AVERAGES)
-@pytest.mark.parametrize("seed", range(5))
-def test_replaced_residuals_are_positive_semi_definite(
-    seed: int, averages: tuple[bool, bool]
-) -> None:
-    case = net(residual_net, 4, examples=7, seed=seed)
-    for residual in ("zero", "clip", "abs"):
-        blocks = hf.kronecker.hbp(
-            case.loss,
-            case.model,
-            residual=residual,
-            average_input_jacobian=averages[0],
-            average_parameter_jacobian=averages[1],
-        )(case.params, case.batch)
-        for block in blocks.values():
-            values = torch.linalg.eigvalsh(block.dense())
-            assert float(values.min()) >= -1e-12 * float(values.max())
-
-
-def test_the_kept_residual_may_be_negative() -> None:
-    found = [
-        float(torch.linalg.eigvalsh(block.dense()).min())
-        for seed in range(5)
-        for case in [net(residual_net, 4, examples=7, seed=seed)]
-        for block in hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch).values()
-    ]
-    assert min(found) < -1e-6
-
-
-def by_mode(activation: type[nn.Module]) -> list[dict[str, Tensor]]:
-    case = net(
-        lambda: nn.Sequential(
-            nn.Linear(4, 6), activation(), nn.Linear(6, 5), activation(), nn.Linear(5, 3)
-        ),
-        4,
-        examples=6,
-    )
-    return [
-        dense(hf.kronecker.hbp(case.loss, case.model, residual=mode)(case.params, case.batch))
-        for mode in MODES
-    ]
-
-
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU, nn.Hardtanh])
-def test_piecewise_linear_nets_have_no_residual(activation: type[nn.Module]) -> None:
-    first, *others = by_mode(activation)
-    for other in others:
-        assert largest_error(other, first) < 1e-12
-
-
-def test_sigmoid_nets_have_one() -> None:
-    found = by_mode(nn.Sigmoid)
-    for i, one in enumerate(found):
-        for other in found[:i]:
-            assert float((one["0.weight"] - other["0.weight"]).abs().max()) > 1e-6
 
 
 def test_batch_order_does_not_matter() -> None:
@@ -181,3 +119,36 @@ def test_the_mean_of_what_is_not_affine() -> None:
     ]
     one, other = (float(blocks["3.weight"].dense()) for blocks in found)
     assert abs(one - other) > 1e-3 * abs(other)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+B, M = 4, 5
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=GENERATOR)
+
+
+CHOSEN = torch.randint(6, (B, M), generator=GENERATOR)
+WEIGHT, SLOPES, DENSE = drawn(M, 6), drawn(B, M), drawn(B, M, 6)
+JACOBIANS: dict[str, tuple[Jacobian, Tensor]] = {
+    "identity": (Identity(), torch.eye(M).double().expand(B, M, M)),
+    "of all": (
+        OfAll(lambda g: (g.flatten(1) @ WEIGHT,), torch.Size((M,)), 6),
+        WEIGHT.expand(B, M, 6),
+    ),
+    "diagonal": (Diagonal(SLOPES), torch.diag_embed(SLOPES)),
+    "selection": (Selection(CHOSEN, 6), F.one_hot(CHOSEN, 6).double()),
+    "each example": (EachExample(lambda: DENSE, (B, M, 6)), DENSE),
+}
+
+
+@pytest.mark.parametrize("name", JACOBIANS)
+def test_products_with_a_jacobian_are_those_of_its_matrices(name: str) -> None:
+    jacobian, matrices = JACOBIANS[name]
+    mean, rows, half = matrices.mean(0), drawn(3, M), drawn(M, M)
+    hessian = half + half.mT
+    torch.testing.assert_close(jacobian.pull(rows)[0], rows @ mean)
+    torch.testing.assert_close(jacobian.congruence(hessian)[0][0], mean.mT @ hessian @ mean)
+    of_each = (matrices.mT @ hessian @ matrices).mean(0)
+    torch.testing.assert_close(jacobian.mean_congruence(hessian)[0][0], of_each)
