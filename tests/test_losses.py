@@ -1,5 +1,8 @@
 """Losses with two halves, held and composed."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hessfunc as hf
 from tests.cases import case
-from tests.reference import flat, hessian, relative_error
+from tests.models.nets import gpt2, loss_of, places, text
+from tests.reference import flat, gauss_newton, hessian, matrix, relative_error
 
 
 def test_a_supervised_loss_shows_its_halves() -> None:
@@ -113,3 +117,76 @@ def test_held_parameters_carry_no_gradient() -> None:
     rest = {"b": torch.ones(2, requires_grad=True)}
     held = hf.hold(lambda p, _: (p["a"] * p["b"]).sum(), rest)
     assert not held({"a": torch.ones(2)}, None).requires_grad
+
+
+def attention_head(params: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The second of two heads: its columns of queries, keys and values, its rows of the output."""
+    width = len(params["transformer.h.0.attn.c_proj.weight"])
+    half = width // 2
+    columns = [i * width + half + j for i in range(3) for j in range(half)]
+    return {
+        "transformer.h.0.attn.c_attn.weight": (slice(None), columns),
+        "transformer.h.0.attn.c_attn.bias": columns,
+        "transformer.h.0.attn.c_proj.weight": slice(half, None),
+    }
+
+
+SLICES: dict[str, dict[str, Any]] = {
+    "rows": {"0.weight": slice(1, 3)},
+    "columns": {"0.weight": (slice(None), slice(0, 2))},
+    "a list": {"2.weight": [2, 0]},
+    "one entry": {"0.bias": 3},
+    "a mask": {"0.bias": torch.tensor([True, False, True, False])},
+    "a whole leaf": {"0.bias": ...},
+    "several, in another order": {"2.bias": slice(1, None), "0.weight": slice(0, 4, 2)},
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+@pytest.mark.parametrize("plain", [False, True], ids=["Loss", "plain loss"])
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_the_hessian_of_a_sliced_loss_is_the_dense_sub_block(
+    name: str, plain: bool, mode: Any
+) -> None:
+    found = case("mlp")
+    loss: Any = (lambda p, b: found.loss(p, b)) if plain else found.loss
+    part_loss, part = hf.sliced(loss, found.params, SLICES[name])
+    assert isinstance(part_loss, hf.Loss) is not plain
+    assert list(part) == list(SLICES[name])
+    at = places(found.params, SLICES[name])
+    dense = matrix(hf.hvp(part_loss, mode=mode)(part, found.batch), part)
+    expected = hessian(found.loss, found.params, found.batch)[at][:, at]
+    assert relative_error(dense, expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("curvature", "dense"), [(hf.hvp, hessian), (hf.ggnvp, gauss_newton)], ids=["hvp", "ggnvp"]
+)
+def test_the_curvature_of_one_attention_head_is_the_dense_sub_block(
+    curvature: Any, dense: Any
+) -> None:
+    loss, params = loss_of(gpt2("sdpa"))
+    chosen, rest = hf.split(params, "transformer.h.0.attn.*.*")
+    batch = text((4, 3), masked=False)
+    head_loss, head = hf.sliced(loss, params, attention_head(params))
+    at = places(chosen, attention_head(params))
+    expected = dense(hf.hold(loss, rest), chosen, batch)[at][:, at]
+    assert relative_error(matrix(curvature(head_loss)(head, batch), head), expected) < 1e-8
+
+
+def test_a_sliced_loss_has_the_value_of_the_whole_and_leaves_params_alone() -> None:
+    found = case("mlp")
+    before = {name: leaf.clone() for name, leaf in found.params.items()}
+    loss, part = hf.sliced(found.loss, found.params, SLICES["columns"])
+    assert float(loss(part, found.batch)) == float(found.loss(found.params, found.batch))
+    moved = {name: leaf + 1 for name, leaf in part.items()}
+    whole = found.params | {"0.weight": found.params["0.weight"].clone()}
+    whole["0.weight"][:, :2] += 1
+    assert float(loss(moved, found.batch)) == float(found.loss(whole, found.batch))
+    assert all(torch.equal(found.params[name], leaf) for name, leaf in before.items())
+
+
+def test_slices_of_an_unknown_parameter_are_refused() -> None:
+    found = case("mlp")
+    with pytest.raises(ValueError, match=r"no parameter named 3\.weight"):
+        hf.sliced(found.loss, found.params, {"3.weight": slice(1)})

@@ -115,3 +115,40 @@ def test_the_random_stream_stays(drawn: Callable[..., Any]) -> None:
     before = torch.get_rng_state()
     drawn()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("picture", "takes"),
+    [
+        (plot.layers, "takes a trace, such as xtrace"),
+        (plot.eigenvalues, "takes the result of lanczos"),
+        (plot.history, r"takes \{step: eigenvalues\}"),
+        (plot.blocks, "takes results by block, as returned by block_spectra"),
+        (plot.curves, "takes a landscape"),
+        (plot.contours, "takes a landscape"),
+        (plot.surface, "takes a landscape"),
+        (plot.tracked, "takes points, as in tracker.points"),
+    ],
+)
+def test_a_density_in_place_of_another_result_is_refused(
+    picture: Callable[[Any], object], takes: str, density: Density
+) -> None:
+    with pytest.raises(TypeError, match=f"`{picture.__name__}` {takes}.*but got a Density"):
+        picture(density)
+
+
+@pytest.mark.parametrize(
+    ("picture", "takes"),
+    [
+        (plot.density, "takes a density, as returned by slq"),
+        (lambda pairs: plot.layers([pairs, pairs]), "takes a trace"),
+        (lambda pairs: plot.layers({"a": pairs}), "takes a trace"),
+        (lambda pairs: plot.curves({"a": pairs}), "takes a landscape"),
+        (lambda pairs: plot.tracked([pairs]), "takes points"),
+    ],
+)
+def test_eigenpairs_in_place_of_another_result_are_refused(
+    picture: Callable[[Any], object], takes: str, pairs: Eigenpairs
+) -> None:
+    with pytest.raises(TypeError, match=f"{takes}.*but got a Eigenpairs"):
+        picture(pairs)

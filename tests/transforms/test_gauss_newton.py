@@ -1,7 +1,7 @@
 import functools
 import warnings
 from collections import UserDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +15,8 @@ import hessfunc as hf
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.output_gradients import LinearCriterionWarning, NotConvexWarning
 from tests.cases import NAMES, Case, case, closed_form
-from tests.reference import (
-    gauss_newton,
-    gradient,
-    hessian,
-    jacobian,
-    matrix,
-    relative_error,
-    rows,
-)
+from tests.reference import gauss_newton, gradient, hessian, jacobian, matrix, relative_error, rows
+from tests.transforms.problem import batches, net
 
 CURVATURES: dict[str, Callable[[hf.Loss], Curvature]] = {
     "ggnvp": hf.ggnvp,
@@ -33,20 +26,6 @@ CURVATURES: dict[str, Callable[[hf.Loss], Curvature]] = {
 }
 # Conv, attention, residual and regression nets, whose examples do not see each other.
 NETS = ("conv", "scaled dot product attention", "residual", "mse loss")
-
-
-def net(criterion: Callable[[Any, Any], Tensor], targets: Tensor, outputs: int = 3) -> Case:
-    """A small MLP with that many outputs, as many examples as there are targets."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
-    model_fn, params = hf.functional(model)
-    batch = torch.randn(len(targets), 3).double(), targets
-    return Case(model, hf.supervised(model_fn, criterion), params, batch)
-
-
-def batches(found: Case, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """The batch of a case cut into batches of these sizes."""
-    x, y = found.batch
-    return list(zip(x.split(list(sizes)), y.split(list(sizes)), strict=True))
 
 
 def uneven(found: Case) -> list[tuple[Tensor, Tensor]]:
@@ -59,9 +38,6 @@ def of_examples(found: Case) -> list[Tensor]:
     """The gradient of each example's own loss."""
     x, y = found.batch
     return [gradient(found.loss, found.params, (x[b, None], y[b, None])) for b in range(len(y))]
-
-
-# The generalised Gauss-Newton matrix
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt2"])
@@ -165,9 +141,6 @@ def test_float32_products_are_near_those_of_float64(of: str) -> None:
         kind({n: p.double() for n, p in single.items()}, (x.double(), y)), found.params
     )
     assert relative_error(product.double(), expected) < 1e-5
-
-
-# Any outputs, any batch
 
 
 class TwoHeads(nn.Module):
@@ -327,9 +300,6 @@ def test_classes_may_be_the_batch_itself() -> None:
     assert relative_error(found, sum(g.outer(g) for g in gradients) / 4) < 1e-8
 
 
-# The Fisher matrix
-
-
 def categorical_fisher(found: Case) -> Tensor:
     """The mean over examples of ``E_y[g g']``, by all classes."""
     x, y = found.batch
@@ -394,110 +364,6 @@ def test_exact_fisher_equals_its_definition_and_the_ggn(name: str) -> None:
     assert relative_error(fisher, expected) < 1e-8
     ggn = matrix(hf.ggnvp(found.loss)(found.params, found.batch), found.params)
     assert relative_error(fisher, ggn) < 1e-12
-
-
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize(
-    ("criterion", "targets", "outputs"),
-    [
-        (F.cross_entropy, torch.arange(5) % 3, 3),
-        (nn.CrossEntropyLoss(ignore_index=1), torch.arange(5) % 3, 3),
-        (nn.CrossEntropyLoss(reduction="sum"), torch.arange(5) % 3, 3),
-        (nn.MSELoss(), torch.zeros(5, 3).double(), 3),
-        (nn.MSELoss(reduction="sum"), torch.zeros(5, 3).double(), 3),
-        (nn.BCEWithLogitsLoss(), torch.ones(5, 2).double(), 2),
-    ],
-)
-def test_monte_carlo_fisher_is_unbiased(
-    criterion: Any, targets: Tensor, outputs: int, samples: int
-) -> None:
-    found = net(criterion, targets, outputs)
-    exact = matrix(hf.fvp(found.loss)(found.params, found.batch), found.params)
-    v = rows(hf.random_like(found.params, 3, seed=0))
-    draws = []
-    for seed in range(200):
-        matvec = hf.fvp(found.loss, samples=samples, seed=seed)(found.params, found.batch)
-        product = rows(matvec(hf.unravel(v, found.params)))
-        draws.append((product @ v.mT).flatten())
-    forms = torch.stack(draws)
-    error = (forms.mean(0) - (v @ exact @ v.mT).flatten()).abs()
-    assert (error <= 4 * forms.std(0) / 200**0.5).all()
-    assert (forms.std(0) > 0).all()
-
-
-def test_monte_carlo_fisher_of_one_draw_is_a_sum_of_outer_products_of_sampled_gradients() -> None:
-    found = net(F.cross_entropy, torch.randint(3, (1,)))
-    x, _ = found.batch
-    drawn = matrix(hf.fvp(found.loss, samples=1, seed=3)(found.params, found.batch), found.params)
-    of_classes = [gradient(found.loss, found.params, (x, torch.tensor([c]))) for c in range(3)]
-    errors = [relative_error(drawn, g.outer(g)) for g in of_classes]
-    assert min(errors) < 1e-10
-
-
-def test_monte_carlo_fisher_draws_for_each_position() -> None:
-    found = case("tied head")
-    loss = hf.supervised(
-        lambda p, x: found.loss.outputs(p, (x, None)).movedim(-1, 1), F.cross_entropy
-    )
-    exact = matrix(hf.fvp(loss)(found.params, found.batch), found.params)
-    many = matrix(hf.fvp(loss, samples=5000, seed=0)(found.params, found.batch), found.params)
-    assert relative_error(many, exact) < 0.05
-    assert relative_error(exact, gauss_newton(found.loss, found.params, found.batch)) < 1e-8
-
-
-def test_monte_carlo_fisher_is_the_same_in_every_pass() -> None:
-    found = net(F.cross_entropy, torch.randint(3, (6,)))
-    parts = batches(found, [3, 1, 2])
-    v = hf.random_like(found.params, 5, seed=0)
-    of_seed = [
-        hf.over_batches(hf.fvp(found.loss, samples=2, seed=7), keep=keep)(found.params, parts)
-        for keep in (False, True)
-    ]
-    first = rows(of_seed[0](v))
-    torch.rand(3)
-    # Other draws would differ in the first digit.
-    assert relative_error(rows(of_seed[0](v)), first) < 1e-12
-    assert relative_error(rows(of_seed[1](v)), first) < 1e-12
-    backwards = hf.over_batches(hf.fvp(found.loss, samples=2, seed=7))(found.params, parts[::-1])
-    assert relative_error(rows(backwards(v)), first) < 1e-12
-
-
-def test_monte_carlo_fisher_differs_between_seeds() -> None:
-    found = net(F.cross_entropy, torch.randint(3, (6,)))
-    v = hf.random_like(found.params, 1, seed=0)
-
-    def of_seed(seed: int | None) -> Tensor:
-        return rows(hf.fvp(found.loss, samples=2, seed=seed)(found.params, found.batch)(v))
-
-    assert not torch.equal(of_seed(0), of_seed(1))
-    assert not torch.equal(of_seed(None), of_seed(None))
-
-
-@pytest.mark.parametrize("criterion", [F.cross_entropy, F.mse_loss])
-def test_monte_carlo_fisher_draws_anew_for_another_batch(criterion: Any) -> None:
-    # The prediction is the same for all inputs: only the draws can differ.
-    loss = hf.supervised(lambda p, x: p["b"].expand(len(x), 3), criterion)
-    params = {"b": torch.tensor([0.1, -0.2, 0.3]).double()}
-    targets = torch.zeros(20, 3).double() if criterion is F.mse_loss else torch.arange(20) % 3
-    curvature = hf.fvp(loss, samples=1, seed=0)
-    first, second, again = (
-        matrix(curvature(params, (x, targets)), params)
-        for x in (torch.zeros(20, 2), torch.ones(20, 2), torch.zeros(20, 2))
-    )
-    assert torch.equal(first, again)
-    assert relative_error(first, second) > 1e-3
-
-
-def test_the_draws_leave_torchs_random_stream_where_it_was() -> None:
-    found = net(F.cross_entropy, torch.randint(3, (6,)))
-    before = torch.get_rng_state()
-    hf.fvp(found.loss, samples=2)(found.params, found.batch)(
-        hf.random_like(found.params, 2, seed=0)
-    )
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-# The empirical Fisher matrix
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -572,9 +438,6 @@ def test_class_weights_are_weights_of_the_examples_in_the_empirical_fisher() -> 
     assert relative_error(product, expected) < 1e-8
 
 
-# What is refused
-
-
 @pytest.mark.parametrize("of", CURVATURES)
 def test_a_loss_without_its_halves_is_refused(of: str) -> None:
     with pytest.raises(TypeError, match=r"pass `supervised\(model_fn, criterion\)`"):
@@ -630,33 +493,6 @@ def test_outputs_of_several_numbers_of_examples_have_no_empirical_fisher() -> No
         hf.efvp(loss)({"w": torch.ones(3)}, None)
 
 
-@pytest.mark.parametrize("samples", [None, 2])
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        lambda out, y: (out - y).square().mean(),
-        nn.CrossEntropyLoss(weight=torch.ones(3)),
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-        nn.BCEWithLogitsLoss(weight=torch.ones(3)),
-        functools.partial(F.binary_cross_entropy_with_logits, pos_weight=torch.ones(3)),
-        nn.HuberLoss(),
-    ],
-)
-def test_a_criterion_that_is_no_likelihood_has_no_fisher_matrix(
-    criterion: Any, samples: int | None
-) -> None:
-    found = net(criterion, torch.randn(5, 3).double())
-    with pytest.raises(ValueError, match="the negative logarithm of a likelihood"):
-        hf.fvp(found.loss, samples=samples)
-
-
-@pytest.mark.parametrize("samples", [0, -1])
-def test_less_than_one_draw_is_refused(samples: int) -> None:
-    found = net(F.cross_entropy, torch.randint(3, (5,)))
-    with pytest.raises(ValueError, match=f"samples={samples}: it must be at least 1, or None"):
-        hf.fvp(found.loss, samples=samples)
-
-
 class Bags(nn.Module):
     """Sums of embeddings, then logits."""
 
@@ -704,9 +540,6 @@ def test_ctc_is_named_by_the_ggn_and_has_an_empirical_fisher() -> None:
     gradients = [gradient(loss, params, (x[b, None], y[b, None])) for b in range(2)]
     expected = sum(g.outer(g) for g in gradients) / 2
     assert relative_error(matrix(hf.efvp(loss)(params, (x, y)), params), expected) < 1e-8
-
-
-# Criteria of other batches
 
 
 def of_dicts(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import hessfunc as hf
 from tests.algorithms.spectra import symmetric
+from tests.cases import Case, case
+from tests.reference import gauss_newton
 
 LIKE = {"a": torch.zeros(10).double(), "b": torch.zeros(50).double()}
 MATRIX = symmetric(torch.linspace(-1, 4, 60))
@@ -145,3 +147,63 @@ def test_estimates_of_one_matrix_are_pooled(estimator: Any, budget: int, name: s
     assert pooled.value == pytest.approx(float(matrix.trace()), abs=6 * pooled.stderr + 1e-9)
     norms = [run.squared_frobenius for run in runs]
     assert hf.pool([norm for norm in norms if norm is not None]).n == 100
+
+
+def traces(seeds: list[int], sizes: list[int]) -> tuple[Case, list[hf.results.Estimate]]:
+    """Trace estimates of batches of these sizes."""
+    found, start, estimates = case("conv"), 0, []
+    inputs, targets = found.batch
+    for seed, size in zip(seeds, sizes, strict=True):
+        batch = inputs[start : start + size], targets[start : start + size]
+        start += size
+        matvec = hf.ggnvp(found.loss)(found.params, batch)
+        estimates.append(hf.hutchinson(matvec, found.params, max_matvecs=64, seed=seed))
+    return found, estimates
+
+
+def test_pooled_estimates_are_of_the_trace_over_all_examples() -> None:
+    found, estimates = traces([0, 1], [4, 1])
+    pooled = hf.pool(estimates, [4, 1])
+    exact = float(gauss_newton(found.loss, found.params, found.batch).trace())
+    assert pooled.value == pytest.approx(
+        0.8 * estimates[0].value + 0.2 * estimates[1].value, rel=1e-12
+    )
+    assert pooled.stderr**2 == pytest.approx(
+        (0.8 * estimates[0].stderr) ** 2 + (0.2 * estimates[1].stderr) ** 2
+    )
+    assert abs(pooled.value - exact) < 4 * pooled.stderr
+    assert sum(pooled.by_leaf.values()) == pytest.approx(pooled.value)
+    assert list(pooled.by_leaf) == list(found.params)
+    assert pooled.matvecs == sum(e.matvecs for e in estimates)
+
+
+def test_estimates_count_alike_without_weights() -> None:
+    _, estimates = traces([0, 1], [3, 2])
+    pooled = hf.pool(estimates)
+    assert pooled.value == pytest.approx((estimates[0].value + estimates[1].value) / 2)
+    low, high = pooled.interval(0.9)
+    assert low < pooled.value < high
+
+
+def test_the_pool_of_one_estimate_is_that_estimate() -> None:
+    _, (estimate,) = traces([0], [5])
+    pooled = hf.pool([estimate], [3.0])
+    assert (pooled.value, pooled.stderr) == pytest.approx((estimate.value, estimate.stderr))
+    assert pooled.interval() == pytest.approx(estimate.interval())
+
+
+@pytest.mark.parametrize(
+    ("seeds", "weights", "message"),
+    [
+        ([0, 1], [1.0], "2 estimates and 1 weights"),
+        ([0, 1], [0.0, 0.0], "weights"),
+        ([], None, "estimates"),
+        ([3, 3], None, "share a seed"),
+    ],
+)
+def test_estimates_that_cannot_be_pooled_are_refused(
+    seeds: list[int], weights: list[float] | None, message: str
+) -> None:
+    _, estimates = traces(seeds, [2] * len(seeds))
+    with pytest.raises((TypeError, ValueError), match=message):
+        hf.pool(estimates, weights)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
@@ -21,14 +20,13 @@ from hessfunc.app.problems.data import digits
 from hessfunc.app.problems.fit import train
 from hessfunc.app.problems.resnet import resnet
 from hessfunc.compat import pyhessian as face
-from tests.cases import PartlyUnused, Residual
+from tests.cases import PartlyUnused
+from tests.compat.pyhessian.problem import batches, dense, net, net_like, on, residual
 from tests.datapath import DATA, data_file
-from tests.reference import hessian as dense_hessian
 
 # PyHessian keeps gradients with their graphs, of which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 
-Batch = tuple[Tensor, Tensor]
 
 # The example analysis of PyHessian, step by step; a run differs in the first import alone.
 SCRIPT = """
@@ -75,68 +73,6 @@ print("Top Eigenvalues: ", top_eigenvalues)
 print("Trace: ", np.mean(trace))
 get_esd_plot(density_eigen, density_weight)
 """
-
-
-@pytest.fixture
-def peer(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """PyHessian, with the function that its density takes and torch has dropped."""
-    with warnings.catch_warnings():
-        # Of invalid escapes in its source.
-        warnings.simplefilter("ignore", SyntaxWarning)
-        module = pytest.importorskip("pyhessian", reason="pip install PyHessian: not installed")
-
-    def eig(T: Tensor, eigenvectors: bool) -> tuple[Tensor, Tensor]:
-        assert eigenvectors
-        values, vectors = torch.linalg.eigh(T)
-        return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
-
-    monkeypatch.setattr(torch, "eig", eig)
-    return module
-
-
-@pytest.fixture
-def figures() -> Iterator[Any]:
-    plt = pytest.importorskip("matplotlib.pyplot")
-    plt.switch_backend("agg")
-    yield plt
-    plt.close("all")
-
-
-def net() -> nn.Sequential:
-    """81 parameters, with batch statistics that are not those of the data."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
-    with torch.no_grad():
-        model[1].running_mean.uniform_(-1, 1)
-        model[1].running_var.uniform_(0.5, 2)
-    return model
-
-
-def batches() -> list[Batch]:
-    """Two batches of unequal size."""
-    return [(torch.randn(k, 4), torch.randint(3, (k,))) for k in (20, 7)]
-
-
-def on(source: str, found: Sequence[Batch]) -> dict[str, Any]:
-    """The arguments of a `hessian` of the first batch, or of all of them."""
-    return {"data": {"data": found[0]}, "dataloader": {"dataloader": list(found)}}[source]
-
-
-def dense(model: nn.Module, source: str, found: Sequence[Batch]) -> Tensor:
-    """The Hessian in eval mode, in float64, by double backward."""
-    model = model.double().eval()
-    model_fn, params = hf.functional(model)
-    loss = hf.supervised(model_fn, cross_entropy)
-    used = found[:1] if source == "data" else found
-    parts = [len(y) * dense_hessian(loss, params, (x.double(), y)) for x, y in used]
-    model.float()
-    return torch.stack(parts).sum(0) / sum(len(y) for _, y in used)
-
-
-def residual(found: Any, value: float, vector: Sequence[Tensor]) -> float:
-    """|Hv - value v| / |v|, by the products of a `hessian`."""
-    image = found.dataloader_hv_product(vector)[1]
-    off = [h - value * v for h, v in zip(image, vector, strict=True)]
-    return float((face.group_product(off, off) / face.group_product(vector, vector)).sqrt())
 
 
 def spectrum(nodes: Any, weights: Any, n: int) -> hf.results.Density:
@@ -259,12 +195,6 @@ def test_attributes_that_scripts_read() -> None:
         assert curvature == pytest.approx(float(flat @ expected), rel=1e-4)
 
 
-def net_like(model: nn.Module) -> nn.Module:
-    other = net()
-    other.load_state_dict(model.state_dict())
-    return other
-
-
 def test_torchs_seed_makes_results_the_same() -> None:
     model, found = net(), batches()
 
@@ -277,50 +207,6 @@ def test_torchs_seed_makes_results_the_same() -> None:
     assert run() == first
     made = face.hessian(model, cross_entropy, data=found[0])
     assert made.trace(maxIter=4) != first[1]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_evaluated_in_eval_mode_and_left_as_it_was(training: bool) -> None:
-    model, found = net(), batches()
-    model.train(training)
-    model[0].weight.grad = torch.ones_like(model[0].weight)
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    made = face.hessian(model, cross_entropy, dataloader=found)
-    value = made.eigenvalues()[0][0]
-    made.trace(maxIter=3)
-    made.density(iter=4)
-    assert made.gradsH
-    assert [module.training for module in model.modules()] == [training] * 5
-    for name, x in model.state_dict().items():
-        assert torch.equal(x, before[name])
-    assert bool((model[0].weight.grad == 1).all())
-    assert all(p.grad is None for p in list(model.parameters())[1:])
-    largest = torch.linalg.eigvalsh(dense(model, "dataloader", found)).abs().max()
-    assert value == pytest.approx(float(largest), rel=1e-3)
-
-
-def test_parameters_are_those_of_the_moment() -> None:
-    model, found = net(), batches()
-    made = face.hessian(model, cross_entropy, data=found[0])
-    made.eigenvalues()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.5)
-    largest = torch.linalg.eigvalsh(dense(net_like(model), "data", found)).abs().max()
-    assert made.eigenvalues()[0][0] == pytest.approx(float(largest), rel=1e-3)
-
-
-def test_parameters_that_are_thawed_later_count() -> None:
-    model, found = net(), batches()
-    model[0].requires_grad_(False)
-    made = face.hessian(model, cross_entropy, data=found[0])
-    model.requires_grad_(True)
-    _, (vector,) = made.eigenvalues()
-    assert [v.shape for v in vector] == [p.shape for p in made.params]
-    product = face.hessian_vector_product(made.gradsH, made.params, vector)
-    torch.testing.assert_close(
-        list(product), made.dataloader_hv_product(vector)[1], rtol=1e-3, atol=1e-4
-    )
 
 
 def test_a_parameter_that_the_loss_does_not_use_has_zeros(peer: Any) -> None:
@@ -405,29 +291,6 @@ def test_a_krylov_space_that_is_exhausted_ends_the_density() -> None:
     assert sum(weights[0]) == pytest.approx(1)
 
 
-def test_cuda_is_where_the_parameters_are() -> None:
-    model, found = net(), batches()
-    made = [face.hessian(model, cross_entropy, data=found[0], cuda=cuda) for cuda in (True, False)]
-    assert [h.device for h in made] == ["cpu", "cpu"]
-    assert made[0].eigenvalues()[0] == pytest.approx(made[1].eigenvalues()[0], rel=1e-4)
-
-
-@pytest.mark.gpu
-def test_batches_go_to_the_gpu_of_the_parameters() -> None:
-    model, found = net(), batches()
-    expected = face.hessian(model, cross_entropy, dataloader=found).eigenvalues()[0]
-    made = face.hessian(nn.DataParallel(model.cuda()), cross_entropy, dataloader=found, cuda=False)
-    assert made.device == "cuda:0"
-    assert made.eigenvalues()[0] == pytest.approx(expected, rel=1e-3)
-
-
-def test_a_model_that_is_wrapped_for_data_parallelism_is_unwrapped() -> None:
-    model, found = net(), batches()
-    made = face.hessian(nn.DataParallel(model), cross_entropy, data=found[0])
-    made.trace(maxIter=2)
-    assert list(made.results["trace"].by_leaf) == [name for name, _ in model.named_parameters()]
-
-
 def test_what_is_refused() -> None:
     model, found = net(), batches()
     for arguments in ({}, {"data": found[0], "dataloader": found}):
@@ -438,142 +301,6 @@ def test_what_is_refused() -> None:
         made.trace()
     with pytest.raises(ValueError, match="no parameter of Sequential requires a gradient"):
         face.hessian(model.requires_grad_(False), cross_entropy, data=found[0])
-
-
-def test_random_augmentation_is_refused() -> None:
-    class Augmented:
-        def __iter__(self) -> Iterator[Batch]:
-            yield torch.randn(20, 4), torch.zeros(20, dtype=torch.long)
-
-    made = face.hessian(net(), cross_entropy, dataloader=Augmented())
-    with pytest.raises(ValueError, match="saw different examples"):
-        made.eigenvalues()
-
-
-def test_lists_of_tensors_are_vectors(peer: Any) -> None:
-    def vector() -> list[Tensor]:
-        return [torch.randn(3, 2), torch.randn(4)]
-
-    x, y, z = vector(), vector(), vector()
-    assert float(face.group_product(x, y)) == pytest.approx(float(peer.group_product(x, y)))
-    ours, theirs = ([v.clone() for v in x] for _ in range(2))
-    assert face.group_add(ours, y, alpha=-2.0) is ours
-    peer.group_add(theirs, y, alpha=-2.0)
-    torch.testing.assert_close(ours, theirs)
-    assert float(face.group_product(face.normalization(x), face.normalization(x))) == pytest.approx(
-        1
-    )
-    torch.testing.assert_close(face.normalization(x), peer.normalization(x), rtol=1e-5, atol=1e-6)
-    basis = [face.normalization(x), face.orthnormal(y, [face.normalization(x)])]
-    before = [v.clone() for v in z]
-    found = face.orthnormal(z, basis)
-    assert all(torch.equal(a, b) for a, b in zip(z, before, strict=True))
-    assert [float(face.group_product(found, b)) for b in basis] == pytest.approx([0, 0], abs=1e-6)
-    torch.testing.assert_close(found, peer.orthnormal(z, basis), rtol=1e-4, atol=1e-5)
-
-
-def test_a_vector_of_zeros_stays_as_it_is() -> None:
-    assert not any(v.any() for v in face.normalization([torch.zeros(3), torch.zeros(2)]))
-
-
-@pytest.mark.parametrize("options", [{}, {"num_bins": 300, "sigma_squared": 1e-2, "overhead": 0.5}])
-def test_the_density_is_a_mean_of_gaussians(options: dict[str, float]) -> None:
-    generator = np.random.default_rng(0)
-    nodes = np.sort(generator.normal(0, 3, (2, 6)))
-    weights = generator.dirichlet(np.ones(6), 2)
-    found, grid = face.density_generate(nodes.tolist(), weights.tolist(), **options)
-    overhead, width = options.get("overhead", 0.01), options.get("sigma_squared", 1e-5)
-    low, high = nodes[:, 0].mean() - overhead, nodes[:, -1].mean() + overhead
-    np.testing.assert_allclose(grid, np.linspace(low, high, options.get("num_bins", 10000)))
-    variance = width * max(1, high - low)
-    expected = np.zeros_like(grid)
-    for run in range(2):
-        for node, weight in zip(nodes[run], weights[run], strict=True):
-            expected += weight * np.exp(-((grid - node) ** 2) / (2 * variance))
-    np.testing.assert_allclose(found, expected / (expected.sum() * (grid[1] - grid[0])), rtol=1e-9)
-
-
-def test_each_density_has_a_figure_of_its_own(
-    figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    axes = [face.get_esd_plot([[0.0, shift + 1.0]], [[0.5, 0.5]]) for shift in (0, 1)]
-    assert [len(ax.lines) for ax in axes] == [1, 1]
-    assert [ax.get_xlim() for ax in axes] == [(-1, 2), (-1, 3)]
-    assert axes[0].get_yscale() == "log"
-    assert (tmp_path / "example.pdf").read_bytes().startswith(b"%PDF")
-
-
-def layers() -> nn.Sequential:
-    """Two layers that read the same on a skip path, and one after them."""
-    branches = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    return nn.Sequential(Residual(branches), nn.Tanh(), nn.Linear(4, 3))
-
-
-@pytest.mark.parametrize("source", ["data", "dataloader"])
-def test_traces_of_activations_are_those_of_the_dense_hessians(source: str) -> None:
-    model, found = layers(), batches()
-    used = found[:1] if source == "data" else found
-    names = ["0.branch.0", "0.branch.2", "2"]
-    expected = dict.fromkeys(names, 0.0)
-    for x, y in used:
-        for name in names:
-            loss, zeros = hf.activations(
-                model.double(), cross_entropy, lambda n, _, name=name: n == name
-            )
-            matrix = dense_hessian(loss, zeros(x.double()), (x.double(), y))
-            expected[name] += len(y) * float(matrix.trace()) / sum(len(t) for _, t in used)
-    model.float()
-
-    made = face.hessian_with_activation(model, cross_entropy, **on(source, found))
-    made.insert_hook("branch.0")
-    made.insert_hook("2")
-    samples = np.array(made.trace_activ(maxIter=400, tol=1e-6))
-    assert samples.shape == (400, 3)
-    assert list(made.results["trace_activ"].by_leaf) == [f"{name}[0]" for name in names]
-    np.testing.assert_allclose(
-        samples.mean(0), list(made.results["trace_activ"].by_leaf.values()), rtol=1e-6
-    )
-    stderr = samples.std(0, ddof=1) / math.sqrt(len(samples))
-    assert (np.abs(samples.mean(0) - list(expected.values())) <= 4 * stderr).all()
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_traces_of_weights_are_those_of_the_diagonal_blocks() -> None:
-    model, found = layers(), batches()
-    matrix = dense(net_of(model), "dataloader", found).diagonal()
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    parts = dict(zip(sizes, matrix.split(list(sizes.values())), strict=True))
-    made = face.hessian_with_activation(model, cross_entropy, dataloader=found)
-    samples = np.array(made.trace(maxIter=400, tol=1e-6, param_name="weight"))
-    expected = [float(part.sum()) for name, part in parts.items() if "weight" in name]
-    stderr = samples.std(0, ddof=1) / math.sqrt(len(samples))
-    assert (np.abs(samples.mean(0) - expected) <= 4 * stderr).all()
-
-
-def net_of(model: nn.Module) -> nn.Module:
-    other = layers()
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def test_layers_that_cannot_be_chosen_are_refused() -> None:
-    model, found = layers(), batches()
-    made = face.hessian_with_activation(model, cross_entropy, dataloader=found[::-1])
-    with pytest.raises(ValueError, match="no layer is chosen"):
-        made.trace_activ()
-    with pytest.raises(
-        ValueError, match="no layer name ends with 'conv': the layers are 0.branch.0"
-    ):
-        made.insert_hook("conv")
-    with pytest.raises(
-        ValueError,
-        match="contains param_name='conv.weight': the parameters are 0.branch.0.weight, ",
-    ):
-        made.trace()
-    made.insert_hook("2")
-    with pytest.raises(ValueError, match="a batch of 20 examples follows a first batch of 7"):
-        made.trace_activ()
 
 
 def analysis(

@@ -1,0 +1,91 @@
+"""Traces by layer, of activations and of weights."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import hessfunc as hf
+from hessfunc.compat import pyhessian as face
+from tests.cases import Residual
+from tests.compat.pyhessian.problem import batches, dense, on
+from tests.reference import hessian as dense_hessian
+
+# PyHessian keeps gradients with their graphs, of which torch warns.
+pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+
+
+def layers() -> nn.Sequential:
+    """Two layers that read the same on a skip path, and one after them."""
+    branches = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    return nn.Sequential(Residual(branches), nn.Tanh(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("source", ["data", "dataloader"])
+def test_traces_of_activations_are_those_of_the_dense_hessians(source: str) -> None:
+    model, found = layers(), batches()
+    used = found[:1] if source == "data" else found
+    names = ["0.branch.0", "0.branch.2", "2"]
+    expected = dict.fromkeys(names, 0.0)
+    for x, y in used:
+        for name in names:
+            loss, zeros = hf.activations(
+                model.double(), cross_entropy, lambda n, _, name=name: n == name
+            )
+            matrix = dense_hessian(loss, zeros(x.double()), (x.double(), y))
+            expected[name] += len(y) * float(matrix.trace()) / sum(len(t) for _, t in used)
+    model.float()
+
+    made = face.hessian_with_activation(model, cross_entropy, **on(source, found))
+    made.insert_hook("branch.0")
+    made.insert_hook("2")
+    samples = np.array(made.trace_activ(maxIter=400, tol=1e-6))
+    assert samples.shape == (400, 3)
+    assert list(made.results["trace_activ"].by_leaf) == [f"{name}[0]" for name in names]
+    np.testing.assert_allclose(
+        samples.mean(0), list(made.results["trace_activ"].by_leaf.values()), rtol=1e-6
+    )
+    stderr = samples.std(0, ddof=1) / math.sqrt(len(samples))
+    assert (np.abs(samples.mean(0) - list(expected.values())) <= 4 * stderr).all()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_traces_of_weights_are_those_of_the_diagonal_blocks() -> None:
+    model, found = layers(), batches()
+    matrix = dense(net_of(model), "dataloader", found).diagonal()
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    parts = dict(zip(sizes, matrix.split(list(sizes.values())), strict=True))
+    made = face.hessian_with_activation(model, cross_entropy, dataloader=found)
+    samples = np.array(made.trace(maxIter=400, tol=1e-6, param_name="weight"))
+    expected = [float(part.sum()) for name, part in parts.items() if "weight" in name]
+    stderr = samples.std(0, ddof=1) / math.sqrt(len(samples))
+    assert (np.abs(samples.mean(0) - expected) <= 4 * stderr).all()
+
+
+def net_of(model: nn.Module) -> nn.Module:
+    other = layers()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_layers_that_cannot_be_chosen_are_refused() -> None:
+    model, found = layers(), batches()
+    made = face.hessian_with_activation(model, cross_entropy, dataloader=found[::-1])
+    with pytest.raises(ValueError, match="no layer is chosen"):
+        made.trace_activ()
+    with pytest.raises(
+        ValueError, match="no layer name ends with 'conv': the layers are 0.branch.0"
+    ):
+        made.insert_hook("conv")
+    with pytest.raises(
+        ValueError,
+        match="contains param_name='conv.weight': the parameters are 0.branch.0.weight, ",
+    ):
+        made.trace()
+    made.insert_hook("2")
+    with pytest.raises(ValueError, match="a batch of 20 examples follows a first batch of 7"):
+        made.trace_activ()
