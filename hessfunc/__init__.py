@@ -72,6 +72,7 @@ _HOMES = {
     "block_spectra": "recipes.block_spectra",
     "landscape": "recipes.landscape",
     "critical_sharpness": "recipes.sharpness",
+    "implicit_gradient": "recipes.implicit_gradient",
 }
 # Public modules, each of which collects functions and types for one purpose.
 _FAMILIES = {

@@ -36,6 +36,7 @@ from hessfunc.modules import unsharded as unsharded
 from hessfunc.recipes.block_spectra import block_spectra as block_spectra
 from hessfunc.recipes.gauss_newton_diagonal import ggn_diagonal as ggn_diagonal
 from hessfunc.recipes.hessian_trace import hessian_trace as hessian_trace
+from hessfunc.recipes.implicit_gradient import implicit_gradient as implicit_gradient
 from hessfunc.recipes.landscape import landscape as landscape
 from hessfunc.recipes.sharpness import critical_sharpness as critical_sharpness
 from hessfunc.selection import split as split

@@ -20,6 +20,7 @@ from hessfunc.losses import LossFunction
 from hessfunc.options import at_least
 from hessfunc.recipes.sharpness import critical_sharpness
 from hessfunc.spaces.of import space_of
+from hessfunc.transforms.batches.gradient import mean_gradient
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.batches.reductions import Average
 from hessfunc.transforms.chunks import Curvature
@@ -192,7 +193,7 @@ def functional_tracker(
         if trace_probes:
             trace = hutchinson(matvec, params, deflate=largest, max_matvecs=trace_probes, seed=seed)
         if critical:
-            direction = _gradient(loss, average, params, batches)
+            direction = mean_gradient(loss, average, params, batches)[1]
             sharpness = critical_sharpness(
                 mean, params, batches, direction, start=state.critical_step
             )
@@ -254,25 +255,6 @@ def _mean(loss: LossFunction, average: Average) -> LossFunction:
 def _value(mean: LossFunction, params: Tree, batches: Iterable[Any]) -> float:
     with differentiable_twice(space_of(params).device), torch.no_grad():
         return float(mean(params, batches))
-
-
-def _gradient(loss: LossFunction, average: Average, params: Tree, batches: Iterable[Any]) -> Tree:
-    """Return the gradient of the mean loss, with one graph in memory at a time."""
-    space = space_of(params)
-    point = [leaf.detach().requires_grad_() for leaf in space.tree_leaves(params)]
-    total, weights = [torch.zeros_like(leaf) for leaf in point], 0.0
-    for batch in batches:
-        average.look(loss, params, batch)
-        counted = average.of(batch)
-        if not counted:
-            continue
-        with differentiable_twice(space.device):
-            value = loss(space.tree(point), batch)
-            gradient = torch.autograd.grad(value, point, materialize_grads=True)
-        for target, part in zip(total, gradient, strict=True):
-            target.add_(part, alpha=counted)
-        weights += counted
-    return space.tree(target / average.divisor(weights) for target in total)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from hessfunc.algorithms.results.estimate import (
     LeafEstimate,
     pool,
 )
+from hessfunc.algorithms.results.implicit_gradient import ImplicitGradient
 from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.algorithms.results.result import Result, load
 from hessfunc.algorithms.results.sampled import SampledEstimate
@@ -24,6 +25,7 @@ __all__ = [
     "DiagonalEstimate",
     "Density",
     "Solution",
+    "ImplicitGradient",
     "Landscape",
     "Sharpness",
     "Check",

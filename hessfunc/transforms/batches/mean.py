@@ -154,7 +154,7 @@ def mean_over(
         partition = Partition() if mesh is None else _partition_of(mesh, data)
 
         def checked() -> Space:
-            _refuse_one_batch(batches)
+            refuse_one_batch(batches)
             return space_of(params)
 
         space = partition.all_well(checked)
@@ -197,7 +197,8 @@ def _partition_of(mesh: DeviceMesh, data: Data) -> Partition:
     return MeshPartition.of(mesh, data)
 
 
-def _refuse_one_batch(batches: Iterable[Any]) -> None:
+def refuse_one_batch(batches: Iterable[Any], /) -> None:
+    """Raise TypeError for a single batch, or for batches that can be read only once."""
     if isinstance(batches, Iterator):
         raise TypeError(
             f"batches is a {type(batches).__name__}, which can be read only once, but each "

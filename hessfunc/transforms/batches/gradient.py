@@ -1,0 +1,64 @@
+"""Gradient of the mean loss of several batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfunc.autograd import differentiable_twice
+from hessfunc.losses import LossFunction
+from hessfunc.spaces.of import space_of
+from hessfunc.transforms.batches.reductions import Average
+from hessfunc.trees import Tree
+
+
+def mean_gradient(
+    loss: LossFunction,
+    average: Average,
+    params: Tree,
+    batches: Iterable[Any],
+    /,
+    *,
+    name: str = "params",
+) -> tuple[float, Tree]:
+    """Return the mean loss and its gradient, with one graph in memory at a time.
+
+    Args:
+        loss: Function ``(params, batch) -> scalar``.
+        average: Combination of the batches.
+        params: Parameters at which the gradient is taken.
+        batches: Batches of the mean.
+        name: Name of the parameters in the message of an error.
+
+    Raises:
+        ValueError: If the loss of a batch does not depend on the parameters.
+    """
+    space = space_of(params)
+    point = [leaf.detach().requires_grad_() for leaf in space.tree_leaves(params)]
+    total, mean, weights = [torch.zeros_like(leaf) for leaf in point], 0.0, 0.0
+    for batch in batches:
+        average.look(loss, params, batch)
+        # The loss of a batch of weight 0 may be 0 / 0.
+        counted = average.of(batch)
+        if not counted:
+            continue
+        with differentiable_twice(space.device):
+            value = loss(space.tree(point), batch)
+            gradient: Sequence[Tensor | None] = [None]
+            if value.requires_grad:
+                gradient = torch.autograd.grad(value, point, allow_unused=True)
+        if all(part is None for part in gradient):
+            raise ValueError(
+                f"the loss does not depend on {name}: compute it from its arguments, not under "
+                "`torch.no_grad()` or after `.detach()`"
+            )
+        for target, part in zip(total, gradient, strict=True):
+            if part is not None:
+                target.add_(part, alpha=counted)
+        mean += counted * float(value.detach())
+        weights += counted
+    divisor = average.divisor(weights)
+    return mean / divisor, space.tree(target / divisor for target in total)
