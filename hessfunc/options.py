@@ -94,6 +94,9 @@ def validated(function: Any = None, /, **own: Check) -> Any:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # Dynamo traces only what becomes a part of the compiled graph.
+            return function(*args, **kwargs)
         together = _together(args, kwargs) if "space" in by_name else None
         if together is None:
             args, kwargs = checked(args, kwargs)  # type: ignore[assignment]
@@ -908,6 +911,7 @@ ARGUMENTS: dict[str, Check] = {
     "simultaneous": flag,
     "trainable_only": flag,
     "keep": flag,
+    "differentiable": flag,
     "measure": flag,
     "average_input_jacobian": flag,
     "average_parameter_jacobian": flag,

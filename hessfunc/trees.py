@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import optree
+import torch
+import torch.utils._pytree
 from torch import Tensor
 
 Made = TypeVar("Made")
@@ -29,6 +31,9 @@ def _torch_order() -> Iterator[None]:
 
 def flatten(tree: Tree, /) -> tuple[list[Any], optree.PyTreeSpec]:
     """Return the leaves of a pytree, in torch's order, and its structure."""
+    if torch.compiler.is_compiling():
+        # Dynamo does not trace optree.
+        return torch.utils._pytree.tree_flatten(tree)  # type: ignore[return-value]
     with _torch_order():
         leaves, structure = optree.tree_flatten(tree, namespace=_NAMESPACE)
     return leaves, structure

@@ -113,3 +113,45 @@ def random_symmetric(n: int, *, seed: int = 0) -> Tensor:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """The 2-norm of the difference, relative to the expected."""
     return float((found - expected).norm() / expected.norm())
+
+
+def directional_derivative(
+    function: Callable[[Tree], Tree], at: Tree, along: Tree, *, step: float = 0.05
+) -> Tensor:
+    """d/dt function(at + t along) at t = 0, flat, by Ridders' extrapolation of differences.
+
+    Source: Ridders 1982, Accurate computation of F'(x) and F'(x)F''(x).
+    """
+    leaves, structure = tree_flatten(at)
+    slopes = tree_flatten(along)[0]
+
+    def difference(h: float) -> Tensor:
+        ahead, behind = (
+            flat(
+                function(
+                    tree_unflatten(
+                        [x + s * d for x, d in zip(leaves, slopes, strict=True)], structure
+                    )
+                )
+            )
+            for s in (h, -h)
+        )
+        return (ahead - behind) / (2 * h)
+
+    ratio, rows = 1.6, 14
+    before = [difference(step)]
+    best, smallest = before[0], float("inf")
+    for i in range(1, rows):
+        now = [difference(step / ratio**i)]
+        for j in range(i):
+            # The error of a central difference is a series in h^2; each column removes one term.
+            factor = ratio ** (2 * (j + 1))
+            now.append((factor * now[j] - before[j]) / (factor - 1))
+            error = max(
+                float((now[j + 1] - now[j]).abs().max()),
+                float((now[j + 1] - before[j]).abs().max()),
+            )
+            if error < smallest:
+                best, smallest = now[j + 1], error
+        before = now
+    return best

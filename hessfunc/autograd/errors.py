@@ -24,6 +24,7 @@ _NO_FORWARD = re.compile(
 )
 
 
+_NO_BATCHING = re.compile(r"Batching rule not implemented for aten::(\w+)")
 _UNREGISTERED = re.compile(r"backward through (\S+?)(?:\.default)? but no autograd formula")
 _MIXED = re.compile(r"(?:aten\.)?(\w+)\S* got mixed torch.Tensor and DTensor")
 _NO_MOVE = re.compile(r"redistribute from (\S+) to (\S+) not supported")
@@ -64,6 +65,11 @@ def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | No
             f"torch cannot redistribute a DTensor from {match[1]} to {match[2]}, which the second "
             "derivative needs: use Shard(0) or Replicate for some parameters, or "
             "`unsharded(model)`, or `hvp(loss, mode='difference')`"
+        )
+    if match := _NO_BATCHING.search(text):
+        return NotImplementedError(
+            f"{match[1]} has no rule for torch.func.vmap: replace the operation, or loop over the "
+            "mapped axis"
         )
     if "Cannot access data pointer of Tensor that doesn't have storage" in text:
         return NotImplementedError(

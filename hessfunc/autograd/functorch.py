@@ -7,13 +7,39 @@ avoids the copies and broadcasts of vmap, which treats each operation separately
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
+
+
+def transforming() -> bool:
+    """Return whether a transform of torch.func, forward mode or torch.compile is active.
+
+    The wrappers of arguments alone would not tell: a loss may have a wrapped tensor in its closure.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def plain_evaluation() -> AbstractContextManager[Any]:
+    """Context in which functions of tensors that no transform has wrapped give such tensors."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    return torch._C._DisableFuncTorch()
+
+
+def is_wrapped(value: object) -> bool:
+    """Return whether a value is a tensor that belongs to a transform."""
+    return isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value)
 
 
 def batched(*tensors: Tensor | None) -> bool:

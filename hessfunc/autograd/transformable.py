@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hessfunc.autograd.attention import ATTENTION
 from hessfunc.autograd.forward_mode import FORWARD
 from hessfunc.autograd.overrides import Replacements
+from hessfunc.autograd.recurrent import RECURRENT
 
 
 def _layer_norm(
@@ -151,6 +152,7 @@ def _by_channel(vector: Tensor, z: Tensor) -> Tensor:
 TRANSFORMABLE: Replacements = {
     **FORWARD,
     **ATTENTION,
+    **RECURRENT,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,

@@ -19,12 +19,19 @@ from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import refuse_unless_derivatives
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.forward_mode import DIFFERENCES
+from hessfunc.autograd.functorch import transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.chunks import Chunks, Curvature, block_matvec
-from hessfunc.transforms.hessian import filled, gradient_differences, kept, scalar
+from hessfunc.transforms.hessian import (
+    filled,
+    gradient_differences,
+    kept,
+    requiring_gradients,
+    scalar,
+)
 from hessfunc.trees import Matvec, Tree
 
 
@@ -75,6 +82,11 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
     """
 
     def curvature(params: Tree, batch: Any) -> Matvec:
+        if transforming():
+            raise NotImplementedError(
+                "`hvp_by_backward` calls `.backward()`, which transforms of torch.func and "
+                "torch.compile do not follow: use `hvp(loss)` inside of them"
+            )
         space = space_of(params)
         refuse_autocast(space.device)
         own = _parameters(model, space)
@@ -110,7 +122,14 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
         moved = set(map(id, own))
         fixed = [(name, p) for name, p in model.named_parameters() if id(p) not in moved]
         return block_matvec(
-            product, space, leaves, batch, chunks=Chunks(1), copies=point, fixed=fixed
+            product,
+            space,
+            leaves,
+            batch,
+            chunks=Chunks(1),
+            copies=point,
+            fixed=fixed,
+            constants=requiring_gradients(leaves, batch),
         )
 
     return curvature

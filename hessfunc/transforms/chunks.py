@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hessfunc.autograd import explanation, precise, refuse_autocast
+from hessfunc.autograd.constant_matrix import Product, of_vectors, refusing_gradients
+from hessfunc.autograd.functorch import transforming
 from hessfunc.containers import batch_leaves
 from hessfunc.fingerprints import checksum, of_batches, with_fingerprint
 from hessfunc.memory import Footprint
@@ -20,7 +22,6 @@ from hessfunc.spaces.space import Space
 from hessfunc.trees import Matvec, Tree, unchanged
 
 Curvature: TypeAlias = Callable[[Tree, Any], Matvec]
-Product: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 ChunkSize: TypeAlias = int | None
 
 # Smallest number of vectors for which vmap is faster than a loop.
@@ -39,6 +40,11 @@ _CHUNK_BYTES = 2**30
 # Largest allocation on a CPU, in bytes. glibc returns larger allocations to the system when they
 # are freed and maps each new one page by page, so writing to them is several times slower.
 _LARGEST_ON_CPU = 2**25
+_WITHOUT_GRAPH = (
+    "a product with a curvature matrix keeps no graph of the parameters, the batch and the tensors "
+    "in the loss, so that their gradient would silently leave the product out: make the curvature "
+    "with `differentiable=True`, or take the product under `torch.no_grad()`"
+)
 _guards: ContextVar[list[Callable[[], None]]] = ContextVar("guards")
 
 
@@ -80,6 +86,7 @@ def block_matvec(
     chunks: Chunks,
     copies: Sequence[Tensor] | None = None,
     fixed: Sequence[tuple[str, Tensor]] = (),
+    constants: Sequence[Tensor] = (),
 ) -> Matvec:
     """Return the matvec of a function that multiplies one vector.
 
@@ -91,6 +98,8 @@ def block_matvec(
         chunks: Division of the block into chunks.
         copies: Leaves at which the product was made, if they are copies of ``point``.
         fixed: Other parameters that the product reads, with their names.
+        constants: Tensors that require a gradient, of which the products carry no graph. Their
+            gradient is refused.
     """
     refuse_if_changed = unchanged(
         [*space.names, *(name for name, _ in fixed)], [*point, *(leaf for _, leaf in fixed)]
@@ -121,6 +130,17 @@ def block_matvec(
         leaves, chunks.chosen[key] = _by_vmap_or_loop(product, tangents, size)
         return leaves
 
+    def plain(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        with torch.no_grad(), surroundings(space.device):
+            return list(products(tangents))
+
+    def with_graph(tangents: Sequence[Tensor]) -> Iterable[Tensor]:
+        if transforming() or _needs_graph(tangents):
+            outs: Sequence[Tensor] = of_vectors(plain, tangents)
+        else:
+            outs = plain(tangents)
+        return refusing_gradients(constants, outs, _WITHOUT_GRAPH) if constants else outs
+
     # This function is kept short: on a small net, its overhead is as long as a product.
     def matvec(block: Tree) -> Tree:
         refuse_autocast(space.device)
@@ -130,6 +150,8 @@ def block_matvec(
         if any(t.dtype is not dtype for t, dtype in zip(tangents, space.dtypes, strict=True)):
             tangents = [t.to(dtype) for t, dtype in zip(tangents, space.dtypes, strict=True)]
         try:
+            if torch.is_grad_enabled() and (constants or transforming() or _needs_graph(tangents)):
+                return space.tree(with_graph(tangents))
             with torch.no_grad(), surroundings(space.device):
                 return space.tree(products(tangents))
         except RuntimeError as error:
@@ -150,6 +172,10 @@ def block_matvec(
             "batches": of_batches([batch]),
         },
     )
+
+
+def _needs_graph(tangents: Sequence[Tensor]) -> bool:
+    return any(t.requires_grad for t in tangents)
 
 
 def _by_vmap_or_loop(

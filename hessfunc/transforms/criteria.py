@@ -104,9 +104,7 @@ def function_and_options(criterion: Any, /) -> tuple[Any, Mapping[str, Any]]:
     attributes = vars(criterion) | criterion._buffers
     if function is None:
         return type(criterion), attributes
-    # The attributes of torch's losses have the names of the function's options.
-    names = inspect.signature(function).parameters
-    return function, {name: attributes[name] for name in names if name in attributes}
+    return function, {name: attributes[name] for name in _OPTIONS[function] if name in attributes}
 
 
 def without_wrappers(criterion: Any, /) -> Any:
@@ -184,6 +182,9 @@ def _cross_entropy(outputs: Tensor, targets: Tensor, **options: Any) -> OutputPr
         # (diag(p) - pp') u = p (u - <p, u>). At most three tensors of the size of the outputs are
         # alive at once, which is the peak of memory if there are many classes.
         inner = (tangent * share).sum(axis, keepdim=True)
+        if torch.is_grad_enabled():
+            # Autograd and transforms need the factors unchanged.
+            return (tangent - inner) * share * scale
         return (tangent - inner).mul_(share).mul_(scale)
 
     return product
@@ -230,4 +231,8 @@ _FUNCTIONS: dict[type[nn.Module], Any] = {
     nn.MSELoss: F.mse_loss,
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
     nn.NLLLoss: F.nll_loss,
+}
+# The attributes of torch's losses have the names of the function's options.
+_OPTIONS = {
+    function: tuple(inspect.signature(function).parameters) for function in _FUNCTIONS.values()
 }

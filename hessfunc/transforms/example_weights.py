@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hessfunc.autograd.functorch import transforming
 from hessfunc.transforms.batches.examples import Rows, rows_of
 from hessfunc.transforms.criteria import (
     Reduction,
@@ -59,10 +60,19 @@ def reduction_over_examples(
     Raises:
         ValueError: If the criterion is neither the mean nor the sum of its examples, or cannot be
             evaluated on a single example.
+        NotImplementedError: If the criterion is not known and a transform is active.
     """
     inner, targets = with_targets(criterion, batch)
-    if is_known(function_and_options(inner)[0]):
-        return declared_reduction(inner)
+    function, options = function_and_options(inner)
+    if is_known(function):
+        is_legacy = "size_average" in options or "reduce" in options
+        return declared_reduction(inner) if is_legacy else options.get("reduction", "mean")
+    if transforming():
+        raise NotImplementedError(
+            "whether the criterion is a mean or a sum over examples is tested on its values, which "
+            "a transform or torch.compile hides: use a loss of torch such as cross_entropy, or "
+            "call the curvature function once outside of the transform"
+        )
     advice = (
         "an empirical Fisher matrix needs the gradient of each example: use a criterion that is "
         "a mean or a sum over the first axis of the outputs, or a known one, for instance "

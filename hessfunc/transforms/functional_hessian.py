@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd.functorch import transforming
 from hessfunc.containers import opened
 from hessfunc.losses import Loss, composed
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.chunks import ChunkSize, Curvature
+from hessfunc.transforms.differentiable import every_order
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.hessian import Mode, hvp, kept
-from hessfunc.transforms.output_gradients import output_gradient
-from hessfunc.trees import Matvec, Tree
+from hessfunc.transforms.output_gradients import output_gradient, slopes_by_transforms
+from hessfunc.trees import Matvec, Tree, leaves
 
 # Indices of the output leaves that the criterion uses, and its derivative with respect to each.
 _Fixed: TypeAlias = tuple[list[int], list[Tensor]]
@@ -25,7 +27,12 @@ _Fixed: TypeAlias = tuple[list[int], list[Tensor]]
 
 @validated
 def functional_hvp(
-    loss: Loss, /, *, mode: Mode = "auto", chunk_size: ChunkSize = None
+    loss: Loss,
+    /,
+    *,
+    mode: Mode = "auto",
+    chunk_size: ChunkSize = None,
+    differentiable: bool = False,
 ) -> Curvature:
     """Return the functional Hessian as a curvature function ``(params, batch) -> matvec``.
 
@@ -40,6 +47,7 @@ def functional_hvp(
         loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.
         mode: Method for the products, as in `hvp`.
         chunk_size: Number of vectors in one pass, as in `hvp`.
+        differentiable: Whether products carry the graph of params and batch, as in `hvp`.
 
     Raises:
         TypeError: If ``loss`` is a plain function without outputs and criterion.
@@ -54,17 +62,23 @@ def functional_hvp(
     def along_gradient(outputs: Tree, fixed: _Fixed) -> Tensor:
         # The Hessian of sum_i r_i f_i with fixed r_i is sum_i r_i d2 f_i.
         used, slopes = fixed
-        leaves, _ = opened(outputs, "outputs")
-        return torch.stack([(leaves[i] * r).sum() for i, r in zip(used, slopes, strict=True)]).sum()
+        values = [outputs] if isinstance(outputs, Tensor) else opened(outputs, "outputs")[0]
+        return torch.stack([(values[i] * r).sum() for i, r in zip(used, slopes, strict=True)]).sum()
 
     linear = composed(
         lambda params, pair: loss.outputs(params, pair[0]),
         along_gradient,
         targets=lambda pair: pair[1],
     )
-    second = hvp(linear, mode=mode, chunk_size=chunk_size)
+    second = hvp(linear, mode=mode, chunk_size=chunk_size, differentiable=differentiable)
 
     def curvature(params: Tree, batch: Any) -> Matvec:
+        if differentiable or transforming():
+            with noted(loss, params, batch):
+                with every_order(leaves(params)[0].device):
+                    outputs = loss.outputs(params, batch)
+                    used, slopes = slopes_by_transforms(loss.criterion, outputs, batch)
+                return second(params, (batch, (used, slopes)))
         space = space_of(params)
         refuse_autocast(space.device)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):

@@ -7,18 +7,27 @@ They differ only in B.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
+from hessfunc.autograd.constant_matrix import Product, leaves_of_graph
 from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
-from hessfunc.autograd.functorch import edges, linear_in_cotangents, pullback
+from hessfunc.autograd.functorch import (
+    edges,
+    is_wrapped,
+    linear_in_cotangents,
+    plain_evaluation,
+    pullback,
+    transforming,
+)
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
-from hessfunc.containers import opened
+from hessfunc.containers import batch_leaves, opened
 from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.randomness import of_matrix
@@ -31,22 +40,52 @@ from hessfunc.transforms.chunks import (
     Chunks,
     ChunkSize,
     Curvature,
-    Product,
     block_matvec,
 )
 from hessfunc.transforms.criteria import Reduction, closed_form
+from hessfunc.transforms.differentiable import (
+    Linearisation,
+    Rebuild,
+    differentiable_matvec,
+    every_order,
+    pullback_with_graph,
+    refuse_untransformable,
+)
 from hessfunc.transforms.example_weights import example_weights, reduction_over_examples
-from hessfunc.transforms.hessian import checked, kept
+from hessfunc.transforms.hessian import checked, kept, requiring_gradients, scalar
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
-from hessfunc.transforms.output_gradients import INDEPENDENT, by_autodiff, output_gradient
+from hessfunc.transforms.output_gradients import (
+    INDEPENDENT,
+    by_autodiff,
+    by_transforms,
+    output_gradient,
+    slopes_by_transforms,
+)
+from hessfunc.transforms.outputs import Rest, floating_part
 from hessfunc.trees import Matvec, Tree
 
 # Indices of the output leaves on which B acts, and the product of B with one vector.
 _Middle: TypeAlias = tuple[list[int], Callable[[list[Tensor]], Sequence[Tensor]]]
+_OfOutputs: TypeAlias = Callable[[Loss, Tree, Any], _Middle]
+
+
+@dataclass(frozen=True)
+class _OutputMatrix:
+    """Matrix B on the outputs of a model, as a function ``(loss, outputs, batch)``.
+
+    Attributes:
+        constant: B at fixed outputs.
+        attached: B with the graph of the outputs and the batch.
+    """
+
+    constant: _OfOutputs
+    attached: _OfOutputs
 
 
 @validated
-def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
+def ggnvp(
+    loss: Loss, /, *, chunk_size: ChunkSize = None, differentiable: bool = False
+) -> Curvature:
     """Return the generalised Gauss-Newton matrix as a function ``(params, batch) -> matvec``.
 
         G = J' H J
@@ -63,6 +102,7 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
         loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.
         chunk_size: Number of vectors of a block that go through one pass by vmap; 1 is a loop,
             and None follows the rule that `hvp` describes.
+        differentiable: Whether products carry the graph of params and batch, as in `hvp`.
 
     Raises:
         TypeError: If ``loss`` is a plain function without outputs and criterion.
@@ -80,14 +120,15 @@ def ggnvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
     tried: list[bool] = []
     verified: Verified = set()
 
-    def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+    def hessian(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
         hessian = hessian_of_outputs(
             loss, outputs, batch, try_convexity=not tried, verified=verified
         )
         tried.append(True)
         return hessian
 
-    return _gauss_newton(loss, middle, chunk_size)
+    matrix = _OutputMatrix(hessian, _attached_hessian)
+    return _gauss_newton(loss, matrix, chunk_size, differentiable=differentiable)
 
 
 @validated
@@ -98,6 +139,7 @@ def fvp(
     samples: int | None = None,
     seed: int | None = None,
     chunk_size: ChunkSize = None,
+    differentiable: bool = False,
 ) -> Curvature:
     """Return the Fisher information matrix as a function ``(params, batch) -> matvec``.
 
@@ -116,10 +158,14 @@ def fvp(
         seed: Seed of the draws. They depend only on (seed, batch), so each pass over the data
             draws the same targets. None chooses a seed when `fvp` is called.
         chunk_size: Number of vectors in one pass, as in `ggnvp`.
+        differentiable: Whether products carry the graph of params and batch, as in `hvp`. Drawn
+            targets are constant.
 
     Raises:
         TypeError: If ``loss`` is a plain function without outputs and criterion.
         ValueError: If the criterion is not the negative logarithm of a known likelihood.
+        NotImplementedError: If targets are to be drawn for a batch that belongs to a transform,
+            such as a mapped one; raised by the curvature function.
 
     Cost: the same as `ggnvp`.
 
@@ -128,21 +174,37 @@ def fvp(
     refuse_without_halves(loss)
     refuse_without_likelihood(loss.criterion)
     if samples is None:
-        return _gauss_newton(loss, hessian_of_outputs, chunk_size)
+        matrix = _OutputMatrix(hessian_of_outputs, _attached_hessian)
+        return _gauss_newton(loss, matrix, chunk_size, differentiable=differentiable)
     if samples < 1:
         raise ValueError(f"samples={samples}: it must be at least 1, or None for the exact matrix")
     seed = of_matrix(seed)
 
-    def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
-        key = batch_key(seed, batch, outputs.device)
-        product = sampled_fisher(loss.criterion, outputs.detach(), batch, samples=samples, key=key)
+    def attached(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+        _refuse_unknown_examples(batch)
+        with plain_evaluation():
+            key = batch_key(seed, batch, outputs.device)
+        product = sampled_fisher(loss.criterion, outputs, batch, samples=samples, key=key)
         return [0], lambda tangents: [product(tangents[0])]
 
-    return _gauss_newton(loss, middle, chunk_size)
+    def constant(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+        return attached(loss, outputs.detach(), batch)
+
+    matrix = _OutputMatrix(constant, attached)
+    return _gauss_newton(loss, matrix, chunk_size, differentiable=differentiable)
+
+
+def _refuse_unknown_examples(batch: Any) -> None:
+    """Raise if the values of a batch, which seed the draws of its targets, cannot be read."""
+    if torch.compiler.is_compiling() or any(map(is_wrapped, batch_leaves(batch))):
+        raise NotImplementedError(
+            "the targets of `fvp(loss, samples=...)` are drawn from a seed and the values of the "
+            "batch, which a transform or torch.compile hides: use the exact matrix, `fvp(loss)`"
+        )
 
 
 @validated
-def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
+def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None, differentiable: bool = False) -> Curvature:
     """Return the empirical Fisher matrix as a function ``(params, batch) -> matvec``.
 
         E = mean over examples of g_b g_b'
@@ -165,12 +227,15 @@ def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
     Args:
         loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.
         chunk_size: Number of vectors in one pass, as in `ggnvp`.
+        differentiable: Whether products carry the graph of params and batch, as in `hvp`.
 
     Raises:
         TypeError: If ``loss`` is a plain function without outputs and criterion.
         ValueError: If output leaves differ in their number of examples, or if the criterion is
             neither the mean nor the sum of its examples or cannot be evaluated on a single one;
             raised by the curvature function.
+        NotImplementedError: If it is unknown whether the criterion is a mean or a sum, and a
+            transform or torch.compile hides its values; raised by the curvature function.
 
     Cost: the same as `ggnvp`.
 
@@ -178,34 +243,56 @@ def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None) -> Curvature:
     """
     known: list[Reduction] = []
 
-    def middle(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+    def reduction(loss: Loss, outputs: Tree, batch: Any) -> Reduction:
         if not known:
             with torch.no_grad():
-                reduction = reduction_over_examples(loss.criterion, outputs, batch)
+                found = reduction_over_examples(loss.criterion, outputs, batch)
             # For a single example, mean and sum are equal, so the reduction stays unknown.
-            known.extend([] if reduction is None else [reduction])
-        return _empirical(loss, outputs, batch, known[0] if known else "sum")
+            known.extend([] if found is None else [found])
+        return known[0] if known else "sum"
 
-    return _gauss_newton(loss, middle, chunk_size)
+    def constant(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+        weighting = reduction(loss, outputs, batch)
+        used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
+        return used, _empirical(loss, outputs, batch, slopes, weighting)
+
+    def attached(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+        weighting = reduction(loss, outputs, batch)
+        used, slopes = slopes_by_transforms(loss.criterion, outputs, batch)
+        return used, _empirical(loss, outputs, batch, slopes, weighting)
+
+    matrix = _OutputMatrix(constant, attached)
+    return _gauss_newton(loss, matrix, chunk_size, differentiable=differentiable)
 
 
 def _gauss_newton(
-    loss: Loss, middle: Callable[[Loss, Tree, Any], _Middle], chunk_size: ChunkSize
+    loss: Loss, matrix: _OutputMatrix, chunk_size: ChunkSize, *, differentiable: bool
 ) -> Curvature:
     refuse_without_halves(loss)
     chunks = Chunks(chunk_size, GAUSS_NEWTON_ENTRIES)
     verified: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:
+        if differentiable or transforming():
+            with noted(loss, params, batch):
+                return differentiable_matvec(
+                    _GaussNewton(loss, matrix, verified), params, batch, chunk_size=chunk_size
+                )
         space = space_of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
+        constants = requiring_gradients(leaves, batch)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
             batch = kept_batch(batch)
             point = kept(leaves)
+            inputs = [leaf.detach().requires_grad_() for leaf in point]
             with differentiable_twice(space.device, SECOND_ORDER) as seen:
-                product = _product(loss, middle, space, point, batch, seen, verified)
-        return block_matvec(product, space, leaves, batch, chunks=chunks, copies=point)
+                ends, between = _ends(loss, matrix.constant, space, inputs, batch, seen, verified)
+                constants += leaves_of_graph(ends, inputs)
+                product = linearised(inputs, ends, [end.shape for end in ends], between)
+        return block_matvec(
+            product, space, leaves, batch, chunks=chunks, copies=point, constants=constants
+        )
 
     return curvature
 
@@ -219,23 +306,79 @@ def refuse_without_halves(loss: Any) -> None:
         )
 
 
-def _product(
+def _ends(
     loss: Loss,
-    middle: Callable[[Loss, Tree, Any], _Middle],
+    matrix: _OfOutputs,
     space: Space,
-    point: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     batch: Any,
     seen: Replaced,
     verified: Verified,
-) -> Product:
-    inputs = [leaf.detach().requires_grad_() for leaf in point]
+) -> tuple[list[Tensor], Callable[[list[Tensor]], Sequence[Tensor]]]:
+    """Return the outputs on which B acts, with their graph, and the product of B."""
     outputs = checked_outputs(loss, space, inputs, batch)
     hooks = tuple(seen.hooks)
-    used, between = middle(loss, outputs, batch)
+    used, between = matrix(loss, outputs, batch)
     leaves, _ = opened(outputs, "outputs")
     ends = [leaves[i] for i in used]
     refuse_if_outputs_are_cut(loss, space, inputs, ends, used, batch, hooks, verified)
-    return linearised(inputs, ends, [end.shape for end in ends], between)
+    return ends, between
+
+
+@dataclass(frozen=True)
+class _GaussNewton(Linearisation):
+    """Differentiable matrix ``J' B J``.
+
+    Attributes:
+        loss: Loss with outputs and criterion.
+        matrix: Matrix B on the outputs.
+        verified: Custom functions that have been verified.
+    """
+
+    loss: Loss
+    matrix: _OutputMatrix
+    verified: Verified
+
+    def by_transforms(self, rebuild: Rebuild, point: Sequence[Tensor], batch: Any, /) -> Product:
+        rest: Rest
+
+        def floating(*leaves: Tensor) -> tuple[Tensor, ...]:
+            nonlocal rest
+            with every_order(leaves[0].device):
+                outputs = self.loss.outputs(rebuild(leaves), batch)
+            found, rest = floating_part(outputs)
+            for leaf in found[:1]:
+                refuse_untransformable(leaf)
+            return tuple(found)
+
+        ends, pulled = torch.func.vjp(floating, *point)[:2]
+        # J'w is linear in w. Hence the pullback of w -> J'w maps v to J v.
+        zeros = [torch.zeros_like(end) for end in ends]
+        pushed = torch.func.vjp(lambda *w: pulled(w), *zeros)[1]
+        with every_order(point[0].device):
+            scalar(self.loss.criterion(rest.outputs(ends), batch))
+            used, between = self.matrix.attached(self.loss, rest.outputs(ends), batch)
+
+        def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+            moved = pushed(tuple(tangents))
+            chosen = [rest.places.index(i) for i in used]
+            parts = dict(zip(chosen, between([moved[i] for i in chosen]), strict=True))
+            return pulled(tuple(parts.get(i, zero) for i, zero in enumerate(zeros)))
+
+        return product
+
+    def by_autograd(self, rebuild: Rebuild, point: Sequence[Tensor], batch: Any, /) -> Product:
+        space = space_of(rebuild(point))
+        with every_order(space.device) as seen:
+            ends, between = _ends(
+                self.loss, self.matrix.attached, space, point, batch, seen, self.verified
+            )
+        cotangents = [torch.zeros_like(end).detach().requires_grad_() for end in ends]
+        slopes = pullback_with_graph(ends, point)(cotangents)
+        moving = [i for i, g in enumerate(slopes) if g.requires_grad]
+        pushed = pullback_with_graph([slopes[i] for i in moving], cotangents)
+        pulled = pullback_with_graph(ends, point)
+        return lambda tangents: pulled(between(list(pushed([tangents[i] for i in moving]))))
 
 
 def refuse_if_outputs_are_cut(
@@ -328,13 +471,23 @@ def hessian_of_outputs(
     return [0], lambda tangents: [product(tangents[0])]
 
 
-def _empirical(loss: Loss, outputs: Tree, batch: Any, reduction: Reduction) -> _Middle:
-    """Return B with one block c_b r_b r_b' per example b.
+def _attached_hessian(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+    """Return B as `hessian_of_outputs` does, with the graph of the outputs and the batch."""
+    known = closed_form(loss.criterion)
+    if known is None or not isinstance(outputs, Tensor):
+        return by_transforms(loss.criterion, outputs, batch)
+    product = known(outputs, batch)
+    return [0], lambda tangents: [product(tangents[0])]
 
-    r_b is the part of example b in the gradient with respect to the outputs, and c_b is the weight
-    from `example_weights`.
+
+def _empirical(
+    loss: Loss, outputs: Tree, batch: Any, slopes: Sequence[Tensor], reduction: Reduction
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Return the product of B with one block c_b r_b r_b' per example b.
+
+    r_b is the part of example b in ``slopes``, the gradient with respect to the outputs, and c_b is
+    the weight from `example_weights`.
     """
-    used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
     counts = {len(g) if g.dim() else 1 for g in slopes}
     if len(counts) != 1:
         raise ValueError(
@@ -352,4 +505,4 @@ def _empirical(loss: Loss, outputs: Tree, batch: Any, reduction: Reduction) -> _
         scaled = (weights * along)[:, None]
         return [(scaled * r).view_as(g) for r, g in zip(rows, slopes, strict=True)]
 
-    return used, product
+    return product

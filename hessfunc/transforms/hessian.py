@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
+from hessfunc.autograd.constant_matrix import Product, leaves_of_graph
 from hessfunc.autograd.constants import Constants
 from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
 from hessfunc.autograd.errors import lacks_forward_mode
 from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD
-from hessfunc.autograd.functorch import edges, pullback
+from hessfunc.autograd.functorch import edges, pullback, transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
+from hessfunc.containers import batch_leaves
 from hessfunc.losses import LossFunction, refuse_module
 from hessfunc.modules import parameters_read
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, Product, block_matvec
+from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, block_matvec
+from hessfunc.transforms.differentiable import (
+    Linearisation,
+    Rebuild,
+    differentiable_matvec,
+    every_order,
+    pullback_with_graph,
+    refuse_untransformable,
+)
 from hessfunc.trees import Matvec, Tree
 
 Gradient: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -32,7 +42,14 @@ Mode = Literal["reverse", "forward", "difference", "auto"]
 
 
 @validated
-def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = None) -> Curvature:
+def hvp(
+    loss: LossFunction,
+    /,
+    *,
+    mode: Mode = "auto",
+    chunk_size: ChunkSize = None,
+    differentiable: bool = False,
+) -> Curvature:
     """Return the Hessian of a loss as a curvature function ``(params, batch) -> matvec``.
 
     With the gradient g of the loss, a product is
@@ -67,6 +84,10 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = N
             None follows a fixed rule. If the operations of a product are small, the whole block is
             one chunk; if they are large, the block is multiplied by a loop. `tune` measures a
             chunk size instead.
+        differentiable: Whether products carry the graph of params and batch, so that autograd
+            differentiates them. Without it, they carry that of the vectors only, and the gradient
+            of a product with respect to params or batch raises. Under the transforms of
+            `torch.func`, products can always be differentiated.
 
     Raises:
         TypeError: If ``loss`` is an ``nn.Module``.
@@ -87,13 +108,21 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = N
     refuse_module(loss)
     if mode not in ("reverse", "forward", "difference", "auto"):
         raise ValueError(f"mode={mode!r}: choose 'reverse', 'forward', 'difference' or 'auto'")
+    if differentiable and mode in ("forward", "difference"):
+        raise ValueError(f"mode={mode!r} keeps no graph: use mode='reverse' to differentiate it")
     chunks = Chunks(chunk_size)
     verified: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:
+        if differentiable or transforming():
+            with noted(loss, params, batch):
+                return differentiable_matvec(
+                    _Hessian(loss, verified), params, batch, chunk_size=chunk_size
+                )
         space = space_of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
+        given = batch
         with (
             torch.inference_mode(False),
             explained(space, batch),
@@ -113,8 +142,16 @@ def hvp(loss: LossFunction, /, *, mode: Mode = "auto", chunk_size: ChunkSize = N
                 case "auto":
                     product = _reverse_if_it_fits(problem)
         size = Chunks(1) if mode == "difference" else chunks
-        fixed = list(read.values())
-        return block_matvec(product, space, leaves, batch, chunks=size, copies=point, fixed=fixed)
+        return block_matvec(
+            product,
+            space,
+            leaves,
+            batch,
+            chunks=size,
+            copies=point,
+            fixed=list(read.values()),
+            constants=[*requiring_gradients(leaves, given), *problem.others],
+        )
 
     return curvature
 
@@ -128,6 +165,12 @@ def kept(leaves: Sequence[Tensor], /) -> list[Tensor]:
     return [leaf.detach().clone() for leaf in leaves]
 
 
+def requiring_gradients(leaves: Sequence[Tensor], batch: Any, /) -> list[Tensor]:
+    """Return the parameters, and the tensors of a batch, that require a gradient."""
+    tensors = (x for x in batch_leaves(batch) if isinstance(x, Tensor))
+    return [x for x in (*leaves, *tensors) if x.requires_grad]
+
+
 @dataclass(frozen=True)
 class _Problem:
     """Loss at a point.
@@ -138,6 +181,7 @@ class _Problem:
         point: Leaves of the parameters.
         batch: Batch.
         verified: Custom functions that have been verified.
+        others: Leaves of the graph of the loss besides the parameters; added by `refuse_if_cut`.
     """
 
     loss: LossFunction
@@ -145,6 +189,7 @@ class _Problem:
     point: Sequence[Tensor]
     batch: Any
     verified: Verified
+    others: list[Tensor] = field(default_factory=list)
 
     def value(self, leaves: Sequence[Tensor]) -> Tensor:
         """Return the loss at these leaves, after checking it."""
@@ -163,6 +208,42 @@ class _Problem:
             hooks=tuple(seen.hooks),
             verified=self.verified,
         )
+        self.others[:] = leaves_of_graph([value], inputs)
+
+
+@dataclass(frozen=True)
+class _Hessian(Linearisation):
+    """Differentiable Hessian of a loss.
+
+    Attributes:
+        loss: Loss ``(params, batch) -> scalar``.
+        verified: Custom functions that have been verified.
+    """
+
+    loss: LossFunction
+    verified: Verified
+
+    def by_transforms(self, rebuild: Rebuild, point: Sequence[Tensor], batch: Any, /) -> Product:
+        def value(*leaves: Tensor) -> Tensor:
+            with every_order(leaves[0].device):
+                of_loss = scalar(self.loss(rebuild(leaves), batch))
+            refuse_untransformable(of_loss)
+            return of_loss
+
+        # The pullback of the gradient maps v to H'v, and H' = H.
+        gradient = torch.func.grad(value, argnums=tuple(range(len(point))))
+        pulled = torch.func.vjp(gradient, *point)[1]
+        return lambda tangents: pulled(tuple(tangents))
+
+    def by_autograd(self, rebuild: Rebuild, point: Sequence[Tensor], batch: Any, /) -> Product:
+        problem = _Problem(self.loss, space_of(rebuild(point)), point, batch, self.verified)
+        with every_order(problem.space.device) as seen:
+            value = problem.value(point)
+            problem.refuse_if_cut(value, point, seen)
+            gradient = _gradient(value, point, create_graph=True)
+        curved = [i for i, g in enumerate(gradient) if g.requires_grad]
+        pulled = pullback_with_graph([gradient[i] for i in curved], point)
+        return lambda tangents: pulled([tangents[i] for i in curved])
 
 
 def _reverse_if_it_fits(problem: _Problem) -> Product:

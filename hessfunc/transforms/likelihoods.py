@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hessfunc.autograd.functorch import transforming
 from hessfunc.losses import OfTargets
 from hessfunc.randomness import uniforms
 from hessfunc.transforms.criteria import (
@@ -111,7 +112,11 @@ def _drawn_classes(share: Tensor, samples: int, key: tuple[int, ...]) -> Tensor:
     cumulated = torch.movedim(share.cumsum(axis), axis, -1)
     draws = uniforms(samples * cumulated[..., 0].numel(), *key, device=share.device)
     draws = draws.view(*cumulated.shape[:-1], samples).to(cumulated.dtype)
-    drawn = torch.searchsorted(cumulated.contiguous(), draws)
+    if transforming():
+        # `vmap` makes copies for a binary search, and a comparison with all entries does not.
+        drawn = (cumulated[..., None, :] < draws[..., :, None]).sum(-1)
+    else:
+        drawn = torch.searchsorted(cumulated.contiguous(), draws)
     return torch.movedim(drawn.clamp_max(share.shape[axis] - 1), -1, axis)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
 from hessfunc.containers import leaf_paths, opened
 from hessfunc.transforms.criteria import function_and_options, without_wrappers
+from hessfunc.transforms.outputs import floating_part
 from hessfunc.trees import Tree
 
 INDEPENDENT = (
@@ -142,6 +143,44 @@ def by_autodiff(
                 _warn_of_linear_leaves([names[place] for place in places])
             _warn_unless_convex(product, leaves)
     return used, product
+
+
+def by_transforms(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /
+) -> tuple[list[int], Callable[[list[Tensor]], list[Tensor]]]:
+    """Return the output Hessian of any criterion, with the graph of the outputs and the batch.
+
+    Returns:
+        Indices of the floating-point output leaves, and the product with one vector of them.
+    """
+    places, leaves, gradient = _gradient_of(criterion, outputs, batch)
+    pulled = torch.func.vjp(gradient, *leaves)[1]
+    return places, lambda tangents: list(pulled(tuple(tangents)))
+
+
+def slopes_by_transforms(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any, /
+) -> tuple[list[int], list[Tensor]]:
+    """Return the gradient of a criterion with the graph of the outputs and the batch.
+
+    Returns:
+        Indices of the floating-point output leaves, and the gradient with respect to each.
+    """
+    places, leaves, gradient = _gradient_of(criterion, outputs, batch)
+    return places, list(gradient(*leaves))
+
+
+def _gradient_of(
+    criterion: Callable[[Any, Any], Tensor], outputs: Tree, batch: Any
+) -> tuple[list[int], list[Tensor], Callable[..., tuple[Tensor, ...]]]:
+    """Return indices and values of the floating-point output leaves, and the gradient in them."""
+    found, rest = floating_part(outputs)
+
+    def of_leaves(*leaves: Tensor) -> Tensor:
+        return criterion(rest.outputs(leaves), batch)
+
+    gradient = torch.func.grad(of_leaves, argnums=tuple(range(len(found))))
+    return rest.places, found, gradient
 
 
 def _refuse_if_cut(

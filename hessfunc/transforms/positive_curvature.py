@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
+from hessfunc.autograd.constant_matrix import Product
 from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified
+from hessfunc.autograd.functorch import transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.containers import opened
 from hessfunc.losses import Loss
@@ -20,7 +22,7 @@ from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import noted, watching
-from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, Product, block_matvec
+from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, block_matvec
 from hessfunc.transforms.gauss_newton import (
     checked_outputs,
     hessian_of_outputs,
@@ -28,7 +30,7 @@ from hessfunc.transforms.gauss_newton import (
     refuse_if_outputs_are_cut,
     refuse_without_halves,
 )
-from hessfunc.transforms.hessian import hvp, kept
+from hessfunc.transforms.hessian import hvp, kept, requiring_gradients
 from hessfunc.transforms.matvecs.arithmetic import per_block
 from hessfunc.trees import Matvec, Tree
 
@@ -106,9 +108,16 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
     sound: Verified = set()
 
     def curvature(params: Tree, batch: Any) -> Matvec:
+        if transforming():
+            raise NotImplementedError(
+                "`pchvp` reads the activations from a graph of autograd, which transforms of "
+                "torch.func and torch.compile do not give: call pchvp(loss)(params, batch) outside "
+                "of them. Its products can be transformed as functions of the vectors"
+            )
         space = space_of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
+        constants = requiring_gradients(leaves, batch)
         with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
             batch = kept_batch(batch)
             point = kept(leaves)
@@ -120,7 +129,9 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
         def blocks(kind: Residual) -> Matvec:
             with torch.inference_mode(False):
                 product = graph.product(kind)
-            matvec = block_matvec(product, space, leaves, batch, chunks=chunks, copies=point)
+            matvec = block_matvec(
+                product, space, leaves, batch, chunks=chunks, copies=point, constants=constants
+            )
             return per_block(matvec, params)
 
         if not verified and residual != "zero":

@@ -87,10 +87,14 @@ def test_products_are_in_the_dtype_of_the_parameters(chunk_size: Any) -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, None])
-def test_products_carry_no_graph(chunk_size: Any) -> None:
-    scale = torch.ones(N, dtype=torch.float64, requires_grad=True)
+def test_products_carry_the_graph_of_the_block_alone(chunk_size: Any) -> None:
+    scale = torch.full((N,), 3.0, dtype=torch.float64, requires_grad=True)
     matvec = matvec_of(lambda tangents: [scale * tangents[0]], chunks=Chunks(chunk_size))
-    assert not matvec(block(6).requires_grad_()).requires_grad
+    assert not matvec(block(6)).requires_grad
+    vectors, others = block(6).requires_grad_(), block(6) + 1
+    torch.autograd.backward((matvec(vectors) * others).sum())
+    torch.testing.assert_close(vectors.grad, 3 * others)
+    assert scale.grad is None
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.5, "fast", "auto"])

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from torch import Tensor
 
+from hessfunc.autograd.constant_matrix import refusing_gradients
+from hessfunc.autograd.functorch import transforming
 from hessfunc.fingerprints import Fingerprint, checksum, of_batches, with_fingerprint
 from hessfunc.modules import several_batches
 from hessfunc.options import validated
@@ -19,7 +21,7 @@ from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import Average, NoTargetsError, inner, watching
 from hessfunc.transforms.batches.sums import Data, Partition, Read, Sum
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.trees import Matvec, Tree, tree_map, unchanged
+from hessfunc.trees import Matvec, Tree, flatten, leaves, tree_map, unchanged
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -151,6 +153,10 @@ def mean_over(
     """
 
     def of_data(params: Tree, batches: Iterable[Any]) -> Matvec:
+        if transforming() and mesh is not None:
+            raise NotImplementedError(_ON_MESH)
+        if torch.compiler.is_compiling():
+            return _compiled_mean(curvature, params, batches, weight)
         partition = Partition() if mesh is None else _partition_of(mesh, data)
 
         def checked() -> Space:
@@ -174,9 +180,60 @@ def mean_over(
             return total
 
         mean = partition.over(space, batches, summed)
+        if mesh is not None:
+            mean = _without_graph(mean, space.tree_leaves(params))
         return with_fingerprint(mean, partial(_fingerprint, space, params, batches, data))
 
     return of_data
+
+
+_ON_MESH = (
+    "the collectives of a mesh have no derivatives: differentiate `over_batches` without `mesh`, "
+    "or take the product under `torch.no_grad()`"
+)
+
+
+def _compiled_mean(
+    curvature: Curvature,
+    params: Tree,
+    batches: Iterable[Any],
+    weight: Callable[[Any], float] | None,
+) -> Matvec:
+    """Return the mean without checks on the host, which Dynamo does not trace."""
+    if weight is None:
+        raise NotImplementedError(
+            "the weight of a batch cannot be found out inside torch.compile: pass a weight to "
+            "`over_batches`, such as `weight=lambda batch: len(batch[1])`"
+        )
+    weighted = [(weight(batch), curvature(params, batch)) for batch in batches]
+    total = sum(w for w, _ in weighted)
+
+    def matvec(block: Tree) -> Tree:
+        products = [matvec(block) for _, matvec in weighted]
+        shares = [w / total for w, _ in weighted]
+        return tree_map(
+            lambda *parts: sum(s * part for s, part in zip(shares, parts, strict=True)), *products
+        )
+
+    return matvec
+
+
+def _without_graph(matvec: Matvec, constants: Sequence[Tensor]) -> Matvec:
+    """Return a matvec on a mesh, whose collectives lose the graph of parameters and vectors."""
+
+    def refusing(block: Tree) -> Tree:
+        if transforming():
+            raise NotImplementedError(_ON_MESH)
+        given, structure = flatten(block)
+        lost = [x for x in (*constants, *given) if isinstance(x, Tensor) and x.requires_grad]
+        if not (lost and torch.is_grad_enabled()):
+            return matvec(block)
+        with torch.no_grad():
+            outs = leaves(matvec(block))
+        return structure.unflatten(refusing_gradients(lost, outs, _ON_MESH))
+
+    vars(refusing).update(vars(matvec))
+    return refusing
 
 
 def _fingerprint(space: Space, params: Tree, batches: Iterable[Any], data: Data) -> Fingerprint:
@@ -242,7 +299,8 @@ class _Reading:
             for i, batch in self._mine(read):
                 matvec = self._at(batch, i)
                 made.append((self.average.later(batch), partial(_itself, matvec)))
-            self.passes.add(read.all.total)
+            if not transforming():
+                self.passes.add(read.all.total)
             return made
 
         matvecs = self.partition.all_well(make)
@@ -260,7 +318,8 @@ class _Reading:
                 for i, batch in self._mine(read)
             )
             total = Sum.of(self.space, block, matvecs, read, self.average)
-            self.passes.add(read.all.total)
+            if not transforming():
+                self.passes.add(read.all.total)
             return total
 
         return products
@@ -269,7 +328,9 @@ class _Reading:
         """Yield the batches of this rank that have a weight, with their index among all batches."""
         for i, batch in enumerate(self.batches):
             place = self.partition.place(i)
-            read.add(batch, own=place is not None)
+            # A transform hides the values of a batch from the checksum.
+            if not transforming():
+                read.add(batch, own=place is not None)
             if place is not None and self.average.counts(batch):
                 yield place, batch
 

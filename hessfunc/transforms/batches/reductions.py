@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessfunc.autograd import differentiable_twice
+from hessfunc.autograd.functorch import is_wrapped, transforming
 from hessfunc.losses import Loss, LossFunction, OfTargets
 from hessfunc.numerics import wide_dtype
 from hessfunc.spaces.of import space_of
@@ -60,11 +61,19 @@ def _terms(one: Noted) -> float | None:
         return targets.numel() / max(1, classes)
     if function not in (F.cross_entropy, F.nll_loss):
         return None
+    if is_wrapped(targets):
+        raise NotImplementedError(_HIDDEN)
     kept = targets != options.get("ignore_index", -100)
     weight = options.get("weight")
     if weight is None:
         return float(kept.sum())
     return float(weight.to(targets.device)[targets[kept]].sum(dtype=wide_dtype(targets.device)))
+
+
+_HIDDEN = (
+    "the weight of a batch depends on values that a transform of torch.func hides: pass a weight "
+    "to `over_batches`, such as `weight=lambda batch: len(batch[1])`"
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,8 @@ def watching(*, optional: Any = None) -> Iterator[list[Noted | Inner]]:
 @contextmanager
 def noted(loss: LossFunction, params: Tree, batch: Any, /) -> Iterator[None]:
     """Context manager that reports a loss to `watching`, but not the losses derived from it."""
-    watch = _watched.get()
+    # Dynamo does not trace context variables, so compiled means need a given weight.
+    watch = None if torch.compiler.is_compiling() else _watched.get()
     if watch is None:
         yield
         return
@@ -363,6 +373,8 @@ class Average:
             return None
         if count < 2:
             return None
+        if transforming():
+            raise NotImplementedError(_HIDDEN)
         self._is_tested = True
         half = count // 2
         try:

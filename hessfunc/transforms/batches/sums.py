@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from hessfunc.autograd.functorch import transforming
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.checksum import Checksum
 from hessfunc.transforms.batches.reductions import Average
@@ -54,6 +55,8 @@ class Sum:
         weight: Total weight of the batches.
         read: Checksums of the pass.
         average: Combination of the batches.
+        attached: Leaves of the weighted sum of those products that have a graph, which rows would
+            lose; None if there is none.
     """
 
     flat: Tensor
@@ -61,6 +64,7 @@ class Sum:
     weight: float
     read: Read
     average: Average
+    attached: list[Tensor] | None = None
 
     @classmethod
     def zero(cls, space: Space, k: int, read: Read, average: Average) -> Sum:
@@ -82,15 +86,28 @@ class Sum:
         The weight is computed after the matvec, because making the matvec reveals the loss.
         """
         total = cls.zero(space, len(space.block_leaves(block)[0]), read, average)
+        attached: list[Tensor] | None = None
+
+        def add_product(product: Tree, weight: float) -> None:
+            nonlocal attached
+            if not (transforming() or (torch.is_grad_enabled() and has_graph(product))):
+                space.accumulate(total.rows, product, weight=weight)
+                return
+            parts = [weight * leaf for leaf in leaves(product)]
+            if attached is not None:
+                parts = [a + part for a, part in zip(attached, parts, strict=True)]
+            attached = parts
 
         def add(weight: Callable[[], float], matvec: Callable[[], Matvec]) -> float:
             # A rank without vectors only reads its batches, for the checksum and the weight.
             if len(total.rows):
-                space.accumulate(total.rows, matvec()(block), weight=weight())
+                # No variable holds the matvec or the product, so both are freed before the next
+                # graph.
+                add_product(matvec()(block), weight())
             return weight()
 
-        # No variable holds the matvec or the product, so both are freed before the next graph.
-        return replace(total, weight=sum(starmap(add, batches), 0.0))
+        weight = sum(starmap(add, batches), 0.0)
+        return replace(total, weight=weight, attached=attached)
 
     def mean(self, space: Space) -> Tree:
         """Return the weighted mean, or the sum if the loss is a sum over examples."""
@@ -99,10 +116,18 @@ class Sum:
                 "the weights of the batches sum to zero: check that the loader is not empty, and "
                 "that `weight` returns positive numbers"
             )
-        views = leaves(space.views(self.rows.div_(self.average.divisor(self.weight))))
+        divisor = self.average.divisor(self.weight)
+        parts = leaves(space.views(self.rows.div_(divisor)))
+        if self.attached is not None:
+            parts = [p + a / divisor for p, a in zip(parts, self.attached, strict=True)]
         # Each leaf keeps its dtype, except that 16-bit leaves become float32.
         dtypes = (torch.promote_types(dtype, torch.float32) for dtype in space.dtypes)
-        return space.tree(view.to(dtype) for view, dtype in zip(views, dtypes, strict=True))
+        return space.tree(part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True))
+
+
+def has_graph(tree: Tree, /) -> bool:
+    """Return whether a leaf requires a gradient."""
+    return any(leaf.requires_grad for leaf in leaves(tree))
 
 
 class Partition:
