@@ -77,7 +77,7 @@ def _step(found: Plan, flops: float) -> tuple[float, float]:
         latency=50e-6,
         product_gradients=3.0,
     )
-    cost = machine.cost(setting, 1, found.algorithm.work(setting))
+    cost = machine.cost(setting, 1, found.algorithm.workload(setting))
     return cost.sent, cost.seconds
 
 

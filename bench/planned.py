@@ -113,9 +113,9 @@ class Compared:
         """Of one product, as planned and as measured, on the slowest rank."""
         slowest = max(self.taken, key=lambda rank: rank.seconds)
         setting = self.plan.setting
-        work = self.plan.algorithm.work(setting)
-        whole = slowest.rates.in_all(setting, work)
-        return whole.seconds / work.products, slowest.seconds / slowest.products
+        workload = self.plan.algorithm.workload(setting)
+        whole = slowest.rates.in_all(setting, workload)
+        return whole.seconds / workload.products, slowest.seconds / slowest.products
 
 
 def net(width: int) -> nn.Sequential:

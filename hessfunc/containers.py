@@ -129,10 +129,10 @@ class _Content:
         holds = any(isinstance(x, _Content | _Hiding) or is_array(x) for x in inner.slots)
         return cls(owner, kinds, places, inner) if holds else None
 
-    def rebuilt(self, found: Iterator[Any], made: dict[int, Any]) -> Any:
-        """Return a copy of the object that holds the next leaves of ``found``."""
+    def rebuilt(self, new_leaves: Iterator[Any], made: dict[int, Any]) -> Any:
+        """Return a copy of the object that holds the next leaves of ``new_leaves``."""
         if isinstance(self.owner, tuple | MappingProxyType):
-            return self._immutable(self.values.rebuilt(found, made))
+            return self._immutable(self.values.rebuilt(new_leaves, made))
         try:
             new = copy.copy(self.owner)
         except (TypeError, NotImplementedError, AttributeError, copy.Error) as error:
@@ -143,7 +143,7 @@ class _Content:
         if getattr(self.owner, "__dict__", None) is self.owner:
             # Some dicts are their own ``__dict__``: the copy must be too.
             new.__dict__ = new
-        values = self.values.rebuilt(found, made)
+        values = self.values.rebuilt(new_leaves, made)
         for kind, place, value in zip(self.kinds, self.places, values, strict=True):
             match kind:
                 case "attribute":
@@ -265,18 +265,18 @@ class _Opened:
                 leaves.append(slot.leaf if isinstance(slot, _Hiding) else slot)
         return leaves
 
-    def rebuilt(self, found: Iterator[Any], made: dict[int, Any]) -> Any:
-        """Return the structure with the next leaves of ``found``.
+    def rebuilt(self, new_leaves: Iterator[Any], made: dict[int, Any]) -> Any:
+        """Return the structure with the next leaves of ``new_leaves``.
 
         ``made`` maps ids of the original objects to their copies.
         """
 
         def value(slot: Any) -> Any:
             if isinstance(slot, _Content):
-                return slot.rebuilt(found, made)
+                return slot.rebuilt(new_leaves, made)
             if isinstance(slot, _Seen):
                 return made.get(id(slot.owner), slot.owner)
-            return next(found)
+            return next(new_leaves)
 
         return self.structure.unflatten(map(value, self.slots))
 

@@ -90,8 +90,8 @@ class Footprint(TorchDispatchMode):
         self.now -= self.held.pop(key, 0)
 
 
-def _storages(found: Any) -> Iterator[torch.UntypedStorage]:
-    for tensor in leaves(found):
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    for tensor in leaves(tree):
         if isinstance(tensor, Tensor) and not tensor._is_zerotensor():
             yield tensor.untyped_storage()
 

@@ -56,11 +56,11 @@ def whole(leaf: Tensor, /) -> Tensor:
     return leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf
 
 
-def unchanged(names: Sequence[str], found: Sequence[Tensor], /) -> Callable[[], None]:
+def unchanged(names: Sequence[str], tensors: Sequence[Tensor], /) -> Callable[[], None]:
     """Return a function that raises if one of these leaves has since been changed in place."""
     # Inference tensors have no version counter.
     tracked = [
-        (n, x, x._version) for n, x in zip(names, found, strict=True) if not x.is_inference()
+        (n, x, x._version) for n, x in zip(names, tensors, strict=True) if not x.is_inference()
     ]
 
     def refuse_if_changed() -> None:

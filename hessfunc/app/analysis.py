@@ -21,8 +21,8 @@ from hessfunc.trees import tree_map
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Tick: TypeAlias = Callable[[float, str], None]
-Watch: TypeAlias = Callable[[str], Tick]
+OnProgress: TypeAlias = Callable[[float, str], None]
+OnPart: TypeAlias = Callable[[str], OnProgress]
 
 
 def analyse(
@@ -38,7 +38,7 @@ def analyse(
     seed: int,
     checkpoint: Path | None,
     mesh: DeviceMesh | None = None,
-    watch: Watch,
+    on_part: OnPart,
 ) -> Iterator[Part]:
     """Yield each part of the analysis of a Hessian when it is finished.
 
@@ -57,8 +57,8 @@ def analyse(
             checkpoints.
         mesh: Mesh of ranks that divide the work, all of which call this function; None for a
             single process.
-        watch: Function that is called with the name of each part that starts. It returns a
-            function that is called with the finished share of the part, in [0, 1], and a short
+        on_part: Function that is called with the name of each part that starts. It returns a
+            function that is called with the finished fraction of the part, in [0, 1], and a short
             status text.
     """
     params = problem.params
@@ -69,13 +69,13 @@ def analyse(
     common: dict[str, Any] = {"seed": seed, "space": space}
     pairs = partial(hf.lanczos, matvec, params, rtol=1e-3, max_matvecs=max_matvecs, **common)
 
-    def part(name: str, run: Callable[..., Result], share: Callable[[Any], float]) -> Part:
-        tick = watch(name)
+    def part(name: str, run: Callable[..., Result], fraction: Callable[[Any], float]) -> Part:
+        on_progress = on_part(name)
         started = time.perf_counter()
-        result = run(callback=lambda running: tick(share(running), brief(running)))
+        result = run(callback=lambda running: on_progress(fraction(running), brief(running)))
         if space is not None and isinstance(result, hf.results.Eigenpairs):
             result = replace(result, vectors=space.gathered(result.vectors))
-        tick(1.0, brief(result))
+        on_progress(1.0, brief(result))
         return Part(name, result, time.perf_counter() - started)
 
     def kept(name: str, run: Callable[..., Result]) -> Callable[..., Result]:

@@ -52,7 +52,7 @@ def compared(
     minutes: float | None = None,
     device: torch.device | None = None,
     finished: Collection[tuple[str, int]] = (),
-    watch: Callable[[str, int], Callable[[Run], object]],
+    on_run: Callable[[str, int], Callable[[Run], object]],
 ) -> Iterator[Run]:
     """Yield each training run of an experiment when it has ended.
 
@@ -64,7 +64,7 @@ def compared(
         minutes: Time limit of the steps of each run, in minutes; None for no limit.
         device: Device to train on; None for the device on which models are built.
         finished: Pairs of method and seed that are skipped.
-        watch: Function that is called with the method and the seed of each run that starts. It
+        on_run: Function that is called with the method and the seed of each run that starts. It
             returns the callback of `run`.
     """
     make_model = net(experiment.dataset, experiment.net)
@@ -81,7 +81,7 @@ def compared(
                 seed=seed,
                 minutes=minutes,
                 device=device,
-                callback=watch(name, seed),
+                callback=on_run(name, seed),
             )
 
 

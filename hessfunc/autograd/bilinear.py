@@ -80,9 +80,9 @@ def affine(
     return _Affine.apply(form, x, w, b, known)  # type: ignore[no-untyped-call]
 
 
-def _plus(found: Tensor, other: Tensor) -> Tensor:
+def _plus(total: Tensor, other: Tensor) -> Tensor:
     """Return the sum, in place unless only the second term is a block."""
-    return found.add_(other) if found.dim() >= other.dim() else found + other
+    return total.add_(other) if total.dim() >= other.dim() else total + other
 
 
 class _Affine(torch.autograd.Function):

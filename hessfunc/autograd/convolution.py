@@ -92,13 +92,13 @@ def _layout(x: Tensor) -> torch.memory_format:
     return last if is_last else torch.contiguous_format
 
 
-def _block(found: Sequence[Tensor]) -> Tensor:
+def _block(products: Sequence[Tensor]) -> Tensor:
     """Stack activations to a block, keeping the memory layout of each."""
-    first = found[0]
-    shape = (len(found) * len(first), *first.shape[1:])
+    first = products[0]
+    shape = (len(products) * len(first), *first.shape[1:])
     rows = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=_layout(first))
-    block = rows.unflatten(0, (len(found), -1))
-    for target, each in zip(block, found, strict=True):
+    block = rows.unflatten(0, (len(products), -1))
+    for target, each in zip(block, products, strict=True):
         target.copy_(each)
     return block
 

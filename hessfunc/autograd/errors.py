@@ -130,5 +130,5 @@ def lacks_forward_mode(error: RuntimeError, /) -> str | None:
     return None if match is None else _operation(match)
 
 
-def _operation(found: re.Match[str]) -> str:
-    return next(group for group in found.groups() if group).removesuffix("_backward")
+def _operation(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group).removesuffix("_backward")

@@ -152,9 +152,9 @@ def recomputing(segments: list[Segment], /) -> Iterator[None]:
             del forward.module.forward
 
 
-def _replay(found: list[Any]) -> Callable[[], AbstractContextManager[None]]:
+def _replay(arguments: list[Any]) -> Callable[[], AbstractContextManager[None]]:
     """Return a context manager in which an evaluation draws the current random numbers again."""
-    tensors = (leaf for leaf in found if isinstance(leaf, Tensor))
+    tensors = (leaf for leaf in arguments if isinstance(leaf, Tensor))
     device = next((t.device for t in tensors), torch.device("cpu"))
     state = torch.random.get_rng_state()
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Decompose a module on a batch into steps, each of which has a rule."""
+"""Decompose a module on a batch into operations, each of which has a rule."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _OUT_OF_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.isub: ope
 
 
 @dataclass(frozen=True)
-class Step:
+class Operation:
     """Call of a module or function whose output depends on the parameters.
 
     Attributes:
         name: Name for messages.
         target: Module type, function, or name of the tensor method that is called.
         call: Call on detached values.
-        predecessors: Indices of the steps that compute the moving inputs.
+        predecessors: Indices of the operations that compute the moving inputs.
         parameters: Full name of each differentiated parameter, by its name in the module.
         output: Output with its autograd graph.
     """
@@ -91,12 +91,14 @@ class Step:
                 )
 
 
-def steps_of(model: nn.Module, found: ModelCall, chosen: frozenset[str], /) -> list[Step]:
+def operations_of(
+    model: nn.Module, model_call: ModelCall, chosen: frozenset[str], /
+) -> list[Operation]:
     """Return the calls that depend on the chosen parameters; the last call gives the outputs.
 
     Args:
         model: Module that the loss calls.
-        found: Record of this call.
+        model_call: Record of this call.
         chosen: Full names of the parameters that are differentiated.
 
     Raises:
@@ -104,12 +106,12 @@ def steps_of(model: nn.Module, found: ModelCall, chosen: frozenset[str], /) -> l
         NotImplementedError: If the module cannot be traced, or if a parameter is used outside
             modules that have a rule.
     """
-    graph, constants = _traced(model, found.arguments)
+    graph, constants = _traced(model, model_call.arguments)
     values: dict[fx.Node, Any] = {}
     numbers: dict[fx.Node, int] = {}
     of_inputs: set[fx.Node] = set()
-    steps: list[Step] = []
-    arguments = iter(found.arguments.values())
+    operations: list[Operation] = []
+    arguments = iter(model_call.arguments.values())
     last = graph.output_node().all_input_nodes[0]
     for node in graph.nodes:
         target = str(node.target)
@@ -123,9 +125,9 @@ def steps_of(model: nn.Module, found: ModelCall, chosen: frozenset[str], /) -> l
                     f"{_REGISTER}, hold the parameter fixed with `split` and `hold`, or "
                     f"{EXACT_PRODUCTS}"
                 )
-            values[node] = constants[target] if target in constants else found.state[target]
+            values[node] = constants[target] if target in constants else model_call.state[target]
         elif node.op == "output":
-            _refuse_unless_equal(values[last], found.outputs)
+            _refuse_unless_equal(values[last], model_call.outputs)
         else:
             if of_inputs.intersection(node.all_input_nodes):
                 of_inputs.add(node)
@@ -135,7 +137,7 @@ def steps_of(model: nn.Module, found: ModelCall, chosen: frozenset[str], /) -> l
                 if source in of_inputs and _is_floating(values[source])
             ]
             moving = tuple(i for i, source in enumerate(inputs) if source in numbers)
-            call, output = _evaluated(model, node, values, found.state, inputs, moving)
+            call, output = _evaluated(model, node, values, model_call.state, inputs, moving)
             values[node] = output
             own = {
                 name: full_name(target, name)
@@ -143,9 +145,9 @@ def steps_of(model: nn.Module, found: ModelCall, chosen: frozenset[str], /) -> l
                 if full_name(target, name) in chosen
             }
             if (own or moving) and any(map(_is_floating, leaves(output))):
-                _refuse_unless_batched(node, output, found.outputs)
-                numbers[node] = len(steps)
-                step = Step(
+                _refuse_unless_batched(node, output, model_call.outputs)
+                numbers[node] = len(operations)
+                operation = Operation(
                     target if node.op == "call_module" else node.name,
                     type(call.module) if call.module is not None else node.target,
                     call,
@@ -153,14 +155,14 @@ def steps_of(model: nn.Module, found: ModelCall, chosen: frozenset[str], /) -> l
                     own,
                     output,
                 )
-                steps.append(step)
-    _refuse_shared(steps, found.state)
+                operations.append(operation)
+    _refuse_shared(operations, model_call.state)
     if last not in numbers:
         raise ValueError(
             "the model's outputs do not depend on any of the parameters: pass the params from "
             "`functional(model)`"
         )
-    return steps[: numbers[last] + 1]
+    return operations[: numbers[last] + 1]
 
 
 def _traced(
@@ -269,8 +271,8 @@ def _refuse_unless_equal(ours: Any, outputs: Tensor) -> None:
         )
 
 
-def _refuse_shared(steps: Sequence[Step], state: Mapping[str, Tensor]) -> None:
-    names = [full for step in steps for full in step.parameters.values()]
+def _refuse_shared(operations: Sequence[Operation], state: Mapping[str, Tensor]) -> None:
+    names = [full for operation in operations for full in operation.parameters.values()]
     tensors = [id(leaf) for leaf in state.values()]
     for name in names:
         if names.count(name) > 1 or tensors.count(id(state[name])) > 1:

@@ -1,4 +1,4 @@
-"""Hessian backpropagation: propagate one averaged Hessian backwards, step by step."""
+"""Hessian backpropagation: propagate one averaged Hessian backwards, operation by operation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hessfunc.kronecker.calls import (
 )
 from hessfunc.kronecker.frontier import Frontier
 from hessfunc.kronecker.layer import Dependence, Layer, with_sign
-from hessfunc.kronecker.network import EXACT_PRODUCTS, Step, steps_of
+from hessfunc.kronecker.network import EXACT_PRODUCTS, Operation, operations_of
 from hessfunc.losses import Loss
 from hessfunc.memory import refuse_unless_fits
 from hessfunc.modules import training_flags
@@ -164,18 +164,20 @@ def backpropagated(
         return Blocks({name: blocks[name] for name in space.names}, space)
 
     def propagated(call: ModelCall, chosen: frozenset[str], batch: Any) -> dict[str, Block]:
-        steps = steps_of(model, call, chosen)
-        slopes = _slopes(loss, steps, batch) if residual != "zero" else [None] * len(steps)
+        operations = operations_of(model, call, chosen)
+        slopes = (
+            _slopes(loss, operations, batch) if residual != "zero" else [None] * len(operations)
+        )
         with torch.no_grad():
-            layers = [step.layer() for step in steps]
-            _refuse_unless_fits(steps, layers, average=average_parameter_jacobian)
-            hessian = mean_hessian(loss.criterion, steps[-1].output.detach(), batch)
+            layers = [operation.layer() for operation in operations]
+            _refuse_unless_fits(operations, layers, average=average_parameter_jacobian)
+            hessian = mean_hessian(loss.criterion, operations[-1].output.detach(), batch)
             if residual == "zero":
                 # With the second terms, the Hessian does not depend on how the loss is split into
                 # outputs and criterion. Without them, a linear criterion gives zero.
                 warn_if_zero(loss.criterion, hessian)
             return _backward(
-                steps, layers, slopes, hessian, block, residual, average_input_jacobian
+                operations, layers, slopes, hessian, block, residual, average_input_jacobian
             )
 
     return curvature
@@ -187,15 +189,17 @@ def refuse_residual(residual: str, /) -> None:
         raise ValueError(f"residual={residual!r}: choose 'abs', 'clip', 'zero' or 'none'")
 
 
-def _slopes(loss: Loss, steps: Sequence[Step], batch: Any) -> list[Tensor | None]:
-    """Return the gradient of the loss at the output of each step, ``(B, m)``."""
-    value = loss.criterion(steps[-1].output, batch)
-    gradients = torch.autograd.grad(value, [step.output for step in steps], materialize_grads=True)
+def _slopes(loss: Loss, operations: Sequence[Operation], batch: Any) -> list[Tensor | None]:
+    """Return the gradient of the loss at the output of each operation, ``(B, m)``."""
+    value = loss.criterion(operations[-1].output, batch)
+    gradients = torch.autograd.grad(
+        value, [operation.output for operation in operations], materialize_grads=True
+    )
     return [gradient.reshape(len(gradient), -1) for gradient in gradients]
 
 
 def _backward(
-    steps: Sequence[Step],
+    operations: Sequence[Operation],
     layers: Sequence[Layer],
     slopes: Sequence[Tensor | None],
     hessian: Tensor,
@@ -211,40 +215,43 @@ def _backward(
 
     Mixed derivatives with another tensor y of the frontier follow H_yx = H_yz J.
     """
-    frontier = Frontier(len(steps) - 1, hessian)
+    frontier = Frontier(len(operations) - 1, hessian)
     blocks: dict[str, Block] = {}
-    for number in reversed(range(len(steps))):
-        step, layer, slope = steps[number], layers[number], slopes[number]
+    for number in reversed(range(len(operations))):
+        operation, layer, slope = operations[number], layers[number], slopes[number]
         row = frontier.take(number)
         if row is None:
             continue
-        for own, name in step.parameters.items():
+        for own, name in operation.parameters.items():
             blocks[name] = block(Reached(layer.parameters[own], row.own, slope))
-        if not step.predecessors:
+        if not operation.predecessors:
             continue
         jacobian = layer.jacobian
         inner = jacobian.congruence if average else jacobian.mean_congruence
         # J' H_z J for each pair of inputs, then H_yz J for each other tensor y.
-        frontier.add(step.predecessors, inner(row.own))
+        frontier.add(operation.predecessors, inner(row.own))
         for other, rows in row.mixed.items():
-            frontier.add_mixed(other, step.predecessors, jacobian.pull(rows))
+            frontier.add_mixed(other, operation.predecessors, jacobian.pull(rows))
         # sum_k g_k Hess_x z_k, summed over the batch before its sign is treated.
         if layer.curvature is not None and slope is not None:
             curvature = with_sign(layer.curvature(slope), residual)
             whole = torch.diag(curvature) if curvature.dim() == 1 else curvature
-            frontier.add(step.predecessors, [[whole]])
+            frontier.add(operation.predecessors, [[whole]])
     return blocks
 
 
-def _refuse_unless_fits(steps: Sequence[Step], layers: Sequence[Layer], *, average: bool) -> None:
-    """Raise if the matrices alive at one step and those kept by the blocks do not fit."""
-    widths = [step.width for step in steps]
-    live, kept, most = {len(steps) - 1}, 0, 0
-    for number in reversed(range(len(steps))):
-        step, layer, predecessors = steps[number], layers[number], set(steps[number].predecessors)
+def _refuse_unless_fits(
+    operations: Sequence[Operation], layers: Sequence[Layer], *, average: bool
+) -> None:
+    """Raise if the matrices alive at one operation and those kept by the blocks do not fit."""
+    widths = [operation.width for operation in operations]
+    live, kept, most = {len(operations) - 1}, 0, 0
+    for number in reversed(range(len(operations))):
+        operation, layer = operations[number], layers[number]
+        predecessors = set(operation.predecessors)
         kept += sum(
             layer.parameters[own].entries(widths[number], average=average)
-            for own in step.parameters
+            for own in operation.parameters
         )
         inner = sum(widths[s] for s in live | predecessors) ** 2
         if predecessors:
@@ -252,11 +259,11 @@ def _refuse_unless_fits(steps: Sequence[Step], layers: Sequence[Layer], *, avera
         # Sums, products and copies of these matrices double the memory.
         most = max(most, kept + 2 * inner)
         live = (live | predecessors) - {number}
-    widest = max(range(len(steps)), key=widths.__getitem__)
+    widest = max(range(len(operations)), key=widths.__getitem__)
     refuse_unless_fits(
         most,
-        steps[-1].output,
+        operations[-1].output,
         "Hessian backpropagation, whose largest matrix has "
-        f"{widths[widest]} x {widths[widest]} entries at {steps[widest].name!r},",
+        f"{widths[widest]} x {widths[widest]} entries at {operations[widest].name!r},",
         EXACT_PRODUCTS,
     )

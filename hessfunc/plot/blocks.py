@@ -22,41 +22,41 @@ _PANEL = (2.4, 1.8)
 _MOST_COLUMNS = 4
 
 
-@validated(found=anything, ax=panels)
+@validated(spectra=anything, ax=panels)
 def blocks(
-    found: Mapping[str, Density | Eigenpairs], /, *, ax: Iterable[Axes] | None = None
+    spectra: Mapping[str, Density | Eigenpairs], /, *, ax: Iterable[Axes] | None = None
 ) -> NDArray[np.object_]:
     """Draw the spectrum of each diagonal block in its own panel, as `density` or `eigenvalues`.
 
     Each panel has its own scales, because the spectra differ by orders of magnitude.
 
     Args:
-        found: Results by block, as `block_spectra` returns them.
+        spectra: Results by block, as `block_spectra` returns them.
         ax: Array of Axes, at least one for each block; by default a new figure.
 
     Returns:
         The Axes of the blocks, ``(blocks,)``.
 
     Raises:
-        TypeError: If ``found`` is not a mapping of results, or if a result is neither a `Density`
+        TypeError: If ``spectra`` is not a mapping of results, or if a result is neither a `Density`
             nor `Eigenpairs`.
         ValueError: If there is no block, or if there are fewer Axes than blocks.
     """
     import numpy as np
 
-    refuse_other(found, Mapping, "`blocks` takes results by block, as returned by block_spectra")
-    if not found:
+    refuse_other(spectra, Mapping, "`blocks` takes results by block, as returned by block_spectra")
+    if not spectra:
         raise ValueError("there is no block to draw: the mapping is empty")
-    panels = _panels(len(found)) if ax is None else np.asarray(ax, dtype=object).ravel()
-    if len(panels) < len(found):
+    panels = _panels(len(spectra)) if ax is None else np.asarray(ax, dtype=object).ravel()
+    if len(panels) < len(spectra):
         raise ValueError(
-            f"{len(panels)} Axes are too few for {len(found)} blocks: pass one for each block"
+            f"{len(panels)} Axes are too few for {len(spectra)} blocks: pass one for each block"
         )
-    for panel, (name, result) in zip(panels, found.items(), strict=False):
+    for panel, (name, result) in zip(panels, spectra.items(), strict=False):
         _draw(clean(panel), name, result)
         panel.tick_params(labelsize="x-small")
         panel.locator_params(axis="x", nbins=4)
-    return panels[: len(found)]
+    return panels[: len(spectra)]
 
 
 def _panels(count: int) -> NDArray[np.object_]:

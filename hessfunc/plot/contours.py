@@ -17,26 +17,30 @@ if TYPE_CHECKING:
 _SIZE = (6.4, 4.6)
 
 
-@validated(found=anything)
-def contours(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None) -> Axes:
+@validated(landscape=anything)
+def contours(
+    landscape: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None
+) -> Axes:
     """Draw the loss along two directions as contours.
 
     Darker colours are lower losses. The cross marks the parameters.
 
     Args:
-        found: Landscape along two directions.
+        landscape: Landscape along two directions.
         scale: Scale of the levels, ``"linear"`` or ``"log"``; by default it depends on their range.
         ax: Axes to draw on; by default a new figure.
 
     Raises:
-        TypeError: If ``found`` is not a `Landscape`.
+        TypeError: If ``landscape`` is not a `Landscape`.
         ValueError: If the landscape is along one direction or has fewer than 2 x 2 points, or if
             the loss is finite nowhere, or not positive on a log scale.
     """
     from matplotlib.colors import LogNorm, Normalize
 
-    refuse_other(found, Landscape, "`contours` takes a landscape, as returned by landscape(...)")
-    x, y, values = found.x, second_axis(found), losses(found)
+    refuse_other(
+        landscape, Landscape, "`contours` takes a landscape, as returned by landscape(...)"
+    )
+    x, y, values = landscape.x, second_axis(landscape), losses(landscape)
     scale = scaled(scale, values)
     levels = _levels(values, scale)
     norm = (LogNorm if scale == "log" else Normalize)(levels[0], levels[-1])
@@ -48,8 +52,8 @@ def contours(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None
     bar.ax.tick_params(labelsize="small", color=QUIET)
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
-    ax.set(xlabel=label(found, 0), ylabel=label(found, 1))
-    ax.set_aspect(aspect(found))
+    ax.set(xlabel=label(landscape, 0), ylabel=label(landscape, 1))
+    ax.set_aspect(aspect(landscape))
     return ax
 
 

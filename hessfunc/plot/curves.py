@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@validated(found=anything)
+@validated(landscapes=anything)
 def curves(
-    found: Landscape | Mapping[str, Landscape],
+    landscapes: Landscape | Mapping[str, Landscape],
     /,
     *,
     scale: Scale | None = None,
@@ -29,16 +29,16 @@ def curves(
     The dot marks the parameters.
 
     Args:
-        found: Landscape along one direction, or several such landscapes by name.
+        landscapes: Landscape along one direction, or several such landscapes by name.
         scale: Scale of the loss, ``"linear"`` or ``"log"``; by default it depends on its range.
         ax: Axes to draw on; by default a new figure.
 
     Raises:
-        TypeError: If ``found`` is neither a `Landscape` nor a mapping of landscapes.
+        TypeError: If ``landscapes`` is neither a `Landscape` nor a mapping of landscapes.
         ValueError: If there is no landscape, if one is along two directions, or if the loss is
             finite nowhere, or not positive on a log scale.
     """
-    named = found if isinstance(found, Mapping) else {"": found}
+    named = landscapes if isinstance(landscapes, Mapping) else {"": landscapes}
     for one in named.values():
         refuse_other(one, Landscape, "`curves` takes a landscape, as returned by landscape(...)")
     if not named:

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 Values: TypeAlias = Eigenpairs | Tensor | Sequence[float] | float
 
 
-@validated(found=anything, lr=rates)
+@validated(eigenvalues=anything, lr=rates)
 def history(
-    found: Mapping[float, Values],
+    eigenvalues: Mapping[float, Values],
     /,
     *,
     lr: Mapping[float, float] | float | None = None,
@@ -45,7 +45,7 @@ def history(
     Intervals of `Eigenpairs` are drawn as a band.
 
     Args:
-        found: Mapping from a step or epoch to the eigenvalues at this point. NaN marks an
+        eigenvalues: Mapping from a step or epoch to the eigenvalues at this point. NaN marks an
             eigenvalue that was not measured.
         lr: Step size of plain gradient descent, or a mapping from a step or epoch to the step size
             from there on. The line has a gap where it is 0. None draws no line.
@@ -53,13 +53,15 @@ def history(
         ax: Axes to draw on; by default a new figure.
 
     Raises:
-        TypeError: If ``found`` is not a mapping from steps to eigenvalues.
+        TypeError: If ``eigenvalues`` is not a mapping from steps to eigenvalues.
         ValueError: If there is nothing to draw, or if the number of eigenvalues changes.
     """
-    refuse_other(found, Mapping, "`history` takes {step: eigenvalues}, such as {0: lanczos(...)}")
-    steps = sorted(found)
-    values = _stacked([_values(found[step]) for step in steps])
-    intervals = _stacked([_intervals(found[step]) for step in steps])
+    refuse_other(
+        eigenvalues, Mapping, "`history` takes {step: eigenvalues}, such as {0: lanczos(...)}"
+    )
+    steps = sorted(eigenvalues)
+    values = _stacked([_values(eigenvalues[step]) for step in steps])
+    intervals = _stacked([_intervals(eigenvalues[step]) for step in steps])
     ax = clean(new_axes() if ax is None else ax)
     several = values.shape[1] > 1
     colours = [shades()(0.2 + 0.55 * i / values.shape[1]) for i in range(values.shape[1])]
@@ -80,15 +82,15 @@ def history(
     return ax
 
 
-def _values(found: Values) -> Tensor:
-    values = found.values if isinstance(found, Eigenpairs) else found
+def _values(eigenvalues: Values) -> Tensor:
+    values = eigenvalues.values if isinstance(eigenvalues, Eigenpairs) else eigenvalues
     return torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(-1)
 
 
-def _intervals(found: Values) -> Tensor:
-    if isinstance(found, Eigenpairs):
-        return found.intervals.cpu().reshape(-1)
-    return _values(found).repeat_interleave(2)
+def _intervals(eigenvalues: Values) -> Tensor:
+    if isinstance(eigenvalues, Eigenpairs):
+        return eigenvalues.intervals.cpu().reshape(-1)
+    return _values(eigenvalues).repeat_interleave(2)
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:

@@ -28,9 +28,9 @@ class _Bar:
     high: float
 
 
-@validated(found=anything)
+@validated(estimates=anything)
 def layers(
-    found: Estimate | Sequence[Estimate] | Mapping[str, Estimate],
+    estimates: Estimate | Sequence[Estimate] | Mapping[str, Estimate],
     /,
     *,
     level: float = 0.95,
@@ -40,19 +40,19 @@ def layers(
     """Draw a trace by layer as bars, from the first layer to the last, with known intervals.
 
     Args:
-        found: Estimate whose ``by_leaf`` is drawn without intervals; or several estimates of one
-            matrix with different seeds, whose ``by_leaf`` give the intervals; or a mapping with an
-            estimate for each layer, which has its own interval.
+        estimates: Estimate whose ``by_leaf`` is drawn without intervals; or several estimates of
+            one matrix with different seeds, whose ``by_leaf`` give the intervals; or a mapping with
+            an estimate for each layer, which has its own interval.
         level: Confidence level of the intervals.
         quantity: Name of the estimated quantity, for the horizontal axis.
         ax: Axes to draw on; by default a new figure whose height fits the number of layers.
 
     Raises:
-        TypeError: If ``found`` contains anything but estimates.
+        TypeError: If ``estimates`` contains anything but estimates.
         ValueError: If there is no layer, if two estimates share a seed, or if their layers differ.
     """
-    refuse_other(found, (Estimate, Sequence, Mapping), _TAKES)
-    bars = _bars(found, level)
+    refuse_other(estimates, (Estimate, Sequence, Mapping), _TAKES)
+    bars = _bars(estimates, level)
     if not bars:
         raise ValueError("the estimate has no parts by layer: its `by_leaf` is empty")
     ax = clean(new_axes((_WIDTH, _MARGIN + _BAR * len(bars))) if ax is None else ax)
@@ -81,46 +81,46 @@ def layers(
     ax.spines["left"].set_visible(False)
     ax.set(xlabel=quantity, ylim=(len(bars) - 0.4, -0.6))
     ax.margins(x=0.1)
-    note(ax, _notes(found, level))
+    note(ax, _notes(estimates, level))
     return ax
 
 
 def _bars(
-    found: Estimate | Sequence[Estimate] | Mapping[str, Estimate], level: float
+    estimates: Estimate | Sequence[Estimate] | Mapping[str, Estimate], level: float
 ) -> dict[str, _Bar]:
-    if isinstance(found, Estimate):
-        return {name: _Bar(value, value, value) for name, value in found.by_leaf.items()}
-    several = list(found.values() if isinstance(found, Mapping) else found)
+    if isinstance(estimates, Estimate):
+        return {name: _Bar(value, value, value) for name, value in estimates.by_leaf.items()}
+    several = list(estimates.values() if isinstance(estimates, Mapping) else estimates)
     for one in several:
         refuse_other(one, Estimate, _TAKES)
-    if isinstance(found, Mapping):
-        return {name: _Bar(one.value, *one.interval(level)) for name, one in found.items()}
+    if isinstance(estimates, Mapping):
+        return {name: _Bar(one.value, *one.interval(level)) for name, one in estimates.items()}
     return _spread(several, level)
 
 
-def _spread(found: Sequence[Estimate], level: float) -> dict[str, _Bar]:
+def _spread(estimates: Sequence[Estimate], level: float) -> dict[str, _Bar]:
     """Return the means over estimates, with Student's intervals."""
-    if len(found) < 2 or len({one.seed for one in found}) < len(found):
+    if len(estimates) < 2 or len({one.seed for one in estimates}) < len(estimates):
         raise ValueError("intervals by layer need at least two estimates with different seeds")
-    names = list(found[0].by_leaf)
-    if any(list(one.by_leaf) != names for one in found):
+    names = list(estimates[0].by_leaf)
+    if any(list(one.by_leaf) != names for one in estimates):
         raise ValueError("the estimates have different layers: pass estimates of one matrix")
     # Half-width of the interval of the mean of m values: t_{m - 1} stdev / sqrt(m).
-    quantile = student_quantile((1 + level) / 2, len(found) - 1) / math.sqrt(len(found))
+    quantile = student_quantile((1 + level) / 2, len(estimates) - 1) / math.sqrt(len(estimates))
     bars = {}
     for name in names:
-        values = [one.by_leaf[name] for one in found]
+        values = [one.by_leaf[name] for one in estimates]
         value, half = fmean(values), quantile * stdev(values)
         bars[name] = _Bar(value, value - half, value + half)
     return bars
 
 
 def _notes(
-    found: Estimate | Sequence[Estimate] | Mapping[str, Estimate], level: float
+    estimates: Estimate | Sequence[Estimate] | Mapping[str, Estimate], level: float
 ) -> list[str]:
-    if isinstance(found, Estimate):
-        low, high = found.interval(level)
-        return [f"sum {found.value:.4g}", f"{level:.0%} interval {low:.4g} to {high:.4g}"]
-    if isinstance(found, Mapping):
+    if isinstance(estimates, Estimate):
+        low, high = estimates.interval(level)
+        return [f"sum {estimates.value:.4g}", f"{level:.0%} interval {low:.4g} to {high:.4g}"]
+    if isinstance(estimates, Mapping):
         return [f"{level:.0%} intervals"]
-    return [f"mean of {len(found)} estimates", f"{level:.0%} intervals"]
+    return [f"mean of {len(estimates)} estimates", f"{level:.0%} intervals"]

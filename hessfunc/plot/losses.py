@@ -19,27 +19,28 @@ LEVELS = 15
 _WIDE = 50
 
 
-def only_axis(found: Landscape, /) -> Tensor:
+def only_axis(landscape: Landscape, /) -> Tensor:
     """Return the coordinates of a landscape along one direction."""
-    if found.y is not None:
+    if landscape.y is not None:
         raise ValueError("the landscape is along two directions: use `contours` or `surface`")
-    return found.x
+    return landscape.x
 
 
-def second_axis(found: Landscape, /) -> Tensor:
+def second_axis(landscape: Landscape, /) -> Tensor:
     """Return the coordinates on the second axis of a landscape along two directions."""
-    if found.y is None:
+    if landscape.y is None:
         raise ValueError("the landscape is along one direction: use `curves`")
-    if min(found.values.shape) < 2:
+    if min(landscape.values.shape) < 2:
         raise ValueError(
-            f"the landscape has {tuple(found.values.shape)} points: a surface needs at least 2 x 2"
+            f"the landscape has {tuple(landscape.values.shape)} points: a surface needs at least "
+            "2 x 2"
         )
-    return found.y
+    return landscape.y
 
 
-def losses(found: Landscape, /) -> Heights:
+def losses(landscape: Landscape, /) -> Heights:
     """Return the values, with NaN for each value that is not finite."""
-    values = found.values.numpy()
+    values = landscape.values.numpy()
     if not np.isfinite(values).any():
         raise ValueError(
             "the loss is not finite at any point of the landscape: pass a smaller `radius`"
@@ -59,22 +60,22 @@ def scaled(scale: Scale | None, values: Heights, /) -> Scale:
     return scale
 
 
-def label(found: Landscape, axis: int, /) -> str:
+def label(landscape: Landscape, axis: int, /) -> str:
     """Return the label of an axis of coordinates, with its unit."""
-    which = "along the" if found.y is None else ("first", "second")[axis]
-    return f"{which} direction ({_unit(found, axis)})"
+    which = "along the" if landscape.y is None else ("first", "second")[axis]
+    return f"{which} direction ({_unit(landscape, axis)})"
 
 
-def aspect(found: Landscape, /) -> float:
+def aspect(landscape: Landscape, /) -> float:
     """Return the length of a unit of the second axis, in units of the first axis."""
-    if found.normalise is not None:
+    if landscape.normalise is not None:
         return 1.0
-    first, second = found.lengths.tolist()
+    first, second = landscape.lengths.tolist()
     return second / first if first > 0 and second > 0 else 1.0
 
 
-def _unit(found: Landscape, axis: int) -> str:
-    length = float(found.lengths[axis])
-    if found.normalise == "filter":
+def _unit(landscape: Landscape, axis: int) -> str:
+    length = float(landscape.lengths[axis])
+    if landscape.normalise == "filter":
         return "filter norms"
     return "distance" if abs(length - 1) < 1e-3 else f"times its length, {length:.3g}"

@@ -92,19 +92,19 @@ def note(ax: Axes, parts: Iterable[str]) -> None:
     ax.set_title(" · ".join(parts), fontsize="small", color=QUIET, loc="left")
 
 
-def refuse_other(found: object, kind: type | tuple[type, ...], takes: str) -> None:
+def refuse_other(value: object, kind: type | tuple[type, ...], takes: str) -> None:
     """Raise for a value of a type that a figure does not draw.
 
     Args:
-        found: Value that was passed.
+        value: Value that was passed.
         kind: Expected type or types.
         takes: Beginning of the message, which names the expected value.
 
     Raises:
-        TypeError: If ``found`` is not an instance of ``kind``.
+        TypeError: If ``value`` is not an instance of ``kind``.
     """
-    if not isinstance(found, kind):
-        raise TypeError(f"{takes}, but got a {type(found).__name__}")
+    if not isinstance(value, kind):
+        raise TypeError(f"{takes}, but got a {type(value).__name__}")
 
 
 def shades() -> Colormap:

@@ -22,24 +22,24 @@ _LINES = 101
 _GAP = 0.35
 
 
-@validated(found=anything)
-def surface(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None) -> Axes:
+@validated(landscape=anything)
+def surface(landscape: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None) -> Axes:
     """Draw the loss along two directions as a surface over its contours.
 
     Args:
-        found: Landscape along two directions.
+        landscape: Landscape along two directions.
         scale: Scale of the loss, ``"linear"`` or ``"log"``; by default it depends on its range.
         ax: Three-dimensional Axes, ``figure.add_subplot(projection="3d")``; by default a new
             figure.
 
     Raises:
-        TypeError: If ``found`` is not a `Landscape`.
+        TypeError: If ``landscape`` is not a `Landscape`.
         ValueError: If the landscape is along one direction or has fewer than 2 x 2 points, if the
             loss is finite nowhere, or not positive on a log scale, or if the Axes are
             two-dimensional.
     """
-    refuse_other(found, Landscape, "`surface` takes a landscape, as returned by landscape(...)")
-    y, values = second_axis(found), losses(found)
+    refuse_other(landscape, Landscape, "`surface` takes a landscape, as returned by landscape(...)")
+    y, values = second_axis(landscape), losses(landscape)
     scale = scaled(scale, values)
     solid: Any = new_axes(_SIZE, projection="3d") if ax is None else ax
     if solid.name != "3d":
@@ -51,15 +51,17 @@ def surface(found: Landscape, /, *, scale: Scale | None = None, ax: Axes | None 
     # On a plateau, low == high: use a height of 1.
     high = high if high > low else low + 1.0
     floor = low - _GAP * (high - low)
-    grid = np.meshgrid(found.x.numpy(), y.numpy(), indexing="ij")
+    grid = np.meshgrid(landscape.x.numpy(), y.numpy(), indexing="ij")
     levels = np.linspace(low, high, LEVELS)
     options = {"cmap": shades(), "vmin": low, "vmax": high}
     lines = {"rcount": _LINES, "ccount": _LINES, "linewidth": 0.15, "edgecolor": (WHITE, 0.35)}
     solid.plot_surface(*grid, heights, **options, **lines)
     solid.contour(*grid, heights, levels, zdir="z", offset=floor, linewidths=0.8, **options)
-    solid.set(xlabel=label(found, 0), ylabel=label(found, 1), zlabel="loss", zlim=(floor, high))
+    solid.set(
+        xlabel=label(landscape, 0), ylabel=label(landscape, 1), zlabel="loss", zlim=(floor, high)
+    )
     _quieten(solid)
-    sides = np.array([np.ptp(found.x.numpy()), np.ptp(y.numpy()) * aspect(found)])
+    sides = np.array([np.ptp(landscape.x.numpy()), np.ptp(y.numpy()) * aspect(landscape)])
     # A zoom below 1 leaves room for the labels.
     solid.set_box_aspect((*sides / sides.max(), 0.8), zoom=0.95)
     ticks = _ticks(low, high, scale)

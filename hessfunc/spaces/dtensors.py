@@ -97,7 +97,7 @@ class DTensorSpace(DividedSpace):
     copies: tuple[tuple[Ranks, list[int]], ...]
 
     @classmethod
-    def over(cls, space: Space, found: Sequence[Tensor], /) -> DTensorSpace:
+    def over(cls, space: Space, tensors: Sequence[Tensor], /) -> DTensorSpace:
         """Return the space of DTensors, given the space of plain tensors and the leaves.
 
         Raises:
@@ -110,7 +110,7 @@ class DTensorSpace(DividedSpace):
                 f"torch {torch.__version__} has no second derivative of DTensor.redistribute: "
                 "install torch>=2.13"
             )
-        meshes = {leaf.device_mesh for leaf in found if isinstance(leaf, DTensor)}
+        meshes = {leaf.device_mesh for leaf in tensors if isinstance(leaf, DTensor)}
         if len(meshes) > 1:
             raise ValueError(
                 f"leaves lie on several meshes, {', '.join(map(str, meshes))}: pass "
@@ -120,7 +120,7 @@ class DTensorSpace(DividedSpace):
         ranks = Ranks.apart(mesh)
         layouts: list[Layout] = []
         copies: dict[tuple[int, ...], tuple[Ranks, list[int]]] = {}
-        for i, (name, leaf) in enumerate(zip(space.names, found, strict=True)):
+        for i, (name, leaf) in enumerate(zip(space.names, tensors, strict=True)):
             placements = _placements_of(name, leaf, mesh)
             axes = tuple(i for i, p in enumerate(placements) if isinstance(p, Replicate))
             if axes and axes not in copies:
@@ -165,11 +165,13 @@ class DTensorSpace(DividedSpace):
         ]
 
     def ravel_leaves(
-        self, found: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
+        self, tensors: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
     ) -> Tensor:
-        rows = torch.empty(len(found[0]), self.width, dtype=dtype or self.dtype, device=self.device)
+        rows = torch.empty(
+            len(tensors[0]), self.width, dtype=dtype or self.dtype, device=self.device
+        )
         parts = rows.split([len(run) for run in self.spans], dim=1)
-        for part, leaf, layout in zip(parts, found, self.layouts, strict=True):
+        for part, leaf, layout in zip(parts, tensors, self.layouts, strict=True):
             shards = layout.local(leaf).reshape(len(leaf), math.prod(layout.extent))
             part.copy_(shards[:, layout.run.start : layout.run.stop])
         return rows

@@ -96,11 +96,13 @@ class ShardedSpace(DividedSpace):
         return super().rows(vectors, dtype=dtype)
 
     def ravel_leaves(
-        self, found: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
+        self, tensors: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
     ) -> Tensor:
-        rows = torch.empty(len(found[0]), self.width, dtype=dtype or self.dtype, device=self.device)
+        rows = torch.empty(
+            len(tensors[0]), self.width, dtype=dtype or self.dtype, device=self.device
+        )
         parts = rows.split([len(span) for span in self.spans], dim=1)
-        for part, leaf, span in zip(parts, found, self.spans, strict=True):
+        for part, leaf, span in zip(parts, tensors, self.spans, strict=True):
             part.copy_(_flat(leaf)[:, span.start : span.stop])
         return rows
 

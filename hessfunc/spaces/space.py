@@ -214,9 +214,9 @@ class Space:
             "the names, shapes and dtypes of leaves": zlib.crc32(described) >> 4,
         }
 
-    def tree(self, found: Iterable[Tensor], /) -> Tree:
+    def tree(self, tensors: Iterable[Tensor], /) -> Tree:
         """Return the tree, or vector block, with these leaves."""
-        return self.structure.unflatten(found)
+        return self.structure.unflatten(tensors)
 
     def tree_leaves(self, vector: Tree, /) -> list[Tensor]:
         """Return the leaves of one vector of this space after checking them."""
@@ -290,16 +290,16 @@ class Space:
         return self.ravel_leaves(self.block_leaves(block), dtype=dtype)
 
     def ravel_leaves(
-        self, found: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
+        self, tensors: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Return the rows ``(k, n)`` of the leaves of a vector block, with one copy."""
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in found):
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors):
             # Autograd does not support copies into one of several views of `split`.
-            return torch.cat([leaf.flatten(1) for leaf in map(_with_axis, found)], dim=1).to(
+            return torch.cat([leaf.flatten(1) for leaf in map(_with_axis, tensors)], dim=1).to(
                 dtype or self.dtype
             )
-        rows = torch.empty(len(found[0]), self.n, dtype=dtype or self.dtype, device=self.device)
-        for target, leaf in zip(self._views(rows), found, strict=True):
+        rows = torch.empty(len(tensors[0]), self.n, dtype=dtype or self.dtype, device=self.device)
+        for target, leaf in zip(self._views(rows), tensors, strict=True):
             target.copy_(leaf)
         return rows
 

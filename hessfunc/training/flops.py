@@ -77,12 +77,12 @@ class Metered:
     Attributes:
         blocks: Function whose blocks are counted.
         total: Number of operations so far.
-        found: Counts of each kind of work, at most two.
+        by_kind: Counts of each kind of work, at most two.
     """
 
     blocks: Callable[[Mapping[str, Tensor], Any], Mapping[str, Any]]
     total: int = 0
-    found: dict[Hashable, list[int]] = field(default_factory=dict)
+    by_kind: dict[Hashable, list[int]] = field(default_factory=dict)
 
     def __call__(self, params: Mapping[str, Tensor], batch: Any, /) -> Mapping[str, Any]:
         shapes = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
@@ -91,7 +91,7 @@ class Metered:
 
     def counted(self, kind: Hashable, run: Callable[[], Found], /) -> Found:
         """Run a function, add its operations to the total, and return its result."""
-        counts = self.found.setdefault(kind, [])
+        counts = self.by_kind.setdefault(kind, [])
         if len(counts) == 2:
             self.total += counts[-1]
             return run()

@@ -92,14 +92,14 @@ class Steps:
 
     def state(self) -> dict[str, Any]:
         """Return the state on which later steps depend, apart from the model."""
-        meter = None if self.meter is None else (self.meter.total, self.meter.found)
+        meter = None if self.meter is None else (self.meter.total, self.meter.by_kind)
         return {"optimizer": self.optimizer.state_dict(), "meter": meter}
 
     def restore(self, state: Mapping[str, Any], /) -> None:
         """Restore the state of an earlier `state` call."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.meter is not None:
-            self.meter.total, self.meter.found = state["meter"]
+            self.meter.total, self.meter.by_kind = state["meter"]
 
 
 @contextmanager

@@ -175,17 +175,17 @@ def cross_entropy_scale(
 def _cross_entropy(outputs: Tensor, targets: Tensor, **options: Any) -> OutputProduct:
     """Return the product with ``s (diag(p) - pp')``, softmax p and weight s of each prediction."""
     axis = min(1, outputs.dim() - 1)
-    share = torch.softmax(outputs, axis)
+    probabilities = torch.softmax(outputs, axis)
     scale = cross_entropy_scale(outputs, targets, **options)
 
     def product(tangent: Tensor) -> Tensor:
         # (diag(p) - pp') u = p (u - <p, u>). At most three tensors of the size of the outputs are
         # alive at once, which is the peak of memory if there are many classes.
-        inner = (tangent * share).sum(axis, keepdim=True)
+        inner = (tangent * probabilities).sum(axis, keepdim=True)
         if torch.is_grad_enabled():
             # Autograd and transforms need the factors unchanged.
-            return (tangent - inner) * share * scale
-        return (tangent - inner).mul_(share).mul_(scale)
+            return (tangent - inner) * probabilities * scale
+        return (tangent - inner).mul_(probabilities).mul_(scale)
 
     return product
 

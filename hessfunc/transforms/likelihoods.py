@@ -60,7 +60,7 @@ def sampled_fisher(
     entry for MSE and BCE. Each prediction contributes the outer product of its own gradient.
     """
     # For MSE and BCE, the exact matrix is diagonal with entries E_y[r^2], r the gradient of -log p.
-    # `share` is mean_s r_s^2 / E[r^2]: r_s is normal for MSE, and p - y_s for BCE, where
+    # `ratio` is mean_s r_s^2 / E[r^2]: r_s is normal for MSE, and p - y_s for BCE, where
     # E[r^2] = p (1 - p).
     inner, targets = with_targets(criterion, batch)
     function, options = function_and_options(inner)
@@ -73,14 +73,14 @@ def sampled_fisher(
     draws = draws.view(samples, *outputs.shape)
     if function is F.mse_loss:
         # The square of a standard normal number has mean 1.
-        share = torch.special.ndtri(draws).square().mean(0)
+        ratio = torch.special.ndtri(draws).square().mean(0)
     else:
         probability = torch.sigmoid(outputs)
         residual = probability - (draws < probability).to(draws.dtype)
-        share = residual.square().mean(0) / (probability * (1 - probability))
-    share = share.to(outputs.dtype)
+        ratio = residual.square().mean(0) / (probability * (1 - probability))
+    ratio = ratio.to(outputs.dtype)
     product = exact(outputs, batch)
-    return lambda tangent: share * product(tangent)
+    return lambda tangent: ratio * product(tangent)
 
 
 def _categorical(
@@ -88,14 +88,14 @@ def _categorical(
 ) -> OutputProduct:
     """Return the product with ``scale mean_s r_s r_s'``, r_s = p - e_y for the s-th draw of y."""
     axis = _class_axis(outputs)
-    share = torch.softmax(outputs, axis)
-    drawn = _drawn_classes(share, samples, key)
+    probabilities = torch.softmax(outputs, axis)
+    drawn = _drawn_classes(probabilities, samples, key)
 
     def product(tangent: Tensor) -> Tensor:
         # along_s = <r_s, u> / S, and the product is sum_s along_s (p - e_{y_s}).
-        along = (tangent * share).sum(axis, keepdim=True) - tangent.gather(axis, drawn)
+        along = (tangent * probabilities).sum(axis, keepdim=True) - tangent.gather(axis, drawn)
         along = along / samples
-        total = share * along.sum(axis, keepdim=True)
+        total = probabilities * along.sum(axis, keepdim=True)
         return total.scatter_add(axis, drawn, -along) * scale
 
     return product
@@ -105,19 +105,19 @@ def _class_axis(outputs: Tensor) -> int:
     return min(1, outputs.dim() - 1)
 
 
-def _drawn_classes(share: Tensor, samples: int, key: tuple[int, ...]) -> Tensor:
-    """Draw classes with probabilities ``share``; the draws lie along the axis of the classes."""
+def _drawn_classes(probabilities: Tensor, samples: int, key: tuple[int, ...]) -> Tensor:
+    """Draw classes with these probabilities; the draws lie along the axis of the classes."""
     # Inverse transform sampling: the class is the first whose cumulated probability exceeds u.
-    axis = _class_axis(share)
-    cumulated = torch.movedim(share.cumsum(axis), axis, -1)
-    draws = uniforms(samples * cumulated[..., 0].numel(), *key, device=share.device)
+    axis = _class_axis(probabilities)
+    cumulated = torch.movedim(probabilities.cumsum(axis), axis, -1)
+    draws = uniforms(samples * cumulated[..., 0].numel(), *key, device=probabilities.device)
     draws = draws.view(*cumulated.shape[:-1], samples).to(cumulated.dtype)
     if transforming():
         # `vmap` makes copies for a binary search, and a comparison with all entries does not.
         drawn = (cumulated[..., None, :] < draws[..., :, None]).sum(-1)
     else:
         drawn = torch.searchsorted(cumulated.contiguous(), draws)
-    return torch.movedim(drawn.clamp_max(share.shape[axis] - 1), -1, axis)
+    return torch.movedim(drawn.clamp_max(probabilities.shape[axis] - 1), -1, axis)
 
 
 def sampled_gradients(
@@ -138,11 +138,13 @@ def sampled_gradients(
     function, options = function_and_options(inner)
     if function is F.cross_entropy:
         axis = _class_axis(outputs)
-        share = torch.softmax(outputs, axis)
-        drawn = torch.movedim(_drawn_classes(share, samples, key), axis, 0).unsqueeze(axis + 1)
-        hot = share.new_zeros(samples, *share.shape).scatter_(axis + 1, drawn, 1)
+        probabilities = torch.softmax(outputs, axis)
+        drawn = torch.movedim(_drawn_classes(probabilities, samples, key), axis, 0).unsqueeze(
+            axis + 1
+        )
+        hot = probabilities.new_zeros(samples, *probabilities.shape).scatter_(axis + 1, drawn, 1)
         scale = cross_entropy_scale(outputs, targets, **options)
-        return (scale / samples).sqrt() * (share - hot)
+        return (scale / samples).sqrt() * (probabilities - hot)
     draws = uniforms(samples * outputs.numel(), *key, device=outputs.device)
     draws = draws.view(samples, *outputs.shape)
     if function is F.mse_loss:

@@ -262,7 +262,7 @@ def positive(values: Tensor, residual: Residual, /) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Linearisation:
     """Linearisation of the loss of one batch, and its nonlinear functions.
 
     Attributes:
@@ -309,7 +309,7 @@ def _with_residual(
     sound: Verified,
     *,
     allow_products: bool,
-) -> _Found:
+) -> _Linearisation:
     inputs = [leaf.detach().requires_grad_() for leaf in point]
     # Pass views of the leaves, because a tap needs a graph node even on a parameter itself.
     outputs = checked_outputs(loss, space, [leaf.view_as(leaf) for leaf in inputs], batch)
@@ -333,7 +333,7 @@ def _with_residual(
         for node, slope in zip(products, _slopes(value, products), strict=True)
         if slope is not None and (pair := _pair_tap(node, slope)) is not None
     ]
-    return _Found(
+    return _Linearisation(
         inputs,
         [*ends, *(tap.edge for tap in taps), *(edge for pair in pairs for edge in pair.edges)],
         [end.shape for end in ends]
@@ -508,9 +508,9 @@ def _rows_of(node: Any, like: Tensor) -> _Rows:
     )
 
 
-def _refuse_unless_equal(space: Space, found: Matvec, exact: Matvec, what: _Found) -> None:
+def _refuse_unless_equal(space: Space, matvec: Matvec, exact: Matvec, what: _Linearisation) -> None:
     probe = space.unravel(space.probes([0], kind="normal", seed=0))
-    ours, blocks = space.ravel(found(probe)), space.ravel(exact(probe))
+    ours, blocks = space.ravel(matvec(probe)), space.ravel(exact(probe))
     tolerance = 1e-6 if space.dtype == torch.float64 else 1e-2
     errors = space.by_leaf(ours - blocks, ours - blocks).sqrt()
     sizes = space.by_leaf(blocks, blocks).sqrt()

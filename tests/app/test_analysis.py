@@ -20,7 +20,7 @@ PROBLEM = Problem(
 
 
 def parts(seen: list[tuple[str, float]] | None = None, **options: Any) -> dict[str, Any]:
-    def watch(name: str) -> Any:
+    def on_part(name: str) -> Any:
         return lambda share, _: None if seen is None else seen.append((name, share))
 
     chosen: dict[str, Any] = {"k": 2, "points": 3, "checkpoint": None} | options
@@ -32,7 +32,7 @@ def parts(seen: list[tuple[str, float]] | None = None, **options: Any) -> dict[s
         max_matvecs=100,
         radius=0.5,
         seed=0,
-        watch=watch,
+        on_part=on_part,
         **chosen,
     )
     return {part.name: part.result for part in found}

@@ -58,12 +58,12 @@ def test_compared_skips_what_is_finished() -> None:
     seen, held_out = tasks.examples("digits", count=100)
     started: list[tuple[str, int]] = []
 
-    def watch(name: str, seed: int) -> object:
+    def on_run(name: str, seed: int) -> object:
         started.append((name, seed))
         return lambda run: None
 
     finished = {("SGD", 0), ("PCH", 1)}
-    runs = list(compared(SMALL, seen, held_out, seeds=2, finished=finished, watch=watch))
+    runs = list(compared(SMALL, seen, held_out, seeds=2, finished=finished, on_run=on_run))
     assert started == [("GGN", 0), ("PCH", 0), ("SGD", 1), ("GGN", 1)]
     assert [(r.method, r.seed) for r in runs] == started
     assert {r.ended for r in runs} == {"complete"}

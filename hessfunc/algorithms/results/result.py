@@ -249,12 +249,12 @@ def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> 
     return Result.kinds[kind](**values)
 
 
-def _nested(paths: list[list[str | int]], found: list[Tensor]) -> Tree:
+def _nested(paths: list[list[str | int]], tensors: list[Tensor]) -> Tree:
     """Return the nested dict with these leaves at these paths, or a single tensor."""
     if paths == [[]]:
-        return found[0]
+        return tensors[0]
     tree: dict[str | int, Any] = {}
-    for path, leaf in zip(paths, found, strict=True):
+    for path, leaf in zip(paths, tensors, strict=True):
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})

@@ -27,7 +27,7 @@ from hessfunc.app.cli.options import (
     refuse_seed,
     unless_given,
 )
-from hessfunc.app.cli.progress import bars, watch
+from hessfunc.app.cli.progress import bar, bars
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, speaks
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def analyze(
     from hessfunc.app.problems.targets import make_problem
 
     began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-    folder = report.Folder(out, report.Run(command_line(context), seed, began))
+    folder = report.Folder(out, report.Invocation(command_line(context), seed, began))
     status, lock = "failed", ExitStack()
     try:
         refuse_seed(seed)
@@ -223,7 +223,7 @@ def analyze(
                 seed=seed,
                 checkpoint=checkpoint,
                 mesh=mesh,
-                watch=lambda name: watch(progress, name),
+                on_part=lambda name: bar(progress, name),
             ):
                 if speaks():
                     folder.add(part)
@@ -257,12 +257,12 @@ def _returned(
     from hessfunc.app.problems import targets
 
     if target == "digits":
-        tick = watch(progress, "training")
+        tick = bar(progress, "training")
         return targets.digits(
             seed=seed,
             on_epoch=lambda epoch, loss: tick(epoch / targets.DIGITS_EPOCHS, f"loss {loss:.3g}"),
         )
-    tick = watch(progress, target)
+    tick = bar(progress, target)
     returned = targets.cifar10(data, weights) if target == "cifar10" else targets.imported(target)
     tick(1.0, "")
     return returned
@@ -272,7 +272,7 @@ def _subject(target: str, problem: Problem, progress: Progress) -> Subject:
     from hessfunc.app.report import Subject
     from hessfunc.spaces.of import space_of
 
-    tick = watch(progress, "loss")
+    tick = bar(progress, "loss")
     loss, examples, batches = problem.evaluate()
     tick(1.0, f"{loss:.4g}")
     space = space_of(problem.params)

@@ -24,7 +24,7 @@ from hessfunc.app.cli.options import (
     place,
     refuse_seed,
 )
-from hessfunc.app.cli.progress import bars, watch
+from hessfunc.app.cli.progress import bar, bars
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, speaks
 from hessfunc.app.cli.trained import trained
 
@@ -125,7 +125,7 @@ def eig(
             ranks = 1 if mesh is None else mesh.size()
             batches = seen.batches(min(batch_size, math.ceil(len(seen) / ranks)))
             matvec = hf.over_batches(hf.hvp(loss), mesh=mesh)(params, batches)
-            tick = watch(progress, f"{k} eigenvalue{'s' * (k > 1)} of {len(seen)} examples")
+            tick = bar(progress, f"{k} eigenvalue{'s' * (k > 1)} of {len(seen)} examples")
 
             def on_round(running: Eigenpairs) -> None:
                 tick(running.matvecs / max_matvecs, f"largest {running.largest:.4g}")

@@ -21,7 +21,7 @@ from hessfunc.app.cli.options import (
     place,
     refuse_other_files,
 )
-from hessfunc.app.cli.progress import bars, line, share, watch
+from hessfunc.app.cli.progress import bar, bars, finished_fraction, line
 from hessfunc.app.cli.ranks import refuse_several
 
 if TYPE_CHECKING:
@@ -120,9 +120,10 @@ def experiment(
         with bars() as progress:
 
             def watched(method: str, seed: int) -> Callable[[Run], None]:
-                tick = watch(progress, f"{method}, seed {seed}")
+                tick = bar(progress, f"{method}, seed {seed}")
                 return lambda run: tick(
-                    share(run.records[-1], chosen.epochs, minutes), line(run.records[-1])
+                    finished_fraction(run.records[-1], chosen.epochs, minutes),
+                    line(run.records[-1]),
                 )
 
             for run in compared(
@@ -133,7 +134,7 @@ def experiment(
                 minutes=minutes,
                 device=torch_device,
                 finished={(run.method, run.seed) for run in runs},
-                watch=watched,
+                on_run=watched,
             ):
                 runs.append(run)
                 history.write(out / "results.json", settings, runs)

@@ -123,9 +123,12 @@ def _moments(planned: Plan) -> Table:
 
 def _cost(planned: Plan, machine: Machine) -> Table:
     setting = planned.setting
-    work = planned.algorithm.work(setting)
-    step, run = machine.cost(setting, work.block, work), machine.in_all(setting, work)
-    drawn = _columns("cost per rank", "one step", f"at most {work.products:,} products")
+    workload = planned.algorithm.workload(setting)
+    step, run = (
+        machine.cost(setting, workload.block_size, workload),
+        machine.in_all(setting, workload),
+    )
+    drawn = _columns("cost per rank", "one step", f"at most {workload.products:,} products")
     rows = [
         ("all-reduced sums, GiB", step.reduced / GIB, run.reduced / GIB),
         ("gathered blocks, GiB", step.gathered / GIB, run.gathered / GIB),

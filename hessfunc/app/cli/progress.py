@@ -29,10 +29,13 @@ def bars() -> Progress:
     )
 
 
-def watch(progress: Progress, name: str, /) -> Callable[[float, str], None]:
-    """Add a bar, and return the function ``(share, detail)`` that updates it, share in [0, 1]."""
+def bar(progress: Progress, name: str, /) -> Callable[[float, str], None]:
+    """Add a bar, and return the function ``(fraction, detail)`` that updates it.
+
+    The fraction is in [0, 1].
+    """
     task = progress.add_task(name, total=1.0, detail="")
-    return lambda share, detail: progress.update(task, completed=share, detail=detail)
+    return lambda fraction, detail: progress.update(task, completed=fraction, detail=detail)
 
 
 def line(record: Record, /) -> str:
@@ -47,7 +50,7 @@ def line(record: Record, /) -> str:
     )
 
 
-def share(record: Record, epochs: int, minutes: float | None, /) -> float:
-    """Return the finished share of a training run, in [0, 1]."""
+def finished_fraction(record: Record, epochs: int, minutes: float | None, /) -> float:
+    """Return the finished fraction of a training run, in [0, 1]."""
     of_time = 0.0 if minutes is None else record.seconds / max(60 * minutes, 1e-9)
     return min(1.0, max(record.epoch / epochs, of_time))

@@ -31,7 +31,7 @@ from hessfunc.app.cli.options import (
     refuse_other_files,
     refuse_seed,
 )
-from hessfunc.app.cli.progress import bars, line, share, watch
+from hessfunc.app.cli.progress import bar, bars, finished_fraction, line
 from hessfunc.app.cli.ranks import refuse_several
 from hessfunc.app.cli.training_options import (
     AdversarialShare,
@@ -111,11 +111,11 @@ def train(
     eigenvalue, batch size and learning rate. The state is saved in checkpoint.pt: after an
     interruption or a kill, the same command resumes from it and ends with the same bits.
     """
-    from hessfunc.app.report import Run as Started
+    from hessfunc.app.report import Invocation
     from hessfunc.app.table import summary
 
     began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-    folder = _Folder(out, Started(command_line(context), seed, began), batch_size)
+    folder = _Folder(out, Invocation(command_line(context), seed, began), batch_size)
     # The folder stays locked until an interrupted training is written, too.
     with ExitStack() as lock:
         try:
@@ -148,7 +148,7 @@ class _Folder:
     """
 
     path: Path
-    started: report.Run
+    started: report.Invocation
     batch_size: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     running: Run | None = None
@@ -244,19 +244,23 @@ def _trained(given: Mapping[str, Any], more: list[str], folder: _Folder, lock: E
     kind = "sgd" if isinstance(chosen, SGD) else "newton"
     name = kind if given["method"] == "sgd" else f"{kind}, {given['method']}"
     with bars() as progress:
-        tick = watch(progress, f"{net} by {name}")
+        tick = bar(progress, f"{net} by {name}")
 
         def on_record(run: Run) -> None:
             folder.keep(run)
             last = run.records[-1]
-            tick(share(last, given["epochs"], given["minutes"]), f"loss {last.loss:.4g}")
+            tick(
+                finished_fraction(last, given["epochs"], given["minutes"]), f"loss {last.loss:.4g}"
+            )
             progress.console.print(line(last), highlight=False, markup=False, soft_wrap=True)
 
         def on_step(count: int) -> None:
             assert folder.running is not None
             last = folder.running.records[-1]
             done = replace(last, epoch=int(last.epoch) + count / len(seen))
-            tick(share(done, given["epochs"], given["minutes"]), f"loss {last.loss:.4g}")
+            tick(
+                finished_fraction(done, given["epochs"], given["minutes"]), f"loss {last.loss:.4g}"
+            )
 
         checkpoint = folder.path / "checkpoint.pt"
         trained = run(

@@ -7,7 +7,7 @@ measurements.
 
 from hessfunc.app.plan.algorithms import Algorithm, Hutchinson, Lanczos, Slq, Xtrace
 from hessfunc.app.plan.footprint import Moment, Setting
-from hessfunc.app.plan.machine import Machine, RunCost, Work, gradient_seconds
+from hessfunc.app.plan.machine import Machine, RunCost, Workload, gradient_seconds
 from hessfunc.app.plan.network import BYTES, Network, Transformer
 from hessfunc.app.plan.remedies import Plan, Remedy, fewest_ranks, plan, remedies, whole
 
@@ -25,7 +25,7 @@ __all__ = [
     "Setting",
     "Slq",
     "Transformer",
-    "Work",
+    "Workload",
     "Xtrace",
     "fewest_ranks",
     "gradient_seconds",

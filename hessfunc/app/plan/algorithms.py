@@ -1,4 +1,4 @@
-"""Peak memory and work of the algorithms.
+"""Peak memory and workload of the algorithms.
 
 Every figure is read off the code of the algorithm: a vector counts for as long as a name refers to
 it.
@@ -12,7 +12,7 @@ from functools import partial
 from typing import Protocol
 
 from hessfunc.app.plan.footprint import Held, Moment, Setting, at_product
-from hessfunc.app.plan.machine import Work
+from hessfunc.app.plan.machine import Workload
 from hessfunc.app.plan.network import BYTES
 
 # Entries of a basis that are converted at once, if its dtype is coarser than that of products.
@@ -20,14 +20,14 @@ _CONVERTED = 2**20
 
 
 class Algorithm(Protocol):
-    """Options of an algorithm, from which its memory and its work follow."""
+    """Options of an algorithm, from which its memory and its workload follow."""
 
     def moments(self, setting: Setting, /) -> Iterator[Moment]:
         """Yield the phases in which the memory of a rank may be largest."""
         ...
 
-    def work(self, setting: Setting, /) -> Work:
-        """Return the work of one rank."""
+    def workload(self, setting: Setting, /) -> Workload:
+        """Return the workload of one rank."""
         ...
 
     def fitted(self, setting: Setting, free: int, /) -> Algorithm:
@@ -47,7 +47,7 @@ class Algorithm(Protocol):
 
 @dataclass(frozen=True)
 class Lanczos:
-    """Memory and work of `hessfunc.lanczos`.
+    """Memory and workload of `hessfunc.lanczos`.
 
     Attributes:
         k: Number of eigenpairs.
@@ -136,7 +136,7 @@ class Lanczos:
             joined = {"vectors": 4 * self.searches * row}
             yield Moment("the end of the search", setting.parameters | results | joined)
 
-    def work(self, setting: Setting, /) -> Work:
+    def workload(self, setting: Setting, /) -> Workload:
         b, (stored, _) = self.block_size, self._entries(setting)
         blocks = -(-self.steps // b)
         size, read = 0, 0
@@ -149,9 +149,9 @@ class Lanczos:
             # Full reorthogonalisation projects twice, and each projection reads the basis twice.
             read += 4 * size
         mean = read / (4 * blocks)
-        return Work(
+        return Workload(
             steps=blocks,
-            block=b,
+            block_size=b,
             checks=1 + self.k + self.searches,
             traffic=read * stored * setting.width,
             sums=2 * b * mean + b * b + 1,
@@ -175,7 +175,7 @@ class Lanczos:
 
 @dataclass(frozen=True)
 class Slq:
-    """Memory and work of `hessfunc.slq`.
+    """Memory and workload of `hessfunc.slq`.
 
     Attributes:
         probes: Number of random vectors.
@@ -207,12 +207,12 @@ class Slq:
         }
         yield from at_product(setting, g, basis)
 
-    def work(self, setting: Setting, /) -> Work:
+    def workload(self, setting: Setting, /) -> Workload:
         g, row = self.at_once, setting.rows
         read = 4 * g * self.groups * self.steps * (self.steps + 1) // 2
-        return Work(
+        return Workload(
             steps=self.groups * self.steps,
-            block=g,
+            block_size=g,
             checks=0,
             traffic=read * row,
             sums=g * (self.steps + 2) + 1,
@@ -233,7 +233,7 @@ class Slq:
 
 @dataclass(frozen=True)
 class Hutchinson:
-    """Memory and work of `hessfunc.hutchinson`.
+    """Memory and workload of `hessfunc.hutchinson`.
 
     Attributes:
         probes: Number of random vectors.
@@ -265,10 +265,10 @@ class Hutchinson:
         vectors = {"next block": b * row, "vectors": b * row, "spread of entries": 5 * spread}
         yield Moment("the spread of entries", setting.parameters | vectors)
 
-    def work(self, setting: Setting, /) -> Work:
+    def workload(self, setting: Setting, /) -> Workload:
         b = self.at_once
         blocks = -(-self.probes // b)
-        return Work(blocks, b, 0, 6.0 * blocks * b * setting.rows, 2.0 * b + 1, 3)
+        return Workload(blocks, b, 0, 6.0 * blocks * b * setting.rows, 2.0 * b + 1, 3)
 
     def fitted(self, setting: Setting, free: int, /) -> Hutchinson:
         return self
@@ -279,7 +279,7 @@ class Hutchinson:
 
 @dataclass(frozen=True)
 class Xtrace:
-    """Memory and work of `hessfunc.xtrace`.
+    """Memory and workload of `hessfunc.xtrace`.
 
     Attributes:
         probes: Number of random vectors, each of which takes two products.
@@ -310,11 +310,11 @@ class Xtrace:
         }
         yield Moment("the leave-one-out estimates", setting.parameters | vectors)
 
-    def work(self, setting: Setting, /) -> Work:
+    def workload(self, setting: Setting, /) -> Workload:
         p, b, row = self.probes, self.at_once, setting.rows
         rounds = -(-p // b)
         read = 6 * sum(min(p, b * (i + 1)) for i in range(rounds)) + 30 * p
-        return Work(2 * rounds, b, 0, float(read * row), 3.0 * b * p, 5)
+        return Workload(2 * rounds, b, 0, float(read * row), 3.0 * b * p, 5)
 
     def fitted(self, setting: Setting, free: int, /) -> Xtrace:
         most = free // 2 // (16 * setting.rows)

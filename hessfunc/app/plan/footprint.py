@@ -56,11 +56,11 @@ class Setting:
         """Return the bytes of the copy that torch makes to sum so many entries in float64."""
         return 0 if self.network.rows_itemsize == BYTES["float64"] else BYTES["float64"] * entries
 
-    def gathers(self, block: int) -> int:
+    def gathers(self, vectors: int) -> int:
         """Return the number of parts in which a vector block is gathered."""
         if not self.sharded:
             return 0
-        return -(-block // max(1, _GATHERED // self.network.params))
+        return -(-vectors // max(1, _GATHERED // self.network.params))
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,18 @@ class Moment:
 
 
 def at_product(
-    setting: Setting, block: int, around: Held, /, name: str = "a product", entry: int = 0
+    setting: Setting, vectors: int, around: Held, /, name: str = "a product", entry: int = 0
 ) -> Iterator[Moment]:
     """Yield the phases of one block product: the gathering of the block, and the product.
 
-    The sum over batches is the flat buffer of `over_batches`: block n + 2 numbers in at least
+    The sum over batches is the flat buffer of `over_batches`: vectors n + 2 numbers in at least
     float32. In reverse mode, the graph includes the gradient. Each leaf of the product adds the
     contributions of two uses of its parameter, in the forward and in the backward pass. Two more
     copies of the largest leaf are alive during this addition.
 
     Args:
         setting: Network and ranks.
-        block: Number of vectors, which pass through the graph one by one.
+        vectors: Number of vectors, which pass through the graph one by one.
         around: Bytes of the other tensors that are alive, without the parameters.
         name: Name of the phase.
         entry: Bytes of one entry of the block; 0 for those of an entry of the sum.
@@ -107,23 +107,23 @@ def at_product(
     entry = entry or wide
     converted = itemsize != entry
     if setting.sharded:
-        few = -(-block // setting.gathers(block))
+        few = -(-vectors // setting.gathers(vectors))
         part = few * (n + setting.width) * entry
-        whole = {"full block": block * n * entry}
-        exchanged = max(part, block * n * itemsize if converted else 0)
+        whole = {"full block": vectors * n * entry}
+        exchanged = max(part, vectors * n * itemsize if converted else 0)
         yield Moment(
             f"{name}: gathering its block",
             setting.parameters | around | whole | {"exchange": exchanged},
         )
-    one_by_one = n if block > 1 else 0
+    one_by_one = n if vectors > 1 else 0
     yield Moment(
         name,
         setting.parameters
         | around
         | {
-            "full block": block * n * itemsize if setting.sharded or converted else 0,
-            "sum over batches": (block * n + 2) * wide,
-            "product": (block * n + one_by_one + 2 * network.largest) * itemsize,
+            "full block": vectors * n * itemsize if setting.sharded or converted else 0,
+            "sum over batches": (vectors * n + 2) * wide,
+            "product": (vectors * n + one_by_one + 2 * network.largest) * itemsize,
             "graph: gradient": n * itemsize,
             "graph: activations": network.activations,
         },

@@ -9,7 +9,7 @@ from hessfunc.app.plan.footprint import Setting
 # Bytes of a float64, the dtype in which inner products are summed over ranks.
 _WIDE = 8
 # Two small collectives per product: one before the sum, and one that checks finiteness.
-_TOLD = 2
+_SMALL_COLLECTIVES = 2
 
 
 def gradient_seconds(params: int, tokens: float, flops: float, /) -> float:
@@ -45,25 +45,25 @@ class Machine:
     graph_gradients: float = 1.0
     product_gradients: float = 2.0
 
-    def cost(self, setting: Setting, block: int, work: Work | None = None, /) -> RunCost:
-        """Return the cost of one step, or of one block product if no ``work`` is given."""
+    def cost(self, setting: Setting, vectors: int, workload: Workload | None = None, /) -> RunCost:
+        """Return the cost of one step, or of one block product if no ``workload`` is given."""
         ranks = setting.ranks
         wide = setting.network.rows_itemsize
-        numbers = block * setting.network.params
+        numbers = vectors * setting.network.params
         share = (ranks - 1) / ranks
         reduced = 2 * share * (numbers + 2) * wide
         gathered = share * numbers * wide if setting.sharded else 0.0
         sums, collectives = 0.0, 0.0
         if ranks > 1:
-            collectives = 1 + _TOLD
+            collectives = 1 + _SMALL_COLLECTIVES
         if ranks > 1 and setting.sharded:
-            collectives += setting.gathers(block)
-            if work is not None:
-                sums = 2 * share * work.sums * _WIDE
-                collectives += work.exchanges
-        traffic = work.traffic / work.steps if work is not None else 0.0
+            collectives += setting.gathers(vectors)
+            if workload is not None:
+                sums = 2 * share * workload.sums * _WIDE
+                collectives += workload.exchanges
+        traffic = workload.traffic / workload.steps if workload is not None else 0.0
         wire = reduced + gathered + sums
-        gradients = self.graph_gradients + self.product_gradients * block
+        gradients = self.graph_gradients + self.product_gradients * vectors
         return RunCost(
             reduced=reduced,
             gathered=gathered,
@@ -73,10 +73,10 @@ class Machine:
             wire=wire / self.network_bandwidth + collectives * self.latency,
         )
 
-    def in_all(self, setting: Setting, work: Work, /) -> RunCost:
+    def in_all(self, setting: Setting, workload: Workload, /) -> RunCost:
         """Return the cost of a complete run, including its checks."""
-        steps, checks = self.cost(setting, work.block, work), self.cost(setting, 1)
-        return steps.times(work.steps).plus(checks.times(work.checks))
+        steps, checks = self.cost(setting, workload.block_size, workload), self.cost(setting, 1)
+        return steps.times(workload.steps).plus(checks.times(workload.checks))
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class RunCost:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Work of one rank.
+class Workload:
+    """Workload of one rank.
 
     Attributes:
         steps: Number of rounds of the algorithm, each with one block product.
-        block: Number of vectors per block.
+        block_size: Number of vectors per block.
         checks: Maximum number of final products with one vector.
         traffic: Bytes of vectors that all steps read and write.
         sums: Number of float64 values that one step sums over the ranks, if vectors are sharded.
@@ -136,7 +136,7 @@ class Work:
     """
 
     steps: int
-    block: int
+    block_size: int
     checks: int
     traffic: float
     sums: float
@@ -145,4 +145,4 @@ class Work:
     @property
     def products(self) -> int:
         """Maximum number of matrix-vector products."""
-        return self.steps * self.block + self.checks
+        return self.steps * self.block_size + self.checks

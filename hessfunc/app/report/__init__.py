@@ -1,6 +1,6 @@
 """Results of an analysis as a terminal table, as JSON, and as an HTML page."""
 
-from hessfunc.app.report.content import NAMES, Part, Run, Subject, as_json, as_text, content
+from hessfunc.app.report.content import NAMES, Invocation, Part, Subject, as_json, as_text, content
 from hessfunc.app.report.folder import Folder
 from hessfunc.app.report.rows import Number, Row, brief, headline, plain, rows, table
 from hessfunc.app.report.sections import page
@@ -9,7 +9,7 @@ from hessfunc.app.report.training import training
 __all__ = [
     "Folder",
     "Part",
-    "Run",
+    "Invocation",
     "Subject",
     "NAMES",
     "content",

@@ -58,7 +58,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Run:
+class Invocation:
     """Invocation of an analysis.
 
     Attributes:
@@ -73,7 +73,7 @@ class Run:
 
 
 def content(
-    run: Run, subject: Subject | None, parts: Iterable[Part], /, *, status: str
+    run: Invocation, subject: Subject | None, parts: Iterable[Part], /, *, status: str
 ) -> dict[str, Any]:
     """Return the plain data of an analysis, finished or not."""
     return {

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from hessfunc import plot
 from hessfunc.algorithms.results import Density, Eigenpairs
 from hessfunc.algorithms.results.landscape import Landscape
-from hessfunc.app.report.content import NAMES, Part, Run, Subject, as_text, content
+from hessfunc.app.report.content import NAMES, Invocation, Part, Subject, as_text, content
 from hessfunc.app.report.sections import page
 from hessfunc.files import write_whole
 
@@ -47,7 +47,7 @@ class Folder:
     """
 
     path: Path
-    run: Run
+    run: Invocation
     subject: Subject | None = None
     parts: list[Part] = field(default_factory=list)
     earlier: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from html import escape
 from typing import Any
 
-from hessfunc.app.report.content import Run as Started
+from hessfunc.app.report.content import Invocation
 from hessfunc.app.report.html import document, facts, image, marked, scrolled, section, table
 from hessfunc.app.report.rows import Number, Words
 from hessfunc.app.report.sections import card
@@ -27,17 +27,17 @@ _COLUMNS = (
 
 
 def training(
-    run: history.Run, settings: Mapping[str, Any], started: Started, picture: bytes, /
+    run: history.Run, settings: Mapping[str, Any], invocation: Invocation, picture: bytes, /
 ) -> str:
     """Return the page of a training run, with all assets inline, which needs no network.
 
     Args:
         run: Training run, finished or not, with at least one record.
         settings: Settings of the run as plain data, including ``data`` and ``arch``.
-        started: Invocation of the run.
+        invocation: Invocation of the run.
         picture: PNG picture of the training curves.
     """
-    content = {"run": asdict(started), **history.content(settings, [run])}
+    content = {"run": asdict(invocation), **history.content(settings, [run])}
     return document(
         content,
         title=f"{settings['arch']} on {settings['data']}",
@@ -99,7 +99,7 @@ def _cell(record: Record, name: str, style: str) -> str:
 
 def _what(settings: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     """Return the section with everything that is needed to repeat the run."""
-    started = content["run"]
+    invocation = content["run"]
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     given = ((name.replace("_", " "), _setting(value)) for name, value in settings.items())
     return section(
@@ -107,9 +107,9 @@ def _what(settings: Mapping[str, Any], content: Mapping[str, Any]) -> str:
         "What was run",
         facts(
             (
-                ("command", f"<code>{escape(started['command'])}</code>"),
+                ("command", f"<code>{escape(invocation['command'])}</code>"),
                 *(pair for pair in given if pair[1]),
-                ("began", escape(started["began"])),
+                ("began", escape(invocation["began"])),
                 ("versions", escape(versions)),
             )
         ),

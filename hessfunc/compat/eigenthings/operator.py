@@ -59,18 +59,18 @@ class LambdaOperator(Operator):
         return self.apply_fn(vec)
 
 
-def warn_of_residuals(found: Sequence[Eigenpairs], tol: float, /, *, budget: str) -> None:
+def warn_of_residuals(results: Sequence[Eigenpairs], tol: float, /, *, budget: str) -> None:
     """Warn in the caller's caller if a residual is above the tolerance and above rounding.
 
     Args:
-        found: Eigenpairs of one matrix.
+        results: Eigenpairs of one matrix.
         tol: Tolerance of the residuals, relative to the value.
         budget: Name of the option that allows for more products.
     """
-    eps = torch.finfo(found[0].vectors.dtype).eps
-    floor = rounding(eps, max(pairs.largest for pairs in found))
+    eps = torch.finfo(results[0].vectors.dtype).eps
+    floor = rounding(eps, max(pairs.largest for pairs in results))
     values, residuals = (
-        torch.cat([getattr(pairs, name) for pairs in found]) for name in ("values", "residuals")
+        torch.cat([getattr(pairs, name) for pairs in results]) for name in ("values", "residuals")
     )
     missing = residuals > (tol * values.abs()).clamp(min=floor)
     if missing.any():

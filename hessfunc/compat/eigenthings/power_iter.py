@@ -113,13 +113,13 @@ def power_iteration(
 def _dominant(
     operator: Operator,
     start: Start,
-    found: Sequence[Eigenpairs],
+    accepted: Sequence[Eigenpairs],
     steps: int,
     threshold: float,
     momentum: float,
 ) -> Eigenpairs:
     """Compute the dominant pair of the matrix after deflation of earlier pairs."""
-    matvec = reduce(deflate, found, operator.matvec())
+    matvec = reduce(deflate, accepted, operator.matvec())
     options: dict[str, Any] = {
         "momentum": momentum,
         "rtol": threshold,
@@ -131,5 +131,5 @@ def _dominant(
     if draw is None:
         return exact_power_iteration(matvec, start.like, **options)
     return stochastic_power_iteration(
-        matvec, lambda i: reduce(deflate, found, draw(i)), start.like, **options
+        matvec, lambda i: reduce(deflate, accepted, draw(i)), start.like, **options
     )

@@ -85,7 +85,7 @@ def compiled(
 
 def _program(
     matvec: Matvec,
-    found: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     nested: _Nested,
     backend: str | Callable[..., Any],
     checks: list[Callable[[], None]],
@@ -94,19 +94,19 @@ def _program(
         return flatten(matvec(nested(leaves)))[0]
 
     # The first product of a shape also measures its operations, which must not be traced.
-    of_leaves(*found)
+    of_leaves(*tensors)
     try:
         with torch.no_grad(), guarding(checks), as_operations():
-            traced = make_fx(of_leaves, tracing_mode="real")(*found)
+            traced = make_fx(of_leaves, tracing_mode="real")(*tensors)
         for name, constant in list(traced.named_buffers()):
             setattr(traced, name, constant.detach())
         traced.graph.eliminate_dead_code()
         traced.recompile()
         # Tracing turns values computed outside of torch into constants. Another block shows them.
-        other = [torch.linspace(-1, 1, t.numel()).to(t).view_as(t) for t in found]
+        other = [torch.linspace(-1, 1, t.numel()).to(t).view_as(t) for t in tensors]
         _refuse_another(_precisely(traced)(*other), of_leaves(*other))
         program = _precisely(torch.compile(traced, fullgraph=True, dynamic=False, backend=backend))
-        program(*found)
+        program(*tensors)
     except Exception as error:  # The matvec itself works even if torch.compile fails.
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
@@ -119,15 +119,15 @@ def _program(
 
 
 def _precisely(program: _Products) -> _Products:
-    def run(*found: Tensor) -> Sequence[Tensor]:
-        with torch.no_grad(), precise(found[0].device):
-            return program(*found)
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad(), precise(tensors[0].device):
+            return program(*tensors)
 
     return run
 
 
-def _refuse_another(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    pairs = list(zip(found, expected, strict=True))
+def _refuse_another(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    pairs = list(zip(tensors, expected, strict=True))
     error = math.sqrt(sum(float((a - b).double().square().sum()) for a, b in pairs))
     size = math.sqrt(sum(float(b.double().square().sum()) for _, b in pairs))
     if not error <= _TOLERANCE * size:

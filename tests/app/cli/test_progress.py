@@ -1,6 +1,6 @@
 """Lines and bars that show how far a command is."""
 
-from hessfunc.app.cli.progress import bars, line, share, watch
+from hessfunc.app.cli.progress import bar, bars, finished_fraction, line
 from tests.training.records import record
 
 
@@ -14,15 +14,15 @@ def test_a_line_has_what_was_measured() -> None:
 
 
 def test_the_share_is_that_of_epochs_or_of_time_whichever_ends_first() -> None:
-    assert share(record(epoch=3.0, seconds=9.0), 4, None) == 0.75
-    assert share(record(epoch=1.0, seconds=90.0), 4, 2.0) == 0.75
-    assert share(record(epoch=1.0, seconds=30.0), 4, 2.0) == 0.25
-    assert share(record(epoch=1.0, seconds=90.0), 4, 0.0) == 1.0
+    assert finished_fraction(record(epoch=3.0, seconds=9.0), 4, None) == 0.75
+    assert finished_fraction(record(epoch=1.0, seconds=90.0), 4, 2.0) == 0.75
+    assert finished_fraction(record(epoch=1.0, seconds=30.0), 4, 2.0) == 0.25
+    assert finished_fraction(record(epoch=1.0, seconds=90.0), 4, 0.0) == 1.0
 
 
 def test_bars_are_drawn_on_a_terminal_alone() -> None:
     with bars() as progress:
-        tick = watch(progress, "eigenvalues")
+        tick = bar(progress, "eigenvalues")
         tick(0.5, "3 of 6")
         (task,) = progress.tasks
     assert progress.disable

@@ -65,7 +65,7 @@ PLANE = Landscape(
 )
 
 SUBJECT = report.Subject("it", 12345, 100, 2, 0.5, "float32", "cpu")
-RUN = report.Run("hessfunc analyze it", 7, "2024-02-29 12:00:00+00:00")
+RUN = report.Invocation("hessfunc analyze it", 7, "2024-02-29 12:00:00+00:00")
 PARTS = [
     report.Part("eigenvalues", PAIRS, 1.25),
     report.Part("smallest", SMALLEST, 61.0),
