@@ -313,9 +313,6 @@ def test_the_check_is_made_once_and_leaves_the_class_as_it_was() -> None:
     assert vars(function.__self__)["forward"].__func__ is forward  # type: ignore[attr-defined]
 
 
-# Custom operators
-
-
 @torch.library.custom_op("hessfunc_tests::cube", mutates_args=())
 def cube(x: Tensor) -> Tensor:
     """A custom operator with a right derivative."""
@@ -375,9 +372,6 @@ def test_nodes_of_extensions_are_told_from_those_of_torch() -> None:
     assert not _is_foreign(moved.grad_fn.name())  # type: ignore[union-attr]
 
 
-# Hooks
-
-
 def hooked(hook: Callable[[Tensor], Any]) -> Map:
     def mapped(x: Tensor) -> Tensor:
         y = x.sin()
@@ -423,9 +417,6 @@ def test_backward_hooks_of_modules(detaches: bool) -> None:
     assert relative_error(found, hessian(same, params, (X, Y))) < 1e-10
 
 
-# Finite differences
-
-
 def test_differences_refuse_a_backward_that_is_another_derivative() -> None:
     for name in ("by saved inputs", "kinks"):
         loss, params = problem(RIGHT[name][0])
@@ -442,54 +433,3 @@ def test_functions_without_a_forward_derivative_are_named_in_forward_mode() -> N
     matvec = hf.hvp(loss, mode="forward")(params, (X, Y))
     with pytest.raises(NotImplementedError, match=r"no `setup_context`.*mode='reverse'"):
         matvec(hf.random_like(params, 1, seed=0))
-
-
-# Reentrant checkpoints
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, *, frozen: bool = False) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.first, self.second = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
-        self.first.requires_grad_(not frozen)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.utils.checkpoint.checkpoint(
-            lambda y: torch.tanh(self.first(y)), x, use_reentrant=True
-        )
-        return self.second(hidden)
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_a_reentrant_checkpoint_of_constants_is_refused() -> None:
-    model = Checkpointed()
-    model_fn, params = hf.functional(model)
-    loss = hf.supervised(model_fn, F.cross_entropy)
-    everything = dict(model.named_parameters())
-    for curvature, at in (
-        (hf.hvp(loss), params),
-        (hf.hvp(loss, mode="forward"), params),
-        (hf.hvp(loss, mode="difference"), params),
-        (hf.ggnvp(loss), params),
-        (hf.efvp(loss), params),
-        (hf.hvp_by_backward(model, lambda b: F.cross_entropy(model(b[0]), b[1])), everything),
-    ):
-        with pytest.raises(NotImplementedError, match="use_reentrant=True has inputs that need no"):
-            curvature(at, (X, Y))
-    with pytest.raises(NotImplementedError, match="use_reentrant=True has inputs that need no"):
-        hf.ggn_diagonal(loss, params, [(X, Y)])
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_a_reentrant_checkpoint_of_frozen_layers_is_right() -> None:
-    model = Checkpointed(frozen=True)
-    model_fn, params = hf.functional(model)
-    fixed = torch.tanh(model.first(X)).detach()
-
-    def plainly(p: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(F.linear(fixed, p["second.weight"], p["second.bias"]), Y)
-
-    found = matrix(hf.hvp(hf.supervised(model_fn, F.cross_entropy))(params, (X, Y)), params)
-    assert relative_error(found, hessian(plainly, params, None)) < 1e-10
