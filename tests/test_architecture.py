@@ -1,4 +1,4 @@
-"""The order of imports: each part of the library imports only parts below it, without cycles."""
+"""The order of imports, without cycles, and the place of tests: one file for each module."""
 
 from __future__ import annotations
 
@@ -13,6 +13,25 @@ import pytest
 import hessfunc
 
 SOURCES = Path(hessfunc.__file__).parent
+TESTS = Path(__file__).parent
+
+# Tests of no single module, by the folder or the file that holds them.
+OF_NO_MODULE = {
+    "bench": "benchmarks and what they measure",
+    "docs": "pages and their examples",
+    "distributed": "runs in several processes, which may be killed",
+    "models": "whole models, small and trained",
+    "app/report/test_browser.py": "a report in a browser",
+    "test_architecture.py": "imports, and the place of tests",
+    "test_default_device.py": "a default device of the user's own",
+    "test_examples.py": "scripts of examples/",
+    "test_fuzz.py": "calls of public functions at random",
+    "test_import.py": "import of the package and its public names",
+    "test_package.py": "the installed wheel",
+    "test_project.py": "files of the project",
+    "test_prose.py": "the language of all texts",
+    "test_readme.py": "the code of the README",
+}
 
 # From the bottom to the top. Parts on one line do not import each other.
 LAYERS = [
@@ -98,3 +117,35 @@ def test_there_are_no_cycles() -> None:
 def test_the_test_sees_imports_within_functions() -> None:
     inside = chain.from_iterable(imports_of(module) for module in INSIDE)
     assert "spaces.dtensors" in set(inside)
+
+
+def mirrored(module: Path) -> Path:
+    """Return the path below `tests` of the file that tests a module."""
+    return module.with_name(f"test_{module.name}")
+
+
+# A package only gathers names, and the entry point is one line, run by tests of commands.
+TESTED = {
+    mirrored(file.relative_to(SOURCES))
+    for file in MODULES.values()
+    if file.name not in ("__init__.py", "__main__.py")
+}
+FOUND = {file.relative_to(TESTS) for file in TESTS.rglob("test_*.py")}
+
+
+def test_each_module_has_its_test_file() -> None:
+    assert not [str(file) for file in sorted(TESTED - FOUND)]
+
+
+def test_each_test_file_has_its_module() -> None:
+    elsewhere = {
+        file
+        for file in FOUND - TESTED
+        if not any(file.is_relative_to(place) for place in OF_NO_MODULE)
+    }
+    assert not [str(file) for file in sorted(elsewhere)]
+
+
+@pytest.mark.parametrize("place", OF_NO_MODULE)
+def test_a_place_of_other_tests_is_there(place: str) -> None:
+    assert (TESTS / place).exists()
