@@ -83,4 +83,4 @@ def test_the_import_takes_a_small_part_of_that_of_torch() -> None:
     # Load on the machine adds to the time of single imports.
     shares = [fresh(code) for _ in range(3)]
     assert min(share for share, _ in shares) < 0.01
-    assert min(share for _, share in shares) < 0.2
+    assert min(share for _, share in shares) < 0.3

@@ -151,7 +151,7 @@ def whole(leaf: Tensor) -> Tensor:
 
 def error(found: Any, wanted: Any) -> float:
     """The largest relative difference of the leaves of two trees, DTensors or not."""
-    pairs = zip(leaves(found), leaves(wanted), strict=True)
+    pairs = zip((x.detach() for x in leaves(found)), leaves(wanted), strict=True)
     size = max(float(b.abs().max()) for b in leaves(wanted))
     return max(float((whole(a) - b).abs().max()) / size for a, b in pairs)
 
