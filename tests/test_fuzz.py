@@ -243,8 +243,27 @@ CALLS: dict[str, Call] = {
     "slq": Call(
         {"matvec": matvec, "like": LIKE}, RUN | {"probes": 2, "steps": 4, "basis_device": "cpu"}
     ),
-    "cg": Call({"matvec": matvec, "b": B}, SOLVE | {"measure": True}),
-    "minres": Call({"matvec": matvec, "b": B}, SOLVE),
+    "cg": Call({"matvec": matvec, "b": B}, SOLVE | {"like": None, "measure": True}),
+    "minres": Call({"matvec": matvec, "b": B}, SOLVE | {"like": None}),
+    "implicit_gradient": Call(
+        {
+            "outer": lambda p, h, batch: LOSS(p, batch),
+            "inner": lambda p, h, batch: LOSS(p, batch) + hf.ravel(h).sum() * hf.inner(p, p),
+            "params": PARAMS,
+            "hyperparams": torch.ones((), dtype=D),
+        },
+        {
+            "outer_batches": [BATCH], "inner_batches": [BATCH], "solve": hf.cg, "damping": 1.0,
+            "preconditioner": None, "start": None, "rtol": 0.1, "atol": 0.0, "max_matvecs": 20,
+            "weight": hf.examples, "keep": False, "stationarity": 1.0, "seed": 0,
+            "callback": None, "space": None, "checkpoint": None,
+        },
+    ),
+    "matrix": Call(
+        {"matvec": matvec, "like": LIKE},
+        {"rows": None, "columns": [0, 1], "chunk_size": 2, "callback": None},
+    ),
+    "inner": Call({"a": B, "b": B}),
     "block_spectra": Call(
         OF_DATA,
         {
@@ -612,8 +631,8 @@ def test_every_public_function_is_called() -> None:
         # Checked by name where it comes in.
         assert {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} <= ARGUMENTS.keys()
         wrapped = FUNCTIONS[name].__code__.co_filename.endswith("options.py")
-        # A product of one vector is too short for it.
-        assert wrapped or name == "apply"
+        # Products of one vector are too short for it.
+        assert wrapped or name in ("apply", "inner")
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS | METHODS if name not in REFUSED])

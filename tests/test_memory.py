@@ -138,13 +138,27 @@ RUNS: dict[str, tuple[Callable[..., Any], Callable[[float], float], str]] = {
     ),
     "cg": (
         lambda mv, b: hf.cg(mv, b, rtol=1e-6),
-        lambda _: 12 + PRODUCT,
-        "12 vectors, besides",
+        lambda _: 14 + PRODUCT,
+        "14 vectors, besides",
     ),
     "minres": (
         lambda mv, b: hf.minres(mv, b, rtol=1e-6),
         lambda _: 23 + PRODUCT,
         "23 vectors, besides",
+    ),
+    "implicit_gradient": (
+        lambda mv, b: hf.implicit_gradient(
+            lambda p, h, batch: (p * batch).sum(),
+            lambda p, h, batch: (p * mv(p[None])[0]).sum() / 2 - h * (p * batch).sum(),
+            b,
+            torch.ones((), dtype=b.dtype),
+            outer_batches=[b],
+            inner_batches=[b],
+            rtol=1e-6,
+            stationarity=1e9,
+        ),
+        lambda _: 26,
+        "26 vectors with `cg`",
     ),
 }
 

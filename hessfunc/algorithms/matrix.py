@@ -18,11 +18,7 @@ from hessfunc.spaces.space import Space, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 
-@options.validated(
-    rows=options.entries,
-    columns=options.entries,
-    callback=options.function_of(2, "(columns so far, all columns)"),
-)
+@options.validated(callback=options.function_of(2, "(columns so far, all columns)"))
 def matrix(
     matvec: Matvec,
     like: Tree,

@@ -10,19 +10,18 @@ from typing import Any, TypeAlias, Unpack
 import torch
 from torch import Tensor
 
-from hessfunc import options
 from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.results import ImplicitGradient, Solution
 from hessfunc.algorithms.solve.cg import cg
 from hessfunc.autograd import differentiable_twice
 from hessfunc.losses import LossFunction
-from hessfunc.options import at_least
+from hessfunc.options import at_least, validated
 from hessfunc.spaces.of import inner as inner_product
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.gradient import mean_gradient
 from hessfunc.transforms.batches.mean import over_batches, refuse_one_batch
 from hessfunc.transforms.batches.reductions import Average
-from hessfunc.transforms.hessian import hvp
+from hessfunc.transforms.hessian import hvp, scalar
 from hessfunc.transforms.matvecs.arithmetic import apply, shift
 from hessfunc.trees import Matvec, Tree, tree_map
 
@@ -36,14 +35,7 @@ class NotStationaryWarning(UserWarning):
     """Warning that the inner loss is not stationary at the parameters."""
 
 
-@options.validated(
-    outer=options.function_of(3, "(params, hyperparams, batch)"),
-    inner=options.function_of(3, "(params, hyperparams, batch)"),
-    hyperparams=options.tree,
-    outer_batches=options.batches,
-    inner_batches=options.batches,
-    stationarity=options.finite,
-)
+@validated
 def implicit_gradient(
     outer: BilevelLoss,
     inner: BilevelLoss,
@@ -111,8 +103,9 @@ def implicit_gradient(
         ValueError: If an option is out of range, or if the inner loss does not depend on the
             hyperparameters. Also as in `over_batches`, `hvp` and `cg`.
 
-    Cost: one gradient of the outer loss, and four of the inner loss besides the Hessian products,
-    which dominate.
+    Cost: one gradient of the outer loss, one of the inner loss, and its second derivatives along q
+    and the correction, besides the Hessian products, which dominate. Memory: 26 vectors with `cg`
+    and 33 with `minres`, besides the graph of a batch.
 
     Source: Pedregosa 2016, arXiv 1602.02355; Lorraine, Vicol and Duvenaud 2020, arXiv 1911.02590.
     """
@@ -205,7 +198,7 @@ def _along(loss: BilevelLoss, params: Tree, q: Tree) -> LossFunction:
 
     def along(hyperparams: Tree, batch: Any) -> Tensor:
         with differentiable_twice(space.device):
-            value = loss(space.tree(point), hyperparams, batch)
+            value = scalar(loss(space.tree(point), hyperparams, batch))
             gradient = torch.autograd.grad(value, point, create_graph=True, materialize_grads=True)
             return inner_product(space.tree(gradient), q)
 

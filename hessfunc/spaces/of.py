@@ -97,14 +97,15 @@ def inner(a: Tree, b: Tree, /) -> Tensor:
 
     Raises:
         TypeError: If a leaf is not a tensor of a real floating-point dtype.
-        ValueError: If the trees differ in their structure or in the shape of a leaf.
+        ValueError: If the trees differ in their structure, shapes or device.
     """
     (entries, structure), (others, given) = flatten(a), flatten(b)
     # For speed, arguments are validated only if something is wrong.
     leaves = entries + others
-    if not leaves or not all(isinstance(x, Tensor) and x.is_floating_point() for x in leaves):
-        for name, vector in (("a", a), ("b", b)):
-            space_of(options.tree(name, vector))
+    right = all(isinstance(x, Tensor) and x.is_floating_point() for x in leaves)
+    if not right or len({x.device for x in leaves}) != 1:
+        on = [space_of(options.tree(name, x)).device for name, x in (("a", a), ("b", b))]
+        raise ValueError(f"a is on {on[0]}, and b on {on[1]}: move both to one device")
     if given != structure or any(x.shape != y.shape for x, y in zip(entries, others, strict=True)):
         raise ValueError(
             f"a has {_outlined(entries, structure)}, and b has {_outlined(others, given)}: pass "

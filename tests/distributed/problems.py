@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import hessfunc as hf
 from hessfunc.algorithms.results import Result
-from hessfunc.trees import leaves
+from hessfunc.trees import leaves, tree_map
 
 SIZES = (5, 3, 4, 1, 6, 2, 5)
 CURVATURES = ["hvp", "hvp forward", "ggnvp", "fvp", "sampled fvp", "efvp", "pchvp", "functional"]
@@ -114,7 +114,17 @@ ALGORITHMS = {
     "xdiag": partial(hf.xdiag, max_matvecs=30),
     "slq": partial(hf.slq, probes=3, steps=12),
 }
+
+
+def of_block(solve: Any, matvec: Any, b: Any, **options: Any) -> Any:
+    """Solve with two right-hand sides, which stop after different numbers of steps."""
+    block = tree_map(lambda leaf: torch.stack([leaf, leaf.sin()]), b)
+    return solve(matvec, block, like=b, **options)
+
+
 SOLVERS = {
+    "cg of a block": partial(of_block, hf.cg, damping=1.0, rtol=1e-12),
+    "minres of a block": partial(of_block, hf.minres, damping=1.0, rtol=1e-12),
     "cg": partial(hf.cg, damping=1.0, rtol=1e-12),
     "minres": partial(hf.minres, damping=1.0, rtol=1e-12),
 }

@@ -151,6 +151,7 @@ def test_inner_is_transformable() -> None:
         (torch.ones(2) + 0j, torch.ones(2), TypeError, "dtype torch.complex64"),
         ({"a": 1.0}, {"a": torch.ones(2)}, TypeError, "a must be a tree of tensors"),
         ({}, {}, ValueError, "without tensors"),
+        (torch.ones(2), torch.ones(2, device="meta"), ValueError, "b is on the meta device"),
     ],
 )
 def test_inner_of_other_vectors(a: Any, b: Any, error: type[Exception], message: str) -> None:

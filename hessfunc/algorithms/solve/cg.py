@@ -82,7 +82,7 @@ def cg(
         FloatingPointError: If a product is not finite.
 
     Cost: one matvec an iteration, and one at the end if ``measure``; three more, uncounted, if
-    inner products show that the matvec may not be symmetric. Memory: 12 vectors, besides those of
+    inner products show that the matvec may not be symmetric. Memory: 14 vectors, besides those of
     a product. For a block, all of it for each column, in as many passes as the slowest takes.
 
     Source: Hestenes and Stiefel 1952; negative curvature: Steihaug 1983.

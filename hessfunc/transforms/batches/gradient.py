@@ -12,6 +12,7 @@ from hessfunc.autograd import differentiable_twice
 from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import Average
+from hessfunc.transforms.hessian import scalar
 from hessfunc.trees import Tree
 
 
@@ -34,7 +35,8 @@ def mean_gradient(
         name: Name of the parameters in the message of an error.
 
     Raises:
-        ValueError: If the loss of a batch does not depend on the parameters.
+        ValueError: If there is no batch, or if the loss of a batch is no scalar or does not depend
+            on the parameters.
     """
     space = space_of(params)
     point = [leaf.detach().requires_grad_() for leaf in space.tree_leaves(params)]
@@ -46,7 +48,7 @@ def mean_gradient(
         if not counted:
             continue
         with differentiable_twice(space.device):
-            value = loss(space.tree(point), batch)
+            value = scalar(loss(space.tree(point), batch))
             gradient: Sequence[Tensor | None] = [None]
             if value.requires_grad:
                 gradient = torch.autograd.grad(value, point, allow_unused=True)
@@ -60,5 +62,7 @@ def mean_gradient(
                 target.add_(part, alpha=counted)
         mean += counted * float(value.detach())
         weights += counted
+    if not weights:
+        raise ValueError("there is no batch with a positive weight: pass at least one batch")
     divisor = average.divisor(weights)
     return mean / divisor, space.tree(target / divisor for target in total)

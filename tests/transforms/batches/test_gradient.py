@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
+from hessfunc.losses import LossFunction
 from hessfunc.transforms.batches.gradient import mean_gradient
 from hessfunc.transforms.batches.reductions import Average
 from tests.cases import case
@@ -49,3 +50,21 @@ def test_a_loss_that_ignores_the_parameters_is_refused_by_their_name() -> None:
             [1.0],
             name="hyperparams",
         )
+
+
+def test_no_batch() -> None:
+    loss = lambda params, batch: (params * batch).sum()  # noqa: E731
+    with pytest.raises(ValueError, match="no batch with a positive weight"):
+        mean_gradient(loss, Average(None), torch.ones(2), [])
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda params, batch: params.sum().item(), "must be a scalar tensor, not a float"),
+        (lambda params, batch: params, "must be a scalar tensor, not of shape"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_tensor_is_refused(loss: LossFunction, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mean_gradient(loss, Average(None, several=False), torch.ones(2), [1.0])
