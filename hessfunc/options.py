@@ -452,6 +452,21 @@ def finite_array(name: str, value: Any, /) -> Any:
     raise _refused(name, value, "an array of real numbers", f"its dtype is {kind}")
 
 
+def tensors(name: str, value: Any, /) -> Any:
+    """Return a nonempty list of tensors unchanged, or an iterator of tensors as a list."""
+    remedy = f"pass {name}=list(model.parameters()), for instance"
+    if isinstance(value, Iterator):
+        value = list(value)
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise _refused(name, value, "a list of tensors", remedy)
+    if not value:
+        raise ValueError(f"{name} has no tensors: {remedy}")
+    for item in value:
+        if tensor(f"each of {name}", item).is_complex():
+            raise _refused(f"each of {name}", item, "real", f"its dtype is {item.dtype}")
+    return value
+
+
 def _is_sparse(value: object) -> bool:
     """Return whether a value is a SciPy matrix or operator."""
     return hasattr(value, "tocsr") or hasattr(value, "matmat")
@@ -615,6 +630,15 @@ def writer(name: str, value: Any, /) -> Any:
     if hasattr(value, "add_scalar") and hasattr(value, "flush"):
         return value
     return path(name, value)
+
+
+def shape(name: str, value: Any, /) -> int | tuple[int, ...]:
+    """Return a number of entries as an int, or a nonempty shape as a tuple of ints."""
+    if (items := _items(value)) is None:
+        return whole_number(name, value)
+    if not items:
+        raise ValueError(f"{name} is empty: pass {name}=10 for vectors of 10 entries, for instance")
+    return whole_numbers(name, items)
 
 
 def called(name: str, value: Any, /) -> Any:
@@ -831,6 +855,8 @@ ARGUMENTS: dict[str, Check] = {
     "batch": anything,
     "rows": entries,
     "columns": entries,
+    "call": anything,
+    "target": anything,
     "batches": batches,
     "outer_batches": batches,
     "inner_batches": batches,
@@ -910,6 +936,7 @@ ARGUMENTS: dict[str, Check] = {
     "lr_decay": finite,
     "alpha": finite,
     "adversarial_share": finite,
+    "beta_1": finite,
     "eps": finite,
     "step_size": finite,
     "bounds": limits,

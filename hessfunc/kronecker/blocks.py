@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.memory import AT_ONCE, refuse_unless_fits
+from hessfunc.options import tensor, tree, validated
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Tree
 
@@ -82,6 +83,7 @@ class Block(ABC):
     def trace(self) -> float:
         """Return the trace without materialising the matrix."""
 
+    @validated(block=tensor)
     def inverse_matvec(self, block: Tensor, damping: float, /) -> Tensor:
         """Return ``(A + damping I)^-1`` times k vectors ``(k, *shape)``.
 
@@ -103,6 +105,7 @@ class Block(ABC):
             return (rows / damping + moved).reshape(block.shape)
         return spectrum.lift(spectrum.project(rows) * inverse).reshape(block.shape)
 
+    @validated
     def logdet(self, damping: float = 0.0, /) -> float:
         """Return ``log det (A + damping I)``.
 
@@ -122,8 +125,6 @@ class Block(ABC):
 
     def _shifted(self, damping: float) -> Tensor:
         """Return the eigenvalues of A + damping I: r in the basis, then one for all n - r zeros."""
-        if not math.isfinite(damping):
-            raise ValueError(f"damping={damping}: the damping must be finite")
         spectrum = self._spectrum
         zero = spectrum.values.new_zeros(1 if len(spectrum.values) < self.n else 0)
         values, rounding = (
@@ -394,9 +395,11 @@ class DirectSum(Block):
     def trace(self) -> float:
         return math.fsum(part.trace() for part in self.parts)
 
+    @validated(block=tensor)
     def inverse_matvec(self, block: Tensor, damping: float, /) -> Tensor:
         return self._each(block, lambda part, rows: part.inverse_matvec(rows, damping))
 
+    @validated
     def logdet(self, damping: float = 0.0, /) -> float:
         return math.fsum(part.logdet(damping) for part in self.parts)
 
@@ -443,6 +446,7 @@ class Blocks(Mapping[str, Block]):
     def __call__(self, block: Tree, /) -> Tree:
         return self._each(block, lambda part, rows: part.matvec(rows))
 
+    @validated(block=tree)
     def inverse_matvec(self, block: Tree, damping: float, /) -> Tree:
         """Return ``(A + damping I)^-1`` times a vector block, as in `Block.inverse_matvec`."""
         return self._each(block, lambda part, rows: part.inverse_matvec(rows, damping))
@@ -451,6 +455,7 @@ class Blocks(Mapping[str, Block]):
         """Return the trace of the whole matrix."""
         return math.fsum(part.trace() for part in self.blocks.values())
 
+    @validated
     def logdet(self, damping: float = 0.0, /) -> float:
         """Return ``log det (A + damping I)`` of the whole matrix."""
         return math.fsum(part.logdet(damping) for part in self.blocks.values())

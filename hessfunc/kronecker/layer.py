@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hessfunc.kronecker.blocks import Block, Congruence, Dense, DirectSum, Kronecker
 from hessfunc.kronecker.jacobians import EachExample, Jacobian
+from hessfunc.options import described
 from hessfunc.transforms.positive_curvature import Residual, positive
 
 
@@ -36,6 +37,16 @@ class Call:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.function(self.params, *inputs)
+
+
+def of_rule(name: str, value: object, /) -> Call:
+    """Return a call, the argument of a rule."""
+    if isinstance(value, Call):
+        return value
+    raise TypeError(
+        f"{name} must be a Call, not {described(value)}: register the rule of a module type with "
+        "`rule(Swish)(elementwise)`, for instance, and backpropagation calls it"
+    )
 
 
 @dataclass(frozen=True)

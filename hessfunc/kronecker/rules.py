@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, OfAll, Selection
-from hessfunc.kronecker.layer import Call, Dependence, General, Layer, SharedWeight
+from hessfunc.kronecker.layer import Call, Dependence, General, Layer, SharedWeight, of_rule
+from hessfunc.options import called, described, validated
 
 Rule: TypeAlias = Callable[[Call], Layer]
 AnyRule = TypeVar("AnyRule", bound=Rule)
@@ -20,6 +21,16 @@ AnyRule = TypeVar("AnyRule", bound=Rule)
 _RULES: dict[Any, Rule] = {}
 
 
+def _target(name: str, value: Any, /) -> Any:
+    if isinstance(value, str) or (callable(value) and not isinstance(value, nn.Module)):
+        return value
+    raise TypeError(
+        f"{name} must be a module type, a function or the name of a tensor method, not "
+        f"{described(value)}: pass rule(torch.nn.Tanh), for instance"
+    )
+
+
+@validated(targets=_target)
 def rule(*targets: Any) -> Callable[[AnyRule], AnyRule]:
     """Register a rule for module types, for functions, or for names of tensor methods.
 
@@ -39,15 +50,20 @@ def rule(*targets: Any) -> Callable[[AnyRule], AnyRule]:
 
     Returns:
         A decorator that registers a rule, a function from `Call` to `Layer`, and returns it.
+
+    Raises:
+        TypeError: If a target is none of these, or if the rule is not a function.
     """
 
     def register(new: AnyRule) -> AnyRule:
+        called("the rule", new)
         _RULES.update(dict.fromkeys(targets, new))
         return new
 
     return register
 
 
+@validated(target=_target)
 def rule_of(target: Any, /) -> Rule | None:
     """Return the rule of a module type, a function, or the name of a tensor method, or None."""
     return _RULES.get(target)
@@ -60,6 +76,7 @@ def rule_of(target: Any, /) -> Rule | None:
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
     *(nn.FeatureAlphaDropout, F.dropout),
 )
+@validated(call=of_rule)
 def reshaped(call: Call, /) -> Layer:
     """Rule for functions that only change the shape, such as dropout in eval mode: J = I."""
     if call.shape.numel() != call.inputs[0][0].numel():
@@ -94,6 +111,7 @@ def reshaped(call: Call, /) -> Layer:
     *("add", "sub", "neg", "mean", "sum", "permute", "transpose", "movedim"),
     *(torch.movedim, operator.getitem, torch.flip, "flip", torch.roll, "roll", "add_", "sub_"),
 )
+@validated(call=of_rule)
 def linear(call: Call, /) -> Layer:
     """Rule for an affine function that is the same for all examples."""
     width = max(shape.numel() for shape in (call.shape, *(t.shape[1:] for t in call.inputs)))
@@ -116,6 +134,7 @@ def linear(call: Call, /) -> Layer:
     *(torch.sqrt, torch.pow, torch.erf, operator.pow, operator.mul, operator.truediv, torch.mul),
     *("sigmoid", "tanh", "exp", "log", "sin", "cos", "square", "sqrt", "pow", "mul", "div"),
 )
+@validated(call=of_rule)
 def elementwise(call: Call, /) -> Layer:
     """Rule for a function phi of each entry: J = diag(phi'), with curvature diag(sum_b phi'' g).
 
@@ -131,6 +150,7 @@ def elementwise(call: Call, /) -> Layer:
     *(F.hardshrink, F.softshrink, F.threshold, torch.relu, torch.relu_, torch.clamp, torch.abs),
     *(operator.abs, nn.RReLU, "relu", "relu_", "clamp", "abs"),
 )
+@validated(call=of_rule)
 def piecewise_linear(call: Call, /) -> Layer:
     """Rule for an elementwise function with zero second derivative.
 
@@ -174,6 +194,7 @@ def _flat(batch: Tensor) -> Tensor:
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
 )
+@validated(call=of_rule)
 def selection(call: Call, /) -> Layer:
     """Rule for a function each of whose outputs equals one of the inputs."""
     (inputs,) = call.inputs
@@ -308,6 +329,7 @@ def _shared(
 )
 @rule(nn.LocalResponseNorm, nn.LPPool1d, nn.LPPool2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 @rule(nn.ConvTranspose3d, F.layer_norm)
+@validated(call=of_rule)
 def by_autodiff(call: Call, /) -> Layer:
     """Rule for any twice differentiable function that treats each example independently.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hessfunc.optim.newton import NewtonState, newton
 from hessfunc.optim.solvers import Solver
+from hessfunc.options import called, function_of, validated
 
 _REMEMBERED = [field.name for field in fields(NewtonState)]
 
@@ -35,6 +36,7 @@ class NewtonOptimizer(torch.optim.Optimizer):
         ValueError: If an option is out of range, or if no parameter is trainable.
     """
 
+    @validated(blocks=function_of(2, "(params, batch)"))
     def __init__(
         self,
         model: nn.Module,
@@ -46,6 +48,11 @@ class NewtonOptimizer(torch.optim.Optimizer):
     ) -> None:
         newton(lr=lr, alpha=alpha, solve=solve)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError(
+                f"{type(model).__name__} has no trainable parameter: call "
+                "`model.requires_grad_(True)`"
+            )
         super().__init__(trainable, {"lr": lr, "alpha": alpha, **asdict(NewtonState())})
         self._blocks = blocks
         self._solve = solve
@@ -55,6 +62,7 @@ class NewtonOptimizer(torch.optim.Optimizer):
         """Number of products so far."""
         return sum(group["matvecs"] for group in self.param_groups)
 
+    @validated(closure=called)
     def step(  # type: ignore[override]
         self, batch: Any, closure: Callable[[], Any] | None = None
     ) -> Any:

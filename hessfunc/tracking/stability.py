@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessfunc.options import validated
+from hessfunc.options import at_least, validated
 
 
 @validated
@@ -53,22 +53,40 @@ def adam_diagonal(optimizer: torch.optim.Optimizer, model: nn.Module, /) -> dict
     return diagonal
 
 
+@validated
 def stability(lr: float, /, *, momentum: float = 0.0) -> float:
     """Return the curvature above which gradient descent on a quadratic diverges.
 
     The value is (2 + 2 momentum) / lr.
+
+    Raises:
+        ValueError: If the learning rate is not positive, or if the momentum is negative.
     """
+    _refuse_rate(lr)
+    at_least(0, momentum=momentum)
     return (2 + 2 * momentum) / lr
 
 
+@validated
 def adam_stability(lr: float, /, *, beta_1: float = 0.9) -> float:
     """Return the largest stable preconditioned sharpness of Adam.
 
     The value is (2 + 2 beta_1) / ((1 - beta_1) lr).
 
+    Raises:
+        ValueError: If the learning rate is not positive, or if ``beta_1`` is not in [0, 1).
+
     Source: Cohen et al. 2022, arXiv 2207.14484.
     """
+    _refuse_rate(lr)
+    if not 0 <= beta_1 < 1:
+        raise ValueError(f"beta_1={beta_1}: it must be in [0, 1), such as beta_1=0.9")
     return (2 + 2 * beta_1) / ((1 - beta_1) * lr)
+
+
+def _refuse_rate(lr: float) -> None:
+    if not lr > 0:
+        raise ValueError(f"lr={lr}: it must be positive, such as lr=0.1")
 
 
 def edges(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hessfunc import modules
 from hessfunc.losses import LossFunction, supervised
 from hessfunc.modules import functional
-from hessfunc.options import at_least, validated
+from hessfunc.options import at_least, finite, validated
 from hessfunc.tracking.measure import Point, Tracking, TrackingState, functional_tracker
 from hessfunc.tracking.stability import adam_diagonal, edges
 from hessfunc.tracking.undisturbed import refuse_busy_workers, undisturbed
@@ -52,6 +52,7 @@ class Tracker:
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.state: TrackingState = method.init(self._params())
 
+    @validated(epoch=finite)
     def step(
         self, steps: int | None = None, /, *, lr: float | None = None, epoch: float | None = None
     ) -> Point | None:
@@ -73,6 +74,7 @@ class Tracker:
             return None
         return self.measure(lr=lr, epoch=epoch)
 
+    @validated(epoch=finite)
     def measure(self, *, lr: float | None = None, epoch: float | None = None) -> Point:
         """Measure at the current step, for example at the end of an epoch.
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from hessfunc.options import validated
 from hessfunc.tracking.measure import Point
 
 
@@ -48,6 +49,7 @@ def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
     return append
 
 
+@validated
 def read(path: str | os.PathLike[str], /) -> list[Point]:
     """Read the points of a file, in the order of their steps.
 
@@ -56,10 +58,18 @@ def read(path: str | os.PathLike[str], /) -> list[Point]:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If a line is not a point.
+        ValueError: If the file cannot be read, or if a line is not a point.
     """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{os.fspath(path)} does not exist: pass the path that `tracked` got as `out`"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
     points: list[Point] = []
-    for number, line in enumerate(_whole(Path(path).read_bytes()).splitlines(), start=1):
+    for number, line in enumerate(_whole(content).splitlines(), start=1):
         try:
             point = _point(**json.loads(line))
         except (ValueError, TypeError) as error:

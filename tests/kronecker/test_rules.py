@@ -94,3 +94,12 @@ def test_rules_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     rule(Scale)(elementwise)
     with pytest.raises(NotImplementedError, match="at '2', does not differentiate .* 'log_scale'"):
         hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)
+
+
+def test_rules_are_for_calls_of_modules_and_functions() -> None:
+    with pytest.raises(TypeError, match="call must be a Call, not a tensor"):
+        elementwise(torch.ones(2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a module type"):
+        rule(Swish())
+    with pytest.raises(TypeError, match="the rule must be a function"):
+        rule(Swish)("elementwise")  # type: ignore[type-var]

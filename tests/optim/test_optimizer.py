@@ -144,6 +144,10 @@ def test_options_out_of_range_are_refused() -> None:
         made(lr=-1.0)
     with pytest.raises(ValueError, match="alpha=2.0"):
         made(alpha=2.0)
+    with pytest.raises(ValueError, match="requires_grad_"):
+        NewtonOptimizer(nn.Identity(), lambda params, batch: {})
+    with pytest.raises(TypeError, match="blocks must be a function"):
+        NewtonOptimizer(nn.Linear(1, 1), {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,11 @@ def test_momentum_raises_the_line() -> None:
     assert stability(0.1) == pytest.approx(20)
     assert stability(0.1, momentum=0.9) == pytest.approx(38)
     assert adam_stability(1e-3) == pytest.approx(38e3)
+    for rate in (stability, adam_stability):
+        with pytest.raises(ValueError, match="must be positive"):
+            rate(0.0)
+    with pytest.raises(ValueError, match="beta_1=1"):
+        adam_stability(0.1, beta_1=1)
 
 
 def grows(curvature: float, make: Callable[..., torch.optim.Optimizer]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hessfunc.compat.eigenthings.operator import Operator
 from hessfunc.compat.place import evaluated_loss
 from hessfunc.losses import LossFunction
+from hessfunc.options import at_least, tensor, validated
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.examples import examples, microbatches
 from hessfunc.transforms.batches.mean import over_batches
@@ -34,8 +35,12 @@ class HVPOperator(Operator):
         fp16: Whether products are rounded to float16.
         full_dataset: Whether each product uses all batches. Otherwise it uses the next batch.
         max_possible_gpu_samples: Largest number of examples in a piece of a batch.
+
+    Raises:
+        ValueError: If an option is out of range, or if no parameter requires a gradient.
     """
 
+    @validated
     def __init__(
         self,
         model: nn.Module,
@@ -46,8 +51,15 @@ class HVPOperator(Operator):
         full_dataset: bool = True,
         max_possible_gpu_samples: int = 256,
     ) -> None:
+        at_least(1, max_possible_gpu_samples=max_possible_gpu_samples)
+        entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if not entries:
+            raise ValueError(
+                f"no parameter of {type(model).__name__} requires a gradient: call "
+                "`model.requires_grad_()`"
+            )
+        super().__init__(entries)
         self.model = model.cuda() if use_gpu and torch.cuda.is_available() else model
-        super().__init__(sum(p.numel() for p in model.parameters() if p.requires_grad))
         self.dataloader = dataloader
         self.criterion = criterion
         self.use_gpu = use_gpu
@@ -60,11 +72,21 @@ class HVPOperator(Operator):
                 "the model is in train mode, but the Hessian is computed in eval mode, without "
                 "Dropout and with the running statistics of BatchNorm: call `model.eval()` first "
                 "to silence this warning",
-                stacklevel=2,
+                stacklevel=3,
             )
 
+    @validated(vec=tensor)
     def apply(self, vec: Tensor) -> Tensor:
-        """Return the product with one vector, for all batches or for the next one."""
+        """Return the product with one vector, for all batches or for the next one.
+
+        Raises:
+            ValueError: If the vector has another shape than ``(size,)``.
+        """
+        if vec.shape != (self.size,):
+            raise ValueError(
+                f"vec has shape {tuple(vec.shape)}, where ({self.size},) is expected: pass a flat "
+                "vector, in the order of torch.nn.utils.parameters_to_vector"
+            )
         draw = self.draws()
         matvec = self.matvec() if draw is None else draw(0)
         product = matvec(vec[None])[0]

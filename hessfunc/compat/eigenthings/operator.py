@@ -13,7 +13,7 @@ from torch import Tensor
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.compat.place import seed_of_stream
 from hessfunc.numerics import rounding
-from hessfunc.options import described
+from hessfunc.options import called, described, shape, tensor, validated
 from hessfunc.transforms.matvecs.arithmetic import batched
 from hessfunc.trees import Matvec
 
@@ -25,12 +25,18 @@ class Operator:
         size: Number of entries of a vector, or shape of the matrix.
     """
 
+    @validated(size=shape)
     def __init__(self, size: int | Sequence[int]) -> None:
+        if not all(entries > 0 for entries in ((size,) if isinstance(size, int) else size)):
+            raise ValueError(f"size={size}: pass a positive number of entries")
         self.size = size
 
     def apply(self, vec: Tensor) -> Tensor:
         """Return the product with one vector."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no method `apply`: define it, or use "
+            "LambdaOperator(function, size)"
+        )
 
     def matvec(self) -> Matvec:
         """Return the matvec on flat vector blocks, the same for each product."""
@@ -50,10 +56,12 @@ class Operator:
 class LambdaOperator(Operator):
     """Linear operator of a function of one vector."""
 
+    @validated(apply_fn=called, size=shape)
     def __init__(self, apply_fn: Callable[[Tensor], Tensor], size: int | Sequence[int]) -> None:
         super().__init__(size)
         self.apply_fn = apply_fn
 
+    @validated(vec=tensor)
     def apply(self, vec: Tensor) -> Tensor:
         """Return the product with one vector."""
         return self.apply_fn(vec)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
 from hessfunc.optim import schedules as schedules
 from hessfunc.optim.adversarial import Attack, fgsm
-from hessfunc.options import validated
+from hessfunc.options import text, validated, whole_number
 from hessfunc.tracking.undisturbed import undisturbed
 from hessfunc.training.dominant import Watch, watch
 from hessfunc.training.evaluation import evaluated
@@ -211,6 +211,7 @@ def test(model: nn.Module, test_loader: Iterable[Batch]) -> float:
     return accuracy
 
 
+@validated(current=whole_number, total=whole_number, msg=text)
 def progress_bar(current: int, total: int, msg: str | None = None) -> None:
     """Print the progress of an epoch on one line; ``current`` is counted from 0."""
     end = "\n" if current + 1 == total else "\r"

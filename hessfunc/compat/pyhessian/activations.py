@@ -12,6 +12,7 @@ from hessfunc.compat.place import seed_of_stream
 from hessfunc.compat.pyhessian.mean_loss import MeanLoss
 from hessfunc.losses import hold
 from hessfunc.modules import eval_mode
+from hessfunc.options import real, text, validated
 from hessfunc.selection import split
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.activations import activations
@@ -30,6 +31,7 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
         super().__init__(*args, **options)
         self._endings: list[str] = []
 
+    @validated(module_name=text)
     def insert_hook(self, module_name: str) -> None:
         """Choose all layers (modules without children) whose name ends with ``module_name``.
 
@@ -45,6 +47,7 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
             )
         self._endings.append(module_name)
 
+    @validated(tol=real)
     def trace_activ(self, maxIter: int = 100, tol: float = 1e-3) -> list[list[float]]:
         """Sample the trace of the Hessian with respect to the input of each chosen layer.
 
@@ -67,6 +70,7 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
         self.results["trace_activ"], samples = _sampled(*self._of_activations(), maxIter, tol)
         return samples
 
+    @validated(tol=real, param_name=text)
     def trace(
         self, maxIter: int = 100, tol: float = 1e-3, param_name: str = "conv.weight"
     ) -> list[list[float]]:

@@ -15,8 +15,8 @@ from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.autograd import differentiable_twice
 from hessfunc.compat.place import seed_of_stream
 from hessfunc.compat.pyhessian.mean_loss import MeanLoss
-from hessfunc.compat.pyhessian.vectors import group_product
-from hessfunc.options import real, validated
+from hessfunc.compat.pyhessian.vectors import group_product, refuse_unlike
+from hessfunc.options import real, tensors, validated
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.hessian import filled, hvp
 from hessfunc.transforms.matvecs.arithmetic import apply
@@ -120,8 +120,14 @@ class hessian(MeanLoss):  # noqa: N801
         self.results["density"] = density
         return density.nodes.tolist(), density.weights.tolist()
 
+    @validated(v=tensors)
     def dataloader_hv_product(self, v: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        """Return ``v'Hv`` and ``Hv``."""
+        """Return ``v'Hv`` and ``Hv``.
+
+        Raises:
+            ValueError: If v has other shapes than ``params``.
+        """
+        refuse_unlike(self.params, v=v)
         matvec, params = self.matvec()
         product = list(apply(matvec, dict(zip(params, v, strict=True))).values())
         return float(group_product(product, v)), product

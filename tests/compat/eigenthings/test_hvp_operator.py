@@ -103,3 +103,12 @@ def test_parameters_that_are_frozen_or_unused() -> None:
         torch.stack([found.apply(v) for v in torch.eye(20, dtype=torch.float64)]),
         dense(model, data()),
     )
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="vec has shape"):
+        HVPOperator(net(), [], cross_entropy).apply(torch.ones(1, 43, dtype=torch.float64))
+    with pytest.raises(ValueError, match="max_possible_gpu_samples=0"):
+        HVPOperator(net(), [], cross_entropy, max_possible_gpu_samples=0)
+    with pytest.raises(ValueError, match="requires_grad_"):
+        HVPOperator(net().requires_grad_(False), [], cross_entropy)

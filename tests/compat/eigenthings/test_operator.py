@@ -90,3 +90,12 @@ def test_float16_is_that_of_the_vectors() -> None:
     model = net(torch.float32)
     product = HVPOperator(model, loader(20, torch.float32), cross_entropy, fp16=True)
     assert product.apply(torch.ones(product.size).half()).dtype == torch.float16
+
+
+def test_an_operator_has_a_function_and_a_size() -> None:
+    with pytest.raises(TypeError, match="apply_fn must be a function"):
+        LambdaOperator(torch.ones(2, 2), 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="positive number of entries"):
+        LambdaOperator(torch.clone, (0, 0))
+    with pytest.raises(NotImplementedError, match="no method `apply`"):
+        Operator(2).apply(torch.ones(2))
