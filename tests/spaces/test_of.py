@@ -140,6 +140,8 @@ def test_inner_is_transformable() -> None:
     assert leaf.grad is not None
     assert leaf.grad.tolist() == [0, 1, 2, 3]
     assert leaf.grad.dtype == torch.float32
+    compiled = torch.compile(hf.inner, backend="eager", fullgraph=True)
+    assert float(compiled({"a": rows}, {"a": rows})) == pytest.approx(float(rows.square().sum()))
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,15 @@ def test_running_results_have_all_columns(solve: Solve) -> None:
     )
 
 
+@BOTH
+def test_an_asymmetric_matvec_is_refused_in_a_block_too(solve: Solve) -> None:
+    matrix = torch.randn(30, 30, generator=torch.Generator().manual_seed(0)).double()
+    matrix += 10 * torch.eye(30).double()
+    block = torch.randn(4, 30, generator=torch.Generator().manual_seed(1)).double()
+    with pytest.raises(ValueError, match="the matvec is not symmetric or not deterministic"):
+        solve(lambda rows: rows @ matrix, block, like=block[0])
+
+
 def test_a_block_of_scalars() -> None:
     # Without `like`, three scalars and one vector of three entries have the same shape.
     b = torch.tensor([1.0, 2.0, 3.0]).double()
