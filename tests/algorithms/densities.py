@@ -9,7 +9,7 @@ import torch
 
 import hessfunc as hf
 from hessfunc.algorithms.results import Density
-from tests.algorithms.spectra import spiked
+from tests.reference.spectra import spiked
 
 SPECTRUM = torch.linspace(-1, 3, 200)
 VECTOR = torch.zeros(200, dtype=torch.float64)

@@ -11,7 +11,7 @@ from hessfunc.algorithms.basis import Basis, orthonormal, project_out
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from tests.algorithms.far import counted_copies, every_basis_is_far
-from tests.algorithms.spectra import orthogonal
+from tests.reference.spectra import orthogonal
 
 N = 5000
 SPACE = space_of(torch.zeros(N))

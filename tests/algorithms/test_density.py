@@ -11,7 +11,7 @@ from hessfunc.algorithms import density
 from hessfunc.algorithms import offload as streamed
 from tests.algorithms.densities import GEOMETRIC, SPECTRUM, VECTOR, diagonal
 from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
-from tests.algorithms.spectra import spiked, symmetric
+from tests.reference.spectra import spiked, symmetric
 
 
 def test_weights_sum_to_one_and_moments_are_exact() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hessfunc as hf
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 20])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import hessfunc as hf
 from hessfunc.algorithms import matrix as module
 from tests import reference
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 N = 20
 MATRIX = torch.randn(N, N, generator=torch.Generator().manual_seed(0)).double()

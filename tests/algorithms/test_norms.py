@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import hessfunc as hf
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 N = 80
 MATRIX = symmetric(torch.linspace(-1, 4, N))

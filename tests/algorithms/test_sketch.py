@@ -10,7 +10,7 @@ from hessfunc.algorithms import sketch as sketches
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.sketch import Sketch
 from hessfunc.spaces.of import space_of
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 N = 300
 LIKE = {"a": torch.zeros(10, 10).double(), "b": torch.zeros(N - 100).double()}

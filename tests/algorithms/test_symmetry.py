@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 
 @pytest.mark.parametrize("estimate", [hf.hutchpp, hf.xtrace, hf.xnystrace, hf.xdiag])

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 import hessfunc as hf
 from hessfunc.algorithms.results import Result
 from hessfunc.trees import leaves, tree_map
+from tests.reference import spectra
 
 SIZES = (5, 3, 4, 1, 6, 2, 5)
 CURVATURES = ["hvp", "hvp forward", "ggnvp", "fvp", "sampled fvp", "efvp", "pchvp", "functional"]
@@ -64,12 +65,10 @@ def curvature(name: str) -> Any:
 
 def symmetric(n: int = 37, *, positive: bool = False) -> Tensor:
     """With eigenvalues that decay from 10 on, of both signs unless positive."""
-    generator = torch.Generator().manual_seed(4)
-    basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
     values = 10 * 0.8 ** torch.arange(n, dtype=torch.float64)
     if not positive:
         values[1::3] *= -1
-    return (basis * values) @ basis.mT
+    return spectra.symmetric(values, seed=4)
 
 
 def like(n: int = 37) -> dict[str, Tensor]:

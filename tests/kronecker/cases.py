@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from tests.cases import Residual
-from tests.reference import hessian
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,6 @@ def net(
             targets = torch.rand_like(outputs)
     model_fn, params = hf.functional(model)
     return Net(model, hf.supervised(model_fn, criterion), params, (inputs, targets))
-
-
-def exact_blocks(loss: hf.Loss, params: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
-    """The diagonal blocks of the Hessian, from its entries."""
-    whole = hessian(loss, dict(params), batch)
-    sizes = [leaf.numel() for leaf in params.values()]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return {
-        name: whole[start : start + size, start : start + size]
-        for name, start, size in zip(params, starts, sizes, strict=True)
-    }
 
 
 def dense(blocks: hf.kronecker.Blocks) -> dict[str, Tensor]:

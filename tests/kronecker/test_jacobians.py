@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import hessfunc as hf
 from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, Jacobian, OfAll, Selection
 from tests.kronecker.cases import Net, dense, largest_error, net
-from tests.kronecker.reference import backpropagated
+from tests.reference.backpropagation import backpropagated
 
 AVERAGES = list(product([True, False], repeat=2))
 MODES = ("none", "zero", "clip", "abs")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import hessfunc as hf
 from tests.cases import Residual
-from tests.kronecker.cases import dense, eight_rows, exact_blocks, largest_error, net
+from tests.kronecker.cases import dense, eight_rows, largest_error, net
+from tests.reference.backpropagation import exact_blocks
 
 
 @pytest.mark.parametrize(("at_most", "expected"), [(3, 3), (5, 4), (10, 8), (1, 1)])

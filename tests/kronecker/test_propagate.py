@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from tests.cases import Residual
-from tests.kronecker.cases import LAYERS, dense, eight_rows, exact_blocks, largest_error, net
+from tests.kronecker.cases import LAYERS, dense, eight_rows, largest_error, net
+from tests.reference.backpropagation import exact_blocks
 
 
 def test_linear_layer_under_the_squared_norm() -> None:

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.kronecker import Call, Layer, by_autodiff, elementwise, rule, rules
-from tests.kronecker.cases import LAYERS, Net, dense, exact_blocks, largest_error, net
+from tests.kronecker.cases import LAYERS, Net, dense, largest_error, net
+from tests.reference.backpropagation import exact_blocks
 
 
 @pytest.mark.parametrize("averages", [(True, True), (False, False)], ids=["averaged", "each"])

@@ -37,11 +37,6 @@ class Dense:
         return torch.linalg.solve(damped, rows.mT).mT.reshape(vectors.shape)
 
 
-def positive(n: int, seed: int = 0) -> Tensor:
-    factor = torch.randn(n, n, generator=torch.Generator().manual_seed(seed)).double()
-    return factor @ factor.mT + torch.eye(n)
-
-
 def once(
     method: Newton,
     gradients: Mapping[str, Tensor],

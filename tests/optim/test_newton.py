@@ -15,7 +15,8 @@ from hessfunc.app.problems.nets import mlp
 from hessfunc.optim.newton import NewtonState, newton
 from hessfunc.optim.solvers import conjugate_gradients, direct
 from hessfunc.transforms.exact_blocks import exact_blocks
-from tests.optim.problem import CURVATURES, Dense, once, positive, problem
+from tests.optim.problem import CURVATURES, Dense, once, problem
+from tests.reference.spectra import positive_definite
 
 EXACT = conjugate_gradients(rtol=1e-12, atol=0)
 
@@ -32,7 +33,7 @@ def test_one_step_by_hand(solve: Any) -> None:
 
 
 def test_a_quadratic_of_one_block_is_solved_in_one_step() -> None:
-    A = positive(6)
+    A = positive_definite(6)
 
     def loss(params: Mapping[str, Tensor], batch: Tensor) -> Tensor:
         x = params["x"].flatten() - batch

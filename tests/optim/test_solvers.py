@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hessfunc.optim.newton import newton
 from hessfunc.optim.solvers import conjugate_gradients, direct
-from tests.optim.problem import Dense, once, positive
+from tests.optim.problem import Dense, once
+from tests.reference.spectra import positive_definite
 
 EXACT = conjugate_gradients(rtol=1e-12, atol=0)
 
@@ -19,7 +20,7 @@ EXACT = conjugate_gradients(rtol=1e-12, atol=0)
 def test_direct_and_conjugate_gradients_agree(alpha: float) -> None:
     params = {"w": torch.randn(2, 3).double(), "c": torch.randn(()).double()}
     gradients = {name: torch.randn_like(leaf) for name, leaf in params.items()}
-    blocks = {"w": Dense(positive(6)), "c": Dense(positive(1))}
+    blocks = {"w": Dense(positive_definite(6)), "c": Dense(positive_definite(1))}
     found = [
         once(newton(lr=0.5, alpha=alpha, solve=solve), gradients, params, blocks)
         for solve in (EXACT, direct())

@@ -13,14 +13,12 @@ from hessfunc.transforms import positive_curvature as positive_curvature_module
 from tests.cases import Residual, case, dense_hessian
 from tests.reference import (
     block_diagonal,
-    flat,
     gauss_newton,
-    gradient,
     hessian,
-    jacobian,
     matrix,
     relative_error,
 )
+from tests.reference.backpropagation import positive_curvature
 
 Kind = Literal["abs", "clip", "zero", "none"]
 KINDS: tuple[Kind, ...] = ("abs", "clip", "zero", "none")
@@ -114,32 +112,6 @@ REFERENCES: dict[str, Callable[[], Net]] = {
     "layer norm residual": lambda: residual_of(layer_norm),
     "softmax mlp": lambda: mlp_of(softmax),
 }
-
-
-def replaced(curvature: Tensor, kind: Kind) -> Tensor:
-    """A symmetric matrix with a function of its eigenvalues; a diagonal one entry by entry."""
-    values, vectors = torch.linalg.eigh(curvature)
-    of = {"abs": values.abs(), "clip": values.relu(), "zero": 0 * values, "none": values}
-    return vectors @ torch.diag(of[kind]) @ vectors.mT
-
-
-def positive_curvature(net: Net, kind: Kind) -> Tensor:
-    """Example by example, with a dense Jacobian of every activation."""
-    total = gauss_newton(net.loss, net.params, net.batch)
-    x, y = net.batch
-    for one, target in zip(x.split(1), y.split(1), strict=True):
-
-        def loss(offsets: Any, _: Any, one: Tensor = one, target: Tensor = target) -> Tensor:
-            return F.cross_entropy(net.moved(offsets, one), target) / len(y)
-
-        read = net.read(net.params, one)
-        offsets = [torch.zeros_like(net.activation(a)) for a in read]
-        slopes = gradient(loss, offsets, None).split([o.numel() for o in offsets])
-        for i, (a, slope) in enumerate(zip(read, slopes, strict=True)):
-            curvature = hessian(lambda a, g: (flat(net.activation(a)) * g).sum(), a, slope)
-            J = jacobian(lambda p, one=one, i=i: net.read(p, one)[i], net.params)
-            total = total + J.mT @ replaced(curvature, kind) @ J
-    return block_diagonal(total, net.params)
 
 
 @pytest.mark.parametrize("kind", KINDS)

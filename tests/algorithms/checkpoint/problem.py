@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 

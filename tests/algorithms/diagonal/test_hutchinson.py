@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hessfunc as hf
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 N = 80
 MATRIX = symmetric(torch.linspace(-1, 4, N))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.randomness import seeded
-from tests.algorithms.spectra import SPECTRUM, VECTOR, decaying, measured_residuals, symmetric
+from tests.reference.spectra import SPECTRUM, VECTOR, decaying, measured_residuals, symmetric
 
 
 def expected(eigenvalues: Tensor, which: str, k: int) -> Tensor:

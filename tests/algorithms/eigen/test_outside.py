@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from tests.algorithms.spectra import SPECTRUM, VECTOR, symmetric
+from tests.reference.spectra import SPECTRUM, VECTOR, symmetric
 
 BULK = torch.linspace(-0.1, 0.1, 198, dtype=torch.float64)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.memory import Footprint
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 SPECTRUM = torch.cat([torch.linspace(-1, 1, 90), torch.tensor([-9.0, 7.0, 5.0, -4.0])])
 VECTOR = torch.zeros(len(SPECTRUM), dtype=torch.float64)

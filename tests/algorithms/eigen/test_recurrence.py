@@ -13,7 +13,7 @@ from hessfunc.algorithms import offload as streamed
 from hessfunc.algorithms.eigen import lanczos, recurrence
 from hessfunc.memory import Footprint
 from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
-from tests.algorithms.spectra import SPECTRUM, VECTOR, measured_residuals, symmetric
+from tests.reference.spectra import SPECTRUM, VECTOR, measured_residuals, symmetric
 
 
 def test_a_bfloat16_basis_has_honest_residuals_and_takes_half_of_the_memory() -> None:

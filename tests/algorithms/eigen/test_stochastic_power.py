@@ -13,8 +13,8 @@ from torch import Tensor
 import hessfunc as hf
 from hessfunc.algorithms.eigen.stochastic_power import stochastic_power_iteration
 from hessfunc.transforms.batches.draws import draws
-from tests.algorithms.spectra import symmetric
 from tests.cases import case, dense_hessian
+from tests.reference.spectra import symmetric
 
 N = 60
 LIKE = torch.zeros(N, dtype=torch.float64)

@@ -20,7 +20,7 @@ from tests.algorithms.densities import (
     of_nodes,
     spiked_spectrum,
 )
-from tests.algorithms.spectra import spiked, symmetric
+from tests.reference.spectra import spiked, symmetric
 
 
 def shares(draws: int, probes: int, n: int, seed: int = 0) -> torch.Tensor:

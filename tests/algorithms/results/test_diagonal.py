@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import hessfunc as hf
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 
 def test_a_saved_diagonal_is_the_same(tmp_path: object) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from tests.algorithms.spectra import symmetric
 from tests.cases import Case, case
 from tests.reference import gauss_newton
+from tests.reference.spectra import symmetric
 
 LIKE = {"a": torch.zeros(10).double(), "b": torch.zeros(50).double()}
 MATRIX = symmetric(torch.linspace(-1, 4, 60))

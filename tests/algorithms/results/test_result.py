@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hessfunc as hf
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 MATVEC = hf.dense(symmetric(torch.arange(1.0, 9.0)))
 LIKE = {"layer": {"weight": torch.zeros(2, 3).double()}, "bias": torch.zeros(2).double()}

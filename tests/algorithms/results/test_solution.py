@@ -9,7 +9,7 @@ import torch
 import hessfunc as hf
 from hessfunc.algorithms.results import Solution
 from hessfunc.algorithms.solve.cg import cg
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 SPECTRUM = torch.logspace(-2, 1, 80).double()
 MATRIX = symmetric(SPECTRUM)

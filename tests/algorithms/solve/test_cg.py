@@ -18,7 +18,7 @@ from hessfunc.algorithms.solve import cg as module
 from hessfunc.algorithms.solve import solver
 from hessfunc.algorithms.solve.cg import cg
 from hessfunc.algorithms.solve.system import Steps, System
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 SPECTRUM = torch.logspace(-2, 1, 80).double()
 MATRIX = symmetric(SPECTRUM)

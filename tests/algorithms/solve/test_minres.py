@@ -15,7 +15,7 @@ from hessfunc.algorithms.solve import minres as module
 from hessfunc.algorithms.solve.minres import minres
 from hessfunc.algorithms.solve.solver import together
 from hessfunc.algorithms.solve.system import Steps, System
-from tests.algorithms.spectra import orthogonal, symmetric
+from tests.reference.spectra import orthogonal, symmetric
 
 POSITIVE = torch.logspace(-1, 1, 80).double()
 INDEFINITE = POSITIVE * torch.tensor([1.0, -1.0]).double().repeat(40)

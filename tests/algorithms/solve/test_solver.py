@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.algorithms.results import Solution
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 Solve = Callable[..., Solution]
 BOTH = pytest.mark.parametrize("solve", [hf.cg, hf.minres])

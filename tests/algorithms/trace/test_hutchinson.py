@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hessfunc as hf
-from tests.algorithms.spectra import symmetric
+from tests.reference.spectra import symmetric
 
 MATRIX = symmetric(torch.linspace(-1, 4, 80))
 LIKE = {"a": torch.zeros(3, 10).double(), "b": torch.zeros(50).double()}

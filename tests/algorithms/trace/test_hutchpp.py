@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hessfunc as hf
-from tests.algorithms.spectra import decaying, symmetric
+from tests.reference.spectra import decaying, symmetric
 
 N = 200
 LIKE = {"a": torch.zeros(10, 10).double(), "b": torch.zeros(N - 100).double()}

@@ -21,9 +21,9 @@ from hessfunc.app.problems.nets import mlp
 from hessfunc.randomness import seeded
 from hessfunc.transforms.batches.draws import draws
 from hessfunc.trees import Matvec
-from tests.algorithms.spectra import symmetric
 from tests.cases import case, closed_form, dense_hessian
 from tests.graphs import counted_graphs
+from tests.reference.spectra import symmetric
 
 N = 40
 LIKE = torch.zeros(N).double()

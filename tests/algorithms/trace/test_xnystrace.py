@@ -6,7 +6,7 @@ import torch
 import hessfunc as hf
 from hessfunc.algorithms.trace import xnystrace
 from hessfunc.spaces.of import space_of
-from tests.algorithms.spectra import decaying, symmetric
+from tests.reference.spectra import decaying, symmetric
 
 N = 200
 LIKE = {"a": torch.zeros(10, 10).double(), "b": torch.zeros(N - 100).double()}

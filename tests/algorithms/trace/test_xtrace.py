@@ -9,7 +9,7 @@ from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.sketch import Sketch, SketchedProbes
 from hessfunc.algorithms.trace import xtrace
 from hessfunc.spaces.of import space_of
-from tests.algorithms.spectra import decaying, symmetric
+from tests.reference.spectra import decaying, symmetric
 
 N = 300
 INDEX = torch.arange(1.0, N + 1).double()

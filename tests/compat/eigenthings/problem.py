@@ -12,15 +12,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import hessfunc as hf
 from hessfunc.compat.eigenthings import LambdaOperator
 from tests.reference import hessian
+from tests.reference.spectra import symmetric
 
 SPECTRUM = torch.tensor([5.0, -4.0, 3.0, 2.0, -1.0, 0.5, 0.2, 0.1])
 
 
 def matrix() -> Tensor:
-    """A symmetric float32 matrix of that spectrum."""
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator)).Q
-    return (basis * SPECTRUM.double()) @ basis.mT
+    """A symmetric matrix of that spectrum."""
+    return symmetric(SPECTRUM)
 
 
 def operator(of: Tensor | None = None) -> LambdaOperator:

@@ -55,3 +55,9 @@ def decaying(n: int) -> dict[str, Tensor]:
 def measured_residuals(matrix: Tensor, found: hf.results.Eigenpairs) -> Tensor:
     images = found.vectors.double() @ matrix
     return (images - found.values[:, None] * found.vectors.double()).norm(dim=1)
+
+
+def positive_definite(n: int, seed: int = 0) -> Tensor:
+    """A positive definite matrix, its eigenvalues at least 1."""
+    factor = torch.randn(n, n, generator=torch.Generator().manual_seed(seed)).double()
+    return factor @ factor.mT + torch.eye(n)
