@@ -1,4 +1,10 @@
-"""Training of a small classifier, for problems without pretrained weights."""
+"""Training of a small classifier, for problems without pretrained weights.
+
+`hessfunc.training.loop.train` draws the order of the examples and the numbers of layers from
+streams of their own, which a checkpoint keeps. The weights of these problems come from torch's
+seeded stream and a cosine schedule, and their published curvature depends on every bit of them.
+Both trainings make the same `Steps`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessfunc.randomness import seeded
+from hessfunc.training.evaluation import evaluated
 from hessfunc.training.examples import Examples
+from hessfunc.training.steps import first_order
 
 
 def train(
@@ -40,6 +48,9 @@ def train(
         seed: Seed of the initial weights and of the order of the examples.
         on_epoch: Function that is called with the number of finished epochs and the mean loss
             over the last epoch.
+
+    Raises:
+        FloatingPointError: If the loss of a batch is not finite.
     """
     with seeded(seed):
         model = make_model().train()
@@ -47,26 +58,18 @@ def train(
             model.parameters(), lr, momentum=momentum, weight_decay=weight_decay
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+        steps = first_order(model, optimizer)
         for epoch in range(epochs):
-            order = torch.randperm(len(examples))
             total = 0.0
-            for batch in order.split(batch_size):
-                loss = F.cross_entropy(model(examples.inputs[batch]), examples.targets[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += loss.item() * len(batch)
+            for batch in torch.randperm(len(examples)).split(batch_size):
+                step = steps([(examples.inputs[batch], examples.targets[batch])])
+                total += step.loss * len(batch)
             schedule.step()
             if on_epoch is not None:
                 on_epoch(epoch + 1, total / len(examples))
     return model.eval()
 
 
-def accuracy(model: nn.Module, examples: Examples, *, batch_size: int = 500) -> float:
-    """Return the share of correctly classified examples, in the current mode of the model."""
-    with torch.no_grad():
-        hits = sum(
-            int((model(inputs).argmax(-1) == targets).sum())
-            for inputs, targets in examples.batches(batch_size)
-        )
-    return hits / len(examples)
+def accuracy(model: nn.Module, examples: Examples) -> float:
+    """Return the fraction of correctly classified examples, in eval mode."""
+    return evaluated(model, examples, F.cross_entropy).accuracy
