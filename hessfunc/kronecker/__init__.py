@@ -1,14 +1,7 @@
 """Structured diagonal blocks of curvature matrices: Hessian backpropagation, KFAC and others."""
 
-from hessfunc.kronecker.blocks import (
-    Block,
-    Blocks,
-    Congruence,
-    Dense,
-    DirectSum,
-    Eigenbasis,
-    Kronecker,
-)
+from hessfunc.kronecker.blocks import Block, Blocks
+from hessfunc.kronecker.factored_blocks import Congruence, Dense, DirectSum, Eigenbasis, Kronecker
 from hessfunc.kronecker.factors import ekfac, kfac, kflr, kfra
 from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, Jacobian, OfAll, Selection
 from hessfunc.kronecker.layer import Call, Dependence, General, Layer, SharedWeight

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hessfunc.memory import AT_ONCE, refuse_unless_fits
+from hessfunc.memory import refuse_unless_fits
 from hessfunc.options import tensor, tree, validated
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Tree
@@ -34,7 +34,7 @@ class Spectrum:
     lift: Callable[[Tensor], Tensor]
 
 
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decomposition(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the eigenvalues ``(..., n)``, their rounding ``(..., 1)``, and the eigenvectors.
 
     Negative eigenvalues within rounding of zero are set to zero, so that a positive semi-definite
@@ -149,7 +149,7 @@ class Block(ABC):
         return self._decomposed()
 
     def _decomposed(self) -> Spectrum:
-        values, rounding, vectors = _eigh(self.dense())
+        values, rounding, vectors = decomposition(self.dense())
         return Spectrum(
             values,
             rounding.expand_as(values),
@@ -168,255 +168,6 @@ class Block(ABC):
 
     @abstractmethod
     def _dense(self) -> Tensor: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Dense(Block):
-    """Diagonal block without structure.
-
-    Attributes:
-        matrix: Symmetric matrix ``(n, n)``.
-        shape: Shape of the parameter.
-    """
-
-    matrix: Tensor
-    shape: torch.Size
-
-    def trace(self) -> float:
-        return float(self.matrix.diagonal().double().sum())
-
-    def _product(self, rows: Tensor) -> Tensor:
-        return rows @ self.matrix
-
-    def _dense(self) -> Tensor:
-        return self.matrix
-
-    @property
-    def _like(self) -> Tensor:
-        return self.matrix
-
-
-@dataclass(frozen=True, eq=False)
-class Kronecker(Block):
-    """Kronecker product ``B_g (x) A_g`` for each group g.
-
-    The product with a weight ``V_g (O, K)`` is ``B_g V_g A_g``.
-
-    Attributes:
-        left: Factors B on the outputs, ``(G, O, O)``.
-        right: Factors A on the inputs, ``(G, K, K)``.
-        shape: Shape of the parameter.
-    """
-
-    left: Tensor
-    right: Tensor
-    shape: torch.Size
-
-    def trace(self) -> float:
-        # tr(B (x) A) = tr(B) tr(A), summed over the groups.
-        left, right = (
-            factor.diagonal(dim1=1, dim2=2).double().sum(1) for factor in (self.left, self.right)
-        )
-        return float(left @ right)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        # (B (x) A) vec(V) = vec(B V A') with V flattened row by row, and A is symmetric.
-        weights = _weights(rows, self.left, self.right)
-        return (self.left @ weights @ self.right).flatten(1)
-
-    def _dense(self) -> Tensor:
-        pairs = zip(self.left, self.right, strict=True)
-        return torch.block_diag(*(torch.kron(left, right) for left, right in pairs))
-
-    def _decomposed(self) -> Spectrum:
-        # B = L diag(b) L' and A = R diag(a) R' give B (x) A = (L (x) R) diag(b (x) a) (L (x) R)'.
-        # To first order, the error of a product b a is |da| |b| + |db| |a|.
-        (b, b_rounding, left), (a, a_rounding, right) = _eigh(self.left), _eigh(self.right)
-        b, a = b[:, :, None], a[:, None, :]
-        rounding = b_rounding[:, :, None] * a.abs() + b.abs() * a_rounding[:, None, :]
-        return _in_basis(b * a, rounding, left, right)
-
-    @property
-    def _like(self) -> Tensor:
-        return self.left
-
-
-@dataclass(frozen=True, eq=False)
-class Eigenbasis(Block):
-    """Matrix ``U diag(s) U'`` whose eigenvectors are Kronecker products ``U_g = L_g (x) R_g``.
-
-    Attributes:
-        left: Orthogonal matrices L, ``(G, O, O)``.
-        right: Orthogonal matrices R, ``(G, K, K)``.
-        values: Eigenvalues s, ``(G, O, K)``.
-        shape: Shape of the parameter.
-    """
-
-    left: Tensor
-    right: Tensor
-    values: Tensor
-    shape: torch.Size
-
-    def trace(self) -> float:
-        return float(self.values.double().sum())
-
-    def _product(self, rows: Tensor) -> Tensor:
-        return self._spectrum.lift(self._spectrum.project(rows) * self._spectrum.values)
-
-    def _dense(self) -> Tensor:
-        bases = [torch.kron(*pair) for pair in zip(self.left, self.right, strict=True)]
-        pairs = zip(bases, self.values.flatten(1), strict=True)
-        return torch.block_diag(*((basis * values) @ basis.mT for basis, values in pairs))
-
-    def _decomposed(self) -> Spectrum:
-        # The eigenvalues are sums of squares: the error of each is relative to its own size.
-        rounding = torch.finfo(self.values.dtype).eps * self.values.abs()
-        return _in_basis(self.values, rounding, self.left, self.right)
-
-    @property
-    def _like(self) -> Tensor:
-        return self.values
-
-
-def _in_basis(values: Tensor, rounding: Tensor, left: Tensor, right: Tensor) -> Spectrum:
-    """Return the spectrum with eigenvalues ``(G, O, K)`` and eigenvectors ``L_g (x) R_g``."""
-    # (L (x) R)' vec(V) = vec(L' V R), and (L (x) R) vec(V) = vec(L V R').
-    return Spectrum(
-        values.flatten(),
-        rounding.flatten(),
-        lambda rows: (left.mT @ _weights(rows, left, right) @ right).flatten(1),
-        lambda rows: (left @ _weights(rows, left, right) @ right.mT).flatten(1),
-    )
-
-
-def _weights(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """View rows ``(k, n)`` as weights ``(k, G, O, K)``."""
-    return rows.reshape(len(rows), len(left), left.shape[-1], right.shape[-1])
-
-
-@dataclass(frozen=True, eq=False)
-class Congruence(Block):
-    """Mean congruence ``mean_m J_m' H J_m``, where J_m maps a shared weight to its outputs.
-
-        z[g, o, p] = sum_k W[g, o, k] X_m[g, k, p]
-
-    Here g counts the groups, o the outputs of a group, k its inputs, and p the positions. A linear
-    layer has one group and one position; a convolution has one position for each output pixel.
-
-    Attributes:
-        hessian: Matrix H on the outputs, ``(G O P, G O P)``.
-        inputs: Inputs X, ``(M, G, K, P)``.
-        shape: Shape of the parameter.
-    """
-
-    hessian: Tensor
-    inputs: Tensor
-    shape: torch.Size
-
-    def trace(self) -> float:
-        # tr(J'HJ) = sum_gpq (sum_o H[g, o, p, g, o, q]) (sum_k X[g, k, p] X[g, k, q]).
-        groups, outputs, positions = self._sizes
-        view = self.hessian.view(groups, outputs, positions, groups, outputs, positions)
-        summed = torch.einsum("gopgoq->gpq", view)
-        seconds = torch.einsum("mgkp,mgkq->gpq", self.inputs, self.inputs)
-        return float((summed.double() * seconds.double()).sum() / len(self.inputs))
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        """Numbers of groups, of outputs in a group, and of positions."""
-        _, groups, _, positions = self.inputs.shape
-        return groups, len(self.hessian) // (groups * positions), positions
-
-    def _product(self, rows: Tensor) -> Tensor:
-        groups, outputs, positions = self._sizes
-        weights = rows.view(len(rows), groups, outputs, self.inputs.shape[2])
-        most = max(1, AT_ONCE // max(1, len(rows) * len(self.hessian)))
-        total = torch.zeros_like(weights)
-        for inputs in self.inputs.split(most):
-            # J v, H (J v), and J' (H J v), for the inputs of this chunk.
-            outer = torch.einsum("vgok,mgkp->mvgop", weights, inputs).flatten(2) @ self.hessian
-            outer = outer.view(*outer.shape[:2], groups, outputs, positions)
-            total += torch.einsum("mvgop,mgkp->vgok", outer, inputs)
-        return (total / len(self.inputs)).reshape(rows.shape)
-
-    def _dense(self) -> Tensor:
-        groups, outputs, positions = self._sizes
-        view = self.hessian.view(groups * outputs, positions, groups * outputs, positions)
-        total = self.hessian.new_zeros(groups, outputs, self.inputs.shape[2], self.n)
-        for inputs in self.inputs:
-            # H J, then J' (H J). Row a = (g, o) of J takes the inputs of its group g.
-            each = inputs.repeat_interleave(outputs, dim=0)
-            right = torch.einsum("apbq,bkq->apbk", view, each).reshape(
-                groups, outputs, positions, self.n
-            )
-            total += torch.einsum("gkp,gopn->gokn", inputs, right)
-        return total.view(self.n, self.n) / len(self.inputs)
-
-    def _decomposed(self) -> Spectrum:
-        """Return the spectrum from a matrix on the outputs if this is smaller than the block."""
-        groups, outputs, positions = self._sizes
-        if len(self.inputs) > 1 or positions >= self.inputs.shape[2]:
-            return super()._decomposed()
-        # X_g = U_g S_g V_g' gives J'HJ = (I (x) U) (S V' H V S) (I (x) U)'. The columns of U are
-        # orthonormal, so that the eigenvalues of S V' H V S are those of the block, up to zeros.
-        left, size, right = torch.linalg.svd(self.inputs[0], full_matrices=False)
-        scaled = (size[..., None] * right).repeat_interleave(outputs, dim=0)
-        view = self.hessian.view(groups * outputs, positions, groups * outputs, positions)
-        inner = torch.einsum("arp,apbq,bsq->arbs", scaled, view, scaled)
-        values, rounding, vectors = _eigh(inner.reshape(self.hessian.shape))
-
-        def project(rows: Tensor) -> Tensor:
-            weights = rows.view(len(rows), groups, outputs, left.shape[1])
-            return (weights @ left).reshape(len(rows), len(vectors)) @ vectors
-
-        def lift(rows: Tensor) -> Tensor:
-            inner = (rows @ vectors.mT).view(len(rows), groups, outputs, left.shape[2])
-            return (inner @ left.mT).reshape(len(rows), self.n)
-
-        return Spectrum(values, rounding.expand_as(values), project, lift)
-
-    @property
-    def _like(self) -> Tensor:
-        return self.hessian
-
-
-@dataclass(frozen=True, eq=False)
-class DirectSum(Block):
-    """Direct sum of diagonal blocks, each on consecutive rows of one parameter.
-
-    Attributes:
-        parts: Diagonal blocks, in the order of the rows.
-        shape: Shape of the parameter.
-    """
-
-    parts: tuple[Block, ...]
-    shape: torch.Size
-
-    def trace(self) -> float:
-        return math.fsum(part.trace() for part in self.parts)
-
-    @validated(block=tensor)
-    def inverse_matvec(self, block: Tensor, damping: float, /) -> Tensor:
-        return self._each(block, lambda part, rows: part.inverse_matvec(rows, damping))
-
-    @validated
-    def logdet(self, damping: float = 0.0, /) -> float:
-        return math.fsum(part.logdet(damping) for part in self.parts)
-
-    def _each(self, block: Tensor, fn: Callable[[Block, Tensor], Tensor]) -> Tensor:
-        pieces = block.split([part.shape[0] for part in self.parts], dim=1)
-        return torch.cat([fn(p, rows) for p, rows in zip(self.parts, pieces, strict=True)], dim=1)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        block = rows.view(len(rows), *self.shape)
-        return self._each(block, lambda part, piece: part.matvec(piece)).flatten(1)
-
-    def _dense(self) -> Tensor:
-        return torch.block_diag(*(part.dense() for part in self.parts))
-
-    @property
-    def _like(self) -> Tensor:
-        return self.parts[0]._like
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hessfunc.kronecker.blocks import Block, Congruence, Dense, DirectSum, Kronecker
+from hessfunc.kronecker.blocks import Block
+from hessfunc.kronecker.factored_blocks import Congruence, Dense, DirectSum, Kronecker
 from hessfunc.kronecker.jacobians import EachExample, Jacobian
 from hessfunc.options import described
-from hessfunc.transforms.positive_curvature import Residual, positive
+from hessfunc.transforms.taps import Residual, positive
 
 
 @dataclass(frozen=True)

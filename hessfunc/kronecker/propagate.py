@@ -28,7 +28,7 @@ from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.output_hessians import mean_hessian, warn_if_zero
-from hessfunc.transforms.positive_curvature import Residual
+from hessfunc.transforms.taps import Residual
 
 BlockCurvature: TypeAlias = Callable[[Mapping[str, Tensor], Any], Blocks]
 

@@ -21,7 +21,8 @@ from hessfunc.training.steps import Batch, Spent, Steps, first_order
 from hessfunc.transforms.exact_blocks import exact_blocks
 from hessfunc.transforms.gauss_newton import ggnvp
 from hessfunc.transforms.hessian import hvp
-from hessfunc.transforms.positive_curvature import Residual, pchvp
+from hessfunc.transforms.positive_curvature import pchvp
+from hessfunc.transforms.taps import Residual
 
 Blocks: TypeAlias = Callable[[Mapping[str, Tensor], Any], Mapping[str, Any]]
 

@@ -24,16 +24,6 @@ def shared(groups: int, outputs: int, fan_in: int, positions: int, examples: int
     return Congruence(hessian, inputs, torch.Size((groups * outputs, fan_in)))
 
 
-def jacobian(inputs: Tensor, outputs: int) -> Tensor:
-    """Of z[g, o, p] = sum_k W[g, o, k] X[g, k, p], entry by entry."""
-    groups, fan_in, positions = inputs.shape
-    found = inputs.new_zeros(groups, outputs, positions, groups, outputs, fan_in)
-    for g in range(groups):
-        for o in range(outputs):
-            found[g, o, :, g, o, :] = inputs[g].mT
-    return found.reshape(groups * outputs * positions, -1)
-
-
 def rotation(*batch: int, n: int) -> Tensor:
     return torch.linalg.eigh(matrix(*batch, n=n, seed=7)).eigenvectors
 
@@ -103,13 +93,6 @@ def test_algorithms_take_the_matvec(block: Block) -> None:
     b = random(*block.shape)
     found = hf.cg(block.matvec, b, damping=100.0, rtol=1e-12).x
     torch.testing.assert_close(found, block.inverse_matvec(b[None], 100.0)[0])
-
-
-def test_congruence_is_the_mean_over_examples() -> None:
-    block = BLOCKS["each example"]
-    assert isinstance(block, Congruence)
-    parts = [jacobian(x, 2).mT @ block.hessian @ jacobian(x, 2) for x in block.inputs]
-    torch.testing.assert_close(block.dense(), torch.stack(parts).mean(0))
 
 
 def test_singular_matrices_are_refused() -> None:

@@ -137,6 +137,8 @@ def ignored(case: Net) -> Net:
 
 
 LAST = torch.tensor([3])
+
+
 LIKELIHOODS = {
     "cross-entropy": perceptron(4),
     "ignored": ignored(perceptron(4)),
@@ -341,69 +343,6 @@ def test_ekfac_has_the_trace_of_a_weight_that_is_used_more_than_once(make, shari
         hf.kronecker.kfra(case.loss, case.model)(case.params, case.batch)
 
 
-def test_calls_of_a_module_are_positions_of_one_call() -> None:
-    """A layer on two tensors, one after another, is the layer on both of them stacked."""
-
-    class Halves(nn.Module):
-        def __init__(self, together: bool) -> None:
-            super().__init__()
-            self.layer, self.head, self.together = nn.Linear(2, 3), nn.Linear(3, 3), together
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.together:
-                z = self.layer(x.unflatten(1, (2, 2)))
-            else:
-                z = torch.stack([self.layer(x[:, :2]), self.layer(x[:, 2:])], 1)
-            return self.head(torch.tanh(z).prod(1))
-
-    for of in (
-        hf.kronecker.kflr,
-        hf.kronecker.ekfac,
-        partial(hf.kronecker.kfac, seed=0, samples=3),
-    ):
-        for sharing in ("expand", "reduce"):
-            one, other = (
-                of(case.loss, case.model, sharing=sharing)(case.params, case.batch)
-                for case in (net(partial(Halves, t), 4, examples=3) for t in (True, False))
-            )
-            for name in one:
-                torch.testing.assert_close(one[name].dense(), other[name].dense())
-
-
-def test_a_weight_that_is_used_by_a_function_too_is_refused() -> None:
-    class Hidden(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(torch.tanh(self.layer(x)), self.layer.weight)
-
-    case = net(Hidden, 3, examples=2)
-    for of in (hf.kronecker.kflr, hf.kronecker.ekfac, hf.kronecker.kfac):
-        with pytest.raises(ValueError, match=r"'layer.weight' is also used outside.*`hold`"):
-            of(case.loss, case.model)(case.params, case.batch)
-
-
-def test_a_weight_of_layers_of_different_kinds_is_refused() -> None:
-    class Head(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.tanh(self.embedding(x)))
-
-    model = Head().double()
-    model_fn, params = hf.functional(model)
-    loss = hf.supervised(model_fn, F.cross_entropy)
-    with pytest.raises(
-        NotImplementedError, match="'embedding' is a Embedding: hold such parameters"
-    ):
-        hf.kronecker.ekfac(loss, model)(params, (torch.tensor([0, 1]), torch.tensor([1, 2])))
-
-
 class Mixing(nn.Module):
     """Positions that see each other, between two layers on each position."""
 
@@ -471,30 +410,6 @@ def test_a_criterion_that_couples_examples_is_refused() -> None:
     for of in (hf.kronecker.kflr, hf.kronecker.ekfac):
         with pytest.raises(ValueError, match="couple examples"):
             of(case.loss, case.model)(case.params, case.batch)
-
-
-@pytest.mark.parametrize("make", [lambda: nn.LSTM(3, 3), lambda: nn.MultiheadAttention(3, 1)])
-def test_modules_that_return_several_tensors_are_refused(make) -> None:
-    layer = make()
-    model_fn, params = hf.functional(layer)
-    loss = hf.supervised(lambda p, x: model_fn(p, (x, x, x))[0], F.mse_loss)
-    if isinstance(layer, nn.LSTM):
-        loss = hf.supervised(lambda p, x: model_fn(p, x)[0], F.mse_loss)
-    with pytest.raises(
-        NotImplementedError, match=rf"is a {type(layer).__name__}: hold such parameters"
-    ):
-        hf.kronecker.kflr(loss, layer)(params, (torch.ones(2, 4, 3), torch.zeros(2, 4, 3)))
-
-
-def test_outputs_that_are_no_tensor_are_refused() -> None:
-    case = perceptron(2)
-    loss = hf.composed(
-        lambda p, b: {"logits": case.loss.outputs(p, b)},
-        lambda out, b: F.cross_entropy(out["logits"], b[1]),
-    )
-    for of in (hf.kronecker.kflr, hf.kronecker.ekfac):
-        with pytest.raises(TypeError, match="outputs that are one tensor.*got dict"):
-            of(loss, case.model)(case.params, case.batch)
 
 
 def test_factors_of_a_convolution() -> None:
@@ -606,3 +521,14 @@ def test_a_positive_matrix_with_any_damping_is_invertible_in_single_precision() 
         step = blocks.inverse_matvec(hf.random_like(params, 1, seed=0), 1e-6)
         assert all(bool(leaf.isfinite().all()) for leaf in step.values())
         assert blocks.logdet(1e-6) < blocks.logdet(1e-3)
+
+
+def test_outputs_that_are_no_tensor_are_refused() -> None:
+    case = perceptron(2)
+    loss = hf.composed(
+        lambda p, b: {"logits": case.loss.outputs(p, b)},
+        lambda out, b: F.cross_entropy(out["logits"], b[1]),
+    )
+    for of in (hf.kronecker.kflr, hf.kronecker.ekfac):
+        with pytest.raises(TypeError, match="outputs that are one tensor.*got dict"):
+            of(loss, case.model)(case.params, case.batch)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hessfunc.kronecker import moments
+
+# [B, G, N, P]: examples, groups, entries, positions.
+SLOPES = torch.randn(5, 2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+INPUTS = torch.randn(5, 2, 6, 4, generator=torch.Generator().manual_seed(1)).double()
+
+
+def test_moments_of_all_positions() -> None:
+    expected = torch.einsum("bgop,bgqp->goq", SLOPES, SLOPES)
+    torch.testing.assert_close(moments.outer_moments(SLOPES, "expand"), expected)
+    expected = torch.einsum("bgkp,bglp->gkl", INPUTS, INPUTS) / (5 * 4)
+    torch.testing.assert_close(moments.input_moments(INPUTS, "expand"), expected)
+
+
+def test_moments_of_sums_and_means_over_positions() -> None:
+    summed, mean = SLOPES.sum(-1), INPUTS.mean(-1)
+    expected = torch.einsum("bgo,bgq->goq", summed, summed)
+    torch.testing.assert_close(moments.outer_moments(SLOPES, "reduce"), expected)
+    expected = torch.einsum("bgk,bgl->gkl", mean, mean) / 5
+    torch.testing.assert_close(moments.input_moments(INPUTS, "reduce"), expected)
+
+
+@pytest.mark.parametrize("positions", [1, 4])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_squares_of_the_gradients_of_examples(
+    positions: int, shared: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "AT_ONCE", at_once)
+    slopes, inputs = SLOPES[..., :positions], INPUTS[: 1 if shared else 5, ..., :positions]
+    gradients = torch.einsum("bgop,bgkp->bgok", slopes, inputs.expand(5, -1, -1, -1))
+    expected = gradients.square().sum(0)
+    torch.testing.assert_close(moments.squared_moments(slopes, inputs), expected)
+
+
+def test_each_row_of_an_example_has_a_column_of_its_own() -> None:
+    columns = torch.randn(2, 6, 3)
+    parts = moments.by_row(columns, 3)
+    assert len(parts) == 2 * 2
+    torch.testing.assert_close(parts[0] + parts[1], columns[0])
+    assert not parts[0][1::2].any()
+    assert not parts[1][0::2].any()
+    assert len(moments.by_row(columns, 6)) == 2
