@@ -8,8 +8,8 @@ its level says, and its median half-width should be at most twice the same quant
 error, or 2.5 times below 10 products, where the error is more than rounding. For diagonals both are
 taken entry by entry: coverage is the mean over entries, the ratio is the median.
 
-Results are written to bench/results/coverage.json and coverage.md after each spectrum of an
-estimator. A run continues where the last one stopped.
+Results are written to bench/results/coverage.json after each spectrum of an estimator, and their
+rows replaced in coverage.md. A run continues where the last one stopped.
 """
 
 from __future__ import annotations
@@ -196,24 +196,34 @@ def _too_wide(row: dict[str, Any]) -> bool:
     return any(ratio is not None and ratio > most for ratio in row["ratios"])
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """All rows as a table in Markdown."""
-    lines = [
-        "| estimator | spectrum | stop | at 80 % | at 90 % | at 95 % | at 99 % "
-        "| half-width / error at 95 % | products | seeds |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+HEADER = (
+    "| estimator | spectrum | stop | at 80 % | at 90 % | at 95 % | at 99 % "
+    "| half-width / error at 95 % | products | seeds |",
+    "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+)
+
+
+def table(results: dict[str, dict[str, Any]], before: str = "") -> str:
+    """A table in Markdown, with all rows of the results and those of a table before for others."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for line in before.splitlines()[len(HEADER) :]:
+        name, spectrum = (cell.strip() for cell in line.split("|")[1:3])
+        rows.setdefault((name, spectrum), []).append(line)
     for name, found in results.items():
         for spectrum, result in found.items():
-            for row in result["rows"]:
-                covered = " | ".join(f"{100 * share:.1f} %" for share in row["covered"])
-                ratio = row["ratios"][LEVELS.index(0.95)]
-                shown = "rounding" if ratio is None else f"{ratio:.2f}"
-                lines.append(
-                    f"| {name} | {spectrum} | {row['stop']} | {covered} | {shown} | "
-                    f"{row['products']:.0f} | {result['seeds']} |"
-                )
-    return "\n".join(lines) + "\n"
+            rows[name, spectrum] = [_line(name, spectrum, row, result) for row in result["rows"]]
+    ordered = [rows.get((name, spectrum), []) for name in CASES for spectrum in spectra()]
+    return "\n".join([*HEADER, *(line for lines in ordered for line in lines)]) + "\n"
+
+
+def _line(name: str, spectrum: str, row: dict[str, Any], result: dict[str, Any]) -> str:
+    covered = " | ".join(f"{100 * share:.1f} %" for share in row["covered"])
+    ratio = row["ratios"][LEVELS.index(0.95)]
+    shown = "rounding" if ratio is None else f"{ratio:.2f}"
+    return (
+        f"| {name} | {spectrum} | {row['stop']} | {covered} | {shown} | "
+        f"{row['products']:.0f} | {result['seeds']} |"
+    )
 
 
 def main() -> None:
@@ -255,11 +265,11 @@ def _rows(name: str, spectrum: str, seeds: int, end: float) -> list[dict[str, An
 
 
 def _write(results: dict[str, dict[str, Any]]) -> None:
-    """Write all results, the estimators in the order of `CASES`."""
-    ordered = {name: results[name] for name in CASES if name in results}
+    """Write all results, and replace their rows in the table."""
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(ordered, indent=1))
-    RESULTS.with_suffix(".md").write_text(table(ordered))
+    RESULTS.write_text(json.dumps(results, indent=1))
+    shown = RESULTS.with_suffix(".md")
+    shown.write_text(table(results, shown.read_text() if shown.exists() else ""))
 
 
 if __name__ == "__main__":

@@ -179,12 +179,15 @@ class Complements:
         squares: Squared lengths of ``A u_i`` within the complement, float64 ``(p,)``.
         lost: Curvature ``s_i'A s_i`` along the unit direction s_i that only the i-th product adds,
             float64 ``(p,)``.
+        coupling: Length of the part of ``A s_i`` within the complement and orthogonal to s_i,
+            float64 ``(p,)``. Zero if s_i is an eigenvector of what is lost.
     """
 
     dimension: int
     quadratics: Tensor
     squares: Tensor
     lost: Tensor
+    coupling: Tensor
 
 
 def standard_error_of_mean(
@@ -203,9 +206,11 @@ def standard_error_of_mean(
     - the weighted geometric mean of the naive error of the t_i, which share p - 1 probes, and of
       the jackknife error of their mean. If the spectrum decays, the naive error is too small, by
       up to a factor 5. The jackknife error is too large on average (Efron and Stein 1981);
-    - the root mean square of the curvature that is lost when one product is left out, less the mean
-      curvature on the complement. If the number of probes equals that of equal dominant
-      eigenvalues, all t_i may be too small by that amount and still agree with each other.
+    - the root mean square of the length of P (A - c I) s_i, the product of the matrix that product
+      i deflates, where P projects on the complement and c is the mean curvature on it. If the
+      number of probes equals that of equal dominant eigenvalues, all t_i may lack one eigenvalue
+      and still agree with each other, since all s_i are then nearly parallel. The curvature
+      s_i'A s_i alone is too small where s_i is only partly along the missing eigenvector.
 
     Args:
         left_one: Estimates t_i, float64 ``(p,)``.
@@ -216,7 +221,10 @@ def standard_error_of_mean(
         jackknife: Factor of the jackknife error, which depends on the estimator.
     """
     own = sphere_error(complements.quadratics, complements.squares, complements.dimension)
-    lost = complements.lost - complements.quadratics / complements.dimension
+    # |P (A - c I) s|^2 = (s'A s - c)^2 + |coupling|^2
+    lost = torch.hypot(
+        complements.lost - complements.quadratics / complements.dimension, complements.coupling
+    )
     naive, complete = _naive(left_one), _complete(left_one, left_two)
     return max(
         _OWN * own,

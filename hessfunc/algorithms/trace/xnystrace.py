@@ -241,12 +241,14 @@ def _leave_one_out(
     # A_s - N_i is zero on the other probes.
     scale = rescaling * approximation.residuals.sqrt()
     tests = scale[:, None] * space.by_leaf(outer, missing).cpu().double()
+    # N - N_i = F b_i b_i'F' has the only eigenvector F b_i, so that nothing is coupled to it.
     lost = space.by_leaf(missing, missing).cpu().double()
     complements = Complements(
         dimension=space.n - len(outer) + 1,
         quadratics=tests.sum(1),
         squares=rescaling * approximation.residuals * lost.sum(1),
         lost=lost.sum(1),
+        coupling=torch.zeros(len(outer), dtype=torch.float64, device="cpu"),
     )
     return whole - lost + tests, complements
 

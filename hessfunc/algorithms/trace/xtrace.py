@@ -64,7 +64,7 @@ def xtrace(
     Returns:
         `Estimate`, whose ``samples`` are the t_i, which are correlated. ``stderr`` is the maximum
         of the error of independent probes on the complements times 1.15, a jackknife error, and
-        the spread of the curvature that is lost when one product is left out. Its reason is
+        the size of the curvature that is lost when one product is left out. Its reason is
         "converged" if and only if its 95 % interval is within the tolerance. Standard errors of a
         run with a tolerance are multiplied by 1.1, since such a run stops where its error happens
         to look small. ``squared_frobenius`` comes from the same products.
@@ -149,11 +149,15 @@ def _leave_one_out(space: Space, state: SketchedProbes) -> tuple[Tensor, Complem
     coefficients = space.gram(outer_images, basis).cpu().double()
     along = (coefficients * left_out.mT).sum(1).square()
     lengths = space.norms(outer_images).cpu().double().square() - coefficients.square().sum(1)
+    # |(I - Q Q') A Q s_i|^2 = |A Q s_i|^2 - |Q'A Q s_i|^2
+    inner = space.gram(missing_images, basis).cpu().double().square().sum(1)
+    coupling = (space.norms(missing_images).cpu().double().square() - inner).clamp_min(0).sqrt()
     complements = Complements(
         dimension=space.n - len(basis) + 1,
         quadratics=tests.sum(1),
         squares=rescaling * (lengths.clamp_min(0) + along),
         lost=lost.sum(1),
+        coupling=coupling,
     )
     return whole - lost + tests, complements
 

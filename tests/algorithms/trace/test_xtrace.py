@@ -108,3 +108,32 @@ def test_leave_two_out_is_what_it_says() -> None:
             rescaling = (n - len(kept)) / outer.square().sum()
             expected = (basis.mT @ matrix @ basis).trace() + rescaling * outer @ matrix @ outer
             assert float(found[i, j]) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_lost_curvature_is_the_product_within_the_complement() -> None:
+    matrix, n, p = symmetric(0.7 ** torch.arange(20).double()), 20, 5
+    space = space_of(torch.zeros(n).double())
+    probes = space.probes(range(p), kind="sphere", seed=0)
+    images = probes @ matrix
+    sketch = Sketch.empty(space).extended(space, Products(hf.dense(matrix), space), images)
+    _, complements = xtrace._leave_one_out(space, SketchedProbes(probes, images, sketch, 0))
+    for i in range(p):
+        others = torch.linalg.qr(images[[m for m in range(p) if m != i]].mT).Q
+        direction = images[i] - others @ (others.mT @ images[i])
+        direction /= direction.norm()
+        product = matrix @ direction
+        along = direction @ product
+        across = product - others @ (others.mT @ product) - along * direction
+        assert float(complements.lost[i]) == pytest.approx(float(along), rel=1e-9)
+        assert float(complements.coupling[i]) == pytest.approx(float(across.norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", [68, 319, 408, 468])
+def test_an_eigenvalue_that_no_probe_sees_is_within_the_interval(seed: int) -> None:
+    # Ten probes and ten equal eigenvalues: all estimates are close to 9, and agree. The direction
+    # that each product adds is only partly along the missing eigenvector.
+    values = torch.where(torch.arange(120) < 10, 1.0, 1e-3).double()
+    found = hf.xtrace(hf.dense(values.diag()), torch.zeros(120).double(), max_matvecs=20, seed=seed)
+    low, high = found.interval(0.99)
+    assert float(found.samples.std()) < 0.2 < 0.9 < float(values.sum()) - found.value
+    assert low <= float(values.sum()) <= high
