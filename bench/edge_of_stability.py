@@ -21,7 +21,7 @@ from hessfunc import plot
 from hessfunc.app.problems.data import digits
 from hessfunc.app.problems.nets import mlp
 from hessfunc.randomness import seeded
-from hessfunc.tracking import Point, stability, tracked
+from hessfunc.tracking import Point, tracked
 
 __all__ = ["descend"]
 
@@ -77,9 +77,13 @@ class Run:
     lanczos: list[int]
 
     @property
+    def edge(self) -> float:
+        return 2 / self.lr
+
+    @property
     def sharpness(self) -> list[float]:
         """In units of 2 / lr."""
-        return [point.top[0] / stability(self.lr) for point in self.points]
+        return [point.top[0] / self.edge for point in self.points]
 
     @property
     def reached(self) -> int | None:
@@ -131,9 +135,9 @@ def table(runs: Sequence[Run]) -> str:
         after = run.sharpness[run.reached or 0 :]
         critical = [point.critical for point in run.points[run.reached or 0 :] if point.critical]
         lines.append(
-            f"| {run.lr} | {stability(run.lr):.1f} | {run.sharpness[0]:.2f} | {start} "
+            f"| {run.lr} | {run.edge:.1f} | {run.sharpness[0]:.2f} | {start} "
             f"| {min(after):.2f} | {mean(after):.3f} | {max(after):.2f} "
-            f"| {median(critical) / stability(run.lr):.2f} | {products[0]} "
+            f"| {median(critical) / run.edge:.2f} | {products[0]} "
             f"| {mean(products[1:]):.2f} | {max(products[1:])} | {mean(run.lanczos):.1f} "
             f"| {mean(point.evaluations for point in run.points[1:]):.1f} "
             f"| {1e3 * median(point.seconds for point in run.points):.0f} |"

@@ -73,6 +73,8 @@ _HOMES = {
     "landscape": "recipes.landscape",
     "critical_sharpness": "recipes.sharpness",
     "implicit_gradient": "recipes.implicit_gradient",
+    "generalized_sharpness": "algorithms.frank_wolfe",
+    "stability": "optim.stability.reading",
 }
 # Public modules, each of which collects functions and types for one purpose.
 _FAMILIES = {

@@ -15,6 +15,7 @@ from hessfunc.algorithms.eigen.power import power_iteration as power_iteration
 from hessfunc.algorithms.eigen.stochastic_power import (
     stochastic_power_iteration as stochastic_power_iteration,
 )
+from hessfunc.algorithms.frank_wolfe import generalized_sharpness as generalized_sharpness
 from hessfunc.algorithms.matrix import matrix as matrix
 from hessfunc.algorithms.results import load as load
 from hessfunc.algorithms.results import pool as pool
@@ -33,6 +34,7 @@ from hessfunc.losses import sliced as sliced
 from hessfunc.losses import supervised as supervised
 from hessfunc.modules import functional as functional
 from hessfunc.modules import unsharded as unsharded
+from hessfunc.optim.stability.reading import stability as stability
 from hessfunc.recipes.block_spectra import block_spectra as block_spectra
 from hessfunc.recipes.gauss_newton_diagonal import ggn_diagonal as ggn_diagonal
 from hessfunc.recipes.hessian_trace import hessian_trace as hessian_trace

@@ -553,6 +553,27 @@ def optimizer(name: str, value: Any, /) -> torch.optim.Optimizer:
     raise _refused(name, value, "a torch.optim.Optimizer", f"pass {name}=optimizer")
 
 
+def optimizers(name: str, value: Any, /) -> list[torch.optim.Optimizer]:
+    """Return a list of torch optimisers, given one or several."""
+    items = [value] if isinstance(value, torch.optim.Optimizer) else _items(value)
+    if items is None:
+        return [optimizer(name, value)]
+    if not items:
+        raise ValueError(f"{name} is empty: pass {name}=optimizer")
+    return [optimizer(f"each of {name}", item) for item in items]
+
+
+def stability(name: str, value: Any, /) -> Any:
+    """Return a stability limit, or a function from the gradient to one."""
+    # The module of `Stability` is validated, so this module cannot import it.
+    if hasattr(value, "threshold") and hasattr(value, "preconditioned"):
+        return value
+    if _is_function(value, 1):
+        return value
+    remedy = f"pass {name}=hessfunc.optim.Stability(threshold=2 / lr)"
+    raise _refused(name, value, "a Stability or a function of the gradient", remedy)
+
+
 def pattern(name: str, value: Any, /) -> Any:
     """Return a glob over names, a list of names or globs, or a predicate (name, tensor)."""
     if isinstance(value, str):
@@ -827,10 +848,12 @@ ARGUMENTS: dict[str, Check] = {
     "solve": called,
     "outer": function_of(3, "(params, hyperparams, batch)"),
     "inner": function_of(3, "(params, hyperparams, batch)"),
+    "norm": function_of(1, "a vector block"),
     "fn": function_of(1, "one argument"),
     # Models and selections of their parts
     "model": module,
     "optimizer": optimizer,
+    "stability": stability,
     "recompute": text,
     "pattern": pattern,
     "select": selection,
@@ -877,6 +900,7 @@ ARGUMENTS: dict[str, Check] = {
     "steps_per_epoch": whole_number,
     "points": whole_number,
     "search": whole_number,
+    "restarts": whole_number,
     "seed": whole_number,
     "block_size": whole_number,
     "basis_size": whole_number,

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.optim import InfinityNorm, LargestNorm
 
 
 @pytest.fixture
@@ -44,6 +45,9 @@ RUNS: dict[str, Callable[[Any, Any], object]] = {
         matvec, like, max_matvecs=20, seed=0
     ),
     "xdiag": lambda matvec, like: hf.xdiag(matvec, like, max_matvecs=20, seed=0),
+    "generalized_sharpness": lambda matvec, like: hf.generalized_sharpness(
+        matvec, like, LargestNorm({name: InfinityNorm() for name in like}), seed=0
+    ),
     "slq": lambda matvec, like: hf.slq(matvec, like, steps=10, probes=2, seed=0).count_above(0.1),
     "cg": lambda matvec, like: hf.cg(matvec, like, damping=1.0),
     "minres": lambda matvec, like: hf.minres(matvec, like),

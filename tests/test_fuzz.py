@@ -291,7 +291,16 @@ CALLS: dict[str, Call] = {
         {"loss": LOSS, "params": PARAMS, "batch": BATCH, "direction": ONES},
         {"rtol": 0.1, "start": 1.0, "max_evaluations": 20},
     ),
-    "adam_diagonal": Call({"optimizer": OPTIMIZER, "model": MODEL}),
+    "stability": Call(
+        {"optimizer": OPTIMIZER, "model": MODEL}, {"gradient": ONES, "lr": 0.1}
+    ),
+    "generalized_sharpness": Call(
+        {
+            "matvec": matvec, "like": LIKE,
+            "norm": lambda v: (v.abs().reshape(len(v), -1).sum(1), v.sign()),
+        },
+        RUN | {"restarts": 2, "rtol": 0.1, "max_matvecs": 40, "start": None},
+    ),
     "check": Call(
         {"matvec": matvec, "like": LIKE},
         {"gradient": lambda p: hf.apply(matvec, p), "tolerance": 1e-3, "seed": 0},
@@ -317,7 +326,7 @@ CALLS: dict[str, Call] = {
     "tracked": Call(
         {"model": MODEL, "criterion": CRITERION, "batches": [BATCH]},
         {
-            "every": 1, "optimizer": OPTIMIZER, "preconditioned": False,
+            "every": 1, "optimizer": OPTIMIZER, "preconditioned": False, "stability": None,
             "compose": hf.supervised, "eval_mode": True, "out": None, "tensorboard": None,
             "callback": None, "steps": 0,
         },
@@ -334,8 +343,6 @@ CALLS: dict[str, Call] = {
     "pool": Call(
         {"estimates": [hf.hutchinson(matvec, LIKE, seed=0, max_matvecs=4)], "weights": [1.0]}
     ),
-    "stability": Call({"lr": 0.1}, {"momentum": 0.9}),
-    "adam_stability": Call({"lr": 0.1}, {"beta_1": 0.9}),
     "rule": Call({"targets": nn.Tanh}),
     "rule_of": Call({"target": nn.Tanh}),
     **{

@@ -22,7 +22,6 @@ from hessfunc.plot.style import (
     refuse_other,
     shades,
 )
-from hessfunc.tracking.stability import stability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +72,7 @@ def history(
         ax.plot(steps, values[:, i], marker=marker(len(steps)), label=name, **style)
     if lr is not None:
         rates = dict.fromkeys(steps, lr) if isinstance(lr, float | int) else lr
-        edges = {step: stability(rate) if rate else math.nan for step, rate in rates.items()}
+        edges = {step: 2 / rate if rate else math.nan for step, rate in rates.items()}
         draw_edge(ax, edges, end=steps[-1], label="2 / lr")
     if bool((values < 0).any()):
         ax.axhline(0, color=QUIET, linewidth=0.8)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from hessfunc.options import anything, validated
 from hessfunc.plot.style import PALETTE, clean, draw_edge, legend, marker, new_axes, refuse_other
 from hessfunc.tracking.measure import Point
-from hessfunc.tracking.stability import stability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,9 +37,10 @@ def tracked(
 ) -> Axes:
     """Draw a tracked quantity against steps, with the edge up to which the training is stable.
 
-    Bands are residuals, or twice the standard error of a trace. The edge bounds one quantity only:
-    the largest eigenvalue for SGD, at (2 + 2 momentum) / lr, and the preconditioned sharpness for
-    Adam, at (2 + 2 beta_1) / ((1 - beta_1) lr). If the optimiser is unknown, the edge is 2 / lr of
+    Bands are residuals, or twice the standard error of a trace. The edge is the threshold of
+    `stability` at each point. It bounds one quantity only: the largest eigenvalue for SGD, at
+    (2 + 2 momentum) / lr, and the preconditioned sharpness for all others, at
+    (2 + 2 beta_1) / ((1 - beta_1) lr) for Adam. If the optimiser is unknown, the edge is 2 / lr of
     plain gradient descent, drawn with the largest eigenvalue and the critical sharpness.
 
     Args:
@@ -100,13 +100,13 @@ def _draw_edge(
         drawn = {step: math.nan if edge is None else edge for step, edge in edges.items()}
         draw_edge(ax, drawn, end=end, label="edge of stability")
     elif quantity in ("top", "critical") and not any(map(_is_known, points)):
-        drawn = {step: stability(lr) if lr else math.nan for step, lr in rates.items()}
+        drawn = {step: 2 / lr if lr else math.nan for step, lr in rates.items()}
         draw_edge(ax, drawn, end=end, label="2 / lr (gradient descent)")
 
 
 def _is_known(point: Point) -> bool:
-    """Return whether the optimiser of a point is known and has an edge for some quantity."""
-    return point.edge is not None or point.preconditioned_edge is not None
+    """Return whether the stability of the optimiser of a point is known."""
+    return point.optimizer is not None or point.preconditioned_edge is not None
 
 
 def _edge(point: Point, quantity: Quantity) -> float | None:

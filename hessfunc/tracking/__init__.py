@@ -7,7 +7,6 @@ from hessfunc.tracking.measure import (
     TrackingState,
     functional_tracker,
 )
-from hessfunc.tracking.stability import adam_diagonal, adam_stability, stability
 from hessfunc.tracking.tracker import Tracker, tracked
 from hessfunc.tracking.writers import read
 
@@ -17,10 +16,7 @@ __all__ = [
     "Tracker",
     "Tracking",
     "TrackingState",
-    "adam_diagonal",
-    "adam_stability",
     "functional_tracker",
     "read",
-    "stability",
     "tracked",
 ]

@@ -67,7 +67,7 @@ class CurvatureCallback(_base()):  # type: ignore[misc]
                 self._criterion,
                 self._batches,
                 every=self._every if self._unit == "steps" else None,
-                optimizer=trainer.optimizers[0] if trainer.optimizers else None,
+                optimizer=trainer.optimizers or None,
                 steps=trainer.global_step,
                 **self._options,
             )

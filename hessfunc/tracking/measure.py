@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from hessfunc import options
 from hessfunc.algorithms.eigen.follow import Followed, follow
-from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.algorithms.frank_wolfe import generalized_sharpness
+from hessfunc.algorithms.results import Eigenpairs, GeneralizedSharpness
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.autograd import differentiable_twice
 from hessfunc.losses import LossFunction
+from hessfunc.optim.stability.result import Stability
 from hessfunc.options import at_least
 from hessfunc.recipes.sharpness import critical_sharpness
 from hessfunc.spaces.of import space_of
@@ -25,8 +27,12 @@ from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.batches.reductions import Average
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.hessian import hvp
-from hessfunc.transforms.matvecs.arithmetic import precondition
 from hessfunc.trees import Tree
+
+# Runs of the generalized sharpness from random directions, besides that from the last direction.
+_RESTARTS = 2
+# Stability limit of the next step, or a function of the gradient that returns it, or None.
+Limit: TypeAlias = Stability | Callable[[Tree], Stability | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +49,12 @@ class Measurement:
         bottom_residuals: Residuals of the smallest eigenvalues.
         trace: Estimate of the trace; None if it was not requested.
         trace_stderr: Standard error of the trace.
-        preconditioned: Largest eigenvalue of P^-1/2 A P^-1/2; None without a preconditioner.
-        preconditioned_residual: Residual of ``preconditioned``.
+        preconditioned: Sharpness that limits the steps of the optimiser: the largest eigenvalue of
+            P^-1/2 (A + W) P^-1/2, or the generalized sharpness in its norm, a lower bound; None
+            without a `Stability`.
+        preconditioned_residual: Residual of this eigenvalue, or the gap of the generalized
+            sharpness.
+        preconditioned_edge: Threshold that ``preconditioned`` must not pass.
         critical: Critical sharpness along the gradient; None if it was not requested or is not
             finite.
         matvecs: Number of products used.
@@ -60,6 +70,7 @@ class Measurement:
     trace_stderr: float | None = None
     preconditioned: float | None = None
     preconditioned_residual: float | None = None
+    preconditioned_edge: float | None = None
     critical: float | None = None
     matvecs: int = 0
     evaluations: int = 0
@@ -73,12 +84,14 @@ class TrackingState:
         top: Largest eigenpairs with their vectors; the guards follow the requested pairs.
         bottom: Smallest eigenpairs with their vectors.
         preconditioned: Largest eigenpair of the preconditioned matrix.
+        direction: Direction of the generalized sharpness.
         critical_step: Last step that raised the loss.
     """
 
     top: Followed | None = None
     bottom: Followed | None = None
     preconditioned: Followed | None = None
+    direction: Tree | None = None
     critical_step: float = 1.0
 
 
@@ -91,7 +104,7 @@ class Tracking:
 
     Attributes:
         init: Function ``params -> state``.
-        measure: Function ``(state, params, batches, preconditioner=None) -> (state, measurement)``.
+        measure: Function ``(state, params, batches, stability=None) -> (state, measurement)``.
     """
 
     init: Callable[[Tree], TrackingState]
@@ -138,19 +151,21 @@ def functional_tracker(
         seed: Seed of the start vectors and of the probes.
 
     Returns:
-        A `Tracking`. Its ``measure`` takes any re-iterable of batches and, for preconditioned
-        sharpness, a positive diagonal such as `adam_diagonal`.
+        A `Tracking`. Its ``measure`` takes any re-iterable of batches and, for the sharpness that
+        limits an optimiser, a `Stability`, or a function from the gradient to one.
 
     Raises:
         ValueError: If an option is out of range.
         FloatingPointError: If a product is not finite. Raised by ``measure``.
 
-    Cost: the loss, its gradient with a graph, and the products. For a perceptron in full-batch
+    Cost: the loss, its gradient with a graph, and the products; one more gradient for the critical
+    sharpness or a function of the gradient. For a perceptron in full-batch
     gradient descent, measured every 10 steps, the largest eigenvalue takes 4 products a point,
     and 11 without the start from the last point.
 
     Source: Cohen et al. 2021, arXiv 2103.00065; preconditioned: Cohen et al. 2022,
-    arXiv 2207.14484; critical: Kalra et al. 2026, arXiv 2601.16979.
+    arXiv 2207.14484; in a norm: Islamov et al. 2026, arXiv 2603.05002; critical: Kalra et al. 2026,
+    arXiv 2601.16979.
     """
     at_least(0, top=top, bottom=bottom, guards=guards, rtol=rtol)
     at_least(2 + guards + max(1, top, bottom), max_matvecs=max_matvecs)
@@ -173,7 +188,7 @@ def functional_tracker(
         state: TrackingState,
         params: Tree,
         batches: Iterable[Any],
-        preconditioner: Mapping[str, Tensor] | None = None,
+        stability: Limit | None = None,
     ) -> tuple[TrackingState, Measurement]:
         single = isinstance(batches, Sized) and len(batches) == 1
         average = Average(weight, several=not single)
@@ -182,30 +197,50 @@ def functional_tracker(
         if not math.isfinite(value):
             return state, Measurement(loss=None)
         matvec = over_batches(of_batch, weight=weight, keep=keep or single)(params, batches)
-        largest = smallest = felt = trace = sharpness = None
+        largest = smallest = trace = sharpness = None
+        felt: Followed | GeneralizedSharpness | None = None
+        gradient: Tree | None = None
+        if critical or callable(stability):
+            gradient = mean_gradient(loss, average, params, batches)[1]
+        limit = stability(gradient) if callable(stability) else stability
         if top:
             largest = pairs(matvec, params, k=top, which="LA", before=state.top)
         if bottom:
             smallest = pairs(matvec, params, k=bottom, which="SA", before=state.bottom)
-        if preconditioner is not None:
-            divided = precondition(matvec, preconditioner)
-            felt = pairs(divided, params, k=1, which="LA", before=state.preconditioned)
+        if limit is not None:
+            seen = limit.preconditioned(matvec)
+            if limit.norm is None:
+                felt = pairs(seen, params, k=1, which="LA", before=state.preconditioned)
+            else:
+                felt = generalized_sharpness(
+                    seen,
+                    params,
+                    limit.norm,
+                    restarts=_RESTARTS,
+                    rtol=rtol,
+                    max_matvecs=max_matvecs,
+                    start=state.direction,
+                    seed=seed,
+                )
         if trace_probes:
             trace = hutchinson(matvec, params, deflate=largest, max_matvecs=trace_probes, seed=seed)
         if critical:
-            direction = mean_gradient(loss, average, params, batches)[1]
             sharpness = critical_sharpness(
-                mean, params, batches, direction, start=state.critical_step
+                mean, params, batches, gradient, start=state.critical_step
             )
         step = state.critical_step if sharpness is None else sharpness.step
         next_state = TrackingState(
             top=largest,
             bottom=smallest,
-            preconditioned=felt or state.preconditioned,
+            preconditioned=felt if isinstance(felt, Followed) else state.preconditioned,
+            direction=(
+                felt.direction if isinstance(felt, GeneralizedSharpness) else state.direction
+            ),
             critical_step=step if 0 < step < math.inf else 1.0,
         )
         spent = (largest, smallest, felt, trace)
         tops, bottoms = _first(largest, top), _first(smallest, bottom)
+        value_felt, residual = _felt(felt)
         return next_state, Measurement(
             loss=value,
             top=tops[0],
@@ -214,8 +249,9 @@ def functional_tracker(
             bottom_residuals=bottoms[1],
             trace=None if trace is None else trace.value,
             trace_stderr=None if trace is None else trace.stderr,
-            preconditioned=None if felt is None else float(felt.values[0]),
-            preconditioned_residual=None if felt is None else float(felt.residuals[0]),
+            preconditioned=value_felt,
+            preconditioned_residual=residual,
+            preconditioned_edge=None if limit is None else limit.threshold,
             critical=(
                 sharpness.value
                 if sharpness is not None and math.isfinite(sharpness.value)
@@ -233,6 +269,17 @@ def _first(pairs: Eigenpairs | None, k: int) -> tuple[tuple[float, ...], tuple[f
     if pairs is None:
         return (), ()
     return tuple(pairs.values[:k].tolist()), tuple(pairs.residuals[:k].tolist())
+
+
+def _felt(found: Followed | GeneralizedSharpness | None) -> tuple[float | None, float | None]:
+    """Return the sharpness that limits the optimiser, and its residual or gap."""
+    match found:
+        case None:
+            return None, None
+        case GeneralizedSharpness():
+            return found.value, found.gap
+        case _:
+            return float(found.values[0]), float(found.residuals[0])
 
 
 def _mean(loss: LossFunction, average: Average) -> LossFunction:
@@ -266,9 +313,8 @@ class Point(Measurement):
         epoch: Number of passes over the data before the measurement; None if it is unknown.
         lr: Learning rate of the next step; None if it is unknown.
         edge: Largest eigenvalue at which the optimiser's next step is stable on a quadratic; None
-            if it is unknown, as for Adam.
-        preconditioned_edge: Largest preconditioned sharpness at which the optimiser's next step is
-            stable; None for all optimisers but Adam.
+            if the step has a preconditioner or a norm, as for Adam and Muon, or if it is unknown.
+        optimizer: Name of the optimiser; None if `stability` does not know it.
         seconds: Duration of the measurement, in seconds.
     """
 
@@ -276,5 +322,5 @@ class Point(Measurement):
     epoch: float | None = None
     lr: float | None = None
     edge: float | None = None
-    preconditioned_edge: float | None = None
+    optimizer: str | None = None
     seconds: float = 0.0

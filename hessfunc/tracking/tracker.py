@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hessfunc import modules
 from hessfunc.losses import LossFunction, supervised
 from hessfunc.modules import functional
-from hessfunc.options import at_least, finite, validated
-from hessfunc.tracking.measure import Point, Tracking, TrackingState, functional_tracker
-from hessfunc.tracking.stability import adam_diagonal, edges
+from hessfunc.optim.stability import reading
+from hessfunc.optim.stability.result import Stability, UnknownStability
+from hessfunc.options import at_least, finite, optimizers, or_none, validated
+from hessfunc.tracking.measure import Limit, Point, Tracking, TrackingState, functional_tracker
 from hessfunc.tracking.undisturbed import refuse_busy_workers, undisturbed
 from hessfunc.tracking.writers import ScalarWriter, json_lines, summary_writer, writing
+from hessfunc.trees import Tree
 
 
 class Tracker:
@@ -38,16 +40,18 @@ class Tracker:
         /,
         *,
         every: int | None,
-        optimizer: torch.optim.Optimizer | None,
+        optimizers: Sequence[Optimizer],
         preconditioned: bool,
+        stability: Limit | None,
         writers: Iterable[Callable[[Point], object]],
         steps: int,
     ) -> None:
         self.points: list[Point] = []
         self.steps = steps
         self._model, self._method, self._batches = model, method, batches
-        self._every, self._optimizer, self._writers = every, optimizer, tuple(writers)
-        self._preconditioned = preconditioned
+        self._every, self._optimizers, self._writers = every, optimizers, tuple(writers)
+        self._preconditioned, self._stability = preconditioned, stability
+        self._is_known = reading.is_known(optimizers)
         # The names are fixed here: parameters that are frozen later still belong to the matrix.
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.state: TrackingState = method.init(self._params())
@@ -91,16 +95,15 @@ class Tracker:
         started = time.perf_counter()
         with undisturbed(self._model, self._batches):
             self.state, measurement = self._method.measure(
-                self.state, self._params(), self._batches, self._preconditioner()
+                self.state, self._params(), self._batches, self._limit(lr)
             )
-        edge, preconditioned_edge = edges(self._optimizer, lr)
         point = Point(
             **vars(measurement),
             step=self.steps,
             epoch=epoch,
             lr=self._lr() if lr is None else lr,
-            edge=edge,
-            preconditioned_edge=preconditioned_edge,
+            edge=self._edge(lr),
+            optimizer=reading.name_of(self._optimizers) if self._is_known else None,
             seconds=time.perf_counter() - started,
         )
         self.points.append(point)
@@ -109,20 +112,42 @@ class Tracker:
         return point
 
     def _params(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._parameters().items()}
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
         parameters = dict(self._model.named_parameters())
-        return {name: parameters[name].detach() for name in self._names}
+        return {name: parameters[name] for name in self._names}
 
     def _lr(self) -> float | None:
-        return None if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
+        rate = self._optimizers[0].param_groups[0]["lr"] if self._optimizers else None
+        return None if rate is None else float(rate)
 
-    def _preconditioner(self) -> dict[str, Tensor] | None:
-        # Before its first step, Adam has no second moments.
-        if not self._preconditioned or self._optimizer is None or not self._optimizer.state:
+    def _limit(self, lr: float | None) -> Limit | None:
+        """Return the stability limit of the next step, or a function of the gradient."""
+        if not self._preconditioned:
             return None
-        return adam_diagonal(self._optimizer, self._model)
+        if self._stability is not None:
+            return self._stability
+        if reading.is_normed(self._optimizers):
+            return lambda gradient: self._read(lr, gradient)
+        return self._read(lr)
+
+    def _edge(self, lr: float | None) -> float | None:
+        """Return the largest stable eigenvalue of the Hessian itself, for gradient descent."""
+        if not self._is_known or not reading.is_gradient_descent(self._optimizers):
+            return None
+        limit = self._read(lr)
+        return None if limit is None else limit.edge
+
+    def _read(self, lr: float | None, gradient: Tree | None = None) -> Stability | None:
+        try:
+            return reading.read(self._optimizers, self._parameters(), gradient=gradient, lr=lr)
+        except UnknownStability:
+            # For example, Adam has no second moments before its first step.
+            return None
 
 
-@validated
+@validated(optimizer=or_none(optimizers))
 @contextmanager
 def tracked(
     model: nn.Module,
@@ -131,8 +156,9 @@ def tracked(
     /,
     *,
     every: int | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     preconditioned: bool = False,
+    stability: Limit | None = None,
     compose: Callable[..., LossFunction] = supervised,
     eval_mode: bool = True,
     out: str | os.PathLike[str] | None = None,
@@ -160,9 +186,11 @@ def tracked(
         every: Number of steps between two measurements. None measures only when ``measure`` is
             called.
         optimizer: Optimiser whose learning rate is recorded, with the curvature up to which its
-            steps are stable.
-        preconditioned: Whether the preconditioned sharpness is measured, from the first step of
-            the optimiser. The optimiser must be Adam or AdamW.
+            steps are stable, or a list of optimisers that train the model together.
+        preconditioned: Whether to measure the sharpness that limits the steps of the optimiser,
+            with its threshold, from the first step on. `stability` must know the optimiser.
+        stability: `Stability`, or a function from the gradient to a `Stability`, for an optimiser
+            that is not known, with ``preconditioned=True``. By default that of the optimiser.
         compose: Function that makes the loss from the pure model function and the criterion:
             `supervised`, or `composed` for a criterion ``(outputs, batch) -> scalar``.
         eval_mode: Whether to measure in eval mode. If False, the model is measured in its mode
@@ -179,18 +207,23 @@ def tracked(
 
     Raises:
         ValueError: If an option is out of range, or if the loader has persistent workers.
-        TypeError: If ``preconditioned`` is True and the optimiser is not Adam or AdamW.
+        TypeError: If ``preconditioned`` is True and the optimiser is not one that `stability`
+            knows.
         ModuleNotFoundError: If tensorboard is not installed.
 
     Cost: the cost of `functional_tracker` at each point.
     """
     at_least(1, every=every)
     refuse_busy_workers(batches)
-    if preconditioned and not isinstance(optimizer, torch.optim.Adam):
-        raise TypeError(
-            "preconditioned=True needs an Adam or AdamW optimiser, but got "
-            f"{type(optimizer).__name__}: pass `optimizer=optimizer`"
-        )
+    if isinstance(optimizer, Optimizer):
+        optimizer = [optimizer]
+    trained_by = [] if optimizer is None else list(optimizer)
+    if preconditioned and stability is None:
+        if not trained_by:
+            raise TypeError("preconditioned=True needs an optimiser: pass `optimizer=optimizer`")
+        reading.refuse_unknown(trained_by)
+    if stability is not None and not preconditioned:
+        raise ValueError("stability is measured only with preconditioned=True: pass both")
     with modules.eval_mode(model) if eval_mode else nullcontext():
         loss = compose(functional(model)[0], criterion)
     with ExitStack() as stack:
@@ -208,8 +241,9 @@ def tracked(
             functional_tracker(loss, **options),
             batches,
             every=every,
-            optimizer=optimizer,
+            optimizers=trained_by,
             preconditioned=preconditioned,
+            stability=stability,
             writers=writers,
             steps=steps,
         )

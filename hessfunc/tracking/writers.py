@@ -149,7 +149,7 @@ def scalars(point: Point, /) -> dict[str, float]:
         "curvature/edge": point.edge,
         "curvature/preconditioned edge": point.preconditioned_edge,
     }
-    if point.lr and point.edge is None and point.preconditioned_edge is None:
+    if point.lr and point.optimizer is None and point.preconditioned_edge is None:
         # The optimiser is unknown: plot the edge 2 / lr of plain gradient descent.
         values["curvature/2 over lr"] = 2 / point.lr
     return {tag: value for tag, value in values.items() if value is not None}

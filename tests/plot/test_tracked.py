@@ -99,11 +99,20 @@ def test_other_quantities_are_drawn(quantity: Any, fields: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("make", "known"),
     [
-        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), {"top": 38.0}),
-        (partial(torch.optim.SGD, lr=0.1), {"top": 20.0, "critical": 20.0}),
-        (partial(torch.optim.AdamW, lr=0.1), {"preconditioned": 380.0}),
+        (partial(torch.optim.SGD, lr=0.1), {"top": 20.0, "preconditioned": 20.0, "critical": 20.0}),
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), {"top": 38.0, "preconditioned": 38.0}),
+        (
+            partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1.0),
+            {"top": 38 / 2.8 - 1, "preconditioned": 38 / 2.8},
+        ),
+        (partial(torch.optim.AdamW, lr=0.1, weight_decay=0.0), {"preconditioned": 380.0}),
+        (partial(torch.optim.Adam, lr=0.1, weight_decay=0.5), {"preconditioned": 380.0}),
+        (partial(torch.optim.RMSprop, lr=0.1, momentum=0.5), {"preconditioned": 30.0}),
+        (partial(torch.optim.Adagrad, lr=0.1), {"preconditioned": 20.0}),
+        (partial(torch.optim.Adafactor, lr=0.1), {"preconditioned": 20.0}),
+        (partial(torch.optim.ASGD, lr=0.1), {"top": 20.0, "critical": 20.0}),
     ],
-    ids=["momentum", "plain", "Adam"],
+    ids=lambda value: f"{value.func.__name__} {value.keywords}" if callable(value) else "",
 )
 def test_an_edge_is_drawn_beside_the_quantity_that_it_bounds(
     make: Callable[..., torch.optim.Optimizer], known: dict[str, float]
@@ -111,8 +120,8 @@ def test_an_edge_is_drawn_beside_the_quantity_that_it_bounds(
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     optimizer = make(model.parameters())
     batch = torch.randn(10, 4), torch.randint(2, (10,))
-    is_adam = isinstance(optimizer, torch.optim.Adam)
-    options = {"preconditioned": is_adam, "bottom": 1, "trace_probes": 2, "critical": True}
+    measured = "preconditioned" in known
+    options = {"preconditioned": measured, "bottom": 1, "trace_probes": 2, "critical": True}
     with tracked(
         model, F.cross_entropy, [batch], every=1, optimizer=optimizer, **options
     ) as tracker:
@@ -121,9 +130,32 @@ def test_an_edge_is_drawn_beside_the_quantity_that_it_bounds(
             F.cross_entropy(model(batch[0]), batch[1]).backward()
             optimizer.step()
             tracker.step()
-    for quantity in ("top", "bottom", "trace", "critical", *(["preconditioned"] * is_adam)):
+    for quantity in ("top", "bottom", "trace", "critical", *(["preconditioned"] * measured)):
         ax = Figure().add_subplot()
         _, *line = plot.tracked(tracker.points, ax=ax, quantity=quantity).get_lines()  # type: ignore[arg-type]
         assert [float(one.get_ydata()[0]) for one in line] == pytest.approx(
             [known[quantity]] if quantity in known else []
         )
+
+
+def test_the_edge_moves_with_the_learning_rate() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    batch = torch.randn(10, 4), torch.randint(3, (10,))
+    with tracked(
+        model, F.cross_entropy, [batch], every=1, optimizer=optimizer, preconditioned=True
+    ) as tracker:
+        tracker.measure()
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+            schedule.step()
+            tracker.step()
+    points = tracker.points
+    assert points[0].preconditioned_edge is None
+    assert [p.preconditioned_edge for p in points[1:]] == pytest.approx([760, 1520, 3040])
+    assert {point.optimizer for point in points} == {"Adam"}
+    line = plot.tracked(points, quantity="preconditioned", ax=Figure().add_subplot()).lines[1]
+    assert list(line.get_ydata()) == pytest.approx([math.nan, 760, 1520, 3040], nan_ok=True)

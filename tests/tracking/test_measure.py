@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.optim import Stability
 from hessfunc.tracking import functional_tracker, read, tracked
 from tests.reference import hessian
 from tests.tracking.problem import Batch, batches, problem, wide
@@ -50,7 +51,9 @@ def test_the_preconditioned_matrix_is_measured_where_there_is_a_diagonal() -> No
     root = hf.ravel(diagonal).rsqrt()
     expected = torch.linalg.eigvalsh(root[:, None] * hessian(loss, params, batch) * root)[-1]
     method = functional_tracker(loss, top=0, rtol=1e-8)
-    found = method.measure(method.init(params), params, [batch], diagonal)[1]
+    limit = Stability(threshold=7.0, preconditioner=diagonal)
+    found = method.measure(method.init(params), params, [batch], limit)[1]
+    assert found.preconditioned_edge == 7.0
     assert found.top == ()
     assert found.preconditioned == pytest.approx(float(expected), rel=1e-8)
 
@@ -67,7 +70,8 @@ def test_each_eigenpair_is_followed_for_a_product_a_vector(end: str) -> None:
     diagonal = {name: torch.rand_like(p) + 0.1 for name, p in params.items()}
     wanted = {"top": 0, **({} if end == "preconditioned" else {end: 1})}
     method = functional_tracker(loss, **wanted, rtol=0.02)
-    preconditioner = diagonal if end == "preconditioned" else None
+    limit = Stability(threshold=1.0, preconditioner=diagonal)
+    preconditioner = limit if end == "preconditioned" else None
     state, cold = method.measure(method.init(params), params, data, preconditioner)
     later = nudged(params)
     found = method.measure(state, later, data, preconditioner)[1]
@@ -93,10 +97,11 @@ def test_a_point_without_a_preconditioner_does_not_lose_its_vectors() -> None:
     data = wide(batches(1))
     diagonal = {name: torch.rand_like(p) + 0.1 for name, p in params.items()}
     method = functional_tracker(loss, top=0)
-    state, _ = method.measure(method.init(params), params, data, diagonal)
+    limit = Stability(threshold=1.0, preconditioner=diagonal)
+    state, _ = method.measure(method.init(params), params, data, limit)
     state, none = method.measure(state, params, data)
     assert none.preconditioned is None
-    assert method.measure(state, params, data, diagonal)[1].matvecs == 3
+    assert method.measure(state, params, data, limit)[1].matvecs == 3
 
 
 def test_critical_sharpness_starts_at_the_last_critical_step() -> None:

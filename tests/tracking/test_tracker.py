@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import hessfunc as hf
+from bench.edge_of_stability import descend
+from hessfunc.optim import Stability
 from hessfunc.tracking import Point, tracked
 from tests.reference import hessian
 from tests.tracking.problem import Noisy, batches, problem, wide
@@ -81,15 +84,104 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda model: None, lambda model: torch.optim.SGD(model.parameters(), 0.1)]
+    ("make", "options", "error", "message"),
+    [
+        (lambda model: None, {}, TypeError, "needs an optimiser: pass `optimizer=optimizer`"),
+        (
+            lambda model: torch.optim.ASGD(model.parameters(), 0.1),
+            {},
+            TypeError,
+            "ASGD has no known stability limit",
+        ),
+        (lambda model: None, {"stability": 3.0}, TypeError, "must be a Stability or a function"),
+        (
+            lambda model: None,
+            {"stability": Stability(threshold=1.0), "preconditioned": False},
+            ValueError,
+            "only with preconditioned=True",
+        ),
+    ],
 )
-def test_only_an_adam_preconditions(make: Callable[[nn.Module], Any]) -> None:
+def test_only_a_known_optimiser_preconditions(
+    make: Callable[[nn.Module], Any], options: dict[str, Any], error: Any, message: str
+) -> None:
     model = Noisy()
-    with (
-        pytest.raises(TypeError, match="needs an Adam or AdamW optimiser"),
-        tracked(model, F.cross_entropy, [], optimizer=make(model), preconditioned=True),
-    ):
+    options = {"preconditioned": True, "optimizer": make(model)} | options
+    with pytest.raises(error, match=message), tracked(model, F.cross_entropy, [], **options):
         pass
+
+
+def test_a_learning_rate_of_zero_and_groups_that_differ_have_no_edge_of_their_own() -> None:
+    _, _, model = problem()
+    data = wide(batches(1))
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    biases = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.SGD([{"params": weights}, {"params": biases, "lr": 0.2}], lr=0.1)
+    with tracked(model, F.cross_entropy, data, optimizer=optimizer, preconditioned=True) as tracker:
+        found = tracker.measure()
+        assert found.edge is None
+        assert found.preconditioned_edge == pytest.approx(20)
+        optimizer.param_groups[0]["lr"] = 0.0
+        found = tracker.measure()
+        assert found.edge is None
+        assert found.preconditioned is None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tracked(model, F.cross_entropy, data, optimizer=optimizer) as tracker:
+        assert tracker.measure(lr=0.5).edge == pytest.approx(4)
+        assert tracker.measure(lr=0.0).edge is None
+
+
+def test_muon_beside_adam_is_measured_in_its_norm() -> None:
+    loss, _, model = problem()
+    data = wide(batches(1))
+    muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.01)
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.dim() == 1], lr=0.01)
+    with tracked(
+        model, F.cross_entropy, data, every=1, optimizer=[muon, adam], preconditioned=True
+    ) as tracker:
+        assert tracker.measure().preconditioned is None
+        for _ in range(2):
+            F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+            muon.step()
+            adam.step()
+            # The measurement takes the gradient on its own batches.
+            model.zero_grad()
+            found = tracker.step()
+    assert found is not None
+    now = {name: p.detach() for name, p in model.named_parameters()}
+    gradient = torch.func.grad(loss)(now, data[0])
+    limit = hf.stability([muon, adam], model, gradient=gradient)
+    assert found.preconditioned_edge == pytest.approx(limit.threshold)
+    assert found.optimizer == "Muon + AdamW"
+    H = hessian(loss, now, data[0])
+    d = hf.ravel(tracker.state.direction)
+    assert found.preconditioned == pytest.approx(float(d @ H @ d))
+    expected = hf.generalized_sharpness(
+        hf.dense((H + H.mT) / 2), now, limit.norm, restarts=10, seed=1, rtol=1e-6
+    )
+    assert found.preconditioned == pytest.approx(expected.value, rel=0.05)
+
+
+def test_a_stability_of_ones_own_is_measured() -> None:
+    loss, params, model = problem()
+    data = wide(batches(1))
+    twos = {name: 2 * torch.ones_like(p) for name, p in params.items()}
+    seen: list[Any] = []
+
+    def own(gradient: Any) -> Stability:
+        seen.append(gradient)
+        return Stability(threshold=5.0, preconditioner=twos)
+
+    options: dict[str, Any] = {"preconditioned": True, "rtol": 1e-8}
+    top = float(torch.linalg.eigvalsh(hessian(loss, params, data[0]))[-1])
+    for stability in (own, Stability(threshold=5.0, preconditioner=twos)):
+        with tracked(model, F.cross_entropy, data, stability=stability, **options) as tracker:
+            found = tracker.measure()
+        assert found.preconditioned == pytest.approx(top / 2)
+        assert found.preconditioned_edge == 5.0
+    (gradient,) = seen
+    expected = torch.func.grad(loss)(params, data[0])
+    torch.testing.assert_close(hf.ravel(gradient), hf.ravel(expected))
 
 
 def test_steps_that_are_told_in_jumps_or_twice() -> None:
@@ -98,3 +190,21 @@ def test_steps_that_are_told_in_jumps_or_twice() -> None:
         for step in (3, 10, 10, 17, 24, 31, 38, 38, 45):
             tracker.step(step)
     assert [point.step for point in tracker.points] == [10, 24, 31, 45]
+
+
+LR = 0.1
+
+
+@pytest.mark.slow
+def test_sharpness_rises_to_the_edge_of_stability_and_hovers_there() -> None:
+    points = descend(LR, steps=1500, every=10)
+    sharpness = [point.top[0] / (2 / LR) for point in points]
+    assert sharpness[0] < 0.7
+    reached = next((i for i, value in enumerate(sharpness) if value >= 0.9), None)
+    assert reached is not None
+    assert all(0.7 < value < 1.3 for value in sharpness[reached:])
+    assert mean(sharpness[-50:]) == pytest.approx(1, abs=0.1)
+    # Training goes on all the same.
+    assert points[-1].loss < 0.6 * points[reached].loss
+    # Cold starts take 11.
+    assert mean(point.matvecs for point in points[1:]) < 4

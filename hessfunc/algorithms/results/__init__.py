@@ -13,7 +13,7 @@ from hessfunc.algorithms.results.implicit_gradient import ImplicitGradient
 from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.algorithms.results.result import Result, load
 from hessfunc.algorithms.results.sampled import SampledEstimate
-from hessfunc.algorithms.results.sharpness import Sharpness
+from hessfunc.algorithms.results.sharpness import GeneralizedSharpness, Sharpness
 from hessfunc.algorithms.results.solution import Solution
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Solution",
     "ImplicitGradient",
     "Landscape",
+    "GeneralizedSharpness",
     "Sharpness",
     "Check",
     "load",

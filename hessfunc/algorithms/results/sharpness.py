@@ -1,10 +1,13 @@
-"""Result of a search for critical sharpness."""
+"""Results of searches for critical and for generalized sharpness."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hessfunc.algorithms.results.result import Result
+from torch import Tensor
+
+from hessfunc.algorithms.results.result import Result, shown
+from hessfunc.trees import Tree
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -34,4 +37,34 @@ class Sharpness(Result):
             "value": f"{self.value:.6g}",
             "bounds": f"[{low:.4g}, {high:.4g}]",
             "evaluations": self.evaluations,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GeneralizedSharpness(Result):
+    """Largest value of d'Ad that was found over the unit ball of a norm, a lower bound.
+
+    Attributes:
+        value: Largest d'Ad of all runs. The maximum over the ball is at least as large.
+        gap: Frank-Wolfe gap 2 (|Ad|* - d'Ad) of the best run, which is 0 at a local maximum.
+        direction: Direction d of the best run, a tree with |d| <= 1.
+        values: Value of each run, float64 ``(runs,)``. Their spread shows how much the local maxima
+            differ.
+    """
+
+    value: float
+    gap: float
+    direction: Tree
+    values: Tensor
+
+    @property
+    def converged(self) -> bool:
+        """Whether the gap of each run is within the tolerance."""
+        return self.reason.startswith("converged")
+
+    def _headline(self) -> dict[str, object]:
+        return {
+            "value": f"{self.value:.6g}",
+            "gap": f"{self.gap:.2g}",
+            "values": shown(self.values),
         }

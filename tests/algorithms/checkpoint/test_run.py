@@ -15,6 +15,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc import files
+from hessfunc.optim import InfinityNorm, LargestNorm, SpectralNorm
 from tests.algorithms.checkpoint.problem import LIKE, MATRIX, N, run_lanczos, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 RIGHT = {"a": torch.ones(3, 5).double(), "b": torch.ones(N - 15).double()}
 BLOCK = {name: torch.stack([leaf, leaf.cumsum(0)]) for name, leaf in RIGHT.items()}
 
+NORM = LargestNorm({"a": SpectralNorm(), "b": InfinityNorm(2.0)})
 RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "hutchinson": lambda matvec, path: hf.hutchinson(
         matvec, LIKE, max_matvecs=20, block_size=5, checkpoint=path, seed=1
@@ -81,6 +83,9 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     ),
     "stochastic_power_iteration": lambda matvec, path: hf.stochastic_power_iteration(
         matvec, lambda i: matvec, LIKE, steps_per_epoch=2, rtol=5e-2, checkpoint=path, seed=1
+    ),
+    "generalized_sharpness": lambda matvec, path: hf.generalized_sharpness(
+        matvec, LIKE, NORM, restarts=2, rtol=1e-2, checkpoint=path, seed=1
     ),
     "slq": lambda matvec, path: hf.slq(matvec, LIKE, probes=2, steps=25, checkpoint=path, seed=1),
 }

@@ -1,0 +1,1 @@
+"""Sharpness up to which the steps of an optimiser are stable."""
