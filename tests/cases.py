@@ -100,6 +100,17 @@ class PartlyUnused(nn.Module):
         return torch.tanh(self.used(x)), self.offset.sum()
 
 
+class CalledTwice(nn.Module):
+    """One layer, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
 class TwoInputs(nn.Module):
     """A module of two arguments."""
 
@@ -110,6 +121,11 @@ class TwoInputs(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         return torch.tanh(self.left(left)) * self.right(right)
+
+
+def randn(*shape: int) -> Tensor:
+    """Normal entries in float64."""
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 def mean_square(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hessfunc as hf
+from tests.cases import randn
 from tests.graphs import allocated
 from tests.reference import (
     fixed_surroundings,
@@ -21,10 +22,6 @@ from tests.reference import (
 Mode = Literal["reverse", "forward", "difference"]
 TOLERANCE: dict[Mode, float] = {"reverse": 1e-8, "forward": 1e-8, "difference": 1e-6}
 MODES = tuple(TOLERANCE)
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def hidden(w: dict[str, Tensor], x: Tensor) -> Tensor:

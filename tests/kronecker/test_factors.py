@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.transforms.output_gradients import LinearCriterionWarning
+from tests.cases import CalledTwice
 from tests.kronecker.cases import Net, dense, largest_error, net
 
 
@@ -310,15 +311,6 @@ def test_what_is_refused() -> None:
         hf.kronecker.kflr(lambda params, batch: 0.0, case.model)
 
 
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.tanh(self.layer(x)))
-
-
 class Tied(nn.Module):
     """One weight in two modules that see inputs of different sizes."""
 
@@ -332,7 +324,7 @@ class Tied(nn.Module):
         return self.second(torch.stack([x, x.cos()], 1)).tanh().mean(1)
 
 
-@pytest.mark.parametrize("make", [Twice, Tied])
+@pytest.mark.parametrize("make", [CalledTwice, Tied])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_ekfac_has_the_trace_of_a_weight_that_is_used_more_than_once(make, sharing: str) -> None:
     case = net(make, 3, examples=4)

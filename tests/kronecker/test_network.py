@@ -5,22 +5,13 @@ import torch
 from torch import Tensor, nn
 
 import hessfunc as hf
-from tests.cases import TiedHead
+from tests.cases import CalledTwice, TiedHead
 from tests.kronecker.cases import net
 
 
 def refused(make, *shape: int, examples: int = 2, **options) -> None:
     case = net(make, *shape, examples=examples)
     hf.kronecker.hbp(case.loss, case.model, **options)(case.params, case.batch)
-
-
-class TwoUses(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.tanh(self.layer(x)))
 
 
 class ByValue(nn.Module):
@@ -72,7 +63,7 @@ class Untouched(nn.Module):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (TwoUses, ValueError, "'layer.weight' is used more than once"),
+        (CalledTwice, ValueError, "'layer.weight' is used more than once"),
         (ByValue, NotImplementedError, "cannot be traced"),
         (OwnParameter, NotImplementedError, "'shift' is used outside a module"),
         (Gate, NotImplementedError, "at 'mul'.* product"),

@@ -7,12 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from tests.cases import Residual, TwoInputs, case
+from tests.cases import Residual, TwoInputs, case, randn
 from tests.reference import gauss_newton, hessian, jacobian, matrix, relative_error
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def residual_net() -> nn.Sequential:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from tests.cases import Residual, case, dense_hessian
+from tests.cases import CalledTwice, Residual, case, dense_hessian, randn
 from tests.reference import (
     block_diagonal,
     gauss_newton,
@@ -59,10 +59,6 @@ class Net:
         """The outputs with the activations moved by offsets."""
         left = iter(offsets)
         return self.forward(self.params, x, lambda a: self.activation(a) + next(left))
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def mlp_of(activation: Callable[[Tensor], Tensor]) -> Net:
@@ -265,17 +261,6 @@ class Gate(nn.Module):
         return self.head(F.silu(self.first(hidden)) * self.second(hidden))
 
 
-class Twice(nn.Module):
-    """One layer, called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.tanh(self.layer(x)))
-
-
 @pytest.mark.parametrize("kind", ["abs", "clip", "none"])
 @pytest.mark.parametrize(
     ("model", "named"),
@@ -318,7 +303,7 @@ def test_attention_and_gates_have_the_hessians_blocks(of: str) -> None:
         assert values.min() > -1e-10 * values.max()
 
 
-@pytest.mark.parametrize("model", [Gate, Twice], ids=["gate", "called twice"])
+@pytest.mark.parametrize("model", [Gate, CalledTwice], ids=["gate", "called twice"])
 def test_products_of_two_functions_of_a_parameter(model: Any) -> None:
     model_fn, params = hf.functional(model().double())
     loss = hf.supervised(model_fn, F.cross_entropy)
