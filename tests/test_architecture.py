@@ -27,6 +27,7 @@ OF_NO_MODULE = {
     "test_examples.py": "scripts of examples/",
     "test_fuzz.py": "calls of public functions at random",
     "test_import.py": "import of the package and its public names",
+    "test_options.py": "wrong arguments of all public functions",
     "test_package.py": "the installed wheel",
     "test_project.py": "files of the project",
     "test_prose.py": "the language of all texts",

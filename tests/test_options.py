@@ -12,38 +12,32 @@ import torch
 from torch import Tensor, nn
 
 import hessfunc as hf
-from hessfunc import options
 
 D = torch.float64
+
+
 N = torch.arange(1.0, 31.0, dtype=D)
+
+
 MATRIX = torch.diag(N)
+
+
 MATVEC = hf.dense(MATRIX)
+
+
 LIKE = torch.zeros(30, dtype=D)
+
+
 MODEL = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
 MODEL_FN, PARAMS = hf.functional(MODEL)
+
+
 LOSS = hf.supervised(MODEL_FN, nn.functional.cross_entropy)
+
+
 BATCH = torch.randn(8, 5), torch.arange(8) % 3
-
-
-@pytest.mark.parametrize(
-    "given", [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor(3).int()]
-)
-def test_whole_numbers(given: Any) -> None:
-    assert type(options.whole_number("k", given)) is int
-    assert options.whole_number("k", given) == 3
-
-
-@pytest.mark.parametrize(
-    "given", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(0.5).bfloat16()]
-)
-def test_numbers(given: Any) -> None:
-    assert type(options.finite("rtol", given)) is float
-    assert options.finite("rtol", given) == 0.5
-
-
-@pytest.mark.parametrize("given", [True, np.bool_(True), np.array(True), torch.tensor(True)])
-def test_flags(given: Any) -> None:
-    assert options.flag("keep", given) is True
 
 
 def gradient_in_place(v: Tensor) -> Tensor:

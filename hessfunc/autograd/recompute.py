@@ -20,7 +20,7 @@ from hessfunc.trees import Tree, flatten, leaves
 Pure = Callable[..., tuple[Tensor, ...]]
 
 
-@options.validated(fn=options.called)
+@options.validated(fn=options.plain_callable)
 def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
     """Return a function that recomputes its activations for derivatives instead of keeping them.
 

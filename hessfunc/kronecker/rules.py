@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, OfAll, Selection
 from hessfunc.kronecker.layer import Call, Dependence, General, Layer, SharedWeight, of_rule
-from hessfunc.options import called, described, validated
+from hessfunc.options import described, plain_callable, validated
 
 Rule: TypeAlias = Callable[[Call], Layer]
 AnyRule = TypeVar("AnyRule", bound=Rule)
@@ -56,7 +56,7 @@ def rule(*targets: Any) -> Callable[[AnyRule], AnyRule]:
     """
 
     def register(new: AnyRule) -> AnyRule:
-        called("the rule", new)
+        plain_callable("the rule", new)
         _RULES.update(dict.fromkeys(targets, new))
         return new
 

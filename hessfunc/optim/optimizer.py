@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hessfunc.optim.newton import NewtonState, newton
 from hessfunc.optim.solvers import Solver
-from hessfunc.options import called, function_of, validated
+from hessfunc.options import function_of, plain_callable, validated
 
 _REMEMBERED = [field.name for field in fields(NewtonState)]
 
@@ -62,7 +62,7 @@ class NewtonOptimizer(torch.optim.Optimizer):
         """Number of products so far."""
         return sum(group["matvecs"] for group in self.param_groups)
 
-    @validated(closure=called)
+    @validated(closure=plain_callable)
     def step(  # type: ignore[override]
         self, batch: Any, closure: Callable[[], Any] | None = None
     ) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.compat.place import seed_of_stream
 from hessfunc.numerics import rounding
-from hessfunc.options import called, described, shape, tensor, validated
+from hessfunc.options import described, plain_callable, shape, tensor, validated
 from hessfunc.transforms.matvecs.arithmetic import batched
 from hessfunc.trees import Matvec
 
@@ -56,7 +56,7 @@ class Operator:
 class LambdaOperator(Operator):
     """Linear operator of a function of one vector."""
 
-    @validated(apply_fn=called, size=shape)
+    @validated(apply_fn=plain_callable, size=shape)
     def __init__(self, apply_fn: Callable[[Tensor], Tensor], size: int | Sequence[int]) -> None:
         super().__init__(size)
         self.apply_fn = apply_fn

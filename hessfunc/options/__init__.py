@@ -1,0 +1,68 @@
+"""Validation of the arguments of public functions: `validated`, and the checks of arguments."""
+
+from hessfunc.options.arguments import ARGUMENTS
+from hessfunc.options.data import (
+    anything,
+    coordinates,
+    groups,
+    mapping,
+    optimizers,
+    pair,
+    plain_callable,
+    several_eigenpairs,
+    shape,
+    tensor,
+    tensors,
+    tree,
+)
+from hessfunc.options.door import or_none, validated
+from hessfunc.options.functions import criterion, factory, function_of, matvec, of_numpy
+from hessfunc.options.scalars import (
+    at_least,
+    described,
+    factor,
+    finite,
+    flag,
+    panels,
+    path,
+    rates,
+    real,
+    reals,
+    text,
+    whole_number,
+)
+
+__all__ = [
+    "optimizers",
+    "ARGUMENTS",
+    "anything",
+    "at_least",
+    "coordinates",
+    "criterion",
+    "described",
+    "factor",
+    "factory",
+    "finite",
+    "flag",
+    "function_of",
+    "groups",
+    "mapping",
+    "matvec",
+    "of_numpy",
+    "or_none",
+    "pair",
+    "panels",
+    "path",
+    "plain_callable",
+    "rates",
+    "real",
+    "reals",
+    "several_eigenpairs",
+    "shape",
+    "tensor",
+    "tensors",
+    "text",
+    "tree",
+    "validated",
+    "whole_number",
+]
