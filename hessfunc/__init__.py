@@ -83,6 +83,7 @@ _FAMILIES = {
     "optim": "optim",
     "tracking": "tracking",
     "results": "algorithms.results",
+    "attached": "algorithms.attached",
     "plot": "plot",
     "compat": "compat",
 }

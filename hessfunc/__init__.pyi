@@ -5,6 +5,7 @@ from hessfunc import kronecker as kronecker
 from hessfunc import optim as optim
 from hessfunc import plot as plot
 from hessfunc import tracking as tracking
+from hessfunc.algorithms import attached as attached
 from hessfunc.algorithms import results as results
 from hessfunc.algorithms.check import check as check
 from hessfunc.algorithms.density import slq as slq

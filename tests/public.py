@@ -8,7 +8,7 @@ from typing import Any
 import hessfunc as hf
 
 # Families whose functions are checked at the door; the others only draw or replace other libraries.
-CHECKED = ("matvecs", "kronecker", "optim", "tracking", "compat")
+CHECKED = ("attached", "matvecs", "kronecker", "optim", "tracking", "compat")
 
 
 def names() -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import hessfunc as hf
 from hessfunc import plot
 from hessfunc.compat import eigenthings, hessianflow, pyhessian
+from hessfunc.trees import tree_map
 from tests import public
 
 HOME = Path(hf.__file__).parent
@@ -64,6 +65,14 @@ stepped()
 
 
 matvec = hf.dense(MATRIX)
+
+
+PAIRS = hf.lanczos(matvec, B, k=2, seed=0)
+SCALE = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+
+def with_graph(block: Any) -> Any:
+    return tree_map(lambda leaf: SCALE * leaf, matvec(block))
 
 
 def draws(i: int) -> Callable[[Tensor], Tensor]:
@@ -126,6 +135,20 @@ OF_RULE = {
     )
 }  # fmt: skip
 CALLS: dict[str, Call] = {
+    "eigenvalues": Call({"matvec": with_graph, "pairs": PAIRS}),
+    "eigenvectors": Call(
+        {"matvec": with_graph, "pairs": PAIRS}, {"rtol": 1e-3, "max_matvecs": 40}
+    ),
+    "trace": Call({"matvec": with_graph, "probes": MATRIX[:2]}),
+    "diagonal": Call({"matvec": with_graph, "probes": MATRIX[:2]}),
+    "function": Call({"matvec": with_graph, "f": torch.exp, "b": B}, {"steps": 3}),
+    "trace_of_function": Call(
+        {"matvec": with_graph, "f": torch.exp, "like": B}, {"probes": 2, "steps": 3, "seed": 0}
+    ),
+    "logdet": Call(
+        {"matvec": with_graph, "like": B},
+        {"damping": 9.0, "probes": 2, "steps": 3, "seed": 0},
+    ),
     "functional": Call({"model": MODEL}, {"trainable_only": True, "dtype": D, "recompute": None}),
     "supervised": Call({"model_fn": MODEL_FN, "criterion": CRITERION}, then=of_loss),
     "composed": Call(
@@ -366,7 +389,6 @@ def tracked_step(*args: Any, **options: Any) -> Any:
         return "not measured" if point is None else dataclasses.replace(point, seconds=0.0)
 
 
-PAIRS = hf.lanczos(matvec, LIKE, k=2, seed=0)
 DENSITY = hf.slq(matvec, LIKE, probes=2, steps=4, seed=0)
 TRACE_FOUND = hf.hutchinson(matvec, LIKE, seed=0, max_matvecs=4)
 OTHER_FOUND = hf.hutchinson(matvec, LIKE, seed=1, max_matvecs=4)
@@ -748,7 +770,7 @@ def test_every_public_function_is_called() -> None:
         parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
         options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         assert options <= call.options.keys() | {"blocks"}, name
-        wrapped = FUNCTIONS[name].__code__.co_filename.endswith("options.py")
+        wrapped = FUNCTIONS[name].__code__.co_filename.endswith("options/door.py")
         # A product of one vector, or an inner product, is too short for it.
         assert wrapped or name in ("apply", "inner")
 
@@ -760,7 +782,7 @@ def test_every_function_of_a_drop_in_replacement_is_checked(library: types.Modul
         made = value.__init__ if inspect.isclass(value) else value
         # `hessian_with_activation` passes its arguments on to the checked `MeanLoss`.
         if "args" not in inspect.signature(made).parameters:
-            assert made.__code__.co_filename.endswith("options.py"), name
+            assert made.__code__.co_filename.endswith("options/door.py"), name
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS | METHODS if name not in REFUSED])
