@@ -1,8 +1,60 @@
-"""The table of coverage keeps the rows that are not measured again."""
+"""Intervals hold what they claim; ``python -m bench.coverage`` tries it over 1,000 seeds."""
 
 from __future__ import annotations
 
-from bench.coverage import HEADER, table
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hessfunc as hf
+from bench.coverage import CASES, HEADER, LEVELS, N, measured, spectra, table
+
+# Four binomial standard errors of so many seeds, beside the two points that are promised.
+SEEDS = 40
+SLACK = {level: 0.02 + 4 * (level * (1 - level) / SEEDS) ** 0.5 for level in LEVELS}
+TRIED = ("10 outliers and a bulk", "i^-2", "10 ones, 1e-3", "+-1/i", "linspace(1, 3)", "rank one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spectrum", TRIED)
+@pytest.mark.parametrize("name", CASES)
+def test_intervals_cover_and_are_not_huge(name: str, spectrum: str) -> None:
+    case = CASES[name]
+    if case.definite and bool((spectra()[spectrum] < 0).any()):
+        pytest.skip("indefinite")
+    stops = tuple(stop for stop in case.stops if stop["max_matvecs"] not in (5, 12, 70))
+    for row in measured(replace(case, stops=stops), spectrum, SEEDS):
+        for level, share in zip(LEVELS, row["covered"], strict=True):
+            assert share >= level - SLACK[level], row
+        if row["products"] >= 20:
+            assert all(ratio is None or ratio < 4 for ratio in row["ratios"][:3]), row
+
+
+@pytest.mark.parametrize("budget", [3, 5, 20])
+@pytest.mark.parametrize("spectrum", ["rank one", "10 outliers and a bulk", "linspace(1, 3)"])
+def test_few_probes_know_their_error(spectrum: str, budget: int) -> None:
+    values, like = spectra()[spectrum], torch.zeros(N, dtype=torch.float64)
+    options = {"kind": "sphere", "max_matvecs": budget, "block_size": budget}
+    runs = [hf.hutchinson(lambda v: v * values, like, seed=s, **options) for s in range(200)]
+    errors = torch.tensor([abs(run.value - float(values.sum())) for run in runs])
+    for level in LEVELS:
+        widths = torch.tensor([run.interval(level)[1] - run.value for run in runs])
+        slack = 0.02 + 4 * (level * (1 - level) / 200) ** 0.5
+        assert float((errors <= widths).double().mean()) >= level - slack
+        assert float(widths.median() / errors.quantile(level)) < (5 if budget < 10 else 2)
+
+
+@pytest.mark.parametrize("outliers", [1, 5, 10])
+def test_as_many_probes_as_equal_outliers(outliers: int) -> None:
+    """All leave-one-out estimates may then be too small by one outlier, and agree."""
+    values = torch.where(torch.arange(N) < outliers, 1.0, 1e-3).double()
+    like, covered = torch.zeros(N, dtype=torch.float64), 0
+    for seed in range(100):
+        found = hf.xtrace(lambda v: v * values, like, max_matvecs=max(4, 2 * outliers), seed=seed)
+        low, high = found.interval(0.95)
+        covered += low <= float(values.sum()) <= high
+    assert covered >= 88
 
 
 def _row(stop: str, share: float) -> dict[str, object]:
