@@ -8,8 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# Number of halvings of an interval that resolve a share of up to 2^40 eigenvalues.
+_HALVINGS = 60
 
 
 def refuse_level(level: float, /) -> None:
@@ -258,3 +262,36 @@ def _complete(left_one: Tensor, left_two: Tensor | None) -> float:
     fewer = math.sqrt(float(inside.mean()) / (p - 1))
     ratio = min(1.0, naive / fewer) if fewer > 0 else 1.0
     return max(naive, ratio * math.sqrt((p - 1) / p * float((means - means.mean()).square().sum())))
+
+
+def largest_share(share: Tensor, tail: float, scale: int, /) -> Tensor:
+    """Return the largest F for which P(X <= share) >= tail.
+
+    X is distributed as Beta(scale F / 2, scale (1 - F) / 2). The probability decreases with F, so
+    bisection applies.
+    """
+    from scipy.special import betainc
+
+    upto = share.clamp_max(1).numpy()
+    low, high = np.zeros_like(upto), np.ones_like(upto)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        likely = betainc(scale * middle / 2, scale * (1 - middle) / 2, upto) >= tail
+        low, high = np.where(likely, middle, low), np.where(likely, high, middle)
+    return torch.from_numpy(np.where(upto >= 1, 1.0, high))
+
+
+def mean_square(centred: Tensor, weights: Tensor, n: int, /) -> tuple[float, int]:
+    """Return the mean square of values at nodes, and its degrees of freedom (Satterthwaite).
+
+    Args:
+        centred: Values minus their mean, ``(p, m)``.
+        weights: Weights of the nodes of each probe, ``(p, m)``; each row sums to 1.
+        n: Number of entries of a probe.
+    """
+    probes = len(weights)
+    square = float((weights * centred.square()).sum()) / probes
+    if square == 0:
+        return 0.0, probes * n
+    kurtosis = float((weights * (centred / math.sqrt(square)) ** 4).sum()) / probes
+    return square, max(1, int(probes * n / kurtosis))

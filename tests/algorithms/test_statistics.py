@@ -3,11 +3,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from scipy import stats
 
 from hessfunc.algorithms.statistics import (
     chi_squared_quantile,
     kolmogorov_quantile,
+    largest_share,
+    mean_square,
     student_quantile,
 )
 
@@ -40,3 +43,23 @@ def test_kolmogorov_is_scipys(probability: float) -> None:
 def test_kolmogorov_refuses_what_is_no_probability(probability: float) -> None:
     with pytest.raises(ValueError, match=r"choose a number in \(0, 1\)"):
         kolmogorov_quantile(probability)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.7])
+def test_the_largest_share_is_where_the_tail_of_the_beta_distribution_is_reached(
+    share: float,
+) -> None:
+    largest = float(largest_share(torch.tensor([share]).double(), 0.025, 40))
+    assert share <= largest < 1
+    upto = stats.beta(20 * largest, 20 * (1 - largest)).cdf(share)
+    assert upto == pytest.approx(0.025, rel=1e-6) or share == 0
+
+
+def test_degrees_of_a_mean_square_follow_from_the_kurtosis() -> None:
+    weights = torch.full((2, 4), 0.25).double()
+    signs = torch.tensor([[1.0, -1.0, 1.0, -1.0], [3.0, -3.0, 3.0, -3.0]]).double()
+    square, degrees = mean_square(signs, weights, 10)
+    assert square == pytest.approx((1 + 9) / 2)
+    # The fourth moment is (1 + 81) / 2, and the kurtosis 41 / 25.
+    assert degrees == int(2 * 10 / (41 / 25))
+    assert mean_square(0 * signs, weights, 10) == (0.0, 20)

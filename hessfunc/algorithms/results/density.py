@@ -6,14 +6,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results.estimate import Estimate
 from hessfunc.algorithms.results.quadrature import Rule, bracket, ends, radau
 from hessfunc.algorithms.results.result import Result, shown
-from hessfunc.algorithms.statistics import kolmogorov_quantile, refuse_level
+from hessfunc.algorithms.statistics import (
+    kolmogorov_quantile,
+    largest_share,
+    mean_square,
+    refuse_level,
+)
 from hessfunc.numerics import rounding
 from hessfunc.options import real, validated
 
@@ -21,8 +25,6 @@ from hessfunc.options import real, validated
 _ROUNDING = 1e-12
 # Rounding of n times a share of the eigenvalues, which is an integer.
 _WHOLE = 1e-6
-# Number of halvings of an interval that resolve a share of up to 2^40 eigenvalues.
-_HALVINGS = 60
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -148,37 +150,15 @@ class Density(Result):
                 f"x has {int(points.isnan().sum())} entries that are NaN: pass the points in units "
                 "of the eigenvalues, such as density.grid()"
             )
-        lower, upper = self._enclosed(points)
+        lower, upper = self._rule.enclosed(points, self._margin)
         if simultaneous:
             variance = 2 / (len(self.nodes) * (self.n + 2))
             half = kolmogorov_quantile(level) * math.sqrt(variance) + _ROUNDING
             return (lower - half).clamp_min(0), (upper + half).clamp_max(1)
         tail, scale = (1 - level) / 2, len(self.nodes) * self.n
         # The lower bound of F is the upper bound of the share 1 - F of the eigenvalues above x.
-        return 1 - _most(1 - lower, tail, scale), _most(upper, tail, scale)
-
-    def _enclosed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rigorous bounds of the mean of F_p(x) over the probes of this run.
-
-        Between the nodes j and j + 1, sum_(i < j) weights_i <= F_p(x) <= sum_(i <= j+1) weights_i.
-        """
-        points = x[..., None, None]
-        before = self.nodes <= points
-        cumulated = self.weights.cumsum(1)
-        share = torch.where(before, self.weights, 0.0).sum(-1)
-        last = torch.where(before, cumulated, 0.0).amax(-1)
-        # `at` is the last node up to x, and `following` the first node above it.
-        at = (before.sum(-1) - 1).clamp_min(0)
-        probe = torch.arange(len(self.nodes), device="cpu").expand(at.shape)
-        lower = (share - self.weights[probe, at] * (before.any(-1))).clamp_min(0)
-        following = (at + before.any(-1)).clamp_max(self.nodes.shape[1] - 1)
-        upper = torch.maximum(cumulated[probe, following], last).clamp_max(1)
-        # The nodes of a rule without error are eigenvalues, up to rounding.
-        surely = torch.where(self.nodes < points - self._margin, self.weights, 0.0).sum(-1)
-        maybe = torch.where(self.nodes <= points + self._margin, self.weights, 0.0).sum(-1)
-        lower = torch.where(self._rule.exact, surely, lower)
-        upper = torch.where(self._rule.exact, maybe, upper)
-        return lower.mean(-1).clamp(0, 1), upper.mean(-1).clamp(0, 1)
+        above = largest_share(1 - lower + _ROUNDING, tail, scale)
+        return 1 - above, largest_share(upper + _ROUNDING, tail, scale)
 
     @property
     def _rule(self) -> Rule:
@@ -332,7 +312,7 @@ class Density(Result):
                 at_nodes = torch.where(weights > 0, inside(nodes), 0.0)
                 if bool(at_nodes.isfinite().all()):
                     rules.append((at_nodes, weights))
-        spreads = [self._spread(v - (w * v).sum() / len(w), w) for v, w in rules]
+        spreads = [mean_square(v - (w * v).sum() / len(w), w, self.n) for v, w in rules]
         lower, upper = float(bounds[0]) - rounded, float(bounds[1]) + rounded
         if math.isnan(lower) or math.isnan(upper):
             lower, upper = -math.inf, math.inf
@@ -377,15 +357,6 @@ class Density(Result):
         low = low if smallest is None else smallest
         return low, max(high if largest is None else largest, low)
 
-    def _spread(self, centred: Tensor, weights: Tensor) -> tuple[float, int]:
-        """Return the mean square of g on the nodes, and its degrees of freedom (Satterthwaite)."""
-        probes = len(weights)
-        square = float((weights * centred.square()).sum()) / probes
-        if square == 0:
-            return 0.0, probes * self.n
-        kurtosis = float((weights * (centred / math.sqrt(square)) ** 4).sum()) / probes
-        return square, max(1, int(probes * self.n / kurtosis))
-
     @validated(damping=real)
     def effective_dimension(self, damping: float) -> Estimate:
         """Return the effective dimension of a positive semi-definite matrix.
@@ -427,20 +398,3 @@ class Density(Result):
             bounds=(self.n * max(low, 0.0), self.n * min(high, 1.0)),
             reason=f"effective dimension at damping {damping:g}",
         )
-
-
-def _most(share: Tensor, tail: float, scale: int) -> Tensor:
-    """Return the largest F for which P(X <= share) >= tail.
-
-    X is distributed as Beta(scale F / 2, scale (1 - F) / 2). The probability decreases with F, so
-    bisection applies.
-    """
-    from scipy.special import betainc
-
-    upto = (share + _ROUNDING).clamp_max(1).numpy()
-    low, high = np.zeros_like(upto), np.ones_like(upto)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        likely = betainc(scale * middle / 2, scale * (1 - middle) / 2, upto) >= tail
-        low, high = np.where(likely, middle, low), np.where(likely, high, middle)
-    return torch.from_numpy(np.where(upto >= 1, 1.0, high))

@@ -69,6 +69,33 @@ class Rule:
             return torch.zeros(len(self.nodes), dtype=torch.bool, device="cpu")
         return (self.residuals == 0).all(1)
 
+    def enclosed(self, x: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+        """Return rigorous bounds of the mean over the probes of the distribution function F_p(x).
+
+        Between the nodes j and j + 1, sum_(i < j) weights_i <= F_p(x) <= sum_(i <= j+1) weights_i.
+
+        Args:
+            x: Points, of any shape.
+            margin: Rounding of a node.
+        """
+        points = x[..., None, None]
+        before = self.nodes <= points
+        cumulated = self.weights.cumsum(1)
+        share = torch.where(before, self.weights, 0.0).sum(-1)
+        last = torch.where(before, cumulated, 0.0).amax(-1)
+        # `at` is the last node up to x, and `following` the first node above it.
+        at = (before.sum(-1) - 1).clamp_min(0)
+        probe = torch.arange(len(self.nodes), device="cpu").expand(at.shape)
+        lower = (share - self.weights[probe, at] * (before.any(-1))).clamp_min(0)
+        following = (at + before.any(-1)).clamp_max(self.nodes.shape[1] - 1)
+        upper = torch.maximum(cumulated[probe, following], last).clamp_max(1)
+        # The nodes of a rule without error are eigenvalues, up to rounding.
+        surely = torch.where(self.nodes < points - margin, self.weights, 0.0).sum(-1)
+        maybe = torch.where(self.nodes <= points + margin, self.weights, 0.0).sum(-1)
+        lower = torch.where(self.exact, surely, lower)
+        upper = torch.where(self.exact, maybe, upper)
+        return lower.mean(-1).clamp(0, 1), upper.mean(-1).clamp(0, 1)
+
 
 def radau(rule: Rule, at: float) -> tuple[Tensor, Tensor]:
     """Return nodes and weights ``(p, m + 1)`` of the Gauss-Radau rules with a prescribed node.
