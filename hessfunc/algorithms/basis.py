@@ -25,6 +25,7 @@ from hessfunc.algorithms.offload import (
     workspace,
     written,
 )
+from hessfunc.spaces.inner_products import gram
 from hessfunc.spaces.space import DIVIDED, Rows, Space
 
 # Number of entries that are converted or rotated at once; they fit in the cache.
@@ -234,7 +235,7 @@ def orthonormal(
 
 def _coefficients(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
     parts = _by_columns(space, rows, basis)
-    products = [space.gram_here(columns, part, run=_RUN) for columns, part in parts]
+    products = [gram(columns, part, run=_RUN) for columns, part in parts]
     return space.summed(torch.stack(products).sum(0))
 
 

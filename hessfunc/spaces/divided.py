@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.ranks import Ranks
+from hessfunc.spaces.inner_products import norms
 from hessfunc.spaces.space import Space
 
 Made = TypeVar("Made")
@@ -43,7 +44,7 @@ class DividedSpace(Space):
         return self.summed(rows @ self.units(columns, rows.dtype).mT)
 
     def norms(self, rows: Tensor, /) -> Tensor:
-        return self.summed(self._norms(rows).square()).sqrt()
+        return self.summed(norms(rows).square()).sqrt()
 
     def factored(self, rows: Tensor, /) -> tuple[Tensor, Tensor]:
         # TSQR, Demmel, Grigori, Hoemmen and Langou 2012, arXiv 0808.2664. With the part of rank r

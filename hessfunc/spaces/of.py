@@ -12,7 +12,8 @@ from torch import Tensor
 from hessfunc import options
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import validated
-from hessfunc.spaces.space import ProbeKind, Space, _advice, _names
+from hessfunc.spaces.leaf_names import advice, names_of
+from hessfunc.spaces.space import ProbeKind, Space
 from hessfunc.trees import Tree, flatten, whole
 
 
@@ -24,7 +25,7 @@ def space_of(like: Tree, /) -> Space:
         ValueError: If the tree has no leaf, or if leaves lie on several devices or meshes.
     """
     leaves, structure = flatten(like)
-    names = _names(structure)
+    names = names_of(structure)
     if not leaves:
         raise ValueError(
             "the tree has no leaf: check that not all parameters are frozen, or call "
@@ -32,9 +33,7 @@ def space_of(like: Tree, /) -> Space:
         )
     for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"leaf {name!r} is a {type(leaf).__name__}, not a tensor{_advice(leaf)}"
-            )
+            raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}, not a tensor{advice(leaf)}")
         if not leaf.is_floating_point():
             raise TypeError(
                 f"leaf {name!r} has dtype {leaf.dtype}; curvature needs real floating-point "
@@ -119,7 +118,7 @@ def inner(a: Tree, b: Tree, /) -> Tensor:
 def _outlined(entries: Sequence[Tensor], structure: optree.PyTreeSpec) -> str:
     shapes = ", ".join(
         f"{name} {tuple(leaf.shape)}"
-        for name, leaf in zip(_names(structure)[:4], entries, strict=False)
+        for name, leaf in zip(names_of(structure)[:4], entries, strict=False)
     )
     return f"{len(entries)} leaves ({shapes}{', ...' if len(entries) > 4 else ''})"
 

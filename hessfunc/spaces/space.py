@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-import numpy as np
 import optree
 import torch
 import torch.utils._cxx_pytree
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessfunc.memory import available_memory
 from hessfunc.numerics import wide_dtype
 from hessfunc.randomness import keys, normals, signs
+from hessfunc.spaces.inner_products import PIECE_OF_DEVICE, gram, norms
+from hessfunc.spaces.leaf_names import advice, described, names_of
 from hessfunc.trees import Made, Tree, flatten, leaves
 
 if TYPE_CHECKING:
@@ -51,49 +52,10 @@ DIVIDED = {"divided": True}
 # Function (keys, places, device) -> random numbers.
 Draw: TypeAlias = Callable[[Tensor, Sequence[range], torch.device], Tensor]
 ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]
-# Largest number of inner products that are computed entirely in float64.
-_FEW_PRODUCTS = 4
-# Number of entries that are converted to float64 at once, so that they stay in the cache.
-_PIECE = 2**16
 # Number of random entries that are drawn at once. A sign takes about 2 bytes of scratch memory, a
 # normal number about 24.
 _PIECE_OF_SIGNS = 2**18
 _PIECE_OF_NORMALS = 2**15
-# Number of entries on other devices: for small pieces, the launch of kernels would dominate.
-_PIECE_OF_DEVICE = 2**22
-
-
-def _names(structure: optree.PyTreeSpec) -> tuple[str, ...]:
-    paths = structure.paths()
-    dotted = [".".join(map(_label, path)) or "params" for path in paths]
-    if len(set(dotted)) == len(dotted):
-        return tuple(dotted)
-    # Dotted paths are ambiguous for the keys 1 and "1", or for "a.b" and "a" followed by "b".
-    several = {name for name in dotted if dotted.count(name) > 1}
-    return tuple(
-        "".join(f"[{key!r}]" for key in path) if name in several else name
-        for name, path in zip(dotted, paths, strict=True)
-    )
-
-
-def _label(key: Any) -> str:
-    return f"{key[0]}[{key[1]}]" if isinstance(key, tuple) and len(key) == 2 else str(key)
-
-
-def _advice(leaf: object) -> str:
-    """Return the end of a message: what to pass instead of an object that is not a tensor."""
-    if isinstance(leaf, np.ndarray):
-        return (
-            ": pass torch.from_numpy(array), or `compat.from_scipy(operator)` for a NumPy function"
-        )
-    if isinstance(leaf, nn.Module):
-        return ": pass the params of `model_fn, params = functional(model)`"
-    return ""
-
-
-def _described(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{len(names)} leaves ({shown}{', ...' if len(names) > 4 else ''})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,16 +230,16 @@ class Space:
         try:
             leaves: list[Any] = self.structure.flatten_up_to(tree)
         except ValueError:
-            given = _names(flatten(tree)[1])
+            given = names_of(flatten(tree)[1])
             raise ValueError(
                 "the vector does not have the structure of the parameters, "
-                f"{_described(self.names)}: it has {_described(given)}"
+                f"{described(self.names)}: it has {described(given)}"
             ) from None
         for name, leaf in zip(self.names, leaves, strict=True):
             if not isinstance(leaf, Tensor):
                 raise ValueError(
                     "the vector does not have the structure of the parameters: its leaf "
-                    f"{name!r} is a {type(leaf).__name__}, not a tensor{_advice(leaf)}"
+                    f"{name!r} is a {type(leaf).__name__}, not a tensor{advice(leaf)}"
                 )
         return leaves
 
@@ -348,48 +310,11 @@ class Space:
         below 1e-7 |x| |y| at any length, except for vectors of equal entries, whose rounding errors
         add up to 1e-6. Runs of 2^14 entries are twice as fast, with errors up to 20 times larger.
         """
-        return self.summed(self.gram_here(rows, others, run=run))
-
-    def gram_here(self, rows: Tensor, others: Tensor, /, *, run: int) -> Tensor:
-        """Return the contribution to `gram` of the columns on this rank."""
-        wide = wide_dtype(rows.device)
-        if rows.dtype == wide:
-            return rows @ others.to(wide).mT
-        if len(rows) > len(others):
-            # The kernels are twice as fast with the smaller number of rows on the left.
-            return self.gram_here(others, rows, run=run).mT
-        if len(rows) * len(others) <= _FEW_PRODUCTS:
-            return self._wide_gram(rows, others)
-        whole = rows.shape[1] // run * run
-        left = rows[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
-        right = others[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
-        total = torch.bmm(left, right.mT).sum(0, dtype=wide)
-        return total + rows[:, whole:] @ others[:, whole:].mT
-
-    def _wide_gram(self, rows: Tensor, others: Tensor) -> Tensor:
-        # Work in pieces: a full float64 copy takes longer to allocate than to fill.
-        wide = wide_dtype(rows.device)
-        total = torch.zeros(len(rows), len(others), dtype=wide, device=rows.device)
-        piece = _PIECE if rows.device.type == "cpu" else _PIECE_OF_DEVICE
-        for left, right in zip(rows.split(piece, 1), others.split(piece, 1), strict=True):
-            total += left.to(wide) @ right.to(wide).mT
-        return total
+        return self.summed(gram(rows, others, run=run))
 
     def norms(self, rows: Tensor, /) -> Tensor:
         """Return the 2-norm of each row in float64, shape ``(k,)``."""
-        return self._norms(rows)
-
-    def _norms(self, rows: Tensor) -> Tensor:
-        # Work in pieces, because `vector_norm` would convert the whole tensor to float64.
-        wide = wide_dtype(rows.device)
-        piece = _PIECE if rows.device.type == "cpu" else _PIECE_OF_DEVICE
-        if rows.dtype == wide or rows.shape[1] <= piece:
-            lengths = [torch.linalg.vector_norm(row, dim=1, dtype=wide) for row in rows.split(1)]
-            return torch.cat(lengths)
-        parts = [
-            torch.linalg.vector_norm(part.to(wide), dim=1) for part in rows.split(piece, dim=1)
-        ]
-        return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return norms(rows)
 
     def combine(self, coefficients: Tensor, rows: Tensor, /) -> Tensor:
         """Return ``coefficients @ rows`` in the dtype of the rows, shape ``(j, n)``."""
@@ -457,7 +382,7 @@ class Space:
                 rows,
                 of,
                 lambda leaves_: keys(seed, indices, leaves_, self.device),
-                piece if on_cpu else _PIECE_OF_DEVICE,
+                piece if on_cpu else PIECE_OF_DEVICE,
             )
         if kind == "sphere":
             rows *= (math.sqrt(self.n) / self.norms(rows)).to(rows.dtype)[:, None]
