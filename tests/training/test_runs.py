@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hessfunc.app.problems.nets import mlp
 from hessfunc.optim.schedules import absa
@@ -105,16 +105,32 @@ METHODS = {
 }
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A training that nothing has interrupted."""
+
+    method: Method
+    make: Callable[[], nn.Module]
+    training: Run
+    state: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    method = METHODS[request.param]
+    make = small_net if request.param == "sgd" else lambda: mlp([2, 5, 2], nn.Sigmoid)
+    path = tmp_path_factory.mktemp("whole") / "state.pt"
+    training = run("it", make, method, blobs(), blobs(20), **options(method, path))
+    return Whole(method, make, training, torch.load(path, weights_only=True)["state_dict"])
+
+
 # Nine steps make the first epoch; what is killed at the ninth goes on at a smaller batch.
 @pytest.mark.parametrize("killed_at", [1, 9, 10, 15, 22])
-@pytest.mark.parametrize("name", METHODS)
 def test_a_killed_training_ends_with_the_same_bits(
-    name: str, killed_at: int, tmp_path: Path
+    whole: Whole, killed_at: int, tmp_path: Path
 ) -> None:
-    method = METHODS[name]
-    make = small_net if name == "sgd" else lambda: mlp([2, 5, 2], nn.Sigmoid)
     path = tmp_path / "state.pt"
-    expected = run("it", make, method, blobs(), blobs(20), **options(method, tmp_path / "whole.pt"))
+    given = "it", whole.make, whole.method, blobs(), blobs(20)
     steps = [0]
 
     def kill(examples: int) -> None:
@@ -123,16 +139,17 @@ def test_a_killed_training_ends_with_the_same_bits(
             raise Killed
 
     with pytest.raises(Killed):
-        run("it", make, method, blobs(), blobs(20), on_step=kill, **options(method, path))
+        run(*given, on_step=kill, **options(whole.method, path))
     torch.rand(17)
-    found = run("it", make, method, blobs(), blobs(20), **options(method, path))
-    timeless = [[replace(r, seconds=0.0) for r in one.records] for one in (found, expected)]
+    found = run(*given, **options(whole.method, path))
+    timeless = [[replace(r, seconds=0.0) for r in one.records] for one in (found, whole.training)]
     assert timeless[0] == timeless[1]
     assert found.ended == "complete"
-    whole, resumed = (torch.load(p, weights_only=True) for p in (tmp_path / "whole.pt", path))
-    for key, leaf in whole["state_dict"].items():
-        assert torch.equal(leaf, resumed["state_dict"][key]), key
-    assert {file.name for file in tmp_path.iterdir()} == {"whole.pt", "state.pt"}
+    resumed = torch.load(path, weights_only=True)["state_dict"]
+    assert whole.state.keys() == resumed.keys()
+    for key, leaf in whole.state.items():
+        assert torch.equal(leaf, resumed[key]), key
+    assert {file.name for file in tmp_path.iterdir()} == {"state.pt"}
 
 
 def test_a_finished_training_is_told_again_without_a_step(tmp_path: Path) -> None:
