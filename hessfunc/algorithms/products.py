@@ -10,6 +10,7 @@ from typing import TypedDict, cast
 import torch
 from torch import Tensor
 
+from hessfunc.autograd.functorch import transforming
 from hessfunc.options import of_numpy
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
@@ -68,7 +69,14 @@ class Products:
 
         Raises:
             ValueError: If the tree has no entries, or does not belong to the given space.
+            NotImplementedError: If a transform is active.
         """
+        if transforming():
+            raise NotImplementedError(
+                "algorithms look at numbers between products, which transforms of torch.func and "
+                "torch.compile hide: run the algorithm outside of them, and differentiate its "
+                "answer by `hf.attached`, or products such as `inner(v, apply(matvec, v))`"
+            )
         if space is None:
             space = space_of(like)
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,3 +34,18 @@ def test_a_matvec_that_works_in_place_is_refused() -> None:
 def test_a_tree_without_entries_is_refused() -> None:
     with pytest.raises(ValueError, match="no entries"):
         hf.xtrace(lambda block: block, torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [hf.lanczos, hf.power_iteration, hf.hutchinson, hf.xtrace, hf.xdiag, hf.slq, hf.cg, hf.minres],
+)
+def test_algorithms_are_refused_inside_of_transforms(algorithm: Callable[..., Any]) -> None:
+    matrix = torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64))
+
+    def value(scale: Tensor) -> Tensor:
+        algorithm(lambda block: scale * block @ matrix, torch.ones(4, dtype=torch.float64))
+        return scale
+
+    with pytest.raises(NotImplementedError, match=r"hf\.attached"):
+        torch.func.grad(value)(torch.ones((), dtype=torch.float64))
