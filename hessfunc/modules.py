@@ -19,8 +19,9 @@ from torch._C._autograd import (
 
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.overrides import Replaced
-from hessfunc.autograd.recompute import recomputing, segments_of
+from hessfunc.autograd.recompute import recompute_inside, segments_of
 from hessfunc.containers import mapped
+from hessfunc.copies import Copies
 from hessfunc.options import validated
 from hessfunc.selection import first_of
 from hessfunc.trees import Tree, whole
@@ -41,8 +42,17 @@ def functional(
     positional arguments and a mapping as keyword arguments. Any other value, such as a tensor or a
     named tuple, is one argument.
 
-    The module is never changed. Each call clones the buffers, so BatchNorm also works in train
-    mode. The training flag of each submodule is read once, when `functional` is called.
+    The module is never changed, so several threads may call ``model_fn``, and others may train the
+    module meanwhile. Each call evaluates a structural copy of the module: other module objects
+    that hold the same tensors. The copy is made once, when `functional` is called; later changes
+    of the module's attributes, training flags and hooks do not reach it. Attributes that the
+    forward sets stay on the copy and are reset after each call, so a loss must use what
+    ``model_fn`` returns. Each call clones the buffers, so BatchNorm also works in train mode.
+
+    A module that cannot be copied (`copy.deepcopy` raises), or whose functions or hooks refer to
+    one of its own modules through a closure or a global name, is evaluated itself and restored
+    after the call. All such modules of the process share one lock; other threads must not use
+    them meanwhile.
 
     Parameters that are not among ``params``, such as frozen ones, are read from the module in each
     call. They are not copied, because copies would double the memory of a large model. A matvec
@@ -81,8 +91,15 @@ def functional(
             f"{type(model).__name__} has no trainable parameter: call "
             "`model.requires_grad_(True)`, or pass `trainable_only=False`"
         )
-    training = [(module, module.training) for module in model.modules()]
+    flags = [module.training for module in model.modules()]
     segments = [] if recompute is None else segments_of(model, recompute)
+
+    def prepare(module: nn.Module) -> None:
+        for part, flag in zip(module.modules(), flags, strict=True):
+            part.training = flag
+        recompute_inside(module, segments, copies.borrowed)
+
+    copies = Copies(model, prepare)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     own_dtype = next(iter(params.values())).dtype
     renormalises = _renormalises(model)
@@ -100,22 +117,20 @@ def functional(
                 "result would depend on how the data is divided into batches: call `model.eval()` "
                 "before `functional(model)`, or use one batch"
             )
-        note_read((n, p) for n, p in model.named_parameters() if n not in params)
+        fixed = {n: p for n, p in model.named_parameters() if n not in params}
+        note_read(fixed.items())
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
-        state = dict(params), buffers
+        state = fixed | dict(params), buffers
         if dtype is not None:
-            fixed = {n: p for n, p in model.named_parameters() if n not in params}
-            state = _cast((fixed | state[0], buffers), dtype)
-            args, kwargs = _cast((args, kwargs), dtype)
+            state, args, kwargs = _cast((state, args, kwargs), dtype)
         with (
-            training_flags(training),
-            recomputing(segments),
+            copies.borrowed() as module,
             _without_checkpointing(),
             _without_cudnn() if recurrent else nullcontext(),
             Replaced(pure_lookup()) if renormalises else nullcontext(),
         ):
-            outputs = torch.func.functional_call(model, state, args, kwargs)
+            outputs = torch.func.functional_call(module, state, args, kwargs)
         return outputs if dtype is None else _cast(outputs, own_dtype)
 
     return model_fn, params

@@ -43,6 +43,7 @@ LAYERS = [
     {"selection", "spaces"},
     {"autograd"},
     {"losses"},
+    {"copies"},
     {"modules"},
     {"transforms", "algorithms"},
     {"recipes", "optim", "kronecker"},

@@ -7,7 +7,6 @@ process, unlike `torch.nn.attention.sdpa_kernel`.
 from __future__ import annotations
 
 import math
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +16,39 @@ from torch.nn import functional as F
 from hessfunc.autograd.overrides import Replacements
 
 
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return attention as the backend ``SDPBackend.MATH`` computes it, and its weights."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = attn_mask.logical_not()
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(hidden, -math.inf)
+    device = query.device.type
+    kernel: Any = torch.ops.aten._scaled_dot_product_attention_math
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    if not torch.is_autocast_enabled(device):
+        pair: tuple[Tensor, Tensor] = kernel(
+            query, key, value, attn_mask, dropout_p, is_causal, **options
+        )
+        return pair
+    # Autocast rounds the arguments of the whole operation, not those of its parts.
+    dtype = torch.get_autocast_dtype(device)
+    rounded = [x.to(dtype) for x in (query, key, value)]
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(dtype)
+    with torch.autocast(device, enabled=False):
+        pair = kernel(*rounded, attn_mask, dropout_p, is_causal, **options)
+    return pair
+
+
 def _math_attention(
     query: Tensor,
     key: Tensor,
@@ -24,60 +56,14 @@ def _math_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """Compute ``F.scaled_dot_product_attention`` as its backend ``SDPBackend.MATH`` does."""
+    """Compute ``F.scaled_dot_product_attention`` without a fused kernel."""
     if query.is_nested:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        hidden = attn_mask.logical_not()
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(hidden, -math.inf)
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        # Autocast rounds the arguments of the whole operation, not those of its parts.
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = (x.to(dtype) for x in (query, key, value))
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return _math_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-            )
-    kernel: Any = torch.ops.aten._scaled_dot_product_attention_math
-    attended: Tensor = kernel(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
-    return attended
+        fused: Any = F.scaled_dot_product_attention
+        nested: Tensor = fused(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return nested
+    return attended(query, key, value, attn_mask, is_causal, dropout_p=dropout_p, **options)[0]
 
 
-def _never_overridden(tensors: Any) -> bool:
-    return False
-
-
-def _rebound(function: Any, **names: Any) -> Any:
-    """Return a function with the same body that sees other objects under some global names."""
-    copy = FunctionType(
-        function.__code__,
-        {**function.__globals__, **names},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-# A mode is inactive while it handles a call, so the attention inside would be the fused one.
-_multi_head_attention = _rebound(
-    F.multi_head_attention_forward,
-    has_torch_function=_never_overridden,
-    scaled_dot_product_attention=_math_attention,
-)
-
-ATTENTION: Replacements = {
-    F.scaled_dot_product_attention: _math_attention,
-    F.multi_head_attention_forward: _multi_head_attention,
-}
+ATTENTION: Replacements = {F.scaled_dot_product_attention: _math_attention}

@@ -9,61 +9,64 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from hessfunc.autograd.embedding import EXACT
 from hessfunc.autograd.overrides import Replaced, Replacements
+from hessfunc.autograd.shared import Shared
+from hessfunc.autograd.streams import Streams
 from hessfunc.containers import batch_leaves, is_array, mapped, opened
-from hessfunc.randomness import seeded
 
 
 @contextmanager
 def differentiable_twice(
-    device: torch.device, replaced: Replacements | Replaced = EXACT
+    device: torch.device,
+    replaced: Replacements | Replaced = EXACT,
+    *,
+    streams: Streams | None = None,
 ) -> Iterator[Replaced]:
     """Context manager in which losses are evaluated so that they can be differentiated twice.
 
-    Attention uses its unfused implementation, because the fused kernels have no second derivative.
     Functions in ``replaced`` are computed by their replacements. Random layers always draw from
     the same fixed seed, so that products are symmetric and torch's random stream is not changed.
-    Modules and functions wrapped by `torch.compile` run uncompiled.
+    All of it belongs to the thread. Three settings exist only for the whole process, and are
+    changed while any thread needs them (see `Shared`): functions wrapped by `torch.compile` run
+    uncompiled; on CUDA devices, TF32 is off; and with DTensors, the backward of
+    `DTensor.from_local` is differentiable.
 
     Args:
         device: Device of the parameters.
         replaced: Replacements of torch functions, by function, or a mode that applies them.
+        streams: Random streams of the evaluation. None starts new ones at seed 0.
 
     Yields:
         Mode that applies the replacements and records hooks.
     """
-    fast_attention = torch.backends.mha.get_fastpath_enabled()
     mode = replaced if isinstance(replaced, Replaced) else Replaced(replaced)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_uncompiled())
         stack.enter_context(precise(device))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(seeded(0, device))
         if "torch.distributed.tensor" in sys.modules:
             # The import is slow, and a model with DTensors has already done it.
-            from hessfunc.autograd.redistribution import twice_differentiable
+            from hessfunc.autograd.redistribution import TWICE_DIFFERENTIABLE
 
-            stack.enter_context(twice_differentiable())
-        torch.backends.mha.set_fastpath_enabled(False)
+            stack.enter_context(TWICE_DIFFERENTIABLE.held())
+        mode.draw_from(Streams() if streams is None else streams)
         # Enter the mode last: it observes `no_grad`, and must not see the contexts above.
         stack.enter_context(mode)
-        try:
-            yield mode
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_attention)
+        yield mode
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
     """Run wrappers of `torch.compile` uncompiled, as compiled graphs have no second derivative."""
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return _EAGER.held()
+
+
+_EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
 
 
 def refuse_autocast(device: torch.device, /) -> None:
@@ -113,12 +116,13 @@ def _copied(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
-@contextmanager
-def precise(device: torch.device) -> Iterator[None]:
+def precise(device: torch.device) -> AbstractContextManager[Any]:
     """Context manager that turns TF32 off, so that CUDA kernels keep the precision of float32."""
-    if device.type != "cuda":
-        yield
-        return
+    return _WITHOUT_TF32.held() if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, cuda.allow_tf32
     cudnn.allow_tf32 = cuda.allow_tf32 = False
@@ -126,3 +130,6 @@ def precise(device: torch.device) -> Iterator[None]:
         yield
     finally:
         cudnn.allow_tf32, cuda.allow_tf32 = before
+
+
+_WITHOUT_TF32 = Shared(_without_tf32)

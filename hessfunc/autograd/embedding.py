@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hessfunc.autograd.attention import ATTENTION
 from hessfunc.autograd.constants import constant
 from hessfunc.autograd.overrides import Replacements
 
@@ -119,4 +120,4 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-EXACT: Replacements = {torch._weight_norm: _weight_norm, **pure_lookup()}
+EXACT: Replacements = {torch._weight_norm: _weight_norm, **ATTENTION, **pure_lookup()}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessfunc.autograd.constants import constant
 from hessfunc.autograd.embedding import EXACT, padded_embedding
 from hessfunc.autograd.overrides import Replacements, getter
 
@@ -93,16 +92,6 @@ def _grad(*args: Any, **kwargs: Any) -> Any:
     return tuple(None if g is None else g.detach() for g in gradient)
 
 
-def _gumbel_softmax(
-    logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
-) -> Tensor:
-    soft = F.gumbel_softmax(logits, tau, dim=dim)
-    if not hard:
-        return soft
-    index = soft.max(dim, keepdim=True)[1]
-    return torch.zeros_like(logits).scatter_(dim, index, 1.0) - constant(soft) + soft
-
-
 FORWARD: Replacements = {
     **EXACT,
     F.embedding: padded_embedding,
@@ -115,9 +104,8 @@ FORWARD: Replacements = {
     torch.autograd.grad: _grad,
 }
 
-# Replacements of functions whose detached parts finite differences would otherwise see.
+# Replacements for finite differences.
 DIFFERENCES: Replacements = {
     **EXACT,
     F.embedding: padded_embedding,
-    F.gumbel_softmax: _gumbel_softmax,
 }

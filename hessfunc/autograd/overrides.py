@@ -4,31 +4,51 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from types import FrameType
-from typing import Any, TypeAlias
+from types import FrameType, FunctionType
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import custom_function_call
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 Replacements: TypeAlias = Mapping[Any, Callable[..., Any]]
+
+
+class RandomSource(Protocol):
+    """Source of random numbers, such as `Streams`."""
+
+    def replacements(self, given: Replacements) -> Replacements:
+        """Return the replacements of random functions, besides given replacements."""
 
 
 class Replaced(TorchFunctionMode):
     """Mode that calls replacements for some functions of torch.
 
+    It belongs to the thread that enters it, unlike the settings of torch's backends. Within some
+    functions of torch that are written in Python, it stays active.
+
     Attributes:
         replaced: Replacement of each torch function. It calls the original function for arguments
             that it does not support.
         hooks: Names of the hooks that were registered on tensors or nodes.
+        source: Source of the random numbers, or None for torch's own random streams.
     """
 
-    def __init__(self, replaced: Replacements) -> None:
+    def __init__(self, replaced: Replacements, source: RandomSource | None = None) -> None:
         super().__init__()
-        self.replaced = replaced
+        self._given = replaced
         self.hooks: list[str] = []
+        self.draw_from(source)
         self._gets_no_gradient = False
+
+    def draw_from(self, source: RandomSource | None) -> None:
+        """Set the source of random numbers."""
+        self.source = source
+        drawn = {} if source is None else source.replacements(self._given)
+        self.replaced: Replacements = {**self._given, **drawn}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -37,7 +57,11 @@ class Replaced(TorchFunctionMode):
             seen(self, args)
         elif self._gets_no_gradient:
             self._refuse_what_needs_a_gradient(args, kwargs)
-        return self.replaced.get(func, func)(*args, **(kwargs or {}))
+        replacement = self.replaced.get(func)
+        if replacement is None and (body := _BODIES.get(func)) is not None:
+            with self:
+                return body(*args, **(kwargs or {}))
+        return (replacement or func)(*args, **(kwargs or {}))
 
     def _refuse_what_needs_a_gradient(self, args: Any, kwargs: dict[str, Any] | None) -> None:
         if torch.is_grad_enabled():
@@ -72,6 +96,55 @@ _WATCHED: Mapping[Any, Callable[[Replaced, Any], None]] = {
     torch._C._set_grad_enabled: Replaced._see_grad_mode,
     Tensor.register_hook: Replaced._see_hook,
     getter("grad_fn"): Replaced._see_node,
+}
+
+
+def current() -> Replaced | None:
+    """Return the innermost mode that is active in this thread, or None."""
+    modes = (mode for mode in reversed(_get_current_function_mode_stack()))
+    return next((mode for mode in modes if isinstance(mode, Replaced)), None)
+
+
+def _body(function: Any) -> Any:
+    """Return a function of torch without its call of the active modes.
+
+    A mode is inactive while it handles a call, so that it would not see the calls inside.
+    """
+    dispatch = {n: _never for n in function.__code__.co_names if n.startswith("has_torch_function")}
+    body = FunctionType(
+        function.__code__,
+        {**function.__globals__, **dispatch},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+def _never(*tensors: Any) -> bool:
+    return False
+
+
+def _custom_function(*args: Any, **kwargs: Any) -> Any:
+    """Call an `autograd.Function` under the transforms of torch.func."""
+    keys = torch._ops._compute_keyset(args, kwargs, custom_function_call.non_fallthrough_keys)
+    return custom_function_call.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
+
+
+# Functions written in Python that draw random numbers or attend, and calls of the user's own.
+_BODIES: Mapping[Any, Callable[..., Any]] = {
+    custom_function_call: _custom_function,
+    **{
+        function: _body(function)
+        for function in (
+            *(F.multi_head_attention_forward, F.gumbel_softmax, F.rrelu),
+            *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+            *(F.alpha_dropout, F.feature_alpha_dropout),
+            *(F.fractional_max_pool2d_with_indices, F.fractional_max_pool3d_with_indices),
+            *(torch.nn.init.normal_, torch.nn.init.uniform_, torch.nn.init.kaiming_uniform_),
+        )
+    },
 }
 
 

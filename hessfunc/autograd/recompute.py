@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from hessfunc import options
 from hessfunc.autograd import differentiable_twice
+from hessfunc.autograd.streams import replay
 from hessfunc.containers import batch_leaves
 from hessfunc.selection import first_of
 from hessfunc.trees import Tree, flatten, leaves
 
 Pure = Callable[..., tuple[Tensor, ...]]
+Borrowed = AbstractContextManager[nn.Module]
 
 
 @options.validated(fn=options.plain_callable)
@@ -46,14 +48,15 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
             i for i, leaf in enumerate(arguments) if isinstance(leaf, Tensor) and i not in floating
         ]
         returned: list[Any] = []
-        replayed = _replay(arguments)
+        device = _device_of(arguments)
+        again = replay(device)
 
         def pure(*tensors: Tensor) -> tuple[Tensor, ...]:
             leaves = list(arguments)
             for i, tensor in zip(floating + others, tensors, strict=True):
                 leaves[i] = tensor
             inner_args, inner_kwargs = structure.unflatten(leaves)
-            with replayed() if returned else nullcontext():
+            with differentiable_twice(device, streams=again()) if returned else nullcontext():
                 out, out_structure = flatten(fn(*inner_args, **inner_kwargs))
             if not out or not all(_is_floating(leaf) for leaf in out):
                 raise TypeError("a recomputed function must return only floating-point tensors")
@@ -94,20 +97,20 @@ class Segment(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-def segments_of(model: nn.Module, pattern: str, /) -> list[Segment]:
-    """Return the outermost modules whose names match a glob.
+def segments_of(model: nn.Module, pattern: str, /) -> list[str]:
+    """Return the names of the outermost modules whose names match a glob.
 
     Raises:
         ValueError: If no module matches.
     """
-    segments: dict[str, Segment] = {}
-    for name, module in model.named_modules():
+    segments: list[str] = []
+    for name, _ in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in segments)
         if name and not inside and fnmatch.fnmatchcase(name, pattern):
-            segments[name] = Segment(module)
+            segments.append(name)
     if not segments:
         raise no_module(f"recompute={pattern!r}", model)
-    return list(segments.values())
+    return segments
 
 
 def no_module(choice: str, model: nn.Module, /) -> ValueError:
@@ -120,54 +123,48 @@ def no_module(choice: str, model: nn.Module, /) -> ValueError:
     )
 
 
-@contextmanager
-def recomputing(segments: list[Segment], /) -> Iterator[None]:
-    """Context manager in which these modules recompute their activations.
+def recompute_inside(
+    model: nn.Module, names: Iterable[str], borrowed: Callable[[], Borrowed], /
+) -> None:
+    """Replace the forward of some modules by one that recomputes its activations.
 
-    Raises:
-        ValueError: If a module is called with a key-value cache.
+    Args:
+        model: Module that has been prepared by this function, or is to be.
+        names: Names of the modules.
+        borrowed: Function that returns a context manager of another copy of ``model``, prepared
+            alike. The module itself may be in use when its activations are recomputed.
+
+    A call with a key-value cache raises ValueError.
     """
-
-    def call(forward: Segment, *args: Any, **kwargs: Any) -> Any:
-        if any(type(leaf).__name__.endswith("Cache") for leaf in leaves((args, kwargs))):
-            raise ValueError(
-                "the model uses a key-value cache, which recomputation would fill twice: set "
-                "`model.config.use_cache = False`"
-            )
-
-        def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
-            # BatchNorm raises for running statistics that require a gradient, so detach them.
-            state = params, {name: buffer.detach().clone() for name, buffer in buffers.items()}
-            return torch.func.functional_call(forward, state, args, kwargs)
-
-        params, buffers = dict(forward.named_parameters()), dict(forward.named_buffers())
-        return recomputed(pure)(params, buffers, args, kwargs)
-
-    for forward in segments:
-        forward.module.forward = functools.partial(call, forward)
-    try:
-        yield
-    finally:
-        for forward in segments:
-            del forward.module.forward
+    for name in names:
+        module = model.get_submodule(name)
+        module.forward = functools.partial(_recomputing, Segment(module), name, borrowed)
 
 
-def _replay(arguments: list[Any]) -> Callable[[], AbstractContextManager[None]]:
-    """Return a context manager in which an evaluation draws the current random numbers again."""
+def _recomputing(
+    segment: Segment, name: str, borrowed: Callable[[], Borrowed], *args: Any, **kwargs: Any
+) -> Any:
+    if any(type(leaf).__name__.endswith("Cache") for leaf in leaves((args, kwargs))):
+        raise ValueError(
+            "the model uses a key-value cache, which recomputation would fill twice: set "
+            "`model.config.use_cache = False`"
+        )
+
+    def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
+        # BatchNorm raises for running statistics that require a gradient, so detach them.
+        state = params, {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        with borrowed() as model:
+            forward = model.get_submodule(name).forward
+            assert isinstance(forward, functools.partial)
+            return torch.func.functional_call(forward.args[0], state, args, kwargs)
+
+    params, buffers = dict(segment.named_parameters()), dict(segment.named_buffers())
+    return recomputed(pure)(params, buffers, args, kwargs)
+
+
+def _device_of(arguments: list[Any]) -> torch.device:
     tensors = (leaf for leaf in arguments if isinstance(leaf, Tensor))
-    device = next((t.device for t in tensors), torch.device("cpu"))
-    state = torch.random.get_rng_state()
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    @contextmanager
-    def replayed() -> Iterator[None]:
-        with differentiable_twice(device):
-            torch.random.set_rng_state(state)
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, device)
-            yield
-
-    return replayed
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def _is_floating(leaf: Any) -> bool:

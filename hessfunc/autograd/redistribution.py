@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, _api
 
+from hessfunc.autograd.shared import Shared
+
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
+def _twice_differentiable() -> Iterator[None]:
     """Context manager in which the backward of `DTensor.from_local` is differentiable.
 
     torch sums that gradient over ranks without recording the sum in the graph, so a Hessian would
@@ -33,3 +35,6 @@ def _backward(context: Any, gradient: DTensor | None) -> tuple[Tensor | None, ..
     if placements is None:
         placements = _api._normalize_placements_for_grad(context.forward_input_placements)
     return gradient.redistribute(placements=placements).to_local(), *(None,) * 6
+
+
+TWICE_DIFFERENTIABLE = Shared(_twice_differentiable)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
 from hessfunc.autograd.contexts import kept_batch
+from hessfunc.copies import hooked
 from hessfunc.losses import Loss
 from hessfunc.modules import uses_batch_statistics
 from hessfunc.spaces.space import Space
@@ -92,15 +94,16 @@ def recorded_call(
     calls: list[ModelCall] = []
 
     def record(
-        model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+        called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
     ) -> None:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        bound = inspect.signature(called.forward).bind(*args, **kwargs)
         bound.apply_defaults()
-        state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-        flags = [(module, module.training) for module in model.modules()]
+        state = dict(called.named_parameters(remove_duplicate=False)) | dict(called.named_buffers())
+        pairs = zip(model.modules(), called.modules(), strict=True)
+        flags = [(module, part.training) for module, part in pairs]
         calls.append(ModelCall(bound.arguments, state, flags, outputs))
 
-    with refusing_train_mode(model), hooked({model: record}):
+    with refusing_train_mode(model), hooked(after={model: record}):
         outputs = loss.outputs(params, batch)
     if len(calls) != 1:
         raise ValueError(
@@ -127,40 +130,20 @@ def full_name(path: str, own: str, /) -> str:
     return f"{path}.{own}" if path else own
 
 
-@contextmanager
-def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], /) -> Iterator[None]:
-    """Context in which each module calls its hook ``(module, args, kwargs, output)`` afterwards."""
-    handles = [
-        module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def refusing_train_mode(model: nn.Module, /) -> Iterator[None]:
+def refusing_train_mode(model: nn.Module, /) -> AbstractContextManager[None]:
     """Context in which calling a module that mixes examples or is random raises an error."""
-    names = {module: name for name, module in model.named_modules()}
 
-    def refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def refuse(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if uses_batch_statistics(module):
             raise ValueError(
-                f"BatchNorm {names[module]!r} in train mode uses batch statistics and mixes "
-                "examples: call `model.eval()` before `functional(model)`, or use exact products, "
+                f"BatchNorm {name!r} in train mode uses batch statistics and mixes examples: call "
+                "`model.eval()` before `functional(model)`, or use exact products, "
                 "`per_block(hvp(loss)(params, batch), params)`"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
             raise ValueError(
-                f"{type(module).__name__} {names[module]!r} in train mode changes with each call: "
-                "call `model.eval()` before `functional(model)`"
+                f"{type(module).__name__} {name!r} in train mode changes with each call: call "
+                "`model.eval()` before `functional(model)`"
             )
 
-    handles = [module.register_forward_pre_hook(refuse) for module in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(before={module: partial(refuse, name) for name, module in model.named_modules()})

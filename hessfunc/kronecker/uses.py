@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessfunc.copies import hooked
 from hessfunc.kronecker.calls import (
     full_name,
-    hooked,
     refusing_train_mode,
 )
 from hessfunc.kronecker.layer import Call, SharedWeight
@@ -154,19 +154,24 @@ def observed(
     seen: dict[str, list[Seen]] = {}
 
     def observe(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        module: nn.Module,
+        called: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> Tensor:
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if not isinstance(output, Tensor) or not given:
             raise _not_linear(paths[module], module)
-        state = {name: value.detach() for name, value in module.named_parameters()}
-        one = Seen(module, module.training, state, given[0].detach(), output)
+        state = {name: value.detach() for name, value in called.named_parameters()}
+        one = Seen(module, called.training, state, given[0].detach(), output)
         # A later module may change its input in place: keep a copy of the output.
         out = output.clone()
         seen.setdefault(paths[module], []).append(replace(one, output=out))
         return out.clone()
 
-    with refusing_train_mode(model), hooked(dict.fromkeys(paths, observe)):
+    observers = {module: partial(observe, module) for module in paths}
+    with refusing_train_mode(model), hooked(after=observers):
         outputs = loss.outputs(params, batch)
     if not isinstance(outputs, Tensor) or not outputs.dim():
         raise TypeError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.recompute import no_module
+from hessfunc.copies import hooked
 from hessfunc.losses import Loss, supervised
 from hessfunc.modules import functional, note_read
 from hessfunc.options import validated
@@ -121,12 +123,11 @@ def _is_chosen(select: Select, name: str, module: nn.Module) -> bool:
     return select(name, module)
 
 
-@contextmanager
 def _hooks(
     chosen: dict[str, nn.Module],
     at: Literal["input", "output"],
     change: Callable[[Key, Tensor], Tensor],
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     calls: Counter[str] = Counter()
 
     def changed(name: str, values: Any) -> Any:
@@ -149,21 +150,12 @@ def _hooks(
             )
         return new
 
-    handles = []
-    for name, module in chosen.items():
-        if at == "input":
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs, name=name: changed(name, (args, kwargs)),
-                    with_kwargs=True,
-                )
-            )
-        else:
-            handles.append(
-                module.register_forward_hook(lambda _, __, out, name=name: changed(name, out))
-            )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def before(name: str, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        return changed(name, (args, kwargs))
+
+    def after(name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return changed(name, output)
+
+    if at == "input":
+        return hooked(before={m: partial(before, name) for name, m in chosen.items()})
+    return hooked(after={m: partial(after, name) for name, m in chosen.items()})
