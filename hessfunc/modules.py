@@ -16,10 +16,12 @@ from torch._C._autograd import (
     _saved_tensors_hooks_enable,
     _saved_tensors_hooks_get_disabled_error_message,
 )
+from torch.autograd import forward_ad
 
 from hessfunc.autograd.embedding import pure_lookup
-from hessfunc.autograd.overrides import Replaced
+from hessfunc.autograd.overrides import Replaced, current
 from hessfunc.autograd.recompute import recompute_inside, segments_of
+from hessfunc.autograd.transformable import TRANSFORMABLE
 from hessfunc.containers import mapped
 from hessfunc.copies import Copies
 from hessfunc.options import validated
@@ -111,29 +113,46 @@ def functional(
     def model_fn(params: Tree, inputs: Any, /) -> Any:
         if not (isinstance(params, Mapping) and params.keys() <= named):
             raise _unlike(params, named)
-        if batch_statistics and _SEVERAL_BATCHES.get():
-            raise ValueError(
-                f"BatchNorm {batch_statistics[0]!r} uses the statistics of each batch, so the "
-                "result would depend on how the data is divided into batches: call `model.eval()` "
-                "before `functional(model)`, or use one batch"
-            )
         fixed = {n: p for n, p in model.named_parameters() if n not in params}
-        note_read(fixed.items())
+        if not torch.compiler.is_compiling():
+            # Dynamo cannot trace context variables. None of them is set inside compiled functions.
+            _refuse_batch_statistics(batch_statistics)
+            note_read(fixed.items())
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
         state = fixed | dict(params), buffers
         if dtype is not None:
             state, args, kwargs = _cast((state, args, kwargs), dtype)
-        with (
-            copies.borrowed() as module,
-            _without_checkpointing(),
-            _without_cudnn() if recurrent else nullcontext(),
-            Replaced(pure_lookup()) if renormalises else nullcontext(),
-        ):
-            outputs = torch.func.functional_call(module, state, args, kwargs)
+        if torch.compiler.is_compiling():
+            with Replaced(TRANSFORMABLE):
+                outputs = torch.func.functional_call(copies.traced, state, args, kwargs)
+        else:
+            with (
+                copies.borrowed() as module,
+                _without_checkpointing(),
+                _without_cudnn() if recurrent else nullcontext(),
+                Replaced(pure_lookup()) if renormalises else nullcontext(),
+                Replaced(TRANSFORMABLE) if _is_transformed() else nullcontext(),
+            ):
+                outputs = torch.func.functional_call(module, state, args, kwargs)
         return outputs if dtype is None else _cast(outputs, own_dtype)
 
     return model_fn, params
+
+
+def _is_transformed() -> bool:
+    """Return whether transforms of torch.func are active, in a loss outside of the library."""
+    active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return active and current() is None
+
+
+def _refuse_batch_statistics(names: Sequence[str]) -> None:
+    if names and _SEVERAL_BATCHES.get():
+        raise ValueError(
+            f"BatchNorm {names[0]!r} uses the statistics of each batch, so the result would "
+            "depend on how the data is divided into batches: call `model.eval()` before "
+            "`functional(model)`, or use one batch"
+        )
 
 
 def _unlike(params: object, named: Collection[str]) -> Exception:

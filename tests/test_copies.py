@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import grad, jvp, vjp, vmap
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
@@ -337,3 +338,83 @@ def test_recomputed_parts_use_copies_of_their_own() -> None:
     with ThreadPoolExecutor(8) as pool:
         for found in pool.map(product, [1] * 40):
             torch.testing.assert_close(found, expected)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+TRANSFORMED: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)),
+    "attention": Attending,
+    "batch norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(3), nn.Linear(4, 4)),
+}
+
+
+def transformations(model_fn: Any) -> dict[str, Callable[..., Any]]:
+    """Functions of params, inputs and a direction, whose derivatives are those of the first."""
+
+    def value(params: Any, x: Tensor) -> Tensor:
+        return model_fn(params, x).sin().sum()
+
+    def product(params: Any, x: Tensor, v: Any) -> Any:
+        return vjp(lambda p: grad(value)(p, x), params)[1](v)[0]
+
+    def curvature(params: Any, x: Tensor, v: Any) -> Tensor:
+        pairs = zip(product(params, x, v).values(), v.values(), strict=True)
+        return torch.stack([(a * b).sum() for a, b in pairs]).sum()
+
+    return {
+        "value": lambda p, x, v: value(p, x),
+        "grad": lambda p, x, v: grad(value)(p, x),
+        "jvp of grad": lambda p, x, v: jvp(lambda q: grad(value)(q, x), (p,), (v,))[1],
+        "vjp of grad": product,
+        "grad of v'Hv": grad(curvature),
+        "vmap over params": lambda p, x, v: vmap(
+            lambda s: curvature({key: s * leaf for key, leaf in p.items()}, x, v)
+        )(torch.tensor([1.0, 1.1], dtype=x.dtype)),
+        "vmap over inputs": lambda p, x, v: vmap(lambda s: curvature(p, s * x, v))(
+            torch.tensor([1.0, 1.1], dtype=x.dtype)
+        ),
+    }
+
+
+def leaves_of(tree: Any) -> Tensor:
+    leaves = tree.values() if isinstance(tree, dict) else [tree]
+    return torch.cat([leaf.flatten() for leaf in leaves])
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_pure_function_is_transformed_and_compiled(name: str) -> None:
+    torch.manual_seed(0)
+    model = TRANSFORMED[name]().double()
+    model_fn, params = hf.functional(model)
+    x = torch.randn(2, 3, 4).double()
+    v = {key: torch.randn_like(leaf) for key, leaf in params.items()}
+    before = everything(model)
+    functions = transformations(model_fn)
+    results = {key: function(params, x, v) for key, function in functions.items()}
+    step = 1e-5
+    ahead, behind = (
+        {key: leaf + s * v[key] for key, leaf in params.items()} for s in (step, -step)
+    )
+    for derivative, of in (("jvp of grad", "grad"), ("vjp of grad", "grad")):
+        change = leaves_of(functions[of](ahead, x, v)) - leaves_of(functions[of](behind, x, v))
+        assert relative_error(leaves_of(results[derivative]), change / (2 * step)) < 1e-6
+    slope = hf.inner(results["grad of v'Hv"], v)
+    curved = [hf.inner(v, functions["vjp of grad"](p, x, v)) for p in (ahead, behind)]
+    assert float(slope) == pytest.approx(float(curved[0] - curved[1]) / (2 * step), rel=1e-5)
+    one = hf.inner(v, results["vjp of grad"])
+    for mapped in ("vmap over params", "vmap over inputs"):
+        assert float(results[mapped][0]) == pytest.approx(float(one), rel=1e-9)
+    for key, function in functions.items():
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(params, x, v)
+        assert relative_error(leaves_of(compiled), leaves_of(results[key])) < 1e-9, key
+    assert_same(everything(model), before)

@@ -59,8 +59,11 @@ class Replaced(TorchFunctionMode):
             self._refuse_what_needs_a_gradient(args, kwargs)
         replacement = self.replaced.get(func)
         if replacement is None and (body := _BODIES.get(func)) is not None:
-            with self:
-                return body(*args, **(kwargs or {}))
+            if not torch.compiler.is_compiling():
+                with self:
+                    return body(*args, **(kwargs or {}))
+            if func is F.multi_head_attention_forward:
+                return _with_weights(*args, **(kwargs or {}))
         return (replacement or func)(*args, **(kwargs or {}))
 
     def _refuse_what_needs_a_gradient(self, args: Any, kwargs: dict[str, Any] | None) -> None:
@@ -122,6 +125,16 @@ def _body(function: Any) -> Any:
     return body
 
 
+def _with_weights(*args: Any, need_weights: bool = True, **kwargs: Any) -> Any:
+    """Compute ``F.multi_head_attention_forward`` with its weights, without a fused kernel.
+
+    Dynamo cannot trace the body of the function while the mode is active.
+    """
+    attend: Any = F.multi_head_attention_forward
+    outputs, weights = attend(*args, need_weights=True, **kwargs)
+    return outputs, weights if need_weights else None
+
+
 def _never(*tensors: Any) -> bool:
     return False
 
@@ -142,7 +155,6 @@ _BODIES: Mapping[Any, Callable[..., Any]] = {
             *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
             *(F.alpha_dropout, F.feature_alpha_dropout),
             *(F.fractional_max_pool2d_with_indices, F.fractional_max_pool3d_with_indices),
-            *(torch.nn.init.normal_, torch.nn.init.uniform_, torch.nn.init.kaiming_uniform_),
         )
     },
 }
