@@ -61,12 +61,13 @@ class Streams:
         """Return the replacements of all random functions of torch by draws from these streams.
 
         Args:
-            given: Other replacements, which compute attention without dropout.
+            given: Other replacements, which compute attention and recurrent layers without dropout.
         """
         attention = given.get(F.scaled_dot_product_attention, F.scaled_dot_product_attention)
         return {
             **{f: functools.partial(_with_generator, f, self) for f in _TAKE_A_GENERATOR},
             **{f: functools.partial(draw, self) for f, draw in _COMPOSED.items()},
+            **{f: functools.partial(_recurrent, given.get(f, f), self) for f in _RECURRENT},
             F.scaled_dot_product_attention: functools.partial(_attention, attention, self),
         }
 
@@ -226,8 +227,6 @@ _COMPOSED: dict[Any, Callable[..., Any]] = {
     torch.native_dropout: _native_dropout,
     torch.rrelu: _rrelu,
     torch.rrelu_: _rrelu_in_place,
-    **{
-        f: functools.partial(_recurrent, f)
-        for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-    },
 }
+
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
