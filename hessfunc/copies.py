@@ -97,7 +97,7 @@ def _contents(module: nn.Module) -> list[tuple[Any, Any, bool]]:
 
 
 class Copies:
-    """Copies of a module, as many as evaluations run at the same time.
+    """Copies of a module, one for each evaluation that runs at the same time.
 
     A module that cannot be copied, or whose hooks or functions refer to one of its own modules
     through a closure or a global name, is evaluated itself, under one lock for all such modules.
