@@ -148,6 +148,9 @@ def _custom_function(*args: Any, **kwargs: Any) -> Any:
 # Functions written in Python that draw random numbers or attend, and calls of the user's own.
 _BODIES: Mapping[Any, Callable[..., Any]] = {
     custom_function_call: _custom_function,
+    # These two dispatch on `return_indices`, and name themselves to a mode.
+    F.fractional_max_pool2d: _body(vars(F)["_fractional_max_pool2d"]),
+    F.fractional_max_pool3d: _body(vars(F)["_fractional_max_pool3d"]),
     **{
         function: _body(function)
         for function in (
