@@ -11,10 +11,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hessfunc.autograd.constant_matrix import refusing_gradients
 from hessfunc.memory import refuse_unless_fits
 from hessfunc.options import tensor, tree, validated
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Tree
+
+_WITHOUT_GRAPH = (
+    "a product with structured blocks keeps no graph of the parameters and the batch, so that "
+    "their gradient would silently leave the product out: take the product under "
+    "`torch.no_grad()`, or use `ggnvp(loss, differentiable=True)`"
+)
 
 
 @dataclass(frozen=True)
@@ -180,10 +187,13 @@ class Blocks(Mapping[str, Block]):
     Attributes:
         blocks: Diagonal blocks by the name of the parameter, in the order of the parameters.
         space: Space of the parameters.
+        constants: Parameters and tensors of the batch that require a gradient, which products
+            leave out; their gradient is refused.
     """
 
     blocks: Mapping[str, Block]
     space: Space
+    constants: tuple[Tensor, ...] = ()
 
     def __getitem__(self, name: str) -> Block:
         return self.blocks[name]
@@ -214,4 +224,7 @@ class Blocks(Mapping[str, Block]):
     def _each(self, block: Tree, fn: Callable[[Block, Tensor], Tensor]) -> Tree:
         leaves = self.space.block_leaves(block)
         parts = [self.blocks[name] for name in self.space.names]
-        return self.space.tree(fn(p, leaf) for p, leaf in zip(parts, leaves, strict=True))
+        outs = [fn(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
+        if self.constants and torch.is_grad_enabled():
+            outs = list(refusing_gradients(self.constants, outs, _WITHOUT_GRAPH))
+        return self.space.tree(outs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
 from hessfunc.autograd.contexts import kept_batch
+from hessfunc.autograd.functorch import transforming
 from hessfunc.copies import hooked
 from hessfunc.losses import Loss
 from hessfunc.modules import uses_batch_statistics
@@ -56,8 +57,15 @@ def linearising(
 
     Raises:
         RuntimeError: If autocast is enabled.
-        NotImplementedError: If an operation inside the context has no second derivative.
+        NotImplementedError: If an operation inside the context has no second derivative, or if a
+            transform is active.
     """
+    if transforming():
+        raise NotImplementedError(
+            "structured blocks are computed from a graph of autograd, which transforms of "
+            "torch.func and torch.compile do not give: make them outside. Their products can be "
+            "transformed as functions of the vectors"
+        )
     refuse_autocast(space.device)
     with explained(space, batch), differentiable_twice(space.device):
         leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in params.items()}

@@ -14,6 +14,7 @@ Immer, Turner, Schneider and Hennig 2023, arXiv 2311.00636).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -45,6 +46,7 @@ from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.checksum import batch_key
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.gauss_newton import refuse_without_halves
+from hessfunc.transforms.hessian import requiring_gradients
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_gradients
 from hessfunc.transforms.output_hessians import each_hessian
 
@@ -279,8 +281,9 @@ def _factored(
     def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
         space = space_of(params)
         refuse_dtensors(space)
+        constants = requiring_gradients(space.tree_leaves(params), batch)
         with linearising(space, params, batch) as (leaves, given), noted(loss, params, batch):
-            return factored(space, leaves, given)
+            return replace(factored(space, leaves, given), constants=tuple(constants))
 
     def factored(space: Space, leaves: Mapping[str, Tensor], batch: Any) -> Blocks:
         outputs, uses = observed(model, loss, leaves, batch)

@@ -27,6 +27,7 @@ from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.gauss_newton import refuse_without_halves
+from hessfunc.transforms.hessian import requiring_gradients
 from hessfunc.transforms.output_hessians import mean_hessian, warn_if_zero
 from hessfunc.transforms.taps import Residual
 
@@ -161,7 +162,9 @@ def backpropagated(
                 f"the loss does not depend on parameter {unused[0]!r} of the model: hold it fixed "
                 "with `split` and `hold`"
             )
-        return Blocks({name: blocks[name] for name in space.names}, space)
+        constants = requiring_gradients(space.tree_leaves(params), batch)
+        ordered = {name: blocks[name] for name in space.names}
+        return Blocks(ordered, space, tuple(constants))
 
     def propagated(call: ModelCall, chosen: frozenset[str], batch: Any) -> dict[str, Block]:
         operations = operations_of(model, call, chosen)
