@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.basis import Basis, orthonormal
-from hessfunc.algorithms.eigen.ritz import Which, preferred, rayleigh_ritz, wanted
+from hessfunc.algorithms.eigen.ritz import Which, kept_by_restart, rayleigh_ritz, wanted
 from hessfunc.algorithms.offload import is_far, room_beside
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.starts import of_starts
@@ -23,6 +23,8 @@ from hessfunc.trees import Tree
 # recurrence must fall to the tolerance minus _SAFETY r.
 _SAFETY = 1.25
 _REACHABLE = 0.7
+# Smaller than any residual that matters.
+_TINY = 1e-300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +291,7 @@ def _fresh_block(problem: Problem, state: State) -> State:
 
 
 def restarted(problem: Problem, state: State) -> State:
-    """Shrink the basis to its best Ritz vectors, in its own memory, and keep the next block.
+    """Shrink the basis to its outer Ritz vectors, in its own memory, and keep the next block.
 
     With T Y = Y D for the kept Ritz pairs, the recurrence A V' = V' T + X' C turns into
 
@@ -299,9 +301,9 @@ def restarted(problem: Problem, state: State) -> State:
     """
     values, vectors = state.ritz
     block = state.basis[state.size :].brought(problem.space).clone()
-    room = state.basis_size - len(block)
-    keep = min(room, problem.method.k + (state.basis_size - problem.method.k) // 2)
-    kept = preferred(problem.method.which, values)[: max(keep, 1)]
+    indices = wanted(problem.method.which, values, problem.method.k)
+    unconverged = indices[residuals(problem, state) > 1]
+    kept = kept_by_restart(values, indices, unconverged, room=state.basis_size - len(block))
     rotation = vectors[:, kept]
     rotated = state.basis[: state.size].rotate(problem.space, rotation, problem.dtype)
     return replace(
@@ -311,6 +313,13 @@ def restarted(problem: Problem, state: State) -> State:
         coupling=state.coupling @ rotation,
         before=state.largest,
     )
+
+
+def residuals(problem: Problem, state: State) -> Tensor:
+    """Return the residuals of the wanted Ritz pairs, in units of their tolerances."""
+    values, rotation = wanted_ritz(problem, state)
+    lengths = torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
+    return lengths / tolerances(problem, values, state).clamp_min(_TINY)
 
 
 def wanted_pairs(problem: Problem, state: State) -> Pairs:
