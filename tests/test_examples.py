@@ -44,6 +44,17 @@ def test_pruning_by_the_diagonal(tmp_path: Path) -> None:
     assert (tmp_path / "pruning.png").stat().st_size
 
 
+def test_a_penalty_lowers_the_top_eigenvalue_at_little_loss(tmp_path: Path) -> None:
+    from examples.penalty import main
+
+    runs = main(small=True, out=tmp_path / "penalty.png")
+    free, penalised = runs[0.0], runs[0.03]
+    assert max(penalised.tops) < 0.8 * max(free.tops)
+    assert penalised.losses[-1] < 2 * free.losses[-1]
+    assert penalised.losses[-1] < 0.2 * penalised.losses[0]
+    assert (tmp_path / "penalty.png").stat().st_size
+
+
 def test_influence_finds_mislabelled_digits_and_predicts_what_leaving_out_does(
     tmp_path: Path,
 ) -> None:

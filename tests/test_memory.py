@@ -17,6 +17,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.memory import Footprint, available_memory
+from hessfunc.optim import InfinityNorm
 from tests.peaks import (
     LOGITS_BYTES,
     deep_model,
@@ -135,6 +136,11 @@ RUNS: dict[str, tuple[Callable[..., Any], Callable[[float], float], str]] = {
         lambda mv, b: hf.slq(mv, b, probes=3, steps=15, seed=0),
         lambda _: 3 * (15 + 2),
         "probes * (steps + 2) vectors",
+    ),
+    "generalized_sharpness": (
+        lambda mv, b: hf.generalized_sharpness(mv, b, InfinityNorm().maximum, restarts=6, seed=0),
+        lambda wide: 6 * (1 + 4 * wide),
+        "a vector and 4 vectors in float64",
     ),
     "cg": (
         lambda mv, b: hf.cg(mv, b, rtol=1e-6),
