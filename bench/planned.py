@@ -52,7 +52,7 @@ RESULTS = Path(__file__).parent / "results" / "planned.md"
 WIDTHS = (360, 680, 1380)
 RANKS = (1, 2, 4)
 ALGORITHMS: dict[str, Algorithm] = {
-    "lanczos": Lanczos(k=4, steps=40),
+    "lanczos": Lanczos(k=4, steps=40, basis_size=18),
     "slq": Slq(probes=2, steps=15),
     "hutchinson": Hutchinson(probes=10),
 }
@@ -184,9 +184,16 @@ def _run(width: int, algorithm: str, mesh: Any) -> Any:
     curvature = hf.over_batches(hf.hvp(loss, chunk_size=1), mesh=mesh)
     matvec, space = curvature(params, batches()), hf.sharded(params, mesh)
     match ALGORITHMS[algorithm]:
-        case Lanczos(k=k, steps=steps):
+        case Lanczos(k=k, steps=steps, basis_size=size):
             return hf.lanczos(
-                matvec, params, k=k, rtol=_RTOL, max_matvecs=steps + 20, seed=0, space=space
+                matvec,
+                params,
+                k=k,
+                basis_size=size,
+                rtol=_RTOL,
+                max_matvecs=steps + 20,
+                seed=0,
+                space=space,
             )
         case Slq(probes=probes, steps=steps):
             return hf.slq(matvec, params, probes=probes, steps=steps, seed=0, space=space)

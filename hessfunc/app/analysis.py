@@ -86,8 +86,7 @@ def analyse(
 
     top = part("eigenvalues", kept("eigenvalues", partial(pairs, k=k)), converged)
     yield top
-    # The lower end is often close to the bulk, where a short basis would need many restarts.
-    smallest = partial(pairs, k=1, which="SA", basis_size=40)
+    smallest = partial(pairs, k=1, which="SA")
     yield part("smallest", kept("smallest", smallest), converged)
     trace = partial(hf.xtrace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, **common)
     yield part("trace", kept("trace", trace), lambda running: running.matvecs / max_matvecs)

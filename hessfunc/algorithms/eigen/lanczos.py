@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
-from hessfunc.algorithms.eigen.outside import missed_value, proved
+from hessfunc.algorithms.eigen.outside import certified, proved
 from hessfunc.algorithms.eigen.recurrence import (
     LanczosOptions,
     Pairs,
@@ -62,7 +62,7 @@ def lanczos(
     rtol: float = 1e-4,
     atol: float = 0.0,
     max_matvecs: int = 1000,
-    search: int = 8,
+    search: int = 2,
     start: Tree | None = None,
     **run: Unpack[RunOptions],
 ) -> Eigenpairs:
@@ -81,9 +81,14 @@ def lanczos(
     reason says so.
 
     A Krylov space of blocks of b vectors holds at most b copies of a repeated eigenvalue. If
-    b < k, a few more steps begin at a fresh vector outside of the basis. If they meet an eigenvalue
-    that should be among the k, the run warns, and the reason says so. If they meet none, this is
-    no proof that nothing was missed.
+    b < k, a few more steps begin at a random vector u outside of the basis. If they meet an
+    eigenvalue that should be among the k, the run warns, and the reason says so. Otherwise s steps
+    bound the part of u along an eigenvector x of such an eigenvalue,
+
+        (x'u)^2 <= 1 / (p_0(x)^2 + ... + p_s(x)^2),
+
+    by the orthonormal polynomials p_j of the steps at the last wanted value. The certificate is the
+    probability of so small a part, P(chi2_1 < n (x'u)^2).
 
     Args:
         matvec: Function from a block of vectors to the block of their products. The matrix must be
@@ -97,7 +102,8 @@ def lanczos(
         block_size: Number of vectors that are multiplied at once. Only blocks of at least b vectors
             are sure to find all copies of an eigenvalue of multiplicity b.
         basis_size: Largest number of basis vectors, at least k + 2 block_size. The default is the
-            larger of 2 k + 10 and k + 4 block_size.
+            larger of 2 k + 60 and k + 4 block_size. If pairs converge slowly, as at the small end
+            of a Hessian, a large basis saves many products.
         basis_bytes: Largest memory of the basis, the next block and the pairs, in bytes. The
             default is half of the available memory. The limit lowers ``basis_size`` if necessary.
             With ``basis_device`` it is a limit for that device and excludes the pairs. Set it if
@@ -116,8 +122,8 @@ def lanczos(
             max(rtol |value|, atol).
         atol: Absolute tolerance of the residuals, in units of the eigenvalues.
         max_matvecs: Budget, the largest number of matvecs, including the final check.
-        search: Largest number of steps from a fresh vector outside of the basis. With 0 there are
-            none, and a given start is trusted.
+        search: Largest number of products of the certificate. Fewer are made once it is below 5 %,
+            or if it would stay above 50 %. With 0 there is none, and a given start is trusted.
         start: Start vector as a tree, or a block of vectors, for example those of an earlier run.
             If the block has more than ``block_size`` vectors, they are mixed. The default is
             random. A given start may lie in an invariant subspace. Lanczos steps from a random
@@ -134,10 +140,10 @@ def lanczos(
             of a basis on another device do not.
         FloatingPointError: If a product is not finite.
 
-    Cost: one matvec a basis vector, and one at the end; 2 to ``search`` more if block_size < k. A
+    Cost: one matvec a basis vector, one at the end, and up to ``search`` if block_size < k. A
     given start costs about the matvecs of a few more pairs, to show that nothing was missed.
     Reorthogonalisation takes 4 basis_size n flops a matvec, twice. Memory: (basis_size +
-    block_size + k) n numbers besides those of a product, and 4 search n more if block_size < k.
+    block_size + k) n numbers besides those of a product, and 5 n more if block_size < k.
     With a basis of m vectors on another device, a block step copies it twice, once for each
     projection: 2 m n numbers. A restart moves up to 4 m n.
 
@@ -219,9 +225,13 @@ class Lanczos(LanczosOptions, Method[State, Eigenpairs]):
         elif (
             reason.startswith("converged")
             and self.block_size < self.k
-            and not (state.finished or state.proved)
+            and self.search
+            and state.certificate is None
         ):
-            missed = missed_value(problem, products, state, min(self.search, room))
+            if state.finished:
+                # A random vector has led to no other wanted value before its space was invariant.
+                return replace(state, certificate=0.0), reason
+            state, missed = certified(problem, products, state, room)
             if missed is not None:
                 reason += (
                     f", but {missed:.6g} was met outside of the basis: repeated eigenvalues were "
@@ -240,6 +250,7 @@ class Lanczos(LanczosOptions, Method[State, Eigenpairs]):
             residuals=pairs.residuals,
             converged=have_converged(problem, state, pairs),
             largest=state.largest,
+            certificate=state.certificate,
             **cost,
         )
 

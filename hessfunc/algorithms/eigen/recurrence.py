@@ -100,8 +100,8 @@ class State:
             eigenvalue lies outside of it.
         owed: Number of block steps required from the last random vector, since that many steps
             have shown a wanted eigenvalue outside of the basis.
-        proved: Whether a random vector has shown, after all pairs had converged, that no wanted
-            eigenvalue lies outside, so that no search is needed.
+        certificate: Probability with which a random vector would not have shown a wanted eigenvalue
+            outside of the basis, after all pairs had converged; None before there is one.
         failure: Error of the recurrence for a combination of all pairs, measured by a product;
             None before that product.
         noise: Largest measured rounding of a product with a unit vector.
@@ -120,7 +120,7 @@ class State:
     finished: bool = False
     trusted: bool = True
     owed: int = 0
-    proved: bool = False
+    certificate: float | None = None
     failure: float | None = None
     noise: float = 0.0
     pairs: Pairs | None = None
@@ -193,7 +193,7 @@ def size_that_fits(problem: Problem) -> int:
     """
     method, space = problem.method, problem.space
     k, b, limit = method.k, method.block_size, method.basis_bytes
-    requested = min(space.n, method.basis_size or max(2 * k + 10, k + 4 * b))
+    requested = min(space.n, method.basis_size or max(2 * k + 60, k + 4 * b))
     fewest = min(space.n, k + 2 * b)
     if limit is None:
         limit = available_to(space, method.basis_device) // 2

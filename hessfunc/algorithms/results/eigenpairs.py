@@ -23,6 +23,8 @@ class Eigenpairs(Result):
             float64 ``(k,)``.
         converged: Whether each residual is within the tolerance of the run, bool ``(k,)``.
         largest: Largest absolute Ritz value of the run, the scale of the rounding of products.
+        certificate: Largest probability with which the run would have missed an eigenvalue equal to
+            a wanted one, or None if it was not computed.
     """
 
     values: Tensor
@@ -30,11 +32,20 @@ class Eigenpairs(Result):
     residuals: Tensor
     converged: Tensor
     largest: float
+    certificate: float | None = None
 
     def _headline(self) -> dict[str, object]:
         done = f"{int(self.converged.sum())} of {len(self.converged)}"
         residuals = shown(self.residuals, 2)
-        return {"values": shown(self.values), "residuals": residuals, "converged": done}
+        headline: dict[str, object] = {
+            "values": shown(self.values),
+            "residuals": residuals,
+            "converged": done,
+        }
+        if self.certificate is not None:
+            certificate = f"p = {self.certificate:.2g} that an equal eigenvalue was missed"
+            headline["certificate"] = repr(certificate)
+        return headline
 
     @property
     def intervals(self) -> Tensor:

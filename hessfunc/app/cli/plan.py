@@ -52,7 +52,7 @@ def plan(
     ] = None,
     basis_size: Annotated[
         int | None,
-        option("N", "lanczos: maximum number of basis vectors.", default="2 k + 10", min=1),
+        option("N", "lanczos: maximum number of basis vectors.", default="2 k + 60", min=1),
     ] = None,
     basis_dtype: Annotated[
         str | None,

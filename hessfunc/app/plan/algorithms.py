@@ -55,7 +55,7 @@ class Lanczos:
         block_size: Number of vectors that are multiplied at once.
         basis_size: Maximum number of basis vectors; None for the default of `lanczos`.
         basis_dtype: Dtype of the basis; None for the dtype of the vectors.
-        search: Maximum number of final steps that search outside of the basis.
+        search: Maximum number of products of the certificate.
     """
 
     k: int = 10
@@ -63,7 +63,7 @@ class Lanczos:
     block_size: int = 1
     basis_size: int | None = None
     basis_dtype: str | None = None
-    search: int = 8
+    search: int = 2
 
     def __post_init__(self) -> None:
         if self.basis_dtype not in (None, "bfloat16", "float32", "float64"):
@@ -84,7 +84,7 @@ class Lanczos:
     @property
     def vectors(self) -> int:
         """Maximum number of basis vectors."""
-        return self.basis_size or max(2 * self.k + 10, self.k + 4 * self.block_size)
+        return self.basis_size or max(2 * self.k + 60, self.k + 4 * self.block_size)
 
     @property
     def kept(self) -> int:
@@ -94,7 +94,7 @@ class Lanczos:
 
     @property
     def searches(self) -> int:
-        """Number of steps of the final search; 0 if blocks are at least k wide."""
+        """Number of products of the certificate; 0 if blocks are at least k wide."""
         return self.search if self.block_size < self.k else 0
 
     def _entries(self, setting: Setting) -> tuple[int, int]:
@@ -108,7 +108,8 @@ class Lanczos:
         """Return the bytes of the piece of a coarser basis that is converted at once."""
         stored, entry = self._entries(setting)
         coarse = stored < entry
-        return entry * min(_CONVERTED, self.vectors * setting.width) if coarse else 0
+        rows = min(self.vectors, self.steps)
+        return entry * min(_CONVERTED, rows * setting.width) if coarse else 0
 
     def moments(self, setting: Setting, /) -> Iterator[Moment]:
         k, b = self.k, self.block_size
@@ -130,11 +131,11 @@ class Lanczos:
         products = {"vectors": (1 + max(0, k - b)) * row}
         yield from of_product(b, results | products, name="the check of each pair")
         if self.searches:
-            outside = {"vectors": 2 * self.searches * row}
-            yield from of_product(1, results | outside, name="the final search")
-            # Rows and their products, before and after they are extended by one row.
-            joined = {"vectors": 4 * self.searches * row}
-            yield Moment("the end of the search", setting.parameters | results | joined)
+            # The first vector of the recurrence, and its last two.
+            outside = {"vectors": 3 * row}
+            yield from of_product(1, results | outside, name="the certificate")
+            joined = {"vectors": 5 * row + piece}
+            yield Moment("a step of the certificate", setting.parameters | results | joined)
 
     def workload(self, setting: Setting, /) -> Workload:
         b, (stored, _) = self.block_size, self._entries(setting)

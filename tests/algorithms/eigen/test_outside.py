@@ -36,7 +36,7 @@ def test_blocks_find_repeated_eigenvalues_whole() -> None:
 def test_a_single_vector_warns_of_repeated_eigenvalues(seed: int) -> None:
     matvec, like, expected = softmax_regression()
     with pytest.warns(UserWarning, match="repeated eigenvalues were missed, take block_size=4"):
-        found = hf.lanczos(matvec, like, k=6, seed=seed)
+        found = hf.lanczos(matvec, like, k=6, search=8, seed=seed)
     assert "outside of the basis" in found.reason
     assert not torch.allclose(found.values, expected[:6], rtol=1e-3)
 
@@ -123,3 +123,56 @@ def test_copies_are_found_or_missed_aloud_where_the_basis_nearly_fills_the_space
             found = hf.lanczos(lambda v: v * spectrum, like, start=start, seed=seed, **options)
         copies = int((found.values > 4.9).sum())
         assert copies == 3 or "outside of the" in str(said[0].message)
+
+
+def test_a_certificate_is_a_probability_that_copies_exceed_no_more_often() -> None:
+    # One copy of 3 is outside of the Krylov space of any start: the search meets it, or says with
+    # what probability it would not have met it.
+    n = 300
+    bulk = torch.linspace(-1, 1, n - 4, dtype=torch.float64)
+    spectrum = torch.cat([torch.tensor([6.0, 5.0, 3.0, 3.0]).double(), bulk])
+    like = torch.zeros(n, dtype=torch.float64)
+    certificates = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in range(200):
+            found = hf.lanczos(lambda v: v * spectrum, like, k=3, which="LA", search=4, seed=seed)
+            assert found.values.tolist() == pytest.approx([6, 5, 3], rel=1e-4)
+            if "outside of the basis" not in found.reason:
+                assert found.certificate is not None
+                certificates.append(found.certificate)
+            else:
+                assert found.certificate == 1.0
+    for level in (0.02, 0.05, 0.1, 0.2, 0.5):
+        wrong = sum(p <= level for p in certificates)
+        # Three standard deviations of a binomial count above its mean.
+        assert wrong <= 200 * level + 3 * (200 * level * (1 - level)) ** 0.5
+
+
+def test_the_certificate_of_well_separated_values_takes_two_products() -> None:
+    bulk = torch.linspace(-0.1, 0.1, 297, dtype=torch.float64)
+    spectrum = torch.cat([torch.tensor([90.0, 80.0, 70.0]).double(), bulk])
+    like = torch.zeros(300, dtype=torch.float64)
+    with_search, alone = (
+        hf.lanczos(lambda v: v * spectrum, like, k=3, seed=0, search=search) for search in (2, 0)
+    )
+    assert with_search.certificate is not None
+    assert with_search.certificate < 0.05
+    assert 1 <= with_search.matvecs - alone.matvecs <= 2
+    assert alone.certificate is None
+    assert "that an equal eigenvalue was missed" in repr(with_search)
+    assert "missed" not in repr(alone)
+
+
+def test_values_without_a_gap_are_not_certified() -> None:
+    spectrum = torch.linspace(1, 3, 300, dtype=torch.float64)
+    found = hf.lanczos(lambda v: v * spectrum, torch.zeros_like(spectrum), k=3, seed=0)
+    assert found.converged.all()
+    assert found.certificate is not None
+    assert found.certificate > 0.5
+
+
+def test_a_run_that_spans_an_invariant_subspace_is_certain() -> None:
+    spectrum = torch.tensor([5.0] * 3 + [1.0] * 20).double()
+    found = hf.lanczos(lambda v: v * spectrum, torch.zeros_like(spectrum), k=4, seed=0)
+    assert found.certificate == 0.0

@@ -41,7 +41,9 @@ def test_a_bfloat16_basis_has_honest_residuals_and_takes_half_of_the_memory() ->
         rows = found.vectors
         measured = (matvec(rows) - found.values[:, None].float() * rows).norm(dim=1).double()
         assert bool((found.residuals >= 0.99 * measured).all())
-    assert peaks[1] - peaks[0] == pytest.approx(61 * len(spectrum) * 2, rel=0.05)
+    # Less the vectors of the final check in float32: the products of the pairs are measured.
+    half, vector = 61 * len(spectrum) * 2, len(spectrum) * 4
+    assert half - 7 * vector < peaks[1] - peaks[0] < half
 
 
 @pytest.mark.parametrize("rtol", [1e-4, 1e-2, 0.1])
@@ -74,7 +76,8 @@ def test_the_basis_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         return state
 
     monkeypatch.setattr(lanczos, "block_step", watched)
-    found = hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, k=3, basis_size=8, seed=0)
+    options: dict[str, Any] = {"k": 3, "basis_size": 8, "rtol": 1e-10}
+    found = hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, seed=0, **options)
     assert found.matvecs > 2 * 8
     assert len(workspaces) == 1
 

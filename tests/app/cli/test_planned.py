@@ -12,7 +12,7 @@ def test_what_fits_is_said_to_fit() -> None:
     assert done.exit_code == 0, done.output
     first, last = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
     assert first == (
-        "lanczos: 10 pairs, 100 products, basis of 30 vectors, 100,000,000 parameters, 4 ranks, "
+        "lanczos: 10 pairs, 100 products, basis of 80 vectors, 100,000,000 parameters, 4 ranks, "
         "vectors sharded"
     )
     (peak,) = number(done.stdout, "total")
@@ -21,10 +21,10 @@ def test_what_fits_is_said_to_fit() -> None:
 
 
 def test_the_parts_are_those_of_the_plan() -> None:
-    done = plan(*LARGE)
+    done = plan(*LARGE, "--basis-size", "30")
     assert done.exit_code == 0, done.output
     network = Transformer.usual(7 * 10**9).network("float32", tokens=2048, context=2048)
-    peak = planned(Setting(network, 64), Lanczos()).peak
+    peak = planned(Setting(network, 64), Lanczos(basis_size=30)).peak
     for what, size in peak.held.items():
         assert number(done.stdout, what) == [pytest.approx(size / 2**30, abs=0.005)]
     assert number(done.stdout, "total") == [pytest.approx(peak.total / 2**30, abs=0.005)]

@@ -135,7 +135,7 @@ def test_a_basis_is_cut_as_lanczos_cuts_it(
         basis_bytes=None,
         rtol=0.1,
         atol=0.0,
-        search=8,
+        search=2,
         start=None,
     )
     setting = Setting(Network(1000, 1000))

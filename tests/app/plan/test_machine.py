@@ -22,11 +22,11 @@ def test_a_ring_sends_each_sum_twice_and_each_block_once() -> None:
 def test_a_run_is_its_steps_and_its_checks() -> None:
     setting, algorithm = Setting(SEVEN, 64), Lanczos(k=10, steps=100)
     workload = algorithm.workload(setting)
-    assert workload.products == 100 + 1 + 10 + 8
+    assert workload.products == 100 + 1 + 10 + 2
     run = RATES.in_all(setting, workload)
     step, check = RATES.cost(setting, 1, workload), RATES.cost(setting, 1)
-    assert run.seconds == pytest.approx(100 * step.seconds + 19 * check.seconds)
-    assert run.sent == pytest.approx(100 * step.sent + 19 * check.sent)
+    assert run.seconds == pytest.approx(100 * step.seconds + 13 * check.seconds)
+    assert run.sent == pytest.approx(100 * step.sent + 13 * check.sent)
 
 
 def test_a_gradient_takes_six_operations_a_parameter_and_token() -> None:
