@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hessfunc import options
+from hessfunc.changes import note_read, unchanged
 from hessfunc.options import validated
 from hessfunc.selection import first_of, merge
 from hessfunc.spaces.of import space_of
-from hessfunc.trees import Tree, leaves, tree_map, unchanged
+from hessfunc.trees import Tree, leaves, tree_map
 
 LossFunction: TypeAlias = Callable[[Tree, Any], Tensor]
 
@@ -147,8 +148,7 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
 
     Args:
         loss: Loss of all parameters. A `Loss` gives a `Loss`.
-        rest: Parameters to hold fixed, as returned by `split`. They are not copied. Writes through
-            ``.data`` or NumPy are not detected: make the loss and the matvec again after them.
+        rest: Parameters to hold fixed, as returned by `split`. They are not copied.
 
     Returns:
         Loss ``(chosen, batch) -> scalar``.
@@ -159,10 +159,12 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
     if not rest:
         return loss
     fixed = tree_map(Tensor.detach, rest)
-    refuse_if_changed = unchanged(space_of(fixed).names, leaves(fixed))
+    named = list(zip(space_of(fixed).names, leaves(fixed), strict=True))
+    refuse_if_changed = unchanged(*zip(*named, strict=True))
 
     def whole(chosen: Tree) -> dict[str, Any]:
         refuse_if_changed()
+        note_read(named)
         return merge(chosen, fixed)
 
     return _of_whole(loss, whole)
@@ -215,6 +217,7 @@ def sliced(
 
     def whole(chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         refuse_if_changed()
+        note_read(fixed.items())
         # Forward mode needs `index_put` out of place: the fixed tensors carry no tangents.
         changed = {
             name: fixed[name]

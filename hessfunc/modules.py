@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -22,6 +22,7 @@ from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.overrides import Replaced, current
 from hessfunc.autograd.recompute import recompute_inside, segments_of
 from hessfunc.autograd.transformable import TRANSFORMABLE
+from hessfunc.changes import note_read
 from hessfunc.containers import mapped
 from hessfunc.copies import Copies
 from hessfunc.options import validated
@@ -58,8 +59,9 @@ def functional(
 
     Parameters that are not among ``params``, such as frozen ones, are read from the module in each
     call. They are not copied, because copies would double the memory of a large model. A matvec
-    raises an error once they have changed in place. Writes through ``.data`` or NumPy are not
-    detected: make the matvec again after them.
+    raises an error once they have changed in place. Writes through ``.data`` or NumPy are found by
+    about 16 entries of each parameter, so that a write to a few rows may be missed: make the matvec
+    again after it.
 
     Args:
         model: Module to convert.
@@ -114,10 +116,10 @@ def functional(
         if not (isinstance(params, Mapping) and params.keys() <= named):
             raise _unlike(params, named)
         fixed = {n: p for n, p in model.named_parameters() if n not in params}
+        note_read(fixed.items(), model.named_buffers())
         if not torch.compiler.is_compiling():
             # Dynamo cannot trace context variables. None of them is set inside compiled functions.
             _refuse_batch_statistics(batch_statistics)
-            note_read(fixed.items())
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
         state = fixed | dict(params), buffers
@@ -333,27 +335,3 @@ def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, 
 def eval_mode(model: nn.Module, /) -> AbstractContextManager[None]:
     """Context manager that puts a model in eval mode and restores each training flag on exit."""
     return training_flags([(module, False) for module in model.modules()])
-
-
-_READ: ContextVar[dict[int, tuple[str, Tensor]] | None] = ContextVar("read", default=None)
-
-
-@contextmanager
-def parameters_read() -> Iterator[dict[int, tuple[str, Tensor]]]:
-    """Context manager that collects the parameters that losses read from modules.
-
-    Yields:
-        Dict of (name, parameter) by id, filled by `note_read`.
-    """
-    read: dict[int, tuple[str, Tensor]] = {}
-    token = _READ.set(read)
-    try:
-        yield read
-    finally:
-        _READ.reset(token)
-
-
-def note_read(named: Iterable[tuple[str, Tensor]], /) -> None:
-    """Report parameters, with their names, to `parameters_read`."""
-    if (read := _READ.get()) is not None:
-        read |= {id(parameter): (name, parameter) for name, parameter in named}

@@ -6,7 +6,7 @@ of a tree are in torch's order, that of ``parameters_to_vector``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -54,22 +54,3 @@ def tree_map(fn: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:
 def whole(leaf: Tensor, /) -> Tensor:
     """Return a leaf as a plain tensor; a DTensor is gathered."""
     return leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf
-
-
-def unchanged(names: Sequence[str], tensors: Sequence[Tensor], /) -> Callable[[], None]:
-    """Return a function that raises if one of these leaves has since been changed in place."""
-    # Inference tensors have no version counter.
-    tracked = [
-        (n, x, x._version) for n, x in zip(names, tensors, strict=True) if not x.is_inference()
-    ]
-
-    def refuse_if_changed() -> None:
-        for name, leaf, version in tracked:
-            if leaf._version != version:
-                raise RuntimeError(
-                    f"parameter {name!r} has changed in place since this matvec was made, for "
-                    "instance by an optimiser step. Its products would mix old and new values: "
-                    "make the matvec again"
-                )
-
-    return refuse_if_changed

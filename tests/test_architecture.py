@@ -36,7 +36,7 @@ OF_NO_MODULE = {
 
 # From the bottom to the top. Parts on one line do not import each other.
 LAYERS = [
-    {"lazy", "files", "numerics", "trees"},
+    {"changes", "lazy", "files", "numerics", "trees"},
     {"containers", "memory", "randomness", "ranks"},
     {"fingerprints"},
     {"options"},

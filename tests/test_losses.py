@@ -190,3 +190,24 @@ def test_slices_of_an_unknown_parameter_are_refused() -> None:
     found = case("mlp")
     with pytest.raises(ValueError, match=r"no parameter named 3\.weight"):
         hf.sliced(found.loss, found.params, {"3.weight": slice(1)})
+
+
+def held_loss(name: str) -> tuple[Any, Any]:
+    """A loss with fixed parameters, and the others."""
+    found = case("mlp")
+    if name == "sliced":
+        return hf.sliced(found.loss, found.params, SLICES["columns"])
+    chosen, rest = hf.split(found.params, "0.*")
+    return hf.hold(found.loss, rest), chosen
+
+
+@pytest.mark.parametrize("name", ["hold", "sliced"])
+def test_compiled_functions_multiply_with_parameters_held_fixed(name: str) -> None:
+    loss, params = held_loss(name)
+    batch, v = case("mlp").batch, hf.random_like(params, 2, seed=0)
+
+    def product(params: Any, v: Any) -> Any:
+        return hf.hvp(loss)(params, batch)(v)
+
+    compiled = torch.compile(product, fullgraph=True, backend="eager")
+    assert relative_error(flat(compiled(params, v)), flat(product(params, v))) < 1e-12

@@ -134,6 +134,16 @@ def test_every_extra_that_is_named_is_there() -> None:
     )
 
 
+def test_nothing_else_lies_at_the_top() -> None:
+    # Runs that are given a relative path write where they are started.
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    folders = {"hessfunc", "tests", "bench", "docs", "examples", ".ci", ".github"}
+    papers = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"}
+    tools = {"Makefile", "pyproject.toml", "constraints.txt", "mkdocs.yml"}
+    assert top <= folders | papers | tools | {".gitignore", ".pre-commit-config.yaml"}
+
+
 def test_every_requirement_of_the_tests_is_pinned_within_its_bounds() -> None:
     lines = re.findall(r"^([\w.-]+)==(\S+)$", read("constraints.txt"), re.MULTILINE)
     pins = {canonicalize_name(name): version for name, version in lines}

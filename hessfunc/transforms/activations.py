@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.recompute import no_module
+from hessfunc.changes import note_read
 from hessfunc.copies import hooked
 from hessfunc.losses import Loss, supervised
-from hessfunc.modules import functional, note_read
+from hessfunc.modules import functional
 from hessfunc.options import validated
 from hessfunc.trees import tree_map
 

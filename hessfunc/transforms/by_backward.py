@@ -21,6 +21,7 @@ from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.forward_mode import DIFFERENCES
 from hessfunc.autograd.functorch import transforming
 from hessfunc.autograd.overrides import Replaced
+from hessfunc.changes import Named, Reads
 from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
@@ -118,9 +119,12 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
             point = kept(leaves)
             gradient(point, first=True)
         product = gradient_differences(gradient, space, point)
-        # Each product reads the other parameters from the module, so they must not change.
+        # Each product reads the rest of the module again, so it must not change.
         moved = set(map(id, own))
-        fixed = [(name, p) for name, p in model.named_parameters() if id(p) not in moved]
+        fixed: Named = {
+            id(p): (name, p) for name, p in model.named_parameters() if id(p) not in moved
+        }
+        buffers: Named = {id(buffer): (name, buffer) for name, buffer in model.named_buffers()}
         return block_matvec(
             product,
             space,
@@ -128,7 +132,7 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
             batch,
             chunks=Chunks(1),
             copies=point,
-            fixed=fixed,
+            refuse_if_changed=Reads(fixed, buffers).unchanged(again=True),
             constants=requiring_gradients(leaves, batch),
         )
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from hessfunc.autograd import explanation, precise, refuse_autocast
 from hessfunc.autograd.constant_matrix import Product, of_vectors, refusing_gradients
 from hessfunc.autograd.functorch import transforming
+from hessfunc.changes import unchanged
 from hessfunc.containers import batch_leaves
 from hessfunc.fingerprints import checksum, of_batches, with_fingerprint
 from hessfunc.memory import Footprint
 from hessfunc.spaces.space import Space
-from hessfunc.trees import Matvec, Tree, unchanged
+from hessfunc.trees import Matvec, Tree
 
 Curvature: TypeAlias = Callable[[Tree, Any], Matvec]
 ChunkSize: TypeAlias = int | None
@@ -85,7 +86,7 @@ def block_matvec(
     *,
     chunks: Chunks,
     copies: Sequence[Tensor] | None = None,
-    fixed: Sequence[tuple[str, Tensor]] = (),
+    refuse_if_changed: Callable[[], None] | None = None,
     constants: Sequence[Tensor] = (),
 ) -> Matvec:
     """Return the matvec of a function that multiplies one vector.
@@ -97,13 +98,12 @@ def block_matvec(
         batch: Batch of the product. Its shapes distinguish products for the chunk size.
         chunks: Division of the block into chunks.
         copies: Leaves at which the product was made, if they are copies of ``point``.
-        fixed: Other parameters that the product reads, with their names.
+        refuse_if_changed: Function that raises if something else that the product reads has
+            changed.
         constants: Tensors that require a gradient, of which the products carry no graph. Their
             gradient is refused.
     """
-    refuse_if_changed = unchanged(
-        [*space.names, *(name for name, _ in fixed)], [*point, *(leaf for _, leaf in fixed)]
-    )
+    refuse_if_moved = unchanged(space.names, point)
     shapes = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
     surroundings = precise if space.device.type == "cuda" else nullcontext
 
@@ -144,8 +144,11 @@ def block_matvec(
     # This function is kept short: on a small net, its overhead is as long as a product.
     def matvec(block: Tree) -> Tree:
         refuse_autocast(space.device)
-        refuse_if_changed()
-        _guards.get([]).append(refuse_if_changed)
+        refuse_if_moved()
+        _guards.get([]).append(refuse_if_moved)
+        if refuse_if_changed is not None:
+            refuse_if_changed()
+            _guards.get([]).append(refuse_if_changed)
         tangents = space.block_leaves(block)
         if any(t.dtype is not dtype for t, dtype in zip(tangents, space.dtypes, strict=True)):
             tangents = [t.to(dtype) for t, dtype in zip(tangents, space.dtypes, strict=True)]

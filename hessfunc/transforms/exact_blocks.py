@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from hessfunc import options
+from hessfunc.changes import unchanged
 from hessfunc.losses import Loss, LossFunction, OfTargets
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.trees import Matvec, unchanged
+from hessfunc.trees import Matvec
 
 
 @options.validated(curvature=options.factory)

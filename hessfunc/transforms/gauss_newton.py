@@ -27,6 +27,7 @@ from hessfunc.autograd.functorch import (
 )
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
+from hessfunc.changes import reading
 from hessfunc.containers import batch_leaves, opened
 from hessfunc.losses import Loss
 from hessfunc.options import validated
@@ -282,7 +283,12 @@ def _gauss_newton(
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         constants = requiring_gradients(leaves, batch)
-        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
+        with (
+            torch.inference_mode(False),
+            explained(space, batch),
+            noted(loss, params, batch),
+            reading() as read,
+        ):
             batch = kept_batch(batch)
             point = kept(leaves)
             inputs = [leaf.detach().requires_grad_() for leaf in point]
@@ -291,7 +297,14 @@ def _gauss_newton(
                 constants += leaves_of_graph(ends, inputs)
                 product = linearised(inputs, ends, [end.shape for end in ends], between)
         return block_matvec(
-            product, space, leaves, batch, chunks=chunks, copies=point, constants=constants
+            product,
+            space,
+            leaves,
+            batch,
+            chunks=chunks,
+            copies=point,
+            refuse_if_changed=read.unchanged(again=False),
+            constants=constants,
         )
 
     return curvature

@@ -19,9 +19,9 @@ from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD
 from hessfunc.autograd.functorch import edges, pullback, transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
+from hessfunc.changes import reading
 from hessfunc.containers import batch_leaves
 from hessfunc.losses import LossFunction, refuse_module
-from hessfunc.modules import parameters_read
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
@@ -127,20 +127,12 @@ def hvp(
             torch.inference_mode(False),
             explained(space, batch),
             noted(loss, params, batch),
-            parameters_read() as read,
+            reading() as read,
         ):
             batch = kept_batch(batch)
             point = kept(leaves)
             problem = _Problem(loss, space, point, batch, verified)
-            match mode:
-                case "forward":
-                    product = _forward(problem)
-                case "difference":
-                    product = _difference(problem)
-                case "reverse":
-                    product = _reverse(problem)
-                case "auto":
-                    product = _reverse_if_it_fits(problem)
+            product, again = _made(problem, mode)
         size = Chunks(1) if mode == "difference" else chunks
         return block_matvec(
             product,
@@ -149,7 +141,7 @@ def hvp(
             batch,
             chunks=size,
             copies=point,
-            fixed=list(read.values()),
+            refuse_if_changed=read.unchanged(again=again),
             constants=[*requiring_gradients(leaves, given), *problem.others],
         )
 
@@ -246,12 +238,20 @@ class _Hessian(Linearisation):
         return lambda tangents: pulled([tangents[i] for i in curved])
 
 
-def _reverse_if_it_fits(problem: _Problem) -> Product:
+def _made(problem: _Problem, mode: Mode) -> tuple[Product, bool]:
+    """Return the product of a mode, and whether it evaluates the loss again for each vector."""
+    if mode == "difference":
+        return _difference(problem), True
+    if mode == "forward":
+        return _forward(problem), True
     try:
-        return _reverse(problem)
+        return _reverse(problem), False
     except torch.OutOfMemoryError:
+        if mode == "reverse":
+            raise
         torch.cuda.empty_cache()
-    return _forward(problem)
+    # Outside of the handler, which would keep the memory of the graph alive.
+    return _forward(problem), True
 
 
 def _reverse(problem: _Problem) -> Product:

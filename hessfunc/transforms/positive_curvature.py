@@ -16,6 +16,7 @@ from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified
 from hessfunc.autograd.functorch import transforming
 from hessfunc.autograd.overrides import Replaced
+from hessfunc.changes import reading
 from hessfunc.containers import opened
 from hessfunc.losses import Loss
 from hessfunc.options import validated
@@ -107,7 +108,12 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         constants = requiring_gradients(leaves, batch)
-        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
+        with (
+            torch.inference_mode(False),
+            explained(space, batch),
+            noted(loss, params, batch),
+            reading() as read,
+        ):
             batch = kept_batch(batch)
             point = kept(leaves)
             with differentiable_twice(space.device) as seen:
@@ -119,7 +125,14 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
             with torch.inference_mode(False):
                 product = graph.product(kind)
             matvec = block_matvec(
-                product, space, leaves, batch, chunks=chunks, copies=point, constants=constants
+                product,
+                space,
+                leaves,
+                batch,
+                chunks=chunks,
+                copies=point,
+                refuse_if_changed=read.unchanged(again=False),
+                constants=constants,
             )
             return per_block(matvec, params)
 

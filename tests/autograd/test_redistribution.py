@@ -128,7 +128,7 @@ def with_backpropagated_blocks() -> None:
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        (changed_in_place, "RuntimeError: parameter '0.weight' has changed in place"),
+        (changed_in_place, "RuntimeError: '0.weight' has changed in place"),
         (with_mode_forward, "NotImplementedError: DTensors have no forward mode: use"),
         (with_blocks, "NotImplementedError: structured blocks do not support DTensor parameters"),
         (

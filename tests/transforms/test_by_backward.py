@@ -192,7 +192,7 @@ def made_functional() -> None:
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        (changed_in_place, "RuntimeError: parameter '0.weight' has changed in place"),
+        (changed_in_place, "RuntimeError: '0.weight' has changed in place"),
         (of_another_module, "ValueError: FSDPTransformer has no parameter named 0.weight, 0.bias"),
         (of_a_constant, "ValueError: the loss does not depend on params"),
         (made_functional, "NotImplementedError: FSDPSequential is sharded by `fully_shard`"),

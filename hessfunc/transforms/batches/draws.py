@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hessfunc.changes import Rereads
 from hessfunc.modules import several_batches
 from hessfunc.options import validated
 from hessfunc.randomness import of_matrix, uniforms
@@ -22,7 +23,7 @@ from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.batches.reductions import Average, Inner, watching
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.matvecs.arithmetic import scale
-from hessfunc.trees import Matvec, Tree, tree_map, unchanged
+from hessfunc.trees import Matvec, Tree, tree_map
 
 # Negative numbers in keys, so that they differ from the keys (seed, index, leaf) of probes.
 _BATCH_OF_DRAW = -1
@@ -147,11 +148,14 @@ def draws(
         places = tuple(b for b, each in enumerate(counted) if each > 0)
         average = Average(weight, several=len(ends) > 1)
         space = space_of(params)
-        refuse_if_changed = unchanged(space.names, space.tree_leaves(params))
+        rereads = Rereads.of(space.names, space.tree_leaves(params))
 
         def of_batch(place: int) -> Matvec:
-            refuse_if_changed()
-            with several_batches() if len(ends) > 1 else nullcontext(), watching() as seen:
+            with (
+                rereads.reading(),
+                several_batches() if len(ends) > 1 else nullcontext(),
+                watching() as seen,
+            ):
                 matvec = curvature(params, batches[place])
                 # Test the reduction on the largest batch: one example has equal mean and sum.
                 largest = batches[counted.index(max(counted))]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hessfunc.autograd.constant_matrix import refusing_gradients
 from hessfunc.autograd.functorch import transforming
+from hessfunc.changes import Rereads
 from hessfunc.fingerprints import Fingerprint, checksum, of_batches, with_fingerprint
 from hessfunc.modules import several_batches
 from hessfunc.options import validated
@@ -21,7 +22,7 @@ from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import Average, NoTargetsError, inner, watching
 from hessfunc.transforms.batches.sums import Data, Partition, Read, Sum
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.trees import Matvec, Tree, flatten, leaves, tree_map, unchanged
+from hessfunc.trees import Matvec, Tree, flatten, leaves, tree_map
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -308,16 +309,16 @@ class _Reading:
 
     def anew(self) -> Callable[[Tree], Sum]:
         """Return a function that multiplies a block and makes the graphs in each pass."""
-        refuse_if_changed = unchanged(self.space.names, self.space.tree_leaves(self.params))
+        rereads = Rereads.of(self.space.names, self.space.tree_leaves(self.params))
 
         def products(block: Tree) -> Sum:
-            refuse_if_changed()
             read = Read.nothing(self.space.device)
             matvecs = (
                 (partial(self.average.of, batch), partial(self._at, batch, i))
                 for i, batch in self._mine(read)
             )
-            total = Sum.of(self.space, block, matvecs, read, self.average)
+            with rereads.reading():
+                total = Sum.of(self.space, block, matvecs, read, self.average)
             if not transforming():
                 self.passes.add(read.all.total)
             return total
