@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Unpack
@@ -19,8 +20,9 @@ from hessfunc.algorithms.eigen.recurrence import (
     block_step,
     have_converged,
     initial,
+    known_error,
+    residuals,
     restarted,
-    tolerances,
     wanted_pairs,
     wanted_ritz,
 )
@@ -74,11 +76,13 @@ def lanczos(
 
         |A v - value v| <= max(rtol |value|, atol).
 
-    At the end, one product with a random combination of all pairs checks the residuals. If it
-    deviates by more than rounding, k products measure each residual. A value that is zero up to
-    rounding has converged when its residual is zero up to rounding. If the rounding of the
-    products, a few eps |A|, hides the tolerance, pairs are not reported as converged, and the
-    reason says so.
+    The products with the basis vectors show the residuals up to the rounding of the products, as
+    far as their inner products show it: u'Av and v'Au differ by about as much. If this rounding is
+    above a tenth of the tolerance, one product with a random combination of all pairs checks the
+    residuals. If it deviates by more than rounding, k products measure each residual. A value that
+    is zero up to rounding has converged when its residual is zero up to rounding. If the rounding
+    of the products, a few eps |A|, hides the tolerance, pairs are not reported as converged, and
+    the reason says so.
 
     A Krylov space of blocks of b vectors holds at most b copies of a repeated eigenvalue. If
     b < k, a few more steps begin at a random vector u outside of the basis. If they meet an
@@ -140,8 +144,8 @@ def lanczos(
             of a basis on another device do not.
         FloatingPointError: If a product is not finite.
 
-    Cost: one matvec a basis vector, one at the end, and up to ``search`` if block_size < k. A
-    given start costs about the matvecs of a few more pairs, to show that nothing was missed.
+    Cost: one matvec a basis vector, at most one at the end, and up to ``search`` if block_size < k.
+    A given start costs about the matvecs of a few more pairs, to show that nothing was missed.
     Reorthogonalisation takes 4 basis_size n flops a matvec, twice. Memory: (basis_size +
     block_size + k) n numbers besides those of a product, and 5 n more if block_size < k.
     With a basis of m vectors on another device, a block step copies it twice, once for each
@@ -201,16 +205,16 @@ class Lanczos(LanczosOptions, Method[State, Eigenpairs]):
         The reason states the number of pairs that fail the check, or an eigenvalue that was missed.
         """
         problem = Problem(self, products.space)
-        if state.failure is None:
+        before, error = products.matvecs, known_error(problem, state)
+        if state.failure is None and error is None:
             state = replace(state, failure=_failure(problem, products, state))
-            room -= 1
-        assert state.failure is not None
+        room -= products.matvecs - before
         before = products.matvecs
         pairs = _measured(problem, products, state, room)
         state, room = replace(state, pairs=pairs), room - (products.matvecs - before)
         missing = int((~have_converged(problem, state, pairs)).sum())
         if reason.startswith("converged") and missing:
-            noise = max(state.noise, state.failure / self.k**0.5)
+            noise = max(state.noise, (state.failure or 0.0) / self.k**0.5)
             rounded = max(problem.eps, noise / max(state.largest, _TINY))
             return state, (
                 f"the residuals of {missing} pairs cannot reach the tolerance: products are "
@@ -262,7 +266,8 @@ def _round(problem: Problem, products: Products, state: State, room: int) -> Sta
         state = replace(state, basis=basis)
     if _is_settled(problem, state):
         return _examined(problem, products, state, room)
-    for _ in range(max(1, int(_GROWTH_A_ROUND * state.size / problem.method.block_size))):
+    count, state = _steps_until_look(problem, state)
+    for _ in range(count):
         width = len(state.basis) - state.size
         if state.size + width > state.basis_size:
             state = restarted(problem, state)
@@ -274,14 +279,32 @@ def _round(problem: Problem, products: Products, state: State, room: int) -> Sta
     return state
 
 
+def _steps_until_look(problem: Problem, state: State) -> tuple[int, State]:
+    """Return the number of block steps of the next round, and the state that remembers this look.
+
+    Residuals shrink about geometrically, so that two looks predict when they reach the tolerance.
+    The next look is halfway, because convergence accelerates.
+    """
+    most = max(1, int(_GROWTH_A_ROUND * state.size / problem.method.block_size))
+    if state.size < problem.method.k:
+        return most, state
+    now = math.log(max(float(residuals(problem, state).max()), _TINY))
+    before, larger = state.looked
+    seen = replace(state, looked=(state.steps, now))
+    if not (state.steps > before and 0 < now < larger < math.inf):
+        return most, seen
+    predicted = now * (state.steps - before) / (larger - now)
+    return max(1, min(most, int(predicted / 2))), seen
+
+
 def _examined(problem: Problem, products: Products, state: State, room: int) -> State:
     """Return the state after one check of a recurrence whose residuals have converged.
 
-    The first check is one product, which measures the rounding of products. If this rounding is
-    below the tolerance, the residuals must fall below the difference of the two. The second check
-    concerns a given start, which may lie in an invariant subspace.
+    The first check is one product, which measures the rounding of products unless it is known. If
+    this rounding is below the tolerance, the residuals must fall below the difference of the two.
+    The second check concerns a given start, which may lie in an invariant subspace.
     """
-    if state.failure is None:
+    if not _is_checked(problem, state):
         failure = _failure(problem, products, state)
         noise = max(state.noise, failure / problem.method.k**0.5)
         pairs = wanted_pairs(problem, state)
@@ -290,6 +313,11 @@ def _examined(problem: Problem, products: Products, state: State, room: int) -> 
             return replace(state, failure=failure)
         return replace(state, failure=failure, noise=noise)
     return proved(problem, products, state, room)
+
+
+def _is_checked(problem: Problem, state: State) -> bool:
+    """Return whether the error of the recurrence is known or has been measured."""
+    return state.failure is not None or known_error(problem, state) is not None
 
 
 def _failure(problem: Problem, products: Products, state: State) -> float:
@@ -315,10 +343,11 @@ def _measured(problem: Problem, products: Products, state: State, room: int) -> 
     The recurrence predicts A times any combination of Ritz vectors. One product with a random
     combination has measured the error of this prediction, and the error is added to each residual.
     If the error exceeds rounding, or a residual then exceeds the tolerance, each vector is
-    multiplied.
+    multiplied. Without that product, the error is known to be negligible.
     """
-    assert state.failure is not None
     pairs = wanted_pairs(problem, state)
+    if state.failure is None:
+        return replace(pairs, residuals=pairs.residuals + (known_error(problem, state) or 0.0))
     values, rows = pairs.values, pairs.rows
     floor = rounding(problem.eps, state.largest) * len(values) ** 0.5
     checked = replace(pairs, residuals=pairs.residuals + state.failure)
@@ -339,16 +368,14 @@ def _is_settled(problem: Problem, state: State) -> bool:
         return True
     if state.steps < (_STEPS_TO_TRUST if state.closed is not None else state.owed):
         return False
-    values, rotation = wanted_ritz(problem, state)
-    residuals = torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
-    return bool((residuals <= tolerances(problem, values, state)).all())
+    return bool((residuals(problem, state) <= 1).all())
 
 
 def _verdict(problem: Problem, state: State, *, last: bool) -> str | None:
     """Return why the run is finished, or None. If ``last``, no product remains for a check."""
     if not _is_settled(problem, state):
         return None
-    if not last and (state.failure is None or not (state.trusted or state.finished)):
+    if not (last or (_is_checked(problem, state) and (state.trusted or state.finished))):
         return None
     if state.finished:
         return "converged: the basis spans an invariant subspace"

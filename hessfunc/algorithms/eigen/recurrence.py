@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,6 +24,8 @@ from hessfunc.trees import Tree
 # recurrence must fall to the tolerance minus _SAFETY r.
 _SAFETY = 1.25
 _REACHABLE = 0.7
+# Share of a tolerance below which the error that the recurrence shows by itself needs no product.
+_NEGLIGIBLE = 0.1
 # Smaller than any residual that matters.
 _TINY = 1e-300
 
@@ -105,6 +108,10 @@ class State:
         failure: Error of the recurrence for a combination of all pairs, measured by a product;
             None before that product.
         noise: Largest measured rounding of a product with a unit vector.
+        asymmetry: Error of the recurrence for a unit combination of V, as u'Av - v'Au shows it for
+            rows u and v; infinite if the basis is coarser than the products.
+        looked: Number of block steps, and largest logarithm of a residual in units of its
+            tolerance, when the Ritz pairs were last computed.
         pairs: Wanted pairs with residuals checked by products; None before the end of the run.
     """
 
@@ -123,6 +130,8 @@ class State:
     certificate: float | None = None
     failure: float | None = None
     noise: float = 0.0
+    asymmetry: float = 0.0
+    looked: tuple[int, float] = (0, math.inf)
     pairs: Pairs | None = None
 
     @property
@@ -182,7 +191,17 @@ def initial(problem: Problem, seed: int) -> State:
     basis = empty.append(block, basis_size + b + (not trusted))
     none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     coupling = torch.zeros(len(block), 0, dtype=torch.float64, device="cpu")
-    return State(basis, none, coupling, probes=b, basis_size=basis_size, seed=seed, trusted=trusted)
+    coarse = torch.finfo(method.basis_dtype).eps > torch.finfo(dtype).eps
+    return State(
+        basis,
+        none,
+        coupling,
+        probes=b,
+        basis_size=basis_size,
+        seed=seed,
+        trusted=trusted,
+        asymmetry=math.inf if coarse else 0.0,
+    )
 
 
 def size_that_fits(problem: Problem) -> int:
@@ -252,6 +271,10 @@ def block_step(problem: Problem, products: Products, state: State) -> State:
     # symmetric only up to SYMMETRIC; with a looser rtol, larger differences must be let through.
     tolerance = max(SYMMETRIC, 10 * problem.eps, 2 * problem.method.rtol)
     refuse_asymmetric(difference, following.longest, tolerance)
+    # The rounding of a product has no preferred direction. Of its squared length, V shows j / n.
+    shown = float(difference.norm())
+    asymmetry = max(math.hypot(state.asymmetry, shown), shown * (space.n / max(j, 1)) ** 0.5)
+    following = replace(following, asymmetry=asymmetry)
     return following if len(block) else _fresh_block(problem, following)
 
 
@@ -345,10 +368,32 @@ def tolerances(problem: Problem, values: Tensor, state: State) -> Tensor:
     The rounding of products adds to the residuals, and is subtracted from the tolerance unless it
     is too large.
     """
+    tolerance, error = _requested(problem, values, state), _error(problem, state)
+    noise = torch.where(error <= _NEGLIGIBLE * tolerance, max(state.noise, error), state.noise)
+    below = (tolerance - _SAFETY * noise).clamp_min(problem.eps * state.largest)
+    return torch.where(noise < _REACHABLE * tolerance, below, tolerance)
+
+
+def known_error(problem: Problem, state: State) -> float | None:
+    """Return the error of the recurrence for a unit vector if it is known and negligible, or None.
+
+    All inner products of V with its products are computed, so that A V' = V' T + X' C up to the
+    rounding of the products and up to the difference of T and V A V'.
+    """
+    values, rotation = wanted_ritz(problem, state)
+    lengths = torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
+    error, allowed = _error(problem, state), _requested(problem, values, state)
+    negligible = error <= _NEGLIGIBLE * torch.maximum(allowed, lengths)
+    return error if bool(negligible.all()) else None
+
+
+def _error(problem: Problem, state: State) -> float:
+    return max(rounding(problem.eps, state.largest), state.asymmetry)
+
+
+def _requested(problem: Problem, values: Tensor, state: State) -> Tensor:
     least = max(problem.method.atol, problem.eps * state.largest)
-    tolerance = (problem.method.rtol * values.abs()).clamp_min(least)
-    below = (tolerance - _SAFETY * state.noise).clamp_min(problem.eps * state.largest)
-    return torch.where(state.noise < _REACHABLE * tolerance, below, tolerance)
+    return (problem.method.rtol * values.abs()).clamp_min(least)
 
 
 def have_converged(problem: Problem, state: State, pairs: Pairs) -> Tensor:

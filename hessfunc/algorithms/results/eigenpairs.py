@@ -19,8 +19,8 @@ class Eigenpairs(Result):
     Attributes:
         values: Ritz values, float64 ``(k,)``.
         vectors: Block of k orthonormal Ritz vectors v_i.
-        residuals: Residual norms ``|A v_i - values_i v_i|``, measured with A at the end of the run,
-            float64 ``(k,)``.
+        residuals: Residual norms ``|A v_i - values_i v_i|`` from products with A, plus the rounding
+            of these products as far as the run shows it, float64 ``(k,)``.
         converged: Whether each residual is within the tolerance of the run, bool ``(k,)``.
         largest: Largest absolute Ritz value of the run, the scale of the rounding of products.
         certificate: Largest probability with which the run would have missed an eigenvalue equal to

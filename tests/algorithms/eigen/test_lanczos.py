@@ -395,3 +395,46 @@ def test_a_model_that_computes_in_bfloat16() -> None:
         torch.testing.assert_close(found.values, expected.values, rtol=0.03, atol=0)
     with pytest.raises(ValueError, match="low precision"):
         hf.lanczos(hf.hvp(loss)(params, batch), params, k=2, rtol=1e-4, seed=0)
+
+
+def test_no_product_checks_pairs_whose_rounding_is_known() -> None:
+    matrix, blocks = symmetric(SPECTRUM), list[Tensor]()
+
+    def matvec(block: Tensor) -> Tensor:
+        blocks.append(block.clone())
+        return block @ matrix
+
+    found = hf.lanczos(matvec, VECTOR, k=4, search=0, seed=0)
+    assert found.converged.all()
+    # All products are with vectors of one orthonormal basis.
+    rows = torch.cat(blocks)
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(len(rows)).double())
+    residuals = measured_residuals(matrix, found)
+    assert bool((found.residuals >= residuals - 1e-14).all())
+
+
+@pytest.mark.parametrize("n", [100, 5000])
+@pytest.mark.parametrize("coarse", ["vectors", "products"])
+def test_rounding_that_the_dtype_hides_does_not_hide_from_the_inner_products(
+    n: int, coarse: str
+) -> None:
+    values = torch.cat([torch.tensor([9.0, 8.0, 7.0, -6.0]), torch.linspace(-1, 1, n - 4)])
+    axis = hf.random_like(torch.zeros(n), 1, kind="normal", seed=7)[0]
+    axis /= axis.norm()
+
+    def reflected(block: Tensor) -> Tensor:
+        return block - 2 * (block @ axis)[:, None] * axis
+
+    def matvec(block: Tensor) -> Tensor:
+        block = block.bfloat16().float() if coarse == "vectors" else block
+        product = reflected(reflected(block) * values)
+        return product.bfloat16().float() if coarse == "products" else product
+
+    for seed in range(5):
+        found = hf.lanczos(matvec, torch.zeros(n), k=3, rtol=0.02, seed=seed)
+        rows = found.vectors
+        residuals = (matvec(rows) - found.values[:, None].float() * rows).norm(dim=1).double()
+        assert bool((found.residuals >= 0.99 * residuals).all())
+        assert bool(
+            (residuals[found.converged] <= 0.02 * found.values.abs()[found.converged]).all()
+        )

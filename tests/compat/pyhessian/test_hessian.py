@@ -241,7 +241,7 @@ def test_eigenvalues_that_miss_the_tolerance_are_warned_of() -> None:
     made = face.hessian(net(), cross_entropy, data=batches()[0])
     with pytest.warns(UserWarning, match=r"1 of 1 eigenpairs have not converged to tol=1e-05"):
         made.eigenvalues(maxIter=3, tol=1e-5)
-    assert made.results["eigenvalues"].matvecs == 3
+    assert made.results["eigenvalues"].matvecs <= 3
     assert not made.results["eigenvalues"].converged.any()
 
 
