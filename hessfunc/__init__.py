@@ -62,6 +62,7 @@ _HOMES = {
     "hutchinson_diagonal": "algorithms.diagonal.hutchinson",
     "xdiag": "algorithms.diagonal.xdiag",
     "slq": "algorithms.density",
+    "function": "algorithms.functions.product",
     "cg": "algorithms.solve.cg",
     "minres": "algorithms.solve.minres",
     "pool": "algorithms.results",

@@ -17,6 +17,7 @@ from hessfunc.algorithms.eigen.stochastic_power import (
     stochastic_power_iteration as stochastic_power_iteration,
 )
 from hessfunc.algorithms.frank_wolfe import generalized_sharpness as generalized_sharpness
+from hessfunc.algorithms.functions.product import function as function
 from hessfunc.algorithms.matrix import matrix as matrix
 from hessfunc.algorithms.results import load as load
 from hessfunc.algorithms.results import pool as pool

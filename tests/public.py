@@ -21,9 +21,12 @@ def names() -> dict[str, Any]:
 
 
 def functions() -> dict[str, Any]:
-    """Return the public functions of the package and the checked families by their last name."""
+    """Return the public functions of the package and the checked families by their last name.
+
+    Functions of `attached` are named like functions of the package, and keep their family.
+    """
     return {
-        name.rpartition(".")[2]: value
+        name if name.startswith("attached.") else name.rpartition(".")[2]: value
         for name, value in names().items()
         if inspect.isfunction(value) and name.partition(".")[0] in (*CHECKED, name)
     }

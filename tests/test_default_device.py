@@ -50,6 +50,7 @@ RUNS: dict[str, Callable[[Any, Any], object]] = {
     ),
     "slq": lambda matvec, like: hf.slq(matvec, like, steps=10, probes=2, seed=0).count_above(0.1),
     "cg": lambda matvec, like: hf.cg(matvec, like, damping=1.0),
+    "function": lambda matvec, like: hf.function(matvec, torch.exp, like),
     "minres": lambda matvec, like: hf.minres(matvec, like),
     "cg of a block": lambda matvec, like: hf.cg(
         matvec, hf.random_like(like, 3, seed=0), like=like, damping=1.0

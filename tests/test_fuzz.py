@@ -135,17 +135,17 @@ OF_RULE = {
     )
 }  # fmt: skip
 CALLS: dict[str, Call] = {
-    "eigenvalues": Call({"matvec": with_graph, "pairs": PAIRS}),
-    "eigenvectors": Call(
+    "attached.eigenvalues": Call({"matvec": with_graph, "pairs": PAIRS}),
+    "attached.eigenvectors": Call(
         {"matvec": with_graph, "pairs": PAIRS}, {"rtol": 1e-3, "max_matvecs": 40}
     ),
-    "trace": Call({"matvec": with_graph, "probes": MATRIX[:2]}),
-    "diagonal": Call({"matvec": with_graph, "probes": MATRIX[:2]}),
-    "function": Call({"matvec": with_graph, "f": torch.exp, "b": B}, {"steps": 3}),
-    "trace_of_function": Call(
+    "attached.trace": Call({"matvec": with_graph, "probes": MATRIX[:2]}),
+    "attached.diagonal": Call({"matvec": with_graph, "probes": MATRIX[:2]}),
+    "attached.function": Call({"matvec": with_graph, "f": torch.exp, "b": B}, {"steps": 3}),
+    "attached.trace_of_function": Call(
         {"matvec": with_graph, "f": torch.exp, "like": B}, {"probes": 2, "steps": 3, "seed": 0}
     ),
-    "logdet": Call(
+    "attached.logdet": Call(
         {"matvec": with_graph, "like": B},
         {"damping": 9.0, "probes": 2, "steps": 3, "seed": 0},
     ),
@@ -274,6 +274,14 @@ CALLS: dict[str, Call] = {
     "xdiag": Call({"matvec": matvec, "like": LIKE}, RUN | {"rtol": 0.5, "block_size": 2}),
     "slq": Call(
         {"matvec": matvec, "like": LIKE}, RUN | {"probes": 2, "steps": 4, "basis_device": "cpu"}
+    ),
+    "function": Call(
+        {"matvec": matvec, "f": torch.exp, "b": B},
+        RUN
+        | {
+            "like": None, "rtol": 0.1, "atol": 0.0, "smallest": 0.0, "largest": 9.0,
+            "basis_size": 3,
+        },
     ),
     "cg": Call({"matvec": matvec, "b": B}, SOLVE | {"like": None, "measure": True}),
     "minres": Call({"matvec": matvec, "b": B}, SOLVE | {"like": None}),

@@ -137,6 +137,11 @@ RUNS: dict[str, tuple[Callable[..., Any], Callable[[float], float], str]] = {
         lambda _: 3 * (15 + 2),
         "probes * (steps + 2) vectors",
     ),
+    "function": (
+        lambda mv, b: hf.function(mv, torch.rsqrt, b, rtol=1e-4, basis_size=10, max_matvecs=40),
+        lambda _: (10 + 8) + PRODUCT,
+        "basis_size + 8 vectors",
+    ),
     "generalized_sharpness": (
         lambda mv, b: hf.generalized_sharpness(mv, b, InfinityNorm().maximum, restarts=6, seed=0),
         lambda wide: 6 * (1 + 4 * wide),

@@ -5,29 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeAlias, Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.basis import Basis, project_out
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
 from hessfunc.algorithms.offload import home, is_far, room_beside
 from hessfunc.algorithms.products import Cost, Products
+from hessfunc.algorithms.recurrences import Recurrence, Recurrences, eigenpairs_of, extended
 from hessfunc.algorithms.results import Density
-from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
-from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import Space, available_to, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Number of Lanczos steps in a round.
 _STEPS_A_ROUND = 10
-# Smaller than any scale of a matrix.
-_TINY = 1e-300
-# The alphas are the diagonal of T. The betas are its off-diagonal, followed by the norm of the last
-# residual vector, which is 0 if the Krylov space is exhausted.
-_Recurrence: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @validated
@@ -120,40 +113,42 @@ class LanczosQuadrature(Method["_State", Density]):
     def _started(
         self,
         space: Space,
-        done: tuple[_Recurrence, ...],
+        done: tuple[Recurrence, ...],
         group: int,
         indices: range,
         seed: int,
+        asymmetry: float = 0.0,
     ) -> _State:
         """Return the state of new probes, with the recurrences of earlier ones in ``done``."""
         probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
         probes /= math.sqrt(space.n)
-        none = torch.zeros(0, len(indices), dtype=torch.float64, device="cpu")
-        empty = probes.new_empty(0, *probes.shape, device=self.basis_device)
-        basis = Basis(empty).append(probes[None], min(self.steps, space.n))
-        return _State(basis, none, none, (-1,) * len(indices), done, group, seed)
+        runs = Recurrences.begin(probes, min(self.steps, space.n), device=self.basis_device)
+        return _State(replace(runs, asymmetry=asymmetry), done, group, seed)
 
     def step(self, state: _State, products: Products, room: int, /) -> _State:
-        space = products.space
-        steps, eps = min(self.steps, space.n), products_eps(space)
+        space, runs = products.space, state.runs
+        steps = min(self.steps, space.n)
         # A resumed run may keep its bases on another device than the interrupted one.
-        if (basis := state.basis.on(self.basis_device)) is not state.basis:
-            state = replace(state, basis=basis)
-        if not state.active:
-            started = len(state.done) + len(state.taken)
+        if (basis := runs.basis.on(self.basis_device)) is not runs.basis:
+            runs = replace(runs, basis=basis)
+        if not runs.active:
+            started = len(state.done) + len(runs.taken)
             indices = range(started, min(started + state.group, self.probes))
-            following = self._started(space, state.complete, state.group, indices, state.seed)
-            state = replace(following, asymmetry=state.asymmetry)
+            state = self._started(
+                space, state.complete, state.group, indices, state.seed, runs.asymmetry
+            )
+            runs = state.runs
         for _ in range(_STEPS_A_ROUND):
-            if not state.active or len(state.active) > room:
+            if not runs.active or len(runs.active) > room:
                 break
-            room -= len(state.active)
-            state = _extended(products, state, steps, eps)
-        state.basis.settle(space)
-        return state
+            room -= len(runs.active)
+            runs = extended(products, runs, steps)
+        runs.basis.settle(space)
+        return replace(state, runs=runs)
 
     def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
-        if len(state.done) + len(state.taken) < self.probes or state.active:
+        runs = state.runs
+        if len(state.done) + len(runs.taken) < self.probes or runs.active:
             return None
         steps = min(self.steps, products.space.n)
         fewest = min(len(alphas) for alphas, _ in state.recurrences)
@@ -168,137 +163,53 @@ class LanczosQuadrature(Method["_State", Density]):
             weights=weights,
             residuals=residuals,
             n=space.n,
-            eps=max(products_eps(space), state.asymmetry),
+            eps=max(products_eps(space), state.runs.asymmetry),
             **cost,
         )
 
 
 @dataclass(frozen=True)
 class _State:
-    """Lanczos runs of the current group of probes, and the recurrences of earlier groups.
+    """Lanczos recurrences of the current group of probes, and those of earlier groups.
 
     Attributes:
-        basis: Bases of the Krylov spaces, ``(m + 1, p, n)``. The last row is the block that is
-            multiplied next. The rows lie in a workspace that a state shares with its successor.
-        alphas: Diagonals of T, float64 ``(m, p)``.
-        betas: Off-diagonals of T, with the norms of the residual vectors at the end, float64
-            ``(m, p)``.
-        taken: Number of steps of each run that has ended; -1 for an active run.
+        runs: Recurrences of the current group.
         done: Recurrences of the earlier groups.
         group: Number of probes that run at once.
         seed: Seed of the probes.
-        asymmetry: Largest |u'Av - v'Au| of basis vectors so far, in units of |A|.
     """
 
-    basis: Basis
-    alphas: Tensor
-    betas: Tensor
-    taken: tuple[int, ...]
-    done: tuple[_Recurrence, ...]
+    runs: Recurrences
+    done: tuple[Recurrence, ...]
     group: int
     seed: int
-    asymmetry: float = 0.0
 
     @property
-    def active(self) -> list[int]:
-        """Indices of the runs that have not ended."""
-        return [i for i, taken in enumerate(self.taken) if taken < 0]
-
-    @property
-    def recurrences(self) -> tuple[_Recurrence, ...]:
-        if not len(self.alphas):
+    def recurrences(self) -> tuple[Recurrence, ...]:
+        if not len(self.runs):
             return self.done
-        return (*self.done, *(self._recurrence(i) for i in range(len(self.taken))))
+        return (*self.done, *map(self.runs.jacobi, range(len(self.runs.taken))))
 
     @property
-    def complete(self) -> tuple[_Recurrence, ...]:
-        ended = (i for i, taken in enumerate(self.taken) if taken > 0)
-        return (*self.done, *map(self._recurrence, ended))
-
-    def _recurrence(self, i: int) -> _Recurrence:
-        m = self.taken[i] if self.taken[i] > 0 else len(self.alphas)
-        return tuple(self.alphas[:m, i].tolist()), tuple(self.betas[:m, i].tolist())
+    def complete(self) -> tuple[Recurrence, ...]:
+        ended = (i for i, taken in enumerate(self.runs.taken) if taken > 0)
+        return (*self.done, *map(self.runs.jacobi, ended))
 
 
-def _extended(products: Products, state: _State, steps: int, eps: float) -> _State:
-    """Return the state after one step of each active run, with one transfer to the host."""
-    space, basis, active = products.space, state.basis, state.active
-    all_active = len(active) == len(state.taken)
-    last = basis[-1:].brought(space)[0]
-    images = products(last if all_active else last[active])
-    alphas, asymmetries = [], []
-    for i, image in zip(active, images.split(1), strict=True):
-        # beta_m q_{m+1} = A q_m - alpha_m q_m - beta_{m-1} q_{m-1}, with alpha_m = q_m'A q_m. Full
-        # reorthogonalisation subtracts all q_i; a second pass removes the rounding of the first.
-        along = project_out(space, image, basis.of(i)) + project_out(space, image, basis.of(i))
-        alphas.append(along[0, -1])
-        asymmetries.append(_asymmetry(along[0, :-1], state.betas[:, i]))
-    numbers = torch.zeros(3, len(state.taken), dtype=torch.float64, device="cpu")
-    rows = [torch.stack(alphas), space.norms(images), torch.stack(asymmetries)]
-    numbers[:, active] = torch.stack(rows).cpu().double()
-    state = replace(
-        state,
-        alphas=torch.cat([state.alphas, numbers[:1]]),
-        betas=torch.cat([state.betas, numbers[1:2]]),
-    )
-    size = len(state.alphas)
-    # Gershgorin's bound of |T| estimates |A|.
-    largest = state.alphas.abs().amax(0) + 2 * state.betas.amax(0)
-    refuse_asymmetric(numbers[2], float(largest.max()), max(SYMMETRIC, 10 * eps))
-    relative = float((numbers[2] / largest.clamp_min(_TINY)).max())
-    exhausted = {
-        i for i in active if size == space.n or numbers[1, i] <= rounding(eps, float(largest[i]))
-    }
-    state.betas[-1, list(exhausted)] = 0.0
-    spent = exhausted if size < steps else set(active)
-    state = replace(
-        state,
-        taken=tuple(size if i in spent else m for i, m in enumerate(state.taken)),
-        asymmetry=max(state.asymmetry, relative),
-    )
-    if not state.active:
-        return state
-    # The next vectors of runs that have ended are zero.
-    lengths = numbers[1]
-    lengths[list(spent)] = math.inf
-    images /= lengths[active].to(images)[:, None]
-    block = images if all_active else torch.zeros_like(last)
-    if not all_active:
-        block[active] = images
-    return replace(state, basis=basis.append(block[None], steps))
-
-
-def _asymmetry(along: Tensor, betas: Tensor) -> Tensor:
-    """Return the largest |q_i'A q_m - q_m'A q_i| for i < m, from the coefficients of A q_m.
-
-    The recurrence gives q_m'A q_i = 0 for i < m - 1, and beta_{m-1} for i = m - 1.
-    """
-    if not len(along):
-        return along.new_zeros(())
-    last = (along[-1] - betas[-1].to(along)).abs()
-    return torch.cat([along[:-1].abs(), last[None]]).amax()
-
-
-def _quadrature(recurrences: Sequence[_Recurrence]) -> tuple[Tensor, Tensor, Tensor]:
+def _quadrature(recurrences: Sequence[Recurrence]) -> tuple[Tensor, Tensor, Tensor]:
     """Return nodes, weights and residual norms, ``(p, m)``; short runs end in weights of 0."""
     longest = max(len(alphas) for alphas, _ in recurrences)
     nodes = torch.zeros(len(recurrences), longest, dtype=torch.float64, device="cpu")
     weights, residuals = torch.zeros_like(nodes), torch.zeros_like(nodes)
     rows = zip(nodes, weights, residuals, recurrences, strict=True)
-    for row, weight, residual, (alphas, betas) in rows:
-        m = len(alphas)
-        off = torch.tensor(betas[: m - 1], dtype=torch.float64, device="cpu")
-        projected = (
-            torch.tensor(alphas, dtype=torch.float64, device="cpu").diag()
-            + off.diag(1)
-            + off.diag(-1)
-        )
+    for row, weight, residual, recurrence in rows:
         # Gauss quadrature (Golub and Welsch): nodes eig_j(T) and weights (e_1'u_j)^2. The Ritz
         # vector V u_j has the residual norm beta_m |e_m'u_j|.
-        values, vectors = torch.linalg.eigh(projected)
+        values, vectors = eigenpairs_of(recurrence)
+        m = len(values)
         row[:m], row[m:] = values, values[-1]
         weight[:m] = vectors[0].square()
-        residual[:m] = betas[m - 1] * vectors[-1].abs()
+        residual[:m] = recurrence[1][-1] * vectors[-1].abs()
     return nodes, weights, residuals
 
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.attached.answer import answer, products_with_graph
-from hessfunc.algorithms.basis import Basis, project_out
+from hessfunc.algorithms.basis import Basis
 from hessfunc.algorithms.products import Products
-from hessfunc.numerics import rounding
+from hessfunc.algorithms.recurrences import Recurrences, eigenpairs_of, extended
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Space, products_eps, rows_dtype
+from hessfunc.spaces.space import Space, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 # Function of eigenvalues, applied to each entry of a float64 tensor.
@@ -238,30 +238,18 @@ class _Krylov:
 
 def _krylov(products: Products, start: Tensor, steps: int) -> _Krylov:
     """Return the Krylov space of a row after Lanczos steps with full reorthogonalisation."""
-    space, eps = products.space, products_eps(products.space)
+    space = products.space
     length = float(space.norms(start[None])[0])
     if length == 0:
         raise ValueError("the vector b is zero: pass a vector with a nonzero entry")
     steps = min(steps, space.n)
-    basis = Basis(start.new_empty(0, len(start))).append(start[None] / length, steps)
-    alphas: list[float] = []
-    betas: list[float] = []
-    while True:
-        # Solvers inside of a backward pass and outside of it make products without their graph.
-        with torch.no_grad():
-            image = products(basis.rows[-1:])
-        along = project_out(space, image, basis) + project_out(space, image, basis)
-        alphas.append(float(along[0, -1]))
-        beta = float(space.norms(image)[0])
-        largest = max(map(abs, alphas)) + 2 * max(betas, default=0.0)
-        if len(alphas) == steps or beta <= rounding(eps, largest):
-            break
-        betas.append(beta)
-        basis = basis.append(image / beta, steps)
-    off = torch.tensor(betas, dtype=torch.float64, device="cpu")
-    projected = torch.tensor(alphas, dtype=torch.float64, device="cpu").diag()
-    nodes, vectors = torch.linalg.eigh(projected + off.diag(1) + off.diag(-1))
-    return _Krylov(basis, nodes, vectors, length * vectors[0])
+    runs = Recurrences.begin(start[None] / length, steps)
+    # Solvers inside of a backward pass and outside of it make products without their graph.
+    with torch.no_grad():
+        while runs.active:
+            runs = extended(products, runs, steps)
+    nodes, vectors = eigenpairs_of(runs.jacobi(0))
+    return _Krylov(runs.basis.of(0), nodes, vectors, length * vectors[0])
 
 
 def _divided_differences(f: Spectral, xs: Tensor, ys: Tensor) -> Tensor:

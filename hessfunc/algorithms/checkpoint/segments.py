@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,7 @@ class Segments:
 
         Args:
             parts: Parts in the order of ranks.
-            home: Module that defines the dataclasses of the state.
+            home: Module that defines or imports the dataclass of the value.
             key: Place of the value in the state.
 
         Raises:
@@ -131,11 +132,14 @@ class Segments:
         if "tensor" in first:
             return self._decoded_tensor(parts, key)
         if "state" in first:
+            kind = getattr(home, first["state"])
+            # A field's class is imported where the class of the state is defined.
+            inner = sys.modules[kind.__module__]
             fields = {
-                name: self.decoded(_inside(parts, "fields", name), home, f"{key}.{name}")
+                name: self.decoded(_inside(parts, "fields", name), inner, f"{key}.{name}")
                 for name in first["fields"]
             }
-            return getattr(home, first["state"])(**fields)
+            return kind(**fields)
         if "tuple" in first:
             return tuple(
                 self.decoded(_inside(parts, "tuple", i), home, f"{key}[{i}]")

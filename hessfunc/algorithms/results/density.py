@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results.estimate import Estimate
-from hessfunc.algorithms.results.quadrature import Rule, bracket, ends, radau
+from hessfunc.algorithms.results.quadrature import Rule, bracket, ends, evaluated, radau
 from hessfunc.algorithms.results.result import Result, shown
 from hessfunc.algorithms.statistics import (
     kolmogorov_quantile,
@@ -270,22 +270,7 @@ class Density(Result):
         low, high = self._ends(smallest, largest)
 
         def inside(points: Tensor) -> Tensor:
-            at_points: object = f(points.clamp(low, high))
-            if not isinstance(at_points, Tensor) or at_points.is_complex():
-                kind = (
-                    at_points.dtype if isinstance(at_points, Tensor) else type(at_points).__name__
-                )
-                raise TypeError(
-                    f"f returns {kind} for a tensor of eigenvalues: pass a function of tensors, "
-                    "element by element, such as torch.log"
-                )
-            if at_points.dim() and at_points.shape != points.shape:
-                raise ValueError(
-                    f"f returns the shape {tuple(at_points.shape)} for eigenvalues of the shape "
-                    f"{tuple(points.shape)}: pass a function that acts element by element, such as "
-                    "torch.log"
-                )
-            return at_points.detach().to(points)
+            return evaluated(f, points.clamp(low, high))
 
         # 0 * inf is NaN, so nodes of weight 0, which pad a probe that ended early, are left out.
         values = torch.where(carries, inside(self.nodes), 0.0)

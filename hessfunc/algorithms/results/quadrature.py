@@ -97,6 +97,29 @@ class Rule:
         return lower.mean(-1).clamp(0, 1), upper.mean(-1).clamp(0, 1)
 
 
+def evaluated(f: Function, points: Tensor, /) -> Tensor:
+    """Return f at points, element by element, as float64.
+
+    Raises:
+        TypeError: If f does not return a real tensor.
+        ValueError: If f returns another shape.
+    """
+    values: object = f(points)
+    if not isinstance(values, Tensor) or values.is_complex():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(
+            f"f returns {kind} for a tensor of eigenvalues: pass a function of tensors, element by "
+            "element, such as torch.log"
+        )
+    if values.dim() and values.shape != points.shape:
+        raise ValueError(
+            f"f returns the shape {tuple(values.shape)} for eigenvalues of the shape "
+            f"{tuple(points.shape)}: pass a function that acts element by element, such as "
+            "torch.log"
+        )
+    return values.detach().to(points).expand_as(points)
+
+
 def radau(rule: Rule, at: float) -> tuple[Tensor, Tensor]:
     """Return nodes and weights ``(p, m + 1)`` of the Gauss-Radau rules with a prescribed node.
 

@@ -73,6 +73,9 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "minres of a block": lambda matvec, path: hf.minres(
         matvec, BLOCK, like=LIKE, damping=0.2, rtol=1e-2, checkpoint=path
     ),
+    "function": lambda matvec, path: hf.function(
+        matvec, torch.atan, RIGHT, rtol=1e-2, basis_size=3, checkpoint=path
+    ),
     "sampled_trace": lambda matvec, path: hf.sampled_trace(
         lambda i: matvec if i % 2 else hf.matvecs.scale(matvec, 3),
         LIKE,

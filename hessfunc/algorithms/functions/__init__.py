@@ -1,0 +1,1 @@
+"""Functions of matrices: f(A) b, and log-determinants."""

@@ -1,0 +1,182 @@
+"""Lanczos recurrences from several vectors, which share the calls of the matvec.
+
+Each vector has its own Krylov space, basis and Jacobi matrix T. If the bases do not fit in memory,
+they keep their first vectors only, and the recurrence continues from the last two.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.basis import Basis, project_out
+from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
+from hessfunc.numerics import rounding
+from hessfunc.spaces.space import DIVIDED, Rows, products_eps
+
+# Smaller than any scale of a matrix.
+_TINY = 1e-300
+# The alphas are the diagonal of T. The betas are its off-diagonal, followed by the norm of the last
+# residual vector, which is 0 if the Krylov space is exhausted.
+Recurrence: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Recurrences:
+    """Lanczos recurrences A Q = Q T + beta_m q_(m+1) e_m' from p unit vectors.
+
+    Attributes:
+        basis: First vectors of each Krylov space, ``(min(m + 1, capacity), p, n)``. The rows lie in
+            a workspace that a state shares with its successor.
+        tail: Last vectors of each Krylov space, at most 2, if they are not in the basis,
+            ``(0 to 2, p, n)``. The last vector of basis and tail is multiplied next.
+        alphas: Diagonals of T, float64 ``(m, p)``.
+        betas: Off-diagonals of T, with the norms of the residual vectors at the end, float64
+            ``(m, p)``.
+        taken: Number of steps of each recurrence that has ended; -1 for an active one.
+        capacity: Largest number of basis vectors.
+        workspace: Number of vectors for which memory is reserved from the start.
+        asymmetry: Largest |u'Av - v'Au| of basis vectors so far, in units of |A|.
+    """
+
+    basis: Basis
+    tail: Rows = field(metadata=DIVIDED)
+    alphas: Tensor
+    betas: Tensor
+    taken: tuple[int, ...]
+    capacity: int
+    workspace: int
+    asymmetry: float = 0.0
+
+    @classmethod
+    def begin(
+        cls,
+        units: Tensor,
+        capacity: int,
+        /,
+        *,
+        workspace: int | None = None,
+        device: torch.device | None = None,
+    ) -> Recurrences:
+        """Return recurrences before their first steps.
+
+        Args:
+            units: Vectors of unit length, rows ``(p, n)``.
+            capacity: Largest number of basis vectors.
+            workspace: Number of vectors for which memory is reserved from the start, by default
+                the capacity. The memory doubles when it is full.
+            device: Device of the bases, by default that of the vectors.
+        """
+        room = capacity if workspace is None else min(workspace, capacity)
+        none = torch.zeros(0, len(units), dtype=torch.float64, device="cpu")
+        empty = units.new_empty(0, *units.shape)
+        basis = Basis(empty.to(device or units.device)).append(units[None], room)
+        return cls(basis, empty, none, none, (-1,) * len(units), capacity, room)
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    @property
+    def active(self) -> list[int]:
+        """Indices of the recurrences that have not ended."""
+        return [i for i, taken in enumerate(self.taken) if taken < 0]
+
+    def jacobi(self, i: int, /) -> Recurrence:
+        """Return the coefficients of the i-th recurrence."""
+        m = len(self) if self.taken[i] < 0 else self.taken[i]
+        return tuple(self.alphas[:m, i].tolist()), tuple(self.betas[:m, i].tolist())
+
+    def ended(self, steps: dict[int, int], /) -> Recurrences:
+        """Return the recurrences, some of which end after these numbers of steps."""
+        taken = tuple(steps.get(i, m) for i, m in enumerate(self.taken))
+        return replace(self, taken=taken)
+
+
+def extended(products: Products, runs: Recurrences, steps: int | None = None, /) -> Recurrences:
+    """Return the recurrences after one step of each active one, with one transfer to the host.
+
+    Args:
+        products: Products of the run.
+        runs: Recurrences, at least one of them active.
+        steps: Largest number of steps, after which a recurrence ends, or None.
+
+    Raises:
+        ValueError: If the matvec is not symmetric.
+    """
+    space, basis, active = products.space, runs.basis, runs.active
+    eps = products_eps(space)
+    all_active = len(active) == len(runs.taken)
+    last = runs.tail[-1] if len(runs.tail) else basis[-1:].brought(space)[0]
+    images = products(last if all_active else last[active])
+    alphas, asymmetries = [], []
+    for i, image in zip(active, images.split(1), strict=True):
+        # beta_m q_{m+1} = A q_m - alpha_m q_m - beta_{m-1} q_{m-1}, with alpha_m = q_m'A q_m. Full
+        # reorthogonalisation subtracts all q_i; a second pass removes the rounding of the first.
+        # Beyond the capacity only the last two are subtracted: the others need not be orthogonal to
+        # q_m by then, and what is subtracted along them would be missing in A Q = Q T.
+        kept: tuple[Basis, ...] = (basis.of(i),)
+        if len(runs.tail):
+            kept = (basis.of(i)[len(basis) + len(runs.tail) - 2 :], Basis(runs.tail[:, i]))
+        along = project_out(space, image, *kept) + project_out(space, image, *kept)
+        alphas.append(along[0, -1])
+        asymmetries.append(_asymmetry(along[0, :-1], runs.betas[:, i]))
+    numbers = torch.zeros(3, len(runs.taken), dtype=torch.float64, device="cpu")
+    rows = [torch.stack(alphas), space.norms(images), torch.stack(asymmetries)]
+    numbers[:, active] = torch.stack(rows).cpu().double()
+    runs = replace(
+        runs,
+        alphas=torch.cat([runs.alphas, numbers[:1]]),
+        betas=torch.cat([runs.betas, numbers[1:2]]),
+    )
+    size = len(runs)
+    # Gershgorin's bound of |T| estimates |A|.
+    largest = runs.alphas.abs().amax(0) + 2 * runs.betas.amax(0)
+    refuse_asymmetric(numbers[2], float(largest.max()), max(SYMMETRIC, 10 * eps))
+    relative = float((numbers[2] / largest.clamp_min(_TINY)).max())
+    # Vectors that are not orthogonal to all earlier ones may be more than n.
+    whole = size == space.n and not len(runs.tail)
+    exhausted = {i for i in active if whole or numbers[1, i] <= rounding(eps, float(largest[i]))}
+    runs.betas[-1, list(exhausted)] = 0.0
+    spent = set(active) if size == steps else exhausted
+    runs = replace(runs.ended(dict.fromkeys(spent, size)), asymmetry=max(runs.asymmetry, relative))
+    if not runs.active:
+        return runs
+    # The next vectors of recurrences that have ended are zero.
+    lengths = numbers[1]
+    lengths[list(spent)] = math.inf
+    images /= lengths[active].to(images)[:, None]
+    block = images if all_active else torch.zeros_like(last)
+    if not all_active:
+        block[active] = images
+    if len(basis) < runs.capacity:
+        room = runs.workspace if size < runs.workspace else min(2 * size, runs.capacity)
+        return replace(runs, basis=basis.append(block[None], room), workspace=room)
+    return replace(runs, tail=torch.cat([runs.tail[-1:], block[None]]))
+
+
+def _asymmetry(along: Tensor, betas: Tensor) -> Tensor:
+    """Return the largest |q_i'A q_m - q_m'A q_i| for i < m, from the coefficients of A q_m.
+
+    The recurrence gives q_m'A q_i = 0 for i < m - 1, and beta_{m-1} for i = m - 1.
+    """
+    if not len(along):
+        return along.new_zeros(())
+    last = (along[-1] - betas[-1].to(along)).abs()
+    return torch.cat([along[:-1].abs(), last[None]]).amax()
+
+
+def eigenpairs_of(recurrence: Recurrence, /) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of the Jacobi matrix, ascending, and its eigenvectors as columns.
+
+    Both are float64 on the CPU.
+    """
+    alphas, betas = recurrence
+    off = torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64, device="cpu")
+    diagonal = torch.tensor(alphas, dtype=torch.float64, device="cpu").diag()
+    values, vectors = torch.linalg.eigh(diagonal + off.diag(1) + off.diag(-1))
+    return values, vectors
