@@ -54,6 +54,7 @@ _HOMES = {
     "lanczos": "algorithms.eigen.lanczos",
     "power_iteration": "algorithms.eigen.power",
     "stochastic_power_iteration": "algorithms.eigen.stochastic_power",
+    "trace": "algorithms.trace.adaptive",
     "hutchinson": "algorithms.trace.hutchinson",
     "hutchpp": "algorithms.trace.hutchpp",
     "xtrace": "algorithms.trace.xtrace",

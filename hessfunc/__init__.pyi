@@ -23,6 +23,7 @@ from hessfunc.algorithms.results import load as load
 from hessfunc.algorithms.results import pool as pool
 from hessfunc.algorithms.solve.cg import cg as cg
 from hessfunc.algorithms.solve.minres import minres as minres
+from hessfunc.algorithms.trace.adaptive import trace as trace
 from hessfunc.algorithms.trace.hutchinson import hutchinson as hutchinson
 from hessfunc.algorithms.trace.hutchpp import hutchpp as hutchpp
 from hessfunc.algorithms.trace.sampled import sampled_trace as sampled_trace

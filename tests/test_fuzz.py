@@ -250,6 +250,10 @@ CALLS: dict[str, Call] = {
         TRACE
         | {"kind": "signs", "deflate": hf.lanczos(matvec, LIKE, k=1, seed=0), "known": B},
     ),
+    "trace": Call(
+        {"matvec": matvec, "like": LIKE},
+        TRACE | {"method": "auto", "start": hf.lanczos(matvec, LIKE, k=1, seed=0)},
+    ),
     "hutchpp": Call({"matvec": matvec, "like": LIKE}, TRACE),
     "xtrace": Call({"matvec": matvec, "like": LIKE}, TRACE),
     "xnystrace": Call({"matvec": matvec, "like": LIKE}, TRACE),

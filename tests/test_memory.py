@@ -97,6 +97,11 @@ RUNS: dict[str, tuple[Callable[..., Any], Callable[[float], float], str]] = {
         lambda _: 3 * 10,
         "3 block_size vectors",
     ),
+    "trace": (
+        lambda mv, b: hf.trace(mv, b, max_matvecs=40, seed=0),
+        lambda _: 4 * 40 + 4,
+        "4 vectors per product",
+    ),
     "hutchpp": (
         lambda mv, b: hf.hutchpp(mv, b, max_matvecs=60, seed=0),
         lambda _: 8 * 20 + 3 * 10,

@@ -70,6 +70,10 @@ class Probing(Method[State, AnyResult]):
     def count(self, state: State, /) -> int:
         """Return the number of probes so far."""
 
+    def kept(self, state: State, /) -> int:
+        """Return the number of vectors in memory of which ``most`` is the limit."""
+        return self.count(state)
+
     @abstractmethod
     def estimate(self, state: State, space: Space, cost: Cost, /) -> AnyResult:
         """Return the estimate, whether or not it is within the tolerance."""
@@ -79,7 +83,7 @@ class Probing(Method[State, AnyResult]):
         """Return the reason to stop at an estimate that reaches the tolerance, or None."""
 
     def verdict(self, state: State, products: Products, room: int, /) -> str | None:
-        if self.most is not None and self.count(state) >= self.most:
+        if self.most is not None and self.kept(state) >= self.most:
             return (
                 f"no more than {self.most} probes fit in memory: take `{self.keeps_none}`, which "
                 "keeps none"

@@ -217,6 +217,7 @@ ARGUMENTS: dict[str, Check] = {
     "init_vec": anything,
     # Strings
     "mode": text,
+    "method": text,
     "residual": text,
     "at": text,
     "kind": text,

@@ -24,6 +24,7 @@ SPECTRA = {
     "zero": 0 * INDEX,
 }
 TRACES = {
+    "trace": hf.trace,
     "hutchinson": hf.hutchinson,
     "hutchinson, sphere": partial(hf.hutchinson, kind="sphere"),
     "hutchpp": hf.hutchpp,

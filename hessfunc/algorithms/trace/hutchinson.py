@@ -17,6 +17,7 @@ from hessfunc.algorithms.probing import TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs, Estimate
 from hessfunc.algorithms.results.estimate import leaf_fields
+from hessfunc.algorithms.span import Span
 from hessfunc.algorithms.statistics import FEWEST_SAMPLES, leaf_errors, sphere_error
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import at_least, validated
@@ -102,7 +103,7 @@ def hutchinson(
         rtol=rtol,
         atol=atol,
         kind=kind or "signs",
-        eigenpairs=_spanned(products.space, deflate),
+        eigenpairs=Span.of(products.space, deflate, "deflate"),
         known=None if known is None else _sums(products.space, known),
     )
     if kind is not None:
@@ -122,7 +123,7 @@ class Hutchinson(TraceProbing["_State"]):
     """
 
     kind: ProbeKind
-    eigenpairs: _Spanned
+    eigenpairs: Span
     known: Tensor | None = None
 
     changeable: ClassVar = TraceProbing.changeable | {"known"}
@@ -255,38 +256,6 @@ def _stderr(state: _State, kind: ProbeKind, dimension: int) -> float:
     )
 
 
-@dataclass(frozen=True)
-class _Spanned:
-    """Span V of eigenpairs.
-
-    Attributes:
-        basis: Orthonormal rows V'.
-        parts: Sum of the eigenvalues, split over the leaves, float64 ``(leaves,)``.
-        squares: ``|AV|_F^2``.
-    """
-
-    basis: Tensor
-    parts: Tensor
-    squares: float
-
-    def complement(self, space: Space, probes: Tensor, *, on_sphere: bool) -> Tensor:
-        """Return P w for each probe w, with P = I - VV'.
-
-        With ``on_sphere``, each P w is rescaled to the sphere of the complement, whose radius is
-        the root of its dimension.
-        """
-        if not len(self.basis):
-            return probes
-        outer = probes
-        # A second projection removes what rounding leaves of the first.
-        for _ in range(2):
-            outer = outer - space.combine(space.gram(outer, self.basis), self.basis)
-        if on_sphere:
-            radius = (space.n - len(self.basis)) ** 0.5
-            outer = outer * (radius / space.norms(outer)).to(outer.dtype)[:, None]
-        return outer
-
-
 def _sums(space: Space, vector: Tree) -> Tensor:
     """Return the sum of the entries of each leaf, float64 ``(leaves,)``."""
     wide = wide_dtype(space.device)
@@ -297,23 +266,3 @@ def _sums(space: Space, vector: Tree) -> Tensor:
             "the matvec leaves out"
         )
     return sums
-
-
-def _spanned(space: Space, pairs: Eigenpairs | None) -> _Spanned:
-    """Return the span of eigenpairs, empty for None."""
-    if pairs is None:
-        none = space.zeros(0, rows_dtype(space))
-        return _Spanned(none, torch.zeros(len(space.names), dtype=torch.float64, device="cpu"), 0.0)
-    basis = space.rows(pairs.vectors, dtype=rows_dtype(space))
-    if len(basis) >= space.n:
-        raise ValueError(
-            f"deflate has {len(basis)} eigenpairs of a matrix of dimension {space.n}, so no vector "
-            "is left to sample: the trace is deflate.values.sum()"
-        )
-    values = pairs.values.cpu().double()
-    # |A v_i|^2 = value_i^2 + residual_i^2, since A v_i - value_i v_i is orthogonal to v_i.
-    return _Spanned(
-        basis,
-        (values[:, None] * space.by_leaf(basis, basis).cpu().double()).sum(0),
-        float(values.square().sum() + pairs.residuals.square().sum()),
-    )

@@ -29,6 +29,7 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "hutchinson": lambda matvec, path: hf.hutchinson(
         matvec, LIKE, max_matvecs=20, block_size=5, checkpoint=path, seed=1
     ),
+    "trace": lambda matvec, path: hf.trace(matvec, LIKE, max_matvecs=20, checkpoint=path, seed=1),
     "hutchpp": lambda matvec, path: hf.hutchpp(
         matvec, LIKE, max_matvecs=24, block_size=4, checkpoint=path, seed=1
     ),

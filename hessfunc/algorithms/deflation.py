@@ -1,0 +1,232 @@
+"""Deflation that grows, by Krylov steps, for as long as it saves more random probes than it costs.
+
+With an orthonormal basis Q, P = I - QQ', B = PAP, T = Q'AQ and G = PAQ,
+
+    A = (A - B) + G M G' + S,  S = B - G M G',
+
+for any M, and only S has to be sampled. For a positive semi-definite A, M = T^-1 makes S the Schur
+complement of T in A, which is A less its Nystrom approximation; otherwise M = 0. The next basis
+vector q changes A - B exactly, with a = q'Bq and out = Bq - a q:
+
+    A - B += a qq' + q out' + out q'.
+
+The variance of a probe is proportional to ``|S|_F^2``, which the same probes measure before and
+after each step. They say how many further probes a basis vector saves (Chen and Hallman 2022, arXiv
+2205.01736; the split of a budget is that of Persson, Cortinovis and Kressner 2022, arXiv
+2109.10659, decided online).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.basis import Basis, project_out
+from hessfunc.algorithms.chains import Chains
+from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.span import Span
+from hessfunc.numerics import rounding, wide_dtype
+from hessfunc.randomness import mixed
+from hessfunc.spaces.space import DIVIDED, ProbeKind, Rows, Space, products_eps, rows_dtype
+
+# Number of probes before the first decision.
+PILOT = 4
+# Start vectors of chains have another seed than probes and than those of eigensolvers: a deflation
+# that depended on the probes would bias their mean.
+_CHAINS = -3
+
+
+@dataclass(frozen=True)
+class Deflation:
+    """Matrix that is split into a deflated part and a sampled part S.
+
+    P projects on the complement of the basis Q and of the given eigenpairs.
+
+    Attributes:
+        basis: Orthonormal rows Q', ``(j, n)``, orthogonal to the given eigenpairs.
+        ends: Products P A q with the last vector q of each chain, ``(c, n)``. Products with the
+            other vectors have no part outside of Q.
+        last: Index in Q of the last vector of each chain.
+        alive: Number of each of these chains. A chain whose space is invariant is left out.
+        core: Matrix T = Q'AQ, float64 ``(j, j)``.
+        probes: Probes w, ``(p, n)``; those of a trace are projected by P.
+        images: Products B w, ``(p, n)``.
+        unprojected: Products A P w, ``(p, n)``; no row if only the trace is needed.
+        parts: Trace of A - B by leaf, float64 ``(leaves,)``, without the eigenpairs.
+        diagonal: Diagonal of A - B, a wide row; no row if only the trace is needed.
+        row_squares: Diagonal of AQQ'A, a wide row; no row if only the trace is needed.
+        largest: Largest length ``|A q|`` so far.
+        chains: Reductions of the variance by the steps so far.
+        seed: Seed of the run.
+    """
+
+    basis: Rows = field(metadata=DIVIDED)
+    ends: Rows = field(metadata=DIVIDED)
+    last: tuple[int, ...]
+    alive: tuple[int, ...]
+    core: Tensor
+    probes: Rows = field(metadata=DIVIDED)
+    images: Rows = field(metadata=DIVIDED)
+    unprojected: Rows = field(metadata=DIVIDED)
+    parts: Tensor
+    diagonal: Rows = field(metadata=DIVIDED)
+    row_squares: Rows = field(metadata=DIVIDED)
+    largest: float
+    chains: Chains
+    seed: int
+
+    @classmethod
+    def none(cls, space: Space, seed: int, /, *, diagonal: bool) -> Deflation:
+        """Return the state before the first product.
+
+        Args:
+            space: Space of the vectors.
+            seed: Seed of the run.
+            diagonal: Whether the diagonal is needed besides the trace.
+        """
+        rows = space.zeros(0, rows_dtype(space))
+        wide = space.zeros(int(diagonal), wide_dtype(space.device))
+        return cls(
+            basis=rows,
+            ends=rows,
+            last=(),
+            alive=(),
+            core=torch.zeros(0, 0, dtype=torch.float64, device="cpu"),
+            probes=rows,
+            images=rows,
+            unprojected=rows,
+            parts=torch.zeros(len(space.names), dtype=torch.float64, device="cpu"),
+            diagonal=wide,
+            row_squares=wide,
+            largest=0.0,
+            chains=Chains(),
+            seed=seed,
+        )
+
+    @property
+    def of_diagonal(self) -> bool:
+        """Whether the diagonal is needed besides the trace."""
+        return len(self.diagonal) > 0
+
+    def probed(self, products: Products, span: Span, count: int, kind: ProbeKind, /) -> Deflation:
+        """Return the state with more probes.
+
+        Args:
+            products: Products of the run.
+            span: Span of the given eigenpairs.
+            count: Number of probes.
+            kind: Distribution of the probes before they are projected.
+
+        Cost: one matvec a probe.
+        """
+        space, p = products.space, len(self.probes)
+        known = Basis(span.basis), Basis(self.basis)
+        indices = range(p, p + count)
+        probes = space.probes(indices, kind=kind, seed=self.seed, dtype=rows_dtype(space))
+        projected = probes.clone()
+        # A second projection removes what rounding leaves of the first.
+        for _ in range(2):
+            project_out(space, projected, *known)
+        unprojected = products(projected)
+        images = unprojected.clone()
+        project_out(space, images, *known)
+        if not self.of_diagonal:
+            probes, unprojected = projected, unprojected[:0]
+        return replace(
+            self,
+            probes=torch.cat([self.probes, probes]),
+            images=torch.cat([self.images, images]),
+            unprojected=torch.cat([self.unprojected, unprojected]),
+        )
+
+    def extended(self, products: Products, span: Span, chain: int, /) -> Deflation:
+        """Return the state with one more basis vector.
+
+        The products B w and A P w follow from those so far without a product.
+
+        Args:
+            products: Products of the run.
+            span: Span of the given eigenpairs.
+            chain: Number of the chain that is continued or started.
+
+        Cost: one matvec.
+        """
+        space = products.space
+        known = Basis(span.basis), Basis(self.basis)
+        others = [place for place, other in enumerate(self.alive) if other != chain]
+        if chain in self.alive:
+            row = self.ends[self.alive.index(chain)][None].clone()
+        else:
+            starts = mixed(self.seed, _CHAINS)
+            row = space.probes([chain], kind="sphere", seed=starts, dtype=rows_dtype(space))
+        # The end of a chain is short next to A q, so its rounding along Q is relatively large.
+        for _ in range(2):
+            row /= space.norms(row).to(row.dtype)[:, None]
+            project_out(space, row, *known)
+        row /= space.norms(row).to(row.dtype)[:, None]
+        image = products(row)
+        out = image.clone()
+        along = project_out(space, out, *known, Basis(row))
+        along = (along + project_out(space, out, *known, Basis(row)))[:, len(span) :]
+        column = along.cpu().double()[0]
+        curvature = float(column[-1])
+        length, size = float(space.norms(out)), float(space.norms(image))
+        largest = max(self.largest, size)
+        core = torch.zeros(len(column), len(column), dtype=torch.float64, device="cpu")
+        core[:-1, :-1], core[-1], core[:, -1] = self.core, column, column
+        ends = self.ends[others]
+        ends = ends - space.combine(space.gram(ends, row), row)
+        last, alive = [self.last[i] for i in others], [self.alive[i] for i in others]
+        if length > rounding(products_eps(space), largest):
+            ends = torch.cat([ends, out])
+            last, alive = [*last, len(self.basis)], [*alive, chain]
+        # B w decreases by (a q'w + out'w) q + (q'w) out, and A P w by (q'w) A q.
+        inside, outside = space.gram(self.probes, row), space.gram(self.probes, out)
+        images = self.images - space.combine(curvature * inside + outside, row)
+        images -= space.combine(inside, out)
+        unprojected, probes = self.unprojected, self.probes
+        if self.of_diagonal:
+            unprojected = unprojected - space.combine(inside, image)
+        else:
+            probes = probes - space.combine(inside, row)
+        # diag(A - B) increases by q * (a q + 2 out).
+        twice = curvature * row + 2 * out
+        return replace(
+            self,
+            basis=torch.cat([self.basis, row]),
+            ends=ends,
+            last=tuple(last),
+            alive=tuple(alive),
+            core=core,
+            probes=probes,
+            images=images,
+            unprojected=unprojected,
+            parts=self.parts + space.by_leaf(row, twice)[0].cpu().double(),
+            diagonal=self.diagonal + (row * twice).to(self.diagonal.dtype),
+            row_squares=self.row_squares + image.to(self.row_squares.dtype).square(),
+            largest=largest,
+        )
+
+    def sampled(self, space: Space, /) -> tuple[Tensor, Tensor]:
+        """Return the products S w, ``(p, n)``, and the weights M of the ends, ``(c, c)``.
+
+        M is a part of T^-1 without eigenvalues of the order of rounding, or zero if T has a
+        negative eigenvalue or if the probes show that M would enlarge the sampled part.
+        """
+        values, vectors = torch.linalg.eigh(self.core)
+        tolerance = rounding(products_eps(space), self.largest)
+        weights = self.core.new_zeros(len(self.last), len(self.last))
+        if not len(self.last) or float(values[0]) < -tolerance:
+            return self.images, weights
+        kept = values > tolerance
+        vectors = vectors[list(self.last)][:, kept]
+        inverse = vectors / values[kept] @ vectors.mT
+        inside = space.gram(self.probes, self.ends).cpu().double()
+        images = self.images - space.combine(inside @ inverse, self.ends)
+        if float(space.norms(images).square().sum()) < float(
+            space.norms(self.images).square().sum()
+        ):
+            return images, inverse
+        return self.images, weights

@@ -1,0 +1,300 @@
+"""Trace of a symmetric matrix by the cheapest mixture of deflation and random probes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeAlias, Unpack, get_args
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.chains import expected_reduction
+from hessfunc.algorithms.deflation import PILOT, Deflation
+from hessfunc.algorithms.driver import RunOptions
+from hessfunc.algorithms.norms import squared_frobenius
+from hessfunc.algorithms.probing import TraceProbing, run_trace
+from hessfunc.algorithms.products import Cost, Products
+from hessfunc.algorithms.results import Eigenpairs, Estimate
+from hessfunc.algorithms.results.estimate import leaf_fields
+from hessfunc.algorithms.sketch import vectors_that_fit
+from hessfunc.algorithms.span import Span
+from hessfunc.algorithms.statistics import rounding_of_sum, sphere_error
+from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
+from hessfunc.algorithms.trace.hutchinson import hutchinson
+from hessfunc.algorithms.trace.hutchpp import hutchpp
+from hessfunc.algorithms.trace.xnystrace import xnystrace
+from hessfunc.algorithms.trace.xtrace import xtrace
+from hessfunc.options import ARGUMENTS, at_least, validated
+from hessfunc.spaces.space import Space, products_eps
+from hessfunc.trees import Matvec, Tree
+
+TraceMethod: TypeAlias = Literal["auto", "hutchinson", "hutchpp", "xtrace", "xnystrace"]
+_OTHERS = {"hutchpp": hutchpp, "xtrace": xtrace, "xnystrace": xnystrace}
+# Number of probes that are multiplied at once by default. They are decided upon together.
+_BLOCK = 4
+# Student's quantile of p degrees of freedom costs about this many probes more than the normal one.
+_STUDENT = 2.7
+# Least factor by which a step is taken to reduce the variance.
+_LEAST = 1e-30
+
+
+@validated(start=ARGUMENTS["deflate"])
+def trace(
+    matvec: Matvec,
+    like: Tree,
+    *,
+    method: TraceMethod = "auto",
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_matvecs: int = 100,
+    start: Eigenpairs | None = None,
+    block_size: int | None = None,
+    **run: Unpack[RunOptions],
+) -> Estimate:
+    """Estimate the trace of a symmetric matrix, definite or not, in few products.
+
+    With an orthonormal basis Q of j vectors, P = I - QQ', T = Q'AQ, G = PAQ, S = PAP - G M G', and
+    probes u on the sphere of radius sqrt(n - j) of the complement of Q,
+
+        tr A = tr T + tr(M G'G) + E[u'Su].
+
+    M is T^-1 where T is positive definite, which makes S the Schur complement of a positive
+    semi-definite A, and else 0. Four probes measure ``|S|_F^2``, which is proportional to the
+    variance. Q then grows by Krylov vectors, from random starts, for as long as a vector saves more
+    than one probe. All other products are probes. Flat spectra therefore cost what they cost
+    `hutchinson`, and decaying spectra less than `xtrace` and `xnystrace`.
+
+    Args:
+        matvec: Function from a block of vectors to the block of their products, symmetric.
+        like: Tree that shows the structure of a vector.
+        method: ``"auto"`` for the estimator above, or the name of another estimator:
+            ``"hutchinson"``, ``"hutchpp"``, ``"xtrace"``, or, for positive semi-definite matrices,
+            ``"xnystrace"``.
+        rtol: Relative tolerance: the run stops when the half-width of the reported 95 % interval
+            is at most rtol |value|.
+        atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
+        max_matvecs: Budget, the largest number of products.
+        start: Eigenpairs of A, from `lanczos`, that belong to Q from the beginning, at no product.
+            They need not have converged. For ``"auto"`` and ``"hutchinson"`` only.
+        block_size: Number of probes that are multiplied at once: 4 by default, or the default of
+            the other estimator. Krylov vectors are multiplied one by one.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+
+    Returns:
+        `Estimate`, with the part of each leaf in ``by_leaf`` and ``squared_frobenius`` from the
+        same products. The standard error is that of quadratic forms on a sphere,
+
+            stderr^2 = 2 / p mean(|Su|^2 - (u'Su)^2 / (n - j)),
+
+        with Student's quantile of p degrees of freedom for p probes. Standard errors of a run with
+        a tolerance are multiplied by 1.1, since such a run stops where its error happens to look
+        small. Its reason is "converged" if and only if its 95 % interval is within the tolerance.
+        The standard error of a leaf is an upper bound, and contains the residuals of ``start``.
+
+    Raises:
+        ValueError: If an option is out of range, or if the matvec is not symmetric or not
+            deterministic.
+        MemoryError: If not even two probes fit in memory.
+        FloatingPointError: If a product is not finite.
+
+    Cost: one matvec a probe or Krylov vector; those of ``start`` are not counted again. Memory: at
+    most 4 vectors per product.
+
+    Source: Chen and Hallman 2022, arXiv 2205.01736; Persson, Cortinovis and Kressner 2022, arXiv
+    2109.10659.
+    """
+    if method not in get_args(TraceMethod):
+        raise ValueError(f"method={method!r}: choose one of {', '.join(get_args(TraceMethod))}")
+    if start is not None and method in _OTHERS:
+        raise ValueError(f"start has no use for method={method!r}: pass method='auto'")
+    blocks: Any = {} if block_size is None else {"block_size": block_size}
+    if method == "hutchinson":
+        return hutchinson(
+            matvec,
+            like,
+            rtol=rtol,
+            atol=atol,
+            max_matvecs=max_matvecs,
+            deflate=start,
+            **blocks,
+            **run,
+        )
+    if method != "auto":
+        estimator = _OTHERS[method]
+        return estimator(
+            matvec, like, rtol=rtol, atol=atol, max_matvecs=max_matvecs, **blocks, **run
+        )
+    at_least(2, max_matvecs=max_matvecs)
+    products = Products.of(matvec, like, run.get("space"))
+    adaptive = AdaptiveTrace(
+        block_size=_BLOCK if block_size is None else block_size,
+        rtol=rtol,
+        atol=atol,
+        most=vectors_that_fit(products.space, 8),
+        span=Span.of(products.space, start, "start"),
+    )
+    return run_trace(adaptive, products, run, max_matvecs=max_matvecs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveTrace(TraceProbing[Deflation]):
+    """Trace of the deflated part, and quadratic forms of probes outside of it.
+
+    Attributes:
+        span: Span of the given eigenpairs.
+    """
+
+    span: Span
+
+    fewest: ClassVar[int] = PILOT + 1
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "span": (self.span.parts, self.span.basis)}
+
+    def count(self, state: Deflation, /) -> int:
+        return len(state.probes)
+
+    def kept(self, state: Deflation, /) -> int:
+        return len(state.basis) + len(state.probes)
+
+    def init(self, products: Products, seed: int, /) -> Deflation:
+        return Deflation.none(products.space, seed, diagonal=False)
+
+    def step(self, state: Deflation, products: Products, room: int, /) -> Deflation:
+        space, p, width = products.space, len(state.probes), min(self.block_size, room)
+        if p < PILOT:
+            return state.probed(products, self.span, min(width, PILOT - p), "sphere")
+        if p == PILOT and not len(state.basis):
+            # Later, deflation leaves so little of the products that rounding looks like asymmetry.
+            refuse_asymmetric_forms(products, state.probes, state.images)
+        forms = _Forms.of(space, state, self.span)
+        needed = self._needed(forms, p + room)
+        if forms.dimension > 2 and forms.norm > forms.rounding(space) ** 2:
+            expected = expected_reduction(space.gram(forms.images, forms.images).cpu().double())
+            chain = state.chains.choice(needed, state.alive, expected)
+            if chain is not None:
+                grown = state.extended(products, self.span, chain)
+                norm = max(_Forms.of(space, grown, self.span).norm, forms.norm * _LEAST)
+                reduction = math.log(forms.norm / norm)
+                return replace(grown, chains=grown.chains.extended(chain, reduction))
+        if self.has_tolerance:
+            width = min(width, max(1, self.fewest - p, math.floor(needed + _STUDENT - p)))
+        return state.probed(products, self.span, width, "sphere")
+
+    def finish(
+        self, state: Deflation, products: Products, reason: str, room: int, /
+    ) -> tuple[Deflation, str]:
+        """Return the last state and the reason, after a check of the symmetry of the matvec.
+
+        Raises:
+            ValueError: If the matvec is not symmetric or not deterministic.
+        """
+        if not len(state.basis):
+            refuse_asymmetric_forms(products, state.probes, state.images)
+        return state, reason
+
+    def _needed(self, forms: _Forms, most: int) -> float:
+        """Return the number of probes that a run needs: those of its budget, or of its tolerance.
+
+        With p probes, the half-width is about 1.96 (2 |S|_F^2 / p)^(1/2).
+        """
+        if not self.has_tolerance:
+            return most
+        if forms.norm == 0:
+            return 0.0
+        tolerance = max((self.rtol or 0.0) * abs(forms.value), self.atol or 0.0)
+        if tolerance == 0:
+            return most
+        needed = 2 * forms.norm * (1.96 * self.widening / tolerance) ** 2
+        # Fewer probes than the least number of a run save nothing.
+        return min(most, needed) if needed + _STUDENT > self.fewest else 0.0
+
+    def estimate(self, state: Deflation, space: Space, cost: Cost, /) -> Estimate:
+        forms, p = _Forms.of(space, state, self.span), len(state.probes)
+        rounding = forms.rounding(space)
+        stderr = sphere_error(forms.parts.sum(1), forms.lengths.sum(1), forms.dimension)
+        stderr = (stderr + rounding) * self.widening
+        # Var(u'E_l S u) <= 2 (E|(Su)_l|^2 - tr(E_l S)^2 / d) for the entries E_l of a leaf.
+        variances = (forms.lengths - forms.parts.square() / forms.dimension).clamp_min(0).mean(0)
+        leaf_errors = torch.hypot(
+            ((2 * variances / p).sqrt() + rounding) * self.widening,
+            self.span.leaf_bounds(space),
+        )
+        # |A|_F^2 = |AV|_F^2 + |VV'AP|_F^2 + |PAP|_F^2, and likewise with Q. B = PAP has the norm
+        # |B|_F^2 = |D|_F^2 + E(|Bu|^2 - |Du|^2) for D = B - S.
+        inside = self.span.squares + float(self.span.residuals.square().sum())
+        inside += float(state.core.square().sum() + 2 * space.norms(state.ends).square().sum())
+        inside += forms.deflated
+        lengths = space.norms(torch.cat([state.images, state.images - forms.images]))
+        with_deflated, deflated = lengths.cpu().double().square().split(p)
+        outside = forms.rescaling * (with_deflated - deflated)
+        return Estimate(
+            value=forms.value,
+            stderr=stderr,
+            degrees=p,
+            samples=forms.exact.sum() + forms.parts.sum(1),
+            **leaf_fields(space, forms.exact + forms.parts.mean(0), leaf_errors.tolist()),
+            squared_frobenius=squared_frobenius(inside + outside, space, cost),
+            **cost,
+        )
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """Quadratic forms of the probes u, on the sphere of the complement of dimension d.
+
+    Attributes:
+        images: Products S u, ``(p, n)``.
+        exact: Trace of the deflated part by leaf, float64 ``(leaves,)``.
+        parts: ``u'Su`` by leaf, float64 ``(p, leaves)``.
+        lengths: ``|Su|^2`` by leaf, float64 ``(p, leaves)``.
+        rescaling: Factors d / |u|^2 that both contain, float64 ``(p,)``.
+        dimension: Dimension d.
+        deflated: ``|G M G'|_F^2``.
+        size: Scale of the rounding of the deflated part.
+    """
+
+    images: Tensor
+    exact: Tensor
+    parts: Tensor
+    lengths: Tensor
+    rescaling: Tensor
+    dimension: int
+    deflated: float
+    size: float
+
+    @classmethod
+    def of(cls, space: Space, state: Deflation, span: Span) -> _Forms:
+        dimension = space.n - len(span) - len(state.basis)
+        images, weights = state.sampled(space)
+        rescaling = dimension / space.norms(state.probes).cpu().double().square()
+        # diag(G M G') is the sum of the rows g * (M g).
+        inner = space.by_leaf(state.ends, space.combine(weights, state.ends)).sum(0)
+        exact = span.parts + state.parts + inner.cpu().double()
+        weighted = weights @ space.gram(state.ends, state.ends).cpu().double()
+        return cls(
+            images=images,
+            exact=exact,
+            parts=rescaling[:, None] * space.by_leaf(state.probes, images).cpu().double(),
+            lengths=rescaling[:, None] * space.by_leaf(images, images).cpu().double(),
+            rescaling=rescaling,
+            dimension=dimension,
+            deflated=float((weighted * weighted.mT).sum()),
+            size=float(exact.abs().sum() + span.values.norm() + state.core.norm()),
+        )
+
+    @property
+    def value(self) -> float:
+        return float(self.exact.sum() + self.parts.sum(1).mean())
+
+    @property
+    def norm(self) -> float:
+        """Estimate of |S|_F^2 - tr(S)^2 / d, half the variance of a form."""
+        forms = self.parts.sum(1)
+        return float((self.lengths.sum(1) - forms.square() / self.dimension).clamp_min(0).mean())
+
+    def rounding(self, space: Space) -> float:
+        """Return the standard error of the value from the rounding of the products."""
+        size = self.size + float(self.parts.abs().sum(1).mean())
+        return rounding_of_sum(products_eps(space)) * size
