@@ -208,9 +208,9 @@ ARGUMENTS: dict[str, Check] = {
     "replace": flag,
     # Flags of drop-in replacements, which may have any truth value
     "cuda": anything,
-    "use_gpu": anything,
-    "fp16": anything,
-    "full_dataset": anything,
+    "use_gpu": flag,
+    "fp16": flag,
+    "full_dataset": flag,
     "to_numpy": anything,
     "duration": anything,
     "print_flag": anything,

@@ -32,6 +32,13 @@ descending for power iteration, ascending for Lanczos, with vectors ``(k, n)`` i
   parameter is left out, and an unused one has zeros.
 - In float64, power iteration failed, and Lanczos rounded its vectors to float32. Here vectors have
   the dtype of the parameters.
+- Positional arguments of other versions landed in ``fp16`` or ``full_dataset``. Here these are
+  refused if they are no bools.
+- In float16, pairs with errors of any size were returned. Here a residual above 1 % of the value
+  causes a warning.
+- `spectral_density` took first entries of vectors as weights, without their square, the deviation
+  for the variance, and as many points as vectors. `stochastic_lanczos` ended with an error where
+  the Krylov space ended.
 - Arrays were reversed views, which `torch.from_numpy` refuses. Here they are contiguous.
 
 Each call draws the seed of its start from torch's random stream, so that a script is reproducible
@@ -43,6 +50,8 @@ from hessfunc.compat.eigenthings.hvp_operator import HVPOperator
 from hessfunc.compat.eigenthings.lanczos import lanczos
 from hessfunc.compat.eigenthings.operator import LambdaOperator, Operator
 from hessfunc.compat.eigenthings.power_iter import deflated_power_iteration, power_iteration
+from hessfunc.compat.eigenthings.spectral_density import spectral_density
+from hessfunc.compat.eigenthings.stochastic_lanczos import stochastic_lanczos
 
 __all__ = [
     "compute_hessian_eigenthings",
@@ -52,4 +61,6 @@ __all__ = [
     "deflated_power_iteration",
     "power_iteration",
     "lanczos",
+    "spectral_density",
+    "stochastic_lanczos",
 ]

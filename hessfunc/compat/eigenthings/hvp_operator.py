@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessfunc.autograd import differentiable_twice
 from hessfunc.compat.eigenthings.operator import Operator
 from hessfunc.compat.place import evaluated_loss
 from hessfunc.losses import LossFunction
@@ -17,7 +18,7 @@ from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.examples import examples, microbatches
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.transforms.hessian import hvp
+from hessfunc.transforms.hessian import filled, hvp
 from hessfunc.trees import Matvec, Tree
 
 
@@ -35,6 +36,9 @@ class HVPOperator(Operator):
         fp16: Whether products are rounded to float16.
         full_dataset: Whether each product uses all batches. Otherwise it uses the next batch.
         max_possible_gpu_samples: Largest number of examples in a piece of a batch.
+
+    Attributes:
+        grad_vec: Flat gradient of the last `prepare_grad`, zeros before.
 
     Raises:
         ValueError: If an option is out of range, or if no parameter requires a gradient.
@@ -66,6 +70,7 @@ class HVPOperator(Operator):
         self.fp16 = fp16
         self.full_dataset = full_dataset
         self.max_possible_gpu_samples = max_possible_gpu_samples
+        self.grad_vec = torch.zeros(entries)
         self._batches: Iterator[Any] = iter(())
         if model.training:
             warnings.warn(
@@ -102,6 +107,29 @@ class HVPOperator(Operator):
     def draws(self) -> Callable[[int], Matvec] | None:
         """Return a function that draws the matvec of the next batch; None for all batches."""
         return None if self.full_dataset else self._of_next_batch
+
+    def zero_grad(self) -> None:
+        """Set the gradient of each parameter of the model to zero, where there is one."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def prepare_grad(self) -> Tensor:
+        """Return the flat gradient with its graph, for all batches or for the next one.
+
+        It is stored as ``grad_vec``. The memory of its graph grows with the size of the data.
+        """
+        loss, params = self._loss()
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        at = dict(zip(params, own, strict=True))
+        batches = self.dataloader if self.full_dataset else [self._next_batch()]
+        with differentiable_twice(own[0].device):
+            counted = [(examples(batch), loss(at, batch)) for batch in batches]
+            total = torch.stack([count * value for count, value in counted]).sum()
+            mean = total / sum(count for count, _ in counted)
+            gradient = torch.autograd.grad(mean, own, create_graph=True, allow_unused=True)
+        self.grad_vec = torch.cat([g.reshape(-1) for g in filled(gradient, own)])
+        return self.grad_vec
 
     def like(self, *, use_gpu: bool) -> Tensor:
         """Return a vector of zeros with the size, dtype and device of the parameters."""

@@ -17,6 +17,11 @@ from hessfunc.options import described, plain_callable, shape, tensor, validated
 from hessfunc.transforms.matvecs.arithmetic import batched
 from hessfunc.trees import Matvec
 
+# Relative residual above which pairs in half precision cause a warning.
+_COARSE = 1e-2
+# Precision that is half or less.
+_HALF = 1e-4
+
 
 class Operator:
     """Symmetric linear operator on flat vectors; subclasses implement `apply`.
@@ -80,11 +85,17 @@ def warn_of_residuals(results: Sequence[Eigenpairs], tol: float, /, *, budget: s
     values, residuals = (
         torch.cat([getattr(pairs, name) for pairs in results]) for name in ("values", "residuals")
     )
-    missing = residuals > (tol * values.abs()).clamp(min=floor)
+    limits = (tol * values.abs()).clamp(min=floor)
+    remedy = f"increase `{budget}`"
+    if eps > _HALF:
+        # The rounding of float16 may be as large as a small eigenvalue.
+        limits = torch.minimum(limits, max(_COARSE, tol) * values.abs())
+        remedy = "pass fp16=False, because float16 cannot resolve them, or " + remedy
+    missing = residuals > limits
     if missing.any():
         warnings.warn(
             f"{int(missing.sum())} of {len(missing)} pairs have not converged, with residuals of "
-            f"up to {float(residuals[missing].max()):.1e}: increase `{budget}`",
+            f"up to {float(residuals[missing].max()):.1e}: {remedy}",
             stacklevel=4,
         )
 

@@ -3,8 +3,8 @@
 A script changes only its imports:
 
     from hessfunc.compat.pyhessian import hessian            # from pyhessian import hessian
-    from hessfunc.compat.pyhessian import group_product      # from pyhessian.utils import ...
-    from hessfunc.compat.pyhessian import get_esd_plot       # from density_plot import ...
+    from hessfunc.compat.pyhessian.utils import *            # from pyhessian.utils import *
+    from hessfunc.compat.pyhessian.density_plot import get_esd_plot
 
 Returned values have the same shapes, types and order. Budgets keep their meaning, and tolerances
 are applied as documented. These mistakes of PyHessian are corrected:
@@ -34,9 +34,9 @@ are applied as documented. These mistakes of PyHessian are corrected:
   out, among them the first layer, Linear layers and smaller batches.
 """
 
-from hessfunc.compat.pyhessian.activations import hessian_with_activation
 from hessfunc.compat.pyhessian.density_plot import density_generate, get_esd_plot
 from hessfunc.compat.pyhessian.hessian import hessian
+from hessfunc.compat.pyhessian.hessian_with_activation import hessian_with_activation
 from hessfunc.compat.pyhessian.vectors import (
     get_params_grad,
     group_add,

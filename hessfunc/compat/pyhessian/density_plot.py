@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hessfunc.options import reals, validated
+from hessfunc.options import or_none, path, reals, text, validated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,13 +17,20 @@ if TYPE_CHECKING:
 _FLOOR = 1e-7
 
 
-@validated(eigenvalues=reals, weights=reals)
-def get_esd_plot(eigenvalues: ArrayLike, weights: ArrayLike) -> Axes:
-    """Draw the density on a log axis in a new figure, and write it to ``example.pdf``.
+@validated(eigenvalues=reals, weights=reals, filename=path, title=or_none(text))
+def get_esd_plot(
+    eigenvalues: ArrayLike,
+    weights: ArrayLike,
+    filename: str | PathLike[str] = "example.pdf",
+    title: str | None = None,
+) -> Axes:
+    """Draw the density on a log axis in a new figure, and write it to a file.
 
     Args:
         eigenvalues: Nodes ``(runs, m)``.
         weights: Weights of the nodes, ``(runs, m)``.
+        filename: File to write, in the format of its ending.
+        title: Title of the figure.
 
     Returns:
         The Axes of the figure.
@@ -42,7 +50,9 @@ def get_esd_plot(eigenvalues: ArrayLike, weights: ArrayLike) -> Axes:
         xlim=(nodes.min() - 1, nodes.max() + 1),
     )
     figure: Any = ax.figure
-    figure.savefig("example.pdf")
+    if title is not None:
+        ax.set_title(title)
+    figure.savefig(filename)
     return ax
 
 

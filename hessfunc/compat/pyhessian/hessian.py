@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,12 +14,16 @@ from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.autograd import differentiable_twice
 from hessfunc.compat.place import seed_of_stream
 from hessfunc.compat.pyhessian.mean_loss import MeanLoss
-from hessfunc.compat.pyhessian.vectors import group_product, refuse_unlike
+from hessfunc.compat.pyhessian.vectors import (
+    group_product,
+    hessian_vector_product,
+    refuse_unlike,
+)
 from hessfunc.options import real, tensors, validated
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.hessian import filled, hvp
-from hessfunc.transforms.matvecs.arithmetic import apply
-from hessfunc.trees import Matvec
+from hessfunc.transforms.matvecs.arithmetic import apply, batched
+from hessfunc.trees import Matvec, Tree
 
 
 class hessian(MeanLoss):  # noqa: N801
@@ -29,13 +32,26 @@ class hessian(MeanLoss):  # noqa: N801
     Arguments and attributes are those of `MeanLoss`.
     """
 
-    @cached_property
+    _gradient: list[Tensor] | None = None
+    _is_given = False
+
+    @property
     def gradsH(self) -> list[Tensor]:
         """Gradient of the mean loss with its graph, for `hessian_vector_product`.
 
         It is computed on first access, at the parameters of that time. Its memory grows with the
-        size of the data set.
+        size of the data set. If it is set to another gradient of ``params``, the matrix of a single
+        batch is the derivative of that gradient.
         """
+        if self._gradient is None:
+            self._gradient = self._differentiated()
+        return self._gradient
+
+    @gradsH.setter
+    def gradsH(self, gradient: Sequence[Tensor]) -> None:
+        self._gradient, self._is_given = list(tensors("gradsH", gradient)), True
+
+    def _differentiated(self) -> list[Tensor]:
         loss, params = self.loss()
         own = dict(zip(params, self.params, strict=True))
         with differentiable_twice(self.params[0].device):
@@ -128,11 +144,55 @@ class hessian(MeanLoss):  # noqa: N801
             ValueError: If v has other shapes than ``params``.
         """
         refuse_unlike(self.params, v=v)
-        matvec, params = self.matvec()
+        matvec, params = self._of_loss()
         product = list(apply(matvec, dict(zip(params, v, strict=True))).values())
         return float(group_product(product, v)), product
 
     def matvec(self) -> tuple[Matvec, dict[str, Tensor]]:
-        """Return the matvec of the Hessian at the current parameters, and these parameters."""
+        """Return the matvec of the Hessian at the current parameters, and these parameters.
+
+        As in PyHessian, products are those of `dataloader_hv_product` for a data set, also if it is
+        overridden, and the derivative of ``gradsH`` for a single batch, if it was set.
+
+        Warns:
+            UserWarning: If `dataloader_hv_product` is overridden, but not used for a single batch.
+        """
+        own = vars(self).get("dataloader_hv_product", type(self).dataloader_hv_product)
+        is_overridden = own is not hessian.dataloader_hv_product
+        if self.full_dataset and is_overridden:
+            return self._by_lists(lambda v: self.dataloader_hv_product(v)[1])
+        if is_overridden:
+            warnings.warn(
+                "dataloader_hv_product is overridden, but a single batch does not use it: pass "
+                "dataloader=[data] to use it",
+                stacklevel=4,
+            )
+        if not self.full_dataset and self._is_given:
+            return self._by_lists(self._of_gradient())
+        return self._of_loss()
+
+    def _of_loss(self) -> tuple[Matvec, dict[str, Tensor]]:
         loss, params = self.loss()
         return self.over_data(hvp(loss))(params, self.data), params
+
+    def _of_gradient(self) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+        """Return the derivative of the gradient that was set."""
+        gradient, params = self.gradsH, self.params
+        refuse_unlike(params, gradsH=gradient)
+        if not any(g.requires_grad for g in gradient):
+            raise ValueError(
+                "gradsH was set to tensors without a graph: compute them with "
+                "`torch.autograd.grad(loss, params, create_graph=True)`"
+            )
+        return lambda v: hessian_vector_product(gradient, params, v)
+
+    def _by_lists(
+        self, product: Callable[[list[Tensor]], Sequence[Tensor]]
+    ) -> tuple[Matvec, dict[str, Tensor]]:
+        """Return the matvec of a function of one vector that is a list, and the parameters."""
+        _, params = self.loss()
+
+        def of_tree(vector: Tree) -> Tree:
+            return dict(zip(params, product(list(vector.values())), strict=True))
+
+        return batched(of_tree, chunk_size=1), params

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
 from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
-from hessfunc.losses import LossFunction
-from hessfunc.options import anything, validated
+from hessfunc.losses import LossFunction, hold
+from hessfunc.options import anything, tensors, validated
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.chunks import Curvature
@@ -38,10 +40,11 @@ class MeanLoss:
         criterion: Function ``(outputs, targets) -> scalar``, a mean over examples.
         data: Single batch ``(inputs, targets)``.
         dataloader: Batches that can be read several times, weighted by their numbers of examples.
-        cuda: Ignored: batches are moved to the device of the parameters.
+        cuda, device: Ignored: batches are moved to the device of the parameters.
 
     Attributes:
-        params: Parameters of the model that currently require a gradient.
+        params: Parameters of the model that currently require a gradient. They can be set to some
+            of them, to which the matrix is then restricted.
         results: Last result of each method, with residuals, intervals and costs.
         full_dataset: Whether a dataloader was given.
         data: Batch or dataloader.
@@ -53,14 +56,17 @@ class MeanLoss:
         TypeError: If a batch is not a pair.
     """
 
-    @validated(data=anything)
+    _chosen: list[Tensor] | None = None
+
+    @validated(data=anything, cuda=anything, device=anything)
     def __init__(
         self,
         model: nn.Module,
         criterion: Callable[[Any, Any], Tensor],
         data: Any = None,
         dataloader: Iterable[Any] | None = None,
-        cuda: bool = True,
+        cuda: bool | torch.device = True,
+        device: str | torch.device | None = None,
     ) -> None:
         if (data is None) == (dataloader is None):
             raise ValueError("pass either one batch, `data=`, or batches, `dataloader=`")
@@ -68,7 +74,6 @@ class MeanLoss:
         self.criterion = criterion
         self.full_dataset = data is None
         self.data: Any = dataloader if data is None else data
-        self.results: Results = {}
         if not self.params:
             raise ValueError(
                 f"no parameter of {type(model).__name__} requires a gradient: call "
@@ -77,15 +82,38 @@ class MeanLoss:
         if not self.full_dataset:
             self.inputs, self.targets = self.moved(data)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("model", "criterion", "data", "full_dataset"):
+            raise AttributeError(
+                f"this {type(self).__name__} has no attribute {name!r}: call `super().__init__` "
+                "with the model, the criterion and the data, or set the attribute"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @cached_property
+    def results(self) -> Results:
+        """Last result of each method."""
+        return {}
+
     @property
     def params(self) -> list[Tensor]:
-        """Parameters of the model that require a gradient."""
+        """Parameters of the matrix: those that require a gradient, or those that were set."""
+        if self._chosen is not None:
+            return self._chosen
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @params.setter
+    def params(self, params: Sequence[Tensor]) -> None:
+        self._chosen = list(tensors("params", params))
 
     @property
     def device(self) -> str:
-        """Device of the parameters."""
+        """Device of the parameters, to which batches are moved."""
         return str(device_of(self.model))
+
+    @device.setter
+    def device(self, device: str | torch.device) -> None:
+        """Do nothing: batches are moved to the device of the parameters."""
 
     @property
     def module(self) -> nn.Module:
@@ -98,8 +126,26 @@ class MeanLoss:
         return self.data if self.full_dataset else [self.data]
 
     def loss(self) -> tuple[LossFunction, dict[str, Tensor]]:
-        """Return the loss ``(params, batch) -> scalar``, and the current parameters."""
-        return evaluated_loss(self.model, self.criterion)
+        """Return the loss ``(params, batch) -> scalar``, and the current parameters.
+
+        Raises:
+            ValueError: If a tensor of ``params`` is no parameter of the model that requires a
+                gradient, or is among them twice.
+        """
+        loss, params = evaluated_loss(self.model, self.criterion)
+        if self._chosen is None:
+            return loss, params
+        names = {id(p): name for name, p in self.module.named_parameters() if name in params}
+        unknown = [tuple(p.shape) for p in self._chosen if id(p) not in names]
+        if unknown or len(set(map(id, self._chosen))) < len(self._chosen):
+            raise ValueError(
+                f"params has tensors of shapes {unknown} that are no parameters of the model which "
+                "require a gradient: set params to a part of model.parameters()"
+                if unknown
+                else "params has a parameter twice: pass each parameter once"
+            )
+        chosen = {names[id(p)]: params[names[id(p)]] for p in self._chosen}
+        return hold(loss, {n: p for n, p in params.items() if n not in chosen}), chosen
 
     def over_data(self, curvature: Curvature) -> Curvature:
         """Return the curvature function of the single batch, or of the mean over the batches."""

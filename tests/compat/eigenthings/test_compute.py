@@ -185,3 +185,18 @@ def test_the_momentum_of_the_real_package_still_moves_the_value() -> None:
         seed=0,
     )
     assert found[0] == pytest.approx(4.5, rel=1e-4)
+
+
+def test_arguments_of_other_versions_are_translated_or_refused() -> None:
+    model = net()
+    with pytest.raises(TypeError, match="fp16=64: fp16 must be True or False.*gpu_samples=64"):
+        compute_hessian_eigenthings(
+            model, loader(20), cross_entropy, 2, True, "power_iter", False, 64
+        )
+    with pytest.raises(TypeError, match="full_dataset must be True or False"):
+        compute_hessian_eigenthings(model, loader(20), cross_entropy, 2, 20)
+    old, new = (
+        compute_hessian_eigenthings(model, loader(20), cross_entropy, 2, mode="lanczos", **option)
+        for option in ({"max_samples": 7}, {"max_possible_gpu_samples": 7})
+    )
+    np.testing.assert_allclose(old[0], new[0], rtol=1e-6)

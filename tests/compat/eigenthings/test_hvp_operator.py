@@ -112,3 +112,30 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         HVPOperator(net(), [], cross_entropy, max_possible_gpu_samples=0)
     with pytest.raises(ValueError, match="requires_grad_"):
         HVPOperator(net().requires_grad_(False), [], cross_entropy)
+
+
+@pytest.mark.parametrize("full_dataset", [True, False])
+def test_the_gradient_is_kept_with_its_graph(full_dataset: bool) -> None:
+    model, (inputs, targets) = net(), data()
+    made = HVPOperator(model, loader(20), cross_entropy, full_dataset=full_dataset)
+    assert not made.grad_vec.any()
+    gradient = made.prepare_grad()
+    assert made.grad_vec is gradient
+    end = 50 if full_dataset else 20
+    loss = cross_entropy(model(inputs[:end]), targets[:end])
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(gradient, torch.cat([g.reshape(-1) for g in expected]))
+    v = torch.randn_like(gradient)
+    product = torch.autograd.grad(gradient @ v, list(model.parameters()))
+    torch.testing.assert_close(
+        torch.cat([h.reshape(-1) for h in product]),
+        dense(model, (inputs[:end], targets[:end])) @ v,
+    )
+
+
+def test_gradients_are_set_to_zero_where_they_exist() -> None:
+    model = net()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    HVPOperator(model, loader(20), cross_entropy).zero_grad()
+    assert not model[0].weight.grad.any()
+    assert model[2].weight.grad is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -36,3 +38,18 @@ def test_lanczos_of_one_batch_is_that_of_a_single_matrix() -> None:
     exact = torch.linalg.eigvalsh(dense(model, (inputs[:20], targets[:20])))
     expected = exact[exact.abs().argsort()[-3:]].sort().values
     np.testing.assert_allclose(values, expected.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_half_precision_warns_unless_pairs_are_right_within_a_percent(small: bool) -> None:
+    values = torch.tensor([25.0, 24.0, 23.0, 22.0, *([0.05, 0.04] if small else [21.0, 20.0])])
+    half = LambdaOperator(lambda v: (values * v.float()).half(), 6)
+    context = (
+        pytest.warns(UserWarning, match="pass fp16=False, because float16 cannot resolve them")
+        if small
+        else nullcontext()
+    )
+    with context:
+        found, _ = lanczos(half, 5 if small else 2, fp16=True)
+    if not small:
+        np.testing.assert_allclose(found, [24, 25], rtol=1e-2)

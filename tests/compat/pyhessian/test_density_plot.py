@@ -40,3 +40,10 @@ def test_each_density_has_a_figure_of_its_own(
     assert [ax.get_xlim() for ax in axes] == [(-1, 2), (-1, 3)]
     assert axes[0].get_yscale() == "log"
     assert (tmp_path / "example.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_figure_has_a_file_and_a_title(figures: Any, tmp_path: Path) -> None:
+    file = tmp_path / "spectrum.png"
+    ax = face.get_esd_plot([[0.0, 1.0]], [[0.5, 0.5]], filename=file, title="Layer 1")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert ax.get_title() == "Layer 1"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
@@ -353,3 +353,115 @@ def test_the_example_analysis_of_a_trained_resnet20(
     arguments = ["--resume", str(weights), "--iterations", "20"]
     arguments += ["--hessian-batch-size", "20", "--mini-hessian-batch-size", batch]
     assert_analyses_agree(monkeypatch, tmp_path, arguments)
+
+
+def top(matrix: Tensor) -> float:
+    values = torch.linalg.eigvalsh(matrix)
+    return float(values[values.abs().argmax()])
+
+
+@pytest.mark.parametrize("source", ["data", "dataloader"])
+@pytest.mark.parametrize("chosen", [[0], [5, 4], [1, 0, 2, 3, 4, 5]])
+def test_parameters_that_are_set_restrict_the_matrix(source: str, chosen: list[int]) -> None:
+    model, found = net(), batches()
+    made = face.hessian(model, cross_entropy, **on(source, found))
+    made.params = [made.params[i] for i in chosen]
+    ends = np.cumsum([0, *(p.numel() for p in model.parameters())])
+    at = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in chosen])
+    block = dense(net_like(model), source, found)[at][:, at]
+    (value,), (vector,) = made.eigenvalues(maxIter=300, tol=1e-4)
+    assert value == pytest.approx(top(block), rel=1e-3)
+    assert [v.shape for v in vector] == [p.shape for p in made.params]
+    assert residual(made, value, vector) < 1e-3 * abs(value)
+    assert [g.shape for g in made.gradsH] == [p.shape for p in made.params]
+
+
+def test_a_gradient_that_is_set_is_differentiated_for_a_single_batch() -> None:
+    model, found = net().eval(), batches()
+    made = face.hessian(model, cross_entropy, data=found[0])
+    made.params, made.gradsH = [made.params[0]], [made.gradsH[0]]
+    x, y = found[0]
+    decay = sum((p**2).sum() for p in model.parameters())
+    loss = cross_entropy(model(x), y) + decay
+    own = face.hessian(model, cross_entropy, data=found[0])
+    own.gradsH = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    plain = dense(net_like(model), "data", found)
+    n0 = model[0].weight.numel()
+    assert made.eigenvalues(tol=1e-4)[0][0] == pytest.approx(top(plain[:n0, :n0]), rel=1e-3)
+    shifted = plain + 2 * torch.eye(len(plain), dtype=plain.dtype)
+    assert own.eigenvalues(maxIter=300, tol=1e-4)[0][0] == pytest.approx(top(shifted), rel=1e-3)
+    own.gradsH = [g.detach() for g in own.gradsH]
+    with pytest.raises(ValueError, match="gradsH was set to tensors without a graph"):
+        own.trace()
+
+
+def test_products_of_a_subclass_are_used_for_a_data_set() -> None:
+    class Regularised(face.hessian):
+        def dataloader_hv_product(self, v: Any) -> Any:
+            _, product = super().dataloader_hv_product(v)
+            product = [h + 3 * x for h, x in zip(product, v, strict=True)]
+            return float(face.group_product(product, v)), product
+
+    model, found = net(), batches()
+    expected = dense(net_like(model), "dataloader", found)
+    expected = expected + 3 * torch.eye(len(expected), dtype=expected.dtype)
+    made = Regularised(model, cross_entropy, dataloader=found)
+    assert made.eigenvalues(maxIter=300, tol=1e-4)[0][0] == pytest.approx(top(expected), rel=1e-3)
+    nodes, _ = made.density(iter=81)
+    assert min(nodes[0]) == pytest.approx(float(torch.linalg.eigvalsh(expected)[0]), abs=1e-2)
+    with pytest.warns(UserWarning, match="a single batch does not use it"):
+        Regularised(model, cross_entropy, data=found[0]).trace(maxIter=2)
+
+
+def test_a_subclass_may_set_the_attributes_itself() -> None:
+    class Own(face.hessian):
+        def __init__(self, model: nn.Module, loader: Any, device: str) -> None:
+            self.device = device
+            self.model, self.criterion, self.data = model.eval(), cross_entropy, loader
+            self.full_dataset = True
+            self.params, self.gradsH = face.get_params_grad(self.model)
+
+    class Bare(face.hessian):
+        def __init__(self) -> None:
+            pass
+
+    model, found = net(), batches()
+    made = Own(model, found, "cpu")
+    expected = top(dense(net_like(model), "dataloader", found))
+    assert made.eigenvalues(maxIter=300, tol=1e-4)[0][0] == pytest.approx(expected, rel=1e-3)
+    assert set(made.results) == {"eigenvalues"}
+    with pytest.raises(AttributeError, match=r"has no attribute '.*': call `super\(\).__init__`"):
+        Bare().trace()
+    with pytest.raises(AttributeError, match="'Bare' object has no attribute 'anything'"):
+        _ = Bare().anything
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda p: [torch.zeros(2, 3)], r"params has tensors of shapes \[\(2, 3\)\] that are no"),
+        (lambda p: [p[0], p[0]], "params has a parameter twice"),
+    ],
+)
+def test_tensors_that_are_no_parameters_are_refused(choose: Any, message: str) -> None:
+    made = face.hessian(net(), cross_entropy, data=batches()[0])
+    made.params = choose(made.params)
+    with pytest.raises(ValueError, match=message):
+        made.trace()
+
+
+@pytest.mark.parametrize("option", [{"device": "cpu"}, {"cuda": torch.device("cpu")}])
+def test_a_device_is_accepted_and_ignored(option: dict[str, Any]) -> None:
+    model, found = net(), batches()
+    made = face.hessian(model, cross_entropy, data=found[0], **option)
+    made.device = "cuda:7"
+    assert made.device == "cpu"
+    assert len(made.trace(maxIter=3, tol=0)) == 3
+
+
+def test_results_are_right_in_inference_mode() -> None:
+    model, found = net(), batches()
+    expected = top(dense(net_like(model), "dataloader", found))
+    with torch.inference_mode():
+        made = face.hessian(model, cross_entropy, dataloader=found)
+        assert made.eigenvalues(maxIter=300, tol=1e-4)[0][0] == pytest.approx(expected, rel=1e-3)

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.compat.place import seed_of_stream
-from hessfunc.compat.pyhessian.mean_loss import MeanLoss
+from hessfunc.compat.pyhessian.hessian import hessian
+from hessfunc.compat.pyhessian.vectors import group_product, refuse_unlike
 from hessfunc.losses import hold
 from hessfunc.modules import eval_mode
-from hessfunc.options import real, text, validated
+from hessfunc.options import flag, real, tensors, text, validated
 from hessfunc.selection import split
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.activations import activations
 from hessfunc.transforms.batches.examples import examples
-from hessfunc.transforms.hessian import hvp
+from hessfunc.transforms.hessian import filled, hvp
+from hessfunc.transforms.matvecs.arithmetic import apply
 from hessfunc.trees import Matvec, Tree, tree_map
 
 
-class hessian_with_activation(MeanLoss):  # noqa: N801
+class hessian_with_activation(hessian):  # noqa: N801
     """Hessians of a mean loss with respect to the inputs of layers, and to their weights.
 
-    Arguments and attributes are those of `MeanLoss`.
+    Arguments and attributes are those of `hessian`.
+
+    Attributes:
+        activations: Inputs of each chosen layer in the first batch, a list by name of the layer,
+            from ``get_activ_rand_v(dont_reset=True)``.
+        activation_grads: Gradients of the loss of the first batch with respect to ``activations``,
+            with their graph.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._endings: list[str] = []
+        self.activations: dict[str, list[Tensor]] = {}
+        self.activation_grads: dict[str, list[Tensor]] = {}
 
     @validated(module_name=text)
     def insert_hook(self, module_name: str) -> None:
@@ -46,6 +59,73 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
                 f"no layer name ends with {module_name!r}: the layers are {', '.join(layers)}"
             )
         self._endings.append(module_name)
+
+    @validated(show_layer=flag, dont_reset=flag)
+    def get_activ_rand_v(self, show_layer: bool = False, dont_reset: bool = False) -> list[Tensor]:
+        """Draw random signs like the inputs of the chosen layers in the first batch.
+
+        Args:
+            show_layer: Whether to print the name and the shapes of each layer.
+            dont_reset: Whether ``activations`` and ``activation_grads`` keep their tensors.
+
+        Returns:
+            One tensor for each input, in the order of the model's modules.
+
+        Raises:
+            ValueError: If no layer is chosen.
+        """
+        inputs, _ = self.get_same_size_activ_grad(show_layer=show_layer, dont_reset=dont_reset)
+        return [torch.randint_like(x, high=2) * 2 - 1 for x in inputs]
+
+    @validated(show_layer=flag, dont_reset=flag)
+    def get_same_size_activ_grad(
+        self, show_layer: bool = False, dont_reset: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Evaluate the first batch, and return the inputs of the chosen layers and their gradients.
+
+        Arguments and errors are those of `get_activ_rand_v`.
+        """
+        _, like = self._of_activations()
+        inputs, targets = self.moved(next(iter(self.batches)))
+        seen: dict[str, list[Tensor]] = {name: [] for name, _ in like}
+        with eval_mode(self.module), _observing(self.module, seen), torch.enable_grad():
+            loss = self.criterion(self.module(inputs), targets)
+        self.activations = seen
+        found = [x for each in seen.values() for x in each]
+        gradients = filled(
+            torch.autograd.grad(loss, found, create_graph=True, allow_unused=True), found
+        )
+        left = iter(gradients)
+        self.activation_grads = {name: [next(left) for _ in each] for name, each in seen.items()}
+        if show_layer:
+            for name, each in seen.items():
+                for x, gradient in zip(each, self.activation_grads[name], strict=True):
+                    print(
+                        f"append {name}, active size : {x.shape}, "
+                        f"active grad size : {gradient.shape}"
+                    )
+        if not dont_reset:
+            self.reset_reg_active()
+        return found, gradients
+
+    def reset_reg_active(self) -> None:
+        """Empty the lists of ``activations`` and ``activation_grads``."""
+        self.activations = {name: [] for name in self.activations}
+        self.activation_grads = {name: [] for name in self.activation_grads}
+
+    @validated(active_v=tensors)
+    def dataloader_activation_hv_product(
+        self, active_v: Sequence[Tensor]
+    ) -> tuple[float, list[Tensor]]:
+        """Return ``v'Hv`` and ``Hv`` for a vector like `get_activ_rand_v`.
+
+        Raises:
+            ValueError: If no layer is chosen, or if the vector has other shapes.
+        """
+        matvec, like = self._of_activations()
+        refuse_unlike(list(like.values()), active_v=active_v)
+        product = list(apply(matvec, dict(zip(like, active_v, strict=True))).values())
+        return float(group_product(product, active_v)), product
 
     @validated(tol=real)
     def trace_activ(self, maxIter: int = 100, tol: float = 1e-3) -> list[list[float]]:
@@ -71,7 +151,7 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
         return samples
 
     @validated(tol=real, param_name=text)
-    def trace(
+    def trace(  # type: ignore[override]
         self, maxIter: int = 100, tol: float = 1e-3, param_name: str = "conv.weight"
     ) -> list[list[float]]:
         """Sample the trace of the Hessian for each parameter whose name contains ``param_name``.
@@ -127,6 +207,26 @@ class hessian_with_activation(MeanLoss):  # noqa: N801
 
 def _is_layer(module: nn.Module) -> bool:
     return not any(module.children())
+
+
+@contextmanager
+def _observing(model: nn.Module, seen: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Context manager that appends the input of each layer in ``seen``, as part of the graph."""
+
+    def of_layer(name: str) -> Callable[[nn.Module, Any], Any]:
+        def observe(_: nn.Module, inputs: Any) -> Any:
+            x = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
+            seen[name].append(x)
+            return (x, *inputs[1:])
+
+        return observe
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(of_layer(name)) for name in seen]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _sampled(

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -89,3 +90,50 @@ def test_layers_that_cannot_be_chosen_are_refused() -> None:
     made.insert_hook("2")
     with pytest.raises(ValueError, match="a batch of 20 examples follows a first batch of 7"):
         made.trace_activ()
+
+
+def test_the_inputs_of_layers_and_their_gradients_are_kept(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, found = layers(), batches()
+    made = face.hessian_with_activation(model, cross_entropy, dataloader=found)
+    made.insert_hook("0")
+    made.insert_hook("2")
+    signs = made.get_activ_rand_v(show_layer=True, dont_reset=True)
+    assert capsys.readouterr().out.count("append 0.branch.0, active size : ") == 1
+    assert [v.shape for v in signs] == [x[0].shape for x in made.activations.values()]
+    assert all(bool((v.abs() == 1).all()) for v in signs)
+
+    x, y = found[0]
+    assert torch.equal(made.activations["0.branch.0"][0], x)
+    inner = model[1](model[0](x)).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(cross_entropy(model[2](inner), y), inner)
+    torch.testing.assert_close(made.activation_grads["2"][0], expected)
+    assert all(g.grad_fn is not None for (g,) in made.activation_grads.values())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    made.reset_reg_active()
+    assert made.activations == made.activation_grads == {n: [] for n in made.activations}
+    made.get_activ_rand_v()
+    assert not any(made.activations.values())
+
+
+def test_products_of_activations_are_those_of_the_dense_hessian() -> None:
+    model, found = layers().double(), [(x.double(), y) for x, y in batches()[:1]]
+    made = face.hessian_with_activation(model, cross_entropy, dataloader=found)
+    made.insert_hook("2")
+    signs = made.get_activ_rand_v()
+    value, product = made.dataloader_activation_hv_product(signs)
+    loss, zeros = hf.activations(model, cross_entropy, "2")
+    v, products = (torch.cat([x.reshape(-1) for x in each]) for each in (signs, product))
+    expected = dense_hessian(loss, zeros(found[0][0]), found[0]) @ v
+    torch.testing.assert_close(products, expected)
+    assert value == pytest.approx(float(expected @ v))
+    with pytest.raises(ValueError, match="active_v has tensors of shapes"):
+        made.dataloader_activation_hv_product(signs * 2)
+
+
+def test_the_hessian_of_all_weights_is_there_too() -> None:
+    model, found = layers(), batches()
+    made = face.hessian_with_activation(model, cross_entropy, dataloader=found)
+    plain = face.hessian(model, cross_entropy, dataloader=found)
+    assert made.eigenvalues()[0] == pytest.approx(plain.eigenvalues()[0], rel=1e-3)
