@@ -1,0 +1,105 @@
+"""Scripts for other libraries, unmodified."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from hessfunc.compat import eigenthings, hessianflow, pyhessian
+from hessfunc.compat.run import REPLACED, main, replace
+
+SCRIPT = """
+import sys
+import density_plot
+import hessian_eigenthings
+import pyhessian
+import pyhessian.utils
+import torch
+from hessian_eigenthings.utils import progress_bar
+from helper import criterion
+from pyhessian import hessian
+from pyhessian.hessian import hessian as same
+from pyhessian.utils import *
+
+assert same is hessian and __name__ == "__main__" and sys.argv[1:] == ["--rate", "3"]
+x, y = torch.randn(20, 4), torch.randint(3, (20,))
+model = torch.nn.Linear(4, 3)
+top = hessian(model, criterion, data=(x, y), cuda=False).eigenvalues()[0][0]
+other = hessian_eigenthings.compute_hessian_eigenthings(
+    model.eval(), [(x, y)], criterion, 1, mode="lanczos", use_gpu=False
+)[0][0]
+assert abs(top - other) < 1e-3 * top, (top, other)
+progress_bar(0, 1)
+group_product([x], [x])
+with open("out.txt", "w") as file:
+    file.write(str(top))
+"""
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    before = dict(sys.modules)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in list(sys.modules):
+        if name.partition(".")[0] in {*REPLACED, "helper"}:
+            del sys.modules[name]
+    sys.modules.update(before)
+
+
+def test_a_script_runs_without_a_change(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    script = tmp_path / "code" / "script.py"
+    script.write_text(SCRIPT)
+    helper = "import torch\ncriterion = torch.nn.CrossEntropyLoss()\n"
+    (tmp_path / "code" / "helper.py").write_text(helper)
+    assert main([str(script), "--rate", "3"]) == 0
+    assert float((tmp_path / "out.txt").read_text()) > 0
+
+
+@pytest.mark.parametrize(
+    ("statement", "module"),
+    [
+        ("from pyhessian import hessian_with_activation as found", pyhessian),
+        ("from hessian_eigenthings.lanczos import lanczos as found", eigenthings),
+        ("from hessian_eigenthings.hvp_operator import HVPOperator as found", eigenthings),
+        ("from hessian_eigenthings.stochastic_lanczos import stochastic_lanczos as found", None),
+        ("from density_plot import get_esd_plot as found", pyhessian),
+        ("import hessianflow as hf; found = hf.get_eigen", hessianflow),
+        ("import hessianflow.optimizer as hf_optm; found = hf_optm.absa", hessianflow),
+        ("import hessianflow.optimizer.optm_utils as utils; found = utils.test", hessianflow),
+        ("import hessianflow.optimizer.progressbar as bar; found = bar.progress_bar", hessianflow),
+    ],
+)
+def test_names_of_the_originals_are_those_of_the_replacements(
+    statement: str, module: ModuleType | None
+) -> None:
+    replace()
+    space: dict[str, Any] = {}
+    exec(statement, space)
+    found = space["found"]
+    assert found.__module__.startswith("hessfunc.compat.")
+    if module is not None:
+        assert getattr(module, found.__name__) is found
+
+
+def test_errors_of_the_script_are_its_own(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("raise KeyError('own')")
+    with pytest.raises(KeyError, match="own"):
+        main(["script.py"])
+
+
+def test_a_missing_script_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nowhere.py"]) == 2
+    assert "no script 'nowhere.py'" in capsys.readouterr().err
+    assert main([]) == 2
+    assert "SCRIPT [ARGUMENTS]" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "SCRIPT [ARGUMENTS]" in capsys.readouterr().out
