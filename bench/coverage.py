@@ -120,6 +120,9 @@ CASES = {
         hf.xnystrace, _budgets(3, 5, 10, 20, 40) + _tolerances(0.1, 0.03), definite=True
     ),
     "sampled_trace": Case(sampled, _budgets(20, 40, 60, 90) + _tolerances(0.1), rotated=True),
+    "diagonal": Case(
+        hf.diagonal, _budgets(3, 5, 10, 30) + _tolerances(0.3, 0.1), rotated=True, diagonal=True
+    ),
     "hutchinson_diagonal": Case(
         hf.hutchinson_diagonal, _budgets(3, 5, 10, 30) + _tolerances(0.3), True, True
     ),

@@ -60,6 +60,7 @@ _HOMES = {
     "xtrace": "algorithms.trace.xtrace",
     "xnystrace": "algorithms.trace.xnystrace",
     "sampled_trace": "algorithms.trace.sampled",
+    "diagonal": "algorithms.diagonal.adaptive",
     "hutchinson_diagonal": "algorithms.diagonal.hutchinson",
     "xdiag": "algorithms.diagonal.xdiag",
     "slq": "algorithms.density",

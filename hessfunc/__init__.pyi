@@ -9,6 +9,7 @@ from hessfunc.algorithms import attached as attached
 from hessfunc.algorithms import results as results
 from hessfunc.algorithms.check import check as check
 from hessfunc.algorithms.density import slq as slq
+from hessfunc.algorithms.diagonal.adaptive import diagonal as diagonal
 from hessfunc.algorithms.diagonal.hutchinson import hutchinson_diagonal as hutchinson_diagonal
 from hessfunc.algorithms.diagonal.xdiag import xdiag as xdiag
 from hessfunc.algorithms.eigen.lanczos import lanczos as lanczos

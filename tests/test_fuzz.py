@@ -272,6 +272,14 @@ CALLS: dict[str, Call] = {
         OF_DATA,
         {"weight": hf.examples, "mesh": None, "data": "replicated", "examples_per_chunk": 2},
     ),
+    "diagonal": Call(
+        {"matvec": matvec, "like": LIKE},
+        RUN
+        | {
+            "rtol": 0.5, "block_size": 2, "method": "auto",
+            "start": hf.lanczos(matvec, LIKE, k=1, seed=0),
+        },
+    ),
     "hutchinson_diagonal": Call(
         {"matvec": matvec, "like": LIKE}, RUN | {"rtol": 0.5, "block_size": 2}
     ),

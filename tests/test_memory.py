@@ -122,6 +122,11 @@ RUNS: dict[str, tuple[Callable[..., Any], Callable[[float], float], str]] = {
         lambda _: 3 * 10 + 2,
         "3 block_size + 2 vectors",
     ),
+    "diagonal": (
+        lambda mv, b: hf.diagonal(mv, b, max_matvecs=40, seed=0),
+        lambda wide: (3 + 4 * wide) * 40,
+        "3 vectors per product, and 4 in float64",
+    ),
     "hutchinson_diagonal": (
         lambda mv, b: hf.hutchinson_diagonal(mv, b, max_matvecs=20, seed=0),
         lambda wide: (4 * 10 + 12) * wide + 10,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.matrix import unit_products
-from hessfunc.algorithms.norms import squared_frobenius, squared_row_norms
+from hessfunc.algorithms.norms import squared_diagonal, squared_frobenius, squared_row_norms
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate
 from hessfunc.algorithms.results.estimate import leaf_fields
@@ -107,12 +107,24 @@ def exact_diagonal(
     space, rows, images, rounding, reason = _products(products, max_matvecs, block_size)
     diagonal = (rows * images).sum(0)
     squares = images.double().square().sum(0)
+    parts = space.by_leaf(rows, images).sum(0).tolist()
+    sample = diagonal[None].double()
+    of_squares = squared_diagonal(sample, space, products.cost(reason, seed))
+    size = float(space.norms(sample))
     return DiagonalEstimate(
         value=space.unravel(diagonal),
         stderr=space.unravel(torch.full_like(diagonal, rounding)),
         degrees=space.n,
         squared_row_norms=squared_row_norms(
             squares, 0 * squares, space.n, space, products.cost(reason, seed)
+        ),
+        by_leaf=dict(zip(space.names, parts, strict=True)),
+        leaf_stderr=dict.fromkeys(space.names, rounding),
+        sum_of_squares=replace(
+            of_squares,
+            stderr=2 * rounding * size,
+            leaf_stderr=dict.fromkeys(space.names, 2 * rounding * size),
+            reason=reason,
         ),
         **products.cost(reason, seed),
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from hessfunc.algorithms.products import Cost
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate
+from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.statistics import standard_error
 from hessfunc.spaces.space import Space
 
@@ -57,6 +59,47 @@ def squared_row_norms(
         value=space.unravel(mean),
         stderr=space.unravel(stderr),
         degrees=count - 1,
+        **_from(cost, "diagonal"),
+    )
+
+
+def squared_diagonal(samples: Tensor, space: Space, cost: Cost, /) -> Estimate:
+    """Return an unbiased estimate of the sum of the squares of the diagonal, and of each leaf.
+
+        sum_j a_jj^2 = E <d_i, d_k>,  i != k
+
+    for independent samples d_i of the diagonal. The square of their mean would be too large by its
+    variance. The standard error is that of the jackknife.
+
+    Args:
+        samples: Samples d_i of the diagonal, ``(p, n)``.
+        space: Space of the vectors.
+        cost: Cost of the products.
+
+    Source: Hoeffding 1948; Efron and Stein 1981.
+    """
+    p = len(samples)
+    total = samples.sum(0, keepdim=True)
+    squares = space.by_leaf(samples, samples).cpu().double()
+    others = space.by_leaf(samples, total.expand_as(samples)).cpu().double() - squares
+    if p < 2:
+        value, left_out = squares.sum(0), squares
+        stderr = torch.full_like(value, math.inf)
+        whole = math.inf
+    else:
+        pairs = others.sum(0)
+        value = pairs / (p * (p - 1))
+        # Without sample i, the sum over pairs loses <d_i, d_k> and <d_k, d_i> for all k != i.
+        left_out = (pairs - 2 * others) / max(1, (p - 1) * (p - 2))
+        factor = (p - 1) / math.sqrt(p)
+        stderr = factor * left_out.std(0) if p > 2 else torch.full_like(value, math.inf)
+        whole = factor * float(left_out.sum(1).std()) if p > 2 else math.inf
+    return Estimate(
+        value=float(value.sum()),
+        stderr=whole,
+        degrees=max(1, p - 1),
+        samples=left_out.sum(1),
+        **leaf_fields(space, value, stderr.tolist()),
         **_from(cost, "diagonal"),
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.numerics import wide_dtype
 from hessfunc.spaces.space import Space, rows_dtype
 
 
@@ -71,6 +72,19 @@ class Span:
         """
         inside = space.by_leaf(self.basis, self.basis).cpu().double().clamp(0, 1)
         return 2 * (self.residuals[:, None] * torch.minimum(inside, 1 - inside).sqrt()).sum(0)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal ``sum_i value_i v_i * v_i``, a wide row ``(n,)``."""
+        wide = wide_dtype(self.basis.device)
+        return self.values.to(self.basis.device, wide) @ self.basis.to(wide).square()
+
+    def bounds(self) -> Tensor:
+        """Return bounds of the error that the residuals add to each entry, a wide row ``(n,)``.
+
+        The diagonal also contains 2 v_i * r_i for each residual r_i.
+        """
+        wide = wide_dtype(self.basis.device)
+        return 2 * self.residuals.to(self.basis.device, wide) @ self.basis.to(wide).abs()
 
     def complement(self, space: Space, probes: Tensor, *, on_sphere: bool) -> Tensor:
         """Return P w for each probe w, with P = I - VV'.

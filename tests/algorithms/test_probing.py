@@ -31,7 +31,11 @@ TRACES = {
     "xtrace": hf.xtrace,
     "xnystrace": hf.xnystrace,
 }
-DIAGONALS = {"hutchinson_diagonal": hf.hutchinson_diagonal, "xdiag": hf.xdiag}
+DIAGONALS = {
+    "diagonal": hf.diagonal,
+    "hutchinson_diagonal": hf.hutchinson_diagonal,
+    "xdiag": hf.xdiag,
+}
 STOPS = [
     {"rtol": 0.05, "max_matvecs": 120},
     {"rtol": 0.005, "max_matvecs": 100},

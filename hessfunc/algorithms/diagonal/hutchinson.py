@@ -96,10 +96,7 @@ class HutchinsonDiagonal(DiagonalProbing["_State"]):
         diagonal, squares, count = state.diagonal, state.squares, state.diagonal.count
         rounding = rounding_of_sum(products_eps(space)) * (diagonal.mean.abs() + diagonal.spread)
         spread = diagonal.spread
-        if count < _FEWEST_SIGNS:
-            # An entry whose few samples agree by chance gets the root mean square of all entries.
-            typical = space.summed(spread.square().sum()).div(space.n).sqrt()
-            spread = torch.where(spread * math.sqrt(count) <= rounding, typical, spread)
+        spread = without_chance(space, spread, rounding, count)
         stderr = (spread / math.sqrt(count) + rounding) * self.widening
         return DiagonalEstimate(
             value=space.unravel(diagonal.mean),
@@ -108,6 +105,23 @@ class HutchinsonDiagonal(DiagonalProbing["_State"]):
             squared_row_norms=squared_row_norms(squares.mean, squares.spread, count, space, cost),
             **cost,
         )
+
+
+def without_chance(space: Space, spread: Tensor, rounding: Tensor, count: int, /) -> Tensor:
+    """Return standard deviations in which no entry is too small by chance.
+
+    An entry whose few samples agree by chance gets the root mean square of all entries.
+
+    Args:
+        space: Space of the vectors.
+        spread: Standard deviation of each entry, from products with random signs, ``(n,)``.
+        rounding: Rounding of each entry, ``(n,)``.
+        count: Number of samples.
+    """
+    if count >= _FEWEST_SIGNS:
+        return spread
+    typical = space.summed(spread.square().sum()).div(space.n).sqrt()
+    return torch.where(spread * math.sqrt(count) <= rounding, typical, spread)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
+from hessfunc.algorithms.results.estimate import Estimate, LeafEstimate
 from hessfunc.algorithms.results.result import Result
 from hessfunc.algorithms.statistics import chi_squared_quantile, refuse_level, student_quantile
 from hessfunc.options import validated
@@ -23,12 +25,27 @@ class DiagonalEstimate(Result):
         degrees: Degrees of freedom with which the standard errors are known.
         squared_row_norms: Estimate of ``sum_k a_jk^2`` for each row j of the same matrix, from the
             same products, or None.
+        by_leaf: Sums of the entries of each leaf, by name; empty if they were not computed. Each is
+            a `LeafEstimate`, a float with ``stderr`` and ``interval(level)``.
+        leaf_stderr: Standard errors of the sums in ``by_leaf``, by name.
+        sum_of_squares: Unbiased estimate of the sum of the squared entries, with the sum over each
+            leaf, or None.
     """
 
     value: Tree
     stderr: Tree
     degrees: int
     squared_row_norms: DiagonalEstimate | None = None
+    by_leaf: Mapping[str, float] = field(default_factory=dict)
+    leaf_stderr: Mapping[str, float] = field(default_factory=dict)
+    sum_of_squares: Estimate | None = None
+
+    def __post_init__(self) -> None:
+        parts = {
+            name: LeafEstimate(part, self.leaf_stderr.get(name, math.nan), self.degrees)
+            for name, part in self.by_leaf.items()
+        }
+        object.__setattr__(self, "by_leaf", parts)
 
     def _headline(self) -> dict[str, object]:
         entries = sum(leaf.numel() for leaf in leaves(self.value))

@@ -39,6 +39,9 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "xnystrace": lambda matvec, path: hf.xnystrace(
         matvec, LIKE, max_matvecs=15, block_size=5, checkpoint=path, seed=1
     ),
+    "diagonal": lambda matvec, path: hf.diagonal(
+        matvec, LIKE, max_matvecs=20, checkpoint=path, seed=1
+    ),
     "hutchinson_diagonal": lambda matvec, path: hf.hutchinson_diagonal(
         matvec, LIKE, max_matvecs=20, block_size=5, checkpoint=path, seed=1
     ),

@@ -1,0 +1,258 @@
+"""Diagonal of a symmetric matrix by the cheapest mixture of deflation and random signs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeAlias, Unpack, get_args
+
+import torch
+from torch import Tensor
+
+from hessfunc.algorithms.chains import expected_reduction
+from hessfunc.algorithms.deflation import PILOT, Deflation
+from hessfunc.algorithms.diagonal.hutchinson import hutchinson_diagonal, without_chance
+from hessfunc.algorithms.diagonal.xdiag import xdiag
+from hessfunc.algorithms.driver import RunOptions
+from hessfunc.algorithms.norms import squared_diagonal, squared_row_norms
+from hessfunc.algorithms.probing import DiagonalProbing, run_diagonal
+from hessfunc.algorithms.products import Cost, Products
+from hessfunc.algorithms.results import DiagonalEstimate, Eigenpairs
+from hessfunc.algorithms.sketch import vectors_that_fit
+from hessfunc.algorithms.span import Span
+from hessfunc.algorithms.statistics import rounding_of_sum, standard_error
+from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
+from hessfunc.numerics import wide_dtype
+from hessfunc.options import ARGUMENTS, at_least, validated
+from hessfunc.spaces.space import Space, products_eps
+from hessfunc.trees import Matvec, Tree
+
+DiagonalMethod: TypeAlias = Literal["auto", "hutchinson", "xdiag"]
+_OTHERS = {"hutchinson": hutchinson_diagonal, "xdiag": xdiag}
+# Number of probes that are multiplied at once by default. They are decided upon together.
+_BLOCK = 4
+# Least factor by which a step is taken to reduce the variance.
+_LEAST = 1e-30
+
+
+@validated(start=ARGUMENTS["deflate"])
+def diagonal(
+    matvec: Matvec,
+    like: Tree,
+    *,
+    method: DiagonalMethod = "auto",
+    rtol: float | None = None,
+    max_matvecs: int = 100,
+    start: Eigenpairs | None = None,
+    block_size: int | None = None,
+    **run: Unpack[RunOptions],
+) -> DiagonalEstimate:
+    """Estimate the diagonal of a symmetric matrix, definite or not, in few products.
+
+    With an orthonormal basis Q, P = I - QQ', B = PAP, and S = B - G M G' as in `trace`,
+
+        diag A = diag(A - B) + diag(G M G') + E[w * Sw],  entries of w are +1 or -1.
+
+    The first two parts are exact. Four probes w measure the variance, and Q grows by Krylov
+    vectors for as long as a vector saves more than one probe.
+
+    Args:
+        matvec: Function from a block of vectors to the block of their products, symmetric.
+        like: Tree that shows the structure of a vector.
+        method: ``"auto"`` for the estimator above, ``"hutchinson"`` for `hutchinson_diagonal`, or
+            ``"xdiag"``.
+        rtol: Relative tolerance: the run stops when a 95 % bound of the error is at most
+            rtol |value|, both in the 2-norm over all entries. Without rtol the whole budget is
+            used.
+        max_matvecs: Budget, the largest number of products.
+        start: Eigenpairs of A, from `lanczos`, that belong to Q from the beginning, at no product.
+            For ``"auto"`` only.
+        block_size: Number of probes that are multiplied at once: 4 by default, or the default of
+            the other estimator. Krylov vectors are multiplied one by one.
+        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+
+    Returns:
+        `DiagonalEstimate`, whose ``stderr`` is that of the samples w * Sw, entry by entry, with
+        Student's quantile of p - 1 degrees of freedom for p probes, and a bound of the residuals of
+        ``start``. ``by_leaf`` holds the sum over each leaf, and ``sum_of_squares`` an unbiased
+        estimate of ``sum_j a_jj^2``. ``squared_row_norms`` comes from the same products, unless
+        there is a ``start``. Standard errors of a run with a tolerance are multiplied by 1.1.
+
+    Raises:
+        ValueError: If an option is out of range, or if the matvec is not symmetric or not
+            deterministic.
+        MemoryError: If not even two probes fit in memory.
+        FloatingPointError: If a product is not finite.
+
+    Cost: one matvec a probe or Krylov vector; those of ``start`` are not counted again. Memory: at
+    most 3 vectors per product, and 4 in float64.
+
+    Source: Bekas, Kokiopoulou and Saad 2007; Chen and Hallman 2022, arXiv 2205.01736.
+    """
+    if method not in get_args(DiagonalMethod):
+        raise ValueError(f"method={method!r}: choose one of {', '.join(get_args(DiagonalMethod))}")
+    if start is not None and method != "auto":
+        raise ValueError(f"start has no use for method={method!r}: pass method='auto'")
+    if method != "auto":
+        blocks: Any = {} if block_size is None else {"block_size": block_size}
+        return _OTHERS[method](matvec, like, rtol=rtol, max_matvecs=max_matvecs, **blocks, **run)
+    at_least(2, max_matvecs=max_matvecs)
+    products = Products.of(matvec, like, run.get("space"))
+    adaptive = AdaptiveDiagonal(
+        block_size=_BLOCK if block_size is None else block_size,
+        rtol=rtol,
+        most=vectors_that_fit(products.space, 12),
+        span=Span.of(products.space, start, "start"),
+    )
+    return run_diagonal(adaptive, products, run, max_matvecs=max_matvecs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveDiagonal(DiagonalProbing[Deflation]):
+    """Diagonal of the deflated part, and samples ``w * Sw`` of the rest.
+
+    Attributes:
+        span: Span of the given eigenpairs.
+    """
+
+    span: Span
+
+    fewest: ClassVar[int] = 2 * PILOT
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "span": (self.span.parts, self.span.basis)}
+
+    def count(self, state: Deflation, /) -> int:
+        return len(state.probes)
+
+    def kept(self, state: Deflation, /) -> int:
+        return len(state.basis) + len(state.probes)
+
+    def init(self, products: Products, seed: int, /) -> Deflation:
+        return Deflation.none(products.space, seed, diagonal=True)
+
+    def step(self, state: Deflation, products: Products, room: int, /) -> Deflation:
+        space, p, width = products.space, len(state.probes), min(self.block_size, room)
+        if p < PILOT:
+            return state.probed(products, self.span, min(width, PILOT - p), "signs")
+        if p == PILOT and not len(state.basis):
+            refuse_asymmetric_forms(products, state.probes, state.images)
+        samples = _Samples.of(space, state, self.span)
+        needed = self._needed(samples, space, p + room)
+        room_left = space.n - len(self.span) - len(state.basis) > 2
+        if room_left and samples.variance > samples.rounding(space) ** 2:
+            expected = expected_reduction(space.gram(samples.images, samples.images).cpu().double())
+            chain = state.chains.choice(needed, state.alive, expected)
+            if chain is not None:
+                grown = state.extended(products, self.span, chain)
+                variance = _Samples.of(space, grown, self.span).variance
+                reduction = math.log(samples.variance / max(variance, samples.variance * _LEAST))
+                return replace(grown, chains=grown.chains.extended(chain, reduction))
+        if self.has_tolerance:
+            width = min(width, max(1, self.fewest - p, math.floor(needed - p)))
+        return state.probed(products, self.span, width, "signs")
+
+    def finish(
+        self, state: Deflation, products: Products, reason: str, room: int, /
+    ) -> tuple[Deflation, str]:
+        """Return the last state and the reason, after a check of the symmetry of the matvec.
+
+        Raises:
+            ValueError: If the matvec is not symmetric or not deterministic.
+        """
+        if not len(state.basis):
+            refuse_asymmetric_forms(products, state.probes, state.images)
+        return state, reason
+
+    def _needed(self, samples: _Samples, space: Space, most: int) -> float:
+        """Return the number of probes that a run needs: those of its budget, or of its tolerance.
+
+        With p probes, the error in the 2-norm is about (variance / p)^(1/2).
+        """
+        if self.rtol is None:
+            return most
+        if samples.variance == 0:
+            return 0.0
+        tolerance = self.rtol * float(space.norms(samples.value[None]))
+        if tolerance == 0:
+            return most
+        needed = samples.variance * (self.widening / tolerance) ** 2
+        # Fewer probes than the least number of a run save nothing.
+        return min(most, needed) if needed > self.fewest else 0.0
+
+    def estimate(self, state: Deflation, space: Space, cost: Cost, /) -> DiagonalEstimate:
+        samples, p = _Samples.of(space, state, self.span), len(state.probes)
+        rounding = rounding_of_sum(products_eps(space)) * (samples.exact.abs() + samples.spread)
+        spread = without_chance(space, samples.spread, rounding, p)
+        stderr = (spread / math.sqrt(p) + rounding) * self.widening
+        squares = state.unprojected.to(samples.exact).square()
+        rows = squared_row_norms(
+            state.row_squares[0] + squares.mean(0), squares.std(0), p, space, cost
+        )
+        sums = space.by_leaf(samples.random, torch.ones_like(samples.random)).cpu().double()
+        exact = space.by_leaf(samples.exact[None], torch.ones_like(samples.exact)[None])[0].cpu()
+        leaf_rounding = space.by_leaf(rounding[None], torch.ones_like(rounding)[None])[0].tolist()
+        leaf_stderr = [
+            math.hypot(self.widening * (standard_error(of_leaf) + rounded), bound)
+            for of_leaf, rounded, bound in zip(
+                sums.unbind(1), leaf_rounding, self.span.leaf_bounds(space).tolist(), strict=True
+            )
+        ]
+        names = space.names
+        return DiagonalEstimate(
+            value=space.unravel(samples.value),
+            stderr=space.unravel(torch.hypot(stderr, self.span.bounds().to(stderr))),
+            degrees=p - 1,
+            squared_row_norms=None if len(self.span) else rows,
+            by_leaf=dict(zip(names, (exact + sums.mean(0)).tolist(), strict=True)),
+            leaf_stderr=dict(zip(names, leaf_stderr, strict=True)),
+            sum_of_squares=squared_diagonal(samples.exact + samples.random, space, cost),
+            **cost,
+        )
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Samples of the diagonal, an exact and a random part.
+
+    Attributes:
+        images: Products S w, ``(p, n)``.
+        exact: Diagonal of the deflated part, ``(n,)``.
+        random: Samples ``w * Sw``, ``(p, n)``.
+        variance: Sum of the variances of all entries of a sample.
+    """
+
+    images: Tensor
+    exact: Tensor
+    random: Tensor
+    variance: float
+
+    @classmethod
+    def of(cls, space: Space, state: Deflation, span: Span) -> _Samples:
+        images, weights = state.sampled(space)
+        wide = wide_dtype(space.device)
+        # diag(G M G') is the sum of the rows g * (M g).
+        inner = (state.ends * space.combine(weights, state.ends)).sum(0, dtype=wide)
+        random = (state.probes * images).to(wide)
+        deviations = space.norms(random - random.mean(0)).square().sum()
+        return cls(
+            images=images,
+            exact=span.diagonal().to(wide) + state.diagonal[0] + inner,
+            random=random,
+            variance=float(deviations) / max(1, len(random) - 1),
+        )
+
+    @property
+    def value(self) -> Tensor:
+        return self.exact + self.random.mean(0)
+
+    @property
+    def spread(self) -> Tensor:
+        """Standard deviation of each entry of a sample; infinite for a single sample."""
+        if len(self.random) < 2:
+            return torch.full_like(self.exact, torch.inf)
+        return self.random.std(0) if self.random.numel() else self.exact
+
+    def rounding(self, space: Space) -> float:
+        """Return the length of the rounding of the value."""
+        return rounding_of_sum(products_eps(space)) * float(space.norms(self.value[None]))
