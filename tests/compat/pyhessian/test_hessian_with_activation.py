@@ -11,9 +11,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
+from hessfunc.app.problems.data import cifar10
+from hessfunc.app.problems.resnet import load_weights, resnet
 from hessfunc.compat import pyhessian as face
 from tests.cases import Residual
 from tests.compat.pyhessian.problem import batches, dense, on
+from tests.datapath import data_file
 from tests.reference import hessian as dense_hessian
 
 # PyHessian keeps gradients with their graphs, of which torch warns.
@@ -137,3 +140,43 @@ def test_the_hessian_of_all_weights_is_there_too() -> None:
     made = face.hessian_with_activation(model, cross_entropy, dataloader=found)
     plain = face.hessian(model, cross_entropy, dataloader=found)
     assert made.eigenvalues()[0] == pytest.approx(plain.eigenvalues()[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_cells_of_the_tutorial_run_on_resnet20(capsys: pytest.CaptureFixture[str]) -> None:
+    model = resnet(20)
+    model.load_state_dict(load_weights(data_file("resnet20_cifar10/resnet20-12fca82f.th")))
+    model.eval()
+    images = cifar10(data_file("cifar10"))
+    x, y = images.inputs[:20], images.targets[:20]
+    train_loader = [(x[:10], y[:10]), (x[10:], y[10:])]
+    criterion = nn.CrossEntropyLoss()
+
+    hessian_comp = face.hessian_with_activation(model, criterion, dataloader=train_loader)
+    hessian_comp.insert_hook("conv2")
+    act_trace = hessian_comp.trace_activ(maxIter=2, tol=1e-6)
+    assert np.mean(act_trace, axis=0).shape == (9,)
+    weight_trace = hessian_comp.trace(maxIter=2, param_name="conv2.weight")
+    assert np.isfinite(np.mean(weight_trace, axis=0)).all()
+
+    hessian_comp.get_activ_rand_v(show_layer=True, dont_reset=True)
+    assert capsys.readouterr().out.count("append ") == 9
+    for layer in hessian_comp.activation_grads:
+        has_grad = hessian_comp.activation_grads[layer][0]
+        assert has_grad is not None
+        assert has_grad.grad_fn is not None
+        input_size = torch.randint_like(hessian_comp.activations[layer][0], high=2).size()
+        assert has_grad.size() == input_size
+
+    device = hessian_comp.device
+    for inputs, targets in hessian_comp.data:
+        hessian_comp.model.zero_grad()
+        hessian_comp.reset_reg_active()
+        outputs = hessian_comp.model(inputs.to(device))
+        loss = hessian_comp.criterion(outputs, targets.to(device))
+        loss.backward(create_graph=True)
+        break
+    params, grads = face.get_params_grad(hessian_comp.model)
+    assert all(g.grad_fn is not None for g in grads)
+    assert [p.size() for p in params] == [g.size() for g in grads]
+    hessian_comp.model.zero_grad()
