@@ -59,10 +59,12 @@ def _pairs(solver: Callable[..., Any], products: Products, rtol: float | None, s
 
 
 METHODS: list[Method] = [
+    _estimator("trace", hf.trace),
     _estimator("trace", hf.hutchinson),
     _estimator("trace", hf.hutchpp),
     _estimator("trace", hf.xtrace),
     _estimator("trace", hf.xnystrace),
+    _estimator("diagonal", hf.diagonal),
     _estimator("diagonal", hf.hutchinson_diagonal),
     _estimator("diagonal", hf.xdiag),
     _solver(hf.lanczos, "rtol=1e-4: each residual, relative to its own value", resumes=True),

@@ -88,7 +88,7 @@ def analyse(
     yield top
     smallest = partial(pairs, k=1, which="SA")
     yield part("smallest", kept("smallest", smallest), converged)
-    trace = partial(hf.xtrace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, **common)
+    trace = partial(hf.trace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, **common)
     yield part("trace", kept("trace", trace), lambda running: running.matvecs / max_matvecs)
     density = partial(hf.slq, matvec, params, probes=probes, steps=steps, **common)
     wanted = probes * steps
