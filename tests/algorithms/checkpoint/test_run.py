@@ -98,33 +98,13 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
-def in_a_child(work: Callable[[], object]) -> int:
-    """The exit status of a forked process that does this work."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+class States:
+    """The states of a directory at which a run may die: before every call that changes the disk."""
 
-
-def die() -> NoReturn:
-    os._exit(9)
-
-
-class Boundaries:
-    """Every call that changes what is on the disk; the process dies at one of them."""
-
-    def __init__(self, fatal: int) -> None:
-        self.fatal = fatal
-        self.count = 0
-
-    def reached(self) -> bool:
-        self.count += 1
-        return self.count == self.fatal
+    def __init__(self, directory: Path, kept: Path) -> None:
+        self.directory = directory
+        self.kept = kept
+        self.seen: list[dict[str, bytes]] = []
 
     def install(self) -> None:
         for name in ("fsync", "replace", "unlink", "mkdir"):
@@ -132,22 +112,34 @@ class Boundaries:
         whole = files.write_whole
 
         def torn(path: Path, write: Callable[[BinaryIO], object]) -> None:
-            if self.reached():
-                with path.with_name(path.name + ".part").open("wb") as file:
-                    write(file)
-                    file.truncate(file.tell() // 2)
-                die()
+            part = path.with_name(path.name + ".part")
+            with part.open("wb") as file:
+                write(file)
+                file.truncate(file.tell() // 2)
+            self.keep()
+            part.unlink()
             whole(path, write)
 
         files.write_whole = torn
 
+    def keep(self) -> None:
+        """Copy the directory, unless a copy with the same bytes is there."""
+        if not self.directory.exists():
+            return
+        state = {file.name: file.read_bytes() for file in self.directory.iterdir()}
+        if state not in self.seen:
+            self.seen.append(state)
+            copy = self.kept / str(len(self.seen))
+            copy.mkdir(parents=True)
+            for name, content in state.items():
+                (copy / name).write_bytes(content)
+
     def _before(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            if self.reached():
-                die()
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            self.keep()
             return call(*args, **kwargs)
 
-        return guarded
+        return kept
 
 
 @pytest.mark.slow
@@ -155,22 +147,22 @@ class Boundaries:
 def test_killed_at_any_write_boundary_it_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     run, matvec = RUNS[name], hf.dense(MATRIX)
     uninterrupted = run(matvec, tmp_path / "whole")
-    fatal = 1
-    while True:
-        path = tmp_path / str(fatal)
-
-        def interrupted(fatal: int = fatal, path: Path = path) -> None:
-            Boundaries(fatal).install()
-            run(matvec, path)
-
-        status = in_a_child(interrupted)
-        assert same(run(matvec, path), uninterrupted)
-        assert not list(path.glob("*.part"))
-        if status == 0:
-            break
-        assert status == 9
-        fatal += 1
-    assert fatal > 20
+    # A process that has ended holds the lock of each state.
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            States(tmp_path / "recorded", tmp_path / "states").install()
+            run(matvec, tmp_path / "recorded")
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    states = list((tmp_path / "states").iterdir())
+    assert len(states) > 20
+    for state in states:
+        assert same(run(matvec, state), uninterrupted)
+        assert not list(state.glob("*.part"))
 
 
 @pytest.mark.parametrize("name", RUNS)
