@@ -9,8 +9,7 @@ demo: $(STAMP)
 	$(BIN)/hessfunc analyze digits --out demo
 
 test: $(STAMP)
-	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m "not slow"
-	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m slow
+	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark
 
 # The fast ones with the rounding, the threads and the load of other machines, one after another;
 # `make test-machines SETTING=busy` takes one of them.
