@@ -11,18 +11,15 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("typer")
+from tests.app.cli.commands import analyze, invoke
 
 ROOT = Path(__file__).parents[3]
 
 
-def command(ranks: int, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def on_two_ranks(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    start = (
-        [*torchrun, "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else [sys.executable, "-m"]
-    )
     return subprocess.run(
-        [*start, "hessfunc", *words],
+        [*torchrun, "--nproc-per-node", "2", "-m", "hessfunc", *words],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
         capture_output=True,
@@ -67,10 +64,13 @@ OPTIONS = ("--k", "3", "--probes", "2", "--steps", "15", "--landscape", "3")
 
 
 @pytest.mark.slow
-def test_analyze_prints_once_and_finds_what_one_process_finds(mine: Path) -> None:
-    alone = command(1, "analyze", "mine:problem", *OPTIONS, "--out", "one", cwd=mine)
-    both = command(2, "analyze", "mine:problem", *OPTIONS, "--out", "two", cwd=mine)
-    assert (alone.returncode, both.returncode) == (0, 0), both.stderr
+def test_analyze_prints_once_and_finds_what_one_process_finds(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mine)
+    alone = analyze("mine:problem", *OPTIONS, "--out", "one")
+    both = on_two_ranks("analyze", "mine:problem", *OPTIONS, "--out", "two", cwd=mine)
+    assert (alone.exit_code, both.returncode) == (0, 0), both.stderr
     assert both.stdout.count("report.html") == 1
     assert sorted(x.name for x in (mine / "one").iterdir()) == sorted(
         x.name for x in (mine / "two").iterdir()
@@ -98,7 +98,7 @@ def _compare(one: Any, two: Any) -> None:
 
 @pytest.mark.slow
 def test_what_fails_in_one_process_is_said_once(mine: Path) -> None:
-    found = command(2, "analyze", "mine:broken", *OPTIONS, "--out", "broken", cwd=mine)
+    found = on_two_ranks("analyze", "mine:broken", *OPTIONS, "--out", "broken", cwd=mine)
     assert found.returncode != 0
     said = [line for line in found.stderr.splitlines() if line.startswith("hessfunc: ")]
     assert len(said) == 1
@@ -106,13 +106,21 @@ def test_what_fails_in_one_process_is_said_once(mine: Path) -> None:
     assert "no such disk here" in said[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("words", [("train", "--epochs", "1"), ("experiment", "exp08")])
-def test_commands_that_do_not_share_work_say_so(words: tuple[str, ...], tmp_path: Path) -> None:
-    found = command(2, *words, cwd=tmp_path)
-    assert found.returncode != 0
-    said = [line for line in found.stderr.splitlines() if line.startswith("hessfunc: ")]
+def test_commands_that_do_not_share_work_say_so(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As torchrun sets it for the two processes.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        refused = invoke(*words)
+        assert refused.exit_code != 0
+        assert refused.stdout == ""
+        said.append(refused.stderr)
     assert said == [
         f"hessfunc: {words[0]} runs in a single process, but torchrun has started 2: run it "
-        "without torchrun"
+        "without torchrun\n",
+        "",
     ]

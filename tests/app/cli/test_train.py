@@ -244,26 +244,23 @@ main()
 
 @pytest.mark.slow
 def test_a_training_that_was_killed_ends_with_the_same_bits() -> None:
-    def run(out: str, fatal: int = 0) -> int:
-        command = [sys.executable, "-c", KILLED, str(fatal), *ABSA, "--save-every", "1"]
-        here = str(Path(hf.__file__).parents[1])
-        return subprocess.run(
-            [*command, "--examples", "60", "--epochs", "5", "--out", out],
-            env=os.environ | {"PYTHONPATH": here},
-            stderr=subprocess.DEVNULL,
-        ).returncode
-
-    assert run("whole") == 0
+    words = (*ABSA, "--save-every", "1", "--examples", "60", "--epochs", "5", "--out")
+    assert invoke(*words, "whole").exit_code == 0
     # Within the second epoch of three steps.
-    assert run("killed", 5) == -signal.SIGKILL
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "5", *words, "killed"],
+        env=os.environ | {"PYTHONPATH": str(Path(hf.__file__).parents[1])},
+        stderr=subprocess.DEVNULL,
+    )
+    assert killed.returncode == -signal.SIGKILL
     assert history("killed/history.json")["runs"][0]["ended"] == "running"
-    assert run("killed") == 0
+    assert invoke(*words, "killed").exit_code == 0
     assert timeless("whole/history.json") == timeless("killed/history.json")
-    whole, killed = (
+    whole, resumed = (
         torch.load(f"{out}/checkpoint.pt", weights_only=True)["state_dict"]
         for out in ("whole", "killed")
     )
-    assert all(torch.equal(leaf, killed[name]) for name, leaf in whole.items())
+    assert all(torch.equal(leaf, resumed[name]) for name, leaf in whole.items())
 
 
 def test_a_training_of_other_settings_is_refused() -> None:
