@@ -343,15 +343,14 @@ def test_the_example_analysis_runs_with_one_import_changed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", ["20", "12"])
 def test_the_example_analysis_of_a_trained_resnet20(
-    batch: str, peer: Any, figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    peer: Any, figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = data_file("resnet20_cifar10/resnet20-12fca82f.th").resolve()
     data_file("cifar10")
     monkeypatch.setenv("HESSFUNC_DATA", str(DATA.resolve()))
     arguments = ["--resume", str(weights), "--iterations", "20"]
-    arguments += ["--hessian-batch-size", "20", "--mini-hessian-batch-size", batch]
+    arguments += ["--hessian-batch-size", "20", "--mini-hessian-batch-size", "12"]
     assert_analyses_agree(monkeypatch, tmp_path, arguments)
 
 

