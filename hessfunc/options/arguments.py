@@ -21,6 +21,7 @@ from hessfunc.options.data import (
     stability,
     tensor,
     tree,
+    tree_or_matvec,
     writer,
 )
 from hessfunc.options.functions import (
@@ -96,6 +97,7 @@ ARGUMENTS: dict[str, Check] = {
     "known": tree,
     "start": tree,
     "b": tree,
+    "metric": tree_or_matvec,
     "tree": mapping,
     "rest": mapping,
     "slices": indices,
@@ -182,6 +184,7 @@ ARGUMENTS: dict[str, Check] = {
     "tolerance": finite,
     "stationarity": finite,
     "damping": finite,
+    "sigma": finite,
     "momentum": finite,
     "radius": finite,
     "lr": finite,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hessfunc.options.functions import is_function
+from hessfunc.options.functions import is_function, matvec
 from hessfunc.options.scalars import (
     described,
     finite,
@@ -59,6 +59,13 @@ def tree(name: str, value: Any, /) -> Any:
             "dict(model.named_parameters()), and check that not all of them are frozen"
         )
     return value
+
+
+def tree_or_matvec(name: str, value: Any, /) -> Any:
+    """Return a tree of tensors, such as a diagonal, or a matvec."""
+    if isinstance(value, nn.Module) or not callable(value):
+        return tree(name, value)
+    return matvec(name, value)
 
 
 def mapping(name: str, value: Any, /) -> Any:

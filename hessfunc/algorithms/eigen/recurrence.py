@@ -47,8 +47,6 @@ class LanczosOptions:
     start: Tree | None
 
     def __post_init__(self) -> None:
-        if self.which not in ("LM", "LA", "SA", "BE"):
-            raise ValueError(f"which={self.which!r}: choose 'LM', 'LA', 'SA' or 'BE'")
         at_least(0, rtol=self.rtol, atol=self.atol, search=self.search)
         if self.basis_dtype not in (torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 # Smaller than any distance of two Ritz values that matters.
 _TINY = 1e-300
 
-Which: TypeAlias = Literal["LM", "LA", "SA", "BE"]
+Which: TypeAlias = Literal["LM", "LA", "SA", "BE", "nearest"]
 
 
 def rayleigh_ritz(projected: Tensor, /) -> tuple[Tensor, Tensor]:

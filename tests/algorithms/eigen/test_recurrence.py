@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.algorithms import offload as streamed
-from hessfunc.algorithms.eigen import lanczos, recurrence
+from hessfunc.algorithms.eigen import recurrence, thick_restart
 from hessfunc.memory import Footprint
 from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
 from tests.reference.spectra import SPECTRUM, VECTOR, measured_residuals, symmetric
@@ -68,14 +68,14 @@ def test_a_bfloat16_basis_converges_to_its_rounding_alone(rtol: float) -> None:
 
 def test_the_basis_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     workspaces: set[int] = set()
-    real = lanczos.block_step
+    real = thick_restart.block_step
 
     def watched(*arguments: Any) -> Any:
         state = real(*arguments)
         workspaces.add(state.basis.rows.data_ptr())
         return state
 
-    monkeypatch.setattr(lanczos, "block_step", watched)
+    monkeypatch.setattr(thick_restart, "block_step", watched)
     options: dict[str, Any] = {"k": 3, "basis_size": 8, "rtol": 1e-10}
     found = hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, seed=0, **options)
     assert found.matvecs > 2 * 8
@@ -104,20 +104,20 @@ def test_memory_chooses_the_size_of_the_basis(monkeypatch: pytest.MonkeyPatch) -
 def test_the_basis_never_exceeds_its_limit() -> None:
     states: list[int] = []
     vector = len(SPECTRUM) * 8
-    real = lanczos.block_step
+    real = thick_restart.block_step
 
     def watched(*arguments: object) -> object:
         state = real(*arguments)
         states.append(len(state.basis))
         return state
 
-    lanczos.block_step = watched
+    thick_restart.block_step = watched
     try:
         hf.lanczos(
             hf.dense(symmetric(SPECTRUM)), VECTOR, k=3, basis_bytes=(8 + 1 + 3) * vector, seed=0
         )
     finally:
-        lanczos.block_step = real
+        thick_restart.block_step = real
     assert max(states) <= 8 + 1
 
 
