@@ -242,7 +242,7 @@ CALLS: dict[str, Call] = {
         | {
             "k": 2, "which": "LM", "block_size": 1, "basis_size": 6, "basis_bytes": 2**20,
             "basis_dtype": D, "basis_device": "cpu", "rtol": 0.1, "atol": 0.0, "search": 2,
-            "start": B,
+            "start": B, "sigma": None, "metric": 2 * B,
         },
     ),
     "hutchinson": Call(
