@@ -45,10 +45,10 @@ from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.checksum import batch_key
 from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.hessian import requiring_gradients
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_gradients
 from hessfunc.transforms.output_hessians import each_hessian
+from hessfunc.transforms.output_matrices import refuse_without_halves
 
 # Function (outputs, batch) -> columns (c, B, ...) with sum_c u_bc u_bc' = H_b, the Hessian of the
 # criterion at the outputs of example b, exactly or in expectation.

@@ -26,9 +26,9 @@ from hessfunc.modules import training_flags
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.gauss_newton import refuse_without_halves
 from hessfunc.transforms.hessian import requiring_gradients
 from hessfunc.transforms.output_hessians import mean_hessian, warn_if_zero
+from hessfunc.transforms.output_matrices import refuse_without_halves
 from hessfunc.transforms.taps import Residual
 
 BlockCurvature: TypeAlias = Callable[[Mapping[str, Tensor], Any], Blocks]

@@ -22,8 +22,8 @@ from hessfunc.transforms.batches.mean import Passes, mean_over
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.batches.sums import Data
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.transforms.gauss_newton import checked_outputs, refuse_without_halves
 from hessfunc.transforms.output_hessians import each_hessian
+from hessfunc.transforms.output_matrices import checked_outputs, refuse_without_halves
 from hessfunc.trees import Matvec, Tree, tree_map
 
 if TYPE_CHECKING:

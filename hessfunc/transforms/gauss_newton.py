@@ -7,80 +7,35 @@ They differ only in B.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
-from hessfunc.autograd.constant_matrix import Product, leaves_of_graph
-from hessfunc.autograd.contexts import kept_batch
-from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
-from hessfunc.autograd.functorch import (
-    edges,
-    is_wrapped,
-    linear_in_cotangents,
-    plain_evaluation,
-    pullback,
-    transforming,
-)
-from hessfunc.autograd.overrides import Replaced
-from hessfunc.autograd.second_order import SECOND_ORDER
-from hessfunc.changes import reading
-from hessfunc.containers import batch_leaves, opened
+from hessfunc.autograd.custom_functions import Verified
+from hessfunc.autograd.functorch import is_wrapped, plain_evaluation
+from hessfunc.containers import batch_leaves
 from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.randomness import of_matrix
-from hessfunc.spaces.of import space_of
-from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.checksum import batch_key
-from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.chunks import (
-    GAUSS_NEWTON_ENTRIES,
-    Chunks,
-    ChunkSize,
-    Curvature,
-    block_matvec,
-)
+from hessfunc.transforms.chunks import ChunkSize, Curvature
 from hessfunc.transforms.criteria import Reduction, closed_form
-from hessfunc.transforms.differentiable import (
-    Linearisation,
-    Rebuild,
-    differentiable_matvec,
-    every_order,
-    pullback_with_graph,
-    refuse_untransformable,
-)
 from hessfunc.transforms.example_weights import example_weights, reduction_over_examples
-from hessfunc.transforms.hessian import checked, kept, requiring_gradients, scalar
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_fisher
 from hessfunc.transforms.output_gradients import (
-    INDEPENDENT,
     by_autodiff,
     by_transforms,
     output_gradient,
     slopes_by_transforms,
 )
-from hessfunc.transforms.outputs import Rest, floating_part
-from hessfunc.trees import Matvec, Tree
-
-# Indices of the output leaves on which B acts, and the product of B with one vector.
-_Middle: TypeAlias = tuple[list[int], Callable[[list[Tensor]], Sequence[Tensor]]]
-_OfOutputs: TypeAlias = Callable[[Loss, Tree, Any], _Middle]
-
-
-@dataclass(frozen=True)
-class _OutputMatrix:
-    """Matrix B on the outputs of a model, as a function ``(loss, outputs, batch)``.
-
-    Attributes:
-        constant: B at fixed outputs.
-        attached: B with the graph of the outputs and the batch.
-    """
-
-    constant: _OfOutputs
-    attached: _OfOutputs
+from hessfunc.transforms.output_matrices import (
+    OnOutputs,
+    OutputMatrix,
+    refuse_without_halves,
+    through_outputs,
+)
+from hessfunc.trees import Tree
 
 
 @validated
@@ -121,15 +76,15 @@ def ggnvp(
     tried: list[bool] = []
     verified: Verified = set()
 
-    def hessian(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+    def hessian(loss: Loss, outputs: Tree, batch: Any) -> OnOutputs:
         hessian = hessian_of_outputs(
             loss, outputs, batch, try_convexity=not tried, verified=verified
         )
         tried.append(True)
         return hessian
 
-    matrix = _OutputMatrix(hessian, _attached_hessian)
-    return _gauss_newton(loss, matrix, chunk_size, differentiable=differentiable)
+    matrix = OutputMatrix(hessian, _attached_hessian)
+    return through_outputs(loss, matrix, chunk_size, differentiable=differentiable)
 
 
 @validated
@@ -175,24 +130,24 @@ def fvp(
     refuse_without_halves(loss)
     refuse_without_likelihood(loss.criterion)
     if samples is None:
-        matrix = _OutputMatrix(hessian_of_outputs, _attached_hessian)
-        return _gauss_newton(loss, matrix, chunk_size, differentiable=differentiable)
+        matrix = OutputMatrix(hessian_of_outputs, _attached_hessian)
+        return through_outputs(loss, matrix, chunk_size, differentiable=differentiable)
     if samples < 1:
         raise ValueError(f"samples={samples}: it must be at least 1, or None for the exact matrix")
     seed = of_matrix(seed)
 
-    def attached(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+    def attached(loss: Loss, outputs: Tree, batch: Any) -> OnOutputs:
         _refuse_unknown_examples(batch)
         with plain_evaluation():
             key = batch_key(seed, batch, outputs.device)
         product = sampled_fisher(loss.criterion, outputs, batch, samples=samples, key=key)
         return [0], lambda tangents: [product(tangents[0])]
 
-    def constant(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+    def constant(loss: Loss, outputs: Tree, batch: Any) -> OnOutputs:
         return attached(loss, outputs.detach(), batch)
 
-    matrix = _OutputMatrix(constant, attached)
-    return _gauss_newton(loss, matrix, chunk_size, differentiable=differentiable)
+    matrix = OutputMatrix(constant, attached)
+    return through_outputs(loss, matrix, chunk_size, differentiable=differentiable)
 
 
 def _refuse_unknown_examples(batch: Any) -> None:
@@ -252,214 +207,18 @@ def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None, differentiable: bool = 
             known.extend([] if found is None else [found])
         return known[0] if known else "sum"
 
-    def constant(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+    def constant(loss: Loss, outputs: Tree, batch: Any) -> OnOutputs:
         weighting = reduction(loss, outputs, batch)
         used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
         return used, _empirical(loss, outputs, batch, slopes, weighting)
 
-    def attached(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+    def attached(loss: Loss, outputs: Tree, batch: Any) -> OnOutputs:
         weighting = reduction(loss, outputs, batch)
         used, slopes = slopes_by_transforms(loss.criterion, outputs, batch)
         return used, _empirical(loss, outputs, batch, slopes, weighting)
 
-    matrix = _OutputMatrix(constant, attached)
-    return _gauss_newton(loss, matrix, chunk_size, differentiable=differentiable)
-
-
-def _gauss_newton(
-    loss: Loss, matrix: _OutputMatrix, chunk_size: ChunkSize, *, differentiable: bool
-) -> Curvature:
-    refuse_without_halves(loss)
-    chunks = Chunks(chunk_size, GAUSS_NEWTON_ENTRIES)
-    verified: Verified = set()
-
-    def curvature(params: Tree, batch: Any) -> Matvec:
-        if differentiable or transforming():
-            with noted(loss, params, batch):
-                return differentiable_matvec(
-                    _GaussNewton(loss, matrix, verified), params, batch, chunk_size=chunk_size
-                )
-        space = space_of(params)
-        refuse_autocast(space.device)
-        leaves = space.tree_leaves(params)
-        constants = requiring_gradients(leaves, batch)
-        with (
-            torch.inference_mode(False),
-            explained(space, batch),
-            noted(loss, params, batch),
-            reading() as read,
-        ):
-            batch = kept_batch(batch)
-            point = kept(leaves)
-            inputs = [leaf.detach().requires_grad_() for leaf in point]
-            with differentiable_twice(space.device, SECOND_ORDER) as seen:
-                ends, between = _ends(loss, matrix.constant, space, inputs, batch, seen, verified)
-                constants += leaves_of_graph(ends, inputs)
-                product = linearised(inputs, ends, [end.shape for end in ends], between)
-        return block_matvec(
-            product,
-            space,
-            leaves,
-            batch,
-            chunks=chunks,
-            copies=point,
-            refuse_if_changed=read.unchanged(again=False),
-            constants=constants,
-        )
-
-    return curvature
-
-
-def refuse_without_halves(loss: Any) -> None:
-    """Raise TypeError if a loss is a plain function without outputs and criterion."""
-    if not isinstance(loss, Loss):
-        raise TypeError(
-            "a Gauss-Newton matrix needs the two halves of the loss, outputs and criterion: pass "
-            "`supervised(model_fn, criterion)` or `composed(outputs, criterion)`"
-        )
-
-
-def _ends(
-    loss: Loss,
-    matrix: _OfOutputs,
-    space: Space,
-    inputs: Sequence[Tensor],
-    batch: Any,
-    seen: Replaced,
-    verified: Verified,
-) -> tuple[list[Tensor], Callable[[list[Tensor]], Sequence[Tensor]]]:
-    """Return the outputs on which B acts, with their graph, and the product of B."""
-    outputs = checked_outputs(loss, space, inputs, batch)
-    hooks = tuple(seen.hooks)
-    used, between = matrix(loss, outputs, batch)
-    leaves, _ = opened(outputs, "outputs")
-    ends = [leaves[i] for i in used]
-    refuse_if_outputs_are_cut(loss, space, inputs, ends, used, batch, hooks, verified)
-    return ends, between
-
-
-@dataclass(frozen=True)
-class _GaussNewton(Linearisation):
-    """Differentiable matrix ``J' B J``.
-
-    Attributes:
-        loss: Loss with outputs and criterion.
-        matrix: Matrix B on the outputs.
-        verified: Custom functions that have been verified.
-    """
-
-    loss: Loss
-    matrix: _OutputMatrix
-    verified: Verified
-
-    def by_transforms(self, rebuild: Rebuild, point: Sequence[Tensor], batch: Any, /) -> Product:
-        rest: Rest
-
-        def floating(*leaves: Tensor) -> tuple[Tensor, ...]:
-            nonlocal rest
-            with every_order(leaves[0].device):
-                outputs = self.loss.outputs(rebuild(leaves), batch)
-            found, rest = floating_part(outputs)
-            for leaf in found[:1]:
-                refuse_untransformable(leaf)
-            return tuple(found)
-
-        ends, pulled = torch.func.vjp(floating, *point)[:2]
-        # J'w is linear in w. Hence the pullback of w -> J'w maps v to J v.
-        zeros = [torch.zeros_like(end) for end in ends]
-        pushed = torch.func.vjp(lambda *w: pulled(w), *zeros)[1]
-        with every_order(point[0].device):
-            scalar(self.loss.criterion(rest.outputs(ends), batch))
-            used, between = self.matrix.attached(self.loss, rest.outputs(ends), batch)
-
-        def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-            moved = pushed(tuple(tangents))
-            chosen = [rest.places.index(i) for i in used]
-            parts = dict(zip(chosen, between([moved[i] for i in chosen]), strict=True))
-            return pulled(tuple(parts.get(i, zero) for i, zero in enumerate(zeros)))
-
-        return product
-
-    def by_autograd(self, rebuild: Rebuild, point: Sequence[Tensor], batch: Any, /) -> Product:
-        space = space_of(rebuild(point))
-        with every_order(space.device) as seen:
-            ends, between = _ends(
-                self.loss, self.matrix.attached, space, point, batch, seen, self.verified
-            )
-        cotangents = [torch.zeros_like(end).detach().requires_grad_() for end in ends]
-        slopes = pullback_with_graph(ends, point)(cotangents)
-        moving = [i for i, g in enumerate(slopes) if g.requires_grad]
-        pushed = pullback_with_graph([slopes[i] for i in moving], cotangents)
-        pulled = pullback_with_graph(ends, point)
-        return lambda tangents: pulled(between(list(pushed([tangents[i] for i in moving]))))
-
-
-def refuse_if_outputs_are_cut(
-    loss: Loss,
-    space: Space,
-    inputs: Sequence[Tensor],
-    ends: Sequence[Tensor],
-    used: Sequence[int],
-    batch: Any,
-    hooks: Sequence[str],
-    verified: Verified,
-) -> None:
-    """Raise if autograd would lose a part of the Jacobian J of the outputs.
-
-    J v is computed as the derivative of the pullback J'w with respect to w.
-    """
-
-    def again(leaves: Sequence[Tensor]) -> list[Tensor]:
-        outputs, _ = opened(loss.outputs(space.tree(leaves), batch), "outputs")
-        return [outputs[i] for i in used]
-
-    refuse_if_cut(ends, inputs, again, hooks=hooks, verified=verified, linear=True)
-
-
-def checked_outputs(loss: Loss, space: Space, inputs: Sequence[Tensor], batch: Any) -> Tree:
-    """Return the outputs of the model, after checking them and the loss.
-
-    Raises:
-        ValueError: If the outputs do not depend on params, or the loss is not a finite scalar.
-    """
-    outputs = loss.outputs(space.tree(inputs), batch)
-    with torch.no_grad():
-        checked(loss.criterion(outputs, batch), space, inputs)
-    if isinstance(outputs, Tensor) and not outputs.requires_grad:
-        raise ValueError(INDEPENDENT)
-    return outputs
-
-
-def linearised(
-    inputs: Sequence[Tensor],
-    ends: Sequence[Any],
-    shapes: Sequence[torch.Size],
-    between: Callable[[list[Tensor]], Sequence[Tensor]],
-) -> Product:
-    """Return the product ``J' B J v``, with the Jacobian J of some ends of a graph.
-
-    Args:
-        inputs: Leaves at the start of the graph.
-        ends: Tensors or edges at the end of the graph.
-        shapes: Shape of each end.
-        between: Product of B with one vector.
-    """
-    # J'w is linear in w. Hence J v = d/dw <J'w, v> at any w; here w = 0.
-    cotangents = [
-        torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
-        .expand(shape)
-        .requires_grad_()
-        for shape in shapes
-    ]
-    with linear_in_cotangents():
-        slopes = torch.autograd.grad(
-            ends, inputs, cotangents, create_graph=True, materialize_grads=True
-        )
-    moving = [i for i, g in enumerate(slopes) if g.requires_grad]
-    # Edges of the graph suffice, so that the values of the gradients can be freed.
-    pushed = pullback(edges([slopes[i] for i in moving]), cotangents)
-    pulled = pullback(ends, inputs)
-    return lambda tangents: pulled(between(pushed([tangents[i] for i in moving])))
+    matrix = OutputMatrix(constant, attached)
+    return through_outputs(loss, matrix, chunk_size, differentiable=differentiable)
 
 
 def hessian_of_outputs(
@@ -469,7 +228,7 @@ def hessian_of_outputs(
     *,
     try_convexity: bool = False,
     verified: Verified | None = None,
-) -> _Middle:
+) -> OnOutputs:
     """Return B, the Hessian of the criterion with respect to the outputs."""
     known = closed_form(loss.criterion)
     if known is None or not isinstance(outputs, Tensor):
@@ -484,7 +243,7 @@ def hessian_of_outputs(
     return [0], lambda tangents: [product(tangents[0])]
 
 
-def _attached_hessian(loss: Loss, outputs: Tree, batch: Any) -> _Middle:
+def _attached_hessian(loss: Loss, outputs: Tree, batch: Any) -> OnOutputs:
     """Return B as `hessian_of_outputs` does, with the graph of the outputs and the batch."""
     known = closed_form(loss.criterion)
     if known is None or not isinstance(outputs, Tensor):

@@ -24,15 +24,15 @@ from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import noted, watching
 from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, block_matvec
-from hessfunc.transforms.gauss_newton import (
+from hessfunc.transforms.gauss_newton import hessian_of_outputs
+from hessfunc.transforms.hessian import hvp, kept, requiring_gradients
+from hessfunc.transforms.matvecs.arithmetic import per_block
+from hessfunc.transforms.output_matrices import (
     checked_outputs,
-    hessian_of_outputs,
     linearised,
     refuse_if_outputs_are_cut,
     refuse_without_halves,
 )
-from hessfunc.transforms.hessian import hvp, kept, requiring_gradients
-from hessfunc.transforms.matvecs.arithmetic import per_block
 from hessfunc.transforms.taps import (
     ELEMENTWISE,
     PRODUCTS,

@@ -1,14 +1,23 @@
-"""A net with its batches."""
+"""Matrices of outputs, and a net with its batches."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import hessfunc as hf
+from hessfunc.transforms.chunks import Curvature
 from tests.cases import Case
 from tests.reference import gradient
+
+CURVATURES: dict[str, Callable[[hf.Loss], Curvature]] = {
+    "ggnvp": hf.ggnvp,
+    "fvp": hf.fvp,
+    "fvp, samples": partial(hf.fvp, samples=2, seed=0),
+    "efvp": hf.efvp,
+}
 
 
 def net(criterion: Callable[[Any, Any], Tensor], targets: Tensor, outputs: int = 3) -> Case:
