@@ -64,6 +64,8 @@ _HOMES = {
     "hutchinson_diagonal": "algorithms.diagonal.hutchinson",
     "xdiag": "algorithms.diagonal.xdiag",
     "slq": "algorithms.density",
+    "trace_of_function": "algorithms.functions.spectral_sum",
+    "logdet": "algorithms.functions.spectral_sum",
     "function": "algorithms.functions.product",
     "cg": "algorithms.solve.cg",
     "minres": "algorithms.solve.minres",

@@ -19,6 +19,8 @@ from hessfunc.algorithms.eigen.stochastic_power import (
 )
 from hessfunc.algorithms.frank_wolfe import generalized_sharpness as generalized_sharpness
 from hessfunc.algorithms.functions.product import function as function
+from hessfunc.algorithms.functions.spectral_sum import logdet as logdet
+from hessfunc.algorithms.functions.spectral_sum import trace_of_function as trace_of_function
 from hessfunc.algorithms.matrix import matrix as matrix
 from hessfunc.algorithms.results import load as load
 from hessfunc.algorithms.results import pool as pool

@@ -295,6 +295,14 @@ CALLS: dict[str, Call] = {
             "basis_size": 3,
         },
     ),
+    "logdet": Call(
+        {"matvec": matvec, "like": LIKE},
+        RUN | {"damping": 9.0, "rtol": 0.1, "atol": 0.0, "smallest": -8.0},
+    ),
+    "trace_of_function": Call(
+        {"matvec": matvec, "f": torch.exp, "like": LIKE},
+        RUN | {"rtol": 0.1, "atol": 0.0, "smallest": -9.0, "largest": 9.0},
+    ),
     "cg": Call({"matvec": matvec, "b": B}, SOLVE | {"like": None, "measure": True}),
     "minres": Call({"matvec": matvec, "b": B}, SOLVE | {"like": None}),
     "implicit_gradient": Call(
@@ -447,6 +455,7 @@ METHODS: dict[str, Call] = {
     ),
     "Density.grid": Call({"points": 5}, function=DENSITY.grid),
     "Density.pdf": Call({"grid": B}, {"width": 0.1}, function=DENSITY.pdf),
+    "Density.distance": Call({"level": 0.9}, function=DENSITY.distance),
     "Density.cdf_bounds": Call(
         {"x": B, "level": 0.9}, {"simultaneous": True}, function=DENSITY.cdf_bounds
     ),

@@ -152,6 +152,16 @@ RUNS: dict[str, tuple[Callable[..., Any], Callable[[float], float], str]] = {
         lambda _: (10 + 8) + PRODUCT,
         "basis_size + 8 vectors",
     ),
+    "logdet": (
+        lambda mv, b: hf.logdet(mv, b, damping=1.0, smallest=0.0, max_matvecs=3, seed=0),
+        lambda _: 35 + PRODUCT,
+        "as `trace_of_function`",
+    ),
+    "trace_of_function": (
+        lambda mv, b: hf.trace_of_function(mv, torch.exp, b, max_matvecs=3, seed=0),
+        lambda _: 35 + PRODUCT,
+        "3 steps + 3 vectors for the first probe, or 35",
+    ),
     "generalized_sharpness": (
         lambda mv, b: hf.generalized_sharpness(mv, b, InfinityNorm().maximum, restarts=6, seed=0),
         lambda wide: 6 * (1 + 4 * wide),

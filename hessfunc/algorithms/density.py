@@ -157,7 +157,7 @@ class LanczosQuadrature(Method["_State", Density]):
         return f"complete: {steps} steps for each probe"
 
     def result(self, state: _State, space: Space, cost: Cost, /) -> Density:
-        nodes, weights, residuals = _quadrature(state.complete or state.recurrences)
+        nodes, weights, residuals = quadrature(state.complete or state.recurrences)
         return Density(
             nodes=nodes,
             weights=weights,
@@ -196,8 +196,12 @@ class _State:
         return (*self.done, *map(self.runs.jacobi, ended))
 
 
-def _quadrature(recurrences: Sequence[Recurrence]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return nodes, weights and residual norms, ``(p, m)``; short runs end in weights of 0."""
+def quadrature(recurrences: Sequence[Recurrence], /) -> tuple[Tensor, Tensor, Tensor]:
+    """Return nodes, weights and residual norms, ``(p, m)``; short runs end in weights of 0.
+
+    Args:
+        recurrences: Coefficients of the Lanczos recurrences of the probes.
+    """
     longest = max(len(alphas) for alphas, _ in recurrences)
     nodes = torch.zeros(len(recurrences), longest, dtype=torch.float64, device="cpu")
     weights, residuals = torch.zeros_like(nodes), torch.zeros_like(nodes)

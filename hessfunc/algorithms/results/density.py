@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.results.estimate import Estimate
+from hessfunc.algorithms.results.estimate import Estimate, scaled
 from hessfunc.algorithms.results.masses import distance_bound, masses
 from hessfunc.algorithms.results.quadrature import Rule, bracket, ends, evaluated, radau
 from hessfunc.algorithms.results.result import Result, shown
@@ -124,9 +124,9 @@ class Density(Result):
             W1 = integral of |F(x) - G(x)| over x
 
         Here F is the distribution function of the eigenvalues, and G that of the `masses`. The
-        bound adds the quantile of the error of the probes, under the Dirichlet distribution of
-        their weights, and the enclosure of their distribution functions by the nodes. It assumes
-        that the converged Ritz values that are simple by their weights are simple.
+        bound adds the integral of the pointwise error of the probes and the enclosure of their
+        distribution functions by the nodes. It assumes that the converged Ritz values that are
+        simple by their weights are simple.
 
         Args:
             level: Probability of the bound, in (0, 1).
@@ -306,6 +306,25 @@ class Density(Result):
         regular: bool,
     ) -> Estimate:
         """Return the mean of f; ``regular`` says that the derivatives of f keep their signs."""
+        whole = self._rule.exact & ((self.weights > 0).sum(1) == self.n)
+        if self.residuals is None or not bool(whole.any()):
+            return self._estimated(f, smallest, largest, regular=regular)
+        # The nodes of n steps are all eigenvalues, whatever the probe.
+        nodes, residuals = self.nodes[whole], self.residuals[whole]
+        weights = torch.full_like(nodes, 1 / self.n)
+        known = replace(self, nodes=nodes, weights=weights, residuals=residuals)
+        exact = known._estimated(f, smallest, largest, regular=regular)
+        return replace(exact, stderr=0.0, reason="exact: all eigenvalues are known")
+
+    def _estimated(
+        self,
+        f: Callable[[Tensor], Tensor],
+        smallest: float | None,
+        largest: float | None,
+        *,
+        regular: bool,
+    ) -> Estimate:
+        """Return the mean of f from the weights of the probes."""
         carries = self.weights > 0
         low, high = self._ends(smallest, largest)
 
@@ -415,11 +434,6 @@ class Density(Result):
         positive = replace(self, nodes=self.nodes.clamp_min(0))
         share = positive._mean(lambda x: x / (x + damping), 0.0, None, regular=True)
         low, high = share.bounds or (share.value, share.value)
-        return replace(
-            share,
-            value=self.n * share.value,
-            stderr=self.n * share.stderr,
-            samples=self.n * share.samples,
-            bounds=(self.n * max(low, 0.0), self.n * min(high, 1.0)),
-            reason=f"effective dimension at damping {damping:g}",
-        )
+        share = replace(share, bounds=(max(low, 0.0), min(high, 1.0)))
+        reason = f"effective dimension at damping {damping:g}"
+        return replace(scaled(share, self.n), reason=reason)

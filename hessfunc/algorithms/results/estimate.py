@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -156,6 +156,23 @@ def leaf_fields(space: Space, parts: Tensor, stderr: Sequence[float], /) -> dict
         "leaf_shapes": dict(zip(space.names, map(list, space.shapes), strict=True)),
         "n": space.n,
     }
+
+
+def scaled(estimate: Estimate, factor: float, /) -> Estimate:
+    """Return the estimate of a positive multiple of a number without parts of leaves.
+
+    Args:
+        estimate: Estimate of the number.
+        factor: Positive factor.
+    """
+    low, high = estimate.bounds or (estimate.value, estimate.value)
+    return replace(
+        estimate,
+        value=factor * estimate.value,
+        stderr=factor * estimate.stderr,
+        samples=factor * estimate.samples,
+        bounds=(factor * low, factor * high),
+    )
 
 
 def narrow_enough(estimate: Estimate, rtol: float | None, atol: float | None, /) -> str | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results.quadrature import Rule
-from hessfunc.algorithms.statistics import chi_squared_quantile
+from hessfunc.algorithms.statistics import chi_squared_quantile, largest_share
 
 # Largest residual of a converged Ritz value, relative to its size, and number of residuals that
 # must separate it from its neighbours.
@@ -15,8 +14,6 @@ _CONVERGED = 1e-3
 _ISOLATED = 3.0
 # Probability with which the weights of simple eigenvalues pass for those of repeated ones.
 _CHANCE = 1e-3
-# Number of random measures from which the quantile of the distance is taken.
-_DRAWS = 1000
 
 
 def simple(rule: Rule, n: int, /) -> Tensor:
@@ -67,8 +64,8 @@ def distance_bound(rule: Rule, n: int, low: float, high: float, level: float) ->
     """Return a bound of the Wasserstein distance of the masses from the spectrum.
 
     The distance is at most that of the masses from the measures of the probes, which the nodes
-    enclose between each other, plus that of the measures from the spectrum, whose quantile is taken
-    under the Dirichlet distribution of the masses, with n / 2 times the masses as parameters.
+    enclose between each other, plus that of the measures from the spectrum. The integral of the
+    pointwise bounds of the distribution function, as in `Density.cdf_bounds`, bounds the latter.
 
     Args:
         rule: Gauss rules of probes on the sphere, with known residuals.
@@ -77,25 +74,22 @@ def distance_bound(rule: Rule, n: int, low: float, high: float, level: float) ->
         high: Upper end of the spectrum.
         level: Probability of the bound.
 
-    Source: Chen, Trogdon and Ubaru 2021, arXiv 2105.06595; Dirichlet: the squares of the entries of
-    a vector on the sphere, in groups.
+    Source: Chen, Trogdon and Ubaru 2021, arXiv 2105.06595.
     """
     assert rule.residuals is not None
     weights, known = masses(rule, n), simple(rule, n)
     random = torch.where(known, 0.0, weights)
-    probes = len(weights)
-    nodes, order = rule.nodes.flatten().sort()
-    gaps = nodes.diff().numpy()
-    generator = np.random.default_rng(0)
-    drawn = []
-    for row, left in zip(random, random.sum(1).tolist(), strict=True):
-        shape = (n / 2 * row).numpy()
-        gammas = generator.standard_gamma(shape, (_DRAWS, len(shape)))
-        sums = gammas.sum(1, keepdims=True)
-        drawn.append(left * gammas / np.where(sums > 0, sums, 1.0) - row.numpy())
-    differences = np.concatenate(drawn, axis=1)[:, order.numpy()] / probes
-    distances = np.abs(differences.cumsum(1)[:, :-1]) @ gaps
-    total = float(np.quantile(distances, level))
+    probes, left = len(weights), float(random.sum()) / len(weights)
+    total = 0.0
+    if left > 0:
+        nodes, order = rule.nodes.flatten().sort()
+        # The mean share of P probes up to x has the distribution Beta(P F n / 2, P (1 - F) n / 2)
+        # without the converged eigenvalues, and n is then their number less.
+        share = (random.flatten()[order].cumsum(0)[:-1] / (probes * left)).clamp(0, 1)
+        tail, scale = (1 - level) / 2, round(probes * n * left)
+        above = largest_share(share, tail, scale) - share
+        below = largest_share(1 - share, tail, scale) - (1 - share)
+        total += left * float(torch.maximum(above, below).clamp_min(0) @ nodes.diff())
     for row, mass, fixed, residual, exact in zip(
         rule.nodes, weights, known, rule.residuals, rule.exact, strict=True
     ):

@@ -77,6 +77,9 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "minres of a block": lambda matvec, path: hf.minres(
         matvec, BLOCK, like=LIKE, damping=0.2, rtol=1e-2, checkpoint=path
     ),
+    "logdet": lambda matvec, path: hf.logdet(
+        matvec, LIKE, damping=50.0, max_matvecs=30, checkpoint=path, seed=1
+    ),
     "function": lambda matvec, path: hf.function(
         matvec, torch.atan, RIGHT, rtol=1e-2, basis_size=3, checkpoint=path
     ),
