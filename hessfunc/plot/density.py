@@ -127,8 +127,13 @@ def _grid(density: Density, low: float, high: float, width: float) -> Tensor:
 def _by_probe(density: Density, points: Tensor, width: float) -> Tensor:
     """Return the density of each probe, ``(probes, points)``."""
     # One probe at a time: each takes memory for its nodes times the points.
-    probes = zip(density.nodes.split(1), density.weights.split(1), strict=True)
-    return torch.stack([replace(density, nodes=n, weights=w).pdf(points, width) for n, w in probes])
+    probes = zip(density.nodes.split(1), density.masses.split(1), strict=True)
+    return torch.stack(
+        [
+            replace(density, nodes=n, weights=mass, residuals=None).pdf(points, width)
+            for n, mass in probes
+        ]
+    )
 
 
 def _lone_nodes(density: Density, distance: float) -> Tensor:
