@@ -220,7 +220,10 @@ def orthonormal(
         whole = (taken.square().sum(1) + squares.diagonal()).max().sqrt()
         least = 0.0 if turn else threshold(float(whole))
         # R R' = U L^2 U' for the remainder R: Q = L^-1 U'R is orthonormal, and R = U L Q.
-        squares, rotation = torch.linalg.eigh(squares)
+        if len(squares) == 1:
+            squares, rotation = squares[0], torch.ones_like(squares)
+        else:
+            squares, rotation = torch.linalg.eigh(squares)
         lengths = squares.clamp_min(0).sqrt()
         kept = lengths > max(least, 1e-6 * float(lengths[-1]))
         rounded = max(float(left.norm()), _UNEVEN * float(lengths[-1]))

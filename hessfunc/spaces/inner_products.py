@@ -41,8 +41,10 @@ def gram(rows: Tensor, others: Tensor, /, *, run: int) -> Tensor:
 def _wide_gram(rows: Tensor, others: Tensor) -> Tensor:
     # Work in pieces: a full float64 copy takes longer to allocate than to fill.
     wide = wide_dtype(rows.device)
-    total = torch.zeros(len(rows), len(others), dtype=wide, device=rows.device)
     piece = _PIECE if rows.device.type == "cpu" else PIECE_OF_DEVICE
+    if rows.shape[1] <= piece:
+        return rows.to(wide) @ others.to(wide).mT
+    total = torch.zeros(len(rows), len(others), dtype=wide, device=rows.device)
     for left, right in zip(rows.split(piece, 1), others.split(piece, 1), strict=True):
         total += left.to(wide) @ right.to(wide).mT
     return total
@@ -54,6 +56,8 @@ def norms(rows: Tensor, /) -> Tensor:
     wide = wide_dtype(rows.device)
     piece = _PIECE if rows.device.type == "cpu" else PIECE_OF_DEVICE
     if rows.dtype == wide or rows.shape[1] <= piece:
+        if len(rows) == 1:
+            return torch.linalg.vector_norm(rows, dim=1, dtype=wide)
         lengths = [torch.linalg.vector_norm(row, dim=1, dtype=wide) for row in rows.split(1)]
         return torch.cat(lengths)
     parts = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in rows.split(piece, dim=1)]
