@@ -27,6 +27,11 @@ def main(folder: Path, victim: int, fatal_round: int) -> None:
         _run(folder, victim, fatal_round, mesh)
 
 
+def uninterrupted_on_ranks(folder: Path) -> None:
+    """Do the same in processes that have a group, and kill none."""
+    _run(folder, -1, 0, problems.mesh(dist.get_world_size()))
+
+
 def _run(folder: Path, victim: int, fatal_round: int, mesh: DeviceMesh) -> None:
     rank = dist.get_rank()
     loss, params = problems.model_and_loss()

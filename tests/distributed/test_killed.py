@@ -15,12 +15,12 @@ import torch
 
 import hessfunc as hf
 from tests.distributed import problems
-from tests.distributed.killed import TIMEOUT
+from tests.distributed.killed import TIMEOUT, uninterrupted_on_ranks
+from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-NOBODY = -1
 
 
 def start(folder: Path, ranks: int, victim: int, fatal: int) -> list[subprocess.Popen[str]]:
@@ -57,7 +57,9 @@ def uninterrupted() -> hf.results.Eigenpairs:
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_kill_9_of_one_rank_ends_the_others_and_fewer_go_on(victim: int, tmp_path: Path) -> None:
+def test_kill_9_of_one_rank_ends_the_others_and_fewer_go_on(
+    victim: int, two: Ranks, tmp_path: Path
+) -> None:
     processes = start(tmp_path, 3, victim, fatal=4)
     processes[victim].wait(120)
     killed = time.monotonic()
@@ -69,7 +71,7 @@ def test_kill_9_of_one_rank_ends_the_others_and_fewer_go_on(victim: int, tmp_pat
             assert status > 0
             assert f"rank {rank} has lost contact with the other ranks" in errors
     assert not (tmp_path / "found.json").exists()
-    assert all(status == 0 for status, _ in ended(start(tmp_path, 2, NOBODY, 0)))
+    two.run(uninterrupted_on_ranks, tmp_path)
 
     wanted, again = uninterrupted(), found(tmp_path)
     torch.testing.assert_close(
