@@ -87,22 +87,20 @@ def main(*, small: bool = False, out: Path = Path("penalty.png")) -> dict[float,
 
 
 def draw(runs: dict[float, Trained], out: Path) -> None:
-    from hessfunc.plot.style import grid, legend
+    from hessfunc.plot.style import PALETTE, clean, grid, legend
 
-    losses, tops = grid(1, 2, (9.6, 3.6))
-    for penalty, run in runs.items():
-        losses.semilogy(run.steps, run.losses, label=f"penalty {penalty:g}")
-        tops.plot(run.steps, run.tops, label=f"penalty {penalty:g}")
+    tops, losses = map(clean, grid(2, 1, (4.4, 5.2)))
+    for (penalty, run), color in zip(runs.items(), PALETTE, strict=False):
+        tops.plot(run.steps, run.tops, color=color, label=f"penalty {penalty:g}")
+        losses.semilogy(run.steps, run.losses, color=color)
+    tops.set(ylabel="largest eigenvalue", ylim=(0, None))
     losses.set(xlabel="step", ylabel="training loss")
-    tops.set(xlabel="step", ylabel="largest eigenvalue")
-    legend(losses)
+    legend(tops)
     losses.figure.savefig(out, dpi=150)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--small", action="store_true", help="Use a small problem that takes a few seconds."
-    )
-    parser.add_argument("--out", type=Path, default=Path("penalty.png"), help="File of the figure.")
+    parser.add_argument("--small", action="store_true", help="Use a problem that takes seconds.")
+    parser.add_argument("--out", type=Path, default=Path("penalty.png"), help="Figure file.")
     main(**vars(parser.parse_args()))
