@@ -3,10 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-machines lint docs links package bench bench-fast gpu clean
+.PHONY: demo pictures test test-machines lint docs links package bench bench-fast gpu clean
 
 demo: $(STAMP)
 	$(BIN)/hessfunc analyze digits --out demo
+
+# The pictures of docs/gallery.md.
+pictures: $(STAMP)
+	.ci/pictures
 
 test: $(STAMP)
 	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark

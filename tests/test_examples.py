@@ -8,6 +8,7 @@ from statistics import mean
 import pytest
 import torch
 
+import hessfunc as hf
 from tests.datapath import DATA
 
 pytest.importorskip("sklearn")
@@ -53,6 +54,66 @@ def test_a_penalty_lowers_the_top_eigenvalue_at_little_loss(tmp_path: Path) -> N
     assert penalised.losses[-1] < 2 * free.losses[-1]
     assert penalised.losses[-1] < 0.2 * penalised.losses[0]
     assert (tmp_path / "penalty.png").stat().st_size
+
+
+def test_the_central_flow_stays_at_the_edge_and_closer_to_descent_than_gradient_flow(
+    tmp_path: Path,
+) -> None:
+    from examples.central_flow import CENTRAL, FLOW, main
+
+    found = main(small=True, out=tmp_path / "central_flow.png")
+    sharpness, losses, distances = found.quantities.values()
+    assert max(sharpness[CENTRAL]) < 1.01 * found.edge < min(sharpness[FLOW][-10:])
+    assert sharpness[CENTRAL][-1] > 0.99 * found.edge
+    assert all(values[-1] < 0.2 * values[0] for values in losses.values())
+    # The first oscillation of descent has ended by then.
+    late = [i for i, step in enumerate(found.steps) if step >= 420]
+    assert len(late) > 3
+    assert all(distances[CENTRAL][i] < 0.5 * distances[FLOW][i] for i in late)
+    assert (tmp_path / "central_flow.png").stat().st_size
+
+
+def test_the_eigenvalues_of_an_ensemble_are_those_of_each_net(tmp_path: Path) -> None:
+    from examples.ensemble import main, problem
+
+    found = main(small=True, out=tmp_path / "ensemble.png")
+    loss, start, batch = problem(200)
+    assert found.nets.shape == (8, len(start))
+    last = list(found.eigenvalues.values())[-1]
+    # Descent at the edge amplifies rounding, and below it does not.
+    alone = start
+    for _ in range(400):
+        alone = alone - found.rates[0] * torch.func.grad(loss)(alone, batch)
+    torch.testing.assert_close(found.nets[0], alone, rtol=1e-6, atol=1e-8)
+    for i in (0, 7):
+        matvec = hf.hvp(loss)(found.nets[i], batch)
+        top = hf.lanczos(matvec, alone, k=3, which="LA", rtol=1e-8, seed=1)
+        expected = top.values.double().sort().values
+        torch.testing.assert_close(last[i, -3:], expected, rtol=1e-5, atol=0.0)
+    tops = last[:, -1] * found.rates / 2
+    assert 0.9 < tops[-1] < 1.1
+    assert tops[0] < 0.5
+
+
+def test_hypergradients_are_finite_differences_and_find_wrong_labels(tmp_path: Path) -> None:
+    from examples.hypergradient import inner, main, outer, problem, trained
+
+    seen, validation, _, _ = problem(100)
+    h = torch.linspace(-1, 1, 100).double()
+    w = trained(h, seen, torch.zeros(64, 10).double())
+    slope = hf.implicit_gradient(
+        outer, inner, w, h, outer_batches=[validation], inner_batches=[seen], rtol=1e-8
+    )
+    for i in (0, 50, 99):
+        step = torch.zeros(100).double()
+        step[i] = 1e-2
+        ahead, behind = (outer(trained(h + s, seen, w), h, validation) for s in (step, -step))
+        torch.testing.assert_close(slope.gradient[i], (ahead - behind) / 2e-2, rtol=1e-3, atol=1e-7)
+
+    found = main(small=True, out=tmp_path / "hypergradient.png")
+    assert found.weights[found.wrong].mean() < 0.3 < 0.7 < found.weights[~found.wrong].mean()
+    assert found.accuracies[-1] > found.accuracies[0] + 0.05
+    assert (tmp_path / "hypergradient.png").stat().st_size
 
 
 def test_influence_finds_mislabelled_digits_and_predicts_what_leaving_out_does(
