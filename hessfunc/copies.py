@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class Evaluated:
         modules = list(module.modules())
         self._of_original = dict(zip(originals, modules, strict=True))
         self._states = [(vars(m), dict(vars(m)), _contents(m)) for m in modules]
+        self._slots = [(m, _slots(m)) for m in modules]
 
     def install(self) -> None:
         """Register the hooks of `hooked` that belong to the originals of these modules."""
@@ -86,6 +87,11 @@ class Evaluated:
                 else:
                     container.clear()
                     container.update(content)
+        for module, values in self._slots:
+            for slot in _slots(module).keys() - values.keys():
+                slot.__delete__(module)
+            for slot, value in values.items():
+                slot.__set__(module, value)
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any, bool]]:
@@ -157,9 +163,33 @@ def _structural_copy(model: nn.Module) -> nn.Module | None:
     return None if _refers_to(copied, set(map(id, model.modules()))) else copied
 
 
+def _slots(module: nn.Module) -> dict[Any, Any]:
+    """Return the values in the ``__slots__`` of a module, by descriptor."""
+    slots = [
+        slot
+        for kind in type(module).__mro__
+        for slot in vars(kind).values()
+        if isinstance(slot, MemberDescriptorType) and kind.__module__ != "builtins"
+    ]
+    return {slot: slot.__get__(module) for slot in slots if _is_set(slot, module)}
+
+
+def _is_set(slot: MemberDescriptorType, module: nn.Module) -> bool:
+    try:
+        slot.__get__(module)
+    except AttributeError:
+        return False
+    return True
+
+
 def _deep_copy(model: nn.Module) -> nn.Module:
-    tensors = [t for module in model.modules() for t in _tensors(vars(module))]
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    held = [[vars(module), _slots(module)] for module in model.modules()]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(held)}
+    copied = copy.deepcopy(model, memo)
+    for module in model.modules():
+        # `nn.Module.__setstate__` leaves out what is in slots.
+        for slot, value in _slots(module).items():
+            slot.__set__(memo[id(module)], copy.deepcopy(value, memo))
     for module in copied.modules():
         if isinstance(original := vars(module).get("_modules", {}).get("_orig_mod"), nn.Module):
             # A wrapper of `torch.compile`, whose compiled graph has no second derivative.

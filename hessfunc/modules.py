@@ -17,6 +17,7 @@ from torch._C._autograd import (
     _saved_tensors_hooks_get_disabled_error_message,
 )
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.overrides import Replaced, current
@@ -79,12 +80,14 @@ def functional(
         order of ``named_parameters``; tied parameters appear once.
 
     Raises:
-        ValueError: If no parameter is left, or if no module matches ``recompute``.
+        ValueError: If no parameter is left, if a lazy parameter has no shape yet, or if no module
+            matches ``recompute``.
         NotImplementedError: If the module is sharded by `fully_shard`, or wrapped in
             `DataParallel`, `DistributedDataParallel` or `torch.jit`.
     """
     _refuse_if_fully_sharded(model)
     _refuse_wrapped(model)
+    _refuse_lazy(model)
     params = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
@@ -265,6 +268,15 @@ def _without_checkpointing() -> Iterator[None]:
             _saved_tensors_hooks_enable()
         else:
             _saved_tensors_hooks_disable(before, fail_if_non_empty=False)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} has no shape yet: call `model(inputs)` once before "
+                "`functional(model)`"
+            )
 
 
 @contextmanager

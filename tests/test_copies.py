@@ -289,6 +289,37 @@ def test_a_module_that_cannot_be_copied_is_evaluated_itself_under_a_lock(threads
     assert_same(everything(model), before)
 
 
+class Slotted(nn.Linear):
+    """A module that reads one slot, and keeps its activations in another."""
+
+    __slots__ = ("__hidden", "factor", "kept")
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.factor = torch.tensor(2.0)
+        self.__hidden = [1.0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.kept = super().forward(input).tanh()
+        self.__hidden.append(1.0)
+        return self.kept * self.factor * self.__hidden[0]
+
+
+def test_slots_are_copied_and_restored() -> None:
+    inner = Slotted()
+    model = nn.Sequential(inner, nn.Tanh())
+    model_fn, params = hf.functional(model)
+    x = torch.randn(4, 3)
+    expected = model(x)
+    inner.factor = torch.tensor(5.0)
+    del inner.kept
+    # The copy, and with it the factor, is that of the call of `functional`.
+    for _ in range(2):
+        torch.testing.assert_close(model_fn(params, x), expected)
+    assert not hasattr(inner, "kept")
+    assert len(inner._Slotted__hidden) == 2
+
+
 MODEL = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
 
 

@@ -304,3 +304,12 @@ def test_the_hessian_of_a_recurrent_layer_on_a_gpu_is_that_on_the_cpu() -> None:
         loss = hf.composed(model_fn, lambda outputs, _: outputs[0].square().mean())
         products.append(matrix(hf.hvp(loss)(params, x.to(device)), params).cpu())
     assert relative_error(products[1], products[0]) < 1e-8
+
+
+def test_lazy_parameters_without_a_shape_are_named() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Tanh())
+    with pytest.raises(ValueError, match="parameter '0.weight' has no shape yet: call `model"):
+        hf.functional(model)
+    model(torch.randn(2, 5))
+    _, params = hf.functional(model)
+    assert params["0.weight"].shape == (3, 5)
