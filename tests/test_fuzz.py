@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import hessfunc as hf
 from hessfunc import plot
 from hessfunc.compat import eigenthings, hessianflow, pyhessian
-from hessfunc.trees import tree_map
+from hessfunc.trees import leaves, tree_map
 from tests import public
 
 HOME = Path(hf.__file__).parent
@@ -348,7 +348,9 @@ CALLS: dict[str, Call] = {
     "generalized_sharpness": Call(
         {
             "matvec": matvec, "like": LIKE,
-            "norm": lambda v: (v.abs().reshape(len(v), -1).sum(1), v.sign()),
+            "norm": lambda v: (
+                sum(x.abs().reshape(len(x), -1).sum(1) for x in leaves(v)), tree_map(torch.sign, v)
+            ),
         },
         RUN | {"restarts": 2, "rtol": 0.1, "max_matvecs": 40, "start": None},
     ),
