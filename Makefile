@@ -13,7 +13,8 @@ pictures: $(STAMP)
 	.ci/pictures
 
 test: $(STAMP)
-	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark
+	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m "not slow"
+	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m slow
 
 # The fast ones with the rounding, the threads and the load of other machines, one after another;
 # `make test-machines SETTING=busy` takes one of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -69,7 +70,14 @@ class Ranks:
         """What the function came to on each rank."""
         for connection in self.connections:
             connection.send_bytes(pickle.dumps((function, args)))
-        return [Outcome(*pickle.loads(c.recv_bytes())) for c in self.connections]
+        return [self._outcome(rank) for rank in range(len(self.connections))]
+
+    def _outcome(self, rank: int) -> Outcome:
+        try:
+            return Outcome(*pickle.loads(self.connections[rank].recv_bytes()))
+        except EOFError:
+            errors = _errors(Path(self.folder.name, "socket"), rank).read_text()
+            raise RuntimeError(f"rank {rank} has ended: {errors}") from None
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What the function returned on each rank."""
@@ -82,6 +90,11 @@ class Ranks:
         for connection in self.connections:
             connection.close()
         self.folder.cleanup()
+
+
+def _errors(address: str | Path, rank: int) -> Path:
+    """Where a rank writes its last words, such as those of a crash in C++."""
+    return Path(f"{address}.{rank}.txt")
 
 
 def _fork(address: str) -> None:
@@ -110,6 +123,9 @@ def _serve(address: str, rank: int, size: int) -> None:
     import torch
     import torch.distributed as dist
 
+    errors = _errors(address, rank).open("w")
+    os.dup2(errors.fileno(), 2)
+    faulthandler.enable(errors)
     warnings.simplefilter("error")
     # As in tests/conftest.py.
     warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
