@@ -40,7 +40,8 @@ class MeanLoss:
         criterion: Function ``(outputs, targets) -> scalar``, a mean over examples.
         data: Single batch ``(inputs, targets)``.
         dataloader: Batches that can be read several times, weighted by their numbers of examples.
-        cuda, device: Ignored: batches are moved to the device of the parameters.
+        cuda: Ignored: batches are moved to the device of the parameters.
+        device: Ignored, as ``cuda``.
 
     Attributes:
         params: Parameters of the model that currently require a gradient. They can be set to some
