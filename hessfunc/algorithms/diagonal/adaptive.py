@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, Unpack, get_args
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.chains import expected_reduction
+from hessfunc.algorithms.adaptive import BLOCK, AdaptiveProbing
 from hessfunc.algorithms.deflation import PILOT, Deflation
 from hessfunc.algorithms.diagonal.hutchinson import hutchinson_diagonal, without_chance
 from hessfunc.algorithms.diagonal.xdiag import xdiag
@@ -21,18 +21,13 @@ from hessfunc.algorithms.results import DiagonalEstimate, Eigenpairs
 from hessfunc.algorithms.sketch import vectors_that_fit
 from hessfunc.algorithms.span import Span
 from hessfunc.algorithms.statistics import rounding_of_sum, standard_error
-from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.numerics import wide_dtype
 from hessfunc.options import ARGUMENTS, at_least, validated
-from hessfunc.spaces.space import Space, products_eps
+from hessfunc.spaces.space import ProbeKind, Space, products_eps
 from hessfunc.trees import Matvec, Tree
 
 DiagonalMethod: TypeAlias = Literal["auto", "hutchinson", "xdiag"]
 _OTHERS = {"hutchinson": hutchinson_diagonal, "xdiag": xdiag}
-# Number of probes that are multiplied at once by default. They are decided upon together.
-_BLOCK = 4
-# Least factor by which a step is taken to reduce the variance.
-_LEAST = 1e-30
 
 
 @validated(start=ARGUMENTS["deflate"])
@@ -99,7 +94,7 @@ def diagonal(
     at_least(2, max_matvecs=max_matvecs)
     products = Products.of(matvec, like, run.get("space"))
     adaptive = AdaptiveDiagonal(
-        block_size=_BLOCK if block_size is None else block_size,
+        block_size=BLOCK if block_size is None else block_size,
         rtol=rtol,
         most=vectors_that_fit(products.space, 12),
         span=Span.of(products.space, start, "start"),
@@ -108,80 +103,25 @@ def diagonal(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveDiagonal(DiagonalProbing[Deflation]):
-    """Diagonal of the deflated part, and samples ``w * Sw`` of the rest.
-
-    Attributes:
-        span: Span of the given eigenpairs.
-    """
-
-    span: Span
+class AdaptiveDiagonal(AdaptiveProbing[DiagonalEstimate], DiagonalProbing[Deflation]):
+    """Diagonal of the deflated part, and samples ``w * Sw`` of the rest."""
 
     fewest: ClassVar[int] = 2 * PILOT
+    kind: ClassVar[ProbeKind] = "signs"
+    of_diagonal: ClassVar[bool] = True
 
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "span": (self.span.parts, self.span.basis)}
+    def samples(self, state: Deflation, space: Space, /) -> _Samples:
+        return _Samples.of(space, state, self.span)
 
-    def count(self, state: Deflation, /) -> int:
-        return len(state.probes)
+    def tolerance(self, samples: _Samples, space: Space, /) -> float:
+        return (self.rtol or 0.0) * float(space.norms(samples.value[None]))
 
-    def kept(self, state: Deflation, /) -> int:
-        return len(state.basis) + len(state.probes)
-
-    def init(self, products: Products, seed: int, /) -> Deflation:
-        return Deflation.none(products.space, seed, diagonal=True)
-
-    def step(self, state: Deflation, products: Products, room: int, /) -> Deflation:
-        space, p, width = products.space, len(state.probes), min(self.block_size, room)
-        if p < PILOT:
-            return state.probed(products, self.span, min(width, PILOT - p), "signs")
-        if p == PILOT and not len(state.basis):
-            refuse_asymmetric_forms(products, state.probes, state.images)
-        samples = _Samples.of(space, state, self.span)
-        needed = self._needed(samples, space, p + room)
-        room_left = space.n - len(self.span) - len(state.basis) > 2
-        if room_left and samples.variance > samples.rounding(space) ** 2:
-            expected = expected_reduction(space.gram(samples.images, samples.images).cpu().double())
-            chain = state.chains.choice(needed, state.alive, expected)
-            if chain is not None:
-                grown = state.extended(products, self.span, chain)
-                variance = _Samples.of(space, grown, self.span).variance
-                reduction = math.log(samples.variance / max(variance, samples.variance * _LEAST))
-                return replace(grown, chains=grown.chains.extended(chain, reduction))
-        if self.has_tolerance:
-            width = min(width, max(1, self.fewest - p, math.floor(needed - p)))
-        return state.probed(products, self.span, width, "signs")
-
-    def finish(
-        self, state: Deflation, products: Products, reason: str, room: int, /
-    ) -> tuple[Deflation, str]:
-        """Return the last state and the reason, after a check of the symmetry of the matvec.
-
-        Raises:
-            ValueError: If the matvec is not symmetric or not deterministic.
-        """
-        if not len(state.basis):
-            refuse_asymmetric_forms(products, state.probes, state.images)
-        return state, reason
-
-    def _needed(self, samples: _Samples, space: Space, most: int) -> float:
-        """Return the number of probes that a run needs: those of its budget, or of its tolerance.
-
-        With p probes, the error in the 2-norm is about (variance / p)^(1/2).
-        """
-        if self.rtol is None:
-            return most
-        if samples.variance == 0:
-            return 0.0
-        tolerance = self.rtol * float(space.norms(samples.value[None]))
-        if tolerance == 0:
-            return most
-        needed = samples.variance * (self.widening / tolerance) ** 2
-        # Fewer probes than the least number of a run save nothing.
-        return min(most, needed) if needed > self.fewest else 0.0
+    def probes_within(self, tolerance: float, samples: _Samples, /) -> float:
+        # With p probes, the error in the 2-norm is about (norm / p)^(1/2).
+        return samples.norm * (self.widening / tolerance) ** 2
 
     def estimate(self, state: Deflation, space: Space, cost: Cost, /) -> DiagonalEstimate:
-        samples, p = _Samples.of(space, state, self.span), len(state.probes)
+        samples, p = self.samples(state, space), len(state.probes)
         rounding = rounding_of_sum(products_eps(space)) * (samples.exact.abs() + samples.spread)
         spread = without_chance(space, samples.spread, rounding, p)
         stderr = (spread / math.sqrt(p) + rounding) * self.widening
@@ -219,13 +159,14 @@ class _Samples:
         images: Products S w, ``(p, n)``.
         exact: Diagonal of the deflated part, ``(n,)``.
         random: Samples ``w * Sw``, ``(p, n)``.
-        variance: Sum of the variances of all entries of a sample.
+        norm: Sum of the variances of all entries of a sample, which estimates ``|S|_F^2`` without
+            the diagonal.
     """
 
     images: Tensor
     exact: Tensor
     random: Tensor
-    variance: float
+    norm: float
 
     @classmethod
     def of(cls, space: Space, state: Deflation, span: Span) -> _Samples:
@@ -239,7 +180,7 @@ class _Samples:
             images=images,
             exact=span.diagonal().to(wide) + state.diagonal[0] + inner,
             random=random,
-            variance=float(deviations) / max(1, len(random) - 1),
+            norm=float(deviations) / max(1, len(random) - 1),
         )
 
     @property

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, Unpack, get_args
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.chains import expected_reduction
+from hessfunc.algorithms.adaptive import BLOCK, AdaptiveProbing
 from hessfunc.algorithms.deflation import PILOT, Deflation
 from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.norms import squared_frobenius
@@ -20,23 +19,21 @@ from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.sketch import vectors_that_fit
 from hessfunc.algorithms.span import Span
 from hessfunc.algorithms.statistics import rounding_of_sum, sphere_error
-from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.algorithms.trace.hutchpp import hutchpp
 from hessfunc.algorithms.trace.xnystrace import xnystrace
 from hessfunc.algorithms.trace.xtrace import xtrace
 from hessfunc.options import ARGUMENTS, at_least, validated
-from hessfunc.spaces.space import Space, products_eps
+from hessfunc.spaces.space import ProbeKind, Space, products_eps
 from hessfunc.trees import Matvec, Tree
 
 TraceMethod: TypeAlias = Literal["auto", "hutchinson", "hutchpp", "xtrace", "xnystrace"]
-_OTHERS = {"hutchpp": hutchpp, "xtrace": xtrace, "xnystrace": xnystrace}
-# Number of probes that are multiplied at once by default. They are decided upon together.
-_BLOCK = 4
-# Student's quantile of p degrees of freedom costs about this many probes more than the normal one.
-_STUDENT = 2.7
-# Least factor by which a step is taken to reduce the variance.
-_LEAST = 1e-30
+_OTHERS: dict[str, Any] = {
+    "hutchinson": hutchinson,
+    "hutchpp": hutchpp,
+    "xtrace": xtrace,
+    "xnystrace": xnystrace,
+}
 
 
 @validated(start=ARGUMENTS["deflate"])
@@ -106,29 +103,19 @@ def trace(
     """
     if method not in get_args(TraceMethod):
         raise ValueError(f"method={method!r}: choose one of {', '.join(get_args(TraceMethod))}")
-    if start is not None and method in _OTHERS:
+    if start is not None and method not in ("auto", "hutchinson"):
         raise ValueError(f"start has no use for method={method!r}: pass method='auto'")
-    blocks: Any = {} if block_size is None else {"block_size": block_size}
-    if method == "hutchinson":
-        return hutchinson(
-            matvec,
-            like,
-            rtol=rtol,
-            atol=atol,
-            max_matvecs=max_matvecs,
-            deflate=start,
-            **blocks,
-            **run,
-        )
     if method != "auto":
-        estimator = _OTHERS[method]
-        return estimator(
-            matvec, like, rtol=rtol, atol=atol, max_matvecs=max_matvecs, **blocks, **run
+        own: dict[str, Any] = {"block_size": block_size, "deflate": start}
+        given = {name: value for name, value in own.items() if value is not None}
+        estimate: Estimate = _OTHERS[method](
+            matvec, like, rtol=rtol, atol=atol, max_matvecs=max_matvecs, **given, **run
         )
+        return estimate
     at_least(2, max_matvecs=max_matvecs)
     products = Products.of(matvec, like, run.get("space"))
     adaptive = AdaptiveTrace(
-        block_size=_BLOCK if block_size is None else block_size,
+        block_size=BLOCK if block_size is None else block_size,
         rtol=rtol,
         atol=atol,
         most=vectors_that_fit(products.space, 8),
@@ -138,80 +125,26 @@ def trace(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveTrace(TraceProbing[Deflation]):
-    """Trace of the deflated part, and quadratic forms of probes outside of it.
-
-    Attributes:
-        span: Span of the given eigenpairs.
-    """
-
-    span: Span
+class AdaptiveTrace(AdaptiveProbing[Estimate], TraceProbing[Deflation]):
+    """Trace of the deflated part, and quadratic forms of probes outside of it."""
 
     fewest: ClassVar[int] = PILOT + 1
+    kind: ClassVar[ProbeKind] = "sphere"
+    of_diagonal: ClassVar[bool] = False
+    margin: ClassVar[float] = 2.7
 
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "span": (self.span.parts, self.span.basis)}
+    def samples(self, state: Deflation, space: Space, /) -> _Forms:
+        return _Forms.of(space, state, self.span)
 
-    def count(self, state: Deflation, /) -> int:
-        return len(state.probes)
+    def tolerance(self, samples: _Forms, space: Space, /) -> float:
+        return max((self.rtol or 0.0) * abs(samples.value), self.atol or 0.0)
 
-    def kept(self, state: Deflation, /) -> int:
-        return len(state.basis) + len(state.probes)
-
-    def init(self, products: Products, seed: int, /) -> Deflation:
-        return Deflation.none(products.space, seed, diagonal=False)
-
-    def step(self, state: Deflation, products: Products, room: int, /) -> Deflation:
-        space, p, width = products.space, len(state.probes), min(self.block_size, room)
-        if p < PILOT:
-            return state.probed(products, self.span, min(width, PILOT - p), "sphere")
-        if p == PILOT and not len(state.basis):
-            # Later, deflation leaves so little of the products that rounding looks like asymmetry.
-            refuse_asymmetric_forms(products, state.probes, state.images)
-        forms = _Forms.of(space, state, self.span)
-        needed = self._needed(forms, p + room)
-        if forms.dimension > 2 and forms.norm > forms.rounding(space) ** 2:
-            expected = expected_reduction(space.gram(forms.images, forms.images).cpu().double())
-            chain = state.chains.choice(needed, state.alive, expected)
-            if chain is not None:
-                grown = state.extended(products, self.span, chain)
-                norm = max(_Forms.of(space, grown, self.span).norm, forms.norm * _LEAST)
-                reduction = math.log(forms.norm / norm)
-                return replace(grown, chains=grown.chains.extended(chain, reduction))
-        if self.has_tolerance:
-            width = min(width, max(1, self.fewest - p, math.floor(needed + _STUDENT - p)))
-        return state.probed(products, self.span, width, "sphere")
-
-    def finish(
-        self, state: Deflation, products: Products, reason: str, room: int, /
-    ) -> tuple[Deflation, str]:
-        """Return the last state and the reason, after a check of the symmetry of the matvec.
-
-        Raises:
-            ValueError: If the matvec is not symmetric or not deterministic.
-        """
-        if not len(state.basis):
-            refuse_asymmetric_forms(products, state.probes, state.images)
-        return state, reason
-
-    def _needed(self, forms: _Forms, most: int) -> float:
-        """Return the number of probes that a run needs: those of its budget, or of its tolerance.
-
-        With p probes, the half-width is about 1.96 (2 |S|_F^2 / p)^(1/2).
-        """
-        if not self.has_tolerance:
-            return most
-        if forms.norm == 0:
-            return 0.0
-        tolerance = max((self.rtol or 0.0) * abs(forms.value), self.atol or 0.0)
-        if tolerance == 0:
-            return most
-        needed = 2 * forms.norm * (1.96 * self.widening / tolerance) ** 2
-        # Fewer probes than the least number of a run save nothing.
-        return min(most, needed) if needed + _STUDENT > self.fewest else 0.0
+    def probes_within(self, tolerance: float, samples: _Forms, /) -> float:
+        # With p probes, the half-width is about 1.96 (2 |S|_F^2 / p)^(1/2).
+        return 2 * samples.norm * (1.96 * self.widening / tolerance) ** 2
 
     def estimate(self, state: Deflation, space: Space, cost: Cost, /) -> Estimate:
-        forms, p = _Forms.of(space, state, self.span), len(state.probes)
+        forms, p = self.samples(state, space), len(state.probes)
         rounding = forms.rounding(space)
         stderr = sphere_error(forms.parts.sum(1), forms.lengths.sum(1), forms.dimension)
         stderr = (stderr + rounding) * self.widening

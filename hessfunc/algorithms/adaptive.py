@@ -1,0 +1,126 @@
+"""Estimators that choose online between deflation and random probes."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from hessfunc.algorithms.chains import expected_reduction
+from hessfunc.algorithms.deflation import PILOT, Deflation
+from hessfunc.algorithms.probing import AnyResult, Probing
+from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.span import Span
+from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
+from hessfunc.spaces.space import ProbeKind, Space
+
+# Number of probes that are multiplied at once by default. They are decided upon together.
+BLOCK = 4
+# Least factor by which a step is taken to reduce the variance.
+_LEAST = 1e-30
+
+
+class Samples(Protocol):
+    """Samples of the part S of a matrix that is not deflated."""
+
+    @property
+    def images(self) -> Tensor:
+        """Products S w, ``(p, n)``."""
+
+    @property
+    def norm(self) -> float:
+        """Estimate of the part of ``|S|_F^2`` to which the variance of a probe is proportional."""
+
+    def rounding(self, space: Space) -> float:
+        """Return the error of the value from the rounding of the products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveProbing(Probing[Deflation, AnyResult]):
+    """Exact value of the deflated part, and samples of the rest.
+
+    Attributes:
+        span: Span of the given eigenpairs.
+        kind: Distribution of the probes.
+        of_diagonal: Whether the diagonal is needed besides the trace.
+        margin: Number of probes that Student's quantile costs more than the normal one.
+    """
+
+    span: Span
+
+    kind: ClassVar[ProbeKind]
+    of_diagonal: ClassVar[bool]
+    margin: ClassVar[float] = 0.0
+
+    @abstractmethod
+    def samples(self, state: Deflation, space: Space, /) -> Samples:
+        """Return the samples of the probes so far."""
+
+    @abstractmethod
+    def tolerance(self, samples: Any, space: Space, /) -> float:
+        """Return the absolute tolerance of a run that has one."""
+
+    @abstractmethod
+    def probes_within(self, tolerance: float, samples: Any, /) -> float:
+        """Return the number of probes whose error is about the tolerance."""
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "span": (self.span.parts, self.span.basis)}
+
+    def count(self, state: Deflation, /) -> int:
+        return len(state.probes)
+
+    def kept(self, state: Deflation, /) -> int:
+        return len(state.basis) + len(state.probes)
+
+    def init(self, products: Products, seed: int, /) -> Deflation:
+        return Deflation.none(products.space, seed, diagonal=self.of_diagonal)
+
+    def step(self, state: Deflation, products: Products, room: int, /) -> Deflation:
+        space, p, width = products.space, len(state.probes), min(self.block_size, room)
+        if p < PILOT:
+            return state.probed(products, self.span, min(width, PILOT - p), self.kind)
+        if p == PILOT and not len(state.basis):
+            # Later, deflation leaves so little of the products that rounding looks like asymmetry.
+            refuse_asymmetric_forms(products, state.probes, state.images)
+        samples = self.samples(state, space)
+        needed, norm = self._needed(samples, space, p + room), samples.norm
+        is_left = space.n - len(self.span) - len(state.basis) > 2
+        if is_left and norm > samples.rounding(space) ** 2:
+            expected = expected_reduction(space.gram(samples.images, samples.images).cpu().double())
+            chain = state.chains.choice(needed, state.alive, expected)
+            if chain is not None:
+                grown = state.extended(products, self.span, chain)
+                reduction = math.log(norm / max(self.samples(grown, space).norm, norm * _LEAST))
+                return replace(grown, chains=grown.chains.extended(chain, reduction))
+        if self.has_tolerance:
+            width = min(width, max(1, self.fewest - p, math.floor(needed + self.margin - p)))
+        return state.probed(products, self.span, width, self.kind)
+
+    def _needed(self, samples: Samples, space: Space, most: int) -> float:
+        """Return the number of probes that the tolerance or, without one, the budget needs."""
+        if not self.has_tolerance:
+            return most
+        if samples.norm == 0:
+            return 0.0
+        tolerance = self.tolerance(samples, space)
+        if tolerance == 0:
+            return most
+        needed = self.probes_within(tolerance, samples)
+        # Fewer probes than the least number of a run save nothing.
+        return min(most, needed) if needed + self.margin > self.fewest else 0.0
+
+    def finish(
+        self, state: Deflation, products: Products, reason: str, room: int, /
+    ) -> tuple[Deflation, str]:
+        """Return the last state and the reason, after a check of the symmetry of the matvec.
+
+        Raises:
+            ValueError: If the matvec is not symmetric or not deterministic.
+        """
+        if not len(state.basis):
+            refuse_asymmetric_forms(products, state.probes, state.images)
+        return state, reason
