@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ AGAIN: dict[str, Any] = {
 KEPT: dict[str, Any] = {
     "reverse": hf.hvp,
     "ggnvp": hf.ggnvp,
+    "functional_hvp": hf.functional_hvp,
     "pchvp": hf.pchvp,
     "fvp": partial(hf.fvp, samples=1, seed=0),
     "efvp": hf.efvp,
@@ -84,18 +86,28 @@ class Problem:
         return self.model.state_dict(keep_vars=True)[name]
 
 
+def assert_refused(
+    curvature: Any,
+    problem: Problem,
+    tensor: str,
+    write: Callable[[Tensor], None],
+    message: str = "has .* since this matvec",
+) -> None:
+    """A product after the write to a tensor raises, and one before it does not."""
+    matvec = curvature(problem.loss)(problem.params, problem.batch)
+    matvec(problem.v)
+    write(problem.tensor(tensor))
+    with pytest.raises(RuntimeError, match=rf"'{re.escape(tensor)}' {message}"):
+        matvec(problem.v)
+
+
 @pytest.mark.parametrize("held", [False, True], ids=["frozen", "held"])
 @pytest.mark.parametrize("write", WRITES[:3])
 @pytest.mark.parametrize("name", [*AGAIN, *KEPT])
 def test_fixed_parameters_that_are_overwritten_are_refused(
     name: str, write: Callable[[Tensor], None], held: bool
 ) -> None:
-    problem = Problem(held)
-    matvec = (AGAIN | KEPT)[name](problem.loss)(problem.params, problem.batch)
-    matvec(problem.v)
-    write(problem.tensor("3.weight"))
-    with pytest.raises(RuntimeError, match=r"'3\.weight' has .* since this matvec"):
-        matvec(problem.v)
+    assert_refused((AGAIN | KEPT)[name], Problem(held), "3.weight", write)
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -103,12 +115,14 @@ def test_fixed_parameters_that_are_overwritten_are_refused(
 def test_buffers_that_products_read_again_are_refused(
     name: str, write: Callable[[Tensor], None]
 ) -> None:
-    problem = Problem(held=False)
-    matvec = AGAIN[name](problem.loss)(problem.params, problem.batch)
-    matvec(problem.v)
-    write(problem.tensor("1.running_var"))
-    with pytest.raises(RuntimeError, match=r"'1\.running_var' has .* since this matvec"):
-        matvec(problem.v)
+    assert_refused(AGAIN[name], Problem(held=False), "1.running_var", write)
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_frozen_parameters_with_another_memory_are_refused(name: str) -> None:
+    assert_refused(
+        AGAIN[name], Problem(held=False), "3.weight", by_another_memory, "has been overwritten"
+    )
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -119,16 +133,6 @@ def test_kept_graphs_do_not_depend_on_buffers(name: str, write: Callable[[Tensor
     before = flat(matvec(problem.v))
     write(problem.tensor("1.running_var"))
     assert torch.equal(flat(matvec(problem.v)), before)
-
-
-@pytest.mark.parametrize("name", AGAIN)
-def test_frozen_parameters_with_another_memory_are_refused(name: str) -> None:
-    problem = Problem(held=False)
-    matvec = AGAIN[name](problem.loss)(problem.params, problem.batch)
-    matvec(problem.v)
-    by_another_memory(problem.tensor("3.weight"))
-    with pytest.raises(RuntimeError, match=r"'3\.weight' has been overwritten"):
-        matvec(problem.v)
 
 
 @pytest.mark.parametrize("write", WRITES[1:])

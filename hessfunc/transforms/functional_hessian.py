@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd import differentiable_twice, plain_batch, refuse_autocast
 from hessfunc.autograd.functorch import transforming
 from hessfunc.containers import opened
 from hessfunc.losses import Loss, composed
@@ -16,7 +16,7 @@ from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.chunks import ChunkSize, Curvature
 from hessfunc.transforms.differentiable import every_order
-from hessfunc.transforms.hessian import Mode, hvp, kept
+from hessfunc.transforms.hessian import Mode, hvp, kept, linearising
 from hessfunc.transforms.output_gradients import output_gradient, slopes_by_transforms
 from hessfunc.transforms.output_matrices import refuse_without_halves
 from hessfunc.trees import Matvec, Tree, leaves
@@ -81,7 +81,7 @@ def functional_hvp(
                 return second(params, (batch, (used, slopes)))
         space = space_of(params)
         refuse_autocast(space.device)
-        with torch.inference_mode(False), explained(space, batch), noted(loss, params, batch):
+        with linearising(loss, space, params, batch):
             batch = plain_batch(batch)
             inputs = [leaf.requires_grad_() for leaf in kept(space.tree_leaves(params))]
             with differentiable_twice(space.device):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -19,7 +20,7 @@ from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD
 from hessfunc.autograd.functorch import edges, pullback, transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
-from hessfunc.changes import reading
+from hessfunc.changes import Reads, reading
 from hessfunc.containers import batch_leaves
 from hessfunc.losses import LossFunction, refuse_module
 from hessfunc.options import validated
@@ -123,12 +124,7 @@ def hvp(
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         given = batch
-        with (
-            torch.inference_mode(False),
-            explained(space, batch),
-            noted(loss, params, batch),
-            reading() as read,
-        ):
+        with linearising(loss, space, params, batch) as read:
             batch = kept_batch(batch)
             point = kept(leaves)
             problem = _Problem(loss, space, point, batch, verified)
@@ -146,6 +142,18 @@ def hvp(
         )
 
     return curvature
+
+
+@contextmanager
+def linearising(loss: LossFunction, space: Space, params: Tree, batch: Any, /) -> Iterator[Reads]:
+    """Context manager in which the graph of a product is made; it yields what the loss reads."""
+    with (
+        torch.inference_mode(False),
+        explained(space, batch),
+        noted(loss, params, batch),
+        reading() as reads,
+    ):
+        yield reads
 
 
 def kept(leaves: Sequence[Tensor], /) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
+from hessfunc.autograd import differentiable_twice, refuse_autocast
 from hessfunc.autograd.constant_matrix import Product, leaves_of_graph
 from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
@@ -21,7 +21,6 @@ from hessfunc.autograd.functorch import (
 )
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
-from hessfunc.changes import reading
 from hessfunc.containers import opened
 from hessfunc.losses import Loss
 from hessfunc.spaces.of import space_of
@@ -42,10 +41,8 @@ from hessfunc.transforms.differentiable import (
     pullback_with_graph,
     refuse_untransformable,
 )
-from hessfunc.transforms.hessian import checked, kept, requiring_gradients, scalar
-from hessfunc.transforms.output_gradients import (
-    INDEPENDENT,
-)
+from hessfunc.transforms.hessian import checked, kept, linearising, requiring_gradients, scalar
+from hessfunc.transforms.output_gradients import INDEPENDENT
 from hessfunc.transforms.outputs import Rest, floating_part
 from hessfunc.trees import Matvec, Tree
 
@@ -89,12 +86,7 @@ def through_outputs(
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         constants = requiring_gradients(leaves, batch)
-        with (
-            torch.inference_mode(False),
-            explained(space, batch),
-            noted(loss, params, batch),
-            reading() as read,
-        ):
+        with linearising(loss, space, params, batch) as read:
             batch = kept_batch(batch)
             point = kept(leaves)
             inputs = [leaf.detach().requires_grad_() for leaf in point]

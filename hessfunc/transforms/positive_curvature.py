@@ -10,22 +10,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
+from hessfunc.autograd import differentiable_twice, refuse_autocast
 from hessfunc.autograd.constant_matrix import Product
 from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified
 from hessfunc.autograd.functorch import transforming
 from hessfunc.autograd.overrides import Replaced
-from hessfunc.changes import reading
 from hessfunc.containers import opened
 from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
-from hessfunc.transforms.batches.reductions import noted, watching
+from hessfunc.transforms.batches.reductions import watching
 from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, block_matvec
 from hessfunc.transforms.gauss_newton import hessian_of_outputs
-from hessfunc.transforms.hessian import hvp, kept, requiring_gradients
+from hessfunc.transforms.hessian import hvp, kept, linearising, requiring_gradients
 from hessfunc.transforms.matvecs.arithmetic import per_block
 from hessfunc.transforms.output_matrices import (
     checked_outputs,
@@ -108,12 +107,7 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         constants = requiring_gradients(leaves, batch)
-        with (
-            torch.inference_mode(False),
-            explained(space, batch),
-            noted(loss, params, batch),
-            reading() as read,
-        ):
+        with linearising(loss, space, params, batch) as read:
             batch = kept_batch(batch)
             point = kept(leaves)
             with differentiable_twice(space.device) as seen:
