@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hessfunc.autograd import differentiable_twice
 from hessfunc.containers import mapped
 from hessfunc.losses import LossFunction, supervised
 from hessfunc.modules import eval_mode, functional
+from hessfunc.transforms.batches.examples import examples
+from hessfunc.transforms.hessian import filled
 
 
 def bare(model: nn.Module, /) -> nn.Module:
@@ -54,6 +57,22 @@ def evaluated_loss(
     loss = supervised(lambda tree, inputs: model_fn(tree, (inputs,)), criterion)
     device = device_of(model)
     return lambda tree, batch: loss(tree, moved(batch, device)), params
+
+
+def gradient_with_graph(
+    loss: LossFunction, at: Mapping[str, Tensor], batches: Iterable[Any], /
+) -> list[Tensor]:
+    """Return the gradient of the mean loss over batches, weighted by examples, with its graph.
+
+    The gradient of a parameter on which the loss does not depend is zero.
+    """
+    own = list(at.values())
+    with differentiable_twice(own[0].device):
+        counted = [(examples(batch), loss(at, batch)) for batch in batches]
+        total = torch.stack([count * value for count, value in counted]).sum()
+        mean = total / sum(count for count, _ in counted)
+        gradient = torch.autograd.grad(mean, own, create_graph=True, allow_unused=True)
+    return filled(gradient, own)
 
 
 def seed_of_stream() -> int:

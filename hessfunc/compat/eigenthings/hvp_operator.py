@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessfunc.autograd import differentiable_twice
 from hessfunc.compat.eigenthings.operator import Operator
-from hessfunc.compat.place import evaluated_loss
+from hessfunc.compat.place import evaluated_loss, gradient_with_graph
 from hessfunc.losses import LossFunction
 from hessfunc.options import at_least, tensor, validated
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.examples import examples, microbatches
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.transforms.hessian import filled, hvp
+from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Matvec, Tree
 
 
@@ -123,12 +122,8 @@ class HVPOperator(Operator):
         own = [p for p in self.model.parameters() if p.requires_grad]
         at = dict(zip(params, own, strict=True))
         batches = self.dataloader if self.full_dataset else [self._next_batch()]
-        with differentiable_twice(own[0].device):
-            counted = [(examples(batch), loss(at, batch)) for batch in batches]
-            total = torch.stack([count * value for count, value in counted]).sum()
-            mean = total / sum(count for count, _ in counted)
-            gradient = torch.autograd.grad(mean, own, create_graph=True, allow_unused=True)
-        self.grad_vec = torch.cat([g.reshape(-1) for g in filled(gradient, own)])
+        gradient = gradient_with_graph(loss, at, batches)
+        self.grad_vec = torch.cat([g.reshape(-1) for g in gradient])
         return self.grad_vec
 
     def like(self, *, use_gpu: bool) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hessfunc.compat.gaussians import mixture
 from hessfunc.options import at_least, real, reals, validated
 
 
@@ -54,7 +55,7 @@ def spectral_density(
     if not sigma_squared > 0:
         raise ValueError(f"sigma_squared={sigma_squared}: it must be positive, such as 1e-5")
     support = np.linspace(min_eigenvalue_support, max_eigenvalue_support, int(num_support_points))
-    density = np.zeros_like(support)
-    for value, weight in zip(values, vectors[:, 0] ** 2, strict=True):
-        density += weight * np.exp(-((support - value) ** 2) / (2 * sigma_squared))
+    # One node in a run, because the grid may be long.
+    nodes, weights = values[:, None], vectors[:, :1] ** 2
+    density = mixture(support, nodes, weights, sigma_squared)
     return density / math.sqrt(2 * math.pi * sigma_squared), support

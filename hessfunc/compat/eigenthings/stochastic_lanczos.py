@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.density import slq
 from hessfunc.compat.eigenthings.operator import Operator, Start, operator_like
+from hessfunc.compat.gaussians import mixture, normalised
 from hessfunc.options import at_least, flag, or_none, real, tensor, validated, whole_number
 
 
@@ -119,9 +118,6 @@ def eigv_to_density(
     variance = (1e-5 if sigma_sq is None else sigma_sq) * max(1.0, high - low)
     if not variance > 0:
         raise ValueError(f"sigma_sq={sigma_sq}: it must be positive, such as 1e-5")
-    points = grids.double()
-    density = torch.zeros_like(points)
-    for run, mass in zip(nodes, weights.double(), strict=True):
-        squares = (points[:, None] - run).square()
-        density += torch.exp(-squares / (2 * variance)) @ mass / math.sqrt(2 * math.pi * variance)
-    return density / (density.sum() * (points[1] - points[0])), points
+    points, runs, shares = (x.double().cpu().numpy() for x in (grids, nodes, weights))
+    density = normalised(mixture(points, runs, shares, variance), points)
+    return torch.from_numpy(density).to(nodes.device), grids.double()

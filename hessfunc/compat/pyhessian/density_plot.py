@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hessfunc.compat.gaussians import mixture, normalised
 from hessfunc.options import or_none, path, reals, text, validated
 
 if TYPE_CHECKING:
@@ -89,7 +90,4 @@ def density_generate(
     low, high = nodes.min(axis=1).mean() - overhead, nodes.max(axis=1).mean() + overhead
     grids = np.linspace(low, high, num_bins)
     variance = sigma_squared * max(1.0, high - low)
-    density = np.zeros(num_bins)
-    for run, mass in zip(nodes, masses, strict=True):
-        density += np.exp(-((grids[:, None] - run) ** 2) / (2 * variance)) @ mass
-    return density / (density.sum() * (grids[1] - grids[0])), grids
+    return normalised(mixture(grids, nodes, masses, variance), grids), grids

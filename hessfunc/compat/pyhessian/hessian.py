@@ -5,14 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.eigen.lanczos import lanczos
 from hessfunc.algorithms.trace.hutchinson import hutchinson
-from hessfunc.autograd import differentiable_twice
-from hessfunc.compat.place import seed_of_stream
+from hessfunc.compat.place import gradient_with_graph, seed_of_stream
 from hessfunc.compat.pyhessian.mean_loss import MeanLoss
 from hessfunc.compat.pyhessian.vectors import (
     group_product,
@@ -20,8 +18,7 @@ from hessfunc.compat.pyhessian.vectors import (
     refuse_unlike,
 )
 from hessfunc.options import real, tensors, validated
-from hessfunc.transforms.batches.examples import examples
-from hessfunc.transforms.hessian import filled, hvp
+from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.matvecs.arithmetic import apply, batched
 from hessfunc.trees import Matvec, Tree
 
@@ -54,12 +51,7 @@ class hessian(MeanLoss):  # noqa: N801
     def _differentiated(self) -> list[Tensor]:
         loss, params = self.loss()
         own = dict(zip(params, self.params, strict=True))
-        with differentiable_twice(self.params[0].device):
-            counted = [(examples(batch), loss(own, batch)) for batch in self.batches]
-            total = torch.stack([count * value for count, value in counted]).sum()
-            mean = total / sum(count for count, _ in counted)
-            gradient = torch.autograd.grad(mean, self.params, create_graph=True, allow_unused=True)
-        return filled(gradient, self.params)
+        return gradient_with_graph(loss, own, self.batches)
 
     @validated
     def eigenvalues(
