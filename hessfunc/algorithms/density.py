@@ -186,14 +186,11 @@ class _State:
 
     @property
     def recurrences(self) -> tuple[Recurrence, ...]:
-        if not len(self.runs):
-            return self.done
-        return (*self.done, *map(self.runs.jacobi, range(len(self.runs.taken))))
+        return (*self.done, *self.runs.begun)
 
     @property
     def complete(self) -> tuple[Recurrence, ...]:
-        ended = (i for i, taken in enumerate(self.runs.taken) if taken > 0)
-        return (*self.done, *map(self.runs.jacobi, ended))
+        return (*self.done, *self.runs.complete)
 
 
 def quadrature(recurrences: Sequence[Recurrence], /) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,8 @@ _TINY = 1e-300
 # The alphas are the diagonal of T. The betas are its off-diagonal, followed by the norm of the last
 # residual vector, which is 0 if the Krylov space is exhausted.
 Recurrence: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+# Number of basis vectors for which a run of unknown length reserves memory from the start.
+WORKSPACE = 32
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,16 @@ class Recurrences:
     def active(self) -> list[int]:
         """Indices of the recurrences that have not ended."""
         return [i for i, taken in enumerate(self.taken) if taken < 0]
+
+    @property
+    def complete(self) -> tuple[Recurrence, ...]:
+        """Coefficients of the recurrences that have ended after some steps."""
+        return tuple(self.jacobi(i) for i, taken in enumerate(self.taken) if taken > 0)
+
+    @property
+    def begun(self) -> tuple[Recurrence, ...]:
+        """Coefficients of all recurrences, none before the first step."""
+        return tuple(map(self.jacobi, range(len(self.taken)))) if len(self) else ()
 
     def jacobi(self, i: int, /) -> Recurrence:
         """Return the coefficients of the i-th recurrence."""

@@ -17,6 +17,20 @@ def drawn_seed(space: Space, seed: int | None, /) -> int:
     return space.least(secrets.randbits(63)) if seed is None else seed
 
 
+def lengths_of(space: Space, given: Tensor, /) -> Tensor:
+    """Return the lengths of given start vectors, which are rows.
+
+    Raises:
+        ValueError: If a vector is not finite, or zero.
+    """
+    lengths = space.norms(given)
+    if not bool(lengths.isfinite().all()):
+        raise ValueError("start has entries that are NaN or infinite")
+    if not bool((lengths > 0).all()):
+        raise ValueError("start has a vector of zeros: each vector must be nonzero")
+    return lengths
+
+
 def of_starts(seed: int) -> int:
     """Return the seed of an eigensolver's random vectors, which differs from that of probes.
 

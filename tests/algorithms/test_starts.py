@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 import hessfunc as hf
-from hessfunc.algorithms.starts import drawn_seed, unit_start
+from hessfunc.algorithms.starts import drawn_seed, lengths_of, unit_start
 from hessfunc.spaces.of import space_of
 
 LIKE = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
@@ -49,3 +50,18 @@ def test_a_random_start_is_a_function_of_the_seed_and_no_probe() -> None:
 def test_what_has_no_direction_is_refused(start: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         unit_start(SPACE, start, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, "start has entries that are NaN or infinite"),
+        (0.0, "start has a vector of zeros"),
+    ],
+)
+def test_given_vectors_without_a_direction_are_refused(value: float, message: str) -> None:
+    rows = torch.ones(2, 10)
+    torch.testing.assert_close(lengths_of(SPACE, rows).double(), torch.full((2,), 10**0.5).double())
+    rows[1] = value
+    with pytest.raises(ValueError, match=message):
+        lengths_of(SPACE, rows)

@@ -14,7 +14,7 @@ from hessfunc.algorithms.eigen.pencil import Pencil
 from hessfunc.algorithms.eigen.ritz import Which, kept_by_restart, rayleigh_ritz, wanted
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs
-from hessfunc.algorithms.starts import of_starts
+from hessfunc.algorithms.starts import lengths_of, of_starts
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.numerics import rounding
 from hessfunc.options import at_least
@@ -150,9 +150,7 @@ class Davidson(Method[_State, Eigenpairs]):
         rows = self._drawn(space, seed, range(self._width(space)))
         if self.start is not None:
             given = space.rows(self.start, dtype=dtype)
-            lengths = space.norms(given)
-            if not bool(lengths.isfinite().all() and (lengths > 0).all()):
-                raise ValueError("start has entries that are NaN or infinite, or a vector of zeros")
+            lengths_of(space, given)
             rows = torch.cat([given, rows])[: max(len(rows), len(given))]
         empty = Basis.empty(space, dtype, space.device)
         no_numbers = torch.zeros(0, dtype=torch.float64, device="cpu")

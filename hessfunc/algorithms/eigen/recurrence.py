@@ -13,7 +13,7 @@ from hessfunc.algorithms.basis import Basis, orthonormal
 from hessfunc.algorithms.eigen.ritz import Which, kept_by_restart, rayleigh_ritz, wanted
 from hessfunc.algorithms.offload import is_far, room_beside
 from hessfunc.algorithms.products import Products
-from hessfunc.algorithms.starts import of_starts
+from hessfunc.algorithms.starts import lengths_of, of_starts
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
 from hessfunc.numerics import rounding
 from hessfunc.options import at_least
@@ -178,12 +178,7 @@ def initial(problem: Problem, seed: int) -> State:
         if len(given) > b:
             # Random combinations of all given vectors, so that none is left out.
             given = space.combine(space.gram(rows, given), given)
-        lengths = space.norms(given)
-        if not bool(lengths.isfinite().all()):
-            raise ValueError("start has entries that are NaN or infinite")
-        if not bool((lengths > 0).all()):
-            raise ValueError("start has a vector of zeros: each vector must be nonzero")
-        rows = torch.cat([given / lengths.to(dtype)[:, None], rows[len(given) :]])
+        rows = torch.cat([given / lengths_of(space, given).to(dtype)[:, None], rows[len(given) :]])
     empty = Basis.empty(space, method.basis_dtype, method.basis_device)
     block, _, _ = orthonormal(space, rows, empty, threshold=lambda _: 0.0)
     basis = empty.append(block, basis_size + b + (not trusted))

@@ -13,7 +13,7 @@ from torch import Tensor
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
 from hessfunc.algorithms.functions.accuracy import Projected, projected
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.recurrences import Recurrence, Recurrences, extended
+from hessfunc.algorithms.recurrences import WORKSPACE, Recurrence, Recurrences, extended
 from hessfunc.algorithms.results import MatrixFunction
 from hessfunc.algorithms.solve.system import finite_rows
 from hessfunc.options import at_least, real, validated
@@ -22,8 +22,6 @@ from hessfunc.trees import Matvec, Tree
 
 # Number of steps after which the error is bounded again, as a share of the steps so far.
 _PACE = 0.1
-# Number of basis vectors for which memory is reserved from the start.
-_WORKSPACE = 32
 
 
 @validated(smallest=real, largest=real)
@@ -157,7 +155,7 @@ class LanczosFunction(Method["_State", MatrixFunction]):
             self.rows / sizes.clamp_min(torch.finfo(self.rows.dtype).tiny).to(self.rows)[:, None]
         )
         capacity = min(self.basis_size, space.n)
-        runs = Recurrences.begin(units, capacity, workspace=_WORKSPACE)
+        runs = Recurrences.begin(units, capacity, workspace=WORKSPACE)
         # f(A) 0 = 0 takes no step.
         runs = runs.ended({i: 0 for i, length in enumerate(self.lengths) if length == 0})
         return _State(runs, self.rows[:0])

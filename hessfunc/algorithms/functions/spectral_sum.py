@@ -13,7 +13,7 @@ from torch import Tensor
 from hessfunc.algorithms.density import quadrature
 from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.recurrences import Recurrence, Recurrences, extended
+from hessfunc.algorithms.recurrences import WORKSPACE, Recurrence, Recurrences, extended
 from hessfunc.algorithms.results import Density, Estimate
 from hessfunc.algorithms.results.estimate import narrow_enough, scaled
 from hessfunc.algorithms.results.result import judged
@@ -28,8 +28,6 @@ _PACE = 0.1
 _QUADRATURE = 0.2
 # Share of the half-width of the last round below which further steps still make it smaller.
 _SETTLED = 0.9
-# Number of basis vectors for which memory is reserved from the start.
-_WORKSPACE = 32
 
 
 @validated(smallest=real, largest=real)
@@ -324,17 +322,14 @@ class _State:
 
     @property
     def complete(self) -> tuple[Recurrence, ...]:
-        ended = (i for i, taken in enumerate(self.runs.taken) if taken > 0)
-        return (*self.done, *map(self.runs.jacobi, ended))
+        return (*self.done, *self.runs.complete)
 
     @property
     def recurrences(self) -> tuple[Recurrence, ...]:
-        if not len(self.runs):
-            return self.done
-        return (*self.done, *map(self.runs.jacobi, range(len(self.runs.taken))))
+        return (*self.done, *self.runs.begun)
 
 
-def _begun(space: Space, indices: range, seed: int, *, workspace: int = _WORKSPACE) -> Recurrences:
+def _begun(space: Space, indices: range, seed: int, *, workspace: int = WORKSPACE) -> Recurrences:
     """Return the recurrences of new probes."""
     probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
     return Recurrences.begin(probes / math.sqrt(space.n), space.n, workspace=workspace)

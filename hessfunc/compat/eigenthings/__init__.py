@@ -32,8 +32,8 @@ descending for power iteration, ascending for Lanczos, with vectors ``(k, n)`` i
   parameter is left out, and an unused one has zeros.
 - In float64, power iteration failed, and Lanczos rounded its vectors to float32. Here vectors have
   the dtype of the parameters.
-- Positional arguments of other versions landed in ``fp16`` or ``full_dataset``. Here these are
-  refused if they are no bools.
+- Positional arguments of other versions landed in ``fp16`` or ``full_dataset``. Here they
+  are refused unless they are bools.
 - In float16, pairs with errors of any size were returned. Here a residual above 1 % of the value
   causes a warning.
 - `spectral_density` took first entries of vectors as weights, without their square, the deviation

@@ -41,7 +41,7 @@ class MeanLoss:
         data: Single batch ``(inputs, targets)``.
         dataloader: Batches that can be read several times, weighted by their numbers of examples.
         cuda: Ignored: batches are moved to the device of the parameters.
-        device: Ignored, as ``cuda``.
+        device: Ignored, like ``cuda``.
 
     Attributes:
         params: Parameters of the model that currently require a gradient. They can be set to some
