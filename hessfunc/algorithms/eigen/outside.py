@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hessfunc.algorithms.basis import Basis, orthonormal
 from hessfunc.algorithms.eigen.recurrence import Problem, State, tolerances, wanted_ritz, workspace
-from hessfunc.algorithms.eigen.ritz import preferred, rayleigh_ritz, wanted
+from hessfunc.algorithms.eigen.ritz import preferred, wanted
 from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.recurrences import eigenpairs_of
 from hessfunc.numerics import rounding
 
 # Probability at which a given start is trusted.
@@ -42,11 +43,7 @@ class _Outside:
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Return the Ritz values, ascending, and their coefficients as columns."""
-        matrix = torch.tensor(self.diagonal, dtype=torch.float64, device="cpu").diag()
-        side = torch.tensor(self.off[:-1], dtype=torch.float64, device="cpu")
-        if len(side):
-            matrix = matrix + side.diag(1) + side.diag(-1)
-        return rayleigh_ritz(matrix)
+        return eigenpairs_of((self.diagonal, self.off))
 
 
 def _recurrence(

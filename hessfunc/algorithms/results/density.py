@@ -107,14 +107,13 @@ class Density(Result):
 
     @property
     def masses(self) -> Tensor:
-        """Weights that know converged outliers, float64 ``(p, m)``.
+        """Weights in which those of converged outliers are exact, float64 ``(p, m)``.
 
         A Ritz value of a simple eigenvalue, which has converged to 1e-3 of its size and is isolated
         by three residuals, has the mass 1 / n instead of its random weight. The weights of all
-        other nodes are scaled so that the masses of a probe sum to 1. On three
-        spectra like those of networks, the Wasserstein distance is 4.5 to 261 times smaller than
-        with `weights`. If the weights are improbable for simple eigenvalues (1 of 1,000), they
-        remain.
+        other nodes are scaled so that the masses of a probe sum to 1. On three spectra like those
+        of networks, the Wasserstein distance is 4.5 to 261 times smaller than with `weights`. If
+        the weights are improbable for simple eigenvalues (1 of 1,000), they remain.
         """
         return masses(self._rule, self.n)
 
