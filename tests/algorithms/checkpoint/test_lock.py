@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import hessfunc as hf
+from tests.algorithms.checkpoint.forks import forked
 from tests.algorithms.checkpoint.problem import MATRIX, run_lanczos, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
@@ -24,10 +25,7 @@ def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) 
         os.read(go[0], 1)
         return hf.dense(MATRIX)(block)
 
-    child = os.fork()
-    if child == 0:
-        run_lanczos(tmp_path, matvec=waits, max_matvecs=4)
-        os._exit(0)
+    child = forked(lambda: run_lanczos(tmp_path, matvec=waits, max_matvecs=4))
     os.read(ready[0], 1)
     with pytest.raises(ValueError, match=f"process {child} on host {socket.gethostname()} is run"):
         run_lanczos(tmp_path)

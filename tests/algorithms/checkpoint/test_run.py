@@ -16,6 +16,7 @@ from torch import Tensor
 import hessfunc as hf
 from hessfunc import files
 from hessfunc.optim import InfinityNorm, LargestNorm, SpectralNorm
+from tests.algorithms.checkpoint.forks import forked
 from tests.algorithms.checkpoint.problem import LIKE, MATRIX, N, run_lanczos, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
@@ -150,16 +151,13 @@ class States:
 def test_killed_at_any_write_boundary_it_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     run, matvec = RUNS[name], hf.dense(MATRIX)
     uninterrupted = run(matvec, tmp_path / "whole")
+
+    def recorded() -> None:
+        States(tmp_path / "recorded", tmp_path / "states").install()
+        run(matvec, tmp_path / "recorded")
+
     # A process that has ended holds the lock of each state.
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            States(tmp_path / "recorded", tmp_path / "states").install()
-            run(matvec, tmp_path / "recorded")
-            status = 0
-        finally:
-            os._exit(status)
+    child = forked(recorded)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     states = list((tmp_path / "states").iterdir())
     assert len(states) > 20
@@ -181,10 +179,7 @@ def test_kill_9_in_the_middle(name: str, tmp_path: Path) -> None:
             time.sleep(600)
         return matvec(block)
 
-    child = os.fork()
-    if child == 0:
-        run(endless, path)
-        os._exit(0)
+    child = forked(lambda: run(endless, path))
     deadline = time.monotonic() + 100
     while not (path / "manifest.json").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -359,3 +354,21 @@ def test_a_run_that_made_no_product_goes_on(tmp_path: Path) -> None:
     hf.cg(hf.dense(MATRIX), RIGHT, damping=0.1, max_matvecs=1, checkpoint=tmp_path)
     found = hf.cg(hf.dense(MATRIX), RIGHT, damping=0.1, checkpoint=tmp_path)
     assert found.converged
+
+
+def test_a_fork_computes_after_threads_have_begun() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        large = torch.ones(2_000_000)
+        large.exp().sum()
+        child = forked(lambda: large.exp().sum())
+        deadline = time.monotonic() + 60
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if ended == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert ended == (child, 0)
+    finally:
+        torch.set_num_threads(before)
