@@ -17,6 +17,7 @@ from tests.algorithms.checkpoint.problem import MATRIX, run_lanczos, same
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
     ready, go = os.pipe(), os.pipe()
 

@@ -146,6 +146,7 @@ class States:
         return kept
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_at_any_write_boundary_it_gives_the_same_bits(name: str, tmp_path: Path) -> None:
@@ -166,6 +167,7 @@ def test_killed_at_any_write_boundary_it_gives_the_same_bits(name: str, tmp_path
         assert not list(state.glob("*.part"))
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", RUNS)
 def test_kill_9_in_the_middle(name: str, tmp_path: Path) -> None:
     run, matvec = RUNS[name], hf.dense(MATRIX)
