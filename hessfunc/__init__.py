@@ -6,7 +6,7 @@ functions; algorithms consume the matvec.
 
 import sys
 
-from hessfunc.lazy import LazyPackage
+from hessfunc.lazy import FamilyImporter, LazyPackage
 
 __version__ = "0.1.0"
 
@@ -96,3 +96,4 @@ _FAMILIES = {
 __all__ = [*_HOMES, *_FAMILIES]
 
 sys.modules[__name__].__class__ = LazyPackage
+FamilyImporter(__name__, _FAMILIES).install()
