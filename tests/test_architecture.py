@@ -40,6 +40,7 @@ LAYERS = [
     {"containers", "memory", "randomness", "ranks"},
     {"fingerprints"},
     {"options"},
+    {"display"},
     {"selection", "spaces"},
     {"autograd"},
     {"losses"},

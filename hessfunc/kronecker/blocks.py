@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hessfunc.autograd.constant_matrix import refusing_gradients
+from hessfunc.display import Displayed
 from hessfunc.memory import refuse_unless_fits
-from hessfunc.options import tensor, tree, validated
+from hessfunc.options import flag, tensor, tree, validated
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Tree
 
@@ -54,7 +56,7 @@ def decomposition(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where((values < 0) & (values >= -rounding), 0, values), rounding, vectors
 
 
-class Block(ABC):
+class Block(Displayed, ABC):
     """Diagonal block: a symmetric matrix on the entries of one parameter tensor.
 
     Attributes:
@@ -67,6 +69,21 @@ class Block(ABC):
     def n(self) -> int:
         """Dimension of the matrix."""
         return self.shape.numel()
+
+    def _headline(self) -> dict[str, object]:
+        return {"shape": tuple(self.shape), "n": self.n, "trace": f"{self.trace():.6g}"}
+
+    @validated(vectors=flag)
+    def to_dict(self, *, vectors: bool = True) -> dict[str, Any]:
+        """Return the kind, the shape, the dimension and the trace as plain Python.
+
+        The factors are left out.
+
+        Args:
+            vectors: Accepted as for other results; nothing here is a vector.
+        """
+        numbers = {"n": self.n, "trace": self.trace()}
+        return {"kind": type(self).__name__, "shape": list(self.shape), **numbers}
 
     def matvec(self, block: Tensor, /) -> Tensor:
         """Return the products with k vectors ``(k, *shape)``; every algorithm accepts this."""
@@ -177,8 +194,8 @@ class Block(ABC):
     def _dense(self) -> Tensor: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Blocks(Mapping[str, Block]):
+@dataclass(frozen=True, eq=False, repr=False)
+class Blocks(Displayed, Mapping[str, Block]):
     """Block-diagonal matrix with one diagonal block for each parameter.
 
     It maps the name of a parameter to its block. Called on a tree, it is the matvec of the whole
@@ -194,6 +211,31 @@ class Blocks(Mapping[str, Block]):
     blocks: Mapping[str, Block]
     space: Space
     constants: tuple[Tensor, ...] = ()
+
+    def _headline(self) -> dict[str, object]:
+        kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in self.values()))
+        trace = f"{self.trace():.6g}"
+        return {"blocks": len(self), "n": self.space.n, "kinds": f"[{kinds}]", "trace": trace}
+
+    @validated(vectors=flag)
+    def to_dict(self, *, vectors: bool = True) -> dict[str, Any]:
+        """Return the kind, the shape, the dimension and the trace of each block, by name.
+
+        The factors are left out.
+
+        Args:
+            vectors: Accepted as for other results; nothing here is a vector.
+        """
+        return {"kind": "Blocks", "blocks": {name: b.to_dict() for name, b in self.items()}}
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        return {
+            "block": list(self),
+            "kind": [type(block).__name__ for block in self.values()],
+            "shape": [tuple(block.shape) for block in self.values()],
+            "n": [block.n for block in self.values()],
+            "trace": [block.trace() for block in self.values()],
+        }
 
     def __getitem__(self, name: str) -> Block:
         return self.blocks[name]

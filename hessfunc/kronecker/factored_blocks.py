@@ -14,7 +14,7 @@ from hessfunc.memory import AT_ONCE
 from hessfunc.options import tensor, validated
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dense(Block):
     """Diagonal block without structure.
 
@@ -40,7 +40,7 @@ class Dense(Block):
         return self.matrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Kronecker(Block):
     """Kronecker product ``B_g (x) A_g`` for each group g.
 
@@ -88,7 +88,7 @@ class Kronecker(Block):
         return self.left
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Eigenbasis(Block):
     """Matrix ``U diag(s) U'`` whose eigenvectors are Kronecker products ``U_g = L_g (x) R_g``.
 
@@ -141,7 +141,7 @@ def _weights(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return rows.reshape(len(rows), len(left), left.shape[-1], right.shape[-1])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Congruence(Block):
     """Mean congruence ``mean_m J_m' H J_m``, where J_m maps a shared weight to its outputs.
 
@@ -227,7 +227,7 @@ class Congruence(Block):
         return self.hessian
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DirectSum(Block):
     """Direct sum of diagonal blocks, each on consecutive rows of one parameter.
 

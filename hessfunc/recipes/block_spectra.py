@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hessfunc import options
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.results import Density
+from hessfunc.display import Displayed, plain
 from hessfunc.losses import LossFunction, hold
 from hessfunc.selection import Pattern, split
 from hessfunc.spaces.of import space_of
@@ -15,6 +16,49 @@ from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Matvec, Tree
+
+# Number of blocks whose results the summary of all blocks shows.
+_SHOWN = 6
+
+
+class BlockSpectra(Displayed, dict[str, Any]):
+    """Results by the name of the block, in the order of the blocks; a dict of results."""
+
+    def _headline(self) -> dict[str, object]:
+        return {"blocks": len(self), **dict(list(self.items())[:_SHOWN])}
+
+    def __repr__(self) -> str:
+        """Return the number of blocks, and one line for each of the first blocks."""
+        lines = (f"    {name}={text}" for name, text in self._summary().items())
+        return "\n".join(["BlockSpectra(", *lines, ")"])
+
+    def to_dict(self, *, vectors: bool = True) -> dict[str, Any]:
+        """Return the blocks as plain Python, by name, as `Result.to_dict` does for each.
+
+        Args:
+            vectors: Whether trees with the structure of the parameters are included.
+        """
+        return {"kind": "BlockSpectra", "blocks": plain(dict(self), vectors=vectors)}
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        tables = {name: _table(result) for name, result in self.items()}
+        names = dict.fromkeys(name for table in tables.values() for name in table)
+        rows = {name: len(next(iter(table.values()))) for name, table in tables.items()}
+        columns: dict[str, list[Any]] = {
+            "block": [name for name, count in rows.items() for _ in range(count)]
+        }
+        for column in names:
+            columns[column] = [
+                value
+                for name, table in tables.items()
+                for value in table.get(column, [None] * rows[name])
+            ]
+        return columns
+
+
+def _table(result: Any) -> Mapping[str, Sequence[Any]]:
+    """Return the columns of a result; an algorithm of the user's own may return anything."""
+    return result._columns() if isinstance(result, Displayed) else {"value": [plain(result)]}
 
 
 def _density(matvec: Matvec, like: Tree) -> Density:
@@ -38,7 +82,7 @@ def block_spectra(
     curvature: Callable[[Any], Curvature] = hvp,
     algorithm: Callable[[Matvec, Tree], Any] = _density,
     callback: Callable[[str, Any], object] | None = None,
-) -> dict[str, Any]:
+) -> BlockSpectra:
     """Compute the spectrum of each diagonal block of a curvature matrix, for example of each layer.
 
     A diagonal block is the curvature matrix of the loss with all other parameters held fixed. The
@@ -59,7 +103,7 @@ def block_spectra(
         callback: Function called with the name and the result of each block once it is computed.
 
     Returns:
-        The result of each block, in the order of the blocks.
+        Dict with the result of each block, in the order of the blocks.
 
     Raises:
         ValueError: If a pattern matches no leaf.
@@ -80,7 +124,7 @@ def block_spectra(
         }
     # Match all patterns first, so that a wrong pattern raises before any block is computed.
     parts = {name: split(params, pattern) for name, pattern in patterns.items()}
-    results: dict[str, Any] = {}
+    results = BlockSpectra()
     for name, (chosen, rest) in parts.items():
         matvec = over_batches(curvature(hold(loss, rest)), weight=weight, keep=keep)(
             chosen, batches

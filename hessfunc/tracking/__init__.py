@@ -7,12 +7,14 @@ from hessfunc.tracking.measure import (
     TrackingState,
     functional_tracker,
 )
+from hessfunc.tracking.points import Points
 from hessfunc.tracking.tracker import Tracker, tracked
 from hessfunc.tracking.writers import read
 
 __all__ = [
     "Measurement",
     "Point",
+    "Points",
     "Tracker",
     "Tracking",
     "TrackingState",

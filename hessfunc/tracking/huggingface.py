@@ -16,7 +16,7 @@ except ModuleNotFoundError:
     ) from None
 
 from hessfunc.losses import LossFunction, composed
-from hessfunc.tracking.measure import Point
+from hessfunc.tracking.points import Points
 from hessfunc.tracking.tracker import Tracker, tracked
 
 
@@ -53,7 +53,7 @@ class CurvatureCallback(TrainerCallback):
         compose: Callable[..., LossFunction] = composed,
         **options: Any,
     ) -> None:
-        self.points: list[Point] = []
+        self.points = Points()
         self._batches, self._every, self._unit = batches, every, unit
         self._criterion, self._options = criterion, {"compose": compose, **options}
         self._open = ExitStack()

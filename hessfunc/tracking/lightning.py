@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from hessfunc.tracking.measure import Point
+from hessfunc.tracking.points import Points
 from hessfunc.tracking.tracker import Tracker, tracked
 
 
@@ -52,7 +52,7 @@ class CurvatureCallback(_base()):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
-        self.points: list[Point] = []
+        self.points = Points()
         self._criterion, self._batches, self._options = criterion, batches, options
         self._every, self._unit = every, unit
         self._open = ExitStack()

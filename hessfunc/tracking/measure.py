@@ -17,6 +17,7 @@ from hessfunc.algorithms.frank_wolfe import generalized_sharpness
 from hessfunc.algorithms.results import Eigenpairs, GeneralizedSharpness
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.autograd import differentiable_twice
+from hessfunc.display import Displayed
 from hessfunc.losses import LossFunction
 from hessfunc.optim.stability.result import Stability
 from hessfunc.options import at_least
@@ -34,9 +35,12 @@ _RESTARTS = 2
 # Stability limit of the next step, or a function of the gradient that returns it, or None.
 Limit: TypeAlias = Stability | Callable[[Tree], Stability | None]
 
+# Number of eigenvalues of each end that a summary shows.
+_SHOWN = 3
 
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Measurement(Displayed):
     """Curvature at one point, in units of the loss divided by those of the parameters squared.
 
     Attributes:
@@ -74,6 +78,26 @@ class Measurement:
     critical: float | None = None
     matvecs: int = 0
     evaluations: int = 0
+
+    def _headline(self) -> dict[str, object]:
+        rows: dict[str, object] = {
+            "loss": "not finite" if self.loss is None else f"{self.loss:.6g}"
+        }
+        for name in ("top", "bottom"):
+            values, residuals = getattr(self, name), getattr(self, f"{name}_residuals")
+            if values:
+                pairs = zip(values[:_SHOWN], residuals, strict=False)
+                known = ", ".join(_between(*pair) for pair in pairs)
+                rows[name] = f"[{known}{', ...' if len(values) > _SHOWN else ''}]"
+        if self.trace is not None:
+            rows["trace"] = _between(self.trace, self.trace_stderr)
+        if self.preconditioned is not None:
+            rows["preconditioned"] = _between(self.preconditioned, self.preconditioned_residual)
+        if self.preconditioned_edge is not None:
+            rows["preconditioned_edge"] = f"{self.preconditioned_edge:.6g}"
+        if self.critical is not None:
+            rows["critical"] = f"{self.critical:.6g}"
+        return {**rows, "matvecs": self.matvecs}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +328,7 @@ def _value(mean: LossFunction, params: Tree, batches: Iterable[Any]) -> float:
         return float(mean(params, batches))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Point(Measurement):
     """Measurement with its position in the training.
 
@@ -324,3 +348,13 @@ class Point(Measurement):
     edge: float | None = None
     optimizer: str | None = None
     seconds: float = 0.0
+
+    def _headline(self) -> dict[str, object]:
+        place = {"step": self.step, "lr": self.lr, "edge": self.edge}
+        shown = {n: f"{x:.6g}" for n, x in place.items() if x is not None}
+        return {**shown, **super()._headline()}
+
+
+def _between(value: float, radius: float | None) -> str:
+    """Return a value with the half-width of its interval as text."""
+    return f"{value:.6g} ± {radius or 0.0:.2g}"

@@ -18,6 +18,7 @@ from hessfunc.optim.stability import reading
 from hessfunc.optim.stability.result import Stability, UnknownStability
 from hessfunc.options import at_least, finite, optimizers, or_none, validated
 from hessfunc.tracking.measure import Limit, Point, Tracking, TrackingState, functional_tracker
+from hessfunc.tracking.points import Points
 from hessfunc.tracking.undisturbed import refuse_busy_workers, undisturbed
 from hessfunc.tracking.writers import ScalarWriter, json_lines, summary_writer, writing
 from hessfunc.trees import Tree
@@ -46,7 +47,7 @@ class Tracker:
         writers: Iterable[Callable[[Point], object]],
         steps: int,
     ) -> None:
-        self.points: list[Point] = []
+        self.points = Points()
         self.steps = steps
         self._model, self._method, self._batches = model, method, batches
         self._every, self._optimizers, self._writers = every, optimizers, tuple(writers)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from hessfunc.options import validated
 from hessfunc.tracking.measure import Point
+from hessfunc.tracking.points import Points
 
 
 def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
@@ -50,7 +51,7 @@ def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
 
 
 @validated
-def read(path: str | os.PathLike[str], /) -> list[Point]:
+def read(path: str | os.PathLike[str], /) -> Points:
     """Read the points of a file, in the order of their steps.
 
     A truncated last line is skipped. If the training was resumed from an earlier step, the points
@@ -68,7 +69,7 @@ def read(path: str | os.PathLike[str], /) -> list[Point]:
         ) from None
     except OSError as error:
         raise ValueError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
-    points: list[Point] = []
+    points = Points()
     for number, line in enumerate(_whole(content).splitlines(), start=1):
         try:
             point = _point(**json.loads(line))

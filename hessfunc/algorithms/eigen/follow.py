@@ -14,6 +14,7 @@ from hessfunc.algorithms.eigen.ritz import rayleigh_ritz, wanted
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import of_starts
+from hessfunc.display import VECTORS
 from hessfunc.numerics import rounding
 from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree, tree_map
@@ -27,7 +28,7 @@ _SHORTEST = 1e-6
 _STIRRED = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Followed(Eigenpairs):
     """Eigenpairs including guards, with a vector that searches for others.
 
@@ -35,7 +36,7 @@ class Followed(Eigenpairs):
         scout: Unit vector of a power iteration outside of these pairs, with one step a point.
     """
 
-    scout: Tree
+    scout: Tree = field(metadata=VECTORS)
 
 
 def follow(

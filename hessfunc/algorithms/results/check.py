@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hessfunc.display import Displayed
 
-@dataclass(frozen=True)
-class Check:
+
+@dataclass(frozen=True, repr=False)
+class Check(Displayed):
     """Result of `check`, which is true if there is no problem.
 
     Differences are relative to the length of a product.
@@ -50,3 +52,14 @@ class Check:
             f"{passed}, and the derivative of the gradient up to {100 * shown:.1g} % of the length "
             "of a product, the resolution of the finite differences"
         )
+
+    def _headline(self) -> dict[str, object]:
+        names = ("nondeterminism", "nonlinearity", "asymmetry", "inconsistency", "tolerance")
+        differences = {name: getattr(self, name) for name in names}
+        return {
+            "passed": bool(self),
+            **{name: f"{x:.2g}" for name, x in differences.items() if x is not None},
+            "consistent": "unknown" if self.consistent is None else self.consistent,
+            **({"problems": "; ".join(self.problems)} if self.problems else {}),
+            **({"notes": "; ".join(self.notes)} if self.notes else {}),
+        }

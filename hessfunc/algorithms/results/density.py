@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,14 @@ from torch import Tensor
 from hessfunc.algorithms.results.estimate import Estimate, scaled
 from hessfunc.algorithms.results.masses import distance_bound, masses
 from hessfunc.algorithms.results.quadrature import Rule, bracket, ends, evaluated, radau
-from hessfunc.algorithms.results.result import Result, shown
+from hessfunc.algorithms.results.result import Result
 from hessfunc.algorithms.statistics import (
     kolmogorov_quantile,
     largest_share,
     mean_square,
     refuse_level,
 )
+from hessfunc.display import curve, shown
 from hessfunc.numerics import rounding
 from hessfunc.options import real, validated
 
@@ -54,6 +56,25 @@ class Density(Result):
         probes, steps = self.nodes.shape
         reach = shown(torch.stack([self.nodes.min(), self.nodes.max()]))
         return {"n": self.n, "probes": probes, "steps": steps, "nodes": reach}
+
+    def _sparkline(self) -> str:
+        grid = self.grid(240)
+        density = self.pdf(grid, max(self.width, float(grid[1] - grid[0])))
+        # A log scale down to a tenth of one eigenvalue shows the outliers beside the bulk.
+        floor = 0.1 * float(density.max()) / max(self.n, 10)
+        heights = density.clamp_min(floor).log10().tolist()
+        return curve(grid.tolist(), heights, title="log of the spectral density", filled=True)
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        probes, steps = self.nodes.shape
+        columns: dict[str, Sequence[Any]] = {
+            "probe": [i for i in range(probes) for _ in range(steps)],
+            "node": self.nodes.flatten().tolist(),
+            "weight": self.weights.flatten().tolist(),
+        }
+        if self.residuals is not None:
+            columns["residual"] = self.residuals.flatten().tolist()
+        return columns
 
     @property
     def width(self) -> float:

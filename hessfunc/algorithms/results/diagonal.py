@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from hessfunc.algorithms.results.estimate import Estimate, LeafEstimate
 from hessfunc.algorithms.results.result import Result
 from hessfunc.algorithms.statistics import chi_squared_quantile, refuse_level, student_quantile
+from hessfunc.display import VECTORS
 from hessfunc.options import validated
-from hessfunc.trees import Tree, leaves, tree_map
+from hessfunc.spaces.leaf_names import names_of
+from hessfunc.trees import Tree, flatten, leaves, tree_map
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -32,8 +35,8 @@ class DiagonalEstimate(Result):
             leaf, or None.
     """
 
-    value: Tree
-    stderr: Tree
+    value: Tree = field(metadata=VECTORS)
+    stderr: Tree = field(metadata=VECTORS)
     degrees: int
     squared_row_norms: DiagonalEstimate | None = None
     by_leaf: Mapping[str, float] = field(default_factory=dict)
@@ -50,6 +53,23 @@ class DiagonalEstimate(Result):
     def _headline(self) -> dict[str, object]:
         entries = sum(leaf.numel() for leaf in leaves(self.value))
         return {"entries": entries, "relative_error": f"{self.relative_error():.2g}"}
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        # One row for each entry, in the order of the flattened leaves.
+        entries, structure = flatten(self.value)
+        names, sizes = names_of(structure), [leaf.numel() for leaf in entries]
+        value, stderr, low, high = (
+            [x for leaf in leaves(tree) for x in leaf.double().flatten().tolist()]
+            for tree in (self.value, self.stderr, *self.interval())
+        )
+        return {
+            "leaf": [name for name, size in zip(names, sizes, strict=True) for _ in range(size)],
+            "entry": [i for size in sizes for i in range(size)],
+            "value": value,
+            "stderr": stderr,
+            "low": low,
+            "high": high,
+        }
 
     @validated
     def interval(self, level: float = 0.95) -> tuple[Tree, Tree]:

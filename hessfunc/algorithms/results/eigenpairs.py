@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.results.result import Result, shown
+from hessfunc.algorithms.results.result import Result
+from hessfunc.display import VECTORS, pins, shown
 from hessfunc.numerics import rounding
 from hessfunc.trees import Tree, leaves
 
@@ -28,7 +31,7 @@ class Eigenpairs(Result):
     """
 
     values: Tensor
-    vectors: Tree
+    vectors: Tree = field(metadata=VECTORS)
     residuals: Tensor
     converged: Tensor
     largest: float
@@ -44,8 +47,23 @@ class Eigenpairs(Result):
         }
         if self.certificate is not None:
             certificate = f"p = {self.certificate:.2g} that an equal eigenvalue was missed"
-            headline["certificate"] = repr(certificate)
+            headline["certificate"] = certificate
         return headline
+
+    def _sparkline(self) -> str:
+        radii = (self.intervals[:, 1] - self.values).tolist()
+        return pins(self.values.tolist(), radii, title="eigenvalues with their intervals")
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        low, high = self.intervals.T.tolist()
+        return {
+            "index": range(1, len(self.values) + 1),
+            "value": self.values.tolist(),
+            "low": low,
+            "high": high,
+            "residual": self.residuals.tolist(),
+            "converged": self.converged.tolist(),
+        }
 
     @property
     def intervals(self) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hessfunc.algorithms.results.result import Result
 from hessfunc.algorithms.statistics import refuse_level, student_quantile
-from hessfunc.options import validated
+from hessfunc.display import Displayed
+from hessfunc.options import flag, validated
 from hessfunc.spaces.space import Space
 
 Found = TypeVar("Found", bound="Estimate")
@@ -23,7 +24,7 @@ _CHANCE = 1e-9
 WITHIN = "converged: the half-width of the 95 % interval is within the tolerance"
 
 
-class LeafEstimate(float):
+class LeafEstimate(Displayed, float):
     """Contribution of one leaf to an estimate: a float with a standard error.
 
     Attributes:
@@ -50,6 +51,20 @@ class LeafEstimate(float):
 
     def __repr__(self) -> str:
         return f"LeafEstimate({float(self):.6g}, stderr={self.stderr:.2g})"
+
+    def _headline(self) -> dict[str, object]:
+        low, high = self.interval()
+        return {"value": f"{self.value:.6g}", "interval": f"[{low:.6g}, {high:.6g}]"}
+
+    @validated(vectors=flag)
+    def to_dict(self, *, vectors: bool = True) -> dict[str, Any]:
+        """Return the value, its standard error and the degrees of freedom as plain Python.
+
+        Args:
+            vectors: Accepted as for other results; a number has no vectors.
+        """
+        fields = {"value": self.value, "stderr": self.stderr, "degrees": self.degrees}
+        return {"kind": "LeafEstimate", **fields}
 
     @property
     def value(self) -> float:
@@ -123,6 +138,16 @@ class Estimate(Result):
     def _headline(self) -> dict[str, object]:
         low, high = self.interval()
         return {"value": f"{self.value:.6g}", "interval": f"[{low:.6g}, {high:.6g}]"}
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        # The whole comes first, then its parts if there are several.
+        parts = {name: part for name, part in self.by_leaf.items() if len(self.by_leaf) > 1}
+        rows = [("total", self.value, self.stderr, *self.interval())]
+        for name, part in parts.items():
+            assert isinstance(part, LeafEstimate)
+            rows.append((name, part.value, part.stderr, *part.interval()))
+        names = ("leaf", "value", "stderr", "low", "high")
+        return dict(zip(names, zip(*rows, strict=True), strict=True))
 
     @validated
     def interval(self, level: float = 0.95) -> tuple[float, float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hessfunc.algorithms.results.result import Result
+from hessfunc.display import VECTORS
 from hessfunc.trees import Tree
 
 
@@ -29,10 +30,10 @@ class ImplicitGradient(Result):
             stationary point, ``-<q, grad inner>``.
     """
 
-    gradient: Tree
-    direct: Tree
+    gradient: Tree = field(metadata=VECTORS)
+    direct: Tree = field(metadata=VECTORS)
     value: float
-    adjoint: Tree
+    adjoint: Tree = field(metadata=VECTORS)
     residual: float
     converged: bool
     error: float

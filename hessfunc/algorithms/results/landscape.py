@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from hessfunc.algorithms.results.result import Result
+from hessfunc.display import curve
 
 Normalise: TypeAlias = Literal["filter", "unit"]
 
@@ -40,3 +42,17 @@ class Landscape(Result):
         known = self.values[self.values.isfinite()]
         loss = f"[{float(known.min()):.4g}, {float(known.max()):.4g}]" if len(known) else "[]"
         return {"shape": tuple(self.values.shape), "loss": loss, "evaluations": self.evaluations}
+
+    def _sparkline(self) -> str | None:
+        if self.y is not None:
+            return None
+        return curve(self.x.tolist(), self.values.tolist(), title="loss along the direction")
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        if self.y is None:
+            return {"x": self.x.tolist(), "loss": self.values.tolist()}
+        return {
+            "x": self.x.repeat_interleave(len(self.y)).tolist(),
+            "y": self.y.repeat(len(self.x)).tolist(),
+            "loss": self.values.flatten().tolist(),
+        }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from hessfunc.algorithms.results.result import Result, shown
+from hessfunc.algorithms.results.result import Result
+from hessfunc.display import VECTORS, shown
 from hessfunc.trees import Tree
 
 
@@ -23,7 +26,7 @@ class MatrixFunction(Result):
         reasons: Reason for which each vector stopped.
     """
 
-    value: Tree
+    value: Tree = field(metadata=VECTORS)
     bounds: Tensor
     solved: Tensor
     steps: tuple[int, ...]
@@ -49,3 +52,14 @@ class MatrixFunction(Result):
             return {"error": f"{self.error:.2g}", "converged": self.converged}
         done = f"{int(self.solved.sum())} of {len(self.solved)}"
         return {"errors": shown(self.errors, 2), "converged": done}
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        low, high = self.bounds.T.tolist()
+        return {
+            "column": range(len(self.bounds)),
+            "smallest_error": low,
+            "largest_error": high,
+            "solved": self.solved.tolist(),
+            "steps": self.steps,
+            "reason": self.reasons,
+        }

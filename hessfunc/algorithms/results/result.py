@@ -18,6 +18,7 @@ import torch
 from optree import MappingEntry, PyTreeAccessor, PyTreeEntry, PyTreeSpec
 from torch import Tensor
 
+from hessfunc.display import Displayed
 from hessfunc.files import write_whole
 from hessfunc.options import path as as_path
 from hessfunc.options import validated
@@ -40,7 +41,7 @@ def versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Result:
+class Result(Displayed):
     """Base class of all results, with the cost of the run and its reason to stop.
 
     Attributes:
@@ -64,14 +65,8 @@ class Result:
         super().__init_subclass__(**kwargs)
         Result.kinds[cls.__name__] = cls
 
-    def __repr__(self) -> str:
-        """Return the main numbers as text, without vectors and samples."""
-        parts = {**self._headline(), "matvecs": self.matvecs, "reason": repr(self.reason)}
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in parts.items())})"
-
-    def _headline(self) -> dict[str, object]:
-        """Return the names and values that the text of a result begins with."""
-        return {}
+    def _summary(self) -> dict[str, str]:
+        return {**super()._summary(), "matvecs": str(self.matvecs), "reason": self.reason}
 
     def save(self, path: str | os.PathLike[str], /) -> None:
         """Write the result to one ``.npz`` file, which `load` reads without pickle.
@@ -121,12 +116,6 @@ def array(tensor: Tensor, /) -> np.ndarray[Any, Any]:
     """Return a tensor as a NumPy array; bfloat16, which NumPy lacks, becomes float32."""
     known = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
     return known.detach().cpu().numpy()
-
-
-def shown(numbers: Tensor, digits: int = 6) -> str:
-    """Return the first ten numbers of a vector as text."""
-    first = [f"{x:.{digits}g}" for x in numbers[:10].tolist()]
-    return f"[{', '.join([*first, '...'] if len(numbers) > 10 else first)}]"
 
 
 def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:

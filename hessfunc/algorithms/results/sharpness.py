@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from hessfunc.algorithms.results.result import Result, shown
+from hessfunc.algorithms.results.result import Result
+from hessfunc.display import VECTORS, shown
 from hessfunc.trees import Tree
 
 
@@ -39,6 +42,10 @@ class Sharpness(Result):
             "evaluations": self.evaluations,
         }
 
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        low, high = self.bounds
+        return {**super()._columns(), "largest_step": [low], "smallest_step": [high]}
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class GeneralizedSharpness(Result):
@@ -54,7 +61,7 @@ class GeneralizedSharpness(Result):
 
     value: float
     gap: float
-    direction: Tree
+    direction: Tree = field(metadata=VECTORS)
     values: Tensor
 
     @property
@@ -68,3 +75,6 @@ class GeneralizedSharpness(Result):
             "gap": f"{self.gap:.2g}",
             "values": shown(self.values),
         }
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        return {"run": range(len(self.values)), "value": self.values.tolist()}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from hessfunc.algorithms.results.result import Result, shown
+from hessfunc.algorithms.results.result import Result
+from hessfunc.display import VECTORS, shown
 from hessfunc.trees import Tree
 
 
@@ -25,11 +28,11 @@ class Solution(Result):
             None. Of several, the vector of the least curvature.
     """
 
-    x: Tree
+    x: Tree = field(metadata=VECTORS)
     residuals: Tensor
     solved: Tensor
     reasons: tuple[str, ...]
-    negative_curvature: Tree | None
+    negative_curvature: Tree | None = field(metadata=VECTORS)
 
     @property
     def residual(self) -> float:
@@ -47,3 +50,11 @@ class Solution(Result):
             return {"residual": f"{self.residual:.2g}", "converged": self.converged, **met}
         done = f"{int(self.solved.sum())} of {len(self.solved)}"
         return {"residuals": shown(self.residuals, 2), "converged": done, **met}
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        return {
+            "column": range(len(self.residuals)),
+            "residual": self.residuals.tolist(),
+            "solved": self.solved.tolist(),
+            "reason": self.reasons,
+        }

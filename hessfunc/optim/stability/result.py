@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hessfunc.algorithms.frank_wolfe import Norm
+from hessfunc.display import VECTORS, Displayed
 from hessfunc.fingerprints import combined, with_fingerprint
 from hessfunc.optim.stability.norms import Preconditioner
 from hessfunc.options import described, validated
@@ -20,8 +21,8 @@ class UnknownStability(ValueError):  # noqa: N818
     """The next step of a known optimiser has no stability limit."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stability:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Stability(Displayed):
     """Sharpness up to which the steps of an optimiser are stable on a quadratic.
 
     The sharpness is the largest eigenvalue of P^-1/2 (H + W) P^-1/2, or the maximum of
@@ -45,7 +46,9 @@ class Stability:
     """
 
     threshold: float
-    preconditioner: Mapping[str, Tensor | Preconditioner] | None = None
+    preconditioner: Mapping[str, Tensor | Preconditioner] | None = field(
+        default=None, metadata=VECTORS
+    )
     norm: Norm | None = None
     weight_decay: Mapping[str, float] | None = None
     optimizer: str = field(default="own", kw_only=True)
@@ -74,6 +77,16 @@ class Stability:
                     f"the preconditioner of {name!r} has an entry that is not positive: add a "
                     "damping, such as `eps=1e-8` of the optimiser"
                 )
+
+    def _headline(self) -> dict[str, object]:
+        step = "normed" if self.norm else "preconditioned" if self.preconditioner else "plain"
+        edge = {} if self.edge is None else {"edge": f"{self.edge:.6g}"}
+        return {
+            "threshold": f"{self.threshold:.6g}",
+            **edge,
+            "step": step,
+            "optimizer": self.optimizer,
+        }
 
     @property
     def edge(self) -> float | None:
