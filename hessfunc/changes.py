@@ -26,11 +26,21 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MIXED = "Its products would mix old and new values: make the matvec again"
 
 
-def unchanged(names: Sequence[str], tensors: Sequence[Tensor], /) -> Callable[[], None]:
-    """Return a function that raises if one of these leaves has since been changed in place."""
-    # Inference tensors have no version counter.
+def unchanged(
+    names: Sequence[str], tensors: Sequence[Tensor], /, versions: Sequence[int | None] | None = None
+) -> Callable[[], None]:
+    """Return a function that raises if one of these leaves has since been changed in place.
+
+    Args:
+        names: Name of each leaf, for the message.
+        tensors: Leaves.
+        versions: Version of each leaf that was read. None is the present one.
+    """
+    since = [_version(leaf) for leaf in tensors] if versions is None else versions
     tracked = [
-        (n, x, x._version) for n, x in zip(names, tensors, strict=True) if not x.is_inference()
+        (name, leaf, version)
+        for name, leaf, version in zip(names, tensors, since, strict=True)
+        if version is not None
     ]
 
     def refuse_if_changed() -> None:
@@ -45,6 +55,11 @@ def unchanged(names: Sequence[str], tensors: Sequence[Tensor], /) -> Callable[[]
                 )
 
     return refuse_if_changed
+
+
+def _version(leaf: Tensor) -> int | None:
+    """Return the number of changes of a tensor in place, None for an inference tensor."""
+    return None if leaf.is_inference() else leaf._version
 
 
 def unwritten(
@@ -76,8 +91,8 @@ def unwritten(
             moved = address is not None and _address(leaf) != address
             if moved or not torch.equal(view, value):
                 raise RuntimeError(
-                    f"{name!r} has been overwritten since this matvec was made, through `.data` or "
-                    f"NumPy. {_MIXED}"
+                    f"{name!r} has been overwritten since this matvec was made, through `.data`, "
+                    f"NumPy or in another thread. {_MIXED}"
                 )
 
     return refuse_if_written
@@ -106,10 +121,25 @@ class Reads:
     Attributes:
         parameters: Frozen parameters, and parameters that are held fixed.
         buffers: Buffers of modules.
+        versions: Version of each tensor when it was first read, by id.
     """
 
     parameters: Named = field(default_factory=dict)
     buffers: Named = field(default_factory=dict)
+    versions: dict[int, int | None] = field(default_factory=dict, compare=False)
+
+    @property
+    def all(self) -> Named:
+        """Tensors of both kinds."""
+        return self.parameters | self.buffers
+
+    def note(self, parameters: Named, buffers: Named) -> None:
+        """Add tensors that an evaluation is about to read."""
+        self.parameters.update(parameters)
+        self.buffers.update(buffers)
+        for key, (_, leaf) in (parameters | buffers).items():
+            if key not in self.versions:
+                self.versions[key] = _version(leaf)
 
     def unchanged(self, *, again: bool) -> Callable[[], None]:
         """Return a function that raises if what products read has since been changed.
@@ -117,9 +147,10 @@ class Reads:
         Args:
             again: Whether products evaluate the loss again, and with it the buffers.
         """
-        read = self.parameters | (self.buffers if again else {})
+        read = self.all if again else self.parameters
         names, tensors = [name for name, _ in read.values()], [leaf for _, leaf in read.values()]
-        in_place = unchanged(names, tensors)
+        versions = [self.versions.get(key, _version(leaf)) for key, (_, leaf) in read.items()]
+        in_place = unchanged(names, tensors, versions)
         without_version = unwritten(names, tensors, again=again)
 
         def refuse_if_changed() -> None:
@@ -153,8 +184,7 @@ def note_read(
     of_parameters = {id(leaf): (name, leaf) for name, leaf in parameters}
     of_buffers = {id(leaf): (name, leaf) for name, leaf in buffers}
     for reads in noted:
-        reads.parameters.update(of_parameters)
-        reads.buffers.update(of_buffers)
+        reads.note(of_parameters, of_buffers)
 
 
 @dataclass(frozen=True)
@@ -175,15 +205,21 @@ class Rereads:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Context manager around an evaluation.
+        """Context manager around some evaluations.
 
         Raises:
-            RuntimeError: If a tensor has changed since an earlier evaluation.
+            RuntimeError: If a tensor has changed since an earlier evaluation, or in between.
         """
-        for check in self.checks.values():
-            check()
+        self._refuse_if_changed()
         with reading() as reads:
             yield
-        for key, named in (reads.parameters | reads.buffers).items():
+        # The loader, or another thread, may have written between two evaluations.
+        for key, named in reads.all.items():
             if key not in self.checks:
-                self.checks[key] = Reads({key: named}).unchanged(again=True)
+                one = Reads({key: named}, versions=reads.versions)
+                self.checks[key] = one.unchanged(again=True)
+        self._refuse_if_changed()
+
+    def _refuse_if_changed(self) -> None:
+        for check in self.checks.values():
+            check()

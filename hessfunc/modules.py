@@ -19,6 +19,7 @@ from torch._C._autograd import (
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
+from hessfunc.autograd.contexts import without_cudnn
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.overrides import Replaced, current
 from hessfunc.autograd.recompute import recompute_inside, segments_of
@@ -132,10 +133,11 @@ def functional(
             with Replaced(TRANSFORMABLE):
                 outputs = torch.func.functional_call(copies.traced, state, args, kwargs)
         else:
+            device = next(iter(state[0].values())).device
             with (
                 copies.borrowed() as module,
                 _without_checkpointing(),
-                _without_cudnn() if recurrent else nullcontext(),
+                without_cudnn(device) if recurrent else nullcontext(),
                 Replaced(pure_lookup()) if renormalises else nullcontext(),
                 Replaced(TRANSFORMABLE) if _is_transformed() else nullcontext(),
             ):
@@ -236,17 +238,6 @@ def _cast(tree: Tree, dtype: torch.dtype) -> Tree:
         return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
     return mapped(cast, tree, "inputs")
-
-
-def _without_cudnn() -> AbstractContextManager[None]:
-    # The recurrent layers of cuDNN have no second derivative; torch's own kernels have one.
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=False,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=cudnn.allow_tf32,
-    )
 
 
 @contextmanager

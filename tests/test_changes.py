@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.changes import Reads, Rereads, note_read, reading, unchanged, unwritten
+from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.draws import draws
+from hessfunc.transforms.hessian import kept
 from tests.reference import flat
 
 AGAIN: dict[str, Any] = {
@@ -225,3 +228,115 @@ def test_evaluations_read_the_same_each_time() -> None:
     in_place(later)
     with pytest.raises(RuntimeError, match="'later' has changed in place"), rereads.reading():
         pass
+
+
+class Stepping(list[Any]):
+    """Batches between which somebody writes, as another thread that trains would."""
+
+    def __init__(self, batches: Any, write: Callable[[], None]) -> None:
+        super().__init__(batches)
+        self.write = write
+
+    def __iter__(self) -> Any:
+        for i, batch in enumerate(super().__iter__()):
+            if i:
+                self.write()
+            yield batch
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", ["0.weight", "3.weight", "1.running_var"])
+def test_a_write_between_two_batches_is_refused(name: str, keep: bool) -> None:
+    problem = Problem(held=False)
+    batches = Stepping([problem.batch] * 2, lambda: in_place(problem.tensor(name)))
+    with pytest.raises(RuntimeError, match=rf"'{re.escape(name)}' has changed in place"):
+        hf.over_batches(hf.hvp(problem.loss), keep=keep)(problem.params, batches)(problem.v)
+
+
+def in_another_thread(tensor: Tensor) -> None:
+    thread = threading.Thread(target=in_place, args=(tensor,))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("name", ["3.weight", "1.running_var"])
+@pytest.mark.parametrize("kind", ["forward", "difference"])
+def test_a_write_during_a_product_is_refused(kind: str, name: str) -> None:
+    problem = Problem(held=False)
+    waiting: list[bool] = []
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        value = problem.loss(params, batch)
+        if waiting:
+            waiting.pop()
+            in_another_thread(problem.tensor(name))
+        return value
+
+    matvec = hf.hvp(loss, mode=kind)(problem.params, problem.batch)  # type: ignore[arg-type]
+    matvec(problem.v)
+    waiting.append(True)
+    with pytest.raises(RuntimeError, match="has changed in place"):
+        matvec(problem.v)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_write_while_the_loss_is_evaluated_is_refused(name: str) -> None:
+    problem = Problem(held=False)
+    outputs = problem.loss.outputs
+
+    def trained(params: Any, batch: Any) -> Tensor:
+        out = outputs(params, batch)
+        in_place(problem.tensor("3.weight"))
+        return out
+
+    loss = hf.composed(trained, problem.loss.criterion)
+    with pytest.raises(RuntimeError, match="has changed in place"):
+        KEPT[name](loss)(problem.params, problem.batch)(problem.v)
+
+
+class Overtaken(list[Tensor]):
+    """Leaves of which one is written while they are copied."""
+
+    def __iter__(self) -> Any:
+        for i, leaf in enumerate(super().__iter__()):
+            if i:
+                in_place(self[0])
+            yield leaf
+
+
+def test_copies_of_parameters_of_two_steps_are_refused() -> None:
+    leaves = [torch.ones(2), torch.ones(3)]
+    space = space_of(leaves)
+    assert all(torch.equal(*pair) for pair in zip(kept(space, leaves), leaves, strict=True))
+    with pytest.raises(RuntimeError, match="changed in place"):
+        kept(space, Overtaken(leaves))
+
+
+def test_products_during_a_training_are_right_or_refused() -> None:
+    # H = diag(w^2) of sum w^4 / 12, so that products of a consistent w = t 1 are multiples of v.
+    w = torch.ones(20_000, dtype=torch.float64)
+    curvature = hf.over_batches(hf.hvp(lambda p, b: p["w"].pow(4).sum() / 12), weight=lambda b: 1.0)
+    v, ended = {"w": torch.ones_like(w)[None]}, threading.Event()
+
+    def train() -> None:
+        while not ended.wait(1e-4):
+            w.mul_(1.01)
+
+    answers: list[Tensor] = []
+    refusals: list[RuntimeError] = []
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(50):
+            try:
+                answers.append(curvature({"w": w}, [None] * 2)(v)["w"])
+            except RuntimeError as error:
+                refusals.append(error)
+    finally:
+        ended.set()
+        thread.join()
+    assert len(answers) + len(refusals) == 50
+    told = "has changed in place", "overwritten since this matvec was made"
+    assert [e for e in refusals if not any(words in str(e) for words in told)] == []
+    for product in answers:
+        assert (product / product.flatten()[0] - 1).abs().max() < 1e-12

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessfunc as hf
 from hessfunc.copies import hooked
@@ -119,30 +120,60 @@ def assert_same(found: dict[str, Any], before: dict[str, Any]) -> None:
             assert other is value, key
 
 
+class FailsIn(torch.autograd.Function):
+    """The identity, whose backward raises, or the backward of its backward."""
+
+    @staticmethod
+    def forward(x: Tensor, order: int) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.order = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        if ctx.order == 1:
+            raise KeyError("in the middle")
+        return FailsIn.apply(g, ctx.order - 1), None
+
+
+def fail(*_: Any) -> None:
+    raise KeyError("in the middle")
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*nested tensor")
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", ["never", "forward", "criterion", "backward", "product"])
 @pytest.mark.parametrize("name", MODELS)
-def test_products_leave_no_trace_on_the_module(name: str, fails: bool) -> None:
+def test_products_leave_no_trace_on_the_module(name: str, fails: str) -> None:
     model, x, y = problem(name)
     model_fn, params = hf.functional(model)
-    before = everything(model)
+    before, settings = everything(model), settings_of_the_process()
+    failing = [fails]
 
     def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
-        if fails:
-            raise KeyError("in the middle")
+        match failing[-1]:
+            case "criterion":
+                fail()
+            case "backward":
+                outputs = FailsIn.apply(outputs, 1)
+            case "product":
+                outputs = FailsIn.apply(outputs, 2)
         return F.cross_entropy(outputs, targets)
 
-    def fail(*_: Any) -> None:
-        raise KeyError("in the middle")
-
     loss = hf.supervised(model_fn, criterion)
-    if not fails:
-        hf.hvp(loss)(params, (x, y))(hf.random_like(params, 2, seed=0))
-    else:
-        last = list(model.modules())[-1]
-        with pytest.raises(KeyError, match="in the middle"), hooked(after={last: fail}):
-            hf.hvp(loss)(params, (x, y))
+    v = hf.random_like(params, 2, seed=0)
+    if fails != "never":
+        hooks = {list(model.modules())[-1]: fail} if fails == "forward" else {}
+        with pytest.raises(KeyError, match="in the middle"), hooked(after=hooks):
+            hf.hvp(loss)(params, (x, y))(v)
+        assert_same(everything(model), before)
+    failing.append("never")
+    found = hf.hvp(loss)(params, (x, y))(v)
     assert_same(everything(model), before)
+    assert settings_of_the_process() == settings
+    fresh = hf.hvp(hf.supervised(hf.functional(model)[0], F.cross_entropy))(params, (x, y))(v)
+    assert all(torch.equal(found[key], fresh[key]) for key in params)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*nested tensor")
@@ -227,34 +258,81 @@ def test_sixteen_threads_and_a_training() -> None:
     assert [id(p) for p in model.parameters()] == identities
 
 
-def test_no_setting_of_the_process_changes_while_a_loss_runs() -> None:
-    torch.manual_seed(0)
-    model = nn.TransformerEncoderLayer(4, 2, 8, 0.1, batch_first=True)
-    seen: list[Any] = []
+def settings_of_the_process() -> dict[str, Any]:
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return {
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+        "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+        "tf32": (cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "random stream": torch.get_rng_state().tolist(),
+    }
 
-    def settings() -> Any:
-        return (
-            torch.backends.mha.get_fastpath_enabled(),
-            torch.backends.cuda.flash_sdp_enabled(),
-            torch.backends.cuda.mem_efficient_sdp_enabled(),
-            torch.backends.cudnn.enabled,
-            torch.backends.cudnn.allow_tf32,
-            torch.get_rng_state().tolist(),
-            [module.training for module in model.modules()],
-        )
+
+def settings_of_a_thread() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled()
+
+
+class Watching(TorchDispatchMode):
+    """Mode that looks at the settings at each operation, of a forward, a backward or a product."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self.settings = self._now()
+        self.operations = 0
+        self.changed: set[str] = set()
+
+    def _now(self) -> dict[str, Any]:
+        return settings_of_the_process() | {"flags": [m.training for m in self._model.modules()]}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        if self.operations % 5 == 0:
+            now = self._now()
+            self.changed |= {key for key, value in self.settings.items() if now[key] != value}
+        return func(*args, **(kwargs or {}))
+
+
+CURVATURES: dict[str, Callable[..., Any]] = {
+    "hvp": hf.hvp,
+    "forward": functools.partial(hf.hvp, mode="forward"),
+    "difference": functools.partial(hf.hvp, mode="difference"),
+    "ggnvp": hf.ggnvp,
+    "pchvp": hf.pchvp,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensor")
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("name", ["attention", "lstm", "renormalised embedding", "dropout"])
+def test_no_setting_of_the_process_changes_while_a_loss_runs(name: str, curvature: str) -> None:
+    model, x, y = problem(name)
+    model_fn, params = hf.functional(model)
+    model.eval()
+    seen: list[Any] = []
 
     def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
         with ThreadPoolExecutor(1) as pool:
-            seen.append(pool.submit(settings).result())
-        return F.mse_loss(outputs, targets)
+            seen.append(pool.submit(settings_of_a_thread).result())
+        return F.cross_entropy(outputs, targets)
 
-    model_fn, params = hf.functional(model)
-    model.eval()
-    x = torch.randn(2, 3, 4)
-    before = settings()
-    hf.hvp(hf.supervised(model_fn, criterion))(params, (x, x))
-    assert seen
-    assert all(found == before for found in seen)
+    here = settings_of_a_thread()
+    watching = Watching(model)
+    with watching:
+        matvec = CURVATURES[curvature](hf.supervised(model_fn, criterion))(params, (x, y))
+        matvec(hf.random_like(params, 1, seed=0))
+    assert watching.operations > 5
+    assert not watching.changed
+    assert set(seen) == {(True, False, False)}
+    assert settings_of_a_thread() == here
 
 
 def test_frozen_parameters_and_buffers_are_those_of_the_module_at_each_call() -> None:

@@ -32,7 +32,7 @@ def differentiable_twice(
     All of it belongs to the thread. Three settings exist only for the whole process, and are
     changed while any thread needs them (see `Shared`): functions wrapped by `torch.compile` run
     uncompiled; on CUDA devices, TF32 is off; and with DTensors, the backward of
-    `DTensor.from_local` is differentiable.
+    `DTensor.from_local` is differentiable. `without_cudnn` is a fourth one.
 
     Args:
         device: Device of the parameters.
@@ -133,3 +133,24 @@ def _without_tf32() -> Iterator[None]:
 
 
 _WITHOUT_TF32 = Shared(_without_tf32)
+
+
+def without_cudnn(device: torch.device) -> AbstractContextManager[Any]:
+    """Context manager that turns cuDNN off, whose recurrent layers have no second derivative.
+
+    Torch's own kernels have one. CPUs do not use cuDNN, and nothing changes for them.
+    """
+    return _WITHOUT_CUDNN.held() if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _cudnn_off() -> Iterator[None]:
+    # `torch.backends.cudnn.flags` would also restore TF32, which other threads may hold off.
+    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+_WITHOUT_CUDNN = Shared(_cudnn_off)

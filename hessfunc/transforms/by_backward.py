@@ -116,7 +116,7 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
 
         with torch.inference_mode(False):
             batch = kept_batch(batch)
-            point = kept(leaves)
+            point = kept(space, leaves)
             gradient(point, first=True)
         product = gradient_differences(gradient, space, point)
         # Each product reads the rest of the module again, so it must not change.

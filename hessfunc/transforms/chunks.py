@@ -154,13 +154,18 @@ def block_matvec(
             tangents = [t.to(dtype) for t, dtype in zip(tangents, space.dtypes, strict=True)]
         try:
             if torch.is_grad_enabled() and (constants or transforming() or _needs_graph(tangents)):
-                return space.tree(with_graph(tangents))
-            with torch.no_grad(), surroundings(space.device):
-                return space.tree(products(tangents))
+                outs = space.tree(with_graph(tangents))
+            else:
+                with torch.no_grad(), surroundings(space.device):
+                    outs = space.tree(products(tangents))
         except RuntimeError as error:
             if (clearer := explanation(error, space, batch)) is not None:
                 raise clearer from error
             raise
+        if refuse_if_changed is not None:
+            # Another thread may have written while the products were computed.
+            refuse_if_changed()
+        return outs
 
     def outside_of_inference_mode(block: Tree) -> Tree:
         if torch.is_inference_mode_enabled():

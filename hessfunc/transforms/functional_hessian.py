@@ -83,7 +83,7 @@ def functional_hvp(
         refuse_autocast(space.device)
         with linearising(loss, space, params, batch):
             batch = plain_batch(batch)
-            inputs = [leaf.requires_grad_() for leaf in kept(space.tree_leaves(params))]
+            inputs = [leaf.requires_grad_() for leaf in kept(space, space.tree_leaves(params))]
             with differentiable_twice(space.device):
                 outputs = loss.outputs(space.tree(inputs), batch)
                 used, _, slopes = output_gradient(

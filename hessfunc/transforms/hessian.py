@@ -20,7 +20,7 @@ from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD
 from hessfunc.autograd.functorch import edges, pullback, transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
-from hessfunc.changes import Reads, reading
+from hessfunc.changes import Reads, reading, unchanged
 from hessfunc.containers import batch_leaves
 from hessfunc.losses import LossFunction, refuse_module
 from hessfunc.options import validated
@@ -126,7 +126,7 @@ def hvp(
         given = batch
         with linearising(loss, space, params, batch) as read:
             batch = kept_batch(batch)
-            point = kept(leaves)
+            point = kept(space, leaves)
             problem = _Problem(loss, space, point, batch, verified)
             product, again = _made(problem, mode)
         size = Chunks(1) if mode == "difference" else chunks
@@ -156,13 +156,20 @@ def linearising(loss: LossFunction, space: Space, params: Tree, batch: Any, /) -
         yield reads
 
 
-def kept(leaves: Sequence[Tensor], /) -> list[Tensor]:
+def kept(space: Space, leaves: Sequence[Tensor], /) -> list[Tensor]:
     """Copy the parameters of a matvec, so that it keeps their present values.
 
     A write through ``.data`` or NumPy does not change the version of a tensor, so a kept graph
     would combine new weights with old activations.
+
+    Raises:
+        RuntimeError: If another thread changes a leaf meanwhile, so that the copies would mix the
+            parameters of two steps of an optimiser.
     """
-    return [leaf.detach().clone() for leaf in leaves]
+    refuse_if_changed = unchanged(space.names, leaves)
+    copies = [leaf.detach().clone() for leaf in leaves]
+    refuse_if_changed()
+    return copies
 
 
 def requiring_gradients(leaves: Sequence[Tensor], batch: Any, /) -> list[Tensor]:

@@ -88,7 +88,7 @@ def through_outputs(
         constants = requiring_gradients(leaves, batch)
         with linearising(loss, space, params, batch) as read:
             batch = kept_batch(batch)
-            point = kept(leaves)
+            point = kept(space, leaves)
             inputs = [leaf.detach().requires_grad_() for leaf in point]
             with differentiable_twice(space.device, SECOND_ORDER) as seen:
                 ends, between = _ends(loss, matrix.constant, space, inputs, batch, seen, verified)

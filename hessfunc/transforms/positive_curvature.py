@@ -109,7 +109,7 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
         constants = requiring_gradients(leaves, batch)
         with linearising(loss, space, params, batch) as read:
             batch = kept_batch(batch)
-            point = kept(leaves)
+            point = kept(space, leaves)
             with differentiable_twice(space.device) as seen:
                 graph = _with_residual(
                     loss, space, point, batch, seen, sound, allow_products=residual == "zero"

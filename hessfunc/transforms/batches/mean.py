@@ -294,12 +294,14 @@ class _Reading:
     def kept(self) -> Callable[[Tree], Sum]:
         """Make the graphs of all batches now, and return the function that multiplies a block."""
         read = Read.nothing(self.space.device)
+        rereads = Rereads.of(self.space.names, self.space.tree_leaves(self.params))
 
         def make() -> list[tuple[Callable[[], float], Callable[[], Matvec]]]:
             made: list[tuple[Callable[[], float], Callable[[], Matvec]]] = []
-            for i, batch in self._mine(read):
-                matvec = self._at(batch, i)
-                made.append((self.average.later(batch), partial(_itself, matvec)))
+            with rereads.reading():
+                for i, batch in self._mine(read):
+                    matvec = self._at(batch, i)
+                    made.append((self.average.later(batch), partial(_itself, matvec)))
             if not transforming():
                 self.passes.add(read.all.total)
             return made
