@@ -118,11 +118,18 @@ class Call:
     function: Callable[..., Any] | None = None
 
 
-RUN = {"seed": 0, "callback": None, "space": None, "checkpoint": None, "max_matvecs": 12}
+RUN = {
+    "seed": 0,
+    "callback": None,
+    "progress": False,
+    "space": None,
+    "checkpoint": None,
+    "max_matvecs": 12,
+}
 TRACE = RUN | {"rtol": 0.5, "atol": 0.1, "block_size": 2}
 SOLVE = {
     "damping": 0.5, "preconditioner": matvec, "start": B, "rtol": 1e-6, "atol": 0.0,
-    "max_matvecs": 40, "space": None, "callback": None, "checkpoint": None,
+    "max_matvecs": 40, "space": None, "callback": None, "progress": None, "checkpoint": None,
 }  # fmt: skip
 OF_LOSS = {"loss": LOSS}
 OF_DATA = {"loss": LOSS, "params": PARAMS, "batches": [BATCH]}
@@ -270,7 +277,10 @@ CALLS: dict[str, Call] = {
     ),
     "ggn_diagonal": Call(
         OF_DATA,
-        {"weight": hf.examples, "mesh": None, "data": "replicated", "examples_per_chunk": 2},
+        {
+            "weight": hf.examples, "mesh": None, "data": "replicated", "examples_per_chunk": 2,
+            "progress": None,
+        },
     ),
     "diagonal": Call(
         {"matvec": matvec, "like": LIKE},
@@ -316,12 +326,12 @@ CALLS: dict[str, Call] = {
             "outer_batches": [BATCH], "inner_batches": [BATCH], "solve": hf.cg, "damping": 1.0,
             "preconditioner": None, "start": None, "rtol": 0.1, "atol": 0.0, "max_matvecs": 20,
             "weight": hf.examples, "keep": False, "stationarity": 1.0, "seed": 0,
-            "callback": None, "space": None, "checkpoint": None,
+            "callback": None, "progress": None, "space": None, "checkpoint": None,
         },
     ),
     "matrix": Call(
         {"matvec": matvec, "like": LIKE},
-        {"rows": None, "columns": [0, 1], "chunk_size": 2, "callback": None},
+        {"rows": None, "columns": [0, 1], "chunk_size": 2, "callback": None, "progress": None},
     ),
     "inner": Call({"a": B, "b": B}),
     "block_spectra": Call(
@@ -329,18 +339,19 @@ CALLS: dict[str, Call] = {
         {
             "blocks": ["0.weight"], "weight": hf.examples, "keep": False, "curvature": hf.hvp,
             "algorithm": lambda mv, like: hf.lanczos(mv, like, k=1, seed=0), "callback": None,
+            "progress": None,
         },
     ),
     "landscape": Call(
         OF_DATA | {"direction": ONES},
         {
             "radius": 1.0, "points": 3, "at": None, "normalise": None, "weight": hf.examples,
-            "points_per_chunk": 2, "callback": None,
+            "points_per_chunk": 2, "callback": None, "progress": None,
         },
     ),
     "critical_sharpness": Call(
         {"loss": LOSS, "params": PARAMS, "batch": BATCH, "direction": ONES},
-        {"rtol": 0.1, "start": 1.0, "max_evaluations": 20},
+        {"rtol": 0.1, "start": 1.0, "max_evaluations": 20, "progress": None},
     ),
     "stability": Call(
         {"optimizer": OPTIMIZER, "model": MODEL}, {"gradient": ONES, "lr": 0.1}
@@ -381,7 +392,7 @@ CALLS: dict[str, Call] = {
         {
             "every": 1, "optimizer": OPTIMIZER, "preconditioned": False, "stability": None,
             "compose": hf.supervised, "eval_mode": True, "out": None, "tensorboard": None,
-            "callback": None, "steps": 0,
+            "callback": None, "progress": None, "steps": 0,
         },
         watched,
     ),

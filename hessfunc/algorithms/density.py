@@ -15,6 +15,7 @@ from hessfunc.algorithms.offload import home, is_far, room_beside
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.recurrences import Recurrence, Recurrences, eigenpairs_of, extended
 from hessfunc.algorithms.results import Density
+from hessfunc.display import Achieved
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import Space, available_to, products_eps, rows_dtype
 from hessfunc.trees import Matvec, Tree
@@ -58,7 +59,7 @@ def slq(
             of one vector, besides the probes. The results are those of bases on the GPU up to
             rounding.
         max_matvecs: Budget, the largest number of matvecs; by default ``probes * steps``.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Density`. A probe whose Krylov space is exhausted ends early. Probes that are incomplete
@@ -155,6 +156,9 @@ class LanczosQuadrature(Method["_State", Density]):
         if fewest < steps:
             return f"complete: a Krylov space was exhausted after {fewest} steps"
         return f"complete: {steps} steps for each probe"
+
+    def achieved(self, state: _State, space: Space, cost: Cost, /) -> Achieved:
+        return Achieved(converged=len(state.complete), wanted=self.probes)
 
     def result(self, state: _State, space: Space, cost: Cost, /) -> Density:
         nodes, weights, residuals = quadrature(state.complete or state.recurrences)

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, TypedDict, TypeVar
 
 from hessfunc.algorithms.checkpoint import Checkpoint, Directory
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Result
+from hessfunc.display import NOTHING, Achieved, Report, Reported, reporting
 from hessfunc.spaces.space import Space
 
 State = TypeVar("State")
@@ -41,6 +43,9 @@ class RunOptions(TypedDict, total=False):
             default vectors are replicated.
         callback: Function of the running result, called after each round. The run stops when it
             returns True.
+        progress: Function of a `Progress`, called after each round; it cannot stop the run. True
+            shows a bar in a terminal or a notebook, and elsewhere a line on standard error every 30
+            seconds.
         checkpoint: Directory in which the state of the run is saved after each round, so that an
             interrupted run can be resumed.
     """
@@ -48,6 +53,7 @@ class RunOptions(TypedDict, total=False):
     seed: int | None
     space: Space | None
     callback: Callback[Any] | None
+    progress: Reported
     checkpoint: Directory
 
 
@@ -119,6 +125,19 @@ class Method(ABC, Generic[State, AnyResult]):
             cost: Matvecs, passes, reason and seed of the run.
         """
 
+    def achieved(self, state: State, space: Space, cost: Cost, /) -> Achieved:
+        """Return the numbers that show the progress of a running state.
+
+        By default they are those of the running result. A method whose result costs vectors
+        overrides it.
+
+        Args:
+            state: State after at least one round.
+            space: Space of the vectors.
+            cost: Matvecs, passes, reason and seed of the run.
+        """
+        return self.result(state, space, cost).achieved()
+
     def options(self) -> dict[str, Any]:
         """Return the options that a resumed run must not change, by name."""
         return {
@@ -152,18 +171,56 @@ def run_method(
     # All ranks make a running result together, even if only one of them has a callback.
     watched = space.least(callback is None) == 0
 
-    def stops(state: State) -> bool:
-        if not watched:
-            return False
-        result = method.result(state, space, products.cost(RUNNING, recorded))
-        return _says_stop(space, callback, result)
+    def stops(state: State, report: Report | None) -> bool:
+        cost = products.cost(RUNNING, recorded)
+        if report is not None:
+            report(products.matvecs, method.achieved(state, space, cost))
+        return watched and _says_stop(space, callback, method.result(state, space, cost))
 
-    # The first state has no name here, which would keep its workspace in memory during the run.
-    state, reason = _rounds(
-        method.init(products, seed), method, products, store, max_matvecs - kept, stops
-    )
-    state, reason = method.finish(state, products, reason, max_matvecs - products.matvecs)
-    return method.result(state, space, products.cost(reason, recorded))
+    with reported(products, run, type(method).__name__, max_matvecs) as report:
+        # The first state has no name here, which would keep its workspace in memory during the run.
+        state, reason = _rounds(
+            method.init(products, seed),
+            method,
+            products,
+            store,
+            max_matvecs - kept,
+            lambda state: stops(state, report),
+        )
+        state, reason = method.finish(state, products, reason, max_matvecs - products.matvecs)
+        cost = products.cost(reason, recorded)
+        result = method.result(state, space, cost)
+        if report is not None:
+            last = result.achieved()
+            report(
+                products.matvecs, method.achieved(state, space, cost) if last == NOTHING else last
+            )
+    return result
+
+
+@contextmanager
+def reported(
+    products: Products, run: RunOptions, task: str, total: int, /
+) -> Iterator[Report | None]:
+    """Yield the function that reports the progress of a run on all ranks, or None.
+
+    Args:
+        products: Products of the run.
+        run: Options of the run.
+        task: Name of the method.
+        total: Budget of matvecs.
+    """
+    progress, space = run.get("progress"), products.space
+    # All ranks report together, even if only one of them shows its progress.
+    if space.least(not progress) == 1:
+        yield None
+        return
+    with reporting(progress, task, total=total) as report:
+
+        def together(done: int, achieved: Achieved = NOTHING, /) -> None:
+            space.on_all(lambda: None if report is None else report(done, achieved))
+
+        yield together
 
 
 def store_of(method: Method[Any, Any], products: Products, run: RunOptions, /) -> Checkpoint:

@@ -13,6 +13,7 @@ from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate
 from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.statistics import FEWEST_SAMPLES, rounding_of_sum
+from hessfunc.display import Report
 from hessfunc.spaces.space import Space, products_eps, rows_dtype
 
 _EXACT = "exact: all unit vectors were multiplied"
@@ -65,6 +66,7 @@ def exact_trace(
     *,
     max_matvecs: int,
     block_size: int,
+    report: Report | None = None,
     known: Tensor | None = None,
 ) -> Estimate:
     """Return the trace up to rounding, in n matvecs.
@@ -74,12 +76,13 @@ def exact_trace(
         seed: Seed of the run.
         max_matvecs: Budget of the run, of which at least n matvecs must remain.
         block_size: Number of vectors that are multiplied at once.
+        report: Function that reports the progress of the run, or None.
         known: Trace of the part that the matvec leaves out, by leaf, float64 ``(leaves,)``.
 
     Raises:
         ValueError: If the matvec is not deterministic.
     """
-    space, rows, images, rounding, reason = _products(products, max_matvecs, block_size)
+    space, rows, images, rounding, reason = _products(products, max_matvecs, block_size, report)
     parts = space.by_leaf(rows, images).sum(0).cpu().double()
     parts = parts if known is None else parts + known
     squares = space.norms(images).cpu().double().square().sum()
@@ -101,10 +104,16 @@ def exact_trace(
 
 
 def exact_diagonal(
-    products: Products, seed: int, /, *, max_matvecs: int, block_size: int
+    products: Products,
+    seed: int,
+    /,
+    *,
+    max_matvecs: int,
+    block_size: int,
+    report: Report | None = None,
 ) -> DiagonalEstimate:
     """Return the diagonal up to rounding, in n matvecs, with the arguments of `exact_trace`."""
-    space, rows, images, rounding, reason = _products(products, max_matvecs, block_size)
+    space, rows, images, rounding, reason = _products(products, max_matvecs, block_size, report)
     diagonal = (rows * images).sum(0)
     squares = images.double().square().sum(0)
     parts = space.by_leaf(rows, images).sum(0).tolist()
@@ -131,7 +140,7 @@ def exact_diagonal(
 
 
 def _products(
-    products: Products, max_matvecs: int, block_size: int
+    products: Products, max_matvecs: int, block_size: int, report: Report | None
 ) -> tuple[Space, Tensor, Tensor, float, str]:
     """Return the space, all unit vectors, their products, the rounding of a sum, and a reason.
 
@@ -140,7 +149,12 @@ def _products(
     space = products.space
     everything = torch.arange(space.n, device=space.device)
     rows = space.units(everything, rows_dtype(space))
-    images = torch.cat(list(unit_products(products, everything, block_size)))
+    pieces = []
+    for piece in unit_products(products, everything, block_size):
+        pieces.append(piece)
+        if report is not None:
+            report(products.matvecs)
+    images = torch.cat(pieces)
     lengths = space.norms(images).cpu().double()
     rounding = rounding_of_sum(products_eps(space)) * float(lengths.norm())
     matrix = space.entries(images, everything).double()

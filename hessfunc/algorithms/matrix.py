@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hessfunc import options
 from hessfunc.algorithms.products import Products
+from hessfunc.display import Reported, reporting
 from hessfunc.memory import AT_ONCE, available_memory
 from hessfunc.options import at_least
 from hessfunc.selection import Pattern, selected
@@ -27,6 +28,7 @@ def matrix(
     columns: Pattern | Sequence[int] | None = None,
     chunk_size: int | None = None,
     callback: Callable[[int, int], object] | None = None,
+    progress: Reported = None,
 ) -> Tensor:
     """Materialise a matrix, or a block of it.
 
@@ -50,6 +52,8 @@ def matrix(
             2^24 entries.
         callback: Function of the number of columns so far and of all columns, called after each
             chunk, for a progress bar.
+        progress: Function of a `Progress`, called after each chunk; True for a bar or lines, as in
+            `RunOptions`.
 
     Returns:
         Dense tensor ``(rows, columns)``, in the dtype of the vectors, float32 at least. A pattern
@@ -72,11 +76,14 @@ def matrix(
     _refuse_unless_fits(space, len(i), len(j), size)
     dense = torch.empty(len(i), len(j), dtype=rows_dtype(space), device=space.device)
     done = 0
-    for images in unit_products(products, j, size):
-        dense[:, done : done + len(images)] = space.entries(images, i).mT
-        done += len(images)
-        if callback is not None:
-            callback(done, len(j))
+    with reporting(progress, "matrix", total=len(j), unit="columns") as report:
+        for images in unit_products(products, j, size):
+            dense[:, done : done + len(images)] = space.entries(images, i).mT
+            done += len(images)
+            if report is not None:
+                report(done)
+            if callback is not None:
+                callback(done, len(j))
     return dense
 
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
 
-from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method, store_of
+from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, reported, run_method, store_of
 from hessfunc.algorithms.exact import exact_diagonal, exact_trace, random_budget, unit_vectors_left
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate, Result
@@ -15,6 +15,7 @@ from hessfunc.algorithms.results.estimate import narrow_enough
 from hessfunc.algorithms.results.result import judged
 from hessfunc.algorithms.statistics import STOPPED
 from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
+from hessfunc.display import Report
 from hessfunc.options import at_least
 from hessfunc.spaces.space import Rows, Space
 
@@ -28,7 +29,14 @@ class _Exact(Protocol[Exact_co]):
     """Exact function of a matrix from all unit vectors, such as `exact_trace`."""
 
     def __call__(
-        self, products: Products, seed: int, /, *, max_matvecs: int, block_size: int
+        self,
+        products: Products,
+        seed: int,
+        /,
+        *,
+        max_matvecs: int,
+        block_size: int,
+        report: Report | None,
     ) -> Exact_co: ...
 
 
@@ -205,5 +213,13 @@ def _run(
     else:
         seed = store_of(method, products, run).seed
     assert seed is not None
-    estimate = exact(products, seed, max_matvecs=max_matvecs, block_size=method.block_size)
+    total = products.matvecs + products.space.n
+    with reported(products, run, "all unit vectors", total) as report:
+        estimate = exact(
+            products,
+            seed,
+            max_matvecs=max_matvecs,
+            block_size=method.block_size,
+            report=report,
+        )
     return judged(estimate, method.reached(estimate))

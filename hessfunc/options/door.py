@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 # Options of every run of an algorithm.
-RUN = ("seed", "space", "callback", "checkpoint")
+RUN = ("seed", "space", "callback", "progress", "checkpoint")
 # Arguments that may differ between the ranks of a run.
-_OF_ONE_RANK = frozenset({"callback", "space", "mesh"})
+_OF_ONE_RANK = frozenset({"callback", "progress", "space", "mesh"})
 
 
 @overload

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from hessfunc.options.scalars import (
     Check,
+    is_bool,
     is_sparse,
     refused,
+    scalar,
 )
 
 
@@ -28,6 +30,22 @@ def function_of(count: int, takes: str, /) -> Check:
         if is_function(value, count):
             return value
         raise refused(name, value, f"a function of {takes}", f"pass {name}=f, without calling it")
+
+    return check
+
+
+def flag_or_function_of(takes: str, /) -> Check:
+    """Return a check for flags, and for functions of one argument.
+
+    Args:
+        takes: Name of the argument, for the message.
+    """
+
+    def check(name: str, value: Any, /) -> Any:
+        given = scalar(value)
+        if is_bool(given) or is_function(given, 1):
+            return given
+        raise refused(name, value, f"True, False or a function of {takes}", f"pass {name}=True")
 
     return check
 

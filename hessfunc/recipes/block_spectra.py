@@ -8,7 +8,7 @@ from typing import Any
 from hessfunc import options
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.results import Density
-from hessfunc.display import Displayed, plain
+from hessfunc.display import Displayed, Reported, plain, reporting
 from hessfunc.losses import LossFunction, hold
 from hessfunc.selection import Pattern, split
 from hessfunc.spaces.of import space_of
@@ -82,6 +82,7 @@ def block_spectra(
     curvature: Callable[[Any], Curvature] = hvp,
     algorithm: Callable[[Matvec, Tree], Any] = _density,
     callback: Callable[[str, Any], object] | None = None,
+    progress: Reported = None,
 ) -> BlockSpectra:
     """Compute the spectrum of each diagonal block of a curvature matrix, for example of each layer.
 
@@ -101,6 +102,8 @@ def block_spectra(
         algorithm: Function ``(matvec, like) -> result``, such as
             ``functools.partial(lanczos, k=5)``. The default is `slq` with one probe of 50 steps.
         callback: Function called with the name and the result of each block once it is computed.
+        progress: Function of a `Progress`, called after each block; True for a bar or lines, as in
+            `RunOptions`.
 
     Returns:
         Dict with the result of each block, in the order of the blocks.
@@ -125,11 +128,14 @@ def block_spectra(
     # Match all patterns first, so that a wrong pattern raises before any block is computed.
     parts = {name: split(params, pattern) for name, pattern in patterns.items()}
     results = BlockSpectra()
-    for name, (chosen, rest) in parts.items():
-        matvec = over_batches(curvature(hold(loss, rest)), weight=weight, keep=keep)(
-            chosen, batches
-        )
-        results[name] = algorithm(matvec, chosen)
-        if callback is not None:
-            callback(name, results[name])
+    with reporting(progress, "block_spectra", total=len(parts), unit="blocks") as report:
+        for name, (chosen, rest) in parts.items():
+            matvec = over_batches(curvature(hold(loss, rest)), weight=weight, keep=keep)(
+                chosen, batches
+            )
+            results[name] = algorithm(matvec, chosen)
+            if report is not None:
+                report(len(results))
+            if callback is not None:
+                callback(name, results[name])
     return results

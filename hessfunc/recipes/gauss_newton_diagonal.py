@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.display import Report, Reported, reporting
 from hessfunc.losses import Loss
 from hessfunc.modules import several_batches
 from hessfunc.numerics import wide_dtype
@@ -46,6 +48,7 @@ def ggn_diagonal(
     mesh: DeviceMesh | None = None,
     data: Data = "replicated",
     examples_per_chunk: int | None = None,
+    progress: Reported = None,
 ) -> Tree:
     """Compute the diagonal of the generalised Gauss-Newton matrix exactly, without sampling.
 
@@ -67,6 +70,8 @@ def ggn_diagonal(
         data: Layout of the batches on the ranks, as in `over_batches`.
         examples_per_chunk: Number of examples in one pass by vmap; 1 is a loop without vmap. By
             default, the gradients of one pass take 64 MiB.
+        progress: Function of a `Progress`, called after each batch; True for a bar or lines, as in
+            `RunOptions`.
 
     Returns:
         A tree with the shapes of ``params``, in float32 or wider.
@@ -96,6 +101,7 @@ def ggn_diagonal(
         mesh=mesh,
         data=data,
         examples_per_chunk=examples_per_chunk,
+        progress=progress,
     )
 
 
@@ -110,6 +116,7 @@ def diagonal_of(
     mesh: DeviceMesh | None,
     data: Data,
     examples_per_chunk: int | None,
+    progress: Reported,
 ) -> Tree:
     """Compute `ggn_diagonal` in one pass whose batch checksum can be compared with another pass."""
     refuse_without_halves(loss)
@@ -117,19 +124,22 @@ def diagonal_of(
     ones = tree_map(lambda leaf: torch.ones_like(leaf)[None], params)
     # A diagonal matrix is a curvature matrix: diag(mean_b G_b) is the product of mean_b diag(G_b)
     # with the vector of ones.
-    mean = mean_over(
-        _of_batch(loss, examples_per_chunk),
-        passes=passes,
-        weight=weight,
-        keep=False,
-        mesh=mesh,
-        data=data,
-    )
-    return tree_map(lambda leaf: leaf[0], mean(params, batches)(ones))
+    total = len(batches) if isinstance(batches, Sized) else None
+    with reporting(progress, "ggn_diagonal", total=total, unit="batches") as report:
+        mean = mean_over(
+            _of_batch(loss, examples_per_chunk, report),
+            passes=passes,
+            weight=weight,
+            keep=False,
+            mesh=mesh,
+            data=data,
+        )
+        return tree_map(lambda leaf: leaf[0], mean(params, batches)(ones))
 
 
-def _of_batch(loss: Loss, examples_per_chunk: int | None) -> Curvature:
+def _of_batch(loss: Loss, examples_per_chunk: int | None, report: Report | None) -> Curvature:
     """Return the curvature function whose matrix is ``diag(G)`` of one batch."""
+    done = count(1)
 
     def curvature(params: Tree, batch: Any) -> Matvec:
         space = space_of(params)
@@ -150,6 +160,8 @@ def _of_batch(loss: Loss, examples_per_chunk: int | None) -> Curvature:
             point = tuple(leaf.detach() for leaf in plain_batch(space.tree_leaves(params)))
             with noted(loss, params, batch), differentiable_twice(space.device):
                 diagonal = space.tree(_diagonal(loss, space, point, batch, examples_per_chunk))
+        if report is not None:
+            report(next(done))
         return lambda block: tree_map(torch.mul, block, diagonal)
 
     return curvature

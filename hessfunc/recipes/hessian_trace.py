@@ -9,6 +9,7 @@ from hessfunc.algorithms.checkpoint import Directory
 from hessfunc.algorithms.driver import Callback
 from hessfunc.algorithms.results import Estimate
 from hessfunc.algorithms.trace.hutchinson import hutchinson
+from hessfunc.display import Reported
 from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.recipes.gauss_newton_diagonal import diagonal_of
@@ -41,6 +42,7 @@ def hessian_trace(
     seed: int | None = None,
     space: Space | None = None,
     callback: Callback[Estimate] | None = None,
+    progress: Reported = None,
     checkpoint: Directory = None,
 ) -> Estimate:
     """Estimate the trace of the Hessian of a loss over batches.
@@ -73,6 +75,8 @@ def hessian_trace(
             default vectors are replicated.
         callback: Function called with the running `Estimate` after each round. A return value of
             True stops the run.
+        progress: Function of a `Progress`, called after each batch of the exact part and after each
+            round of the probes; True for a bar or lines, as in `RunOptions`.
         checkpoint: Directory that keeps the state of the probes, so that an interrupted run can
             be resumed.
 
@@ -102,6 +106,7 @@ def hessian_trace(
         mesh=mesh,
         data=data,
         examples_per_chunk=examples_per_chunk,
+        progress=progress,
     )
     rest = mean_over(
         functional_hvp(loss), passes=passes, weight=weight, keep=keep, mesh=mesh, data=data
@@ -117,5 +122,6 @@ def hessian_trace(
         seed=seed,
         space=space,
         callback=callback,
+        progress=progress,
         checkpoint=checkpoint,
     )

@@ -92,8 +92,8 @@ def implicit_gradient(
         weight: Weight of a batch in both means, as in `over_batches`.
         keep: Whether the graphs of all inner batches are kept during the solve.
         stationarity: Largest ``|q| |grad inner|``, relative to the outer loss, without a warning.
-        **run: Seed, callback and checkpoint of the solve, as in `RunOptions`. The callback receives
-            the running `Solution`.
+        **run: Seed, callback, progress and checkpoint of the solve, as in `RunOptions`. The
+            callback receives the running `Solution`.
 
     Warns:
         NotStationaryWarning: If ``|q| |grad inner|``, a bound of the first-order change of the

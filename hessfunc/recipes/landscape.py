@@ -14,6 +14,7 @@ from torch import Tensor
 from hessfunc import options
 from hessfunc.algorithms.results.landscape import Landscape, Normalise
 from hessfunc.autograd import explained, precise
+from hessfunc.display import Reported, reporting
 from hessfunc.losses import LossFunction
 from hessfunc.memory import Footprint
 from hessfunc.modules import several_batches
@@ -61,6 +62,7 @@ def landscape(
     weight: Callable[[Any], float] | None = None,
     points_per_chunk: int | None = None,
     callback: Callable[[Landscape], object] | None = None,
+    progress: Reported = None,
 ) -> Landscape:
     """Evaluate a loss along one or two directions from ``params``, as a mean over batches.
 
@@ -94,6 +96,8 @@ def landscape(
         points_per_chunk: Number of points in one pass. 1 is a loop; None chooses it by the rule
             above.
         callback: Function called with the landscape computed so far after each chunk.
+        progress: Function of a `Progress`, called after each chunk; True for a bar or lines, as in
+            `RunOptions`.
 
     Raises:
         TypeError: If ``batches`` is a single batch.
@@ -135,26 +139,30 @@ def landscape(
             seed=None,
         )
 
-    for batch in _not_single(batches):
-        if not average.counts(batch):
-            continue
-        average.look(loss, params, batch)
-        counted = average.of(batch)
-        if not counted:
-            # Its loss is 0 / 0 where all targets are ignored.
-            continue
-        value = _along(loss, space, point, along, batch, several=evaluations > 0)
-        if not evaluations:
-            measured = _start(value, space, params, batch, torch.zeros_like(steps[0]))
-            if points_per_chunk is None:
-                size = _size_by_rule(measured, space.device)
-                size = size if _maps(value, steps[:1]) else 1
-        for part, losses in _values(value, steps, size, by_rule=points_per_chunk is None):
-            total[part] += counted * losses
-            weights[part] += counted
-            evaluations += len(losses)
-            if callback is not None:
-                callback(so_far("running"))
+    all_points = len(batches) * len(steps) if isinstance(batches, Sized) else None
+    with reporting(progress, "landscape", total=all_points, unit="evaluations") as report:
+        for batch in _not_single(batches):
+            if not average.counts(batch):
+                continue
+            average.look(loss, params, batch)
+            counted = average.of(batch)
+            if not counted:
+                # Its loss is 0 / 0 where all targets are ignored.
+                continue
+            value = _along(loss, space, point, along, batch, several=evaluations > 0)
+            if not evaluations:
+                measured = _start(value, space, params, batch, torch.zeros_like(steps[0]))
+                if points_per_chunk is None:
+                    size = _size_by_rule(measured, space.device)
+                    size = size if _maps(value, steps[:1]) else 1
+            for part, losses in _values(value, steps, size, by_rule=points_per_chunk is None):
+                total[part] += counted * losses
+                weights[part] += counted
+                evaluations += len(losses)
+                if report is not None:
+                    report(evaluations)
+                if callback is not None:
+                    callback(so_far("running"))
     if not evaluations:
         raise ValueError(
             "no batch has a positive weight: check that `batches` is not empty or consumed"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hessfunc import options
 from hessfunc.algorithms.results import Sharpness
 from hessfunc.autograd import differentiable_twice
+from hessfunc.display import Report, Reported, reporting
 from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
+from hessfunc.spaces.space import Space
 from hessfunc.trees import Tree
 
 # Steps beyond this factor of the first step are not tried.
@@ -29,6 +33,7 @@ def critical_sharpness(
     rtol: float = 0.01,
     start: float = 1.0,
     max_evaluations: int = 100,
+    progress: Reported = None,
 ) -> Sharpness:
     """Find the critical sharpness of a loss along a direction.
 
@@ -51,6 +56,8 @@ def critical_sharpness(
         rtol: Relative width of the bounds at which the bisection stops.
         start: First step.
         max_evaluations: Budget of evaluations of the loss.
+        progress: Function of a `Progress`, called after each evaluation; True for a bar or lines,
+            as in `RunOptions`.
 
     Raises:
         ValueError: If the loss is not finite at ``params``, if the direction is zero, or if an
@@ -69,11 +76,31 @@ def critical_sharpness(
     point, along = space.tree_leaves(params), space.tree_leaves(direction)
     if not any(bool(leaf.any()) for leaf in along):
         raise ValueError("the direction is zero: pass a gradient or a step")
+    with reporting(
+        progress, "critical_sharpness", total=max_evaluations, unit="evaluations"
+    ) as report:
+        return _search(loss, space, point, along, batch, rtol, start, max_evaluations, report)
+
+
+def _search(
+    loss: LossFunction,
+    space: Space,
+    point: Sequence[Tensor],
+    along: Sequence[Tensor],
+    batch: Any,
+    rtol: float,
+    start: float,
+    max_evaluations: int,
+    report: Report | None,
+) -> Sharpness:
+    """Double or halve the first step until the loss rises, then bisect."""
     evaluations = 0
 
     def value_at(step: float) -> float:
         nonlocal evaluations
         evaluations += 1
+        if report is not None:
+            report(evaluations)
         moved = (p - step * d for p, d in zip(point, along, strict=True))
         with differentiable_twice(space.device), torch.no_grad():
             return float(loss(space.tree(moved), batch))

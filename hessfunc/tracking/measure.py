@@ -17,7 +17,7 @@ from hessfunc.algorithms.frank_wolfe import generalized_sharpness
 from hessfunc.algorithms.results import Eigenpairs, GeneralizedSharpness
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.autograd import differentiable_twice
-from hessfunc.display import Displayed
+from hessfunc.display import Achieved, Displayed
 from hessfunc.losses import LossFunction
 from hessfunc.optim.stability.result import Stability
 from hessfunc.options import at_least
@@ -78,6 +78,12 @@ class Measurement(Displayed):
     critical: float | None = None
     matvecs: int = 0
     evaluations: int = 0
+
+    def achieved(self) -> Achieved:
+        """Return the largest eigenvalue with its residual."""
+        if not self.top:
+            return Achieved()
+        return Achieved(value=self.top[0], half_width=self.top_residuals[0])
 
     def _headline(self) -> dict[str, object]:
         rows: dict[str, object] = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hessfunc import modules
+from hessfunc.display import Reported, reporting
 from hessfunc.losses import LossFunction, supervised
 from hessfunc.modules import functional
 from hessfunc.optim.stability import reading
@@ -165,6 +166,7 @@ def tracked(
     out: str | os.PathLike[str] | None = None,
     tensorboard: str | os.PathLike[str] | ScalarWriter | None = None,
     callback: Callable[[Point], object] | None = None,
+    progress: Reported = None,
     steps: int = 0,
     **options: Any,
 ) -> Iterator[Tracker]:
@@ -200,6 +202,8 @@ def tracked(
             before the training continues.
         tensorboard: Folder for TensorBoard, or a writer with ``add_scalar`` and ``flush``.
         callback: Function called with each point.
+        progress: Function of a `Progress`, called after each point with the largest eigenvalue;
+            True for a bar or lines, as in `RunOptions`.
         steps: Number of steps before this call, if a training is resumed.
         options: Options of `functional_tracker`, which select the quantities and their accuracy.
 
@@ -237,6 +241,9 @@ def tracked(
             writers.append(writing(tensorboard))
         if callback is not None:
             writers.append(callback)
+        report = stack.enter_context(reporting(progress, "tracked", total=None, unit="steps"))
+        if report is not None:
+            writers.append(lambda point: report(point.step, point.achieved()))
         yield Tracker(
             model,
             functional_tracker(loss, **options),

@@ -15,7 +15,7 @@ from tests.docs.blocks import python_blocks, run
 DOCS = Path(__file__).parents[2] / "docs"
 # tests/distributed/test_docs.py runs them on two processes.
 ON_RANKS = {"many-ranks.md", "sharded-parameters.md"}
-LIBRARIES = ("accelerate", "matplotlib", "pytorch_lightning", "transformers")
+LIBRARIES = ("accelerate", "matplotlib", "pandas", "pytorch_lightning", "transformers")
 
 
 def scripts() -> dict[str, list[str]]:

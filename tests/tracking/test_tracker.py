@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from bench.edge_of_stability import descend
+from hessfunc.display import Progress
 from hessfunc.optim import Stability
 from hessfunc.tracking import Point, tracked
 from tests.reference import hessian
@@ -208,3 +209,15 @@ def test_sharpness_rises_to_the_edge_of_stability_and_hovers_there() -> None:
     assert points[-1].loss < 0.6 * points[reached].loss
     # Cold starts take 11.
     assert mean(point.matvecs for point in points[1:]) < 4
+
+
+def test_progress_follows_the_points() -> None:
+    _, _, model = problem()
+    seen: list[Progress] = []
+    with tracked(
+        model, F.cross_entropy, wide(batches(1)), every=2, progress=seen.append
+    ) as tracker:
+        for _ in range(4):
+            tracker.step()
+    assert [(record.done, record.unit) for record in seen] == [(2, "steps"), (4, "steps")]
+    assert [record.value for record in seen] == [point.top[0] for point in tracker.points]

@@ -64,7 +64,7 @@ def diagonal(
             For ``"auto"`` only.
         block_size: Number of probes that are multiplied at once: 4 by default, or the default of
             the other estimator. Krylov vectors are multiplied one by one.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `DiagonalEstimate`, whose ``stderr`` is that of the samples w * Sw, entry by entry, with

@@ -49,7 +49,7 @@ def hutchinson_diagonal(
             used.
         max_matvecs: Budget, the largest number of probes.
         block_size: Number of probes that are multiplied at once.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `DiagonalEstimate`, with ``squared_row_norms`` from the same products.

@@ -54,7 +54,7 @@ def xdiag(
             used.
         max_matvecs: Budget, the largest number of products, two per probe.
         block_size: Number of probes that are multiplied at once.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `DiagonalEstimate`, whose ``stderr`` is the jackknife standard error of the d_i times 1.45,

@@ -117,7 +117,7 @@ def lanczos(
             random. A given start may lie in an invariant subspace. Lanczos steps from a random
             vector outside of the basis therefore follow, at one product each, until they would
             have met a wanted eigenvalue there.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Eigenpairs`. If not all k pairs have converged, ``converged`` and ``reason`` say so.

@@ -74,7 +74,7 @@ def power_iteration(
         max_matvecs: Budget, the largest number of matvecs.
         start: Start vector as a tree. The default is random, and needs no steps outside of the
             pairs.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Eigenpairs`. If the budget is exhausted early, there are fewer than k pairs, and the last

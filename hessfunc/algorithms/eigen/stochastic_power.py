@@ -71,7 +71,7 @@ def stochastic_power_iteration(
         rtol: Relative tolerance: the run stops when the residual is at most rtol |value|.
         max_matvecs: Budget, the largest number of matvecs, exact and random ones together.
         start: Start vector as a tree. The default is random.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Eigenpairs` with one pair. ``matvecs`` counts exact and random products together;

@@ -28,6 +28,7 @@ from hessfunc.algorithms.eigen.recurrence import (
 )
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.display import Achieved
 from hessfunc.numerics import rounding
 from hessfunc.randomness import uniforms
 from hessfunc.spaces.space import Space
@@ -110,6 +111,15 @@ class Lanczos(LanczosOptions, Method[State, Eigenpairs]):
                 )
                 warnings.warn(reason, stacklevel=_CALLER)
         return state, reason
+
+    def achieved(self, state: State, space: Space, cost: Cost, /) -> Achieved:
+        # The result would combine vectors; Ritz values and residuals need only the small matrix.
+        if state.size < self.k:
+            return Achieved(converged=0, wanted=self.k)
+        problem = Problem(self, space)
+        converged = int((residuals(problem, state) <= 1).sum())
+        value = float(wanted_ritz(problem, state)[0][0])
+        return Achieved(value=value, converged=converged, wanted=self.k)
 
     def result(self, state: State, space: Space, cost: Cost, /) -> Eigenpairs:
         problem = Problem(self, space)

@@ -73,7 +73,8 @@ def function(
             and a second pass multiplies again to combine them.
         max_matvecs: Budget, the largest number of matvecs of all vectors together, including the
             second pass. At least one per vector.
-        **run: Space, callback and checkpoint, as in `RunOptions`. A resumed run may have another f.
+        **run: Space, callback, progress and checkpoint, as in `RunOptions`. A resumed run may have
+            another f.
 
     Returns:
         `MatrixFunction`, with the bounds of the error and the reason of each vector.

@@ -64,7 +64,7 @@ def trace_of_function(
             is estimated from the Ritz pairs, as in `Density.mean`.
         largest: Upper bound of the eigenvalues, by default estimated.
         max_matvecs: Budget, the largest number of matvecs.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Estimate` with the ``bounds`` of the quadrature, as of `Density.mean`. Its reason is
@@ -118,7 +118,7 @@ def logdet(
         smallest: Lower bound of the eigenvalues of A. By default it is estimated from the Ritz
             pairs. The bounds are infinite while smallest + damping is not positive.
         max_matvecs: Budget, the largest number of matvecs.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Estimate` with the ``bounds`` of the quadrature, as of `trace_of_function`.

@@ -16,6 +16,7 @@ from hessfunc.algorithms.results.result import Result, load
 from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.results.sharpness import GeneralizedSharpness, Sharpness
 from hessfunc.algorithms.results.solution import Solution
+from hessfunc.display import Progress
 
 __all__ = [
     "Result",
@@ -32,6 +33,7 @@ __all__ = [
     "GeneralizedSharpness",
     "Sharpness",
     "Check",
+    "Progress",
     "load",
     "pool",
 ]

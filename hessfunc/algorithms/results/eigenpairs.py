@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results.result import Result
-from hessfunc.display import VECTORS, pins, shown
+from hessfunc.display import VECTORS, Achieved, pins, shown
 from hessfunc.numerics import rounding
 from hessfunc.trees import Tree, leaves
 
@@ -53,6 +53,13 @@ class Eigenpairs(Result):
     def _sparkline(self) -> str:
         radii = (self.intervals[:, 1] - self.values).tolist()
         return pins(self.values.tolist(), radii, title="eigenvalues with their intervals")
+
+    def achieved(self) -> Achieved:
+        return Achieved(
+            value=float(self.values[0]) if len(self.values) else None,
+            converged=int(self.converged.sum()),
+            wanted=len(self.converged),
+        )
 
     def _columns(self) -> Mapping[str, Sequence[Any]]:
         low, high = self.intervals.T.tolist()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.results.result import Result
 from hessfunc.algorithms.statistics import refuse_level, student_quantile
-from hessfunc.display import Displayed
+from hessfunc.display import Achieved, Displayed
 from hessfunc.options import flag, validated
 from hessfunc.spaces.space import Space
 
@@ -138,6 +138,10 @@ class Estimate(Result):
     def _headline(self) -> dict[str, object]:
         low, high = self.interval()
         return {"value": f"{self.value:.6g}", "interval": f"[{low:.6g}, {high:.6g}]"}
+
+    def achieved(self) -> Achieved:
+        low, high = self.interval()
+        return Achieved(value=self.value, half_width=(high - low) / 2)
 
     def _columns(self) -> Mapping[str, Sequence[Any]]:
         # The whole comes first, then its parts if there are several.

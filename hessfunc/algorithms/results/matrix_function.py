@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hessfunc.algorithms.results.result import Result
-from hessfunc.display import VECTORS, shown
+from hessfunc.display import VECTORS, Achieved, shown
 from hessfunc.trees import Tree
 
 
@@ -52,6 +52,9 @@ class MatrixFunction(Result):
             return {"error": f"{self.error:.2g}", "converged": self.converged}
         done = f"{int(self.solved.sum())} of {len(self.solved)}"
         return {"errors": shown(self.errors, 2), "converged": done}
+
+    def achieved(self) -> Achieved:
+        return Achieved(converged=int(self.solved.sum()), wanted=len(self.solved))
 
     def _columns(self) -> Mapping[str, Sequence[Any]]:
         low, high = self.bounds.T.tolist()

@@ -18,7 +18,7 @@ import torch
 from optree import MappingEntry, PyTreeAccessor, PyTreeEntry, PyTreeSpec
 from torch import Tensor
 
-from hessfunc.display import Displayed
+from hessfunc.display import NOTHING, Achieved, Displayed
 from hessfunc.files import write_whole
 from hessfunc.options import path as as_path
 from hessfunc.options import validated
@@ -67,6 +67,10 @@ class Result(Displayed):
 
     def _summary(self) -> dict[str, str]:
         return {**super()._summary(), "matvecs": str(self.matvecs), "reason": self.reason}
+
+    def achieved(self) -> Achieved:
+        """Return the numbers that show how far a running result is."""
+        return NOTHING
 
     def save(self, path: str | os.PathLike[str], /) -> None:
         """Write the result to one ``.npz`` file, which `load` reads without pickle.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hessfunc.algorithms.results.result import Result
-from hessfunc.display import VECTORS, shown
+from hessfunc.display import VECTORS, Achieved, shown
 from hessfunc.trees import Tree
 
 
@@ -75,6 +75,9 @@ class GeneralizedSharpness(Result):
             "gap": f"{self.gap:.2g}",
             "values": shown(self.values),
         }
+
+    def achieved(self) -> Achieved:
+        return Achieved(value=self.value)
 
     def _columns(self) -> Mapping[str, Sequence[Any]]:
         return {"run": range(len(self.values)), "value": self.values.tolist()}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hessfunc.algorithms.results.result import Result
-from hessfunc.display import VECTORS, shown
+from hessfunc.display import VECTORS, Achieved, shown
 from hessfunc.trees import Tree
 
 
@@ -50,6 +50,9 @@ class Solution(Result):
             return {"residual": f"{self.residual:.2g}", "converged": self.converged, **met}
         done = f"{int(self.solved.sum())} of {len(self.solved)}"
         return {"residuals": shown(self.residuals, 2), "converged": done, **met}
+
+    def achieved(self) -> Achieved:
+        return Achieved(converged=int(self.solved.sum()), wanted=len(self.solved))
 
     def _columns(self) -> Mapping[str, Sequence[Any]]:
         return {

@@ -66,7 +66,7 @@ def cg(
             residual of the recurrence, increased by the possible effect of rounding. A product is
             then made only if this bound exceeds the tolerance. Use False only for a matvec that is
             known to be linear and deterministic.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Solution`, with the residual and the reason of each column. If a direction p has

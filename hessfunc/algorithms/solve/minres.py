@@ -63,7 +63,7 @@ def minres(
         atol: Absolute tolerance of the residual.
         max_matvecs: Budget, the largest number of matvecs of all columns together, including
             measurements of residuals. At least one per column.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Solution`, with the residual and the reason of each column, and ``negative_curvature``

@@ -76,7 +76,7 @@ def trace(
             They need not have converged. For ``"auto"`` and ``"hutchinson"`` only.
         block_size: Number of probes that are multiplied at once: 4 by default, or the default of
             the other estimator. Krylov vectors are multiplied one by one.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Estimate`, with the part of each leaf in ``by_leaf`` and ``squared_frobenius`` from the

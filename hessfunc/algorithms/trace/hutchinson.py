@@ -77,7 +77,7 @@ def hutchinson(
         known: Diagonal of K, a tree with the structure of one vector. The estimate is then that of
             tr (A + K).
         block_size: Number of probes that are multiplied at once.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Estimate`, with the part of each leaf in ``by_leaf`` (parts of eigenpairs are accurate up

@@ -53,7 +53,7 @@ def hutchpp(
         atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
         max_matvecs: Budget, the largest number of products, three per probe.
         block_size: Number of probes, and of random vectors for Q, that a round adds.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Estimate`, with ``squared_frobenius`` from the same products. Its reason is "converged" if

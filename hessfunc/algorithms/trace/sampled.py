@@ -83,7 +83,7 @@ def sampled_trace(
         max_matvecs: Budget, the largest number of products, r per draw.
         kind: Distribution of the probes: ``"signs"``, ``"normal"`` or ``"sphere"``.
         block_size: Number of probes of one draw that are multiplied at once.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `SampledEstimate`, whose ``advice`` says whether more draws or more probes per draw narrow

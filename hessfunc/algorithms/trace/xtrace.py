@@ -59,7 +59,7 @@ def xtrace(
         atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
         max_matvecs: Budget, the largest number of products, two per probe.
         block_size: Number of probes that are multiplied at once.
-        **run: Seed, space, callback and checkpoint, as in `RunOptions`.
+        **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
         `Estimate`, whose ``samples`` are the t_i, which are correlated. ``stderr`` is the maximum
