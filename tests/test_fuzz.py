@@ -211,12 +211,18 @@ CALLS: dict[str, Call] = {
         blocks_of,
     ),
     "kfra": Call({"loss": LOSS, "model": MODEL}, {"sharing": "expand"}, blocks_of),
-    "kflr": Call({"loss": LOSS, "model": MODEL}, {"sharing": "expand"}, blocks_of),
+    "kflr": Call(
+        {"loss": LOSS, "model": MODEL}, {"sharing": "expand", "unsupported": "error"}, blocks_of
+    ),
     "kfac": Call(
-        {"loss": LOSS, "model": MODEL}, {"samples": 1, "seed": 0, "sharing": "expand"}, blocks_of
+        {"loss": LOSS, "model": MODEL},
+        {"samples": 1, "seed": 0, "sharing": "expand", "fisher": "model", "unsupported": "error"},
+        blocks_of,
     ),
     "ekfac": Call(
-        {"loss": LOSS, "model": MODEL}, {"samples": 2, "seed": 0, "sharing": "expand"}, blocks_of
+        {"loss": LOSS, "model": MODEL},
+        {"samples": 2, "seed": 0, "sharing": "expand", "fisher": "model", "unsupported": "error"},
+        blocks_of,
     ),
     "apply": Call({"matvec": matvec, "vector": B}),
     "shift": Call({"matvec": matvec, "s": 2.0}, then=applied),

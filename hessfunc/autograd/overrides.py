@@ -58,7 +58,7 @@ class Replaced(TorchFunctionMode):
         elif self._gets_no_gradient:
             self._refuse_what_needs_a_gradient(args, kwargs)
         replacement = self.replaced.get(func)
-        if replacement is None and (body := _BODIES.get(func)) is not None:
+        if replacement is None and (body := BODIES.get(func)) is not None:
             if not torch.compiler.is_compiling():
                 with self:
                     return body(*args, **(kwargs or {}))
@@ -146,7 +146,7 @@ def _custom_function(*args: Any, **kwargs: Any) -> Any:
 
 
 # Functions written in Python that draw random numbers or attend, and calls of the user's own.
-_BODIES: Mapping[Any, Callable[..., Any]] = {
+BODIES: Mapping[Any, Callable[..., Any]] = {
     custom_function_call: _custom_function,
     # These two dispatch on `return_indices`, and name themselves to a mode.
     F.fractional_max_pool2d: _body(vars(F)["_fractional_max_pool2d"]),

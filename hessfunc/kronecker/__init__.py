@@ -1,7 +1,15 @@
 """Structured diagonal blocks of curvature matrices: Hessian backpropagation, KFAC and others."""
 
 from hessfunc.kronecker.blocks import Block, Blocks
-from hessfunc.kronecker.factored_blocks import Congruence, Dense, DirectSum, Eigenbasis, Kronecker
+from hessfunc.kronecker.factored_blocks import (
+    Congruence,
+    Dense,
+    DiagonalBlock,
+    DirectSum,
+    Eigenbasis,
+    Kronecker,
+    Permuted,
+)
 from hessfunc.kronecker.factors import ekfac, kfac, kflr, kfra
 from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, Jacobian, OfAll, Selection
 from hessfunc.kronecker.layer import Call, Dependence, General, Layer, SharedWeight
@@ -30,9 +38,11 @@ __all__ = [
     # Kinds of blocks
     "Block",
     "Dense",
+    "DiagonalBlock",
     "Kronecker",
     "Eigenbasis",
     "Congruence",
+    "Permuted",
     "DirectSum",
     # Rules for modules, and the classes that they use
     "rule",

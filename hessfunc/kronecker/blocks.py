@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,9 +61,11 @@ class Block(Displayed, ABC):
 
     Attributes:
         shape: Shape of the parameter.
+        is_diagonal: Whether blocks of this class are diagonal matrices.
     """
 
     shape: torch.Size
+    is_diagonal: ClassVar[bool] = False
 
     @property
     def n(self) -> int:
@@ -245,6 +247,11 @@ class Blocks(Displayed, Mapping[str, Block]):
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def diagonals(self) -> tuple[str, ...]:
+        """Names of the parameters whose block is a diagonal matrix."""
+        return tuple(name for name, block in self.blocks.items() if block.is_diagonal)
 
     def __call__(self, block: Tree, /) -> Tree:
         return self._each(block, lambda part, rows: part.matvec(rows))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hessfunc.kronecker.blocks import Block, Spectrum, decomposition
+from hessfunc.kronecker.linear_maps import Layout
 from hessfunc.memory import AT_ONCE
 from hessfunc.options import tensor, validated
 
@@ -47,8 +49,8 @@ class Kronecker(Block):
     The product with a weight ``V_g (O, K)`` is ``B_g V_g A_g``.
 
     Attributes:
-        left: Factors B on the outputs, ``(G, O, O)``.
-        right: Factors A on the inputs, ``(G, K, K)``.
+        left: Factors B on the outputs, ``(G, O, O)``, or their diagonals ``(G, O)``.
+        right: Factors A on the inputs, ``(G, K, K)``, or their diagonals ``(G, K)``.
         shape: Shape of the parameter.
     """
 
@@ -58,26 +60,24 @@ class Kronecker(Block):
 
     def trace(self) -> float:
         # tr(B (x) A) = tr(B) tr(A), summed over the groups.
-        left, right = (
-            factor.diagonal(dim1=1, dim2=2).double().sum(1) for factor in (self.left, self.right)
-        )
+        left, right = (_diagonal(factor).double().sum(1) for factor in (self.left, self.right))
         return float(left @ right)
 
     def _product(self, rows: Tensor) -> Tensor:
         # (B (x) A) vec(V) = vec(B V A') with V flattened row by row, and A is symmetric.
         weights = _weights(rows, self.left, self.right)
-        return (self.left @ weights @ self.right).flatten(1)
+        return _times(weights, self.left, self.right).flatten(1)
 
     def _dense(self) -> Tensor:
-        pairs = zip(self.left, self.right, strict=True)
+        pairs = zip(_square(self.left), _square(self.right), strict=True)
         return torch.block_diag(*(torch.kron(left, right) for left, right in pairs))
 
     def _decomposed(self) -> Spectrum:
         # B = L diag(b) L' and A = R diag(a) R' give B (x) A = (L (x) R) diag(b (x) a) (L (x) R)'.
         # To first order, the error of a product b a is |da| |b| + |db| |a|.
         (b, b_rounding, left), (a, a_rounding, right) = (
-            decomposition(self.left),
-            decomposition(self.right),
+            _decomposition(self.left),
+            _decomposition(self.right),
         )
         b, a = b[:, :, None], a[:, None, :]
         rounding = b_rounding[:, :, None] * a.abs() + b.abs() * a_rounding[:, None, :]
@@ -93,8 +93,8 @@ class Eigenbasis(Block):
     """Matrix ``U diag(s) U'`` whose eigenvectors are Kronecker products ``U_g = L_g (x) R_g``.
 
     Attributes:
-        left: Orthogonal matrices L, ``(G, O, O)``.
-        right: Orthogonal matrices R, ``(G, K, K)``.
+        left: Orthogonal matrices L, ``(G, O, O)``, or their diagonals ``(G, O)``.
+        right: Orthogonal matrices R, ``(G, K, K)``, or their diagonals ``(G, K)``.
         values: Eigenvalues s, ``(G, O, K)``.
         shape: Shape of the parameter.
     """
@@ -111,7 +111,8 @@ class Eigenbasis(Block):
         return self._spectrum.lift(self._spectrum.project(rows) * self._spectrum.values)
 
     def _dense(self) -> Tensor:
-        bases = [torch.kron(*pair) for pair in zip(self.left, self.right, strict=True)]
+        sides = _square(self.left), _square(self.right)
+        bases = [torch.kron(*pair) for pair in zip(*sides, strict=True)]
         pairs = zip(bases, self.values.flatten(1), strict=True)
         return torch.block_diag(*((basis * values) @ basis.mT for basis, values in pairs))
 
@@ -131,14 +132,116 @@ def _in_basis(values: Tensor, rounding: Tensor, left: Tensor, right: Tensor) -> 
     return Spectrum(
         values.flatten(),
         rounding.flatten(),
-        lambda rows: (left.mT @ _weights(rows, left, right) @ right).flatten(1),
-        lambda rows: (left @ _weights(rows, left, right) @ right.mT).flatten(1),
+        lambda rows: _times(_weights(rows, left, right), adjoint(left), right).flatten(1),
+        lambda rows: _times(_weights(rows, left, right), left, adjoint(right)).flatten(1),
     )
 
 
 def _weights(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """View rows ``(k, n)`` as weights ``(k, G, O, K)``."""
     return rows.reshape(len(rows), len(left), left.shape[-1], right.shape[-1])
+
+
+def _times(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return ``L V R`` for weights V; a factor ``(G, n)`` is the diagonal of a matrix."""
+    weights = left[..., None] * weights if left.dim() == 2 else left @ weights
+    return weights * right[:, None] if right.dim() == 2 else weights @ right
+
+
+def adjoint(factor: Tensor, /) -> Tensor:
+    """Return the transpose of the matrices ``(G, n, n)``, or of the diagonal ones ``(G, n)``."""
+    return factor if factor.dim() == 2 else factor.mT
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor if factor.dim() == 2 else factor.diagonal(dim1=1, dim2=2)
+
+
+def _square(factor: Tensor) -> Tensor:
+    return torch.diag_embed(factor) if factor.dim() == 2 else factor
+
+
+def _decomposition(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if factor.dim() == 3:
+        return decomposition(factor)
+    # The unit vectors are eigenvectors of a diagonal matrix: their matrix has the diagonal 1.
+    return factor, torch.finfo(factor.dtype).eps * factor.abs(), torch.ones_like(factor)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DiagonalBlock(Block):
+    """Diagonal matrix.
+
+    Attributes:
+        values: Diagonal, in the shape of the parameter.
+        shape: Shape of the parameter.
+    """
+
+    values: Tensor
+    shape: torch.Size
+    is_diagonal: ClassVar[bool] = True
+
+    def trace(self) -> float:
+        return float(self.values.double().sum())
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return rows * self.values.flatten()
+
+    def _dense(self) -> Tensor:
+        return torch.diag(self.values.flatten())
+
+    def _decomposed(self) -> Spectrum:
+        values = self.values.flatten()
+        rounding = torch.finfo(values.dtype).eps * values.abs()
+        return Spectrum(values, rounding, lambda rows: rows, lambda rows: rows)
+
+    @property
+    def _like(self) -> Tensor:
+        return self.values
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Permuted(Block):
+    """Matrix on the entries of a parameter in another order, as for a transposed weight.
+
+    Attributes:
+        inner: Matrix on the permuted entries.
+        layout: View of the parameter, and the permutation of its axes.
+        shape: Shape of the parameter.
+    """
+
+    inner: Block
+    layout: Layout
+    shape: torch.Size
+
+    def trace(self) -> float:
+        return self.inner.trace()
+
+    def _permuted(self, rows: Tensor) -> Tensor:
+        return self.layout.permuted(rows).flatten(1)
+
+    def _restored(self, rows: Tensor) -> Tensor:
+        return self.layout.restored(rows.view(len(rows), *self.layout.sizes), torch.Size((self.n,)))
+
+    def _product(self, rows: Tensor) -> Tensor:
+        inner = self._permuted(rows).view(len(rows), *self.inner.shape)
+        return self._restored(self.inner.matvec(inner).flatten(1))
+
+    def _dense(self) -> Tensor:
+        return self._restored(self._restored(self.inner.dense()).mT)
+
+    def _decomposed(self) -> Spectrum:
+        inner = self.inner._spectrum
+        return Spectrum(
+            inner.values,
+            inner.rounding,
+            lambda rows: inner.project(self._permuted(rows)),
+            lambda rows: self._restored(inner.lift(rows)),
+        )
+
+    @property
+    def _like(self) -> Tensor:
+        return self.inner._like
 
 
 @dataclass(frozen=True, eq=False, repr=False)

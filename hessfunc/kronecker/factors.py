@@ -13,46 +13,27 @@ Immer, Turner, Schneider and Hennig 2023, arXiv 2311.00636).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from hessfunc.kronecker.blocks import Block, Blocks
-from hessfunc.kronecker.calls import (
-    linearising,
-    refuse_compiled,
-    refuse_dtensors,
-)
-from hessfunc.kronecker.factored_blocks import Eigenbasis, Kronecker
+from hessfunc.kronecker.blocks import Block
+from hessfunc.kronecker.calls import refuse_compiled
+from hessfunc.kronecker.factored import Columns, FactoredCurvature, Unsupported
+from hessfunc.kronecker.factored_blocks import Kronecker
 from hessfunc.kronecker.layer import SharedWeight
-from hessfunc.kronecker.moments import (
-    Sharing,
-    by_row,
-    input_moments,
-    outer_moments,
-    squared_moments,
-    summed_moments,
-)
+from hessfunc.kronecker.moments import Sharing, input_moments
 from hessfunc.kronecker.propagate import BlockCurvature, Reached, backpropagated
-from hessfunc.kronecker.uses import HOLD, ONLY_WEIGHTS, observed, refuse_unless_seen
 from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.randomness import of_matrix
-from hessfunc.spaces.of import space_of
-from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.checksum import batch_key
-from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.hessian import requiring_gradients
+from hessfunc.transforms.example_weights import example_weights, reduction_over_examples
 from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_gradients
+from hessfunc.transforms.output_gradients import output_gradient
 from hessfunc.transforms.output_hessians import each_hessian
 from hessfunc.transforms.output_matrices import refuse_without_halves
-
-# Function (outputs, batch) -> columns (c, B, ...) with sum_c u_bc u_bc' = H_b, the Hessian of the
-# criterion at the outputs of example b, exactly or in expectation.
-_Columns: TypeAlias = Callable[[Tensor, Any], Tensor]
 
 
 @validated
@@ -88,7 +69,10 @@ def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
     def block(reached: Reached) -> Block:
         weight = reached.dependence
         if not isinstance(weight, SharedWeight):
-            raise NotImplementedError(f"{ONLY_WEIGHTS}: {HOLD}, or use `hbp`")
+            raise NotImplementedError(
+                "the factors of `kfra` need weights and biases of linear maps: hold other "
+                "parameters fixed with `split` and `hold`, or use `kflr` or `hbp`"
+            )
         hessian = weight.by_channel(reached.hessian)
         outputs, positions = weight.shape[0] // weight.groups, len(hessian) // weight.shape[0]
         view = hessian.view(2 * (weight.groups, outputs, positions))
@@ -109,7 +93,14 @@ def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
 
 
 @validated
-def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
+def kflr(
+    loss: Loss,
+    model: nn.Module,
+    /,
+    *,
+    sharing: Sharing = "expand",
+    unsupported: Unsupported = "error",
+) -> FactoredCurvature:
     """Kronecker-factored low rank: ``(params, batch) -> blocks``, with exact output factors.
 
         G = sum_b (J_b' H_b J_b) (x) mean_b(x x')
@@ -121,30 +112,42 @@ def kflr(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> Blo
     Args:
         loss: Loss that exposes its outputs and its criterion, as made by `supervised` or
             `composed`.
-        model: Module from which the loss was made, of any architecture. Each parameter must belong
-            to a module whose outputs depend on it linearly. Several calls of a module, and calls
-            of modules that share a weight, are treated like positions.
-        sharing: Treatment of positions that share a weight, ``"expand"`` or ``"reduce"``.
+        model: Module from which the loss was made, of any architecture.
+        sharing: Treatment of positions that share a weight, ``"expand"`` or ``"reduce"``. Lookups
+            are always expanded.
+        unsupported: Treatment of parameters that enter the model in another way than the kinds
+            below. ``"diagonal"`` computes their exact Gauss-Newton diagonal, and
+            ``blocks.diagonals`` names them. ``"error"`` refuses them.
 
     Returns:
         A curvature function that returns `Blocks`.
 
     Raises:
         TypeError: If the loss does not expose its outputs and its criterion.
-        ValueError: If a parameter is also used outside its modules, if examples do not follow one
-            another along the first axes, or if the model mixes examples. Raised by the curvature
-            function.
-        NotImplementedError: If a parameter does not belong to a linear module. Hold it fixed with
-            `split` and `hold`. Raised by the curvature function.
+        ValueError: If examples do not follow one another along the first axes, or if the model
+            mixes examples. Raised by the curvature function.
+        NotImplementedError: If a parameter is unsupported: hold it fixed with `split` and `hold`,
+            or pass ``unsupported="diagonal"``. Raised by the curvature function.
 
     Cost: one backward pass for each output of an example, and two that check that the examples are
     independent and that no use of a parameter is missed. If an example has several rows of
-    outputs (outputs flattened over positions), the outputs of all its rows count.
+    outputs (outputs flattened over positions), the outputs of all its rows count. An unsupported
+    parameter adds one backward pass for each output of each example.
+
+    The calls of torch that use a parameter determine its block, in modules of any class:
+
+    - Dense maps, convolutions and their transposes have the factors above. Their inputs are
+      unfolded, and each group has factors of its own. Calls that share a weight are treated like
+      positions.
+    - Embeddings have a diagonal factor A, the frequencies of the indices.
+    - Normalisations, and other products and sums of entries, have their exact Gauss-Newton block,
+      or its diagonal if they have more than 1,024 entries.
+    - A weight with uses of different kinds, such as a tied embedding and head, is unsupported.
 
     Source: Botev, Ritter and Barber 2017, arXiv 1706.03662; sharing: Eschenhagen, Immer, Turner,
     Schneider and Hennig 2023, arXiv 2311.00636.
     """
-    return _factored(loss, model, _exact(loss), sharing)
+    return _curvature(loss, model, _exact(loss), sharing, unsupported)
 
 
 @validated
@@ -156,7 +159,9 @@ def kfac(
     samples: int = 1,
     seed: int | None = None,
     sharing: Sharing = "expand",
-) -> BlockCurvature:
+    fisher: Literal["model", "empirical", "forward-only"] = "model",
+    unsupported: Unsupported = "error",
+) -> FactoredCurvature:
     """Kronecker-factored approximate curvature: ``(params, batch) -> blocks``.
 
         G = sum_b (g_b g_b') (x) mean_b(x x'),    E[sum_b g_b g_b'] = sum_b J_b' H_b J_b
@@ -172,6 +177,10 @@ def kfac(
         seed: Seed of the draws, which depend on (seed, batch) only. None draws a seed once, when
             `kfac` is called.
         sharing: Treatment of positions that share a weight, ``"expand"`` or ``"reduce"``.
+        fisher: ``"model"`` draws targets from the model's prediction. ``"empirical"`` uses the
+            targets of the batch, as `efvp` does. ``"forward-only"`` replaces the factor B by the
+            identity matrix, and needs no backward pass for it.
+        unsupported: Treatment of parameters without factors, as for `kflr`.
 
     Returns:
         A curvature function that returns `Blocks`.
@@ -184,9 +193,16 @@ def kfac(
     missed.
 
     Source: Martens and Grosse 2015, arXiv 1503.05671; convolutions: Grosse and Martens 2016,
-    arXiv 1602.01407.
+    arXiv 1602.01407; forward-only factors: Benzing 2022, arXiv 2201.12250.
     """
-    return _factored(loss, model, _sampled(loss, samples, seed), sharing, exact=False)
+    _refuse_fisher(fisher, "model", "empirical", "forward-only")
+    if fisher == "forward-only":
+        refuse_without_halves(loss)
+        return _curvature(loss, model, None, sharing, unsupported)
+    if fisher == "empirical":
+        return _curvature(loss, model, _empirical(loss), sharing, unsupported)
+    columns = _sampled(loss, samples, seed)
+    return _curvature(loss, model, columns, sharing, unsupported, exact=False)
 
 
 @validated
@@ -198,7 +214,9 @@ def ekfac(
     samples: int | None = None,
     seed: int | None = None,
     sharing: Sharing = "expand",
-) -> BlockCurvature:
+    fisher: Literal["model", "empirical"] = "model",
+    unsupported: Unsupported = "error",
+) -> FactoredCurvature:
     """Eigenvalue-corrected Kronecker factors: ``(params, batch) -> blocks``.
 
         G = (U_B (x) U_A) diag(s) (U_B (x) U_A)',  s = sum_b ((U_B (x) U_A)' g_b)^2
@@ -216,6 +234,8 @@ def ekfac(
             factor of `kflr`.
         seed: Seed of the draws, as for `kfac`.
         sharing: Treatment of positions in the eigenvectors, ``"expand"`` or ``"reduce"``.
+        fisher: ``"model"`` or ``"empirical"``, as for `kfac`.
+        unsupported: Treatment of parameters without factors, as for `kflr`.
 
     Returns:
         A curvature function that returns `Blocks`.
@@ -227,8 +247,13 @@ def ekfac(
 
     Source: George, Laurent, Bouthillier, Ballas and Vincent 2018, arXiv 1806.03884.
     """
-    columns = _exact(loss) if samples is None else _sampled(loss, samples, seed)
-    return _factored(loss, model, columns, sharing, corrected=True, exact=samples is None)
+    _refuse_fisher(fisher, "model", "empirical")
+    if fisher == "empirical":
+        columns = _empirical(loss)
+    else:
+        columns = _exact(loss) if samples is None else _sampled(loss, samples, seed)
+    exact = samples is None or fisher == "empirical"
+    return _curvature(loss, model, columns, sharing, unsupported, corrected=True, exact=exact)
 
 
 def _refuse_sharing(sharing: str) -> None:
@@ -236,7 +261,29 @@ def _refuse_sharing(sharing: str) -> None:
         raise ValueError(f"sharing={sharing!r}: choose 'expand' or 'reduce'")
 
 
-def _exact(loss: Loss) -> _Columns:
+def _curvature(
+    loss: Loss,
+    model: nn.Module,
+    columns: Columns | None,
+    sharing: Sharing,
+    unsupported: Unsupported,
+    *,
+    corrected: bool = False,
+    exact: bool = True,
+) -> FactoredCurvature:
+    _refuse_sharing(sharing)
+    if unsupported not in get_args(Unsupported):
+        raise ValueError(f"unsupported={unsupported!r}: choose 'error' or 'diagonal'")
+    refuse_compiled(model)
+    return FactoredCurvature(loss, model, columns, sharing, corrected, exact, unsupported)
+
+
+def _refuse_fisher(fisher: str, *known: str) -> None:
+    if fisher not in known:
+        raise ValueError(f"fisher={fisher!r}: choose {', '.join(map(repr, known))}")
+
+
+def _exact(loss: Loss) -> Columns:
     refuse_without_halves(loss)
 
     def columns(outputs: Tensor, batch: Any) -> Tensor:
@@ -252,7 +299,7 @@ def _exact(loss: Loss) -> _Columns:
     return columns
 
 
-def _sampled(loss: Loss, samples: int, seed: int | None) -> _Columns:
+def _sampled(loss: Loss, samples: int, seed: int | None) -> Columns:
     refuse_without_halves(loss)
     refuse_without_likelihood(loss.criterion)
     if samples < 1:
@@ -266,69 +313,16 @@ def _sampled(loss: Loss, samples: int, seed: int | None) -> _Columns:
     return columns
 
 
-def _factored(
-    loss: Loss,
-    model: nn.Module,
-    columns: _Columns,
-    sharing: Sharing,
-    *,
-    corrected: bool = False,
-    exact: bool = True,
-) -> BlockCurvature:
-    _refuse_sharing(sharing)
-    refuse_compiled(model)
+def _empirical(loss: Loss) -> Columns:
+    refuse_without_halves(loss)
 
-    def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
-        space = space_of(params)
-        refuse_dtensors(space)
-        constants = requiring_gradients(space.tree_leaves(params), batch)
-        with linearising(space, params, batch) as (leaves, given), noted(loss, params, batch):
-            return replace(factored(space, leaves, given), constants=tuple(constants))
+    def columns(outputs: Tensor, batch: Any) -> Tensor:
+        # E = sum_b c_b r_b r_b' with the gradients r_b at the outputs, and weights c_b.
+        criterion, inner = loss.criterion, outputs.detach().requires_grad_()
+        reduction = reduction_over_examples(criterion, inner, batch) or "sum"
+        _, _, (slopes,) = output_gradient(criterion, inner, batch, create_graph=False)
+        weights = example_weights(criterion, inner, batch, len(inner), reduction)
+        roots = torch.as_tensor(weights).to(slopes).sqrt()
+        return (slopes * roots.view(-1, *[1] * (slopes.dim() - 1)))[None]
 
-    def factored(space: Space, leaves: Mapping[str, Tensor], batch: Any) -> Blocks:
-        outputs, uses = observed(model, loss, leaves, batch)
-        # Without grouping, rows need no check: draws of different rows are independent, and the
-        # "expand" factor has no cross terms between positions.
-        grouped = exact or corrected or sharing == "reduce"
-        refuse_unless_seen(outputs, leaves, uses, grouped=grouped)
-        vectors = columns(outputs.detach(), batch)
-        examples = next(iter(uses.values())).examples
-        apart = by_row(vectors, examples) if exact else list(vectors)
-        # The weight and the bias of a module share the factor B: it is computed once for a site.
-        sites = {name: (*map(id, use.outputs), use.weights[0].groups) for name, use in uses.items()}
-        lefts = summed_moments(
-            outputs,
-            apart,
-            {sites[name]: use for name, use in uses.items()},
-            lambda _, slopes: outer_moments(slopes, sharing),
-        )
-        inputs = {name: use.inputs() for name, use in uses.items()}
-        rights = {name: input_moments(each, sharing) for name, each in inputs.items()}
-        if not corrected:
-            return Blocks(
-                {
-                    name: Kronecker(lefts[sites[name]], rights[name], leaves[name].shape)
-                    for name in space.names
-                },
-                space,
-            )
-        # With eigenvectors U_B and U_A, (U_B (x) U_A)' vec(g x') = vec((U_B' g) (U_A' x)'), so that
-        # s[o, k] = sum_b (sum_p (U_B' g_bp)_o (U_A' x_bp)_k)^2 (George et al. 2018).
-        lefts = {site: torch.linalg.eigh(factor).eigenvectors for site, factor in lefts.items()}
-        rights = {name: torch.linalg.eigh(factor).eigenvectors for name, factor in rights.items()}
-        turned = {name: rights[name].mT @ inputs[name] for name in uses}
-        values = summed_moments(
-            outputs,
-            apart,
-            uses,
-            lambda name, slopes: squared_moments(lefts[sites[name]].mT @ slopes, turned[name]),
-        )
-        return Blocks(
-            {
-                name: Eigenbasis(lefts[sites[name]], rights[name], values[name], leaves[name].shape)
-                for name in space.names
-            },
-            space,
-        )
-
-    return curvature
+    return columns

@@ -1,18 +1,22 @@
-"""Second moments of inputs and gradients, summed over examples and positions."""
+"""Second moments of inputs and gradients, summed over examples and positions.
+
+Inputs X are ``(B, G, K, P)``, or ``(1, G, K, P)`` if all examples share them, and gradients at the
+outputs are ``(B, G, O, P)``, for B examples, G groups and P positions. The gradient of a weight is
+``sum_bp g_bp x_bp'``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias, TypeVar
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from hessfunc.kronecker.uses import Use
+from hessfunc.kronecker.linear_maps import Inputs, OneHot
 from hessfunc.memory import AT_ONCE, refuse_unless_fits
 
 Sharing: TypeAlias = Literal["expand", "reduce"]
-_Key = TypeVar("_Key")
 
 
 def by_row(columns: Tensor, examples: int) -> list[Tensor]:
@@ -32,38 +36,28 @@ def by_row(columns: Tensor, examples: int) -> list[Tensor]:
     return parts
 
 
-def summed_moments(
-    outputs: Tensor,
-    columns: Sequence[Tensor],
-    uses: Mapping[_Key, Use],
-    fn: Callable[[_Key, Tensor], Tensor],
-) -> dict[_Key, Tensor]:
-    """Sum a function of the gradients at the outputs of each use over the columns."""
-    ends = {id(end): end for use in uses.values() for end in use.outputs}
-    total: dict[_Key, Tensor] = {}
-    for column in columns:
-        gradients = torch.autograd.grad(
-            outputs, list(ends.values()), column, retain_graph=True, materialize_grads=True
-        )
-        slopes = dict(zip(ends, gradients, strict=True))
-        for key, use in uses.items():
-            part = fn(key, use.slopes([slopes[id(end)] for end in use.outputs]))
-            total[key] = total[key] + part if key in total else part
-    return total
-
-
 def outer_moments(slopes: Tensor, sharing: Sharing) -> Tensor:
-    """Return the factor B of one column, ``(G, O, O)``, from gradients ``(B, G, O, P)``."""
+    """Return the factor B of one column, ``(G, O, O)``."""
     # "expand": sum_bp g_bp g_bp'. "reduce": sum_b (sum_p g_bp) (sum_p g_bp)'.
     return _gram(slopes if sharing == "expand" else slopes.sum(-1, keepdim=True))
 
 
-def input_moments(inputs: Tensor, sharing: Sharing) -> Tensor:
-    """Return the factor A, ``(G, K, K)``, from inputs ``(B, G, K, P)``."""
-    # "expand": mean_bp x_bp x_bp'. "reduce": mean_b xbar_b xbar_b'.
+def input_moments(inputs: Inputs, sharing: Sharing) -> Tensor:
+    """Return the factor A, ``(G, K, K)``, or its diagonal ``(G, K)`` for a lookup."""
+    total, count = summed_input_moments(inputs, sharing)
+    return total / count
+
+
+def summed_input_moments(inputs: Inputs, sharing: Sharing) -> tuple[Tensor, int]:
+    """Return the factor A times the number of its terms, and this number."""
+    if isinstance(inputs, OneHot):
+        # e_i e_i' is diagonal, so that the sum counts the indices. The index K has no input.
+        counts = inputs.indices.flatten().bincount(minlength=inputs.size + 1)
+        return counts[None, : inputs.size].to(torch.get_default_dtype()), inputs.indices.numel()
+    # "expand": sum_bp x_bp x_bp'. "reduce": sum_b xbar_b xbar_b'.
     if sharing == "reduce":
         inputs = inputs.mean(-1, keepdim=True)
-    return _gram(inputs).div_(len(inputs) * inputs.shape[-1])
+    return _gram(inputs), len(inputs) * inputs.shape[-1]
 
 
 def _gram(vectors: Tensor) -> Tensor:
@@ -79,18 +73,56 @@ def _gram(vectors: Tensor) -> Tensor:
     return columns @ columns.mT
 
 
-def squared_moments(slopes: Tensor, inputs: Tensor) -> Tensor:
-    """Sum the squared entries of the gradients of all examples: ``(G, O, K)``.
+def weight_gradient(slopes: Tensor, inputs: Inputs) -> Tensor:
+    """Return the gradient of a weight, ``sum_bp g_bp x_bp'``, as ``(G, O, K)``."""
+    if isinstance(inputs, OneHot):
+        rows = slopes[:, 0].movedim(1, -1).flatten(0, 1)
+        total = rows.new_zeros(inputs.size + 1, rows.shape[1])
+        return total.index_add_(0, inputs.indices.flatten(), rows)[None, :-1].mT
+    return torch.einsum("bgop,bgkp->gok", slopes, inputs.to(slopes).expand(len(slopes), -1, -1, -1))
 
-    Args:
-        slopes: Gradients at the outputs, ``(B, G, O, P)``.
-        inputs: Inputs, ``(B, G, K, P)``, or ``(1, G, K, P)`` if all examples share them.
+
+def example_gradients(slopes: Tensor, inputs: Inputs) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the gradients of a weight for a few examples at a time, ``(b, G, O, K)``.
+
+    Each comes with the slice of the examples.
     """
+    fan_in = inputs.size if isinstance(inputs, OneHot) else inputs.shape[2]
+    most = max(1, AT_ONCE // (slopes[0, ..., 0].numel() * fan_in))
+    for start in range(0, len(slopes), most):
+        part = slice(start, min(start + most, len(slopes)))
+        if isinstance(inputs, OneHot):
+            alone = range(part.start, part.stop)
+            yield (
+                part,
+                torch.stack(
+                    [
+                        weight_gradient(
+                            slopes[b : b + 1], OneHot(inputs.indices[b : b + 1], fan_in)
+                        )
+                        for b in alone
+                    ]
+                ),
+            )
+        else:
+            own = inputs[part] if len(inputs) == len(slopes) else inputs
+            yield part, slopes[part] @ own.to(slopes).mT
+
+
+def squared_moments(slopes: Tensor, inputs: Inputs) -> Tensor:
+    """Sum the squared entries of the gradients of all examples: ``(G, O, K)``."""
+    if isinstance(inputs, OneHot):
+        # Sum the gradients of each pair of example and index, and then the squares of the sums.
+        count, size = len(slopes), inputs.size + 1
+        keys = torch.arange(count, device=slopes.device)[:, None] * size + inputs.indices
+        pairs, places = keys.flatten().unique(return_inverse=True)
+        rows = slopes[:, 0].movedim(1, -1).flatten(0, 1)
+        sums = rows.new_zeros(len(pairs), rows.shape[1]).index_add_(0, places, rows)
+        total = rows.new_zeros(size, rows.shape[1]).index_add_(0, pairs % size, sums.square())
+        return total[None, :-1].mT
     # The gradient of an example is sum_p g_p x_p'. With one position, (g_o x_k)^2 = g_o^2 x_k^2.
     if slopes.shape[-1] == 1:
         left, right = slopes[..., 0].square(), inputs[..., 0].square()
         return torch.einsum("bgo,bgk->gok", left, right.expand(len(slopes), -1, -1))
-    inputs = inputs.expand(len(slopes), -1, -1, -1)
-    most = max(1, AT_ONCE // (slopes[0, ..., 0].numel() * inputs.shape[2]))
-    parts = zip(slopes.split(most), inputs.split(most), strict=True)
-    return torch.stack([(s @ x.mT).square().sum(0) for s, x in parts]).sum(0)
+    parts = [gradients.square().sum(0) for _, gradients in example_gradients(slopes, inputs)]
+    return torch.stack(parts).sum(0)

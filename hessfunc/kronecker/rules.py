@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hessfunc.kronecker.convolutions import unfolded
 from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, OfAll, Selection
 from hessfunc.kronecker.layer import Call, Dependence, General, Layer, SharedWeight, of_rule
 from hessfunc.options import described, plain_callable, validated
@@ -235,25 +236,15 @@ def convolution(call: Call, /) -> Layer:
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return Layer(
         linear(call).jacobian,
-        parameters=_shared(call, partial(unfolded, module), groups=module.groups),
+        parameters=_shared(call, partial(_unfolded, module), groups=module.groups),
     )
 
 
-def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """Return the inputs that each weight multiplies at each position, ``(B, groups, K, P)``."""
-    dims = len(module.kernel_size)
+def _unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     if module.padding != "valid":
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, module._reversed_padding_repeated_twice, mode)
-    for axis, (size, dilation, stride) in enumerate(
-        zip(module.kernel_size, module.dilation, module.stride, strict=True)
-    ):
-        x = x.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    # (B, C, *positions, *kernel) -> (B, C, *kernel, *positions)
-    x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-    kernel = torch.Size(module.kernel_size).numel()
-    fan_in = module.in_channels // module.groups * kernel
-    return x.reshape(len(x), module.groups, fan_in, -1)
+    return unfolded(x, module.kernel_size, module.stride, module.dilation, module.groups)
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

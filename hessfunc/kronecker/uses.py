@@ -2,260 +2,351 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from hessfunc.copies import hooked
-from hessfunc.kronecker.calls import (
-    full_name,
-    refusing_train_mode,
-)
-from hessfunc.kronecker.layer import Call, SharedWeight
-from hessfunc.kronecker.rules import rule_of
+from hessfunc.autograd.overrides import BODIES, getter
+from hessfunc.kronecker.calls import refusing_train_mode
+from hessfunc.kronecker.kinds import is_lookup, maps_of
+from hessfunc.kronecker.linear_maps import Inputs, Layout, LinearMap, OneHot
+from hessfunc.kronecker.moments import weight_gradient
 from hessfunc.losses import Loss
-from hessfunc.modules import training_flags
+from hessfunc.transforms.batches.examples import examples as examples_of
 
-ONLY_WEIGHTS = "Kronecker factors need weights and biases of linear maps"
-HOLD = "hold such parameters fixed with `split` and `hold`"
+UNORDERED = (
+    "the rows of the outputs are not ordered by the examples along the first axis, or the model "
+    "mixes examples"
+)
+
+# Order of the rows of an output: example after example, or one row of each example after another.
+Order: TypeAlias = Literal["examples first", "examples last"]
 
 
 @dataclass(frozen=True)
 class Use:
-    """All uses of a parameter in the model, one for each call of a module that owns it.
-
-    The positions of all calls are concatenated.
+    """Call of a function of torch that is linear in a parameter.
 
     Attributes:
-        weights: Dependence of each output on the parameter.
-        outputs: Output of each call.
-        examples: Number of examples, B. An output may have several rows for each example along its
-            first axis, the same number for each, one example after another.
+        map: Dependence of the output on the parameter.
+        output: Output of the call.
+        order: Order of the rows of the output.
     """
 
-    weights: tuple[SharedWeight, ...]
-    outputs: tuple[Tensor, ...]
-    examples: int
+    map: LinearMap
+    output: Tensor
+    order: Order = "examples first"
 
-    def inputs(self) -> Tensor:
-        """Return the inputs X at all positions, ``(B, G, K, P)``; B is 1 if examples share them."""
-        parts = []
-        for weight, output in zip(self.weights, self.outputs, strict=True):
-            inputs, rows = weight.each(), len(output) // self.examples
-            # Inputs that all rows share have a first axis of 1.
-            is_shared = len(inputs) < len(output)
-            parts.append(
-                inputs.repeat(1, 1, 1, rows) if is_shared else by_positions(inputs, self.examples)
-            )
-        count = max(map(len, parts))
-        return torch.cat([part.expand(count, -1, -1, -1) for part in parts], -1)
-
-    def slopes(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Return the gradients at the outputs, as ``(B, G, O, P)``."""
-        pairs = zip(self.weights, gradients, strict=True)
-        parts = [weight.slopes(slope.reshape(len(slope), -1)) for weight, slope in pairs]
-        return torch.cat([by_positions(part, self.examples) for part in parts], -1)
-
-
-def by_positions(rows: Tensor, examples: int) -> Tensor:
-    """Move the R rows of each example to positions: ``(B R, G, N, P)`` -> ``(B, G, N, R P)``."""
-    if len(rows) == examples:
-        return rows
-    return rows.unflatten(0, (examples, -1)).movedim(1, 3).flatten(3)
-
-
-def refuse_unless_seen(
-    outputs: Tensor, leaves: Mapping[str, Tensor], uses: Mapping[str, Use], *, grouped: bool
-) -> None:
-    """Raise unless the recorded uses give each parameter's gradient and examples are independent.
-
-    Two backward passes check this. For a cotangent w at the outputs, the gradient of a parameter
-    must be ``sum_bp g_bp x_bp'``. For the cotangent ``s_b w_b``, with a different s_b for each
-    example, the gradient at the outputs of a module must be ``s_b g_b``.
-    """
-    examples = next(iter(uses.values())).examples
-    ends = {id(end): (name, end) for name, use in uses.items() for end in use.outputs}
-    along = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos()
-    along = along.to(outputs).view_as(outputs)
-    gradients = torch.autograd.grad(
-        outputs,
-        [*(end for _, end in ends.values()), *leaves.values()],
-        along,
-        retain_graph=True,
-        materialize_grads=True,
-    )
-    slopes = dict(zip(ends, gradients, strict=False))
-    for name, gradient in zip(leaves, gradients[len(ends) :], strict=True):
-        use = uses[name]
-        own = use.slopes([slopes[id(end)] for end in use.outputs]).to(gradient)
-        inputs = use.inputs().to(gradient).expand(len(own), -1, -1, -1)
-        if not _is_close(torch.einsum("bgop,bgkp->gok", own, inputs), gradient):
-            raise ValueError(
-                f"parameter {name!r} is also used outside the modules that own it, for example in "
-                f"`F.linear(x, self.weight)`: {HOLD}"
-            )
-    if not grouped or examples == 1:
-        return
-    scales = torch.linspace(1, 2, examples, dtype=outputs.dtype, device=outputs.device)
-    scaled = _by_example(along, examples) * scales[:, None]
-    again = torch.autograd.grad(
-        outputs,
-        [end for _, end in ends.values()],
-        scaled.view_as(outputs),
-        retain_graph=True,
-        materialize_grads=True,
-    )
-    for (name, _), slope, other in zip(ends.values(), gradients, again, strict=False):
-        expected = _by_example(slope, examples) * scales.to(slope)[:, None]
-        if not _is_close(_by_example(other, examples), expected):
-            raise ValueError(
-                f"the {len(slope)} rows of the module of {name!r} and the {len(outputs)} rows of "
-                f"the outputs are not ordered by the {examples} examples along the first axis, or "
-                "the model mixes examples: keep the examples first, for example with outputs "
-                "`(examples, classes, positions)` from `model_fn(params, x).movedim(-1, 1)`"
-            )
-
-
-def _by_example(rows: Tensor, examples: int) -> Tensor:
-    return rows.reshape(examples, -1)
-
-
-def _is_close(ours: Tensor, right: Tensor) -> bool:
-    size = right.abs().amax()
-    difference = (ours.reshape_as(right) - right).abs().amax()
-    return bool(difference <= torch.finfo(right.dtype).eps ** 0.5 * size)
+    def by_example(self, rows: Tensor, examples: int) -> Tensor:
+        """Move the R rows of an example to positions: ``(B R, G, N, P)`` to ``(B, G, N, R P)``."""
+        if len(rows) == examples:
+            return rows
+        if self.order == "examples first":
+            return rows.unflatten(0, (examples, -1)).movedim(1, 3).flatten(3)
+        return rows.unflatten(0, (-1, examples)).movedim(0, 3).flatten(3)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Record of one call of a module while the loss is evaluated."""
+class Uses:
+    """All uses of a parameter in the model. The positions of all calls are concatenated.
 
-    module: nn.Module
-    training: bool
-    state: Mapping[str, Tensor]
-    inputs: Tensor
-    output: Tensor
+    Attributes:
+        calls: Calls that use the parameter.
+        examples: Number of examples, B.
+    """
+
+    calls: tuple[Use, ...]
+    examples: int
+
+    @property
+    def layout(self) -> Layout | None:
+        """Layout of the parameter, or None if its uses have different ones."""
+        layouts = {call.map.layout for call in self.calls}
+        return layouts.pop() if len(layouts) == 1 else None
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Output of each call."""
+        return tuple(call.output for call in self.calls)
+
+    def slopes(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the gradients at the outputs, as ``(B, G, O, P)``."""
+        pairs = zip(self.calls, gradients, strict=True)
+        return torch.cat(
+            [call.by_example(call.map.slopes(slope), self.examples) for call, slope in pairs], -1
+        )
+
+    def inputs(self) -> Inputs:
+        """Return the inputs X at all positions, ``(B, G, K, P)``; B is 1 if examples share them."""
+        parts = []
+        for call in self.calls:
+            inputs, slopes = call.map.inputs(), call.map.slopes(call.output.detach())
+            if isinstance(inputs, OneHot):
+                indices = inputs.indices[:, None, None].expand(len(slopes), -1, -1, -1)
+                parts.append(call.by_example(indices, self.examples))
+                continue
+            inputs = inputs.expand(-1, -1, -1, slopes.shape[-1])
+            if len(inputs) < len(slopes):
+                parts.append(inputs.repeat(1, 1, 1, len(slopes) // self.examples))
+            else:
+                parts.append(call.by_example(inputs, self.examples))
+        rows = max(map(len, parts))
+        whole = torch.cat([part.expand(rows, -1, -1, -1) for part in parts], -1)
+        if isinstance(inputs, OneHot):
+            return OneHot(whole[:, 0, 0], inputs.size)
+        return whole
+
+    def alone(self) -> list[Uses]:
+        """Return each call by itself."""
+        return [Uses((call,), self.examples) for call in self.calls]
 
 
-def observed(
-    model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any
-) -> tuple[Tensor, dict[str, Use]]:
-    """Evaluate the model, and return its outputs with all uses of each parameter."""
-    named = _canonical_names(model, params)
-    paths = {
-        module: path
-        for path, module in model.named_modules()
-        if any(full_name(path, own) in named for own in _own_parameters(module))
-    }
-    seen: dict[str, list[Seen]] = {}
+@dataclass(frozen=True)
+class Observed:
+    """Evaluation of a model, with all uses of its parameters.
 
-    def observe(
-        module: nn.Module,
-        called: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> Tensor:
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if not isinstance(output, Tensor) or not given:
-            raise _not_linear(paths[module], module)
-        state = {name: value.detach() for name, value in called.named_parameters()}
-        one = Seen(module, called.training, state, given[0].detach(), output)
-        # A later module may change its input in place: keep a copy of the output.
-        out = output.clone()
-        seen.setdefault(paths[module], []).append(replace(one, output=out))
-        return out.clone()
+    Attributes:
+        outputs: Outputs of the model.
+        uses: Uses of each parameter that enters the model linearly, by name.
+        others: Reason for which a parameter has no such uses, by name.
+        examples: Number of examples, B.
+    """
 
-    observers = {module: partial(observe, module) for module in paths}
-    with refusing_train_mode(model), hooked(after=observers):
+    outputs: Tensor
+    uses: Mapping[str, Uses]
+    others: Mapping[str, str]
+    examples: int
+
+
+def observed(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any, /) -> Observed:
+    """Evaluate the model, and return its outputs with all uses of each parameter.
+
+    Two backward passes verify the uses. For a cotangent w at the outputs, the gradient of a
+    parameter must be ``sum_bp g_bp x_bp'``. For the cotangent ``s_b w_b``, with a different s_b for
+    each example, the gradient at the output of a call must be ``s_b g_b``.
+    """
+    observer = Observer(params, _count(batch))
+    with refusing_train_mode(model), observer:
         outputs = loss.outputs(params, batch)
     if not isinstance(outputs, Tensor) or not outputs.dim():
         raise TypeError(
             "Kronecker factors need outputs that are one tensor with the examples along its first "
             f"axis, but got {type(outputs).__name__}: combine them into one tensor with `composed`"
         )
-    calls: dict[str, list[tuple[SharedWeight, Tensor]]] = {}
-    for path, of_module in seen.items():
-        for one in of_module:
-            for own, weight in _weights_of(path, one).items():
-                if (name := named.get(full_name(path, own))) is not None:
-                    calls.setdefault(name, []).append((weight, one.output))
     for name, leaf in params.items():
-        if name not in calls or calls[name][0][0].shape != leaf.shape:
+        if name not in observer.calls and name not in observer.others:
             raise ValueError(
-                f"{name!r} of shape {tuple(leaf.shape)} is not a parameter of a module that the "
-                f"loss calls: {HOLD}"
+                f"{name!r} of shape {tuple(leaf.shape)} is not a parameter on which the outputs of "
+                "the loss depend: hold such parameters fixed with `split` and `hold`"
             )
-        if len({(weight.groups, weight.shape) for weight, _ in calls[name]}) > 1:
-            raise NotImplementedError(
-                f"parameter {name!r} is shared by layers of different kinds: {HOLD}"
-            )
-    examples = _count(outputs, [output for uses in calls.values() for _, output in uses])
-    uses = {}
-    for name in params:
-        weights, ends = zip(*calls[name], strict=True)
-        uses[name] = Use(weights, ends, examples)
-    return outputs, uses
-
-
-def _canonical_names(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map each name of a parameter in the model to its name in ``params``."""
-    names: dict[int, str] = {}
-    every = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in every.items():
-        if name in params:
-            names.setdefault(id(parameter), name)
-    return {
-        name: name if name in params else names[id(parameter)]
-        for name, parameter in every.items()
-        if id(parameter) in names
+    others = dict(observer.others)
+    calls = {name: uses for name, uses in observer.calls.items() if name not in others}
+    rows = {
+        name: [len(use.map.slopes(use.output.detach())) for use in uses]
+        for name, uses in calls.items()
     }
-
-
-def _count(outputs: Tensor, ends: Sequence[Tensor]) -> int:
-    """Return the number of examples: the shortest first axis, which divides all the others."""
-    lengths = [len(outputs), *(len(end) if end.dim() else 1 for end in ends)]
-    examples = min(lengths)
-    if any(length % examples for length in lengths):
+    count = observer.examples
+    if count is None or len(outputs) % count:
+        # Outputs may be flattened over positions: the shortest first axis is that of the examples.
+        lengths = [len(use.output) for uses in calls.values() for use in uses]
+        count = min([len(outputs), *(n for n in lengths if n > 1)])
+    for name, counts in rows.items():
+        if any(n % count for n in counts):
+            others[name] = "the rows of a call are not those of examples"
+    if len(outputs) % count:
         raise ValueError(
-            f"the first axes of outputs and modules have lengths {sorted(set(lengths))}, which are "
-            "not multiples of one number of examples: keep the examples along the first axis"
+            f"the outputs have {len(outputs)} rows, which are not a multiple of the {count} "
+            "examples: keep the examples along the first axis"
         )
-    return examples
+    uses = {name: Uses(tuple(calls[name]), count) for name in calls if name not in others}
+    verified = _verified(outputs, params, uses, others)
+    return Observed(outputs, verified, others, count)
 
 
-def _own_parameters(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters(recurse=False)]
+def _count(batch: Any) -> int | None:
+    """Return the number of examples of a batch, or None if it is ambiguous."""
+    try:
+        return examples_of(batch)
+    except (TypeError, ValueError):
+        return None
 
 
-def _not_linear(path: str, module: nn.Module) -> NotImplementedError:
-    return NotImplementedError(
-        f"{ONLY_WEIGHTS}, but {path!r} is a {type(module).__name__}: {HOLD}, or use `hbp`"
-    )
+class Observer(TorchFunctionMode):
+    """Mode that records the calls that use parameters.
 
-
-def _weights_of(path: str, seen: Seen) -> dict[str, SharedWeight]:
-    """Return the dependence of a module's output on each of its parameters.
-
-    Raises:
-        NotImplementedError: If a parameter is not the weight or bias of a linear map.
+    Attributes:
+        examples: Number of examples, or None if it is unknown.
+        calls: Linear uses of each parameter, by name.
+        others: Function that uses a parameter in another way, by the name of the parameter.
     """
-    rule = rule_of(type(seen.module))
-    call = Call(
-        partial(torch.func.functional_call, seen.module),
-        seen.state,
-        (seen.inputs,),
-        (),
-        seen.module,
-        seen.output.shape[1:],
+
+    def __init__(self, params: Mapping[str, Tensor], examples: int | None) -> None:
+        super().__init__()
+        self.examples = examples
+        self.calls: dict[str, list[Use]] = {}
+        self.others: dict[str, str] = {}
+        # Tensors that are a parameter or its transpose. They are kept, so that ids are not reused.
+        self._aliases = {id(leaf): (leaf, name, False) for name, leaf in params.items()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            # A mode is inactive while it handles a call: activate it for the calls inside.
+            with self:
+                return BODIES[func](*args, **options)
+        output = func(*args, **options)
+        given = {
+            id(x): self._aliases[id(x)] for x in _tensors((args, options)) if id(x) in self._aliases
+        }
+        if not given or not any(x.requires_grad for x in _tensors(output)):
+            return output
+        if len(given) == 1 and isinstance(output, Tensor):
+            ((leaf, name, is_transposed),) = given.values()
+            if output is leaf:
+                return output
+            if func in _COPIES and output.shape == leaf.shape:
+                self._aliases[id(output)] = output, name, is_transposed
+                return output
+            if func in _TRANSPOSES and leaf.dim() == 2 and output.shape == leaf.shape[::-1]:
+                self._aliases[id(output)] = output, name, not is_transposed
+                return output
+        return self._recorded(func, args, options, output, given)
+
+    def _recorded(
+        self,
+        func: Any,
+        args: Any,
+        options: dict[str, Any],
+        output: Any,
+        given: Mapping[int, tuple[Tensor, str, bool]],
+    ) -> Any:
+        """Record the uses of parameters in a call, and return its output."""
+        maps = maps_of(func, output, args, options) if isinstance(output, Tensor) else []
+        if is_lookup(func) and len(output) == 1 and self.examples and output.dim() > 1:
+            # Rows that all examples share, such as positions: give each example its own.
+            output = output.expand(self.examples, *output.shape[1:])
+            maps = maps_of(func, output, args, options)
+        seen = set()
+        end = output.clone() if isinstance(output, Tensor) else output
+        for argument, made in maps:
+            if (alias := given.get(id(argument))) is None:
+                continue
+            _, name, is_transposed = alias
+            layout = made.layout.transposed() if is_transposed else made.layout
+            if layout is not None:
+                seen.add(id(argument))
+                self.calls.setdefault(name, []).append(Use(replace(made, layout=layout), end))
+        for key, (_, name, _) in given.items():
+            if key not in seen:
+                self.others.setdefault(
+                    name, f"it is an argument of {getattr(func, '__name__', func)}"
+                )
+        # A later function may change its argument in place, so that it gets a copy.
+        return end.clone() if seen else output
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+_COPIES = {
+    *(Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type_as),
+    *(Tensor.contiguous, Tensor.clone, torch.clone),
+}
+_TRANSPOSES = {
+    *(Tensor.t, torch.t, Tensor.transpose, torch.transpose),
+    *(getter("T"), getter("mT")),
+}
+
+
+def _verified(
+    outputs: Tensor,
+    leaves: Mapping[str, Tensor],
+    uses: Mapping[str, Uses],
+    others: dict[str, str],
+) -> dict[str, Uses]:
+    """Return the uses that give the gradient of a parameter, example by example.
+
+    The reasons for which the others do not are added to ``others``.
+    """
+    if not uses:
+        return {}
+    examples = next(iter(uses.values())).examples
+    ends = {id(end): end for use in uses.values() for end in use.outputs}
+    along = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos()
+    along = along.to(outputs).view_as(outputs)
+    gradients = torch.autograd.grad(
+        outputs,
+        [*ends.values(), *(leaves[name] for name in uses)],
+        along,
+        retain_graph=True,
+        materialize_grads=True,
     )
-    with training_flags([(seen.module, seen.training)]):
-        dependences = {} if rule is None else rule(call).parameters
-    weights = {name: d for name, d in dependences.items() if isinstance(d, SharedWeight)}
-    if len(weights) < len(_own_parameters(seen.module)):
-        raise _not_linear(path, seen.module)
-    return weights
+    slopes = dict(zip(ends, gradients, strict=False))
+    for name, gradient in zip(uses, gradients[len(ends) :], strict=True):
+        total, size = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        for one in uses[name].alone():
+            layout, own = one.calls[0].map.layout, one.slopes([slopes[id(one.outputs[0])]])
+            inputs = one.inputs()
+            total += layout.restored(weight_gradient(own, inputs), gradient.shape)
+            # Terms may cancel, as those of the bias of keys before a softmax: their size counts.
+            absolute = inputs if isinstance(inputs, OneHot) else inputs.abs()
+            size += layout.restored(weight_gradient(own.abs(), absolute), gradient.shape)
+        if not _is_close(total, gradient, size):
+            others[name] = "it is also used in ways that were not observed"
+    if examples == 1:
+        return {name: use for name, use in uses.items() if name not in others}
+    scales = torch.linspace(1, 2, examples, dtype=outputs.dtype, device=outputs.device)
+    scaled = along.reshape(examples, -1) * scales[:, None]
+    again = torch.autograd.grad(
+        outputs,
+        list(ends.values()),
+        scaled.view_as(outputs),
+        retain_graph=True,
+        materialize_grads=True,
+    )
+    scaled_slopes = dict(zip(ends, again, strict=True))
+    verified = {}
+    for name, use in uses.items():
+        calls = [_ordered(call, slopes, scaled_slopes, scales) for call in use.calls]
+        if name in others:
+            continue
+        if None in calls:
+            others[name] = f"its rows and {UNORDERED}"
+        else:
+            verified[name] = Uses(tuple(call for call in calls if call), examples)
+    return verified
+
+
+def _ordered(
+    call: Use, slopes: Mapping[int, Tensor], scaled: Mapping[int, Tensor], scales: Tensor
+) -> Use | None:
+    """Return a call with the order of its rows, or None if they are not those of examples."""
+    before, after = (call.map.slopes(each[id(call.output)]) for each in (slopes, scaled))
+    for order in ("examples first", "examples last"):
+        ordered = replace(call, order=order)
+        one, other = (ordered.by_example(rows, len(scales)) for rows in (before, after))
+        expected = one * scales.to(one).view(-1, 1, 1, 1)
+        if _is_close(other, expected, expected):
+            return ordered
+    return None
+
+
+def _is_close(ours: Tensor, right: Tensor, size: Tensor) -> bool:
+    """Return whether two tensors are equal up to the rounding of numbers of this size."""
+    difference = (ours.reshape_as(right) - right).abs().amax()
+    return bool(difference <= torch.finfo(right.dtype).eps ** 0.5 * size.abs().amax())

@@ -228,6 +228,8 @@ ARGUMENTS: dict[str, Check] = {
     "kind": text,
     "which": text,
     "sharing": text,
+    "fisher": text,
+    "unsupported": text,
     "normalise": text,
     "data": text,
     "backend": anything,

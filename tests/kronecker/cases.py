@@ -72,6 +72,17 @@ def largest_error(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> f
     )
 
 
+def gauss_newton_blocks(case: Net) -> dict[str, Tensor]:
+    """The diagonal blocks of the Gauss-Newton matrix, from exact products."""
+    blocks = {}
+    for name, leaf in case.params.items():
+        chosen, rest = hf.split(case.params, [name])
+        units = torch.eye(leaf.numel(), dtype=torch.float64).view(-1, *leaf.shape)
+        matvec = hf.ggnvp(hf.hold(case.loss, rest))(chosen, case.batch)
+        blocks[name] = matvec({name: units})[name].flatten(1)
+    return blocks
+
+
 def between(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """A layer and a sigmoid, so that its Hessian has all terms."""
     return lambda: nn.Sequential(layer(), nn.Sigmoid(), nn.Flatten(), _Head())

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import hessfunc as hf
 from hessfunc.transforms.output_gradients import LinearCriterionWarning
 from tests.cases import CalledTwice
-from tests.kronecker.cases import Net, dense, largest_error, net
+from tests.kronecker.cases import Net, dense, gauss_newton_blocks, largest_error, net
 
 
 def perceptron(examples: int, **options) -> Net:
@@ -47,16 +47,6 @@ def test_the_rectifier_of_the_convolutional_net_bends() -> None:
     case = convolutional(5)
     before = case.model[:2](case.batch[0])
     assert 0.2 < float((before > 0).double().mean()) < 0.8
-
-
-def gauss_newton_blocks(case: Net) -> dict[str, Tensor]:
-    found = {}
-    for name, leaf in case.params.items():
-        chosen, rest = hf.split(case.params, [name])
-        units = torch.eye(leaf.numel(), dtype=torch.float64).view(-1, *leaf.shape)
-        matvec = hf.ggnvp(hf.hold(case.loss, rest))(chosen, case.batch)
-        found[name] = matvec({name: units})[name].flatten(1)
-    return found
 
 
 FAMILY = {"kfra": hf.kronecker.kfra, "kflr": hf.kronecker.kflr, "ekfac": hf.kronecker.ekfac}
@@ -164,10 +154,14 @@ def test_expectation_of_kfac_is_kflr(likelihood: str) -> None:
         for seed in range(40)
     ]
     for name, block in exact.items():
-        found = torch.stack([group[name].left for group in groups])
+        if isinstance(block, hf.kronecker.Dense):
+            drawn, expected = [group[name].matrix for group in groups], block.matrix
+        else:
+            drawn, expected = [group[name].left for group in groups], block.left
+            torch.testing.assert_close(groups[0][name].right, block.right)
+        found = torch.stack(drawn)
         error = found.std(0) / 40**0.5
-        assert bool(((found.mean(0) - block.left).abs() <= 5 * error + 1e-12).all())
-        torch.testing.assert_close(groups[0][name].right, block.right)
+        assert bool(((found.mean(0) - expected).abs() <= 5 * error + 1e-12).all())
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
@@ -292,11 +286,6 @@ def test_any_architecture() -> None:
 
 
 def test_what_is_refused() -> None:
-    model, loss, params, batch = attention()
-    with pytest.raises(
-        NotImplementedError, match="'embedding' is a Embedding: hold such parameters"
-    ):
-        hf.kronecker.kflr(loss, model)(params, batch)
     case = perceptron(2)
     with pytest.raises(ValueError, match="sharing='both'"):
         hf.kronecker.kflr(case.loss, case.model, sharing="both")
@@ -305,8 +294,14 @@ def test_what_is_refused() -> None:
     smoothed = hf.supervised(case.loss.outputs, nn.CrossEntropyLoss(label_smoothing=0.1))
     with pytest.raises(ValueError, match="negative logarithm of a likelihood"):
         hf.kronecker.kfac(smoothed, case.model)
-    with pytest.raises(ValueError, match="'0.weight' of shape .* is not a parameter"):
-        hf.kronecker.kflr(case.loss, perceptron(2).model)(case.params, case.batch)
+    with pytest.raises(ValueError, match="unsupported='zero'"):
+        hf.kronecker.kflr(case.loss, case.model, unsupported="zero")
+    for family in (hf.kronecker.kfac, hf.kronecker.ekfac):
+        with pytest.raises(ValueError, match="fisher='mc'"):
+            family(case.loss, case.model, fisher="mc")
+    loss = hf.supervised(lambda params, x: case.loss.outputs({}, (x, x)), F.cross_entropy)
+    with pytest.raises(ValueError, match="'0.weight' of shape .* is not a parameter on which"):
+        hf.kronecker.kflr(loss, case.model)(case.params, case.batch)
     with pytest.raises(TypeError, match="two halves"):
         hf.kronecker.kflr(lambda params, batch: 0.0, case.model)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hessfunc.kronecker import moments
+from hessfunc.kronecker.linear_maps import OneHot
 
 # [B, G, N, P]: examples, groups, entries, positions.
 SLOPES = torch.randn(5, 2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
@@ -46,3 +47,21 @@ def test_each_row_of_an_example_has_a_column_of_its_own() -> None:
     assert not parts[0][1::2].any()
     assert not parts[1][0::2].any()
     assert len(moments.by_row(columns, 6)) == 2
+
+
+def test_moments_of_a_lookup_are_those_of_unit_vectors() -> None:
+    """The index 6 has no input, as the padding of an embedding."""
+    indices = torch.randint(7, (5, 4), generator=torch.Generator().manual_seed(2))
+    hot = torch.nn.functional.one_hot(indices, 7)[..., :6].mT[:, None].double()
+    lookup, slopes = OneHot(indices, 6), SLOPES[:, :1]
+    diagonal = moments.input_moments(lookup, "expand")
+    torch.testing.assert_close(
+        torch.diag_embed(diagonal), moments.input_moments(hot, "expand"), check_dtype=False
+    )
+    for function in (moments.weight_gradient, moments.squared_moments):
+        torch.testing.assert_close(function(slopes, lookup), function(slopes, hot))
+    each, expected = (
+        torch.cat([part for _, part in moments.example_gradients(slopes, inputs)])
+        for inputs in (lookup, hot)
+    )
+    torch.testing.assert_close(each, expected)

@@ -1,4 +1,4 @@
-"""Kronecker factors: where they are exact, what they estimate, and which is nearer."""
+"""Uses of parameters: each is found, or the parameter is refused or gets its exact diagonal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from tests.kronecker.cases import net
+from tests.kronecker.cases import Net, gauss_newton_blocks, net
 
 
 def test_calls_of_a_module_are_positions_of_one_call() -> None:
@@ -42,48 +42,153 @@ def test_calls_of_a_module_are_positions_of_one_call() -> None:
                 torch.testing.assert_close(one[name].dense(), other[name].dense())
 
 
-def test_a_weight_that_is_used_by_a_function_too_is_refused() -> None:
-    class Hidden(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
+class Functions(nn.Module):
+    """Weights in functions and products, transposed or not, as in a hand-written LoRA layer."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(torch.tanh(self.layer(x)), self.layer.weight)
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.down, self.up = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3, 2))
+        self.scale, self.shift = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
 
-    case = net(Hidden, 3, examples=2)
-    for of in (hf.kronecker.kflr, hf.kronecker.ekfac, hf.kronecker.kfac):
-        with pytest.raises(ValueError, match=r"'layer.weight' is also used outside.*`hold`"):
-            of(case.loss, case.model)(case.params, case.batch)
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(torch.tanh(self.layer(x)), self.layer.weight)
+        return self.scale * torch.tanh(x + x @ self.down @ self.up.T) + self.shift
 
 
-def test_a_weight_of_layers_of_different_kinds_is_refused() -> None:
-    class Head(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
-            self.head.weight = self.embedding.weight
+def traces_of(case: Net, **options) -> hf.kronecker.Blocks:
+    """The blocks of `ekfac`, whose traces are those of the Gauss-Newton matrix."""
+    made = hf.kronecker.ekfac(case.loss, case.model, **options)(case.params, case.batch)
+    for name, block in gauss_newton_blocks(case).items():
+        assert made[name].trace() == pytest.approx(float(block.trace()), rel=1e-9)
+    return made
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.tanh(self.embedding(x)))
 
-    model = Head().double()
+def test_parameters_in_functions_have_factors() -> None:
+    made = traces_of(net(Functions, 3, examples=4))
+    for name in ("layer.weight", "layer.bias", "down", "up"):
+        assert not isinstance(made[name], hf.kronecker.Dense | hf.kronecker.DiagonalBlock)
+    for name in ("scale", "shift"):
+        assert isinstance(made[name], hf.kronecker.Dense)
+
+
+class Head(nn.Module):
+    """One weight of an embedding and a head, with a row for the padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3, padding_idx=0), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(x)).cumsum(1)).movedim(-1, 1)
+
+
+def tied() -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Head().double()
     model_fn, params = hf.functional(model)
-    loss = hf.supervised(model_fn, F.cross_entropy)
-    with pytest.raises(
-        NotImplementedError, match="'embedding' is a Embedding: hold such parameters"
-    ):
-        hf.kronecker.ekfac(loss, model)(params, (torch.tensor([0, 1]), torch.tensor([1, 2])))
+    tokens = torch.tensor([[0, 1, 1], [4, 0, 2]])
+    return Net(model, hf.supervised(model_fn, F.cross_entropy), params, (tokens, tokens.flip(1)))
 
 
-@pytest.mark.parametrize("make", [lambda: nn.LSTM(3, 3), lambda: nn.MultiheadAttention(3, 1)])
-def test_modules_that_return_several_tensors_are_refused(make) -> None:
-    layer = make()
-    model_fn, params = hf.functional(layer)
-    loss = hf.supervised(lambda p, x: model_fn(p, (x, x, x))[0], F.mse_loss)
-    if isinstance(layer, nn.LSTM):
-        loss = hf.supervised(lambda p, x: model_fn(p, x)[0], F.mse_loss)
-    with pytest.raises(
-        NotImplementedError, match=rf"is a {type(layer).__name__}: hold such parameters"
-    ):
-        hf.kronecker.kflr(loss, layer)(params, (torch.ones(2, 4, 3), torch.zeros(2, 4, 3)))
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_a_weight_with_uses_of_different_kinds(sharing: str) -> None:
+    case = tied()
+    with pytest.raises(NotImplementedError, match="'embedding.weight' .* its uses are of diff"):
+        hf.kronecker.ekfac(case.loss, case.model)(case.params, case.batch)
+    for family in (hf.kronecker.kflr, hf.kronecker.ekfac):
+        curvature = family(case.loss, case.model, sharing=sharing, unsupported="diagonal")
+        made = curvature(case.params, case.batch)
+        assert made.diagonals == ("embedding.weight",)
+        exact = gauss_newton_blocks(case)["embedding.weight"].diagonal()
+        torch.testing.assert_close(made["embedding.weight"].dense(), torch.diag(exact))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.LSTM(3, 2, batch_first=True), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0]).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_parameters_without_factors_have_exact_diagonals(flat: bool) -> None:
+    case = net(Recurrent, 4, 3, examples=3)
+    if flat:
+        outputs = case.loss.outputs
+        rows = hf.composed(
+            lambda p, b: outputs(p, b).movedim(1, -1).flatten(0, 1),
+            F.cross_entropy,
+            targets=lambda b: b[1].flatten(),
+        )
+        case = Net(case.model, rows, case.params, case.batch)
+    with pytest.raises(NotImplementedError, match="'layer.weight_ih_l0'.* argument of lstm"):
+        hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)
+    made = traces_of(case, unsupported="diagonal")
+    assert made.diagonals == tuple(name for name in case.params if name.startswith("layer"))
+    for name in made.diagonals:
+        exact = gauss_newton_blocks(case)[name].diagonal()
+        torch.testing.assert_close(made[name].dense(), torch.diag(exact))
+
+
+class Attention(nn.Module):
+    """Attention with its own projections, on positions first or examples first."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        self.norm, self.batch_first = nn.LayerNorm(4), batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.batch_first else x.transpose(0, 1)
+        y = self.norm(y + self.attention(y, y, y, need_weights=False)[0])
+        return (y if self.batch_first else y.transpose(0, 1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_rows_of_positions_before_examples(sharing: str) -> None:
+    """torch's attention moves the positions before the examples; either order has the blocks."""
+    one, other = (
+        traces_of(net(partial(Attention, first), 5, 4, examples=3), sharing=sharing)
+        for first in (True, False)
+    )
+    assert "attention.in_proj_weight" in one
+    for name in one:
+        torch.testing.assert_close(one[name].dense(), other[name].dense())
+
+
+class Positions(nn.Module):
+    """Positions that all examples share, from an embedding and from a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(6, 3), nn.Linear(3, 3)
+        self.token = nn.Parameter(torch.randn(1, 1, 3))
+        self.offset = nn.Parameter(torch.randn(1, 5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x + self.embedding(torch.arange(4)[None]))
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.offset
+        return self.head(torch.tanh(x).cumsum(1)).movedim(-1, 1)
+
+
+def test_positions_that_examples_share() -> None:
+    made = traces_of(net(Positions, 4, 3, examples=3))
+    assert not made.diagonals
+
+
+def test_weights_cast_to_another_dtype() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    model_fn, params = hf.functional(model, dtype=torch.float64)
+    batch = torch.randn(3, 3), torch.arange(3)
+    made = hf.kronecker.kflr(hf.supervised(model_fn, F.cross_entropy), model)(params, batch)
+    model_fn, wide = hf.functional(model.double())
+    exact = hf.kronecker.kflr(hf.supervised(model_fn, F.cross_entropy), model)(
+        wide, (batch[0].double(), batch[1])
+    )
+    for name, block in exact.items():
+        torch.testing.assert_close(made[name].dense().double(), block.dense(), rtol=1e-5, atol=1e-7)

@@ -1,0 +1,99 @@
+"""Linear dependence of the output of a call on a parameter.
+
+A call contributes ``z[n, g, o, p] = sum_k W[g, o, k] X[n, g, k, p]`` to its output. Here n counts
+the rows of the output, g the groups, o the outputs of a group, k its inputs and p the positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Order in which a parameter holds the weights ``W[g, o, k]`` of a grouped linear map.
+
+    Attributes:
+        view: Shape to which the parameter is reshaped.
+        order: Permutation of the axes of the view to (g, o, k), where k may be several axes.
+        is_entrywise: Whether the parameter multiplies or is added to single entries, as in a
+            normalisation. Each of its entries is a group of its own.
+    """
+
+    view: tuple[int, ...]
+    order: tuple[int, ...] = (0, 1, 2)
+    is_entrywise: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Numbers of groups G, of outputs O of a group, and of its inputs K."""
+        groups, outputs, *inputs = (self.view[axis] for axis in self.order)
+        return groups, outputs, torch.Size(inputs).numel()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the entries of the parameter are in the order (g, o, k)."""
+        return self.order == tuple(range(len(self.order)))
+
+    def transposed(self) -> Layout | None:
+        """Return the layout of the transposed parameter, or None if it is not of this form."""
+        if len(self.view) != 3 or self.view[0] != 1 or self.is_entrywise:
+            return None
+        swap = {0: 0, 1: 2, 2: 1}
+        view = (1, self.view[2], self.view[1])
+        return Layout(view, (0, swap[self.order[1]], swap[self.order[2]]))
+
+    def permuted(self, rows: Tensor) -> Tensor:
+        """Return the entries of a parameter, ``(k, n)``, as weights ``(k, G, O, K)``."""
+        view = rows.reshape(len(rows), *self.view)
+        return view.permute(0, *(1 + axis for axis in self.order)).reshape(len(rows), *self.sizes)
+
+    def restored(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        """Return weights ``(..., G, O, K)`` in the order of the parameter, ``(..., *shape)``."""
+        lead = weights.dim() - 3
+        moved = weights.reshape(*weights.shape[:lead], *(self.view[axis] for axis in self.order))
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        moved = moved.permute(*range(lead), *(lead + axis for axis in inverse))
+        return moved.reshape(*weights.shape[:lead], *shape)
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Inputs X of a lookup: the unit vectors of indices.
+
+    Attributes:
+        indices: Index of each row and position, ``(N, P)``. The index K has no input.
+        size: Number of inputs K.
+    """
+
+    indices: Tensor
+    size: int
+
+
+Inputs: TypeAlias = Tensor | OneHot
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """Dependence of the output of one call on a parameter.
+
+    Attributes:
+        layout: Order of the weights in the parameter.
+        slopes: Function from the gradient at the output to its rows, ``(N, G, O, P)``.
+        inputs: Function that returns the inputs X, ``(N, G, K, P)``, or ``(1, G, K, P)`` if all
+            rows share them.
+    """
+
+    layout: Layout
+    slopes: Callable[[Tensor], Tensor]
+    inputs: Callable[[], Inputs]
+
+
+# Function of the output and the arguments of a call, which yields each argument that may be a
+# parameter, with the dependence of the output on it.
+Kind: TypeAlias = Callable[..., Iterator[tuple[Tensor, LinearMap]]]
