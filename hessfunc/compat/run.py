@@ -2,9 +2,9 @@
 
     python -m hessfunc.compat.run SCRIPT [ARGUMENTS]
 
-``pyhessian``, ``density_plot``, ``hessian_eigenthings`` and ``hessianflow`` are then names of the
-replacements, whether or not the originals are installed. Nothing else differs from
-``python SCRIPT [ARGUMENTS]``.
+``pyhessian``, ``density_plot``, ``hessian_eigenthings``, ``hessianflow`` and ``curvlinops`` are
+then names of the replacements, whether or not the originals are installed. Nothing else differs
+from ``python SCRIPT [ARGUMENTS]``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,19 @@ REPLACED = {
     "density_plot": "hessfunc.compat.pyhessian.density_plot",
     "hessian_eigenthings": "hessfunc.compat.eigenthings",
     "hessianflow": "hessfunc.compat.hessianflow",
+    "curvlinops": "hessfunc.compat.curvlinops",
 }
-# Modules of HessianFlow, of which the replacement has all names in its package.
-_OF_HESSIANFLOW = ("optimizer", "optimizer.optm_utils", "optimizer.progressbar")
+# Modules of the originals, of which the replacement has all names in its package.
+_MODULES = {
+    "hessianflow": ("optimizer", "optimizer.optm_utils", "optimizer.progressbar"),
+    "curvlinops": (
+        *("_torch_base", "hessian", "ggn", "fisher", "gradient_moments", "jacobian"),
+        *("kfac", "kfac_utils", "ekfac", "inverse", "submatrix"),
+        *("trace", "trace.hutchinson", "trace.meyer2020hutch", "trace.epperly2024xtrace"),
+        *("diagonal", "diagonal.hutchinson", "diagonal.epperly2024xtrace"),
+        *("norm", "norm.hutchinson", "papyan2020traces", "papyan2020traces.spectrum"),
+    ),
+}
 
 
 def replace() -> None:
@@ -34,22 +44,24 @@ def replace() -> None:
     """
     for name, replacement in REPLACED.items():
         module = import_module(replacement)
-        sys.modules[name] = module
+        sys.modules[name] = _copy(name, name) if name in _MODULES else module
         for part in pkgutil.iter_modules(getattr(module, "__path__", ())):
-            sys.modules[f"{name}.{part.name}"] = import_module(f"{replacement}.{part.name}")
-    sys.modules["hessianflow"] = _copy("hessianflow")
-    for path in _OF_HESSIANFLOW:
-        above, _, name = f"hessianflow.{path}".rpartition(".")
-        module = _copy(f"hessianflow.{path}")
-        sys.modules[module.__name__] = module
-        setattr(sys.modules[above], name, module)
+            own = import_module(f"{replacement}.{part.name}")
+            sys.modules[f"{name}.{part.name}"] = own
+            if name in _MODULES:
+                setattr(sys.modules[name], part.name, own)
+    for package, paths in _MODULES.items():
+        for path in paths:
+            above, _, name = f"{package}.{path}".rpartition(".")
+            sys.modules[f"{above}.{name}"] = _copy(f"{above}.{name}", package)
+            setattr(sys.modules[above], name, sys.modules[f"{above}.{name}"])
 
 
-def _copy(name: str) -> ModuleType:
-    """Return a module of another name with the names of the replacement of HessianFlow."""
+def _copy(name: str, package: str) -> ModuleType:
+    """Return a module of another name with the names of the replacement of a package."""
     module = ModuleType(name)
-    package = import_module(REPLACED["hessianflow"])
-    vars(module).update({each: getattr(package, each) for each in package.__all__})
+    replacement = import_module(REPLACED[package])
+    vars(module).update({each: getattr(replacement, each) for each in replacement.__all__})
     return module
 
 

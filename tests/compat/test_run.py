@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hessfunc.compat import eigenthings, hessianflow, pyhessian
+from hessfunc.compat import curvlinops, eigenthings, hessianflow, pyhessian
 from hessfunc.compat.run import REPLACED, main, replace
 
 SCRIPT = """
@@ -76,6 +76,12 @@ def test_a_script_runs_without_a_change(tmp_path: Path) -> None:
         ("import hessianflow.optimizer as hf_optm; found = hf_optm.absa", hessianflow),
         ("import hessianflow.optimizer.optm_utils as utils; found = utils.test", hessianflow),
         ("import hessianflow.optimizer.progressbar as bar; found = bar.progress_bar", hessianflow),
+        ("from curvlinops import GGNLinearOperator as found", curvlinops),
+        ("import curvlinops; found = curvlinops.kfac_utils.FisherType", curvlinops),
+        ("import curvlinops.trace.hutchinson as t; found = t.hutchinson_trace", curvlinops),
+        ("from curvlinops.inverse import KFACInverseLinearOperator as found", curvlinops),
+        ("from curvlinops.examples import IdentityLinearOperator as found", None),
+        ("import curvlinops; found = curvlinops.utils.allclose_report", None),
     ],
 )
 def test_names_of_the_originals_are_those_of_the_replacements(
@@ -88,6 +94,45 @@ def test_names_of_the_originals_are_those_of_the_replacements(
     assert found.__module__.startswith("hessfunc.compat.")
     if module is not None:
         assert getattr(module, found.__name__) is found
+
+
+NATURAL_GRADIENT = """
+from curvlinops import CGInverseLinearOperator, EKFACLinearOperator, FisherType, GGNLinearOperator
+from curvlinops.examples import IdentityLinearOperator, gradient_and_loss
+from curvlinops.utils import allclose_report
+from scipy.sparse.linalg import eigsh
+from torch import eye, float64, linalg, manual_seed, rand
+from torch.nn import Linear, MSELoss, Sequential, Sigmoid
+from torch.nn.utils import parameters_to_vector
+
+manual_seed(0)
+data = [(rand(16, 7, dtype=float64), rand(16, 3, dtype=float64)) for _ in range(2)]
+model = Sequential(Linear(7, 5), Sigmoid(), Linear(5, 3)).to(float64)
+params = [p for p in model.parameters() if p.requires_grad]
+loss_function = MSELoss(reduction="mean")
+GGN = GGNLinearOperator(model, loss_function, params, data)
+delta = 1e-2
+damped_GGN = GGN + delta * IdentityLinearOperator([p.shape for p in params], GGN.device, float64)
+inverse = CGInverseLinearOperator(damped_GGN, eps=0, tolerance=1e-10, max_tridiag_iter=10)
+gradient, _ = gradient_and_loss(model, loss_function, params, data)
+gradient = parameters_to_vector(gradient).detach()
+assert allclose_report(damped_GGN @ (inverse @ gradient), gradient, rtol=1e-6, atol=1e-8)
+dense = damped_GGN @ eye(damped_GGN.shape[1], dtype=float64)
+top = eigsh(damped_GGN.to_scipy(), k=1, which="LM", return_eigenvectors=False)
+assert abs(top[0] - float(linalg.eigvalsh(dense)[-1])) < 1e-8
+named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+ekfac = EKFACLinearOperator(model, loss_function, named, data, fisher_type=FisherType.TYPE2)
+solution = ekfac.inverse(damping=1e-3) @ gradient
+assert (ekfac @ solution + 1e-3 * solution).allclose(gradient, rtol=1e-6, atol=1e-10)
+with open("out.txt", "w") as file:
+    file.write(str(float(top[0])))
+"""
+
+
+def test_a_script_in_the_style_of_the_examples_of_curvlinops(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(NATURAL_GRADIENT)
+    assert main(["script.py"]) == 0
+    assert float((tmp_path / "out.txt").read_text()) > 0
 
 
 def test_errors_of_the_script_are_its_own(tmp_path: Path) -> None:

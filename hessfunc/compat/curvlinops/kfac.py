@@ -1,0 +1,376 @@
+"""Kronecker-factored approximations of the Fisher and Gauss-Newton matrix as linear operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
+from functools import cached_property
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from hessfunc.compat.curvlinops.blocks import (
+    added,
+    concatenated,
+    determinant,
+    inverse,
+    logdet,
+    scaled,
+    squared_norm,
+    with_identities,
+)
+from hessfunc.compat.curvlinops.curvature import CurvatureLinearOperator
+from hessfunc.compat.curvlinops.empirical import empirical
+from hessfunc.compat.curvlinops.inverse import Inverse
+from hessfunc.compat.curvlinops.matrices import SEED
+from hessfunc.compat.curvlinops.matvecs import block_of, columns
+from hessfunc.kronecker.blocks import Blocks
+from hessfunc.kronecker.factored_blocks import Kronecker
+from hessfunc.kronecker.factors import ekfac, kfac, kflr
+from hessfunc.kronecker.propagate import BlockCurvature
+from hessfunc.losses import composed
+from hessfunc.trees import Matvec
+
+_Kind = TypeVar("_Kind", bound=StrEnum)
+
+
+class FisherType(StrEnum):
+    """Kind of the output factors.
+
+    Attributes:
+        TYPE2: Exact Hessian of the loss with respect to the outputs.
+        MC: Gradients for targets drawn from the model's own prediction.
+        EMPIRICAL: Gradients for the targets of the data.
+        FORWARD_ONLY: Identity matrices.
+    """
+
+    TYPE2 = "type-2"
+    MC = "mc"
+    EMPIRICAL = "empirical"
+    FORWARD_ONLY = "forward-only"
+
+
+class KFACType(StrEnum):
+    """Treatment of positions that share a weight.
+
+    Attributes:
+        EXPAND: Positions are treated as examples.
+        REDUCE: Inputs are averaged over positions.
+    """
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+
+
+class Value(Tensor):
+    """Scalar that may also be called, and then returns itself.
+
+    The trace and the other numbers of a KFAC matrix are properties in curvlinops 3.0, and methods
+    in later versions.
+    """
+
+    def __call__(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+class KFACLinearOperator(CurvatureLinearOperator):
+    """Kronecker-factored approximation (KFAC), by `kfac` or `kflr` for each batch.
+
+        G = A (x) B,    A = mean_n x x',    B = c sum_n g g'
+
+    The factors of a data set are the means of those of its batches. They are computed at the first
+    use, at the parameters of that time.
+
+    Args:
+        model_func: Module of layers whose outputs are linear in the parameters.
+        loss_func: Loss, as in `FisherMCLinearOperator`.
+        params: List of some parameters of the module, or dict of its parameters by name.
+        data: Batches ``(X, y)`` that can be read several times.
+        progressbar: Ignored.
+        check_deterministic: Whether to evaluate the loss of the data twice, and to raise an error
+            if the values differ.
+        seed: Seed of the draws for ``fisher_type="mc"``.
+        fisher_type: `FisherType` or its value.
+        mc_samples: Number of draws of each target.
+        kfac_approx: `KFACType` or its value.
+        num_per_example_loss_terms: Ignored: the terms are counted.
+        separate_weight_and_bias: True: the weight and the bias of a layer have separate blocks.
+        num_data: Number of examples by which a mean loss is divided, instead of that of the data.
+        batch_size_fn: Function of X that returns the number of examples of a batch.
+
+    Raises:
+        ValueError: If an option is unknown.
+        NotImplementedError: If ``separate_weight_and_bias`` is False, or for a function as model.
+    """
+
+    _by_draws: Callable[..., BlockCurvature] = staticmethod(kfac)
+    _exactly: Callable[..., BlockCurvature] = staticmethod(kflr)
+
+    def __init__(
+        self,
+        model_func: nn.Module,
+        loss_func: Callable[[Any, Any], Tensor],
+        params: Sequence[Tensor] | Mapping[str, Tensor],
+        data: Iterable[Any],
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        seed: int = SEED,
+        fisher_type: str = FisherType.MC,
+        mc_samples: int = 1,
+        kfac_approx: str = KFACType.EXPAND,
+        num_per_example_loss_terms: int | None = None,
+        separate_weight_and_bias: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        *,
+        backend: str = "hooks",
+    ) -> None:
+        if not separate_weight_and_bias:
+            raise NotImplementedError(
+                "separate_weight_and_bias=False: joint blocks of weight and bias are not "
+                "available, pass separate_weight_and_bias=True"
+            )
+        if not isinstance(model_func, nn.Module):
+            raise NotImplementedError(
+                "Kronecker factors need the modules of a model: pass a module as model_func"
+            )
+        self._fisher_type = _member("fisher_type", FisherType, fisher_type)
+        self._kfac_approx = _member("kfac_approx", KFACType, kfac_approx)
+        if self._fisher_type is not FisherType.MC and mc_samples != 1:
+            raise ValueError(
+                f"mc_samples={mc_samples} needs fisher_type='mc', but fisher_type="
+                f"{self._fisher_type.value!r}: leave mc_samples out"
+            )
+        self._seed, self._mc_samples = seed, mc_samples
+        super().__init__(
+            model_func,
+            loss_func,
+            params,
+            data,
+            check_deterministic=check_deterministic,
+            num_data=num_data,
+            batch_size_fn=batch_size_fn,
+        )
+
+    def compute_kronecker_factors(self) -> None:
+        """Compute the factors at the current parameters."""
+        self.__dict__.pop("blocks", None)
+        _ = self.blocks
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """Diagonal blocks of the data set, by the name of the parameter."""
+        params, average = self.params, self.average()
+        curvature = self._of_batch()
+        counted = weighted = 0.0
+        total: Blocks | None = None
+        for batch in self._batches():
+            average.look(self.loss, params, batch)
+            weight, size = average.of(batch), self.size(batch)
+            weighted, counted = weighted + weight, counted + size
+            part = scaled(curvature(params, batch), left=weight, right=size)
+            total = part if total is None else added(total, part)
+        if total is None:
+            raise ValueError("the data has no batch: pass at least one")
+        left = self.share / average.divisor(weighted)
+        total = scaled(total, left=left, right=1 / (self._num_data or counted))
+        is_identity = self._fisher_type is FisherType.FORWARD_ONLY
+        return with_identities(total) if is_identity else total
+
+    def _batches(self) -> Iterable[Any]:
+        return self._data
+
+    def _of_batch(self) -> BlockCurvature:
+        """Return the curvature function of one batch."""
+        loss, sharing = self.loss, self._kfac_approx.value
+        if self._fisher_type is FisherType.TYPE2:
+            return self._exactly(loss, self._model_func, sharing=sharing)
+        if self._fisher_type is FisherType.EMPIRICAL:
+            criterion = empirical(self.criterion)
+            of_data = composed(self.outputs, criterion, targets=self._targets)
+            return self._exactly(of_data, self._model_func, sharing=sharing)
+        return self._by_draws(
+            loss, self._model_func, samples=self._mc_samples, seed=self._seed, sharing=sharing
+        )
+
+    def _matvec(self) -> Matvec:
+        return self.blocks
+
+    def inverse(
+        self,
+        damping: float | tuple[float, float] = 0.0,
+        use_heuristic_damping: bool = False,
+        min_damping: float = 1e-8,
+        use_exact_damping: bool = False,
+        retry_double_precision: bool = True,
+    ) -> KFACInverseLinearOperator:
+        """Return the inverse with damping, as `KFACInverseLinearOperator` does."""
+        return KFACInverseLinearOperator(
+            self, damping, use_heuristic_damping, min_damping, use_exact_damping
+        )
+
+    @property
+    def _mapping(self) -> dict[str, dict[str, int]]:
+        """Positions of the parameters of each module, by their names in the module."""
+        modules: dict[str, dict[str, int]] = {}
+        for position, name in enumerate(self._params):
+            module, _, own = name.rpartition(".")
+            modules.setdefault(module, {})[own] = position
+        return modules
+
+    @property
+    def _gradient_covariances(self) -> dict[str, Tensor]:
+        """Output factor B of each module."""
+        return {_module(name): _single(block.left) for name, block in self._kronecker()}
+
+    @property
+    def _input_covariances(self) -> dict[str, Tensor]:
+        """Input factor A of each module with a weight."""
+        return {
+            _module(name): _single(block.right)
+            for name, block in self._kronecker()
+            if len(block.shape) > 1
+        }
+
+    def _kronecker(self) -> list[tuple[str, Kronecker]]:
+        return [(n, b) for n, b in self.blocks.items() if isinstance(b, Kronecker)]
+
+    def _value(self, number: float) -> Value:
+        like = next(iter(self._params.values())).detach()
+        return like.new_tensor(number).as_subclass(Value)
+
+    @property
+    def trace(self) -> Value:
+        """Trace of the matrix."""
+        return self._value(self.blocks.trace())
+
+    @property
+    def logdet(self) -> Value:
+        """Logarithm of the determinant, minus infinity for a singular matrix."""
+        return self._value(math.fsum(map(logdet, self.blocks.values())))
+
+    @property
+    def det(self) -> Value:
+        """Determinant of the matrix."""
+        return self._value(math.prod(map(determinant, self.blocks.values())))
+
+    @property
+    def frobenius_norm(self) -> Value:
+        """Frobenius norm of the matrix."""
+        return self._value(math.sqrt(math.fsum(map(squared_norm, self.blocks.values()))))
+
+
+class EKFACLinearOperator(KFACLinearOperator):
+    """KFAC with corrected eigenvalues (EKFAC), by `ekfac`.
+
+    Several batches are concatenated, because the eigenvectors of a mean of factors belong to no
+    single batch. Arguments are those of `KFACLinearOperator`.
+    """
+
+    _by_draws = staticmethod(ekfac)
+    _exactly = staticmethod(ekfac)
+
+    def inverse(
+        self,
+        damping: float | tuple[float, float] = 0.0,
+        use_heuristic_damping: bool = False,
+        min_damping: float = 1e-8,
+        use_exact_damping: bool = True,
+        retry_double_precision: bool = True,
+    ) -> KFACInverseLinearOperator:
+        """Return the inverse with exact damping."""
+        return super().inverse(damping, use_heuristic_damping, min_damping, use_exact_damping)
+
+    def _batches(self) -> Iterable[Any]:
+        batches = list(self._data)
+        return batches if len(batches) < 2 else [concatenated(batches)]
+
+
+class KFACInverseLinearOperator(Inverse):
+    """Inverse of a KFAC or EKFAC matrix with damping.
+
+    Args:
+        A: `KFACLinearOperator` or `EKFACLinearOperator`.
+        damping: Damping d of both factors, or a pair for the input and the output factor.
+        use_heuristic_damping: Whether the factors have the dampings ``max(pi sqrt(d),
+            min_damping)`` and ``max(sqrt(d) / pi, min_damping)``, with the root pi of the ratio of
+            their mean eigenvalues (Martens and Grosse 2015, section 6.3).
+        min_damping: Least damping of the heuristic.
+        use_exact_damping: Whether to invert ``A (x) B + d I``; always for EKFAC.
+        cache: Ignored: inverses are computed at the first product and kept.
+        retry_double_precision: Ignored: factors are inverted in float64.
+
+    Raises:
+        ValueError: If the operator is no KFAC matrix, if options exclude each other, or if a
+            damped matrix is singular. The last is raised by a product.
+    """
+
+    def __init__(
+        self,
+        A: KFACLinearOperator,
+        damping: float | tuple[float, float] = 0.0,
+        use_heuristic_damping: bool = False,
+        min_damping: float = 1e-8,
+        use_exact_damping: bool = False,
+        cache: bool = True,
+        retry_double_precision: bool = True,
+    ) -> None:
+        if not isinstance(A, KFACLinearOperator):
+            raise ValueError(
+                f"A is a {type(A).__name__}, not a KFACLinearOperator: use CGInverseLinearOperator"
+            )
+        super().__init__(A)
+        if use_heuristic_damping and use_exact_damping:
+            raise ValueError("heuristic and exact damping exclude each other: choose one")
+        if isinstance(damping, tuple) and (use_heuristic_damping or use_exact_damping):
+            raise ValueError(
+                f"damping={damping} is a pair, but heuristic and exact damping need one number: "
+                "pass damping=1e-3"
+            )
+        if isinstance(A, EKFACLinearOperator) and not use_exact_damping:
+            raise ValueError("EKFAC has exact damping only: pass use_exact_damping=True")
+        self._kfac, self._damping, self._min_damping = A, damping, min_damping
+        self._is_heuristic, self._is_exact = use_heuristic_damping, use_exact_damping
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        product = self._matvec(block_of(X, list(self._kfac.params)))
+        return columns([product[name] for name in self._kfac.params])
+
+    @cached_property
+    def _matvec(self) -> Matvec:
+        blocks, damping = self._kfac.blocks, self._damping
+        if self._is_exact and not isinstance(damping, tuple):
+            return lambda block: blocks.inverse_matvec(block, damping)
+        return inverse(blocks, self._dampings)
+
+    def _dampings(self, name: str) -> tuple[float, float]:
+        """Return the dampings of the input and the output factor of a parameter."""
+        if isinstance(self._damping, tuple):
+            return self._damping
+        inputs = self._kfac._input_covariances.get(_module(name))
+        if self._is_heuristic and inputs is not None:
+            # The bias shares the output factor of its weight, and its damping.
+            outputs = self._kfac._gradient_covariances[_module(name)]
+            sizes = [float(f.diagonal(dim1=-2, dim2=-1).mean()) for f in (inputs, outputs)]
+            if min(sizes) > 0:
+                pi, root = math.sqrt(sizes[0] / sizes[1]), math.sqrt(self._damping)
+                return max(pi * root, self._min_damping), max(root / pi, self._min_damping)
+        return self._damping, self._damping
+
+
+def _member(name: str, kinds: type[_Kind], value: str) -> _Kind:
+    try:
+        return kinds(value)
+    except ValueError:
+        choices = ", ".join(repr(kind.value) for kind in kinds)
+        raise ValueError(f"{name}={value!r}: choose one of {choices}") from None
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _single(factor: Tensor) -> Tensor:
+    """Return the factor of the only group of a layer, or those of all groups."""
+    return factor[0] if len(factor) == 1 else factor
