@@ -237,6 +237,10 @@ CALLS: dict[str, Call] = {
     "dense": Call({"matrix": MATRIX}, then=applied),
     "to_scipy": Call({"matvec": matvec, "like": LIKE}, then=lambda op: op @ np.ones(op.shape[1])),
     "from_scipy": Call({"operator": MATRIX.numpy()}, then=applied),
+    "from_numpy": Call(
+        {"function": lambda v: MATRIX.numpy() @ v}, {"n": len(MATRIX), "xp": np}, applied
+    ),
+    "from_linear_operator": Call({"operator": MATRIX.to_sparse()}, then=applied),
     "compiled": Call({"matvec": matvec}, {"chunk_size": 1, "backend": "eager"}),
     "ravel": Call({"tree": PARAMS}),
     "unravel": Call({"flat": torch.ones(14, dtype=D), "like": PARAMS}),

@@ -95,16 +95,16 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "another size": (lambda: hf.slq(MATVEC, torch.zeros(5)), "of 30 entries, but got one of 5"),
     "a NumPy function": (
         lambda: hf.compat.from_scipy(lambda v: v),
-        r"LinearOperator\(\(n, n\), f\)",
+        r"a function is not a SciPy operator.*from_numpy\(f, n=n\)",
     ),
     "of one vector": (
         lambda: hf.hutchinson(hf.batched(lambda v: MATRIX.numpy() @ v), LIKE),
-        r"from_scipy\(LinearOperator",
+        r"from_numpy\(f, n=n\)",
     ),
     "of a NumPy matrix": (lambda: hf.slq(lambda v: MATRIX.numpy() @ v, LIKE), r"from_scipy\(A\)"),
     "of one vector, in a loop": (
         lambda: hf.hutchinson(hf.batched(lambda v: v.numpy(), chunk_size=1), LIKE),
-        r"from_scipy\(LinearOperator",
+        r"from_numpy\(f, n=n\)",
     ),
     "in place": (lambda: hf.hutchinson(gradient_in_place, LIKE), "in place: return a new one"),
     "in place by .data": (

@@ -1,9 +1,9 @@
-"""Drop-in replacements for other libraries, and conversion to and from SciPy operators.
+"""Drop-in replacements for other libraries, and conversion to and from NumPy and SciPy.
 
 A script that uses another library runs after its import is changed, for example to
 ``from hessfunc.compat.pyhessian import hessian``.
 """
 
-from hessfunc.compat.scipy import from_scipy, to_scipy
+from hessfunc.compat.scipy import from_numpy, from_scipy, to_scipy
 
-__all__ = ["from_scipy", "to_scipy"]
+__all__ = ["from_numpy", "from_scipy", "to_scipy"]

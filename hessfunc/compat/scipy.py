@@ -1,20 +1,23 @@
-"""Convert matvecs to SciPy linear operators, and SciPy operators to matvecs."""
+"""Convert matvecs to SciPy linear operators, and SciPy operators and NumPy functions to matvecs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
+from hessfunc import options
 from hessfunc.algorithms.products import Products
 from hessfunc.fingerprints import digest_of, with_fingerprint
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
-from hessfunc.spaces.space import rows_dtype
-from hessfunc.trees import Matvec, Tree, tree_map
+from hessfunc.spaces.space import Space, rows_dtype
+from hessfunc.trees import Matvec, Tree, leaves, tree_map
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -102,15 +105,16 @@ def from_scipy(operator: Any, /) -> Matvec:
         ValueError: If the operator is not square, or if a matrix is not symmetric or not finite. A
             product raises it if the vectors do not have n entries.
 
-    Cost: one product of the operator for each vector, and two copies of the vector.
+    Cost: one product of the operator for each vector, and one copy of it. Vectors that are not flat
+    or not on the CPU are copied before the product, too.
     """
     if isinstance(operator, Tensor):
         raise TypeError("a tensor is not a SciPy operator: use `dense(A)`")
     shape = getattr(operator, "shape", None)
     if not (isinstance(shape, tuple) and len(shape) == 2):
         raise TypeError(
-            f"a {type(operator).__name__} is not a SciPy operator: pass a matrix, or "
-            "`scipy.sparse.linalg.LinearOperator((n, n), f)` for a function f of arrays"
+            f"a {type(operator).__name__} is not a SciPy operator: pass a matrix or a "
+            "LinearOperator, or use `from_numpy(f, n=n)` for a function f of arrays"
         )
     linear = _linalg().aslinearoperator(operator)
     n = linear.shape[0]
@@ -126,21 +130,103 @@ def from_scipy(operator: Any, /) -> Matvec:
         _refuse_asymmetric(operator.astype(own))
 
     def matvec(block: Tree) -> Tree:
-        space = space_of(tree_map(lambda leaf: leaf[0], block))
-        if space.n != n:
-            raise ValueError(f"the operator takes vectors with {n} entries, but got {space.n}")
+        space = _space_of_vectors(block, n, "operator")
         if space.dtype != dtype:
             raise TypeError(
                 f"the operator has dtype {own}, but the vectors have {space.dtype}: pass `like` in "
                 f"{dtype}, such as `torch.zeros({n}, dtype={dtype})`"
             )
-        columns = space.ravel(block).detach().cpu().numpy().T
+        columns = _flat(space, block).cpu().numpy().T
         rows = linear.matmat(columns).T.astype(own, order="C", casting="same_kind")
         return space.unravel(torch.from_numpy(rows).to(space.device))
 
     if isinstance(operator, np.ndarray):
         return with_fingerprint(matvec, lambda: {"matrix": digest_of(operator.tobytes())})
     return matvec
+
+
+@validated(
+    function=options.function_of(1, "one array"), n=options.whole_number, xp=options.anything
+)
+def from_numpy(function: Callable[[Any], Any], /, *, n: int, xp: ModuleType = np) -> Matvec:
+    """Return the matvec of a linear function of one NumPy array, or of a CuPy or JAX array.
+
+    The function maps an array ``(n,)`` to an array ``(n,)`` of the same dtype. The vectors of a
+    block are multiplied one after another; a ``LinearOperator`` with a ``matmat``, passed to
+    `from_scipy`, multiplies a whole block. The function must not write into its argument, which
+    shares the memory of the vector:
+
+        matvec = hf.compat.from_numpy(lambda v: np.fft.irfft(symbol * np.fft.rfft(v), n), n=n)
+        top = hf.lanczos(matvec, torch.zeros(n, dtype=torch.float64), k=3)
+
+    Args:
+        function: Function of one array. It must be linear and symmetric, which `check` tests.
+        n: Number of entries of a vector. Vectors are flat or trees.
+        xp: Module of the arrays, with a function ``from_dlpack``: ``numpy``, ``cupy`` or
+            ``jax.numpy``. Arrays of NumPy are on the CPU, others on the device of the vectors.
+
+    Returns:
+        A matvec.
+
+    Raises:
+        TypeError: If the product is not a real array of the vectors' dtype. Raised by a product.
+        ValueError: If vectors or products do not have n entries. Raised by a product.
+
+    Cost: one call for each vector, and one copy of its result. Vectors that are not flat, or on a
+    GPU for NumPy, are copied before the call, too.
+    """
+    options.at_least(1, n=n)
+
+    def matvec(block: Tree) -> Tree:
+        space = _space_of_vectors(block, n, "function")
+        vectors = _flat(space, block)
+        if vectors.dtype not in _NUMPY_DTYPES:
+            raise TypeError(
+                f"the vectors have dtype {vectors.dtype}: pass `like` in torch.float32 or "
+                "torch.float64"
+            )
+        rows = torch.empty_like(vectors)
+        for row, vector in zip(rows, vectors, strict=True):
+            row.copy_(_product_of_array(function, vector, xp))
+        return space.unravel(rows)
+
+    return matvec
+
+
+def _product_of_array(function: Callable[[Any], Any], vector: Tensor, xp: ModuleType) -> Tensor:
+    """Return the product of a function of arrays with a vector, which may share its memory."""
+    own = vector.cpu().numpy() if xp is np else xp.from_dlpack(vector)
+    result = function(own)
+    if xp is np:
+        # Torch accepts neither negative strides nor read-only memory.
+        result = np.asarray(result)
+        result = np.require(result, requirements=["C", "W"]) if result.dtype in _DTYPES else result
+    due = f"return an array of shape ({len(vector)},)"
+    if not hasattr(result, "dtype") or result.dtype != own.dtype:
+        kind = getattr(result, "dtype", type(result).__name__)
+        raise TypeError(
+            f"the function returns {kind} for a vector of {own.dtype}: {due} and the same dtype, "
+            "and pass `like` in the dtype in which the function computes"
+        )
+    if tuple(result.shape) != (len(vector),):
+        raise ValueError(f"the function returns an array of shape {tuple(result.shape)}: {due}")
+    return torch.from_numpy(result) if xp is np else from_dlpack(result)
+
+
+def _space_of_vectors(block: Tree, n: int, of: str) -> Space:
+    """Return the space of a block of vectors with n entries."""
+    space = space_of(tree_map(lambda leaf: leaf[0], block))
+    if space.n != n:
+        raise ValueError(f"the {of} takes vectors with {n} entries, but got {space.n}")
+    return space
+
+
+def _flat(space: Space, block: Tree) -> Tensor:
+    """Return the rows of a vector block, which is not copied if its vectors are flat."""
+    first, *others = leaves(block)
+    is_flat = not others and first.shape[1:] == (space.n,)
+    rows: Tensor = first if is_flat else space.ravel(block)
+    return rows.detach()
 
 
 def _refuse_asymmetric(matrix: Any) -> None:

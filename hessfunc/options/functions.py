@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hessfunc.options.scalars import (
@@ -133,6 +134,8 @@ def matvec(name: str, value: Any, /) -> Any:
         raise refused(name, value, due, "pass hessfunc.dense(matrix)")
     if isinstance(value, np.ndarray) or is_sparse(value):
         raise refused(name, value, due, "pass hessfunc.compat.from_scipy(matrix)")
+    if hasattr(value, "__matmul__") and isinstance(getattr(value, "dtype", None), torch.dtype):
+        raise refused(name, value, due, "pass hessfunc.matvecs.from_linear_operator(operator)")
     if not is_function(value, 1):
         if is_function(value, 2):
             raise TypeError(
@@ -157,7 +160,7 @@ def of_numpy(error: Exception, /) -> TypeError | None:
         return None
     return TypeError(
         f"the function does not accept tensors ({error}): pass hessfunc.compat.from_scipy(A) for a "
-        "NumPy matrix A, or from_scipy(LinearOperator((n, n), f)) for a function f of arrays"
+        "NumPy matrix A, or hessfunc.compat.from_numpy(f, n=n) for a function f of arrays"
     )
 
 

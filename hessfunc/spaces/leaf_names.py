@@ -32,7 +32,7 @@ def advice(leaf: object, /) -> str:
     """Return the end of a message: what to pass instead of an object that is not a tensor."""
     if isinstance(leaf, np.ndarray):
         return (
-            ": pass torch.from_numpy(array), or `compat.from_scipy(operator)` for a NumPy function"
+            ": pass torch.from_numpy(array), or `compat.from_numpy(f, n=n)` for a NumPy function f"
         )
     if isinstance(leaf, nn.Module):
         return ": pass the params of `model_fn, params = functional(model)`"

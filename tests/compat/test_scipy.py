@@ -23,7 +23,7 @@ from scipy.sparse.linalg import (
 )
 
 import hessfunc as hf
-from hessfunc.compat.scipy import from_scipy, to_scipy
+from hessfunc.compat.scipy import from_numpy, from_scipy, to_scipy
 from hessfunc.trees import Matvec, Tree
 from tests.cases import case, dense_hessian
 from tests.reference import matrix, random_symmetric
@@ -343,3 +343,119 @@ def test_vectors_of_another_length_are_refused(matvec: Matvec) -> None:
 def test_random_matrices_are_dense_too() -> None:
     given = random_symmetric(9, seed=3)
     torch.testing.assert_close(matrix(from_scipy(given.numpy()), given[0]), given)
+
+
+# Functions of arrays
+
+
+class OtherArrays:
+    """A stand-in for the module and the arrays of CuPy, which are not those of NumPy."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.dtype, self.shape = tensor, tensor.dtype, tensor.shape
+
+    @classmethod
+    def from_dlpack(cls, tensor: torch.Tensor) -> OtherArrays:
+        return cls(torch.utils.dlpack.from_dlpack(tensor))
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+
+FUNCTIONS: dict[str, Callable[[NDArray[Any]], Callable[[Any], Any]]] = {
+    "product": lambda a: lambda v: a @ v,
+    "read-only": lambda a: lambda v: np.broadcast_to(a @ v, v.shape),
+    "reversed": lambda a: lambda v: (a @ v)[::-1][::-1],
+    "strided": lambda a: lambda v: np.repeat(a @ v, 2)[::2],
+    "list of numbers": lambda a: lambda v: list(a @ v),
+}
+
+
+@pytest.mark.parametrize("like", [FLAT, MLP.params], ids=["flat", "tree"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_matvec_is_that_of_the_function(function: str, like: Tree) -> None:
+    matvec = from_numpy(FUNCTIONS[function](H), n=N)
+    np.testing.assert_allclose(matrix(matvec, like).numpy(), H, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_function_of_arrays_of_another_module(dtype: torch.dtype) -> None:
+    given = random_symmetric(5, seed=0).to(dtype)
+    function = lambda v: OtherArrays(given @ v.tensor)  # noqa: E731
+    matvec = from_numpy(function, n=5, xp=OtherArrays)  # type: ignore[arg-type]
+    torch.testing.assert_close(matrix(matvec, given[0]), given)
+    identity = from_numpy(lambda v: v, n=5, xp=OtherArrays)  # type: ignore[arg-type]
+    block = torch.ones(2, 5, dtype=dtype)
+    identity(block).zero_()
+    assert bool((block == 1).all())
+
+
+def test_a_function_gets_the_memory_of_the_vector_and_its_result_is_copied() -> None:
+    block, seen = torch.ones(2, 3, dtype=torch.float64), []
+    kept = np.zeros(3)
+
+    def identity(v: NDArray[Any]) -> NDArray[Any]:
+        seen.append(v.__array_interface__["data"][0])
+        kept[:] = v
+        return kept
+
+    first = from_numpy(identity, n=3)(block)
+    assert seen == [row.data_ptr() for row in block]
+    kept[:] = 5.0
+    assert torch.equal(first, block)
+
+
+def test_algorithms_on_a_function_of_arrays() -> None:
+    n = 64
+    symbol = 2 - 2 * np.cos(2 * np.pi * np.arange(n // 2 + 1) / n)
+    circulant = from_numpy(lambda v: np.fft.irfft(symbol * np.fft.rfft(v), n), n=n)
+    like = torch.zeros(n, dtype=torch.float64)
+    top = hf.lanczos(circulant, like, k=1, seed=0, rtol=1e-8)
+    np.testing.assert_allclose(np.asarray(top.values), [4.0], rtol=1e-10)
+    assert not hf.check(circulant, like).problems
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: from_numpy(lambda v: v, n=3), ValueError, "takes vectors with 3 entries, but got"),
+        (lambda: from_numpy(lambda v: v[:2], n=N), ValueError, r"returns an array of shape \(2,\)"),
+        (lambda: from_numpy(lambda v: v[:, None], n=N), ValueError, rf"shape \({N}, 1\)"),
+        (lambda: from_numpy(np.float32, n=N), TypeError, "must be a function of one array"),
+        (lambda: from_numpy(lambda v: v.astype("f4"), n=N), TypeError, "float32 for a vector of"),
+        (
+            lambda: from_numpy(lambda v: 1j * v, n=N),
+            TypeError,
+            "complex128 for a vector of float64",
+        ),
+        (lambda: from_numpy(lambda v: None, n=N), TypeError, "returns object for a vector of"),
+        (lambda: from_numpy(np.eye(3), n=3), TypeError, "must be a function of one array"),
+        (lambda: from_numpy(lambda v: v, n=0), ValueError, "n=0: it must be at least 1"),
+        (lambda: from_numpy(lambda v: v, n=2.5), ValueError, "whole number"),
+    ],
+)
+def test_other_functions_are_refused(
+    call: Callable[[], Matvec], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()(FLAT[None])
+
+
+def test_vectors_that_numpy_does_not_have_are_refused() -> None:
+    with pytest.raises(TypeError, match="dtype torch.bfloat16: pass `like` in torch.float32"):
+        from_numpy(lambda v: v, n=3)(torch.ones(1, 3, dtype=torch.bfloat16))
+
+
+def test_a_function_that_writes_into_its_argument_is_refused() -> None:
+    def doubled(v: NDArray[Any]) -> NDArray[Any]:
+        v *= 2
+        return v
+
+    with pytest.raises(ValueError, match="changes its block in place"):
+        hf.hutchinson(from_numpy(doubled, n=N), FLAT, seed=0)
+    scaled = LinearOperator((N, N), matvec=doubled, matmat=doubled, dtype=np.float64)
+    with pytest.raises(ValueError, match="changes its block in place"):
+        hf.hutchinson(from_scipy(scaled), FLAT, seed=0)

@@ -230,7 +230,7 @@ def _of_tensors(fn: Callable[[Tree], Tree], vector: Tree) -> Tree:
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"the function returns a {type(leaf).__name__}, not a tree of tensors: compute in "
-                "torch, or pass a NumPy function f as from_scipy(LinearOperator((n, n), f))"
+                "torch, or pass a NumPy function f as compat.from_numpy(f, n=n)"
             )
     return product
 
@@ -247,7 +247,10 @@ def dense(matrix: Tensor, /) -> Matvec:
         ValueError: If the matrix is not square, not finite, or not symmetric.
     """
     if matrix.layout != torch.strided:
-        raise TypeError(f"the matrix has layout {matrix.layout}: pass matrix.to_dense()")
+        raise TypeError(
+            f"the matrix has layout {matrix.layout}: pass matrix.to_dense(), or use "
+            "matvecs.from_linear_operator(matrix)"
+        )
     if not matrix.is_floating_point():
         raise TypeError(
             f"the matrix has dtype {matrix.dtype}: pass matrix.double(), or matrix.real if it is "
@@ -274,3 +277,68 @@ def dense(matrix: Tensor, /) -> Matvec:
         return space.unravel(space.ravel(block).to(matrix.dtype) @ matrix)
 
     return with_fingerprint(matvec, lambda: {"matrix": checksum([matrix])})
+
+
+@validated
+def from_linear_operator(operator: Any, /) -> Matvec:
+    """Return the matvec of an object with ``shape``, ``dtype`` and ``@``, such as a sparse tensor.
+
+    Kernel matrices of GPyTorch (``linear_operator.LinearOperator``), sparse tensors of torch and
+    classes of one's own are such objects. A vector block is one product with a tensor ``(n, k)``:
+
+        matvec = hf.matvecs.from_linear_operator(kernel(x))
+        value = hf.logdet(matvec, torch.zeros(len(x)), damping=0.1)
+
+    Args:
+        operator: Symmetric operator of shape ``(n, n)``. The symmetry is not checked here; use
+            `check`. Vectors are flat, ``(n,)``, or trees with n entries, on its device.
+
+    Raises:
+        TypeError: If the argument is not such an object. A product raises it if the vectors have
+            another dtype.
+        ValueError: If the operator is not square. A product raises it if the vectors do not have n
+            entries, or if its result is not a tensor of their shape.
+
+    Cost: one product of the operator for a block, and one copy of the block.
+    """
+    if isinstance(operator, Tensor) and operator.layout == torch.strided:
+        raise TypeError("the operator is a dense tensor: use `dense(A)`")
+    shape, dtype = getattr(operator, "shape", None), getattr(operator, "dtype", None)
+    if not (shape is not None and hasattr(operator, "__matmul__")):
+        raise TypeError(
+            f"a {type(operator).__name__} is no linear operator, which has `shape`, `dtype` and "
+            "`@`: pass a function of blocks itself, or use `batched(f)` for one of vectors"
+        )
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(
+            f"the operator has dtype {dtype}, which is not of torch: use "
+            "`compat.from_scipy(operator)` for matrices and operators of NumPy and SciPy"
+        )
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(
+            f"the operator has shape {tuple(shape)}, which is not square: pass an (n, n) operator, "
+            "one of a batch"
+        )
+
+    def matvec(block: Tree) -> Tree:
+        space = space_of(tree_map(lambda leaf: leaf[0], block))
+        if space.n != shape[0]:
+            raise ValueError(
+                f"the operator takes vectors of {shape[0]} entries, but got one of {space.n}"
+            )
+        if space.dtype != dtype:
+            raise TypeError(
+                f"the operator has dtype {dtype}, but the vectors have {space.dtype}: pass `like` "
+                f"in {dtype}, such as `torch.zeros({space.n}, dtype={dtype})`"
+            )
+        columns = space.ravel(block).mT
+        product = operator @ columns
+        if not isinstance(product, Tensor) or product.shape != columns.shape:
+            given = getattr(product, "shape", type(product).__name__)
+            raise ValueError(
+                f"the operator's product with a tensor of shape {tuple(columns.shape)} is "
+                f"{given}: it must be a tensor of the same shape"
+            )
+        return space.unravel(product.mT.contiguous())
+
+    return matvec

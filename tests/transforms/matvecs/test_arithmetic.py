@@ -182,3 +182,70 @@ def test_blocks_go_in_unchanged() -> None:
         pairs,
     )(v)
     assert torch.equal(v, before)
+
+
+class Kernel:
+    """A lazy matrix with the interface of GPyTorch's ``linear_operator.LinearOperator``."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+
+    shape = property(lambda self: self._matrix.shape)
+    dtype = property(lambda self: self._matrix.dtype)
+
+    def matmul(self, other: Tensor) -> Tensor:
+        return self._matrix @ other
+
+    __matmul__ = matmul
+
+
+@pytest.mark.parametrize("like", [FLAT, TREE], ids=["flat", "tree"])
+@pytest.mark.parametrize(
+    "made", [Kernel, Tensor.to_sparse, Tensor.to_sparse_csr], ids=["kernel", "coo", "csr"]
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_linear_operator_multiplies_a_block_in_one_product(made: Any, like: Any) -> None:
+    torch.testing.assert_close(matrix(hf.matvecs.from_linear_operator(made(A)), like), A)
+
+
+def test_the_product_of_a_linear_operator_does_not_share_the_memory_of_the_block() -> None:
+    class Identity(Kernel):
+        def __matmul__(self, other: Tensor) -> Tensor:
+            return other
+
+    block = torch.ones(2, 8, dtype=torch.float64)
+    hf.matvecs.from_linear_operator(Identity(A))(block).zero_()
+    assert bool((block == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("operator", "error", "message"),
+    [
+        (A, TypeError, r"use `dense\(A\)`"),
+        (A.numpy(), TypeError, r"use `compat.from_scipy\(operator\)`"),
+        (lambda v: v, TypeError, r"a function is no linear operator.*batched\(f\)"),
+        (Kernel(A[:3]), ValueError, r"shape \(3, 8\), which is not square"),
+        (Kernel(torch.stack([A, A])), ValueError, "one of a batch"),
+        (Kernel(A[:3, :3]), ValueError, "takes vectors of 3 entries, but got one of 8"),
+        (Kernel(A.float()), TypeError, r"pass `like` in torch.float32, such as `torch.zeros\(8"),
+    ],
+)
+def test_other_operators_are_refused(operator: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        hf.matvecs.from_linear_operator(operator)(FLAT[None])
+
+
+def test_a_product_of_another_shape_is_refused() -> None:
+    class Wrong(Kernel):
+        def __matmul__(self, other: Tensor) -> Tensor:
+            return other[0]
+
+    with pytest.raises(ValueError, match=r"shape \(8, 1\) is torch.Size\(\[1\]\)"):
+        hf.matvecs.from_linear_operator(Wrong(A))(FLAT[None])
+
+
+def test_the_function_for_a_linear_operator_is_named_where_a_matvec_is_due() -> None:
+    with pytest.raises(TypeError, match=r"pass hessfunc.matvecs.from_linear_operator"):
+        hf.lanczos(Kernel(A), FLAT)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"matvecs.from_linear_operator\(matrix\)"):
+        hf.dense(A.to_sparse())
