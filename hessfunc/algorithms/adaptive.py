@@ -19,6 +19,8 @@ from hessfunc.spaces.space import ProbeKind, Space
 
 # Number of probes that are multiplied at once by default. They are decided upon together.
 BLOCK = 4
+# Number of probes that predict the reduction by a step which no step has shown yet.
+_PREDICTING = 32
 # Least factor by which a step is taken to reduce the variance.
 _LEAST = 1e-30
 
@@ -86,11 +88,14 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
         if p == PILOT and not len(state.basis):
             # Later, deflation leaves so little of the products that rounding looks like asymmetry.
             refuse_asymmetric_forms(products, state.probes, state.images)
+        if not (self.has_tolerance or _is_due(p, self.block_size)):
+            return state.probed(products, self.span, width, self.kind)
         samples = self.samples(state, space)
         needed, norm = self._needed(samples, space, p + room), samples.norm
         is_left = space.n - len(self.span) - len(state.basis) > 2
         if is_left and norm > samples.rounding(space) ** 2:
-            expected = expected_reduction(space.gram(samples.images, samples.images).cpu().double())
+            images = samples.images[:_PREDICTING]
+            expected = expected_reduction(space.gram(images, images).cpu().double())
             chain = state.chains.choice(needed, state.alive, expected)
             if chain is not None:
                 grown = state.extended(products, self.span, chain)
@@ -124,3 +129,13 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
         if not len(state.basis):
             refuse_asymmetric_forms(products, state.probes, state.images)
         return state, reason
+
+
+def _is_due(p: int, width: int) -> bool:
+    """Return whether the last probes have crossed a multiple of about a sixth of their number.
+
+    Fewer probes change the estimates of the next decision by less than their error. A run without
+    a tolerance decides nothing else by them.
+    """
+    interval = 1 << max(p.bit_length() - 3, 0)
+    return p // interval > (p - width) // interval

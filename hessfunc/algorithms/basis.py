@@ -7,7 +7,7 @@ in pieces, and each piece serves all operations that need it before the next one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -167,7 +167,7 @@ def project_out(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
     for along, basis in zip(coefficients, bases, strict=True):
         for columns, part in _by_columns(space, rows, basis.rows):
             columns.addmm_(along.to(rows.dtype), part, alpha=-1)
-    return torch.cat(coefficients, dim=1)
+    return coefficients[0] if len(bases) == 1 else torch.cat(coefficients, dim=1)
 
 
 def _project_out_by_pieces(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
@@ -207,39 +207,64 @@ def orthonormal(
         Rows Q, ``(r, n)``, and the coefficients F, ``(r, k)``, and C, ``(k, m)``, in float64 on the
         CPU.
     """
-    width = sum(map(len, bases))
-    inner = torch.zeros(len(rows), width, dtype=torch.float64, device="cpu")
-    factor = torch.eye(len(rows), dtype=torch.float64, device="cpu")
     before = project_out(space, rows, *bases)
-    for turn in range(2):
-        again = project_out(space, rows, *bases)
-        numbers = torch.cat([before, again, space.gram(rows, rows)], dim=1).cpu().double()
-        taken, left, squares = numbers.split([width, width, len(rows)], dim=1)
-        # W = F' (R + D V) + C V with D = taken + left, so that C grows by F' D.
-        inner += factor.mT @ (taken + left)
-        whole = (taken.square().sum(1) + squares.diagonal()).max().sqrt()
-        least = 0.0 if turn else threshold(float(whole))
-        # R R' = U L^2 U' for the remainder R: Q = L^-1 U'R is orthonormal, and R = U L Q.
-        if len(squares) == 1:
-            squares, rotation = squares[0], torch.ones_like(squares)
-        else:
-            squares, rotation = torch.linalg.eigh(squares)
-        lengths = squares.clamp_min(0).sqrt()
-        kept = lengths > max(least, 1e-6 * float(lengths[-1]))
-        rounded = max(float(left.norm()), _UNEVEN * float(lengths[-1]))
-        rotation, lengths = rotation[:, kept], lengths[kept]
-        rows = space.combine((rotation / lengths).mT, rows)
-        factor = (rotation * lengths).mT @ factor
-        if not len(rows) or lengths[0] >= rounded:
-            break
-        before = torch.zeros_like(again[: len(rows)])
+    rows, factor, inner, is_rounded = _directions(space, rows, before, bases, threshold)
+    if is_rounded:
+        # W = F' R + C V and R = F_2' Q + C_2 V: W = (F_2 F)' Q + (C + F' C_2) V.
+        none = before.new_zeros(len(rows), before.shape[1])
+        rows, second, left, _ = _directions(space, rows, none, bases, lambda _: 0.0)
+        factor, inner = second @ factor, inner + factor.mT @ left
     return rows, factor, inner
+
+
+def _directions(
+    space: Space,
+    rows: Tensor,
+    before: Tensor,
+    bases: Sequence[Basis],
+    threshold: Callable[[float], float],
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Project rows once more, and return the directions of the remainder.
+
+    Args:
+        space: Space of the vectors.
+        rows: Rows after a first projection with the coefficients ``before``; they are overwritten.
+        before: Coefficients of the first projection, ``(k, m)``.
+        bases: Bases V.
+        threshold: Function as in `orthonormal`.
+
+    Returns:
+        Q, F and C as in `orthonormal`, and whether rounding may have left a part of V in Q.
+    """
+    again = project_out(space, rows, *bases)
+    numbers = torch.cat([before, again, space.gram(rows, rows)], dim=1).cpu().double()
+    width = before.shape[1]
+    taken, left, squares = numbers.split_with_sizes([width, width, len(rows)], dim=1)
+    whole = (taken.square().sum(1) + squares.diagonal()).max().sqrt()
+    least = threshold(float(whole))
+    # R R' = U L^2 U' for the remainder R: Q = L^-1 U'R is orthonormal, and R = U L Q.
+    if len(squares) == 1:
+        squares, rotation = squares[0], torch.ones_like(squares)
+    else:
+        squares, rotation = torch.linalg.eigh(squares)
+    lengths = squares.clamp_min(0).sqrt()
+    longest = float(lengths[-1])
+    # Lengths ascend.
+    short = int((lengths <= max(least, 1e-6 * longest)).sum())
+    rotation, lengths = rotation[:, short:], lengths[short:]
+    rounded = max(float(torch.linalg.vector_norm(left)), _UNEVEN * longest)
+    return (
+        space.combine((rotation / lengths).mT, rows),
+        (rotation * lengths).mT,
+        taken + left,
+        bool(len(lengths)) and float(lengths[0]) < rounded,
+    )
 
 
 def _coefficients(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
     parts = _by_columns(space, rows, basis)
     products = [gram(columns, part, run=_RUN) for columns, part in parts]
-    return space.summed(torch.stack(products).sum(0))
+    return space.summed(products[0] if len(products) == 1 else torch.stack(products).sum(0))
 
 
 def _by_columns(space: Space, rows: Tensor, basis: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict, cast
@@ -123,7 +124,7 @@ class Products:
                 "return one product per vector, along the first axis of each leaf"
             )
         # One sum is a fast test: it is finite if all entries are, unless it overflows.
-        if not self.space.summed(product.sum()).isfinite():
+        if not math.isfinite(self.space.summed(product.sum())):
             refuse_infinite(self.space, product, "a product", FloatingPointError)
         return product
 

@@ -125,7 +125,7 @@ def extended(products: Products, runs: Recurrences, steps: int | None = None, /)
     all_active = len(active) == len(runs.taken)
     last = runs.tail[-1] if len(runs.tail) else basis[-1:].brought(space)[0]
     images = products(last if all_active else last[active])
-    alphas, asymmetries = [], []
+    along = []
     for i, image in zip(active, images.split(1), strict=True):
         # beta_m q_{m+1} = A q_m - alpha_m q_m - beta_{m-1} q_{m-1}, with alpha_m = q_m'A q_m. Full
         # reorthogonalisation subtracts all q_i; a second pass removes the rounding of the first.
@@ -134,12 +134,13 @@ def extended(products: Products, runs: Recurrences, steps: int | None = None, /)
         kept: tuple[Basis, ...] = (basis.of(i),)
         if len(runs.tail):
             kept = (basis.of(i)[len(basis) + len(runs.tail) - 2 :], Basis(runs.tail[:, i]))
-        along = project_out(space, image, *kept) + project_out(space, image, *kept)
-        alphas.append(along[0, -1])
-        asymmetries.append(_asymmetry(along[0, :-1], runs.betas[:, i]))
+        along.append(project_out(space, image, *kept) + project_out(space, image, *kept))
+    coefficients = torch.cat(along)
+    before = runs.betas[-1:] if all_active else runs.betas[-1:, active]
+    asymmetries = _asymmetries(coefficients[:, :-1], before)
+    rows = torch.stack([coefficients[:, -1], space.norms(images), asymmetries])
     numbers = torch.zeros(3, len(runs.taken), dtype=torch.float64, device="cpu")
-    rows = [torch.stack(alphas), space.norms(images), torch.stack(asymmetries)]
-    numbers[:, active] = torch.stack(rows).cpu().double()
+    numbers[:, active] = rows.cpu().double()
     runs = replace(
         runs,
         alphas=torch.cat([runs.alphas, numbers[:1]]),
@@ -153,14 +154,16 @@ def extended(products: Products, runs: Recurrences, steps: int | None = None, /)
     # Vectors that are not orthogonal to all earlier ones may be more than n.
     whole = size == space.n and not len(runs.tail)
     exhausted = {i for i in active if whole or numbers[1, i] <= rounding(eps, float(largest[i]))}
-    runs.betas[-1, list(exhausted)] = 0.0
+    if exhausted:
+        runs.betas[-1, list(exhausted)] = 0.0
     spent = set(active) if size == steps else exhausted
     runs = replace(runs.ended(dict.fromkeys(spent, size)), asymmetry=max(runs.asymmetry, relative))
     if not runs.active:
         return runs
     # The next vectors of recurrences that have ended are zero.
     lengths = numbers[1]
-    lengths[list(spent)] = math.inf
+    if spent:
+        lengths[list(spent)] = math.inf
     images /= lengths[active].to(images)[:, None]
     block = images if all_active else torch.zeros_like(last)
     if not all_active:
@@ -171,15 +174,19 @@ def extended(products: Products, runs: Recurrences, steps: int | None = None, /)
     return replace(runs, tail=torch.cat([runs.tail[-1:], block[None]]))
 
 
-def _asymmetry(along: Tensor, betas: Tensor) -> Tensor:
-    """Return the largest |q_i'A q_m - q_m'A q_i| for i < m, from the coefficients of A q_m.
+def _asymmetries(along: Tensor, betas: Tensor) -> Tensor:
+    """Return the largest |q_i'A q_m - q_m'A q_i| of each recurrence for i < m, ``(p,)``.
 
     The recurrence gives q_m'A q_i = 0 for i < m - 1, and beta_{m-1} for i = m - 1.
+
+    Args:
+        along: Coefficients of A q_m, ``(p, m - 1)`` or the last of them.
+        betas: Last beta of each recurrence, ``(1, p)``; no row before the first step.
     """
-    if not len(along):
-        return along.new_zeros(())
-    last = (along[-1] - betas[-1].to(along)).abs()
-    return torch.cat([along[:-1].abs(), last[None]]).amax()
+    if not along.shape[1]:
+        return along.new_zeros(len(along))
+    last = along[:, -1:] - betas.mT.to(along)
+    return torch.cat([along[:, :-1], last], dim=1).abs().amax(1)
 
 
 def eigenpairs_of(recurrence: Recurrence, /) -> tuple[Tensor, Tensor]:

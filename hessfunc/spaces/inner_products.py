@@ -55,10 +55,11 @@ def norms(rows: Tensor, /) -> Tensor:
     # Work in pieces, because `vector_norm` would convert the whole tensor to float64.
     wide = wide_dtype(rows.device)
     piece = _PIECE if rows.device.type == "cpu" else PIECE_OF_DEVICE
-    if rows.dtype == wide or rows.shape[1] <= piece:
-        if len(rows) == 1:
-            return torch.linalg.vector_norm(rows, dim=1, dtype=wide)
-        lengths = [torch.linalg.vector_norm(row, dim=1, dtype=wide) for row in rows.split(1)]
-        return torch.cat(lengths)
-    parts = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in rows.split(piece, dim=1)]
-    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    if rows.dtype == wide or rows.numel() <= piece:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    if rows.shape[1] <= piece:
+        parts = rows.split(piece // max(rows.shape[1], 1))
+        return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in parts])
+    parts = rows.split(piece, dim=1)
+    lengths = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in parts]
+    return torch.linalg.vector_norm(torch.stack(lengths), dim=0)

@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -83,12 +84,12 @@ class Space:
         """Whether leaves are DTensors, which support neither vmap nor forward mode."""
         return False
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Number of entries of each leaf."""
         return [shape.numel() for shape in self.shapes]
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Dimension of the space."""
         return sum(self.sizes)
@@ -289,7 +290,7 @@ class Space:
                 target.add_(leaf, alpha=weight)
 
     def _views(self, rows: Tensor) -> list[Tensor]:
-        parts = rows.split(self.sizes, dim=-1)
+        parts = rows.split_with_sizes(self.sizes, dim=-1)
         return [
             part.view((*rows.shape[:-1], *shape))
             for part, shape in zip(parts, self.shapes, strict=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.algorithms.adaptive import BLOCK
+from hessfunc.algorithms.chains import Chains
 from hessfunc.algorithms.deflation import PILOT
 from tests.reference.spectra import symmetric
 
@@ -57,3 +58,22 @@ def test_an_asymmetric_matvec_is_refused(estimator: Any) -> None:
     matrix = DECAY + torch.randn(N, N, generator=torch.Generator().manual_seed(0)).double()
     with pytest.raises(ValueError, match="not symmetric"):
         estimator(lambda block: block @ matrix, LIKE, seed=0, max_matvecs=20)
+
+
+@ESTIMATORS
+def test_a_run_without_a_tolerance_decides_a_few_times_per_doubling_of_its_probes(
+    estimator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decisions = 0
+    choice = Chains.choice
+
+    def counted(chains: Chains, *args: Any) -> int | None:
+        nonlocal decisions
+        decisions += 1
+        return choice(chains, *args)
+
+    monkeypatch.setattr(Chains, "choice", counted)
+    matrix = symmetric(torch.linspace(1, 1.1, 300, dtype=torch.float64))
+    like = torch.zeros(300, dtype=torch.float64)
+    estimator(lambda block: block @ matrix, like, seed=0, max_matvecs=256)
+    assert 12 <= decisions <= 24

@@ -150,18 +150,17 @@ class Power(Method["_State", Eigenpairs]):
         for _ in range(min(room, _STEPS_A_ROUND)):
             state = _iterate(space, products, state, self.momentum, symmetric)
             value, residual = _quotient(space, state)
-            if residual <= float(self._tolerance(space, value, _largest(space, state))):
-                return _accept(space, state, which, k, float(value), state.seed)
+            if residual <= self._tolerance(space, value, _largest(space, state)):
+                return _accept(space, state, which, k, value, state.seed)
             if len(state.vectors) >= k and _is_surely_complete(space, state, which, k):
                 return replace(state, trusted=True)
         return state
 
-    def _tolerance(self, space: Space, values: Tensor, largest: float) -> Tensor:
-        """Return the residuals at which pairs with these values have converged."""
+    def _tolerance(self, space: Space, value: float, largest: float) -> float:
+        """Return the residual at which a pair with this value has converged."""
         # If a value is zero up to rounding, its residual need only be zero up to rounding.
         floor = rounding(products_eps(space), largest)
-        tiny = torch.where(values.abs() <= floor, floor, 0.0)
-        return torch.maximum(self.rtol * values.abs(), tiny)
+        return max(self.rtol * abs(value), floor if abs(value) <= floor else 0.0)
 
     def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
         count = len(state.vectors)
@@ -190,11 +189,12 @@ class Power(Method["_State", Eigenpairs]):
     def result(self, state: _State, space: Space, cost: Cost, /) -> Eigenpairs:
         values, vectors, residuals = _ritz(space, state, self.which, self.k)
         largest = _largest(space, state)
+        tolerances = [self._tolerance(space, value, largest) for value in values.tolist()]
         return Eigenpairs(
             values=values,
             vectors=space.vectors(vectors),
             residuals=residuals,
-            converged=residuals <= self._tolerance(space, values, largest),
+            converged=residuals <= torch.tensor(tolerances, dtype=torch.float64, device="cpu"),
             largest=largest,
             **cost,
         )
@@ -296,19 +296,17 @@ def _compared(
     rounded = refuse_unless_rounding(
         products, row, difference, longest, max(symmetric, state.rounded)
     )
-    return replace(
-        state,
-        longest=longest,
-        asymmetry=max(state.asymmetry, difference),
-        rounded=rounded,
-    )
+    asymmetry = max(state.asymmetry, difference)
+    if (longest, asymmetry, rounded) == (state.longest, state.asymmetry, state.rounded):
+        return state
+    return replace(state, longest=longest, asymmetry=asymmetry, rounded=rounded)
 
 
-def _quotient(space: Space, state: _State) -> tuple[Tensor, float]:
+def _quotient(space: Space, state: _State) -> tuple[float, float]:
     """Return the Rayleigh quotient, and the residual outside of the accepted vectors."""
     assert state.image is not None
-    value = space.gram(state.current, state.image)[0].cpu()
-    residual = torch.add(state.image, state.current, alpha=-float(value))
+    value = float(space.gram(state.current, state.image))
+    residual = torch.add(state.image, state.current, alpha=-value)
     return value, float(space.norms(_outside(space, residual, state.vectors)))
 
 

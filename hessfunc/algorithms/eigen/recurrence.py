@@ -146,16 +146,17 @@ class State:
         """All Ritz values, ascending, and their coefficients in the basis, as columns."""
         return rayleigh_ritz(self.projected)
 
-    @property
+    @cached_property
     def largest(self) -> float:
         """Largest absolute Ritz value so far, a lower bound of |A|."""
         return max(self.before, float(self.ritz[0].abs().max())) if self.size else 0.0
 
-    @property
+    @cached_property
     def longest(self) -> float:
-        """Length of the longest column of T: at most `largest`, and cheaper."""
-        columns = torch.linalg.vector_norm(self.projected, dim=0)
-        return max([self.before, *columns.tolist()])
+        """Length of the longest row of T: at most `largest`, and cheaper."""
+        if not self.size:
+            return self.before
+        return max(self.before, float(torch.linalg.vector_norm(self.projected, dim=1).max()))
 
 
 @dataclass(frozen=True)
@@ -241,33 +242,29 @@ def block_step(problem: Problem, products: Products, state: State) -> State:
     )
     # A X' = [V; X]' columns + Q' F with the next block Q, so that columns = [V A X'; X A X'].
     columns = inner.mT
+    above, corner = columns[:j], columns[j:]
+    # The recurrence gives V A X' = C' for a symmetric A. Right after a restart, T is therefore the
+    # arrowhead matrix of Wu and Simon: diag(values), bordered by C and C'.
+    difference = above - state.coupling.mT
+    # The rounding of a product has no preferred direction. Of its squared length, V shows j / n.
+    shown = float(torch.linalg.vector_norm(difference))
+    asymmetry = max(math.hypot(state.asymmetry, shown), shown * (space.n / max(j, 1)) ** 0.5)
     # T <- [V; X] A [V; X]', and C <- [0 F]. Between them the two keep A V' = V' T + X' C.
-    projected = torch.zeros(len(basis), len(basis), dtype=torch.float64, device="cpu")
-    projected[:j, :j] = state.projected
-    projected[:, j:] = columns
-    projected[j:, :j] = columns[:j].mT
-    projected[j:, j:] = (columns[j:] + columns[j:].mT) / 2
-    coupling = torch.zeros(len(block), len(basis), dtype=torch.float64, device="cpu")
-    coupling[:, j:] = factor
+    left = torch.cat([state.projected, above.mT])
+    right = torch.cat([above, (corner + corner.mT) / 2])
     following = replace(
         state,
         basis=basis.append(block, workspace(problem, state)),
-        projected=projected,
-        coupling=coupling,
+        projected=torch.cat([left, right], dim=1),
+        coupling=torch.nn.functional.pad(factor, (j, 0)),
         steps=state.steps + 1,
         failure=None,
+        asymmetry=asymmetry,
     )
-    # The recurrence gives V A X' = C' for a symmetric A. Right after a restart, T is therefore the
-    # arrowhead matrix of Wu and Simon: diag(values), bordered by C and C'.
-    difference = columns[:j] - state.coupling.mT
     # The dtype of the vectors does not show that a model computes in bfloat16. Its products are
     # symmetric only up to SYMMETRIC; with a looser rtol, larger differences must be let through.
     tolerance = max(SYMMETRIC, 10 * problem.eps, 2 * problem.method.rtol)
     refuse_asymmetric(difference, following.longest, tolerance)
-    # The rounding of a product has no preferred direction. Of its squared length, V shows j / n.
-    shown = float(difference.norm())
-    asymmetry = max(math.hypot(state.asymmetry, shown), shown * (space.n / max(j, 1)) ** 0.5)
-    following = replace(following, asymmetry=asymmetry)
     return following if len(block) else _fresh_block(problem, following)
 
 

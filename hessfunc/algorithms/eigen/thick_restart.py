@@ -140,9 +140,10 @@ def _round(problem: Problem, products: Products, state: State, room: int) -> Sta
     # A state that is not copied keeps its Ritz pairs, which the verdict has computed.
     if (basis := state.basis.on(problem.method.basis_device)) is not state.basis:
         state = replace(state, basis=basis)
-    if _is_settled(problem, state):
+    furthest = _furthest(problem, state)
+    if _is_settled(problem, state, furthest):
         return _examined(problem, products, state, room)
-    count, state = _steps_until_look(problem, state)
+    count, state = _steps_until_look(problem, state, furthest)
     for _ in range(count):
         width = len(state.basis) - state.size
         if state.size + width > state.basis_size:
@@ -155,21 +156,31 @@ def _round(problem: Problem, products: Products, state: State, room: int) -> Sta
     return state
 
 
-def _steps_until_look(problem: Problem, state: State) -> tuple[int, State]:
+def _furthest(problem: Problem, state: State) -> float:
+    """Return the largest residual in units of its tolerance, infinite before there are k pairs."""
+    return math.inf if state.size < problem.method.k else float(residuals(problem, state).max())
+
+
+def _steps_until_look(problem: Problem, state: State, furthest: float) -> tuple[int, State]:
     """Return the number of block steps of the next round, and the state that remembers this look.
 
     Residuals shrink about geometrically, so that two looks predict when they reach the tolerance.
-    The next look is halfway, because convergence accelerates.
+    The next look is halfway, because convergence accelerates. After the first restart it
+    accelerates little: a look that is far is an eighth of the way ahead, and at the latest at the
+    next restart, which needs the Ritz pairs in any case.
     """
     most = max(1, int(_GROWTH_A_ROUND * state.size / problem.method.block_size))
     if state.size < problem.method.k:
         return most, state
-    now = math.log(max(float(residuals(problem, state).max()), _TINY))
+    now = math.log(max(furthest, _TINY))
     before, larger = state.looked
     seen = replace(state, looked=(state.steps, now))
     if not (state.steps > before and 0 < now < larger < math.inf):
         return most, seen
     predicted = now * (state.steps - before) / (larger - now)
+    if state.before:
+        until_restart = (state.basis_size - state.size) // problem.method.block_size
+        most = max(most, min(int(predicted / 8), until_restart))
     return max(1, min(most, int(predicted / 2))), seen
 
 
@@ -236,7 +247,7 @@ def _measured(problem: Problem, products: Products, state: State, room: int) -> 
     return replace(pairs, residuals=problem.space.norms(images).cpu())
 
 
-def _is_settled(problem: Problem, state: State) -> bool:
+def _is_settled(problem: Problem, state: State, furthest: float) -> bool:
     """Return whether the residuals of the recurrence reach the tolerance or cannot shrink."""
     if state.size < problem.method.k:
         return False
@@ -244,12 +255,12 @@ def _is_settled(problem: Problem, state: State) -> bool:
         return True
     if state.steps < (_STEPS_TO_TRUST if state.closed is not None else state.owed):
         return False
-    return bool((residuals(problem, state) <= 1).all())
+    return furthest <= 1
 
 
 def _verdict(problem: Problem, state: State, *, last: bool) -> str | None:
     """Return why the run is finished, or None. If ``last``, no product remains for a check."""
-    if not _is_settled(problem, state):
+    if not _is_settled(problem, state, _furthest(problem, state)):
         return None
     if not (last or (_is_checked(problem, state) and (state.trusted or state.finished))):
         return None

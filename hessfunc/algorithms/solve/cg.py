@@ -159,7 +159,9 @@ def _iterate(system: System, state: _State) -> Steps[_State]:
     largest = max(state.largest, float(space.norms(image)))
     # r'Mr / p'(A + damping I)p times p, which is this step times the unit vector p / length.
     step = square / (length * curvature) if curvature > 0 else 0.0
-    state = system.compared(replace(state, largest=largest), unit, image, 1.0)
+    if largest > state.largest:
+        state = replace(state, largest=largest)
+    state = system.compared(state, unit, image, 1.0)
     # With eps |A| step > |r|, the rounding of the update would exceed the residual.
     if curvature <= 0 or system.eps * largest * step > state.first:
         return _stopped(system, replace(state, direction=unit, curvature=curvature))

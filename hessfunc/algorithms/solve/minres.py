@@ -162,7 +162,8 @@ def _iterate(system: System, state: _State) -> Steps[_State]:
     product = yield from system.product(v)
     length = float(system.space.norms(v))
     stretch = float(system.space.norms(product)) / length
-    state = replace(state, largest=max(state.largest, stretch))
+    if stretch > state.largest:
+        state = replace(state, largest=stretch)
     state = system.compared(state, v, product, length)
     # beta_{k+1} z_{k+1} = A v_k - beta_k z_{k-1} - alpha_k z_k, with alpha_k = v_k'A v_k.
     ahead = product - state.beta * before
@@ -179,10 +180,8 @@ def _iterate(system: System, state: _State) -> Steps[_State]:
     (c, s), (delta_bar, epsilon) = state.reflection, state.carried
     delta, gamma_bar = c * delta_bar + s * alpha, s * delta_bar - c * alpha
     carried = (-c * beta, s * beta)
-    state = replace(
-        state,
-        column=max(state.column, math.hypot(state.beta, alpha, beta)),
-    )
+    if (column := math.hypot(state.beta, alpha, beta)) > state.column:
+        state = replace(state, column=column)
     # |A r| / |r| = |(gamma_bar_k, delta_bar_{k+1})| for the residual r before step k, in M-norms.
     slope = math.hypot(gamma_bar, carried[0])
     if not state.measured and _in_vain(system, state):
@@ -190,7 +189,8 @@ def _iterate(system: System, state: _State) -> Steps[_State]:
         return replace(state, x=x, residual=residual, length=length, stopped=True)
     if slope <= rounding(system.eps, state.column):
         return replace(state, stopped=True)
-    state = replace(state, slope=slope if state.measured else state.slope)
+    if state.measured:
+        state = replace(state, slope=slope)
     if slope <= min(_resolved(system, state), 0.01 * state.slope):
         return replace(state, inexact=True)
 

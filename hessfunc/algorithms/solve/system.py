@@ -142,6 +142,8 @@ class System:
             state.largest,
             max(self.symmetric, state.rounded),
         )
+        if difference <= state.asymmetry and tolerance == state.rounded:
+            return state
         return replace(state, asymmetry=max(state.asymmetry, difference), rounded=tolerance)
 
     def begin(self, start: Tensor | None, /) -> Steps[Iterate]:
