@@ -2,66 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from hessfunc.kronecker.blocks import Block, Blocks
 from hessfunc.kronecker.calls import linearising, refuse_dtensors
+from hessfunc.kronecker.evaluation import Evaluation, Form, Unsupported, factor_keys
 from hessfunc.kronecker.factored_blocks import (
     Dense,
     DiagonalBlock,
     Eigenbasis,
     Kronecker,
     Permuted,
-    adjoint,
 )
-from hessfunc.kronecker.linear_maps import Inputs, Layout
-from hessfunc.kronecker.moments import (
-    Sharing,
-    by_row,
-    example_gradients,
-    outer_moments,
-    squared_moments,
-    summed_input_moments,
-    weight_gradient,
-)
-from hessfunc.kronecker.uses import UNORDERED, Observed, Uses, observed
+from hessfunc.kronecker.moments import Sharing, by_row
+from hessfunc.kronecker.uses import observed
 from hessfunc.losses import Loss
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.batches.statistics import Statistics
+from hessfunc.transforms.batches.statistics import Stage, Statistics
 from hessfunc.transforms.hessian import requiring_gradients
 
 # Function (outputs, batch) -> columns (c, B, ...) with sum_c u_bc u_bc' = H_b, the Hessian of the
 # criterion at the outputs of example b, exactly or in expectation.
 Columns: TypeAlias = Callable[[Tensor, Any], Tensor]
-Unsupported: TypeAlias = Literal["error", "diagonal"]
-
-# Largest number of entries of a parameter that acts entry by entry with a dense block.
-_DENSE = 1024
-
-
-@dataclass(frozen=True)
-class Form:
-    """Structure of the block of one parameter.
-
-    Attributes:
-        kind: Structure.
-        shape: Shape of the parameter.
-        layout: Order of its weights; None for a diagonal.
-        site: Name of the first parameter with the same outputs, whose output factor it shares.
-    """
-
-    kind: Literal["kronecker", "dense", "diagonal"]
-    shape: torch.Size
-    layout: Layout | None = None
-    site: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,6 +64,32 @@ class FactoredCurvature:
         constants = tuple(requiring_gradients(list(params.values()), batch))
         return self.blocks(params, evaluation.forms, factors | bases | values, constants)
 
+    def over_batches(
+        self, params: Mapping[str, Tensor], mean: Callable[[Stage], Mapping[str, Tensor]], /
+    ) -> Blocks:
+        """Return the blocks of a data set, given the function that averages its statistics."""
+        forms: dict[str, Form] = {}
+
+        def factors(params: Mapping[str, Tensor], batch: Any) -> Statistics:
+            with self._evaluated(params, batch) as evaluation:
+                if forms and forms != evaluation.forms:
+                    raise ValueError(
+                        "the model uses its parameters in another way in another batch, so that "
+                        "their blocks have different structures: use batches of the same kind"
+                    )
+                forms.update(evaluation.forms)
+                return evaluation.factors()
+
+        def eigenvalues(params: Mapping[str, Tensor], batch: Any) -> Statistics:
+            with self._evaluated(params, batch) as evaluation:
+                return evaluation.eigenvalues(bases)
+
+        made = dict(mean(factors))
+        bases = self.bases(forms, made) if self.corrected else {}
+        values = mean(eigenvalues) if self.corrected else {}
+        constants = tuple(requiring_gradients(list(params.values()), None))
+        return self.blocks(params, forms, {**made, **bases, **values}, constants)
+
     @contextmanager
     def _evaluated(self, params: Mapping[str, Tensor], batch: Any) -> Iterator[Evaluation]:
         space = space_of(params)
@@ -103,13 +98,18 @@ class FactoredCurvature:
             linearising(space, params, batch) as (leaves, given),
             noted(self.loss, params, batch),
         ):
-            yield Evaluation(self, leaves, observed(self.model, self.loss, leaves, given), given)
+            seen = observed(self.model, self.loss, leaves, given)
+            columns = None
+            if self.columns is not None:
+                vectors = self.columns(seen.outputs.detach(), given)
+                columns = by_row(vectors, seen.examples) if self.exact else list(vectors)
+            yield Evaluation(leaves, seen, columns, self.sharing, self.unsupported)
 
     def bases(
         self, forms: Mapping[str, Form], factors: Mapping[str, Tensor], /
     ) -> dict[str, Tensor]:
         """Return the eigenvectors of the factors."""
-        keys = _factor_keys(forms)
+        keys = factor_keys(forms)
         # The unit vectors are the eigenvectors of a diagonal factor.
         return {
             f"basis of {key}": torch.linalg.eigh(factors[key]).eigenvectors
@@ -127,7 +127,7 @@ class FactoredCurvature:
         /,
     ) -> Blocks:
         """Return the blocks, given the means of all statistics."""
-        keys = _factor_keys(forms)
+        keys = factor_keys(forms)
         blocks: dict[str, Block] = {}
         for name, leaf in params.items():
             form = forms[name]
@@ -150,227 +150,3 @@ class FactoredCurvature:
                     )
                 blocks[name] = block if layout.is_plain else Permuted(block, layout, form.shape)
         return Blocks(blocks, space_of(params), constants)
-
-
-def _factor_keys(forms: Mapping[str, Form]) -> dict[str, tuple[str, str]]:
-    """Return the names of the two factors of each parameter that has them."""
-    return {
-        name: (f"output factor of {form.site}", f"input factor of {name}")
-        for name, form in forms.items()
-        if form.kind == "kronecker"
-    }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Evaluation of the model on one batch, and the sums over its examples.
-
-    Attributes:
-        curvature: Curvature function.
-        leaves: Parameters, which require a gradient.
-        observed: Outputs of the model, and the uses of its parameters.
-        batch: Batch.
-    """
-
-    curvature: FactoredCurvature
-    leaves: Mapping[str, Tensor]
-    observed: Observed
-    batch: Any
-
-    @cached_property
-    def forms(self) -> dict[str, Form]:
-        """Structure of each block.
-
-        Raises:
-            NotImplementedError: If a parameter has no factors, and no diagonal is asked for.
-        """
-        forms: dict[str, Form] = {}
-        sites: dict[tuple[int, ...], str] = {}
-        for name, leaf in self.leaves.items():
-            uses = self.observed.uses.get(name)
-            layout = None if uses is None else uses.layout
-            if uses is None or layout is None:
-                reason = self.observed.others.get(name, "its uses are of different kinds")
-                self._refuse(name, reason)
-                forms[name] = Form("diagonal", leaf.shape)
-            elif layout.is_entrywise and self.curvature.columns is not None:
-                kind: Literal["dense", "diagonal"] = (
-                    "dense" if leaf.numel() <= _DENSE else "diagonal"
-                )
-                forms[name] = Form(kind, leaf.shape, layout)
-            else:
-                # The weight and the bias of a layer share the factor B, computed once for a site.
-                ends = (*map(id, uses.outputs), layout.sizes[0])
-                site = sites.setdefault(ends, name)
-                forms[name] = Form("kronecker", leaf.shape, layout, site)
-        return forms
-
-    def _refuse(self, name: str, reason: str) -> None:
-        if self.curvature.unsupported == "diagonal" and self.curvature.columns is not None:
-            return
-        if UNORDERED in reason:
-            raise ValueError(
-                f"parameter {name!r} has no Kronecker factors, because {reason}: keep the examples "
-                "first, for example with outputs `(examples, classes, positions)` from "
-                "`model_fn(params, x).movedim(-1, 1)`"
-            )
-        raise NotImplementedError(
-            f"parameter {name!r} has no Kronecker factors, because {reason}: pass "
-            "unsupported='diagonal' for its exact Gauss-Newton diagonal, or hold it fixed with "
-            "`split` and `hold`"
-        )
-
-    @cached_property
-    def columns(self) -> list[Tensor]:
-        """Cotangents of the outputs whose outer products sum to the output Hessian."""
-        outputs, columns = self.observed.outputs, self.curvature.columns
-        if columns is None:
-            return []
-        vectors = columns(outputs.detach(), self.batch)
-        return by_row(vectors, self.observed.examples) if self.curvature.exact else list(vectors)
-
-    def _with(self, kind: str) -> dict[str, Uses]:
-        return {
-            name: self.observed.uses[name]
-            for name, form in self.forms.items()
-            if form.kind == kind and name in self.observed.uses
-        }
-
-    def factors(self) -> Statistics:
-        """Return the factors, and the matrices and diagonals of parameters without them."""
-        sharing, forms = self.curvature.sharing, self.forms
-        with torch.no_grad():
-            inputs = {name: uses.inputs() for name, uses in self._with("kronecker").items()}
-            summed = {}
-            for name, x in inputs.items():
-                total, count = summed_input_moments(x, sharing)
-                summed[f"input factor of {name}"] = total.to(self.leaves[name]), count
-        sites = {forms[name].site: uses for name, uses in self._with("kronecker").items()}
-        weighted = self._summed(
-            {f"output factor of {site}": sites[site] for site in sites},
-            lambda key, slopes: outer_moments(slopes, sharing),
-        )
-        dense = self._with("dense")
-        scales = {f"matrix of {name}": uses.inputs() for name, uses in dense.items()}
-        weighted |= self._summed(
-            {f"matrix of {name}": uses for name, uses in dense.items()},
-            lambda key, slopes: _gram_of_examples(slopes, scales[key]),
-        )
-        for name, uses in self._with("diagonal").items():
-            weighted[f"diagonal of {name}"] = self._diagonal(name, uses)
-        if others := {
-            name: self.leaves[name]
-            for name, form in forms.items()
-            if form.kind == "diagonal" and name not in self.observed.uses
-        }:
-            squares = self._squared_by_row(others)
-            weighted |= {f"diagonal of {name}": square for name, square in squares.items()}
-        return Statistics(weighted, summed)
-
-    def eigenvalues(self, bases: Mapping[str, Tensor], /) -> Statistics:
-        """Return the second moments of the gradients along the eigenvectors.
-
-        With eigenvectors U_B and U_A, ``(U_B (x) U_A)' vec(g x') = vec((U_B' g) (U_A' x)')``, so
-        that ``s[o, k] = sum_b (sum_p (U_B' g_bp)_o (U_A' x_bp)_k)^2`` (George et al. 2018).
-        """
-        keys, uses = _factor_keys(self.forms), self._with("kronecker")
-        sides = {
-            name: (bases[f"basis of {left}"], bases[f"basis of {right}"])
-            for name, (left, right) in keys.items()
-        }
-        with torch.no_grad():
-            turned = {
-                name: _turned(adjoint(sides[name][1]), one.inputs()) for name, one in uses.items()
-            }
-        values = self._summed(
-            uses,
-            lambda name, slopes: squared_moments(
-                _turned(adjoint(sides[name][0]), slopes), turned[name]
-            ),
-        )
-        return Statistics({f"eigenvalues of {name}": value for name, value in values.items()}, {})
-
-    def _gradients(self, ends: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
-        """Yield the gradients at the outputs of calls, by their ids, for each column."""
-        for column in self.columns:
-            gradients = torch.autograd.grad(
-                self.observed.outputs, ends, column, retain_graph=True, materialize_grads=True
-            )
-            yield dict(zip(map(id, ends), gradients, strict=True))
-
-    def _summed(
-        self, uses: Mapping[str, Uses], fn: Callable[[str, Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        """Sum a function of the gradients at the outputs of each use over the columns."""
-        ends = {id(end): end for use in uses.values() for end in use.outputs}
-        total: dict[str, Tensor] = {}
-        if not ends:
-            return total
-        for slopes in self._gradients(list(ends.values())):
-            for key, use in uses.items():
-                part = fn(key, use.slopes([slopes[id(end)] for end in use.outputs]))
-                total[key] = total[key] + part if key in total else part
-        return total
-
-    def _diagonal(self, name: str, uses: Uses) -> Tensor:
-        """Return the sum of the squared gradients of all examples."""
-        leaf, layout = self.leaves[name], uses.layout
-        if layout is not None:
-            inputs = uses.inputs()
-            (square,) = self._summed(
-                {name: uses}, lambda _, slopes: squared_moments(slopes, inputs)
-            ).values()
-            return layout.restored(square, leaf.shape)
-        total = torch.zeros_like(leaf)
-        calls = [(one.calls[0], one, one.inputs()) for one in uses.alone()]
-        for slopes in self._gradients(uses.outputs):
-            given = [one.slopes([slopes[id(call.output)]]) for call, one, _ in calls]
-            for b in range(uses.examples):
-                # The gradient of one example is the sum over all uses.
-                gradient = sum(
-                    call.map.layout.restored(
-                        weight_gradient(slope[b : b + 1], _of_example(inputs, b)), leaf.shape
-                    )
-                    for (call, _, inputs), slope in zip(calls, given, strict=True)
-                )
-                total += gradient**2
-        return total.detach()
-
-    def _squared_by_row(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sum of the squared gradients of all rows, by one backward pass for each."""
-        outputs = self.observed.outputs
-        total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        for column in self.columns:
-            for b in range(self.observed.examples):
-                own = torch.zeros_like(column).unflatten(0, (self.observed.examples, -1))
-                own[b] = column.unflatten(0, own.shape[:2])[b]
-                gradients = torch.autograd.grad(
-                    outputs,
-                    list(leaves.values()),
-                    own.flatten(0, 1),
-                    retain_graph=True,
-                    materialize_grads=True,
-                )
-                for name, gradient in zip(leaves, gradients, strict=True):
-                    total[name] += gradient.square()
-        return {name: square.detach() for name, square in total.items()}
-
-
-def _of_example(inputs: Inputs, b: int) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return inputs[b : b + 1] if len(inputs) > 1 else inputs
-    return type(inputs)(inputs.indices[b : b + 1], inputs.size)
-
-
-def _turned(basis: Tensor, vectors: Any) -> Any:
-    """Return ``U' v`` for vectors ``(B, G, N, P)``; a basis ``(G, N)`` is the unit vectors."""
-    return vectors if basis.dim() == 2 else basis @ vectors
-
-
-def _gram_of_examples(slopes: Tensor, inputs: Inputs) -> Tensor:
-    """Return ``sum_b g_b g_b'`` for the gradients of a parameter that acts entry by entry."""
-    total = slopes.new_zeros(slopes.shape[1], slopes.shape[1])
-    for _, gradients in example_gradients(slopes, inputs):
-        rows = gradients.flatten(1)
-        total += rows.mT @ rows
-    return total

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from hessfunc.kronecker.blocks import Block
 from hessfunc.kronecker.calls import refuse_compiled
-from hessfunc.kronecker.factored import Columns, FactoredCurvature, Unsupported
+from hessfunc.kronecker.evaluation import Unsupported
+from hessfunc.kronecker.factored import Columns, FactoredCurvature
 from hessfunc.kronecker.factored_blocks import Kronecker
 from hessfunc.kronecker.layer import SharedWeight
 from hessfunc.kronecker.moments import Sharing, input_moments

@@ -20,7 +20,8 @@ from hessfunc.options import at_least, validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space, rows_dtype
 from hessfunc.transforms.batches.examples import examples, microbatches, rows_of
-from hessfunc.transforms.batches.mean import Passes, mean_over
+from hessfunc.transforms.batches.mean import mean_over
+from hessfunc.transforms.batches.reading import Passes
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.batches.sums import Data
 from hessfunc.transforms.chunks import Curvature

@@ -14,7 +14,8 @@ from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.recipes.gauss_newton_diagonal import diagonal_of
 from hessfunc.spaces.space import Space
-from hessfunc.transforms.batches.mean import Passes, mean_over
+from hessfunc.transforms.batches.mean import mean_over
+from hessfunc.transforms.batches.reading import Passes
 from hessfunc.transforms.batches.sums import Data
 from hessfunc.transforms.functional_hessian import functional_hvp
 from hessfunc.trees import Tree

@@ -19,6 +19,7 @@ from tests.reference import spectra
 
 SIZES = (5, 3, 4, 1, 6, 2, 5)
 CURVATURES = ["hvp", "hvp forward", "ggnvp", "fvp", "sampled fvp", "efvp", "pchvp", "functional"]
+CURVATURES += ["kflr", "ekfac"]
 
 
 def mesh(*shape: int, names: tuple[str, ...] = ("data", "probe")) -> DeviceMesh:
@@ -59,6 +60,8 @@ def curvature(name: str) -> Any:
         "efvp": lambda: hf.efvp(loss),
         "pchvp": lambda: hf.pchvp(loss),
         "functional": lambda: hf.functional_hvp(loss),
+        "kflr": lambda: hf.kronecker.kflr(loss, net()),
+        "ekfac": lambda: hf.kronecker.ekfac(loss, net()),
     }
     return made[name]()
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from hessfunc.autograd.constant_matrix import refusing_gradients
 from hessfunc.autograd.functorch import transforming
-from hessfunc.changes import Rereads
 from hessfunc.fingerprints import Fingerprint, checksum, of_batches, with_fingerprint
-from hessfunc.modules import several_batches
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
-from hessfunc.transforms.batches.reductions import Average, NoTargetsError, inner, watching
-from hessfunc.transforms.batches.sums import Data, Partition, Read, Sum
+from hessfunc.transforms.batches.reading import Passes, Reading
+from hessfunc.transforms.batches.reductions import Average, inner
+from hessfunc.transforms.batches.statistics import of_statistics
+from hessfunc.transforms.batches.sums import Data, Partition, Sum
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.trees import Matvec, Tree, flatten, leaves, tree_map
 
@@ -58,6 +56,10 @@ def over_batches(
     batch, so the order of examples must not change. Frozen parameters and buffers are read in each
     pass, so they must not change either. A DataLoader draws a number from torch's random stream in
     each pass, with or without shuffling.
+
+    `kflr`, `kfac` and `ekfac` accumulate their factors when the matvec is made, in one pass, or in
+    two for `ekfac`. The result has the structured blocks of the data set, with their inverses and
+    determinants, and its products need no data.
 
     On a mesh, the batches are divided among the ranks of the axis "data", and the vectors of a
     block among the ranks of the axis "probe". Sums and weights are all-reduced, so the parts may be
@@ -106,32 +108,6 @@ def over_batches(
     return of_data
 
 
-@dataclass
-class Passes:
-    """Passes over batches that must see the same examples, of one matrix or of several.
-
-    Attributes:
-        first: Checksum of the first pass; None before it.
-    """
-
-    first: Tensor | None = None
-
-    def add(self, total: Tensor) -> None:
-        """Add the checksum of a pass.
-
-        Raises:
-            ValueError: If the pass saw other examples than the first one.
-        """
-        if self.first is None:
-            self.first = total
-        elif not torch.allclose(self.first, total, rtol=1e-9, atol=0.0):
-            raise ValueError(
-                "two passes over the batches saw different examples, so the products belong "
-                "to different matrices: turn off random augmentation, and `shuffle` together with "
-                "`drop_last`; or read the batches once, list(loader)"
-            )
-
-
 def mean_over(
     curvature: Curvature,
     /,
@@ -171,7 +147,9 @@ def mean_over(
         outer = inner(average)
         # The weight of an inner mean is the sum of its own weights, even for a single batch.
         average.several |= outer is not None
-        reading = _Reading(curvature, params, batches, average, space, partition, passes)
+        reading = Reading(curvature, params, batches, average, space, partition, passes)
+        if (structured := of_statistics(curvature)) is not None:
+            return structured.over_batches(params, partial(reading.statistics, outer=outer))
         local = reading.kept() if keep else reading.anew()
 
         def summed(block: Tree) -> Sum:
@@ -267,100 +245,3 @@ def refuse_one_batch(batches: Iterable[Any], /) -> None:
     )
     if isinstance(batches, (Tensor, Mapping)) or is_pair:
         raise TypeError("batches is a single batch: pass a list of batches, [batch]")
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """Passes of one rank over its batches.
-
-    Attributes:
-        curvature: Curvature function of one batch.
-        params: Parameters.
-        batches: Batches of all ranks, or the part of this rank.
-        average: Combination of the batches.
-        space: Space of the parameters.
-        partition: Part of the work that this rank does.
-        passes: Checksums of the passes.
-    """
-
-    curvature: Curvature
-    params: Tree
-    batches: Iterable[Any]
-    average: Average
-    space: Space
-    partition: Partition
-    passes: Passes
-
-    def kept(self) -> Callable[[Tree], Sum]:
-        """Make the graphs of all batches now, and return the function that multiplies a block."""
-        read = Read.nothing(self.space.device)
-        rereads = Rereads.of(self.space.names, self.space.tree_leaves(self.params))
-
-        def make() -> list[tuple[Callable[[], float], Callable[[], Matvec]]]:
-            made: list[tuple[Callable[[], float], Callable[[], Matvec]]] = []
-            with rereads.reading():
-                for i, batch in self._mine(read):
-                    matvec = self._at(batch, i)
-                    made.append((self.average.later(batch), partial(_itself, matvec)))
-            if not transforming():
-                self.passes.add(read.all.total)
-            return made
-
-        matvecs = self.partition.all_well(make)
-        return lambda block: Sum.of(self.space, block, matvecs, read, self.average)
-
-    def anew(self) -> Callable[[Tree], Sum]:
-        """Return a function that multiplies a block and makes the graphs in each pass."""
-        rereads = Rereads.of(self.space.names, self.space.tree_leaves(self.params))
-
-        def products(block: Tree) -> Sum:
-            read = Read.nothing(self.space.device)
-            matvecs = (
-                (partial(self.average.of, batch), partial(self._at, batch, i))
-                for i, batch in self._mine(read)
-            )
-            with rereads.reading():
-                total = Sum.of(self.space, block, matvecs, read, self.average)
-            if not transforming():
-                self.passes.add(read.all.total)
-            return total
-
-        return products
-
-    def _mine(self, read: Read) -> Iterator[tuple[int, Any]]:
-        """Yield the batches of this rank that have a weight, with their index among all batches."""
-        for i, batch in enumerate(self.batches):
-            place = self.partition.place(i)
-            # A transform hides the values of a batch from the checksum.
-            if not transforming():
-                read.add(batch, own=place is not None)
-            if place is not None and self.average.counts(batch):
-                yield place, batch
-
-    def _at(self, batch: Any, place: int) -> Matvec:
-        # A single batch is never left out, even if all of its targets are ignored.
-        optional = batch if self.average.weight is None and self.average.several else None
-        with several_batches() if place else nullcontext(), watching(optional=optional) as seen:
-            try:
-                matvec = _matvec(self.curvature(self.params, batch))
-            except NoTargetsError:
-                matvec = _zeros
-            self.average.decide(seen)
-        return matvec
-
-
-def _matvec(made: Any) -> Matvec:
-    if not callable(made):
-        raise TypeError(
-            f"curvature(params, batch) returned a {type(made).__name__}, not a matvec: pass a "
-            "curvature function, such as `over_batches(hvp(loss))`"
-        )
-    return cast("Matvec", made)
-
-
-def _zeros(block: Tree) -> Tree:
-    return tree_map(torch.zeros_like, block)
-
-
-def _itself(matvec: Matvec) -> Matvec:
-    return matvec

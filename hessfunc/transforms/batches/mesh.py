@@ -17,7 +17,7 @@ from hessfunc.ranks import Ranks, attempted, by_rank
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches import shards
 from hessfunc.transforms.batches.reductions import Average
-from hessfunc.transforms.batches.sums import Data, Partition, Sum
+from hessfunc.transforms.batches.sums import Data, Partition, Passed, Read, Sum
 from hessfunc.transforms.criteria import Reduction
 from hessfunc.trees import Matvec, Tree, leaves
 
@@ -118,6 +118,23 @@ class MeshPartition(Partition):
         vars(matvec)["ranks"] = self.everyone, self.device
         return matvec
 
+    def summed(self, batches: Iterable[Any], local: Callable[[], Passed], /) -> Tensor:
+        examples = shards.examples_of(batches) if self.placement == "sharded" else None
+        (*made,), failure = attempted(local)
+        numbers = [0.0] * _NUMBERS
+        if made:
+            numbers = _numbers(len(made[0].flat), (0.0, 0.0), made[0].read, made[0].average)
+        table = self.everyone.told([self._place[0], *numbers], self.device, failure)
+        if len({row[1] for row in table}) > 1:
+            raise ValueError(
+                "the ranks have different numbers of statistics, "
+                f"{by_rank([row[1] for row in table])}: give each rank at least one batch, and the "
+                "same model"
+            )
+        self._refuse_differences(table, examples)
+        _agree_on_reduction(made[0].average, [row[-1] for row in table])
+        return made[0].flat if self.data is None else self.data.sum(made[0].flat)
+
     def _made(self, space: Space, block: Tree, local: Callable[[Tree], Sum]) -> _Made:
         given = space.block_leaves(block)
         parts, mine = [range(len(given[0]))], 0
@@ -168,10 +185,14 @@ class _Made:
     @property
     def numbers(self) -> list[float]:
         """Numbers that ranks compare: size, sample and norm of the block, checksums, reduction."""
-        read = self.total.read
-        sums = torch.cat([read.all.total, read.own]).tolist()
-        reduction = _REDUCTIONS.index(self.total.average.reduction)
-        return [len(self.given[0]), *_sampled(self.given), *sums, reduction]
+        return _numbers(
+            len(self.given[0]), _sampled(self.given), self.total.read, self.total.average
+        )
+
+
+def _numbers(size: int, sampled: Sequence[float], read: Read, average: Average) -> list[float]:
+    sums = torch.cat([read.all.total, read.own]).tolist()
+    return [size, *sampled, *sums, _REDUCTIONS.index(average.reduction)]
 
 
 _REDUCTIONS: tuple[Reduction | None, ...] = (None, "mean", "sum")

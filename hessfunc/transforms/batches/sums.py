@@ -111,11 +111,7 @@ class Sum:
 
     def mean(self, space: Space) -> Tree:
         """Return the weighted mean, or the sum if the loss is a sum over examples."""
-        if not self.weight > 0:
-            raise ValueError(
-                "the weights of the batches sum to zero: check that the loader is not empty, and "
-                "that `weight` returns positive numbers"
-            )
+        refuse_no_weight(self.weight)
         divisor = self.average.divisor(self.weight)
         parts = leaves(space.views(self.rows.div_(divisor)))
         if self.attached is not None:
@@ -123,6 +119,30 @@ class Sum:
         # Each leaf keeps its dtype, except that 16-bit leaves become float32.
         dtypes = (torch.promote_types(dtype, torch.float32) for dtype in space.dtypes)
         return space.tree(part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True))
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Numbers that one process has summed in a pass over its batches.
+
+    Attributes:
+        flat: Sums; empty without a batch.
+        read: Checksums of the pass.
+        average: Combination of the batches.
+    """
+
+    flat: Tensor
+    read: Read
+    average: Average
+
+
+def refuse_no_weight(weight: float, /) -> None:
+    """Raise ValueError unless the total weight of the batches is positive."""
+    if not weight > 0:
+        raise ValueError(
+            "the weights of the batches sum to zero: check that the loader is not empty, and that "
+            "`weight` returns positive numbers"
+        )
 
 
 def has_graph(tree: Tree, /) -> bool:
@@ -147,3 +167,7 @@ class Partition:
     def over(self, space: Space, batches: Iterable[Any], local: Callable[[Tree], Sum], /) -> Matvec:
         """Return the matvec of the mean, given the function that computes the sum of a process."""
         return lambda block: local(block).mean(space)
+
+    def summed(self, batches: Iterable[Any], local: Callable[[], Passed], /) -> Tensor:
+        """Return the sum over processes, given the function that passes over one's own batches."""
+        return local().flat
