@@ -135,6 +135,8 @@ def _range(
                 f"{name}={end}: a Ritz value lies at {node:.6g}, beyond this bound by more than "
                 f"rounding: pass a bound of all eigenvalues, or omit `{name}=`"
             )
+    if smallest is not None and largest is not None:
+        return smallest, max(largest, smallest)
     low, high = ends(Rule(nodes[None], first.square()[None], residuals[None]), n)
     low = low - margin if smallest is None else smallest
     return low, max(high + margin if largest is None else largest, low)

@@ -23,9 +23,10 @@ _TINY = 1e-300
 # Quantile of chi2_1 at the probability 0.001.
 _UNLIKELY = 1.57e-6
 # Number of doublings of the distance between an end and the outermost node, after which the range
-# counts as unbounded, and number of halvings that locate the end.
+# counts as unbounded, and number of divisions into equal parts that locate the end.
 _DOUBLINGS = 60
-_HALVINGS = 40
+_DIVISIONS = 6
+_PARTS = 100
 # Number of intervals between two nodes on which the total variation is taken, step of the coarser
 # grid that it is compared with, and largest ratio of both variations. A pole or a narrow peak has a
 # much smaller variation on the coarser grid.
@@ -189,32 +190,32 @@ def ends(rule: Rule, n: int) -> tuple[float, float]:
 
 
 def _end(nodes: Tensor, weights: Tensor, residuals: Tensor, *, n: int, side: float) -> float:
-    """Return the end of the range of one probe on one side, -1 or 1, by bisection."""
+    """Return the end of the range of one probe on one side, -1 or 1, by repeated division."""
     outermost = float((side * nodes).max())
     if not bool((residuals > 0).any()):
         return side * outermost
-    signs = 1.0 - 2.0 * (torch.arange(len(nodes), device="cpu") % 2)
-    tip, first = residuals * signs, weights.sqrt()
+    gaps = outermost - side * nodes.numpy()
+    tip = residuals.numpy() * (1.0 - 2.0 * (np.arange(len(gaps)) % 2))
+    first = weights.sqrt().numpy()
+    # Far outside, the sum cancels below its rounding, which limits K from above.
+    cancelled = np.finfo(np.float64).eps * np.abs(first * tip)
 
-    def is_seen(distance: float) -> bool:
+    def first_seen(distances: np.ndarray) -> int:
         # K(x) > n / chi2_1 at the probability 0.001: an eigenvalue at x is improbable.
-        parts = tip / (nodes - side * (outermost + distance))
-        # Far outside, the sum cancels below its rounding, which limits K from above.
-        least = torch.finfo(torch.float64).eps * float((first * parts).abs().sum())
-        last = max(abs(float((first * parts).sum())), least)
-        return math.hypot(1.0, float(parts.norm())) > math.sqrt(n / _UNLIKELY) * last
+        inverse = 1 / (gaps + distances[:, None])
+        last = np.maximum(np.abs(inverse @ (first * tip)), inverse @ cancelled)
+        seen = 1.0 + np.square(inverse) @ np.square(tip) > n / _UNLIKELY * np.square(last)
+        return int(seen.argmax()) if seen.any() else len(distances)
 
-    near, far = 0.0, float(residuals.max()) or 1.0
-    for _ in range(_DOUBLINGS):
-        if is_seen(far):
-            break
-        near, far = far, 2 * far
-    else:
+    distances = (float(residuals.max()) or 1.0) * np.exp2(np.arange(-1, _DOUBLINGS))
+    distances[0] = 0.0
+    at = 1 + first_seen(distances[1:])
+    if at == len(distances):
         return side * math.inf
-    for _ in range(_HALVINGS):
-        middle = (near + far) / 2
-        near, far = (near, middle) if is_seen(middle) else (middle, far)
-    return side * (outermost + far)
+    for _ in range(_DIVISIONS):
+        distances = np.linspace(distances[at - 1], distances[at], _PARTS + 1)
+        at = 1 + first_seen(distances[1:-1])
+    return side * (outermost + float(distances[at]))
 
 
 def bracket(rule: Rule, f: Function, low: float, high: float, *, regular: bool) -> Tensor:
