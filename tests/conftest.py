@@ -68,16 +68,19 @@ def _ranks(size: int, forks: Forks) -> Iterator[Ranks]:
     found.close()
 
 
-@pytest.fixture(scope="session")
+# Each process group of a rank polls in a thread of its own, so ranks last for a module.
+
+
+@pytest.fixture(scope="module")
 def two(forks: Forks) -> Iterator[Ranks]:
     yield from _ranks(2, forks)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def three(forks: Forks) -> Iterator[Ranks]:
     yield from _ranks(3, forks)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four(forks: Forks) -> Iterator[Ranks]:
     yield from _ranks(4, forks)

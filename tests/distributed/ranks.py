@@ -98,7 +98,9 @@ def _errors(address: str | Path, rank: int) -> Path:
 
 
 def _fork(address: str) -> None:
+    import pytest  # noqa: F401
     import torch
+    import torch._dynamo
     import torch.distributed.fsdp
     import torch.distributed.tensor.parallel
 

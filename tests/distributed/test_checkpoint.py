@@ -20,9 +20,9 @@ from tests.distributed.ranks import Ranks
 
 # By the name of the run: the budget of its first part, and of the whole.
 RUNS = {
-    "power_iteration": (7, 40),
-    "lanczos": (8, 60),
-    "lanczos, restarted": (14, 60),
+    "power_iteration": (7, 16),
+    "lanczos": (8, 20),
+    "lanczos, restarted": (14, 28),
     "hutchinson": (10, 30),
     "hutchpp": (12, 30),
     "xtrace": (12, 30),

@@ -45,13 +45,7 @@ def bound(name: str) -> float:
     return 1e-8 if "lanczos" in name or "power" in name else 1e-10
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name == "power_iteration" else name
-        for name in problems.ALGORITHMS
-    ],
-)
+@pytest.mark.parametrize("name", problems.ALGORITHMS)
 def test_algorithms_find_what_one_process_finds(name: str, two: Ranks) -> None:
     assert max(two.run(algorithm_differs_by, name, (2,), "some of each")) < bound(name)
 

@@ -17,12 +17,14 @@ from tests.distributed.problems import difference
 from tests.distributed.ranks import Ranks
 
 
-def algorithm_differs_by(name: str, ranks: int) -> float:
+def algorithm_differs_by(name: str, ranks: int) -> tuple[float, float]:
+    """How far all results, and eigenvalues alone, are from those of one process."""
     matrix = problems.symmetric(positive=name == "xnystrace")
     matvec, like = problems.as_matvec(matrix), problems.like()
     space = hf.sharded(like, problems.mesh(ranks))
     run = problems.ALGORITHMS[name]
     wanted, found = run(matvec, like, seed=7), run(matvec, like, seed=7, space=space)
+    of_values = 0.0
     if isinstance(found, hf.results.Eigenpairs):
         assert found.vectors.shape == (len(found.values), space.width)
         # An eigenvector is known up to its sign.
@@ -31,14 +33,16 @@ def algorithm_differs_by(name: str, ranks: int) -> float:
         signs = (whole * plain).sum(1).sign()[:, None]
         found = dataclasses.replace(found, vectors=signs * whole)
         wanted = dataclasses.replace(wanted, vectors=plain)
-    return difference(found, wanted)
+        of_values = difference(found.values, wanted.values)
+    return difference(found, wanted), of_values
 
 
 @pytest.mark.parametrize("name", problems.ALGORITHMS)
 def test_algorithms_find_what_one_process_finds(name: str, two: Ranks, four: Ranks) -> None:
     for ranks, size in ((two, 2), (four, 4)):
-        for error in ranks.run(algorithm_differs_by, name, size):
+        for error, of_values in ranks.run(algorithm_differs_by, name, size):
             assert error < 1e-8 if "lanczos" in name or "power" in name else error < 1e-10
+            assert of_values < 1e-10
 
 
 def solver_differs_by(name: str, ranks: int) -> float:
@@ -256,21 +260,6 @@ def test_another_seed_on_one_rank_is_an_error_on_all(two: Ranks) -> None:
         assert "the ranks disagree on seed: rank 0 has 10, rank 1 has 11" in outcome.error
 
 
-def values_differ_by(ranks: int) -> float:
-    matvec, like = problems.as_matvec(problems.symmetric()), problems.like()
-    space = hf.sharded(like, problems.mesh(ranks))
-    errors = []
-    for name, run in problems.ALGORITHMS.items():
-        if "lanczos" in name or "power" in name:
-            wanted, found = run(matvec, like, seed=7), run(matvec, like, seed=7, space=space)
-            errors.append(difference(found.values, wanted.values))
-    return max(errors)
-
-
-def test_eigenvalues_are_those_of_one_process(four: Ranks) -> None:
-    assert max(four.run(values_differ_by, 4)) < 1e-10
-
-
 def in_little_memory(name: str) -> str:
     from hessfunc import memory
 
@@ -301,7 +290,7 @@ def with_draws_differs_by(name: str, ranks: int) -> float:
         return difference(run(space=space), run())
     matvec = hf.over_batches(hf.hvp(loss))(params, batches)
     run = partial(
-        hf.stochastic_power_iteration, matvec, draws, params, rtol=1e-8, max_matvecs=400, seed=5
+        hf.stochastic_power_iteration, matvec, draws, params, rtol=1e-3, max_matvecs=60, seed=5
     )
     return difference(run(space=space).values, run().values)
 

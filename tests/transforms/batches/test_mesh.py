@@ -163,8 +163,8 @@ def algorithm_on_a_mesh(shape: tuple[int, ...]) -> float:
     whole = hf.over_batches(hf.hvp(loss))(params, batches)
     matvec = hf.over_batches(hf.hvp(loss), mesh=mesh)(params, batches)
     space = hf.sharded(params, mesh)
-    wanted = hf.lanczos(whole, params, k=3, rtol=1e-10, seed=0)
-    found = hf.lanczos(matvec, params, k=3, rtol=1e-10, seed=0, space=space)
+    wanted = hf.lanczos(whole, params, k=2, rtol=1e-7, seed=0)
+    found = hf.lanczos(matvec, params, k=2, rtol=1e-7, seed=0, space=space)
     # Ranks add up in another order, which may move the last round by one.
     assert found.matvecs == pytest.approx(wanted.matvecs, rel=0.1)
     return error(found.values, wanted.values)
