@@ -112,7 +112,7 @@ def growth(model: Quadratic, optimizers: Sequence[Optimizer], H: Tensor, steps: 
         for optimizer, (states, counts) in zip(optimizers, frozen, strict=True):
             optimizer.step()
             for p, kept in states.items():
-                optimizer.state[p].update(copy.deepcopy(kept))
+                optimizer.state[p].update(_copied(kept))
             for group, count in zip(optimizer.param_groups, counts, strict=True):
                 if count is not None:
                     group["step"] = count
@@ -120,9 +120,14 @@ def growth(model: Quadratic, optimizers: Sequence[Optimizer], H: Tensor, steps: 
 
 
 def _frozen(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    return {p: _copied(state) for p, state in optimizer.state.items()}
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
     return {
-        p: copy.deepcopy({key: value for key, value in state.items() if key not in MOMENTA})
-        for p, state in optimizer.state.items()
+        key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in state.items()
+        if key not in MOMENTA
     }
 
 

@@ -55,7 +55,7 @@ def growth(make: Any, H: Tensor, d: Tensor, shape: Any, start: Tensor, ratio: fl
     model = Quadratic({"weight": shape})
     model.put(start)
     optimizer = make(model.parameters())
-    for _ in range(300):
+    for _ in range(200):
         step_at(model, optimizer, H, d, ratio)
     return float(model.flat().norm() / start.norm())
 

@@ -42,13 +42,13 @@ def groups(model: Quadratic, first: dict[str, Any], second: dict[str, Any]) -> l
 )
 def test_groups_that_differ_diverge_at_the_threshold(cls: Any, first: Any, second: Any) -> None:
     model = Quadratic()
-    optimizer = warmed(model, lambda model: cls(groups(model, first, second), lr=1.0), steps=4000)
+    optimizer = warmed(model, lambda model: cls(groups(model, first, second), lr=1.0), steps=300)
     assert_diverges_at_the_threshold(model, [optimizer])
 
 
 def test_optimisers_that_share_a_model_diverge_at_the_threshold() -> None:
     model = Quadratic()
-    adam = warmed(model, lambda model: torch.optim.AdamW([model.weight], lr=0.1), steps=4000)
+    adam = warmed(model, lambda model: torch.optim.AdamW([model.weight], lr=0.1), steps=300)
     sgd = torch.optim.SGD([model.bias], lr=0.2, momentum=0.8, weight_decay=1.0)
     assert_diverges_at_the_threshold(model, [adam, sgd])
     assert hf.stability([adam, sgd], model).optimizer == "AdamW + SGD"
@@ -66,7 +66,7 @@ def test_muon_beside_adam_diverges_at_the_threshold(together: bool) -> None:
         }  # fmt: skip
         return SingleDeviceMuonWithAuxAdam(groups(model, muon, adam))
 
-    optimizer = warmed(model, make, steps=4000)
+    optimizer = warmed(model, make, steps=300)
     optimizers = [optimizer]
     if not together:
         adam = torch.optim.AdamW([model.bias], lr=0.1, eps=0.1, weight_decay=0.0)
@@ -77,7 +77,7 @@ def test_muon_beside_adam_diverges_at_the_threshold(together: bool) -> None:
             }
         )
         # Python's count of steps becomes the tensor that torch expects.
-        adam.state[model.bias]["step"] = torch.tensor(4000.0)
+        adam.state[model.bias]["step"] = torch.tensor(300.0)
         muon = groups(model, {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}, {})[:1]
         optimizers = [
             SingleDeviceMuonWithAuxAdam([muon[0] | {"use_muon": True}]),

@@ -33,7 +33,7 @@ def test_a_rotated_preconditioner_diverges_at_the_threshold(
     make: Callable[..., Optimizer],
 ) -> None:
     model = Quadratic(SHAPES)
-    steps = 4000 if make.func is SOAP else 20  # type: ignore[attr-defined]
+    steps = 300 if make.func is SOAP else 20  # type: ignore[attr-defined]
     optimizer = warmed(model, lambda model: make(model.parameters()), steps=steps)
     assert_diverges_at_the_threshold(model, [optimizer])
 
