@@ -24,7 +24,7 @@ CURVATURES += ["kflr", "ekfac"]
 
 @cache
 def mesh(*shape: int, names: tuple[str, ...] = ("data", "probe")) -> DeviceMesh:
-    """Of the first so many ranks on each axis. Made once, as groups poll in threads of their own."""
+    """Of the first so many ranks on each axis, made once: groups poll in threads of their own."""
     return init_device_mesh("cpu", shape, mesh_dim_names=names[: len(shape)])
 
 
