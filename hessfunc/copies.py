@@ -116,7 +116,7 @@ class Copies:
     def __init__(self, model: nn.Module, prepare: Callable[[nn.Module], None]) -> None:
         self._model, self._prepare = model, prepare
         self._originals = list(model.modules())
-        self._pristine = _structural_copy(model)
+        self._pristine = structural_copy(model)
         self._free: list[Evaluated] = []
 
     @property
@@ -154,7 +154,7 @@ class Copies:
             evaluated.restore()
 
 
-def _structural_copy(model: nn.Module) -> nn.Module | None:
+def structural_copy(model: nn.Module, /) -> nn.Module | None:
     """Return a copy of a module that shares its tensors, or None if there is no faithful one."""
     try:
         copied = _deep_copy(model)

@@ -35,6 +35,11 @@ class Loss:
     def __call__(self, params: Tree, batch: Any, /) -> Tensor:
         return self.criterion(self.outputs(params, batch), batch)
 
+    def of(self, whole: Callable[[Tree], Tree], /) -> Loss:
+        """Return the loss as a function of other parameters, which ``whole`` maps to these."""
+        outputs = self.outputs
+        return Loss(lambda params, batch: outputs(whole(params), batch), self.criterion)
+
 
 @validated
 def composed(
@@ -173,8 +178,7 @@ def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
 def _of_whole(loss: LossFunction, whole: Callable[[Tree], Tree]) -> LossFunction:
     """Return the loss of some parameters, which ``whole`` extends to all parameters."""
     if isinstance(loss, Loss):
-        outputs = loss.outputs
-        return Loss(lambda part, batch: outputs(whole(part), batch), loss.criterion)
+        return loss.of(whole)
     return lambda part, batch: loss(whole(part), batch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -126,6 +127,11 @@ class TwoInputs(nn.Module):
 def randn(*shape: int) -> Tensor:
     """Normal entries in float64."""
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def waves(*shape: int) -> Tensor:
+    """Fixed entries in float64, between -1 and 1."""
+    return torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64).cos().view(shape)
 
 
 def mean_square(outputs: Tensor, targets: Tensor) -> Tensor:

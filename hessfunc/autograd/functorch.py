@@ -62,6 +62,17 @@ def on_blocks(formula: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor
     return functorch._add_batch_dim(block, 0, level)
 
 
+def all_on_blocks(
+    formula: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Apply a formula with several results as `on_blocks` does."""
+    level = max((_level(tensor) for tensor in tensors), default=0)
+    if level == 0:
+        return formula(*tensors)
+    blocks = formula(*(_beneath(tensor, level) for tensor in tensors))
+    return tuple(None if b is None else functorch._add_batch_dim(b, 0, level) for b in blocks)
+
+
 def _level(tensor: Tensor | None) -> int:
     if tensor is None or not functorch.is_batchedtensor(tensor):
         return 0

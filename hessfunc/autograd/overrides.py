@@ -35,11 +35,19 @@ class Replaced(TorchFunctionMode):
             that it does not support.
         hooks: Names of the hooks that were registered on tensors or nodes.
         source: Source of the random numbers, or None for torch's own random streams.
+        recomputes: Whether `recomputed` functions recompute their activations.
     """
 
-    def __init__(self, replaced: Replacements, source: RandomSource | None = None) -> None:
+    def __init__(
+        self,
+        replaced: Replacements,
+        source: RandomSource | None = None,
+        *,
+        recomputes: bool = True,
+    ) -> None:
         super().__init__()
         self._given = replaced
+        self.recomputes = recomputes
         self.hooks: list[str] = []
         self.draw_from(source)
         self._gets_no_gradient = False

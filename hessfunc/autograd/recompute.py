@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hessfunc import options
 from hessfunc.autograd import differentiable_twice
+from hessfunc.autograd.overrides import current
 from hessfunc.autograd.streams import replay
 from hessfunc.containers import batch_leaves
 from hessfunc.selection import first_of
@@ -29,7 +30,7 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
     The kept graph of a Hessian product then holds only the arguments of ``fn``, and each product
     evaluates ``fn`` two more times. Unlike ``torch.utils.checkpoint``, it saves memory under double
     backward and works under ``torch.func``. ``functional(model, recompute=...)`` applies it to
-    selected modules.
+    selected modules. Inside transforms of ``torch.func`` around a product, activations are kept.
 
     Args:
         fn: Pure function of arguments that may be any trees. It must not use tensors that require
@@ -41,6 +42,8 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if (mode := current()) is not None and not mode.recomputes:
+            return fn(*args, **kwargs)
         arguments, structure = flatten((args, kwargs))
         _refuse_hidden(arguments)
         floating = [i for i, leaf in enumerate(arguments) if _is_floating(leaf)]

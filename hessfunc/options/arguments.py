@@ -127,6 +127,8 @@ ARGUMENTS: dict[str, Check] = {
     "k": whole_number,
     "size": whole_number,
     "samples": whole_number,
+    "ignore_index": whole_number,
+    "rows_per_chunk": whole_number,
     "probes": whole_number,
     "steps": whole_number,
     "steps_per_epoch": whole_number,
@@ -202,6 +204,7 @@ ARGUMENTS: dict[str, Check] = {
     # Flags
     "simultaneous": flag,
     "trainable_only": flag,
+    "shift": flag,
     "keep": flag,
     "differentiable": flag,
     "measure": flag,

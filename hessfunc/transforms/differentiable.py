@@ -144,7 +144,10 @@ def every_order(device: torch.device) -> Iterator[Replaced]:
         with Replaced(TRANSFORMABLE) as mode:
             yield mode
     else:
-        with differentiable_twice(device, TRANSFORMABLE) as mode:
+        # A pullback that recomputes must run in the transforms in which it was made; a product runs
+        # in others.
+        mode = Replaced(TRANSFORMABLE, recomputes=not transforming())
+        with differentiable_twice(device, mode):
             yield mode
 
 

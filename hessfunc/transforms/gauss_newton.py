@@ -15,9 +15,11 @@ from torch import Tensor
 from hessfunc.autograd.custom_functions import Verified
 from hessfunc.autograd.functorch import is_wrapped, plain_evaluation
 from hessfunc.containers import batch_leaves
+from hessfunc.linear_head import OfStates
 from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.randomness import of_matrix
+from hessfunc.transforms import linear_head
 from hessfunc.transforms.batches.checksum import batch_key
 from hessfunc.transforms.chunks import ChunkSize, Curvature
 from hessfunc.transforms.criteria import Reduction, closed_form
@@ -144,6 +146,10 @@ def fvp(
         return [0], lambda tangents: [product(tangents[0])]
 
     def constant(loss: Loss, outputs: Tree, batch: Any) -> OnOutputs:
+        if isinstance(criterion := loss.criterion, OfStates):
+            key = batch_key(seed, batch, outputs[0].device)
+            targets = criterion.targets(batch)
+            return linear_head.sampled_fisher(criterion, outputs, targets, samples=samples, key=key)
         return attached(loss, outputs.detach(), batch)
 
     matrix = OutputMatrix(constant, attached)
@@ -208,6 +214,8 @@ def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None, differentiable: bool = 
         return known[0] if known else "sum"
 
     def constant(loss: Loss, outputs: Tree, batch: Any) -> OnOutputs:
+        if isinstance(criterion := loss.criterion, OfStates):
+            return linear_head.empirical_fisher(criterion, outputs, criterion.targets(batch))
         weighting = reduction(loss, outputs, batch)
         used, _, slopes = output_gradient(loss.criterion, outputs, batch, create_graph=False)
         return used, _empirical(loss, outputs, batch, slopes, weighting)
@@ -230,6 +238,8 @@ def hessian_of_outputs(
     verified: Verified | None = None,
 ) -> OnOutputs:
     """Return B, the Hessian of the criterion with respect to the outputs."""
+    if isinstance(loss.criterion, OfStates):
+        return linear_head.gauss_newton(loss.criterion, outputs, loss.criterion.targets(batch))
     known = closed_form(loss.criterion)
     if known is None or not isinstance(outputs, Tensor):
         return by_autodiff(

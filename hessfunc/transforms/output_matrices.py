@@ -42,6 +42,7 @@ from hessfunc.transforms.differentiable import (
     refuse_untransformable,
 )
 from hessfunc.transforms.hessian import checked, kept, linearising, requiring_gradients, scalar
+from hessfunc.transforms.linear_head import without_logits
 from hessfunc.transforms.output_gradients import INDEPENDENT
 from hessfunc.transforms.outputs import Rest, floating_part
 from hessfunc.trees import Matvec, Tree
@@ -82,6 +83,7 @@ def through_outputs(
                 return differentiable_matvec(
                     _ThroughOutputs(loss, matrix, verified), params, batch, chunk_size=chunk_size
                 )
+        inner = without_logits(loss)
         space = space_of(params)
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
@@ -91,7 +93,7 @@ def through_outputs(
             point = kept(space, leaves)
             inputs = [leaf.detach().requires_grad_() for leaf in point]
             with differentiable_twice(space.device, SECOND_ORDER) as seen:
-                ends, between = _ends(loss, matrix.constant, space, inputs, batch, seen, verified)
+                ends, between = _ends(inner, matrix.constant, space, inputs, batch, seen, verified)
                 constants += leaves_of_graph(ends, inputs)
                 product = linearised(inputs, ends, [end.shape for end in ends], between)
         return block_matvec(

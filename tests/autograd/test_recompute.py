@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.trees import tree_map
 from tests.cases import randn
 from tests.graphs import allocated
 from tests.reference import (
@@ -191,3 +192,19 @@ def test_an_object_that_holds_tensors_is_no_argument() -> None:
     fixed = SimpleNamespace(scale=torch.tensor(2.0))
     matvec = hf.hvp(lambda p, x: square(x @ p["w"], fixed).sum())(params, torch.ones(2, 3))
     assert matvec({"w": torch.ones(1, 3)})["w"].any()
+
+
+def test_products_are_differentiated_and_mapped() -> None:
+    plain, again = loss_of(hidden), loss_of(hf.recomputed(hidden))
+    p, x = params(), randn(3, 5, 4)
+    v = params()
+
+    def quadratic(loss: hf.Loss, p: Any) -> Tensor:
+        return hf.inner(v, hf.apply(hf.hvp(loss)(p, x), v))
+
+    due = torch.func.grad(lambda p: quadratic(plain, p))(p)
+    found = torch.func.grad(lambda p: quadratic(again, p))(p)
+    assert relative_error(found["first"]["in"], due["first"]["in"]) < 1e-10
+    stacked = tree_map(lambda leaf: torch.stack([leaf, 2 * leaf]), p)
+    mapped = torch.vmap(lambda p: quadratic(again, p))(stacked)
+    assert relative_error(mapped, torch.vmap(lambda p: quadratic(plain, p))(stacked)) < 1e-10

@@ -1,0 +1,137 @@
+"""Losses of the language models of Hugging Face."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hessfunc as hf
+from tests.reference import flat, relative_error
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 1}
+
+
+def of(kind: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(transformers, kind)(getattr(transformers, config)(**options))
+
+
+MODELS = {
+    "tied head": of("GPT2LMHeadModel", "GPT2Config", n_layer=1, n_head=2, n_embd=16, vocab_size=40),
+    "head of its own": of("LlamaForCausalLM", "LlamaConfig", **GROUPED),
+    "bounded logits": of(
+        "Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=8, final_logit_softcapping=0.7
+    ),
+    "multiplied logits": of("CohereForCausalLM", "CohereConfig", **GROUPED, logit_scale=0.3),
+    "divided logits": of("GraniteForCausalLM", "GraniteConfig", **GROUPED, logits_scaling=3.0),
+    "masked": of("BertForMaskedLM", "BertConfig", **SMALL),
+    "encoder and decoder": of(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        vocab_size=40,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+    ),
+}
+IDS = torch.arange(1, 17).view(2, 8)
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name]().double().eval()
+
+
+def batch_of(name: str) -> dict[str, torch.Tensor]:
+    labels = torch.where(torch.arange(8) > torch.tensor([[7], [4]]), -100, IDS)
+    batch = {"input_ids": IDS, "attention_mask": (labels != -100).long(), "labels": labels}
+    return batch | ({"decoder_input_ids": IDS} if name == "encoder and decoder" else {})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_is_that_of_the_model(name: str) -> None:
+    model, batch = made(name), batch_of(name)
+    loss, params = hf.language_model_loss(model, rows_per_chunk=5)
+    assert params.keys() == dict(model.named_parameters()).keys()
+    with torch.no_grad():
+        # The models compute their loss in float32.
+        assert torch.isclose(loss(params, batch), model(**batch).loss.double(), rtol=1e-6)
+    whole = hf.Loss(loss.outputs, loss.criterion)
+    vector = {k: v[0] for k, v in hf.random_like(params, 1, seed=0).items()}
+    for curvature in (hf.hvp, hf.ggnvp):
+        found, due = (hf.apply(curvature(x)(params, batch), vector) for x in (loss, whole))
+        assert relative_error(flat(found), flat(due)) < 1e-10
+
+
+def test_the_options_of_functional_are_taken() -> None:
+    model, batch = made("tied head"), batch_of("tied head")
+    loss, params = hf.language_model_loss(model)
+    recomputed, _ = hf.language_model_loss(model, recompute="transformer.h.*")
+    rounded, _ = hf.language_model_loss(model, dtype=torch.float32)
+    value = loss(params, batch)
+    assert torch.isclose(recomputed(params, batch), value, rtol=1e-12)
+    assert 1e-12 < abs(float(rounded(params, batch) / value) - 1) < 1e-5
+    model.transformer.wte.requires_grad_(False)
+    _, rest = hf.language_model_loss(model)
+    assert params.keys() - rest.keys() == {"transformer.wte.weight"}
+
+
+def test_the_model_is_not_changed() -> None:
+    model = made("masked")
+    before = {name: vars(module).copy() for name, module in model.named_modules()}
+    loss, params = hf.language_model_loss(model)
+    loss(params, batch_of("masked"))
+    assert type(model) is transformers.BertForMaskedLM
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys()
+        assert all(vars(module)[key] is value for key, value in before[name].items())
+
+
+class Scaled(nn.Module):
+    """Language model whose logits are not those of its head alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(40, 4), nn.Linear(4, 40)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return (2 * self.head(self.embedding(input_ids)),)
+
+
+def test_other_logits_are_refused() -> None:
+    with pytest.raises(ValueError, match="pass shift=True"):
+        hf.language_model_loss(Scaled())
+    with pytest.raises(ValueError, match="are not those of its output embedding"):
+        hf.language_model_loss(Scaled(), shift=True)
+
+
+def test_a_model_without_a_linear_head_is_refused() -> None:
+    with pytest.raises(TypeError, match="no output embedding"):
+        hf.language_model_loss(nn.Linear(2, 2))
+    model = made("tied head")
+    model.lm_head = nn.Sequential(nn.Linear(16, 40))
+    with pytest.raises(TypeError, match="a Sequential as its head"):
+        hf.language_model_loss(model)
+
+
+def test_a_batch_without_labels_is_refused() -> None:
+    loss, params = hf.language_model_loss(made("masked"))
+    with pytest.raises(ValueError, match="a mapping with 'labels'"):
+        hf.hvp(loss)(params, {"input_ids": IDS})
+    with pytest.raises(ValueError, match="a mapping with 'labels'"):
+        hf.hvp(loss)(params, (IDS, IDS))
