@@ -32,7 +32,10 @@ from hessfunc.algorithms.trace.hutchpp import hutchpp as hutchpp
 from hessfunc.algorithms.trace.sampled import sampled_trace as sampled_trace
 from hessfunc.algorithms.trace.xnystrace import xnystrace as xnystrace
 from hessfunc.algorithms.trace.xtrace import xtrace as xtrace
+from hessfunc.autograd.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from hessfunc.autograd.recompute import recomputed as recomputed
+from hessfunc.language_models import language_model_loss as language_model_loss
+from hessfunc.linear_head import linear_head_loss as linear_head_loss
 from hessfunc.losses import Loss as Loss
 from hessfunc.losses import composed as composed
 from hessfunc.losses import hold as hold

@@ -23,6 +23,7 @@ from hessfunc.autograd.contexts import without_cudnn
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.overrides import Replaced, current
 from hessfunc.autograd.recompute import recompute_inside, segments_of
+from hessfunc.autograd.stateless import call_with
 from hessfunc.autograd.transformable import TRANSFORMABLE
 from hessfunc.changes import note_read
 from hessfunc.containers import mapped
@@ -126,14 +127,14 @@ def functional(
             _refuse_batch_statistics(batch_statistics)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _arguments(inputs)
-        state = fixed | dict(params), buffers
+        state = fixed | dict(params) | buffers
         if dtype is not None:
             state, args, kwargs = _cast((state, args, kwargs), dtype)
         if torch.compiler.is_compiling():
             with Replaced(TRANSFORMABLE):
-                outputs = torch.func.functional_call(copies.traced, state, args, kwargs)
+                outputs = call_with(copies.traced, state, args, kwargs)
         else:
-            device = next(iter(state[0].values())).device
+            device = next(iter(state.values())).device
             with (
                 copies.borrowed() as module,
                 _without_checkpointing(),
@@ -141,7 +142,7 @@ def functional(
                 Replaced(pure_lookup()) if renormalises else nullcontext(),
                 Replaced(TRANSFORMABLE) if _is_transformed() else nullcontext(),
             ):
-                outputs = torch.func.functional_call(module, state, args, kwargs)
+                outputs = call_with(module, state, args, kwargs)
         return outputs if dtype is None else _cast(outputs, own_dtype)
 
     return model_fn, params

@@ -52,6 +52,18 @@ ONES = {name: torch.ones_like(leaf) for name, leaf in PARAMS.items()}
 OPTIMIZER = torch.optim.Adam(MODEL.parameters())
 
 
+class LanguageModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 2), nn.Linear(2, 5)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        return (self.head(self.embedding(input_ids)),)
+
+
 def stepped() -> torch.optim.Optimizer:
     (MODEL(BATCH[0]) ** 2).sum().backward()
     for group in OPTIMIZER.param_groups:
@@ -162,6 +174,40 @@ CALLS: dict[str, Call] = {
         {"outputs": lambda p, b: MODEL_FN(p, b[0]), "criterion": CRITERION},
         {"targets": lambda b: b[1]},
         of_loss,
+    ),
+    "linear_head_loss": Call(
+        {"states": lambda p, b: (b[0], p["0.weight"], p["0.bias"]), "targets": lambda b: b[1]},
+        {
+            "scale": 1.0,
+            "softcap": 2.0,
+            "ignore_index": -100,
+            "label_smoothing": 0.1,
+            "reduction": "mean",
+            "rows_per_chunk": 2,
+        },
+        of_loss,
+    ),
+    "linear_cross_entropy": Call(
+        {"hidden": torch.ones(3, 2), "weight": torch.ones(4, 2), "targets": torch.arange(3)},
+        {
+            "bias": torch.ones(4),
+            "scale": 1.0,
+            "softcap": 2.0,
+            "ignore_index": -100,
+            "label_smoothing": 0.1,
+            "reduction": "mean",
+            "rows_per_chunk": 2,
+        },
+    ),
+    "language_model_loss": Call(
+        {"model": LanguageModel()},
+        {
+            "shift": True,
+            "trainable_only": True,
+            "dtype": torch.float32,
+            "recompute": "embedding",
+            "rows_per_chunk": 2,
+        },
     ),
     "split": Call({"tree": PARAMS, "pattern": "0.*"}),
     "hold": Call({"loss": LOSS, "rest": {}}, then=of_loss),

@@ -283,13 +283,14 @@ def test_hooks_of_the_users_own_stay() -> None:
     assert hf.check(matvec, params)
 
 
+@pytest.mark.gpu
 def test_recurrent_layers_run_without_cudnn_and_leave_it_as_it_was() -> None:
     seen = []
-    model = nn.LSTM(3, 4)
+    model = nn.LSTM(3, 4).cuda()
     model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
     model_fn, params = hf.functional(model)
     before = torch.backends.cudnn.enabled
-    model_fn(params, torch.randn(2, 1, 3))
+    model_fn(params, torch.randn(2, 1, 3).cuda())
     assert seen == [False]
     assert torch.backends.cudnn.enabled == before
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hessfunc import options
 from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.overrides import current
+from hessfunc.autograd.stateless import call_with
 from hessfunc.autograd.streams import replay
 from hessfunc.containers import batch_leaves
 from hessfunc.selection import first_of
@@ -155,11 +156,11 @@ def _recomputing(
 
     def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
         # BatchNorm raises for running statistics that require a gradient, so detach them.
-        state = params, {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        fixed = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         with borrowed() as model:
             forward = model.get_submodule(name).forward
             assert isinstance(forward, functools.partial)
-            return torch.func.functional_call(forward.args[0], state, args, kwargs)
+            return call_with(forward.args[0], {**params, **fixed}, args, kwargs)
 
     params, buffers = dict(segment.named_parameters()), dict(segment.named_buffers())
     return recomputed(pure)(params, buffers, args, kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hessfunc.autograd.stateless import call_with
 from hessfunc.kronecker.calls import ModelCall, full_name
 from hessfunc.kronecker.layer import Call, Layer
 from hessfunc.kronecker.rules import reshaped, rule_of
@@ -227,7 +228,7 @@ def _evaluated(
         here = {**values, **dict(zip(predecessors, given, strict=True))}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), here.__getitem__)
         if module is not None:
-            return torch.func.functional_call(module, {**buffers, **params}, args, kwargs)
+            return call_with(module, {**buffers, **params}, args, kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch.func import functional_call
 
+from hessfunc.autograd.stateless import call_with
 from hessfunc.memory import Footprint
 from hessfunc.optim.adversarial import Attack, partly
 from hessfunc.training.flops import CountedFlops
@@ -107,7 +107,7 @@ class Measured:
             Stream.of(0, device).here(),
             single_examples_explained(targets),
         ):
-            outputs = functional_call(model, buffers, (inputs,))
+            outputs = call_with(model, buffers, (inputs,))
             loss = self.steps.criterion(outputs, targets)
             torch.autograd.grad(loss, trainable, allow_unused=True)
         self.unit = flops.total
