@@ -152,6 +152,8 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
             return matvec
         return per_block(matvec, self.params, self._blocks)
 
+    # As in curvlinops, products are constants, also of inputs that require a gradient.
+    @torch.no_grad()
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         product = self._matvec()(block_of(X, list(self._params)))
         return columns([product[name] for name in self._params])

@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from hessfunc.compat.curvlinops.blocks import (
@@ -333,6 +334,7 @@ class KFACInverseLinearOperator(Inverse):
         self._kfac, self._damping, self._min_damping = A, damping, min_damping
         self._is_heuristic, self._is_exact = use_heuristic_damping, use_exact_damping
 
+    @torch.no_grad()
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         product = self._matvec(block_of(X, list(self._kfac.params)))
         return columns([product[name] for name in self._kfac.params])

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
-from hessfunc.compat.curvlinops import GGNLinearOperator, HessianLinearOperator
+from hessfunc.compat.curvlinops import (
+    GGNLinearOperator,
+    HessianLinearOperator,
+    KFACLinearOperator,
+)
 from tests.compat.curvlinops import problem
 from tests.compat.curvlinops.problem import batches, dense_hessian, matrix, net, parameters, whole
 
@@ -178,6 +182,17 @@ def test_what_is_not_deterministic_is_refused() -> None:
     )
     # Even then, the products of one multiplication belong to one matrix.
     assert matrix(H).shape == (31, 31)
+
+
+@pytest.mark.parametrize("kind", [HessianLinearOperator, GGNLinearOperator, KFACLinearOperator])
+def test_products_are_constants_of_the_inputs_and_vectors(kind: Any) -> None:
+    model = net()
+    data = [(x.requires_grad_(), y) for x, y in batches(LOSS)]
+    A = kind(model, LOSS, list(model.parameters()), data)
+    product = A @ torch.ones(31, dtype=torch.float64, requires_grad=True)
+    assert not product.requires_grad
+    plain = kind(model, LOSS, list(model.parameters()), batches(LOSS))
+    torch.testing.assert_close(product, plain @ torch.ones(31).double())
 
 
 def test_a_shuffled_loader_is_read_in_any_order() -> None:
