@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 import hessfunc as hf
 from hessfunc import plot
-from hessfunc.compat import eigenthings, hessianflow, pyhessian
+from hessfunc.compat import curvlinops, eigenthings, hessianflow, pyhessian
+from hessfunc.compat.curvlinops.examples import TensorLinearOperator
 from hessfunc.trees import leaves, tree_map
 from tests import public
 
@@ -582,6 +583,17 @@ ACTIVATIONS = pyhessian.hessian_with_activation(MODEL, CRITERION, BATCH)
 ACTIVATIONS.insert_hook("2")
 
 
+RISK = {
+    "model_func": MODEL, "loss_func": nn.CrossEntropyLoss(), "params": list(MODEL.parameters()),
+    "data": [BATCH],
+}  # fmt: skip
+LINEAR = TensorLinearOperator(MATRIX)
+
+
+def columns(made: Any) -> Any:
+    return made @ torch.eye(made.shape[1], dtype=D)
+
+
 def repeated(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, with a seed of its own at each call, and without its files and lines."""
 
@@ -688,6 +700,52 @@ METHODS |= {
         "eigenthings.HVPOperator.apply": Call(
             {"vec": FLAT},
             function=lambda vec: eigenthings.HVPOperator(MODEL, [BATCH], CRITERION).apply(vec),
+        ),
+        "curvlinops.GGNLinearOperator": Call(
+            RISK, {"num_data": 8, "block_sizes": [2, 2], "batch_size_fn": len, "mc_samples": 0},
+            columns, curvlinops.GGNLinearOperator,
+        ),
+        "curvlinops.KFACLinearOperator": Call(
+            RISK, {"fisher_type": "mc", "mc_samples": 2, "kfac_approx": "expand", "num_data": 8},
+            columns, curvlinops.KFACLinearOperator,
+        ),
+        "curvlinops.KFACInverseLinearOperator": Call(
+            {"A": curvlinops.KFACLinearOperator(*RISK.values()), "damping": 0.1},
+            {"use_heuristic_damping": False, "min_damping": 1e-8, "use_exact_damping": True},
+            columns, curvlinops.KFACInverseLinearOperator,
+        ),
+        "curvlinops.JacobianLinearOperator": Call(
+            {name: RISK[name] for name in ("model_func", "params", "data")},
+            {"check_deterministic": True}, columns, curvlinops.JacobianLinearOperator,
+        ),
+        "curvlinops.CGInverseLinearOperator": Call(
+            {"A": LINEAR}, {"tolerance": 0.1, "max_iter": 9, "initial_guess": LIKE}, columns,
+            curvlinops.CGInverseLinearOperator,
+        ),
+        "curvlinops.NeumannInverseLinearOperator": Call(
+            {"A": LINEAR, "num_terms": 3, "scale": 0.1, "check_nan": True}, {}, columns,
+            curvlinops.NeumannInverseLinearOperator,
+        ),
+        "curvlinops.SubmatrixLinearOperator": Call(
+            {"A": LINEAR, "row_idxs": [0, 1], "col_idxs": [2]}, {}, columns,
+            curvlinops.SubmatrixLinearOperator,
+        ),
+        "curvlinops.product": Call({"X": LIKE}, function=lambda X: LINEAR @ X),
+        "curvlinops.multiple": Call(
+            {"scalar": 2.0}, then=columns, function=lambda scalar: LINEAR * scalar
+        ),
+        "curvlinops.hutchinson_trace": Call(
+            {"A": LINEAR, "num_matvecs": 3, "distribution": "normal"},
+            function=curvlinops.hutchinson_trace,
+        ),
+        "curvlinops.xdiag": Call({"A": LINEAR, "num_matvecs": 4}, function=curvlinops.xdiag),
+        "curvlinops.hutchinson_squared_fro": Call(
+            {"A": LINEAR, "num_matvecs": 4}, function=curvlinops.hutchinson_squared_fro
+        ),
+        "curvlinops.lanczos_approximate_log_spectrum": Call(
+            {"A": LINEAR, "ncv": 3, "num_points": 9, "num_repeats": 1, "kappa": 3.0},
+            {"boundaries": (1.0, 6.0), "margin": 0.1, "boundaries_tol": 0.1, "epsilon": 1e-3},
+            function=curvlinops.lanczos_approximate_log_spectrum,
         ),
         "hessianflow.progress_bar": Call(
             {"current": 0, "total": 1, "msg": "loss"}, then=str, function=hessianflow.progress_bar
@@ -873,7 +931,7 @@ def test_every_public_function_is_called() -> None:
         assert wrapped or name in ("apply", "inner")
 
 
-@pytest.mark.parametrize("library", [eigenthings, hessianflow, pyhessian])
+@pytest.mark.parametrize("library", [curvlinops, eigenthings, hessianflow, pyhessian])
 def test_every_function_of_a_drop_in_replacement_is_checked(library: types.ModuleType) -> None:
     for name in library.__all__:
         value = getattr(library, name)

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessfunc.compat.curvlinops.arguments import CHECKS
 from hessfunc.compat.curvlinops.matvecs import block_of, columns
 from hessfunc.compat.curvlinops.operator import PyTorchLinearOperator
 from hessfunc.compat.place import bare, moved
 from hessfunc.losses import Loss, composed
 from hessfunc.modules import functional
-from hessfunc.options import described
+from hessfunc.options import described, validated
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.batches.gradient import mean_gradient
 from hessfunc.transforms.batches.mean import over_batches, refuse_one_batch
 from hessfunc.transforms.batches.reductions import Average
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.criteria import declared_reduction
+from hessfunc.transforms.hessian import scalar
 from hessfunc.transforms.matvecs.arithmetic import per_block, scale
 from hessfunc.trees import Matvec
 
@@ -59,6 +61,7 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
 
     SELF_ADJOINT = True
 
+    @validated(**CHECKS)
     def __init__(
         self,
         model_func: nn.Module | Callable[[Any, Any], Any],
@@ -209,7 +212,7 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         params, average = self.params, self.average()
         total: float | Tensor = 0.0
         for batch in self._data:
-            value = self.loss(params, batch)
+            value = scalar(self.loss(params, batch))
             average.look(self.loss, params, batch)
             total = total + average.of(batch) * value
         yield torch.as_tensor(total)
@@ -223,7 +226,7 @@ def named_parameters(
     Raises:
         TypeError: If the model is neither a module nor a function, or if a function has a list of
             parameters.
-        ValueError: If there is no parameter, or if a tensor or name is not one of the module.
+        ValueError: If a tensor or name is not one of the module.
     """
     is_module = isinstance(model_func, nn.Module)
     if not (is_module or (callable(model_func) and isinstance(params, Mapping))):
@@ -231,8 +234,6 @@ def named_parameters(
             f"model_func is {described(model_func)} and params {described(params)}: pass a module, "
             "or a function (params, X) -> outputs with a dict of params"
         )
-    if not len(params):
-        raise ValueError("params is empty: pass for instance list(model.parameters())")
     own = dict(bare(model_func).named_parameters()) if is_module else None
     if isinstance(params, Mapping):
         unknown = [] if own is None else [name for name in params if name not in own]

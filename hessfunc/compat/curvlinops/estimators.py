@@ -11,16 +11,18 @@ from hessfunc.algorithms.diagonal import hutchinson as diagonal_by_signs
 from hessfunc.algorithms.diagonal import xdiag as diagonal_by_sketch
 from hessfunc.algorithms.trace import hutchinson, hutchpp
 from hessfunc.algorithms.trace import xtrace as trace_by_sketch
+from hessfunc.compat.curvlinops.arguments import OF_MATRIX
 from hessfunc.compat.curvlinops.matvecs import as_matvec
 from hessfunc.compat.curvlinops.operator import PyTorchLinearOperator
 from hessfunc.compat.place import seed_of_stream
-from hessfunc.options import at_least
+from hessfunc.options import at_least, validated
 from hessfunc.spaces.of import space_of
 
 Distribution: TypeAlias = Literal["rademacher", "normal"]
 _KINDS: dict[str, Literal["signs", "normal"]] = {"rademacher": "signs", "normal": "normal"}
 
 
+@validated(**OF_MATRIX)
 def hutchinson_trace(
     A: PyTorchLinearOperator | Tensor, num_matvecs: int, distribution: Distribution = "rademacher"
 ) -> Tensor:
@@ -40,6 +42,7 @@ def hutchinson_trace(
     return like.new_tensor(float(estimate.samples[:count].mean()))
 
 
+@validated(**OF_MATRIX)
 def hutchpp_trace(
     A: PyTorchLinearOperator | Tensor, num_matvecs: int, distribution: Distribution = "rademacher"
 ) -> Tensor:
@@ -57,6 +60,7 @@ def hutchpp_trace(
     return like.new_tensor(estimate.value)
 
 
+@validated(**OF_MATRIX)
 def xtrace(
     A: PyTorchLinearOperator | Tensor, num_matvecs: int, distribution: Distribution = "rademacher"
 ) -> Tensor:
@@ -74,6 +78,7 @@ def xtrace(
     return like.new_tensor(estimate.value)
 
 
+@validated(**OF_MATRIX)
 def hutchinson_diag(
     A: PyTorchLinearOperator | Tensor, num_matvecs: int, distribution: Distribution = "rademacher"
 ) -> Tensor:
@@ -93,6 +98,7 @@ def hutchinson_diag(
     return estimate.value.to(like)
 
 
+@validated(**OF_MATRIX)
 def xdiag(A: PyTorchLinearOperator | Tensor, num_matvecs: int) -> Tensor:
     """Estimate the diagonal by XDiag.
 
@@ -106,6 +112,7 @@ def xdiag(A: PyTorchLinearOperator | Tensor, num_matvecs: int) -> Tensor:
     return estimate.value.to(like)
 
 
+@validated(**OF_MATRIX)
 def hutchinson_squared_fro(
     A: PyTorchLinearOperator | Tensor, num_matvecs: int, distribution: Distribution = "rademacher"
 ) -> Tensor:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.solve.cg import cg
+from hessfunc.compat.curvlinops.arguments import CHECKS
 from hessfunc.compat.curvlinops.matvecs import as_matvec
 from hessfunc.compat.curvlinops.operator import Composed, PyTorchLinearOperator
+from hessfunc.options import validated
 
 _PRODUCTS = 1000
 
@@ -55,6 +57,7 @@ class CGInverseLinearOperator(Inverse):
 
     _IGNORED = frozenset({"eps", "n_tridiag", "max_tridiag_iter", "stop_updating_after"})
 
+    @validated(**CHECKS)
     def __init__(
         self,
         A: PyTorchLinearOperator,
@@ -105,6 +108,7 @@ class LSMRInverseLinearOperator(Inverse):
         **lsmr_hyperparameters: Options of ``lsmr``.
     """
 
+    @validated(**CHECKS)
     def __init__(self, A: PyTorchLinearOperator, **lsmr_hyperparameters: Any) -> None:
         super().__init__(A)
         self._lsmr_hyperparameters = lsmr_hyperparameters
@@ -141,6 +145,7 @@ class NeumannInverseLinearOperator(Inverse):
         ValueError: If a term is not finite. Raised by a product.
     """
 
+    @validated(**CHECKS)
     def __init__(
         self,
         A: PyTorchLinearOperator,

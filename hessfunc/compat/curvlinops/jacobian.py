@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessfunc.compat.curvlinops.arguments import CHECKS
 from hessfunc.compat.curvlinops.curvature import CurvatureLinearOperator
 from hessfunc.compat.curvlinops.matvecs import block_of, columns
 from hessfunc.compat.curvlinops.operator import PyTorchLinearOperator
+from hessfunc.options import validated
 
 
 class JacobianLinearOperator(CurvatureLinearOperator):
@@ -31,6 +33,7 @@ class JacobianLinearOperator(CurvatureLinearOperator):
 
     SELF_ADJOINT = False
 
+    @validated(**CHECKS)
     def __init__(
         self,
         model_func: nn.Module | Callable[[Any, Any], Any],
@@ -45,6 +48,8 @@ class JacobianLinearOperator(CurvatureLinearOperator):
 
     def _shapes(self, params: list[torch.Size]) -> tuple[list[torch.Size], list[torch.Size]]:
         shapes = [outputs.shape for outputs in self._evaluated()]
+        if not shapes:
+            raise ValueError("the data has no batch: pass at least one")
         return params, [torch.Size((sum(s[0] for s in shapes), *shapes[0][1:]))]
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hessfunc.compat.curvlinops.arguments import CHECKS
 from hessfunc.compat.curvlinops.blocks import (
     added,
     concatenated,
@@ -31,6 +32,7 @@ from hessfunc.kronecker.factored_blocks import Kronecker
 from hessfunc.kronecker.factors import ekfac, kfac, kflr
 from hessfunc.kronecker.propagate import BlockCurvature
 from hessfunc.losses import composed
+from hessfunc.options import validated
 from hessfunc.trees import Matvec
 
 _Kind = TypeVar("_Kind", bound=StrEnum)
@@ -108,6 +110,7 @@ class KFACLinearOperator(CurvatureLinearOperator):
     _by_draws: Callable[..., BlockCurvature] = staticmethod(kfac)
     _exactly: Callable[..., BlockCurvature] = staticmethod(kflr)
 
+    @validated(**CHECKS)
     def __init__(
         self,
         model_func: nn.Module,
@@ -307,6 +310,7 @@ class KFACInverseLinearOperator(Inverse):
             damped matrix is singular. The last is raised by a product.
     """
 
+    @validated(**CHECKS)
     def __init__(
         self,
         A: KFACLinearOperator,

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hessfunc.compat.curvlinops.arguments import CHECKS
 from hessfunc.compat.curvlinops.curvature import CurvatureLinearOperator
 from hessfunc.compat.curvlinops.empirical import empirical
 from hessfunc.losses import Loss, composed
+from hessfunc.options import validated
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.gauss_newton import fvp, ggnvp
 from hessfunc.transforms.hessian import hvp
@@ -36,6 +38,7 @@ class FisherMCLinearOperator(CurvatureLinearOperator):
         mc_samples: Number of draws of each target.
     """
 
+    @validated(**CHECKS)
     def __init__(
         self,
         model_func: nn.Module | Callable[[Any, Any], Any],
@@ -75,6 +78,7 @@ class GGNLinearOperator(CurvatureLinearOperator):
             `FisherMCLinearOperator`; 0 for the exact matrix.
     """
 
+    @validated(**CHECKS)
     def __init__(
         self,
         model_func: nn.Module | Callable[[Any, Any], Any],

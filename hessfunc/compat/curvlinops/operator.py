@@ -9,10 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessfunc.options import described, factor
+from hessfunc.options import anything, described, factor, validated
+from hessfunc.options.scalars import whole_numbers
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+
+
+def _shapes(name: str, value: Any, /) -> list[torch.Size]:
+    """A list of shapes, one for each tensor of a vector."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be a list of shapes, not {described(value)}: pass [(3, 2)]")
+    return [torch.Size(whole_numbers(f"each of {name}", shape)) for shape in value]
 
 
 class PyTorchLinearOperator:
@@ -33,6 +41,7 @@ class PyTorchLinearOperator:
 
     SELF_ADJOINT: bool = False
 
+    @validated(in_shape=_shapes, out_shape=_shapes, names=anything)
     def __init__(
         self,
         in_shape: Sequence[Sequence[int]],

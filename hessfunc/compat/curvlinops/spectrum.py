@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -14,16 +13,18 @@ from torch import Tensor
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.eigen.lanczos import lanczos
 from hessfunc.algorithms.results import Density
+from hessfunc.compat.curvlinops.arguments import OF_MATRIX
 from hessfunc.compat.curvlinops.matvecs import as_matvec
 from hessfunc.compat.curvlinops.operator import PyTorchLinearOperator
 from hessfunc.compat.gaussians import mixture
 from hessfunc.compat.place import seed_of_stream
-from hessfunc.options import at_least
+from hessfunc.options import at_least, validated
 
 Boundaries: TypeAlias = tuple[float | None, float | None] | None
 _Array: TypeAlias = NDArray[np.float64]
 
 
+@validated(**OF_MATRIX)
 def lanczos_approximate_spectrum(
     A: PyTorchLinearOperator | Tensor,
     ncv: int,
@@ -56,6 +57,7 @@ def lanczos_approximate_spectrum(
     return runs.approximate_spectrum(num_repeats, num_points, kappa, margin)
 
 
+@validated(**OF_MATRIX)
 def lanczos_approximate_log_spectrum(
     A: PyTorchLinearOperator | Tensor,
     ncv: int,
@@ -82,25 +84,28 @@ def lanczos_approximate_log_spectrum(
     return runs.approximate_log_spectrum(num_repeats, num_points, kappa, margin, epsilon)
 
 
-@dataclass
 class _Runs:
     """Lanczos runs of an operator, which estimates with other options share.
 
-    Attributes:
+    Args:
         A: Symmetric operator or tensor.
         ncv: Number of Lanczos steps, at least 2.
         boundaries: Ends of the spectrum; None where they are not known.
         boundaries_tol: Relative tolerance of the ends.
     """
 
-    A: PyTorchLinearOperator | Tensor
-    ncv: int
-    boundaries: Boundaries = None
-    boundaries_tol: float = 1e-2
-    _densities: list[Density] = field(default_factory=list, repr=False)
-
-    def __post_init__(self) -> None:
-        at_least(2, ncv=self.ncv)
+    @validated(**OF_MATRIX)
+    def __init__(
+        self,
+        A: PyTorchLinearOperator | Tensor,
+        ncv: int,
+        boundaries: Boundaries = None,
+        boundaries_tol: float = 1e-2,
+    ) -> None:
+        at_least(2, ncv=ncv)
+        self.A, self.ncv = A, ncv
+        self.boundaries, self.boundaries_tol = boundaries, boundaries_tol
+        self._densities: list[Density] = []
 
     def _first(self, num_repeats: int) -> tuple[_Array, _Array]:
         """Return nodes and weights ``(num_repeats, m)`` of the first runs."""
@@ -143,6 +148,7 @@ class _Runs:
 class LanczosApproximateSpectrumCached(_Runs):
     """Estimates of `lanczos_approximate_spectrum` that share their runs."""
 
+    @validated(**OF_MATRIX)
     def approximate_spectrum(
         self,
         num_repeats: int = 1,
@@ -166,6 +172,7 @@ class LanczosApproximateSpectrumCached(_Runs):
 class LanczosApproximateLogSpectrumCached(_Runs):
     """Estimates of `lanczos_approximate_log_spectrum` that share their runs."""
 
+    @validated(**OF_MATRIX)
     def approximate_log_spectrum(
         self,
         num_repeats: int = 1,

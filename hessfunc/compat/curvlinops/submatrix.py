@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from hessfunc.compat.curvlinops.arguments import CHECKS
 from hessfunc.compat.curvlinops.operator import Composed, PyTorchLinearOperator
+from hessfunc.options import validated
 
 
 class SubmatrixLinearOperator(Composed):
@@ -18,9 +20,10 @@ class SubmatrixLinearOperator(Composed):
         col_idxs: Indices of the columns, each once.
 
     Raises:
-        ValueError: If an index is out of range, not an integer, or there twice.
+        ValueError: If an index is out of range, or there twice.
     """
 
+    @validated(**CHECKS)
     def __init__(
         self, A: PyTorchLinearOperator, row_idxs: Sequence[int], col_idxs: Sequence[int]
     ) -> None:
@@ -28,9 +31,7 @@ class SubmatrixLinearOperator(Composed):
             ("row_idxs", row_idxs, A.shape[0]),
             ("col_idxs", col_idxs, A.shape[1]),
         ):
-            if any(isinstance(i, bool) or not isinstance(i, int) for i in indices) or not (
-                len(set(indices)) == len(indices) and set(indices) <= set(range(size))
-            ):
+            if len(set(indices)) < len(indices) or not set(indices) <= set(range(size)):
                 raise ValueError(
                     f"{name} must have distinct integers from 0 to {size - 1}: pass for instance "
                     f"{name}=[0]"

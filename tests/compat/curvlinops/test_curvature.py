@@ -207,7 +207,7 @@ def test_wrong_models_parameters_and_data_are_named() -> None:
     params = list(model.parameters())
     with pytest.raises(TypeError, match="pass a module, or a function"):
         GGNLinearOperator(model.forward, LOSS, params, data)
-    with pytest.raises(ValueError, match="params is empty"):
+    with pytest.raises(ValueError, match="params has no tensors"):
         GGNLinearOperator(model, LOSS, [], data)
     with pytest.raises(ValueError, match="no parameters of the model"):
         GGNLinearOperator(model, LOSS, list(net().parameters()), data)
