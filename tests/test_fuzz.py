@@ -352,7 +352,8 @@ CALLS: dict[str, Call] = {
     ),
     "xdiag": Call({"matvec": matvec, "like": LIKE}, RUN | {"rtol": 0.5, "block_size": 2}),
     "slq": Call(
-        {"matvec": matvec, "like": LIKE}, RUN | {"probes": 2, "steps": 4, "basis_device": "cpu"}
+        {"matvec": matvec, "like": LIKE},
+        RUN | {"probes": 2, "steps": 4, "basis_device": "cpu", "keep_basis": True},
     ),
     "function": Call(
         {"matvec": matvec, "f": torch.exp, "b": B},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.chains import expected_reduction
 from hessfunc.algorithms.deflation import PILOT, Deflation
+from hessfunc.algorithms.krylov import Krylov
 from hessfunc.algorithms.probing import AnyResult, Probing
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.span import Span
@@ -46,12 +47,14 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
 
     Attributes:
         span: Span of the given eigenpairs.
+        krylov: Krylov space of a given density.
         kind: Distribution of the probes.
         of_diagonal: Whether the diagonal is needed besides the trace.
         margin: Number of probes that Student's quantile costs more than the normal one.
     """
 
     span: Span
+    krylov: Krylov
 
     kind: ClassVar[ProbeKind]
     of_diagonal: ClassVar[bool]
@@ -70,7 +73,9 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
         """Return the number of probes whose error is about the tolerance."""
 
     def options(self) -> dict[str, Any]:
-        return {**super().options(), "span": (self.span.parts, self.span.basis)}
+        span, krylov = self.span, self.krylov
+        given = {"span": (span.parts, span.basis), "krylov": (krylov.core, krylov.basis)}
+        return {**super().options(), **given}
 
     def count(self, state: Deflation, /) -> int:
         return len(state.probes)
@@ -79,7 +84,9 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
         return len(state.basis) + len(state.probes)
 
     def init(self, products: Products, seed: int, /) -> Deflation:
-        return Deflation.none(products.space, seed, diagonal=self.of_diagonal)
+        space = products.space
+        none = Deflation.none(space, seed, diagonal=self.of_diagonal)
+        return self.krylov.deflated(none, space)
 
     def step(self, state: Deflation, products: Products, room: int, /) -> Deflation:
         space, p, width = products.space, len(state.probes), min(self.block_size, room)

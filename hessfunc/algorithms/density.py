@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ def slq(
     probes: int = 1,
     steps: int = 100,
     basis_device: torch.device | str | None = None,
+    keep_basis: bool = False,
     max_matvecs: int | None = None,
     **run: Unpack[RunOptions],
 ) -> Density:
@@ -58,6 +59,9 @@ def slq(
             next one while the current one is in use. The GPU then holds two pieces, of 128 MiB or
             of one vector, besides the probes. The results are those of bases on the GPU up to
             rounding.
+        keep_basis: Whether the result keeps the Lanczos vectors of one probe, so that
+            ``trace(..., start=density)`` and ``diagonal(..., start=density)`` begin with its Krylov
+            space at no product.
         max_matvecs: Budget, the largest number of matvecs; by default ``probes * steps``.
         **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
@@ -84,7 +88,9 @@ def slq(
     space = products.space
     device = home(space, basis_device)
     group = _probes_that_fit(space, probes, min(steps, space.n), device)
-    method = LanczosQuadrature(probes=probes, steps=steps, basis_device=device, group=group)
+    method = LanczosQuadrature(
+        probes=probes, steps=steps, basis_device=device, group=group, keep_basis=keep_basis
+    )
     budget = probes * min(steps, space.n) if max_matvecs is None else max_matvecs
     return run_method(method, products, run, max_matvecs=budget)
 
@@ -98,14 +104,16 @@ class LanczosQuadrature(Method["_State", Density]):
         steps: Number of Lanczos steps of each.
         basis_device: Device of the bases.
         group: Number of probes that run at once.
+        keep_basis: Whether the result keeps the Lanczos vectors of one probe.
     """
 
     probes: int
     steps: int
     basis_device: torch.device
     group: int
+    keep_basis: bool
 
-    changeable: ClassVar = frozenset({"basis_device", "group"})
+    changeable: ClassVar = frozenset({"basis_device", "group", "keep_basis"})
 
     def init(self, products: Products, seed: int, /) -> _State:
         indices = range(min(self.group, self.probes))
@@ -168,8 +176,15 @@ class LanczosQuadrature(Method["_State", Density]):
             residuals=residuals,
             n=space.n,
             eps=max(products_eps(space), state.runs.asymmetry),
+            **(self._kept(state, space) if self.keep_basis else {}),
             **cost,
         )
+
+    def _kept(self, state: _State, space: Space) -> dict[str, Any]:
+        """Return the Lanczos vectors and the coefficients of the first probe of the last group."""
+        recurrence = torch.tensor(state.runs.jacobi(0), dtype=torch.float64, device="cpu")
+        rows = state.runs.basis.of(0)[: recurrence.shape[1]].brought(space)
+        return {"basis": space.vectors(rows.clone()), "recurrence": recurrence}
 
 
 @dataclass(frozen=True)

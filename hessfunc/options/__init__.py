@@ -4,6 +4,7 @@ from hessfunc.options.arguments import ARGUMENTS
 from hessfunc.options.data import (
     anything,
     coordinates,
+    eigenpairs_or_density,
     groups,
     mapping,
     optimizers,
@@ -38,6 +39,7 @@ __all__ = [
     "anything",
     "at_least",
     "coordinates",
+    "eigenpairs_or_density",
     "criterion",
     "described",
     "factor",

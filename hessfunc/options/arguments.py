@@ -206,6 +206,7 @@ ARGUMENTS: dict[str, Check] = {
     "trainable_only": flag,
     "shift": flag,
     "keep": flag,
+    "keep_basis": flag,
     "differentiable": flag,
     "measure": flag,
     "average_input_jacobian": flag,

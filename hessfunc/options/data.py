@@ -148,6 +148,13 @@ def eigenpairs(name: str, value: Any, /) -> Any:
     raise refused(name, value, "Eigenpairs", remedy)
 
 
+def eigenpairs_or_density(name: str, value: Any, /) -> Any:
+    """Return eigenpairs, or a spectral density: any object with ``nodes`` and ``basis``."""
+    if isinstance(getattr(value, "nodes", None), Tensor) and hasattr(value, "basis"):
+        return value
+    return eigenpairs(name, value)
+
+
 def several_eigenpairs(name: str, value: Any, /) -> Any:
     """Return eigenpairs, or a list of several."""
     if isinstance(value, list | tuple):

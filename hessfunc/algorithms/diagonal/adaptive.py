@@ -14,15 +14,16 @@ from hessfunc.algorithms.deflation import PILOT, Deflation
 from hessfunc.algorithms.diagonal.hutchinson import hutchinson_diagonal, without_chance
 from hessfunc.algorithms.diagonal.xdiag import xdiag
 from hessfunc.algorithms.driver import RunOptions
+from hessfunc.algorithms.krylov import Krylov
 from hessfunc.algorithms.norms import squared_diagonal, squared_row_norms
 from hessfunc.algorithms.probing import DiagonalProbing, run_diagonal
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import DiagonalEstimate, Eigenpairs
+from hessfunc.algorithms.results import Density, DiagonalEstimate, Eigenpairs
 from hessfunc.algorithms.sketch import vectors_that_fit
 from hessfunc.algorithms.span import Span
 from hessfunc.algorithms.statistics import rounding_of_sum, standard_error
 from hessfunc.numerics import wide_dtype
-from hessfunc.options import ARGUMENTS, at_least, validated
+from hessfunc.options import at_least, eigenpairs_or_density, validated
 from hessfunc.spaces.space import ProbeKind, Space, products_eps
 from hessfunc.trees import Matvec, Tree
 
@@ -30,7 +31,7 @@ DiagonalMethod: TypeAlias = Literal["auto", "hutchinson", "xdiag"]
 _OTHERS = {"hutchinson": hutchinson_diagonal, "xdiag": xdiag}
 
 
-@validated(start=ARGUMENTS["deflate"])
+@validated(start=eigenpairs_or_density)
 def diagonal(
     matvec: Matvec,
     like: Tree,
@@ -38,7 +39,7 @@ def diagonal(
     method: DiagonalMethod = "auto",
     rtol: float | None = None,
     max_matvecs: int = 100,
-    start: Eigenpairs | None = None,
+    start: Eigenpairs | Density | None = None,
     block_size: int | None = None,
     **run: Unpack[RunOptions],
 ) -> DiagonalEstimate:
@@ -60,8 +61,9 @@ def diagonal(
             rtol |value|, both in the 2-norm over all entries. Without rtol the whole budget is
             used.
         max_matvecs: Budget, the largest number of products.
-        start: Eigenpairs of A, from `lanczos`, that belong to Q from the beginning, at no product.
-            For ``"auto"`` only.
+        start: Eigenpairs of A, from `lanczos`, or a density of A, from `slq` with
+            ``keep_basis=True``, that belong to Q from the beginning, at no product. A density adds
+            the whole Krylov space of one of its probes. For ``"auto"`` only.
         block_size: Number of probes that are multiplied at once: 4 by default, or the default of
             the other estimator. Krylov vectors are multiplied one by one.
         **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
@@ -71,7 +73,7 @@ def diagonal(
         Student's quantile of p - 1 degrees of freedom for p probes, and a bound of the residuals of
         ``start``. ``by_leaf`` holds the sum over each leaf, and ``sum_of_squares`` an unbiased
         estimate of ``sum_j a_jj^2``. ``squared_row_norms`` comes from the same products, unless
-        there is a ``start``. Standard errors of a run with a tolerance are multiplied by 1.1.
+        eigenpairs are given. Standard errors of a run with a tolerance are multiplied by 1.1.
 
     Raises:
         ValueError: If an option is out of range, or if the matvec is not symmetric or not
@@ -93,11 +95,13 @@ def diagonal(
         return _OTHERS[method](matvec, like, rtol=rtol, max_matvecs=max_matvecs, **blocks, **run)
     at_least(2, max_matvecs=max_matvecs)
     products = Products.of(matvec, like, run.get("space"))
+    pairs, density = (None, start) if isinstance(start, Density) else (start, None)
     adaptive = AdaptiveDiagonal(
         block_size=BLOCK if block_size is None else block_size,
         rtol=rtol,
         most=vectors_that_fit(products.space, 12),
-        span=Span.of(products.space, start, "start"),
+        span=Span.of(products.space, pairs, "start"),
+        krylov=Krylov.of(products.space, density, "start"),
     )
     return run_diagonal(adaptive, products, run, max_matvecs=max_matvecs)
 

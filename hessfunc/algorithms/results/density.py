@@ -23,6 +23,7 @@ from hessfunc.algorithms.statistics import (
 from hessfunc.display import curve, shown
 from hessfunc.numerics import rounding
 from hessfunc.options import real, validated
+from hessfunc.trees import Tree
 
 # Rounding of sums of weights.
 _ROUNDING = 1e-12
@@ -44,6 +45,10 @@ class Density(Result):
             known: `mean` then needs ``smallest`` and ``largest``.
         eps: Relative rounding of the products: that of their dtype, or the measured rounding if
             that is larger.
+        basis: Block of the orthonormal Lanczos vectors of one probe, with which `trace` and
+            `diagonal` can start; None unless `slq` was asked to keep it.
+        recurrence: Diagonal of the Jacobi matrix of that probe, and its off-diagonal followed by
+            the norm of the last residual vector, float64 ``(2, m)``; None without ``basis``.
     """
 
     nodes: Tensor
@@ -51,6 +56,8 @@ class Density(Result):
     n: int
     residuals: Tensor | None = None
     eps: float = torch.finfo(torch.float64).eps
+    basis: Tree | None = None
+    recurrence: Tensor | None = None
 
     def _headline(self) -> dict[str, object]:
         probes, steps = self.nodes.shape

@@ -11,10 +11,11 @@ from torch import Tensor
 from hessfunc.algorithms.adaptive import BLOCK, AdaptiveProbing
 from hessfunc.algorithms.deflation import PILOT, Deflation
 from hessfunc.algorithms.driver import RunOptions
+from hessfunc.algorithms.krylov import Krylov
 from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.probing import TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
-from hessfunc.algorithms.results import Eigenpairs, Estimate
+from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
 from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.sketch import vectors_that_fit
 from hessfunc.algorithms.span import Span
@@ -23,7 +24,7 @@ from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.algorithms.trace.hutchpp import hutchpp
 from hessfunc.algorithms.trace.xnystrace import xnystrace
 from hessfunc.algorithms.trace.xtrace import xtrace
-from hessfunc.options import ARGUMENTS, at_least, validated
+from hessfunc.options import at_least, eigenpairs_or_density, validated
 from hessfunc.spaces.space import ProbeKind, Space, products_eps
 from hessfunc.trees import Matvec, Tree
 
@@ -36,7 +37,7 @@ _OTHERS: dict[str, Any] = {
 }
 
 
-@validated(start=ARGUMENTS["deflate"])
+@validated(start=eigenpairs_or_density)
 def trace(
     matvec: Matvec,
     like: Tree,
@@ -45,7 +46,7 @@ def trace(
     rtol: float | None = None,
     atol: float | None = None,
     max_matvecs: int = 100,
-    start: Eigenpairs | None = None,
+    start: Eigenpairs | Density | None = None,
     block_size: int | None = None,
     **run: Unpack[RunOptions],
 ) -> Estimate:
@@ -72,8 +73,10 @@ def trace(
             is at most rtol |value|.
         atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
         max_matvecs: Budget, the largest number of products.
-        start: Eigenpairs of A, from `lanczos`, that belong to Q from the beginning, at no product.
-            They need not have converged. For ``"auto"`` and ``"hutchinson"`` only.
+        start: Eigenpairs of A, from `lanczos`, or a density of A, from `slq` with
+            ``keep_basis=True``, that belong to Q from the beginning, at no product. Eigenpairs need
+            not have converged. A density adds the whole Krylov space of one of its probes. For
+            ``"auto"`` only; eigenpairs also for ``"hutchinson"``.
         block_size: Number of probes that are multiplied at once: 4 by default, or the default of
             the other estimator. Krylov vectors are multiplied one by one.
         **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
@@ -105,8 +108,14 @@ def trace(
         raise ValueError(f"method={method!r}: choose one of {', '.join(get_args(TraceMethod))}")
     if start is not None and method not in ("auto", "hutchinson"):
         raise ValueError(f"start has no use for method={method!r}: pass method='auto'")
+    pairs, density = (None, start) if isinstance(start, Density) else (start, None)
+    if density is not None and method != "auto":
+        raise ValueError(
+            f"start is a density, and method={method!r} deflates eigenpairs only: pass "
+            "method='auto', or the result of `lanczos`"
+        )
     if method != "auto":
-        own: dict[str, Any] = {"block_size": block_size, "deflate": start}
+        own: dict[str, Any] = {"block_size": block_size, "deflate": pairs}
         given = {name: value for name, value in own.items() if value is not None}
         estimate: Estimate = _OTHERS[method](
             matvec, like, rtol=rtol, atol=atol, max_matvecs=max_matvecs, **given, **run
@@ -119,7 +128,8 @@ def trace(
         rtol=rtol,
         atol=atol,
         most=vectors_that_fit(products.space, 8),
-        span=Span.of(products.space, start, "start"),
+        span=Span.of(products.space, pairs, "start"),
+        krylov=Krylov.of(products.space, density, "start"),
     )
     return run_trace(adaptive, products, run, max_matvecs=max_matvecs)
 
