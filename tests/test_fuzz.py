@@ -541,7 +541,16 @@ METHODS: dict[str, Call] = {
         )
         for solver in (hf.cg, hf.minres)
     },
-    "Blocks.inverse_matvec": Call({"block": BLOCK, "damping": 0.5}, function=BLOCKS.inverse_matvec),
+    "Blocks.inverse_matvec": Call(
+        {"block": BLOCK, "damping": 0.5}, {"method": "exact"}, function=BLOCKS.inverse_matvec
+    ),
+    "Blocks.inverse": Call(
+        {"damping": 0.5}, {"method": "exact"}, lambda mv: mv(BLOCK), BLOCKS.inverse
+    ),
+    "Blocks.power_matvec": Call(
+        {"block": BLOCK, "exponent": -0.5, "damping": 0.5}, function=BLOCKS.power_matvec
+    ),
+    "Blocks.sample": Call({"k": 2, "damping": 0.5}, {"seed": 0}, function=BLOCKS.sample),
     "Blocks.logdet": Call({"damping": 0.5}, function=BLOCKS.logdet),
     "Block.inverse_matvec": Call(
         {"block": BLOCK["0.bias"], "damping": 0.5}, function=BLOCKS["0.bias"].inverse_matvec

@@ -1,14 +1,14 @@
 """Structured diagonal blocks of curvature matrices: Hessian backpropagation, KFAC and others."""
 
-from hessfunc.kronecker.blocks import Block, Blocks
+from hessfunc.kronecker.block import Block
+from hessfunc.kronecker.blocks import Blocks
+from hessfunc.kronecker.composite_blocks import DirectSum, Permuted
 from hessfunc.kronecker.factored_blocks import (
     Congruence,
     Dense,
     DiagonalBlock,
-    DirectSum,
     Eigenbasis,
     Kronecker,
-    Permuted,
 )
 from hessfunc.kronecker.factors import ekfac, kfac, kflr, kfra
 from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, Jacobian, OfAll, Selection

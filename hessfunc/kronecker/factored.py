@@ -10,16 +10,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hessfunc.kronecker.blocks import Block, Blocks
+from hessfunc.kronecker.block import Block
+from hessfunc.kronecker.blocks import Blocks
 from hessfunc.kronecker.calls import linearising, refuse_dtensors
+from hessfunc.kronecker.composite_blocks import Permuted
 from hessfunc.kronecker.evaluation import Evaluation, Form, Unsupported, factor_keys
-from hessfunc.kronecker.factored_blocks import (
-    Dense,
-    DiagonalBlock,
-    Eigenbasis,
-    Kronecker,
-    Permuted,
-)
+from hessfunc.kronecker.factored_blocks import Dense, DiagonalBlock, Eigenbasis, Kronecker
 from hessfunc.kronecker.moments import Sharing, by_row
 from hessfunc.kronecker.uses import observed
 from hessfunc.losses import Loss

@@ -1,19 +1,17 @@
-"""Diagonal blocks in factored form: dense, Kronecker products, eigenbases, congruences and sums."""
+"""Diagonal blocks in factored form: Kronecker products, eigenbases, congruences and others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hessfunc.kronecker.blocks import Block, Spectrum, decomposition
-from hessfunc.kronecker.linear_maps import Layout
+from hessfunc.kronecker.block import Block, Damping, Shifted, Spectrum, decomposition
 from hessfunc.memory import AT_ONCE
-from hessfunc.options import tensor, validated
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,6 +28,12 @@ class Dense(Block):
 
     def trace(self) -> float:
         return float(self.matrix.diagonal().double().sum())
+
+    def diagonal(self) -> Tensor:
+        return self.matrix.diagonal().reshape(self.shape)
+
+    def norm(self) -> float:
+        return float(torch.linalg.matrix_norm(self.matrix.double()))
 
     def _product(self, rows: Tensor) -> Tensor:
         return rows @ self.matrix
@@ -63,6 +67,17 @@ class Kronecker(Block):
         left, right = (_diagonal(factor).double().sum(1) for factor in (self.left, self.right))
         return float(left @ right)
 
+    def diagonal(self) -> Tensor:
+        pairs = _diagonal(self.left)[:, :, None] * _diagonal(self.right)[:, None]
+        return pairs.reshape(self.shape)
+
+    def norm(self) -> float:
+        # |B (x) A|_F = |B|_F |A|_F, and the squares of the groups add up.
+        left, right = (
+            factor.double().square().flatten(1).sum(1) for factor in (self.left, self.right)
+        )
+        return math.sqrt(float(left @ right))
+
     def _product(self, rows: Tensor) -> Tensor:
         # (B (x) A) vec(V) = vec(B V A') with V flattened row by row, and A is symmetric.
         weights = _weights(rows, self.left, self.right)
@@ -75,13 +90,31 @@ class Kronecker(Block):
     def _decomposed(self) -> Spectrum:
         # B = L diag(b) L' and A = R diag(a) R' give B (x) A = (L (x) R) diag(b (x) a) (L (x) R)'.
         # To first order, the error of a product b a is |da| |b| + |db| |a|.
-        (b, b_rounding, left), (a, a_rounding, right) = (
-            _decomposition(self.left),
-            _decomposition(self.right),
-        )
+        (b, b_rounding, left), (a, a_rounding, right) = self._sides
         b, a = b[:, :, None], a[:, None, :]
         rounding = b_rounding[:, :, None] * a.abs() + b.abs() * a_rounding[:, None, :]
         return _in_basis(b * a, rounding, left, right)
+
+    @cached_property
+    def _sides(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """Eigenvalues of both factors, their rounding errors, and the eigenvectors."""
+        return _decomposition(self.left), _decomposition(self.right)
+
+    def _shifted(self, damping: float, method: Damping = "exact") -> Shifted:
+        if method == "exact":
+            return super()._shifted(damping)
+        (b, b_rounding, _), (a, a_rounding, _) = self._sides
+        ratio = torch.ones_like(b[:, :1])
+        if method == "heuristic":
+            # pi = sqrt((tr A / K) / (tr B / O)) for each group, 1 if a trace vanishes.
+            means = a.mean(1, keepdim=True) / b.mean(1, keepdim=True)
+            ratio = torch.where((means > 0) & means.isfinite(), means, 1.0).sqrt()
+        b, a = b + damping**0.5 / ratio, a + damping**0.5 * ratio
+        b, a = b[:, :, None], a[:, None, :]
+        rounding = b_rounding[:, :, None] * a.abs() + b.abs() * a_rounding[:, None, :]
+        values = (b * a).flatten()
+        is_positive = (values > 0) & torch.tensor(damping > 0, device=values.device)
+        return Shifted(values, rounding.flatten(), is_positive)
 
     @property
     def _like(self) -> Tensor:
@@ -106,6 +139,15 @@ class Eigenbasis(Block):
 
     def trace(self) -> float:
         return float(self.values.double().sum())
+
+    def diagonal(self) -> Tensor:
+        # The entry (o, k) is sum_jl L[o, j]^2 s[j, l] R[k, l]^2.
+        return _times(self.values, self.left.square(), adjoint(self.right.square())).reshape(
+            self.shape
+        )
+
+    def norm(self) -> float:
+        return float(self.values.double().norm())
 
     def _product(self, rows: Tensor) -> Tensor:
         return self._spectrum.lift(self._spectrum.project(rows) * self._spectrum.values)
@@ -158,7 +200,8 @@ def _diagonal(factor: Tensor) -> Tensor:
 
 
 def _square(factor: Tensor) -> Tensor:
-    return torch.diag_embed(factor) if factor.dim() == 2 else factor
+    # `torch.kron` needs contiguous matrices, and those of eigenvectors are not.
+    return torch.diag_embed(factor) if factor.dim() == 2 else factor.contiguous()
 
 
 def _decomposition(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,6 +227,12 @@ class DiagonalBlock(Block):
     def trace(self) -> float:
         return float(self.values.double().sum())
 
+    def diagonal(self) -> Tensor:
+        return self.values
+
+    def norm(self) -> float:
+        return float(self.values.double().norm())
+
     def _product(self, rows: Tensor) -> Tensor:
         return rows * self.values.flatten()
 
@@ -198,50 +247,6 @@ class DiagonalBlock(Block):
     @property
     def _like(self) -> Tensor:
         return self.values
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Permuted(Block):
-    """Matrix on the entries of a parameter in another order, as for a transposed weight.
-
-    Attributes:
-        inner: Matrix on the permuted entries.
-        layout: View of the parameter, and the permutation of its axes.
-        shape: Shape of the parameter.
-    """
-
-    inner: Block
-    layout: Layout
-    shape: torch.Size
-
-    def trace(self) -> float:
-        return self.inner.trace()
-
-    def _permuted(self, rows: Tensor) -> Tensor:
-        return self.layout.permuted(rows).flatten(1)
-
-    def _restored(self, rows: Tensor) -> Tensor:
-        return self.layout.restored(rows.view(len(rows), *self.layout.sizes), torch.Size((self.n,)))
-
-    def _product(self, rows: Tensor) -> Tensor:
-        inner = self._permuted(rows).view(len(rows), *self.inner.shape)
-        return self._restored(self.inner.matvec(inner).flatten(1))
-
-    def _dense(self) -> Tensor:
-        return self._restored(self._restored(self.inner.dense()).mT)
-
-    def _decomposed(self) -> Spectrum:
-        inner = self.inner._spectrum
-        return Spectrum(
-            inner.values,
-            inner.rounding,
-            lambda rows: inner.project(self._permuted(rows)),
-            lambda rows: self._restored(inner.lift(rows)),
-        )
-
-    @property
-    def _like(self) -> Tensor:
-        return self.inner._like
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -270,6 +275,15 @@ class Congruence(Block):
         summed = torch.einsum("gopgoq->gpq", view)
         seconds = torch.einsum("mgkp,mgkq->gpq", self.inputs, self.inputs)
         return float((summed.double() * seconds.double()).sum() / len(self.inputs))
+
+    def diagonal(self) -> Tensor:
+        # The entry (g, o, k) is mean_m sum_pq X[g, k, p] H[g, o, p, g, o, q] X[g, k, q].
+        groups, outputs, positions = self._sizes
+        view = self.hessian.view(groups * outputs, positions, groups * outputs, positions)
+        own = torch.einsum("apaq->apq", view).view(groups, outputs, positions, positions)
+        half = torch.einsum("mgkp,gopq->mgokq", self.inputs, own)
+        total = torch.einsum("mgokq,mgkq->gok", half, self.inputs) / len(self.inputs)
+        return total.reshape(self.shape)
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
@@ -328,42 +342,3 @@ class Congruence(Block):
     @property
     def _like(self) -> Tensor:
         return self.hessian
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class DirectSum(Block):
-    """Direct sum of diagonal blocks, each on consecutive rows of one parameter.
-
-    Attributes:
-        parts: Diagonal blocks, in the order of the rows.
-        shape: Shape of the parameter.
-    """
-
-    parts: tuple[Block, ...]
-    shape: torch.Size
-
-    def trace(self) -> float:
-        return math.fsum(part.trace() for part in self.parts)
-
-    @validated(block=tensor)
-    def inverse_matvec(self, block: Tensor, damping: float, /) -> Tensor:
-        return self._each(block, lambda part, rows: part.inverse_matvec(rows, damping))
-
-    @validated
-    def logdet(self, damping: float = 0.0, /) -> float:
-        return math.fsum(part.logdet(damping) for part in self.parts)
-
-    def _each(self, block: Tensor, fn: Callable[[Block, Tensor], Tensor]) -> Tensor:
-        pieces = block.split([part.shape[0] for part in self.parts], dim=1)
-        return torch.cat([fn(p, rows) for p, rows in zip(self.parts, pieces, strict=True)], dim=1)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        block = rows.view(len(rows), *self.shape)
-        return self._each(block, lambda part, piece: part.matvec(piece)).flatten(1)
-
-    def _dense(self) -> Tensor:
-        return torch.block_diag(*(part.dense() for part in self.parts))
-
-    @property
-    def _like(self) -> Tensor:
-        return self.parts[0]._like

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hessfunc.kronecker.blocks import Block
+from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.calls import refuse_compiled
 from hessfunc.kronecker.evaluation import Unsupported
 from hessfunc.kronecker.factored import Columns, FactoredCurvature

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hessfunc.kronecker.blocks import Block
-from hessfunc.kronecker.factored_blocks import Congruence, Dense, DirectSum, Kronecker
+from hessfunc.kronecker.block import Block
+from hessfunc.kronecker.composite_blocks import DirectSum
+from hessfunc.kronecker.factored_blocks import Congruence, Dense, Kronecker
 from hessfunc.kronecker.jacobians import EachExample, Jacobian
 from hessfunc.options import described
 from hessfunc.transforms.taps import Residual, positive

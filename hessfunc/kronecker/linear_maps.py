@@ -13,9 +13,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.results.result import Saved
+
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Saved):
     """Order in which a parameter holds the weights ``W[g, o, k]`` of a grouped linear map.
 
     Attributes:

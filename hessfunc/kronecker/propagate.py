@@ -9,7 +9,8 @@ from typing import Any, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from hessfunc.kronecker.blocks import Block, Blocks
+from hessfunc.kronecker.block import Block
+from hessfunc.kronecker.blocks import Blocks
 from hessfunc.kronecker.calls import (
     ModelCall,
     linearising,

@@ -1,121 +1,118 @@
-"""Blocks against their dense matrices."""
+"""Block-diagonal matrices against the dense matrix of all parameters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import nn
 
 import hessfunc as hf
-from hessfunc.kronecker import Block, Congruence, Dense, DirectSum, Eigenbasis, Kronecker
+from tests.kronecker.cases import Net, dense, net
+
+DAMPING = 0.05
 
 
-def matrix(*batch: int, n: int, seed: int, positive: bool = True) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(*batch, n, n, generator=generator, dtype=torch.float64)
-    return root @ root.mT / n if positive else (root + root.mT) / 2
+class Mixed(nn.Module):
+    """Parameters with blocks of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.randn(4, 5))
+        self.norm, self.recurrent = nn.LayerNorm(5), nn.LSTM(5, 3, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(torch.tanh(self.layer(x)) @ self.weight)
+        return self.recurrent(x[:, None])[0][:, 0]
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def case() -> Net:
+    return net(Mixed, 4, examples=5)
 
 
-def shared(groups: int, outputs: int, fan_in: int, positions: int, examples: int = 1) -> Congruence:
-    hessian = matrix(n=groups * outputs * positions, seed=3, positive=False)
-    inputs = random(examples, groups, fan_in, positions)
-    return Congruence(hessian, inputs, torch.Size((groups * outputs, fan_in)))
+FAMILIES = {"kflr": hf.kronecker.kflr, "ekfac": hf.kronecker.ekfac}
 
 
-def rotation(*batch: int, n: int) -> Tensor:
-    return torch.linalg.eigh(matrix(*batch, n=n, seed=7)).eigenvectors
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
+def blocks(request: pytest.FixtureRequest) -> hf.kronecker.Blocks:
+    made = case()
+    curvature = request.param(made.loss, made.model, unsupported="diagonal")
+    return curvature(made.params, made.batch)
 
 
-BLOCKS: dict[str, Block] = {
-    "dense": Dense(matrix(n=6, seed=0, positive=False), torch.Size((2, 3))),
-    "kronecker": Kronecker(matrix(1, n=3, seed=1), matrix(1, n=4, seed=2), torch.Size((3, 4))),
-    "kronecker, indefinite": Kronecker(
-        matrix(1, n=3, seed=1, positive=False), matrix(1, n=4, seed=2), torch.Size((3, 4))
-    ),
-    "kronecker, groups": Kronecker(
-        matrix(2, n=3, seed=1), matrix(2, n=4, seed=2), torch.Size((6, 2, 2))
-    ),
-    "eigenbasis": Eigenbasis(
-        rotation(2, n=3), rotation(2, n=4), random(2, 3, 4).square(), torch.Size((6, 4))
-    ),
-    "rank one": shared(1, 3, 4, 1),
-    "few positions": shared(2, 3, 4, 2),
-    "many positions": shared(2, 2, 2, 5),
-    "each example": shared(2, 2, 3, 2, examples=3),
-    "direct sum": DirectSum(
-        (
-            Kronecker(matrix(1, n=2, seed=1), matrix(1, n=4, seed=2), torch.Size((2, 4))),
-            shared(1, 3, 4, 1),
-        ),
-        torch.Size((5, 4)),
-    ),
-}
+def whole(blocks: hf.kronecker.Blocks) -> torch.Tensor:
+    return torch.block_diag(*dense(blocks).values())
 
 
-@pytest.fixture(params=BLOCKS.values(), ids=BLOCKS.keys())
-def block(request: pytest.FixtureRequest) -> Block:
-    return request.param
+def test_names_of_diagonals(blocks: hf.kronecker.Blocks) -> None:
+    assert blocks.diagonals == tuple(name for name in blocks if name.startswith("recurrent"))
+    assert len(blocks) == 9
 
 
-def test_products_are_those_of_the_dense_matrix(block: Block) -> None:
-    vectors = random(4, *block.shape)
-    expected = vectors.flatten(1) @ block.dense()
-    torch.testing.assert_close(block.matvec(vectors).flatten(1), expected)
+def test_numbers_of_the_whole_matrix(blocks: hf.kronecker.Blocks) -> None:
+    matrix = whole(blocks)
+    damped = matrix + DAMPING * torch.eye(len(matrix), dtype=torch.float64)
+    assert blocks.trace() == pytest.approx(float(matrix.trace()), rel=1e-9)
+    assert blocks.norm() == pytest.approx(float(matrix.norm()), rel=1e-9)
+    assert blocks.logdet(DAMPING) == pytest.approx(float(torch.logdet(damped)), rel=1e-9)
+    torch.testing.assert_close(hf.ravel(blocks.diagonal()), matrix.diagonal())
+    expected = torch.linalg.eigvalsh(matrix).flip(0)
+    torch.testing.assert_close(blocks.eigenvalues(), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_dense_matrix_is_symmetric(block: Block) -> None:
-    torch.testing.assert_close(block.dense(), block.dense().mT)
+def test_products_of_the_whole_matrix(blocks: hf.kronecker.Blocks) -> None:
+    matrix, block = whole(blocks), hf.random_like(case().params, 3, seed=0)
+    rows = torch.cat([leaf.flatten(1) for leaf in block.values()], 1)
+    values, basis = torch.linalg.eigh(matrix + DAMPING * torch.eye(len(matrix)).double())
+    products = [
+        (-1, blocks.inverse_matvec(block, DAMPING)),
+        (-1, blocks.inverse(DAMPING)(block)),
+        (0.5, blocks.power_matvec(block, 0.5, DAMPING)),
+    ]
+    for exponent, product in products:
+        expected = rows @ (basis * values**exponent) @ basis.mT
+        made = torch.cat([leaf.flatten(1) for leaf in product.values()], 1)
+        torch.testing.assert_close(made, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_trace(block: Block) -> None:
-    assert block.trace() == pytest.approx(float(block.dense().trace()), rel=1e-12)
+def test_samples_of_blocks_are_independent(blocks: hf.kronecker.Blocks) -> None:
+    """The damped square root gives back the independent normal numbers of the seed."""
+    samples = blocks.sample(2, DAMPING, seed=1)
+    normal = hf.random_like(case().params, 2, kind="normal", seed=1)
+    for name, leaf in blocks.power_matvec(samples, 0.5, DAMPING).items():
+        torch.testing.assert_close(leaf, normal[name], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("damping", [100.0, 1e-3, -0.01])
-def test_inverse_times_the_matrix_is_the_identity(block: Block, damping: float) -> None:
-    vectors = random(3, *block.shape)
-    there = block.matvec(vectors) + damping * vectors
-    torch.testing.assert_close(block.inverse_matvec(there, damping), vectors, rtol=1e-8, atol=1e-8)
+@pytest.mark.parametrize("solver", [hf.cg, hf.minres])
+@pytest.mark.parametrize("method", ["exact", "factored", "heuristic"])
+def test_preconditioners(blocks: hf.kronecker.Blocks, solver: Callable, method: str) -> None:
+    """The blocks themselves are solved in one product, and the exact matrix in fewer."""
+    made = case()
+    b = torch.func.grad(made.loss)(made.params, made.batch)
+    preconditioner = blocks.inverse(DAMPING, method=method)
+    options = {"damping": DAMPING, "rtol": 1e-10, "max_matvecs": 500}
+    solution = solver(blocks, b, preconditioner=preconditioner, **options)
+    assert solution.converged
+    if method == "exact":
+        assert solution.matvecs <= 4
+    matvec = hf.ggnvp(made.loss)(made.params, made.batch)
+    assert solver(matvec, b, preconditioner=preconditioner, **options).converged
 
 
-def test_logdet(block: Block) -> None:
-    damping = 1 - float(torch.linalg.eigvalsh(block.dense())[0])
-    expected = torch.linalg.slogdet(block.dense() + damping * torch.eye(block.n).double()).logabsdet
-    assert block.logdet(damping) == pytest.approx(float(expected), rel=1e-9)
-
-
-def test_algorithms_take_the_matvec(block: Block) -> None:
-    like = torch.zeros(block.shape, dtype=torch.float64)
-    top = hf.lanczos(block.matvec, like, k=1, which="LA", seed=0, rtol=1e-8).values[0]
-    assert float(top) == pytest.approx(float(torch.linalg.eigvalsh(block.dense())[-1]), rel=1e-6)
-    b = random(*block.shape)
-    found = hf.cg(block.matvec, b, damping=100.0, rtol=1e-12).x
-    torch.testing.assert_close(found, block.inverse_matvec(b[None], 100.0)[0])
-
-
-def test_singular_matrices_are_refused() -> None:
-    block = BLOCKS["rank one"]
-    with pytest.raises(ValueError, match="singular up to rounding: pass a larger damping"):
-        block.inverse_matvec(random(1, *block.shape), 0.0)
-    with pytest.raises(ValueError, match="damping=nan"):
-        block.inverse_matvec(random(1, *block.shape), float("nan"))
-
-
-def test_logdet_of_an_indefinite_matrix_is_refused() -> None:
-    with pytest.raises(ValueError, match="not positive definite: its smallest eigenvalue is -"):
-        BLOCKS["kronecker, indefinite"].logdet(1e-3)
-
-
-def test_a_single_vector_is_refused(block: Block) -> None:
-    with pytest.raises(ValueError, match=r"expected a vector block of shape \(k, "):
-        block.matvec(random(*block.shape))
-
-
-def test_a_dense_matrix_that_does_not_fit_is_refused() -> None:
-    huge = Kronecker(torch.eye(2000)[None], torch.eye(2000)[None], torch.Size((2000, 2000)))
-    with pytest.raises(MemoryError, match="4000000 x 4000000 entries.*cg"):
-        huge.dense()
-    assert huge.trace() == 4e6
-    assert huge.logdet(1.0) == pytest.approx(4e6 * 0.6931471805599453)
+def test_saved_and_loaded_in_another_process(blocks: hf.kronecker.Blocks, tmp_path: Path) -> None:
+    path = tmp_path / "blocks.npz"
+    blocks.save(path)
+    loaded = hf.load(path)
+    assert list(loaded) == list(blocks)
+    block = hf.random_like(case().params, 2, seed=0)
+    for name, leaf in loaded.inverse_matvec(block, DAMPING).items():
+        expected = blocks.inverse_matvec(block, DAMPING)[name]
+        torch.testing.assert_close(leaf, expected, rtol=0, atol=0)
+    code = f"import hessfunc as hf; print(hf.load({str(path)!r}).trace())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == blocks.trace()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hessfunc.kronecker import Congruence, Dense, DirectSum, Eigenbasis, Kronecker
+from hessfunc.kronecker import Congruence, DiagonalBlock, Eigenbasis, Kronecker
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -49,8 +49,27 @@ def test_a_congruence_is_the_mean_over_examples() -> None:
     torch.testing.assert_close(block.dense(), torch.stack(parts).mean(0))
 
 
-def test_a_direct_sum_is_block_diagonal() -> None:
-    first = Dense(symmetric(6, 1), torch.Size((2, 3)))
-    second = Kronecker(symmetric(1, 2)[None], symmetric(3, 3)[None], torch.Size((1, 3)))
-    block = DirectSum((first, second), torch.Size((3, 3)))
-    torch.testing.assert_close(block.dense(), torch.block_diag(first.dense(), second.dense()))
+def test_factors_of_two_axes_are_diagonals() -> None:
+    left, right, values = random(1, 3).exp(), random(1, 4).exp(), random(1, 3, 4).square()
+    basis = torch.linalg.eigh(symmetric(4, 2)).eigenvectors[None]
+    shape = torch.Size((3, 4))
+    pairs = [
+        (Kronecker(left, right, shape), Kronecker(left.diag_embed(), right.diag_embed(), shape)),
+        (
+            Eigenbasis(torch.ones_like(left), basis, values, shape),
+            Eigenbasis(torch.ones_like(left).diag_embed(), basis, values, shape),
+        ),
+    ]
+    for block, expected in pairs:
+        torch.testing.assert_close(block.dense(), expected.dense())
+        vectors = random(2, 3, 4, seed=5)
+        torch.testing.assert_close(
+            block.inverse_matvec(vectors, 0.1), expected.inverse_matvec(vectors, 0.1)
+        )
+
+
+def test_a_diagonal_block_is_a_diagonal_matrix() -> None:
+    values = random(2, 3).square()
+    block = DiagonalBlock(values, torch.Size((2, 3)))
+    torch.testing.assert_close(block.dense(), torch.diag(values.flatten()))
+    assert block.is_diagonal

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -40,37 +41,23 @@ def versions() -> dict[str, str]:
     return packages
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Result(Displayed):
-    """Base class of all results, with the cost of the run and its reason to stop.
+class Saved:
+    """Base class of dataclasses that can be saved, and loaded with `load`."""
 
-    Attributes:
-        matvecs: Number of products with one vector.
-        passes: Number of calls of the matvec; each multiplies a whole block of vectors.
-        reason: Reason for which the run stopped, such as "converged: ..." or "budget exhausted
-            ...".
-        seed: Seed with which the run can be repeated, or None if nothing random took part.
-        versions: Versions of the packages that made the result, by name.
-    """
-
-    matvecs: int
-    passes: int
-    reason: str
-    seed: int | None
-    versions: dict[str, str] = field(default_factory=versions)
-
-    kinds: ClassVar[dict[str, type[Result]]] = {}
+    kinds: ClassVar[dict[str, type[Saved]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Result.kinds[cls.__name__] = cls
+        Saved.kinds[cls.__name__] = cls
 
-    def _summary(self) -> dict[str, str]:
-        return {**super()._summary(), "matvecs": str(self.matvecs), "reason": self.reason}
+    def _saved(self) -> dict[str, Any]:
+        """Return the values to save, by name."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}  # type: ignore[arg-type]
 
-    def achieved(self) -> Achieved:
-        """Return the numbers that show how far a running result is."""
-        return NOTHING
+    @classmethod
+    def _loaded(cls, values: dict[str, Any]) -> Saved:
+        """Return the object with these values, as `_saved` returns them."""
+        return cls(**values)
 
     def save(self, path: str | os.PathLike[str], /) -> None:
         """Write the result to one ``.npz`` file, which `load` reads without pickle.
@@ -99,6 +86,33 @@ class Result(Displayed):
             ) from None
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Result(Displayed, Saved):
+    """Base class of all results, with the cost of the run and its reason to stop.
+
+    Attributes:
+        matvecs: Number of products with one vector.
+        passes: Number of calls of the matvec; each multiplies a whole block of vectors.
+        reason: Reason for which the run stopped, such as "converged: ..." or "budget exhausted
+            ...".
+        seed: Seed with which the run can be repeated, or None if nothing random took part.
+        versions: Versions of the packages that made the result, by name.
+    """
+
+    matvecs: int
+    passes: int
+    reason: str
+    seed: int | None
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def _summary(self) -> dict[str, str]:
+        return {**super()._summary(), "matvecs": str(self.matvecs), "reason": self.reason}
+
+    def achieved(self) -> Achieved:
+        """Return the numbers that show how far a running result is."""
+        return NOTHING
+
+
 def judged(result: AnyResult, reason: str | None, /) -> AnyResult:
     """Return the last result of a run, which has converged if its own numbers say so.
 
@@ -122,23 +136,36 @@ def array(tensor: Tensor, /) -> np.ndarray[Any, Any]:
     return known.detach().cpu().numpy()
 
 
-def _plain(result: Result, prefix: str, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+def _plain(result: Saved, prefix: str, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
     """Return the fields of a result as plain data, and put its tensors into ``arrays``."""
     plain: dict[str, Any] = {"kind": type(result).__name__}
-    for item in dataclasses.fields(result):
-        value, key = getattr(result, item.name), prefix + item.name
-        if isinstance(value, Result):
-            plain[item.name] = {"result": _plain(value, f"{key}/", arrays)}
+    for name, value in result._saved().items():
+        key = prefix + name
+        if isinstance(value, Saved):
+            plain[name] = {"result": _plain(value, f"{key}/", arrays)}
+        elif isinstance(value, (dict, tuple)) and _is_all_saved(value):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            plain[name] = {
+                "results": {i: _plain(each, f"{key}/{i}/", arrays) for i, each in items},
+                "is_tuple": isinstance(value, tuple),
+            }
         elif isinstance(value, Tensor) or _is_tree(value):
             tensors, structure = flatten(value)
-            plain[item.name] = {"paths": _paths(item.name, structure)}
+            plain[name] = {"paths": _paths(name, structure)}
             for i, leaf in enumerate(tensors):
                 arrays[f"{key}/{i}"] = array(leaf)
+        elif isinstance(value, torch.Size):
+            plain[name] = {"size": value}
         elif isinstance(value, tuple):
-            plain[item.name] = {"tuple": value}
+            plain[name] = {"tuple": value}
         else:
-            plain[item.name] = {"value": value}
+            plain[name] = {"value": value}
     return plain
+
+
+def _is_all_saved(values: dict[str, Any] | tuple[Any, ...]) -> bool:
+    each = values.values() if isinstance(values, dict) else values
+    return bool(values) and all(isinstance(value, Saved) for value in each)
 
 
 def _paths(name: str, structure: PyTreeSpec) -> list[list[str | int]]:
@@ -169,8 +196,8 @@ def _is_tree(value: Any) -> bool:
 
 
 @validated
-def load(path: str | os.PathLike[str], /) -> Result:
-    """Load a result that `Result.save` has written.
+def load(path: str | os.PathLike[str], /) -> Any:
+    """Load a result that its ``save`` method has written.
 
     Args:
         path: Path of the file.
@@ -218,14 +245,20 @@ class _MissingFileError(FileNotFoundError, ValueError):
     """Missing file, caught both as a missing file and as a wrong argument."""
 
 
+# Package above this one with more classes that can be saved, imported when a file has one of them.
+_LATER = "hessfunc.kronecker"
+
+
 class _UnknownKindError(Exception):
     """Class of a result that this version does not have."""
 
 
-def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> Result:
+def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> Saved:
     """Return the result that `_plain` has turned into plain data and arrays."""
     kind = plain.pop("kind")
-    if kind not in Result.kinds:
+    if kind not in Saved.kinds:
+        import_module(_LATER)
+    if kind not in Saved.kinds:
         raise _UnknownKindError(kind)
     values: dict[str, Any] = {}
     for name, item in plain.items():
@@ -234,12 +267,18 @@ def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> 
             values[name] = item["value"]
         elif "tuple" in item:
             values[name] = tuple(item["tuple"])
+        elif "size" in item:
+            values[name] = torch.Size(item["size"])
         elif "result" in item:
             values[name] = _restored(item["result"], f"{key}/", arrays)
+        elif "results" in item:
+            parts = item["results"].items()
+            each = {i: _restored(part, f"{key}/{i}/", arrays) for i, part in parts}
+            values[name] = tuple(each.values()) if item["is_tuple"] else each
         else:
             tensors = [torch.from_numpy(arrays[f"{key}/{i}"]) for i in range(len(item["paths"]))]
             values[name] = _nested(item["paths"], tensors)
-    return Result.kinds[kind](**values)
+    return Saved.kinds[kind]._loaded(values)
 
 
 def _nested(paths: list[list[str | int]], tensors: list[Tensor]) -> Tree:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hessfunc.containers import opened
-from hessfunc.kronecker.blocks import Block, Blocks
+from hessfunc.kronecker.block import Block
+from hessfunc.kronecker.blocks import Blocks
 from hessfunc.kronecker.factored_blocks import Eigenbasis, Kronecker
 
 
