@@ -53,6 +53,7 @@ _HOMES = {
     "ravel": "spaces.of",
     "unravel": "spaces.of",
     "random_like": "spaces.of",
+    "overlap": "algorithms.overlap",
     # Algorithms
     "lanczos": "algorithms.eigen.lanczos",
     "power_iteration": "algorithms.eigen.power",

@@ -22,6 +22,7 @@ from hessfunc.algorithms.functions.product import function as function
 from hessfunc.algorithms.functions.spectral_sum import logdet as logdet
 from hessfunc.algorithms.functions.spectral_sum import trace_of_function as trace_of_function
 from hessfunc.algorithms.matrix import matrix as matrix
+from hessfunc.algorithms.overlap import overlap as overlap
 from hessfunc.algorithms.results import load as load
 from hessfunc.algorithms.results import pool as pool
 from hessfunc.algorithms.solve.cg import cg as cg

@@ -392,6 +392,7 @@ CALLS: dict[str, Call] = {
         {"rows": None, "columns": [0, 1], "chunk_size": 2, "callback": None, "progress": None},
     ),
     "inner": Call({"a": B, "b": B}),
+    "overlap": Call({"a": PAIRS, "b": B}, {"like": LIKE, "space": None}),
     "block_spectra": Call(
         OF_DATA,
         {

@@ -94,6 +94,7 @@ SAMPLES: dict[type[Displayed], Callable[[], Any]] = {
     GeneralizedSharpness: lambda: hf.generalized_sharpness(
         MATVEC, torch.zeros(8, dtype=D), lambda v: (v.abs().sum(1), v.sign()), seed=0
     ),
+    hf.results.Overlap: lambda: hf.overlap(hf.lanczos(MATVEC, LIKE, k=2, seed=0), B),
     hf.results.Check: lambda: hf.check(MATVEC, LIKE),
     BlockSpectra: lambda: hf.block_spectra(*problem()[:2], [BATCH]),
     Measurement: lambda: Measurement(**POINT),

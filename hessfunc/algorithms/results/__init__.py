@@ -12,6 +12,7 @@ from hessfunc.algorithms.results.estimate import (
 from hessfunc.algorithms.results.implicit_gradient import ImplicitGradient
 from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.algorithms.results.matrix_function import MatrixFunction
+from hessfunc.algorithms.results.overlap import Overlap
 from hessfunc.algorithms.results.result import Result, load
 from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.results.sharpness import GeneralizedSharpness, Sharpness
@@ -33,6 +34,7 @@ __all__ = [
     "GeneralizedSharpness",
     "Sharpness",
     "Check",
+    "Overlap",
     "Progress",
     "load",
     "pool",
