@@ -239,6 +239,8 @@ ARGUMENTS: dict[str, Check] = {
     "backend": anything,
     "against": text,
     "quantity": text,
+    "label": text,
+    "color": anything,
     "scale": text,
     # Figures
     "ax": axes,

@@ -13,6 +13,7 @@ from hessfunc.plot.density import density
 from hessfunc.plot.eigenvalues import eigenvalues
 from hessfunc.plot.history import history
 from hessfunc.plot.layers import layers
+from hessfunc.plot.overlap import overlap
 from hessfunc.plot.surface import surface
 from hessfunc.plot.tracked import tracked
 from hessfunc.plot.trainings import trainings
@@ -26,6 +27,7 @@ __all__ = [
     "curves",
     "contours",
     "surface",
+    "overlap",
     "tracked",
     "trainings",
 ]

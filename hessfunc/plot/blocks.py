@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hessfunc.algorithms.results import Density, Eigenpairs
 from hessfunc.options import anything, panels, validated
 from hessfunc.plot.density import draw as draw_density
 from hessfunc.plot.eigenvalues import draw as draw_eigenvalues
-from hessfunc.plot.style import clean, grid, note, refuse_other
+from hessfunc.plot.style import clean, grid, legend, note, refuse_other
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Width and height of one panel, in inches.
-_PANEL = (2.4, 1.8)
-_MOST_COLUMNS = 4
+_PANEL = (2.7, 1.9)
+_MOST_COLUMNS = 2
 
 
 @validated(spectra=anything, ax=panels)
 def blocks(
-    spectra: Mapping[str, Density | Eigenpairs], /, *, ax: Iterable[Axes] | None = None
+    spectra: Mapping[str, Density | Eigenpairs],
+    /,
+    *,
+    ax: Iterable[Axes] | None = None,
+    label: str | None = None,
+    color: Any = None,
 ) -> NDArray[np.object_]:
     """Draw the spectrum of each diagonal block in its own panel, as `density` or `eigenvalues`.
 
@@ -33,6 +38,9 @@ def blocks(
     Args:
         spectra: Results by block, as `block_spectra` returns them.
         ax: Array of Axes, at least one for each block; by default a new figure.
+        label: Name of the run in the legend of the first panel. Draw several runs on the same
+            ``ax`` to compare them.
+        color: Colour of the run; by default the next one of the Axes.
 
     Returns:
         The Axes of the blocks, ``(blocks,)``.
@@ -53,9 +61,11 @@ def blocks(
             f"{len(panels)} Axes are too few for {len(spectra)} blocks: pass one for each block"
         )
     for panel, (name, result) in zip(panels, spectra.items(), strict=False):
-        _draw(clean(panel), name, result)
-        panel.tick_params(labelsize="x-small")
+        _draw(clean(panel), name, result, label, color)
+        panel.tick_params(labelsize="small")
         panel.locator_params(axis="x", nbins=4)
+    if label is not None:
+        legend(panels[0])
     return panels[: len(spectra)]
 
 
@@ -68,13 +78,16 @@ def _panels(count: int) -> NDArray[np.object_]:
     return panels[:count]
 
 
-def _draw(panel: Axes, name: str, result: Density | Eigenpairs) -> None:
+def _draw(
+    panel: Axes, name: str, result: Density | Eigenpairs, label: str | None, color: Any
+) -> None:
     match result:
         case Density():
-            draw_density(result, panel, width=result.width, eigenvalues=None)
+            run: Any = {"label": label, "color": color}
+            draw_density(result, panel, width=result.width, eigenvalues=None, **run)
             note(panel, (name, f"n = {result.n:,}"))
         case Eigenpairs():
-            draw_eigenvalues(result, panel)
+            draw_eigenvalues(result, panel, label=label, color=color)
             note(panel, (name,))
         case _:
             raise TypeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,14 +14,15 @@ from hessfunc.algorithms.results import Density, Eigenpairs
 from hessfunc.options import anything, several_eigenpairs, validated
 from hessfunc.plot.style import (
     DASHED,
-    FIRST,
     QUIET,
-    SECOND,
+    accent,
     clean,
+    covering,
     legend,
     new_axes,
     note,
     refuse_other,
+    series_colour,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def density(
     ax: Axes | None = None,
     eigenvalues: Eigenpairs | Sequence[Eigenpairs] | None = None,
     width: float | None = None,
+    label: str | None = None,
+    color: Any = None,
 ) -> Axes:
     """Draw the smoothed spectral density on a log axis, with its outliers as sticks.
 
@@ -52,10 +55,12 @@ def density(
         eigenvalues: Result or results whose eigenvalues are drawn as sticks. By default the sticks
             are the isolated Ritz values, at least five widths from the next one of the same probe.
         width: Width of the Gaussians, in units of the eigenvalues; by default ``density.width``.
+        label: Name of the run in the legend. Draw several runs on the same ``ax`` to compare them.
+        color: Colour of the run; by default the next one of the Axes.
 
     Raises:
         TypeError: If ``density`` is not a `Density`.
-        ValueError: If the width is not positive and finite.
+        ValueError: If the width is not positive and finite, or if the colour is unknown.
     """
     refuse_other(density, Density, "`density` takes a density, as returned by slq(matvec, params)")
     width = density.width if width is None else width
@@ -63,7 +68,7 @@ def density(
         raise ValueError(f"width={width}: the width must be positive and finite")
     ax = clean(new_axes() if ax is None else ax)
     pairs = [eigenvalues] if isinstance(eigenvalues, Eigenpairs) else eigenvalues
-    draw(density, ax, width=width, eigenvalues=pairs)
+    draw(density, ax, width=width, eigenvalues=pairs, label=label, color=color)
     ax.set(xlabel="eigenvalue", ylabel="spectral density")
     probes, steps = density.nodes.shape
     note(
@@ -79,7 +84,13 @@ def density(
 
 
 def draw(
-    density: Density, ax: Axes, *, width: float, eigenvalues: Sequence[Eigenpairs] | None
+    density: Density,
+    ax: Axes,
+    *,
+    width: float,
+    eigenvalues: Sequence[Eigenpairs] | None,
+    label: str | None = None,
+    color: Any = None,
 ) -> None:
     """Draw the curve, its band and its outliers on a log axis, without labels."""
     # Height of the Gaussian of one eigenvalue, whose mass is 1 / n.
@@ -96,19 +107,26 @@ def draw(
     curve = curves.mean(0)
     floor, top = 0.1 * min(one, float(curve.max())), 3 * float(curve.max())
 
-    ax.fill_between(grid, floor, curve.clamp_min(floor), color=FIRST, alpha=0.1, linewidth=0)
+    several = ax.has_data()
+    colour = series_colour(ax, color)
+    own = several or label is not None
+    sticks_colour = accent(ax, colour, overlaid=own)
+    ax.fill_between(grid, floor, curve.clamp_min(floor), color=colour, alpha=0.1, linewidth=0)
     if len(curves) > 1:
         below, above = (edge.clamp_min(floor) for edge in (curves.amin(0), curves.amax(0)))
-        name = f"range of {len(curves)} probes"
-        ax.fill_between(grid, below, above, color=FIRST, alpha=0.25, linewidth=0, label=name)
-    ax.plot(grid, curve, color=FIRST, linewidth=1.4, label="density")
+        band = None if own else f"range of {len(curves)} probes"
+        ax.fill_between(grid, below, above, color=colour, alpha=0.25, linewidth=0, label=band)
+    ax.plot(grid, curve, color=colour, linewidth=1.4, label=label or "density")
     if len(sticks):
         heights = _by_probe(density, sticks, width).mean(0).clamp_min(2 * floor)
-        ax.vlines(sticks, floor, heights, color=SECOND, linewidth=1.1)
+        ax.vlines(sticks, floor, heights, color=sticks_colour, linewidth=1.1)
         name = "eigenvalues" if eigenvalues else "isolated Ritz values"
-        ax.plot(sticks, heights, "o", color=SECOND, markersize=4, label=name)
+        style: Any = {"color": sticks_colour, "markersize": 4, "label": None if own else name}
+        ax.plot(sticks, heights, "o", **style)
     ax.axhline(one, color=QUIET, linewidth=0.8, linestyle=DASHED, label="one eigenvalue")
-    ax.set(yscale="log", xlim=(low, high), ylim=(floor, top))
+    ax.set_yscale("log")
+    covering(ax, low, high, "x", also=several)
+    covering(ax, floor, top, "y", also=several)
 
 
 def _grid(density: Density, low: float, high: float, width: float) -> Tensor:

@@ -60,7 +60,7 @@ def scaled(scale: Scale | None, values: Heights, /) -> Scale:
     return scale
 
 
-def label(landscape: Landscape, axis: int, /) -> str:
+def coordinate(landscape: Landscape, axis: int, /) -> str:
     """Return the label of an axis of coordinates, with its unit."""
     which = "along the" if landscape.y is None else ("first", "second")[axis]
     return f"{which} direction ({_unit(landscape, axis)})"

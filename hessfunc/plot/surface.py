@@ -9,13 +9,23 @@ import numpy as np
 
 from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.options import anything, validated
-from hessfunc.plot.losses import LEVELS, Scale, aspect, label, losses, scaled, second_axis
-from hessfunc.plot.style import FAINT, QUIET, WHITE, new_axes, refuse_other, shades
+from hessfunc.plot.losses import LEVELS, Scale, aspect, coordinate, losses, scaled, second_axis
+from hessfunc.plot.style import (
+    FAINT,
+    QUIET,
+    WHITE,
+    legend,
+    new_axes,
+    refuse_other,
+    series_colour,
+    set_colours,
+    shades,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SIZE = (6.4, 5.0)
+_SIZE = (5.4, 4.6)
 # Largest number of lines on each axis of the surface.
 _LINES = 101
 # Distance from the lowest point of the surface to the contours below it, relative to its height.
@@ -23,7 +33,15 @@ _GAP = 0.35
 
 
 @validated(landscape=anything)
-def surface(landscape: Landscape, /, *, scale: Scale | None = None, ax: Axes | None = None) -> Axes:
+def surface(
+    landscape: Landscape,
+    /,
+    *,
+    scale: Scale | None = None,
+    ax: Axes | None = None,
+    label: str | None = None,
+    color: Any = None,
+) -> Axes:
     """Draw the loss along two directions as a surface over its contours.
 
     Args:
@@ -31,12 +49,14 @@ def surface(landscape: Landscape, /, *, scale: Scale | None = None, ax: Axes | N
         scale: Scale of the loss, ``"linear"`` or ``"log"``; by default it depends on its range.
         ax: Three-dimensional Axes, ``figure.add_subplot(projection="3d")``; by default a new
             figure.
+        label: Name of the run in the legend.
+        color: Single colour of the surface, for several runs on the same Axes.
 
     Raises:
         TypeError: If ``landscape`` is not a `Landscape`.
         ValueError: If the landscape is along one direction or has fewer than 2 x 2 points, if the
-            loss is finite nowhere, or not positive on a log scale, or if the Axes are
-            two-dimensional.
+            loss is finite nowhere, or not positive on a log scale, if the Axes are
+            two-dimensional, or if the colour is unknown.
     """
     refuse_other(landscape, Landscape, "`surface` takes a landscape, as returned by landscape(...)")
     y, values = second_axis(landscape), losses(landscape)
@@ -53,12 +73,26 @@ def surface(landscape: Landscape, /, *, scale: Scale | None = None, ax: Axes | N
     floor = low - _GAP * (high - low)
     grid = np.meshgrid(landscape.x.numpy(), y.numpy(), indexing="ij")
     levels = np.linspace(low, high, LEVELS)
-    options = {"cmap": shades(), "vmin": low, "vmax": high}
+    several = solid.has_data()
+    set_colours(solid)
+    options: Any = {"cmap": shades(), "vmin": low, "vmax": high}
+    patch = shades()(0.4)
+    if several or color is not None:
+        patch = series_colour(solid, color)
+        options = {"color": patch, "alpha": 0.6}
     lines = {"rcount": _LINES, "ccount": _LINES, "linewidth": 0.15, "edgecolor": (WHITE, 0.35)}
     solid.plot_surface(*grid, heights, **options, **lines)
-    solid.contour(*grid, heights, levels, zdir="z", offset=floor, linewidths=0.8, **options)
+    solid.plot([], [], [], "s", color=patch, label=label)
+    if "cmap" in options:
+        solid.contour(*grid, heights, levels, zdir="z", offset=floor, linewidths=0.8, **options)
+    if several:
+        before = solid.get_zlim()
+        floor, high = min(floor, before[0]), max(high, before[1])
     solid.set(
-        xlabel=label(landscape, 0), ylabel=label(landscape, 1), zlabel="loss", zlim=(floor, high)
+        xlabel=coordinate(landscape, 0),
+        ylabel=coordinate(landscape, 1),
+        zlabel="loss",
+        zlim=(floor, high),
     )
     _quieten(solid)
     sides = np.array([np.ptp(landscape.x.numpy()), np.ptp(y.numpy()) * aspect(landscape)])
@@ -66,6 +100,8 @@ def surface(landscape: Landscape, /, *, scale: Scale | None = None, ax: Axes | N
     solid.set_box_aspect((*sides / sides.max(), 0.8), zoom=0.95)
     ticks = _ticks(low, high, scale)
     solid.set_zticks(list(ticks), list(ticks.values()))
+    if label is not None:
+        legend(solid)
     return solid
 
 

@@ -41,7 +41,7 @@ class _Row:
     lines: Mapping[Any, Quantity]
     scale: Literal["linear", "log"] = "linear"
     of_epochs: bool = False
-    height: float = 3.2
+    height: float = 2.4
 
 
 def _rows(runs: Sequence[Run], batch_size: int | None) -> list[_Row]:
@@ -50,7 +50,7 @@ def _rows(runs: Sequence[Run], batch_size: int | None) -> list[_Row]:
     rows = [_Row(label="loss", lines=loss), _Row(label="accuracy", lines=accuracy)]
     if not any(map(is_tracked, runs)):
         return rows
-    step: Any = {"scale": "log", "of_epochs": True, "height": 2.0}
+    step: Any = {"scale": "log", "of_epochs": True, "height": 1.6}
     return [
         *rows,
         _Row(
@@ -93,7 +93,7 @@ def trainings(runs: Sequence[Run], /, *, batch_size: int | None = None) -> Figur
     rows = _rows(runs, batch_size)
     heights = [row.height for row in rows]
     # Commands write the figure to a file and never show it: keep it out of pyplot.
-    figure = Figure(figsize=(9.6, sum(heights)), layout="constrained")
+    figure = Figure(figsize=(6.4, sum(heights)), layout="constrained")
     panels = figure.subplots(len(rows), 2, sharex="col", sharey="row", height_ratios=heights)
     for row, panel in zip(rows, panels, strict=True):
         panel[0].set_ylabel(row.label)

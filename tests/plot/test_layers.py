@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hessfunc import plot
-from hessfunc.algorithms.results import Estimate
+from hessfunc.algorithms.results import Estimate, LeafEstimate
 from tests.plot.conftest import COST
 
 ONE = Estimate(
@@ -76,3 +76,21 @@ def test_several_estimates_have_student_intervals_of_their_layers() -> None:
 def test_what_has_no_layers_or_no_intervals_is_refused(found: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plot.layers(found)
+
+
+def test_one_estimate_has_the_interval_of_each_layer() -> None:
+    known = replace(ONE, leaf_stderr={"0.weight": 0.5, "0.bias": 0.1})
+    ax = plot.layers(known, level=0.9)
+    for found, part in zip(intervals(ax), known.by_leaf.values(), strict=True):
+        assert isinstance(part, LeafEstimate)
+        assert found == pytest.approx(part.interval(0.9))
+
+
+def test_a_further_run_has_dots_on_the_same_rows() -> None:
+    ax = plot.layers(ONE, label="a")
+    plot.layers(replace(ONE, by_leaf={"0.weight": 3.0, "0.bias": 2.0}), ax=ax, label="b")
+    assert bars(ax) == [5.0, -1.0]
+    assert list(ax.lines[-1].get_xdata()) == [3.0, 2.0]
+    assert names(ax) == ["0.weight", "0.bias"]
+    with pytest.raises(ValueError, match="show other layers"):
+        plot.layers(replace(ONE, by_leaf={"1.weight": 1.0}), ax=ax)

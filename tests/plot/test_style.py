@@ -11,7 +11,8 @@ import torch
 from hessfunc import plot
 from hessfunc.algorithms.results import Density, Eigenpairs
 from hessfunc.algorithms.results.landscape import Landscape
-from hessfunc.plot.style import PALETTE, shades
+from hessfunc.plot.style import DARK_PALETTE, PALETTE, QUIET, clean, palette, series_colour, shades
+from hessfunc.tracking import Point
 from tests.plot.test_layers import ONE
 
 plt = pytest.importorskip("matplotlib.pyplot")
@@ -52,9 +53,10 @@ def cielab(colour: Any, seen: str) -> np.ndarray:
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
+@pytest.mark.parametrize("colours", [PALETTE, DARK_PALETTE], ids=["light", "dark"])
 @pytest.mark.parametrize("seen", SEEN)
-def test_colours_are_told_apart_by_everyone(seen: str) -> None:
-    found = [cielab(colour, seen) for colour in PALETTE]
+def test_colours_are_told_apart_by_everyone(seen: str, colours: tuple[str, ...]) -> None:
+    found = [cielab(colour, seen) for colour in colours]
     assert min(float(np.linalg.norm(a - b)) for a, b in combinations(found, 2)) > 25
 
 
@@ -152,3 +154,115 @@ def test_eigenpairs_in_place_of_another_result_are_refused(
 ) -> None:
     with pytest.raises(TypeError, match=f"{takes}.*but got a Eigenpairs"):
         picture(pairs)
+
+
+# Plots that take a name and a colour of the run; a surface needs Axes of three dimensions.
+def runs(
+    density: Density, pairs: Eigenpairs, line: Landscape, plane: Landscape
+) -> dict[str, tuple[Callable[..., Any], Any]]:
+    points = [
+        Point(loss=1.0, step=step, top=(3.0 + step,), top_residuals=(0.1,)) for step in range(3)
+    ]
+    return {
+        "density": (plot.density, density),
+        "eigenvalues": (plot.eigenvalues, pairs),
+        "history": (plot.history, {0: [1.0, 0.5], 1: [2.0, 1.0]}),
+        "layers": (plot.layers, ONE),
+        "curves": (plot.curves, line),
+        "contours": (plot.contours, plane),
+        "surface": (plot.surface, plane),
+        "tracked": (plot.tracked, points),
+        "blocks": (plot.blocks, {"a": density, "b": pairs}),
+    }
+
+
+RUNS = ["density", "eigenvalues", "history", "layers", "curves", "contours", "surface", "tracked"]
+
+
+def panel(drawn: Any) -> Any:
+    return drawn[0] if isinstance(drawn, np.ndarray) else drawn
+
+
+def colours(ax: Any) -> list[tuple[float, ...]]:
+    """The colours of the entries of the legend."""
+    handles = ax.get_legend().legend_handles
+    found = []
+    for handle in handles:
+        colour = handle.get_color() if hasattr(handle, "get_color") else handle.get_facecolor()
+        found.append(tuple(plt.matplotlib.colors.to_rgba(colour)[:3]))
+    return found
+
+
+@pytest.mark.parametrize("name", [*RUNS, "blocks"])
+def test_several_runs_on_the_same_axes_have_names_and_colours(
+    name: str, density: Density, pairs: Eigenpairs, line: Landscape, plane: Landscape
+) -> None:
+    picture, result = runs(density, pairs, line, plane)[name]
+    ax = picture(result, label="first")
+    picture(result, ax=ax, label="second")
+    picture(result, ax=ax, label="third", color="tab:pink")
+    one = panel(ax)
+    named = dict(
+        zip([text.get_text() for text in one.get_legend().get_texts()], colours(one), strict=True)
+    )
+    by_run = {
+        run: next(c for text, c in named.items() if text.startswith(run))
+        for run in ("first", "second", "third")
+    }
+    assert len(set(by_run.values())) == 3
+    assert by_run["third"] == pytest.approx(plt.matplotlib.colors.to_rgb("tab:pink"))
+    one.figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("name", [*RUNS, "blocks"])
+def test_an_unknown_colour_is_named(
+    name: str, density: Density, pairs: Eigenpairs, line: Landscape, plane: Landscape
+) -> None:
+    picture, result = runs(density, pairs, line, plane)[name]
+    with pytest.raises(ValueError, match="color='nocolour' is no colour of matplotlib"):
+        picture(result, color="nocolour")
+
+
+@pytest.mark.parametrize("name", [*RUNS, "blocks"])
+def test_texts_are_readable_on_a_phone(
+    name: str, density: Density, pairs: Eigenpairs, line: Landscape, plane: Landscape
+) -> None:
+    picture, result = runs(density, pairs, line, plane)[name]
+    figure = panel(picture(result, label="run")).figure
+    scale = 390 / (72 * figure.get_size_inches()[0])
+    sizes = [
+        text.get_fontsize() * scale
+        for text in figure.findobj(plt.matplotlib.text.Text)
+        if text.get_text().strip()
+    ]
+    assert min(sizes) >= 6.5
+
+
+@pytest.mark.parametrize("name", [*RUNS, "blocks"])
+def test_figures_suit_a_dark_style(
+    name: str, density: Density, pairs: Eigenpairs, line: Landscape, plane: Landscape
+) -> None:
+    picture, result = runs(density, pairs, line, plane)[name]
+    with plt.style.context({"figure.facecolor": "#111", "axes.facecolor": "#111"}):
+        ax = panel(picture(result, label="run"))
+        assert palette(ax) == DARK_PALETTE
+        for line_ in ax.lines:
+            if name not in ("contours", "surface") and line_.get_color() != QUIET:
+                light = cielab(plt.matplotlib.colors.to_rgb(line_.get_color()), "all")[0]
+                assert light > 40
+
+
+def test_transparent_figures_follow_the_colour_of_the_text() -> None:
+    with plt.style.context({"figure.facecolor": "none", "axes.facecolor": "none"}):
+        assert palette(plt.figure().add_subplot()) == PALETTE
+    with plt.style.context(
+        {"figure.facecolor": "none", "axes.facecolor": "none", "text.color": "white"}
+    ):
+        assert palette(plt.figure().add_subplot()) == DARK_PALETTE
+
+
+def test_a_cycle_of_the_user_stays() -> None:
+    with plt.style.context({"axes.prop_cycle": plt.cycler(color=["#ff0000", "#00ff00"])}):
+        ax = clean(plt.figure().add_subplot())
+        assert [series_colour(ax) for _ in range(3)] == ["#ff0000", "#00ff00", "#ff0000"]
+        assert not ax.lines

@@ -159,3 +159,34 @@ def test_the_edge_moves_with_the_learning_rate() -> None:
     assert {point.optimizer for point in points} == {"Adam"}
     line = plot.tracked(points, quantity="preconditioned", ax=Figure().add_subplot()).lines[1]
     assert list(line.get_ydata()) == pytest.approx([math.nan, 760, 1520, 3040], nan_ok=True)
+
+
+def run(top: float, lr: float) -> list[Point]:
+    edge = {"lr": lr, "edge": 2 / lr, "optimizer": "SGD"}
+    return [
+        Point(step=step, loss=1.0, top=(top + step,), top_residuals=(0.1,), **edge)
+        for step in (0, 10)
+    ]
+
+
+def test_the_limits_follow_the_values_and_a_far_edge_is_named() -> None:
+    ax = plot.tracked(run(10.0, 1e-3))
+    low, high = ax.get_ylim()
+    assert low < 10 < 20 < high < 25
+    assert [text.get_text() for text in ax.texts] == ["edge of stability: 2,000 ↑"]
+    ax = plot.tracked(run(10.0, 0.08))
+    assert ax.get_ylim()[1] > 25
+    assert not ax.texts
+
+
+def test_the_limits_of_two_runs_cover_both() -> None:
+    ax = plot.tracked(run(10.0, 0.1), label="SGD")
+    plot.tracked(run(50.0, 0.1), ax=ax, label="SAM")
+    low, high = ax.get_ylim()
+    assert low < 10 < 60 < high
+
+
+def test_a_broad_band_does_not_flatten_the_curve() -> None:
+    points = [Point(step=s, loss=1.0, trace=10.0 + s, trace_stderr=1e4) for s in (0, 10)]
+    low, high = plot.tracked(points, quantity="trace").get_ylim()
+    assert -10 < low < high < 40
