@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import hessfunc as hf
 from hessfunc.algorithms.results import Result
 from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.app.problems.targets import Problem
-from hessfunc.app.report import Part, brief
+from hessfunc.app.report import NAMES, Part, brief
 from hessfunc.recipes.landscape import landscape
 from hessfunc.spaces.of import space_of
 from hessfunc.trees import tree_map
@@ -21,6 +21,13 @@ from hessfunc.trees import tree_map
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+# Curvature functions by the name of the option.
+CURVATURES: dict[str, Callable[[Any], Any]] = {
+    "hessian": hf.hvp,
+    "ggn": hf.ggnvp,
+    "fisher": hf.fvp,
+    "efisher": hf.efvp,
+}
 OnProgress: TypeAlias = Callable[[float, str], None]
 OnPart: TypeAlias = Callable[[str], OnProgress]
 
@@ -28,6 +35,8 @@ OnPart: TypeAlias = Callable[[str], OnProgress]
 def analyse(
     problem: Problem,
     *,
+    curvature: str = "hessian",
+    only: Collection[str] = NAMES,
     k: int | None,
     probes: int,
     steps: int,
@@ -40,10 +49,12 @@ def analyse(
     mesh: DeviceMesh | None = None,
     on_part: OnPart,
 ) -> Iterator[Part]:
-    """Yield each part of the analysis of a Hessian when it is finished.
+    """Yield each part of the analysis of a curvature matrix when it is finished.
 
     Args:
         problem: Loss, parameters and batches.
+        curvature: Name of the matrix: ``"hessian"``, ``"ggn"``, ``"fisher"`` or ``"efisher"``.
+        only: Names of the parts that are computed. The line and the plane need the eigenvalues.
         k: Number of eigenvalues of largest absolute value; None for ten, or for all if there are
             fewer.
         probes: Number of random vectors of the density.
@@ -64,7 +75,9 @@ def analyse(
     params = problem.params
     k = min(10, space_of(params).n) if k is None else k
     max_matvecs = max(max_matvecs, 2 * k, 4)
-    matvec = hf.over_batches(hf.hvp(problem.loss), mesh=mesh)(params, problem.batches)
+    matvec = hf.over_batches(CURVATURES[curvature](problem.loss), mesh=mesh)(
+        params, problem.batches
+    )
     space = None if mesh is None else hf.sharded(params, mesh)
     common: dict[str, Any] = {"seed": seed, "space": space}
     pairs = partial(hf.lanczos, matvec, params, rtol=1e-3, max_matvecs=max_matvecs, **common)
@@ -84,20 +97,27 @@ def analyse(
     def converged(running: hf.results.Eigenpairs) -> float:
         return float(running.converged.double().mean())
 
-    top = part("eigenvalues", kept("eigenvalues", partial(pairs, k=k)), converged)
-    yield top
-    smallest = partial(pairs, k=1, which="SA")
-    yield part("smallest", kept("smallest", smallest), converged)
-    trace = partial(hf.trace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, **common)
-    yield part("trace", kept("trace", trace), lambda running: running.matvecs / max_matvecs)
-    density = partial(hf.slq, matvec, params, probes=probes, steps=steps, **common)
-    wanted = probes * steps
-    yield part("density", kept("density", density), lambda running: running.matvecs / wanted)
+    top = None
+    if "eigenvalues" in only:
+        top = part("eigenvalues", kept("eigenvalues", partial(pairs, k=k)), converged)
+        yield top
+    if "smallest" in only:
+        smallest = partial(pairs, k=1, which="SA")
+        yield part("smallest", kept("smallest", smallest), converged)
+    if "trace" in only:
+        trace = partial(
+            hf.trace, matvec, params, rtol=trace_rtol, max_matvecs=max_matvecs, **common
+        )
+        yield part("trace", kept("trace", trace), lambda running: running.matvecs / max_matvecs)
+    if "density" in only:
+        density = partial(hf.slq, matvec, params, probes=probes, steps=steps, **common)
+        wanted = probes * steps
+        yield part("density", kept("density", density), lambda running: running.matvecs / wanted)
     if space is not None and space.ranks.rank:
         # Only rank 0 evaluates the landscape, whose evaluations are not divided among ranks.
         return
     for name, count in (("line", 1), ("plane", 2)):
-        if points and count <= k:
+        if top is not None and name in only and points and count <= k:
             along = partial(_landscape, problem, top.result, count, points, radius)
             yield part(name, along, _known)
 

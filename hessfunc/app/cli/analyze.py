@@ -15,25 +15,36 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from hessfunc.app.cli.options import (
-    DType,
     Traceback,
     command_line,
+    count,
+    dtype_name,
     fail,
     held,
     in_one_line,
     make_folder,
+    one_of,
     option,
     place,
     refuse_seed,
     unless_given,
 )
-from hessfunc.app.cli.progress import bar, bars
+from hessfunc.app.cli.progress import Bars, bar, bars, print_table
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, speaks
 
 if TYPE_CHECKING:
     from hessfunc.app.problems.targets import Problem
     from hessfunc.app.report import Subject
 
+# Repeated here, so that --help does not wait for torch.
+NAMES = ("eigenvalues", "smallest", "trace", "density", "line", "plane")
+MATRICES = {
+    "hessian": "Hessian",
+    "ggn": "generalised Gauss-Newton matrix",
+    "fisher": "Fisher matrix",
+    "efisher": "empirical Fisher matrix",
+}
+CURVATURES = tuple(MATRICES)
 _DATA = "Data"
 _EFFORT = "Effort"
 
@@ -47,6 +58,21 @@ def analyze(
         ),
     ] = "digits",
     out: Annotated[Path, option("DIR", "Folder of the results.")] = Path("hessfunc-out"),
+    curvature: Annotated[
+        str,
+        option(
+            "NAME",
+            "Matrix: hessian, ggn (generalised Gauss-Newton), fisher, or efisher (empirical).",
+        ),
+    ] = "hessian",
+    only: Annotated[
+        str | None,
+        option(
+            "NAMES",
+            f"Compute only these parts, separated by commas: {', '.join(NAMES)}.",
+            default="all",
+        ),
+    ] = None,
     k: Annotated[
         int | None,
         option(
@@ -78,6 +104,7 @@ def analyze(
             "the tolerance is not reached.",
             panel=_EFFORT,
             min=2,
+            parser=count,
         ),
     ] = 300,
     landscape: Annotated[
@@ -111,11 +138,18 @@ def analyze(
             default="200 for cifar10, else all",
             panel=_DATA,
             min=1,
+            parser=count,
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        option("N", "Split larger batches into batches of N examples.", panel=_DATA, min=1),
+        option(
+            "N",
+            "Split larger batches into batches of N examples.",
+            panel=_DATA,
+            min=1,
+            parser=count,
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -144,12 +178,23 @@ def analyze(
         option("NAME", "Device to compute on: cpu, cuda, cuda:1, mps."),
     ] = None,
     dtype: Annotated[
-        DType | None, typer.Option(help="Convert parameters and inputs to this dtype.")
+        str | None,
+        option(
+            "NAME",
+            "Convert parameters and inputs: float32, float64, bfloat16 (bf16) or float16.",
+            parser=dtype_name,
+        ),
     ] = None,
     seed: Annotated[int, option("N", "Seed of the training and of all random vectors.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print results.json instead of the table.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", metavar="", help="Print errors only.")
+    ] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Analyse the Hessian of a network's loss on its data.
+    """Analyse the Hessian, or another curvature matrix, of a network's loss on its data.
 
     Computes the eigenvalues of largest absolute value, the smallest (most negative) eigenvalue,
     the trace, the spectral density, and the loss along the top eigenvectors. Each part is written
@@ -173,8 +218,14 @@ def analyze(
         fail(f"TARGET must be digits, cifar10 or module:function, not {target!r}")
     if target != "cifar10" and (data or weights):
         fail("--data-path and --weights require the target cifar10")
+    wanted = _parts(only)
     if landscape in (1, 2) or not 0 < radius < math.inf:
         fail("--landscape must be 0 or at least 3, and --radius positive and finite")
+
+    try:
+        one_of(curvature, CURVATURES, "--curvature")
+    except ValueError as error:
+        fail(str(error))
 
     from hessfunc.app import report
     from hessfunc.app.analysis import analyse
@@ -186,7 +237,7 @@ def analyze(
     try:
         refuse_seed(seed)
         torch_device, torch_dtype = place(device, dtype)
-        with mesh_of_all(torch_device) as (mesh, torch_device), bars() as progress:
+        with mesh_of_all(torch_device) as (mesh, torch_device), bars(quiet=quiet) as progress:
 
             def begin() -> None:
                 if speaks():
@@ -207,12 +258,14 @@ def analyze(
                 )
 
             problem = on_all(mesh, make)
-            folder.subject = on_all(mesh, lambda: _subject(target, problem, progress))
+            folder.subject = on_all(mesh, lambda: _subject(target, curvature, problem, progress))
             if folder.subject.batches > 1:
                 task = progress.add_task("one pass", total=folder.subject.batches, detail="")
                 problem = replace(problem, batches=_Watched(problem.batches, progress, task))
             for part in analyse(
                 problem,
+                curvature=curvature,
+                only=wanted,
                 k=k,
                 probes=probes,
                 steps=steps,
@@ -241,18 +294,36 @@ def analyze(
             if speaks():
                 folder.close(status)
 
-    if not speaks():
+    if not speaks() or quiet:
+        return
+    if as_json:
+        typer.echo(report.as_text(folder.content), nl=False)
         return
     console = Console(markup=False, emoji=False)
     content = folder.content
     headline = report.plain(report.headline(content["subject"]))
     console.print(f"\n{target}: {headline}", highlight=False)
-    console.print(report.table(content["results"]))
+    print_table(console, report.table(content["results"]))
     console.print(f"report.html, results.json, pictures and full results (.npz) are in {out}")
 
 
+def _parts(only: str | None) -> tuple[str, ...]:
+    """Return the names of the parts that are computed, in the order of the analysis."""
+    if only is None:
+        return NAMES
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        wrong = unknown[0] if unknown else only
+        fail(f"--only must be a list of {', '.join(NAMES)}, separated by commas, not {wrong!r}")
+    along = [name for name in names if name in ("line", "plane")]
+    if along and "eigenvalues" not in names:
+        fail(f"--only {along[0]} is along eigenvectors: pass --only eigenvalues,{along[0]}")
+    return tuple(name for name in NAMES if name in names)
+
+
 def _returned(
-    target: str, data: Path | None, weights: Path | None, seed: int, progress: Progress
+    target: str, data: Path | None, weights: Path | None, seed: int, progress: Bars
 ) -> Any:
     from hessfunc.app.problems import targets
 
@@ -268,7 +339,7 @@ def _returned(
     return returned
 
 
-def _subject(target: str, problem: Problem, progress: Progress) -> Subject:
+def _subject(target: str, curvature: str, problem: Problem, progress: Bars) -> Subject:
     from hessfunc.app.report import Subject
     from hessfunc.spaces.of import space_of
 
@@ -278,6 +349,7 @@ def _subject(target: str, problem: Problem, progress: Progress) -> Subject:
     space = space_of(problem.params)
     return Subject(
         target=target,
+        matrix=MATRICES[curvature],
         parameters=space.n,
         examples=examples,
         batches=batches,

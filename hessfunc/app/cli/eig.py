@@ -24,7 +24,7 @@ from hessfunc.app.cli.options import (
     place,
     refuse_seed,
 )
-from hessfunc.app.cli.progress import bar, bars
+from hessfunc.app.cli.progress import bar, bars, print_table
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, speaks
 from hessfunc.app.cli.trained import trained
 
@@ -150,7 +150,7 @@ def eig(
     if not speaks():
         return
     console = Console(markup=False, emoji=False)
-    console.print(_table(pairs))
+    print_table(console, _table(pairs))
     console.print(
         f"{len(seen):,} examples, {pairs.matvecs} products; {pairs.reason}", highlight=False
     )

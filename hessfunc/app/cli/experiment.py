@@ -21,7 +21,7 @@ from hessfunc.app.cli.options import (
     place,
     refuse_other_files,
 )
-from hessfunc.app.cli.progress import bar, bars, finished_fraction, line
+from hessfunc.app.cli.progress import bar, bars, finished_fraction, line, print_table
 from hessfunc.app.cli.ranks import refuse_several
 
 if TYPE_CHECKING:
@@ -153,5 +153,5 @@ def experiment(
 
     console = Console(markup=False, emoji=False)
     console.print(f"\n{chosen.title}", highlight=False)
-    console.print(table(runs))
+    print_table(console, table(runs))
     console.print(f"results.json, results.md and curves.png are in {out}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -19,15 +20,66 @@ if TYPE_CHECKING:
     import torch
 
 
-class DType(StrEnum):
-    """Floating-point dtype of parameters and inputs."""
+# Floating-point dtypes with their short names.
+DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
+_SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
-    float32 = "float32"
-    float64 = "float64"
+
+def dtype_name(text: str, /) -> str:
+    """Return the full name of a dtype such as bf16.
+
+    Raises:
+        typer.BadParameter: If the dtype is unknown.
+    """
+    names = {short: name for name, short in DTYPES.items()} | dict.fromkeys(DTYPES, "")
+    if text not in names:
+        known = ", ".join(f"{name} ({short})" for name, short in DTYPES.items())
+        raise typer.BadParameter(f"must be one of {known}, not {text!r}")
+    return names[text] or text
+
+
+def quantity(text: str, /) -> float:
+    """Return a number with a suffix or an exponent, such as 7B, 350M, 2.5k, 1e9 or 1,000.
+
+    Raises:
+        typer.BadParameter: If the text is not a number.
+    """
+    plain = text.replace(",", "").replace("_", "").strip().lower()
+    scale = _SCALES.get(plain[-1:], 1.0)
+    try:
+        number = float(plain if scale == 1 else plain[:-1]) * scale
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise typer.BadParameter(f"must be a number such as 7e9 or 7B, not {text!r}")
+    return number
+
+
+def count(text: str, /) -> int:
+    """Return a whole number with a suffix or an exponent, such as 1e3 or 10k.
+
+    Raises:
+        typer.BadParameter: If the text is not a whole number.
+    """
+    number = quantity(text)
+    if number != round(number):
+        raise typer.BadParameter(f"must be a whole number such as 1000 or 1k, not {text!r}")
+    return round(number)
+
+
+def one_of(text: str, choices: Sequence[str], flag: str, /) -> str:
+    """Return a choice of an option.
+
+    Raises:
+        ValueError: If the choice is unknown; the message lists all choices.
+    """
+    if text not in choices:
+        raise ValueError(f"{flag} must be one of {', '.join(choices)}, not {text!r}")
+    return text
 
 
 def place(
-    device: str | None, dtype: DType | None = None
+    device: str | None, dtype: str | None = None
 ) -> tuple[torch.device | None, torch.dtype | None]:
     """Return the device and the dtype with these names; None stays None.
 
@@ -113,6 +165,7 @@ def option(
     panel: str | None = None,
     min: float | None = None,
     max: float | None = None,
+    parser: Callable[[str], Any] | None = None,
 ) -> Any:
     """Declare an option.
 
@@ -123,9 +176,21 @@ def option(
         panel: Title of the group of options in the help.
         min: Smallest value of a number.
         max: Largest value of a number.
+        parser: Function from the text to the value, such as `quantity`.
     """
     shown = unless_given(text, default) if default else text
-    return typer.Option(metavar=metavar, help=shown, rich_help_panel=panel, min=min, max=max)
+    common: dict[str, Any] = {"metavar": metavar, "help": shown, "rich_help_panel": panel}
+    if parser is None:
+        return typer.Option(min=min, max=max, **common)
+
+    def parsed(value: Any) -> Any:
+        # A default is a number already.
+        number = parser(value) if isinstance(value, str) else value
+        if min is not None and number < min:
+            raise typer.BadParameter(f"must be at least {min:g}, not {value}")
+        return number
+
+    return typer.Option(parser=parsed, **common)
 
 
 class _WithoutType:
@@ -143,7 +208,42 @@ class Command(_WithoutType, TyperCommand):
 
 
 class Group(_WithoutType, TyperGroup):
-    """Command ``hessfunc`` itself, which dispatches to its subcommands."""
+    """Command ``hessfunc`` itself, which dispatches to its subcommands.
+
+    A mistake in an option is one line, like all other errors of the commands.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command, and exit unless ``standalone_mode=False``."""
+        is_alone = kwargs.pop("standalone_mode", True)
+        run: Callable[..., Any] = super().main
+        if not is_alone:
+            return run(*args, standalone_mode=False, **kwargs)
+        try:
+            sys.exit(run(*args, standalone_mode=False, **kwargs) or 0)
+        except typer.Abort:
+            typer.echo("hessfunc: interrupted", err=True)
+            sys.exit(130)
+        except Exception as error:
+            refusal: Any = error
+            if not hasattr(refusal, "format_message"):
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                refusal.show()
+            elif speaks():
+                typer.echo(f"hessfunc: {_told(refusal)}", err=True)
+            sys.exit(refusal.exit_code)
+
+
+def _told(refusal: Any) -> str:
+    """Return the message of a mistake in the arguments on one line, with the option first."""
+    parameter = getattr(refusal, "param", None)
+    if parameter is None or not isinstance(refusal, typer.BadParameter) or not refusal.message:
+        return " ".join(refusal.format_message().split())
+    named = parameter.param_type_name == "option"
+    flag = parameter.opts[-1] if named else parameter.human_readable_name
+    message = " ".join(refusal.message.split()).rstrip(".").replace("Input should be", "must be")
+    return f"{flag}{' ' if message.startswith('must') else ': '}{message}"
 
 
 def fail(message: str, code: int = 2, *, alone: bool = False) -> NoReturn:

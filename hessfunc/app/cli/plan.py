@@ -7,11 +7,20 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from hessfunc.app.cli.options import Traceback, fail, in_one_line, option
+from hessfunc.app.cli.options import (
+    Traceback,
+    count,
+    dtype_name,
+    fail,
+    in_one_line,
+    option,
+    quantity,
+)
 from hessfunc.app.cli.planned import GIB, judged, shown
+from hessfunc.app.cli.progress import print_table
 from hessfunc.app.plan import (
-    BYTES,
     Algorithm,
     Hutchinson,
     Lanczos,
@@ -32,7 +41,9 @@ def plan(
     context: typer.Context,
     params: Annotated[
         float,
-        option("N", "Number of parameters of the network, such as 7e9.", min=1),
+        option(
+            "N", "Number of parameters of the network, such as 7e9 or 7B.", min=1, parser=quantity
+        ),
     ],
     algorithm: Annotated[
         str, option("NAME", "Algorithm: lanczos, slq, hutchinson or xtrace.")
@@ -62,7 +73,7 @@ def plan(
     ] = None,
     dtype: Annotated[
         str,
-        option("NAME", "Dtype of the parameters and the graph.", panel=_NETWORK),
+        option("NAME", "Dtype of the parameters and the graph.", panel=_NETWORK, parser=dtype_name),
     ] = "float32",
     largest: Annotated[
         float | None,
@@ -72,6 +83,7 @@ def plan(
             default="that of a transformer",
             panel=_NETWORK,
             min=1,
+            parser=quantity,
         ),
     ] = None,
     graph_memory: Annotated[
@@ -86,15 +98,15 @@ def plan(
     ] = None,
     batch_tokens: Annotated[
         float,
-        option("N", "Tokens per batch and rank.", panel=_NETWORK, min=1),
+        option("N", "Tokens per batch and rank.", panel=_NETWORK, min=1, parser=quantity),
     ] = 2048,
     sequence: Annotated[
         int,
-        option("N", "Tokens per sequence.", panel=_NETWORK, min=1),
+        option("N", "Tokens per sequence.", panel=_NETWORK, min=1, parser=count),
     ] = 2048,
     vocabulary: Annotated[
         int,
-        option("N", "Size of the vocabulary.", panel=_NETWORK, min=1),
+        option("N", "Size of the vocabulary.", panel=_NETWORK, min=1, parser=count),
     ] = 32_000,
     recompute: Annotated[
         bool,
@@ -143,7 +155,7 @@ def plan(
     ] = None,
     tokens: Annotated[
         float,
-        option("N", "Tokens of all batches on all ranks.", panel=_TIME, min=1),
+        option("N", "Tokens of all batches on all ranks.", panel=_TIME, min=1, parser=quantity),
     ] = 2**20,
     teraflops: Annotated[
         float | None,
@@ -177,7 +189,8 @@ def plan(
 
     Nothing is loaded or downloaded. By default the network is a causal transformer of the usual
     shape in float32, and the GPU is an H100. A GiB is 2^30 bytes, also in bandwidths. The command
-    prints every number that the plan depends on, and whether it was given, assumed or measured.
+    prints every number that the plan depends on, and whether it was given, assumed or measured. The
+    exit code is 1 if the run does not fit in --gpu-memory.
 
     The parameters are replicated. Each rank computes Hessian products in reverse mode, one vector
     at a time, and rebuilds the graph of each batch in each pass.
@@ -188,8 +201,6 @@ def plan(
         return "given" if source is not None and source.name == "COMMANDLINE" else otherwise
 
     try:
-        if dtype not in BYTES:
-            raise ValueError(f"--dtype must be one of {', '.join(BYTES)}, not {dtype!r}")
         shape = Transformer.usual(round(params), vocabulary)
         network = shape.network(
             dtype, tokens=round(batch_tokens), context=min(sequence, round(batch_tokens))
@@ -259,7 +270,12 @@ def plan(
     ]
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     for part in shown(verdict, machine, numbers):
-        console.print(part)
+        if isinstance(part, Table):
+            print_table(console, part)
+        else:
+            console.print(part)
+    if not verdict.fits:
+        raise typer.Exit(1)
 
 
 def _above_zero(**rates: float) -> None:

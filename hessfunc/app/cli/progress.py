@@ -1,12 +1,13 @@
-"""Progress bars on standard error, shown only on a terminal."""
+"""Progress of commands on standard error: bars on a terminal, and lines elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from hessfunc.app.cli.ranks import speaks
 
@@ -14,28 +15,65 @@ if TYPE_CHECKING:
     from hessfunc.training.loop import Record
 
 
-def bars() -> Progress:
-    """Return the progress bars of one command, which disappear when it ends."""
-    console = Console(stderr=True)
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}", markup=False),
-        console=console,
-        transient=True,
-        disable=not (console.is_terminal and speaks()),
-    )
+class Bars(Progress):
+    """Progress bars of one command, which disappear when it ends.
+
+    Attributes:
+        lines: Lines that replace the bars where standard error is no terminal; None for silence.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        # The package of results imports torch, for which --help does not wait.
+        from hessfunc.display.bars import Lines
+
+        console = Console(stderr=True)
+        speaking = speaks() and not quiet
+        self.lines = Lines() if speaking and not console.is_terminal else None
+        super().__init__(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=console,
+            transient=True,
+            disable=not (speaking and console.is_terminal),
+        )
 
 
-def bar(progress: Progress, name: str, /) -> Callable[[float, str], None]:
+def bars(*, quiet: bool = False) -> Bars:
+    """Return the progress bars of one command; ``quiet`` shows neither bars nor lines."""
+    return Bars(quiet=quiet)
+
+
+def bar(progress: Bars, name: str, /) -> Callable[[float, str], None]:
     """Add a bar, and return the function ``(fraction, detail)`` that updates it.
 
-    The fraction is in [0, 1].
+    The fraction is in [0, 1]. Without a terminal, the state is one line every 30 seconds.
     """
     task = progress.add_task(name, total=1.0, detail="")
-    return lambda fraction, detail: progress.update(task, completed=fraction, detail=detail)
+
+    def tick(fraction: float, detail: str) -> None:
+        progress.update(task, completed=fraction, detail=detail)
+        if progress.lines is not None:
+            seconds = progress.tasks[task].elapsed or 0.0
+            parts = [f"{fraction:.0%}", detail, f"{seconds:.0f} s"]
+            progress.lines.show(0, "", f"{name}: {', '.join(filter(None, parts))}")
+
+    return tick
+
+
+def print_table(console: Console, table: Table, /) -> None:
+    """Print a table at its own width; a narrow terminal wraps its lines, and cuts no number."""
+    options = console.options.update(max_width=_WIDEST)
+    needed = console.measure(table, options=options).maximum
+    style: Any = {"markup": False, "emoji": False, "highlight": False}
+    wide = Console(file=console.file, width=max(needed, console.width), **style)
+    wide.print(table, crop=False)
+
+
+# Largest width of a table, in characters.
+_WIDEST = 1000
 
 
 def line(record: Record, /) -> str:

@@ -31,7 +31,7 @@ from hessfunc.app.cli.options import (
     refuse_other_files,
     refuse_seed,
 )
-from hessfunc.app.cli.progress import bar, bars, finished_fraction, line
+from hessfunc.app.cli.progress import bar, bars, finished_fraction, line, print_table
 from hessfunc.app.cli.ranks import refuse_several
 from hessfunc.app.cli.training_options import (
     AdversarialShare,
@@ -129,7 +129,7 @@ def train(
             fail(in_one_line(error))
 
     console = Console(markup=False, emoji=False)
-    console.print(summary(trained, batch_size=batch_size))
+    print_table(console, summary(trained, batch_size=batch_size))
     console.print(f"report.html, history.json, history.png and checkpoint.pt are in {out}")
     if trained.ended not in ("complete", "time is up"):
         fail(trained.ended)

@@ -46,6 +46,7 @@ class Subject:
         loss: Mean loss over the examples.
         dtype: Dtype of the parameters.
         device: Device of the parameters.
+        matrix: Name of the curvature matrix.
     """
 
     target: str
@@ -55,6 +56,7 @@ class Subject:
     loss: float
     dtype: str
     device: str
+    matrix: str = "Hessian"
 
 
 @dataclass(frozen=True)

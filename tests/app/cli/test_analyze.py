@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,56 @@ def test_landscapes_reach_as_far_as_they_are_told(here: Path) -> None:
     assert not (here / "hessfunc-out" / "line.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("hessian", hf.hvp), ("ggn", hf.ggnvp), ("fisher", hf.fvp), ("efisher", hf.efvp)],
+)
+def test_other_matrices(here: Path, name: str, make: Any) -> None:
+    done = analyze("mine:net", "--curvature", name, "--only", "eigenvalues", "--k", "2")
+    assert done.exit_code == 0, done.output
+    import mine
+
+    model, criterion, (batch,) = mine.net()
+    model_fn, params = hf.functional(model)
+    matvec = make(hf.supervised(model_fn, criterion))(params, batch)
+    expected = torch.linalg.eigvalsh(hf.matrix(matvec, params).double())
+    top = expected[expected.abs().argsort(descending=True)][:2]
+    content = results(here / "hessfunc-out")
+    assert content["results"]["eigenvalues"]["values"] == pytest.approx(top.tolist(), rel=1e-4)
+    words = {
+        "hessian": "Hessian",
+        "ggn": "Gauss-Newton",
+        "fisher": "Fisher",
+        "efisher": "empirical",
+    }
+    assert words[name] in content["subject"]["matrix"]
+    assert words[name] in (here / "hessfunc-out" / "report.html").read_text()
+
+
+def test_parts_may_be_chosen(here: Path) -> None:
+    done = analyze("mine:quadratic", "--only", "trace, eigenvalues", "--k", "1")
+    assert done.exit_code == 0, done.output
+    assert list(results(here / "hessfunc-out")["results"]) == ["eigenvalues", "trace"]
+
+
+def test_json_is_the_only_output(here: Path) -> None:
+    done = analyze("mine:quadratic", "--only", "trace", "--json")
+    assert json.loads(done.stdout) == results(here / "hessfunc-out")
+    assert done.stderr == ""
+
+
+def test_quiet_prints_nothing(here: Path) -> None:
+    done = analyze("mine:quadratic", "--only", "trace", "-q")
+    assert (done.exit_code, done.output) == (0, "")
+    assert results(here / "hessfunc-out")["status"] == "complete"
+
+
+def test_short_names_of_dtypes(here: Path) -> None:
+    done = analyze("mine:net", "--only", "trace", "--dtype", "bf16", "--examples", "1e1")
+    assert done.exit_code == 0, done.output
+    assert results(here / "hessfunc-out")["subject"]["dtype"] == "bfloat16"
+
+
 def test_the_seed_repeats_the_results(here: Path) -> None:
     found = []
     for seed in ("1", "1", "2"):
@@ -128,6 +179,13 @@ def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
         (["mine:quadratic", "--radius", "-1"], "--radius positive and finite"),
         (["mine:quadratic", "--seed", "1" + 20 * "0"], "--seed must be an integer from 0 to 2^63"),
         (["cifar10"], "set HESSFUNC_DATA"),
+        (["digits", "--curvature", "hes"], "must be one of hessian, ggn, fisher, efisher, not"),
+        (["digits", "--only", "trace,all"], "--only must be a list of eigenvalues, smallest, "),
+        (["digits", "--only", "line"], "pass --only eigenvalues,line"),
+        (["digits", "--dtype", "f4"], "--dtype must be one of float32 (fp32), float64 (fp64), "),
+        (["digits", "--k", "many"], "--k must be a valid integer"),
+        (["digits", "--examples", "0"], "--examples must be at least 1, not 0"),
+        (["digits", "--colour"], "No such option: --colour"),
         (["cifar10", "--weights", "none.th"], "no weights at none.th"),
     ],
 )

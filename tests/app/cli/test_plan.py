@@ -2,7 +2,9 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from hessfunc.app.cli import app
 from tests.app.cli.commands import SMALL, number, plan
 
 
@@ -52,14 +54,44 @@ def test_algorithms(algorithm: str, first: str) -> None:
         (("--algorithm", "qr"), "--algorithm must be lanczos, slq, hutchinson or xtrace, not 'qr'"),
         (
             ("--dtype", "int8"),
-            "--dtype must be one of bfloat16, float16, float32, float64, not 'int8'",
+            "--dtype must be one of float32 (fp32), float64 (fp64), bfloat16 (bf16), "
+            "float16 (fp16), not 'int8'",
         ),
         (("--largest", "1e9"), "the largest leaf must have 1 to 100000000 entries"),
         (("--basis-size", "5"), "at least k + 2 block_size = 12"),
         (("--teraflops", "0"), "--teraflops must be positive, not 0"),
+        (("--params", "many"), "--params must be a number such as 7e9 or 7B, not 'many'"),
+        (("--vocabulary", "0.5"), "--vocabulary must be a whole number such as 1000 or 1k"),
+        (("--tokens", "0"), "--tokens must be at least 1, not 0"),
+        (("--k", "x"), "--k must be a valid integer"),
+        (("--ranks", "0"), "--ranks must be greater than or equal to 1"),
+        (("--colour", "red"), "No such option: --colour"),
     ],
 )
 def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str) -> None:
     done = plan(*SMALL, *arguments)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("text", ["7B", "7b", "7e9", "7_000_000_000", "7,000,000,000", "7000M"])
+def test_sizes_are_written_as_people_write_them(text: str) -> None:
+    done = plan("--params", text, "--graph-memory", "1", "--dtype", "bf16")
+    assert done.exit_code == 0, done.output
+    assert "7,000,000,000 in bfloat16" in done.stdout
+
+
+def test_the_exit_code_is_one_where_a_plan_does_not_fit() -> None:
+    assert plan(*SMALL, "--gpu-memory", "80").exit_code == 0
+    done = plan(*SMALL, "--gpu-memory", "4")
+    assert done.exit_code == 1
+    assert "It does not fit" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_narrow_terminal_cuts_no_number() -> None:
+    wide = plan(*SMALL)
+    narrow = CliRunner().invoke(app, ["plan", *SMALL], env={"COLUMNS": "30"})
+    assert narrow.exit_code == 0
+    assert "\N{HORIZONTAL ELLIPSIS}" not in narrow.stdout
+    assert number(narrow.stdout, "total") == number(wide.stdout, "total")

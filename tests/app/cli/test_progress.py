@@ -1,6 +1,13 @@
 """Lines and bars that show how far a command is."""
 
-from hessfunc.app.cli.progress import bar, bars, finished_fraction, line
+import io
+import time
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from hessfunc.app.cli.progress import bar, bars, finished_fraction, line, print_table
 from tests.training.records import record
 
 
@@ -27,3 +34,30 @@ def test_bars_are_drawn_on_a_terminal_alone() -> None:
         (task,) = progress.tasks
     assert progress.disable
     assert (task.completed, task.fields["detail"]) == (0.5, "3 of 6")
+
+
+def test_without_a_terminal_the_state_is_a_line_every_thirty_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with bars() as progress:
+        tick = bar(progress, "eigenvalues")
+        for clock[0] in (1.0, 31.0, 40.0):
+            tick(0.5, "3 of 6")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("eigenvalues: 50%, 3 of 6, ")
+    with bars(quiet=True) as progress:
+        tick = bar(progress, "eigenvalues")
+        clock[0] = 100.0
+        tick(0.5, "3 of 6")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_table_keeps_its_width() -> None:
+    table = Table("value", "residual")
+    table.add_row("123456789.123", "1.0e-05")
+    stream = io.StringIO()
+    print_table(Console(file=stream, width=12), table)
+    assert "123456789.123" in stream.getvalue()
+    assert "1.0e-05" in stream.getvalue()
