@@ -165,9 +165,17 @@ def project_out(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
         return _project_out_by_pieces(space, rows, *bases)
     coefficients = [_coefficients(space, rows, basis.rows) for basis in bases]
     for along, basis in zip(coefficients, bases, strict=True):
-        for columns, part in _by_columns(space, rows, basis.rows):
-            columns.addmm_(along.to(rows.dtype), part, alpha=-1)
+        _subtract(space, rows, along, basis)
     return coefficients[0] if len(bases) == 1 else torch.cat(coefficients, dim=1)
+
+
+def _subtract(space: Space, rows: Tensor, coefficients: Tensor, basis: Basis) -> None:
+    """Subtract combinations of a basis from rows, in place."""
+    if is_far(basis.rows.device, rows.device):
+        rows -= basis.combine(space, coefficients, rows.dtype)
+        return
+    for columns, part in _by_columns(space, rows, basis.rows):
+        columns.addmm_(coefficients.to(rows.dtype), part, alpha=-1)
 
 
 def _project_out_by_pieces(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
@@ -184,7 +192,11 @@ def _project_out_by_pieces(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
 
 
 def orthonormal(
-    space: Space, rows: Tensor, *bases: Basis, threshold: Callable[[float], float]
+    space: Space,
+    rows: Tensor,
+    *bases: Basis,
+    threshold: Callable[[float], float],
+    predicted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormalise rows against each other and against bases V.
 
@@ -192,7 +204,9 @@ def orthonormal(
 
     Two projections are enough (Kahan; Parlett 1980): the second one removes the rounding of the
     first. A third projection follows if the second one removed more than the length of the shortest
-    remaining direction, or if the remaining rows are nearly dependent. The directions Q come from
+    remaining direction, or if the remaining rows are nearly dependent. Coefficients that a
+    recurrence predicts replace the first projection, and with it half of the cost, since the second
+    one removes their errors. The directions Q come from
     the eigenvectors of the Gram matrix of the remainder, so that directions of rounding errors are
     the short ones. There is one transfer to the host, or two with a third projection.
 
@@ -202,12 +216,19 @@ def orthonormal(
         bases: Bases V, orthogonal to each other.
         threshold: Function from the length of the longest row to the length below which a
             direction outside of the bases is left out.
+        predicted: Approximate coefficients C of the last t rows of the last basis, ``(k, t)``. The
+            other ones are about zero.
 
     Returns:
         Rows Q, ``(r, n)``, and the coefficients F, ``(r, k)``, and C, ``(k, m)``, in float64 on the
         CPU.
     """
-    before = project_out(space, rows, *bases)
+    if predicted is None:
+        before = project_out(space, rows, *bases)
+    else:
+        known = predicted.shape[1]
+        _subtract(space, rows, predicted, bases[-1][len(bases[-1]) - known :])
+        before = torch.nn.functional.pad(predicted, (sum(map(len, bases)) - known, 0))
     rows, factor, inner, is_rounded = _directions(space, rows, before, bases, threshold)
     if is_rounded:
         # W = F' R + C V and R = F_2' Q + C_2 V: W = (F_2 F)' Q + (C + F' C_2) V.

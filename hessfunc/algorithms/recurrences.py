@@ -128,13 +128,14 @@ def extended(products: Products, runs: Recurrences, steps: int | None = None, /)
     along = []
     for i, image in zip(active, images.split(1), strict=True):
         # beta_m q_{m+1} = A q_m - alpha_m q_m - beta_{m-1} q_{m-1}, with alpha_m = q_m'A q_m. Full
-        # reorthogonalisation subtracts all q_i; a second pass removes the rounding of the first.
-        # Beyond the capacity only the last two are subtracted: the others need not be orthogonal to
-        # q_m by then, and what is subtracted along them would be missing in A Q = Q T.
-        kept: tuple[Basis, ...] = (basis.of(i),)
-        if len(runs.tail):
-            kept = (basis.of(i)[len(basis) + len(runs.tail) - 2 :], Basis(runs.tail[:, i]))
-        along.append(project_out(space, image, *kept) + project_out(space, image, *kept))
+        # reorthogonalisation then subtracts the rounding along all q_i. Beyond the capacity only
+        # the last two are subtracted: the others need not be orthogonal to q_m by then, and what is
+        # subtracted along them would be missing in A Q = Q T.
+        recent = basis.of(i)[max(0, len(basis) + len(runs.tail) - 2) :]
+        kept = (recent, Basis(runs.tail[:, i])) if len(runs.tail) else (recent,)
+        first = project_out(space, image, *kept)
+        along.append(project_out(space, image, *(kept if len(runs.tail) else (basis.of(i),))))
+        along[-1][:, -first.shape[1] :] += first
     coefficients = torch.cat(along)
     before = runs.betas[-1:] if all_active else runs.betas[-1:, active]
     asymmetries = _asymmetries(coefficients[:, :-1], before)

@@ -91,6 +91,24 @@ def test_nearly_dependent_rows_become_orthonormal(smallest: float, scale: float)
     assert float((again - given).norm()) < 1e-6 * float(given.norm())
 
 
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("error", [0.0, 1e-3, 1.0, 1e3])
+def test_any_prediction_gives_orthonormal_rows(error: float, far: bool) -> None:
+    basis, outside = orthonormal_rows(6), orthonormal_rows(2, seed=1)
+    # Only the last three coefficients are predicted.
+    inner = torch.cat([torch.zeros(2, 3), 10 * normal(2, 3, seed=2)], dim=1).float()
+    given = inner @ basis + outside
+    predicted = inner[:, 3:].double() + error * normal(2, 3, seed=3)
+    with every_basis_is_far(16 * N) if far else nullcontext():
+        rows, factor, found = orthonormal(
+            SPACE, given.clone(), Basis(basis), threshold=lambda _: 0.0, predicted=predicted
+        )
+    both = torch.cat([rows, basis]).double()
+    torch.testing.assert_close(both @ both.mT, torch.eye(8).double(), rtol=0, atol=2e-6)
+    again = factor.mT @ rows.double() + found @ basis.double()
+    assert float((again - given).norm()) < 1e-6 * (1 + error) * float(given.norm())
+
+
 def test_directions_below_the_threshold_are_left_out() -> None:
     basis, basics = orthonormal_rows(6), orthonormal_rows(2, seed=1)
     given = torch.stack([basics[0], basics[0] + 1e-5 * basics[1], 3 * basis[0]])

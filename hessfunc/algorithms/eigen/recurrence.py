@@ -233,12 +233,18 @@ def size_that_fits(problem: Problem) -> int:
 def block_step(problem: Problem, products: Products, state: State) -> State:
     """Multiply the next block, and split the products into new columns of T and a new block."""
     space, j, basis = problem.space, state.size, state.basis
-    images = products(basis[j:].brought(space).to(problem.dtype))
+    last = basis[j:].brought(space).to(problem.dtype)
+    images = products(last)
+    # For a symmetric A, V A X' = C'. Only the last block of V is coupled with X, except right after
+    # a restart.
+    coupled = state.coupling[:, int(state.coupling.any(0).int().argmax()) if j else 0 :]
+    own = space.gram(images, last)
     block, factor, inner = orthonormal(
         space,
         images,
         basis,
         threshold=lambda longest: rounding(problem.eps, max(state.longest, longest)),
+        predicted=torch.cat([coupled.to(own), own], dim=1),
     )
     # A X' = [V; X]' columns + Q' F with the next block Q, so that columns = [V A X'; X A X'].
     columns = inner.mT

@@ -140,22 +140,25 @@ class Lanczos:
     def workload(self, setting: Setting, /) -> Workload:
         b, (stored, _) = self.block_size, self._entries(setting)
         blocks = -(-self.steps // b)
-        size, read = 0, 0
+        size, read, sizes = 0, 0, 0
         for _ in range(blocks):
             if size + b > self.vectors:
                 # A restart reads the basis, and reads, writes and scales the part that it keeps.
-                read += size + 3 * self.kept
+                # The next product is coupled with that part.
+                read += size + 4 * self.kept
                 size = self.kept
             size += b
-            # Full reorthogonalisation projects twice, and each projection reads the basis twice.
-            read += 4 * size
-        mean = read / (4 * blocks)
+            # The recurrence reads the last block twice and the one before it once. Full
+            # reorthogonalisation reads the basis twice.
+            read += 3 * b + 2 * size
+            sizes += size
+        mean = sizes / blocks
         return Workload(
             steps=blocks,
             block_size=b,
             checks=1 + self.k + self.searches,
             traffic=read * stored * setting.width,
-            sums=2 * b * mean + b * b + 1,
+            sums=b * mean + 2 * b * b + 1,
             exchanges=4,
         )
 
@@ -210,13 +213,14 @@ class Slq:
 
     def workload(self, setting: Setting, /) -> Workload:
         g, row = self.at_once, setting.rows
-        read = 4 * g * self.groups * self.steps * (self.steps + 1) // 2
+        # A step reads its last two vectors twice, and the whole basis twice.
+        read = g * self.groups * self.steps * (self.steps + 1 + 4)
         return Workload(
             steps=self.groups * self.steps,
             block_size=g,
             checks=0,
             traffic=read * row,
-            sums=g * (self.steps + 2) + 1,
+            sums=g * ((self.steps + 1) / 2 + 3) + 1,
             exchanges=2 * g + 2,
         )
 

@@ -205,7 +205,7 @@ def test_a_bfloat16_basis_from_afar_has_honest_residuals() -> None:
     assert found.converged.all()
 
 
-def test_a_step_brings_the_basis_twice_and_no_more_than_two_pieces() -> None:
+def test_a_step_brings_the_basis_once_and_no_more_than_two_pieces() -> None:
     n, m, piece = 20_000, 50, 10 * 20_000 * 4
     spectrum, like = torch.linspace(-1, 1, n), torch.zeros(n)
     options = {"k": 1, "basis_size": m + 1, "max_matvecs": m + 1, "rtol": 0.0, "seed": 0}
@@ -215,9 +215,10 @@ def test_a_step_brings_the_basis_twice_and_no_more_than_two_pieces() -> None:
         with where, counted_copies() as copies, Footprint() as memory:
             hf.lanczos(lambda block: block * spectrum, like, **options)
         peaks.append(memory.peak)
-    # A look at the pairs reads it once more, which is seldom.
-    twice = 2 * sum(range(1, m + 1)) * n * 4
-    assert twice < sum(copies) < 1.1 * twice
+    # A step brings the last two vectors again. A look at the pairs reads the basis once more, which
+    # is seldom.
+    once = sum(range(1, m + 1)) * n * 4
+    assert once < sum(copies) < 1.25 * once
     # The inner products of a few rows are made of copies in float64.
     assert peaks[1] - peaks[0] <= 2 * piece + 5 * n * 8
 
