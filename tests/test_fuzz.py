@@ -258,6 +258,14 @@ CALLS: dict[str, Call] = {
         blocks_of,
     ),
     "kfra": Call({"loss": LOSS, "model": MODEL}, {"sharing": "expand"}, blocks_of),
+    "kfoc": Call(
+        {"loss": LOSS, "model": MODEL},
+        {"steps": 1, "samples": 2, "seed": 0, "unsupported": "error"},
+        blocks_of,
+    ),
+    "error": Call(
+        {"blocks": matvec, "matvec": matvec, "like": LIKE}, RUN | {"rtol": 0.5, "block_size": 2}
+    ),
     "kflr": Call(
         {"loss": LOSS, "model": MODEL}, {"sharing": "expand", "unsupported": "error"}, blocks_of
     ),

@@ -1,6 +1,7 @@
 """Structured diagonal blocks of curvature matrices: Hessian backpropagation, KFAC and others."""
 
 from hessfunc.kronecker.block import Block
+from hessfunc.kronecker.block_error import BlockError, error
 from hessfunc.kronecker.blocks import Blocks
 from hessfunc.kronecker.composite_blocks import DirectSum, Permuted
 from hessfunc.kronecker.factored_blocks import (
@@ -10,7 +11,7 @@ from hessfunc.kronecker.factored_blocks import (
     Eigenbasis,
     Kronecker,
 )
-from hessfunc.kronecker.factors import ekfac, kfac, kflr, kfra
+from hessfunc.kronecker.factors import ekfac, kfac, kflr, kfoc, kfra
 from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, Jacobian, OfAll, Selection
 from hessfunc.kronecker.layer import Call, Dependence, General, Layer, SharedWeight
 from hessfunc.kronecker.propagate import BlockCurvature, hbp
@@ -32,9 +33,12 @@ __all__ = [
     "kflr",
     "kfac",
     "ekfac",
+    "kfoc",
     "exact_blocks",
     "BlockCurvature",
     "Blocks",
+    "error",
+    "BlockError",
     # Kinds of blocks
     "Block",
     "Dense",

@@ -15,7 +15,9 @@ from hessfunc.kronecker.linear_maps import Inputs, Layout
 from hessfunc.kronecker.moments import (
     Sharing,
     example_gradients,
+    left_moments,
     outer_moments,
+    right_moments,
     squared_moments,
     summed_input_moments,
     weight_gradient,
@@ -46,13 +48,18 @@ class Form:
     site: str = ""
 
 
-def factor_keys(forms: Mapping[str, Form]) -> dict[str, tuple[str, str]]:
+def factor_keys(forms: Mapping[str, Form], /) -> dict[str, tuple[str, str]]:
     """Return the names of the two factors of each parameter that has them."""
     return {
         name: (f"output factor of {form.site}", f"input factor of {name}")
         for name, form in forms.items()
         if form.kind == "kronecker"
     }
+
+
+def is_factor(key: str, /) -> bool:
+    """Return whether a statistic is a factor, by its name."""
+    return key.startswith(("output factor of ", "input factor of "))
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Evaluation:
             replaces the output factors by identity matrices.
         sharing: Treatment of positions that share a weight.
         unsupported: Treatment of parameters without Kronecker factors.
+        shares_outputs: Whether parameters with the same outputs share their output factor.
     """
 
     leaves: Mapping[str, Tensor]
@@ -73,6 +81,7 @@ class Evaluation:
     columns: Sequence[Tensor] | None
     sharing: Sharing
     unsupported: Unsupported
+    shares_outputs: bool = True
 
     @cached_property
     def forms(self) -> dict[str, Form]:
@@ -98,7 +107,7 @@ class Evaluation:
             else:
                 # The weight and the bias of a layer share the factor B, computed once for a site.
                 ends = (*map(id, uses.outputs), layout.sizes[0])
-                site = sites.setdefault(ends, name)
+                site = sites.setdefault(ends, name) if self.shares_outputs else name
                 forms[name] = Form("kronecker", leaf.shape, layout, site)
         return forms
 
@@ -154,6 +163,41 @@ class Evaluation:
             squares = self._squared_by_row(others)
             weighted |= {f"diagonal of {name}": square for name, square in squares.items()}
         return Statistics(weighted, summed)
+
+    def nearest_output_factors(self, factors: Mapping[str, Tensor], /) -> Statistics:
+        """Return the factors B with the smallest distance ``|F - B (x) A|_F`` for given A.
+
+        F is ``sum_b vec(V_b) vec(V_b)'`` for the gradients V_b of the examples. The least-squares
+        solution is ``B = sum_b V_b A V_b' / |A|_F^2``.
+        """
+        uses = self._with("kronecker")
+        rights = {name: factors[f"input factor of {name}"] for name in uses}
+        with torch.no_grad():
+            inputs = {name: one.inputs() for name, one in uses.items()}
+        nearest = self._summed(
+            uses,
+            lambda name, slopes: _normalised(
+                left_moments(slopes, inputs[name], rights[name]), rights[name]
+            ),
+        )
+        return Statistics({f"output factor of {name}": b for name, b in nearest.items()})
+
+    def nearest_input_factors(self, factors: Mapping[str, Tensor], /) -> Statistics:
+        """Return the nearest factors A for given B, ``A = sum_b V_b' B V_b / |B|_F^2``.
+
+        The factor of a lookup is the nearest diagonal matrix.
+        """
+        uses = self._with("kronecker")
+        lefts = {name: factors[f"output factor of {name}"] for name in uses}
+        with torch.no_grad():
+            inputs = {name: one.inputs() for name, one in uses.items()}
+        nearest = self._summed(
+            uses,
+            lambda name, slopes: _normalised(
+                right_moments(slopes, inputs[name], lefts[name]), lefts[name]
+            ),
+        )
+        return Statistics({f"input factor of {name}": a for name, a in nearest.items()})
 
     def eigenvalues(self, bases: Mapping[str, Tensor], /) -> Statistics:
         """Return the second moments of the gradients along the eigenvectors.
@@ -248,6 +292,13 @@ def _of_example(inputs: Inputs, b: int) -> Inputs:
     if isinstance(inputs, Tensor):
         return inputs[b : b + 1] if len(inputs) > 1 else inputs
     return type(inputs)(inputs.indices[b : b + 1], inputs.size)
+
+
+def _normalised(moments: Tensor, factor: Tensor) -> Tensor:
+    """Divide moments by the squared Frobenius norm of the other factor, which may vanish."""
+    squares = factor.square().flatten(1).sum(1)
+    scale = torch.where(squares > 0, 1 / squares, 0.0)
+    return moments * scale.view(-1, *[1] * (moments.dim() - 1))
 
 
 def _turned(basis: Tensor, vectors: Any) -> Any:

@@ -14,7 +14,7 @@ from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.blocks import Blocks
 from hessfunc.kronecker.calls import linearising, refuse_dtensors
 from hessfunc.kronecker.composite_blocks import Permuted
-from hessfunc.kronecker.evaluation import Evaluation, Form, Unsupported, factor_keys
+from hessfunc.kronecker.evaluation import Evaluation, Form, Unsupported, factor_keys, is_factor
 from hessfunc.kronecker.factored_blocks import Dense, DiagonalBlock, Eigenbasis, Kronecker
 from hessfunc.kronecker.moments import Sharing, by_row
 from hessfunc.kronecker.uses import observed
@@ -40,6 +40,7 @@ class FactoredCurvature:
             factors by identity matrices.
         sharing: Treatment of positions that share a weight.
         corrected: Whether the eigenvalues are corrected, as in `ekfac`.
+        steps: Number of power iterations that move the factors to the nearest ones, as in `kfoc`.
         exact: Whether the columns are exact, so that the rows of an example must not be mixed.
         unsupported: Treatment of parameters without Kronecker factors.
     """
@@ -49,16 +50,15 @@ class FactoredCurvature:
     columns: Columns | None
     sharing: Sharing
     corrected: bool = False
+    steps: int = 0
     exact: bool = True
     unsupported: Unsupported = "error"
 
     def __call__(self, params: Mapping[str, Tensor], batch: Any, /) -> Blocks:
         with self._evaluated(params, batch) as evaluation:
-            factors = evaluation.factors().mean()
-            bases = self.bases(evaluation.forms, factors) if self.corrected else {}
-            values = evaluation.eigenvalues(bases).mean() if self.corrected else {}
+            made = self._means(lambda stage: stage(evaluation).mean())
         constants = tuple(requiring_gradients(list(params.values()), batch))
-        return self.blocks(params, evaluation.forms, factors | bases | values, constants)
+        return self._blocks(params, evaluation.forms, made, constants)
 
     def over_batches(
         self, params: Mapping[str, Tensor], mean: Callable[[Stage], Mapping[str, Tensor]], /
@@ -66,25 +66,39 @@ class FactoredCurvature:
         """Return the blocks of a data set, given the function that averages its statistics."""
         forms: dict[str, Form] = {}
 
-        def factors(params: Mapping[str, Tensor], batch: Any) -> Statistics:
-            with self._evaluated(params, batch) as evaluation:
-                if forms and forms != evaluation.forms:
-                    raise ValueError(
-                        "the model uses its parameters in another way in another batch, so that "
-                        "their blocks have different structures: use batches of the same kind"
-                    )
-                forms.update(evaluation.forms)
-                return evaluation.factors()
+        def means(stage: Callable[[Evaluation], Statistics]) -> Mapping[str, Tensor]:
+            def of_batch(params: Mapping[str, Tensor], batch: Any) -> Statistics:
+                with self._evaluated(params, batch) as evaluation:
+                    if forms and forms != evaluation.forms:
+                        raise ValueError(
+                            "the model uses its parameters in another way in another batch, so "
+                            "that their blocks have different structures: use batches of the same "
+                            "kind"
+                        )
+                    forms.update(evaluation.forms)
+                    return stage(evaluation)
 
-        def eigenvalues(params: Mapping[str, Tensor], batch: Any) -> Statistics:
-            with self._evaluated(params, batch) as evaluation:
-                return evaluation.eigenvalues(bases)
+            return mean(of_batch)
 
-        made = dict(mean(factors))
-        bases = self.bases(forms, made) if self.corrected else {}
-        values = mean(eigenvalues) if self.corrected else {}
+        made = self._means(means)
         constants = tuple(requiring_gradients(list(params.values()), None))
-        return self.blocks(params, forms, {**made, **bases, **values}, constants)
+        return self._blocks(params, forms, made, constants)
+
+    def _means(
+        self, mean: Callable[[Callable[[Evaluation], Statistics]], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return the means of all statistics, given the function that averages those of a stage."""
+        made = dict(mean(Evaluation.factors))
+        stages: list[Callable[[Evaluation, Mapping[str, Tensor]], Statistics]] = []
+        for _ in range(self.steps):
+            # Power iteration on the rearranged matrix: each half is a least-squares problem.
+            stages += [Evaluation.nearest_output_factors, Evaluation.nearest_input_factors]
+        if self.corrected:
+            made |= _bases(made)
+            stages.append(Evaluation.eigenvalues)
+        for stage in stages:
+            made |= mean(_of_evaluation(stage, dict(made)))
+        return made
 
     @contextmanager
     def _evaluated(self, params: Mapping[str, Tensor], batch: Any) -> Iterator[Evaluation]:
@@ -99,22 +113,10 @@ class FactoredCurvature:
             if self.columns is not None:
                 vectors = self.columns(seen.outputs.detach(), given)
                 columns = by_row(vectors, seen.examples) if self.exact else list(vectors)
-            yield Evaluation(leaves, seen, columns, self.sharing, self.unsupported)
+            shares_outputs = not self.steps
+            yield Evaluation(leaves, seen, columns, self.sharing, self.unsupported, shares_outputs)
 
-    def bases(
-        self, forms: Mapping[str, Form], factors: Mapping[str, Tensor], /
-    ) -> dict[str, Tensor]:
-        """Return the eigenvectors of the factors."""
-        keys = factor_keys(forms)
-        # The unit vectors are the eigenvectors of a diagonal factor.
-        return {
-            f"basis of {key}": torch.linalg.eigh(factors[key]).eigenvectors
-            if factors[key].dim() == 3
-            else torch.ones_like(factors[key])
-            for key in dict.fromkeys(key for pair in keys.values() for key in pair)
-        }
-
-    def blocks(
+    def _blocks(
         self,
         params: Mapping[str, Tensor],
         forms: Mapping[str, Form],
@@ -146,3 +148,21 @@ class FactoredCurvature:
                     )
                 blocks[name] = block if layout.is_plain else Permuted(block, layout, form.shape)
         return Blocks(blocks, space_of(params), constants)
+
+
+def _of_evaluation(
+    stage: Callable[[Evaluation, Mapping[str, Tensor]], Statistics], made: Mapping[str, Tensor]
+) -> Callable[[Evaluation], Statistics]:
+    return lambda evaluation: stage(evaluation, made)
+
+
+def _bases(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the eigenvectors of the factors."""
+    # The unit vectors are the eigenvectors of a diagonal factor.
+    return {
+        f"basis of {key}": torch.linalg.eigh(factor).eigenvectors
+        if factor.dim() == 3
+        else torch.ones_like(factor)
+        for key, factor in factors.items()
+        if is_factor(key)
+    }

@@ -126,3 +126,43 @@ def squared_moments(slopes: Tensor, inputs: Inputs) -> Tensor:
         return torch.einsum("bgo,bgk->gok", left, right.expand(len(slopes), -1, -1))
     parts = [gradients.square().sum(0) for _, gradients in example_gradients(slopes, inputs)]
     return torch.stack(parts).sum(0)
+
+
+def left_moments(slopes: Tensor, inputs: Inputs, right: Tensor) -> Tensor:
+    """Return ``sum_b V_b A V_b'`` for the gradients V_b of a weight, ``(G, O, O)``.
+
+    Args:
+        slopes: Gradients at the outputs.
+        inputs: Inputs.
+        right: Matrices A, ``(G, K, K)``, or their diagonals ``(G, K)``.
+    """
+    total = slopes.new_zeros(slopes.shape[1], slopes.shape[2], slopes.shape[2])
+    for _, gradients in example_gradients(slopes, inputs):
+        other = gradients * right[:, None] if right.dim() == 2 else gradients @ right
+        total += _flat(other) @ _flat(gradients).mT
+    return total
+
+
+def right_moments(slopes: Tensor, inputs: Inputs, left: Tensor) -> Tensor:
+    """Return ``sum_b V_b' B V_b`` for the gradients V_b of a weight, ``(G, K, K)``.
+
+    For a lookup, it is the diagonal of that matrix, ``(G, K)``.
+
+    Args:
+        slopes: Gradients at the outputs.
+        inputs: Inputs.
+        left: Matrices B, ``(G, O, O)``.
+    """
+    parts = []
+    for _, gradients in example_gradients(slopes, inputs):
+        other = left @ gradients
+        if isinstance(inputs, OneHot):
+            parts.append((gradients * other).sum((0, 2)))
+        else:
+            parts.append(_flat(gradients.mT) @ _flat(other.mT).mT)
+    return torch.stack(parts).sum(0)
+
+
+def _flat(gradients: Tensor) -> Tensor:
+    """Join the examples and the last axis: ``(b, G, N, M)`` -> ``(G, N, b M)``."""
+    return gradients.permute(1, 2, 0, 3).flatten(2)

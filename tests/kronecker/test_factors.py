@@ -519,3 +519,49 @@ def test_outputs_that_are_no_tensor_are_refused() -> None:
     for of in (hf.kronecker.kflr, hf.kronecker.ekfac):
         with pytest.raises(TypeError, match="outputs that are one tensor.*got dict"):
             of(loss, case.model)(case.params, case.batch)
+
+
+def nearest_product(matrix: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The nearest Kronecker product, from the singular vectors of the rearranged matrix."""
+    blocks = matrix.view(outputs, inputs, outputs, inputs).transpose(1, 2)
+    left, size, right = torch.linalg.svd(blocks.reshape(outputs**2, inputs**2))
+    pair = left[:, 0].view(outputs, outputs), right[0].view(inputs, inputs)
+    return size[0] * torch.kron(*pair)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_factors_of_kfoc_are_the_nearest(shared: bool) -> None:
+    case = net(MeanOfPositions, 5, 4, examples=4) if shared else perceptron(5)
+    made = hf.kronecker.kfoc(case.loss, case.model, steps=60)(case.params, case.batch)
+    for name, exact in gauss_newton_blocks(case).items():
+        shape = case.params[name].shape
+        expected = nearest_product(exact, shape[0], shape[1:].numel())
+        torch.testing.assert_close(made[name].dense(), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [perceptron, convolutional])
+def test_each_step_of_kfoc_is_nearer(make) -> None:
+    case = make(5)
+    exact = gauss_newton_blocks(case)
+    kflr = hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)
+    before = {name: float((block.dense() - exact[name]).norm()) for name, block in kflr.items()}
+    for steps in (1, 3, 9):
+        made = hf.kronecker.kfoc(case.loss, case.model, steps=steps)(case.params, case.batch)
+        # A convolution with groups has no entries between its groups.
+        after = {name: float((block.dense() - exact[name]).norm()) for name, block in made.items()}
+        assert all(after[name] <= before[name] * (1 + 1e-9) + 1e-14 for name in exact)
+        before = after
+
+
+def test_kfoc_of_a_data_set_and_of_lookups() -> None:
+    model, loss, params, (tokens, targets) = attention()
+    curvature = hf.kronecker.kfoc(loss, model, steps=2)
+    batches = [(tokens[:1], targets[:1]), (tokens[1:], targets[1:])]
+    whole, made = curvature(params, (tokens, targets)), hf.over_batches(curvature)(params, batches)
+    assert largest_error(dense(made), dense(whole)) < 1e-9
+    kflr = hf.kronecker.kflr(loss, model)(params, (tokens, targets))["embedding.weight"]
+    exact = gauss_newton_blocks(Net(model, loss, params, (tokens, targets)))["embedding.weight"]
+    nearer = (whole["embedding.weight"].dense() - exact).norm()
+    assert nearer < (kflr.dense() - exact).norm()
+    with pytest.raises(ValueError, match="steps=0"):
+        hf.kronecker.kfoc(loss, model, steps=0)
