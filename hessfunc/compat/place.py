@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hessfunc.autograd import differentiable_twice
+from hessfunc.autograd.constant_matrix import leaves_of_graph
 from hessfunc.containers import mapped
 from hessfunc.losses import LossFunction, supervised
 from hessfunc.modules import eval_mode, functional
 from hessfunc.transforms.batches.examples import examples
-from hessfunc.transforms.hessian import filled
+from hessfunc.transforms.chunks import Curvature
+from hessfunc.transforms.hessian import filled, hvp, scalar
+from hessfunc.transforms.matvecs.arithmetic import batched
+from hessfunc.trees import Matvec
 
 
 def bare(model: nn.Module, /) -> nn.Module:
@@ -57,6 +61,60 @@ def evaluated_loss(
     loss = supervised(lambda tree, inputs: model_fn(tree, (inputs,)), criterion)
     device = device_of(model)
     return lambda tree, batch: loss(tree, moved(batch, device)), params
+
+
+def hessian_of(loss: LossFunction, own: Sequence[Tensor], /) -> Curvature:
+    """Return the Hessian of a loss, also if its criterion reads the parameters of the model itself.
+
+    A criterion with a penalty such as ``sum(p.square().sum() for p in model.parameters())`` does
+    not depend on the arguments of the loss. Its products are then derivatives with respect to the
+    model's own parameters, which keep one graph for each batch.
+
+    Args:
+        loss: Function ``(params, batch) -> scalar``.
+        own: Parameters of the model, in the order of ``params``.
+
+    Cost: that of `hvp`, and one evaluation of the first batch.
+    """
+    reads: list[bool] = []
+    ordinary = hvp(loss)
+
+    def curvature(params: Mapping[str, Tensor], batch: Any) -> Matvec:
+        if not reads:
+            reads.append(_reads(loss, params, batch, own))
+        return _by_graph(loss, params, batch, own) if reads[0] else ordinary(params, batch)
+
+    return curvature
+
+
+def _reads(
+    loss: LossFunction, params: Mapping[str, Tensor], batch: Any, own: Sequence[Tensor]
+) -> bool:
+    """Return whether a loss depends on other tensors than ``params`` and the batch."""
+    with torch.enable_grad():
+        value = scalar(loss({name: p.detach() for name, p in params.items()}, batch))
+    return not {id(p) for p in own}.isdisjoint(map(id, leaves_of_graph([value], [])))
+
+
+def _by_graph(
+    loss: LossFunction, params: Mapping[str, Tensor], batch: Any, own: Sequence[Tensor]
+) -> Matvec:
+    gradient = gradient_with_graph(loss, dict(zip(params, own, strict=True)), [batch])
+    curved = [i for i, g in enumerate(gradient) if g.requires_grad]
+
+    def product(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        along = list(vector.values())
+        # H v is the derivative of g'v.
+        products = torch.autograd.grad(
+            [gradient[i] for i in curved],
+            list(own),
+            [along[i] for i in curved],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return dict(zip(params, products, strict=True))
+
+    return batched(product, chunk_size=1)
 
 
 def gradient_with_graph(

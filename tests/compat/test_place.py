@@ -96,6 +96,23 @@ def test_a_model_that_is_wrapped_for_data_parallelism_is_unwrapped(
 
 
 @faces
+def test_a_penalty_on_the_parameters_of_the_model_itself_counts(
+    face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = nn.Sequential(nn.Linear(4, 3)).double().eval(), data()
+
+    def penalised(outputs: Tensor, targets: Tensor) -> Tensor:
+        penalty = torch.stack([0.25 * p.square().sum() for p in model.parameters()]).sum()
+        return nn.functional.cross_entropy(outputs, targets) + penalty
+
+    # The faces of this file take the criterion by its name.
+    monkeypatch.setitem(globals(), "cross_entropy", penalised)
+    found = face(model, batch)
+    monkeypatch.undo()
+    assert found == pytest.approx(largest(model, batch) + 0.5, rel=1e-6)
+
+
+@faces
 @pytest.mark.filterwarnings("ignore:the model is in train mode")
 def test_the_curvature_is_that_of_eval_mode(face: Face) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(), nn.BatchNorm1d(5), nn.Linear(5, 3))

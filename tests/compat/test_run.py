@@ -135,6 +135,115 @@ def test_a_script_in_the_style_of_the_examples_of_curvlinops(tmp_path: Path) -> 
     assert float((tmp_path / "out.txt").read_text()) > 0
 
 
+SETUP = """
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+x, y = torch.randn(24, 4), torch.randint(3, (24,))
+net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).eval()
+loader = DataLoader(TensorDataset(x, y), batch_size=10, shuffle=True)
+criterion = nn.CrossEntropyLoss()
+params = [p for p in net.parameters() if p.requires_grad]
+
+
+class Wraps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net
+
+    def forward(self, given):
+        return self.net(given["x"]), given
+
+
+def loss_of(flat):
+    parts = flat.split([p.numel() for p in params])
+    names = [name for name, _ in net.named_parameters()]
+    state = {n: v.view_as(p) for n, v, p in zip(names, parts, params)}
+    return criterion(torch.func.functional_call(net, state, (x,)), y)
+
+
+flat = torch.cat([p.detach().flatten() for p in params])
+top = float(torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss_of, flat))[-1])
+"""
+# Uses that the repositories of other people have, each with the largest eigenvalue as `found`.
+USES = {
+    "the loss along an eigenvector": """
+from pyhessian import hessian
+_, vectors = hessian(net, criterion, data=(x, y), cuda=False).eigenvalues(maxIter=200, tol=1e-5)
+other = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double().eval()
+values = []
+for step in (-1e-3, 0.0, 1e-3):
+    for p, q, d in zip(net.parameters(), other.parameters(), vectors[0]):
+        q.data = p.data.double() + step * d
+    values.append(criterion(other(x.double()), y).item())
+found = (values[0] - 2 * values[1] + values[2]) / 1e-6
+""",
+    "mappings, and outputs in a tuple": """
+from pyhessian import hessian
+loss = lambda outputs, targets: F.cross_entropy(outputs[0], targets)
+comp = hessian(Wraps(), loss, data=({"x": x.requires_grad_()}, y), cuda=torch.device("cpu"))
+found = comp.eigenvalues(maxIter=200, tol=1e-5, top_n=1)[0][-1]
+""",
+    "power iteration of one's own": """
+from pyhessian.utils import *
+criterion(net(x), y).backward(create_graph=True)
+params, gradsH = get_params_grad(net)
+v = normalization([torch.randn_like(p) for p in params])
+for _ in range(300):
+    v = orthnormal(v, [])
+    Hv = hessian_vector_product(gradsH, params, v)
+    found = group_product(Hv, v).cpu().item()
+    v = normalization(Hv)
+""",
+    "a density with its figure": """
+from pyhessian import density_plot, hessian
+nodes, weights = hessian(nn.DataParallel(net), criterion, None, loader, False).density(27, 1)
+found = float(np.max(nodes))
+density_plot.density_generate(np.array(nodes), np.array(weights), num_bins=100, overhead=0.01)
+""",
+    "an operator from its old home": """
+from hessian_eigenthings.hvp_operator import HVPOperator
+from hessian_eigenthings.power_iter import Operator, deflated_power_iteration
+inner = HVPOperator(net, loader, criterion, use_gpu=False, max_samples=7)
+class Own(Operator):
+    def __init__(self):
+        self.size = inner.size
+    def apply(self, vec):
+        return inner.apply(vec)
+values, _ = deflated_power_iteration(Own(), 1, power_iter_steps=500, use_gpu=False)
+found = values[0]
+""",
+    "arrays in a file": """
+from hessian_eigenthings import compute_hessian_eigenthings
+values, vectors = compute_hessian_eigenthings(
+    net, loader, F.cross_entropy, 3, mode="lanczos", max_steps=50, full_dataset=True,
+    max_samples=8, use_gpu=False,
+)
+np.savez("pairs.npz", values=values[-np.arange(1, 3)], vectors=torch.from_numpy(vectors))
+found = np.load("pairs.npz")["values"][0]
+""",
+    "eigsh of SciPy": """
+from curvlinops import HessianLinearOperator
+from scipy.sparse.linalg import eigsh
+H = HessianLinearOperator(net, criterion, params, loader, progressbar=True)
+found = eigsh(H.to_scipy(), k=1, which="LA", return_eigenvectors=False)[0]
+""",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.filterwarnings("ignore:the model is in train mode")
+@pytest.mark.parametrize("use", USES)
+def test_uses_in_scripts_of_other_people(use: str, tmp_path: Path) -> None:
+    check = "assert abs(found - top) < 1e-3 * top, (found, top)"
+    (tmp_path / "script.py").write_text(SETUP + USES[use] + check)
+    assert main(["script.py"]) == 0
+
+
 def test_errors_of_the_script_are_its_own(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("raise KeyError('own')")
     with pytest.raises(KeyError, match="own"):

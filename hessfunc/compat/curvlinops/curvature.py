@@ -82,7 +82,7 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         self._num_data, self._batch_size_fn = num_data, batch_size_fn
         self._blocks = None if block_sizes is None else _grouped(list(named), block_sizes)
         in_shape, out_shape = self._shapes([p.shape for p in named.values()])
-        super().__init__(in_shape, out_shape, list(named) if isinstance(params, Mapping) else None)
+        super().__init__(in_shape, out_shape, list(params) if isinstance(params, Mapping) else None)
         if check_deterministic:
             self._check_deterministic()
 
@@ -235,6 +235,9 @@ def named_parameters(
             "or a function (params, X) -> outputs with a dict of params"
         )
     own = dict(bare(model_func).named_parameters()) if is_module else None
+    if is_module and isinstance(params, Mapping) and bare(model_func) is not model_func:
+        # Wrappers for data parallelism put a prefix before each name.
+        params = {name.removeprefix("module."): p for name, p in params.items()}
     if isinstance(params, Mapping):
         unknown = [] if own is None else [name for name in params if name not in own]
         if unknown:

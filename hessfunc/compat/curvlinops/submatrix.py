@@ -27,6 +27,13 @@ class SubmatrixLinearOperator(Composed):
     def __init__(
         self, A: PyTorchLinearOperator, row_idxs: Sequence[int], col_idxs: Sequence[int]
     ) -> None:
+        self._A = A
+        self.set_submatrix(row_idxs, col_idxs)
+
+    @validated(**CHECKS)
+    def set_submatrix(self, row_idxs: Sequence[int], col_idxs: Sequence[int]) -> None:
+        """Choose other rows and columns of the same operator."""
+        A = self._A
         for name, indices, size in (
             ("row_idxs", row_idxs, A.shape[0]),
             ("col_idxs", col_idxs, A.shape[1]),
@@ -36,7 +43,7 @@ class SubmatrixLinearOperator(Composed):
                     f"{name} must have distinct integers from 0 to {size - 1}: pass for instance "
                     f"{name}=[0]"
                 )
-        super().__init__(A, [(len(col_idxs),)], [(len(row_idxs),)], named=False)
+        Composed.__init__(self, A, [(len(col_idxs),)], [(len(row_idxs),)], named=False)
         self._row_idxs, self._col_idxs = list(row_idxs), list(col_idxs)
         self.SELF_ADJOINT = A.SELF_ADJOINT and self._row_idxs == self._col_idxs
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.compat.eigenthings.operator import Operator
-from hessfunc.compat.place import evaluated_loss, gradient_with_graph
+from hessfunc.compat.place import evaluated_loss, gradient_with_graph, hessian_of
 from hessfunc.losses import LossFunction
-from hessfunc.options import at_least, tensor, validated
+from hessfunc.options import at_least, tensor, validated, whole_number
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.examples import examples, microbatches
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Matvec, Tree
 
 
@@ -35,6 +34,7 @@ class HVPOperator(Operator):
         fp16: Whether products are rounded to float16.
         full_dataset: Whether each product uses all batches. Otherwise it uses the next batch.
         max_possible_gpu_samples: Largest number of examples in a piece of a batch.
+        max_samples: Name of ``max_possible_gpu_samples`` in version 0.1, which has priority.
 
     Attributes:
         grad_vec: Flat gradient of the last `prepare_grad`, zeros before.
@@ -43,7 +43,7 @@ class HVPOperator(Operator):
         ValueError: If an option is out of range, or if no parameter requires a gradient.
     """
 
-    @validated
+    @validated(max_samples=whole_number)
     def __init__(
         self,
         model: nn.Module,
@@ -53,7 +53,11 @@ class HVPOperator(Operator):
         fp16: bool = False,
         full_dataset: bool = True,
         max_possible_gpu_samples: int = 256,
+        *,
+        max_samples: int | None = None,
     ) -> None:
+        if max_samples is not None:
+            max_possible_gpu_samples = max_samples
         at_least(1, max_possible_gpu_samples=max_possible_gpu_samples)
         entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if not entries:
@@ -146,9 +150,11 @@ class HVPOperator(Operator):
         raise ValueError("the dataloader has no batch: pass at least one")
 
     def _curvature(self, loss: LossFunction) -> Curvature:
+        hessian = hessian_of(loss, [p for p in self.model.parameters() if p.requires_grad])
+
         def of_batch(params: Tree, batch: Any) -> Matvec:
             pieces = microbatches(batch, self.max_possible_gpu_samples)
-            mean = over_batches(hvp(loss), weight=examples, keep=len(pieces) == 1)
+            mean = over_batches(hessian, weight=examples, keep=len(pieces) == 1)
             return mean(params, pieces)
 
         return of_batch

@@ -13,9 +13,18 @@ from hessfunc.algorithms.eigen.power import power_iteration as exact_power_itera
 from hessfunc.algorithms.eigen.stochastic_power import stochastic_power_iteration
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.results.result import array
-from hessfunc.compat.eigenthings.operator import Operator, Start, operator_like, warn_of_residuals
+from hessfunc.compat.eigenthings.operator import (
+    LambdaOperator,
+    Operator,
+    Start,
+    operator_like,
+    warn_of_residuals,
+)
 from hessfunc.options import validated
 from hessfunc.transforms.matvecs.arithmetic import deflate
+
+# Scripts import the operators from here, where they once were.
+__all__ = ["LambdaOperator", "Operator", "deflated_power_iteration", "power_iteration"]
 
 
 @validated(operator=operator_like)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.algorithms.eigen.lanczos import lanczos
-from hessfunc.compat.place import evaluated_loss
+from hessfunc.compat.place import evaluated_loss, hessian_of
 from hessfunc.options import anything, validated
 from hessfunc.tracking.undisturbed import undisturbed
 from hessfunc.training.batches import refuse_iterators
 from hessfunc.training.steps import Criterion
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.batches.mean import over_batches
-from hessfunc.transforms.hessian import hvp
 
 
 @validated(inputs=anything, targets=anything)
@@ -105,9 +104,10 @@ def _dominant(
 ) -> tuple[float, list[Tensor]]:
     refuse_iterators(batches)
     loss, params = evaluated_loss(model, criterion)
+    curvature = hessian_of(loss, [p for p in model.parameters() if p.requires_grad])
     with undisturbed(model, batches):
         pairs = lanczos(
-            over_batches(hvp(loss), weight=examples, keep=keep)(params, batches),
+            over_batches(curvature, weight=examples, keep=keep)(params, batches),
             params,
             k=1,
             rtol=tol,

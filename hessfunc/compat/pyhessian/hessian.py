@@ -10,7 +10,7 @@ from torch import Tensor
 from hessfunc.algorithms.density import slq
 from hessfunc.algorithms.eigen.lanczos import lanczos
 from hessfunc.algorithms.trace.hutchinson import hutchinson
-from hessfunc.compat.place import gradient_with_graph, seed_of_stream
+from hessfunc.compat.place import gradient_with_graph, hessian_of, seed_of_stream
 from hessfunc.compat.pyhessian.mean_loss import MeanLoss
 from hessfunc.compat.pyhessian.vectors import (
     group_product,
@@ -18,7 +18,6 @@ from hessfunc.compat.pyhessian.vectors import (
     refuse_unlike,
 )
 from hessfunc.options import real, tensors, validated
-from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.matvecs.arithmetic import apply, batched
 from hessfunc.trees import Matvec, Tree
 
@@ -165,7 +164,7 @@ class hessian(MeanLoss):  # noqa: N801
 
     def _of_loss(self) -> tuple[Matvec, dict[str, Tensor]]:
         loss, params = self.loss()
-        return self.over_data(hvp(loss))(params, self.data), params
+        return self.over_data(hessian_of(loss, self.params))(params, self.data), params
 
     def _of_gradient(self) -> Callable[[list[Tensor]], Sequence[Tensor]]:
         """Return the derivative of the gradient that was set."""

@@ -55,6 +55,16 @@ def test_a_function_of_parameters_and_inputs() -> None:
     torch.testing.assert_close(matrix(H), dense(params))
 
 
+def test_a_model_in_a_wrapper_for_data_parallelism() -> None:
+    model = nn.DataParallel(net())
+    expected = dense(dict(net().named_parameters()))
+    for params in (list(model.parameters()), dict(model.named_parameters())):
+        H = HessianLinearOperator(model, LOSS, params, batches(LOSS))
+        torch.testing.assert_close(matrix(H), expected)
+    product = H @ {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    assert list(product) == [name for name, _ in model.named_parameters()]
+
+
 def test_values_other_than_those_of_the_model() -> None:
     model = net()
     params = {name: p.detach() + 0.1 for name, p in model.named_parameters()}

@@ -139,3 +139,8 @@ def test_gradients_are_set_to_zero_where_they_exist() -> None:
     HVPOperator(model, loader(20), cross_entropy).zero_grad()
     assert not model[0].weight.grad.any()
     assert model[2].weight.grad is None
+
+
+def test_the_name_of_version_0_1_for_the_size_of_a_piece_is_taken() -> None:
+    operator = HVPOperator(net(), loader(20), cross_entropy, max_samples=7)
+    assert operator.max_possible_gpu_samples == 7
