@@ -361,7 +361,14 @@ CALLS: dict[str, Call] = {
     "xdiag": Call({"matvec": matvec, "like": LIKE}, RUN | {"rtol": 0.5, "block_size": 2}),
     "slq": Call(
         {"matvec": matvec, "like": LIKE},
-        RUN | {"probes": 2, "steps": 4, "basis_device": "cpu", "keep_basis": True},
+        RUN
+        | {
+            "probes": 2,
+            "steps": 4,
+            "basis_device": "cpu",
+            "keep_basis": False,
+            "deflate": hf.lanczos(matvec, LIKE, k=1, seed=0),
+        },
     ),
     "function": Call(
         {"matvec": matvec, "f": torch.exp, "b": B},

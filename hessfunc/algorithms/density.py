@@ -10,11 +10,14 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.basis import Basis
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
 from hessfunc.algorithms.offload import home, is_far, room_beside
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.recurrences import Recurrence, Recurrences, eigenpairs_of, extended
-from hessfunc.algorithms.results import Density
+from hessfunc.algorithms.results import Density, Eigenpairs
+from hessfunc.algorithms.results.deflated import with_eigenvalues
+from hessfunc.algorithms.span import Span
 from hessfunc.display import Achieved
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.space import Space, available_to, products_eps, rows_dtype
@@ -32,6 +35,7 @@ def slq(
     probes: int = 1,
     steps: int = 100,
     basis_device: torch.device | str | None = None,
+    deflate: Eigenpairs | None = None,
     keep_basis: bool = False,
     max_matvecs: int | None = None,
     **run: Unpack[RunOptions],
@@ -46,6 +50,13 @@ def slq(
     2 m - 1. The mean over w is tr f(A) / n. All probes run as one block, each with full
     reorthogonalisation.
 
+    Known eigenpairs (value_i, V_i) need not be sampled. With P = I - VV', k pairs, and probes u in
+    the complement of V,
+
+        tr f(A) = sum_i f(value_i) + (n - k) E[u' f(PAP) u],
+
+    up to the residuals of the pairs, by which the bounds of the result are wider.
+
     Args:
         matvec: Function from a block of vectors to the block of their products. The matrix must be
             symmetric.
@@ -59,6 +70,8 @@ def slq(
             next one while the current one is in use. The GPU then holds two pieces, of 128 MiB or
             of one vector, besides the probes. The results are those of bases on the GPU up to
             rounding.
+        deflate: Eigenpairs of A, from `lanczos`, which become nodes of the weight 1 / n. Their
+            vectors must be orthonormal.
         keep_basis: Whether the result keeps the Lanczos vectors of one probe, so that
             ``trace(..., start=density)`` and ``diagonal(..., start=density)`` begin with its Krylov
             space at no product.
@@ -70,7 +83,8 @@ def slq(
         when the budget is exhausted are left out, unless none is complete.
 
     Raises:
-        ValueError: If an option is out of range, or if the matvec is not symmetric.
+        ValueError: If an option is out of range, if the eigenpairs belong to other parameters, or
+            if the matvec is not symmetric.
         MemoryError: If the basis of one probe, steps * n numbers, does not fit in memory, or if the
             pieces of a basis on another device do not.
         FloatingPointError: If a product is not finite.
@@ -86,12 +100,23 @@ def slq(
     at_least(probes, max_matvecs=max_matvecs)
     products = Products.of(matvec, like, run.get("space"))
     space = products.space
+    if keep_basis and deflate is not None:
+        raise ValueError(
+            "keep_basis=True keeps a Krylov space of the matrix, and a run with `deflate` has one "
+            "of its complement: pass only one of the two"
+        )
     device = home(space, basis_device)
-    group = _probes_that_fit(space, probes, min(steps, space.n), device)
+    span = Span.of(space, deflate, "deflate")
+    steps = min(steps, space.n - len(span))
     method = LanczosQuadrature(
-        probes=probes, steps=steps, basis_device=device, group=group, keep_basis=keep_basis
+        probes=probes,
+        steps=steps,
+        basis_device=device,
+        group=_probes_that_fit(space, probes, steps, device),
+        keep_basis=keep_basis,
+        span=span,
     )
-    budget = probes * min(steps, space.n) if max_matvecs is None else max_matvecs
+    budget = probes * steps if max_matvecs is None else max_matvecs
     return run_method(method, products, run, max_matvecs=budget)
 
 
@@ -101,10 +126,11 @@ class LanczosQuadrature(Method["_State", Density]):
 
     Attributes:
         probes: Number of random vectors.
-        steps: Number of Lanczos steps of each.
+        steps: Number of Lanczos steps of each, at most the dimension that is sampled.
         basis_device: Device of the bases.
         group: Number of probes that run at once.
         keep_basis: Whether the result keeps the Lanczos vectors of one probe.
+        span: Span of the known eigenpairs, which is not sampled.
     """
 
     probes: int
@@ -112,8 +138,12 @@ class LanczosQuadrature(Method["_State", Density]):
     basis_device: torch.device
     group: int
     keep_basis: bool
+    span: Span
 
     changeable: ClassVar = frozenset({"basis_device", "group", "keep_basis"})
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "span": (self.span.parts, self.span.basis)}
 
     def init(self, products: Products, seed: int, /) -> _State:
         indices = range(min(self.group, self.probes))
@@ -129,14 +159,16 @@ class LanczosQuadrature(Method["_State", Density]):
         asymmetry: float = 0.0,
     ) -> _State:
         """Return the state of new probes, with the recurrences of earlier ones in ``done``."""
-        probes = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
-        probes /= math.sqrt(space.n)
-        runs = Recurrences.begin(probes, min(self.steps, space.n), device=self.basis_device)
+        drawn = space.probes(indices, kind="sphere", seed=seed, dtype=rows_dtype(space))
+        probes = self.span.complement(space, drawn, on_sphere=True)
+        probes /= math.sqrt(space.n - len(self.span))
+        runs = Recurrences.begin(probes, self.steps, device=self.basis_device)
         return _State(replace(runs, asymmetry=asymmetry), done, group, seed)
 
     def step(self, state: _State, products: Products, room: int, /) -> _State:
         space, runs = products.space, state.runs
-        steps = min(self.steps, space.n)
+        outside = Basis(self.span.basis) if len(self.span) else None
+        least = float(self.span.values.abs().max()) if len(self.span) else 0.0
         # A resumed run may keep its bases on another device than the interrupted one.
         if (basis := runs.basis.on(self.basis_device)) is not runs.basis:
             runs = replace(runs, basis=basis)
@@ -151,7 +183,7 @@ class LanczosQuadrature(Method["_State", Density]):
             if not runs.active or len(runs.active) > room:
                 break
             room -= len(runs.active)
-            runs = extended(products, runs, steps)
+            runs = extended(products, runs, self.steps, outside=outside, least=least)
         runs.basis.settle(space)
         return replace(state, runs=runs)
 
@@ -159,21 +191,23 @@ class LanczosQuadrature(Method["_State", Density]):
         runs = state.runs
         if len(state.done) + len(runs.taken) < self.probes or runs.active:
             return None
-        steps = min(self.steps, products.space.n)
         fewest = min(len(alphas) for alphas, _ in state.recurrences)
-        if fewest < steps:
+        if fewest < self.steps:
             return f"complete: a Krylov space was exhausted after {fewest} steps"
-        return f"complete: {steps} steps for each probe"
+        return f"complete: {self.steps} steps for each probe"
 
     def achieved(self, state: _State, space: Space, cost: Cost, /) -> Achieved:
         return Achieved(converged=len(state.complete), wanted=self.probes)
 
     def result(self, state: _State, space: Space, cost: Cost, /) -> Density:
-        nodes, weights, residuals = quadrature(state.complete or state.recurrences)
+        nodes = with_eigenvalues(
+            *quadrature(state.complete or state.recurrences),
+            values=self.span.values,
+            errors=self.span.residuals,
+            n=space.n,
+        )
         return Density(
-            nodes=nodes,
-            weights=weights,
-            residuals=residuals,
+            **nodes,
             n=space.n,
             eps=max(products_eps(space), state.runs.asymmetry),
             **(self._kept(state, space) if self.keep_basis else {}),

@@ -109,13 +109,24 @@ class Recurrences:
         return replace(self, taken=taken)
 
 
-def extended(products: Products, runs: Recurrences, steps: int | None = None, /) -> Recurrences:
+def extended(
+    products: Products,
+    runs: Recurrences,
+    steps: int | None = None,
+    /,
+    *,
+    outside: Basis | None = None,
+    least: float = 0.0,
+) -> Recurrences:
     """Return the recurrences after one step of each active one, with one transfer to the host.
 
     Args:
         products: Products of the run.
         runs: Recurrences, at least one of them active.
         steps: Largest number of steps, after which a recurrence ends, or None.
+        outside: Orthonormal rows V for recurrences of PAP with P = I - V'V, whose vectors are
+            orthogonal to V; None for A itself.
+        least: Known lower bound of |A|, the scale of the rounding of products.
 
     Raises:
         ValueError: If the matvec is not symmetric.
@@ -126,6 +137,7 @@ def extended(products: Products, runs: Recurrences, steps: int | None = None, /)
     last = runs.tail[-1] if len(runs.tail) else basis[-1:].brought(space)[0]
     images = products(last if all_active else last[active])
     along = []
+    known, width = ((), 0) if outside is None else ((outside,), len(outside))
     for i, image in zip(active, images.split(1), strict=True):
         # beta_m q_{m+1} = A q_m - alpha_m q_m - beta_{m-1} q_{m-1}, with alpha_m = q_m'A q_m. Full
         # reorthogonalisation then subtracts the rounding along all q_i. Beyond the capacity only
@@ -133,8 +145,9 @@ def extended(products: Products, runs: Recurrences, steps: int | None = None, /)
         # subtracted along them would be missing in A Q = Q T.
         recent = basis.of(i)[max(0, len(basis) + len(runs.tail) - 2) :]
         kept = (recent, Basis(runs.tail[:, i])) if len(runs.tail) else (recent,)
-        first = project_out(space, image, *kept)
-        along.append(project_out(space, image, *(kept if len(runs.tail) else (basis.of(i),))))
+        first = project_out(space, image, *known, *kept)[:, width:]
+        every = kept if len(runs.tail) else (basis.of(i),)
+        along.append(project_out(space, image, *known, *every)[:, width:])
         along[-1][:, -first.shape[1] :] += first
     coefficients = torch.cat(along)
     before = runs.betas[-1:] if all_active else runs.betas[-1:, active]
@@ -149,11 +162,11 @@ def extended(products: Products, runs: Recurrences, steps: int | None = None, /)
     )
     size = len(runs)
     # Gershgorin's bound of |T| estimates |A|.
-    largest = runs.alphas.abs().amax(0) + 2 * runs.betas.amax(0)
+    largest = (runs.alphas.abs().amax(0) + 2 * runs.betas.amax(0)).clamp_min(least)
     refuse_asymmetric(numbers[2], float(largest.max()), max(SYMMETRIC, 10 * eps))
     relative = float((numbers[2] / largest.clamp_min(_TINY)).max())
     # Vectors that are not orthogonal to all earlier ones may be more than n.
-    whole = size == space.n and not len(runs.tail)
+    whole = size == space.n - width and not len(runs.tail)
     exhausted = {i for i in active if whole or numbers[1, i] <= rounding(eps, float(largest[i]))}
     if exhausted:
         runs.betas[-1, list(exhausted)] = 0.0

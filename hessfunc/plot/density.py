@@ -148,7 +148,9 @@ def _by_probe(density: Density, points: Tensor, width: float) -> Tensor:
     probes = zip(density.nodes.split(1), density.masses.split(1), strict=True)
     return torch.stack(
         [
-            replace(density, nodes=n, weights=mass, residuals=None).pdf(points, width)
+            replace(density, nodes=n, weights=mass, residuals=None, deflated=None).pdf(
+                points, width
+            )
             for n, mass in probes
         ]
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.results.deflated import complement, shifts
 from hessfunc.algorithms.results.estimate import Estimate, scaled
 from hessfunc.algorithms.results.masses import distance_bound, masses
 from hessfunc.algorithms.results.quadrature import Rule, bracket, ends, evaluated, radau
@@ -45,6 +46,9 @@ class Density(Result):
             known: `mean` then needs ``smallest`` and ``largest``.
         eps: Relative rounding of the products: that of their dtype, or the measured rounding if
             that is larger.
+        deflated: Whether each node is a known eigenvalue, of weight 1 / n and with the residual of
+            its eigenpair, bool ``(p, m)``; None if no eigenpairs were deflated. The other nodes are
+            then those of the complement.
         basis: Block of the orthonormal Lanczos vectors of one probe, with which `trace` and
             `diagonal` can start; None unless `slq` was asked to keep it.
         recurrence: Diagonal of the Jacobi matrix of that probe, and its off-diagonal followed by
@@ -56,6 +60,7 @@ class Density(Result):
     n: int
     residuals: Tensor | None = None
     eps: float = torch.finfo(torch.float64).eps
+    deflated: Tensor | None = None
     basis: Tree | None = None
     recurrence: Tensor | None = None
 
@@ -143,7 +148,11 @@ class Density(Result):
         of networks, the Wasserstein distance is 4.5 to 261 times smaller than with `weights`. If
         the weights are improbable for simple eigenvalues (1 of 1,000), they remain.
         """
-        return masses(self._rule, self.n)
+        sampled = masses(self._rule, self._dimension)
+        if self.deflated is None:
+            return sampled
+        share = self._dimension / self.n
+        return self.weights.masked_scatter(~self.deflated, share * sampled)
 
     @validated
     def distance(self, level: float = 0.95) -> float:
@@ -170,7 +179,9 @@ class Density(Result):
         refuse_level(level)
         if self.residuals is None:
             return math.inf
-        return distance_bound(self._rule, self.n, *self._ends(None, None), level)
+        sampled = distance_bound(self._rule, self._dimension, *self._ends(None, None), level)
+        # W1 is at most the mean distance of the ordered eigenvalues of A from those of D and PAP.
+        return self._dimension / self.n * sampled + 2 * float(self._shifts.sum()) / self.n
 
     @validated
     def cdf_bounds(
@@ -218,20 +229,48 @@ class Density(Result):
                 f"x has {int(points.isnan().sum())} entries that are NaN: pass the points in units "
                 "of the eigenvalues, such as density.grid()"
             )
-        lower, upper = self._rule.enclosed(points, self._margin)
+        shift, dimension = float(self._shifts.sum()), self._dimension
+        lower, _ = self._rule.enclosed(points - shift, self._margin)
+        _, upper = self._rule.enclosed(points + shift, self._margin)
         if simultaneous:
-            variance = 2 / (len(self.nodes) * (self.n + 2))
+            variance = 2 / (len(self.nodes) * (dimension + 2))
             half = kolmogorov_quantile(level) * math.sqrt(variance) + _ROUNDING
-            return (lower - half).clamp_min(0), (upper + half).clamp_max(1)
-        tail, scale = (1 - level) / 2, len(self.nodes) * self.n
-        # The lower bound of F is the upper bound of the share 1 - F of the eigenvalues above x.
-        above = largest_share(1 - lower + _ROUNDING, tail, scale)
-        return 1 - above, largest_share(upper + _ROUNDING, tail, scale)
+            lower, upper = (lower - half).clamp_min(0), (upper + half).clamp_max(1)
+        else:
+            tail, scale = (1 - level) / 2, len(self.nodes) * dimension
+            # The lower bound of F is the upper bound of the share 1 - F of the eigenvalues above x.
+            lower = 1 - largest_share(1 - lower + _ROUNDING, tail, scale)
+            upper = largest_share(upper + _ROUNDING, tail, scale)
+        if self.deflated is None:
+            return lower, upper
+        known, margin = self._known, shift + self._margin
+        surely = (known < points[..., None] - margin).sum(-1) + dimension * lower
+        maybe = (known <= points[..., None] + margin).sum(-1) + dimension * upper
+        return surely / self.n, maybe / self.n
 
     @property
     def _rule(self) -> Rule:
-        """Gauss quadrature rules of the probes."""
-        return Rule(self.nodes, self.weights, self.residuals)
+        """Gauss quadrature rules of the probes, in the complement of known eigenpairs."""
+        rule = Rule(self.nodes, self.weights, self.residuals)
+        return rule if self.deflated is None else complement(rule, self.deflated, self.n)
+
+    @property
+    def _known(self) -> Tensor:
+        """Known eigenvalues, ``(k,)``."""
+        return self.nodes[0, :0] if self.deflated is None else self.nodes[0][self.deflated[0]]
+
+    @property
+    def _dimension(self) -> int:
+        """Dimension of the space of the probes."""
+        return self.n - len(self._known)
+
+    @property
+    def _shifts(self) -> Tensor:
+        """Bounds of the errors of known eigenvalues, ``(k,)``."""
+        if self.deflated is None or self.residuals is None:
+            return torch.zeros_like(self._known)
+        errors = self.residuals[0][self.deflated[0]]
+        return shifts(self._known, errors, *ends(self._rule, self._dimension))
 
     @property
     def _margin(self) -> float:
@@ -262,8 +301,9 @@ class Density(Result):
         lower, upper = self.cdf_bounds(x, level)
         mass = self.weights > 0
         # A zero eigenvalue whose Ritz value is off by rounding must not count as above or below 0.
-        ritz_above = int(((self.nodes > x + self._margin) & mass).sum(1).max())
-        ritz_below = int(((self.nodes < x - self._margin) & mass).sum(1).max())
+        margin = self._margin + float(self._shifts.sum())
+        ritz_above = int(((self.nodes > x + margin) & mass).sum(1).max())
+        ritz_below = int(((self.nodes < x - margin) & mass).sum(1).max())
         low = max(ritz_above, math.ceil(self.n * (1 - float(upper)) - _WHOLE))
         high = min(self.n - ritz_below, math.floor(self.n * (1 - float(lower)) + _WHOLE))
         return low, max(low, high)
@@ -335,12 +375,14 @@ class Density(Result):
     ) -> Estimate:
         """Return the mean of f; ``regular`` says that the derivatives of f keep their signs."""
         whole = self._rule.exact & ((self.weights > 0).sum(1) == self.n)
+        whole &= float(self._shifts.sum()) <= self._margin
         if self.residuals is None or not bool(whole.any()):
             return self._estimated(f, smallest, largest, regular=regular)
         # The nodes of n steps are all eigenvalues, whatever the probe.
         nodes, residuals = self.nodes[whole], self.residuals[whole]
         weights = torch.full_like(nodes, 1 / self.n)
-        known = replace(self, nodes=nodes, weights=weights, residuals=residuals)
+        deflated = None if self.deflated is None else self.deflated[whole]
+        known = replace(self, nodes=nodes, weights=weights, residuals=residuals, deflated=deflated)
         exact = known._estimated(f, smallest, largest, regular=regular)
         return replace(exact, stderr=0.0, reason="exact: all eigenvalues are known")
 
@@ -353,38 +395,44 @@ class Density(Result):
         regular: bool,
     ) -> Estimate:
         """Return the mean of f from the weights of the probes."""
-        carries = self.weights > 0
+        rule, share = self._rule, self._dimension / self.n
+        carries = rule.weights > 0
         low, high = self._ends(smallest, largest)
 
         def inside(points: Tensor) -> Tensor:
             return evaluated(f, points.clamp(low, high))
 
         # 0 * inf is NaN, so nodes of weight 0, which pad a probe that ended early, are left out.
-        values = torch.where(carries, inside(self.nodes), 0.0)
-        bad = self.nodes[~values.isfinite()]
+        values, known = torch.where(carries, inside(rule.nodes), 0.0), evaluated(f, self._known)
+        bad = torch.cat([rule.nodes[~values.isfinite()], self._known[~known.isfinite()]])
         if len(bad):
             raise ValueError(
                 f"f is not finite at {len(bad)} nodes, the smallest {float(bad.min()):.3g}: shift "
                 "the matrix, or clamp the argument of f, such as lambda x: f(x.clamp_min(1e-6))"
             )
-        samples = (self.weights * values).sum(1)
-        bounds = bracket(self._rule, inside, low, high, regular=regular).mean(0)
+        deflated = float(known.sum()) / self.n
+        samples = deflated + share * (rule.weights * values).sum(1)
+        bounds = deflated + share * bracket(rule, inside, low, high, regular=regular).mean(0)
         # Rounded products move the nodes by up to the margin, and f with them.
-        moved = torch.stack([inside(self.nodes + off) for off in (-self._margin, self._margin)])
-        moved = (moved - values).abs().amax(0)
-        moved = torch.where(moved.isnan(), torch.inf, moved)
-        rounded = float(torch.where(carries, self.weights * moved, 0.0).sum(1).mean())
-        rounded += _ROUNDING * float(values.abs().max())
-        rules = [(values, self.weights)]
-        if self.residuals is not None and not bool(self._rule.exact.all()):
+        moved = _moved(inside, rule.nodes, self._margin)
+        rounded = share * float(torch.where(carries, rule.weights * moved, 0.0).sum(1).mean())
+        rounded += _ROUNDING * float(torch.cat([values.flatten(), known]).abs().max())
+        if len(known):
+            # Residuals move known eigenvalues, and those of the complement by the same in total.
+            own = _moved(lambda x: evaluated(f, x), self._known, self._shifts + self._margin)
+            others = _moved(inside, rule.nodes, float(self._shifts.sum()))
+            rounded += float(own.sum() + torch.where(carries, others, 0.0).max()) / self.n
+        rules = [(values, rule.weights)]
+        if self.residuals is not None and not bool(rule.exact.all()):
             for end in (low, high):
                 if not math.isfinite(end):
                     continue
-                nodes, weights = radau(self._rule, end)
+                nodes, weights = radau(rule, end)
                 at_nodes = torch.where(weights > 0, inside(nodes), 0.0)
                 if bool(at_nodes.isfinite().all()):
                     rules.append((at_nodes, weights))
-        spreads = [mean_square(v - (w * v).sum() / len(w), w, self.n) for v, w in rules]
+        n = self._dimension
+        spreads = [mean_square(v - (w * v).sum() / len(w), w, n) for v, w in rules]
         lower, upper = float(bounds[0]) - rounded, float(bounds[1]) + rounded
         if math.isnan(lower) or math.isnan(upper):
             lower, upper = -math.inf, math.inf
@@ -396,9 +444,8 @@ class Density(Result):
             )
         return Estimate(
             value=float(samples.mean()),
-            stderr=math.sqrt(
-                2 * max(square for square, _ in spreads) / (len(samples) * (self.n + 2) - 2)
-            ),
+            stderr=share
+            * math.sqrt(2 * max(square for square, _ in spreads) / (len(samples) * (n + 2) - 2)),
             degrees=min(degrees for _, degrees in spreads),
             samples=samples,
             by_leaf={},
@@ -413,7 +460,7 @@ class Density(Result):
         """Return the range of the eigenvalues, as given or as estimated from the Ritz pairs."""
         carries = self.weights > 0
         nodes = self.nodes[carries]
-        low, high = ends(self._rule, self.n)
+        low, high = ends(self._rule, self._dimension)
         low, high = low - self._margin, high + self._margin
         for name, end, node, beyond in (
             ("smallest", smallest, float(nodes.min()), -1),
@@ -465,3 +512,9 @@ class Density(Result):
         share = replace(share, bounds=(max(low, 0.0), min(high, 1.0)))
         reason = f"effective dimension at damping {damping:g}"
         return replace(scaled(share, self.n), reason=reason)
+
+
+def _moved(f: Callable[[Tensor], Tensor], points: Tensor, by: Tensor | float) -> Tensor:
+    """Return the largest change of f if points move by up to a distance; infinite if unknown."""
+    changes = torch.stack([f(points + off) - f(points) for off in (-by, by)]).abs().amax(0)
+    return torch.where(changes.isnan(), torch.inf, changes)
