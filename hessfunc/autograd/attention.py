@@ -49,7 +49,7 @@ def attended(
     return pair
 
 
-def _math_attention(
+def math_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -66,4 +66,4 @@ def _math_attention(
     return attended(query, key, value, attn_mask, is_causal, dropout_p=dropout_p, **options)[0]
 
 
-ATTENTION: Replacements = {F.scaled_dot_product_attention: _math_attention}
+ATTENTION: Replacements = {F.scaled_dot_product_attention: math_attention}

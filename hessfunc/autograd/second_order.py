@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from hessfunc.autograd.chunked_attention import attention
 from hessfunc.autograd.convolution import convolution
 from hessfunc.autograd.elementwise import ELEMENTWISE, elementwise, gelu
 from hessfunc.autograd.embedding import EXACT
@@ -19,6 +20,7 @@ SECOND_ORDER: Replacements = {
     F.conv3d: convolution(F.conv3d, 3),
     F.batch_norm: batch_norm,
     F.linear: linear,
+    F.scaled_dot_product_attention: attention,
     F.layer_norm: layer_norm,
     F.gelu: gelu,
     **{function: elementwise(function) for function in ELEMENTWISE},

@@ -1,0 +1,145 @@
+"""Attention in chunks of queries, against attention with all weights."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.nn import functional as F
+
+import hessfunc as hf
+from hessfunc.autograd import chunked_attention
+from hessfunc.autograd.attention import math_attention
+from hessfunc.autograd.chunked_attention import attention
+from tests.cases import waves
+from tests.graphs import allocated
+from tests.reference import gauss_newton, hessian, matrix, relative_error
+
+HIDDEN = waves(2, 1, 7, 7) > 0.2
+# Shapes of queries and keys, and options.
+KINDS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "plain": (7, 7, {}),
+    "causal": (7, 7, {"is_causal": True}),
+    "more keys": (5, 8, {}),
+    "causal, more keys": (5, 8, {"is_causal": True}),
+    "causal, more queries": (8, 5, {"is_causal": True}),
+    "hidden pairs": (7, 7, {"attn_mask": HIDDEN}),
+    "padding": (7, 7, {"attn_mask": waves(2, 1, 1, 7) > -0.5}),
+    "bias": (7, 7, {"attn_mask": waves(7, 7)}),
+    "bias of queries": (7, 7, {"attn_mask": waves(7, 1)}),
+    "scale": (7, 7, {"scale": 0.3}),
+    "grouped": (7, 7, {"enable_gqa": True}),
+    "no key": (7, 7, {"attn_mask": torch.arange(7)[:, None].expand(7, 7) != 3}),
+}
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of all sizes in chunks of three queries."""
+    monkeypatch.setattr(chunked_attention, "_SHORT", 0)
+    monkeypatch.setattr(chunked_attention, "_ENTRIES", 1)
+    monkeypatch.setattr(chunked_attention, "_FEWEST", 3)
+
+
+def inputs(kind: str) -> list[Tensor]:
+    queries, keys, options = KINDS[kind]
+    heads = 1 if options.get("enable_gqa") else 2
+    return [waves(2, 2, queries, 3), 1.5 * waves(2, heads, keys, 3), waves(2, heads, keys, 4)]
+
+
+def derivatives(attend: Callable[..., Tensor], kind: str) -> list[Tensor]:
+    """Values and derivatives up to the third, of single cotangents and of blocks."""
+    point = [x.clone().requires_grad_() for x in inputs(kind)]
+    out = attend(*point, **KINDS[kind][2])
+    cotangent, tangents = waves(*out.shape), [waves(*x.shape) for x in point]
+    first = grad((out.sin() * cotangent).sum(), point, create_graph=True)
+    second = grad(first, point, tangents, create_graph=True)
+    third = grad(second, point, tangents, retain_graph=True)
+    block = [torch.stack([t, 2 * t * t]) for t in tangents]
+    blocks = torch.vmap(lambda *t: grad(first, point, t, retain_graph=True))(*block)
+    zero = torch.zeros_like(out).requires_grad_()
+    transposed = grad(out, point, zero, create_graph=True)
+    forward = grad(transposed, zero, tangents, retain_graph=True)
+    pulled = torch.vmap(lambda g: grad(out, point, g, retain_graph=True))(
+        torch.stack([cotangent, cotangent**2])
+    )
+    return [out, *first, *second, *third, *blocks, *forward, *pulled]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_are_those_of_all_weights(kind: str) -> None:
+    found, due = derivatives(attention, kind), derivatives(math_attention, kind)
+    for x, y in zip(found, due, strict=True):
+        assert torch.allclose(x, y, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", range(3))
+def test_a_constant_argument_gets_no_gradient(frozen: int) -> None:
+    results = []
+    for attend in (attention, math_attention):
+        point = [x.clone().requires_grad_(i != frozen) for i, x in enumerate(inputs("causal"))]
+        moving = [x for x in point if x.requires_grad]
+        first = grad(attend(*point, is_causal=True).sin().sum(), moving, create_graph=True)
+        results.append(grad(first, moving, [waves(*x.shape) for x in moving]))
+    for x, y in zip(*results, strict=True):
+        assert torch.allclose(x, y, rtol=1e-10, atol=1e-12)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, 2, 2)).movedim(-3, 0).transpose(-3, -2)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(attended.transpose(-3, -2).flatten(-2)).mean(1)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 64])
+def test_products_of_a_model(chunk_size: int) -> None:
+    torch.manual_seed(0)
+    model_fn, params = hf.functional(Block().double())
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    batch = waves(2, 7, 4), torch.tensor([0, 2])
+    found = matrix(hf.hvp(loss, chunk_size=chunk_size)(params, batch), params)
+    assert relative_error(found, hessian(loss, params, batch)) < 1e-10
+    found = matrix(hf.ggnvp(loss, chunk_size=chunk_size)(params, batch), params)
+    assert relative_error(found, gauss_newton(loss, params, batch)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "options", [{"dropout_p": 0.5}, {"attn_mask": waves(7, 7).requires_grad_()}]
+)
+def test_random_masks_and_learned_biases_keep_all_weights(options: dict[str, Any]) -> None:
+    point = [x.clone().requires_grad_() for x in inputs("plain")]
+    assert "_OutputsBackward" in str(attention(*point).grad_fn)
+    assert "_OutputsBackward" not in str(attention(*point, **options).grad_fn)
+
+
+def test_short_sequences_keep_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    short, long = (torch.zeros(1, n, 2, requires_grad=True) for n in (512, 520))
+    assert "_OutputsBackward" not in str(attention(short, short, short).grad_fn)
+    assert "_OutputsBackward" in str(attention(long, long, long).grad_fn)
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    def peak(length: int) -> int:
+        x = torch.randn(1, length, 4)
+
+        def product() -> Any:
+            loss = hf.composed(
+                lambda p, _: F.scaled_dot_product_attention(p * x, p * x, x, is_causal=True),
+                lambda out, _: out.square().mean(),
+            )
+            p = torch.ones(4)
+            return hf.hvp(loss)(p, None)(p[None])
+
+        return allocated(product).peak
+
+    assert peak(400) < 2.5 * peak(200)
+    assert math.isfinite(peak(3))
