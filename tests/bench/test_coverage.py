@@ -23,8 +23,11 @@ def test_intervals_cover_and_are_not_huge(name: str, spectrum: str) -> None:
     case = CASES[name]
     if case.definite and bool((spectra()[spectrum] < 0).any()):
         pytest.skip("indefinite")
-    stops = tuple(stop for stop in case.stops if stop["max_matvecs"] not in (5, 12, 70))
-    for row in measured(replace(case, stops=stops), spectrum, SEEDS):
+    # Some budgets, and the loosest tolerance.
+    budgets = [stop for stop in case.stops if stop.keys() == {"max_matvecs"}]
+    tolerances = [stop for stop in case.stops if "rtol" in stop]
+    stops = [stop for stop in budgets if stop["max_matvecs"] not in (5, 12, 40, 70)]
+    for row in measured(replace(case, stops=(*stops, *tolerances[:1])), spectrum, SEEDS):
         for level, share in zip(LEVELS, row["covered"], strict=True):
             assert share >= level - SLACK[level], row
         if row["products"] >= 20:

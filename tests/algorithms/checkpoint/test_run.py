@@ -30,7 +30,7 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
     "hutchinson": lambda matvec, path: hf.hutchinson(
         matvec, LIKE, max_matvecs=20, block_size=5, checkpoint=path, seed=1
     ),
-    "trace": lambda matvec, path: hf.trace(matvec, LIKE, max_matvecs=20, checkpoint=path, seed=1),
+    "trace": lambda matvec, path: hf.trace(matvec, LIKE, max_matvecs=10, checkpoint=path, seed=1),
     "hutchpp": lambda matvec, path: hf.hutchpp(
         matvec, LIKE, max_matvecs=24, block_size=4, checkpoint=path, seed=1
     ),
@@ -41,7 +41,7 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
         matvec, LIKE, max_matvecs=15, block_size=5, checkpoint=path, seed=1
     ),
     "diagonal": lambda matvec, path: hf.diagonal(
-        matvec, LIKE, max_matvecs=20, checkpoint=path, seed=1
+        matvec, LIKE, max_matvecs=10, checkpoint=path, seed=1
     ),
     "hutchinson_diagonal": lambda matvec, path: hf.hutchinson_diagonal(
         matvec, LIKE, max_matvecs=20, block_size=5, checkpoint=path, seed=1
@@ -79,7 +79,7 @@ RUNS: dict[str, Callable[[Any, Path], Any]] = {
         matvec, BLOCK, like=LIKE, damping=0.2, rtol=1e-2, checkpoint=path
     ),
     "logdet": lambda matvec, path: hf.logdet(
-        matvec, LIKE, damping=50.0, max_matvecs=30, checkpoint=path, seed=1
+        matvec, LIKE, damping=50.0, max_matvecs=20, checkpoint=path, seed=1
     ),
     "function": lambda matvec, path: hf.function(
         matvec, torch.atan, RIGHT, rtol=1e-2, basis_size=3, checkpoint=path

@@ -296,13 +296,13 @@ def test_bfloat16_parameters(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", decaying(1000))
+@pytest.mark.parametrize("name", decaying(400))
 @pytest.mark.filterwarnings("ignore:converged.*outside of the basis")
 def test_intervals_are_never_without_an_eigenvalue(name: str, dtype: torch.dtype) -> None:
-    values = decaying(1000)[name]
-    spectrum, like = values.to(dtype), torch.zeros(1000, dtype=dtype)
+    values = decaying(400)[name]
+    spectrum, like = values.to(dtype), torch.zeros(400, dtype=dtype)
     exact = spectrum.double()
-    for seed in range(84):
+    for seed in range(60):
         which = ("LM", "LA", "SA", "BE")[seed % 4]
         found = hf.lanczos(
             lambda v: v * spectrum,

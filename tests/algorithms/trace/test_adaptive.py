@@ -258,7 +258,7 @@ def test_a_seed_repeats_a_run_and_rotations_do_not_matter() -> None:
 @pytest.mark.parametrize("options", [{"max_matvecs": 5}, {"max_matvecs": 25}, {"rtol": 0.05}])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_intervals_cover(name: str, options: dict[str, Any]) -> None:
-    values, seeds, n = SPECTRA[name][:150], 200, 150
+    values, seeds, n = SPECTRA[name][:150], 80, 150
     like, truth = {"a": torch.zeros(50).double(), "b": torch.zeros(n - 50).double()}, values.sum()
     leaf = float(values[:50].sum())
 
