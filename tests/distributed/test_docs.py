@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from tests.distributed.ranks import Ranks
 from tests.docs.blocks import python_blocks
 
-ROOT = Path(__file__).parents[2]
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def as_script(script: str, port: int, folder: Path) -> str:
+    """What a script prints in a process with the environment that torchrun gives it."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= address | {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(script, "curvature.py", "exec"), {"__name__": "__main__"})
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    return printed.getvalue()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "printed"), [("many-ranks.md", 1), ("sharded-parameters.md", 0)])
-def test_the_script_runs_on_two_ranks(page: str, printed: int, tmp_path: Path) -> None:
-    blocks = python_blocks((ROOT / "docs" / page).read_text())
+def test_the_script_runs_on_two_ranks(page: str, printed: int, two: Ranks, tmp_path: Path) -> None:
+    blocks = python_blocks((DOCS / page).read_text())
     assert len(blocks) == 4
-    script = tmp_path / "curvature.py"
-    script.write_text("\n".join(blocks))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", str(script)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tensor(") == printed
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outputs = two.run(as_script, "\n".join(blocks), port, tmp_path)
+    assert "".join(outputs).count("tensor(") == printed

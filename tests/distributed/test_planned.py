@@ -9,13 +9,13 @@ from bench.planned import WIDTHS, compared
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("width", "ranks"), [(WIDTHS[0], 2), (WIDTHS[1], 1)])
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("algorithm", ["lanczos", "slq"])
-def test_the_plan_is_within_15_percent(algorithm: str, width: int, ranks: int) -> None:
-    found = compared(width, ranks, algorithm)
+def test_the_plan_is_within_15_percent(algorithm: str, ranks: int) -> None:
+    found = compared(WIDTHS[0], ranks, algorithm)
     assert found.counted == pytest.approx(1, abs=0.15)
     assert found.resident == pytest.approx(1, abs=0.15)
 
 
 def test_what_kernels_take_for_themselves_is_planned() -> None:
-    assert compared(WIDTHS[1], 1, "hutchinson").resident == pytest.approx(1, abs=0.15)
+    assert compared(WIDTHS[0], 1, "hutchinson").resident == pytest.approx(1, abs=0.15)
