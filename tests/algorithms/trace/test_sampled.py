@@ -304,7 +304,7 @@ def heavy(count: int, share: float, off_diagonal: float = 0.0) -> Tensor:
 def test_converged_is_said_of_what_covers(count: int, off_diagonal: float, replace: bool) -> None:
     matrices = heavy(count, 0.9, off_diagonal)
     wrong = 0
-    for seed in range(20):
+    for seed in range(10):
         some = drawn_from(matrices, replace=replace, seed=seed)
         found = sampled_trace(some, LIKE, probes=2, rtol=0.2, max_matvecs=150, seed=seed)
         low, high = found.interval()
@@ -313,7 +313,7 @@ def test_converged_is_said_of_what_covers(count: int, off_diagonal: float, repla
         assert not (found.reason.startswith("converged") and (replace or found.draws < count))
         if (high - low) / 2 <= 0.2 * abs(found.value) and not found.every_batch_was_drawn:
             assert "not certified" in found.reason
-    assert wrong <= 3
+    assert wrong <= 2
 
 
 def test_a_full_pass_knows_the_batches_without_error() -> None:
@@ -405,7 +405,7 @@ def test_estimates_from_the_same_batches_are_not_pooled() -> None:
 def test_intervals_without_replacement_cover_and_are_narrower(count: int) -> None:
     """At 30 draws of 30 batches only the noise of the probes is left."""
     matrices, covered, ratios = shifted(1.0), 0, []
-    for seed in range(100):
+    for seed in range(60):
         found, other = (
             sampled_trace(
                 drawn_from(matrices, replace=replace, seed=seed),
@@ -419,5 +419,5 @@ def test_intervals_without_replacement_cover_and_are_narrower(count: int) -> Non
         low, high = found.interval()
         covered += low <= float(BASE.trace()) <= high
         ratios.append(found.stderr / other.stderr)
-    assert covered >= 90
-    assert sorted(ratios)[50] < 0.95
+    assert covered >= 53
+    assert sorted(ratios)[30] < 0.95

@@ -218,7 +218,7 @@ def test_help_names_targets_and_options() -> None:
 
 @pytest.mark.slow
 def test_digits(here: Path) -> None:
-    done = analyze("digits", "--k", "3", "--probes", "1", "--steps", "30")
+    done = analyze("digits", "--examples", "300", "--k", "3", "--probes", "1", "--steps", "30")
     assert done.exit_code == 0, done.output
     found = results(here / "hessfunc-out")["results"]
     assert all(found["eigenvalues"]["converged"])

@@ -244,7 +244,7 @@ main()
 
 @pytest.mark.slow
 def test_a_training_that_was_killed_ends_with_the_same_bits() -> None:
-    words = (*ABSA, "--save-every", "1", "--examples", "60", "--epochs", "5", "--out")
+    words = (*ABSA, "--save-every", "1", "--examples", "60", "--epochs", "3", "--out")
     assert invoke(*words, "whole").exit_code == 0
     # Within the second epoch of three steps.
     killed = subprocess.run(

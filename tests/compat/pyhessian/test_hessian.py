@@ -349,8 +349,8 @@ def test_the_example_analysis_of_a_trained_resnet20(
     weights = data_file("resnet20_cifar10/resnet20-12fca82f.th").resolve()
     data_file("cifar10")
     monkeypatch.setenv("HESSFUNC_DATA", str(DATA.resolve()))
-    arguments = ["--resume", str(weights), "--iterations", "20"]
-    arguments += ["--hessian-batch-size", "20", "--mini-hessian-batch-size", "12"]
+    arguments = ["--resume", str(weights), "--iterations", "10"]
+    arguments += ["--hessian-batch-size", "10", "--mini-hessian-batch-size", "6"]
     assert_analyses_agree(monkeypatch, tmp_path, arguments)
 
 
