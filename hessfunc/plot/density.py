@@ -118,7 +118,8 @@ def draw(
         ax.fill_between(grid, below, above, color=colour, alpha=0.25, linewidth=0, label=band)
     ax.plot(grid, curve, color=colour, linewidth=1.4, label=label or "density")
     if len(sticks):
-        heights = _by_probe(density, sticks, width).mean(0).clamp_min(2 * floor)
+        # A pin is as high as the bump of one eigenvalue.
+        heights = torch.full_like(sticks, one)
         ax.vlines(sticks, floor, heights, color=sticks_colour, linewidth=1.1)
         name = "eigenvalues" if eigenvalues else "isolated Ritz values"
         style: Any = {"color": sticks_colour, "markersize": 4, "label": None if own else name}

@@ -61,7 +61,7 @@ def read(path: Path, settings: Mapping[str, Any], /) -> list[Run]:
         return []
     try:
         plain = json.loads(path.read_text())
-        stored, runs = plain["settings"], [_run(**run) for run in plain["runs"]]
+        stored, runs = plain["settings"], [run_of(run) for run in plain["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or pass another --out") from None
     wanted = json.loads(json.dumps(settings))
@@ -73,5 +73,7 @@ def read(path: Path, settings: Mapping[str, Any], /) -> list[Run]:
     return runs
 
 
-def _run(*, records: Sequence[dict[str, Any]], **rest: Any) -> Run:
-    return Run(records=tuple(Record(**record) for record in records), **rest)
+def run_of(plain: Mapping[str, Any], /) -> Run:
+    """Return the training of plain data, as `content` makes them."""
+    records = tuple(Record(**record) for record in plain["records"])
+    return Run(**{**plain, "records": records})

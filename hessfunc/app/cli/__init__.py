@@ -13,6 +13,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 from hessfunc.app.cli.analyze import analyze
+from hessfunc.app.cli.compare import compare
 from hessfunc.app.cli.eig import eig
 from hessfunc.app.cli.experiment import experiment
 from hessfunc.app.cli.options import Command, Group
@@ -60,7 +61,7 @@ def _root(
     """Curvature of neural networks: eigenvalues, traces, spectral densities, and training."""
 
 
-for command in (analyze, eig, experiment, plan):
+for command in (analyze, compare, eig, experiment, plan):
     app.command(cls=Command)(command)
 # Extra arguments may be decay epochs without commas; `train` rejects them with a hint.
 app.command(cls=Command, context_settings={"allow_extra_args": True})(train)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, Result
+from hessfunc.algorithms.results import Density, Eigenpairs, Estimate, LeafEstimate, Result
 from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.algorithms.results.result import versions
 
@@ -95,16 +95,22 @@ def as_json(part: Part, /) -> dict[str, Any]:
         case Eigenpairs():
             for name in ("values", "residuals", "intervals", "converged"):
                 data[name] = getattr(result, name)
+            largest = float(result.values.max()) if len(result.values) else 0.0
+            # Gradient descent with step size s is stable on a quadratic if s < 2 / eigenvalue.
+            data["stable_step"] = 2 / largest if largest > 0 else None
         case Estimate():
             data["value"] = result.value
             data["stderr"] = result.stderr
             data["interval_95"] = list(result.interval(0.95))
+            data["mean_eigenvalue"] = result.value / result.n if result.n else None
             data["by_leaf"] = result.by_leaf
+            data["by_leaf_95"] = {name: _interval(part) for name, part in result.by_leaf.items()}
         case Density():
             data["n"] = result.n
             data["probes"], data["steps"] = result.nodes.shape
             for name in ("width", "nodes", "weights"):
                 data[name] = getattr(result, name)
+            data["count"] = _count(result)
         case Landscape():
             for name in ("evaluations", "normalise", "lengths", "x", "y", "values"):
                 data[name] = getattr(result, name)
@@ -116,6 +122,23 @@ def as_json(part: Part, /) -> dict[str, Any]:
         "seed": result.seed,
     }
     return {name: _plain(value) for name, value in data.items()}
+
+
+def _interval(part: float) -> list[float]:
+    """Return the 95 % interval of the part of a leaf, NaN if it is unknown."""
+    if isinstance(part, LeafEstimate):
+        return list(part.interval(0.95))
+    return [math.nan, math.nan]
+
+
+def _count(density: Density) -> dict[str, float] | None:
+    """Return bounds of the number of eigenvalues above a tenth of the largest Ritz value."""
+    largest = float(density.nodes[density.weights > 0].max())
+    if not largest > 0 or density.residuals is None:
+        return None
+    above = float(f"{largest / 10:.1g}")
+    low, high = density.count_above(above, 0.95)
+    return {"above": above, "low": low, "high": high}
 
 
 def _plain(value: Any) -> Any:

@@ -15,13 +15,20 @@ from hessfunc.app.report.rows import Number, Words
 
 
 def marked(words: Words, /) -> str:
-    """Return words as HTML, with each number in a ``data`` element that has its full value."""
+    """Return words as HTML, with each number in a ``data`` element that has its full value.
+
+    The text of a number has the minus sign of mathematics; its value has that of JSON.
+    """
     return "".join(
-        f'<data value="{json.dumps(word.value)}">{escape(str(word))}</data>'
+        f'<data value="{json.dumps(word.value)}">{escape(_signed(str(word)))}</data>'
         if isinstance(word, Number)
         else escape(word)
         for word in words
     )
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def section(name: str, title: str, *body: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -46,14 +47,37 @@ class Row:
     sureness: Words = ()
 
 
+def aligned(column: Sequence[Words], /) -> list[str]:
+    """Return the blanks that align the decimal points of a right-aligned column.
+
+    A figure space is as wide as a digit, and a punctuation space as wide as a point.
+    """
+    ends = [_decimals(plain(words)) for words in column]
+    most = max(ends, default=0)
+    return [
+        "\N{PUNCTUATION SPACE}" * (not end and bool(most)) + "\N{FIGURE SPACE}" * (most - end)
+        for end in ends
+    ]
+
+
+def _decimals(text: str) -> int:
+    """Return the number of digits after the point; those of an exponent do not count."""
+    return len(text.partition(".")[2]) if _NUMBER.fullmatch(text) else 0
+
+
+# Number without an exponent.
+_NUMBER = re.compile(r"[-+]?[\d,]*\.?\d*")
+
+
 def plain(words: Words, /) -> str:
     """Return the words as plain text."""
     return "".join(map(str, words))
 
 
 def headline(subject: Mapping[str, Any], /) -> Words:
-    """Return loss, examples, parameters, dtype and device on one line."""
+    """Return matrix, loss, examples, parameters, dtype and device on one line."""
     return (
+        f"{subject['matrix']} of the ",
         *("loss ", Number(subject["loss"], ".4g")),
         *(" over ", Number(subject["examples"], ","), " examples, "),
         *(Number(subject["parameters"], ","), " parameters, "),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from hessfunc.app.report import sections
 from hessfunc.app.report.html import document, facts, image, marked, scrolled, section, table
-from hessfunc.app.report.rows import Number, Words, headline, rows
+from hessfunc.app.report.meanings import RESIDUAL, meaning
+from hessfunc.app.report.rows import Number, Words, aligned, headline, rows
 
 _FIGURES = {
     "density": "Spectral density",
@@ -56,49 +57,70 @@ def card(label: str, value: Words, sureness: Words) -> str:
     )
 
 
-def figures(results: Mapping[str, Any], pictures: Mapping[str, bytes], /) -> str:
+def figures(
+    results: Mapping[str, Any], pictures: Mapping[str, bytes], matrix: str = "Hessian", /
+) -> str:
     """Return the figures, which scripts draw, and pictures for browsers without scripts."""
-    drawn = [_figure(name, pictures.get(name)) for name in _FIGURES if name in results]
+    drawn = [
+        _figure(name, pictures.get(name), meaning(name, results[name], matrix))
+        for name in _FIGURES
+        if name in results
+    ]
     return f'<div class="figures">\n{"".join(drawn)}</div>' if drawn else ""
 
 
-def _figure(name: str, picture: bytes | None) -> str:
+def _figure(name: str, picture: bytes | None, sentence: Words) -> str:
     title = _FIGURES[name]
     still = "This figure requires JavaScript." if picture is None else image(picture, title)
     return (
         f'<figure id="{name}" aria-labelledby="{name}-title">\n'
-        f'<h2 id="{name}-title">{escape(title)}</h2>\n<noscript>{still}</noscript>\n</figure>\n'
+        f'<h2 id="{name}-title">{escape(title)}</h2>\n{said(sentence)}'
+        f"<noscript>{still}</noscript>\n</figure>\n"
     )
 
 
-def tables(results: Mapping[str, Any], /) -> str:
+def said(sentence: Words, /) -> str:
+    """Return a sentence below a title, or nothing."""
+    return f'<p class="meaning">{marked(sentence)}</p>\n' if sentence else ""
+
+
+def tables(results: Mapping[str, Any], matrix: str = "Hessian", /) -> str:
     """Return the tables of eigenvalues and traces."""
-    body = "\n".join(filter(None, (_eigenvalues(results), _traces(results))))
+    body = "\n".join(filter(None, (_eigenvalues(results, matrix), _traces(results, matrix))))
     return f'<div class="tables">\n{body}\n</div>' if body else ""
 
 
-def _eigenvalues(results: Mapping[str, Any]) -> str:
+def _eigenvalues(results: Mapping[str, Any], matrix: str) -> str:
     """Return the table of eigenvalues with their residuals."""
+    names = [name for name in ("eigenvalues", "smallest") if name in results]
+    known = [row for name in names for row in rows(name, results[name])]
     lines = [
-        [escape(row.label), marked(row.value), marked(row.sureness)]
-        for name in ("eigenvalues", "smallest")
-        if name in results
-        for row in rows(name, results[name])
+        [escape(row.label), marked(row.value) + blanks, marked(row.sureness)]
+        for row, blanks in zip(known, aligned([row.value for row in known]), strict=True)
     ]
-    columns = (("", ""), ("value", "number"), ("residual", "number"))
-    return section("values", "Eigenvalues", table(columns, lines)) if lines else ""
+    columns = (("", ""), ("value", "number"), ("\N{PLUS-MINUS SIGN} residual", "number"))
+    sentences = [said(meaning(name, results[name], matrix)) for name in names]
+    notes = "".join([*sentences, said((RESIDUAL,))])
+    return section("values", "Eigenvalues", notes, table(columns, lines)) if lines else ""
 
 
-def _traces(results: Mapping[str, Any]) -> str:
-    """Return the table of the trace of each parameter, with bars."""
-    by_leaf = results["trace"]["by_leaf"] if "trace" in results else {}
+def _traces(results: Mapping[str, Any], matrix: str) -> str:
+    """Return the table of the trace of each parameter, with bars and error bars."""
+    if "trace" not in results or not results["trace"]["by_leaf"]:
+        return ""
+    data = results["trace"]
+    by_leaf = data["by_leaf"]
+    intervals = [data.get("by_leaf_95", {}).get(name, (None, None)) for name in by_leaf]
     columns = (("parameter", "name"), ("", "bar"), ("trace", "number"))
+    values = [(Number(value, ".4g"),) for value in by_leaf.values()]
+    bars = _bars(list(by_leaf.values()), intervals)
     lines = [
-        [_breakable(name), bar, marked((Number(value, ".4g"),))]
-        for (name, value), bar in zip(by_leaf.items(), _bars(list(by_leaf.values())), strict=True)
+        [_breakable(name), bar, marked(value) + blanks]
+        for name, value, bar, blanks in zip(by_leaf, values, bars, aligned(values), strict=True)
     ]
     title = "Trace by parameter"
-    return section("traces", title, scrolled(title, table(columns, lines))) if lines else ""
+    sentence = said(meaning("trace", data, matrix))
+    return section("traces", title, sentence, scrolled(title, table(columns, lines)))
 
 
 def _breakable(name: str) -> str:
@@ -106,15 +128,24 @@ def _breakable(name: str) -> str:
     return escape(name).replace(".", ".<wbr>")
 
 
-def _bars(values: list[float | None]) -> Iterator[str]:
-    """Yield bars that extend to both sides of a common zero."""
+def _bars(
+    values: Sequence[float | None], intervals: Sequence[Sequence[float | None]]
+) -> Iterator[str]:
+    """Yield bars that extend to both sides of a common zero, with their error bars."""
     known = [value or 0.0 for value in values]
-    low, high = min([0.0, *known]), max([0.0, *known])
+    # An interval that is far wider than all values is cut at the edge of the column.
+    reach = 2 * max((abs(value) for value in known), default=0.0)
+    ends = [min(max(end, -reach), reach) for pair in intervals for end in pair if end is not None]
+    low, high = min([0.0, *known, *ends]), max([0.0, *known, *ends])
     share = 100 / ((high - low) or 1.0)
-    for value in known:
+    for value, (first, last) in zip(known, intervals, strict=True):
         start, width = share * (min(value, 0.0) - low), share * abs(value)
         kind = "negative" if value < 0 else "positive"
-        yield f'<i class="{kind}" style="left:{start:.2f}%;width:{width:.2f}%"></i>'
+        bar = f'<i class="{kind}" style="left:{start:.2f}%;width:{width:.2f}%"></i>'
+        if first is not None and last is not None:
+            start, end = (share * (min(max(x, -reach), reach) - low) for x in (first, last))
+            bar += f'<b style="left:{start:.2f}%;width:{end - start:.2f}%"></b>'
+        yield bar
 
 
 def run(content: Mapping[str, Any], /) -> str:
@@ -132,6 +163,7 @@ def run(content: Mapping[str, Any], /) -> str:
             (
                 ("command", f"<code>{escape(content['run']['command'])}</code>"),
                 ("target", escape(subject["target"])),
+                ("matrix", escape(subject["matrix"])),
                 ("parameters", marked((Number(subject["parameters"], ","),))),
                 ("examples", marked(examples)),
                 ("precision", escape(f"{subject['dtype']} on {subject['device']}")),
@@ -180,13 +212,13 @@ def page(content: dict[str, Any], pictures: Mapping[str, bytes], /) -> str:
     return document(
         content,
         title=subject["target"],
-        kind="Curvature of the loss of",
+        kind=f"{subject['matrix'][0].upper()}{subject['matrix'][1:]} of the loss of",
         status=content["status"],
-        headline=headline(subject),
+        headline=headline(subject)[1:],
         parts=(
             sections.headlines(subject, results),
-            sections.figures(results, pictures),
-            sections.tables(results),
+            sections.figures(results, pictures, subject["matrix"]),
+            sections.tables(results, subject["matrix"]),
             sections.run(content),
             sections.cost(results),
         ),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from typing import Any
 
+from hessfunc.app.report import lines
 from hessfunc.app.report.content import Invocation
-from hessfunc.app.report.html import document, facts, image, marked, scrolled, section, table
+from hessfunc.app.report.html import document, facts, marked, scrolled, section, table
 from hessfunc.app.report.rows import Number, Words
 from hessfunc.app.report.sections import card
 from hessfunc.training import history
@@ -26,6 +27,12 @@ _COLUMNS = (
 )
 
 
+_EDGE = (
+    "The dashed line is 2 / lr: plain gradient descent is stable on a quadratic while all "
+    "eigenvalues are below it."
+)
+
+
 def training(
     run: history.Run, settings: Mapping[str, Any], invocation: Invocation, picture: bytes, /
 ) -> str:
@@ -37,7 +44,12 @@ def training(
         invocation: Invocation of the run.
         picture: PNG picture of the training curves.
     """
-    content = {"run": asdict(invocation), **history.content(settings, [run])}
+    drawn = figures([(run, "")])
+    content = {
+        "run": asdict(invocation),
+        **history.content(settings, [run]),
+        "figures": lines.plain(drawn),
+    }
     return document(
         content,
         title=f"{settings['arch']} on {settings['data']}",
@@ -46,12 +58,93 @@ def training(
         headline=_headline(run, settings),
         parts=(
             _headlines(run),
-            f"<figure>\n{image(picture, 'Training curves')}\n</figure>",
+            lines.elements(drawn, {drawn[0].name: picture} if drawn else {}),
             _epochs(run),
             _what(settings, content),
             _cost(run),
         ),
+        scripts=lines.SCRIPTS,
     )
+
+
+def figures(runs: Sequence[tuple[history.Run, str]], /) -> list[lines.Figure]:
+    """Return the figures of trainings; quantities that were not measured have none.
+
+    Args:
+        runs: Trainings with their names, which are empty for a single training.
+    """
+
+    def of(attribute: str, label: str, *, dashed: bool = False) -> list[lines.Line]:
+        return [
+            lines.Line(
+                name=", ".join(filter(None, (name, label))),
+                points=[(record.epoch, getattr(record, attribute)) for record in run.records],
+                run=i,
+                dashed=dashed,
+            )
+            for i, (run, name) in enumerate(runs)
+            if any(getattr(record, attribute) is not None for record in run.records)
+        ]
+
+    seen, unseen = "training examples", "test examples"
+    both = "Solid lines are the training examples, dashed lines the test examples."
+    edges = _edges(runs)
+    drawn = [
+        lines.Figure(
+            name="loss",
+            title="Loss",
+            x="epoch",
+            y="loss",
+            is_log=True,
+            lines=[*of("loss", seen), *of("test_loss", unseen, dashed=True)],
+            meaning=(both,),
+        ),
+        lines.Figure(
+            name="accuracy",
+            title="Accuracy",
+            x="epoch",
+            y="accuracy",
+            lines=[*of("accuracy", seen), *of("test_accuracy", unseen, dashed=True)],
+            meaning=(both,),
+        ),
+        lines.Figure(
+            name="eigenvalue",
+            title="Dominant eigenvalue of the Hessian",
+            x="epoch",
+            y="eigenvalue",
+            lines=[*of("eigenvalue", "dominant eigenvalue"), *edges],
+            meaning=(_EDGE,) if edges else ("The eigenvalue of largest absolute value.",),
+        ),
+        lines.Figure(
+            name="batches",
+            title="Batch size",
+            x="epoch",
+            y="base batches a step",
+            lines=of("ratio", "base batches a step"),
+        ),
+    ]
+    return [figure for figure in drawn if figure.known and _changes(figure)]
+
+
+def _edges(runs: Sequence[tuple[history.Run, str]]) -> list[lines.Line]:
+    """Return 2 / lr of each training whose eigenvalues were measured and reach a tenth of it."""
+    edges = []
+    for i, (run, name) in enumerate(runs):
+        values = [abs(r.eigenvalue) for r in run.records if r.eigenvalue is not None]
+        rates = [(record.epoch, record.lr) for record in run.records if record.lr]
+        if "newton" in run.method:
+            continue
+        if values and rates and max(values) > 0.1 * min(2 / rate for _, rate in rates):
+            points = [(epoch, 2 / rate) for epoch, rate in rates]
+            label = ", ".join(filter(None, (name, "2 / lr")))
+            edges.append(lines.Line(name=label, points=points, run=i, dashed=True))
+    return edges
+
+
+def _changes(figure: lines.Figure) -> bool:
+    """Return whether a figure shows more than one constant; a constant batch size is no figure."""
+    values = {value for line in figure.lines for _, value in line.points}
+    return figure.name != "batches" or len(values) > 1
 
 
 def _headline(run: history.Run, settings: Mapping[str, Any]) -> Words:
@@ -86,10 +179,10 @@ def _epochs(run: history.Run) -> str:
         for column in _COLUMNS
         if any(getattr(record, column[0]) is not None for record in run.records)
     ]
-    lines = [[_cell(record, name, style) for name, _, style in known] for record in run.records]
+    cells = [[_cell(record, name, style) for name, _, style in known] for record in run.records]
     title = "Epoch by epoch"
     columns = [(label, "number") for _, label, _ in known]
-    return section("epochs", title, scrolled(title, table(columns, lines)))
+    return section("epochs", title, scrolled(title, table(columns, cells)))
 
 
 def _cell(record: Record, name: str, style: str) -> str:

@@ -18,7 +18,7 @@ def test_analysis_of_a_known_hessian(here: Path) -> None:
     done = analyze("mine:quadratic", "--k", "3", "--out", "found")
     assert done.exit_code == 0, done.output
     assert done.stderr == ""
-    assert "mine:quadratic: loss 3.75 over 4 examples, 6 parameters" in done.stdout
+    assert "mine:quadratic: Hessian of the loss 3.75 over 4 examples, 6 parameters" in done.stdout
     content = results(here / "found")
     assert content["status"] == "complete"
     assert content["subject"]["batches"] == 2

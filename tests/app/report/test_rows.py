@@ -44,5 +44,5 @@ def test_brief_and_headline_are_one_line() -> None:
     assert report.brief(PAIRS) == "5, 1 of 2 converged"
     assert report.brief(TRACE) == "4 ± 0.5"
     assert report.plain(report.headline(vars(SUBJECT))) == (
-        "loss 0.5 over 100 examples, 12,345 parameters, float32 on cpu"
+        "Hessian of the loss 0.5 over 100 examples, 12,345 parameters, float32 on cpu"
     )

@@ -24,7 +24,9 @@ def test_every_number_is_one_of_the_content(page: str, content: dict[str, Any]) 
     for element in written:
         value = json.loads(str(element.attributes["value"]))
         assert value in known
-        assert float(element.text.replace(",", "")) == pytest.approx(value, rel=5e-3, abs=0.051)
+        assert float(element.text.replace(",", "").replace("\N{MINUS SIGN}", "-")) == pytest.approx(
+            value, rel=5e-3, abs=0.051
+        )
     headlines = re.findall(r"<dd><data value=\"([^\"]*)\">", page)[:4]
     assert [float(value) for value in headlines] == [0.5, 5.0, -2.5, 4.0]
 

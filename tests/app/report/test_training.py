@@ -40,17 +40,24 @@ def test_what_was_not_measured_is_left_out() -> None:
 
 def test_every_number_is_one_of_the_content() -> None:
     document = parsed(page())
-    (script,) = document.all("script")
+    script, drawing = document.all("script")
     content = json.loads(script.text)
+    assert "linesChart" in drawing.text
     plain = json.loads(json.dumps(history.content(SETTINGS, [TRAINED])))
+    figures = content.pop("figures")
     assert content == {"run": vars(RUN), **plain}
+    assert list(figures) == ["loss", "accuracy", "eigenvalue", "batches"]
+    assert [one["name"] for one in figures["loss"]["series"]] == [
+        "training examples",
+        "test examples",
+    ]
     known = set(numbers(content))
     written = document.all("data")
     assert len(written) > 40
     for element in written:
         value = json.loads(str(element.attributes["value"]))
         assert value in known
-        shown = element.text.replace(",", "")
+        shown = element.text.replace(",", "").replace("\N{MINUS SIGN}", "-")
         scale = 0.01 if shown.endswith("%") else 1.0
         assert scale * float(shown.rstrip("%")) == pytest.approx(value, rel=5e-3, abs=0.051)
 

@@ -47,7 +47,7 @@ function densityChart(figure, { density: estimate, eigenvalues, smallest }) {
         path("band", [...edge(value => value.high), ...edge(value => value.low).reverse()]),
         line("one", frame.left, frame.y(one()), frame.right, frame.y(one())),
         path("curve", mean),
-        ...marks.flatMap(mark => stick(frame, mark, Math.max(at(mark.at).mean, 2 * floor))),
+        ...marks.flatMap(mark => stick(frame, mark, one())),
       ];
     },
     find(frame, point) {

@@ -1,0 +1,265 @@
+"""Page and table that show two runs beside each other: two analyses, or two trainings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from hessfunc.algorithms.overlap import overlap
+from hessfunc.algorithms.results import Density, Eigenpairs, load
+from hessfunc.app.report import lines
+from hessfunc.app.report.html import document, marked, scrolled, section, table
+from hessfunc.app.report.meanings import RESIDUAL
+from hessfunc.app.report.rows import Number, Words, plain, rows
+from hessfunc.app.report.sections import said
+from hessfunc.app.report.training import figures as training_figures
+from hessfunc.training import history
+
+# File of each kind of run.
+_FILES = {"analysis": "results.json", "training": "history.json"}
+_KINDS = {"analysis": "an analysis", "training": "a training"}
+# Number of points of a density, and its smallest value relative to the largest.
+_POINTS, _FLOOR = 600, 1e-7
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Run that is compared with another.
+
+    Attributes:
+        name: Name of the run, which is that of its folder.
+        folder: Folder of the run.
+        kind: ``"analysis"`` or ``"training"``.
+        content: Plain data of the run.
+    """
+
+    name: str
+    folder: Path
+    kind: str
+    content: Mapping[str, Any]
+
+    def result(self, part: str, /) -> Any:
+        """Return the full result of a part, or None if the folder does not have it."""
+        path = self.folder / f"{part}.npz"
+        return load(path) if part in self.content.get("results", {}) and path.exists() else None
+
+
+def read(folders: Sequence[Path], /) -> list[Compared]:
+    """Read the runs of folders that `hessfunc analyze` or `hessfunc train` has written.
+
+    Raises:
+        ValueError: If a folder contains no run, or if the runs are of different kinds.
+    """
+    runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    if len({run.kind for run in runs}) > 1:
+        kinds = " and ".join(f"{run.folder} has {_KINDS[run.kind]}" for run in runs)
+        raise ValueError(f"{kinds}: pass two folders of one command")
+    return runs
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that tell the folders apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{i}: {folder}" for i, folder in enumerate(folders, 1)]
+
+
+def _read(folder: Path, name: str) -> Compared:
+    for kind, file in _FILES.items():
+        if (folder / file).exists():
+            try:
+                content = json.loads((folder / file).read_bytes())
+                known = content["results"] if kind == "analysis" else content["runs"][0]["records"]
+            except (ValueError, KeyError, IndexError, TypeError):
+                raise ValueError(f"{folder / file} is damaged, or of another program") from None
+            if not known:
+                raise ValueError(f"{folder} contains no finished part of a run")
+            return Compared(name, folder, kind, content)
+    raise ValueError(
+        f"{folder} contains neither {' nor '.join(_FILES.values())}: pass a folder that "
+        "`hessfunc analyze` or `hessfunc train` has written"
+    )
+
+
+def compared_rows(runs: Sequence[Compared], /) -> Iterator[tuple[str, list[Words]]]:
+    """Yield the name of each quantity with its value and uncertainty in each run."""
+    if runs[0].kind == "training":
+        yield from _of_trainings(runs)
+        return
+    subjects = [run.content["subject"] for run in runs]
+    for name, key, style in (("loss", "loss", ".4g"), ("parameters", "parameters", ",")):
+        yield name, [(Number(subject[key], style),) for subject in subjects]
+    yield "matrix", [(subject.get("matrix", "Hessian"),) for subject in subjects]
+    for part in ("eigenvalues", "smallest", "trace"):
+        known = [
+            list(rows(part, run.content["results"][part])) if part in run.content["results"] else []
+            for run in runs
+        ]
+        for i in range(max(map(len, known))):
+            label = next(row[i].label for row in known if i < len(row))
+            yield label, [_with_doubt(part, row[i]) if i < len(row) else () for row in known]
+
+
+def _with_doubt(part: str, row: Any) -> Words:
+    """Return a value with its residual or its interval."""
+    if part == "trace":
+        return (*row.value, " (", *row.sureness, ")")
+    return (*row.value, " ± ", *row.sureness)
+
+
+# Numbers of the last record of a training, with their labels and formats.
+_OF_TRAINING = (
+    ("loss", "loss", ".4f"),
+    ("accuracy", "accuracy", ".1%"),
+    ("test loss", "test_loss", ".4f"),
+    ("test accuracy", "test_accuracy", ".1%"),
+    ("dominant eigenvalue", "eigenvalue", ".4g"),
+    ("updates", "step", ","),
+    ("work in gradients", "gradients", ",.0f"),
+    ("time in steps, s", "seconds", ",.1f"),
+)
+
+
+def _of_trainings(runs: Sequence[Compared]) -> Iterator[tuple[str, list[Words]]]:
+    ends = [run.content["runs"][0]["records"][-1] for run in runs]
+    for label, key, style in _OF_TRAINING:
+        values = [end.get(key) for end in ends]
+        if any(value is not None for value in values):
+            yield label, [() if value is None else (Number(value, style),) for value in values]
+    settings = [run.content["settings"] for run in runs]
+    for key in dict.fromkeys(name for each in settings for name in each):
+        values = [each.get(key) for each in settings]
+        if values[0] != values[1]:
+            yield key.replace("_", " "), [("" if v is None else str(v),) for v in values]
+
+
+def as_table(runs: Sequence[Compared], /) -> Table:
+    """Return the table of two runs for the terminal."""
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn.add_column("", no_wrap=True)
+    for run in runs:
+        drawn.add_column(run.name, justify="right", no_wrap=True)
+    for label, cells in compared_rows(runs):
+        drawn.add_row(label, *map(plain, cells))
+    return drawn
+
+
+def comparison(runs: Sequence[Compared], /) -> str:
+    """Return the page of two runs, with all assets inline, which needs no network."""
+    drawn = figures(runs)
+    content = {
+        "runs": {run.name: run.content for run in runs},
+        "figures": lines.plain(drawn),
+    }
+    columns = [("", ""), *((run.name, "number") for run in runs)]
+    cells = [[escape(label), *map(marked, each)] for label, each in compared_rows(runs)]
+    is_analysis = runs[0].kind == "analysis"
+    notes = said((RESIDUAL,)) + said(_angles(runs)) if is_analysis else ""
+    beside = scrolled("Side by side", table(columns, cells))
+    return document(
+        content,
+        title=" and ".join(run.name for run in runs),
+        kind="Comparison of",
+        status="complete",
+        headline=(f"two {'analyses' if is_analysis else 'trainings'}",),
+        parts=(
+            lines.elements(drawn, {}),
+            section("values", "Side by side", notes, beside),
+            _commands(runs),
+        ),
+        scripts=lines.SCRIPTS,
+    )
+
+
+def figures(runs: Sequence[Compared], /) -> list[lines.Figure]:
+    """Return the figures in which the runs are drawn over each other."""
+    if runs[0].kind == "training":
+        trained = [(history.run_of(run.content["runs"][0]), run.name) for run in runs]
+        return training_figures(trained)
+    return [figure for figure in (_density(runs), _line(runs)) if figure.known]
+
+
+def _density(runs: Sequence[Compared]) -> lines.Figure:
+    known = [(i, run.name, run.result("density")) for i, run in enumerate(runs)]
+    densities = [(i, name, d) for i, name, d in known if isinstance(d, Density)]
+    drawn = []
+    if densities:
+        width = max(density.width for _, _, density in densities)
+        ends = torch.cat([d.nodes[d.weights > 0] for _, _, d in densities])
+        low, high = float(ends.min()) - 5 * width, float(ends.max()) + 5 * width
+        grid = torch.linspace(low, high, _POINTS, dtype=torch.float64)
+        values = [density.pdf(grid, width) for _, _, density in densities]
+        floor = _FLOOR * max(float(value.max()) for value in values)
+        drawn = [
+            lines.Line(
+                name=name,
+                run=i,
+                points=[
+                    (x, y if y > floor else None)
+                    for x, y in zip(grid.tolist(), value.tolist(), strict=True)
+                ],
+            )
+            for (i, name, _), value in zip(densities, values, strict=True)
+        ]
+    return lines.Figure(
+        name="density",
+        title="Spectral densities",
+        x="eigenvalue",
+        y="density",
+        is_log=True,
+        lines=drawn,
+        meaning=("Both densities are smoothed by Gaussians of the same width.",),
+    )
+
+
+def _line(runs: Sequence[Compared]) -> lines.Figure:
+    known = [(i, run.name, run.content["results"].get("line")) for i, run in enumerate(runs)]
+    return lines.Figure(
+        name="line",
+        title="Loss along the top eigenvector of each run",
+        x="distance",
+        y="loss",
+        lines=[
+            lines.Line(name=name, run=i, points=list(zip(data["x"], data["values"], strict=True)))
+            for i, name, data in known
+            if data is not None
+        ],
+        meaning=("At 0 are the parameters of each run.",),
+    )
+
+
+def _angles(runs: Sequence[Compared]) -> Words:
+    """Return the sentence about the angles between the spaces of the eigenvectors."""
+    pairs = [run.result("eigenvalues") for run in runs]
+    if not all(isinstance(each, Eigenpairs) for each in pairs):
+        return ()
+    try:
+        angles = [math.degrees(angle) for angle in overlap(*pairs).angles.tolist()]
+    except (ValueError, TypeError):
+        # The runs have different parameters.
+        return ()
+    first, last = f"{angles[0]:.3g}°", f"{angles[-1]:.3g}°"
+    reach = first if first == last else f"{first} to {last}"
+    return (f"The principal angles between the spaces of their top eigenvectors are {reach}.",)
+
+
+def _commands(runs: Sequence[Compared]) -> str:
+    lines_of = [
+        [escape(run.name), f"<code>{escape(run.content['run']['command'])}</code>"]
+        for run in runs
+        if "run" in run.content
+    ]
+    columns = (("run", ""), ("command", "name"))
+    return section("run", "What was run", table(columns, lines_of)) if lines_of else ""
