@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -22,10 +22,14 @@ from hessfunc.kronecker.moments import (
     summed_input_moments,
     weight_gradient,
 )
-from hessfunc.kronecker.uses import UNORDERED, Observed, Uses
+from hessfunc.kronecker.uses import Observed, Uses
+from hessfunc.kronecker.verification import UNORDERED
 from hessfunc.transforms.batches.statistics import Statistics
 
 Unsupported: TypeAlias = Literal["error", "diagonal"]
+
+# Uses of a parameter, and a function of the gradients at their outputs, ``(B, G, O, P)``.
+_Task: TypeAlias = tuple[Uses, Callable[[Tensor], Tensor]]
 
 # Largest number of entries of a parameter that acts entry by entry with a dense block.
 _DENSE = 1024
@@ -137,24 +141,30 @@ class Evaluation:
         """Return the factors, and the matrices and diagonals of parameters without them."""
         sharing, forms = self.sharing, self.forms
         with torch.no_grad():
-            inputs = {name: uses.inputs() for name, uses in self._with("kronecker").items()}
-            summed = {}
-            for name, x in inputs.items():
-                total, count = summed_input_moments(x, sharing)
-                summed[f"input factor of {name}"] = total.to(self.leaves[name]), count
-        sites = {forms[name].site: uses for name, uses in self._with("kronecker").items()}
-        weighted = self._summed(
-            {f"output factor of {site}": sites[site] for site in sites},
-            lambda key, slopes: outer_moments(slopes, sharing),
-        )
-        dense = self._with("dense")
-        scales = {f"matrix of {name}": uses.inputs() for name, uses in dense.items()}
-        weighted |= self._summed(
-            {f"matrix of {name}": uses for name, uses in dense.items()},
-            lambda key, slopes: _gram_of_examples(slopes, scales[key]),
-        )
+            summed: dict[str, tuple[Tensor, float]] = {}
+            # Layers that see the same inputs, such as those of queries, keys and values, share A.
+            known: dict[Any, tuple[Tensor, float]] = {}
+            for name, uses in self._with("kronecker").items():
+                if (source := uses.source) not in known:
+                    total, count = summed_input_moments(uses.inputs(), sharing)
+                    known[source] = total.to(self.leaves[name]), count
+                summed[f"input factor of {name}"] = known[source]
+        tasks: dict[str, _Task] = {
+            f"output factor of {forms[name].site}": (uses, partial(outer_moments, sharing=sharing))
+            for name, uses in self._with("kronecker").items()
+        }
+        for name, uses in self._with("dense").items():
+            tasks[f"matrix of {name}"] = uses, partial(_gram_of_examples, inputs=uses.inputs())
         for name, uses in self._with("diagonal").items():
-            weighted[f"diagonal of {name}"] = self._diagonal(name, uses)
+            if uses.layout is not None:
+                tasks[f"diagonal of {name}"] = uses, partial(squared_moments, inputs=uses.inputs())
+        weighted = self._summed(tasks)
+        for name, uses in self._with("diagonal").items():
+            key, shape = f"diagonal of {name}", self.leaves[name].shape
+            if uses.layout is None:
+                weighted[key] = self._squared_by_example(self.leaves[name], uses)
+            else:
+                weighted[key] = uses.layout.restored(weighted[key], shape)
         if others := {
             name: self.leaves[name]
             for name, form in forms.items()
@@ -170,34 +180,34 @@ class Evaluation:
         F is ``sum_b vec(V_b) vec(V_b)'`` for the gradients V_b of the examples. The least-squares
         solution is ``B = sum_b V_b A V_b' / |A|_F^2``.
         """
-        uses = self._with("kronecker")
-        rights = {name: factors[f"input factor of {name}"] for name in uses}
-        with torch.no_grad():
-            inputs = {name: one.inputs() for name, one in uses.items()}
-        nearest = self._summed(
-            uses,
-            lambda name, slopes: _normalised(
-                left_moments(slopes, inputs[name], rights[name]), rights[name]
-            ),
-        )
-        return Statistics({f"output factor of {name}": b for name, b in nearest.items()})
+        return Statistics(self._nearest(left_moments, "output", "input", factors))
 
     def nearest_input_factors(self, factors: Mapping[str, Tensor], /) -> Statistics:
         """Return the nearest factors A for given B, ``A = sum_b V_b' B V_b / |B|_F^2``.
 
         The factor of a lookup is the nearest diagonal matrix.
         """
-        uses = self._with("kronecker")
-        lefts = {name: factors[f"output factor of {name}"] for name in uses}
-        with torch.no_grad():
-            inputs = {name: one.inputs() for name, one in uses.items()}
-        nearest = self._summed(
-            uses,
-            lambda name, slopes: _normalised(
-                right_moments(slopes, inputs[name], lefts[name]), lefts[name]
-            ),
+        return Statistics(self._nearest(right_moments, "input", "output", factors))
+
+    def _nearest(
+        self,
+        moments: Callable[[Tensor, Inputs, Tensor], Tensor],
+        side: str,
+        other: str,
+        factors: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        given = {name: factors[f"{other} factor of {name}"] for name in self._with("kronecker")}
+        total = self._summed(
+            {
+                f"{side} factor of {name}": (
+                    uses,
+                    partial(_with_inputs, moments, uses.inputs(), given[name]),
+                )
+                for name, uses in self._with("kronecker").items()
+            }
         )
-        return Statistics({f"input factor of {name}": a for name, a in nearest.items()})
+        pairs = zip(total.items(), given.values(), strict=True)
+        return {key: _normalised(sums, factor) for (key, sums), factor in pairs}
 
     def eigenvalues(self, bases: Mapping[str, Tensor], /) -> Statistics:
         """Return the second moments of the gradients along the eigenvectors.
@@ -205,22 +215,13 @@ class Evaluation:
         With eigenvectors U_B and U_A, ``(U_B (x) U_A)' vec(g x') = vec((U_B' g) (U_A' x)')``, so
         that ``s[o, k] = sum_b (sum_p (U_B' g_bp)_o (U_A' x_bp)_k)^2`` (George et al. 2018).
         """
-        keys, uses = factor_keys(self.forms), self._with("kronecker")
-        sides = {
-            name: (bases[f"basis of {left}"], bases[f"basis of {right}"])
-            for name, (left, right) in keys.items()
-        }
-        with torch.no_grad():
-            turned = {
-                name: _turned(adjoint(sides[name][1]), one.inputs()) for name, one in uses.items()
-            }
-        values = self._summed(
-            uses,
-            lambda name, slopes: squared_moments(
-                _turned(adjoint(sides[name][0]), slopes), turned[name]
-            ),
-        )
-        return Statistics({f"eigenvalues of {name}": value for name, value in values.items()}, {})
+        keys = factor_keys(self.forms)
+        tasks: dict[str, _Task] = {}
+        for name, uses in self._with("kronecker").items():
+            left, right = (adjoint(bases[f"basis of {key}"]) for key in keys[name])
+            turned = _turned(right, uses.inputs())
+            tasks[f"eigenvalues of {name}"] = uses, partial(_squares_in_basis, left, turned)
+        return Statistics(self._summed(tasks))
 
     def _gradients(self, ends: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
         """Yield the gradients at the outputs of calls, by their ids, for each column."""
@@ -230,42 +231,32 @@ class Evaluation:
             )
             yield dict(zip(map(id, ends), gradients, strict=True))
 
-    def _summed(
-        self, uses: Mapping[str, Uses], fn: Callable[[str, Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        """Sum a function of the gradients at the outputs of each use over the columns."""
-        ends = {id(end): end for use in uses.values() for end in use.outputs}
+    def _summed(self, tasks: Mapping[str, _Task]) -> dict[str, Tensor]:
+        """Sum functions of the gradients at the outputs of uses over the columns."""
+        ends = {id(end): end for uses, _ in tasks.values() for end in uses.outputs}
         total: dict[str, Tensor] = {}
         if not ends:
             return total
         for slopes in self._gradients(list(ends.values())):
-            for key, use in uses.items():
-                part = fn(key, use.slopes([slopes[id(end)] for end in use.outputs]))
+            for key, (uses, fn) in tasks.items():
+                part = fn(uses.slopes([slopes[id(end)] for end in uses.outputs]))
                 total[key] = total[key] + part if key in total else part
         return total
 
-    def _diagonal(self, name: str, uses: Uses) -> Tensor:
-        """Return the sum of the squared gradients of all examples."""
-        leaf, layout = self.leaves[name], uses.layout
-        if layout is not None:
-            inputs = uses.inputs()
-            (square,) = self._summed(
-                {name: uses}, lambda _, slopes: squared_moments(slopes, inputs)
-            ).values()
-            return layout.restored(square, leaf.shape)
+    def _squared_by_example(self, leaf: Tensor, uses: Uses) -> Tensor:
+        """Return the sum of the squared gradients of all examples, each summed over the uses."""
         total = torch.zeros_like(leaf)
         calls = [(one.calls[0], one, one.inputs()) for one in uses.alone()]
         for slopes in self._gradients(uses.outputs):
             given = [one.slopes([slopes[id(call.output)]]) for call, one, _ in calls]
             for b in range(uses.examples):
-                # The gradient of one example is the sum over all uses.
-                gradient = sum(
+                parts = [
                     call.map.layout.restored(
                         weight_gradient(slope[b : b + 1], _of_example(inputs, b)), leaf.shape
                     )
                     for (call, _, inputs), slope in zip(calls, given, strict=True)
-                )
-                total += gradient**2
+                ]
+                total += torch.stack(parts).sum(0).square()
         return total.detach()
 
     def _squared_by_row(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -299,6 +290,19 @@ def _normalised(moments: Tensor, factor: Tensor) -> Tensor:
     squares = factor.square().flatten(1).sum(1)
     scale = torch.where(squares > 0, 1 / squares, 0.0)
     return moments * scale.view(-1, *[1] * (moments.dim() - 1))
+
+
+def _with_inputs(
+    moments: Callable[[Tensor, Inputs, Tensor], Tensor],
+    inputs: Inputs,
+    factor: Tensor,
+    slopes: Tensor,
+) -> Tensor:
+    return moments(slopes, inputs, factor)
+
+
+def _squares_in_basis(left: Tensor, turned: Inputs, slopes: Tensor) -> Tensor:
+    return squared_moments(_turned(left, slopes), turned)
 
 
 def _turned(basis: Tensor, vectors: Any) -> Any:

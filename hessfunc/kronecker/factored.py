@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +18,7 @@ from hessfunc.kronecker.evaluation import Evaluation, Form, Unsupported, factor_
 from hessfunc.kronecker.factored_blocks import Dense, DiagonalBlock, Eigenbasis, Kronecker
 from hessfunc.kronecker.moments import Sharing, by_row
 from hessfunc.kronecker.uses import observed
+from hessfunc.kronecker.verification import Verification
 from hessfunc.losses import Loss
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
@@ -43,6 +44,7 @@ class FactoredCurvature:
         steps: Number of power iterations that move the factors to the nearest ones, as in `kfoc`.
         exact: Whether the columns are exact, so that the rows of an example must not be mixed.
         unsupported: Treatment of parameters without Kronecker factors.
+        verification: Verification of the uses of parameters.
     """
 
     loss: Loss
@@ -53,6 +55,7 @@ class FactoredCurvature:
     steps: int = 0
     exact: bool = True
     unsupported: Unsupported = "error"
+    verification: Verification = field(default_factory=Verification)
 
     def __call__(self, params: Mapping[str, Tensor], batch: Any, /) -> Blocks:
         with self._evaluated(params, batch) as evaluation:
@@ -108,7 +111,7 @@ class FactoredCurvature:
             linearising(space, params, batch) as (leaves, given),
             noted(self.loss, params, batch),
         ):
-            seen = observed(self.model, self.loss, leaves, given)
+            seen = self.verification(observed(self.model, self.loss, leaves, given), leaves)
             columns = None
             if self.columns is not None:
                 vectors = self.columns(seen.outputs.detach(), given)

@@ -130,10 +130,10 @@ def kflr(
         NotImplementedError: If a parameter is unsupported: hold it fixed with `split` and `hold`,
             or pass ``unsupported="diagonal"``. Raised by the curvature function.
 
-    Cost: one backward pass for each output of an example, and two that check that the examples are
-    independent and that no use of a parameter is missed. If an example has several rows of
-    outputs (outputs flattened over positions), the outputs of all its rows count. An unsupported
-    parameter adds one backward pass for each output of each example.
+    Cost: one backward pass for each output of an example, and in the first batch two that check
+    that the examples are independent and that no use of a parameter is missed. If an example has
+    several rows of outputs (outputs flattened over positions), the outputs of all its rows count.
+    An unsupported parameter adds one backward pass for each output of each example.
 
     The calls of torch that use a parameter determine its block, in modules of any class:
 
@@ -190,8 +190,8 @@ def kfac(
         ValueError: If the criterion is not the negative logarithm of a known likelihood, if
             ``samples`` is not positive, or if `kflr` raises it.
 
-    Cost: one backward pass for each sample, and one that checks that no use of a parameter is
-    missed.
+    Cost: one backward pass for each sample, and in the first batch two that check the uses of
+    parameters.
 
     Source: Martens and Grosse 2015, arXiv 1503.05671; convolutions: Grosse and Martens 2016,
     arXiv 1602.01407; forward-only factors: Benzing 2022, arXiv 2201.12250.

@@ -40,6 +40,7 @@ def _dense(weight: Tensor, x: Tensor, *, is_transposed: bool = False) -> LinearM
         layout,
         lambda gradient: gradient.reshape(-1, 1, outputs, 1),
         lambda: x.detach().reshape(-1, 1, inputs, 1),
+        x,
     )
 
 

@@ -89,11 +89,13 @@ class LinearMap:
         slopes: Function from the gradient at the output to its rows, ``(N, G, O, P)``.
         inputs: Function that returns the inputs X, ``(N, G, K, P)``, or ``(1, G, K, P)`` if all
             rows share them.
+        source: Tensor whose rows are the inputs, if they are; else None.
     """
 
     layout: Layout
     slopes: Callable[[Tensor], Tensor]
     inputs: Callable[[], Inputs]
+    source: Tensor | None = None
 
 
 # Function of the output and the arguments of a call, which yields each argument that may be a

@@ -16,6 +16,9 @@ from torch import Tensor
 from hessfunc.kronecker.linear_maps import Inputs, OneHot
 from hessfunc.memory import AT_ONCE, refuse_unless_fits
 
+# Number of rows of a symmetric matrix that are computed at once.
+_ROWS = 128
+
 Sharing: TypeAlias = Literal["expand", "reduce"]
 
 
@@ -70,7 +73,15 @@ def _gram(vectors: Tensor) -> Tensor:
         "hold that layer fixed with `split` and `hold`, or use exact products",
     )
     columns = vectors.permute(1, 2, 0, 3).flatten(2)
-    return columns @ columns.mT
+    if width < 2 * _ROWS:
+        return columns @ columns.mT
+    # Compute the upper triangle of blocks only: the matrix is symmetric.
+    total = columns.new_empty(groups, width, width)
+    for start in range(0, width, _ROWS):
+        end = min(start + _ROWS, width)
+        total[:, start:end, start:] = columns[:, start:end] @ columns[:, start:].mT
+        total[:, end:, start:end] = total[:, start:end, end:].mT
+    return total
 
 
 def weight_gradient(slopes: Tensor, inputs: Inputs) -> Tensor:

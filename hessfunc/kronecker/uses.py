@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -15,14 +15,8 @@ from hessfunc.autograd.overrides import BODIES, getter
 from hessfunc.kronecker.calls import refusing_train_mode
 from hessfunc.kronecker.kinds import is_lookup, maps_of
 from hessfunc.kronecker.linear_maps import Inputs, Layout, LinearMap, OneHot
-from hessfunc.kronecker.moments import weight_gradient
 from hessfunc.losses import Loss
 from hessfunc.transforms.batches.examples import examples as examples_of
-
-UNORDERED = (
-    "the rows of the outputs are not ordered by the examples along the first axis, or the model "
-    "mixes examples"
-)
 
 # Order of the rows of an output: example after example, or one row of each example after another.
 Order: TypeAlias = Literal["examples first", "examples last"]
@@ -41,6 +35,11 @@ class Use:
     map: LinearMap
     output: Tensor
     order: Order = "examples first"
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the output."""
+        return len(self.map.slopes(self.output.detach()))
 
     def by_example(self, rows: Tensor, examples: int) -> Tensor:
         """Move the R rows of an example to positions: ``(B R, G, N, P)`` to ``(B, G, N, R P)``."""
@@ -101,6 +100,17 @@ class Uses:
             return OneHot(whole[:, 0, 0], inputs.size)
         return whole
 
+    @property
+    def source(self) -> Hashable:
+        """Value that is equal for parameters with the same inputs X."""
+
+        def of(call: Use) -> Hashable:
+            made = call.map
+            of_tensor = (id(made.source), made.layout.sizes[2], call.order)
+            return id(made) if made.source is None else of_tensor
+
+        return tuple(map(of, self.calls))
+
     def alone(self) -> list[Uses]:
         """Return each call by itself."""
         return [Uses((call,), self.examples) for call in self.calls]
@@ -124,12 +134,7 @@ class Observed:
 
 
 def observed(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any, /) -> Observed:
-    """Evaluate the model, and return its outputs with all uses of each parameter.
-
-    Two backward passes verify the uses. For a cotangent w at the outputs, the gradient of a
-    parameter must be ``sum_bp g_bp x_bp'``. For the cotangent ``s_b w_b``, with a different s_b for
-    each example, the gradient at the output of a call must be ``s_b g_b``.
-    """
+    """Evaluate the model, and return its outputs with the uses of each parameter, not verified."""
     observer = Observer(params, _count(batch))
     with refusing_train_mode(model), observer:
         outputs = loss.outputs(params, batch)
@@ -146,10 +151,7 @@ def observed(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: 
             )
     others = dict(observer.others)
     calls = {name: uses for name, uses in observer.calls.items() if name not in others}
-    rows = {
-        name: [len(use.map.slopes(use.output.detach())) for use in uses]
-        for name, uses in calls.items()
-    }
+    rows = {name: [use.rows for use in uses] for name, uses in calls.items()}
     count = observer.examples
     if count is None or len(outputs) % count:
         # Outputs may be flattened over positions: the shortest first axis is that of the examples.
@@ -164,8 +166,7 @@ def observed(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: 
             "examples: keep the examples along the first axis"
         )
     uses = {name: Uses(tuple(calls[name]), count) for name in calls if name not in others}
-    verified = _verified(outputs, params, uses, others)
-    return Observed(outputs, verified, others, count)
+    return Observed(outputs, uses, others, count)
 
 
 def _count(batch: Any) -> int | None:
@@ -271,82 +272,3 @@ _TRANSPOSES = {
     *(Tensor.t, torch.t, Tensor.transpose, torch.transpose),
     *(getter("T"), getter("mT")),
 }
-
-
-def _verified(
-    outputs: Tensor,
-    leaves: Mapping[str, Tensor],
-    uses: Mapping[str, Uses],
-    others: dict[str, str],
-) -> dict[str, Uses]:
-    """Return the uses that give the gradient of a parameter, example by example.
-
-    The reasons for which the others do not are added to ``others``.
-    """
-    if not uses:
-        return {}
-    examples = next(iter(uses.values())).examples
-    ends = {id(end): end for use in uses.values() for end in use.outputs}
-    along = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos()
-    along = along.to(outputs).view_as(outputs)
-    gradients = torch.autograd.grad(
-        outputs,
-        [*ends.values(), *(leaves[name] for name in uses)],
-        along,
-        retain_graph=True,
-        materialize_grads=True,
-    )
-    slopes = dict(zip(ends, gradients, strict=False))
-    for name, gradient in zip(uses, gradients[len(ends) :], strict=True):
-        total, size = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        for one in uses[name].alone():
-            layout, own = one.calls[0].map.layout, one.slopes([slopes[id(one.outputs[0])]])
-            inputs = one.inputs()
-            total += layout.restored(weight_gradient(own, inputs), gradient.shape)
-            # Terms may cancel, as those of the bias of keys before a softmax: their size counts.
-            absolute = inputs if isinstance(inputs, OneHot) else inputs.abs()
-            size += layout.restored(weight_gradient(own.abs(), absolute), gradient.shape)
-        if not _is_close(total, gradient, size):
-            others[name] = "it is also used in ways that were not observed"
-    if examples == 1:
-        return {name: use for name, use in uses.items() if name not in others}
-    scales = torch.linspace(1, 2, examples, dtype=outputs.dtype, device=outputs.device)
-    scaled = along.reshape(examples, -1) * scales[:, None]
-    again = torch.autograd.grad(
-        outputs,
-        list(ends.values()),
-        scaled.view_as(outputs),
-        retain_graph=True,
-        materialize_grads=True,
-    )
-    scaled_slopes = dict(zip(ends, again, strict=True))
-    verified = {}
-    for name, use in uses.items():
-        calls = [_ordered(call, slopes, scaled_slopes, scales) for call in use.calls]
-        if name in others:
-            continue
-        if None in calls:
-            others[name] = f"its rows and {UNORDERED}"
-        else:
-            verified[name] = Uses(tuple(call for call in calls if call), examples)
-    return verified
-
-
-def _ordered(
-    call: Use, slopes: Mapping[int, Tensor], scaled: Mapping[int, Tensor], scales: Tensor
-) -> Use | None:
-    """Return a call with the order of its rows, or None if they are not those of examples."""
-    before, after = (call.map.slopes(each[id(call.output)]) for each in (slopes, scaled))
-    for order in ("examples first", "examples last"):
-        ordered = replace(call, order=order)
-        one, other = (ordered.by_example(rows, len(scales)) for rows in (before, after))
-        expected = one * scales.to(one).view(-1, 1, 1, 1)
-        if _is_close(other, expected, expected):
-            return ordered
-    return None
-
-
-def _is_close(ours: Tensor, right: Tensor, size: Tensor) -> bool:
-    """Return whether two tensors are equal up to the rounding of numbers of this size."""
-    difference = (ours.reshape_as(right) - right).abs().amax()
-    return bool(difference <= torch.finfo(right.dtype).eps ** 0.5 * size.abs().amax())

@@ -26,6 +26,12 @@ def test_moments_of_sums_and_means_over_positions() -> None:
     torch.testing.assert_close(moments.input_moments(INPUTS, "reduce"), expected)
 
 
+def test_wide_moments_are_symmetric_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = moments.outer_moments(SLOPES, "expand")
+    monkeypatch.setattr(moments, "_ROWS", 1)
+    torch.testing.assert_close(moments.outer_moments(SLOPES, "expand"), expected)
+
+
 @pytest.mark.parametrize("positions", [1, 4])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("at_once", [1, 2**20])

@@ -192,3 +192,22 @@ def test_weights_cast_to_another_dtype() -> None:
     )
     for name, block in exact.items():
         torch.testing.assert_close(made[name].dense().double(), block.dense(), rtol=1e-5, atol=1e-7)
+
+
+def test_layers_with_the_same_inputs_share_their_factor() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(x)
+            return self.query(x) * self.key(x) + self.value(x.cos())
+
+    case = net(Queries, 3, examples=4)
+    made = hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)
+    query, key, value = (made[f"{name}.weight"] for name in ("query", "key", "value"))
+    x = torch.tanh(case.batch[0])
+    torch.testing.assert_close(query.right[0], x.mT @ x / 4)
+    torch.testing.assert_close(key.right, query.right, rtol=0, atol=0)
+    torch.testing.assert_close(value.right[0], x.cos().mT @ x.cos() / 4)
