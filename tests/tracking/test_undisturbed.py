@@ -102,7 +102,7 @@ def test_the_training_is_the_same_bit_for_bit(eval_mode: bool) -> None:
 @pytest.mark.usefixtures("other_streams")
 @pytest.mark.parametrize("own_generator", [True, False])
 def test_the_training_may_share_its_loader(own_generator: bool) -> None:
-    inputs, targets = torch.randn(20, 4), torch.randint(3, (20,))
+    inputs, targets = torch.randn(10, 4), torch.randint(3, (10,))
 
     def loader() -> DataLoader[Any]:
         # Without one, each pass draws from torch's own stream.

@@ -313,7 +313,7 @@ def test_compiled(of: str) -> None:
     loss, params, batch = linear_net()
     make, block = CURVATURES[of], stacked(params, 3, params)
 
-    @partial(torch.compile, fullgraph=True, backend="aot_eager")
+    @partial(torch.compile, fullgraph=True, backend="eager")
     def products(params: Tree, block: Tree) -> Tree:
         return make(loss)(params, batch)(block)
 

@@ -49,12 +49,20 @@ def test_closed_forms(name: str, of: Callable[..., Tensor], mode: Mode) -> None:
     assert (found - problem.hessian).abs().max() < TOLERANCE[mode]
 
 
-@pytest.mark.parametrize("mode", ["reverse", "difference"])
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_dense_hessian(name: str, mode: Mode) -> None:
+def test_equals_the_dense_hessian(name: str) -> None:
     found = case(name)
-    product = matrix(hf.hvp(found.loss, mode=mode)(found.params, found.batch), found.params)
-    assert relative_error(product, dense_hessian(name)) < TOLERANCE[mode]
+    product = matrix(hf.hvp(found.loss)(found.params, found.batch), found.params)
+    assert relative_error(product, dense_hessian(name)) < TOLERANCE["reverse"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_differences_of_gradients_equal_the_dense_hessian(name: str) -> None:
+    found = case(name)
+    vectors = hf.random_like(found.params, 5, kind="normal", seed=0)
+    products = hf.hvp(found.loss, mode="difference")(found.params, found.batch)(vectors)
+    expected = rows(vectors) @ dense_hessian(name)
+    assert relative_error(rows(products), expected) < TOLERANCE["difference"]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +231,7 @@ def test_products_add_nothing_to_the_graph_and_it_dies_with_the_matvec() -> None
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("mode", ["reverse", "forward", "difference"])
 @pytest.mark.parametrize("k", [1, 4])
-def test_memory_after_200_products_is_that_after_20(mode: Mode, k: int) -> None:
+def test_memory_after_80_products_is_that_after_20(mode: Mode, k: int) -> None:
     model = nn.Sequential(nn.Linear(100, 300), nn.Tanh(), nn.Linear(300, 100))
     model_fn, params = hf.functional(model)
     loss = hf.composed(model_fn, lambda out, _: out.square().mean())
@@ -234,7 +242,7 @@ def test_memory_after_200_products_is_that_after_20(mode: Mode, k: int) -> None:
         for _ in range(20):
             matvec(v)
         before = resident_bytes()
-        for _ in range(180):
+        for _ in range(60):
             matvec(v)
         one_product = 4 * hf.ravel(params).numel()
         assert resident_bytes() - before < 20 * one_product

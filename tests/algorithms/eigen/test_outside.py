@@ -135,7 +135,7 @@ def test_a_certificate_is_a_probability_that_copies_exceed_no_more_often() -> No
     certificates = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for seed in range(200):
+        for seed in range(100):
             found = hf.lanczos(lambda v: v * spectrum, like, k=3, which="LA", search=4, seed=seed)
             assert found.values.tolist() == pytest.approx([6, 5, 3], rel=1e-4)
             if "outside of the basis" not in found.reason:
@@ -146,7 +146,7 @@ def test_a_certificate_is_a_probability_that_copies_exceed_no_more_often() -> No
     for level in (0.02, 0.05, 0.1, 0.2, 0.5):
         wrong = sum(p <= level for p in certificates)
         # Three standard deviations of a binomial count above its mean.
-        assert wrong <= 200 * level + 3 * (200 * level * (1 - level)) ** 0.5
+        assert wrong <= 100 * level + 3 * (100 * level * (1 - level)) ** 0.5
 
 
 def test_the_certificate_of_well_separated_values_takes_two_products() -> None:

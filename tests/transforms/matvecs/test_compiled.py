@@ -19,6 +19,14 @@ def problem(dtype=torch.float64):
     return hf.supervised(model_fn, F.cross_entropy), params, (inputs, targets)
 
 
+def linear_problem():
+    generator = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(3, 5, dtype=torch.float64, generator=generator)}
+    inputs = torch.randn(7, 5, dtype=torch.float64, generator=generator)
+    targets = torch.randint(3, (7,), generator=generator)
+    return hf.supervised(lambda p, x: x @ p["w"].mT, F.cross_entropy), params, (inputs, targets)
+
+
 def rows(block):
     return torch.cat([leaf.flatten(1) for leaf in block.values()], dim=1)
 
@@ -39,7 +47,7 @@ def test_products_are_the_same(transform, chunk_size):
 
 @pytest.mark.parametrize("chunk_size", [3, 20])
 def test_a_block_goes_through_in_pieces(chunk_size):
-    loss, params, batch = problem()
+    loss, params, batch = linear_problem()
     matvec = hf.hvp(loss)(params, batch)
     block = hf.random_like(params, 7, kind="normal", seed=0)
     found = compiled(matvec, chunk_size=chunk_size, backend="eager")(block)
@@ -58,7 +66,7 @@ def test_a_shape_is_compiled_once():
         seen.append(len(program.graph.nodes))
         return program.forward
 
-    loss, params, batch = problem()
+    loss, params, batch = linear_problem()
     fast = compiled(hf.hvp(loss)(params, batch), chunk_size=2, backend=backend)
     for k in (2, 4, 2, 3, 3):
         fast(hf.random_like(params, k, seed=0))
@@ -67,7 +75,7 @@ def test_a_shape_is_compiled_once():
 
 
 def test_sums_of_kept_batches_and_shifts_are_compiled():
-    loss, params, (inputs, targets) = problem()
+    loss, params, (inputs, targets) = linear_problem()
     batches = [(inputs[:3], targets[:3]), (inputs[3:], targets[3:])]
     matvec = hf.matvecs.shift(hf.over_batches(hf.hvp(loss), keep=True)(params, batches), 0.5)
     block = hf.random_like(params, 2, kind="normal", seed=0)
@@ -76,7 +84,7 @@ def test_sums_of_kept_batches_and_shifts_are_compiled():
 
 
 def test_parameters_that_have_changed_are_refused():
-    loss, params, batch = problem()
+    loss, params, batch = linear_problem()
     fast = compiled(hf.hvp(loss)(params, batch), backend="eager")
     block = hf.random_like(params, 2, seed=0)
     fast(block)
@@ -109,7 +117,7 @@ def test_what_leaves_torch_runs_as_it_is():
 
 
 def test_data_that_are_read_anew_are_not_compiled():
-    loss, params, batch = problem()
+    loss, params, batch = linear_problem()
     matvec = hf.over_batches(hf.hvp(loss))(params, [batch])
     block = hf.random_like(params, 2, kind="normal", seed=0)
     fast = compiled(matvec, backend="eager")
