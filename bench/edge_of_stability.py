@@ -53,7 +53,6 @@ def descend(lr: float, *, steps: int, every: int, **options: Any) -> list[Point]
     with tracked(
         model, squared_error, batches, every=every, optimizer=optimizer, **options
     ) as tracker:
-        tracker.measure()
         for _ in range(steps):
             optimizer.zero_grad()
             squared_error(model(inputs), targets).backward()

@@ -42,7 +42,6 @@ def trained(
     with hf.tracking.tracked(
         model, squared_error, [(inputs, targets)], every=every, optimizer=optimizer
     ) as tracker:
-        tracker.measure()
         for _ in range(steps):
             chosen = torch.randperm(len(inputs), generator=generator)[:batch_size]
             optimizer.zero_grad()

@@ -339,3 +339,9 @@ def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, 
 def eval_mode(model: nn.Module, /) -> AbstractContextManager[None]:
     """Context manager that puts a model in eval mode and restores each training flag on exit."""
     return training_flags([(module, False) for module in model.modules()])
+
+
+def bare(model: nn.Module, /) -> nn.Module:
+    """Return the module without its wrapper for data parallelism."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, wrappers) else model

@@ -465,11 +465,13 @@ CALLS: dict[str, Call] = {
         {"model": MODEL, "criterion": CRITERION, "batches": [BATCH]},
         {
             "every": 1, "optimizer": OPTIMIZER, "preconditioned": False, "stability": None,
-            "compose": hf.supervised, "eval_mode": True, "out": None, "tensorboard": None,
-            "callback": None, "progress": None, "steps": 0,
+            "compose": hf.supervised, "eval_mode": True, "out": None, "csv": None,
+            "tensorboard": None, "wandb": None, "callback": None, "progress": None, "steps": 0,
+            "epoch": 0.0,
         },
         watched,
     ),
+    "frozen": Call({"loader": [BATCH], "batches": 1}),
     "functional_tracker": Call(
         OF_LOSS,
         {

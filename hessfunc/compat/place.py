@@ -12,18 +12,12 @@ from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.constant_matrix import leaves_of_graph
 from hessfunc.containers import mapped
 from hessfunc.losses import LossFunction, supervised
-from hessfunc.modules import eval_mode, functional
+from hessfunc.modules import bare, eval_mode, functional
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.hessian import filled, hvp, scalar
 from hessfunc.transforms.matvecs.arithmetic import batched
 from hessfunc.trees import Matvec
-
-
-def bare(model: nn.Module, /) -> nn.Module:
-    """Return the module without its wrapper for data parallelism."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return model.module if isinstance(model, wrappers) else model
 
 
 def device_of(model: nn.Module, /) -> torch.device:

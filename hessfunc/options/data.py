@@ -300,6 +300,13 @@ def writer(name: str, value: Any, /) -> Any:
     return path(name, value)
 
 
+def logger(name: str, value: Any, /) -> Any:
+    """Return a run of Weights & Biases, or another object with ``log``."""
+    if callable(getattr(value, "log", None)):
+        return value
+    raise refused(name, value, "a run with `log`", f"pass {name}=wandb.init()")
+
+
 def shape(name: str, value: Any, /) -> int | tuple[int, ...]:
     """Return a number of entries as an int, or a nonempty shape as a tuple of ints."""
     if (items := items_of(value)) is None:

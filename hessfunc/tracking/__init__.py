@@ -1,5 +1,6 @@
 """Track the curvature of a model during training."""
 
+from hessfunc.tracking.frozen import frozen
 from hessfunc.tracking.measure import (
     Measurement,
     Point,
@@ -18,6 +19,7 @@ __all__ = [
     "Tracker",
     "Tracking",
     "TrackingState",
+    "frozen",
     "functional_tracker",
     "read",
     "tracked",

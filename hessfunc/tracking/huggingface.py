@@ -72,11 +72,13 @@ class CurvatureCallback(TrainerCallback):
                 # Accelerate wraps the optimiser in one that has it as an attribute.
                 optimizer=getattr(optimizer, "optimizer", optimizer),
                 steps=state.global_step,
+                epoch=state.epoch,
                 **self._options,
             )
         )
         self.points = self._tracker.points
-        self._tracker.measure(epoch=state.epoch)
+        if self._unit == "epochs":
+            self._tracker.measure(epoch=state.epoch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._tracker is not None:

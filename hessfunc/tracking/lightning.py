@@ -69,11 +69,13 @@ class CurvatureCallback(_base()):  # type: ignore[misc]
                 every=self._every if self._unit == "steps" else None,
                 optimizer=trainer.optimizers or None,
                 steps=trainer.global_step,
+                epoch=trainer.current_epoch,
                 **self._options,
             )
         )
         self.points = self._tracker.points
-        self._tracker.measure(epoch=trainer.current_epoch)
+        if self._unit == "epochs":
+            self._tracker.measure(epoch=trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -35,12 +35,12 @@ class Points(Displayed, list[Point]):
         return {"kind": "Points", "points": [point.to_dict() for point in self]}
 
     def _columns(self) -> Mapping[str, Sequence[Any]]:
-        rows = [_row(point) for point in self]
+        rows = [row(point) for point in self]
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _row(point: Point) -> dict[str, Any]:
+def row(point: Point, /) -> dict[str, Any]:
     """Return the numbers of a point, with one column for each eigenvalue: top_1, top_2, ..."""
     row: dict[str, Any] = {"step": point.step, "epoch": point.epoch, "lr": point.lr}
     for name, value in point.to_dict().items():

@@ -8,20 +8,31 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hessfunc import modules
 from hessfunc.display import Reported, reporting
 from hessfunc.losses import LossFunction, supervised
-from hessfunc.modules import functional
+from hessfunc.modules import bare, functional
 from hessfunc.optim.stability import reading
 from hessfunc.optim.stability.result import Stability, UnknownStability
-from hessfunc.options import at_least, finite, optimizers, or_none, validated
+from hessfunc.options import at_least, finite, optimizers, or_none, path, validated
+from hessfunc.options.data import logger
+from hessfunc.tracking.frozen import outside_inference, refuse_changing
 from hessfunc.tracking.measure import Limit, Point, Tracking, TrackingState, functional_tracker
 from hessfunc.tracking.points import Points
 from hessfunc.tracking.undisturbed import refuse_busy_workers, undisturbed
-from hessfunc.tracking.writers import ScalarWriter, json_lines, summary_writer, writing
+from hessfunc.tracking.writers import (
+    ScalarWriter,
+    WandbRun,
+    csv_rows,
+    json_lines,
+    logging,
+    summary_writer,
+    writing,
+)
 from hessfunc.trees import Tree
 
 
@@ -95,9 +106,14 @@ class Tracker:
             FloatingPointError: If the loss is finite but a product is not.
         """
         started = time.perf_counter()
-        with undisturbed(self._model, self._batches):
+        # Hooks of trainers may run in inference mode, in which nothing can be differentiated.
+        with (
+            undisturbed(self._model, self._batches),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             self.state, measurement = self._method.measure(
-                self.state, self._params(), self._batches, self._limit(lr)
+                self.state, self._params(), outside_inference(self._batches), self._limit(lr)
             )
         point = Point(
             **vars(measurement),
@@ -149,7 +165,7 @@ class Tracker:
             return None
 
 
-@validated(optimizer=or_none(optimizers))
+@validated(optimizer=or_none(optimizers), csv=path, wandb=logger, epoch=finite)
 @contextmanager
 def tracked(
     model: nn.Module,
@@ -164,10 +180,13 @@ def tracked(
     compose: Callable[..., LossFunction] = supervised,
     eval_mode: bool = True,
     out: str | os.PathLike[str] | None = None,
+    csv: str | os.PathLike[str] | None = None,
     tensorboard: str | os.PathLike[str] | ScalarWriter | None = None,
+    wandb: WandbRun | None = None,
     callback: Callable[[Point], object] | None = None,
     progress: Reported = None,
     steps: int = 0,
+    epoch: float | None = None,
     **options: Any,
 ) -> Iterator[Tracker]:
     """Track the curvature of a model while it trains, in any training loop.
@@ -181,15 +200,19 @@ def tracked(
     Tracking does not change a single bit of the training. Parameters, buffers, gradients, training
     flags, and the random streams of Python, NumPy, torch and the loader keep their state.
 
+    With ``DistributedDataParallel``, every rank makes the same measurements, and rank 0 writes
+    them.
+
     Args:
-        model: Module that is trained.
+        model: Module that is trained, with or without its wrapper for data parallelism.
         criterion: Function ``(outputs, targets) -> scalar``.
-        batches: Batches on which the curvature is measured, a list or a loader. Use the same
-            batches at each point; otherwise the curve also shows differences between batches.
-        every: Number of steps between two measurements. None measures only when ``measure`` is
-            called.
+        batches: Batches on which the curvature is measured, a list or a loader, with the same
+            examples in each pass. `frozen` makes such a list.
+        every: Number of steps between two measurements, the first of which is made at once. None
+            measures only when ``measure`` is called.
         optimizer: Optimiser whose learning rate is recorded, with the curvature up to which its
-            steps are stable, or a list of optimisers that train the model together.
+            steps are stable, or a list of optimisers that train the model together. Wrappers of
+            Accelerate are unwrapped.
         preconditioned: Whether to measure the sharpness that limits the steps of the optimiser,
             with its threshold, from the first step on. `stability` must know the optimiser.
         stability: `Stability`, or a function from the gradient to a `Stability`, for an optimiser
@@ -200,51 +223,66 @@ def tracked(
             when `tracked` is called.
         out: File to which each point is appended as one line of JSON. Each line is on the disk
             before the training continues.
+        csv: File to which each point is appended as one row of comma-separated values.
         tensorboard: Folder for TensorBoard, or a writer with ``add_scalar`` and ``flush``.
+        wandb: Run of Weights & Biases, as ``wandb.init()`` returns it, or any object with ``log``.
+            Points are plotted against ``curvature/step``, so that the steps of the run stay free.
         callback: Function called with each point.
         progress: Function of a `Progress`, called after each point with the largest eigenvalue;
             True for a bar or lines, as in `RunOptions`.
         steps: Number of steps before this call, if a training is resumed.
+        epoch: Number of passes over the data before this call, recorded with the first point.
         options: Options of `functional_tracker`, which select the quantities and their accuracy.
 
     Returns:
         A context manager that yields a `Tracker`.
 
     Raises:
-        ValueError: If an option is out of range, or if the loader has persistent workers.
+        ValueError: If an option is out of range, if two passes over a loader have different
+            examples (random augmentation), or if the loader has persistent workers.
         TypeError: If ``preconditioned`` is True and the optimiser is not one that `stability`
-            knows.
+            knows, or if the batches can be read only once.
         ModuleNotFoundError: If tensorboard is not installed.
 
-    Cost: the cost of `functional_tracker` at each point.
+    Cost: the cost of `functional_tracker` at each point, and two passes over a loader at the start.
     """
     at_least(1, every=every)
     refuse_busy_workers(batches)
+    refuse_changing(batches)
     if isinstance(optimizer, Optimizer):
         optimizer = [optimizer]
-    trained_by = [] if optimizer is None else list(optimizer)
+    # Accelerate wraps an optimiser in another one that has it as an attribute.
+    trained_by = [getattr(each, "optimizer", each) for each in optimizer or ()]
     if preconditioned and stability is None:
         if not trained_by:
             raise TypeError("preconditioned=True needs an optimiser: pass `optimizer=optimizer`")
         reading.refuse_unknown(trained_by)
     if stability is not None and not preconditioned:
         raise ValueError("stability is measured only with preconditioned=True: pass both")
+    if isinstance(model, nn.parallel.DistributedDataParallel) and torch.distributed.get_rank():
+        out = csv = tensorboard = wandb = callback = progress = None
+    model = bare(model)
     with modules.eval_mode(model) if eval_mode else nullcontext():
         loss = compose(functional(model)[0], criterion)
     with ExitStack() as stack:
         writers: list[Callable[[Point], object]] = []
         if out is not None:
             writers.append(json_lines(out))
+        if csv is not None:
+            top, bottom = options.get("top", 1), options.get("bottom", 0)
+            writers.append(csv_rows(csv, top=top, bottom=bottom))
         if isinstance(tensorboard, (str, os.PathLike)):
             writers.append(writing(stack.enter_context(closing(summary_writer(tensorboard)))))
         elif tensorboard is not None:
             writers.append(writing(tensorboard))
+        if wandb is not None:
+            writers.append(logging(wandb))
         if callback is not None:
             writers.append(callback)
         report = stack.enter_context(reporting(progress, "tracked", total=None, unit="steps"))
         if report is not None:
             writers.append(lambda point: report(point.step, point.achieved()))
-        yield Tracker(
+        tracker = Tracker(
             model,
             functional_tracker(loss, **options),
             batches,
@@ -255,3 +293,6 @@ def tracked(
             writers=writers,
             steps=steps,
         )
+        if every is not None:
+            tracker.measure(epoch=epoch)
+        yield tracker

@@ -1,17 +1,19 @@
-"""Write and read points: files with one line of JSON for each point, and TensorBoard."""
+"""Write and read points: files of JSON and CSV, TensorBoard, and Weights & Biases."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from hessfunc.options import validated
 from hessfunc.tracking.measure import Point
-from hessfunc.tracking.points import Points
+from hessfunc.tracking.points import Points, row
 
 
 def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
@@ -48,6 +50,72 @@ def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
             os.fsync(stream.fileno())
 
     return append
+
+
+def csv_rows(path: str | os.PathLike[str], /, *, top: int, bottom: int) -> Callable[[Point], None]:
+    """Return a function that appends a point to a file as one row of comma-separated values.
+
+    A new file begins with the names of the columns. A row is on the disk when the function returns.
+    A truncated last row, left by an interrupted run, is removed first.
+
+    Args:
+        path: File to write.
+        top: Number of columns of largest eigenvalues.
+        bottom: Number of columns of smallest eigenvalues.
+
+    Raises:
+        ValueError: If the file cannot be written, or if it has other columns.
+    """
+    highest, lowest = (0.0,) * top, (0.0,) * bottom
+    like = Point(
+        step=0,
+        loss=0.0,
+        top=highest,
+        top_residuals=highest,
+        bottom=lowest,
+        bottom_residuals=lowest,
+    )
+    names = list(row(like))
+    header = _line(names)
+    file = Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"csv={os.fspath(path)!r} cannot be written ({error.strerror}): pass the path of a "
+            "file, such as `csv='points.csv'`"
+        ) from None
+    whole = _whole(content)
+    # Without a whole line, the content may be the beginning of the names.
+    if not (whole.startswith(header) if whole else header.startswith(content)):
+        raise ValueError(
+            f"{os.fspath(path)} has other columns than {', '.join(names[:4])}, ...: pass another "
+            "file as `csv`"
+        )
+    os.truncate(file, len(whole))
+
+    def append(line: bytes) -> None:
+        with file.open("ab", buffering=0) as stream:
+            stream.write(line)
+            os.fsync(stream.fileno())
+
+    if not whole:
+        append(header)
+
+    def write(point: Point) -> None:
+        values = row(point)
+        append(_line([values.get(name) for name in names]))
+
+    return write
+
+
+def _line(values: Sequence[Any]) -> bytes:
+    """Return values as one row, with nothing for None."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue().encode()
 
 
 @validated
@@ -133,6 +201,28 @@ def writing(writer: ScalarWriter, /) -> Callable[[Point], None]:
         for tag, value in scalars(point).items():
             writer.add_scalar(tag, value, point.step)
         writer.flush()
+
+    return write
+
+
+class WandbRun(Protocol):
+    """Interface of a run of Weights & Biases, the part that is used."""
+
+    def log(self, data: Any, /) -> object: ...
+
+
+def logging(run: WandbRun, /) -> Callable[[Point], None]:
+    """Return a function that logs the scalars of a point to a run of Weights & Biases.
+
+    The run has steps of its own, which must not decrease. Points therefore have ``curvature/step``
+    as another axis.
+    """
+    if callable(define := getattr(run, "define_metric", None)):
+        define("curvature/step")
+        define("curvature/*", step_metric="curvature/step")
+
+    def write(point: Point) -> None:
+        run.log({**scalars(point), "curvature/step": point.step})
 
     return write
 

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
 from hessfunc.compat import eigenthings, hessianflow, pyhessian
-from hessfunc.compat.place import bare, moved
+from hessfunc.compat.place import moved
+from hessfunc.modules import bare
 from tests.reference import hessian
 
 Face = Callable[[nn.Module, Any], float]

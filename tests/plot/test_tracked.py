@@ -133,7 +133,7 @@ def test_an_edge_is_drawn_beside_the_quantity_that_it_bounds(
     for quantity in ("top", "bottom", "trace", "critical", *(["preconditioned"] * measured)):
         ax = Figure().add_subplot()
         _, *line = plot.tracked(tracker.points, ax=ax, quantity=quantity).get_lines()  # type: ignore[arg-type]
-        assert [float(one.get_ydata()[0]) for one in line] == pytest.approx(
+        assert [float(one.get_ydata()[-1]) for one in line] == pytest.approx(
             [known[quantity]] if quantity in known else []
         )
 
@@ -146,7 +146,6 @@ def test_the_edge_moves_with_the_learning_rate() -> None:
     with tracked(
         model, F.cross_entropy, [batch], every=1, optimizer=optimizer, preconditioned=True
     ) as tracker:
-        tracker.measure()
         for _ in range(3):
             optimizer.zero_grad()
             F.cross_entropy(model(batch[0]), batch[1]).backward()

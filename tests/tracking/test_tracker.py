@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -13,7 +14,7 @@ import hessfunc as hf
 from bench.edge_of_stability import descend
 from hessfunc.display import Progress
 from hessfunc.optim import Stability
-from hessfunc.tracking import Point, tracked
+from hessfunc.tracking import Point, frozen, tracked
 from tests.reference import hessian
 from tests.tracking.problem import Noisy, batches, problem, wide
 
@@ -42,12 +43,18 @@ def test_steps_are_counted_or_told() -> None:
         optimizer=optimizer,
         callback=seen.append,
         steps=4,
+        epoch=0.25,
     ) as tracker:
         assert tracker.step() is None
-        assert tracker.step(epoch=0.5) is seen[0]
-        assert tracker.step(9, lr=0.1) is seen[1]
+        assert tracker.step(epoch=0.5) is seen[1]
+        assert tracker.step(9, lr=0.1) is seen[2]
         tracker.measure(epoch=1)
-    assert [(p.step, p.epoch, p.lr) for p in seen] == [(6, 0.5, 0.5), (9, None, 0.1), (9, 1, 0.5)]
+    assert [(p.step, p.epoch, p.lr) for p in seen] == [
+        (4, 0.25, 0.5),
+        (6, 0.5, 0.5),
+        (9, None, 0.1),
+        (9, 1, 0.5),
+    ]
     assert tracker.points == seen
 
 
@@ -190,7 +197,7 @@ def test_steps_that_are_told_in_jumps_or_twice() -> None:
     with tracked(model, F.cross_entropy, wide(batches(1)), every=10) as tracker:
         for step in (3, 10, 10, 17, 24, 31, 38, 38, 45):
             tracker.step(step)
-    assert [point.step for point in tracker.points] == [10, 24, 31, 45]
+    assert [point.step for point in tracker.points] == [0, 10, 24, 31, 45]
 
 
 LR = 0.1
@@ -219,5 +226,99 @@ def test_progress_follows_the_points() -> None:
     ) as tracker:
         for _ in range(4):
             tracker.step()
-    assert [(record.done, record.unit) for record in seen] == [(2, "steps"), (4, "steps")]
+    assert [(record.done, record.unit) for record in seen] == [
+        (0, "steps"),
+        (2, "steps"),
+        (4, "steps"),
+    ]
     assert [record.value for record in seen] == [point.top[0] for point in tracker.points]
+
+
+def test_the_first_point_is_made_at_once() -> None:
+    _, _, model = problem()
+    with tracked(model, F.cross_entropy, wide(batches(1)), every=100) as tracker:
+        assert [point.step for point in tracker.points] == [0]
+    with tracked(model, F.cross_entropy, wide(batches(1))) as tracker:
+        assert not tracker.points
+
+
+def test_hooks_may_run_in_inference_mode() -> None:
+    _, _, model = problem()
+    data = wide(batches(2))
+    options: dict[str, Any] = {"top": 2, "bottom": 1, "trace_probes": 3, "critical": True}
+    with tracked(model, F.cross_entropy, data, **options) as tracker:
+        expected = tracker.measure()
+    with torch.inference_mode():
+        inside = [(inputs.clone(), targets.clone()) for inputs, targets in data]
+        with tracked(model, F.cross_entropy, inside, **options) as tracker:
+            found = [tracker.measure(), tracker.measure()]
+    # The next point starts from the vectors of the last one, outside of inference mode too.
+    found.append(tracker.measure())
+    for point in found:
+        assert point.top == pytest.approx(expected.top, rel=1e-3)
+        assert point.bottom == pytest.approx(expected.bottom, rel=1e-3)
+    # Later points start at the step of the last one.
+    assert found[0].critical == pytest.approx(expected.critical, rel=1e-6)
+
+
+def test_a_loader_with_random_augmentation_is_refused_at_once() -> None:
+    class Augmented(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.randn(4).double(), index % 3
+
+    _, _, model = problem()
+    loader = torch.utils.data.DataLoader(Augmented(), batch_size=4)
+    with (
+        pytest.raises(ValueError, match=r"hf.tracking.frozen\(loader, batches=4\)"),
+        tracked(model, F.cross_entropy, loader, every=1),
+    ):
+        pass
+    with tracked(model, F.cross_entropy, frozen(loader, batches=1), every=1) as tracker:
+        tracker.step()
+    first, second = tracker.points
+    assert first.loss == second.loss
+
+
+def test_a_wrapped_model_is_measured_by_each_rank_and_written_by_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        _, _, model = problem()
+        wrapped, data = nn.parallel.DistributedDataParallel(model), wide(batches(1))
+        for rank in (0, 1):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            out = tmp_path / f"{rank}.jsonl"
+            with tracked(wrapped, F.cross_entropy, data, every=1, out=out) as tracker:
+                assert len(tracker.points) == 1
+            assert out.exists() == (rank == 0)
+        with tracked(model, F.cross_entropy, data, every=1) as plain:
+            pass
+        assert plain.points[0].top == tracker.points[0].top
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_loop_of_accelerate(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerator = accelerate.Accelerator(cpu=True)
+    _, _, plain = problem()
+    data = wide(batches(1))
+    optimizer = torch.optim.Adam(plain.parameters(), lr=0.01)
+    model, prepared = accelerator.prepare(plain, optimizer)
+    with tracked(
+        model, F.cross_entropy, data, every=1, optimizer=prepared, preconditioned=True
+    ) as tracker:
+        for inputs, targets in data:
+            prepared.zero_grad()
+            accelerator.backward(F.cross_entropy(model(inputs), targets))
+            prepared.step()
+            tracker.step()
+    assert [point.lr for point in tracker.points] == [0.01, 0.01]
+    assert tracker.points[1].preconditioned is not None
+    assert tracker.points[1].preconditioned_edge == pytest.approx(2 * 1.9 / 0.1 / 0.01)

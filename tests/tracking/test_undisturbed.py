@@ -49,7 +49,7 @@ def trained(
         model,
         disturbing,
         to_measure,
-        every=2,
+        every=2 if track else None,
         optimizer=optimizer,
         preconditioned=True,
         eval_mode=eval_mode,
@@ -58,8 +58,6 @@ def trained(
         trace_probes=3,
         critical=True,
     ) as tracker:
-        if track:
-            tracker.measure()
         for _ in range(2):
             for inputs, targets in data:
                 optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -9,12 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.nn import functional as F
 
 from hessfunc.tracking import read, tracked
-from hessfunc.tracking.writers import json_lines, summary_writer
+from hessfunc.tracking.writers import csv_rows, json_lines, logging, summary_writer
 from tests.tracking.problem import batches, point, problem, wide
 
 
@@ -147,3 +149,62 @@ def test_without_tensorboard_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
         summary_writer(os.fspath(tmp_path))
+
+
+def test_rows_have_the_same_columns_and_are_appended(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "points.csv"
+    write = csv_rows(path, top=2, bottom=0)
+    write(point(0))
+    write(point(5, top=(2.0, 1.0), top_residuals=(0.1, 0.2), lr=0.3, trace=4.0))
+    with path.open("a") as file:
+        file.write("7,0.")
+    csv_rows(path, top=2, bottom=0)(point(7, top=(3.0, 1.0), top_residuals=(0.0, 0.0)))
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "5", "7"]
+    assert [row["top_1"] for row in rows] == ["", "2.0", "3.0"]
+    assert (rows[1]["top_2_residual"], rows[1]["lr"], rows[1]["trace"]) == ("0.2", "0.3", "4.0")
+    assert "bottom_1" not in rows[0]
+
+
+@pytest.mark.parametrize("text", ["step,loss\n1,2.0\n", "{}", "step,loss"])
+def test_a_file_with_other_columns_stays(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(ValueError, match="has other columns than step, epoch"):
+        csv_rows(tmp_path / "mine.csv", top=1, bottom=0)
+    assert (tmp_path / "mine.csv").read_text() == text
+    with pytest.raises(ValueError, match="cannot be written"):
+        csv_rows(tmp_path, top=1, bottom=0)
+
+
+class Run:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.axes: dict[str, str | None] = {}
+
+    def log(self, data: dict[str, float]) -> None:
+        self.rows.append(data)
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
+
+
+def test_runs_of_weights_and_biases_keep_their_own_steps(tmp_path: Path) -> None:
+    _, _, model = problem()
+    run = Run()
+    with tracked(
+        model, F.cross_entropy, wide(batches(1)), every=2, wandb=run, csv=tmp_path / "points.csv"
+    ) as tracker:
+        tracker.step(2)
+    assert run.axes == {"curvature/step": None, "curvature/*": "curvature/step"}
+    assert [row["curvature/step"] for row in run.rows] == [0, 2]
+    assert run.rows[1]["curvature/top 1"] == tracker.points[1].top[0]
+    assert len((tmp_path / "points.csv").read_text().splitlines()) == 3
+    seen: list[dict[str, float]] = []
+    logging(SimpleNamespace(log=seen.append))(point(3))
+    assert seen == [{"curvature/loss": 0.5, "curvature/matvecs": 0, "curvature/step": 3}]
+    with (
+        pytest.raises(TypeError, match=r"pass wandb=wandb.init\(\)"),
+        tracked(model, F.cross_entropy, wide(batches(1)), wandb=3),  # type: ignore[arg-type]
+    ):
+        pass

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hessfunc.compat.curvlinops.arguments import CHECKS
 from hessfunc.compat.curvlinops.matvecs import block_of, columns
 from hessfunc.compat.curvlinops.operator import PyTorchLinearOperator
-from hessfunc.compat.place import bare, moved
+from hessfunc.compat.place import moved
 from hessfunc.losses import Loss, composed
-from hessfunc.modules import functional
+from hessfunc.modules import bare, functional
 from hessfunc.options import described, validated
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.batches.gradient import mean_gradient

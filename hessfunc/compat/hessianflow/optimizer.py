@@ -10,7 +10,8 @@ import torch
 from torch import nn, optim
 from torch.nn import functional as F
 
-from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
+from hessfunc.compat.place import device_of, evaluated_loss, moved
+from hessfunc.modules import bare
 from hessfunc.optim import schedules as schedules
 from hessfunc.optim.adversarial import Attack, fgsm
 from hessfunc.options import text, validated, whole_number

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
-from hessfunc.compat.place import bare, device_of, evaluated_loss, moved
+from hessfunc.compat.place import device_of, evaluated_loss, moved
 from hessfunc.losses import LossFunction, hold
+from hessfunc.modules import bare
 from hessfunc.options import anything, tensors, validated
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.batches.mean import over_batches
