@@ -172,7 +172,7 @@ def comparison(runs: Sequence[Compared], /) -> str:
         content,
         title=" and ".join(run.name for run in runs),
         kind="Comparison of",
-        status="complete",
+        status=_status(runs),
         headline=(f"two {'analyses' if is_analysis else 'trainings'}",),
         parts=(
             lines.elements(drawn, {}),
@@ -181,6 +181,15 @@ def comparison(runs: Sequence[Compared], /) -> str:
         ),
         scripts=lines.SCRIPTS,
     )
+
+
+def _status(runs: Sequence[Compared]) -> str:
+    """Return whether both runs are complete."""
+    ends = [
+        run.content["status"] if run.kind == "analysis" else run.content["runs"][0]["ended"]
+        for run in runs
+    ]
+    return "both complete" if set(ends) == {"complete"} else "not both complete"
 
 
 def figures(runs: Sequence[Compared], /) -> list[lines.Figure]:

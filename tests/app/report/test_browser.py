@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from hessfunc.app import report
+from hessfunc.app.report import comparison
+from hessfunc.training import history
 from tests.app.report.cases import PARTS, RUN, SETTINGS, SUBJECT, TRAINED
 
 pytest.importorskip("matplotlib")
@@ -122,8 +124,12 @@ def test_the_numbers_are_those_of_the_json(page: Any, folder: Path) -> None:
         *(content["subject"]["loss"], results["eigenvalues"]["values"][0]),
         *(results["smallest"]["values"][0], results["trace"]["value"]),
     )
-    assert [float(text) for text in shown] == pytest.approx(expected, rel=1e-4)
-    assert page.locator(".headlines").get_by_text("95 % interval -2.353 to 10.35").count() == 1
+    plain = [float(text.replace("\N{MINUS SIGN}", "-")) for text in shown]
+    assert plain == pytest.approx(expected, rel=1e-4)
+    assert (
+        page.locator(".headlines").get_by_text("95 % interval \N{MINUS SIGN}2.353 to 10.35").count()
+        == 1
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -254,10 +260,29 @@ def test_the_page_of_a_training_opens_quietly(browser: Any, tmp_path: Path, widt
     figure.savefig(picture := io.BytesIO(), format="png")
     html = report.training(TRAINED, SETTINGS, RUN, picture.getvalue())
     (tmp_path / "report.html").write_text(html)
-    page = opened(browser, tmp_path, "figure img", viewport={"width": width, "height": 800})
+    page = opened(browser, tmp_path, ".series", viewport={"width": width, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert page.locator("figure img").evaluate("image => image.naturalWidth") > 100
+    assert page.locator("figure").count() == 4
+    assert page.locator("#loss .plot .series.dashed").count() == 1
+    assert page.locator("#loss figcaption").inner_text().split() == [
+        *("training", "examples"),
+        *("test", "examples"),
+    ]
     assert page.locator(".headlines").get_by_text("62.5%").count() == 1
+    assert page.said == []
+    page.context.close()
+
+
+def test_the_page_of_two_trainings_has_a_colour_for_each(browser: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        history.write(tmp_path / name / "history.json", SETTINGS, [TRAINED])
+    runs = comparison.read([tmp_path / "a", tmp_path / "b"])
+    (tmp_path / "report.html").write_text(comparison.comparison(runs))
+    page = opened(browser, tmp_path, ".series", viewport={"width": 360, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    strokes = "lines => new Set(lines.map(line => getComputedStyle(line).stroke)).size"
+    assert page.locator("#loss .plot .series").evaluate_all(strokes) == 2
     assert page.said == []
     page.context.close()
 
