@@ -204,7 +204,7 @@ def test_a_callback_that_raises_on_one_rank_is_an_error_on_all(two: Ranks) -> No
     assert first.error.endswith("rank 1: OSError: the disk is full")
 
 
-def watched_by_the_first(name: str) -> int:
+def watched_by_the_first(name: str, option: str) -> int:
     import torch.distributed as dist
 
     like = problems.like()
@@ -213,15 +213,16 @@ def watched_by_the_first(name: str) -> int:
         problems.as_matvec(problems.symmetric(positive=True)),
         like,
         seed=0,
-        callback=seen.append if dist.get_rank() == 0 else None,
+        **{option: seen.append if dist.get_rank() == 0 else None},
         space=hf.sharded(like, problems.mesh(2)),
     )
     return len(seen)
 
 
+@pytest.mark.parametrize("option", ["callback", "progress"])
 @pytest.mark.parametrize("name", ["power_iteration", "lanczos", "xtrace", "xdiag", "slq"])
-def test_a_callback_of_one_rank_alone(name: str, two: Ranks) -> None:
-    first, second = two.run(watched_by_the_first, name)
+def test_a_function_of_one_rank_alone(name: str, option: str, two: Ranks) -> None:
+    first, second = two.run(watched_by_the_first, name, option)
     assert first > 0
     assert second == 0
 
