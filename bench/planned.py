@@ -46,7 +46,17 @@ from hessfunc.app.plan import (
 from hessfunc.app.problems.nets import mlp
 from hessfunc.memory import Footprint
 
-__all__ = ["ALGORITHMS", "WIDTHS", "Compared", "Taken", "compared", "markdown", "planned", "taken"]
+__all__ = [
+    "ALGORITHMS",
+    "ALLOCATOR",
+    "WIDTHS",
+    "Compared",
+    "Taken",
+    "compared",
+    "markdown",
+    "planned",
+    "taken",
+]
 
 RESULTS = Path(__file__).parent / "results" / "planned.md"
 WIDTHS = (360, 680, 1380)
@@ -58,6 +68,8 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 BATCHES, EXAMPLES = 4, 8
 MIB = 2**20
+# Tensors are returned to the system when they are freed.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 # A loose tolerance, so that pairs converge and all of the run is seen.
 _RTOL = 0.1
 _MINUTES = 5
@@ -217,7 +229,7 @@ def compared(width: int, ranks: int, algorithm: str) -> Compared:
     Raises:
         RuntimeError: a rank has ended with an error.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ALLOCATOR
     with tempfile.TemporaryDirectory() as folder:
         of = [sys.executable, "-m", "bench.planned", "--of", str(width), str(ranks), algorithm]
         processes = [
