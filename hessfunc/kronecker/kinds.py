@@ -75,6 +75,25 @@ def _addmm(
     yield mat2, _dense(mat2, mat1, is_transposed=True)
 
 
+def _bilinear(
+    output: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Iterator[tuple[Tensor, LinearMap]]:
+    outputs, inputs = len(weight), weight[0].numel()
+    yield (
+        weight,
+        LinearMap(
+            Layout((1, outputs, inputs)),
+            lambda gradient: gradient.reshape(-1, 1, outputs, 1),
+            # z_o = sum_ij W[o, i, j] x_i y_j.
+            lambda: torch.einsum("...i,...j->...ij", input1.detach(), input2.detach()).reshape(
+                -1, 1, inputs, 1
+            ),
+        ),
+    )
+    if bias is not None:
+        yield bias, _offset(bias)
+
+
 def _lookup(
     output: Tensor,
     input: Tensor,
@@ -133,6 +152,15 @@ def _sum(output: Tensor, input: Any, other: Any) -> Iterator[tuple[Tensor, Linea
     for term in (input, other):
         if isinstance(term, Tensor) and (made := _ones(term, output)) is not None:
             yield term, made
+
+
+def _difference(output: Tensor, input: Any, other: Any) -> Iterator[tuple[Tensor, LinearMap]]:
+    if isinstance(input, Tensor) and (made := _ones(input, output)) is not None:
+        yield input, made
+    if isinstance(other, Tensor):
+        minus = _entrywise(other, output, lambda: -output.detach().new_ones(()))
+        if minus is not None:
+            yield other, minus
 
 
 def _expanded(
@@ -230,8 +258,12 @@ def _prelu(output: Tensor, input: Tensor, weight: Tensor) -> Iterator[tuple[Tens
     return _affine(output, weight, None, lambda: input.detach().clamp_max(0))
 
 
+# Functions that add two tensors, or a tensor and a number.
+SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+
 _KINDS: Mapping[Any, Kind] = {
     F.linear: _linear,
+    F.bilinear: _bilinear,
     torch.addmm: _addmm,
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _matmul),
     **dict.fromkeys((Tensor.__matmul__, operator.matmul), _matmul),
@@ -241,7 +273,8 @@ _KINDS: Mapping[Any, Kind] = {
     ),
     F.embedding: _lookup,
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _product),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _sum),
+    **dict.fromkeys(SUMS, _sum),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _difference),
     Tensor.expand: _expanded,
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from hessfunc.autograd.overrides import BODIES, getter
 from hessfunc.kronecker.calls import refusing_train_mode
-from hessfunc.kronecker.kinds import is_lookup, maps_of
+from hessfunc.kronecker.kinds import SUMS, is_lookup, maps_of
 from hessfunc.kronecker.linear_maps import Inputs, Layout, LinearMap, OneHot
 from hessfunc.losses import Loss
 from hessfunc.transforms.batches.examples import examples as examples_of
@@ -212,7 +212,8 @@ class Observer(TorchFunctionMode):
             ((leaf, name, is_transposed),) = given.values()
             if output is leaf:
                 return output
-            if func in _COPIES and output.shape == leaf.shape:
+            is_copy = func in _COPIES or (func in SUMS and _has_number(args, options))
+            if is_copy and output.shape == leaf.shape:
                 self._aliases[id(output)] = output, name, is_transposed
                 return output
             if func in _TRANSPOSES and leaf.dim() == 2 and output.shape == leaf.shape[::-1]:
@@ -251,6 +252,11 @@ class Observer(TorchFunctionMode):
                 )
         # A later function may change its argument in place, so that it gets a copy.
         return end.clone() if seen else output
+
+
+def _has_number(args: Any, options: Mapping[str, Any]) -> bool:
+    """Return whether a sum is that of a tensor and a number, as in ``1 + w``."""
+    return not options and any(isinstance(term, (int, float)) for term in args)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

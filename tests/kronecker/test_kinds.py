@@ -26,6 +26,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] = {
     "linear": (F.linear, (random(2, 3, 4), random(5, 4), random(5)), (1, 2)),
     "matmul": (torch.matmul, (random(2, 3, 4), random(4, 5)), (1,)),
+    "bilinear": (
+        F.bilinear,
+        (random(2, 3, 4), random(2, 3, 2), random(5, 4, 2), random(5)),
+        (2, 3),
+    ),
     "addmm": (torch.addmm, (random(5), random(6, 4), random(4, 5)), (0, 2)),
     "conv1d, same": (
         F.conv1d,
@@ -64,6 +69,8 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] = 
     "product": (torch.mul, (random(3, 4), random(2, 3, 4)), (0,)),
     "product, broadcast": (torch.mul, (random(2, 3, 4), random(3, 1)), (1,)),
     "sum": (torch.add, (random(2, 3, 4), random(1, 3, 4)), (1,)),
+    "difference": (torch.sub, (random(2, 3, 4), random(1, 3, 4)), (1,)),
+    "difference, first": (torch.sub, (random(4), random(2, 3, 4)), (0,)),
     "expand": (lambda x: x.expand(2, 3, 4), (random(1, 3, 1),), (0,)),
     "layer_norm": (F.layer_norm, (random(2, 3, 4), (3, 4), random(3, 4), random(3, 4)), (2, 3)),
     "rms_norm": (F.rms_norm, (random(2, 3, 4), (4,), random(4)), (2,)),

@@ -53,7 +53,7 @@ class Functions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(torch.tanh(self.layer(x)), self.layer.weight)
-        return self.scale * torch.tanh(x + x @ self.down @ self.up.T) + self.shift
+        return (1 + self.scale) * torch.tanh(x + x @ self.down @ self.up.T) - self.shift
 
 
 def traces_of(case: Net, **options) -> hf.kronecker.Blocks:
