@@ -82,14 +82,16 @@ def functional(
         order of ``named_parameters``; tied parameters appear once.
 
     Raises:
-        ValueError: If no parameter is left, if a lazy parameter has no shape yet, or if no module
-            matches ``recompute``.
+        ValueError: If ``dtype`` is not floating-point, if no parameter is left, if a lazy parameter
+            has no shape yet, or if no module matches ``recompute``.
         NotImplementedError: If the module is sharded by `fully_shard`, or wrapped in
             `DataParallel`, `DistributedDataParallel` or `torch.jit`.
     """
     _refuse_if_fully_sharded(model)
     _refuse_wrapped(model)
     _refuse_lazy(model)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: choose a floating-point dtype, such as torch.bfloat16")
     params = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()

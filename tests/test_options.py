@@ -93,6 +93,26 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "NaN in a matrix": (lambda: hf.dense(MATRIX * float("nan")), "NaN or infinite"),
     "a sparse matrix": (lambda: hf.dense(MATRIX.to_sparse()), "to_dense"),
     "another size": (lambda: hf.slq(MATVEC, torch.zeros(5)), "of 30 entries, but got one of 5"),
+    "a function of one vector": (
+        lambda: hf.hutchinson(lambda v: MATRIX @ v, LIKE, block_size=4),
+        r"one vector, but not a block .*hessfunc.batched\(f\)",
+    ),
+    "a sparse product": (
+        lambda: hf.hutchinson(lambda v: v.to_sparse(), LIKE),
+        "layout torch.sparse_coo: return a dense tensor",
+    ),
+    "all arguments at once": (
+        lambda: hf.hvp(LOSS, PARAMS, BATCH),  # type: ignore[call-arg]
+        r"call hvp\(loss\)\(params, batch\)",
+    ),
+    "a criterion first": (
+        lambda: hf.supervised(nn.functional.mse_loss, MODEL_FN),
+        "the criterion last",
+    ),
+    "a dtype of integers": (
+        lambda: hf.functional(MODEL, dtype=torch.int8),
+        "dtype=torch.int8: choose a floating-point dtype",
+    ),
     "a NumPy function": (
         lambda: hf.compat.from_scipy(lambda v: v),
         r"a function is not a SciPy operator.*from_numpy\(f, n=n\)",

@@ -15,7 +15,7 @@ from hessfunc.autograd.functorch import transforming
 from hessfunc.options import of_numpy
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
-from hessfunc.trees import Matvec, Tree
+from hessfunc.trees import Matvec, Tree, leaves
 
 # Number of products of a run whose blocks are compared before and after. A matvec that writes into
 # its block does so from the first product on.
@@ -136,6 +136,14 @@ class Products:
                 return self.space.ravel(images, dtype=dtype)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the matvec's product is not like its block: {error}") from None
+        except RuntimeError as error:
+            layouts = {leaf.layout for leaf in leaves(images)} - {torch.strided}
+            if not layouts:
+                raise
+            raise TypeError(
+                f"the matvec's product has the layout {layouts.pop()}: return a dense tensor, "
+                "`product.to_dense()`"
+            ) from error
 
     def _images(self, rows: Tensor) -> Tree:
         """Return the products with the rows as a block, with clearer errors of wrong functions."""
@@ -151,6 +159,26 @@ class Products:
                     "get one, such as `hvp(loss)(params, batch)`"
                 ) from error
             raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            if not self.passes and self._takes_one_vector(rows[0], error):
+                raise TypeError(
+                    f"the matvec multiplies one vector, but not a block of them ({error}): pass "
+                    "hessfunc.batched(f), or write it for a leading axis of vectors, such as "
+                    "`block @ A` for a symmetric A"
+                ) from error
+            raise
+
+    def _takes_one_vector(self, row: Tensor, error: Exception) -> bool:
+        """Return whether the matvec multiplies a vector, after an error with a block."""
+        if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+            return False
+        try:
+            self.space.ravel_leaves(
+                [x[None] for x in self.space.tree_leaves(self.matvec(self.space.unravel(row)))]
+            )
+        except Exception:  # The function may be of anybody, and the first error is raised again.
+            return False
+        return True
 
     def cost(self, reason: str, seed: int | None) -> Cost:
         """Return the fields of every result that describe its run."""

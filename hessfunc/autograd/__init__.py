@@ -6,6 +6,7 @@ from hessfunc.autograd.contexts import (
     plain_batch,
     precise,
     refuse_autocast,
+    rereading,
 )
 from hessfunc.autograd.errors import explained, explanation, lacks_forward_mode
 
@@ -18,4 +19,5 @@ __all__ = [
     "plain_batch",
     "precise",
     "refuse_autocast",
+    "rereading",
 ]

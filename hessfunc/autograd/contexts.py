@@ -116,6 +116,24 @@ def _copied(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
+@contextmanager
+def rereading(batch: Any, /) -> Iterator[None]:
+    """Context manager of an evaluation that is not the only one of a batch.
+
+    Raises:
+        ValueError: If the loss changes a tensor of the batch in place, which the next evaluation
+            would read.
+    """
+    tensors = [x for x in batch_leaves(batch) if isinstance(x, Tensor) and not x.is_inference()]
+    versions = [x._version for x in tensors]
+    yield
+    if versions != [x._version for x in tensors]:
+        raise ValueError(
+            "the loss changes its batch in place, so that its next evaluation would differ: use an "
+            "operation out of place, such as `x = x + 1` or a first layer with `inplace=False`"
+        )
+
+
 def precise(device: torch.device) -> AbstractContextManager[Any]:
     """Context manager that turns TF32 off, so that CUDA kernels keep the precision of float32."""
     return _WITHOUT_TF32.held() if device.type == "cuda" else nullcontext()

@@ -80,6 +80,11 @@ def validated(function: Any = None, /, **own: Check) -> Any:
                 f"{function.__name__} has no option {min(unknown)!r}: choose one of "
                 f"{', '.join(sorted(by_name))}"
             )
+        if beyond and rest is None and function.__annotations__.get("return") == "Curvature":
+            raise TypeError(
+                f"{function.__name__} takes {len(ordered)} positional argument and returns a "
+                f"function: call {function.__name__}({ordered[0][0]})(params, batch)"
+            )
         # For unknown arguments, the call below raises Python's own error.
         values += beyond if rest is None else [rest[1](rest[0], value) for value in beyond]
         return values, {

@@ -90,6 +90,11 @@ def pure(name: str, value: Any, /) -> Any:
             f"{name}={type(value).__name__} is a module, not a function of (params, ...): use "
             "`model_fn, params = functional(model)` and `supervised(model_fn, criterion)`"
         )
+    if getattr(value, "__module__", None) == "torch.nn.functional":
+        raise TypeError(
+            f"{name} is the function {value.__name__} of torch, not a function of (params, ...): "
+            "pass `supervised(model_fn, criterion)`, the criterion last"
+        )
     if is_function(value, 2):
         return value
     remedy = "pass the first result of hessfunc.functional(model)"

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd import (
+    differentiable_twice,
+    explained,
+    plain_batch,
+    refuse_autocast,
+    rereading,
+)
 from hessfunc.display import Report, Reported, reporting
 from hessfunc.losses import Loss
 from hessfunc.modules import several_batches
@@ -171,7 +177,8 @@ def _of_batch(loss: Loss, examples_per_chunk: int | None, report: Report | None)
 def _diagonal(
     loss: Loss, space: Space, point: tuple[Tensor, ...], batch: Any, examples_per_chunk: int | None
 ) -> list[Tensor]:
-    outputs = _outputs(loss, space, point, batch)
+    with rereading(batch):
+        outputs = _outputs(loss, space, point, batch)
     values, vectors = _eigenpairs(loss, outputs.to(rows_dtype(space)), batch)
     gradient = sum(leaf.numel() for leaf in point) * values.element_size()
     at_once = max(1, _BYTES_AT_ONCE // gradient)

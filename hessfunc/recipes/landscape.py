@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hessfunc import options
 from hessfunc.algorithms.results.landscape import Landscape, Normalise
-from hessfunc.autograd import explained, precise
+from hessfunc.autograd import explained, precise, rereading
 from hessfunc.display import Reported, reporting
 from hessfunc.losses import LossFunction
 from hessfunc.memory import Footprint
@@ -273,6 +273,7 @@ def _along(
     def value(step: Tensor) -> Tensor:
         with (
             torch.no_grad(),
+            rereading(batch),
             precise(space.device),
             seeded(0, space.device),
             several_batches() if several else nullcontext(),

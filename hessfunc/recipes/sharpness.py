@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hessfunc import options
 from hessfunc.algorithms.results import Sharpness
-from hessfunc.autograd import differentiable_twice
+from hessfunc.autograd import differentiable_twice, rereading
 from hessfunc.display import Report, Reported, reporting
 from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
@@ -102,7 +102,7 @@ def _search(
         if report is not None:
             report(evaluations)
         moved = (p - step * d for p, d in zip(point, along, strict=True))
-        with differentiable_twice(space.device), torch.no_grad():
+        with rereading(batch), differentiable_twice(space.device), torch.no_grad():
             return float(loss(space.tree(moved), batch))
 
     def result(

@@ -92,7 +92,7 @@ class ShardedSpace(DividedSpace):
     def rows(self, vectors: Tree, /, *, dtype: torch.dtype | None = None) -> Tensor:
         is_vector = self.shapes == (getattr(vectors, "shape", None),)
         if isinstance(vectors, Tensor) and vectors.shape[1:] == (self.width,) and not is_vector:
-            return vectors.to(dtype or self.dtype)
+            return vectors.detach().to(dtype or self.dtype)
         return super().rows(vectors, dtype=dtype)
 
     def ravel_leaves(

@@ -157,11 +157,15 @@ class Space:
         return self.unravel(rows)
 
     def rows(self, vectors: Tree, /, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the rows of a vector block, of the vectors of a result, or of one vector."""
+        """Return the rows of a vector block, of the vectors of a result, or of one vector.
+
+        Algorithms are not differentiated, so rows do not carry the graph of the vectors.
+        """
         first = leaves(vectors)
-        if first and isinstance(first[0], Tensor) and first[0].dim() == len(self.shapes[0]):
-            return self.ravel_leaves([x[None] for x in self.tree_leaves(vectors)], dtype=dtype)
-        return self.ravel(vectors, dtype=dtype)
+        with torch.no_grad():
+            if first and isinstance(first[0], Tensor) and first[0].dim() == len(self.shapes[0]):
+                return self.ravel_leaves([x[None] for x in self.tree_leaves(vectors)], dtype=dtype)
+            return self.ravel(vectors, dtype=dtype)
 
     def factored(self, rows: Tensor, /) -> tuple[Tensor, Tensor]:
         """Return orthonormal rows Q ``(k, n)`` and triangular R ``(k, k)`` with ``rows = R' Q``."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
+from hessfunc.autograd import differentiable_twice, explained, refuse_autocast, rereading
 from hessfunc.autograd.constant_matrix import Product, leaves_of_graph
 from hessfunc.autograd.constants import Constants
 from hessfunc.autograd.contexts import kept_batch
@@ -294,7 +294,7 @@ def _forward(problem: _Problem) -> Product:
         return problem.loss(space.tree(leaves), problem.batch)
 
     inputs = problem.inputs()
-    with differentiable_twice(space.device, FORWARD) as seen:
+    with rereading(problem.batch), differentiable_twice(space.device, FORWARD) as seen:
         first = problem.value(inputs)
         problem.refuse_if_cut(first, inputs, seen)
         _gradient(first, inputs, create_graph=False)
@@ -335,7 +335,7 @@ def _difference(problem: _Problem) -> Product:
 
     def gradient(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         mode.start()
-        with differentiable_twice(problem.space.device, mode):
+        with rereading(problem.batch), differentiable_twice(problem.space.device, mode):
             value = problem.value(inputs)
             mode.finish()
             with mode.suspended():

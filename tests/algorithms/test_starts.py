@@ -65,3 +65,13 @@ def test_given_vectors_without_a_direction_are_refused(value: float, message: st
     rows[1] = value
     with pytest.raises(ValueError, match=message):
         lengths_of(SPACE, rows)
+
+
+@pytest.mark.parametrize("solve", [hf.lanczos, hf.power_iteration])
+def test_a_start_that_requires_a_gradient_gives_values_without_one(solve: Any) -> None:
+    spectrum = torch.arange(1.0, 9.0, dtype=torch.float64)
+    start = torch.ones(8, dtype=torch.float64, requires_grad=True)
+    found = solve(lambda v: v * spectrum, spectrum, k=1, start=start, seed=0)
+    assert not found.values.requires_grad
+    assert not found.vectors.requires_grad
+    assert float(found.values[0]) == pytest.approx(8.0, rel=1e-2)

@@ -397,3 +397,36 @@ def test_activations_are_those_of_the_batch_when_the_matvec_was_made() -> None:
     before = hf.ravel(matvec(vector))
     inputs.data.mul_(3)
     assert hf.ravel(matvec(vector)).equal(before)
+
+
+# Losses that change their batch
+
+
+def shifted_in_place(params: Any, batch: Any) -> Tensor:
+    return LOSS(params, (batch[0].add_(1.0), batch[1]))
+
+
+@pytest.mark.parametrize(
+    "evaluated",
+    [
+        lambda loss, b: hf.hvp(loss, mode="forward")(PARAMS, b),
+        lambda loss, b: hf.hvp(loss, mode="difference")(PARAMS, b),
+        lambda loss, b: hf.ggn_diagonal(loss, PARAMS, [b]),
+        lambda loss, b: hf.critical_sharpness(loss, PARAMS, b, PARAMS),
+        lambda loss, b: hf.landscape(loss, PARAMS, [b], PARAMS, points=3),
+    ],
+    ids=["forward", "difference", "ggn_diagonal", "critical_sharpness", "landscape"],
+)
+def test_a_loss_that_changes_its_batch_is_not_evaluated_again(evaluated: Any) -> None:
+    loss = hf.composed(
+        lambda p, b: LOSS.outputs(p, (b[0].add_(1.0), b[1])), lambda o, b: F.cross_entropy(o, b[1])
+    )
+    with pytest.raises(ValueError, match="the loss changes its batch in place"):
+        evaluated(loss, (X.clone(), Y))
+
+
+def test_a_loss_that_changes_its_batch_is_evaluated_once_in_reverse_mode() -> None:
+    batch = X.clone(), Y
+    found = matrix(hf.hvp(shifted_in_place)(PARAMS, batch), PARAMS)
+    assert relative_error(found, hessian(LOSS, PARAMS, (X + 1, Y))) < 1e-9
+    assert torch.equal(batch[0], X)

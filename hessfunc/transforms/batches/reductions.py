@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.functorch import is_wrapped, transforming
+from hessfunc.containers import batch_leaves
 from hessfunc.losses import Loss, LossFunction, OfTargets
 from hessfunc.numerics import wide_dtype
+from hessfunc.options import described
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.examples import examples, rows_of
 from hessfunc.transforms.criteria import (
@@ -28,6 +30,21 @@ from hessfunc.transforms.criteria import (
     without_wrappers,
 )
 from hessfunc.trees import Tree
+
+
+def _positions_of(batch: Any) -> tuple[float, ...]:
+    """Return the entries per example of integer tensors, such as tokens and labels.
+
+    The result is empty if a tensor has one entry per example, as the targets of a classification.
+    """
+    try:
+        count = examples(batch)
+    except ValueError:
+        return ()
+    tensors = [x for x in batch_leaves(batch) if isinstance(x, Tensor) and x.dim() > 0]
+    if not count or any(x.numel() == count for x in tensors):
+        return ()
+    return tuple(x.numel() / count for x in tensors if not x.is_floating_point())
 
 
 class ReductionWarning(UserWarning):
@@ -207,6 +224,7 @@ class Average:
     _terms: float | None = None
     _is_by_terms: bool = False
     _undecided: int = 0
+    _positions: tuple[float, ...] | None = None
     _inner: list[Inner] = field(default_factory=list)
     _beside: float | None = None
 
@@ -232,7 +250,14 @@ class Average:
             ValueError: If the weight is negative, or the number of examples is ambiguous.
         """
         if self.weight is not None:
-            counted = float(self.weight(batch))
+            given = self.weight(batch)
+            try:
+                counted = float(given)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"the weight of a batch is {described(given)}: return a number, such as the "
+                    "number of examples, `len(batch[1])`"
+                ) from None
             if not counted >= 0:
                 raise ValueError(f"the weight of a batch is {counted}: it must be at least 0")
             return counted
@@ -315,6 +340,8 @@ class Average:
         self._terms = None
         if losses and self.several and not self.is_sum:
             self._weigh(losses, counted=counted)
+            if self._terms is None:
+                self._compare_positions(losses[0].batch)
         self._beside = None
         if self._inner and losses and self.several and not self.is_sum:
             count = examples(losses[0].batch) if self._terms is None else self._terms
@@ -361,6 +388,23 @@ class Average:
                     f"example, but another has {other:.4g} (ignored targets, class weights or "
                     f"lengths), so the number of examples is not its weight: {_PASS}"
                 )
+
+    def _compare_positions(self, batch: Any) -> None:
+        """Warn if batches differ in the positions of their examples, over which a loss may average.
+
+        A mean over all positions of a batch, such as the loss of a language model, is weighted by
+        the positions, and a mean over examples by the examples. The halves of a batch, which have
+        the same length, do not distinguish them.
+        """
+        positions = _positions_of(batch)
+        if self._positions is None:
+            self._positions = positions
+        elif positions and self._positions and positions != self._positions:
+            _warn(
+                f"one batch has {self._positions[0]:g} positions per example and another has "
+                f"{positions[0]:g}, over which the loss may average"
+            )
+            self._positions = ()
 
     def _tested(self, one: Noted) -> Reduction | None:
         """Determine the reduction by comparing the loss of a batch with the losses of its halves.

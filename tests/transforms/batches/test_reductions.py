@@ -494,3 +494,42 @@ def test_a_mean_over_examples_gives_no_warning() -> None:
         warnings.simplefilter("error")
         found = matrix(hf.over_batches(hf.hvp(loss))(params, BATCHES), params)
     assert relative_error(found, hessian(loss, params, (X, Y))) < 1e-9
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_batches_of_other_lengths_are_told_where_the_loss_may_average_over_positions(
+    keep: bool,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5)).double()
+    model_fn, params = hf.functional(model)
+    v = hf.random_like(params, 1, seed=0)
+
+    def tokens(n: int, length: int) -> dict[str, Tensor]:
+        return {"ids": torch.randint(5, (n, length)), "labels": torch.randint(5, (n, length))}
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(
+            model_fn(params, batch["ids"]).flatten(0, 1), batch["labels"].flatten()
+        )
+
+    curvature = hf.over_batches(hf.hvp(loss), keep=keep)
+    with pytest.warns(ReductionWarning, match="has 7 positions per example and another has 4"):
+        curvature(params, [tokens(2, 7), tokens(2, 4), tokens(2, 3)])(v)
+    # Batches of one length, and a loss with one target an example, are as before.
+    curvature(params, [tokens(2, 7), tokens(4, 7)])(v)
+    classified = hf.supervised(
+        lambda p, x: model_fn(p, x).mean(1), lambda o, t: F.cross_entropy(o, t)
+    )
+    batches = [(torch.randint(5, (4, length)), torch.arange(4)) for length in (3, 6)]
+    hf.over_batches(hf.hvp(classified))(params, batches)(v)
+    weighted = hf.over_batches(hf.hvp(loss), weight=lambda batch: batch["labels"].numel())
+    weighted(params, [tokens(2, 7), tokens(2, 4)])(v)
+
+
+@pytest.mark.parametrize("weight", [lambda batch: None, lambda batch: "many"])
+def test_a_weight_that_is_no_number_is_refused(weight: Any) -> None:
+    params = {"w": torch.ones(2)}
+    curvature = hf.over_batches(hf.hvp(lambda p, b: (p["w"] * b).pow(4).sum()), weight=weight)
+    with pytest.raises(TypeError, match="the weight of a batch is .*: return a number"):
+        curvature(params, [torch.ones(2)])(hf.random_like(params, 1, seed=0))
