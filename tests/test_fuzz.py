@@ -320,11 +320,21 @@ CALLS: dict[str, Call] = {
     "hutchinson": Call(
         {"matvec": matvec, "like": LIKE},
         TRACE
-        | {"kind": "signs", "deflate": hf.lanczos(matvec, LIKE, k=1, seed=0), "known": B},
+        | {
+            "kind": "signs",
+            "deflate": hf.lanczos(matvec, LIKE, k=1, seed=0),
+            "known": B,
+            "confidence": "anytime",
+        },
     ),
     "trace": Call(
         {"matvec": matvec, "like": LIKE},
-        TRACE | {"method": "auto", "start": hf.lanczos(matvec, LIKE, k=1, seed=0)},
+        TRACE
+        | {
+            "method": "auto",
+            "start": hf.lanczos(matvec, LIKE, k=1, seed=0),
+            "confidence": "anytime",
+        },
     ),
     "hutchpp": Call({"matvec": matvec, "like": LIKE}, TRACE),
     "xtrace": Call({"matvec": matvec, "like": LIKE}, TRACE),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar, get_args
 
 from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, reported, run_method, store_of
 from hessfunc.algorithms.exact import exact_diagonal, exact_trace, random_budget, unit_vectors_left
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate, Result
 from hessfunc.algorithms.results.diagonal import close_enough
-from hessfunc.algorithms.results.estimate import narrow_enough
+from hessfunc.algorithms.results.estimate import Confidence, narrow_enough
 from hessfunc.algorithms.results.result import judged
 from hessfunc.algorithms.statistics import STOPPED
 from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
@@ -140,15 +140,28 @@ class TraceProbing(Probing[State, Estimate]):
 
     Attributes:
         atol: Absolute tolerance at which the run stops.
+        confidence: Whether intervals hold at a fixed number of probes, or at all numbers together.
     """
 
     atol: float | None
+    confidence: Confidence = "fixed"
 
+    changeable: ClassVar = Probing.changeable | {"confidence"}
     keeps_none: ClassVar[str] = "hutchinson"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, atol=self.atol)
+        if self.confidence not in get_args(Confidence):
+            raise ValueError(
+                f"confidence={self.confidence!r}: choose 'fixed', or 'anytime' for intervals that "
+                "hold at all stops together"
+            )
+
+    @property
+    def widening(self) -> float:
+        # A confidence sequence holds wherever a run stops.
+        return 1.0 if self.confidence == "anytime" else super().widening
 
     @property
     def has_tolerance(self) -> bool:

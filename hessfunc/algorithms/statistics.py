@@ -45,6 +45,39 @@ def student_quantile(probability: float, degrees: float, /) -> float:
     return float(stdtrit(degrees, probability))
 
 
+# Precision c^2 of the prior of mean / deviation, with which intervals of 10 to 100 samples are
+# within 10 % of the narrowest.
+_PRECISION = 2.5
+
+
+def anytime_quantile(level: float, samples: int, /) -> float:
+    """Return the factor of standard errors whose intervals hold at all numbers of samples at once.
+
+    For normal samples with an unknown variance and the sample mean m_p, the intervals
+
+        m_p +- s_p (p (1 - r) / (p / (p + c^2) - 1 + r))^(1/2),  r = (a^2 c^2 / (p + c^2))^(1 / p),
+
+    contain the mean for all p at once with probability 1 - a, where s_p^2 is the mean of the
+    squared deviations over p. They invert the test martingale that mixes the t statistic over
+    mean / deviation ~ N(0, 1 / c^2). The factor is infinite for few samples, then about 1.6 times
+    Student's quantile, and grows like (log p)^(1/2).
+
+    Args:
+        level: Probability 1 - a of all intervals at once, in (0, 1).
+        samples: Number of samples p.
+
+    Source: Lai 1976; Wang and Ramdas 2023, arXiv 2310.03722; for asymptotic normality,
+    Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas 2021, arXiv 2103.06476.
+    """
+    p = samples
+    if p < 1:
+        return math.inf
+    excess = 2 * math.log1p(-level) + math.log(_PRECISION / (p + _PRECISION))
+    ratio = math.exp(excess / p)
+    divisor = p / (p + _PRECISION) - 1 + ratio
+    return math.sqrt(p * (1 - ratio) / divisor) if divisor > 0 else math.inf
+
+
 def chi_squared_quantile(probability: float, degrees: float, /) -> float:
     """Return the quantile of the chi-squared distribution.
 

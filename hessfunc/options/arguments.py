@@ -231,6 +231,7 @@ ARGUMENTS: dict[str, Check] = {
     "at": text,
     "kind": text,
     "which": text,
+    "confidence": text,
     "sharing": text,
     "fisher": text,
     "unsupported": text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -190,3 +191,47 @@ def test_a_budget_of_n_products_is_exact(estimator: str, tolerance: dict[str, fl
     truth = values if estimator in DIAGONALS else values.sum()
     error = torch.as_tensor(found.value - truth).norm() / torch.as_tensor(truth).norm()
     assert float(error) < (1e-3 if tolerance else 1e-13)
+
+
+def test_a_confidence_sequence_holds_at_all_stops_together() -> None:
+    values = SPECTRA["1/i"]
+    covered, fixed, seeds = 0, 0, 20
+    basis = torch.linalg.qr(torch.randn(N, N, generator=torch.Generator().manual_seed(1))).Q
+    matrix = (basis.double() * values) @ basis.double().mT
+    matrix = (matrix + matrix.mT) / 2
+    for seed in range(seeds):
+        seen: list[hf.results.Estimate] = []
+        hf.hutchinson(
+            hf.dense(matrix),
+            LIKE,
+            kind="signs",
+            max_matvecs=60,
+            block_size=4,
+            confidence="anytime",
+            seed=seed,
+            callback=seen.append,
+        )
+        true = float(matrix.trace())
+        ends = [found.interval(0.9) for found in seen]
+        covered += all(low <= true <= high for low, high in ends)
+        ends = [dataclasses.replace(found, confidence="fixed").interval(0.9) for found in seen]
+        fixed += all(low <= true <= high for low, high in ends)
+    # Fewer than 15 of 20 have the probability 1 % at a coverage of 90 %.
+    assert covered >= 15
+    assert fixed < covered
+
+
+@pytest.mark.parametrize("estimator", [hf.trace, partial(hf.hutchinson, kind="sphere")])
+def test_a_confidence_sequence_stops_within_the_tolerance(estimator: Any) -> None:
+    options: Any = {"rtol": 0.05, "max_matvecs": 120, "seed": 0, "confidence": "anytime"}
+    found = estimator(scaled(SPECTRA["flat"]), LIKE, **options)
+    assert found.reason.startswith("converged")
+    assert within(found, rtol=0.05)
+    assert found.confidence == "anytime"
+
+
+def test_a_wrong_confidence_is_refused() -> None:
+    with pytest.raises(ValueError, match="confidence='always'"):
+        hf.hutchinson(scaled(SPECTRA["flat"]), LIKE, confidence="always")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no use for method='xtrace'"):
+        hf.trace(scaled(SPECTRA["flat"]), LIKE, method="xtrace", confidence="anytime")

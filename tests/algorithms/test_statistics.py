@@ -7,6 +7,8 @@ import torch
 from scipy import stats
 
 from hessfunc.algorithms.statistics import (
+    _PRECISION,
+    anytime_quantile,
     chi_squared_quantile,
     kolmogorov_quantile,
     largest_share,
@@ -63,3 +65,38 @@ def test_degrees_of_a_mean_square_follow_from_the_kurtosis() -> None:
     # The fourth moment is (1 + 81) / 2, and the kurtosis 41 / 25.
     assert degrees == int(2 * 10 / (41 / 25))
     assert mean_square(0 * signs, weights, 10) == (0.0, 20)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("samples", [20, 100, 5000])
+def test_a_confidence_sequence_ends_where_its_martingale_reaches_the_level(
+    level: float, samples: int
+) -> None:
+    # The martingale is (c^2 / (p + c^2))^(1/2) (V / (V - S^2 / (p + c^2)))^(p / 2) with the sum S
+    # of p deviations from a candidate and the sum V of their squares.
+    distance = anytime_quantile(level, samples) / math.sqrt(samples)
+    total, squares = samples * distance, samples * (1 + distance**2)
+    left = squares - total**2 / (samples + _PRECISION)
+    logarithm = samples / 2 * math.log(squares / left)
+    logarithm += math.log(_PRECISION / (samples + _PRECISION)) / 2
+    assert logarithm == pytest.approx(-math.log(1 - level), rel=1e-9)
+
+
+def test_a_confidence_sequence_covers_at_all_numbers_of_samples_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(1000, 200, generator=generator, dtype=torch.float64)
+    count = torch.arange(1, 201, dtype=torch.float64)
+    means = draws.cumsum(1) / count
+    spread = (draws.square().cumsum(1) / count - means.square()).clamp_min(0).sqrt()
+    quantiles = [anytime_quantile(0.9, p) for p in range(1, 201)]
+    half = torch.tensor(quantiles).double() * spread / count.sqrt()
+    half[:, :1] = math.inf
+    covered = (means.abs() <= half).all(1).double().mean()
+    # The standard error is 0.9 %. An interval of Student's covers fewer than half of the runs.
+    assert 0.88 <= float(covered) <= 0.98
+
+
+def test_a_confidence_sequence_is_infinite_for_few_samples() -> None:
+    assert anytime_quantile(0.95, 0) == anytime_quantile(0.95, 5) == math.inf
+    assert anytime_quantile(0.95, 7) < 8
+    assert anytime_quantile(0.95, 100) == pytest.approx(3.24, abs=0.01)

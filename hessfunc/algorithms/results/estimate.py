@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results.result import Result
-from hessfunc.algorithms.statistics import refuse_level, student_quantile
+from hessfunc.algorithms.statistics import anytime_quantile, refuse_level, student_quantile
 from hessfunc.display import Achieved, Displayed
 from hessfunc.options import flag, validated
 from hessfunc.spaces.space import Space
 
+Confidence: TypeAlias = Literal["fixed", "anytime"]
 Found = TypeVar("Found", bound="Estimate")
 
 # Probability with which `pool` refuses estimates that agree, as contradicting each other.
@@ -88,10 +89,16 @@ class LeafEstimate(Displayed, float):
         return float(self) - half, float(self) + half
 
 
-def _half_width(stderr: float, degrees: int, level: float) -> float:
-    """Return the half-width of a two-sided Student interval, 0 for a standard error of 0."""
+def _half_width(
+    stderr: float, degrees: int, level: float, confidence: Confidence = "fixed"
+) -> float:
+    """Return the half-width of a two-sided interval, 0 for a standard error of 0."""
     refuse_level(level)
-    return student_quantile((1 + level) / 2, degrees) * stderr if stderr else 0.0
+    if not stderr:
+        return 0.0
+    if confidence == "anytime":
+        return anytime_quantile(level, degrees) * stderr
+    return student_quantile((1 + level) / 2, degrees) * stderr
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -114,6 +121,8 @@ class Estimate(Result):
         squared_frobenius: Estimate of ``|A|_F^2`` of the same matrix from the same products, or
             None.
         seeds: Seeds of the pooled estimates; empty for a single estimate.
+        confidence: ``"anytime"`` if the intervals at all numbers of probes hold together, else
+            ``"fixed"``.
     """
 
     value: float
@@ -127,6 +136,7 @@ class Estimate(Result):
     bounds: tuple[float, float] | None = None
     squared_frobenius: Estimate | None = None
     seeds: Sequence[int] = ()
+    confidence: Confidence = "fixed"
 
     def __post_init__(self) -> None:
         parts = {
@@ -155,7 +165,11 @@ class Estimate(Result):
 
     @validated
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Return the two-sided Student interval of the value.
+        """Return the two-sided Student interval of the value, or that of a confidence sequence.
+
+        With ``confidence="anytime"``, the intervals at all numbers of probes contain the value
+        together with the probability ``level``, however a run was stopped. Without, the probability
+        is that of one interval.
 
         Args:
             level: Confidence level, in (0, 1).
@@ -166,7 +180,7 @@ class Estimate(Result):
         Raises:
             ValueError: If the level is not in (0, 1).
         """
-        half = _half_width(self.stderr, self.degrees, level)
+        half = _half_width(self.stderr, self.degrees, level, self.confidence)
         low, high = self.bounds or (self.value, self.value)
         return low - half, high + half
 

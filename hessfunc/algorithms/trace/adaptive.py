@@ -16,7 +16,7 @@ from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.probing import TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Density, Eigenpairs, Estimate
-from hessfunc.algorithms.results.estimate import leaf_fields
+from hessfunc.algorithms.results.estimate import Confidence, leaf_fields
 from hessfunc.algorithms.sketch import vectors_that_fit
 from hessfunc.algorithms.span import Span
 from hessfunc.algorithms.statistics import rounding_of_sum, sphere_error
@@ -48,6 +48,7 @@ def trace(
     max_matvecs: int = 100,
     start: Eigenpairs | Density | None = None,
     block_size: int | None = None,
+    confidence: Confidence = "fixed",
     **run: Unpack[RunOptions],
 ) -> Estimate:
     """Estimate the trace of a symmetric matrix, definite or not, in few products.
@@ -79,6 +80,8 @@ def trace(
             ``"auto"`` only; eigenpairs also for ``"hutchinson"``.
         block_size: Number of probes that are multiplied at once: 4 by default, or the default of
             the other estimator. Krylov vectors are multiplied one by one.
+        confidence: ``"anytime"`` for intervals that hold together at all stops, as for
+            `hutchinson`. For ``"auto"`` and ``"hutchinson"`` only.
         **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
@@ -108,6 +111,10 @@ def trace(
         raise ValueError(f"method={method!r}: choose one of {', '.join(get_args(TraceMethod))}")
     if start is not None and method not in ("auto", "hutchinson"):
         raise ValueError(f"start has no use for method={method!r}: pass method='auto'")
+    if confidence != "fixed" and method not in ("auto", "hutchinson"):
+        raise ValueError(
+            f"confidence={confidence!r} has no use for method={method!r}: pass method='auto'"
+        )
     pairs, density = (None, start) if isinstance(start, Density) else (start, None)
     if density is not None and method != "auto":
         raise ValueError(
@@ -116,6 +123,8 @@ def trace(
         )
     if method != "auto":
         own: dict[str, Any] = {"block_size": block_size, "deflate": pairs}
+        if method == "hutchinson":
+            own["confidence"] = confidence
         given = {name: value for name, value in own.items() if value is not None}
         estimate: Estimate = _OTHERS[method](
             matvec, like, rtol=rtol, atol=atol, max_matvecs=max_matvecs, **given, **run
@@ -127,6 +136,7 @@ def trace(
         block_size=BLOCK if block_size is None else block_size,
         rtol=rtol,
         atol=atol,
+        confidence=confidence,
         most=vectors_that_fit(products.space, 8),
         span=Span.of(products.space, pairs, "start"),
         krylov=Krylov.of(products.space, density, "start"),
@@ -150,8 +160,9 @@ class AdaptiveTrace(AdaptiveProbing[Estimate], TraceProbing[Deflation]):
         return max((self.rtol or 0.0) * abs(samples.value), self.atol or 0.0)
 
     def probes_within(self, tolerance: float, samples: _Forms, /) -> float:
-        # With p probes, the half-width is about 1.96 (2 |S|_F^2 / p)^(1/2).
-        return 2 * samples.norm * (1.96 * self.widening / tolerance) ** 2
+        # With p probes, the half-width is about 1.96, or 3.2, times (2 |S|_F^2 / p)^(1/2).
+        quantile = 3.2 if self.confidence == "anytime" else 1.96
+        return 2 * samples.norm * (quantile * self.widening / tolerance) ** 2
 
     def estimate(self, state: Deflation, space: Space, cost: Cost, /) -> Estimate:
         forms, p = self.samples(state, space), len(state.probes)
@@ -179,6 +190,7 @@ class AdaptiveTrace(AdaptiveProbing[Estimate], TraceProbing[Deflation]):
             samples=forms.exact.sum() + forms.parts.sum(1),
             **leaf_fields(space, forms.exact + forms.parts.mean(0), leaf_errors.tolist()),
             squared_frobenius=squared_frobenius(inside + outside, space, cost),
+            confidence=self.confidence,
             **cost,
         )
 

@@ -16,7 +16,7 @@ from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.probing import TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs, Estimate
-from hessfunc.algorithms.results.estimate import leaf_fields
+from hessfunc.algorithms.results.estimate import Confidence, leaf_fields
 from hessfunc.algorithms.span import Span
 from hessfunc.algorithms.statistics import FEWEST_SAMPLES, leaf_errors, sphere_error
 from hessfunc.numerics import wide_dtype
@@ -41,6 +41,7 @@ def hutchinson(
     deflate: Eigenpairs | None = None,
     known: Tree | None = None,
     block_size: int = 10,
+    confidence: Confidence = "fixed",
     **run: Unpack[RunOptions],
 ) -> Estimate:
     """Estimate the trace of a matrix by random probes (Girard-Hutchinson).
@@ -77,6 +78,10 @@ def hutchinson(
         known: Diagonal of K, a tree with the structure of one vector. The estimate is then that of
             tr (A + K).
         block_size: Number of probes that are multiplied at once.
+        confidence: ``"fixed"`` for an interval at the end of the run, or ``"anytime"`` for
+            intervals that hold together at all numbers of probes, so that a run may be stopped for
+            any reason and resumed. They are about 1.6 times as wide, and infinite with fewer than 7
+            probes. They assume that the mean of the quadratic forms is close to normal.
         **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
@@ -84,7 +89,7 @@ def hutchinson(
         to their residuals), and ``squared_frobenius`` from the same products unless ``known`` is
         given. Its reason is "converged" if and only if its 95 % interval is within the tolerance.
         Standard errors of a run with a tolerance are multiplied by 1.1, since such a run stops
-        where its error happens to look small.
+        where its error happens to look small; those of ``"anytime"`` are not.
 
     Raises:
         ValueError: If an option is out of range, or if the eigenpairs belong to other parameters.
@@ -94,7 +99,8 @@ def hutchinson(
     3 block_size vectors, or, with signs, 2 block_size vectors and 5 vectors in float64 if that is
     more. Drawing a normal or sphere probe takes about 8 ns per entry on one core, signs less.
 
-    Source: Girard 1989; Hutchinson 1990.
+    Source: Girard 1989; Hutchinson 1990; confidence sequences: Lai 1976, Wang and Ramdas 2023,
+    arXiv 2310.03722.
     """
     at_least(2, max_matvecs=max_matvecs)
     products = Products.of(matvec, like, run.get("space"))
@@ -103,6 +109,7 @@ def hutchinson(
         rtol=rtol,
         atol=atol,
         kind=kind or "signs",
+        confidence=confidence,
         eigenpairs=Span.of(products.space, deflate, "deflate"),
         known=None if known is None else _sums(products.space, known),
     )
@@ -179,6 +186,7 @@ class Hutchinson(TraceProbing["_State"]):
             samples=samples,
             **leaf_fields(space, exact + state.parts.mean(0), leaf_errors(state.parts, stderr)),
             squared_frobenius=frobenius,
+            confidence=self.confidence,
             **cost,
         )
 
