@@ -147,7 +147,8 @@ def observed(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: 
         if name not in observer.calls and name not in observer.others:
             raise ValueError(
                 f"{name!r} of shape {tuple(leaf.shape)} is not a parameter on which the outputs of "
-                "the loss depend: hold such parameters fixed with `split` and `hold`"
+                "the loss depend: hold such parameters fixed with `split` and `hold`. If the model "
+                "uses it inside of torch.utils.checkpoint, turn checkpointing off"
             )
     others = dict(observer.others)
     calls = {name: uses for name, uses in observer.calls.items() if name not in others}
