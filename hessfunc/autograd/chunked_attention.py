@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessfunc.autograd.attention import math_attention
-from hessfunc.autograd.functorch import all_on_blocks, batched, once_more
-from hessfunc.autograd.overrides import plain
+from hessfunc.autograd.functorch import all_on_blocks, is_wrapped, once_more
+from hessfunc.autograd.overrides import Replacements
 
 # Queries times keys below which all weights at once are faster.
 _SHORT = 512 * 512
@@ -49,12 +49,12 @@ def attention(
 ) -> Tensor:
     """Compute ``F.scaled_dot_product_attention`` in memory that is linear in the length.
 
-    Short sequences, random masks, masks that require a gradient, and evaluations that are not plain
-    keep all weights.
+    Short sequences, random masks, masks that require a gradient, autocast and compiled code keep
+    all weights.
     """
     long = not query.is_nested and query.shape[-2] * key.shape[-2] > _SHORT
-    constant = attn_mask is None or not attn_mask.requires_grad
-    if not (long and constant and dropout_p == 0 and plain(query, key, value, attn_mask)):
+    constant = attn_mask is None or not (attn_mask.requires_grad or is_wrapped(attn_mask))
+    if not (long and constant and dropout_p == 0 and _supports(query, key, value)):
         return math_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -67,6 +67,17 @@ def attention(
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     options = Options(factor, is_causal, _chunk(query, key))
     return _Outputs.apply(options, query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+
+
+def _supports(*tensors: Tensor) -> bool:
+    """Return whether the formulas hold in this evaluation, which transforms may follow."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or any(torch.is_autocast_enabled(device) for device in {x.device.type for x in tensors})
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
 
 
 def _chunk(query: Tensor, key: Tensor) -> int:
@@ -241,7 +252,7 @@ class _Sum:
         self.total = torch.zeros_like(like)
 
     def add(self, columns: slice, part: Tensor) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_wrapped(part):
             self.total = self.total + F.pad(part, (0, 0, 0, self.total.shape[-2] - columns.stop))
         else:
             self.total[..., columns, :] += part
@@ -250,18 +261,24 @@ class _Sum:
 class _Outputs(torch.autograd.Function):
     """Outputs of the attention."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, options: Options, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        options: Options, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.options = options
         return Attention(options, query, key, value, mask).outputs()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.options = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         query, key, value, mask = ctx.saved_tensors
-        if torch.is_grad_enabled() and not batched(g):
+        if torch.is_grad_enabled():
             moving = once_more(query, key, value)
             return None, *_Gradient.apply(ctx.options, g, *moving, mask), None  # type: ignore[no-untyped-call]
         attention = Attention(ctx.options, query, key, value, mask)
@@ -272,16 +289,21 @@ class _Outputs(torch.autograd.Function):
                 return attention.gradient(g)
             return _stacked([attention.gradient(one) for one in g])
 
-        run = _as_it_is if torch.is_grad_enabled() else all_on_blocks
-        return None, *run(along, g), None
+        return None, *all_on_blocks(along, g), None
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
+        a, b, w, _of_mask = tangents
+        return Attention(ctx.options, *ctx.saved_tensors).pushed([(a, b, w)])[0]
 
 
 class _Gradient(torch.autograd.Function):
     """Gradient with respect to queries, keys and values for a cotangent of the outputs."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         options: Options,
         g: Tensor,
         query: Tensor,
@@ -289,10 +311,14 @@ class _Gradient(torch.autograd.Function):
         value: Tensor,
         mask: Tensor | None,
     ) -> Triple:
-        ctx.save_for_backward(g, query, key, value, mask)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
         return Attention(options, query, key, value, mask).gradient(g)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
+        ctx.options = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
@@ -309,8 +335,27 @@ class _Gradient(torch.autograd.Function):
             parts = attention.second_derivative(g, blocks or [moving])  # type: ignore[list-item]
             return _stacked(parts) if blocks else parts[0]
 
+        # In grad mode, torch's own functions give the derivatives of higher orders.
         run = _as_it_is if torch.is_grad_enabled() else all_on_blocks
         return None, *run(along, *tangents), None
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Triple:
+        g, query, key, value, mask = ctx.saved_tensors
+        attention = Attention(ctx.options, query, key, value, mask)
+        of_g, a, b, w, _of_mask = tangents
+        # The gradient is linear in G, and its derivative by Q, K and V is symmetric.
+        parts: list[Triple] = [] if of_g is None else [attention.gradient(of_g)]
+        if any(x is not None for x in (a, b, w)):
+            parts.append(attention.second_derivative(g, [(a, b, w)])[0][1:])
+        first, *others = parts
+        return tuple(sum(terms[1:], terms[0]) for terms in zip(first, *others, strict=True))
+
+
+def _as_it_is(
+    formula: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return formula(*tensors)
 
 
 def _probes(block: Sequence[Tensor | None], dims: int) -> list[Parts]:
@@ -326,12 +371,9 @@ def _stacked(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.stack(columns) for columns in zip(*parts, strict=True))
 
 
-def _as_it_is(
-    formula: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    return formula(*tensors)
-
-
 def _row_means(p: Tensor, x: Tensor) -> Tensor:
     """Return the mean of each row of x with weights p."""
     return torch.linalg.vecdot(p, x).unsqueeze(-1)
+
+
+IN_CHUNKS: Replacements = {F.scaled_dot_product_attention: attention}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hessfunc.autograd.chunked_attention import IN_CHUNKS
 from hessfunc.autograd.embedding import EXACT, padded_embedding
 from hessfunc.autograd.overrides import Replacements, getter
 
@@ -94,6 +95,7 @@ def _grad(*args: Any, **kwargs: Any) -> Any:
 
 FORWARD: Replacements = {
     **EXACT,
+    **IN_CHUNKS,
     F.embedding: padded_embedding,
     F.mse_loss: _mse_loss,
     F.huber_loss: _huber_loss,
@@ -107,5 +109,6 @@ FORWARD: Replacements = {
 # Replacements for finite differences.
 DIFFERENCES: Replacements = {
     **EXACT,
+    **IN_CHUNKS,
     F.embedding: padded_embedding,
 }

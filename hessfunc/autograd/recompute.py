@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hessfunc import options
 from hessfunc.autograd import differentiable_twice
+from hessfunc.autograd.chunked_attention import IN_CHUNKS
+from hessfunc.autograd.embedding import EXACT
 from hessfunc.autograd.overrides import current
 from hessfunc.autograd.stateless import call_with
 from hessfunc.autograd.streams import replay
@@ -60,7 +62,12 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
             for i, tensor in zip(floating + others, tensors, strict=True):
                 leaves[i] = tensor
             inner_args, inner_kwargs = structure.unflatten(leaves)
-            with differentiable_twice(device, streams=again()) if returned else nullcontext():
+            replaced = {**EXACT, **IN_CHUNKS}
+            with (
+                differentiable_twice(device, replaced, streams=again())
+                if returned
+                else nullcontext()
+            ):
                 out, out_structure = flatten(fn(*inner_args, **inner_kwargs))
             if not out or not all(_is_floating(leaf) for leaf in out):
                 raise TypeError("a recomputed function must return only floating-point tensors")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hessfunc.autograd.attention import ATTENTION
 from hessfunc.autograd.forward_mode import FORWARD
 from hessfunc.autograd.overrides import Replacements
 from hessfunc.autograd.recurrent import RECURRENT
@@ -150,6 +151,7 @@ def _by_channel(vector: Tensor, z: Tensor) -> Tensor:
 
 TRANSFORMABLE: Replacements = {
     **FORWARD,
+    **ATTENTION,
     **RECURRENT,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,

@@ -99,16 +99,42 @@ class Block(nn.Module):
         return self.out(attended.transpose(-3, -2).flatten(-2)).mean(1)
 
 
+@pytest.mark.parametrize("recompute", [None, "0"])
 @pytest.mark.parametrize("chunk_size", [1, 64])
-def test_products_of_a_model(chunk_size: int) -> None:
+def test_products_of_a_model(chunk_size: int, recompute: str | None) -> None:
     torch.manual_seed(0)
-    model_fn, params = hf.functional(Block().double())
+    model_fn, params = hf.functional(nn.Sequential(Block()).double(), recompute=recompute)
     loss = hf.supervised(model_fn, F.cross_entropy)
     batch = waves(2, 7, 4), torch.tensor([0, 2])
-    found = matrix(hf.hvp(loss, chunk_size=chunk_size)(params, batch), params)
-    assert relative_error(found, hessian(loss, params, batch)) < 1e-10
+    exact = hessian(loss, params, batch)
+    for mode in ("reverse", "forward"):
+        product = hf.hvp(loss, mode=mode, chunk_size=chunk_size)(params, batch)  # type: ignore[arg-type]
+        assert relative_error(matrix(product, params), exact) < 1e-10
     found = matrix(hf.ggnvp(loss, chunk_size=chunk_size)(params, batch), params)
     assert relative_error(found, gauss_newton(loss, params, batch)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["causal", "grouped", "padding"])
+def test_transforms_of_torch(kind: str) -> None:
+    options, point = KINDS[kind][2], tuple(inputs(kind))
+
+    def of(attend: Callable[..., Tensor]) -> list[Tensor]:
+        def loss(*x: Tensor) -> Tensor:
+            return attend(*x, **options).sin().sum()
+
+        gradient = torch.func.grad(loss, argnums=(0, 1, 2))
+        tangents = tuple(waves(*x.shape) for x in point)
+        pulled = torch.func.vjp(gradient, *point)[1](tangents)
+        pushed = torch.func.jvp(gradient, point, tangents)[1]
+        stacked = tuple(torch.stack([x, 2 * x]) for x in point)
+        mapped = torch.vmap(gradient)(*stacked)
+        second = torch.func.jvp(
+            torch.func.grad(lambda q: loss(q, *point[1:])), point[:1], tangents[:1]
+        )
+        return [*pulled, *pushed, *mapped, second[1]]
+
+    for x, y in zip(of(attention), of(math_attention), strict=True):
+        assert torch.allclose(x, y, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 # ten GPTs with 2 to 24 layers of width 96 to 256. It is accurate within 10 %, or 15 % if layers
 # are recomputed. `bench.graphs` measures the coefficients.
 _KEPT = {"layer": 61.4, "score": 6.5, "logit": 7.6}
+# Longest sequence whose attention keeps all scores, see `hessfunc.autograd.chunked_attention`.
+_ALL_SCORES = 512
 _AGAIN = {"residual": 3.0, "layer": 53.0, "score": 9.8, "logit": 4.7}
 
 
@@ -111,10 +113,11 @@ class Transformer:
 
         Args:
             tokens: Tokens per batch.
-            context: Tokens per sequence; the graph keeps the attention scores.
+            context: Tokens per sequence. Up to 512 tokens, the graph keeps the attention scores;
+                longer sequences attend in chunks.
             recompute: Whether each layer is recomputed from the residual stream.
         """
-        scores = self.heads * context
+        scores = self.heads * context if context <= _ALL_SCORES else 0
         if recompute:
             layer = _AGAIN["layer"] * self.width + _AGAIN["score"] * scores
             between = _AGAIN["residual"] * self.layers * self.width
