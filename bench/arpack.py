@@ -31,8 +31,6 @@ import hessfunc as hf
 from bench.markdown import table
 from hessfunc.app.problems.data import digits
 
-__all__ = ["QUESTIONS", "Question", "measured", "spectra"]
-
 RESULTS = Path(__file__).parent / "results"
 _FACTORS = (10, 1, 1 / 3, 1 / 10, 1 / 100)
 _MOST = 5000

@@ -15,8 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases import Case
 
-__all__ = ["Vector", "difference", "gauss_newton", "gradient", "kept", "rebuilt"]
-
 Vector: TypeAlias = Sequence[Tensor]
 
 

@@ -14,8 +14,6 @@ from hessfunc.app.problems.nets import mlp
 from hessfunc.app.problems.resnet import resnet
 from hessfunc.randomness import seeded
 
-__all__ = ["CASES", "Case"]
-
 
 @dataclass(frozen=True)
 class Case:

@@ -21,8 +21,6 @@ from hessfunc.app.plan import (
     whole,
 )
 
-__all__ = ["computed"]
-
 GIB = 2**30
 SIZES = {"125M": 125e6, "1B": 1e9, "7B": 7e9, "70B": 70e9}
 RANKS = (1, 8, 64, 512)

@@ -33,8 +33,6 @@ import hessfunc as hf
 from hessfunc.algorithms.statistics import student_quantile
 from hessfunc.trees import Matvec, leaves
 
-__all__ = ["CASES", "LEVELS", "N", "Case", "measured", "spectra", "too_little"]
-
 N = 120
 LEVELS = (0.8, 0.9, 0.95, 0.99)
 RESULTS = Path(__file__).parent / "results" / "coverage.json"

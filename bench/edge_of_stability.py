@@ -23,8 +23,6 @@ from hessfunc.app.problems.nets import mlp
 from hessfunc.randomness import seeded
 from hessfunc.tracking import Point, tracked
 
-__all__ = ["descend"]
-
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = (0.15, 0.1, 0.07)
 STEPS = 4000

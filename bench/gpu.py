@@ -32,8 +32,6 @@ from pathlib import Path
 
 from bench.markdown import table
 
-__all__ = ["LIMIT", "Outcome", "Part", "gpu_tests", "groups", "run", "seconds_of"]
-
 ROOT = Path(__file__).parents[1]
 # Leaves twenty seconds to start, to stop processes and to pack results.
 LIMIT = 460.0

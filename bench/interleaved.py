@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Ratio", "Turns", "ratio"]
-
 
 @dataclass(frozen=True)
 class Ratio:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["table"]
-
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """One whose columns are aligned; the first row is its head."""

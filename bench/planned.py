@@ -46,18 +46,6 @@ from hessfunc.app.plan import (
 from hessfunc.app.problems.nets import mlp
 from hessfunc.memory import Footprint
 
-__all__ = [
-    "ALGORITHMS",
-    "ALLOCATOR",
-    "WIDTHS",
-    "Compared",
-    "Taken",
-    "compared",
-    "markdown",
-    "planned",
-    "taken",
-]
-
 RESULTS = Path(__file__).parent / "results" / "planned.md"
 WIDTHS = (360, 680, 1380)
 RANKS = (1, 2, 4)

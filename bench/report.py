@@ -17,21 +17,6 @@ import hessfunc
 from bench.interleaved import Ratio, ratio
 from bench.markdown import table
 
-__all__ = [
-    "DEFAULT",
-    "DIFFERENCE",
-    "GRADIENT",
-    "KEPT",
-    "REBUILT",
-    "Measured",
-    "Product",
-    "markdown",
-    "environment",
-    "measured",
-    "processor",
-    "write",
-]
-
 GRADIENT = "gradient"
 KEPT = "autograd, graph kept"
 REBUILT = "autograd, graph rebuilt"

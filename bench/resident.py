@@ -6,8 +6,6 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["peak_above"]
-
 
 def peak_above(call: Callable[[], object], /) -> int:
     """The peak in a call, in bytes, its result included, above what was there before."""

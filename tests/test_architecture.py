@@ -124,6 +124,20 @@ def test_the_test_sees_imports_within_functions() -> None:
     assert "spaces.dtensors" in set(inside)
 
 
+# Scripts import names of these with a star, or names that other modules define.
+STARRED = {"hessfunc/compat/pyhessian/utils.py", "hessfunc/compat/eigenthings/power_iter.py"}
+
+
+def test_only_packages_list_their_names() -> None:
+    listing = {
+        str(file.relative_to(TESTS.parent))
+        for folder in (SOURCES, TESTS, TESTS.parent / "bench")
+        for file in folder.rglob("*.py")
+        if file.name != "__init__.py" and "\n__all__ =" in file.read_text()
+    }
+    assert listing == STARRED
+
+
 def mirrored(module: Path) -> Path:
     """Return the path below `tests` of the file that tests a module."""
     return module.with_name(f"test_{module.name}")

@@ -25,8 +25,6 @@ from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
 from hessfunc.trees import Matvec
 
-__all__ = ["CASES", "RESULTS", "SYNTHETIC", "TOP", "Asked", "Matrix"]
-
 Asked: TypeAlias = Literal["trace", "diagonal", "eigenpairs"]
 
 TOP = 10

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from bench.accuracy.cases import Asked, Matrix
 from bench.accuracy.questions import QUESTIONS, ExhaustedError, Method, Products
 
-__all__ = ["Cell", "Run", "measure", "rank"]
-
 _SHARE = 0.9
 
 

@@ -6,8 +6,6 @@ from bench.accuracy import ours
 from bench.accuracy.peers import curvlinops, eigenthings, pyhessian
 from bench.accuracy.questions import Method
 
-__all__ = ["METHODS"]
-
 METHODS: list[Method] = [
     *ours.METHODS,
     *pyhessian.METHODS,

@@ -10,8 +10,6 @@ import hessfunc as hf
 from bench.accuracy.cases import TOP, Asked
 from bench.accuracy.questions import QUESTIONS, TOLERANCES, Method, Pairs, Products
 
-__all__ = ["METHODS"]
-
 
 def _estimator(asked: Asked, estimator: Callable[..., Any]) -> Method:
     accuracy = QUESTIONS[asked].accuracy

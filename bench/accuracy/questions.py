@@ -15,16 +15,6 @@ from torch import Tensor
 import hessfunc as hf
 from bench.accuracy.cases import TOP, Asked, Matrix
 
-__all__ = [
-    "QUESTIONS",
-    "TOLERANCES",
-    "ExhaustedError",
-    "Method",
-    "Pairs",
-    "Products",
-    "Question",
-]
-
 TOLERANCES = (1.0, 0.3, 0.1, 0.03, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6, 1e-7, 1e-8)
 
 Pairs: TypeAlias = tuple[Tensor, Tensor]

@@ -13,8 +13,6 @@ from bench.accuracy.methods import METHODS
 from bench.accuracy.tables import markdown
 from bench.report import environment
 
-__all__ = ["read", "write"]
-
 
 def read(path: Path) -> dict[str, Cell]:
     if not path.exists():

@@ -10,8 +10,6 @@ from bench.accuracy.measuring import Cell, Run, rank
 from bench.accuracy.methods import METHODS
 from bench.accuracy.questions import QUESTIONS, Question
 
-__all__ = ["markdown", "reach_cell"]
-
 
 def markdown(cells: dict[str, Cell], titles: dict[str, str], about: dict[str, object]) -> str:
     """The tables: two a question.

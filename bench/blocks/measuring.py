@@ -18,8 +18,6 @@ from bench.blocks.questions import QUESTIONS, Question
 from bench.interleaved import Ratio, Turns, ratio
 from bench.resident import peak_above
 
-__all__ = ["Cell", "measure", "processes"]
-
 _SECONDS = 2.0
 _LEAST_ROUNDS = 3
 

@@ -14,8 +14,6 @@ from bench.blocks.problems import Problem
 from hessfunc.kronecker import Blocks, Kronecker
 from hessfunc.transforms.chunks import Curvature
 
-__all__ = ["CURVATURES", "apart", "at_once", "fresh", "held", "made", "recombined"]
-
 CURVATURES: dict[str, Curvature] = {"HMP": hf.hvp, "GGNMP": hf.ggnvp, "PCHMP": hf.pchvp}
 
 

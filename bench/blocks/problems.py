@@ -15,8 +15,6 @@ from hessfunc.app.problems.data import digits
 from hessfunc.app.problems.nets import c3d3, digits_convnet, mlp
 from hessfunc.randomness import seeded
 
-__all__ = ["PROBLEMS", "Problem", "problem"]
-
 Made = tuple[nn.Sequential, Tensor, Tensor]
 
 

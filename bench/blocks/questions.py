@@ -15,8 +15,6 @@ from bench.blocks.peers import backpack, curvlinops
 from bench.blocks.problems import Problem, problem
 from hessfunc.randomness import seeded
 
-__all__ = ["QUESTIONS", "Question", "Work"]
-
 # What is prepared once, outside of the time -> what is timed.
 Work: TypeAlias = Callable[[Problem], Callable[[], Any]]
 

@@ -15,8 +15,6 @@ from bench.interleaved import Ratio
 from bench.markdown import table
 from bench.report import environment
 
-__all__ = ["read", "write"]
-
 _PATH = Path(__file__).parents[1] / "results" / "blocks.json"
 
 _MEANINGS = [

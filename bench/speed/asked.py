@@ -18,17 +18,6 @@ from bench.cases import Case
 from bench.speed.device import on_device
 from hessfunc.randomness import seeded
 
-__all__ = [
-    "BY_TORCH",
-    "Alternative",
-    "Asked",
-    "Kind",
-    "Matrix",
-    "Work",
-    "differentiable_twice",
-    "flat",
-]
-
 # Ends the title of an alternative of ours whose matrix products are torch's own.
 BY_TORCH = ", torch's matrix products"
 

@@ -15,8 +15,6 @@ from bench.report import environment
 from bench.speed import machine
 from bench.speed.asked import Kind
 
-__all__ = ["Cell", "Line", "Row", "about", "read", "write"]
-
 
 @dataclass(frozen=True)
 class Row:

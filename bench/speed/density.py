@@ -16,8 +16,6 @@ from bench.speed.peers import curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, Judged, prepared, rows_of, timed
 from hessfunc.randomness import seeded
 
-__all__ = ["density"]
-
 PROBES = 4
 STEPS = 100
 TOLERANCE = 1e-2

@@ -10,8 +10,6 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["VARIABLE", "device", "full_precision", "on_device", "wait"]
-
 VARIABLE = "HESSFUNC_BENCH_DEVICE"
 
 

@@ -23,8 +23,6 @@ from bench.speed.turns import Effort, Judged, prepared, rows_of, timed
 from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
 
-__all__ = ["Pairs", "eigenpairs"]
-
 TOP = 10
 RESIDUAL = 1e-3
 IMAGES = 500

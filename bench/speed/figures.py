@@ -15,8 +15,6 @@ from bench.speed.fits import power
 from bench.speed.targets import front, verdicts
 from hessfunc.plot.style import FIRST, PALETTE, QUIET, SECOND, clean, legend, note
 
-__all__ = ["draw"]
-
 _COLOURS = {"ours": FIRST, "peer": SECOND, "plain": QUIET}
 
 

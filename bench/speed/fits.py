@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Power", "power"]
-
 
 class Power(NamedTuple):
     """cost = factor size^exponent, and the standard error of the exponent."""

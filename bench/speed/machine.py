@@ -12,8 +12,6 @@ from bench.report import processor
 from bench.speed.device import device
 from bench.speed.ours import has_other_library
 
-__all__ = ["described", "known_as", "slug", "title", "torchs_library"]
-
 # The widest extension decides how fast matrices are multiplied; hypervisors hide the model.
 _EXTENSIONS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
 _LIBRARIES = {"mkl": "MKL", "open": "OpenBLAS", "accelerate": "Accelerate"}

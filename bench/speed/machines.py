@@ -12,8 +12,6 @@ from pathlib import Path
 
 from bench.markdown import table
 
-__all__ = ["RESULTS", "Machine", "compared", "machines"]
-
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 _PRODUCTS = {
     "one product": "Hessian",

@@ -17,8 +17,6 @@ from bench.speed.peers import backpack, curvlinops, eigenthings, pyhessian
 from bench.speed.products import cell_of
 from bench.speed.turns import Effort, reason_of
 
-__all__ = ["basis_peak", "memory", "peak"]
-
 
 def memory(name: str, effort: Effort) -> Cell:
     """The time and the peak of memory of each way to a Hessian product, and of a block."""

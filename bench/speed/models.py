@@ -20,8 +20,6 @@ from hessfunc.app.problems.resnet import load_weights, resnet
 from hessfunc.app.problems.vit import ViT
 from hessfunc.randomness import seeded
 
-__all__ = ["MODELS", "Model", "batches_of", "made"]
-
 Made = tuple[nn.Module, Tensor, Tensor]
 
 

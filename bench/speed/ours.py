@@ -19,19 +19,6 @@ from hessfunc.spaces.of import space_of
 from hessfunc.transforms.chunks import ChunkSize, Curvature
 from hessfunc.trees import Matvec, Tree
 
-__all__ = [
-    "COMPILED",
-    "DATA",
-    "MODES",
-    "PRODUCTS",
-    "by_torch",
-    "has_other_library",
-    "in_chunks",
-    "loss_of",
-    "matvec_of",
-    "with_both_libraries",
-]
-
 Result = TypeVar("Result")
 
 

@@ -18,8 +18,6 @@ import torch
 from bench import resident
 from bench.speed.device import device, wait
 
-__all__ = ["peak_above", "peak_of"]
-
 _MINUTES = 10
 
 

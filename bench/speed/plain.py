@@ -10,8 +10,6 @@ from bench import baselines
 from bench.baselines import Vector
 from bench.speed.asked import Alternative, Asked, Work, flat
 
-__all__ = ["DATA", "GAUSS_NEWTON", "KEPT", "PRODUCTS", "expected"]
-
 
 def _kept(asked: Asked) -> Work:
     product, vector = baselines.kept(asked.case), asked.vectors()[0]

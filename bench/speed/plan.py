@@ -11,8 +11,6 @@ from bench.speed.rule import rule
 from bench.speed.scaling import SCALINGS
 from bench.speed.turns import Effort
 
-__all__ = ["FAST", "PLAN", "measure", "within"]
-
 _QUESTIONS: dict[str, Callable[[str, Effort], Cell]] = {
     "product": products.product,
     "block": products.block,

@@ -17,8 +17,6 @@ from bench.speed.peers import backpack, curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, Judged, prepared, rows_of, timed
 from hessfunc.training.flops import CountedFlops
 
-__all__ = ["block", "cell_of", "compiled", "data", "floor", "ggn", "judge", "product"]
-
 TOLERANCE = 1e-2
 BATCHES = 20
 BLOCK_OF_DATA = 8

@@ -15,8 +15,6 @@ from bench.speed.cells import Cell, Row
 from bench.speed.products import TOLERANCE, judge
 from bench.speed.turns import Effort, prepared, rows_of, timed
 
-__all__ = ["Choice", "choices", "rule"]
-
 _RULE = "rule"
 
 

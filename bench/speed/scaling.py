@@ -28,8 +28,6 @@ from bench.speed.turns import Effort, taken
 from hessfunc.app.problems.nets import mlp
 from hessfunc.randomness import seeded
 
-__all__ = ["SCALINGS"]
-
 _BLOCK = 8
 
 

@@ -11,8 +11,6 @@ from bench.speed.fits import power
 from bench.speed.rule import choices
 from bench.speed.targets import Verdict, by_torch, verdicts
 
-__all__ = ["markdown"]
-
 _TITLES = {
     "product": "One Hessian product, repeated on the same batch",
     "block": "A block of Hessian products",

@@ -11,8 +11,6 @@ from bench.speed.cells import Cell, Row
 from bench.speed.models import MODELS
 from bench.speed.turns import NOT_INSTALLED
 
-__all__ = ["TARGETS", "Target", "Verdict", "by_torch", "front", "verdicts"]
-
 _NETS = (
     "mlp-small",
     "mlp-wide",

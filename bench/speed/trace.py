@@ -18,8 +18,6 @@ from bench.speed.peers import curvlinops, eigenthings, pyhessian
 from bench.speed.turns import Effort, gradient_of, reason_of
 from hessfunc.randomness import seeded
 
-__all__ = ["trace"]
-
 ACCURACY = 0.02
 IMAGES = 500
 _MICROBATCH = 25

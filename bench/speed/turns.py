@@ -15,20 +15,6 @@ from bench.speed.asked import Alternative, Asked, Work
 from bench.speed.cells import Row
 from bench.speed.device import wait
 
-__all__ = [
-    "NOT_INSTALLED",
-    "Effort",
-    "Judged",
-    "Prepared",
-    "Timed",
-    "gradient_of",
-    "prepared",
-    "reason_of",
-    "rows_of",
-    "taken",
-    "timed",
-]
-
 _GRADIENT = "a gradient"
 NOT_INSTALLED = "not installed"
 

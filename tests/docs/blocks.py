@@ -10,8 +10,6 @@ from unittest import mock
 
 import torch
 
-__all__ = ["python_blocks", "run"]
-
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

@@ -14,8 +14,6 @@ from bench.accuracy.cases import TOP, Asked
 from bench.accuracy.peers.stream import stream
 from bench.accuracy.questions import TOLERANCES, Method, Pairs, Products
 
-__all__ = ["METHODS"]
-
 
 def _operator(products: Products) -> Any:
     from curvlinops._torch_base import PyTorchLinearOperator

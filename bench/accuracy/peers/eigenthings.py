@@ -9,8 +9,6 @@ from typing import Any
 from bench.accuracy.cases import TOP
 from bench.accuracy.questions import TOLERANCES, Method, Pairs, Products
 
-__all__ = ["METHODS"]
-
 
 def _operator(products: Products) -> Any:
     from hessian_eigenthings.operators.base import LambdaOperator

@@ -13,8 +13,6 @@ from bench.accuracy.cases import TOP
 from bench.accuracy.peers.stream import stream
 from bench.accuracy.questions import TOLERANCES, Method, Pairs, Products
 
-__all__ = ["METHODS"]
-
 
 class _Times(torch.autograd.Function):
     """A x at x = 0, where it costs no product; its derivative costs one."""

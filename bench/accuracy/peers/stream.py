@@ -10,8 +10,6 @@ import torch
 from bench.accuracy.questions import Products
 from hessfunc.randomness import seeded
 
-__all__ = ["stream"]
-
 
 @contextmanager
 def stream(products: Products, seed: int) -> Iterator[None]:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from bench.blocks.problems import Problem
 
-__all__ = ["extended", "factored_products", "gradient_once", "product_functions"]
-
 # The inputs need no gradients, which torch remarks on at each backward pass.
 warnings.filterwarnings("ignore", message="Full backward hook is firing")
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from bench.blocks.problems import Problem
 
-__all__ = ["columns", "factored", "inverse", "products"]
-
 
 def factored(
     problem: Problem, fisher_type: str, sharing: str, *, corrected: bool = False

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from bench.speed.asked import Alternative, Asked, Work, differentiable_twice, flat
 
-__all__ = ["PRODUCTS"]
-
 _PACKAGE = "backpack-for-pytorch"
 
 

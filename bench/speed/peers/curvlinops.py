@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from bench.speed.asked import Alternative, Asked, Work, differentiable_twice
 
-__all__ = ["MODES", "PRODUCTS", "operator_of"]
-
 _PACKAGE = "curvlinops-for-pytorch"
 
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from bench.speed.asked import Alternative, Asked, Work, differentiable_twice
 
-__all__ = ["PRODUCTS", "operator_of"]
-
 _PACKAGE = "hessian-eigenthings"
 
 

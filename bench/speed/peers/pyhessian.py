@@ -10,8 +10,6 @@ import torch
 from bench.speed.asked import Alternative, Asked, Work, differentiable_twice, flat
 from bench.speed.device import device
 
-__all__ = ["DATA", "PRODUCTS", "hessian_of"]
-
 
 def hessian_of(asked: Asked) -> Any:
     """Its ``hessian`` of the batch or the batches."""
