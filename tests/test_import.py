@@ -35,6 +35,19 @@ def test_what_is_seldom_used_is_not_loaded_with_a_hessian_and_its_eigenvalues() 
     assert not [name for name in fresh(code) if name.startswith((*seldom, "matplotlib"))]
 
 
+def test_the_first_products_load_few_modules_besides_those_of_torch() -> None:
+    code = (
+        "import json, sys, torch; before = set(sys.modules)\n"
+        "import hessfunc as hf; hf.hvp, hf.lanczos\n"
+        "print(json.dumps([name for name in sys.modules if name not in before]))"
+    )
+    loaded = fresh(code)
+    assert len(loaded) < 180
+    assert not {name.partition(".")[0] for name in loaded} & {
+        *("scipy", "pandas", "matplotlib", "rich", "typer", "sklearn", "tensorboard")
+    }
+
+
 def test_type_checkers_see_the_same_names_at_the_same_places() -> None:
     imports = [
         node for node in ast.parse(STUB.read_text()).body if isinstance(node, ast.ImportFrom)

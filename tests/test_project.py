@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -65,7 +67,7 @@ def files() -> Iterator[tuple[Path, str]]:
 
 def test_the_version_is_semantic_and_stands_in_the_package() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", hf.__version__)
-    assert PROJECT["dynamic"] == ["version"]
+    assert "version" in PROJECT["dynamic"]
 
 
 def test_the_newest_release_of_the_changelog_is_that_of_the_citation() -> None:
@@ -82,6 +84,62 @@ def test_the_citation_says_what_the_package_says() -> None:
     assert citation["license"] == PROJECT["license"]
     assert citation["authors"] == PROJECT["authors"]
     assert citation["keywords"] == PROJECT["keywords"]
+
+
+# The packages
+
+
+def test_the_conda_recipe_says_what_the_package_says() -> None:
+    recipe = yaml.safe_load(read("conda/recipe.yaml"))
+    assert recipe["context"]["version"] == hf.__version__
+    about = recipe["about"]
+    assert (about["summary"], about["license"]) == (PROJECT["description"], PROJECT["license"])
+    assert (ROOT / "conda" / recipe["source"]["path"] / about["license_file"]).is_file()
+    (entry,) = recipe["build"]["python"]["entry_points"]
+    assert entry == f"hessfunc = {PROJECT['scripts']['hessfunc']}"
+    # Two packages have another name there.
+    names = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+
+    def required(lines: list[str]) -> set[str]:
+        found = [Requirement(line.replace(" ", "")) for line in lines]
+        return {f"{names.get(one.name, one.name)} {one.specifier}" for one in found}
+
+    needs = recipe["requirements"]
+    python = f"python {PROJECT['requires-python']}"
+    assert set(needs["run"]) == {python, *required(PROJECT["dependencies"])}
+    assert python in needs["host"]
+    extras = {str(one) for one in brought("all")}
+    assert set(needs["run_constraints"]) == required(sorted(extras))
+
+
+def metadata(folder: Path, repository: str) -> dict[str, Any]:
+    """The metadata of the package, with another address of the repository."""
+    builder = pytest.importorskip("hatchling.metadata.core", reason="hatchling is not installed")
+    plugins = pytest.importorskip("hatchling.plugin.manager")
+    for name in ("README.md", "LICENSE", "hatch_build.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "hessfunc").mkdir()
+    shutil.copy(ROOT / "hessfunc" / "__init__.py", folder / "hessfunc")
+    text = read("pyproject.toml").replace('repository = ""', f'repository = "{repository}"')
+    (folder / "pyproject.toml").write_text(text)
+    core = builder.ProjectMetadata(str(folder), plugins.PluginManager()).core
+    return {"urls": core.urls, "readme": core.readme}
+
+
+def test_all_urls_follow_from_the_address_of_the_repository(tmp_path: Path) -> None:
+    address = "https://example.org/hessfunc"
+    made = metadata(tmp_path, address)
+    assert made["urls"]["Homepage"] == address
+    assert all(url.startswith(address) for url in made["urls"].values())
+    links = re.findall(r"\]\(([^)\s]+)\)", made["readme"])
+    assert f"{address}/blob/v{hf.__version__}/docs/start.md" in links
+    assert f"{address}/raw/v{hf.__version__}/docs/images/digits-density.png" in links
+    assert all(link.startswith(("https://", "#")) for link in links)
+
+
+def test_without_an_address_there_are_no_urls(tmp_path: Path) -> None:
+    made = metadata(tmp_path, "")
+    assert made == {"urls": {}, "readme": read("README.md")}
 
 
 # What runs
@@ -138,9 +196,9 @@ def test_nothing_else_lies_at_the_top() -> None:
     # Runs that are given a relative path write where they are started.
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
-    folders = {"hessfunc", "tests", "bench", "docs", "examples", ".ci", ".github"}
+    folders = {"hessfunc", "tests", "bench", "docs", "examples", "conda", ".ci", ".github"}
     papers = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"}
-    tools = {"Makefile", "pyproject.toml", "constraints.txt", "mkdocs.yml"}
+    tools = {"Makefile", "pyproject.toml", "hatch_build.py", "constraints.txt", "mkdocs.yml"}
     assert top <= folders | papers | tools | {".gitignore", ".pre-commit-config.yaml"}
 
 

@@ -99,3 +99,14 @@ def test_a_page_that_needs_a_network_is_refused() -> None:
     for tag in ('<script src="https://a.b/c.js">', '<link rel="x" href="//a.b/c.css">'):
         with pytest.raises(PluginError, match=r"index\.md"):
             offline.on_post_page(tag, page=page)
+
+
+@pytest.mark.parametrize("address", ["", "https://example.org/hessfunc"])
+def test_the_site_links_to_the_repository(address: str, tmp_path: Path) -> None:
+    table = "[tool.hatch.metadata.hooks.custom]"
+    (tmp_path / "pyproject.toml").write_text(f'{table}\nrepository = "{address}"\n')
+
+    class Config(dict[str, str | None]):
+        config_file_path = str(tmp_path / "mkdocs.yml")
+
+    assert hook("repository").on_config(Config()) == {"repo_url": address or None}
