@@ -120,7 +120,7 @@ def _is_sum(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -> bool:
         # Terms may cancel, as those of the bias of keys before a softmax: their size counts.
         absolute = inputs if isinstance(inputs, OneHot) else inputs.abs()
         size += layout.restored(weight_gradient(own.abs(), absolute), gradient.shape)
-    return _is_close(total, gradient, size, _eps(uses))
+    return _is_close(total, gradient, size, _eps(uses, gradient))
 
 
 def _is_projection(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -> bool:
@@ -140,12 +140,12 @@ def _is_projection(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -
     terms = torch.einsum("bgop,go->bgp", own, u) * _along(uses.inputs(), v)
     weights = layout.permuted(gradient.reshape(1, -1))[0]
     projection = torch.einsum("go,gok,gk->g", u, weights, v)
-    return _is_close(terms.sum((0, 2)), projection, terms.abs().sum((0, 2)), _eps(uses))
+    return _is_close(terms.sum((0, 2)), projection, terms.abs().sum((0, 2)), _eps(uses, gradient))
 
 
-def _eps(uses: Uses) -> float:
-    """Return the largest relative rounding error of the outputs, which may be in a lower dtype."""
-    return max(torch.finfo(end.dtype).eps for end in uses.outputs)
+def _eps(uses: Uses, gradient: Tensor) -> float:
+    """Return the largest relative rounding error of a gradient and of the outputs of its uses."""
+    return max(torch.finfo(each.dtype).eps for each in (gradient, *uses.outputs))
 
 
 def _along(inputs: Inputs, v: Tensor) -> Tensor:
