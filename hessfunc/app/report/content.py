@@ -108,7 +108,7 @@ def as_json(part: Part, /) -> dict[str, Any]:
         case Density():
             data["n"] = result.n
             data["probes"], data["steps"] = result.nodes.shape
-            for name in ("width", "nodes", "weights"):
+            for name in ("width", "nodes", "weights", "masses"):
                 data[name] = getattr(result, name)
             data["count"] = _count(result)
         case Landscape():

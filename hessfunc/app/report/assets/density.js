@@ -4,7 +4,7 @@
 const REACH = 8;
 
 function densityChart(figure, { density: estimate, eigenvalues, smallest }) {
-  const probes = estimate.nodes.map((nodes, i) => atoms(nodes, estimate.weights[i]));
+  const probes = estimate.nodes.map((nodes, i) => atoms(nodes, estimate.masses[i]));
   const marks = [...marked(eigenvalues, i => `eigenvalue ${i + 1}`), ...marked(smallest, () => "smallest eigenvalue")];
   const ends = [...probes.flat().map(atom => atom.at), ...marks.map(mark => mark.at)].sort((a, b) => a - b);
   const [low, high] = [ends[0], ends.at(-1)];
