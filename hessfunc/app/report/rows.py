@@ -53,16 +53,19 @@ def aligned(column: Sequence[Words], /) -> list[str]:
     A figure space is as wide as a digit, and a punctuation space as wide as a point.
     """
     ends = [_decimals(plain(words)) for words in column]
-    most = max(ends, default=0)
+    most = max((end for end in ends if end is not None), default=0)
     return [
-        "\N{PUNCTUATION SPACE}" * (not end and bool(most)) + "\N{FIGURE SPACE}" * (most - end)
+        # A number with an exponent has no point to align.
+        ""
+        if end is None
+        else "\N{PUNCTUATION SPACE}" * (not end and bool(most)) + "\N{FIGURE SPACE}" * (most - end)
         for end in ends
     ]
 
 
-def _decimals(text: str) -> int:
-    """Return the number of digits after the point; those of an exponent do not count."""
-    return len(text.partition(".")[2]) if _NUMBER.fullmatch(text) else 0
+def _decimals(text: str) -> int | None:
+    """Return the number of digits after the point; None for a number with an exponent."""
+    return len(text.partition(".")[2]) if _NUMBER.fullmatch(text) else None
 
 
 # Number without an exponent.

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hessfunc.app import report
+from hessfunc.app.report.rows import aligned
 from tests.app.report.cases import PAIRS, PARTS, SUBJECT, TRACE
 
 pytest.importorskip("rich")
@@ -46,3 +47,14 @@ def test_brief_and_headline_are_one_line() -> None:
     assert report.plain(report.headline(vars(SUBJECT))) == (
         "Hessian of the loss 0.5 over 100 examples, 12,345 parameters, float32 on cpu"
     )
+
+
+def test_decimal_points_of_a_column_are_below_each_other() -> None:
+    column = [(report.Number(x, ".5g"),) for x in (5.6195, 2.295, -12.0, 4.9e-8)]
+    blanks = aligned(column)
+    texts = [report.plain(words) + blank for words, blank in zip(column, blanks, strict=True)]
+    places = [len(text) - text.index(".") for text in texts if "." in text and "e" not in text]
+    assert len(set(places)) == 1
+    # The integer ends where the points of the others are.
+    assert len(texts[2]) - len("-12") == places[0]
+    assert blanks[3] == ""
