@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results.check import Check
-from hessfunc.options import validated
+from hessfunc.options import of_numpy, validated
 from hessfunc.spaces.of import ravel, space_of
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Matvec, Tree
@@ -61,7 +61,12 @@ def check(
     y = space.probes(range(_PROBES, 2 * _PROBES), kind="normal", seed=seed)
 
     def product(rows: Tensor) -> Tensor:
-        images = space.ravel(matvec(space.unravel(rows)))
+        try:
+            images = space.ravel(matvec(space.unravel(rows)))
+        except TypeError as error:
+            if (clearer := of_numpy(error)) is not None:
+                raise clearer from error
+            raise
         if not torch.isfinite(images).all():
             raise FloatingPointError(
                 "a product has entries that are NaN or infinite: check that the loss and its "

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,25 +161,30 @@ class Products:
                 ) from error
             raise
         except (RuntimeError, IndexError, ValueError) as error:
-            if not self.passes and self._takes_one_vector(rows[0], error):
+            if not self.passes and (remedy := self._remedy(rows[0], error)) is not None:
                 raise TypeError(
-                    f"the matvec multiplies one vector, but not a block of them ({error}): pass "
-                    "hessfunc.batched(f), or write it for a leading axis of vectors, such as "
-                    "`block @ A` for a symmetric A"
+                    f"the matvec multiplies one vector, but not a block of them ({error}): {remedy}"
                 ) from error
             raise
 
-    def _takes_one_vector(self, row: Tensor, error: Exception) -> bool:
-        """Return whether the matvec multiplies a vector, after an error with a block."""
+    def _remedy(self, row: Tensor, error: Exception) -> str | None:
+        """Return the advice for a function of one vector, None if the matvec is no such function.
+
+        It is called after an error with a block.
+        """
         if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
-            return False
+            return None
         try:
-            self.space.ravel_leaves(
-                [x[None] for x in self.space.tree_leaves(self.matvec(self.space.unravel(row)))]
-            )
+            product = self.matvec(self.space.unravel(row))
+            if any(isinstance(leaf, np.ndarray) for leaf in leaves(product)):
+                return "pass hessfunc.compat.from_numpy(f, n=n), as it returns an array of NumPy"
+            self.space.ravel_leaves([x[None] for x in self.space.tree_leaves(product)])
         except Exception:  # The function may be of anybody, and the first error is raised again.
-            return False
-        return True
+            return None
+        return (
+            "pass hessfunc.batched(f), or write it for a leading axis of vectors, such as "
+            "`block @ A` for a symmetric A"
+        )
 
     def cost(self, reason: str, seed: int | None) -> Cost:
         """Return the fields of every result that describe its run."""

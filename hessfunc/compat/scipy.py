@@ -13,6 +13,8 @@ from torch.utils.dlpack import from_dlpack
 
 from hessfunc import options
 from hessfunc.algorithms.products import Products
+from hessfunc.autograd.constant_matrix import of_vectors
+from hessfunc.autograd.functorch import transforming
 from hessfunc.fingerprints import digest_of, with_fingerprint
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
@@ -136,9 +138,12 @@ def from_scipy(operator: Any, /) -> Matvec:
                 f"the operator has dtype {own}, but the vectors have {space.dtype}: pass `like` in "
                 f"{dtype}, such as `torch.zeros({n}, dtype={dtype})`"
             )
-        columns = _flat(space, block).cpu().numpy().T
+        return space.unravel(_product(multiplied, _flat(space, block)))
+
+    def multiplied(vectors: Tensor) -> Tensor:
+        columns = vectors.cpu().numpy().T
         rows = linear.matmat(columns).T.astype(own, order="C", casting="same_kind")
-        return space.unravel(torch.from_numpy(rows).to(space.device))
+        return torch.from_numpy(rows).to(vectors.device)
 
     if isinstance(operator, np.ndarray):
         return with_fingerprint(matvec, lambda: {"matrix": digest_of(operator.tobytes())})
@@ -176,6 +181,11 @@ def from_numpy(function: Callable[[Any], Any], /, *, n: int, xp: ModuleType = np
     GPU for NumPy, are copied before the call, too.
     """
     options.at_least(1, n=n)
+    if not hasattr(xp, "from_dlpack"):
+        raise TypeError(
+            f"xp is {options.described(xp)}, which has no `from_dlpack`: pass a module, such as "
+            "xp=cupy"
+        )
 
     def matvec(block: Tree) -> Tree:
         space = _space_of_vectors(block, n, "function")
@@ -185,12 +195,22 @@ def from_numpy(function: Callable[[Any], Any], /, *, n: int, xp: ModuleType = np
                 f"the vectors have dtype {vectors.dtype}: pass `like` in torch.float32 or "
                 "torch.float64"
             )
+        return space.unravel(_product(multiplied, vectors))
+
+    def multiplied(vectors: Tensor) -> Tensor:
         rows = torch.empty_like(vectors)
         for row, vector in zip(rows, vectors, strict=True):
             row.copy_(_product_of_array(function, vector, xp))
-        return space.unravel(rows)
+        return rows
 
     return matvec
+
+
+def _product(multiplied: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    """Return the products of a symmetric matrix with rows, which keep the graph of the rows."""
+    if transforming() or (torch.is_grad_enabled() and vectors.requires_grad):
+        return of_vectors(lambda rows: [multiplied(rows[0].detach())], [vectors])[0]
+    return multiplied(vectors.detach())
 
 
 def _product_of_array(function: Callable[[Any], Any], vector: Tensor, xp: ModuleType) -> Tensor:
@@ -226,7 +246,7 @@ def _flat(space: Space, block: Tree) -> Tensor:
     first, *others = leaves(block)
     is_flat = not others and first.shape[1:] == (space.n,)
     rows: Tensor = first if is_flat else space.ravel(block)
-    return rows.detach()
+    return rows
 
 
 def _refuse_asymmetric(matrix: Any) -> None:

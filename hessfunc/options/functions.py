@@ -160,12 +160,16 @@ def factory(name: str, value: Any, /) -> Any:
 
 
 def of_numpy(error: Exception, /) -> TypeError | None:
-    """Return a clearer error for a NumPy function that was called with tensors; None otherwise."""
-    if "numpy" not in str(error) or "from_scipy" in str(error):
+    """Return a clearer error for a function of arrays that was called with tensors, or None."""
+    text = str(error)
+    # NumPy names its own arrays; CuPy and JAX name the class that they do not accept.
+    is_told = "from_scipy" in text or "from_numpy" in text
+    if is_told or ("numpy" not in text and "'torch.Tensor'>" not in text):
         return None
     return TypeError(
-        f"the function does not accept tensors ({error}): pass hessfunc.compat.from_scipy(A) for a "
-        "NumPy matrix A, or hessfunc.compat.from_numpy(f, n=n) for a function f of arrays"
+        f"the function does not accept tensors ({text}): pass hessfunc.compat.from_scipy(A) for a "
+        "NumPy matrix A, or hessfunc.compat.from_numpy(f, n=n) for a function f of arrays (of CuPy "
+        "or JAX with xp=cupy or xp=jax.numpy)"
     )
 
 

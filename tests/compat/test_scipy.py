@@ -459,3 +459,51 @@ def test_a_function_that_writes_into_its_argument_is_refused() -> None:
     scaled = LinearOperator((N, N), matvec=doubled, matmat=doubled, dtype=np.float64)
     with pytest.raises(ValueError, match="changes its block in place"):
         hf.hutchinson(from_scipy(scaled), FLAT, seed=0)
+
+
+MATRICES: dict[str, Callable[[NDArray[Any]], Matvec]] = {
+    "from_scipy": from_scipy,
+    "from_numpy": lambda a: from_numpy(lambda v: a @ v, n=len(a)),
+}
+
+
+@pytest.mark.parametrize("made", MATRICES)
+def test_products_keep_the_graph_of_the_vectors(made: str) -> None:
+    given = random_symmetric(5, seed=0)
+    matvec = MATRICES[made](given.numpy())
+    v = torch.arange(1.0, 6.0, dtype=torch.float64)
+
+    def quadratic(x: torch.Tensor) -> torch.Tensor:
+        return hf.inner(x, hf.apply(matvec, x))
+
+    torch.testing.assert_close(torch.func.grad(quadratic)(v), 2 * given @ v)
+    torch.testing.assert_close(torch.func.hessian(quadratic)(v), 2 * given)
+    torch.testing.assert_close(torch.func.jvp(quadratic, (v,), (v,))[1], 2 * v @ given @ v)
+    block = torch.stack([v, -v])
+    mapped = torch.func.vmap(lambda x: hf.apply(matvec, x))(block)
+    torch.testing.assert_close(mapped, block @ given)
+    leaf = v.clone().requires_grad_()
+    quadratic(leaf).backward()
+    torch.testing.assert_close(leaf.grad, 2 * given @ v)
+
+
+@pytest.mark.parametrize("xp", [None, "cupy"])
+def test_what_is_no_module_of_arrays_is_refused(xp: Any) -> None:
+    with pytest.raises(TypeError, match="has no `from_dlpack`: pass a module, such as xp=cupy"):
+        from_numpy(lambda v: v, n=3, xp=xp)
+
+
+def test_a_function_of_arrays_is_told_from_one_of_tensors() -> None:
+    given, like = sparse(6), torch.zeros(6, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"one vector.*pass hessfunc.compat.from_numpy\(f, n=n\)"):
+        hf.lanczos(given.dot, like, k=1)
+    array = given.toarray()
+    for call in (hf.check, lambda f, v: hf.apply(f, v)):
+        with pytest.raises(TypeError, match=r"from_numpy\(f, n=n\) for a function f of arrays"):
+            call(lambda v: array @ v, like)
+
+    def of_jax(v: torch.Tensor) -> torch.Tensor:
+        raise TypeError(f"Cannot interpret value of type {type(v)} as an abstract array")
+
+    with pytest.raises(TypeError, match="xp=jax.numpy"):
+        hf.lanczos(of_jax, like, k=1)

@@ -30,8 +30,10 @@ def apply(matvec: Matvec, vector: Tree, /) -> Tree:
         options.matvec("matvec", matvec)
     try:
         product, given = flatten(matvec(structure.unflatten(leaf[None] for leaf in entries)))
-    except TypeError:
+    except TypeError as error:
         options.matvec("matvec", matvec)
+        if (clearer := options.of_numpy(error)) is not None:
+            raise clearer from error
         raise
     shapes = [tuple(getattr(leaf, "shape", ())) for leaf in product]
     wanted = [(1, *leaf.shape) for leaf in entries]
@@ -313,6 +315,11 @@ def from_linear_operator(operator: Any, /) -> Matvec:
         raise TypeError(
             f"the operator has dtype {dtype}, which is not of torch: use "
             "`compat.from_scipy(operator)` for matrices and operators of NumPy and SciPy"
+        )
+    if not dtype.is_floating_point:
+        raise TypeError(
+            f"the operator has dtype {dtype}: pass a real floating-point one, such as "
+            "`operator.double()`"
         )
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(

@@ -223,6 +223,7 @@ def test_the_product_of_a_linear_operator_does_not_share_the_memory_of_the_block
     [
         (A, TypeError, r"use `dense\(A\)`"),
         (A.numpy(), TypeError, r"use `compat.from_scipy\(operator\)`"),
+        (A.long().to_sparse(), TypeError, r"dtype torch.int64: .*`operator.double\(\)`"),
         (lambda v: v, TypeError, r"a function is no linear operator.*batched\(f\)"),
         (Kernel(A[:3]), ValueError, r"shape \(3, 8\), which is not square"),
         (Kernel(torch.stack([A, A])), ValueError, "one of a batch"),
