@@ -82,6 +82,8 @@ _HOMES = {
     "landscape": "recipes.landscape",
     "critical_sharpness": "recipes.sharpness",
     "implicit_gradient": "recipes.implicit_gradient",
+    "influence": "recipes.influence",
+    "self_influence": "recipes.influence",
     "generalized_sharpness": "algorithms.frank_wolfe",
     "stability": "optim.stability.reading",
 }

@@ -154,6 +154,11 @@ OF_RULE = {
         moving=(0,), module=nn.Tanh(), shape=torch.Size([3]),
     )
 }  # fmt: skip
+INFLUENCE = {
+    "damping": 1.0, "curvature": hf.hvp(LOSS), "preconditioner": None, "rtol": 0.1,
+    "max_matvecs": 20, "weight": hf.examples, "keep": False, "examples_per_chunk": 2,
+    "progress": None,
+}  # fmt: skip
 CALLS: dict[str, Call] = {
     "attached.eigenvalues": Call({"matvec": with_graph, "pairs": PAIRS}),
     "attached.eigenvectors": Call(
@@ -426,6 +431,13 @@ CALLS: dict[str, Call] = {
             "progress": None,
         },
     ),
+    "influence": Call(
+        {"loss": LOSS, "params": PARAMS, "train_batches": [BATCH], "query_batches": [BATCH]},
+        INFLUENCE | {"query_loss": None, "aggregate": False, "by_leaf": True, "rank": 2},
+    ),
+    "self_influence": Call(
+        {"loss": LOSS, "params": PARAMS, "train_batches": [BATCH]}, INFLUENCE
+    ),
     "landscape": Call(
         OF_DATA | {"direction": ONES},
         {
@@ -521,6 +533,8 @@ TRACE_FOUND = hf.hutchinson(matvec, LIKE, seed=0, max_matvecs=4)
 OTHER_FOUND = hf.hutchinson(matvec, LIKE, seed=1, max_matvecs=4)
 DIAGONAL_FOUND = hf.hutchinson_diagonal(matvec, LIKE, seed=0, max_matvecs=4)
 SAMPLED_FOUND = hf.sampled_trace(draws, LIKE, probes=2, seed=0, max_matvecs=12)
+INFLUENCES = hf.influence(LOSS, PARAMS, [BATCH], [BATCH], damping=1.0)
+OWN_INFLUENCES = hf.self_influence(LOSS, PARAMS, [BATCH], damping=1.0)
 LINE = hf.landscape(LOSS, PARAMS, [BATCH], ONES, points=3)
 PLANE = hf.landscape(
     LOSS,
@@ -552,6 +566,9 @@ METHODS: dict[str, Call] = {
     "SampledEstimate.best_probes_per_draw": Call(
         {"cost": 1.0}, function=SAMPLED_FOUND.best_probes_per_draw
     ),
+    "Influence.top": Call({"k": 2}, function=INFLUENCES.top),
+    "Influence.bottom": Call({"k": 2}, function=INFLUENCES.bottom),
+    "SelfInfluence.top": Call({"k": 2}, function=OWN_INFLUENCES.top),
     "Density.grid": Call({"points": 5}, function=DENSITY.grid),
     "Density.pdf": Call({"grid": B}, {"width": 0.1}, function=DENSITY.pdf),
     "Density.distance": Call({"level": 0.9}, function=DENSITY.distance),

@@ -17,7 +17,15 @@ from hessfunc.options.data import (
     tree,
 )
 from hessfunc.options.door import or_none, validated
-from hessfunc.options.functions import criterion, factory, function_of, matvec, of_numpy
+from hessfunc.options.functions import (
+    criterion,
+    curvature_or_matvec,
+    factory,
+    function_of,
+    is_function,
+    matvec,
+    of_numpy,
+)
 from hessfunc.options.scalars import (
     at_least,
     described,
@@ -41,12 +49,14 @@ __all__ = [
     "coordinates",
     "eigenpairs_or_density",
     "criterion",
+    "curvature_or_matvec",
     "described",
     "factor",
     "factory",
     "finite",
     "flag",
     "function_of",
+    "is_function",
     "groups",
     "mapping",
     "matvec",

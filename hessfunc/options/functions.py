@@ -151,6 +151,13 @@ def matvec(name: str, value: Any, /) -> Any:
     return value
 
 
+def curvature_or_matvec(name: str, value: Any, /) -> Any:
+    """Return a curvature function (params, batch) -> matvec, or a matvec."""
+    if is_function(value, 2) or _is_loss(value):
+        return curvature(name, value)
+    return matvec(name, value)
+
+
 def factory(name: str, value: Any, /) -> Any:
     """Return a function of a loss that returns a curvature function."""
     if is_function(value, 1):

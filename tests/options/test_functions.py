@@ -32,6 +32,10 @@ def test_functions_are_told_apart_by_their_arguments() -> None:
     assert functions.loss("loss", loss) is loss
     curvature = hf.hvp(loss)
     assert functions.curvature("curvature", curvature) is curvature
+    for either in (curvature, matvec):
+        assert functions.curvature_or_matvec("curvature", either) is either
+    with pytest.raises(TypeError, match="a curvature function"):
+        functions.curvature_or_matvec("curvature", loss)
     with pytest.raises(TypeError, match="one argument, like a matvec"):
         functions.curvature("curvature", lambda v: v)
     with pytest.raises(TypeError, match="a curvature function"):

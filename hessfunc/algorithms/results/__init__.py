@@ -10,6 +10,7 @@ from hessfunc.algorithms.results.estimate import (
     pool,
 )
 from hessfunc.algorithms.results.implicit_gradient import ImplicitGradient
+from hessfunc.algorithms.results.influence import Influence, SelfInfluence
 from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.algorithms.results.matrix_function import MatrixFunction
 from hessfunc.algorithms.results.overlap import Overlap
@@ -30,6 +31,8 @@ __all__ = [
     "Solution",
     "MatrixFunction",
     "ImplicitGradient",
+    "Influence",
+    "SelfInfluence",
     "Landscape",
     "GeneralizedSharpness",
     "Sharpness",

@@ -1,0 +1,218 @@
+"""Influence of training examples on the losses of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfunc import options
+from hessfunc.algorithms.results import Influence
+from hessfunc.display import Reported, reporting
+from hessfunc.losses import LossFunction
+from hessfunc.options import at_least, validated
+from hessfunc.recipes.influence.system import System, gradients_of, refuse_unordered
+from hessfunc.spaces.inner_products import gram
+from hessfunc.spaces.of import space_of
+from hessfunc.spaces.space import Space, rows_dtype
+from hessfunc.transforms.batches.gradient import mean_gradient
+from hessfunc.transforms.batches.reductions import Average
+from hessfunc.transforms.chunks import Curvature
+from hessfunc.transforms.example_gradients import example_gradients
+from hessfunc.trees import Matvec, Tree, tree_map
+
+# Number of entries of a row whose products are summed in its own dtype.
+_RUN = 1024
+
+
+@validated(curvature=options.curvature_or_matvec)
+def influence(
+    loss: LossFunction,
+    params: Tree,
+    train_batches: Iterable[Any],
+    query_batches: Iterable[Any],
+    /,
+    *,
+    damping: float,
+    curvature: Curvature | Matvec | None = None,
+    preconditioner: Matvec | None = None,
+    query_loss: LossFunction | None = None,
+    aggregate: bool = False,
+    by_leaf: bool = False,
+    rank: int | None = None,
+    rtol: float = 1e-4,
+    max_matvecs: int = 1000,
+    weight: Callable[[Any], float] | None = None,
+    keep: bool = False,
+    examples_per_chunk: int | None = None,
+    progress: Reported = None,
+) -> Influence:
+    """Compute the influence of each training example on the loss of each query.
+
+        S[i, j] = g_i' (A + damping I)^-1 g_j,    g = gradient of the loss of one example
+
+    A is a curvature matrix of the mean training loss L. If example j gets a larger weight in
+    training, L + epsilon l_j, the minimum moves by -epsilon (A + damping I)^-1 g_j to first order,
+    and the loss of query i changes by -epsilon S[i, j]. A positive score therefore means that more
+    weight lowers the loss of the query. Leaving out one of m examples is the weight -1/m, which
+    changes the loss by S[i, j] / m.
+
+    For an L2 penalty of training that is not part of the loss, pass its factor as the damping. In
+    a net that is not at a minimum, the damping is a parameter of the method: choose it on held-out
+    subsets, because it matters as much as the choice of A.
+
+    Each batch of queries is solved as a block of right-hand sides. The gradients of the training
+    examples are then computed in one pass over the data, and only their inner products with the
+    solutions are kept.
+
+    Args:
+        loss: Training loss, ``(params, batch) -> scalar``.
+        params: Trained parameters.
+        train_batches: Any re-iterable of training batches, in a fixed order.
+        query_batches: Any re-iterable of batches of queries.
+        damping: Number that is added to the diagonal of A.
+        curvature: Curvature function whose mean over the training batches is A, such as
+            ``hvp(loss)`` or ``kronecker.ekfac(loss, model)``, or the matvec of A. The default is
+            ``ggnvp(loss)``. Structured blocks are inverted; other matrices are solved by `cg`.
+        preconditioner: Preconditioner of `cg`, such as ``blocks.inverse(damping)`` for the
+            Kronecker factors of the data set.
+        query_loss: Loss of queries, ``(params, batch) -> scalar``, any differentiable function;
+            by default the training loss.
+        aggregate: Whether the mean loss of all queries, as in `over_batches`, is the only query.
+        by_leaf: Whether to keep the part of the scores that belongs to each leaf.
+        rank: Number of singular directions of the query gradients on which they are projected, so
+            that only as many systems are solved. The residuals contain the remainder.
+        rtol: Relative tolerance of the residual of each solve.
+        max_matvecs: Budget, the largest number of products for each system, on average over a
+            block.
+        weight: Weight of a training batch in A, and of a query batch if ``aggregate``, as in
+            `over_batches`.
+        keep: Whether the graph of every training batch is kept, as in `over_batches`.
+        examples_per_chunk: Number of examples that vmap differentiates at once; 1 is a loop
+            without vmap. By default, the gradients of one pass take 64 MiB.
+        progress: Function of a `Progress`, called after each round of a solve, and after each
+            training batch; True for a bar or lines, as in `RunOptions`.
+
+    Returns:
+        `Influence`, with the scores, the residual of each query, and a bound of the error.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or if batches can be read only once.
+        ValueError: If an option is out of range, if a loader shuffles, if a batch cannot be divided
+            into examples, if a gradient is not finite, or if A + damping I is not positive
+            definite.
+        NotImplementedError: If the parameters are DTensors.
+        RuntimeError: If vmap does not support the model.
+
+    Cost: the products of `cg` for each query, one gradient for each training example, and q n
+    operations for its scores. Memory: the solutions of all queries, 14 vectors for each query of a
+    batch during its solve, and the gradients of one chunk.
+
+    Source: Koh and Liang 2017, arXiv 1703.04730; EKFAC: Grosse et al. 2023, arXiv 2308.03296;
+    projections: Park et al. 2023, TRAK, arXiv 2303.14186.
+    """
+    at_least(1, rank=rank, examples_per_chunk=examples_per_chunk)
+    for batches in (train_batches, query_batches):
+        refuse_unordered(batches)
+    space = space_of(params)
+    measured = loss if query_loss is None else query_loss
+    gradients: Iterator[Tree]
+    if aggregate:
+        several = not isinstance(query_batches, Sized) or len(query_batches) != 1
+        _, mean = mean_gradient(measured, Average(weight, several), params, query_batches)
+        gradients = iter([tree_map(lambda leaf: leaf[None], mean)])
+    else:
+        gradients = gradients_of(measured, params, query_batches, examples_per_chunk)
+    system = System.of(
+        loss, params, train_batches, curvature, damping, preconditioner, rtol, max_matvecs,
+        weight=weight, keep=keep, progress=progress,
+    )  # fmt: skip
+    queries = _solved(system, gradients, rank)
+    columns, norms = [], []
+    total = len(train_batches) if isinstance(train_batches, Sized) else None
+    with reporting(progress, "influence", total=total, unit="batches") as report:
+        for done, batch in enumerate(train_batches, 1):
+            for block in example_gradients(
+                loss, params, batch, examples_per_chunk=examples_per_chunk
+            ):
+                rows = space.ravel(block, dtype=rows_dtype(space))
+                norms.append(space.norms(rows))
+                columns.append(_by_leaf(space, queries.solutions, rows).cpu())
+            if report is not None:
+                report(done)
+    if not columns:
+        raise ValueError("there is no training example: pass at least one batch")
+    # Scores of the directions, (leaves, r, m), combined to those of the queries.
+    parts = queries.coefficients @ torch.cat(columns, dim=-1)
+    return Influence(
+        scores=parts.sum(0),
+        damping=damping,
+        residuals=queries.residuals,
+        solved=queries.solved,
+        query_norms=queries.norms,
+        train_norms=torch.cat(norms).cpu(),
+        by_leaf=dict(zip(space.names, parts, strict=True)) if by_leaf else None,
+        matvecs=system.matvecs,
+        passes=system.passes,
+        reason=system.reason,
+        seed=None,
+    )
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """Solutions for r directions, of which the queries are linear combinations.
+
+    Attributes:
+        solutions: Solutions ``(r, n)``.
+        coefficients: Coefficients of the queries, float64 ``(q, r)``.
+        residuals: Bound of the residual of each query, float64 ``(q,)``.
+        solved: Whether the solves of each query are within the tolerance, bool ``(q,)``.
+        norms: Norm of the gradient of each query, float64 ``(q,)``.
+    """
+
+    solutions: Tensor
+    coefficients: Tensor
+    residuals: Tensor
+    solved: Tensor
+    norms: Tensor
+
+
+def _solved(system: System, gradients: Iterator[Tree], rank: int | None) -> _Queries:
+    space = system.space
+    blocks = (space.ravel(block, dtype=rows_dtype(space)) for block in gradients)
+    if rank is None:
+        pairs = [(system.solve(rows), space.norms(rows).cpu()) for rows in blocks]
+        if not pairs:
+            raise ValueError(_NO_QUERY)
+        norms = torch.cat([norm for _, norm in pairs])
+        identity = torch.eye(len(norms), dtype=norms.dtype)
+        residuals, solved = torch.cat(system.residuals), torch.cat(system.solved)
+        return _Queries(torch.cat([x for x, _ in pairs]), identity, residuals, solved, norms)
+    every = list(blocks)
+    if not every:
+        raise ValueError(_NO_QUERY)
+    rows = torch.cat(every)
+    # Q = U diag(s) V': the queries are combinations U_r diag(s_r) of the directions V_r.
+    left, values, right = torch.linalg.svd(rows, full_matrices=False)
+    kept = min(rank, int((values > 0).sum()) or 1)
+    solutions = system.solve(right[:kept])
+    norms = space.norms(rows).cpu()
+    coefficients = (left[:, :kept] * values[:kept]).to(norms.dtype).cpu()
+    # |g - P g|^2 = |g|^2 - |P g|^2, and the residual of P g is at most sum_k |c_k| |r_k|.
+    outside = (norms.square() - coefficients.square().sum(1)).clamp_min(0).sqrt()
+    (residuals,), (solved,) = system.residuals, system.solved
+    bound = outside + coefficients.abs() @ residuals
+    return _Queries(solutions, coefficients, bound, solved.all().expand(len(rows)), norms)
+
+
+_NO_QUERY = "there is no query: pass at least one batch in `query_batches`"
+
+
+def _by_leaf(space: Space, rows: Tensor, others: Tensor) -> Tensor:
+    """Return the inner products of rows for each leaf, float64 ``(leaves, j, k)``."""
+    pairs = zip(rows.split(space.sizes, 1), others.split(space.sizes, 1), strict=True)
+    return torch.stack([gram(one, two, run=_RUN) for one, two in pairs])
