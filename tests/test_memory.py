@@ -70,6 +70,13 @@ RUNS: dict[str, tuple[Callable[..., Any], Callable[[float], float], str]] = {
         lambda _: (62 + 1 + 1) + PRODUCT,
         "5 n more if block_size < k",
     ),
+    "lanczos, near a shift": (
+        lambda mv, b: hf.lanczos(
+            mv, b, k=2, which="nearest", sigma=6.0, basis_size=20, max_matvecs=60, seed=0
+        ),
+        lambda _: 2 * 20 + 42,
+        "2 basis_size + 42 vectors",
+    ),
     "power_iteration": (
         lambda mv, b: hf.power_iteration(mv, b, k=3, rtol=0.1, seed=0),
         lambda _: 3 * 3 + 1 + PRODUCT,

@@ -101,6 +101,23 @@ def pairs() -> hf.results.Eigenpairs:
     return hf.lanczos(as_matvec(matrix), like(), k=3, rtol=1e-10, seed=1)
 
 
+def deflated_slq(matvec: Any, like: Any, **run: Any) -> hf.results.Density:
+    """A density of the complement of three eigenpairs."""
+    first = hf.lanczos(matvec, like, k=3, rtol=1e-11, seed=1, space=run.get("space"))
+    return hf.slq(matvec, like, deflate=first, probes=2, steps=12, **run)
+
+
+def trace_of_density(matvec: Any, like: Any, **run: Any) -> hf.results.Estimate:
+    """A trace that begins with the Krylov space of a density."""
+    first = hf.slq(matvec, like, steps=10, keep_basis=True, seed=1, space=run.get("space"))
+    return hf.trace(matvec, like, start=first, **({"max_matvecs": 14} | run))
+
+
+def function_of_ones(matvec: Any, like: Any, **run: Any) -> hf.results.MatrixFunction:
+    """The hyperbolic tangent of the matrix, times a vector of ones."""
+    return hf.function(matvec, torch.tanh, tree_map(torch.ones_like, like), rtol=1e-9, **run)
+
+
 ALGORITHMS = {
     "power_iteration": partial(hf.power_iteration, k=2, rtol=0.03, max_matvecs=80),
     "lanczos": partial(hf.lanczos, k=4, rtol=1e-9),
@@ -115,7 +132,16 @@ ALGORITHMS = {
     "xnystrace": partial(hf.xnystrace, max_matvecs=24),
     "hutchinson_diagonal": partial(hf.hutchinson_diagonal, max_matvecs=24),
     "xdiag": partial(hf.xdiag, max_matvecs=30),
+    "trace": partial(hf.trace, max_matvecs=24),
+    "trace, from a density": trace_of_density,
+    "diagonal": partial(hf.diagonal, max_matvecs=24),
     "slq": partial(hf.slq, probes=3, steps=12),
+    "slq, deflated": deflated_slq,
+    "logdet": partial(hf.logdet, damping=20.0, max_matvecs=24),
+    "trace_of_function": lambda matvec, like, **run: hf.trace_of_function(
+        matvec, torch.tanh, like, **({"max_matvecs": 24} | run)
+    ),
+    "function": function_of_ones,
 }
 
 

@@ -29,7 +29,11 @@ RUNS = {
     "xnystrace": (10, 30),
     "hutchinson_diagonal": (10, 30),
     "xdiag": (12, 30),
+    # The budget decides between Krylov vectors and probes, but not before the first four probes.
+    "trace": (4, 30),
+    "diagonal": (4, 30),
     "slq": (15, 36),
+    "logdet": (12, 30),
     "cg": (6, 60),
     "minres": (6, 60),
 }

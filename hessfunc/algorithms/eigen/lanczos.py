@@ -134,8 +134,8 @@ def lanczos(
     block_size + k) n numbers besides those of a product, and 5 n more if block_size < k.
     With a basis of m vectors on another device, a block step copies it twice, once for each
     projection: 2 m n numbers. A restart moves up to 4 m n. With ``"nearest"`` or the matvec of a
-    metric, the run begins at k random vectors or more, finds up to k copies of an eigenvalue, keeps
-    two or three numbers for each of the basis, and makes no certificate.
+    metric, the run begins at k random vectors or more, finds up to k copies of an eigenvalue, and
+    makes no certificate. It keeps 2 basis_size + 42 vectors, and basis_size more with a metric.
 
     Source: Wu and Simon 2000, Thick-restart Lanczos method; block form: Chen, Epperly, Meyer,
     Musco and Rao 2025, arXiv 2508.06486. Pairs near a shift: Sleijpen and van der Vorst 1996.
