@@ -27,6 +27,13 @@ def diagonal(spectrum: torch.Tensor, probes: int, steps: int, seed: int) -> Dens
     return hf.slq(matvec, torch.zeros_like(spectrum), probes=probes, steps=steps, seed=seed)
 
 
+def shares(draws: int, probes: int, n: int, seed: int = 0) -> torch.Tensor:
+    """Weights of exact quadratures, ``(draws, probes, n)``: squares of points on the sphere."""
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.randn(draws, probes, n, dtype=torch.float64, generator=generator).square()
+    return square / square.sum(-1, keepdim=True)
+
+
 def of_nodes(
     nodes: list[list[float]], weights: list[list[float]], n: int, residual: float = 0.0
 ) -> Density:

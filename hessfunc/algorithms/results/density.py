@@ -10,24 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.results.deflated import complement, shifts
 from hessfunc.algorithms.results.estimate import Estimate, scaled
 from hessfunc.algorithms.results.masses import distance_bound, masses
-from hessfunc.algorithms.results.quadrature import Rule, bracket, ends, evaluated, radau
+from hessfunc.algorithms.results.measure import SpectralMeasure
+from hessfunc.algorithms.results.quadrature import Rule
 from hessfunc.algorithms.results.result import Result
-from hessfunc.algorithms.statistics import (
-    kolmogorov_quantile,
-    largest_share,
-    mean_square,
-    refuse_level,
-)
+from hessfunc.algorithms.statistics import refuse_level
 from hessfunc.display import curve, shown
 from hessfunc.numerics import rounding
 from hessfunc.options import real, validated
 from hessfunc.trees import Tree
 
-# Rounding of sums of weights.
-_ROUNDING = 1e-12
 # Rounding of n times a share of the eigenvalues, which is an integer.
 _WHOLE = 1e-6
 
@@ -148,10 +141,11 @@ class Density(Result):
         of networks, the Wasserstein distance is 4.5 to 261 times smaller than with `weights`. If
         the weights are improbable for simple eigenvalues (1 of 1,000), they remain.
         """
-        sampled = masses(self._rule, self._dimension)
+        measure = self._measure
+        sampled = masses(measure.rule, measure.dimension)
         if self.deflated is None:
             return sampled
-        share = self._dimension / self.n
+        share = measure.dimension / self.n
         return self.weights.masked_scatter(~self.deflated, share * sampled)
 
     @validated
@@ -179,9 +173,10 @@ class Density(Result):
         refuse_level(level)
         if self.residuals is None:
             return math.inf
-        sampled = distance_bound(self._rule, self._dimension, *self._ends(None, None), level)
+        measure = self._measure
+        sampled = distance_bound(measure.rule, measure.dimension, *measure.range(), level)
         # W1 is at most the mean distance of the ordered eigenvalues of A from those of D and PAP.
-        return self._dimension / self.n * sampled + 2 * float(self._shifts.sum()) / self.n
+        return (measure.dimension * sampled + 2 * measure.shift) / self.n
 
     @validated
     def cdf_bounds(
@@ -229,53 +224,13 @@ class Density(Result):
                 f"x has {int(points.isnan().sum())} entries that are NaN: pass the points in units "
                 "of the eigenvalues, such as density.grid()"
             )
-        shift, dimension = float(self._shifts.sum()), self._dimension
-        lower, _ = self._rule.enclosed(points - shift, self._margin)
-        _, upper = self._rule.enclosed(points + shift, self._margin)
-        if simultaneous:
-            variance = 2 / (len(self.nodes) * (dimension + 2))
-            half = kolmogorov_quantile(level) * math.sqrt(variance) + _ROUNDING
-            lower, upper = (lower - half).clamp_min(0), (upper + half).clamp_max(1)
-        else:
-            tail, scale = (1 - level) / 2, len(self.nodes) * dimension
-            # The lower bound of F is the upper bound of the share 1 - F of the eigenvalues above x.
-            lower = 1 - largest_share(1 - lower + _ROUNDING, tail, scale)
-            upper = largest_share(upper + _ROUNDING, tail, scale)
-        if self.deflated is None:
-            return lower, upper
-        known, margin = self._known, shift + self._margin
-        surely = (known < points[..., None] - margin).sum(-1) + dimension * lower
-        maybe = (known <= points[..., None] + margin).sum(-1) + dimension * upper
-        return surely / self.n, maybe / self.n
+        return self._measure.distribution(points, level, simultaneous=simultaneous)
 
     @property
-    def _rule(self) -> Rule:
-        """Gauss quadrature rules of the probes, in the complement of known eigenpairs."""
+    def _measure(self) -> SpectralMeasure:
+        """Spectral measures of the probes, and the eigenpairs that were deflated."""
         rule = Rule(self.nodes, self.weights, self.residuals)
-        return rule if self.deflated is None else complement(rule, self.deflated, self.n)
-
-    @property
-    def _known(self) -> Tensor:
-        """Known eigenvalues, ``(k,)``."""
-        return self.nodes[0, :0] if self.deflated is None else self.nodes[0][self.deflated[0]]
-
-    @property
-    def _dimension(self) -> int:
-        """Dimension of the space of the probes."""
-        return self.n - len(self._known)
-
-    @property
-    def _shifts(self) -> Tensor:
-        """Bounds of the errors of known eigenvalues, ``(k,)``."""
-        if self.deflated is None or self.residuals is None:
-            return torch.zeros_like(self._known)
-        errors = self.residuals[0][self.deflated[0]]
-        return shifts(self._known, errors, *ends(self._rule, self._dimension))
-
-    @property
-    def _margin(self) -> float:
-        """Rounding of a Ritz value."""
-        return rounding(self.eps, float(self.nodes.abs().max()))
+        return SpectralMeasure.of(rule, self.deflated, n=self.n, eps=self.eps)
 
     @validated(x=real)
     def count_above(self, x: float, level: float = 0.95) -> tuple[int, int]:
@@ -301,7 +256,8 @@ class Density(Result):
         lower, upper = self.cdf_bounds(x, level)
         mass = self.weights > 0
         # A zero eigenvalue whose Ritz value is off by rounding must not count as above or below 0.
-        margin = self._margin + float(self._shifts.sum())
+        measure = self._measure
+        margin = measure.margin + measure.shift
         ritz_above = int(((self.nodes > x + margin) & mass).sum(1).max())
         ritz_below = int(((self.nodes < x - margin) & mass).sum(1).max())
         low = max(ritz_above, math.ceil(self.n * (1 - float(upper)) - _WHOLE))
@@ -374,8 +330,9 @@ class Density(Result):
         regular: bool,
     ) -> Estimate:
         """Return the mean of f; ``regular`` says that the derivatives of f keep their signs."""
-        whole = self._rule.exact & ((self.weights > 0).sum(1) == self.n)
-        whole &= float(self._shifts.sum()) <= self._margin
+        measure = self._measure
+        whole = measure.rule.exact & ((self.weights > 0).sum(1) == self.n)
+        whole &= measure.shift <= measure.margin
         if self.residuals is None or not bool(whole.any()):
             return self._estimated(f, smallest, largest, regular=regular)
         # The nodes of n steps are all eigenvalues, whatever the probe.
@@ -395,86 +352,8 @@ class Density(Result):
         regular: bool,
     ) -> Estimate:
         """Return the mean of f from the weights of the probes."""
-        rule, share = self._rule, self._dimension / self.n
-        carries = rule.weights > 0
-        low, high = self._ends(smallest, largest)
-
-        def inside(points: Tensor) -> Tensor:
-            return evaluated(f, points.clamp(low, high))
-
-        # 0 * inf is NaN, so nodes of weight 0, which pad a probe that ended early, are left out.
-        values, known = torch.where(carries, inside(rule.nodes), 0.0), evaluated(f, self._known)
-        bad = torch.cat([rule.nodes[~values.isfinite()], self._known[~known.isfinite()]])
-        if len(bad):
-            raise ValueError(
-                f"f is not finite at {len(bad)} nodes, the smallest {float(bad.min()):.3g}: shift "
-                "the matrix, or clamp the argument of f, such as lambda x: f(x.clamp_min(1e-6))"
-            )
-        deflated = float(known.sum()) / self.n
-        samples = deflated + share * (rule.weights * values).sum(1)
-        bounds = deflated + share * bracket(rule, inside, low, high, regular=regular).mean(0)
-        # Rounded products move the nodes by up to the margin, and f with them.
-        moved = _moved(inside, rule.nodes, self._margin)
-        rounded = share * float(torch.where(carries, rule.weights * moved, 0.0).sum(1).mean())
-        rounded += _ROUNDING * float(torch.cat([values.flatten(), known]).abs().max())
-        if len(known):
-            # Residuals move known eigenvalues, and those of the complement by the same in total.
-            own = _moved(lambda x: evaluated(f, x), self._known, self._shifts + self._margin)
-            others = _moved(inside, rule.nodes, float(self._shifts.sum()))
-            rounded += float(own.sum() + torch.where(carries, others, 0.0).max()) / self.n
-        rules = [(values, rule.weights)]
-        if self.residuals is not None and not bool(rule.exact.all()):
-            for end in (low, high):
-                if not math.isfinite(end):
-                    continue
-                nodes, weights = radau(rule, end)
-                at_nodes = torch.where(weights > 0, inside(nodes), 0.0)
-                if bool(at_nodes.isfinite().all()):
-                    rules.append((at_nodes, weights))
-        n = self._dimension
-        spreads = [mean_square(v - (w * v).sum() / len(w), w, n) for v, w in rules]
-        lower, upper = float(bounds[0]) - rounded, float(bounds[1]) + rounded
-        if math.isnan(lower) or math.isnan(upper):
-            lower, upper = -math.inf, math.inf
-        reason = "mean of f over the spectrum"
-        if not math.isfinite(upper - lower):
-            reason += (
-                f", without bounds: eigenvalues may lie in [{low:.3g}, {high:.3g}], where f is not "
-                "bounded; take more steps, or pass `smallest=` and `largest=`"
-            )
-        return Estimate(
-            value=float(samples.mean()),
-            stderr=share
-            * math.sqrt(2 * max(square for square, _ in spreads) / (len(samples) * (n + 2) - 2)),
-            degrees=min(degrees for _, degrees in spreads),
-            samples=samples,
-            by_leaf={},
-            bounds=(min(lower, float(samples.mean())), max(upper, float(samples.mean()))),
-            matvecs=self.matvecs,
-            passes=self.passes,
-            reason=reason,
-            seed=self.seed,
-        )
-
-    def _ends(self, smallest: float | None, largest: float | None) -> tuple[float, float]:
-        """Return the range of the eigenvalues, as given or as estimated from the Ritz pairs."""
-        carries = self.weights > 0
-        nodes = self.nodes[carries]
-        low, high = ends(self._rule, self._dimension)
-        low, high = low - self._margin, high + self._margin
-        for name, end, node, beyond in (
-            ("smallest", smallest, float(nodes.min()), -1),
-            ("largest", largest, float(nodes.max()), 1),
-        ):
-            if end is None:
-                continue
-            if not math.isfinite(end) or beyond * (node - end) > self._margin:
-                raise ValueError(
-                    f"{name}={end}: a Ritz value lies at {node:.6g}, beyond this bound by more "
-                    f"than rounding: pass a bound of all eigenvalues, or omit `{name}=`"
-                )
-        low = low if smallest is None else smallest
-        return low, max(high if largest is None else largest, low)
+        found = self._measure.mean(f, smallest, largest, regular=regular)
+        return replace(found, matvecs=self.matvecs, passes=self.passes, seed=self.seed)
 
     @validated(damping=real)
     def effective_dimension(self, damping: float) -> Estimate:
@@ -512,9 +391,3 @@ class Density(Result):
         share = replace(share, bounds=(max(low, 0.0), min(high, 1.0)))
         reason = f"effective dimension at damping {damping:g}"
         return replace(scaled(share, self.n), reason=reason)
-
-
-def _moved(f: Callable[[Tensor], Tensor], points: Tensor, by: Tensor | float) -> Tensor:
-    """Return the largest change of f if points move by up to a distance; infinite if unknown."""
-    changes = torch.stack([f(points + off) - f(points) for off in (-by, by)]).abs().amax(0)
-    return torch.where(changes.isnan(), torch.inf, changes)

@@ -9,7 +9,7 @@ import torch
 
 import hessfunc as hf
 from hessfunc.algorithms.results import Density
-from tests.algorithms.densities import BRACKETED, DECAY, SPECTRUM, diagonal, of_nodes
+from tests.algorithms.densities import BRACKETED, DECAY, diagonal, of_nodes
 
 
 @pytest.mark.parametrize("steps", [1, 5, 40])
@@ -52,14 +52,6 @@ def test_a_function_that_is_not_finite_within_the_spectrum_has_no_bounds() -> No
     pole = diagonal(DECAY, 2, 5, seed=0).mean(lambda x: x / (x + 1e-3))
     low, high = pole.interval()
     assert low <= float((DECAY / (DECAY + 1e-3)).mean()) <= high
-
-
-def test_ends_that_eigenvalues_pass_are_refused() -> None:
-    found = diagonal(SPECTRUM.double(), 2, 30, seed=0)
-    with pytest.raises(ValueError, match=r"smallest=0.0: a Ritz value lies at -0.9"):
-        found.mean(torch.exp, smallest=0.0)
-    with pytest.raises(ValueError, match="largest=1: a Ritz value lies at 2.9"):
-        found.mean(torch.exp, largest=1)
 
 
 def test_unknown_residuals_leave_bounds_unknown() -> None:
