@@ -5,23 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hessfunc.compat.curvlinops.arguments import CHECKS
-from hessfunc.compat.curvlinops.blocks import (
-    added,
-    concatenated,
-    determinant,
-    inverse,
-    logdet,
-    scaled,
-    squared_norm,
-    with_identities,
-)
+from hessfunc.compat.curvlinops.blocks import inverse, scaled
 from hessfunc.compat.curvlinops.curvature import CurvatureLinearOperator
 from hessfunc.compat.curvlinops.empirical import empirical
 from hessfunc.compat.curvlinops.inverse import Inverse
@@ -33,6 +24,7 @@ from hessfunc.kronecker.factors import ekfac, kfac, kflr
 from hessfunc.kronecker.propagate import BlockCurvature
 from hessfunc.losses import composed
 from hessfunc.options import validated
+from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.trees import Matvec
 
 _Kind = TypeVar("_Kind", bound=StrEnum)
@@ -78,15 +70,14 @@ class Value(Tensor):
 
 
 class KFACLinearOperator(CurvatureLinearOperator):
-    """Kronecker-factored approximation (KFAC), by `kfac` or `kflr` for each batch.
+    """Kronecker-factored approximation (KFAC), by `kfac` or `kflr`.
 
         G = A (x) B,    A = mean_n x x',    B = c sum_n g g'
 
-    The factors of a data set are the means of those of its batches. They are computed at the first
-    use, at the parameters of that time.
+    The factors of the data set are computed at the first use, at the parameters of that time.
 
     Args:
-        model_func: Module of layers whose outputs are linear in the parameters.
+        model_func: Module, of which `kflr` lists the supported layers.
         loss_func: Loss, as in `FisherMCLinearOperator`.
         params: List of some parameters of the module, or dict of its parameters by name.
         data: Batches ``(X, y)`` that can be read several times.
@@ -109,6 +100,9 @@ class KFACLinearOperator(CurvatureLinearOperator):
 
     _by_draws: Callable[..., BlockCurvature] = staticmethod(kfac)
     _exactly: Callable[..., BlockCurvature] = staticmethod(kflr)
+    _without_gradients: Callable[..., BlockCurvature] = staticmethod(
+        partial(kfac, fisher="forward-only")
+    )
 
     @validated(**CHECKS)
     def __init__(
@@ -165,38 +159,31 @@ class KFACLinearOperator(CurvatureLinearOperator):
     @cached_property
     def blocks(self) -> Blocks:
         """Diagonal blocks of the data set, by the name of the parameter."""
-        params, average = self.params, self.average()
-        curvature = self._of_batch()
-        counted = weighted = 0.0
-        total: Blocks | None = None
-        for batch in self._batches():
-            average.look(self.loss, params, batch)
-            weight, size = average.of(batch), self.size(batch)
-            weighted, counted = weighted + weight, counted + size
-            part = scaled(curvature(params, batch), left=weight, right=size)
-            total = part if total is None else added(total, part)
-        if total is None:
-            raise ValueError("the data has no batch: pass at least one")
-        left = self.share / average.divisor(weighted)
-        total = scaled(total, left=left, right=1 / (self._num_data or counted))
+        mean = over_batches(self._of_batch(), weight=self.average().weight)
+        blocks = mean(self.params, self._data)
+        assert isinstance(blocks, Blocks)
+        if self._num_data is None:
+            return blocks
+        counted = sum(map(self.size, self._data)) / self._num_data
         is_identity = self._fisher_type is FisherType.FORWARD_ONLY
-        return with_identities(total) if is_identity else total
-
-    def _batches(self) -> Iterable[Any]:
-        return self._data
+        return scaled(blocks, left=1.0 if is_identity else self.share, right=counted)
 
     def _of_batch(self) -> BlockCurvature:
         """Return the curvature function of one batch."""
-        loss, sharing = self.loss, self._kfac_approx.value
-        if self._fisher_type is FisherType.TYPE2:
-            return self._exactly(loss, self._model_func, sharing=sharing)
-        if self._fisher_type is FisherType.EMPIRICAL:
-            criterion = empirical(self.criterion)
-            of_data = composed(self.outputs, criterion, targets=self._targets)
-            return self._exactly(of_data, self._model_func, sharing=sharing)
-        return self._by_draws(
-            loss, self._model_func, samples=self._mc_samples, seed=self._seed, sharing=sharing
-        )
+        loss, model, sharing = self.loss, self._model_func, self._kfac_approx.value
+        match self._fisher_type:
+            case FisherType.TYPE2:
+                return self._exactly(loss, model, sharing=sharing)
+            case FisherType.EMPIRICAL:
+                criterion = empirical(self.criterion)
+                of_data = composed(self.outputs, criterion, targets=self._targets)
+                return self._exactly(of_data, model, sharing=sharing)
+            case FisherType.FORWARD_ONLY:
+                return self._without_gradients(loss, model, sharing=sharing)
+            case _:
+                return self._by_draws(
+                    loss, model, samples=self._mc_samples, seed=self._seed, sharing=sharing
+                )
 
     def _matvec(self) -> Matvec:
         return self.blocks
@@ -240,9 +227,9 @@ class KFACLinearOperator(CurvatureLinearOperator):
     def _kronecker(self) -> list[tuple[str, Kronecker]]:
         return [(n, b) for n, b in self.blocks.items() if isinstance(b, Kronecker)]
 
-    def _value(self, number: float) -> Value:
+    def _value(self, number: float | Tensor) -> Value:
         like = next(iter(self._params.values())).detach()
-        return like.new_tensor(number).as_subclass(Value)
+        return like.new_tensor(float(number)).as_subclass(Value)
 
     @property
     def trace(self) -> Value:
@@ -252,25 +239,21 @@ class KFACLinearOperator(CurvatureLinearOperator):
     @property
     def logdet(self) -> Value:
         """Logarithm of the determinant, minus infinity for a singular matrix."""
-        return self._value(math.fsum(map(logdet, self.blocks.values())))
+        return self._value(self.blocks.eigenvalues().double().log().sum())
 
     @property
     def det(self) -> Value:
         """Determinant of the matrix."""
-        return self._value(math.prod(map(determinant, self.blocks.values())))
+        return self._value(self.blocks.eigenvalues().double().prod())
 
     @property
     def frobenius_norm(self) -> Value:
         """Frobenius norm of the matrix."""
-        return self._value(math.sqrt(math.fsum(map(squared_norm, self.blocks.values()))))
+        return self._value(self.blocks.norm())
 
 
 class EKFACLinearOperator(KFACLinearOperator):
-    """KFAC with corrected eigenvalues (EKFAC), by `ekfac`.
-
-    Several batches are concatenated, because the eigenvectors of a mean of factors belong to no
-    single batch. Arguments are those of `KFACLinearOperator`.
-    """
+    """KFAC with corrected eigenvalues (EKFAC), by `ekfac`. Arguments are those of KFAC."""
 
     _by_draws = staticmethod(ekfac)
     _exactly = staticmethod(ekfac)
@@ -285,10 +268,6 @@ class EKFACLinearOperator(KFACLinearOperator):
     ) -> KFACInverseLinearOperator:
         """Return the inverse with exact damping."""
         return super().inverse(damping, use_heuristic_damping, min_damping, use_exact_damping)
-
-    def _batches(self) -> Iterable[Any]:
-        batches = list(self._data)
-        return batches if len(batches) < 2 else [concatenated(batches)]
 
 
 class KFACInverseLinearOperator(Inverse):
@@ -379,4 +358,5 @@ def _module(name: str) -> str:
 
 def _single(factor: Tensor) -> Tensor:
     """Return the factor of the only group of a layer, or those of all groups."""
+    factor = torch.diag_embed(factor) if factor.dim() == 2 else factor
     return factor[0] if len(factor) == 1 else factor
