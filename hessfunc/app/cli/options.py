@@ -237,9 +237,12 @@ class Group(_WithoutType, TyperGroup):
 
 def _told(refusal: Any) -> str:
     """Return the message of a mistake in the arguments on one line, with the option first."""
-    parameter = getattr(refusal, "param", None)
+    parameter, context = getattr(refusal, "param", None), getattr(refusal, "ctx", None)
+    message = " ".join(refusal.format_message().split()).rstrip(".")
+    if message.startswith("No such command") and context is not None:
+        return f"{message}: choose one of {', '.join(context.command.commands)}"
     if parameter is None or not isinstance(refusal, typer.BadParameter) or not refusal.message:
-        return " ".join(refusal.format_message().split())
+        return message
     named = parameter.param_type_name == "option"
     flag = parameter.opts[-1] if named else parameter.human_readable_name
     message = " ".join(refusal.message.split()).rstrip(".").replace("Input should be", "must be")

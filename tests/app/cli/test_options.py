@@ -94,3 +94,23 @@ def test_a_folder_in_which_another_command_runs_is_refused(monkeypatch: pytest.M
             assert done.exit_code == 2
             assert "--out mine: process" in done.stderr
         assert [file.name for file in Path("mine").iterdir()] == ["hessfunc.lock"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["analyse"], "No such command 'analyse'"),
+        (["analyse"], "choose one of analyze, compare, eig, experiment, plan, train"),
+        (["analyze", "--color", "red"], "No such option: --color"),
+        (["eig"], "Missing option '--resume'"),
+        (["eig", "--k", "0"], "--k must be greater than or equal to 1"),
+        (["train", "--epochs", "ten"], "--epochs must be a valid integer"),
+    ],
+)
+def test_every_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("hessfunc: ")
+    assert refused.stderr.count("\n") == 1
+    assert message in refused.stderr
