@@ -145,6 +145,7 @@ SOLVE = {
     "max_matvecs": 40, "space": None, "callback": None, "progress": None, "checkpoint": None,
 }  # fmt: skip
 OF_LOSS = {"loss": LOSS}
+OF_FACTORS = {"unsupported": "error", "bias": "apart"}
 OF_DATA = {"loss": LOSS, "params": PARAMS, "batches": [BATCH]}
 FUNCTIONS = public.functions()
 # A call of tanh on a batch of two examples, for the rules of Hessian backpropagation.
@@ -265,23 +266,23 @@ CALLS: dict[str, Call] = {
     "kfra": Call({"loss": LOSS, "model": MODEL}, {"sharing": "expand"}, blocks_of),
     "kfoc": Call(
         {"loss": LOSS, "model": MODEL},
-        {"steps": 1, "samples": 2, "seed": 0, "unsupported": "error"},
+        OF_FACTORS | {"steps": 1, "samples": 2, "seed": 0},
         blocks_of,
     ),
     "error": Call(
         {"blocks": matvec, "matvec": matvec, "like": LIKE}, RUN | {"rtol": 0.5, "block_size": 2}
     ),
     "kflr": Call(
-        {"loss": LOSS, "model": MODEL}, {"sharing": "expand", "unsupported": "error"}, blocks_of
+        {"loss": LOSS, "model": MODEL}, OF_FACTORS | {"sharing": "expand"}, blocks_of
     ),
     "kfac": Call(
         {"loss": LOSS, "model": MODEL},
-        {"samples": 1, "seed": 0, "sharing": "expand", "fisher": "model", "unsupported": "error"},
+        OF_FACTORS | {"samples": 1, "seed": 0, "sharing": "expand", "fisher": "model"},
         blocks_of,
     ),
     "ekfac": Call(
         {"loss": LOSS, "model": MODEL},
-        {"samples": 2, "seed": 0, "sharing": "expand", "fisher": "model", "unsupported": "error"},
+        OF_FACTORS | {"samples": 2, "seed": 0, "sharing": "expand", "fisher": "model"},
         blocks_of,
     ),
     "apply": Call({"matvec": matvec, "vector": B}),

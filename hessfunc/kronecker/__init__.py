@@ -3,7 +3,7 @@
 from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.block_error import BlockError, error
 from hessfunc.kronecker.blocks import Blocks
-from hessfunc.kronecker.composite_blocks import DirectSum, Permuted
+from hessfunc.kronecker.composite_blocks import DirectSum, Joint, Permuted
 from hessfunc.kronecker.factored_blocks import (
     Congruence,
     Dense,
@@ -47,6 +47,7 @@ __all__ = [
     "Eigenbasis",
     "Congruence",
     "Permuted",
+    "Joint",
     "DirectSum",
     # Rules for modules, and the classes that they use
     "rule",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,11 +38,14 @@ class Blocks(Displayed, Saved, Mapping[str, Block]):
         space: Space of the parameters.
         constants: Parameters and tensors of the batch that require a gradient, which products
             leave out; their gradient is refused.
+        biases: Name of the bias that shares the block of a weight, by the name of the weight. Such
+            a block acts on the flat weight and bias together, ``(k, n)``.
     """
 
     blocks: Mapping[str, Block]
     space: Space
     constants: tuple[Tensor, ...] = ()
+    biases: Mapping[str, str] = field(default_factory=dict)
 
     def _headline(self) -> dict[str, object]:
         kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in self.values()))
@@ -115,8 +118,7 @@ class Blocks(Displayed, Saved, Mapping[str, Block]):
 
         The parts of a vector that belong to different blocks are independent.
         """
-        like = {name: part._like.new_zeros(()).expand(part.shape) for name, part in self.items()}
-        draws = random_like(like, k, kind="normal", seed=seed)
+        draws = random_like(self._like(), k, kind="normal", seed=seed)
         return self.power_matvec(draws, -0.5, damping)
 
     def trace(self) -> float:
@@ -129,7 +131,8 @@ class Blocks(Displayed, Saved, Mapping[str, Block]):
 
     def diagonal(self) -> Tree:
         """Return the diagonal as a tree with the shapes of the parameters."""
-        return self.space.tree(self.blocks[name].diagonal() for name in self.space.names)
+        parts = self._separated({name: part.diagonal()[None] for name, part in self.items()})
+        return self.space.tree(parts[name][0] for name in self.space.names)
 
     def eigenvalues(self) -> Tensor:
         """Return all n eigenvalues of the whole matrix in descending order."""
@@ -142,18 +145,48 @@ class Blocks(Displayed, Saved, Mapping[str, Block]):
         return math.fsum(part.logdet(damping) for part in self.blocks.values())
 
     def _saved(self) -> dict[str, Any]:
-        return {"blocks": dict(self.blocks)}
+        leaves = dict(zip(self.space.names, self.space.tree_leaves(self._like()), strict=True))
+        shapes = {name: list(leaf.shape) for name, leaf in leaves.items()}
+        return {"blocks": dict(self.blocks), "shapes": shapes, "biases": dict(self.biases)}
 
     @classmethod
     def _loaded(cls, values: dict[str, Any]) -> Blocks:
         blocks: dict[str, Block] = values["blocks"]
-        like = {name: part._like.new_zeros(()).expand(part.shape) for name, part in blocks.items()}
-        return cls(blocks, space_of(like))
+        zero = next(iter(blocks.values()))._like.new_zeros(())
+        like = {name: zero.expand(shape) for name, shape in values["shapes"].items()}
+        return cls(blocks, space_of(like), (), values["biases"])
 
     def _each(self, block: Tree, fn: Callable[[Block, Tensor], Tensor]) -> Tree:
-        leaves = self.space.block_leaves(block)
-        parts = [self.blocks[name] for name in self.space.names]
-        outs = [fn(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
+        leaves = dict(zip(self.space.names, self.space.block_leaves(block), strict=True))
+        made = self._separated({name: fn(self[name], rows) for name, rows in self._joined(leaves)})
+        outs = [made[name] for name in self.space.names]
         if self.constants and torch.is_grad_enabled():
             outs = list(refusing_gradients(self.constants, outs, _WITHOUT_GRAPH))
         return self.space.tree(outs)
+
+    def _joined(self, leaves: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the vectors of each block, from the vectors of each parameter, by name."""
+        for name in self.blocks:
+            if (bias := self.biases.get(name)) is None:
+                yield name, leaves[name]
+            else:
+                yield name, torch.cat([leaves[name].flatten(1), leaves[bias].flatten(1)], 1)
+
+    def _separated(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the vectors of each parameter, from the vectors of each block."""
+        shapes = dict(zip(self.space.names, self.space.shapes, strict=True))
+        parts: dict[str, Tensor] = {}
+        for name, rows in vectors.items():
+            if (bias := self.biases.get(name)) is None:
+                parts[name] = rows
+                continue
+            sizes = [torch.Size(shapes[each]).numel() for each in (name, bias)]
+            weights, others = rows.split(sizes, 1)
+            parts[name] = weights.reshape(-1, *shapes[name])
+            parts[bias] = others.reshape(-1, *shapes[bias])
+        return parts
+
+    def _like(self) -> Tree:
+        """Return a tree like the parameters, without memory of its own."""
+        zero = next(iter(self.blocks.values()))._like.new_zeros(())
+        return self.space.tree(zero.expand(shape) for shape in self.space.shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -12,19 +13,18 @@ from hessfunc.kronecker.block import Block, Damping, Shifted, Spectrum
 from hessfunc.kronecker.linear_maps import Layout
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Permuted(Block):
-    """Matrix on the entries of a parameter in another order, as for a transposed weight.
-
-    Attributes:
-        inner: Matrix on the permuted entries.
-        layout: View of the parameter, and the permutation of its axes.
-        shape: Shape of the parameter.
-    """
+class _Reordered(Block):
+    """Matrix on the entries of a parameter in another order."""
 
     inner: Block
-    layout: Layout
-    shape: torch.Size
+
+    @abstractmethod
+    def _permuted(self, rows: Tensor) -> Tensor:
+        """Return rows ``(k, n)`` in the order of the inner block."""
+
+    @abstractmethod
+    def _restored(self, rows: Tensor) -> Tensor:
+        """Return rows ``(k, n)`` in the order of the parameter."""
 
     def trace(self) -> float:
         return self.inner.trace()
@@ -37,12 +37,6 @@ class Permuted(Block):
 
     def _shifted(self, damping: float, method: Damping = "exact") -> Shifted:
         return self.inner._shifted(damping, method)
-
-    def _permuted(self, rows: Tensor) -> Tensor:
-        return self.layout.permuted(rows).flatten(1)
-
-    def _restored(self, rows: Tensor) -> Tensor:
-        return self.layout.restored(rows.view(len(rows), *self.layout.sizes), torch.Size((self.n,)))
 
     def _product(self, rows: Tensor) -> Tensor:
         inner = self._permuted(rows).view(len(rows), *self.inner.shape)
@@ -63,6 +57,57 @@ class Permuted(Block):
     @property
     def _like(self) -> Tensor:
         return self.inner._like
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Permuted(_Reordered):
+    """Matrix on the entries of a parameter in another order, as for a transposed weight.
+
+    Attributes:
+        inner: Matrix on the permuted entries.
+        layout: View of the parameter, and the permutation of its axes.
+        shape: Shape of the parameter.
+    """
+
+    inner: Block
+    layout: Layout
+    shape: torch.Size
+
+    def _permuted(self, rows: Tensor) -> Tensor:
+        return self.layout.permuted(rows).flatten(1)
+
+    def _restored(self, rows: Tensor) -> Tensor:
+        return self.layout.restored(rows.view(len(rows), *self.layout.sizes), torch.Size((self.n,)))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Joint(_Reordered):
+    """Matrix on a weight and its bias together, the flat weight first.
+
+    The inner block belongs to the weights ``(1, O, K + 1)`` whose last input is 1.
+
+    Attributes:
+        inner: Matrix on the joint weights.
+        layout: Order of the entries of the weight.
+        shape: Number of entries of the weight and the bias, ``(n,)``.
+    """
+
+    inner: Block
+    layout: Layout
+    shape: torch.Size
+
+    def _permuted(self, rows: Tensor) -> Tensor:
+        _, outputs, inputs = self.layout.sizes
+        weights = self.layout.permuted(rows[:, : outputs * inputs])
+        bias = rows[:, outputs * inputs :].view(len(rows), 1, outputs, 1)
+        return torch.cat([weights, bias], 3).flatten(1)
+
+    def _restored(self, rows: Tensor) -> Tensor:
+        _, outputs, inputs = self.layout.sizes
+        joint = rows.view(len(rows), 1, outputs, inputs + 1)
+        flat = torch.Size((outputs * inputs,))
+        weights = self.layout.restored(joint[..., :-1], flat)
+        return torch.cat([weights, joint[..., -1].flatten(1)], 1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

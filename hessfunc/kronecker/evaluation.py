@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias
 
@@ -27,6 +27,7 @@ from hessfunc.kronecker.verification import UNORDERED
 from hessfunc.transforms.batches.statistics import Statistics
 
 Unsupported: TypeAlias = Literal["error", "diagonal"]
+Bias: TypeAlias = Literal["apart", "joint"]
 
 # Uses of a parameter, and a function of the gradients at their outputs, ``(B, G, O, P)``.
 _Task: TypeAlias = tuple[Uses, Callable[[Tensor], Tensor]]
@@ -44,12 +45,14 @@ class Form:
         shape: Shape of the parameter.
         layout: Order of its weights; None for a diagonal.
         site: Name of the first parameter with the same outputs, whose output factor it shares.
+        bias: Name of the bias in the same block; None without one.
     """
 
-    kind: Literal["kronecker", "dense", "diagonal"]
+    kind: Literal["kronecker", "dense", "diagonal", "joint bias"]
     shape: torch.Size
     layout: Layout | None = None
     site: str = ""
+    bias: str | None = None
 
 
 def factor_keys(forms: Mapping[str, Form], /) -> dict[str, tuple[str, str]]:
@@ -78,6 +81,7 @@ class Evaluation:
         sharing: Treatment of positions that share a weight.
         unsupported: Treatment of parameters without Kronecker factors.
         shares_outputs: Whether parameters with the same outputs share their output factor.
+        joins_biases: Whether a weight and its bias have one block.
     """
 
     leaves: Mapping[str, Tensor]
@@ -86,6 +90,7 @@ class Evaluation:
     sharing: Sharing
     unsupported: Unsupported
     shares_outputs: bool = True
+    joins_biases: bool = False
 
     @cached_property
     def forms(self) -> dict[str, Form]:
@@ -113,7 +118,35 @@ class Evaluation:
                 ends = (*map(id, uses.outputs), layout.sizes[0])
                 site = sites.setdefault(ends, name) if self.shares_outputs else name
                 forms[name] = Form("kronecker", leaf.shape, layout, site)
+        return self._joined(forms) if self.joins_biases else forms
+
+    def _joined(self, forms: dict[str, Form]) -> dict[str, Form]:
+        """Join each bias with the weight whose calls have the same outputs, without groups."""
+        ends = {
+            name: tuple(map(id, self.observed.uses[name].outputs))
+            for name, form in forms.items()
+            if form.kind == "kronecker"
+        }
+        weights = {
+            ends[name]: name
+            for name in reversed(ends)
+            if len(forms[name].shape) > 1
+            and (layout := forms[name].layout) is not None
+            and layout.sizes[0] == 1
+        }
+        for name in ends:
+            weight = weights.get(ends[name])
+            if len(forms[name].shape) == 1 and weight is not None:
+                forms[weight] = replace(forms[weight], bias=name)
+                forms[name] = replace(forms[name], kind="joint bias")
         return forms
+
+    def _inputs(self, name: str) -> Inputs:
+        """Return the inputs of a parameter, with a last input of 1 for a joint bias."""
+        inputs = self.observed.uses[name].inputs()
+        if self.forms[name].bias is None or not isinstance(inputs, Tensor):
+            return inputs
+        return torch.cat([inputs, torch.ones_like(inputs[:, :, :1])], 2)
 
     def _refuse(self, name: str, reason: str) -> None:
         if self.unsupported == "diagonal" and self.columns is not None:
@@ -145,8 +178,8 @@ class Evaluation:
             # Layers that see the same inputs, such as those of queries, keys and values, share A.
             known: dict[Any, tuple[Tensor, float]] = {}
             for name, uses in self._with("kronecker").items():
-                if (source := uses.source) not in known:
-                    total, count = summed_input_moments(uses.inputs(), sharing)
+                if (source := (uses.source, forms[name].bias is None)) not in known:
+                    total, count = summed_input_moments(self._inputs(name), sharing)
                     known[source] = total.to(self.leaves[name]), count
                 summed[f"input factor of {name}"] = known[source]
         tasks: dict[str, _Task] = {
@@ -201,7 +234,7 @@ class Evaluation:
             {
                 f"{side} factor of {name}": (
                     uses,
-                    partial(_with_inputs, moments, uses.inputs(), given[name]),
+                    partial(_with_inputs, moments, self._inputs(name), given[name]),
                 )
                 for name, uses in self._with("kronecker").items()
             }
@@ -219,7 +252,7 @@ class Evaluation:
         tasks: dict[str, _Task] = {}
         for name, uses in self._with("kronecker").items():
             left, right = (adjoint(bases[f"basis of {key}"]) for key in keys[name])
-            turned = _turned(right, uses.inputs())
+            turned = _turned(right, self._inputs(name))
             tasks[f"eigenvalues of {name}"] = uses, partial(_squares_in_basis, left, turned)
         return Statistics(self._summed(tasks))
 

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.blocks import Blocks
 from hessfunc.kronecker.calls import linearising, refuse_dtensors
-from hessfunc.kronecker.composite_blocks import Permuted
-from hessfunc.kronecker.evaluation import Evaluation, Form, Unsupported, factor_keys, is_factor
+from hessfunc.kronecker.composite_blocks import Joint, Permuted
+from hessfunc.kronecker.evaluation import (
+    Bias,
+    Evaluation,
+    Form,
+    Unsupported,
+    factor_keys,
+    is_factor,
+)
 from hessfunc.kronecker.factored_blocks import Dense, DiagonalBlock, Eigenbasis, Kronecker
 from hessfunc.kronecker.moments import Sharing, by_row
 from hessfunc.kronecker.uses import observed
@@ -44,6 +51,7 @@ class FactoredCurvature:
         steps: Number of power iterations that move the factors to the nearest ones, as in `kfoc`.
         exact: Whether the columns are exact, so that the rows of an example must not be mixed.
         unsupported: Treatment of parameters without Kronecker factors.
+        bias: Whether a weight and its bias have blocks apart, or a joint one.
         verification: Verification of the uses of parameters.
     """
 
@@ -55,6 +63,7 @@ class FactoredCurvature:
     steps: int = 0
     exact: bool = True
     unsupported: Unsupported = "error"
+    bias: Bias = "apart"
     verification: Verification = field(default_factory=Verification)
 
     def __call__(self, params: Mapping[str, Tensor], batch: Any, /) -> Blocks:
@@ -116,8 +125,15 @@ class FactoredCurvature:
             if self.columns is not None:
                 vectors = self.columns(seen.outputs.detach(), given)
                 columns = by_row(vectors, seen.examples) if self.exact else list(vectors)
-            shares_outputs = not self.steps
-            yield Evaluation(leaves, seen, columns, self.sharing, self.unsupported, shares_outputs)
+            yield Evaluation(
+                leaves,
+                seen,
+                columns,
+                self.sharing,
+                self.unsupported,
+                shares_outputs=not self.steps,
+                joins_biases=self.bias == "joint",
+            )
 
     def _blocks(
         self,
@@ -128,29 +144,37 @@ class FactoredCurvature:
         /,
     ) -> Blocks:
         """Return the blocks, given the means of all statistics."""
-        keys = factor_keys(forms)
         blocks: dict[str, Block] = {}
-        for name, leaf in params.items():
+        for name in params:
             form = forms[name]
             if form.kind == "dense":
                 blocks[name] = Dense(made[f"matrix of {name}"], form.shape)
             elif form.kind == "diagonal":
                 blocks[name] = DiagonalBlock(made[f"diagonal of {name}"], form.shape)
-            else:
-                left, right = keys[name]
-                layout = form.layout
-                assert layout is not None
-                groups, outputs, inputs = layout.sizes
-                inner = form.shape if layout.is_plain else torch.Size((groups, outputs, inputs))
-                if self.corrected:
-                    sides = made[f"basis of {left}"], made[f"basis of {right}"]
-                    block: Block = Eigenbasis(*sides, made[f"eigenvalues of {name}"], inner)
-                else:
-                    block = Kronecker(
-                        made.get(left, leaf.detach().new_ones(groups, outputs)), made[right], inner
-                    )
-                blocks[name] = block if layout.is_plain else Permuted(block, layout, form.shape)
-        return Blocks(blocks, space_of(params), constants)
+            elif form.kind == "kronecker":
+                blocks[name] = self._factored(name, forms, made)
+        biases = {name: form.bias for name, form in forms.items() if form.bias is not None}
+        return Blocks(blocks, space_of(params), constants, biases)
+
+    def _factored(self, name: str, forms: Mapping[str, Form], made: Mapping[str, Tensor]) -> Block:
+        form, (left, right) = forms[name], factor_keys(forms)[name]
+        layout = form.layout
+        assert layout is not None
+        groups, outputs, inputs = layout.sizes
+        is_plain = layout.is_plain and form.bias is None
+        shape = torch.Size((groups, outputs, inputs + (form.bias is not None)))
+        inner = form.shape if is_plain else shape
+        if self.corrected:
+            sides = made[f"basis of {left}"], made[f"basis of {right}"]
+            block: Block = Eigenbasis(*sides, made[f"eigenvalues of {name}"], inner)
+        else:
+            ones = made[right].new_ones(groups, outputs)
+            block = Kronecker(made.get(left, ones), made[right], inner)
+        if is_plain:
+            return block
+        if form.bias is not None:
+            return Joint(block, layout, torch.Size((shape.numel(),)))
+        return Permuted(block, layout, form.shape)
 
 
 def _of_evaluation(

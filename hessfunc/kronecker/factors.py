@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.calls import refuse_compiled
-from hessfunc.kronecker.evaluation import Unsupported
+from hessfunc.kronecker.evaluation import Bias, Unsupported
 from hessfunc.kronecker.factored import Columns, FactoredCurvature
 from hessfunc.kronecker.factored_blocks import Kronecker
 from hessfunc.kronecker.layer import SharedWeight
@@ -101,6 +101,7 @@ def kflr(
     *,
     sharing: Sharing = "expand",
     unsupported: Unsupported = "error",
+    bias: Bias = "apart",
 ) -> FactoredCurvature:
     """Kronecker-factored low rank: ``(params, batch) -> blocks``, with exact output factors.
 
@@ -119,6 +120,8 @@ def kflr(
         unsupported: Treatment of parameters that enter the model in another way than the kinds
             below. ``"diagonal"`` computes their exact Gauss-Newton diagonal, and
             ``blocks.diagonals`` names them. ``"error"`` refuses them.
+        bias: ``"apart"`` gives each bias a block of its own. ``"joint"`` gives a weight without
+            groups and its bias one block, with a last input of 1. ``blocks.biases`` names them.
 
     Returns:
         A curvature function that returns `Blocks`.
@@ -148,7 +151,7 @@ def kflr(
     Source: Botev, Ritter and Barber 2017, arXiv 1706.03662; sharing: Eschenhagen, Immer, Turner,
     Schneider and Hennig 2023, arXiv 2311.00636.
     """
-    return _curvature(loss, model, _exact(loss), sharing, unsupported)
+    return _curvature(loss, model, _exact(loss), sharing, unsupported, bias)
 
 
 @validated
@@ -162,6 +165,7 @@ def kfac(
     sharing: Sharing = "expand",
     fisher: Literal["model", "empirical", "forward-only"] = "model",
     unsupported: Unsupported = "error",
+    bias: Bias = "apart",
 ) -> FactoredCurvature:
     """Kronecker-factored approximate curvature: ``(params, batch) -> blocks``.
 
@@ -182,6 +186,7 @@ def kfac(
             targets of the batch, as `efvp` does. ``"forward-only"`` replaces the factor B by the
             identity matrix, and needs no backward pass for it.
         unsupported: Treatment of parameters without factors, as for `kflr`.
+        bias: ``"apart"`` or ``"joint"``, as for `kflr`.
 
     Returns:
         A curvature function that returns `Blocks`.
@@ -199,11 +204,11 @@ def kfac(
     _refuse_fisher(fisher, "model", "empirical", "forward-only")
     if fisher == "forward-only":
         refuse_without_halves(loss)
-        return _curvature(loss, model, None, sharing, unsupported)
+        return _curvature(loss, model, None, sharing, unsupported, bias)
     if fisher == "empirical":
-        return _curvature(loss, model, _empirical(loss), sharing, unsupported)
+        return _curvature(loss, model, _empirical(loss), sharing, unsupported, bias)
     columns = _sampled(loss, samples, seed)
-    return _curvature(loss, model, columns, sharing, unsupported, exact=False)
+    return _curvature(loss, model, columns, sharing, unsupported, bias, exact=False)
 
 
 @validated
@@ -217,6 +222,7 @@ def ekfac(
     sharing: Sharing = "expand",
     fisher: Literal["model", "empirical"] = "model",
     unsupported: Unsupported = "error",
+    bias: Bias = "apart",
 ) -> FactoredCurvature:
     """Eigenvalue-corrected Kronecker factors: ``(params, batch) -> blocks``.
 
@@ -237,6 +243,7 @@ def ekfac(
         sharing: Treatment of positions in the eigenvectors, ``"expand"`` or ``"reduce"``.
         fisher: ``"model"`` or ``"empirical"``, as for `kfac`.
         unsupported: Treatment of parameters without factors, as for `kflr`.
+        bias: ``"apart"`` or ``"joint"``, as for `kflr`.
 
     Returns:
         A curvature function that returns `Blocks`.
@@ -254,7 +261,7 @@ def ekfac(
     else:
         columns = _exact(loss) if samples is None else _sampled(loss, samples, seed)
     exact = samples is None or fisher == "empirical"
-    return _curvature(loss, model, columns, sharing, unsupported, corrected=True, exact=exact)
+    return _curvature(loss, model, columns, sharing, unsupported, bias, corrected=True, exact=exact)
 
 
 @validated
@@ -267,6 +274,7 @@ def kfoc(
     samples: int | None = None,
     seed: int | None = None,
     unsupported: Unsupported = "error",
+    bias: Bias = "apart",
 ) -> FactoredCurvature:
     """Kronecker-factored optimal curvature: ``(params, batch) -> blocks`` with the nearest factors.
 
@@ -289,6 +297,7 @@ def kfoc(
             `kflr`.
         seed: Seed of the draws, as for `kfac`.
         unsupported: Treatment of parameters without factors, as for `kflr`.
+        bias: ``"apart"`` or ``"joint"``, as for `kflr`.
 
     Returns:
         A curvature function that returns `Blocks`.
@@ -305,7 +314,7 @@ def kfoc(
     at_least(1, steps=steps)
     columns = _exact(loss) if samples is None else _sampled(loss, samples, seed)
     exact = samples is None
-    return _curvature(loss, model, columns, "expand", unsupported, steps=steps, exact=exact)
+    return _curvature(loss, model, columns, "expand", unsupported, bias, steps=steps, exact=exact)
 
 
 def _refuse_sharing(sharing: str) -> None:
@@ -319,6 +328,7 @@ def _curvature(
     columns: Columns | None,
     sharing: Sharing,
     unsupported: Unsupported,
+    bias: Bias,
     *,
     corrected: bool = False,
     steps: int = 0,
@@ -327,8 +337,12 @@ def _curvature(
     _refuse_sharing(sharing)
     if unsupported not in get_args(Unsupported):
         raise ValueError(f"unsupported={unsupported!r}: choose 'error' or 'diagonal'")
+    if bias not in get_args(Bias):
+        raise ValueError(f"bias={bias!r}: choose 'apart' or 'joint'")
     refuse_compiled(model)
-    return FactoredCurvature(loss, model, columns, sharing, corrected, steps, exact, unsupported)
+    return FactoredCurvature(
+        loss, model, columns, sharing, corrected, steps, exact, unsupported, bias
+    )
 
 
 def _refuse_fisher(fisher: str, *known: str) -> None:

@@ -241,6 +241,7 @@ ARGUMENTS: dict[str, Check] = {
     "sharing": text,
     "fisher": text,
     "unsupported": text,
+    "bias": text,
     "normalise": text,
     "data": text,
     "backend": anything,

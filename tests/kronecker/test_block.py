@@ -16,6 +16,7 @@ from hessfunc.kronecker import (
     DiagonalBlock,
     DirectSum,
     Eigenbasis,
+    Joint,
     Kronecker,
     Permuted,
 )
@@ -62,6 +63,11 @@ BLOCKS: dict[str, Block] = {
         Kronecker(matrix(2, n=3, seed=1), matrix(2, n=4, seed=2), torch.Size((2, 3, 4))),
         Layout((2, 2, 3, 2), (0, 2, 1, 3)),
         torch.Size((4, 3, 2)),
+    ),
+    "joint": Joint(
+        Kronecker(matrix(1, n=3, seed=1), matrix(1, n=5, seed=2), torch.Size((1, 3, 5))),
+        Layout((1, 3, 4)),
+        torch.Size((15,)),
     ),
     "rank one": shared(1, 3, 4, 1),
     "few positions": shared(2, 3, 4, 2),
@@ -146,9 +152,14 @@ def test_powers_without_damping() -> None:
 def test_methods_of_damping(block: Block, method: str, damping: float) -> None:
     if isinstance(block, DirectSum):
         expected = torch.block_diag(*(inverse(part, method, damping) for part in block.parts))
-    elif isinstance(block, Permuted):
+    elif isinstance(block, Joint | Permuted):
         inner = inverse(block.inner, method, damping)
-        order = torch.arange(block.n).view(2, 2, 3, 2).permute(0, 2, 1, 3).flatten()
+        order = (
+            torch.arange(block.n).view(2, 2, 3, 2).permute(0, 2, 1, 3)
+            if isinstance(block, Permuted)
+            else torch.cat([torch.arange(12).view(3, 4), torch.arange(12, 15)[:, None]], 1)
+        )
+        order = order.flatten()
         expected = torch.empty_like(inner)
         expected[order[:, None], order] = inner
     else:

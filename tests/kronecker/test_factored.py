@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from tests.kronecker.cases import between, dense, gauss_newton_blocks, largest_error, net
+from tests.kronecker.cases import Net, between, dense, gauss_newton_blocks, largest_error, net
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
@@ -60,3 +62,83 @@ def test_factors_of_the_inputs_alone() -> None:
     expected = torch.kron(torch.eye(4, dtype=x.dtype), x.mT @ x / len(x))
     torch.testing.assert_close(made["0.weight"].dense(), expected)
     torch.testing.assert_close(made["0.bias"].dense(), torch.eye(4, dtype=x.dtype))
+
+
+class Joined(nn.Module):
+    """Weights with a bias, in the order of the inputs or of the outputs, and without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.conv = nn.Linear(3, 4), nn.Conv1d(1, 2, 2, bias=False)
+        self.bias, self.weight = (nn.Parameter(torch.randn(*shape)) for shape in ((5,), (3, 5)))
+        self.groups = nn.Conv1d(2, 2, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.conv(self.layer(x)[:, None])).mean(1)
+        x = torch.sigmoid(torch.addmm(self.bias, x, self.weight))
+        return self.groups(torch.stack([x, x.cos()], 1)).flatten(1)
+
+
+PAIRS = {"layer.weight": "layer.bias", "weight": "bias"}
+
+
+def joint_blocks(case: Net) -> dict[str, Tensor]:
+    """The Gauss-Newton blocks of each weight together with its bias."""
+    blocks = {}
+    for name, bias in PAIRS.items():
+        chosen, rest = hf.split(case.params, [name, bias])
+        matvec = hf.ggnvp(hf.hold(case.loss, rest))(chosen, case.batch)
+        matrix = hf.matrix(matvec, chosen)
+        # The parameters of the model may be in the other order.
+        sizes = {key: leaf.numel() for key, leaf in chosen.items()}
+        places = dict(zip(sizes, torch.arange(len(matrix)).split([*sizes.values()]), strict=True))
+        order = torch.cat([places[name], places[bias]])
+        blocks[name] = matrix[order[:, None], order]
+    return blocks
+
+
+def test_joint_blocks_are_exact_with_one_example() -> None:
+    case = net(Joined, 3, examples=1)
+    made = hf.kronecker.kflr(case.loss, case.model, bias="joint")(case.params, case.batch)
+    assert made.biases == PAIRS
+    assert set(made) == set(case.params) - set(PAIRS.values())
+    for name, exact in joint_blocks(case).items():
+        torch.testing.assert_close(made[name].dense(), exact, rtol=1e-8, atol=1e-12)
+
+
+def test_joint_blocks_of_a_data_set() -> None:
+    case = net(Joined, 3, examples=4)
+    parts = [tuple(leaf[i : i + 2] for leaf in case.batch) for i in (0, 2)]
+    exact = joint_blocks(case)
+    for family in (hf.kronecker.kflr, hf.kronecker.ekfac, hf.kronecker.kfoc):
+        curvature = family(case.loss, case.model, bias="joint")
+        made = hf.over_batches(curvature)(case.params, parts)
+        whole = curvature(case.params, case.batch)
+        for name, block in whole.items():
+            torch.testing.assert_close(made[name].dense(), block.dense(), rtol=1e-7, atol=1e-9)
+        if family is hf.kronecker.ekfac:
+            for name, block in exact.items():
+                assert made[name].trace() == pytest.approx(float(block.trace()), rel=1e-8)
+
+
+def test_algebra_of_joint_blocks(tmp_path: Path) -> None:
+    case = net(Joined, 3, examples=4)
+    made = hf.kronecker.ekfac(case.loss, case.model, bias="joint")(case.params, case.batch)
+    made.save(tmp_path / "blocks.npz")
+    vectors = hf.random_like(case.params, 2, seed=0)
+    for blocks in (made, hf.load(tmp_path / "blocks.npz")):
+        matrix = hf.matrix(blocks, case.params)
+        damped = matrix + 0.1 * torch.eye(len(matrix), dtype=torch.float64)
+        rows = torch.cat([leaf.flatten(1) for leaf in vectors.values()], 1)
+        inverse = blocks.inverse_matvec(vectors, 0.1)
+        found = torch.cat([leaf.flatten(1) for leaf in inverse.values()], 1)
+        torch.testing.assert_close(found, torch.linalg.solve(damped, rows.mT).mT)
+        torch.testing.assert_close(hf.ravel(blocks.diagonal()), matrix.diagonal())
+        assert blocks.trace() == pytest.approx(float(matrix.trace()))
+        assert blocks.logdet(0.1) == pytest.approx(float(torch.logdet(damped)))
+        assert blocks.norm() == pytest.approx(float(matrix.norm()))
+        normal = hf.random_like(case.params, 2, kind="normal", seed=3)
+        for name, leaf in blocks.power_matvec(blocks.sample(2, 0.1, seed=3), 0.5, 0.1).items():
+            torch.testing.assert_close(leaf, normal[name])
+    with pytest.raises(ValueError, match="bias='both': choose 'apart' or 'joint'"):
+        hf.kronecker.kfac(case.loss, case.model, bias="both")
