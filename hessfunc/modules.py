@@ -115,6 +115,7 @@ def functional(
     own_dtype = next(iter(params.values())).dtype
     renormalises = _renormalises(model)
     named = {name for name, _ in model.named_parameters()}
+    buffered = {name for name, _ in model.named_buffers()}
     batch_statistics = [
         name for name, module in model.named_modules() if uses_batch_statistics(module)
     ]
@@ -122,12 +123,14 @@ def functional(
     def model_fn(params: Tree, inputs: Any, /) -> Any:
         if not (isinstance(params, Mapping) and params.keys() <= named):
             raise _unlike(params, named)
-        fixed = {n: p for n, p in model.named_parameters() if n not in params}
-        note_read(fixed.items(), model.named_buffers())
+        # The copy does not have parameters and buffers that were added to the module later.
+        fixed = {n: p for n, p in model.named_parameters() if n in named and n not in params}
+        present = {name: buffer for name, buffer in model.named_buffers() if name in buffered}
+        note_read(fixed.items(), present.items())
         if not torch.compiler.is_compiling():
             # Dynamo cannot trace context variables. None of them is set inside compiled functions.
             _refuse_batch_statistics(batch_statistics)
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in present.items()}
         args, kwargs = _arguments(inputs)
         state = fixed | dict(params) | buffers
         if dtype is not None:

@@ -314,3 +314,13 @@ def test_lazy_parameters_without_a_shape_are_named() -> None:
     model(torch.randn(2, 5))
     _, params = hf.functional(model)
     assert params["0.weight"].shape == (3, 5)
+
+
+def test_parameters_and_buffers_that_are_added_later_do_not_reach_the_copy() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model_fn, params = hf.functional(model)
+    x = torch.randn(5, 3)
+    before = model_fn(params, x)
+    nn.utils.parametrizations.weight_norm(model[0])
+    model.append(nn.BatchNorm1d(2))
+    assert torch.equal(model_fn(params, x), before)

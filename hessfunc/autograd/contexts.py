@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from hessfunc.autograd.embedding import EXACT
@@ -16,6 +17,7 @@ from hessfunc.autograd.overrides import Replaced, Replacements
 from hessfunc.autograd.shared import Shared
 from hessfunc.autograd.streams import Streams
 from hessfunc.containers import batch_leaves, is_array, mapped, opened
+from hessfunc.trees import leaves
 
 
 @contextmanager
@@ -132,6 +134,32 @@ def rereading(batch: Any, /) -> Iterator[None]:
             "the loss changes its batch in place, so that its next evaluation would differ: use an "
             "operation out of place, such as `x = x + 1` or a first layer with `inplace=False`"
         )
+
+
+class Precision(TorchDispatchMode):
+    """Dispatch mode that records the coarsest dtype of a computation.
+
+    Attributes:
+        dtype: Floating-point dtype with the largest rounding of all results; None without results.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype: torch.dtype | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in leaves(out):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                coarser = self.dtype is None or _eps(leaf.dtype) > _eps(self.dtype)
+                self.dtype = leaf.dtype if coarser else self.dtype
+        return out
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 def precise(device: torch.device) -> AbstractContextManager[Any]:

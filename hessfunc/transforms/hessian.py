@@ -13,7 +13,7 @@ from torch import Tensor
 from hessfunc.autograd import differentiable_twice, explained, refuse_autocast, rereading
 from hessfunc.autograd.constant_matrix import Product, leaves_of_graph
 from hessfunc.autograd.constants import Constants
-from hessfunc.autograd.contexts import kept_batch
+from hessfunc.autograd.contexts import Precision, kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
 from hessfunc.autograd.errors import lacks_forward_mode
 from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD
@@ -79,7 +79,7 @@ def hvp(
             t = eps^(1/3) |params| / |v|. It costs 2 gradients and works for any loss with a
             gradient. For smooth losses, it is accurate to about 1e-9 in float64 and 1e-4 in
             float32. With kinks (ReLU, max-pooling), float32 is not reliable, because the step
-            crosses them.
+            crosses them. A loss that computes in half precision is refused.
             ``"auto"``: Reverse, or forward if the graph does not fit on the GPU.
         chunk_size: Number of vectors of a block that go through one pass by vmap; 1 is a loop.
             None follows a fixed rule. If the operations of a product are small, the whole block is
@@ -345,10 +345,23 @@ def _difference(problem: _Problem) -> Product:
         return gradient([leaf.detach().requires_grad_() for leaf in at])[1]
 
     inputs = problem.inputs()
-    value, _ = gradient(inputs)
+    with Precision() as precision:
+        value, _ = gradient(inputs)
+    _refuse_coarser(problem.space, precision)
     with differentiable_twice(problem.space.device, DIFFERENCES):
         refuse_unless_derivatives([value], inputs, lambda leaves: [problem.value(leaves)])
     return gradient_differences(moved, problem.space, problem.point)
+
+
+def _refuse_coarser(space: Space, precision: Precision) -> None:
+    """Raise if a gradient is computed in half precision, and the parameters are in a finer one."""
+    coarsest = max(space.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    eps = 0.0 if precision.dtype is None else torch.finfo(precision.dtype).eps
+    if eps > max(torch.finfo(torch.float32).eps, torch.finfo(coarsest).eps):
+        raise ValueError(
+            f"the loss computes in {precision.dtype}, whose rounding hides finite differences of "
+            f"the gradient: use `hvp(loss, mode='reverse')`, or compute it in {coarsest}"
+        )
 
 
 def gradient_differences(gradient: Gradient, space: Space, point: Sequence[Tensor]) -> Product:

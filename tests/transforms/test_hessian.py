@@ -491,3 +491,16 @@ def test_forward_mode_advises_reverse_mode_where_that_works() -> None:
     with pytest.raises(NotImplementedError, match=r"use `hvp\(loss, mode='reverse'\)`"):
         hf.hvp(sampled_grid, mode="forward")(params, batch)(vector)
     hf.hvp(sampled_grid, mode="reverse")(params, batch)(vector)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_differences_of_a_model_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batch = torch.ones(5, 3), torch.arange(5) % 2
+    model_fn, params = hf.functional(model, dtype=dtype)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    with pytest.raises(ValueError, match=f"computes in {dtype}, whose rounding hides finite"):
+        hf.hvp(loss, mode="difference")(params, batch)
+    model_fn, params = hf.functional(model)
+    exact = hf.supervised(lambda p, x: model_fn(p, x.double().float()), F.cross_entropy)
+    hf.hvp(exact, mode="difference")(params, batch)(hf.random_like(params, 1, seed=0))
