@@ -1,7 +1,8 @@
-"""Blocks of right-hand sides: each column is solved as if it were alone, in common passes."""
+"""What cg and minres share: blocks whose columns are solved as if alone, starts, and options."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,81 @@ def test_is_saved_and_loaded(tmp_path: Path) -> None:
 def test_bad_options(solve: Solve, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         solve(**{"matvec": Counted(), "b": hf.unravel(COLUMNS, LIKE), "like": LIKE, **options})
+
+
+# A single right-hand side: cg on a definite matrix, minres on an indefinite one.
+
+SPECTRUM = torch.logspace(-1, 1, 80).double()
+SIGNS = torch.tensor([1.0, -1.0]).double().repeat(40)
+ONE = pytest.mark.parametrize(
+    ("solve", "matrix"),
+    [(hf.cg, symmetric(SPECTRUM)), (hf.minres, symmetric(SIGNS * SPECTRUM))],
+    ids=["cg", "minres"],
+)
+B = torch.randn(80, generator=torch.Generator().manual_seed(1)).double()
+
+
+@ONE
+def test_trees_of_several_leaves(solve: Solve, matrix: Tensor) -> None:
+    b = {"a": B[:12].reshape(3, 4), "c": [B[12:13].squeeze(0), B[13:]]}
+    x = solve(hf.dense(matrix), b, rtol=1e-12).x
+    torch.testing.assert_close(hf.ravel(x), torch.linalg.solve(matrix, B), atol=1e-8, rtol=0)
+    assert x["a"].shape == (3, 4)
+    assert x["c"][0].shape == ()
+
+
+@ONE
+def test_start_at_the_solution_costs_one_product(solve: Solve, matrix: Tensor) -> None:
+    x = torch.linalg.solve(matrix, B)
+    solution = solve(hf.dense(matrix), B, start=x)
+    assert solution.matvecs == 1
+    assert solution.converged
+    torch.testing.assert_close(solution.x, x)
+
+
+@ONE
+def test_start_near_the_solution_takes_fewer_products(solve: Solve, matrix: Tensor) -> None:
+    near = torch.linalg.solve(matrix, B) + 1e-3 * B
+    warm = solve(hf.dense(matrix), B, start=near, rtol=1e-6)
+    assert warm.converged
+    assert warm.matvecs < solve(hf.dense(matrix), B, rtol=1e-6).matvecs
+
+
+@ONE
+def test_zero_b_takes_no_product(solve: Solve, matrix: Tensor) -> None:
+    solution = solve(hf.dense(matrix), torch.zeros_like(B), start=B)
+    assert solution.matvecs == 0
+    assert solution.converged
+    assert solution.residual == 0
+    assert not solution.x.any()
+
+
+@ONE
+def test_float32_reaches_a_tolerance_that_its_rounding_allows(solve: Solve, matrix: Tensor) -> None:
+    solution = solve(hf.dense(matrix.float()), B.float(), rtol=1e-4)
+    assert solution.converged
+    assert solution.x.dtype == torch.float32
+    error = B.float().double() - matrix.float().double() @ solution.x.double()
+    assert error.norm() <= 1.1e-4 * B.norm()
+
+
+@ONE
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"b": {"u": B, "w": B * math.inf}}, "b has entries that are NaN or infinite, at w"),
+        ({"start": B * math.nan}, "start has entries that are NaN or infinite, at params"),
+        ({"start": torch.ones(3)}, "shape"),
+        ({"start": {"w": B}}, "structure"),
+        ({"rtol": -1.0}, "rtol=-1.0: it must be at least 0"),
+        ({"atol": -1.0}, "atol=-1.0: it must be at least 0"),
+        ({"max_matvecs": 0}, "max_matvecs=0: it must be at least 1"),
+        ({"damping": math.nan}, "damping=nan: it must be finite"),
+        ({"damping": math.inf}, "damping=inf: it must be finite"),
+    ],
+)
+def test_bad_options_of_one_right_hand_side(
+    solve: Solve, matrix: Tensor, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        solve(**{"matvec": hf.dense(matrix), "b": B, **options})
