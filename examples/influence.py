@@ -4,10 +4,10 @@
 
 If one of n training examples, z, is left out, the validation loss L changes by about
 
-    grad l(z)' s / n,    (H + damping I) s = grad L,
+    S(z) / n,    S(z) = grad L' (H + damping I)^-1 grad l(z),
 
 where H is the Hessian of the training loss, and the damping is its L2 penalty (Koh and Liang 2017,
-arXiv 1703.04730). `cg` solves one system, and its solution gives the influence of all examples.
+arXiv 1703.04730). `influence` solves one system, and its solution gives the scores of all examples.
 Here the model is a logistic regression on digits, some of which have a wrong label. To test the
 predictions, the model is trained again without an example, starting from the old optimum.
 """
@@ -76,17 +76,18 @@ def fitted(loss: hf.Loss, params: Params, batch: tuple[Tensor, Tensor], *, of: i
 
 def influences(loss: hf.Loss, params: Params, seen: Examples, validation: Examples) -> Tensor:
     """Return the predicted change of the validation loss without each example, shape ``[n]``."""
-    batch = seen.inputs, seen.targets
-    gradient = torch.func.grad(loss)(params, (validation.inputs, validation.targets))
-    solved = hf.cg(hf.hvp(loss)(params, batch), gradient, damping=PENALTY, rtol=1e-8)
-    print(f"{solved.reason}, {solved.matvecs} products\n")
-
-    def along(x: Tensor, y: Tensor) -> Tensor:
-        """Return grad l(z)' s, the derivative of the loss of one example along s."""
-        of_one = lambda p: loss(p, (x[None], y[None]))  # noqa: E731
-        return torch.func.jvp(of_one, (params,), (solved.x,))[1]
-
-    return torch.func.vmap(along)(*batch) / len(seen)
+    found = hf.influence(
+        loss,
+        params,
+        [(seen.inputs, seen.targets)],
+        [(validation.inputs, validation.targets)],
+        curvature=hf.hvp(loss),
+        damping=PENALTY,
+        aggregate=True,
+        rtol=1e-8,
+    )
+    print(f"{found.reason}, {found.matvecs} products\n")
+    return found.scores[0] / len(seen)
 
 
 def main(*, small: bool = False, out: Path = Path("influence.png")) -> Found:
