@@ -250,7 +250,7 @@ CALLS: dict[str, Call] = {
     "unsharded": Call({"model": MODEL}, {"trainable_only": True}),
     "draws": Call(
         {"curvature": hf.hvp(LOSS)},
-        {"weight": hf.examples, "replace": False, "seed": 0},
+        {"weight": hf.examples, "replace": False, "proxy": LOSS, "seed": 0},
         lambda made: hf.apply(made(PARAMS, [BATCH])(0), ONES),
     ),
     "examples": Call({"batch": BATCH}),

@@ -72,6 +72,7 @@ ARGUMENTS: dict[str, Check] = {
     "targets": function_of(1, "a batch"),
     "output_hessian": function_of(2, "(outputs, targets)"),
     "weight": function_of(1, "a batch"),
+    "proxy": function_of(2, "(params, batch)"),
     "gradient": function_of(1, "params"),
     "algorithm": function_of(2, "(matvec, params)"),
     "callback": function_of(1, "the result so far"),

@@ -70,6 +70,8 @@ def sampled_trace(
     For an equal standard error, random batches took 30 to 80 times fewer gradients than full passes
     on untrained perceptrons with 100 to 200 batches. On a trained ResNet-20 with 80 batches, where
     a few examples dominate the trace, they took 1.6 times fewer (``python -m bench.draws``).
+    There, ``draws(..., proxy=)`` meets the heavy batches more often. The run still does not
+    converge, since no proxy excludes a heavy batch that it calls light.
 
     Args:
         draws: Function from i to the matvec of the i-th random batch, made by `hessfunc.draws`,

@@ -421,3 +421,25 @@ def test_intervals_without_replacement_cover_and_are_narrower(count: int) -> Non
         ratios.append(found.stderr / other.stderr)
     assert covered >= 53
     assert sorted(ratios)[30] < 0.95
+
+
+def test_intervals_of_heavy_batches_cover_where_a_proxy_is_given() -> None:
+    generator = torch.Generator().manual_seed(0)
+    traces = (2 * torch.randn(300, generator=generator, dtype=torch.float64)).exp()
+    rough = traces * (0.5 * torch.randn(300, generator=generator, dtype=torch.float64)).exp()
+    true, covered, seeds = float(traces.mean()), {"proxy": 0, "none": 0}, 25
+    for name in covered:
+        for seed in range(seeds):
+            some = draws(
+                lambda params, b: lambda block: block * traces[b] / 4,
+                weight=lambda _: 1.0,
+                proxy=(lambda _, b: float(rough[b])) if name == "proxy" else None,
+                seed=seed,
+            )(torch.zeros(4).double(), range(300))
+            found = sampled_trace(some, torch.zeros(4).double(), max_matvecs=40, seed=seed)
+            low, high = found.interval(0.95)
+            covered[name] += low <= true <= high
+            assert not found.reason.startswith("converged")
+    # At a coverage of 95 %, fewer than 21 of 25 have the probability 1 %.
+    assert covered["proxy"] >= 21
+    assert covered["none"] < covered["proxy"]

@@ -219,3 +219,72 @@ def test_what_cannot_be_picked_from_is_refused(batches: Any, message: str) -> No
 def test_weights_that_are_no_weights_are_refused(weights: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made(weights)
+
+
+# By a proxy
+
+
+def by_proxy(proxies: list[float], weights: list[float] | None = None, seed: int = 0) -> Draws:
+    """Draws of the batches 0, 1, ..., by these proxies."""
+    weights = weights or [1.0] * len(proxies)
+    curvature = draws(scaled, weight=weights.__getitem__, proxy=lambda _, b: proxies[b], seed=seed)
+    return curvature({"w": torch.zeros(1)}, list(range(len(proxies))))
+
+
+def factor(found: Draws, i: int) -> float:
+    """By which the curvature of the i-th drawn batch, its index, is multiplied."""
+    return float(found(i)({"w": torch.ones(1, 1)})["w"]) / found.batch(i)
+
+
+def test_a_proxy_decides_how_often_a_batch_is_drawn_and_how_much_it_counts() -> None:
+    proxies, weights = [1.0, 1.0, 6.0, 0.0, 3.0], [2.0, 1.0, 1.0, 1.0, 0.0]
+    found = by_proxy(proxies, weights)
+    shares = torch.tensor(proxies).double() * torch.tensor(weights).double() / 9
+    chances = 0.8 * shares + 0.2 * torch.tensor([1.0, 1, 1, 1, 0]).double() / 4
+    counts = Counter(found.batch(i) for i in range(4000))
+    assert found.population is None
+    assert counts[4] == 0
+    for b in range(4):
+        spread = float(chances[b] * (1 - chances[b]) * 4000) ** 0.5
+        assert counts[b] == pytest.approx(4000 * float(chances[b]), abs=4 * spread)
+        if b:
+            first = next(i for i in range(4000) if found.batch(i) == b)
+            expected = weights[b] / 5 / float(chances[b])
+            assert factor(found, first) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_mean_of_draws_by_a_proxy_is_that_of_the_examples() -> None:
+    problem, batches = unequal()
+    found = draws(hf.hvp(problem.loss), proxy=problem.loss, seed=0)(problem.params, batches)
+    several = torch.stack([matrix(found(i), problem.params) for i in range(300)])
+    error = (several.mean(0) - problem.hessian).abs()
+    assert (error <= 5 * several.std(0) / 300**0.5 + 1e-12).all()
+
+
+def test_a_proportional_proxy_makes_all_draws_nearly_equal() -> None:
+    sizes = [float(10**b) for b in range(4)]
+    curvature = draws(
+        lambda _, size: lambda block: {"w": size * block["w"]},
+        weight=lambda _: 1.0,
+        proxy=lambda _, size: size,
+        seed=1,
+    )
+    found = curvature({"w": torch.zeros(1)}, sizes)
+    values = [float(found(i)({"w": torch.ones(1, 1)})["w"]) for i in range(200)]
+    mean = sum(sizes) / 4
+    # T / (B p) <= mean / 0.8, and the mean of all draws is that of the batches.
+    assert max(values) <= mean / 0.8
+    assert sum(values) / 200 == pytest.approx(mean, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("proxies", "words"),
+    [
+        ([1.0, -1.0], "proxy of a batch is -1.0"),
+        ([0.0, 0.0], "proxy values of the batches sum to zero"),
+        ([1.0, float("nan")], "proxy of a batch is nan"),
+    ],
+)
+def test_a_proxy_that_is_no_size_is_refused(proxies: list[float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        by_proxy(proxies)
