@@ -128,10 +128,7 @@ def test_transforms_of_torch(kind: str) -> None:
         pushed = torch.func.jvp(gradient, point, tangents)[1]
         stacked = tuple(torch.stack([x, 2 * x]) for x in point)
         mapped = torch.vmap(gradient)(*stacked)
-        second = torch.func.jvp(
-            torch.func.grad(lambda q: loss(q, *point[1:])), point[:1], tangents[:1]
-        )
-        return [*pulled, *pushed, *mapped, second[1]]
+        return [*pulled, *pushed, *mapped]
 
     for x, y in zip(of(attention), of(math_attention), strict=True):
         assert torch.allclose(x, y, rtol=1e-10, atol=1e-12)
