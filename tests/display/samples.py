@@ -11,8 +11,13 @@ import torch
 import hessfunc as hf
 from hessfunc.algorithms.eigen.follow import Followed
 from hessfunc.algorithms.results import GeneralizedSharpness, LeafEstimate
+from hessfunc.algorithms.results.influence import Influence, SelfInfluence
 from hessfunc.display import Displayed
 from hessfunc.kronecker import Congruence, Dense, DirectSum, Eigenbasis, Kronecker
+from hessfunc.kronecker.block_error import BlockError
+from hessfunc.kronecker.composite_blocks import Joint, Permuted
+from hessfunc.kronecker.factored_blocks import DiagonalBlock
+from hessfunc.kronecker.linear_maps import Layout
 from hessfunc.recipes.block_spectra import BlockSpectra
 from hessfunc.tracking import Measurement, Point, Points
 
@@ -109,4 +114,10 @@ SAMPLES: dict[type[Displayed], Callable[[], Any]] = {
         torch.eye(2, dtype=D), torch.ones(3, 1, 2, 1, dtype=D), torch.Size([2, 2])
     ),
     DirectSum: lambda: DirectSum((dense_block(), dense_block()), torch.Size([4])),
+    DiagonalBlock: lambda: DiagonalBlock(torch.ones(2, dtype=D), torch.Size([2])),
+    Permuted: lambda: Permuted(dense_block(4), Layout((1, 2, 2), (0, 2, 1)), torch.Size([2, 2])),
+    Joint: lambda: Joint(dense_block(6), Layout((1, 2, 2)), torch.Size([6])),
+    BlockError: lambda: hf.kronecker.error(MATVEC, MATVEC, LIKE, max_matvecs=6, seed=0),
+    Influence: lambda: hf.influence(*problem()[:2], [BATCH], [BATCH], damping=0.1),
+    SelfInfluence: lambda: hf.self_influence(*problem()[:2], [BATCH], damping=0.1),
 }

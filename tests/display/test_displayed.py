@@ -19,14 +19,18 @@ import hessfunc as hf
 from hessfunc.algorithms.results import LeafEstimate, Result
 from hessfunc.display import Displayed
 from hessfunc.kronecker import Block
+from hessfunc.kronecker.composite_blocks import _Reordered
 from hessfunc.recipes.block_spectra import BlockSpectra
 from tests import public
 from tests.display.samples import SAMPLES
 
 # Bases without instances of their own.
-ABSTRACT = {Result, Block}
+ABSTRACT = {Result, Block, _Reordered}
 # Classes that public functions return, which are functions, optimisers or their parts.
-OTHERS = {"Criterion", "Layer", "Loss", "Newton", "Schedule", "ShardedSpace", "Tracking"}
+OTHERS = {
+    *("Criterion", "FactoredCurvature", "Layer", "LinearHeadLoss", "Loss", "Newton", "Schedule"),
+    *("ShardedSpace", "Tracking"),
+}
 
 
 def below(base: type) -> Iterator[type]:

@@ -17,6 +17,8 @@ CLOCKS = {
     "app/launched.py": "a pause at the end of a process",
     "algorithms/checkpoint/run.py": "the wait for files of other ranks",
     "app/analysis.py": "the seconds of each part, for the report",
+    "display/bars.py": "the time between two lines of progress",
+    "display/progress.py": "the seconds of a run, for its progress",
     "training/cost.py": "the seconds of a training, for its table",
     "tracking/tracker.py": "the seconds of a measurement, for its record",
     "transforms/tuning.py": "times that the user asks for",
