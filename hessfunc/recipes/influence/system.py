@@ -99,11 +99,11 @@ class System:
 
     def solve(self, rows: Tensor) -> Tensor:
         """Return the solutions of the systems with these right-hand sides, as rows."""
-        block = self.space.unravel(rows)
+        block = self.space.views(rows)
         if isinstance(self.matrix, _Invertible):
             x = self.space.ravel(self.matrix.inverse(self.damping)(block), dtype=rows.dtype)
             # The residual b - (A + damping I) x measures the rounding of the inverse.
-            image = self.space.ravel(self.matrix(self.space.unravel(x)), dtype=rows.dtype)
+            image = self.space.ravel(self.matrix(self.space.views(x)), dtype=rows.dtype)
             residuals = self.space.norms(rows - image - self.damping * x)
             self.residuals.append(residuals.cpu())
             self.solved.append((residuals <= self.rtol * self.space.norms(rows)).cpu())

@@ -183,6 +183,20 @@ def test_a_sum_over_examples_has_the_matrix_of_the_sum() -> None:
     close(found.scores, scores(12 * gauss_newton(), gradients(XQ, YQ), gradients(X, Y)))
 
 
+def test_parameters_in_16_bits_have_scores_within_their_rounding() -> None:
+    model = nn.Linear(4, 3).bfloat16()
+    batches = [[(x.bfloat16(), y)] for x, y in ((X, Y), (XQ, YQ))]
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, nn.functional.cross_entropy)
+    found = hf.influence(loss, params, *batches, damping=DAMPING, rtol=1e-2)
+    wide_fn, wide = hf.functional(model.double())
+    wide_loss = hf.supervised(wide_fn, nn.functional.cross_entropy)
+    exact = [[(x.double(), y) for x, y in each] for each in batches]
+    expected = hf.influence(wide_loss, wide, *exact, damping=DAMPING).scores
+    assert found.scores.dtype == torch.float64
+    assert float((found.scores - expected).norm() / expected.norm()) < 0.05
+
+
 def test_progress_reports_the_solves_and_the_batches() -> None:
     seen: list[Any] = []
     of(progress=seen.append)
