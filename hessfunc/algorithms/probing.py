@@ -6,18 +6,21 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar, get_args
 
+from torch import Tensor
+
 from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, reported, run_method, store_of
 from hessfunc.algorithms.exact import exact_diagonal, exact_trace, random_budget, unit_vectors_left
+from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate, Result
 from hessfunc.algorithms.results.diagonal import close_enough
-from hessfunc.algorithms.results.estimate import Confidence, narrow_enough
+from hessfunc.algorithms.results.estimate import Confidence, leaf_fields, narrow_enough
 from hessfunc.algorithms.results.result import judged
-from hessfunc.algorithms.statistics import STOPPED
+from hessfunc.algorithms.statistics import STOPPED, leaf_errors, rounding_of_sum
 from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.display import Report
 from hessfunc.options import at_least
-from hessfunc.spaces.space import Rows, Space
+from hessfunc.spaces.space import Rows, Space, products_eps
 
 State = TypeVar("State")
 AnyResult = TypeVar("AnyResult", bound=Result)
@@ -169,6 +172,39 @@ class TraceProbing(Probing[State, Estimate]):
 
     def reached(self, estimate: Estimate, /) -> str | None:
         return narrow_enough(estimate, self.rtol, self.atol)
+
+    def mean_of(
+        self,
+        parts: Tensor,
+        stderr: float,
+        images: Rows,
+        space: Space,
+        cost: Cost,
+        *,
+        halves: float = 0.5,
+    ) -> Estimate:
+        """Return the mean of the estimates of single probes.
+
+        Args:
+            parts: Estimates of each probe by leaf, float64 ``(p, leaves)``.
+            stderr: Standard error of the mean, without the rounding of the products.
+            images: Products with random vectors, which give the Frobenius norm.
+            space: Space of the vectors.
+            cost: Cost of the run.
+            halves: Factor of the rounding of products in 16 bits.
+        """
+        samples, squares = parts.sum(1), space.norms(images).cpu().double().square()
+        rounding = rounding_of_sum(products_eps(space), halves=halves)
+        stderr = (stderr + rounding * float(parts.abs().sum(1).mean())) * self.widening
+        return Estimate(
+            value=float(samples.mean()),
+            stderr=stderr,
+            degrees=len(samples),
+            samples=samples,
+            **leaf_fields(space, parts.mean(0), leaf_errors(parts, stderr)),
+            squared_frobenius=squared_frobenius(squares, space, cost),
+            **cost,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

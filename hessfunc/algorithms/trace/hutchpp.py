@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.driver import RunOptions
-from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.probing import KeepsProbes, TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Estimate
-from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.sketch import SketchedProbes, vectors_that_fit
-from hessfunc.algorithms.statistics import leaf_errors, rounding_of_sum, sphere_error
+from hessfunc.algorithms.statistics import sphere_error
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Space, products_eps, rows_dtype
+from hessfunc.spaces.space import Space, rows_dtype
 from hessfunc.trees import Matvec, Tree
 
 
@@ -107,19 +105,7 @@ class HutchPP(KeepsProbes, TraceProbing[SketchedProbes]):
         samples, basis = parts.sum(1), state.sketch.basis
         quadratics = samples - float(space.by_leaf(basis, state.sketch.images).sum())
         stderr = sphere_error(quadratics, outside, space.n - len(basis))
-        eps = products_eps(space)
-        rounding = rounding_of_sum(eps) * float(parts.abs().sum(1).mean())
-        stderr = (stderr + rounding) * self.widening
-        squares = space.norms(state.images).cpu().double().square()
-        return Estimate(
-            value=float(samples.mean()),
-            stderr=stderr,
-            degrees=len(samples),
-            samples=samples,
-            **leaf_fields(space, parts.mean(0), leaf_errors(parts, stderr)),
-            squared_frobenius=squared_frobenius(squares, space, cost),
-            **cost,
-        )
+        return self.mean_of(parts, stderr, state.images, space, cost)
 
 
 def _samples(space: Space, state: SketchedProbes) -> tuple[Tensor, Tensor]:

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.driver import RunOptions
-from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.probing import KeepsProbes, TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Estimate
-from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.sketch import vectors_that_fit
 from hessfunc.algorithms.statistics import (
     Complements,
-    leaf_errors,
-    rounding_of_sum,
     standard_error_of_mean,
 )
 from hessfunc.options import at_least, validated
@@ -125,18 +121,7 @@ class XNysTrace(KeepsProbes, TraceProbing["_State"]):
         if not spanned:
             stderr = standard_error_of_mean(samples, two, complements, jackknife=_JACKKNIFE)
         # Shifting A before the approximation adds a bias of the order of the rounding.
-        rounding = rounding_of_sum(eps, halves=2) * float(parts.abs().sum(1).mean())
-        stderr = (stderr + rounding) * self.widening
-        squares = space.norms(state.images).cpu().double().square()
-        return Estimate(
-            value=float(samples.mean()),
-            stderr=stderr,
-            degrees=len(samples),
-            samples=samples,
-            **leaf_fields(space, parts.mean(0), leaf_errors(parts, stderr)),
-            squared_frobenius=squared_frobenius(squares, space, cost),
-            **cost,
-        )
+        return self.mean_of(parts, stderr, state.images, space, cost, halves=2)
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,16 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.driver import RunOptions
-from hessfunc.algorithms.norms import squared_frobenius
 from hessfunc.algorithms.probing import KeepsProbes, TraceProbing, run_trace
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Estimate
-from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.sketch import SketchedProbes, vectors_that_fit
 from hessfunc.algorithms.statistics import (
     Complements,
-    leaf_errors,
-    rounding_of_sum,
     standard_error_of_mean,
 )
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import Space, products_eps
+from hessfunc.spaces.space import Space
 from hessfunc.trees import Matvec, Tree
 
 # Factor of the jackknife error, calibrated on ten spectra (bench/results/coverage.md).
@@ -103,19 +99,7 @@ class XTrace(KeepsProbes, TraceProbing[SketchedProbes]):
         samples = parts.sum(1)
         two = _leave_two_out(space, state) if state.sketch.full_rank else None
         stderr = standard_error_of_mean(samples, two, complements, jackknife=_JACKKNIFE)
-        eps = products_eps(space)
-        rounding = rounding_of_sum(eps) * float(parts.abs().sum(1).mean())
-        stderr = (stderr + rounding) * self.widening
-        squares = space.norms(state.images).cpu().double().square()
-        return Estimate(
-            value=float(samples.mean()),
-            stderr=stderr,
-            degrees=len(samples),
-            samples=samples,
-            **leaf_fields(space, parts.mean(0), leaf_errors(parts, stderr)),
-            squared_frobenius=squared_frobenius(squares, space, cost),
-            **cost,
-        )
+        return self.mean_of(parts, stderr, state.images, space, cost)
 
 
 def _leave_one_out(space: Space, state: SketchedProbes) -> tuple[Tensor, Complements]:
