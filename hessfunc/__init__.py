@@ -80,6 +80,8 @@ _HOMES = {
     "ggn_diagonal": "recipes.gauss_newton_diagonal",
     "block_spectra": "recipes.block_spectra",
     "landscape": "recipes.landscape",
+    "laplace": "recipes.laplace",
+    "calibration": "recipes.calibration",
     "critical_sharpness": "recipes.sharpness",
     "implicit_gradient": "recipes.implicit_gradient",
     "influence": "recipes.influence",

@@ -46,12 +46,14 @@ from hessfunc.modules import functional as functional
 from hessfunc.modules import unsharded as unsharded
 from hessfunc.optim.stability.reading import stability as stability
 from hessfunc.recipes.block_spectra import block_spectra as block_spectra
+from hessfunc.recipes.calibration import calibration as calibration
 from hessfunc.recipes.gauss_newton_diagonal import ggn_diagonal as ggn_diagonal
 from hessfunc.recipes.hessian_trace import hessian_trace as hessian_trace
 from hessfunc.recipes.implicit_gradient import implicit_gradient as implicit_gradient
 from hessfunc.recipes.influence import influence as influence
 from hessfunc.recipes.influence import self_influence as self_influence
 from hessfunc.recipes.landscape import landscape as landscape
+from hessfunc.recipes.laplace import laplace as laplace
 from hessfunc.recipes.sharpness import critical_sharpness as critical_sharpness
 from hessfunc.selection import split as split
 from hessfunc.spaces.of import inner as inner

@@ -446,6 +446,16 @@ CALLS: dict[str, Call] = {
             "points_per_chunk": 2, "callback": None, "progress": None,
         },
     ),
+    "laplace": Call(
+        OF_DATA,
+        {
+            "structure": "full", "prior_precision": 2.0, "temperature": 0.5, "noise": None,
+            "model": None, "rank": None, "seed": 0,
+        },
+    ),
+    "calibration": Call(
+        {"probabilities": torch.eye(2)[BATCH[1]], "targets": BATCH[1]}, {"bins": 5}
+    ),
     "critical_sharpness": Call(
         {"loss": LOSS, "params": PARAMS, "batch": BATCH, "direction": ONES},
         {"rtol": 0.1, "start": 1.0, "max_evaluations": 20, "progress": None},

@@ -159,6 +159,13 @@ def factor(name: str, value: Any, /) -> Any:
     return finite(name, value)
 
 
+def factors(name: str, value: Any, /) -> Any:
+    """Return one factor, or a dict of factors by name."""
+    if isinstance(value, Mapping):
+        return {key: factor(f"{name}[{key!r}]", each) for key, each in value.items()}
+    return factor(name, value)
+
+
 def flag(name: str, value: Any, /) -> bool:
     """Return a bool of Python, NumPy or torch as a bool."""
     plain = scalar(value)

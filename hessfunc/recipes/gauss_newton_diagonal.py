@@ -198,9 +198,9 @@ def _diagonal(
         else:
             rows, build = rows_of(piece)
             each = partial(_of_example, loss, space, point, build, at_once)
-            alone, every = _over_examples(each, value, vector, *rows)
+            alone, every = over_examples(each, value, vector, *rows)
             squares = [leaf.sum(0) for leaf in every]
-        _refuse_unless_apart(alone, together)
+        refuse_unless_apart(alone, together)
         for sums, leaf in zip(total, squares, strict=True):
             # The batch itself may require a gradient.
             sums += leaf.detach()
@@ -236,7 +236,7 @@ def _of_example(
     return outputs, total
 
 
-def _over_examples(each: Callable[..., Any], *rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+def over_examples(each: Callable[..., Any], *rows: Tensor) -> tuple[Tensor, list[Tensor]]:
     try:
         return vmap(each, randomness="different")(*rows)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
@@ -310,7 +310,7 @@ def _eigenpairs(loss: Loss, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor
     return values[:, counts].to(blocks.dtype), vectors.mT[:, counts].to(blocks.dtype)
 
 
-def _refuse_unless_apart(alone: Tensor, together: Tensor) -> None:
+def refuse_unless_apart(alone: Tensor, together: Tensor) -> None:
     """Raise unless each example has the same outputs alone as in its batch, up to rounding."""
     if alone.shape == together.shape:
         # If the outputs are exact in a narrower dtype, the model computes in it: use its eps.

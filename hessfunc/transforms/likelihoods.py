@@ -28,15 +28,20 @@ _OPTIONS: dict[Any, set[str]] = {
 }
 
 
-def refuse_without_likelihood(criterion: Callable[[Any, Any], Tensor], /) -> None:
-    """Raise ValueError unless a criterion is the negative logarithm of a known likelihood."""
+def has_likelihood(criterion: Callable[[Any, Any], Tensor], /) -> bool:
+    """Return whether a criterion is the negative logarithm of a known likelihood."""
     inner = criterion.criterion if isinstance(criterion, OfTargets) else criterion
     function, options = function_and_options(inner)
     known = _OPTIONS.get(function) if isinstance(function, Hashable) else None
-    if known is None or any(
-        name not in known and (isinstance(value, Tensor) or value not in (None, 0.0))
+    return known is not None and all(
+        name in known or (not isinstance(value, Tensor) and value in (None, 0.0))
         for name, value in options.items()
-    ):
+    )
+
+
+def refuse_without_likelihood(criterion: Callable[[Any, Any], Tensor], /) -> None:
+    """Raise ValueError unless a criterion is the negative logarithm of a known likelihood."""
+    if not has_likelihood(criterion):
         raise ValueError(
             "a Fisher matrix needs a criterion that is the negative logarithm of a likelihood: "
             "pass cross_entropy (no class weights, no label smoothing), mse_loss or "

@@ -19,6 +19,8 @@ from hessfunc.kronecker.composite_blocks import Joint, Permuted
 from hessfunc.kronecker.factored_blocks import DiagonalBlock
 from hessfunc.kronecker.linear_maps import Layout
 from hessfunc.recipes.block_spectra import BlockSpectra
+from hessfunc.recipes.calibration import Calibration
+from hessfunc.recipes.laplace import Posterior, Predictive
 from hessfunc.tracking import Measurement, Point, Points
 
 D = torch.float64
@@ -68,6 +70,11 @@ def sharpness() -> Any:
     )
 
 
+def posterior() -> Posterior:
+    loss, params, _ = problem()
+    return hf.laplace(loss, params, [BATCH])
+
+
 def dense_block(size: int = 2) -> Dense:
     return Dense(torch.eye(size, dtype=D), torch.Size([size]))
 
@@ -102,6 +109,9 @@ SAMPLES: dict[type[Displayed], Callable[[], Any]] = {
     hf.results.Overlap: lambda: hf.overlap(hf.lanczos(MATVEC, LIKE, k=2, seed=0), B),
     hf.results.Check: lambda: hf.check(MATVEC, LIKE),
     BlockSpectra: lambda: hf.block_spectra(*problem()[:2], [BATCH]),
+    Posterior: posterior,
+    Predictive: lambda: posterior().predictive(hf.functional(problem()[2])[0], BATCH[0]),
+    Calibration: lambda: hf.calibration(torch.eye(3, dtype=D), BATCH[1], bins=4),
     Measurement: lambda: Measurement(**POINT),
     Point: lambda: Point(**POINT, step=3, lr=0.1, edge=20.0),
     Points: lambda: Points(Point(**POINT, step=step) for step in range(3)),

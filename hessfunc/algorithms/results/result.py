@@ -245,8 +245,8 @@ class _MissingFileError(FileNotFoundError, ValueError):
     """Missing file, caught both as a missing file and as a wrong argument."""
 
 
-# Package above this one with more classes that can be saved, imported when a file has one of them.
-_LATER = "hessfunc.kronecker"
+# Packages above this one with more classes that can be saved, imported when a file has one of them.
+_LATER = ("hessfunc.kronecker", "hessfunc.recipes.calibration", "hessfunc.recipes.laplace")
 
 
 class _UnknownKindError(Exception):
@@ -257,7 +257,8 @@ def _restored(plain: dict[str, Any], prefix: str, arrays: Mapping[str, Any]) -> 
     """Return the result that `_plain` has turned into plain data and arrays."""
     kind = plain.pop("kind")
     if kind not in Saved.kinds:
-        import_module(_LATER)
+        for package in _LATER:
+            import_module(package)
     if kind not in Saved.kinds:
         raise _UnknownKindError(kind)
     values: dict[str, Any] = {}

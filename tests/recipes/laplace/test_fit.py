@@ -1,0 +1,178 @@
+"""Laplace approximations in each structure, against the exact normal posterior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from tests.recipes.laplace.problem import (
+    CRITERIA,
+    INPUTS,
+    MODEL,
+    MODEL_FN,
+    NOISE,
+    PARAMS,
+    PER_LEAF,
+    TARGETS,
+    D,
+    N,
+    batches,
+    curvature,
+    flat_prior,
+    jacobian,
+    log_likelihood,
+    loss_of,
+    posterior,
+)
+
+
+def dense(found: Any) -> torch.Tensor:
+    """Materialise the covariance of a posterior."""
+    return hf.matrix(found.covariance, found.params)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("prior", [1.5, PER_LEAF], ids=["one", "per leaf"])
+def test_the_full_structure_is_the_exact_normal_posterior(criterion: Any, prior: Any) -> None:
+    found = posterior(criterion, prior_precision=prior)
+    diagonal = flat_prior(prior if isinstance(prior, dict) else dict.fromkeys(PARAMS, prior))
+    precision = curvature(criterion) + diagonal.diag()
+    mean = hf.ravel(PARAMS)
+    assert torch.equal(hf.ravel(found.params), mean)
+    torch.testing.assert_close(dense(found), precision.inverse(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found.logdet(), precision.logdet(), rtol=1e-10, atol=0)
+    predictive = found.predictive(MODEL_FN, INPUTS)
+    rows = jacobian(INPUTS)
+    torch.testing.assert_close(predictive.mean, MODEL_FN(PARAMS, INPUTS).detach())
+    expected = torch.einsum("bin,nm,bjm->bij", rows, precision.inverse(), rows)
+    torch.testing.assert_close(predictive.covariance, expected, rtol=1e-8, atol=1e-10)
+    evidence = (
+        log_likelihood(criterion)
+        + (diagonal.log().sum() - precision.logdet() - (diagonal * mean.square()).sum()) / 2
+    )
+    torch.testing.assert_close(found.log_marginal_likelihood(), evidence, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("sizes", [(12,), (5, 7), (1, 4, 7)])
+def test_the_posterior_depends_neither_on_the_batches_nor_on_the_reduction(
+    reduction: str, sizes: tuple[int, ...]
+) -> None:
+    loss = loss_of(nn.CrossEntropyLoss(reduction=reduction))
+    targets = TARGETS[F.cross_entropy]
+    data = list(zip(INPUTS.split(sizes), targets.split(sizes), strict=True))
+    precision = curvature(F.cross_entropy) + torch.eye(N, dtype=D)
+    found = hf.laplace(loss, PARAMS, data)
+    torch.testing.assert_close(dense(found), precision.inverse(), rtol=1e-8, atol=1e-10)
+    expected = log_likelihood(F.cross_entropy)
+    torch.testing.assert_close(found.likelihood.total, -float(expected), rtol=1e-10, atol=0)
+
+
+def test_the_diagonal_structure_inverts_the_diagonal() -> None:
+    found = posterior(F.cross_entropy, structure="diagonal")
+    diagonal = curvature(F.cross_entropy).diagonal() + flat_prior(PER_LEAF)
+    torch.testing.assert_close(dense(found), (1 / diagonal).diag(), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(found.logdet(), diagonal.log().sum(), rtol=1e-10, atol=0)
+
+
+def test_the_kronecker_structure_inverts_the_blocks_of_kflr() -> None:
+    criterion = F.cross_entropy
+    found = posterior(criterion, structure="kronecker", model=MODEL)
+    blocks = hf.over_batches(hf.kronecker.kflr(loss_of(criterion), MODEL))(
+        PARAMS, batches(criterion)
+    )
+    precision = 12 * torch.block_diag(*(blocks[name].dense() for name in PARAMS))
+    precision += flat_prior(PER_LEAF).diag()
+    torch.testing.assert_close(dense(found), precision.inverse(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found.logdet(), precision.logdet(), rtol=1e-10, atol=0)
+
+
+def test_kronecker_is_full_for_a_linear_map_of_one_example() -> None:
+    model = nn.Linear(3, 2, bias=False).double()
+    model_fn, params = hf.functional(model)
+    loss, data = hf.supervised(model_fn, F.cross_entropy), [(INPUTS[:1], torch.tensor([1]))]
+    kronecker = hf.laplace(loss, params, data, structure="kronecker", model=model)
+    full = hf.laplace(loss, params, data)
+    torch.testing.assert_close(dense(kronecker), dense(full), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        kronecker.log_marginal_likelihood(), full.log_marginal_likelihood(), rtol=1e-10, atol=0
+    )
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_low_rank_with_all_eigenpairs_is_full(criterion: Any) -> None:
+    low, full = posterior(criterion, structure="low_rank", rank=N, seed=0), posterior(criterion)
+    torch.testing.assert_close(dense(low), dense(full), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(low.logdet(), full.logdet(), rtol=1e-8, atol=0)
+
+
+def test_low_rank_keeps_the_prior_beside_the_eigenpairs() -> None:
+    values, vectors = torch.linalg.eigh(curvature(F.mse_loss))
+    kept = (vectors[:, -3:] * values[-3:]) @ vectors[:, -3:].mT
+    found = posterior(F.mse_loss, structure="low_rank", rank=3, seed=0)
+    precision = kept + flat_prior(PER_LEAF).diag()
+    # Lanczos stops at residuals of 1e-4 of the eigenvalues.
+    torch.testing.assert_close(dense(found), precision.inverse(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.logdet(), precision.logdet(), rtol=1e-4, atol=0)
+
+
+def test_the_temperature_divides_the_likelihood() -> None:
+    cold = posterior(F.cross_entropy, temperature=0.5)
+    precision = 2 * curvature(F.cross_entropy) + flat_prior(PER_LEAF).diag()
+    torch.testing.assert_close(dense(cold), precision.inverse(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("structure", ["full", "kronecker"])
+def test_a_held_loss_gives_the_posterior_of_the_last_layer(structure: str) -> None:
+    criterion = F.cross_entropy
+    last, rest = hf.split(PARAMS, "2.*")
+    held = hf.hold(loss_of(criterion), rest)
+    given = {"model": MODEL} if structure == "kronecker" else {}
+    found = hf.laplace(held, last, batches(criterion), structure=structure, **given)
+    assert list(found.params) == ["2.weight", "2.bias"]
+    start = N - sum(leaf.numel() for leaf in last.values())
+    if structure == "full":
+        precision = curvature(criterion)[start:, start:] + torch.eye(N - start, dtype=D)
+        torch.testing.assert_close(dense(found), precision.inverse(), rtol=1e-8, atol=1e-10)
+    variance = found.predictive(held.outputs, (INPUTS, None)).covariance
+    rows = jacobian(INPUTS)[:, :, start:]
+    expected = torch.einsum("bin,nm,bjm->bij", rows, dense(found), rows)
+    torch.testing.assert_close(variance, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "given", "message"),
+    [
+        (F.l1_loss, {}, "negative logarithm of a likelihood"),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), {}, "negative logarithm of a likelihood"),
+        (F.cross_entropy, {"prior_precision": 0.0}, "prior_precision=0: it must be positive"),
+        (F.cross_entropy, {"prior_precision": {"a": 1.0}}, "one precision for each parameter"),
+        (F.cross_entropy, {"temperature": -1.0}, "temperature=-1: it must be positive"),
+        (F.cross_entropy, {"noise": 1.0}, "categorical targets have no noise"),
+        (F.mse_loss, {"noise": -1.0}, "noise=-1: it must be positive"),
+        (F.cross_entropy, {"structure": "dense"}, "choose 'full', 'kronecker'"),
+        (F.cross_entropy, {"structure": "kronecker"}, "pass model=model"),
+        (F.cross_entropy, {"structure": "low_rank"}, "pass a rank"),
+        (F.cross_entropy, {"rank": 3}, "pass a rank exactly for 'low_rank'"),
+    ],
+)
+def test_wrong_options_are_refused(criterion: Any, given: dict[str, Any], message: str) -> None:
+    data = batches(F.mse_loss if criterion in (F.mse_loss, F.l1_loss) else F.cross_entropy)
+    with pytest.raises(ValueError, match=message):
+        hf.laplace(loss_of(criterion), PARAMS, data, **given)
+
+
+def test_a_loss_without_a_criterion_is_refused() -> None:
+    with pytest.raises(TypeError, match="supervised"):
+        hf.laplace(lambda p, b: p["w"].sum(), {"w": torch.ones(2)}, [0])  # type: ignore[arg-type]
+
+
+def test_the_default_noise_is_one() -> None:
+    assert hf.laplace(loss_of(F.mse_loss), PARAMS, batches(F.mse_loss)).noise == 1.0
+    assert posterior(F.mse_loss).noise == NOISE
+    assert posterior(F.cross_entropy).noise is None
