@@ -77,6 +77,8 @@ def influence(
         curvature: Curvature function whose mean over the training batches is A, such as
             ``hvp(loss)`` or ``kronecker.ekfac(loss, model)``, or the matvec of A. The default is
             ``ggnvp(loss)``. Structured blocks are inverted; other matrices are solved by `cg`.
+            A matvec over a mesh divides the products among ranks, but each rank computes the
+            gradients of all examples.
         preconditioner: Preconditioner of `cg`, such as ``blocks.inverse(damping)`` for the
             Kronecker factors of the data set.
         query_loss: Loss of queries, ``(params, batch) -> scalar``, any differentiable function;
