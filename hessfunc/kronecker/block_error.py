@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
@@ -15,6 +15,7 @@ from hessfunc.algorithms.probing import Probing
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Estimate, Result
 from hessfunc.algorithms.results.estimate import narrow_enough
+from hessfunc.display import Achieved
 from hessfunc.options import at_least, validated
 from hessfunc.options import matvec as as_matvec
 from hessfunc.randomness import keys, mixed, signs
@@ -42,6 +43,20 @@ class BlockError(Result):
             "interval": f"[{low:.4g}, {high:.4g}]",
             "off_diagonal": f"{self.off_diagonal.value:.4g}",
             "off_diagonal_interval": f"[{least:.4g}, {most:.4g}]",
+        }
+
+    def achieved(self) -> Achieved:
+        return self.distance.achieved()
+
+    def _columns(self) -> Mapping[str, Sequence[Any]]:
+        parts = {"distance": self.distance, "off_diagonal": self.off_diagonal}
+        low, high = zip(*(part.interval() for part in parts.values()), strict=True)
+        return {
+            "quantity": list(parts),
+            "value": [part.value for part in parts.values()],
+            "stderr": [part.stderr for part in parts.values()],
+            "low": low,
+            "high": high,
         }
 
 
