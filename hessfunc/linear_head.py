@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessfunc import options
-from hessfunc.autograd.linear_cross_entropy import Head
+from hessfunc.autograd.linear_cross_entropy import loss_of
+from hessfunc.autograd.logits import Head
 from hessfunc.losses import Loss, OfTargets
 from hessfunc.trees import Tree
 
@@ -38,7 +39,7 @@ class LinearHeadLoss(Loss):
     head: Head
 
     def __call__(self, params: Tree, batch: Any, /) -> Tensor:
-        return self.head.loss(*self.states(params, batch), self.targets(batch))
+        return loss_of(self.head, *self.states(params, batch), self.targets(batch))
 
     def of(self, whole: Callable[[Tree], Tree], /) -> LinearHeadLoss:
         states = self.states
@@ -64,7 +65,7 @@ class OfStates:
     targets: Callable[[Any], Tensor]
 
     def __call__(self, states: States, batch: Any, /) -> Tensor:
-        return self.head.loss(*states, self.targets(batch))
+        return loss_of(self.head, *states, self.targets(batch))
 
 
 @options.validated(

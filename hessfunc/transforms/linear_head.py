@@ -13,7 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.autograd.linear_cross_entropy import Parts, RowProduct, Rows, Tokens
+from hessfunc.autograd.linear_cross_entropy import Parts, Tokens
+from hessfunc.autograd.logits import RowProduct, Rows
 from hessfunc.linear_head import LinearHeadLoss, OfStates, States
 from hessfunc.losses import Loss
 from hessfunc.randomness import uniforms

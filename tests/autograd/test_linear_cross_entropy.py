@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.autograd.linear_cross_entropy import Head
 from tests.cases import randn, waves
 from tests.graphs import allocated
 from tests.reference import gradient, hessian, matrix, relative_error
@@ -148,10 +147,3 @@ def test_other_arguments_are_refused(change: dict[str, Any], match: str) -> None
     positional = [given.pop(name) for name in ("hidden", "weight", "targets")]
     with pytest.raises(ValueError, match=match):
         hf.linear_cross_entropy(*positional, **given)
-
-
-def test_chunks_are_chosen_by_size() -> None:
-    weight = torch.empty(2**20, 1)
-    chunks = Head().chunks(torch.empty(10, 1), weight)
-    assert [range(10)[c] for c in chunks] == [range(4), range(4, 8), range(8, 10)]
-    assert len(Head(rows_per_chunk=3).chunks(torch.empty(10, 1), weight)) == 4
