@@ -34,10 +34,12 @@ from hessfunc.trees import Tree, tree_map
 class Posterior(Result):
     """Laplace approximation of the posterior, a normal distribution of the parameters.
 
-        N(params, P^-1),    P = s G + D,    s = count / (noise^2 temperature)
+        N(params, P^-1),    P = s G + D
 
-    G is the Gauss-Newton matrix, or its approximation by the structure, and D is the diagonal prior
-    precision. The factor s turns the criterion into the negative log-likelihood of all data.
+    G is the Gauss-Newton matrix of the criterion, or its approximation by the structure, and D is
+    the diagonal prior precision. The factor s turns the criterion into the negative log-likelihood
+    of all data, divided by the temperature. For a mean over N terms, s is N / temperature for
+    classes, and N / (2 noise^2 temperature) for normal targets.
 
     Attributes:
         params: Mean, the parameters of the trained network.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -176,3 +177,21 @@ def test_the_default_noise_is_one() -> None:
     assert hf.laplace(loss_of(F.mse_loss), PARAMS, batches(F.mse_loss)).noise == 1.0
     assert posterior(F.mse_loss).noise == NOISE
     assert posterior(F.cross_entropy).noise is None
+
+
+@pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal", "low_rank"])
+def test_single_precision_gives_the_posterior_up_to_rounding(structure: str) -> None:
+    model = copy.deepcopy(MODEL).float()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    data = [(INPUTS.float(), TARGETS[F.cross_entropy])]
+    given = {"kronecker": {"model": model}, "low_rank": {"rank": 5, "seed": 0}}.get(structure, {})
+    found = hf.laplace(loss, params, data, structure=structure, **given)
+    if structure == "kronecker":
+        given = {"model": MODEL}
+    exact = posterior(F.cross_entropy, prior_precision=1.0, structure=structure, **given)
+    one, other = found.predictive(model_fn, INPUTS.float()), exact.predictive(MODEL_FN, INPUTS)
+    assert one.covariance.dtype == torch.float32
+    torch.testing.assert_close(one.covariance.double(), other.covariance, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(found.logdet(), exact.logdet(), rtol=1e-3, atol=0)
+    assert found.samples(2, seed=0)["0.weight"].dtype == torch.float32
