@@ -49,6 +49,8 @@ class Posterior(Result):
         temperature: Temperature T of the likelihood p(D | params)^(1/T).
         likelihood: Likelihood of the data at the parameters.
         curvature: Curvature of the criterion in its structure.
+        tuning: Reason for which `tuned` stopped, or None if nothing was tuned. The ``reason`` is
+            that of the curvature.
     """
 
     params: Tree = field(metadata=VECTORS)
@@ -58,6 +60,7 @@ class Posterior(Result):
     temperature: float
     likelihood: Likelihood
     curvature: BlockDiagonal | LowRank
+    tuning: str | None = None
 
     def _headline(self) -> dict[str, object]:
         prior = self.prior_precision
@@ -67,6 +70,7 @@ class Posterior(Result):
             else f"{min(prior.values()):.4g} to {max(prior.values()):.4g}"
         )
         noise = {} if self.noise is None else {"noise": f"{self.noise:.4g}"}
+        tuning = {} if self.tuning is None else {"tuning": self.tuning}
         evidence = f"{float(self.log_marginal_likelihood()):.6g}"
         return {
             "structure": self.structure,
@@ -74,6 +78,7 @@ class Posterior(Result):
             "prior_precision": shown,
             **noise,
             "log_marginal_likelihood": evidence,
+            **tuning,
         }
 
     def to_dict(self, *, vectors: bool = True) -> dict[str, Any]:
@@ -240,7 +245,7 @@ class Posterior(Result):
             self,
             prior_precision=as_numbers(precision),
             noise=self.noise if noise is None else float(noise),
-            reason=maximum.reason,
+            tuning=maximum.reason,
         )
 
     def _prior(self, precision: PriorPrecision | None) -> Prior:
