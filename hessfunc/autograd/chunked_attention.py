@@ -27,6 +27,7 @@ from hessfunc.autograd.attention import math_attention
 from hessfunc.autograd.functorch import all_on_blocks, is_wrapped, once_more
 from hessfunc.autograd.overrides import Replacements
 
+_NARROW = (torch.float16, torch.bfloat16)
 # Queries times keys below which all weights at once are faster.
 _SHORT = 512 * 512
 # Most weights that exist at once, and the fewest queries of a chunk.
@@ -49,35 +50,61 @@ def attention(
 ) -> Tensor:
     """Compute ``F.scaled_dot_product_attention`` in memory that is linear in the length.
 
-    Short sequences, random masks, masks that require a gradient, autocast and compiled code keep
-    all weights.
+    Short sequences, random masks, masks that require a gradient, broadcasted batches, autocast and
+    compiled code keep all weights.
     """
-    long = not query.is_nested and query.shape[-2] * key.shape[-2] > _SHORT
-    constant = attn_mask is None or not (attn_mask.requires_grad or is_wrapped(attn_mask))
-    if not (long and constant and dropout_p == 0 and _supports(query, key, value)):
-        return math_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if enable_gqa:
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    if not (
+        _is_long(query, key)
+        and dropout_p == 0
+        and (attn_mask is None or not (is_causal or attn_mask.requires_grad))
+        and _supports(query, key, value, attn_mask)
+    ):
+        return math_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    # Narrow numbers are too coarse for the sums of a softmax.
+    q, k, v = (x.float() if x.dtype in _NARROW else x for x in (query, key, value))
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
-        key, value = (x.repeat_interleave(repeats, -3) for x in (key, value))
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        hidden = attn_mask.logical_not()
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(hidden, -math.inf)
+        k, v = (x.repeat_interleave(repeats, -3) for x in (k, v))
+    if k.shape[:-2] != q.shape[:-2] or v.shape[:-2] != q.shape[:-2]:
+        return math_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    options = Options(factor, is_causal, _chunk(query, key))
-    return _Outputs.apply(options, query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+    weights = Options(factor, is_causal, _chunk(query, key))
+    out: Tensor = _Outputs.apply(weights, q, k, v, _added(attn_mask, q))  # type: ignore[no-untyped-call]
+    return out.to(query.dtype)
 
 
-def _supports(*tensors: Tensor) -> bool:
+def _is_long(query: Tensor, key: Tensor) -> bool:
+    return not query.is_nested and query.shape[-2] * key.shape[-2] > _SHORT
+
+
+def _supports(*tensors: Tensor | None) -> bool:
     """Return whether the formulas hold in this evaluation, which transforms may follow."""
+    present = [x for x in tensors if x is not None]
+    mask, query = tensors[-1], present[0]
+    if mask is not None:
+        if is_wrapped(mask) or mask.dim() > query.dim():
+            return False
+        batch = (1,) * (query.dim() - mask.dim()) + tuple(mask.shape[:-2])
+        if any(m not in (1, n) for m, n in zip(batch, query.shape[:-2], strict=False)):
+            return False
     return not (
         torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        or any(torch.is_autocast_enabled(device) for device in {x.device.type for x in tensors})
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+        or any(torch.is_autocast_enabled(device) for device in {x.device.type for x in present})
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in present)
     )
+
+
+def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Return a mask as a term of the logits."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        hidden = mask.logical_not()
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(hidden, -math.inf)
+    return (mask if mask.dim() > 1 else mask[None]).to(query.dtype)
 
 
 def _chunk(query: Tensor, key: Tensor) -> int:

@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "padding": (7, 7, {"attn_mask": waves(2, 1, 1, 7) > -0.5}),
     "bias": (7, 7, {"attn_mask": waves(7, 7)}),
     "bias of queries": (7, 7, {"attn_mask": waves(7, 1)}),
+    "bias of keys": (7, 7, {"attn_mask": waves(7)}),
     "scale": (7, 7, {"scale": 0.3}),
     "grouped": (7, 7, {"enable_gqa": True}),
     "no key": (7, 7, {"attn_mask": torch.arange(7)[:, None].expand(7, 7) != 3}),
@@ -141,6 +142,26 @@ def test_random_masks_and_learned_biases_keep_all_weights(options: dict[str, Any
     point = [x.clone().requires_grad_() for x in inputs("plain")]
     assert "_OutputsBackward" in str(attention(*point).grad_fn)
     assert "_OutputsBackward" not in str(attention(*point, **options).grad_fn)
+
+
+def test_broadcasted_batches_keep_all_weights() -> None:
+    q, k, v = inputs("plain")
+    alone = k[:1].clone().requires_grad_()
+    found, due = attention(q, alone, v), math_attention(q, alone, v)
+    assert torch.allclose(found, due)
+
+
+def test_narrow_numbers_have_a_wide_softmax() -> None:
+    point = [x.bfloat16() for x in inputs("causal")]
+    found = attention(*point, is_causal=True)
+    due = math_attention(*(x.float() for x in point), is_causal=True)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, due.bfloat16())
+
+
+def test_a_causal_mask_beside_another_mask_is_an_error_of_torch() -> None:
+    with pytest.raises(RuntimeError, match="is_causal"):
+        attention(*inputs("plain"), attn_mask=waves(7, 7), is_causal=True)
 
 
 def test_short_sequences_keep_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
