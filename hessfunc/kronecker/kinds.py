@@ -22,9 +22,17 @@ from hessfunc.kronecker.linear_maps import Kind, Layout, LinearMap, OneHot
 def maps_of(
     function: Any, output: Tensor, args: Any, kwargs: Mapping[str, Any], /
 ) -> list[tuple[Tensor, LinearMap]]:
-    """Return the arguments on which a call depends linearly; none if the function has no kind."""
-    kind = _KINDS.get(function)
-    return [] if kind is None else list(kind(output, *args, **kwargs))
+    """Return the arguments on which a call depends linearly.
+
+    The list is empty if the function has no kind, or if its kind does not know an argument.
+    """
+    if (kind := _KINDS.get(function)) is None:
+        return []
+    try:
+        maps = kind(output, *args, **kwargs)
+    except TypeError:
+        return []
+    return list(maps)
 
 
 def is_lookup(function: Any, /) -> bool:
@@ -32,21 +40,25 @@ def is_lookup(function: Any, /) -> bool:
     return function is F.embedding
 
 
-def _dense(weight: Tensor, x: Tensor, *, is_transposed: bool = False) -> LinearMap:
-    """Return the dependence of ``x W'``, or of ``x W``, on W."""
+def _dense(
+    weight: Tensor, x: Tensor, *, is_transposed: bool = False, scale: float = 1
+) -> LinearMap:
+    """Return the dependence of ``scale x W'``, or of ``scale x W``, on W."""
     layout = Layout((1, *weight.shape), (0, 2, 1) if is_transposed else (0, 1, 2))
     _, outputs, inputs = layout.sizes
     return LinearMap(
         layout,
         lambda gradient: gradient.reshape(-1, 1, outputs, 1),
-        lambda: x.detach().reshape(-1, 1, inputs, 1),
-        x,
+        lambda: (x.detach() if scale == 1 else scale * x.detach()).reshape(-1, 1, inputs, 1),
+        x if scale == 1 else None,
     )
 
 
-def _offset(bias: Tensor) -> LinearMap:
-    """Return the dependence of ``x + b`` on b, with the outputs along the last axis."""
+def _offset(bias: Tensor, output: Tensor, scale: float = 1) -> LinearMap | None:
+    """Return the dependence of ``x + scale b`` on b, with the outputs along the last axis."""
     count = bias.numel()
+    if scale != 1 or bias.shape != output.shape[-1:]:
+        return _constant(bias, output, scale)
     return LinearMap(
         Layout((1, count, 1)),
         lambda gradient: gradient.reshape(-1, 1, count, 1),
@@ -57,9 +69,11 @@ def _offset(bias: Tensor) -> LinearMap:
 def _linear(
     output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Iterator[tuple[Tensor, LinearMap]]:
+    if weight.dim() != 2:
+        return
     yield weight, _dense(weight, input)
-    if bias is not None:
-        yield bias, _offset(bias)
+    if bias is not None and (made := _offset(bias, output)) is not None:
+        yield bias, made
 
 
 def _matmul(output: Tensor, input: Tensor, other: Tensor) -> Iterator[tuple[Tensor, LinearMap]]:
@@ -67,12 +81,22 @@ def _matmul(output: Tensor, input: Tensor, other: Tensor) -> Iterator[tuple[Tens
         yield other, _dense(other, input, is_transposed=True)
 
 
+def _mm(output: Tensor, input: Tensor, mat2: Tensor) -> Iterator[tuple[Tensor, LinearMap]]:
+    return _matmul(output, input, mat2)
+
+
 def _addmm(
-    output: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor
+    output: Tensor,
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
 ) -> Iterator[tuple[Tensor, LinearMap]]:
-    if input.dim() == 1:
-        yield input, _offset(input)
-    yield mat2, _dense(mat2, mat1, is_transposed=True)
+    if (made := _offset(input, output, beta)) is not None:
+        yield input, made
+    yield mat2, _dense(mat2, mat1, is_transposed=True, scale=alpha)
 
 
 def _bilinear(
@@ -90,8 +114,8 @@ def _bilinear(
             ),
         ),
     )
-    if bias is not None:
-        yield bias, _offset(bias)
+    if bias is not None and (made := _offset(bias, output)) is not None:
+        yield bias, made
 
 
 def _lookup(
@@ -122,7 +146,7 @@ def _entrywise(parameter: Tensor, output: Tensor, values: Callable[[], Tensor]) 
     """Return the dependence of ``w * values``, broadcast to the output, on each entry of w."""
     axes = [1] * (output.dim() - parameter.dim()) + list(parameter.shape)
     lead = next((i for i, size in enumerate(axes) if size > 1), len(axes) - 1)
-    if not lead:
+    if lead <= 0:
         return None
     own = [i for i in range(lead, len(axes)) if axes[i] > 1]
     others = [i for i in range(lead, len(axes)) if axes[i] == 1]
@@ -148,30 +172,30 @@ def _product(output: Tensor, input: Any, other: Any) -> Iterator[tuple[Tensor, L
             yield factor, made
 
 
-def _sum(output: Tensor, input: Any, other: Any) -> Iterator[tuple[Tensor, LinearMap]]:
-    for term in (input, other):
-        if isinstance(term, Tensor) and (made := _ones(term, output)) is not None:
+def _sum(
+    output: Tensor, input: Any, other: Any, *, alpha: float = 1
+) -> Iterator[tuple[Tensor, LinearMap]]:
+    for term, scale in ((input, 1), (other, alpha)):
+        if isinstance(term, Tensor) and (made := _constant(term, output, scale)) is not None:
             yield term, made
 
 
-def _difference(output: Tensor, input: Any, other: Any) -> Iterator[tuple[Tensor, LinearMap]]:
-    if isinstance(input, Tensor) and (made := _ones(input, output)) is not None:
-        yield input, made
-    if isinstance(other, Tensor):
-        minus = _entrywise(other, output, lambda: -output.detach().new_ones(()))
-        if minus is not None:
-            yield other, minus
+def _difference(
+    output: Tensor, input: Any, other: Any, *, alpha: float = 1
+) -> Iterator[tuple[Tensor, LinearMap]]:
+    return _sum(output, input, other, alpha=-alpha)
 
 
 def _expanded(
     output: Tensor, input: Tensor, *sizes: Any, **kwargs: Any
 ) -> Iterator[tuple[Tensor, LinearMap]]:
-    if (made := _ones(input, output)) is not None:
+    if (made := _constant(input, output)) is not None:
         yield input, made
 
 
-def _ones(term: Tensor, output: Tensor) -> LinearMap | None:
-    return _entrywise(term, output, lambda: output.detach().new_ones(()))
+def _constant(term: Tensor, output: Tensor, scale: float = 1) -> LinearMap | None:
+    """Return the dependence of ``x + scale w`` on each entry of w."""
+    return _entrywise(term, output, lambda: output.detach().new_full((), scale))
 
 
 def _affine(
@@ -265,8 +289,8 @@ _KINDS: Mapping[Any, Kind] = {
     F.linear: _linear,
     F.bilinear: _bilinear,
     torch.addmm: _addmm,
-    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _matmul),
-    **dict.fromkeys((Tensor.__matmul__, operator.matmul), _matmul),
+    **dict.fromkeys((torch.mm, Tensor.mm), _mm),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul), _matmul),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution),
     **dict.fromkeys(
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed_convolution

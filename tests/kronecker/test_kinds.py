@@ -116,3 +116,47 @@ def test_other_functions_and_shapes_have_no_maps() -> None:
     assert maps_of(torch.add, weight + 1, (weight, 1), {}) == []
     matrix = random(3, 3).requires_grad_()
     assert maps_of(torch.matmul, matrix @ weight, (matrix, weight), {}) == []
+
+
+# Function, its arguments, its keywords, and the places of the parameters among the arguments.
+SCALED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[int, ...]]] = {
+    "add": (torch.add, (random(2, 3), random(3)), {"alpha": 0.5}, (1,)),
+    "Tensor.add": (Tensor.add, (random(3), random(2, 3)), {"alpha": 0.5}, (0,)),
+    "sub": (torch.sub, (random(2, 3), random(3)), {"alpha": 0.5}, (1,)),
+    "addmm": (
+        torch.addmm,
+        (random(5), random(6, 4), random(4, 5)),
+        {"beta": 0.5, "alpha": 2.0},
+        (0, 2),
+    ),
+    "addmm, one bias": (torch.addmm, (random(1), random(6, 4), random(4, 5)), {}, (0, 2)),
+    "linear, one bias": (F.linear, (random(6, 4), random(5, 4), random(1)), {}, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("call", SCALED)
+def test_scales_and_broadcasted_biases_are_exact(call: str) -> None:
+    function, args, options, places = SCALED[call]
+    given = [x.requires_grad_() if i in places else x for i, x in enumerate(args)]
+    output = function(*given, **options)
+    cotangent = random(*output.shape, seed=9)
+    gradients = torch.autograd.grad(output, [given[i] for i in places], cotangent)
+    made = {id(parameter): one for parameter, one in maps_of(function, output, given, options)}
+    for place, gradient in zip(places, gradients, strict=True):
+        one = made[id(given[place])]
+        inputs = one.inputs()
+        assert isinstance(inputs, Tensor)
+        total = weight_gradient(one.slopes(cotangent), inputs)
+        torch.testing.assert_close(one.layout.restored(total, gradient.shape), gradient)
+
+
+def test_a_call_with_unknown_arguments_or_shapes_has_no_maps() -> None:
+    x, weight, vector = random(2, 4), random(4, 5), random(4)
+    assert [w for w, _ in maps_of(torch.mm, x @ weight, (x,), {"mat2": weight})] == [weight]
+    assert maps_of(torch.matmul, x @ weight, (x,), {"out_of_date": weight}) == []
+    out = torch.empty(2, 4, dtype=D)
+    assert maps_of(torch.add, x + vector, (x, vector), {"out": out}) == []
+    assert maps_of(F.linear, F.linear(x, vector), (x, vector), {}) == []
+    scalar = torch.tensor(2.0, dtype=D, requires_grad=True)
+    assert maps_of(torch.mul, scalar * 2.0, (scalar, 2.0), {}) == []
+    assert maps_of(torch.sub, scalar - 2.0, (scalar, 2.0), {"alpha": 2}) == []
