@@ -14,7 +14,7 @@ from hessfunc.algorithms.results.result import Saved
 from hessfunc.autograd.constant_matrix import refusing_gradients
 from hessfunc.display import Displayed
 from hessfunc.kronecker.block import Block, Damping, refuse_method
-from hessfunc.options import finite, flag, tree, validated
+from hessfunc.options import at_least, finite, flag, tree, validated
 from hessfunc.spaces.of import random_like, space_of
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Matvec, Tree
@@ -117,7 +117,11 @@ class Blocks(Displayed, Saved, Mapping[str, Block]):
         """Draw a block of k vectors from N(0, (A + damping I)^-1), as in `Block.sample`.
 
         The parts of a vector that belong to different blocks are independent.
+
+        Raises:
+            ValueError: If ``k`` is less than 1, or if A + damping I is not positive definite.
         """
+        at_least(1, k=k)
         draws = random_like(self._like(), k, kind="normal", seed=seed)
         return self.power_matvec(draws, -0.5, damping)
 

@@ -66,20 +66,25 @@ def calibration(probabilities: Tensor, targets: Tensor, /, *, bins: int = 15) ->
     Args:
         probabilities: Probabilities of the classes, ``(B, C)``, or of class 1 of two, ``(B,)`` or
             ``(B, 1)``.
-        targets: Classes that occurred, ``(B,)``.
+        targets: Classes that occurred, ``(B,)``; True is class 1 of two.
         bins: Number of bins of equal width for the expected calibration error.
 
     Raises:
+        TypeError: If probabilities or targets are complex.
         ValueError: If the shapes do not fit, if probabilities are not in [0, 1] or do not sum to
             one, or if a target is not a class.
 
     Source: Guo, Pleiss, Sun and Weinberger 2017, arXiv 1706.04599.
     """
     at_least(1, bins=bins)
+    for name, given in (("probabilities", probabilities), ("targets", targets)):
+        if given.is_complex():
+            raise TypeError(f"{name} has the dtype {given.dtype}: pass real numbers")
+    targets = targets.long() if targets.dtype == torch.bool else targets
     p = probabilities.detach().to(wide_dtype(probabilities.device))
     if p.dim() == 1 or (p.dim() == 2 and p.shape[1] == 1):
         p = torch.stack([1 - p.flatten(), p.flatten()], dim=1)
-    _refuse_unless_fitting(p, targets)
+    _refuse_unless_fitting(p, targets, probabilities.dtype)
     classes = targets.reshape(-1).long()
     # A probability that underflows to zero has an infinite negative log-likelihood.
     losses = -p.gather(1, classes[:, None])[:, 0].log()
@@ -107,13 +112,16 @@ def _standard_error(values: Tensor) -> float:
     return float(values.std() / len(values) ** 0.5)
 
 
-def _refuse_unless_fitting(p: Tensor, targets: Tensor) -> None:
+def _refuse_unless_fitting(p: Tensor, targets: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless the shapes fit, rows sum to one up to rounding, and targets are classes."""
     if p.dim() != 2 or not len(p) or targets.numel() != len(p):
         raise ValueError(
             f"the probabilities have shape {tuple(p.shape)}, and the targets "
             f"{tuple(targets.shape)}: pass (B, C) probabilities and (B,) classes with B > 0"
         )
-    if not bool(((p >= 0) & (p <= 1)).all()) or float((p.sum(1) - 1).abs().max()) > 1e-3:
+    # Probabilities that are rounded to a narrow dtype sum to one up to its eps.
+    tolerance = max(1e-3, torch.finfo(dtype).eps if dtype.is_floating_point else 0)
+    if not bool(((p >= 0) & (p <= 1)).all()) or float((p.sum(1) - 1).abs().max()) > tolerance:
         raise ValueError(
             "the probabilities are not in [0, 1] or do not sum to one: pass "
             "`predictive.probabilities()`, or the softmax of the outputs"

@@ -116,3 +116,9 @@ def test_saved_and_loaded_in_another_process(blocks: hf.kronecker.Blocks, tmp_pa
     code = f"import hessfunc as hf; print(hf.load({str(path)!r}).trace())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == blocks.trace()
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_a_number_of_samples_below_one_is_refused(blocks: hf.kronecker.Blocks, k: int) -> None:
+    with pytest.raises(ValueError, match=f"k={k}: it must be at least 1"):
+        blocks.sample(k, damping=1.0, seed=0)

@@ -77,3 +77,23 @@ def test_a_calibration_is_saved_and_tabulated(tmp_path: Path) -> None:
 def test_wrong_arguments_are_refused(p: Any, targets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hf.calibration(p, targets)
+
+
+def test_boolean_targets_are_the_classes_0_and_1() -> None:
+    p = LOGITS[:, 0].sigmoid()
+    booleans, classes = hf.calibration(p, TARGETS > 1), hf.calibration(p, (TARGETS > 1).long())
+    assert repr(booleans.to_dict()) == repr(classes.to_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probabilities_in_16_bits_sum_to_one_up_to_their_rounding(dtype: torch.dtype) -> None:
+    wide = hf.calibration(LOGITS.softmax(1), TARGETS)
+    narrow = hf.calibration(LOGITS.to(dtype).softmax(1), TARGETS)
+    assert math.isclose(narrow.nll, wide.nll, rel_tol=1e-2)
+
+
+def test_complex_numbers_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"probabilities has the dtype torch.complex128"):
+        hf.calibration(LOGITS.softmax(1).to(torch.complex128), TARGETS)
+    with pytest.raises(TypeError, match="targets has the dtype"):
+        hf.calibration(LOGITS.softmax(1), TARGETS.to(torch.complex128))

@@ -177,8 +177,8 @@ class Posterior(Result):
                 they take 64 MiB.
 
         Raises:
-            ValueError: If the outputs are not one vector for each example, or if the outputs of an
-                example depend on other examples.
+            ValueError: If there is no example, if the outputs are not one vector for each example,
+                or if the outputs of an example depend on other examples.
 
         Cost: one backward pass for each output of an example, and as many products with P^-1.
 

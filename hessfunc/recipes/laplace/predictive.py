@@ -77,8 +77,10 @@ class Predictive(Displayed, Saved):
             seed: Seed. Draw i depends on (seed, i) only.
         """
         at_least(1, k=k)
-        values, vectors = torch.linalg.eigh(self.covariance)
-        root = vectors * values.clamp_min(0).sqrt()[:, None]
+        # Decompositions do not support bfloat16 and float16.
+        wide = self.covariance.to(torch.promote_types(self.covariance.dtype, torch.float32))
+        values, vectors = torch.linalg.eigh(wide)
+        root = (vectors * values.clamp_min(0).sqrt()[:, None]).to(self.covariance)
         draws = random_like(self.mean, k, kind="normal", seed=seed)
         return self.mean + torch.einsum("bij,kbj->kbi", root, draws)
 
@@ -149,6 +151,8 @@ def _rows(outputs: Any) -> Tensor:
             f"the outputs are {shape}: predictions need a tensor of shape (examples, outputs); "
             "pass a function that returns one vector for each example"
         )
+    if not len(outputs):
+        raise ValueError("the inputs have no example: pass inputs with at least one row")
     return outputs.detach().reshape(len(outputs), -1)
 
 

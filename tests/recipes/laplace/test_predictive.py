@@ -107,3 +107,20 @@ def test_many_networks_are_evaluated_with_samples() -> None:
     first = {name: leaf[0] for name, leaf in found.samples(1, seed=0).items()}
     torch.testing.assert_close(outputs[0], MODEL_FN(first, INPUTS))
     assert list(first) == list(PARAMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_outputs_have_samples_and_probabilities(dtype: torch.dtype) -> None:
+    predictive = Predictive(
+        mean=MEAN.to(dtype), covariance=COVARIANCE.to(dtype), family="categorical", noise=None
+    )
+    assert predictive.samples(4, seed=0).dtype == dtype
+    found, wide = predictive.probabilities(samples=50), _predictive("categorical")
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.sum(1).float(), torch.ones(2), rtol=0, atol=0.03)
+    torch.testing.assert_close(found.double(), wide.probabilities(samples=4000), rtol=0, atol=0.2)
+
+
+def test_no_example_is_refused() -> None:
+    with pytest.raises(ValueError, match="inputs have no example"):
+        posterior(F.cross_entropy).predictive(MODEL_FN, INPUTS[:0])
