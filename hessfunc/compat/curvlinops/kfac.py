@@ -126,8 +126,9 @@ class KFACLinearOperator(CurvatureLinearOperator):
     ) -> None:
         if not separate_weight_and_bias:
             raise NotImplementedError(
-                "separate_weight_and_bias=False: joint blocks of weight and bias are not "
-                "available, pass separate_weight_and_bias=True"
+                "separate_weight_and_bias=False: this operator has no joint blocks of weight and "
+                "bias; pass separate_weight_and_bias=True, or use "
+                "`hessfunc.kronecker.kfac(loss, model, bias='joint')`"
             )
         if not isinstance(model_func, nn.Module):
             raise NotImplementedError(

@@ -119,6 +119,11 @@ def influence(
     at_least(1, rank=rank, examples_per_chunk=examples_per_chunk)
     for batches in (train_batches, query_batches):
         refuse_unordered(batches)
+    if isinstance(train_batches, Sized) and not len(train_batches):
+        raise ValueError(_NO_EXAMPLE)
+    if isinstance(query_batches, Sized) and not len(query_batches):
+        raise ValueError(_NO_QUERY)
+    _refuse_criterion(query_loss, params)
     space = space_of(params)
     measured = loss if query_loss is None else query_loss
     gradients: Iterator[Tree]
@@ -146,7 +151,7 @@ def influence(
             if report is not None:
                 report(done)
     if not columns:
-        raise ValueError("there is no training example: pass at least one batch")
+        raise ValueError(_NO_EXAMPLE)
     # Scores of the directions, (leaves, r, m), combined to those of the queries.
     parts = queries.coefficients @ torch.cat(columns, dim=-1)
     return Influence(
@@ -211,7 +216,20 @@ def _solved(system: System, gradients: Iterator[Tree], rank: int | None) -> _Que
     return _Queries(solutions, coefficients, bound, solved.all().expand(len(rows)), norms)
 
 
+_NO_EXAMPLE = "there is no training example: pass at least one batch in `train_batches`"
 _NO_QUERY = "there is no query: pass at least one batch in `query_batches`"
+
+
+def _refuse_criterion(query_loss: LossFunction | None, params: Tree) -> None:
+    """Raise for a criterion of torch, which takes outputs and targets instead of parameters."""
+    inner: Any = getattr(query_loss, "func", query_loss)
+    is_criterion = getattr(inner, "__module__", None) == "torch.nn.functional"
+    if is_criterion and not isinstance(params, Tensor):
+        raise TypeError(
+            f"query_loss is the function {inner.__name__} of torch, which takes outputs and "
+            "targets, but query_loss takes (params, batch): pass `supervised(model_fn, "
+            f"torch.nn.functional.{inner.__name__})`"
+        )
 
 
 def _by_leaf(space: Space, rows: Tensor, others: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ def laplace(
         ValueError: If the criterion is not the negative logarithm of a known likelihood, if a
             precision, the noise or the temperature is not positive, or if an option does not
             belong to the structure.
+        NotImplementedError: If a parameter has no Kronecker factors for ``"kronecker"``.
         MemoryError: If the full matrix does not fit in memory.
 
     Cost: one pass of evaluations, and n matvecs for ``"full"``, a Jacobian of each example for
@@ -179,6 +180,15 @@ def _curvature_of(
             }
         ), cost
     assert model is not None
-    factors = over_batches(kflr(loss, model))(params, batches)
+    try:
+        factors = over_batches(kflr(loss, model))(params, batches)
+    except NotImplementedError as error:
+        reason, _, remedy = str(error).partition(": pass ")
+        if "unsupported=" not in remedy:
+            raise
+        raise NotImplementedError(
+            f"{reason}: use structure='full' or structure='diagonal', or hold the parameter fixed "
+            "with `split` and `hold`"
+        ) from error
     assert isinstance(factors, Blocks)
     return BlockDiagonal(factors.blocks), cost

@@ -9,13 +9,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
+from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hessfunc.changes import Rereads
 from hessfunc.modules import several_batches
 from hessfunc.options import validated
+from hessfunc.options.scalars import refused, scalar
 from hessfunc.randomness import of_matrix, uniforms
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.examples import examples
@@ -150,7 +153,8 @@ def draws(
         again; both live as long as the matvec of the draw.
 
     Raises:
-        TypeError: If the batches have no length or cannot be indexed; raised by the function.
+        TypeError: If the batches have no length or cannot be indexed, or if a weight or proxy is
+            no real number; raised by the function.
         ValueError: If the list has no batch, if a weight or proxy is negative or all are 0, or if a
             model uses batch statistics (BatchNorm in train mode) on several batches; raised by the
             function. Also if the loss divides by class weights or by the number of targets that
@@ -172,7 +176,7 @@ def draws(
                 "list(loader), or microbatches(batch, size)"
             )
         full = over_batches(curvature, weight=weight)(params, batches)
-        counted = [float((weight or examples)(batches[b])) for b in range(len(batches))]
+        counted = [_number("weight", (weight or examples)(batches[b])) for b in range(len(batches))]
         ends = _running_sum(counted, "weight")
         chances = None if proxy is None else _chances(proxy, params, batches, counted)
         places = tuple(b for b, each in enumerate(counted) if each > 0)
@@ -238,7 +242,8 @@ def _chances(
 ) -> tuple[float, ...]:
     """Return the cumulative probabilities with which batches are drawn by a proxy."""
     sizes = [
-        float(proxy(params, batches[b])) if weight else 0.0 for b, weight in enumerate(weights)
+        _number("proxy", proxy(params, batches[b])) if weight else 0.0
+        for b, weight in enumerate(weights)
     ]
     _running_sum(sizes, "proxy")
     sizes = [size * weight for size, weight in zip(sizes, weights, strict=True)]
@@ -250,6 +255,18 @@ def _chances(
             for size, weight in zip(sizes, weights, strict=True)
         )
     )
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a real number, or the only entry of a tensor, as a float."""
+    is_single = isinstance(value, Tensor) and value.numel() == 1
+    plain = scalar(value.detach().reshape(()) if is_single else value)
+    if isinstance(plain, Real):
+        return float(plain)
+    remedy = f"return a number from `{name}`, such as `float(loss(params, batch))`"
+    if name == "weight":
+        remedy = "return a number from `weight`, such as `len(batch)`"
+    raise refused(f"the {name} of a batch", value, "a number", remedy)
 
 
 def _running_sum(weights: Sequence[float], name: str) -> tuple[float, ...]:

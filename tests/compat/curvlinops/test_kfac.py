@@ -242,7 +242,7 @@ def test_wrong_options_are_named() -> None:
         ({"fisher_type": "exact"}, ValueError, "fisher_type='exact': choose one of 'type-2'"),
         ({"kfac_approx": "sum"}, ValueError, "choose one of 'expand', 'reduce'"),
         ({"fisher_type": "type-2", "mc_samples": 2}, ValueError, "mc_samples=2"),
-        ({"separate_weight_and_bias": False}, NotImplementedError, "separate_weight_and_bias=True"),
+        ({"separate_weight_and_bias": False}, NotImplementedError, "bias='joint'"),
     ):
         with pytest.raises(error, match=message):
             KFACLinearOperator(model, CE, params, data, **options)  # type: ignore[arg-type]

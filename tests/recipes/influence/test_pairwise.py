@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessfunc as hf
@@ -224,6 +226,11 @@ def test_errors_say_what_to_do() -> None:
         of(curvature="ggn")
     with pytest.raises(ValueError, match="no query"):
         hf.influence(LOSS, PARAMS, TRAIN, [], **OPTIONS)
+    with pytest.raises(ValueError, match="no training example"):
+        hf.influence(LOSS, PARAMS, [], QUERIES, **OPTIONS)
+    for criterion in (F.cross_entropy, partial(F.cross_entropy, reduction="sum")):
+        with pytest.raises(TypeError, match=r"query_loss takes \(params, batch\)"):
+            of(query_loss=criterion)
     shuffled = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True)
     with pytest.raises(ValueError, match="shuffles"):
         hf.influence(LOSS, PARAMS, shuffled, QUERIES, **OPTIONS)

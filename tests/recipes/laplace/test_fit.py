@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
@@ -195,3 +195,27 @@ def test_single_precision_gives_the_posterior_up_to_rounding(structure: str) -> 
     torch.testing.assert_close(one.covariance.double(), other.covariance, rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(found.logdet(), exact.logdet(), rtol=1e-3, atol=0)
     assert found.samples(2, seed=0)["0.weight"].dtype == torch.float32
+
+
+def test_a_tied_weight_without_factors_is_refused_with_options_of_laplace() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            weight = self.embedding.weight
+            return F.linear(self.embedding(tokens), weight).tanh() @ weight
+
+    model = Tied().double()
+    model_fn, params = hf.functional(model)
+    data = [(torch.tensor([0, 3, 4]), torch.tensor([0, 1, 2]))]
+    with pytest.raises(NotImplementedError, match="structure='full'") as refusal:
+        hf.laplace(
+            hf.supervised(model_fn, F.cross_entropy),
+            params,
+            data,
+            structure="kronecker",
+            model=model,
+        )
+    assert "unsupported" not in str(refusal.value)

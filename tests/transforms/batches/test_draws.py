@@ -288,3 +288,12 @@ def test_a_proportional_proxy_makes_all_draws_nearly_equal() -> None:
 def test_a_proxy_that_is_no_size_is_refused(proxies: list[float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         by_proxy(proxies)
+
+
+@pytest.mark.parametrize("value", [None, "a", torch.ones(2), 1j])
+def test_a_proxy_or_weight_that_is_no_number_is_refused(value: Any) -> None:
+    params = {"w": torch.zeros(1)}
+    with pytest.raises(TypeError, match="the proxy of a batch must be a number, not"):
+        draws(scaled, weight=lambda _: 1.0, proxy=lambda *_: value)(params, [0, 1])
+    with pytest.raises(TypeError, match="the weight of a batch must be a number, not"):
+        draws(scaled, weight=lambda _: value)(params, [0, 1])
