@@ -95,8 +95,8 @@ def laplace(
         TypeError: If the loss does not expose its criterion, or if the batches can be read only
             once.
         ValueError: If the criterion is not the negative logarithm of a known likelihood, if a
-            precision, the noise or the temperature is not positive, or if an option does not
-            belong to the structure.
+            precision, the noise or the temperature is not positive, if an option does not belong to
+            the structure, or if a layer of the model is random (dropout in train mode).
         NotImplementedError: If a parameter has no Kronecker factors for ``"kronecker"``.
         MemoryError: If the full matrix does not fit in memory.
 
@@ -121,7 +121,9 @@ def laplace(
     sigma = float(positive("noise", 1.0 if noise is None else noise, space))
     positive("temperature", temperature, space)
     prior = prior_of(params, prior_precision).precision
-    likelihood = likelihood_of(loss, params, batches)
+    # The other structures refuse random layers themselves.
+    is_product = structure in ("full", "low_rank")
+    likelihood = likelihood_of(loss, params, batches, checks_repetition=is_product)
     params = tree_map(lambda leaf: leaf.detach().clone(), params)
     curvature, cost = _curvature_of(loss, params, batches, structure, model, rank, seed)
     return Posterior(

@@ -95,26 +95,46 @@ def family_of(loss: Loss, /) -> Family:
     return _FAMILIES[function_and_options(without_wrappers(loss.criterion))[0]]
 
 
-def likelihood_of(loss: Loss, params: Tree, batches: Iterable[Any], /) -> Likelihood:
+def likelihood_of(
+    loss: Loss, params: Tree, batches: Iterable[Any], /, *, checks_repetition: bool = False
+) -> Likelihood:
     """Sum the likelihood of the batches, in one pass without gradients.
+
+    Args:
+        loss: Loss whose criterion is the negative logarithm of a likelihood.
+        params: Parameters of the model.
+        batches: Batches of the data.
+        checks_repetition: Whether to evaluate the first batch twice, and to refuse a random model.
 
     Raises:
         TypeError: If ``batches`` is a single batch, or can be read only once.
-        ValueError: If there is no target.
+        ValueError: If there is no target, or if two evaluations of the first batch differ.
     """
     family = family_of(loss)
     refuse_one_batch(batches)
     is_mean = declared_reduction(loss.criterion) == "mean"
     terms, total = 0.0, 0.0
     with torch.no_grad(), several_batches():
-        for batch in batches:
+        for place, batch in enumerate(batches):
             outputs = loss.outputs(params, batch)
+            if checks_repetition and not place and outputs.numel():
+                _refuse_unless_equal(outputs, loss.outputs(params, batch))
             if count := _terms(loss, outputs, batch):
                 terms += count
                 total += float(loss.criterion(outputs, batch)) * (count if is_mean else 1)
     if not terms:
         raise ValueError("the batches have no target: pass at least one batch with a target")
     return Likelihood(family, terms, total, terms if is_mean else 1.0)
+
+
+def _refuse_unless_equal(outputs: Tensor, again: Tensor) -> None:
+    """Raise unless two evaluations of a batch have the same outputs, up to rounding."""
+    tolerance = torch.finfo(outputs.dtype).eps ** 0.5 * outputs.abs().amax()
+    if bool(((again - outputs).abs() > tolerance).any()):
+        raise ValueError(
+            "two evaluations of a batch have different outputs, because a layer of the model is "
+            "random, such as dropout in train mode: call `model.eval()` before `functional(model)`"
+        )
 
 
 def _terms(loss: Loss, outputs: Tensor, batch: Any) -> float:

@@ -219,3 +219,16 @@ def test_a_tied_weight_without_factors_is_refused_with_options_of_laplace() -> N
             model=model,
         )
     assert "unsupported" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal", "low_rank"])
+def test_dropout_in_train_mode_is_refused(structure: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.5), nn.Linear(16, 2)).double()
+    model_fn, params = hf.functional(model)
+    more: dict[str, Any] = {"low_rank": {"rank": 3}, "kronecker": {"model": model}}
+    loss, data = hf.supervised(model_fn, F.cross_entropy), batches(F.cross_entropy)
+    with pytest.raises(ValueError, match=r"model.eval\(\)"):
+        hf.laplace(loss, params, data, structure=structure, **more.get(structure, {}))
+    model.eval()
+    loss = hf.supervised(hf.functional(model)[0], F.cross_entropy)
+    hf.laplace(loss, params, data, structure=structure, **more.get(structure, {}))
