@@ -116,6 +116,7 @@ class FactoredCurvature:
     def _evaluated(self, params: Mapping[str, Tensor], batch: Any) -> Iterator[Evaluation]:
         space = space_of(params)
         refuse_dtensors(space)
+        _refuse_narrow(params)
         with (
             linearising(space, params, batch) as (leaves, given),
             noted(self.loss, params, batch),
@@ -175,6 +176,17 @@ class FactoredCurvature:
         if form.bias is not None:
             return Joint(block, layout, torch.Size((shape.numel(),)))
         return Permuted(block, layout, form.shape)
+
+
+def _refuse_narrow(params: Mapping[str, Tensor]) -> None:
+    """Raise TypeError for 16-bit parameters, in which sums over examples lose small terms."""
+    for name, leaf in params.items():
+        if leaf.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"parameter {name!r} is {leaf.dtype}, too narrow for the sums of Kronecker "
+                "factors: call `model.float()`, and use `functional(model, dtype=torch.bfloat16)` "
+                "to evaluate the model in low precision"
+            )
 
 
 def _of_evaluation(

@@ -159,8 +159,11 @@ class Eigenbasis(Block):
         return torch.block_diag(*((basis * values) @ basis.mT for basis, values in pairs))
 
     def _decomposed(self) -> Spectrum:
-        # The eigenvalues are sums of squares: the error of each is relative to its own size.
-        rounding = torch.finfo(self.values.dtype).eps * self.values.abs()
+        # The eigenvalues are sums of squares of projections: the error of each is relative to its
+        # own size, and a projection that vanishes is n eps of the longest.
+        eps, size = torch.finfo(self.values.dtype).eps, max(self.values.shape[1:])
+        zero = (4 * size * eps) ** 2 * self.values.abs().amax((1, 2), keepdim=True)
+        rounding = eps * self.values.abs() + zero
         return _in_basis(self.values, rounding, self.left, self.right)
 
     @property

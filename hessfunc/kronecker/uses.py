@@ -135,9 +135,7 @@ class Observed:
 
 def observed(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any, /) -> Observed:
     """Evaluate the model, and return its outputs with the uses of each parameter, not verified."""
-    observer = Observer(params, _count(batch))
-    with refusing_train_mode(model), observer:
-        outputs = loss.outputs(params, batch)
+    observer, outputs = _evaluated(model, loss, params, batch)
     if not isinstance(outputs, Tensor) or not outputs.dim():
         raise TypeError(
             "Kronecker factors need outputs that are one tensor with the examples along its first "
@@ -150,6 +148,8 @@ def observed(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: 
                 "the loss depend: hold such parameters fixed with `split` and `hold`. If the model "
                 "uses it inside of torch.utils.checkpoint, turn checkpointing off"
             )
+    if not len(outputs):
+        raise ValueError("the batch has no examples, from which factors could be made")
     others = dict(observer.others)
     calls = {name: uses for name, uses in observer.calls.items() if name not in others}
     rows = {name: [use.rows for use in uses] for name, uses in calls.items()}
@@ -170,6 +170,40 @@ def observed(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: 
     return Observed(outputs, uses, others, count)
 
 
+def _evaluated(
+    model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any
+) -> tuple[Observer, Any]:
+    """Evaluate the model, and record its uses of parameters.
+
+    Looked-up rows that all examples share are expanded to the examples, unless the outputs change.
+    """
+    observer = Observer(params, _count(batch))
+    try:
+        with refusing_train_mode(model), observer:
+            outputs = loss.outputs(params, batch)
+        if not observer.has_expanded:
+            return observer, outputs
+        with torch.no_grad():
+            if _is_equal(outputs, loss.outputs(params, batch)):
+                return observer, outputs
+    except Exception:
+        # A model that does not take the expanded rows may raise anything.
+        if not observer.has_expanded:
+            raise
+    observer = Observer(params, _count(batch), expands=False)
+    with refusing_train_mode(model), observer:
+        return observer, loss.outputs(params, batch)
+
+
+def _is_equal(outputs: Any, right: Any) -> bool:
+    """Return whether two outputs are tensors that are equal up to rounding."""
+    tensors = isinstance(outputs, Tensor) and isinstance(right, Tensor)
+    if not tensors or outputs.shape != right.shape:
+        return False
+    tolerance = torch.finfo(right.dtype).eps ** 0.5 if right.is_floating_point() else 0.0
+    return bool((outputs - right).abs().max() <= tolerance * right.abs().max())
+
+
 def _count(batch: Any) -> int | None:
     """Return the number of examples of a batch, or None if it is ambiguous."""
     try:
@@ -185,11 +219,16 @@ class Observer(TorchFunctionMode):
         examples: Number of examples, or None if it is unknown.
         calls: Linear uses of each parameter, by name.
         others: Function that uses a parameter in another way, by the name of the parameter.
+        has_expanded: Whether rows that all examples share were expanded to the examples.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], examples: int | None) -> None:
+    def __init__(
+        self, params: Mapping[str, Tensor], examples: int | None, *, expands: bool = True
+    ) -> None:
         super().__init__()
         self.examples = examples
+        self.has_expanded = False
+        self._expands = expands
         self.calls: dict[str, list[Use]] = {}
         self.others: dict[str, str] = {}
         # Tensors that are a parameter or its transpose. They are kept, so that ids are not reused.
@@ -211,7 +250,7 @@ class Observer(TorchFunctionMode):
             return output
         if len(given) == 1 and isinstance(output, Tensor):
             ((leaf, name, is_transposed),) = given.values()
-            if output is leaf:
+            if output is leaf or (func in _COPIES and args[0] is not leaf):
                 return output
             is_copy = func in _COPIES or (func in SUMS and _has_number(args, options))
             if is_copy and output.shape == leaf.shape:
@@ -232,8 +271,10 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Record the uses of parameters in a call, and return its output."""
         maps = maps_of(func, output, args, options) if isinstance(output, Tensor) else []
-        if is_lookup(func) and len(output) == 1 and self.examples and output.dim() > 1:
+        is_shared = is_lookup(func) and output.dim() > 1 and len(output) == 1
+        if is_shared and self._expands and (self.examples or 0) > 1:
             # Rows that all examples share, such as positions: give each example its own.
+            self.has_expanded = True
             output = output.expand(self.examples, *output.shape[1:])
             maps = maps_of(func, output, args, options)
         seen = set()

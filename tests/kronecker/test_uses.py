@@ -211,3 +211,93 @@ def test_layers_with_the_same_inputs_share_their_factor() -> None:
     torch.testing.assert_close(query.right[0], x.mT @ x / 4)
     torch.testing.assert_close(key.right, query.right, rtol=0, atol=0)
     torch.testing.assert_close(value.right[0], x.cos().mT @ x.cos() / 4)
+
+
+class Shared(nn.Module):
+    """Net with a lookup of a single row, which enters as a factor or a term."""
+
+    def __init__(self, enters: str) -> None:
+        super().__init__()
+        self.inner, self.row = nn.Linear(4, 3), nn.Embedding(2, 3)
+        self.enters = enters
+
+    def forward(self, x: Tensor) -> Tensor:
+        row, hidden = self.row(torch.zeros(1, dtype=torch.long)), self.inner(x)
+        if self.enters == "sum":
+            return hidden * row.square().sum()
+        if self.enters == "class token":
+            return hidden + row.expand(len(x), 3)
+        return torch.cat([h + row for h in hidden])
+
+
+@pytest.mark.parametrize("enters", ["sum", "class token", "loop"])
+def test_shared_rows_do_not_change_the_outputs(enters: str) -> None:
+    torch.manual_seed(0)
+    model = Shared(enters).double()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, nn.functional.cross_entropy)
+    batch = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    blocks = hf.kronecker.ekfac(loss, model, unsupported="diagonal")(params, batch)
+    dense = hf.matrix(hf.ggnvp(loss)(params, batch), params, rows="inner.*", columns="inner.*")
+    found = blocks["inner.weight"].trace() + blocks["inner.bias"].trace()
+    assert found == pytest.approx(float(dense.trace()), rel=1e-8)
+
+
+def test_sequences_of_one_token() -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(6, 4), nn.Linear(4, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.words(tokens.T).sum(0))
+
+    torch.manual_seed(0)
+    model = Bag().double()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, nn.functional.cross_entropy)
+    batch = torch.tensor([[0], [3], [3], [5]]), torch.tensor([0, 1, 2, 0])
+    blocks = hf.kronecker.ekfac(loss, model, unsupported="diagonal")(params, batch)
+    dense = hf.matrix(hf.ggnvp(loss)(params, batch), params)
+    assert blocks.trace() == pytest.approx(float(dense.trace()), rel=1e-8)
+
+
+def test_narrow_parameters_and_empty_batches_are_refused() -> None:
+    model = nn.Linear(4, 3)
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, nn.functional.cross_entropy)
+    kfac = hf.kronecker.kfac(loss, model, seed=0)
+    narrow = {name: leaf.bfloat16() for name, leaf in params.items()}
+    with pytest.raises(TypeError, match=r"too narrow.*`model.float\(\)`"):
+        kfac(narrow, (torch.zeros(2, 4).bfloat16(), torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="no examples"):
+        kfac(params, (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)))
+
+
+def test_singular_corrected_factors_have_no_determinant() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, nn.functional.cross_entropy)
+    batch = torch.randn(11, 4, dtype=torch.float64), torch.arange(11) % 3
+    blocks = hf.kronecker.ekfac(loss, model)(params, batch)
+    # A softmax has a zero eigenvalue, H 1 = 0.
+    with pytest.raises(ValueError, match="singular"):
+        blocks.logdet(0.0)
+    with pytest.raises(ValueError, match="singular"):
+        blocks.sample(2, 0.0, seed=0)
+
+
+def test_given_weights_count_in_both_factors() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, nn.functional.cross_entropy)
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    batches, weights = [(x[:3], y[:3]), (x[3:], y[3:])], {3: 2.0, 5: 1.0}
+    kflr = hf.kronecker.kflr(loss, model)
+    found = hf.over_batches(kflr, weight=lambda b: weights[len(b[1])])(params, batches)
+    first, second = (kflr(params, batch)["weight"] for batch in batches)
+    for side in ("left", "right"):
+        due = (2 * getattr(first, side) + getattr(second, side)) / 3
+        assert torch.allclose(getattr(found["weight"], side), due, rtol=1e-10)

@@ -118,9 +118,10 @@ class Reading:
             read = Read.nothing(self.space.device)
             made = ((batch, self._evaluated(stage, batch, i)) for i, batch in self._mine(read))
             with rereads.reading():
-                total = Total.of(
+                weighed = (
                     (each, self.average.of(batch)) for batch, each in made if each is not None
                 )
+                total = Total.of(weighed, given=self.average.weight is not None)
             self.passes.add(read.all.total)
             totals.append(total)
             return Passed(total.flat(self.space.device), read, self.average)

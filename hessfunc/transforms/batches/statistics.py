@@ -32,6 +32,13 @@ class Statistics:
         means = {name: total / count for name, (total, count) in self.summed.items()}
         return {**self.weighted, **means}
 
+    def _weighted(self, weight: float) -> Statistics:
+        """Return the statistics whose means count with a weight."""
+        means = {
+            name: (weight * part / count, weight) for name, (part, count) in self.summed.items()
+        }
+        return Statistics(self.weighted, means)
+
 
 Stage: TypeAlias = Callable[[Tree, Any], Statistics]
 
@@ -69,11 +76,17 @@ class Total:
     weight: float
 
     @classmethod
-    def of(cls, batches: Iterable[tuple[Statistics, float]], /) -> Total:
-        """Sum the statistics of batches, given each with its weight."""
+    def of(cls, batches: Iterable[tuple[Statistics, float]], /, *, given: bool = False) -> Total:
+        """Sum the statistics of batches, given each with its weight.
+
+        Args:
+            batches: Statistics and weight of each batch.
+            given: Whether the user has given the weights. The means of `Statistics.summed` are
+                then weighted by them instead of by their numbers of terms.
+        """
         total: Total | None = None
         for made, weight in batches:
-            one = cls(made, weight)._scaled()
+            one = cls(made._weighted(weight) if given else made, weight)._scaled()
             total = one if total is None else total._plus(one)
         return cls(Statistics({}), 0.0) if total is None else total
 
