@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hessfunc.autograd import differentiable_twice
+from hessfunc.autograd.recompute import segments_of
 from hessfunc.copies import structural_copy
 from hessfunc.linear_head import LinearHeadLoss, linear_head_loss
 from hessfunc.modules import functional
@@ -40,13 +41,14 @@ def language_model_loss(
 
     The model is evaluated up to its output embedding, and the logits of a few tokens at a time are
     computed as `linear_head_loss` describes. Scaled and soft-capped logits are recognised. When
-    this function is called, the logits of a short text are compared with those of the model.
+    this function is called, the logits and the loss of a short text are compared with those of the
+    model. Kronecker factors need whole logits, see `composed`.
 
     Args:
         model: Model with a linear output embedding, tied or not, such as ``GPT2LMHeadModel``,
             ``LlamaForCausalLM`` or ``BertForMaskedLM``.
         shift: Whether the output at token t predicts the label of token t + 1, as in causal models.
-            None decides by the name of the model's class.
+            None decides by the loss of the model itself.
         trainable_only: Whether to leave parameters that do not require a gradient out of params,
             as in `functional`.
         dtype: Dtype in which the model is evaluated up to the head, as in `functional`.
@@ -54,32 +56,83 @@ def language_model_loss(
         rows_per_chunk: Number of tokens whose logits exist at once; None for at most 2^22 logits.
 
     Raises:
-        TypeError: If the model has no linear output embedding.
-        ValueError: If the logits are not those of a linear layer, or if ``shift`` is None and the
-            class is neither a causal nor a masked language model; raised by the loss, if a batch
-            has no ``labels``.
+        TypeError: If the model has no linear output embedding, or one with hooks.
+        ValueError: If the logits or the loss are not those of a linear layer; raised by the loss,
+            if a batch has no ``labels``, or no ``decoder_input_ids`` for a model with a decoder.
+        RuntimeError: If a tensor of the model has been replaced; raised by the loss.
 
-    Cost: one evaluation of the model on four tokens.
+    Cost: six evaluations of the model on eight tokens.
     """
-    head = _head_of(model)
-    options = _options(model)
-    shifted = _is_causal(model) if shift is None else shift
-    trunk = _without_head(model, head)
+    shifted = _verified_shift(model, shift)
+    return _loss_of(model, shifted, trainable_only, dtype, recompute, rows_per_chunk)
+
+
+def _loss_of(
+    model: nn.Module,
+    shifted: bool,
+    trainable_only: bool,
+    dtype: torch.dtype | None,
+    recompute: str | None,
+    rows_per_chunk: int | None,
+) -> tuple[LinearHeadLoss, dict[str, Tensor]]:
+    """Return the loss, not verified, and the parameters."""
+    trunk = _without_head(model, _head_of(model))
+    if recompute is not None:
+        _refuse_recomputed_head(trunk, recompute)
     trunk_fn, params = functional(
         trunk, trainable_only=trainable_only, dtype=dtype, recompute=recompute
     )
+    refuse_if_replaced = _unreplaced(model)
 
     def states(params: Tree, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        hidden, weight, bias = trunk_fn(params, _inputs(batch))
+        refuse_if_replaced()
+        hidden, weight, bias = trunk_fn(params, _inputs(model, batch))
         return (hidden[:, :-1] if shifted else hidden), weight, bias
 
     def targets(batch: Any) -> Tensor:
         labels: Tensor = _with_labels(batch)["labels"]
         return labels[:, 1:] if shifted else labels
 
-    loss = linear_head_loss(states, targets, rows_per_chunk=rows_per_chunk, **options)
-    _refuse_other_logits(model, loss, dtype)
+    loss = linear_head_loss(states, targets, rows_per_chunk=rows_per_chunk, **_options(model))
     return loss, params
+
+
+def _unreplaced(model: nn.Module) -> Callable[[], None]:
+    """Return a function that raises if a tensor of a model is no longer the same object.
+
+    The model without its head is a copy that holds the same tensors.
+    """
+
+    def tensors() -> dict[str, Tensor]:
+        return dict(model.named_parameters()) | dict(model.named_buffers())
+
+    known = tensors()
+
+    def refuse_if_replaced() -> None:
+        now = tensors()
+        for name, tensor in known.items():
+            if now.get(name) is not tensor:
+                raise RuntimeError(
+                    f"{name!r} of the model has been replaced since the loss was made: call "
+                    "`language_model_loss(model)` again"
+                )
+
+    return refuse_if_replaced
+
+
+def _refuse_recomputed_head(trunk: nn.Module, recompute: str) -> None:
+    for name in segments_of(trunk, recompute):
+        if any(isinstance(module, _Head) for module in trunk.get_submodule(name).modules()):
+            raise ValueError(
+                f"recompute={recompute!r} chooses {name!r}, which has the output embedding: choose "
+                "layers, such as 'model.layers.*'"
+            )
+
+
+# Names of the parameters of a linear layer.
+_OF_LINEAR = {"weight", "bias"}
+# Tokens of the text, and size of the logits, on which a loss is compared with that of the model.
+_TOKENS, _LARGE = 8, 100.0
 
 
 class _Reached(Exception):  # noqa: N818
@@ -152,6 +205,11 @@ def _head_of(model: nn.Module) -> nn.Linear:
             f"{type(model).__name__} has {has}, not a linear layer: use `linear_head_loss` with a "
             "function that returns hidden states and a weight, or `composed` with whole logits"
         )
+    if head._forward_pre_hooks or head._forward_hooks or set(head._parameters) != _OF_LINEAR:
+        raise TypeError(
+            f"the output embedding of {type(model).__name__} has hooks or a parametrised weight: "
+            "use `composed` with the model's own logits"
+        )
     return head
 
 
@@ -159,59 +217,102 @@ def _options(model: nn.Module) -> dict[str, Any]:
     """Return the scale and the bound of the logits from the config of a model."""
     config = getattr(model, "config", None)
     # Cohere multiplies logits, Granite divides them, Gemma 2 bounds them.
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
+    factors = {name: getattr(config, name, None) for name in ("logit_scale", "logits_scaling")}
+    numbers = {name: float(x) for name, x in factors.items() if isinstance(x, (int, float)) and x}
+    scale = numbers.get("logit_scale", 1.0) / numbers.get("logits_scaling", 1.0)
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    return {"scale": scale, "softcap": next((cap for cap in caps if cap), None)}
 
 
-def _is_causal(model: nn.Module) -> bool:
-    """Return whether labels are shifted, by the name of the class of a model."""
-    names = [kind.__name__ for kind in type(model).__mro__]
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
-        return True
-    if any(name.endswith(("ForMaskedLM", "ForConditionalGeneration")) for name in names):
-        return False
+def _verified_shift(model: nn.Module, shift: bool | None) -> bool:
+    """Return whether labels are shifted, after a comparison with the model on a short text.
+
+    Raises:
+        ValueError: If neither the logits nor the loss of the model are those of the head.
+    """
+    head, name = _head_of(model), type(model).__name__
+    is_narrow = head.weight.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if is_narrow else None
+    model_fn, params = functional(model, trainable_only=False, dtype=dtype)
+    ids = torch.arange(_TOKENS, device=head.weight.device).mul(3).add(1)[None] % len(head.weight)
+    inputs = {"input_ids": ids}
+    if _has_decoder(model):
+        inputs["decoder_input_ids"] = ids
+    unshifted, _ = _loss_of(model, False, False, dtype, None, None)
+
+    def evaluated(function: Callable[[Tree, Any], Any], batch: Any) -> Any:
+        # Random layers draw the same masks in each evaluation.
+        with torch.no_grad(), differentiable_twice(head.weight.device):
+            return function(params, batch)
+
+    def logits() -> Tensor:
+        outputs = evaluated(model_fn, inputs)
+        found: Tensor = outputs.logits if hasattr(outputs, "logits") else outputs[0]
+        return found[0]
+
+    # Large logits show functions of them that are linear near zero.
+    key = next(n for n, p in model.named_parameters() if p is head.weight)
+    size = float(logits().abs().max())
+    params[key] = params[key] * (_LARGE / size if size else 1.0)
+    batch = inputs | {"labels": ids}
+    right, ours = logits(), evaluated(unshifted.outputs, batch)[0].T
+    # The logits of a narrow model are rounded at the end.
+    eps = torch.finfo(right.dtype).eps
+    tolerance = (4 * eps if is_narrow else eps**0.5) * float(right.abs().max())
+    if right.shape != ours.shape or not float((right - ours).abs().max()) <= tolerance:
+        raise ValueError(
+            f"the logits of {name} are not those of its output embedding: use `composed` with the "
+            "model's own logits"
+        )
+    if shift is not None:
+        return shift
+    try:
+        own = evaluated(model_fn, batch).loss
+    except (TypeError, AttributeError):
+        own = None
+    if own is not None:
+        shifted, _ = _loss_of(model, True, False, dtype, None, None)
+        for candidate, loss in ((True, shifted), (False, unshifted)):
+            rtol = 4 * eps if is_narrow else 1e-3
+            if torch.isclose(evaluated(loss, batch).double(), own.double(), rtol=rtol):
+                return candidate
     raise ValueError(
-        f"{type(model).__name__} is not named like a causal or a masked language model: pass "
+        f"the loss of {name} is not the mean cross-entropy of its labels, shifted or not: pass "
         "shift=True if the output at a token predicts the next one, or shift=False"
     )
 
 
-def _refuse_other_logits(model: nn.Module, loss: LinearHeadLoss, dtype: torch.dtype | None) -> None:
-    """Raise ValueError unless the logits of the loss are those of the model on a short text."""
-    head = _head_of(model)
-    ids = torch.arange(4, device=head.weight.device)[None] % len(head.weight)
-    inputs = {"input_ids": ids}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    model_fn, params = functional(model, trainable_only=False)
-    with torch.no_grad(), differentiable_twice(head.weight.device):
-        outputs = model_fn(params, inputs)
-        logits = (outputs.logits if hasattr(outputs, "logits") else outputs[0])[0]
-    # Random layers draw the same masks again.
-    with torch.no_grad(), differentiable_twice(head.weight.device):
-        rows = loss.outputs(params, inputs | {"labels": ids})[0].T.to(logits.dtype)
-    # A causal loss drops the last token.
-    logits = logits[: len(rows)]
-    tolerance = torch.finfo(dtype or logits.dtype).eps ** 0.5
-    if not torch.allclose(logits, rows, rtol=tolerance, atol=tolerance):
-        raise ValueError(
-            f"the logits of {type(model).__name__} are not those of its output embedding, but "
-            f"differ by up to {float((logits - rows).abs().max()):.2g}: use `composed` with the "
-            "model's own logits"
-        )
+def _has_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _with_labels(batch: Any) -> Mapping[str, Any]:
-    if not isinstance(batch, Mapping) or "labels" not in batch:
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
-            f"the batch is {given}, but a language model needs a mapping with 'labels': pass for "
-            "instance {'input_ids': ids, 'labels': ids}, with -100 where a token does not count"
+            f"the batch is {given}, but a language model needs a mapping with a tensor 'labels': "
+            "pass for instance {'input_ids': ids, 'labels': ids}, with -100 where a token does not "
+            "count"
         )
     return batch
 
 
-def _inputs(batch: Any) -> dict[str, Any]:
-    """Return the arguments of the model."""
-    return {name: value for name, value in _with_labels(batch).items() if name != "labels"}
+def _inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """Return the arguments of the model.
+
+    Raises:
+        ValueError: If an argument would change the loss of the model itself.
+    """
+    given = {name: value for name, value in _with_labels(batch).items() if name != "labels"}
+    for name in ("num_items_in_batch", "shift_labels"):
+        if name in given:
+            raise ValueError(
+                f"the batch has {name!r}, which changes the loss of the model: leave it out, and "
+                "pass `labels` alone"
+            )
+    if _has_decoder(model) and not given.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        raise ValueError(
+            f"{type(model).__name__} needs 'decoder_input_ids' in the batch: pass for instance "
+            "`model.prepare_decoder_input_ids_from_labels(labels)`"
+        )
+    return given

@@ -102,22 +102,23 @@ def test_the_model_is_not_changed() -> None:
 class Scaled(nn.Module):
     """Language model whose logits are not those of its head alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float) -> None:
         super().__init__()
+        self.scale = scale
         self.embedding, self.head = nn.Embedding(40, 4), nn.Linear(4, 40)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
     def forward(self, input_ids: torch.Tensor) -> Any:
-        return (2 * self.head(self.embedding(input_ids)),)
+        return (self.scale * self.head(self.embedding(input_ids)),)
 
 
 def test_other_logits_are_refused() -> None:
     with pytest.raises(ValueError, match="pass shift=True"):
-        hf.language_model_loss(Scaled())
+        hf.language_model_loss(Scaled(1.0))
     with pytest.raises(ValueError, match="are not those of its output embedding"):
-        hf.language_model_loss(Scaled(), shift=True)
+        hf.language_model_loss(Scaled(2.0), shift=True)
 
 
 def test_a_model_without_a_linear_head_is_refused() -> None:
@@ -131,7 +132,78 @@ def test_a_model_without_a_linear_head_is_refused() -> None:
 
 def test_a_batch_without_labels_is_refused() -> None:
     loss, params = hf.language_model_loss(made("masked"))
-    with pytest.raises(ValueError, match="a mapping with 'labels'"):
+    with pytest.raises(ValueError, match="a mapping with a tensor 'labels'"):
         hf.hvp(loss)(params, {"input_ids": IDS})
-    with pytest.raises(ValueError, match="a mapping with 'labels'"):
+    with pytest.raises(ValueError, match="a mapping with a tensor 'labels'"):
         hf.hvp(loss)(params, (IDS, IDS))
+
+
+def test_the_shift_is_that_of_the_models_own_loss() -> None:
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=16, decoder_layers=1, decoder_ffn_dim=24, decoder_attention_heads=2
+    )
+    model = transformers.BartForCausalLM(config).double().eval()
+    loss, params = hf.language_model_loss(model)
+    batch = {"input_ids": IDS, "labels": IDS}
+    with torch.no_grad():
+        assert torch.isclose(loss(params, batch), model(**batch).loss.double(), rtol=1e-6)
+
+
+class Bounded(transformers.Gemma2ForCausalLM):  # type: ignore[misc,name-defined]
+    """Model with a bound of its logits that the config does not name, far above their size."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = 30 * torch.tanh(outputs.logits / 30)
+        return outputs
+
+
+def test_unknown_bounds_of_logits_are_refused() -> None:
+    config = {**GROUPED, "head_dim": 8, "final_logit_softcapping": None}
+    assert hf.language_model_loss(
+        transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**config))
+    )
+    with pytest.raises(ValueError, match="are not those of its output embedding"):
+        hf.language_model_loss(Bounded(transformers.Gemma2Config(**config)))
+
+
+def test_a_recomputed_head_is_refused() -> None:
+    for pattern in ("lm_head", "*"):
+        with pytest.raises(ValueError, match="has the output embedding"):
+            hf.language_model_loss(made("head of its own"), recompute=pattern)
+
+
+def test_hooks_of_the_head_are_refused() -> None:
+    model = made("head of its own")
+    model.lm_head.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="hooks or a parametrised weight"):
+        hf.language_model_loss(model)
+
+
+def test_a_replaced_tensor_is_refused() -> None:
+    model = made("head of its own")
+    model.lm_head.requires_grad_(False)
+    loss, params = hf.language_model_loss(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
+    with pytest.raises(RuntimeError, match="'lm_head.weight' of the model has been replaced"):
+        loss(params, batch_of("head of its own"))
+
+
+@pytest.mark.parametrize("name", ["num_items_in_batch", "shift_labels"])
+def test_arguments_that_change_the_models_loss_are_refused(name: str) -> None:
+    loss, params = hf.language_model_loss(made("tied head"))
+    with pytest.raises(ValueError, match=f"the batch has '{name}'"):
+        loss(params, batch_of("tied head") | {name: IDS})
+
+
+def test_a_decoder_needs_its_inputs() -> None:
+    loss, params = hf.language_model_loss(made("encoder and decoder"))
+    with pytest.raises(ValueError, match="needs 'decoder_input_ids'"):
+        loss(params, {"input_ids": IDS, "labels": IDS})
+
+
+def test_narrow_models_are_compared_in_float32() -> None:
+    model = made("head of its own").bfloat16()
+    loss, params = hf.language_model_loss(model)
+    assert loss(params, batch_of("head of its own")).dtype == torch.bfloat16

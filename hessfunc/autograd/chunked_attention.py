@@ -24,7 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessfunc.autograd.attention import math_attention
-from hessfunc.autograd.functorch import all_on_blocks, is_wrapped, once_more
+from hessfunc.autograd.functorch import (
+    all_on_blocks,
+    is_wrapped,
+    once_more,
+    transforms_itself,
+)
 from hessfunc.autograd.overrides import Replacements
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -79,7 +84,11 @@ def _is_long(query: Tensor, key: Tensor) -> bool:
 
 
 def _supports(*tensors: Tensor | None) -> bool:
-    """Return whether the formulas hold in this evaluation, which transforms may follow."""
+    """Return whether the formulas hold in this evaluation.
+
+    torch drops the tangents of outer levels where a custom function has a forward mode. Transforms
+    that the loss itself begins therefore need all weights.
+    """
     present = [x for x in tensors if x is not None]
     mask, query = tensors[-1], present[0]
     if mask is not None:
@@ -89,11 +98,13 @@ def _supports(*tensors: Tensor | None) -> bool:
         if any(m not in (1, n) for m, n in zip(batch, query.shape[:-2], strict=False)):
             return False
     return not (
-        torch.compiler.is_compiling()
+        transforms_itself()
+        or torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or any(torch.is_autocast_enabled(device) for device in {x.device.type for x in present})
         or any(type(x) not in (Tensor, torch.nn.Parameter) for x in present)
+        or len({x.dtype for x in present if x.is_floating_point()}) > 1
     )
 
 
@@ -109,7 +120,7 @@ def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:
 
 def _chunk(query: Tensor, key: Tensor) -> int:
     """Return the number of queries of a chunk."""
-    of_one_query = math.prod(query.shape[:-2]) * key.shape[-2]
+    of_one_query = max(1, math.prod(query.shape[:-2]) * key.shape[-2])
     return max(_FEWEST, _ENTRIES // of_one_query)
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from hessfunc.autograd.embedding import EXACT
+from hessfunc.autograd.functorch import evaluating
 from hessfunc.autograd.overrides import Replaced, Replacements
 from hessfunc.autograd.shared import Shared
 from hessfunc.autograd.streams import Streams
@@ -56,6 +57,7 @@ def differentiable_twice(
 
             stack.enter_context(TWICE_DIFFERENTIABLE.held())
         mode.draw_from(Streams() if streams is None else streams)
+        stack.enter_context(evaluating())
         # Enter the mode last: it observes `no_grad`, and must not see the contexts above.
         stack.enter_context(mode)
         yield mode

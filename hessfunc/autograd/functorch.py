@@ -30,6 +30,30 @@ def transforming() -> bool:
     )
 
 
+_depth: ContextVar[tuple[int, int] | None] = ContextVar("depth of transforms", default=None)
+
+
+@contextmanager
+def evaluating() -> Iterator[None]:
+    """Context manager of an evaluation of a loss, in the transforms that are active outside."""
+    token = _depth.set(_depth_now())
+    try:
+        yield
+    finally:
+        _depth.reset(token)
+
+
+def transforms_itself() -> bool:
+    """Return whether a loss that is evaluated has begun a transform of its own."""
+    outside = _depth.get()
+    return transforming() if outside is None else _depth_now() != outside
+
+
+def _depth_now() -> tuple[int, int]:
+    stack = functorch.get_interpreter_stack()
+    return 0 if stack is None else len(stack), forward_ad._current_level
+
+
 def plain_evaluation() -> AbstractContextManager[Any]:
     """Context in which functions of tensors that no transform has wrapped give such tensors."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():

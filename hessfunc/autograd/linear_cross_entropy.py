@@ -74,7 +74,7 @@ class Tokens:
         terms = [
             None if a is None else _wide(_times(a[chunk], self.weight.mT)),
             None if b is None else _wide(_times(self.hidden[chunk], b.mT)),
-            None if c is None else c.repeat(len(self.targets[chunk]), 1),
+            None if c is None else _wide(c).repeat(len(self.targets[chunk]), 1),
         ]
         return functools.reduce(_plus, [term for term in terms if term is not None])
 
@@ -176,11 +176,18 @@ def loss_of(
 ) -> Tensor:
     """Return the loss of hidden states ``[..., d]`` and targets ``[...]``."""
     _refuse_shapes(hidden, weight, bias, targets)
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    rows, flat = counted(head, hidden, targets)
     if transforming():
         # Transforms need torch's own operations, and recomputing saves them no memory.
         return Tokens(replace(head, rows_per_chunk=len(rows)), rows, weight, bias, flat).value()
     return _Value.apply(head, rows, weight, bias, flat)  # type: ignore[no-untyped-call]
+
+
+def counted(head: Head, hidden: Tensor, targets: Tensor, /) -> tuple[Tensor, Tensor]:
+    """Return rows ``[N, d]`` and targets ``[N]``; the rows that do not count are zero."""
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    # Padding may have hidden states that are not finite.
+    return rows.masked_fill((flat == head.ignore_index)[:, None], 0.0), flat
 
 
 class _Value(torch.autograd.Function):
@@ -297,12 +304,20 @@ def _wide(x: Tensor) -> Tensor:
 
 def _refuse_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
     """Raise ValueError unless the shapes belong to a linear layer and its targets."""
-    if targets.is_floating_point() or targets.shape != hidden.shape[:-1]:
+    if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        raise TypeError(
+            f"hidden states are {hidden.dtype}, but the weight is {weight.dtype}: cast them to one "
+            "dtype, outside of autocast"
+        )
+    is_integer = not (targets.is_floating_point() or targets.is_complex())
+    if not is_integer or targets.dtype == torch.bool or targets.shape != hidden.shape[:-1]:
         raise ValueError(
             f"targets have dtype {targets.dtype} and shape {tuple(targets.shape)}, but hidden "
             f"states of shape {tuple(hidden.shape)} need one integer class for each row, "
             f"{tuple(hidden.shape[:-1])}: use `torch.nn.functional.cross_entropy` for others"
         )
+    if not targets.numel():
+        raise ValueError("there are no targets, over which the loss could be a mean or a sum")
     fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[-1]
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         of_bias = "" if bias is None else f" and a bias of shape {tuple(bias.shape)}"

@@ -91,7 +91,10 @@ class Rows:
         """Return the sum of the losses."""
         z = self.head.logits(self.u)
         smoothing = self.head.label_smoothing
-        aimed = (1 - smoothing) * z.gather(1, self._index) + smoothing * z.mean(1, keepdim=True)
+        aimed = (1 - smoothing) * z.gather(1, self._index)
+        if smoothing:
+            # Without smoothing, a logit of minus infinity does not count.
+            aimed = aimed + smoothing * z.mean(1, keepdim=True)
         return (self.weights * (z.logsumexp(1, keepdim=True) - aimed)).sum()
 
     def gradient(self) -> Tensor:

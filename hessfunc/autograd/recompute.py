@@ -15,7 +15,8 @@ from hessfunc import options
 from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.chunked_attention import IN_CHUNKS
 from hessfunc.autograd.embedding import EXACT
-from hessfunc.autograd.overrides import current
+from hessfunc.autograd.functorch import evaluating, transforms_itself
+from hessfunc.autograd.overrides import Replacements, current
 from hessfunc.autograd.stateless import call_with
 from hessfunc.autograd.streams import replay
 from hessfunc.containers import batch_leaves
@@ -56,18 +57,16 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
         returned: list[Any] = []
         device = _device_of(arguments)
         again = replay(device)
+        itself = transforms_itself()
+        replaced: Replacements = EXACT if itself else {**EXACT, **IN_CHUNKS}
+        first: Callable[[], AbstractContextManager[None]] = nullcontext if itself else evaluating
 
         def pure(*tensors: Tensor) -> tuple[Tensor, ...]:
             leaves = list(arguments)
             for i, tensor in zip(floating + others, tensors, strict=True):
                 leaves[i] = tensor
             inner_args, inner_kwargs = structure.unflatten(leaves)
-            replaced = {**EXACT, **IN_CHUNKS}
-            with (
-                differentiable_twice(device, replaced, streams=again())
-                if returned
-                else nullcontext()
-            ):
+            with differentiable_twice(device, replaced, streams=again()) if returned else first():
                 out, out_structure = flatten(fn(*inner_args, **inner_kwargs))
             if not out or not all(_is_floating(leaf) for leaf in out):
                 raise TypeError("a recomputed function must return only floating-point tensors")

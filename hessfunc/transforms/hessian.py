@@ -17,7 +17,7 @@ from hessfunc.autograd.contexts import Precision, kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
 from hessfunc.autograd.errors import lacks_forward_mode
 from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD
-from hessfunc.autograd.functorch import edges, pullback, transforming
+from hessfunc.autograd.functorch import edges, evaluating, pullback, transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
 from hessfunc.changes import Reads, reading, unchanged
@@ -291,7 +291,8 @@ def _forward(problem: _Problem) -> Product:
         )
 
     def value(*leaves: Tensor) -> Tensor:
-        return problem.loss(space.tree(leaves), problem.batch)
+        with evaluating():
+            return problem.loss(space.tree(leaves), problem.batch)
 
     inputs = problem.inputs()
     with rereading(problem.batch), differentiable_twice(space.device, FORWARD) as seen:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.autograd.linear_cross_entropy import Parts, Tokens
+from hessfunc.autograd.linear_cross_entropy import Parts, Tokens, counted
 from hessfunc.autograd.logits import RowProduct, Rows
 from hessfunc.linear_head import LinearHeadLoss, OfStates, States
 from hessfunc.losses import Loss
@@ -116,8 +116,8 @@ def _tokens(criterion: OfStates, states: States, targets: Tensor) -> tuple[Token
     hidden, weight, bias = (None if state is None else state.detach() for state in states)
     assert hidden is not None
     assert weight is not None
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return Tokens(criterion.head, rows, weight, bias, targets.reshape(-1)), moving
+    rows, flat = counted(criterion.head, hidden, targets)
+    return Tokens(criterion.head, rows, weight, bias, flat), moving
 
 
 def _needed(moving: Sequence[int]) -> tuple[bool, bool, bool]:

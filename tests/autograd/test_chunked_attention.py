@@ -115,24 +115,33 @@ def test_products_of_a_model(chunk_size: int, recompute: str | None) -> None:
     assert relative_error(found, gauss_newton(loss, params, batch)) < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["causal", "grouped", "padding"])
-def test_transforms_of_torch(kind: str) -> None:
-    options, point = KINDS[kind][2], tuple(inputs(kind))
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("of", ["jvp of jvp", "hessian", "vmap"])
+def test_transforms_inside_of_a_loss(of: str, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, direction = waves(1, 7, 2), waves(1, 7, 2).square()
+    p = {name: waves(2, 2) * (i + 1) for i, name in enumerate("qkv")}
+    v = {name: leaf.sin() for name, leaf in p.items()}
 
-    def of(attend: Callable[..., Tensor]) -> list[Tensor]:
-        def loss(*x: Tensor) -> Tensor:
-            return attend(*x, **options).sin().sum()
+    def loss(p: Any, x: Tensor) -> Tensor:
+        def net(y: Tensor) -> Tensor:
+            parts = (y @ p[name] for name in "qkv")
+            return F.scaled_dot_product_attention(*parts, is_causal=True)
 
-        gradient = torch.func.grad(loss, argnums=(0, 1, 2))
-        tangents = tuple(waves(*x.shape) for x in point)
-        pulled = torch.func.vjp(gradient, *point)[1](tangents)
-        pushed = torch.func.jvp(gradient, point, tangents)[1]
-        stacked = tuple(torch.stack([x, 2 * x]) for x in point)
-        mapped = torch.vmap(gradient)(*stacked)
-        return [*pulled, *pushed, *mapped]
+        if of == "jvp of jvp":
+            once = lambda y: torch.func.jvp(net, (y,), (direction,))[1]  # noqa: E731
+            return net(x).square().sum() + torch.func.jvp(once, (x,), (direction,))[1].sum()
+        if of == "hessian":
+            return torch.func.hessian(lambda y: net(y).sin().sum())(x).square().sum()
+        each = torch.vmap(torch.func.grad(lambda y: net(y[None]).sin().sum()))(
+            torch.cat([x, 2 * x])
+        )
+        return each.square().sum()
 
-    for x, y in zip(of(attention), of(math_attention), strict=True):
-        assert torch.allclose(x, y, rtol=1e-10, atol=1e-12)
+    found = hf.apply(hf.hvp(loss, mode=mode)(p, x), v)
+    monkeypatch.setattr(chunked_attention, "_SHORT", 10**9)
+    due = hf.apply(hf.hvp(loss, mode=mode)(p, x), v)
+    for name, leaf in due.items():
+        assert relative_error(found[name], leaf) < 1e-8
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,40 @@ def test_other_arguments_are_refused(change: dict[str, Any], match: str) -> None
     positional = [given.pop(name) for name in ("hidden", "weight", "targets")]
     with pytest.raises(ValueError, match=match):
         hf.linear_cross_entropy(*positional, **given)
+
+
+def test_rows_that_do_not_count_may_be_infinite() -> None:
+    p = dict(STATES)
+    p["hidden"] = p["hidden"].clone()
+    p["hidden"][0, 1] = torch.nan
+    p["bias"] = p["bias"].clone()
+    p["bias"][5] = -torch.inf
+    y = torch.where(targets() == 5, IGNORED, targets())
+    p["hidden"][y == IGNORED] = torch.inf
+
+    def loss(weight: Tensor) -> Tensor:
+        return hf.linear_cross_entropy(p["hidden"], weight, y, bias=p["bias"], rows_per_chunk=3)
+
+    z = p["hidden"].masked_fill((y == IGNORED)[..., None], 0.0) @ p["weight"].T + p["bias"]
+    due = F.cross_entropy(z.flatten(0, 1), y.flatten())
+    assert torch.isclose(loss(p["weight"]), due, rtol=1e-12)
+    assert torch.func.grad(loss)(p["weight"]).isfinite().all()
+    weight = p["weight"].clone().requires_grad_()
+    assert torch.autograd.grad(loss(weight), weight)[0].isfinite().all()
+
+
+def test_narrow_integers_are_classes() -> None:
+    y = torch.where(targets() == IGNORED, 0, targets())
+    due = hf.linear_cross_entropy(STATES["hidden"], STATES["weight"], y)
+    found = hf.linear_cross_entropy(STATES["hidden"], STATES["weight"], y.to(torch.uint8))
+    assert torch.equal(found, due)
+
+
+def test_other_dtypes_and_no_targets_are_refused() -> None:
+    hidden, weight = STATES["hidden"], STATES["weight"]
+    with pytest.raises(TypeError, match="the weight is torch.float32"):
+        hf.linear_cross_entropy(hidden, weight.float(), targets())
+    with pytest.raises(ValueError, match="one integer class"):
+        hf.linear_cross_entropy(hidden, weight, targets() > 0)
+    with pytest.raises(ValueError, match="no targets"):
+        hf.linear_cross_entropy(hidden[:0], weight, targets()[:0])
