@@ -159,8 +159,8 @@ class Evaluation:
             )
         raise NotImplementedError(
             f"parameter {name!r} has no Kronecker factors, because {reason}: pass "
-            "unsupported='diagonal' for its exact Gauss-Newton diagonal, or hold it fixed with "
-            "`split` and `hold`"
+            "unsupported='diagonal' for its diagonal (not with fisher='forward-only'), or hold it "
+            "fixed with `split` and `hold`"
         )
 
     def _with(self, kind: str) -> dict[str, Uses]:

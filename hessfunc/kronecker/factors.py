@@ -185,7 +185,8 @@ def kfac(
         fisher: ``"model"`` draws targets from the model's prediction. ``"empirical"`` uses the
             targets of the batch, as `efvp` does. ``"forward-only"`` replaces the factor B by the
             identity matrix, and needs no backward pass for it.
-        unsupported: Treatment of parameters without factors, as for `kflr`.
+        unsupported: Treatment of parameters without factors, as for `kflr`. A diagonal is that of
+            the same sampled or empirical Fisher matrix.
         bias: ``"apart"`` or ``"joint"``, as for `kflr`.
 
     Returns:
@@ -242,7 +243,8 @@ def ekfac(
         seed: Seed of the draws, as for `kfac`.
         sharing: Treatment of positions in the eigenvectors, ``"expand"`` or ``"reduce"``.
         fisher: ``"model"`` or ``"empirical"``, as for `kfac`.
-        unsupported: Treatment of parameters without factors, as for `kflr`.
+        unsupported: Treatment of parameters without factors, as for `kflr`. A diagonal is that of
+            the same sampled or empirical Fisher matrix.
         bias: ``"apart"`` or ``"joint"``, as for `kflr`.
 
     Returns:
@@ -296,7 +298,8 @@ def kfoc(
         samples: Number of draws of each target, as for `kfac`. None computes the exact columns of
             `kflr`.
         seed: Seed of the draws, as for `kfac`.
-        unsupported: Treatment of parameters without factors, as for `kflr`.
+        unsupported: Treatment of parameters without factors, as for `kflr`. A diagonal is that of
+            the same sampled or empirical Fisher matrix.
         bias: ``"apart"`` or ``"joint"``, as for `kflr`.
 
     Returns:
