@@ -15,7 +15,7 @@ from torch import Tensor
 from hessfunc.algorithms.results.result import Saved
 from hessfunc.display import Displayed
 from hessfunc.memory import refuse_unless_fits
-from hessfunc.options import finite, flag, tensor, validated
+from hessfunc.options import at_least, finite, flag, tensor, validated
 from hessfunc.spaces.of import random_like
 
 Damping: TypeAlias = Literal["exact", "factored", "heuristic"]
@@ -226,6 +226,7 @@ class Block(Displayed, Saved, ABC):
         Raises:
             ValueError: If A + damping I is not positive definite.
         """
+        at_least(1, k=k)
         like = self._like.new_zeros(()).expand(self.shape)
         return self.power_matvec(random_like(like, k, kind="normal", seed=seed), -0.5, damping)
 
