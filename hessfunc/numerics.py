@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+# Dtypes of 16 bits, in which sums and statistics lose small terms.
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def widened(x: Tensor, /) -> Tensor:
+    """Return x in the dtype in which torch computes statistics, float32 at least."""
+    return x.float() if x.dtype in NARROW else x
 
 
 def wide_dtype(device: torch.device, /) -> torch.dtype:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hessfunc.numerics import rounding, wide_dtype
+from hessfunc.numerics import rounding, wide_dtype, widened
 from tests.reference import random_symmetric
 
 
@@ -11,6 +11,12 @@ def test_scalars_are_in_float64_where_the_device_has_it() -> None:
     assert wide_dtype(torch.device("cpu")) == torch.float64
     assert wide_dtype(torch.device("cuda")) == torch.float64
     assert wide_dtype(torch.device("mps")) == torch.float32
+
+
+def test_narrow_numbers_are_widened_to_float32() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert widened(torch.ones(2, dtype=dtype)).dtype == torch.float32
+    assert widened(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.autograd.functorch import batched, on_blocks, once_more
+from hessfunc.autograd.functorch import applied, batched, once_more
 
 
 class Bilinear(ABC):
@@ -106,11 +106,10 @@ class _Affine(torch.autograd.Function):
             gradients = _Transposes.apply(form, g, *once_more(x, w), needed[2])  # type: ignore[no-untyped-call]
         else:
             # vmap would pass its wrapped tensors to a Function without a vmap rule.
-            run = _as_it_is if torch.is_grad_enabled() else on_blocks
             gradients = (
-                run(form.left, g, w) if needed[0] else None,
-                run(form.right, g, x) if needed[1] else None,
-                run(form.gathered, g) if needed[2] else None,
+                applied(form.left, g, w) if needed[0] else None,
+                applied(form.right, g, x) if needed[1] else None,
+                applied(form.gathered, g) if needed[2] else None,
             )
         return None, *gradients, None
 
@@ -142,17 +141,11 @@ class _Transposes(torch.autograd.Function):
         g, x, w = ctx.saved_tensors
         form = ctx.form
         _, needs_g, needs_x, needs_w = ctx.needs_input_grad[:4]
-        # In grad mode, torch's own functions give the derivatives of higher orders.
-        run = _as_it_is if torch.is_grad_enabled() else on_blocks
         moved = _moved(form, g.shape)
-        of_g = run(moved, x, w, dx, dw, db) if needs_g else None
-        of_x = run(form.left, g, dw) if needs_x and dw is not None else None
-        of_w = run(form.right, g, dx) if needs_w and dx is not None else None
+        of_g = applied(moved, x, w, dx, dw, db) if needs_g else None
+        of_x = applied(form.left, g, dw) if needs_x and dw is not None else None
+        of_w = applied(form.right, g, dx) if needs_w and dx is not None else None
         return None, of_g, of_x, of_w, None
-
-
-def _as_it_is(formula: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    return formula(*tensors)
 
 
 def _moved(form: Bilinear, shape: torch.Size) -> Callable[..., Tensor]:

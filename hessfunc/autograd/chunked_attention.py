@@ -15,7 +15,7 @@ With the logits S = c Q K' + M, the weights P = softmax(S) and sm(P, X) = P (X -
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,14 +25,16 @@ from torch.nn import functional as F
 
 from hessfunc.autograd.attention import math_attention
 from hessfunc.autograd.functorch import (
-    all_on_blocks,
+    applied,
     is_wrapped,
+    on_blocks,
     once_more,
+    probes_of,
     transforms_itself,
 )
 from hessfunc.autograd.overrides import Replacements
+from hessfunc.numerics import widened
 
-_NARROW = (torch.float16, torch.bfloat16)
 # Queries times keys below which all weights at once are faster.
 _SHORT = 512 * 512
 # Most weights that exist at once, and the fewest queries of a chunk.
@@ -67,7 +69,7 @@ def attention(
     ):
         return math_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     # Narrow numbers are too coarse for the sums of a softmax.
-    q, k, v = (x.float() if x.dtype in _NARROW else x for x in (query, key, value))
+    q, k, v = (widened(x) for x in (query, key, value))
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
         k, v = (x.repeat_interleave(repeats, -3) for x in (k, v))
@@ -327,7 +329,7 @@ class _Outputs(torch.autograd.Function):
                 return attention.gradient(g)
             return _stacked([attention.gradient(one) for one in g])
 
-        return None, *all_on_blocks(along, g), None
+        return None, *on_blocks(along, g), None
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
@@ -366,16 +368,14 @@ class _Gradient(torch.autograd.Function):
         is_linear = not any(ctx.needs_input_grad[2:5])
 
         def along(*moving: Tensor | None) -> tuple[Tensor | None, ...]:
-            blocks = _probes(moving, query.dim())
+            blocks = probes_of(moving, (query, key, value))
             if is_linear:
-                products = attention.pushed(blocks or [moving])  # type: ignore[list-item]
+                products = attention.pushed(blocks or [moving])
                 return torch.stack(products) if blocks else products[0], None, None, None
-            parts = attention.second_derivative(g, blocks or [moving])  # type: ignore[list-item]
+            parts = attention.second_derivative(g, blocks or [moving])
             return _stacked(parts) if blocks else parts[0]
 
-        # In grad mode, torch's own functions give the derivatives of higher orders.
-        run = _as_it_is if torch.is_grad_enabled() else all_on_blocks
-        return None, *run(along, *tangents), None
+        return None, *applied(along, *tangents), None
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Triple:
@@ -388,21 +388,6 @@ class _Gradient(torch.autograd.Function):
             parts.append(attention.second_derivative(g, [(a, b, w)])[0][1:])
         first, *others = parts
         return tuple(sum(terms[1:], terms[0]) for terms in zip(first, *others, strict=True))
-
-
-def _as_it_is(
-    formula: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    return formula(*tensors)
-
-
-def _probes(block: Sequence[Tensor | None], dims: int) -> list[Parts]:
-    """Return the tangents of a block, or no tangents if none of them has a probe axis."""
-    sizes = [len(x) for x in block if x is not None and x.dim() > dims]
-    return [
-        tuple(x if x is None or x.dim() == dims else x[i] for x in block)  # type: ignore[misc]
-        for i in range(max(sizes, default=0))
-    ]
 
 
 def _stacked(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
+
+Result = TypeVar("Result")
 
 
 def transforming() -> bool:
@@ -74,27 +76,46 @@ def batched(*tensors: Tensor | None) -> bool:
     )
 
 
-def on_blocks(formula: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+def on_blocks(formula: Callable[..., Result], *tensors: Tensor | None) -> Result:
     """Apply a formula of plain tensors to tensors that vmap may have wrapped.
 
-    The formula gets a wrapped tensor with a leading probe axis, and must then return a block.
+    The formula gets a wrapped tensor with a leading probe axis. Its result is a block, or a tuple
+    of blocks and None.
     """
     level = max((_level(tensor) for tensor in tensors), default=0)
     if level == 0:
         return formula(*tensors)
-    block = formula(*(_beneath(tensor, level) for tensor in tensors))
-    return functorch._add_batch_dim(block, 0, level)
+    blocks: Any = formula(*(_beneath(tensor, level) for tensor in tensors))
+    if isinstance(blocks, tuple):
+        return tuple(_wrapped(block, level) for block in blocks)  # type: ignore[return-value]
+    return _wrapped(blocks, level)  # type: ignore[return-value]
 
 
-def all_on_blocks(
-    formula: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Apply a formula with several results as `on_blocks` does."""
-    level = max((_level(tensor) for tensor in tensors), default=0)
-    if level == 0:
-        return formula(*tensors)
-    blocks = formula(*(_beneath(tensor, level) for tensor in tensors))
-    return tuple(None if b is None else functorch._add_batch_dim(b, 0, level) for b in blocks)
+def applied(formula: Callable[..., Result], *tensors: Tensor | None) -> Result:
+    """Apply a formula in a backward pass, to blocks unless the pass is recorded.
+
+    In grad mode, vmap follows torch's own functions, which give the derivatives of higher orders.
+    """
+    return formula(*tensors) if torch.is_grad_enabled() else on_blocks(formula, *tensors)
+
+
+def probes_of(block: Sequence[Tensor | None], alike: Sequence[Tensor | None], /) -> list[Any]:
+    """Return the tensors of each probe of a block, or nothing if none of them has a probe axis.
+
+    Args:
+        block: Tensors or None, some of them with a leading probe axis.
+        alike: Tensors of the same shapes without a probe axis.
+    """
+    pairs = list(zip(block, alike, strict=True))
+    counts = [len(x) for x, y in pairs if x is not None and y is not None and x.dim() > y.dim()]
+    return [
+        tuple(x if x is None or y is None or x.dim() == y.dim() else x[i] for x, y in pairs)
+        for i in range(max(counts, default=0))
+    ]
+
+
+def _wrapped(block: Tensor | None, level: int) -> Tensor | None:
+    return None if block is None else functorch._add_batch_dim(block, 0, level)
 
 
 def _level(tensor: Tensor | None) -> int:

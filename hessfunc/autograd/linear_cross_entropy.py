@@ -15,7 +15,7 @@ weight W ``[V, d]`` and the bias b ``[V]`` of the head, with u = h W' + b:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -23,9 +23,17 @@ import torch
 from torch import Tensor
 
 from hessfunc import options
-from hessfunc.autograd.functorch import all_on_blocks, batched, on_blocks, once_more, transforming
+from hessfunc.autograd.functorch import (
+    applied,
+    batched,
+    on_blocks,
+    once_more,
+    probes_of,
+    transforming,
+)
 from hessfunc.autograd.logits import Head, Rows
 from hessfunc.autograd.matrices import has_faster, multiplied
+from hessfunc.numerics import widened
 
 # Gradient dh, dW and db with respect to hidden states, weight and bias, or tangents of these.
 Parts: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -56,7 +64,7 @@ class Tokens:
         """Yield the slice of each chunk, and its rows."""
         weights = self.head.weights(self.targets)
         for chunk in self.head.chunks(self.hidden, self.weight):
-            u = _wide(_times(self.hidden[chunk], self.weight.mT))
+            u = widened(_times(self.hidden[chunk], self.weight.mT))
             u = u if self.bias is None else u + self.bias
             yield chunk, Rows(self.head, u, self.targets[chunk], weights[chunk, None].to(u.dtype))
 
@@ -72,9 +80,9 @@ class Tokens:
         """Return t = a W' + h B' + c for a chunk of rows."""
         a, b, c = tangents
         terms = [
-            None if a is None else _wide(_times(a[chunk], self.weight.mT)),
-            None if b is None else _wide(_times(self.hidden[chunk], b.mT)),
-            None if c is None else _wide(c).repeat(len(self.targets[chunk]), 1),
+            None if a is None else widened(_times(a[chunk], self.weight.mT)),
+            None if b is None else widened(_times(self.hidden[chunk], b.mT)),
+            None if c is None else widened(c).repeat(len(self.targets[chunk]), 1),
         ]
         return functools.reduce(_plus, [term for term in terms if term is not None])
 
@@ -244,7 +252,7 @@ class _Gradient(torch.autograd.Function):
         needs_g, *needed = ctx.needs_input_grad[2:6]
 
         def along(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> tuple[Any, ...]:
-            blocks = _probes((a, b, c), tensors)
+            blocks = probes_of((a, b, c), tensors)
             parts = tokens.second_derivatives(blocks or [(a, b, c)], tuple(needed))
             scaled = [[None if x is None else g * x for x in part] for part in parts]
             return tuple(
@@ -257,27 +265,7 @@ class _Gradient(torch.autograd.Function):
             gradient = tokens.gradient(ctx.needed)
             pairs = zip(gradient, tangents, strict=True)
             of_g = sum((x * y).sum() for x, y in pairs if x is not None and y is not None)
-        # In grad mode, torch's own functions give the derivatives of higher orders.
-        run = _as_it_is if torch.is_grad_enabled() else all_on_blocks
-        return None, None, of_g, *run(along, *tangents), None
-
-
-def _as_it_is(
-    formula: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    return formula(*tensors)
-
-
-def _probes(block: Sequence[Tensor | None], alike: Sequence[Tensor | None]) -> list[Parts]:
-    """Return the tangents of a block, or no tangents if none of them has a probe axis."""
-    pairs = list(zip(block, alike, strict=True))
-    sizes = [len(x) for x, y in pairs if x is not None and y is not None and x.dim() > y.dim()]
-    return [
-        tuple(  # type: ignore[misc]
-            x if x is None or y is None or x.dim() == y.dim() else x[i] for x, y in pairs
-        )
-        for i in range(max(sizes, default=0))
-    ]
+        return None, None, of_g, *applied(along, *tangents), None
 
 
 def _scaled(part: Tensor, g: Tensor) -> Tensor:
@@ -295,11 +283,6 @@ def _plus(total: Tensor | None, other: Tensor | None) -> Any:
 def _times(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` by the library that is fastest on the processor."""
     return multiplied(a, b) if has_faster(a) else a @ b
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return x in the dtype of the softmax, float32 at least."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _refuse_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:

@@ -16,6 +16,7 @@ from hessfunc.autograd.attention import ATTENTION
 from hessfunc.autograd.forward_mode import FORWARD
 from hessfunc.autograd.overrides import Replacements
 from hessfunc.autograd.recurrent import RECURRENT
+from hessfunc.numerics import widened
 
 
 def _layer_norm(
@@ -27,7 +28,7 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     axes = _last(len(normalized_shape))
-    return _affine(_standardised(_wide(input), axes, eps), weight, bias, input.dtype)
+    return _affine(_standardised(widened(input), axes, eps), weight, bias, input.dtype)
 
 
 def _rms_norm(
@@ -36,7 +37,7 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    x = _wide(input)
+    x = widened(input)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     z = x * torch.rsqrt((x * x).mean(_last(len(normalized_shape)), keepdim=True) + eps)
     return _affine(z, weight, None, input.dtype)
@@ -52,7 +53,7 @@ def _group_norm(
 ) -> Tensor:
     if input.dim() < 2 or input.shape[1] % num_groups:
         return F.group_norm(input, num_groups, weight, bias, eps)
-    groups = _wide(input).unflatten(1, (num_groups, -1))
+    groups = widened(input).unflatten(1, (num_groups, -1))
     axes = tuple(range(2, groups.dim()))
     z = _standardised(groups, axes, eps).view_as(input)
     return _affine_by_channel(z, weight, bias, input.dtype)
@@ -74,7 +75,7 @@ def _instance_norm(
         return F.instance_norm(input)
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    z = _standardised(_wide(input), tuple(range(2, input.dim())), eps)
+    z = _standardised(widened(input), tuple(range(2, input.dim())), eps)
     return _affine_by_channel(z, weight, bias, input.dtype)
 
 
@@ -93,7 +94,7 @@ def _batch_norm(
 
     They do not influence the result, and an update would change a buffer inside a transform.
     """
-    x = _wide(input)
+    x = widened(input)
     if training and input.numel() > input.shape[1]:
         z = _standardised(x, (0, *range(2, input.dim())), eps)
     elif training or running_mean is None or running_var is None:
@@ -117,11 +118,6 @@ def _logsigmoid(input: Tensor) -> Tensor:
 
 def _last(count: int) -> tuple[int, ...]:
     return tuple(range(-count, 0))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return x in the dtype in which torch computes statistics, float32 at least."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _standardised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:

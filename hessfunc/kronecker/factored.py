@@ -27,6 +27,7 @@ from hessfunc.kronecker.moments import Sharing, by_row
 from hessfunc.kronecker.uses import observed
 from hessfunc.kronecker.verification import Verification
 from hessfunc.losses import Loss
+from hessfunc.numerics import NARROW
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.batches.statistics import Stage, Statistics
@@ -181,7 +182,7 @@ class FactoredCurvature:
 def _refuse_narrow(params: Mapping[str, Tensor]) -> None:
     """Raise TypeError for 16-bit parameters, in which sums over examples lose small terms."""
     for name, leaf in params.items():
-        if leaf.dtype in (torch.float16, torch.bfloat16):
+        if leaf.dtype in NARROW:
             raise TypeError(
                 f"parameter {name!r} is {leaf.dtype}, too narrow for the sums of Kronecker "
                 "factors: call `model.float()`, and use `functional(model, dtype=torch.bfloat16)` "

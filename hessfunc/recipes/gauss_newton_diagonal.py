@@ -21,7 +21,7 @@ from hessfunc.autograd import (
 from hessfunc.display import Report, Reported, reporting
 from hessfunc.losses import Loss
 from hessfunc.modules import several_batches
-from hessfunc.numerics import wide_dtype
+from hessfunc.numerics import NARROW, wide_dtype
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space, rows_dtype
@@ -314,8 +314,7 @@ def refuse_unless_apart(alone: Tensor, together: Tensor) -> None:
     """Raise unless each example has the same outputs alone as in its batch, up to rounding."""
     if alone.shape == together.shape:
         # If the outputs are exact in a narrower dtype, the model computes in it: use its eps.
-        narrow = (torch.bfloat16, torch.float16)
-        exact = [d for d in narrow if torch.equal(together.to(d).to(together.dtype), together)]
+        exact = [d for d in NARROW if torch.equal(together.to(d).to(together.dtype), together)]
         eps = torch.finfo(exact[0] if exact else together.dtype).eps
         if bool((alone - together).abs().amax() <= eps**0.5 * together.abs().amax()):
             return
