@@ -13,6 +13,7 @@ from hessfunc.autograd.recompute import segments_of
 from hessfunc.copies import structural_copy
 from hessfunc.linear_head import LinearHeadLoss, linear_head_loss
 from hessfunc.modules import functional
+from hessfunc.numerics import NARROW
 from hessfunc.options import validated
 from hessfunc.trees import Tree
 
@@ -64,24 +65,23 @@ def language_model_loss(
     Cost: six evaluations of the model on eight tokens.
     """
     shifted = _verified_shift(model, shift)
-    return _loss_of(model, shifted, trainable_only, dtype, recompute, rows_per_chunk)
-
-
-def _loss_of(
-    model: nn.Module,
-    shifted: bool,
-    trainable_only: bool,
-    dtype: torch.dtype | None,
-    recompute: str | None,
-    rows_per_chunk: int | None,
-) -> tuple[LinearHeadLoss, dict[str, Tensor]]:
-    """Return the loss, not verified, and the parameters."""
-    trunk = _without_head(model, _head_of(model))
+    trunk = _without_head(model)
     if recompute is not None:
         _refuse_recomputed_head(trunk, recompute)
     trunk_fn, params = functional(
         trunk, trainable_only=trainable_only, dtype=dtype, recompute=recompute
     )
+    return _loss_of(model, trunk_fn, shifted=shifted, rows_per_chunk=rows_per_chunk), params
+
+
+def _loss_of(
+    model: nn.Module,
+    trunk_fn: Callable[[Tree, Any], Any],
+    *,
+    shifted: bool,
+    rows_per_chunk: int | None = None,
+) -> LinearHeadLoss:
+    """Return the loss of a model whose hidden states and head ``trunk_fn`` returns."""
     refuse_if_replaced = _unreplaced(model)
 
     def states(params: Tree, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -93,8 +93,7 @@ def _loss_of(
         labels: Tensor = _with_labels(batch)["labels"]
         return labels[:, 1:] if shifted else labels
 
-    loss = linear_head_loss(states, targets, rows_per_chunk=rows_per_chunk, **_options(model))
-    return loss, params
+    return linear_head_loss(states, targets, rows_per_chunk=rows_per_chunk, **_options(model))
 
 
 def _unreplaced(model: nn.Module) -> Callable[[], None]:
@@ -169,7 +168,7 @@ class _Trunk:
         raise ValueError("the model returned without a call of its output embedding")
 
 
-def _without_head(model: nn.Module, head: nn.Linear) -> nn.Module:
+def _without_head(model: nn.Module) -> nn.Module:
     """Return a structural copy of a model whose forward returns the input of its head."""
     trunk = structural_copy(model)
     if trunk is None:
@@ -231,14 +230,15 @@ def _verified_shift(model: nn.Module, shift: bool | None) -> bool:
         ValueError: If neither the logits nor the loss of the model are those of the head.
     """
     head, name = _head_of(model), type(model).__name__
-    is_narrow = head.weight.dtype in (torch.float16, torch.bfloat16)
+    is_narrow = head.weight.dtype in NARROW
     dtype = torch.float32 if is_narrow else None
     model_fn, params = functional(model, trainable_only=False, dtype=dtype)
     ids = torch.arange(_TOKENS, device=head.weight.device).mul(3).add(1)[None] % len(head.weight)
     inputs = {"input_ids": ids}
     if _has_decoder(model):
         inputs["decoder_input_ids"] = ids
-    unshifted, _ = _loss_of(model, False, False, dtype, None, None)
+    trunk_fn, _ = functional(_without_head(model), trainable_only=False, dtype=dtype)
+    losses = {shifted: _loss_of(model, trunk_fn, shifted=shifted) for shifted in (True, False)}
 
     def evaluated(function: Callable[[Tree, Any], Any], batch: Any) -> Any:
         # Random layers draw the same masks in each evaluation.
@@ -255,7 +255,7 @@ def _verified_shift(model: nn.Module, shift: bool | None) -> bool:
     size = float(logits().abs().max())
     params[key] = params[key] * (_LARGE / size if size else 1.0)
     batch = inputs | {"labels": ids}
-    right, ours = logits(), evaluated(unshifted.outputs, batch)[0].T
+    right, ours = logits(), evaluated(losses[False].outputs, batch)[0].T
     # The logits of a narrow model are rounded at the end.
     eps = torch.finfo(right.dtype).eps
     tolerance = (4 * eps if is_narrow else eps**0.5) * float(right.abs().max())
@@ -271,9 +271,8 @@ def _verified_shift(model: nn.Module, shift: bool | None) -> bool:
     except (TypeError, AttributeError):
         own = None
     if own is not None:
-        shifted, _ = _loss_of(model, True, False, dtype, None, None)
-        for candidate, loss in ((True, shifted), (False, unshifted)):
-            rtol = 4 * eps if is_narrow else 1e-3
+        rtol = 4 * eps if is_narrow else 1e-3
+        for candidate, loss in losses.items():
             if torch.isclose(evaluated(loss, batch).double(), own.double(), rtol=rtol):
                 return candidate
     raise ValueError(
