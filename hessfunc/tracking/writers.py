@@ -25,16 +25,7 @@ def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
     Raises:
         ValueError: If the file cannot be written, or if it contains anything but points.
     """
-    file = Path(path)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        content = file.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"out={os.fspath(path)!r} cannot be written ({error.strerror}): pass the path of a "
-            "file, such as `out='points.jsonl'`"
-        ) from None
+    file, content = _opened("out", path, "points.jsonl")
     whole = _whole(content)
     read(path)
     if not _is_cut_short(content[len(whole) :]):
@@ -43,13 +34,11 @@ def json_lines(path: str | os.PathLike[str], /) -> Callable[[Point], None]:
         )
     os.truncate(file, len(whole))
 
-    def append(point: Point) -> None:
+    def write(point: Point) -> None:
         line = json.dumps(asdict(point), allow_nan=False) + "\n"
-        with file.open("ab", buffering=0) as stream:
-            stream.write(line.encode())
-            os.fsync(stream.fileno())
+        _append(file, line.encode())
 
-    return append
+    return write
 
 
 def csv_rows(path: str | os.PathLike[str], /, *, top: int, bottom: int) -> Callable[[Point], None]:
@@ -77,16 +66,7 @@ def csv_rows(path: str | os.PathLike[str], /, *, top: int, bottom: int) -> Calla
     )
     names = list(row(like))
     header = _line(names)
-    file = Path(path)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        content = file.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"csv={os.fspath(path)!r} cannot be written ({error.strerror}): pass the path of a "
-            "file, such as `csv='points.csv'`"
-        ) from None
+    file, content = _opened("csv", path, "points.csv")
     whole = _whole(content)
     # Without a whole line, the content may be the beginning of the names.
     if not (whole.startswith(header) if whole else header.startswith(content)):
@@ -96,19 +76,39 @@ def csv_rows(path: str | os.PathLike[str], /, *, top: int, bottom: int) -> Calla
         )
     os.truncate(file, len(whole))
 
-    def append(line: bytes) -> None:
-        with file.open("ab", buffering=0) as stream:
-            stream.write(line)
-            os.fsync(stream.fileno())
-
     if not whole:
-        append(header)
+        _append(file, header)
 
     def write(point: Point) -> None:
         values = row(point)
-        append(_line([values.get(name) for name in names]))
+        _append(file, _line([values.get(name) for name in names]))
 
     return write
+
+
+def _opened(option: str, path: str | os.PathLike[str], example: str, /) -> tuple[Path, bytes]:
+    """Return a file that can be written, and its content.
+
+    Raises:
+        ValueError: If the file cannot be written.
+    """
+    file = Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        return file, file.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{option}={os.fspath(path)!r} cannot be written ({error.strerror}): pass the path of "
+            f"a file, such as `{option}={example!r}`"
+        ) from None
+
+
+def _append(file: Path, line: bytes) -> None:
+    """Append a line, which is on the disk when the function returns."""
+    with file.open("ab", buffering=0) as stream:
+        stream.write(line)
+        os.fsync(stream.fileno())
 
 
 def _line(values: Sequence[Any]) -> bytes:
