@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,13 +35,10 @@ def hutchinson_trace(
         num_matvecs: Number of products, at least 2.
         distribution: Distribution of the random vectors, ``"rademacher"`` or ``"normal"``.
     """
-    matvec, like = as_matvec(A)
-    kind, count = _kind(distribution), _count(num_matvecs)
-    estimate = hutchinson.hutchinson(
-        matvec, like, max_matvecs=max(count, 2), kind=kind, seed=seed_of_stream()
-    )
+    algorithm = partial(hutchinson.hutchinson, kind=_kind(distribution))
+    like, estimate = _estimated(algorithm, A, num_matvecs, least=2)
     # Two samples are the fewest of a run. The mean of the first one has the same expectation.
-    return like.new_tensor(float(estimate.samples[:count].mean()))
+    return like.new_tensor(float(estimate.samples[:num_matvecs].mean()))
 
 
 @validated(**OF_MATRIX)
@@ -54,9 +53,7 @@ def hutchpp_trace(
         distribution: Ignored: the vectors are random directions.
     """
     _kind(distribution)
-    matvec, like = as_matvec(A)
-    count = max(_count(num_matvecs), 6)
-    estimate = hutchpp.hutchpp(matvec, like, max_matvecs=count, seed=seed_of_stream())
+    like, estimate = _estimated(hutchpp.hutchpp, A, num_matvecs, least=6)
     return like.new_tensor(estimate.value)
 
 
@@ -72,9 +69,7 @@ def xtrace(
         distribution: Ignored: the vectors are random directions.
     """
     _kind(distribution)
-    matvec, like = as_matvec(A)
-    count = max(_count(num_matvecs), 4)
-    estimate = trace_by_sketch.xtrace(matvec, like, max_matvecs=count, seed=seed_of_stream())
+    like, estimate = _estimated(trace_by_sketch.xtrace, A, num_matvecs, least=4)
     return like.new_tensor(estimate.value)
 
 
@@ -90,11 +85,7 @@ def hutchinson_diag(
         distribution: Ignored: normal vectors would increase the variance.
     """
     _kind(distribution)
-    matvec, like = as_matvec(A)
-    count = max(_count(num_matvecs), 2)
-    estimate = diagonal_by_signs.hutchinson_diagonal(
-        matvec, like, max_matvecs=count, seed=seed_of_stream()
-    )
+    like, estimate = _estimated(diagonal_by_signs.hutchinson_diagonal, A, num_matvecs, least=2)
     return estimate.value.to(like)
 
 
@@ -106,9 +97,7 @@ def xdiag(A: PyTorchLinearOperator | Tensor, num_matvecs: int) -> Tensor:
         A: Square operator or tensor.
         num_matvecs: Number of products, at least 4.
     """
-    matvec, like = as_matvec(A)
-    count = max(_count(num_matvecs), 4)
-    estimate = diagonal_by_sketch.xdiag(matvec, like, max_matvecs=count, seed=seed_of_stream())
+    like, estimate = _estimated(diagonal_by_sketch.xdiag, A, num_matvecs, least=4)
     return estimate.value.to(like)
 
 
@@ -129,6 +118,19 @@ def hutchinson_squared_fro(
     rows = space_of(like).probes(range(count), kind=kind, seed=seed_of_stream(), dtype=like.dtype)
     product: Tensor = A @ rows.mT
     return product.square().sum() / count
+
+
+def _estimated(
+    algorithm: Callable[..., Any],
+    A: PyTorchLinearOperator | Tensor,
+    num_matvecs: int,
+    *,
+    least: int,
+) -> tuple[Tensor, Any]:
+    """Return a vector of the domain, and the result of an algorithm that needs some products."""
+    matvec, like = as_matvec(A)
+    count = max(_count(num_matvecs), least)
+    return like, algorithm(matvec, like, max_matvecs=count, seed=seed_of_stream())
 
 
 def _kind(distribution: str) -> Literal["signs", "normal"]:
