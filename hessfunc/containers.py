@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -27,6 +27,18 @@ def batch_leaves(batch: Any, /) -> list[Any]:
     An object that cannot be opened counts as one leaf, whereas `opened` raises for it.
     """
     return _Opened.of(batch, None, {}).leaves
+
+
+def tensors_in(value: Any, /) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers of Python."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, (list, tuple, set)):
+        for part in value:
+            yield from tensors_in(part)
 
 
 def opened(

@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hessfunc.containers import tensors_in
+
 Hooks = Mapping[nn.Module, Callable[..., Any]]
 
 _INSTALLED: ContextVar[tuple[tuple[str, Hooks], ...]] = ContextVar("hooks", default=())
@@ -184,7 +186,7 @@ def _is_set(slot: MemberDescriptorType, module: nn.Module) -> bool:
 
 def _deep_copy(model: nn.Module) -> nn.Module:
     held = [[vars(module), _slots(module)] for module in model.modules()]
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(held)}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_in(held)}
     copied = copy.deepcopy(model, memo)
     for module in model.modules():
         # `nn.Module.__setstate__` leaves out what is in slots.
@@ -195,18 +197,6 @@ def _deep_copy(model: nn.Module) -> nn.Module:
             # A wrapper of `torch.compile`, whose compiled graph has no second derivative.
             vars(module)["forward"] = original.__call__
     return copied
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested containers of Python."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (list, tuple, set)):
-        for part in value:
-            yield from _tensors(part)
 
 
 def _refers_to(copied: nn.Module, originals: set[int]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hessfunc.containers import batch_leaves, is_array, leaf_paths, mapped, opened
+from hessfunc.containers import batch_leaves, is_array, leaf_paths, mapped, opened, tensors_in
 from tests.containers import OBJECTS, Pair
 
 X, Y = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.arange(6)
@@ -71,3 +71,9 @@ def test_arrays_are_tensors_and_numbers_of_numpy() -> None:
     assert is_array(np.zeros(3))
     assert not is_array(np.array([None]))
     assert not is_array([1.0])
+
+
+def test_tensors_in_nested_containers_are_found() -> None:
+    a, b, c = (torch.full((2,), float(i)) for i in range(3))
+    found = list(tensors_in({"first": [a, (b, "text")], "second": {c}, "third": None}))
+    assert [id(x) for x in found] == [id(a), id(b), id(c)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hessfunc.autograd.overrides import BODIES, getter
+from hessfunc.containers import tensors_in
 from hessfunc.kronecker.calls import refusing_train_mode
 from hessfunc.kronecker.kinds import SUMS, is_lookup, maps_of
 from hessfunc.kronecker.linear_maps import Inputs, Layout, LinearMap, OneHot
@@ -200,8 +201,13 @@ def _is_equal(outputs: Any, right: Any) -> bool:
     tensors = isinstance(outputs, Tensor) and isinstance(right, Tensor)
     if not tensors or outputs.shape != right.shape:
         return False
-    tolerance = torch.finfo(right.dtype).eps ** 0.5 if right.is_floating_point() else 0.0
-    return bool((outputs - right).abs().max() <= tolerance * right.abs().max())
+    return is_close(outputs, right, right, torch.finfo(right.dtype).eps)
+
+
+def is_close(ours: Tensor, right: Tensor, size: Tensor, eps: float, /) -> bool:
+    """Return whether two tensors are equal up to the rounding of numbers of this size."""
+    difference = (ours.reshape_as(right) - right).abs().amax()
+    return bool(difference <= eps**0.5 * size.abs().amax())
 
 
 def _count(batch: Any) -> int | None:
@@ -243,10 +249,9 @@ class Observer(TorchFunctionMode):
             with self:
                 return BODIES[func](*args, **options)
         output = func(*args, **options)
-        given = {
-            id(x): self._aliases[id(x)] for x in _tensors((args, options)) if id(x) in self._aliases
-        }
-        if not given or not any(x.requires_grad for x in _tensors(output)):
+        keys = [id(x) for x in tensors_in((args, options))]
+        given = {key: self._aliases[key] for key in keys if key in self._aliases}
+        if not given or not any(x.requires_grad for x in tensors_in(output)):
             return output
         if len(given) == 1 and isinstance(output, Tensor):
             ((leaf, name, is_transposed),) = given.values()
@@ -299,17 +304,6 @@ class Observer(TorchFunctionMode):
 def _has_number(args: Any, options: Mapping[str, Any]) -> bool:
     """Return whether a sum is that of a tensor and a number, as in ``1 + w``."""
     return not options and any(isinstance(term, (int, float)) for term in args)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
 
 
 _COPIES = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hessfunc.kronecker.linear_maps import Inputs, OneHot
 from hessfunc.kronecker.moments import weight_gradient
-from hessfunc.kronecker.uses import Observed, Order, Use, Uses
+from hessfunc.kronecker.uses import Observed, Order, Use, Uses, is_close
 
 UNORDERED = (
     "the rows of the outputs are not ordered by the examples along the first axis, or the model "
@@ -120,7 +120,7 @@ def _is_sum(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -> bool:
         # Terms may cancel, as those of the bias of keys before a softmax: their size counts.
         absolute = inputs if isinstance(inputs, OneHot) else inputs.abs()
         size += layout.restored(weight_gradient(own.abs(), absolute), gradient.shape)
-    return _is_close(total, gradient, size, _eps(uses, gradient))
+    return is_close(total, gradient, size, _eps(uses, gradient))
 
 
 def _is_projection(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -> bool:
@@ -140,7 +140,7 @@ def _is_projection(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -
     terms = torch.einsum("bgop,go->bgp", own, u) * _along(uses.inputs(), v)
     weights = layout.permuted(gradient.reshape(1, -1))[0]
     projection = torch.einsum("go,gok,gk->g", u, weights, v)
-    return _is_close(terms.sum((0, 2)), projection, terms.abs().sum((0, 2)), _eps(uses, gradient))
+    return is_close(terms.sum((0, 2)), projection, terms.abs().sum((0, 2)), _eps(uses, gradient))
 
 
 def _eps(uses: Uses, gradient: Tensor) -> float:
@@ -166,12 +166,6 @@ def _order(
         ordered = replace(call, order=order)
         one, other = (ordered.by_example(rows, len(scales)) for rows in (before, after))
         expected = one * scales.to(one).view(-1, 1, 1, 1)
-        if _is_close(other, expected, expected, torch.finfo(one.dtype).eps):
+        if is_close(other, expected, expected, torch.finfo(one.dtype).eps):
             return order
     return None
-
-
-def _is_close(ours: Tensor, right: Tensor, size: Tensor, eps: float) -> bool:
-    """Return whether two tensors are equal up to the rounding of numbers of this size."""
-    difference = (ours.reshape_as(right) - right).abs().amax()
-    return bool(difference <= eps**0.5 * size.abs().amax())
