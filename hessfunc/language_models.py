@@ -34,8 +34,8 @@ def language_model_loss(
         loss = mean over tokens whose label is not -100 of -log p(label | context)
 
     It equals the loss that the model computes itself from ``labels``, without auxiliary losses of
-    mixtures of experts. A batch is a mapping with
-    ``labels`` and the arguments of the model, such as ``input_ids`` and ``attention_mask``.
+    mixtures of experts. A batch is a mapping with ``labels`` and the arguments of the model, such
+    as ``input_ids`` and ``attention_mask``.
 
         loss, params = hf.language_model_loss(model)
         matvec = hf.hvp(loss)(params, {"input_ids": ids, "labels": ids})

@@ -57,7 +57,7 @@ def attention(
 ) -> Tensor:
     """Compute ``F.scaled_dot_product_attention`` in memory that is linear in the length.
 
-    Short sequences, random masks, masks that require a gradient, broadcasted batches, autocast and
+    Short sequences, random masks, masks that require a gradient, broadcast batches, autocast and
     compiled code keep all weights.
     """
     options = {"scale": scale, "enable_gqa": enable_gqa}

@@ -153,7 +153,7 @@ def test_random_masks_and_learned_biases_keep_all_weights(options: dict[str, Any
     assert "_OutputsBackward" not in str(attention(*point, **options).grad_fn)
 
 
-def test_broadcasted_batches_keep_all_weights() -> None:
+def test_broadcast_batches_keep_all_weights() -> None:
     q, k, v = inputs("plain")
     alone = k[:1].clone().requires_grad_()
     found, due = attention(q, alone, v), math_attention(q, alone, v)
