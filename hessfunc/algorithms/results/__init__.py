@@ -7,13 +7,13 @@ from hessfunc.algorithms.results.eigenpairs import Eigenpairs
 from hessfunc.algorithms.results.estimate import (
     Estimate,
     LeafEstimate,
-    pool,
 )
 from hessfunc.algorithms.results.implicit_gradient import ImplicitGradient
 from hessfunc.algorithms.results.influence import Influence, SelfInfluence
 from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.algorithms.results.matrix_function import MatrixFunction
 from hessfunc.algorithms.results.overlap import Overlap
+from hessfunc.algorithms.results.pool import pool
 from hessfunc.algorithms.results.result import Result, load
 from hessfunc.algorithms.results.sampled import SampledEstimate
 from hessfunc.algorithms.results.sharpness import GeneralizedSharpness, Sharpness

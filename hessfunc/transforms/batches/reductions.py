@@ -13,84 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hessfunc.autograd import differentiable_twice
-from hessfunc.autograd.functorch import is_wrapped, transforming
-from hessfunc.containers import batch_leaves
-from hessfunc.losses import Loss, LossFunction, OfTargets
-from hessfunc.numerics import wide_dtype
+from hessfunc.autograd.functorch import transforming
+from hessfunc.losses import Loss, LossFunction
 from hessfunc.options import described
 from hessfunc.spaces.of import space_of
+from hessfunc.transforms.batches.divisor import HIDDEN, positions_of, terms_of
 from hessfunc.transforms.batches.examples import examples, rows_of
 from hessfunc.transforms.criteria import (
     Reduction,
     declared_reduction,
-    function_and_options,
-    without_wrappers,
 )
 from hessfunc.trees import Tree
 
 
-def _positions_of(batch: Any) -> tuple[float, ...]:
-    """Return the entries per example of integer tensors, such as tokens and labels.
-
-    The result is empty if a tensor has one entry per example, as the targets of a classification.
-    """
-    try:
-        count = examples(batch)
-    except ValueError:
-        return ()
-    tensors = [x for x in batch_leaves(batch) if isinstance(x, Tensor) and x.dim() > 0]
-    if not count or any(x.numel() == count for x in tensors):
-        return ()
-    return tuple(x.numel() / count for x in tensors if not x.is_floating_point())
-
-
 class ReductionWarning(UserWarning):
     """Warning that the reduction of a loss, mean or sum over examples, could not be determined."""
-
-
-def _has_examples(batch: Any) -> bool:
-    try:
-        examples(batch)
-    except ValueError:
-        return False
-    return True
-
-
-def _terms(one: Noted) -> float | None:
-    """Return the divisor of the mean of a torch loss, up to a constant; None for other losses.
-
-    A mean over class targets divides by the number of targets that are not ignored, or by the sum
-    of their class weights. A mean over floating-point targets divides by their number of entries.
-    """
-    if not isinstance(one.loss, Loss) or not isinstance(one.loss.criterion, OfTargets):
-        return None
-    function, options = function_and_options(without_wrappers(one.loss.criterion))
-    targets = one.loss.criterion.targets(one.batch)
-    if declared_reduction(one.loss.criterion) is None or not isinstance(targets, Tensor):
-        return None
-    if targets.is_floating_point():
-        if options.get("reduction") == "batchmean" or not _has_examples(one.batch):
-            return None
-        classes = targets.shape[min(1, targets.dim() - 1)] if function is F.cross_entropy else 1
-        return targets.numel() / max(1, classes)
-    if function not in (F.cross_entropy, F.nll_loss):
-        return None
-    if is_wrapped(targets):
-        raise NotImplementedError(_HIDDEN)
-    kept = targets != options.get("ignore_index", -100)
-    weight = options.get("weight")
-    if weight is None:
-        return float(kept.sum())
-    return float(weight.to(targets.device)[targets[kept]].sum(dtype=wide_dtype(targets.device)))
-
-
-_HIDDEN = (
-    "the weight of a batch depends on values that a transform of torch.func hides: pass a weight "
-    "to `over_batches`, such as `weight=lambda batch: len(batch[1])`"
-)
 
 
 @dataclass(frozen=True)
@@ -110,7 +49,7 @@ class Noted:
     @functools.cached_property
     def terms(self) -> float | None:
         """Divisor of the mean of a torch loss, read from the device once; None for other losses."""
-        return _terms(self)
+        return terms_of(self.loss, self.batch)
 
 
 @dataclass
@@ -396,7 +335,7 @@ class Average:
         the positions, and a mean over examples by the examples. The halves of a batch, which have
         the same length, do not distinguish them.
         """
-        positions = _positions_of(batch)
+        positions = positions_of(batch)
         if self._positions is None:
             self._positions = positions
         elif positions and self._positions and positions != self._positions:
@@ -418,7 +357,7 @@ class Average:
         if count < 2:
             return None
         if transforming():
-            raise NotImplementedError(_HIDDEN)
+            raise NotImplementedError(HIDDEN)
         self._is_tested = True
         half = count // 2
         try:
