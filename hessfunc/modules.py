@@ -41,12 +41,13 @@ def functional(
     trainable_only: bool = True,
     dtype: torch.dtype | None = None,
     recompute: str | None = None,
-) -> tuple[Callable[[Tree, Any], Any], dict[str, Tensor]]:
+) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """Return a module as a pure function of its parameters, and these parameters.
 
     ``model_fn(params, inputs)`` returns what the module returns. A tuple of inputs is passed as
     positional arguments and a mapping as keyword arguments. Any other value, such as a tensor or a
-    named tuple, is one argument.
+    named tuple, is one argument. Several inputs and keyword arguments, as in
+    ``model_fn(params, x, mask=mask)``, are passed on as they are.
 
     The module is never changed, so several threads may call ``model_fn``, and others may train the
     module meanwhile. Each call evaluates a structural copy of the module: other module objects
@@ -120,7 +121,7 @@ def functional(
         name for name, module in model.named_modules() if uses_batch_statistics(module)
     ]
 
-    def model_fn(params: Tree, inputs: Any, /) -> Any:
+    def model_fn(params: Tree, /, *inputs: Any, **named_inputs: Any) -> Any:
         if not (isinstance(params, Mapping) and params.keys() <= named):
             raise _unlike(params, named)
         # The copy does not have parameters and buffers that were added to the module later.
@@ -131,7 +132,9 @@ def functional(
             # Dynamo cannot trace context variables. None of them is set inside compiled functions.
             _refuse_batch_statistics(batch_statistics)
         buffers = {name: buffer.clone() for name, buffer in present.items()}
-        args, kwargs = _arguments(inputs)
+        args, kwargs = inputs, named_inputs
+        if len(inputs) == 1 and not named_inputs:
+            args, kwargs = _arguments(inputs[0])
         state = fixed | dict(params) | buffers
         if dtype is not None:
             state, args, kwargs = _cast((state, args, kwargs), dtype)

@@ -75,6 +75,9 @@ def test_inputs_are_a_tensor_or_positional_or_keywords() -> None:
     assert torch.equal(model_fn(params, (left, right)), expected)
     assert torch.equal(model_fn(params, [left, right]), expected)
     assert torch.equal(model_fn(params, {"right": right, "left": left}), expected)
+    assert torch.equal(model_fn(params, left, right), expected)
+    assert torch.equal(model_fn(params, left, right=right), expected)
+    assert torch.equal(model_fn(params, right=right, left=left), expected)
 
 
 def test_buffers_stay_and_each_call_starts_from_them() -> None:
