@@ -1,6 +1,7 @@
 """Collectives among the ranks of a mesh, which fail together on every rank.
 
-Collectives run outside of torch's transforms. No collective begins before all ranks have reported
+These collectives run outside of torch's transforms; `autograd.collectives` makes functions of them
+that can be transformed. No collective of an algorithm begins before all ranks have reported
 that they are ready for it. A rank that fails or disagrees therefore raises an error on every rank,
 and no rank waits for a message that never comes.
 """
@@ -28,8 +29,9 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
 
 Made = TypeVar("Made")
 
-# torch 2.13 renamed the function, and warns about the old name.
+# torch 2.13 renamed these functions, and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 # Relative tolerance of numbers that must agree: different processors round sums differently.
 ALIKE = 1e-9
 
@@ -109,6 +111,13 @@ class Ranks:
         A contiguous tensor is summed in place.
         """
         return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def reduced(self, parts: Tensor, /) -> Tensor:
+        """Return part r of the sum over ranks of ``parts`` (size, length), on rank r."""
+        mine = parts.new_empty(parts.shape[1:])
+        with _in_contact():
+            _reduce_scatter(mine, parts.flatten(0, 1), group=self.group)
+        return mine
 
     def least(self, number: int, /, device: torch.device) -> int:
         """Return the least of the integers of all ranks."""
