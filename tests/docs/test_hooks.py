@@ -101,6 +101,14 @@ def test_a_page_that_needs_a_network_is_refused() -> None:
             offline.on_post_page(tag, page=page)
 
 
+def test_the_index_of_the_search_is_a_script(tmp_path: Path) -> None:
+    index = tmp_path / "search" / "search_index.json"
+    index.parent.mkdir()
+    index.write_text('{"docs": []}')
+    hook("offline").on_post_build(config={"site_dir": str(tmp_path)})
+    assert index.with_suffix(".js").read_text() == 'var __index = {"docs": []}'
+
+
 @pytest.mark.parametrize("address", ["", "https://example.org/hessfunc"])
 def test_the_site_links_to_the_repository(address: str, tmp_path: Path) -> None:
     table = "[tool.hatch.metadata.hooks.custom]"

@@ -1,4 +1,4 @@
-"""Every Python block of every page runs, in order, one script a page."""
+"""Every Python block of every page runs, in order, one script a page, and fits beside the menus."""
 
 from __future__ import annotations
 
@@ -51,3 +51,9 @@ def test_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_all_pages_are_found() -> None:
     assert {"start.md", "concepts/spectrum.md", "tutorials/pyhessian.md"} <= scripts().keys()
+
+
+@pytest.mark.parametrize("page", [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))])
+def test_code_fits_into_88_columns(page: Path) -> None:
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 88] == []
