@@ -68,7 +68,7 @@ def grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> 
             "figures need matplotlib: `pip install 'hessfunc[plot]'`"
         ) from None
     panels = plt.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, subplot_kw=options
+        rows, columns, figsize=size, layout="compressed", squeeze=False, subplot_kw=options
     )[1]
     return panels.ravel()
 
