@@ -30,10 +30,6 @@ class Samples(Protocol):
     """Samples of the part S of a matrix that is not deflated."""
 
     @property
-    def images(self) -> Tensor:
-        """Products S w, ``(p, n)``."""
-
-    @property
     def norm(self) -> float:
         """Estimate of the part of ``|S|_F^2`` to which the variance of a probe is proportional."""
 
@@ -63,6 +59,10 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
     @abstractmethod
     def samples(self, state: Deflation, space: Space, /) -> Samples:
         """Return the samples of the probes so far."""
+
+    @abstractmethod
+    def images(self, state: Deflation, samples: Any, space: Space, most: int, /) -> Tensor:
+        """Return the products S w with the first probes, at most so many."""
 
     @abstractmethod
     def tolerance(self, samples: Any, space: Space, /) -> float:
@@ -101,8 +101,11 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
         needed, norm = self._needed(samples, space, p + room), samples.norm
         is_left = space.n - len(self.span) - len(state.basis) > 2
         if is_left and norm > samples.rounding(space) ** 2:
-            images = samples.images[:_PREDICTING]
-            expected = expected_reduction(space.gram(images, images).cpu().double())
+
+            def expected() -> float:
+                images = self.images(state, samples, space, _PREDICTING)
+                return expected_reduction(space.gram(images, images).cpu().double())
+
             chain = state.chains.choice(needed, state.alive, expected)
             if chain is not None:
                 grown = state.extended(products, self.span, chain)

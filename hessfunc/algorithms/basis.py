@@ -55,7 +55,7 @@ class Basis:
         return cls(torch.empty(0, space.width, dtype=dtype, device=device))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.rows.shape[0]
 
     def __getitem__(self, part: slice, /) -> Basis:
         """Return the basis of some of the rows, as a view."""
@@ -83,9 +83,10 @@ class Basis:
         Only the memory behind the basis is written. A state that holds the basis therefore stays
         valid when its successor holds the longer one, as long as it has only one successor.
         """
-        size, total = len(self.rows), len(self.rows) + len(rows)
-        room, shape = max(capacity, total), self.rows.shape[1:]
-        basis, needed = self.rows, room * shape.numel() * self.rows.itemsize
+        basis, size, shape = self.rows, self.rows.shape[0], self.rows.shape[1:]
+        total = size + rows.shape[0]
+        room = max(capacity, total)
+        needed = room * shape.numel() * basis.itemsize
         has_room = basis.untyped_storage().nbytes() >= needed and is_ready(basis, rows.device)
         if not size or not has_room:
             settled(basis, rows.device)
@@ -161,6 +162,10 @@ def project_out(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
     Returns:
         Coefficients C for all bases one after another, ``(k, m)``.
     """
+    if len(bases) == 1 and _is_alike(bases[0], rows):
+        alone = space.gram(rows, bases[0].rows, run=_RUN)
+        rows.addmm_(alone.to(rows.dtype), bases[0].rows, alpha=-1)
+        return alone
     if any(is_far(basis.rows.device, rows.device) for basis in bases):
         return _project_out_by_pieces(space, rows, *bases)
     coefficients = [_coefficients(space, rows, basis.rows) for basis in bases]
@@ -169,8 +174,16 @@ def project_out(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
     return coefficients[0] if len(bases) == 1 else torch.cat(coefficients, dim=1)
 
 
+def _is_alike(basis: Basis, rows: Tensor) -> bool:
+    """Return whether a basis needs no conversion beside rows."""
+    return basis.rows.dtype == rows.dtype and not is_far(basis.rows.device, rows.device)
+
+
 def _subtract(space: Space, rows: Tensor, coefficients: Tensor, basis: Basis) -> None:
     """Subtract combinations of a basis from rows, in place."""
+    if _is_alike(basis, rows):
+        rows.addmm_(coefficients.to(rows.dtype), basis.rows, alpha=-1)
+        return
     if is_far(basis.rows.device, rows.device):
         rows -= basis.combine(space, coefficients, rows.dtype)
         return
@@ -228,7 +241,8 @@ def orthonormal(
     else:
         known = predicted.shape[1]
         _subtract(space, rows, predicted, bases[-1][len(bases[-1]) - known :])
-        before = torch.nn.functional.pad(predicted, (sum(map(len, bases)) - known, 0))
+        earlier = sum(map(len, bases)) - known
+        before = torch.cat([predicted.new_zeros(len(rows), earlier), predicted], dim=1)
     rows, factor, inner, is_rounded = _directions(space, rows, before, bases, threshold)
     if is_rounded:
         # W = F' R + C V and R = F_2' Q + C_2 V: W = (F_2 F)' Q + (C + F' C_2) V.
@@ -263,11 +277,16 @@ def _directions(
     taken, left, squares = numbers.split_with_sizes([width, width, len(rows)], dim=1)
     whole = (taken.square().sum(1) + squares.diagonal()).max().sqrt()
     least = threshold(float(whole))
-    # R R' = U L^2 U' for the remainder R: Q = L^-1 U'R is orthonormal, and R = U L Q.
     if len(squares) == 1:
-        squares, rotation = squares[0], torch.ones_like(squares)
-    else:
-        squares, rotation = torch.linalg.eigh(squares)
+        # R = L Q for a single row R, without the operations on small matrices below.
+        length = max(0.0, float(squares)) ** 0.5
+        factor = squares.new_full((1, 1), length)
+        unit = rows.div_(length) if length > least else rows[:0]
+        factor = factor[: unit.shape[0]]
+        is_rounded = least < length < float(torch.linalg.vector_norm(left))
+        return unit, factor, taken + left, is_rounded
+    # R R' = U L^2 U' for the remainder R: Q = L^-1 U'R is orthonormal, and R = U L Q.
+    squares, rotation = torch.linalg.eigh(squares)
     lengths = squares.clamp_min(0).sqrt()
     longest = float(lengths[-1])
     # Lengths ascend.

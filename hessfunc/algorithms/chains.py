@@ -8,7 +8,7 @@ from now on. The next vector of a chain is predicted to reduce the variance like
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -46,14 +46,17 @@ class Chains:
     rates: tuple[float, ...] = ()
     length: int = _FIRST
 
-    def choice(self, needed: float, alive: Collection[int], expected: float, /) -> int | None:
+    def choice(
+        self, needed: float, alive: Collection[int], expected: Callable[[], float], /
+    ) -> int | None:
         """Return the chain of the next Krylov vector, or None for random probes.
 
         Args:
             needed: Number of probes that the run needs from now on.
             alive: Numbers of the chains that have a next vector.
-            expected: Reduction by a step as expected without any step, from `expected_reduction`.
-                It counts like one more step, until three have been measured.
+            expected: Function that returns the reduction by a step as expected without any step,
+                from `expected_reduction`. The reduction counts like one more step, until three
+                have been measured.
 
         Returns:
             Number of a chain to continue, or ``count`` for a new one.
@@ -63,7 +66,7 @@ class Chains:
             return -math.expm1(-reduction) * needed > 1
 
         if not self.count:
-            return 0 if pays(expected) else None
+            return 0 if pays(expected()) else None
         if 0 in alive and len(self.first) < _FIRST and needed > 1:
             return 0
         last = self.count - 1
@@ -71,14 +74,14 @@ class Chains:
             return last
         continued = 0.0
         if 0 in alive:
-            prior = [expected] * (len(self.first) <= _FIRST)
+            prior = [expected()] if len(self.first) <= _FIRST else []
             continued = _mean([*self.first[-_RECENT:], *prior])
         if last:
             rates = [*self.rates, _mean(self.current)]
-            started = _mean([*rates, *[expected] * (len(rates) < _RECENT)])
+            started = _mean([*rates, *([expected()] if len(rates) < _RECENT else [])])
         else:
             # The first chain is more certain than a start, until it no longer pays.
-            started = 0.0 if pays(continued) else max(expected, *_means(self.first))
+            started = 0.0 if pays(continued) else max(expected(), *_means(self.first))
         if pays(continued) and continued >= started:
             return 0
         return self.count if pays(started) else None

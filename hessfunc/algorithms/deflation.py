@@ -58,6 +58,12 @@ class Deflation:
         diagonal: Diagonal of A - B, a wide row; no row if only the trace is needed.
         row_squares: Diagonal of AQQ'A, a wide row; no row if only the trace is needed.
         largest: Largest length ``|A q|`` so far.
+        weights: Matrix M of the ends, float64 ``(c, c)``: a part of T^-1 without eigenvalues of the
+            order of rounding, or zero if T has a negative eigenvalue.
+        ends_gram: Inner products of the ends, float64 ``(c, c)``, if only the trace is needed.
+        inner: Trace of G M G' by leaf, float64 ``(leaves,)``, if only the trace is needed.
+        forms: Numbers of each probe of a trace, float64 ``(p, 4 leaves + 2)``: u'Bu, |Bu|^2, u'Su
+            and |Su|^2 by leaf, |u|^2 and |(B - S) u|^2. No row if the diagonal is needed.
         chains: Reductions of the variance by the steps so far.
         seed: Seed of the run.
     """
@@ -74,6 +80,10 @@ class Deflation:
     diagonal: Rows = field(metadata=DIVIDED)
     row_squares: Rows = field(metadata=DIVIDED)
     largest: float
+    weights: Tensor
+    ends_gram: Tensor
+    inner: Tensor
+    forms: Tensor
     chains: Chains
     seed: int
 
@@ -88,19 +98,25 @@ class Deflation:
         """
         rows = space.zeros(0, rows_dtype(space))
         wide = space.zeros(int(diagonal), wide_dtype(space.device))
+        none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+        parts = none.new_zeros(len(space.names))
         return cls(
             basis=rows,
             ends=rows,
             last=(),
             alive=(),
-            core=torch.zeros(0, 0, dtype=torch.float64, device="cpu"),
+            core=none,
             probes=rows,
             images=rows,
             unprojected=rows,
-            parts=torch.zeros(len(space.names), dtype=torch.float64, device="cpu"),
+            parts=parts,
             diagonal=wide,
             row_squares=wide,
             largest=0.0,
+            weights=none,
+            ends_gram=none,
+            inner=parts,
+            forms=none.new_zeros(0, 4 * len(parts) + 2),
             chains=Chains(),
             seed=seed,
         )
@@ -134,12 +150,13 @@ class Deflation:
         project_out(space, images, *known)
         if not self.of_diagonal:
             probes, unprojected = projected, unprojected[:0]
-        return replace(
+        probed = replace(
             self,
-            probes=torch.cat([self.probes, probes]),
-            images=torch.cat([self.images, images]),
-            unprojected=torch.cat([self.unprojected, unprojected]),
+            probes=_grown(self.probes, probes),
+            images=_grown(self.images, images),
+            unprojected=_grown(self.unprojected, unprojected),
         )
+        return probed.formed(space)
 
     def extended(self, products: Products, span: Span, chain: int, /) -> Deflation:
         """Return the state with one more basis vector.
@@ -177,7 +194,8 @@ class Deflation:
         core = torch.zeros(len(column), len(column), dtype=torch.float64, device="cpu")
         core[:-1, :-1], core[-1], core[:, -1] = self.core, column, column
         ends = self.ends[others]
-        ends = ends - space.combine(space.gram(ends, row), row)
+        if others:
+            ends = ends - space.combine(space.gram(ends, row), row)
         last, alive = [self.last[i] for i in others], [self.alive[i] for i in others]
         if length > rounding(products_eps(space), largest):
             ends = torch.cat([ends, out])
@@ -185,7 +203,7 @@ class Deflation:
         # B w decreases by (a q'w + out'w) q + (q'w) out, and A P w by (q'w) A q.
         inside, outside = space.gram(self.probes, row), space.gram(self.probes, out)
         images = self.images - space.combine(curvature * inside + outside, row)
-        images -= space.combine(inside, out)
+        images.addmm_(inside.to(images), out, alpha=-1)
         unprojected, probes = self.unprojected, self.probes
         if self.of_diagonal:
             unprojected = unprojected - space.combine(inside, image)
@@ -193,7 +211,7 @@ class Deflation:
             probes = probes - space.combine(inside, row)
         # diag(A - B) increases by q * (a q + 2 out).
         twice = curvature * row + 2 * out
-        return replace(
+        grown = replace(
             self,
             basis=torch.cat([self.basis, row]),
             ends=ends,
@@ -208,25 +226,66 @@ class Deflation:
             row_squares=self.row_squares + image.to(self.row_squares.dtype).square(),
             largest=largest,
         )
+        return grown.weighted(space)
 
-    def sampled(self, space: Space, /) -> tuple[Tensor, Tensor]:
-        """Return the products S w, ``(p, n)``, and the weights M of the ends, ``(c, c)``.
-
-        M is a part of T^-1 without eigenvalues of the order of rounding, or zero if T has a
-        negative eigenvalue or if the probes show that M would enlarge the sampled part.
-        """
+    def weighted(self, space: Space, /) -> Deflation:
+        """Return the state with the matrix M of its basis, and the forms of all probes."""
         values, vectors = torch.linalg.eigh(self.core)
         tolerance = rounding(products_eps(space), self.largest)
         weights = self.core.new_zeros(len(self.last), len(self.last))
-        if not len(self.last) or float(values[0]) < -tolerance:
-            return self.images, weights
-        kept = values > tolerance
-        vectors = vectors[list(self.last)][:, kept]
-        inverse = vectors / values[kept] @ vectors.mT
-        inside = space.gram(self.probes, self.ends).cpu().double()
-        images = self.images - space.combine(inside @ inverse, self.ends)
-        if float(space.norms(images).square().sum()) < float(
-            space.norms(self.images).square().sum()
-        ):
-            return images, inverse
-        return self.images, weights
+        if len(self.last) and float(values[0]) >= -tolerance:
+            kept = values > tolerance
+            vectors = vectors[list(self.last)][:, kept]
+            weights = vectors / values[kept] @ vectors.mT
+        state = replace(self, weights=weights, forms=self.forms[:0])
+        if self.of_diagonal:
+            return state
+        # diag(G M G') is the sum of the rows g * (M g).
+        inner = space.by_leaf(self.ends, space.combine(weights, self.ends)).sum(0).cpu().double()
+        ends_gram = space.gram(self.ends, self.ends).cpu().double()
+        return replace(state, inner=inner, ends_gram=ends_gram).formed(space)
+
+    def formed(self, space: Space, /) -> Deflation:
+        """Return the state with the forms of the last probes, which have none yet."""
+        known = len(self.forms)
+        if self.of_diagonal or known == len(self.probes):
+            return self
+        rows = slice(known, None)
+        probes, images = self.probes[rows], self.images[rows]
+        forms = [space.by_leaf(probes, images), space.by_leaf(images, images)]
+        lengths = [space.norms(probes).square()]
+        if bool(self.weights.any()):
+            rest = self.rest(space, rows)
+            forms += [space.by_leaf(probes, rest), space.by_leaf(rest, rest)]
+            lengths += [space.norms(images - rest).square()]
+        else:
+            forms += forms
+            lengths += [torch.zeros_like(lengths[0])]
+        numbers = torch.cat([*forms, *(length[:, None] for length in lengths)], dim=1)
+        return replace(self, forms=torch.cat([self.forms, numbers.cpu().double()]))
+
+    def rest(self, space: Space, rows: slice, /) -> Tensor:
+        """Return the products S w with the matrix M for some of the probes."""
+        inside = space.gram(self.probes[rows], self.ends).cpu().double()
+        return self.images[rows] - space.combine(inside @ self.weights, self.ends)
+
+    def sampled(self, space: Space, /) -> tuple[Tensor, Tensor]:
+        """Return the products S w, ``(p, n)``, and the matrix M, ``(c, c)``.
+
+        M is zero if the probes show that it would enlarge the sampled part.
+        """
+        if bool(self.weights.any()):
+            images = self.rest(space, slice(None))
+            squares = [float(space.norms(rows).square().sum()) for rows in (images, self.images)]
+            if squares[0] < squares[1]:
+                return images, self.weights
+        return self.images, torch.zeros_like(self.weights)
+
+
+def _grown(rows: Tensor, more: Tensor) -> Tensor:
+    """Return rows with more of them, in the memory of the rows, which doubles when it is full."""
+    if not len(more):
+        return rows
+    total = len(rows) + len(more)
+    fits = rows.untyped_storage().nbytes() >= total * more[0].numel() * more.itemsize
+    return Basis(rows).append(more, total if fits else 2 * total).rows

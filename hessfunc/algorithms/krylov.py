@@ -97,7 +97,7 @@ class Krylov:
             twice[-1:] += 2 * self.end
         entries = (self.basis * twice).sum(0, keepdim=True, dtype=state.diagonal.dtype)
         squares = images.to(state.row_squares.dtype).square().sum(0, keepdim=True)
-        return replace(
+        deflated = replace(
             state,
             basis=self.basis,
             ends=self.end,
@@ -111,3 +111,4 @@ class Krylov:
             largest=float(space.norms(images).max()),
             seed=mixed(state.seed, _PROBES),
         )
+        return deflated.weighted(space)

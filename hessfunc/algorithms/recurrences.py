@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hessfunc.algorithms.basis import Basis, project_out
@@ -24,6 +26,7 @@ _TINY = 1e-300
 # The alphas are the diagonal of T. The betas are its off-diagonal, followed by the norm of the last
 # residual vector, which is 0 if the Krylov space is exhausted.
 Recurrence: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+Numbers: TypeAlias = NDArray[np.float64]
 # Number of basis vectors for which a run of unknown length reserves memory from the start.
 WORKSPACE = 32
 
@@ -132,9 +135,10 @@ def extended(
         ValueError: If the matvec is not symmetric.
     """
     space, basis, active = products.space, runs.basis, runs.active
-    eps = products_eps(space)
-    all_active = len(active) == len(runs.taken)
-    last = runs.tail[-1] if len(runs.tail) else basis[-1:].brought(space)[0]
+    eps, tail, size = products_eps(space), runs.tail, runs.alphas.shape[0] + 1
+    all_active, kept = len(active) == len(runs.taken), basis.rows.shape[0]
+    beyond = tail.shape[0]
+    last = tail[-1] if beyond else basis[-1:].brought(space)[0]
     images = products(last if all_active else last[active])
     along = []
     known, width = ((), 0) if outside is None else ((outside,), len(outside))
@@ -143,52 +147,58 @@ def extended(
         # reorthogonalisation then subtracts the rounding along all q_i. Beyond the capacity only
         # the last two are subtracted: the others need not be orthogonal to q_m by then, and what is
         # subtracted along them would be missing in A Q = Q T.
-        recent = basis.of(i)[max(0, len(basis) + len(runs.tail) - 2) :]
-        kept = (recent, Basis(runs.tail[:, i])) if len(runs.tail) else (recent,)
-        first = project_out(space, image, *known, *kept)[:, width:]
-        every = kept if len(runs.tail) else (basis.of(i),)
+        whole = basis.of(i)
+        recent: tuple[Basis, ...] = (whole[max(0, kept + beyond - 2) :],)
+        if beyond:
+            recent = (*recent, Basis(tail[:, i]))
+        first = project_out(space, image, *known, *recent)[:, width:]
+        every = recent if beyond else (whole,)
         along.append(project_out(space, image, *known, *every)[:, width:])
         along[-1][:, -first.shape[1] :] += first
-    coefficients = torch.cat(along)
-    before = runs.betas[-1:] if all_active else runs.betas[-1:, active]
-    asymmetries = _asymmetries(coefficients[:, :-1], before)
-    rows = torch.stack([coefficients[:, -1], space.norms(images), asymmetries])
-    numbers = torch.zeros(3, len(runs.taken), dtype=torch.float64, device="cpu")
-    numbers[:, active] = rows.cpu().double()
+    coefficients = along[0] if len(along) == 1 else torch.cat(along)
+    transferred = torch.cat([coefficients, space.norms(images)[:, None]], dim=1).cpu().double()
+    # The host computes with NumPy, whose operations on few numbers are the cheaper ones.
+    numbers, alphas, betas = (x.numpy() for x in (transferred, runs.alphas, runs.betas))
+    asymmetries = _asymmetries(numbers[:, :-2], betas[-1:, active])
+    row = np.zeros((2, 1, len(runs.taken)))
+    row[:, 0, active] = numbers[:, -2:].T
+    alphas, betas = np.concatenate([alphas, row[0]]), np.concatenate([betas, row[1]])
+    # Gershgorin's bound of |T| estimates |A|.
+    largest = np.maximum(np.abs(alphas).max(0) + 2 * betas.max(0), least)
+    worst = float(asymmetries.max())
+    refuse_asymmetric(worst, float(largest.max()), max(SYMMETRIC, 10 * eps))
+    relative = float((asymmetries / np.maximum(largest[active], _TINY)).max())
+    # Vectors that are not orthogonal to all earlier ones may be more than n.
+    whole_space = size == space.n - width and not beyond
+    exhausted = [
+        i for i in active if whole_space or betas[-1, i] <= rounding(eps, float(largest[i]))
+    ]
+    lengths = betas[-1].copy()
+    betas[-1, exhausted] = 0.0
+    spent = active if size == steps else exhausted
+    taken = tuple(size if i in spent else m for i, m in enumerate(runs.taken))
     runs = replace(
         runs,
-        alphas=torch.cat([runs.alphas, numbers[:1]]),
-        betas=torch.cat([runs.betas, numbers[1:2]]),
+        alphas=torch.from_numpy(alphas),
+        betas=torch.from_numpy(betas),
+        taken=taken,
+        asymmetry=max(runs.asymmetry, relative),
     )
-    size = len(runs)
-    # Gershgorin's bound of |T| estimates |A|.
-    largest = (runs.alphas.abs().amax(0) + 2 * runs.betas.amax(0)).clamp_min(least)
-    refuse_asymmetric(numbers[2], float(largest.max()), max(SYMMETRIC, 10 * eps))
-    relative = float((numbers[2] / largest.clamp_min(_TINY)).max())
-    # Vectors that are not orthogonal to all earlier ones may be more than n.
-    whole = size == space.n - width and not len(runs.tail)
-    exhausted = {i for i in active if whole or numbers[1, i] <= rounding(eps, float(largest[i]))}
-    if exhausted:
-        runs.betas[-1, list(exhausted)] = 0.0
-    spent = set(active) if size == steps else exhausted
-    runs = replace(runs.ended(dict.fromkeys(spent, size)), asymmetry=max(runs.asymmetry, relative))
-    if not runs.active:
+    if len(spent) == len(active):
         return runs
     # The next vectors of recurrences that have ended are zero.
-    lengths = numbers[1]
-    if spent:
-        lengths[list(spent)] = math.inf
-    images /= lengths[active].to(images)[:, None]
+    lengths[spent] = math.inf
+    images /= torch.from_numpy(lengths[active]).to(images)[:, None]
     block = images if all_active else torch.zeros_like(last)
     if not all_active:
         block[active] = images
-    if len(basis) < runs.capacity:
+    if kept < runs.capacity:
         room = runs.workspace if size < runs.workspace else min(2 * size, runs.capacity)
         return replace(runs, basis=basis.append(block[None], room), workspace=room)
-    return replace(runs, tail=torch.cat([runs.tail[-1:], block[None]]))
+    return replace(runs, tail=torch.cat([tail[-1:], block[None]]))
 
 
-def _asymmetries(along: Tensor, betas: Tensor) -> Tensor:
+def _asymmetries(along: Numbers, betas: Numbers) -> Numbers:
     """Return the largest |q_i'A q_m - q_m'A q_i| of each recurrence for i < m, ``(p,)``.
 
     The recurrence gives q_m'A q_i = 0 for i < m - 1, and beta_{m-1} for i = m - 1.
@@ -198,9 +208,11 @@ def _asymmetries(along: Tensor, betas: Tensor) -> Tensor:
         betas: Last beta of each recurrence, ``(1, p)``; no row before the first step.
     """
     if not along.shape[1]:
-        return along.new_zeros(len(along))
-    last = along[:, -1:] - betas.mT.to(along)
-    return torch.cat([along[:, :-1], last], dim=1).abs().amax(1)
+        return np.zeros(len(along))
+    differences = np.abs(along)
+    differences[:, -1] = np.abs(along[:, -1] - betas[0])
+    largest: Numbers = differences.max(1)
+    return largest
 
 
 def eigenpairs_of(recurrence: Recurrence, /) -> tuple[Tensor, Tensor]:

@@ -22,19 +22,19 @@ _REPEATED = 0.1
 _COARSEST = 0.03
 
 
-def refuse_asymmetric(difference: Tensor, scale: float, tolerance: float, /) -> None:
+def refuse_asymmetric(difference: float, scale: float, tolerance: float, /) -> None:
     """Raise an error if u'Av and v'Au differ by more than a fraction of the largest eigenvalue.
 
     Args:
-        difference: Differences of u'Av and v'Au for unit vectors u and v.
+        difference: Largest |u'Av - v'Au| for unit vectors u and v.
         scale: Largest absolute eigenvalue so far.
         tolerance: Largest accepted difference, in units of the scale.
 
     Raises:
-        ValueError: If a difference exceeds the tolerance.
+        ValueError: If the difference exceeds the tolerance.
     """
-    if difference.numel() and float(difference.abs().max()) > tolerance * scale:
-        raise _not_symmetric(float(difference.abs().max() / scale))
+    if difference > tolerance * scale:
+        raise _not_symmetric(difference / scale if scale else math.inf)
 
 
 def refuse_asymmetric_forms(products: Products, probes: Tensor, images: Tensor, /) -> None:

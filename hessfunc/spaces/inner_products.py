@@ -23,15 +23,17 @@ def gram(rows: Tensor, others: Tensor, /, *, run: int) -> Tensor:
         others: Rows ``(k, n)``.
         run: Number of entries whose products are summed in the dtype of the rows.
     """
-    wide = wide_dtype(rows.device)
+    wide, (j, n), k = wide_dtype(rows.device), rows.shape, others.shape[0]
     if rows.dtype == wide:
         return rows @ others.to(wide).mT
-    if len(rows) > len(others):
+    if j > k:
         # The kernels are twice as fast with the smaller number of rows on the left.
         return gram(others, rows, run=run).mT
-    if len(rows) * len(others) <= _FEW_PRODUCTS:
+    if j * k <= _FEW_PRODUCTS:
         return _wide_gram(rows, others)
-    whole = rows.shape[1] // run * run
+    if n < run:
+        return (rows @ others.mT).to(wide)
+    whole = n // run * run
     left = rows[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
     right = others[:, :whole].unflatten(1, (-1, run)).transpose(0, 1)
     total = torch.bmm(left, right.mT).sum(0, dtype=wide)

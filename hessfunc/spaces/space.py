@@ -260,12 +260,14 @@ class Space:
         self, tensors: Sequence[Tensor], /, *, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Return the rows ``(k, n)`` of the leaves of a vector block, with one copy."""
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors):
-            # Autograd does not support copies into one of several views of `split`.
-            return torch.cat([leaf.flatten(1) for leaf in map(_with_axis, tensors)], dim=1).to(
-                dtype or self.dtype
-            )
-        rows = torch.empty(len(tensors[0]), self.n, dtype=dtype or self.dtype, device=self.device)
+        dtype = dtype or self.dtype
+        # Autograd does not support copies into one of several views of `split`.
+        if all(leaf.dtype == dtype and leaf.is_contiguous() for leaf in tensors) or (
+            torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors)
+        ):
+            flat = [x.reshape(len(x), size) for x, size in zip(tensors, self.sizes, strict=True)]
+            return torch.cat(flat, dim=1).to(dtype)
+        rows = torch.empty(len(tensors[0]), self.n, dtype=dtype, device=self.device)
         for target, leaf in zip(self._views(rows), tensors, strict=True):
             target.copy_(leaf)
         return rows
@@ -392,11 +394,6 @@ class Space:
         if kind == "sphere":
             rows *= (math.sqrt(self.n) / self.norms(rows)).to(rows.dtype)[:, None]
         return rows
-
-
-def _with_axis(leaf: Tensor) -> Tensor:
-    """Return a leaf of a block, with an axis of length 1 if the leaf is a scalar."""
-    return leaf if leaf.dim() > 1 else leaf[:, None]
 
 
 def _grouped(spans: Sequence[range], most: int) -> Iterator[tuple[range, list[range]]]:

@@ -19,44 +19,44 @@ def grown(*steps: tuple[int, float]) -> Chains:
 
 def test_the_first_step_waits_for_a_reduction_that_pays() -> None:
     # A reduction by a half saves half of the needed probes, and costs one product.
-    assert Chains().choice(2.1, (), HALF) == 0
-    assert Chains().choice(1.9, (), HALF) is None
-    assert Chains().choice(100.0, (), 0.0) is None
+    assert Chains().choice(2.1, (), lambda: HALF) == 0
+    assert Chains().choice(1.9, (), lambda: HALF) is None
+    assert Chains().choice(100.0, (), lambda: 0.0) is None
 
 
 def test_the_first_chain_has_three_steps_and_continues_while_they_pay() -> None:
-    assert grown((0, 0.0), (0, 0.0)).choice(10.0, (0,), 0.0) == 0
-    assert grown((0, 0.0), (0, HALF), (0, HALF), (0, HALF)).choice(2.1, (0,), 0.0) == 0
-    assert grown((0, HALF), (0, 0.0), (0, 0.0), (0, 0.0)).choice(1.9, (0,), 0.0) is None
+    assert grown((0, 0.0), (0, 0.0)).choice(10.0, (0,), lambda: 0.0) == 0
+    assert grown((0, 0.0), (0, HALF), (0, HALF), (0, HALF)).choice(2.1, (0,), lambda: 0.0) == 0
+    assert grown((0, HALF), (0, 0.0), (0, 0.0), (0, 0.0)).choice(1.9, (0,), lambda: 0.0) is None
 
 
 def test_chains_of_the_most_profitable_length_follow_the_first() -> None:
     chains = grown((0, 0.1), (0, 0.5), (0, 0.0), (0, 0.0), (0, 0.0))
-    assert chains.choice(100.0, (0,), 0.0) == 1
+    assert chains.choice(100.0, (0,), lambda: 0.0) == 1
     chains = chains.extended(1, 0.1)
     assert chains.length == 2
-    assert chains.choice(100.0, (0, 1), 0.0) == 1
+    assert chains.choice(100.0, (0, 1), lambda: 0.0) == 1
     chains = chains.extended(1, 0.5)
-    assert chains.choice(100.0, (0, 1), 0.0) == 2
+    assert chains.choice(100.0, (0, 1), lambda: 0.0) == 2
     # A reduction by 0.3 on average does not pay for three probes.
-    assert chains.choice(3.0, (0, 1), 0.0) is None
+    assert chains.choice(3.0, (0, 1), lambda: 0.0) is None
 
 
 def test_a_dead_chain_is_not_continued() -> None:
-    assert grown((0, 2.0)).choice(100.0, (), 0.0) == 1
-    assert grown((0, 2.0), (1, 2.0)).choice(100.0, (), 0.0) == 2
+    assert grown((0, 2.0)).choice(100.0, (), lambda: 0.0) == 1
+    assert grown((0, 2.0), (1, 2.0)).choice(100.0, (), lambda: 0.0) == 2
 
 
 def test_unlucky_starts_do_not_end_the_search() -> None:
     chains = grown((0, 0.0), (1, 0.0), (2, 0.0))
-    assert chains.choice(100.0, (), 0.1) == 3
-    assert chains.extended(3, 0.0).choice(100.0, (), 0.1) is None
+    assert chains.choice(100.0, (), lambda: 0.1) == 3
+    assert chains.extended(3, 0.0).choice(100.0, (), lambda: 0.1) is None
 
 
 def test_the_better_of_both_chains_is_taken() -> None:
     first = [(0, 0.2)] * 4
-    assert grown(*first, (1, 0.1), (1, 0.1), (1, 0.1)).choice(100.0, (0, 1), 0.0) == 0
-    assert grown(*first, (1, 0.9)).choice(100.0, (0,), 0.0) == 2
+    assert grown(*first, (1, 0.1), (1, 0.1), (1, 0.1)).choice(100.0, (0, 1), lambda: 0.0) == 0
+    assert grown(*first, (1, 0.9)).choice(100.0, (0,), lambda: 0.0) == 2
 
 
 @pytest.mark.parametrize(("equal", "n"), [(1, 200), (5, 200), (200, 200)])

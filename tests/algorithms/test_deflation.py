@@ -79,6 +79,25 @@ def test_the_schur_complement_of_a_definite_matrix_is_sampled(name: str) -> None
     assert float(total) == pytest.approx(float(matrix.trace()), rel=1e-10)
 
 
+@pytest.mark.parametrize("name", MATRICES)
+def test_forms_of_the_probes_are_those_of_the_dense_matrix(name: str) -> None:
+    matrix = MATRICES[name]
+    state = grown(matrix, diagonal=False)
+    products = matrix @ state.basis.mT
+    P = projection(state.basis)
+    B = S = P @ matrix @ P
+    if name != "indefinite":
+        S = matrix - products @ torch.linalg.inv(state.core) @ products.mT
+    u, expected = state.probes, []
+    for rows in (u @ B, u @ S):
+        for entries in (u * rows, rows * rows):
+            expected += [entries[:, :14].sum(1), entries[:, 14:].sum(1)]
+    expected += [u.square().sum(1), (u @ (B - S)).square().sum(1)]
+    assert_close(state.forms, torch.stack(expected, dim=1))
+    trace = torch.stack([(B - S)[:14, :14].trace(), (B - S)[14:, 14:].trace()])
+    assert_close(state.inner, trace)
+
+
 def test_an_indefinite_core_has_no_weights() -> None:
     state = grown(MATRICES["indefinite"], diagonal=False)
     assert float(torch.linalg.eigvalsh(state.core)[0]) < 0

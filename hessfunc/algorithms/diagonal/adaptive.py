@@ -117,6 +117,9 @@ class AdaptiveDiagonal(AdaptiveProbing[DiagonalEstimate], DiagonalProbing[Deflat
     def samples(self, state: Deflation, space: Space, /) -> _Samples:
         return _Samples.of(space, state, self.span)
 
+    def images(self, state: Deflation, samples: _Samples, space: Space, most: int, /) -> Tensor:
+        return samples.images[:most]
+
     def tolerance(self, samples: _Samples, space: Space, /) -> float:
         return (self.rtol or 0.0) * float(space.norms(samples.value[None]))
 

@@ -223,7 +223,8 @@ class Davidson(Method[_State, Eigenpairs]):
         m, longest = len(forms), max(state.longest, float(space.norms(images).max()))
         tolerance = max(SYMMETRIC, 10 * products_eps(space), 2 * self.rtol)
         lengths = space.norms(new).cpu().double()
-        refuse_asymmetric((columns[:m] - forms) / lengths, longest, tolerance)
+        differences = ((columns[:m] - forms) / lengths).abs()
+        refuse_asymmetric(float(differences.max()) if m else 0.0, longest, tolerance)
         projected = torch.zeros(len(basis), len(basis), dtype=torch.float64, device="cpu")
         projected[:m, :m] = state.projected
         projected[:, m:] = columns

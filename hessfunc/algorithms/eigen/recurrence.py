@@ -134,7 +134,7 @@ class State:
 
     @property
     def size(self) -> int:
-        return len(self.projected)
+        return self.projected.shape[0]
 
     @property
     def seed_of_starts(self) -> int:
@@ -262,7 +262,7 @@ def block_step(problem: Problem, products: Products, state: State) -> State:
         state,
         basis=basis.append(block, workspace(problem, state)),
         projected=torch.cat([left, right], dim=1),
-        coupling=torch.nn.functional.pad(factor, (j, 0)),
+        coupling=torch.cat([factor.new_zeros(len(factor), j), factor], dim=1),
         steps=state.steps + 1,
         failure=None,
         asymmetry=asymmetry,
@@ -270,7 +270,8 @@ def block_step(problem: Problem, products: Products, state: State) -> State:
     # The dtype of the vectors does not show that a model computes in bfloat16. Its products are
     # symmetric only up to SYMMETRIC; with a looser rtol, larger differences must be let through.
     tolerance = max(SYMMETRIC, 10 * problem.eps, 2 * problem.method.rtol)
-    refuse_asymmetric(difference, following.longest, tolerance)
+    largest = float(difference.abs().max()) if j else 0.0
+    refuse_asymmetric(largest, following.longest, tolerance)
     return following if len(block) else _fresh_block(problem, following)
 
 

@@ -156,6 +156,10 @@ class AdaptiveTrace(AdaptiveProbing[Estimate], TraceProbing[Deflation]):
     def samples(self, state: Deflation, space: Space, /) -> _Forms:
         return _Forms.of(space, state, self.span)
 
+    def images(self, state: Deflation, samples: _Forms, space: Space, most: int, /) -> Tensor:
+        rows = slice(most)
+        return state.rest(space, rows) if samples.has_weights else state.images[rows]
+
     def tolerance(self, samples: _Forms, space: Space, /) -> float:
         return max((self.rtol or 0.0) * abs(samples.value), self.atol or 0.0)
 
@@ -178,18 +182,15 @@ class AdaptiveTrace(AdaptiveProbing[Estimate], TraceProbing[Deflation]):
         # |A|_F^2 = |AV|_F^2 + |VV'AP|_F^2 + |PAP|_F^2, and likewise with Q. B = PAP has the norm
         # |B|_F^2 = |D|_F^2 + E(|Bu|^2 - |Du|^2) for D = B - S.
         inside = self.span.squares + float(self.span.residuals.square().sum())
-        inside += float(state.core.square().sum() + 2 * space.norms(state.ends).square().sum())
+        inside += float(state.core.square().sum() + 2 * state.ends_gram.trace())
         inside += forms.deflated
-        lengths = space.norms(torch.cat([state.images, state.images - forms.images]))
-        with_deflated, deflated = lengths.cpu().double().square().split(p)
-        outside = forms.rescaling * (with_deflated - deflated)
         return Estimate(
             value=forms.value,
             stderr=stderr,
             degrees=p,
             samples=forms.exact.sum() + forms.parts.sum(1),
             **leaf_fields(space, forms.exact + forms.parts.mean(0), leaf_errors.tolist()),
-            squared_frobenius=squared_frobenius(inside + outside, space, cost),
+            squared_frobenius=squared_frobenius(inside + forms.outside, space, cost),
             confidence=self.confidence,
             **cost,
         )
@@ -200,43 +201,47 @@ class _Forms:
     """Quadratic forms of the probes u, on the sphere of the complement of dimension d.
 
     Attributes:
-        images: Products S u, ``(p, n)``.
         exact: Trace of the deflated part by leaf, float64 ``(leaves,)``.
         parts: ``u'Su`` by leaf, float64 ``(p, leaves)``.
         lengths: ``|Su|^2`` by leaf, float64 ``(p, leaves)``.
-        rescaling: Factors d / |u|^2 that both contain, float64 ``(p,)``.
+        outside: ``|Bu|^2 - |(B - S) u|^2``, float64 ``(p,)``.
         dimension: Dimension d.
         deflated: ``|G M G'|_F^2``.
         size: Scale of the rounding of the deflated part.
+        has_weights: Whether M is that of the state, and not zero.
     """
 
-    images: Tensor
     exact: Tensor
     parts: Tensor
     lengths: Tensor
-    rescaling: Tensor
+    outside: Tensor
     dimension: int
     deflated: float
     size: float
+    has_weights: bool
 
     @classmethod
     def of(cls, space: Space, state: Deflation, span: Span) -> _Forms:
-        dimension = space.n - len(span) - len(state.basis)
-        images, weights = state.sampled(space)
-        rescaling = dimension / space.norms(state.probes).cpu().double().square()
-        # diag(G M G') is the sum of the rows g * (M g).
-        inner = space.by_leaf(state.ends, space.combine(weights, state.ends)).sum(0)
-        exact = span.parts + state.parts + inner.cpu().double()
-        weighted = weights @ space.gram(state.ends, state.ends).cpu().double()
+        dimension, leaves = space.n - len(span) - len(state.basis), len(space.names)
+        numbers = state.forms * (dimension / state.forms[:, -2:-1])
+        # u'Bu, |Bu|^2, u'Su and |Su|^2 by leaf
+        by_leaf = numbers[:, :-2].unflatten(1, (4, leaves)).unbind(1)
+        # The probes may show that M would enlarge the sampled part.
+        has_weights = bool(by_leaf[3].sum() < by_leaf[1].sum())
+        exact, deflated, outside = span.parts + state.parts, 0.0, by_leaf[1].sum(1)
+        if has_weights:
+            weighted = state.weights @ state.ends_gram
+            exact, deflated = exact + state.inner, float((weighted * weighted.mT).sum())
+            outside = outside - numbers[:, -1]
         return cls(
-            images=images,
             exact=exact,
-            parts=rescaling[:, None] * space.by_leaf(state.probes, images).cpu().double(),
-            lengths=rescaling[:, None] * space.by_leaf(images, images).cpu().double(),
-            rescaling=rescaling,
+            parts=by_leaf[2 if has_weights else 0],
+            lengths=by_leaf[3 if has_weights else 1],
+            outside=outside,
             dimension=dimension,
-            deflated=float((weighted * weighted.mT).sum()),
+            deflated=deflated,
             size=float(exact.abs().sum() + span.values.norm() + state.core.norm()),
+            has_weights=has_weights,
         )
 
     @property
