@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from hessfunc.autograd.contexts import without_cudnn
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.overrides import Replaced, current
-from hessfunc.autograd.recompute import recompute_inside, segments_of
+from hessfunc.autograd.recompute import Borrowed, recompute_inside, segments_of
 from hessfunc.autograd.stateless import call_with
 from hessfunc.autograd.transformable import TRANSFORMABLE
 from hessfunc.changes import note_read
@@ -31,6 +32,11 @@ from hessfunc.copies import Copies
 from hessfunc.options import validated
 from hessfunc.selection import first_of
 from hessfunc.trees import Tree, whole
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from hessfunc.sharded_model import Choice
 
 
 @validated
@@ -41,6 +47,8 @@ def functional(
     trainable_only: bool = True,
     dtype: torch.dtype | None = None,
     recompute: str | None = None,
+    mesh: DeviceMesh | None = None,
+    shard: Choice | None = None,
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """Return a module as a pure function of its parameters, and these parameters.
 
@@ -77,18 +85,34 @@ def functional(
         recompute: Glob over the names of modules (``"model.layers.*"``) whose activations are
             recomputed for the derivatives instead of kept. The graph of a deep model then fits in
             memory. `recomputed` does the same for any function.
+        mesh: Mesh of ranks with one axis, each of which holds a part of every parameter. ``params``
+            are then DTensors. ``model_fn`` takes the whole batch on each rank, evaluates the
+            rank's rows of it, and returns the outputs of all rows. The model must have the same
+            parameters on each rank; it can be freed afterwards. None reads the mesh from a model
+            of `fully_shard`, whose shards are used without a copy.
+        shard: Blocks of a model on a mesh: a glob over the names of modules
+            (``"transformer.h.*"``), several globs, or a predicate ``(name, module)``. The
+            parameters of a block are whole only while it runs, in the forward and the backward
+            pass, and its activations are recomputed. Parameters outside of blocks are whole while
+            a graph is kept. None stands for the modules of `fully_shard`, or for the elements of
+            each ``nn.ModuleList`` and ``nn.Sequential``.
 
     Returns:
-        ``(model_fn, params)``. ``params`` is a dict of detached views of the parameters, in the
-        order of ``named_parameters``; tied parameters appear once.
+        ``(model_fn, params)``. ``params`` is a dict of detached views of the parameters, or of
+        DTensors, in the order of ``named_parameters``; tied parameters appear once.
 
     Raises:
         ValueError: If ``dtype`` is not floating-point, if no parameter is left, if a lazy parameter
-            has no shape yet, or if no module matches ``recompute``.
-        NotImplementedError: If the module is sharded by `fully_shard`, or wrapped in
-            `DataParallel`, `DistributedDataParallel` or `torch.jit`.
+            has no shape yet, or if no module matches ``recompute`` or ``shard``. On a mesh, also if
+            ranks differ in their parameters or buffers, or if the model uses batch statistics.
+            Raised by ``model_fn`` if ranks differ in their batch, if inputs or outputs do not have
+            the examples on their first axes, or if the model draws random numbers.
+        NotImplementedError: If the module is wrapped in `DataParallel`, `DistributedDataParallel`
+            or `torch.jit`. On a mesh, also if it cannot be copied, or if its parameters are
+            DTensors on several axes or meshes.
+        RuntimeError: If a parameter of a block is used outside of the block; raised by
+            ``model_fn``.
     """
-    _refuse_if_fully_sharded(model)
     _refuse_wrapped(model)
     _refuse_lazy(model)
     if dtype is not None and not dtype.is_floating_point:
@@ -103,23 +127,70 @@ def functional(
             f"{type(model).__name__} has no trainable parameter: call "
             "`model.requires_grad_(True)`, or pass `trainable_only=False`"
         )
-    flags = [module.training for module in model.modules()]
+    if mesh is not None or shard is not None or _is_fully_sharded(model):
+        return _sharded(model, list(params), mesh, shard, dtype, recompute)
     segments = [] if recompute is None else segments_of(model, recompute)
+    named = [name for name, _ in model.named_parameters()]
+    first = next(iter(params.values()))
+    return _pure(model, named, first, dtype, partial(recompute_inside, names=segments)), params
+
+
+def _sharded(
+    model: nn.Module,
+    trainable: Sequence[str],
+    mesh: DeviceMesh | None,
+    shard: Choice | None,
+    dtype: torch.dtype | None,
+    recompute: str | None,
+) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """Implement `functional` for parameters that are divided among ranks."""
+    # The import of torch.distributed is slow.
+    from hessfunc.sharded_model import ShardedModel, divided
+
+    if recompute is not None:
+        raise ValueError(
+            "the blocks of a sharded model are recomputed already: leave out `recompute`, and "
+            f"choose the blocks with `shard={recompute!r}`"
+        )
+    with several_batches():
+        _refuse_batch_statistics(_with_batch_statistics(model))
+    parts = divided(model, trainable, mesh, shard, dtype)
+    first = next(iter(parts.params.values()))
+    model_fn = _pure(parts.skeleton, parts.outside, first, dtype, parts.prepare)
+    return ShardedModel(model_fn, parts), parts.params
+
+
+def _pure(
+    model: nn.Module,
+    parameters: Collection[str],
+    first: Tensor,
+    dtype: torch.dtype | None,
+    prepared: Callable[[nn.Module, Callable[[], Borrowed]], None],
+) -> Callable[..., Any]:
+    """Return a module as a pure function of parameters.
+
+    Args:
+        model: Module to convert.
+        parameters: Names of the parameters that the function may be given. Those that it is not
+            given are read from the module.
+        first: Parameter whose dtype is that of the outputs, and whose device is that of the module.
+        dtype: Dtype in which the module is evaluated, as in `functional`.
+        prepared: Function that prepares a copy of the module, given a function that borrows
+            another copy.
+    """
+    flags = [module.training for module in model.modules()]
 
     def prepare(module: nn.Module) -> None:
         for part, flag in zip(module.modules(), flags, strict=True):
             part.training = flag
-        recompute_inside(module, segments, copies.borrowed)
+        prepared(module, copies.borrowed)
 
     copies = Copies(model, prepare)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    own_dtype = next(iter(params.values())).dtype
     renormalises = _renormalises(model)
-    named = {name for name, _ in model.named_parameters()}
+    named = set(parameters)
     buffered = {name for name, _ in model.named_buffers()}
-    batch_statistics = [
-        name for name, module in model.named_modules() if uses_batch_statistics(module)
-    ]
+    batch_statistics = _with_batch_statistics(model)
 
     def model_fn(params: Tree, /, *inputs: Any, **named_inputs: Any) -> Any:
         if not (isinstance(params, Mapping) and params.keys() <= named):
@@ -142,7 +213,7 @@ def functional(
             with Replaced(TRANSFORMABLE):
                 outputs = call_with(copies.traced, state, args, kwargs)
         else:
-            device = next(iter(state.values())).device
+            device = first.device
             with (
                 copies.borrowed() as module,
                 _without_checkpointing(),
@@ -151,15 +222,19 @@ def functional(
                 Replaced(TRANSFORMABLE) if _is_transformed() else nullcontext(),
             ):
                 outputs = call_with(module, state, args, kwargs)
-        return outputs if dtype is None else _cast(outputs, own_dtype)
+        return outputs if dtype is None else _cast(outputs, first.dtype)
 
-    return model_fn, params
+    return model_fn
 
 
 def _is_transformed() -> bool:
     """Return whether transforms of torch.func are active, in a loss outside of the library."""
     active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return active and current() is None
+
+
+def _with_batch_statistics(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if uses_batch_statistics(module)]
 
 
 def _refuse_batch_statistics(names: Sequence[str]) -> None:
@@ -185,14 +260,9 @@ def _unlike(params: object, named: Collection[str]) -> Exception:
     )
 
 
-def _refuse_if_fully_sharded(model: nn.Module) -> None:
+def _is_fully_sharded(model: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
-        raise NotImplementedError(
-            f"{type(model).__name__} is sharded by `fully_shard`, which supports neither other "
-            "parameters nor second derivatives: use `hvp_by_backward(model, loss)`, or "
-            "`params = unsharded(model)` with `functional` of an unsharded copy of the module"
-        )
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -46,6 +46,7 @@ LAYERS = [
     {"losses"},
     {"linear_head"},
     {"copies"},
+    {"sharded_model"},
     {"modules"},
     {"language_models"},
     {"transforms", "algorithms"},

@@ -175,7 +175,10 @@ CALLS: dict[str, Call] = {
         {"matvec": with_graph, "like": B},
         {"damping": 9.0, "probes": 2, "steps": 3, "seed": 0},
     ),
-    "functional": Call({"model": MODEL}, {"trainable_only": True, "dtype": D, "recompute": None}),
+    "functional": Call(
+        {"model": MODEL},
+        {"trainable_only": True, "dtype": D, "recompute": None, "mesh": None, "shard": None},
+    ),
     "supervised": Call({"model_fn": MODEL_FN, "criterion": CRITERION}, then=of_loss),
     "composed": Call(
         {"outputs": lambda p, b: MODEL_FN(p, b[0]), "criterion": CRITERION},

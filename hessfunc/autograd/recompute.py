@@ -134,7 +134,7 @@ def no_module(choice: str, model: nn.Module, /) -> ValueError:
 
 
 def recompute_inside(
-    model: nn.Module, names: Iterable[str], borrowed: Callable[[], Borrowed], /
+    model: nn.Module, borrowed: Callable[[], Borrowed], /, names: Iterable[str]
 ) -> None:
     """Replace the forward of some modules by one that recomputes its activations.
 
@@ -154,11 +154,7 @@ def recompute_inside(
 def _recomputing(
     segment: Segment, name: str, borrowed: Callable[[], Borrowed], *args: Any, **kwargs: Any
 ) -> Any:
-    if any(type(leaf).__name__.endswith("Cache") for leaf in leaves((args, kwargs))):
-        raise ValueError(
-            "the model uses a key-value cache, which recomputation would fill twice: set "
-            "`model.config.use_cache = False`"
-        )
+    refuse_cache((args, kwargs))
 
     def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
         # BatchNorm raises for running statistics that require a gradient, so detach them.
@@ -170,6 +166,15 @@ def _recomputing(
 
     params, buffers = dict(segment.named_parameters()), dict(segment.named_buffers())
     return recomputed(pure)(params, buffers, args, kwargs)
+
+
+def refuse_cache(arguments: Any, /) -> None:
+    """Raise if a module that is to be recomputed gets a key-value cache."""
+    if any(type(leaf).__name__.endswith("Cache") for leaf in leaves(arguments)):
+        raise ValueError(
+            "the model uses a key-value cache, which recomputation would fill twice: set "
+            "`model.config.use_cache = False`"
+        )
 
 
 def _device_of(arguments: list[Any]) -> torch.device:

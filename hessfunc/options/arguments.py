@@ -88,6 +88,7 @@ ARGUMENTS: dict[str, Check] = {
     "optimizer": optimizer,
     "stability": stability,
     "recompute": text,
+    "shard": pattern,
     "pattern": pattern,
     "select": selection,
     # Trees and data

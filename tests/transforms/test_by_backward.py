@@ -185,17 +185,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_an_error_on_all(two: Ranks) ->
     assert second.error.startswith("ValueError: the loss is nan: check the parameters")
 
 
-def made_functional() -> None:
-    hf.functional(problem("mlp", 2)[0])
-
-
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
         (changed_in_place, "RuntimeError: '0.weight' has changed in place"),
         (of_another_module, "ValueError: FSDPTransformer has no parameter named 0.weight, 0.bias"),
         (of_a_constant, "ValueError: the loss does not depend on params"),
-        (made_functional, "NotImplementedError: FSDPSequential is sharded by `fully_shard`"),
     ],
 )
 def test_what_would_be_wrong_is_refused(refused: object, message: str, two: Ranks) -> None:
