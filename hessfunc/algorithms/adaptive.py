@@ -85,6 +85,8 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
 
     def init(self, products: Products, seed: int, /) -> Deflation:
         space = products.space
+        self.span.refuse_another_matrix(products)
+        self.krylov.refuse_another_matrix(products)
         none = Deflation.none(space, seed, diagonal=self.of_diagonal)
         return self.krylov.deflated(none, space)
 

@@ -74,8 +74,9 @@ def slq(
             vectors must be orthonormal.
         keep_basis: Whether the result keeps the Lanczos vectors of one probe, so that
             ``trace(..., start=density)`` and ``diagonal(..., start=density)`` begin with its Krylov
-            space at no product.
-        max_matvecs: Budget, the largest number of matvecs; by default ``probes * steps``.
+            space after one product.
+        max_matvecs: Budget, the largest number of matvecs; by default ``probes * steps``, and one
+            more with ``deflate``.
         **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
@@ -83,13 +84,13 @@ def slq(
         when the budget is exhausted are left out, unless none is complete.
 
     Raises:
-        ValueError: If an option is out of range, if the eigenpairs belong to other parameters, or
-            if the matvec is not symmetric.
+        ValueError: If an option is out of range, if the eigenpairs belong to other parameters or to
+            another matrix, or if the matvec is not symmetric.
         MemoryError: If the basis of one probe, steps * n numbers, does not fit in memory, or if the
             pieces of a basis on another device do not.
         FloatingPointError: If a product is not finite.
 
-    Cost: probes * steps matvecs, in ``steps`` passes if the bases of all probes fit in memory.
+    Cost: probes * steps matvecs, and one that checks ``deflate``, in ``steps`` passes if the bases of all probes fit in memory.
     Memory: probes * (steps + 2) vectors. With bases on another device, step m copies the m vectors
     of each probe twice, 2 m n probes numbers.
 
@@ -116,7 +117,7 @@ def slq(
         keep_basis=keep_basis,
         span=span,
     )
-    budget = probes * steps if max_matvecs is None else max_matvecs
+    budget = probes * steps + (len(span) > 0) if max_matvecs is None else max_matvecs
     return run_method(method, products, run, max_matvecs=budget)
 
 
@@ -146,6 +147,7 @@ class LanczosQuadrature(Method["_State", Density]):
         return {**super().options(), "span": (self.span.parts, self.span.basis)}
 
     def init(self, products: Products, seed: int, /) -> _State:
+        self.span.refuse_another_matrix(products)
         indices = range(min(self.group, self.probes))
         return self._started(products.space, (), self.group, indices, seed)
 

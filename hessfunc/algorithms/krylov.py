@@ -1,4 +1,4 @@
-"""Krylov space of an earlier run, with which estimators begin without a product.
+"""Krylov space of an earlier run, with which estimators begin after one product.
 
 Lanczos steps from a unit vector give orthonormal rows Q' with
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.deflation import Deflation
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Density
+from hessfunc.algorithms.symmetry import mixture, refuse_another_matrix
 from hessfunc.randomness import mixed
 from hessfunc.spaces.space import Space, rows_dtype
 
@@ -35,11 +37,13 @@ class Krylov:
         basis: Orthonormal rows Q', ``(j, n)``; no row if there is no earlier run.
         end: Vector r as a row, ``(1, n)``; no row if the space is invariant.
         core: Matrix T = Q'AQ, float64 ``(j, j)``.
+        name: Name of the argument that holds the density, for messages.
     """
 
     basis: Tensor
     end: Tensor
     core: Tensor
+    name: str
 
     @classmethod
     def of(cls, space: Space, density: Density | None, name: str, /) -> Krylov:
@@ -55,7 +59,7 @@ class Krylov:
         """
         if density is None:
             none = space.zeros(0, rows_dtype(space))
-            return cls(none, none, torch.zeros(0, 0, dtype=torch.float64, device="cpu"))
+            return cls(none, none, torch.zeros(0, 0, dtype=torch.float64, device="cpu"), name)
         if density.basis is None or density.recurrence is None:
             raise ValueError(
                 f"{name} is a density without the vectors of its Krylov space: pass "
@@ -72,10 +76,29 @@ class Krylov:
         end = rows[size : size + 1] if size else rows[:0]
         if len(end):
             end = float(betas[size - 1]) * end
-        return cls(rows[:size], end, core)
+        return cls(rows[:size], end, core, name)
 
     def __len__(self) -> int:
         return len(self.basis)
+
+    def refuse_another_matrix(self, products: Products, /) -> None:
+        """Raise an error if the density is not that of the matrix.
+
+        Raises:
+            ValueError: If the product with a combination of the vectors shows another matrix.
+
+        Cost: one matvec, or none without a density.
+        """
+        if not len(self):
+            return
+        # A Q c = Q T c + c_j r.
+        space, weights = products.space, mixture(len(self))
+        vector = space.combine(weights[None], self.basis)
+        expected = space.combine((weights @ self.core)[None], self.basis)
+        if len(self.end):
+            expected = expected + float(weights[-1]) * self.end
+        scale = float(torch.linalg.matrix_norm(self.core, 2))
+        refuse_another_matrix(products, vector, expected, 0.0, scale, self.name)
 
     def deflated(self, state: Deflation, space: Space, /) -> Deflation:
         """Return the state before the first product, with Q in its deflated part.

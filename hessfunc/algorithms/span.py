@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import Eigenpairs
+from hessfunc.algorithms.symmetry import mixture, refuse_another_matrix
 from hessfunc.numerics import wide_dtype
 from hessfunc.spaces.space import Space, rows_dtype
 
@@ -21,12 +23,14 @@ class Span:
         values: Eigenvalues, float64 ``(k,)``.
         residuals: Lengths of the residuals ``A v_i - value_i v_i``, float64 ``(k,)``.
         parts: Sum of the eigenvalues, split over the leaves, float64 ``(leaves,)``.
+        name: Name of the argument that holds the pairs, for messages.
     """
 
     basis: Tensor
     values: Tensor
     residuals: Tensor
     parts: Tensor
+    name: str
 
     @classmethod
     def of(cls, space: Space, pairs: Eigenpairs | None, name: str, /) -> Span:
@@ -42,9 +46,8 @@ class Span:
         """
         none = torch.zeros(0, dtype=torch.float64, device="cpu")
         if pairs is None:
-            return cls(
-                space.zeros(0, rows_dtype(space)), none, none, none.new_zeros(len(space.names))
-            )
+            rows = space.zeros(0, rows_dtype(space))
+            return cls(rows, none, none, none.new_zeros(len(space.names)), name)
         basis = space.rows(pairs.vectors, dtype=rows_dtype(space))
         if len(basis) >= space.n:
             raise ValueError(
@@ -53,10 +56,30 @@ class Span:
             )
         values = pairs.values.cpu().double()
         parts = (values[:, None] * space.by_leaf(basis, basis).cpu().double()).sum(0)
-        return cls(basis, values, pairs.residuals.cpu().double(), parts)
+        return cls(basis, values, pairs.residuals.cpu().double(), parts, name)
 
     def __len__(self) -> int:
         return len(self.basis)
+
+    def refuse_another_matrix(self, products: Products, /) -> None:
+        """Raise an error if the eigenpairs are not those of the matrix, up to their residuals.
+
+        Raises:
+            ValueError: If the product with a combination of the vectors shows another matrix.
+
+        Cost: one matvec, or none without eigenpairs.
+        """
+        if not len(self):
+            return
+        # A sum_i c_i v_i = sum_i c_i (value_i v_i + r_i) for the residuals r_i.
+        weights = mixture(len(self))
+        vector, expected = (
+            products.space.combine(row[None], self.basis)
+            for row in (weights, weights * self.values)
+        )
+        bound = float(weights.abs() @ self.residuals)
+        scale = float(self.values.abs().max())
+        refuse_another_matrix(products, vector, expected, bound, scale, self.name)
 
     @property
     def squares(self) -> float:

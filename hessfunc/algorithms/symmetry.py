@@ -1,4 +1,4 @@
-"""Tests of the symmetry of a matvec, from inner products that a run has computed."""
+"""Tests that a matvec is symmetric, and that it is the one of earlier results."""
 
 from __future__ import annotations
 
@@ -106,6 +106,46 @@ def refuse_unless_rounding(
     if random > _REPEATED * rounded or difference > explained:
         raise _not_symmetric(difference / scale)
     return explained / scale
+
+
+def mixture(k: int, /) -> Tensor:
+    """Return weights of unit length and different size that combine k vectors, float64 ``(k,)``."""
+    weights = torch.arange(1, k + 1, dtype=torch.float64, device="cpu").cos()
+    return weights / weights.norm()
+
+
+def refuse_another_matrix(
+    products: Products, vector: Tensor, expected: Tensor, bound: float, scale: float, name: str, /
+) -> None:
+    """Raise an error unless a product is the one that an earlier result implies.
+
+    Args:
+        products: Products of the run. Measuring the rounding makes three more, uncounted.
+        vector: Vector w of the earlier result, one row.
+        expected: Product A w that the result implies, one row.
+        bound: Largest length of the difference that residuals of the result explain.
+        scale: Largest length of a product with a unit vector so far.
+        name: Name of the argument that holds the result, for messages.
+
+    Raises:
+        ValueError: If the product differs by more than the residuals and rounding explain.
+
+    Cost: one matvec.
+    """
+    space, product = products.space, products(vector)
+    lengths = space.norms(torch.cat([product - expected, product, expected, vector])).tolist()
+    difference, *sizes, length = lengths
+    size = max(*sizes, scale * length)
+    if difference <= 2 * bound + products_eps(space) ** 0.5 * size:
+        return
+    rounded, random, own = measured_rounding(products, vector)
+    explained = _ROUNDINGS * rounded * (size / own if own else 0.0)
+    if random > _REPEATED * rounded or difference > 2 * bound + explained:
+        raise ValueError(
+            f"{name} belongs to another matrix: for a vector w of {name}, A w differs from the "
+            f"product that {name} implies by {difference:.1e}, where |A w| is {sizes[0]:.1e}. "
+            f"Compute {name} with this matvec, or leave it out"
+        )
 
 
 def measured_rounding(products: Products, row: Tensor, /) -> tuple[float, float, float]:

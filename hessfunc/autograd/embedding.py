@@ -77,18 +77,34 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Compute ``F.embedding_bag`` without sparse gradients and without changing its weights."""
+    """Compute ``F.embedding_bag`` without sparse gradients and without changing its weights.
+
+    Sums and means are sums of lookups, which have second derivatives, unlike the kernel of torch.
+    """
     if max_norm is not None:
         weight = weight + _rescaling_of(weight, input, max_norm, norm_type)
-    return F.embedding_bag(
-        input,
-        weight,
-        offsets,
-        mode=mode,
-        per_sample_weights=per_sample_weights,
-        include_last_offset=include_last_offset,
-        padding_idx=padding_idx,
-    )
+    if mode == "max" or (input.dim() == 1) != (offsets is not None):
+        # A maximum has no second derivative, and other arguments are errors of torch.
+        return F.embedding_bag(
+            input, weight, offsets, mode=mode, include_last_offset=include_last_offset,
+            per_sample_weights=per_sample_weights, padding_idx=padding_idx,
+        )  # fmt: skip
+    rows, counts = F.embedding(input, weight), torch.ones_like(input, dtype=weight.dtype)
+    if padding_idx is not None:
+        counts = (input != padding_idx % len(weight)).to(weight.dtype)
+        rows = rows * counts[..., None]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[..., None]
+    if offsets is None:
+        total, count = rows.sum(1), counts.sum(1)
+    else:
+        ends = offsets[1:] if include_last_offset else offsets.new_tensor([len(input)])
+        ends = ends if include_last_offset else torch.cat([offsets[1:], ends])
+        places = torch.arange(len(input), device=input.device)
+        bags = torch.searchsorted(ends, places, right=True)
+        total = rows.new_zeros(len(ends), rows.shape[-1]).index_add(0, bags, rows)
+        count = counts.new_zeros(len(ends)).index_add(0, bags, counts)
+    return total / count.clamp_min(1)[:, None] if mode == "mean" else total
 
 
 def pure_lookup() -> dict[Any, Any]:

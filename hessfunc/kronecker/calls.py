@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -111,7 +111,7 @@ def recorded_call(
         flags = [(module, part.training) for module, part in pairs]
         calls.append(ModelCall(bound.arguments, state, flags, outputs))
 
-    with refusing_train_mode(model), hooked(after={model: record}):
+    with calling(model), hooked(after={model: record}):
         outputs = loss.outputs(params, batch)
     if len(calls) != 1:
         raise ValueError(
@@ -138,10 +138,18 @@ def full_name(path: str, own: str, /) -> str:
     return f"{path}.{own}" if path else own
 
 
-def refusing_train_mode(model: nn.Module, /) -> AbstractContextManager[None]:
-    """Context in which calling a module that mixes examples or is random raises an error."""
+@contextmanager
+def calling(model: nn.Module, /) -> Iterator[None]:
+    """Context in which a loss calls its model, whose modules neither mix examples nor are random.
+
+    Raises:
+        ValueError: If a module is called that mixes examples or is random, or if the loss calls no
+            module of the model.
+    """
+    called = []
 
     def refuse(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called.append(name)
         if uses_batch_statistics(module):
             raise ValueError(
                 f"BatchNorm {name!r} in train mode uses batch statistics and mixes examples: call "
@@ -154,4 +162,11 @@ def refusing_train_mode(model: nn.Module, /) -> AbstractContextManager[None]:
                 "`model.eval()` before `functional(model)`"
             )
 
-    return hooked(before={module: partial(refuse, name) for name, module in model.named_modules()})
+    hooks = {module: partial(refuse, name) for name, module in model.named_modules()}
+    with hooked(before=hooks):
+        yield
+    if not called:
+        raise ValueError(
+            f"the loss does not call this {type(model).__name__}: pass the module from which the "
+            "loss was made, not a copy of it"
+        )

@@ -1,7 +1,7 @@
 """Functions of torch that are linear in a parameter, by their mathematical kind.
 
-The kinds are dense maps, convolutions and their transposes, lookups, and products and sums of
-entries, for which each entry of the parameter is a group of its own.
+The kinds are dense maps, convolutions and their transposes, lookups and their sums over bags, and
+products and sums of entries, for which each entry of the parameter is a group of its own.
 """
 
 from __future__ import annotations
@@ -138,6 +138,44 @@ def _lookup(
             Layout((1, size, width), (0, 2, 1)),
             lambda gradient: gradient.reshape(-1, 1, width, 1),
             lambda: OneHot(rows, size),
+        ),
+    )
+
+
+def _bags(
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Iterator[tuple[Tensor, LinearMap]]:
+    if mode == "max" or scale_grad_by_freq or max_norm is not None:
+        return
+    size, width = weight.shape
+
+    def inputs() -> Tensor:
+        # A bag is a dense map of the weights of its indices: their sum, or their mean.
+        unit = torch.eye(size, dtype=weight.dtype, device=weight.device)
+        options = {"include_last_offset": include_last_offset, "padding_idx": padding_idx}
+        weights = None if per_sample_weights is None else per_sample_weights.detach()
+        rows = F.embedding_bag(
+            input, unit, offsets, mode=mode, per_sample_weights=weights, **options
+        )
+        return rows[:, None, :, None]
+
+    yield (
+        weight,
+        LinearMap(
+            Layout((1, size, width), (0, 2, 1)),
+            lambda gradient: gradient.reshape(-1, 1, width, 1),
+            inputs,
         ),
     )
 
@@ -296,6 +334,7 @@ _KINDS: Mapping[Any, Kind] = {
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed_convolution
     ),
     F.embedding: _lookup,
+    F.embedding_bag: _bags,
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _product),
     **dict.fromkeys(SUMS, _sum),
     **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _difference),

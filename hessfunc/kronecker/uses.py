@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from hessfunc.autograd.overrides import BODIES, getter
 from hessfunc.containers import tensors_in
-from hessfunc.kronecker.calls import refusing_train_mode
+from hessfunc.kronecker.calls import calling
 from hessfunc.kronecker.kinds import SUMS, is_lookup, maps_of
 from hessfunc.kronecker.linear_maps import Inputs, Layout, LinearMap, OneHot
 from hessfunc.losses import Loss
@@ -134,41 +134,68 @@ class Observed:
     examples: int
 
 
-def observed(model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any, /) -> Observed:
-    """Evaluate the model, and return its outputs with the uses of each parameter, not verified."""
+def observed(
+    model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any, /
+) -> list[Observed]:
+    """Evaluate the model, and return its outputs with the uses of each parameter, not verified.
+
+    The list has an evaluation for each possible number of examples. There is more than one if first
+    axes of the batch differ, as with time before batch.
+    """
     observer, outputs = _evaluated(model, loss, params, batch)
     if not isinstance(outputs, Tensor) or not outputs.dim():
         raise TypeError(
             "Kronecker factors need outputs that are one tensor with the examples along its first "
             f"axis, but got {type(outputs).__name__}: combine them into one tensor with `composed`"
         )
-    for name, leaf in params.items():
-        if name not in observer.calls and name not in observer.others:
+    seen = observer.calls.keys() | observer.others.keys()
+    for name, depends in _dependence(outputs, {n: params[n] for n in params if n not in seen}):
+        if not depends:
             raise ValueError(
-                f"{name!r} of shape {tuple(leaf.shape)} is not a parameter on which the outputs of "
-                "the loss depend: hold such parameters fixed with `split` and `hold`. If the model "
-                "uses it inside of torch.utils.checkpoint, turn checkpointing off"
+                f"{name!r} of shape {tuple(params[name].shape)} is not a parameter on which the "
+                "outputs of the loss depend: hold such parameters fixed with `split` and `hold`. "
+                "If the model uses it inside of torch.utils.checkpoint, turn checkpointing off"
             )
+        observer.others[name] = (
+            "no function of torch is seen to use it, as inside of an autograd.Function, a scripted "
+            "function or torch.func.vmap"
+        )
     if not len(outputs):
         raise ValueError("the batch has no examples, from which factors could be made")
-    others = dict(observer.others)
-    calls = {name: uses for name, uses in observer.calls.items() if name not in others}
-    rows = {name: [use.rows for use in uses] for name, uses in calls.items()}
-    count = observer.examples
-    if count is None or len(outputs) % count:
-        # Outputs may be flattened over positions: the shortest first axis is that of the examples.
+    calls = {name: uses for name, uses in observer.calls.items() if name not in observer.others}
+    if observer.examples is not None and len(outputs) % observer.examples == 0:
+        counts = [observer.examples]
+    else:
+        # Outputs may be flattened over positions: the shortest first axis comes first.
         lengths = [len(use.output) for uses in calls.values() for use in uses]
-        count = min([len(outputs), *(n for n in lengths if n > 1)])
-    for name, counts in rows.items():
-        if any(n % count for n in counts):
-            others[name] = "the rows of a call are not those of examples"
-    if len(outputs) % count:
-        raise ValueError(
-            f"the outputs have {len(outputs)} rows, which are not a multiple of the {count} "
-            "examples: keep the examples along the first axis"
-        )
-    uses = {name: Uses(tuple(calls[name]), count) for name in calls if name not in others}
-    return Observed(outputs, uses, others, count)
+        counts = sorted({len(outputs), *(n for n in lengths if n > 1 and len(outputs) % n == 0)})
+    return [_among(outputs, calls, observer.others, count) for count in counts]
+
+
+def _among(
+    outputs: Tensor, calls: Mapping[str, Sequence[Use]], others: Mapping[str, str], examples: int
+) -> Observed:
+    """Return an evaluation with this number of examples."""
+    unlike = {
+        name: f"the rows of a call are not those of {examples} examples"
+        for name, uses in calls.items()
+        if any(use.rows % examples for use in uses)
+    }
+    uses = {name: Uses(tuple(calls[name]), examples) for name in calls if name not in unlike}
+    return Observed(outputs, uses, {**others, **unlike}, examples)
+
+
+def _dependence(outputs: Tensor, params: Mapping[str, Tensor]) -> Iterator[tuple[str, bool]]:
+    """Yield whether the outputs depend on a parameter, by its name."""
+    if not params or not outputs.requires_grad:
+        yield from dict.fromkeys(params, False).items()
+        return
+    cotangent = torch.zeros_like(outputs)
+    gradients = torch.autograd.grad(
+        outputs, list(params.values()), cotangent, retain_graph=True, allow_unused=True
+    )
+    for name, gradient in zip(params, gradients, strict=True):
+        yield name, gradient is not None
 
 
 def _evaluated(
@@ -180,7 +207,7 @@ def _evaluated(
     """
     observer = Observer(params, _count(batch))
     try:
-        with refusing_train_mode(model), observer:
+        with calling(model), observer:
             outputs = loss.outputs(params, batch)
         if not observer.has_expanded:
             return observer, outputs
@@ -192,7 +219,7 @@ def _evaluated(
         if not observer.has_expanded:
             raise
     observer = Observer(params, _count(batch), expands=False)
-    with refusing_train_mode(model), observer:
+    with calling(model), observer:
         return observer, loss.outputs(params, batch)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,7 +35,18 @@ class Verification:
 
     known: dict[Any, dict[str, tuple[Order, ...] | str]] = field(default_factory=dict)
 
-    def __call__(self, observed: Observed, leaves: Mapping[str, Tensor], /) -> Observed:
+    def __call__(self, observed: Sequence[Observed], leaves: Mapping[str, Tensor], /) -> Observed:
+        """Return the evaluation with the most verified uses, the first of several, and only these.
+
+        Args:
+            observed: Evaluations for each possible number of examples.
+            leaves: Parameters, which require a gradient.
+        """
+        return max(
+            (self._verified(one, leaves) for one in observed), key=lambda seen: len(seen.uses)
+        )
+
+    def _verified(self, observed: Observed, leaves: Mapping[str, Tensor]) -> Observed:
         """Return the evaluation with verified uses only."""
         if not observed.uses:
             return observed

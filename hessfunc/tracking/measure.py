@@ -253,7 +253,9 @@ def functional_tracker(
                     seed=seed,
                 )
         if trace_probes:
-            trace = hutchinson(matvec, params, deflate=largest, max_matvecs=trace_probes, seed=seed)
+            # One more product checks the eigenpairs.
+            budget = trace_probes + (largest is not None)
+            trace = hutchinson(matvec, params, deflate=largest, max_matvecs=budget, seed=seed)
         if critical:
             sharpness = critical_sharpness(
                 mean, params, batches, gradient, start=state.critical_step

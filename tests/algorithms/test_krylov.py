@@ -118,3 +118,26 @@ def test_a_saved_density_is_a_start(tmp_path: Any) -> None:
 def test_a_density_is_refused_by_another_method() -> None:
     with pytest.raises(ValueError, match="deflates eigenpairs only"):
         hf.trace(matvec, LIKE, method="hutchinson", start=density())
+
+
+@ESTIMATORS
+@pytest.mark.parametrize("change", [1.01, -1.0, 1e-3])
+def test_a_density_of_another_matrix_is_refused(estimator: Any, change: float) -> None:
+    def other(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return SPACE.unravel(change * SPACE.ravel(matvec(block)))
+
+    with pytest.raises(ValueError, match="start belongs to another matrix"):
+        estimator(other, LIKE, start=density(), max_matvecs=20)
+
+
+@ESTIMATORS
+def test_a_density_in_low_precision_is_that_of_the_matrix(estimator: Any) -> None:
+    """Products in bfloat16 with vectors in float32 are equal up to their own rounding."""
+    coarse = MATRIX.bfloat16()
+
+    def product(block: torch.Tensor) -> torch.Tensor:
+        return (block.bfloat16() @ coarse).float()
+
+    like = torch.zeros(N)
+    start = hf.slq(product, like, steps=6, keep_basis=True, seed=0)
+    assert estimator(product, like, start=start, max_matvecs=10, seed=0).matvecs == 10

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
@@ -76,3 +79,24 @@ def test_the_whole_space_is_refused() -> None:
     whole = hf.lanczos(hf.dense(torch.eye(2).double()), small, k=2, seed=0)
     with pytest.raises(ValueError, match=r"start has 2 eigenpairs .* start.values.sum\(\)"):
         Span.of(space_of(small), whole, "start")
+
+
+def other(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Product with a matrix that has the same eigenvectors and 1.01 times the eigenvalues."""
+    return SPACE.unravel(1.01 * (SPACE.ravel(block) @ MATRIX))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "name"),
+    [
+        (hf.trace, "start"),
+        (hf.diagonal, "start"),
+        (hf.hutchinson, "deflate"),
+        (partial(hf.slq, steps=4), "deflate"),
+    ],
+)
+def test_eigenpairs_of_another_matrix_are_refused(estimator: Any, name: str) -> None:
+    given = {name: pairs(3), "seed": 0, "max_matvecs": 20}
+    assert estimator(lambda block: SPACE.unravel(SPACE.ravel(block) @ MATRIX), LIKE, **given)
+    with pytest.raises(ValueError, match=f"{name} belongs to another matrix"):
+        estimator(other, LIKE, **given)

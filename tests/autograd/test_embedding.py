@@ -71,22 +71,59 @@ def test_sparse_gradients_are_dense(of: Any) -> None:
     assert relative_error(found, exact(dense, params, (TOKENS, LABELS))) < 1e-10
 
 
-def test_bags_have_no_second_derivative_and_differences() -> None:
+BAGS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "rows": ((TOKENS,), {}),
+    "rows, padding": ((TOKENS,), {"padding_idx": 3}),
+    "rows, weights": ((TOKENS,), {"mode": "sum", "per_sample_weights": torch.rand(3, 2).double()}),
+    "offsets": ((TOKENS.flatten(), torch.tensor([0, 1, 1, 4])), {}),
+    "offsets, padding": ((TOKENS.flatten(), torch.tensor([0, 1, 4])), {"padding_idx": -2}),
+    "last offset": (
+        (TOKENS.flatten(), torch.tensor([0, 2, 6])),
+        {"include_last_offset": True, "mode": "sum"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAGS)
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_bags_are_sums_of_lookups(name: str, mode: Any) -> None:
+    (tokens, *offsets), options = BAGS[name]
+    params = {"w": torch.randn(5, 3).double()}
+
+    def loss(p: Any, _: Any) -> Tensor:
+        return F.embedding_bag(tokens, p["w"], *offsets, **options).exp().mean()
+
+    def by_matrix(p: Any, _: Any) -> Tensor:
+        unit = F.embedding_bag(tokens, torch.eye(5).double(), *offsets, **options)
+        return (unit @ p["w"]).exp().mean()
+
+    found = matrix(hf.hvp(loss, mode=mode)(params, None), params)
+    assert relative_error(found, hessian(by_matrix, params, None)) < 1e-12
+
+
+@pytest.mark.parametrize("of", [hf.hvp, hf.ggnvp])
+def test_bags_of_a_module_keep_its_weights(of: Any) -> None:
     model = nn.Sequential(
         nn.EmbeddingBag(5, 3, sparse=True, max_norm=0.7), nn.Tanh(), nn.Linear(3, 2)
     ).double()
     before = model[0].weight.detach().clone()
     model_fn, params = hf.functional(model)
     loss = hf.supervised(model_fn, F.cross_entropy)
-    with pytest.raises(NotImplementedError, match="_embedding_bag has no second derivative"):
-        matrix(hf.hvp(loss)(params, (TOKENS, LABELS)), params)
-    found = matrix(hf.hvp(loss, mode="difference")(params, (TOKENS, LABELS)), params)
+    found = matrix(of(loss)(params, (TOKENS, LABELS)), params)
     assert torch.equal(model[0].weight, before)
     model(TOKENS)
     at = {name: leaf.detach() for name, leaf in model.named_parameters()}
 
-    def mean_of_rows(p: Any, batch: Any) -> Tensor:
-        hidden = torch.tanh(p["0.weight"][batch[0]].mean(1))
-        return F.cross_entropy(F.linear(hidden, p["2.weight"], p["2.bias"]), batch[1])
+    def outputs(p: Any, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(p["0.weight"][x].mean(1)), p["2.weight"], p["2.bias"])
 
-    assert relative_error(found, hessian(mean_of_rows, at, (TOKENS, LABELS))) < 1e-6
+    exact = hessian if of is hf.hvp else gauss_newton
+    right = exact(hf.supervised(outputs, F.cross_entropy), at, (TOKENS, LABELS))
+    assert relative_error(found, right) < 1e-6
+
+
+def test_maxima_of_bags_have_no_second_derivative() -> None:
+    model_fn, params = hf.functional(nn.EmbeddingBag(5, 3, mode="max").double())
+    loss = hf.supervised(model_fn, F.mse_loss)
+    with pytest.raises(NotImplementedError, match="_embedding_bag has no second derivative"):
+        matrix(hf.hvp(loss)(params, (TOKENS, torch.ones(3, 3).double())), params)

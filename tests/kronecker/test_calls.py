@@ -20,8 +20,10 @@ def test_train_mode_is_refused(layer: type[nn.Module]) -> None:
 
 def test_loss_of_another_model_or_with_other_outputs() -> None:
     case, other = eight_rows(), eight_rows()
-    with pytest.raises(ValueError, match="calls the model 0 times"):
-        hf.kronecker.hbp(case.loss, other.model)(case.params, case.batch)
+    for name, structured in STRUCTURED.items():
+        with pytest.raises(ValueError, match="does not call this Sequential"):
+            structured(case.loss, other.model)(case.params, case.batch)
+            pytest.fail(name)
     twice = hf.Loss(lambda p, b: 2 * case.loss.outputs(p, b), case.loss.criterion)
     with pytest.raises(ValueError, match="move casts and other operations"):
         hf.kronecker.hbp(twice, case.model)(case.params, case.batch)

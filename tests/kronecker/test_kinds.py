@@ -66,6 +66,15 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] = 
     ),
     "embedding": (F.embedding, (TOKENS, random(6, 4)), (1,)),
     "embedding, padding": (F.embedding, (TOKENS, random(6, 4), 3), (1,)),
+    "embedding_bag": (F.embedding_bag, (TOKENS, random(6, 4)), (1,)),
+    "embedding_bag, sums with weights and padding": (
+        F.embedding_bag,
+        (
+            *(TOKENS.flatten(), random(6, 4), torch.tensor([0, 1, 1, 4])),
+            *(None, 2.0, False, "sum", False, random(6), False, 3),
+        ),
+        (1,),
+    ),
     "product": (torch.mul, (random(3, 4), random(2, 3, 4)), (0,)),
     "product, broadcast": (torch.mul, (random(2, 3, 4), random(3, 1)), (1,)),
     "sum": (torch.add, (random(2, 3, 4), random(1, 3, 4)), (1,)),

@@ -32,14 +32,14 @@ class Hidden(nn.Module):
 def test_uses_that_are_missing_are_found() -> None:
     case = net(Hidden, 3, examples=4)
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in case.params.items()}
-    seen = observed(case.model, case.loss, leaves, case.batch)
+    (seen,) = observed(case.model, case.loss, leaves, case.batch)
     weight = seen.uses["layer.weight"]
     assert len(weight.calls) == 2
-    verified = Verification()(seen, leaves)
+    verified = Verification()([seen], leaves)
     assert not verified.others
     # Without one of its calls, the weight's gradient is not the sum over its uses.
     part = {**seen.uses, "layer.weight": replace(weight, calls=weight.calls[:1])}
-    verified = Verification()(replace(seen, uses=part), leaves)
+    verified = Verification()([replace(seen, uses=part)], leaves)
     assert "layer.weight" not in verified.uses
     assert "not observed" in verified.others["layer.weight"]
 

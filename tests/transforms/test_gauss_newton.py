@@ -231,11 +231,11 @@ def test_outputs_of_several_numbers_of_examples_have_no_empirical_fisher() -> No
 
 
 class Bags(nn.Module):
-    """Sums of embeddings, then logits."""
+    """Maxima of embeddings, then logits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bags, self.head = nn.EmbeddingBag(7, 4, mode="sum"), nn.Linear(4, 3)
+        self.bags, self.head = nn.EmbeddingBag(7, 4, mode="max"), nn.Linear(4, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.bags(tokens))

@@ -62,8 +62,9 @@ def diagonal(
             used.
         max_matvecs: Budget, the largest number of products.
         start: Eigenpairs of A, from `lanczos`, or a density of A, from `slq` with
-            ``keep_basis=True``, that belong to Q from the beginning, at no product. A density adds
-            the whole Krylov space of one of its probes. For ``"auto"`` only.
+            ``keep_basis=True``, that belong to Q from the beginning. One product checks that
+            they are those of A. A density adds the whole Krylov space of one of its probes. For
+            ``"auto"`` only.
         block_size: Number of probes that are multiplied at once: 4 by default, or the default of
             the other estimator. Krylov vectors are multiplied one by one.
         **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
@@ -76,12 +77,13 @@ def diagonal(
         eigenpairs are given. Standard errors of a run with a tolerance are multiplied by 1.1.
 
     Raises:
-        ValueError: If an option is out of range, or if the matvec is not symmetric or not
-            deterministic.
+        ValueError: If an option is out of range, if ``start`` belongs to another matrix, or if the
+            matvec is not symmetric or not deterministic.
         MemoryError: If not even two probes fit in memory.
         FloatingPointError: If a product is not finite.
 
-    Cost: one matvec a probe or Krylov vector; those of ``start`` are not counted again. Memory: at
+    Cost: one matvec a probe or Krylov vector, and one that checks ``start``, whose own matvecs are
+    not counted again. Memory: at
     most 3 vectors per product, and 4 in float64.
 
     Source: Bekas, Kokiopoulou and Saad 2007; Chen and Hallman 2022, arXiv 2205.01736.

@@ -75,9 +75,9 @@ def trace(
         atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
         max_matvecs: Budget, the largest number of products.
         start: Eigenpairs of A, from `lanczos`, or a density of A, from `slq` with
-            ``keep_basis=True``, that belong to Q from the beginning, at no product. Eigenpairs need
-            not have converged. A density adds the whole Krylov space of one of its probes. For
-            ``"auto"`` only; eigenpairs also for ``"hutchinson"``.
+            ``keep_basis=True``, that belong to Q from the beginning. One product checks that they
+            are those of A. Eigenpairs need not have converged. A density adds the whole Krylov
+            space of one of its probes. For ``"auto"`` only; eigenpairs also for ``"hutchinson"``.
         block_size: Number of probes that are multiplied at once: 4 by default, or the default of
             the other estimator. Krylov vectors are multiplied one by one.
         confidence: ``"anytime"`` for intervals that hold together at all stops, as for
@@ -96,12 +96,13 @@ def trace(
         The standard error of a leaf is an upper bound, and contains the residuals of ``start``.
 
     Raises:
-        ValueError: If an option is out of range, or if the matvec is not symmetric or not
-            deterministic.
+        ValueError: If an option is out of range, if ``start`` belongs to another matrix, or if the
+            matvec is not symmetric or not deterministic.
         MemoryError: If not even two probes fit in memory.
         FloatingPointError: If a product is not finite.
 
-    Cost: one matvec a probe or Krylov vector; those of ``start`` are not counted again. Memory: at
+    Cost: one matvec a probe or Krylov vector, and one that checks ``start``, whose own matvecs are
+    not counted again. Memory: at
     most 4 vectors per product.
 
     Source: Chen and Hallman 2022, arXiv 2205.01736; Persson, Cortinovis and Kressner 2022, arXiv

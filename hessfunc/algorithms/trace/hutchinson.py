@@ -92,10 +92,12 @@ def hutchinson(
         where its error happens to look small; those of ``"anytime"`` are not.
 
     Raises:
-        ValueError: If an option is out of range, or if the eigenpairs belong to other parameters.
+        ValueError: If an option is out of range, or if the eigenpairs belong to other parameters
+            or to another matrix.
         FloatingPointError: If a product is not finite.
 
-    Cost: one matvec per probe; the matvecs of the eigenpairs are not counted again. Memory:
+    Cost: one matvec per probe, and one that checks the eigenpairs, whose own matvecs are not
+    counted again. Memory:
     3 block_size vectors, or, with signs, 2 block_size vectors and 5 vectors in float64 if that is
     more. Drawing a normal or sphere probe takes about 8 ns per entry on one core, signs less.
 
@@ -142,6 +144,7 @@ class Hutchinson(TraceProbing["_State"]):
 
     def init(self, products: Products, seed: int, /) -> _State:
         space = products.space
+        self.eigenpairs.refuse_another_matrix(products)
         none = torch.zeros(0, dtype=torch.float64, device="cpu")
         parts = none.new_zeros(0, len(space.names))
         return _State(parts, none, none, _Spread.none(space, self.kind), seed)
