@@ -90,9 +90,9 @@ def slq(
             pieces of a basis on another device do not.
         FloatingPointError: If a product is not finite.
 
-    Cost: probes * steps matvecs, and one that checks ``deflate``, in ``steps`` passes if the bases of all probes fit in memory.
-    Memory: probes * (steps + 2) vectors. With bases on another device, step m copies the m vectors
-    of each probe twice, 2 m n probes numbers.
+    Cost: probes * steps matvecs, in ``steps`` passes if the bases of all probes fit in memory, and
+    one that checks ``deflate``. Memory: probes * (steps + 2) vectors. With bases on another device,
+    step m copies the m vectors of each probe twice, 2 m n probes numbers.
 
     Source: Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019, arXiv 1901.10159; steps
     and probes: Chen, Trogdon and Ubaru 2021, arXiv 2105.06595.

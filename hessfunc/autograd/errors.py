@@ -28,22 +28,26 @@ _NO_BATCHING = re.compile(r"Batching rule not implemented for aten::(\w+)")
 _UNREGISTERED = re.compile(r"backward through (\S+?)(?:\.default)? but no autograd formula")
 _MIXED = re.compile(r"(?:aten\.)?(\w+)\S* got mixed torch.Tensor and DTensor")
 _NO_MOVE = re.compile(r"redistribute from (\S+) to (\S+) not supported")
+_NO_CLASS = re.compile(r"Target (-?\d+) is out of bounds")
+_NO_INTEGER = re.compile(r"expected (?:target|scalar type).* (?:Long|Byte),? but \w+ (\w+)")
 
 
 @contextmanager
 def explained(space: Space, batch: Any) -> Iterator[None]:
-    """Context manager that replaces known errors of autograd by clearer ones."""
+    """Context manager that replaces known errors of torch by clearer ones."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         if (clearer := explanation(error, space, batch)) is not None:
             raise clearer from error
         raise
 
 
-def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | None:
+def explanation(error: Exception, space: Space, batch: Any) -> Exception | None:
     """Return a clearer error that says what to do, or None for an unknown error."""
     text = str(error)
+    if (clearer := _of_targets(text)) is not None:
+        return clearer
     if match := _NO_REVERSE.search(text):
         return NotImplementedError(
             f"{_operation(match)} has no second derivative in torch: replace the operation, or use "
@@ -122,6 +126,50 @@ def explanation(error: RuntimeError, space: Space, batch: Any) -> Exception | No
             f"`tensor.to({str(space.device)!r})`"
         )
     return None
+
+
+def _of_targets(text: str) -> Exception | None:
+    """Return a clearer error for targets or indices that a function of torch does not take."""
+    if match := _NO_CLASS.search(text):
+        return ValueError(
+            f"a target is the class {match[1]}, which the outputs do not have: number the classes "
+            f"from 0, or pass `ignore_index={match[1]}` to the criterion if the target must not "
+            "count"
+        )
+    if text == "index out of range in self":
+        return ValueError(
+            "an index of the batch is negative or beyond the last row of its embedding: enlarge "
+            "`num_embeddings`, or check the tokens of the batch"
+        )
+    if match := _NO_INTEGER.search(text):
+        return TypeError(
+            f"the targets have the dtype {match[1]}, but classes are integers: pass "
+            "`targets.long()`, or probabilities in the shape of the outputs"
+        )
+    if "multi-target not supported" in text:
+        return ValueError(
+            "the targets have an axis that the outputs do not have: pass one class for each "
+            "prediction, such as `targets.squeeze(1)` or `targets.argmax(1)`"
+        )
+    return None
+
+
+def unmapped(error: Exception, what: str, /) -> RuntimeError:
+    """Return the error of a function that `torch.func.vmap` cannot map over examples.
+
+    Args:
+        error: Error inside of vmap.
+        what: Noun phrase for the function, for the message.
+    """
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    if ".item()" in line:
+        line = "it looks at values of tensors, by `.item()`, `float(x)` or `if x > 0`"
+    elif "inplace arithmetic" in line or "in-place" in line:
+        line = "it writes in place into a tensor that all examples share"
+    return RuntimeError(
+        f"{what} cannot be mapped over examples by vmap ({line}): call `model.eval()` if a layer "
+        "is random or mixes examples; otherwise pass `examples_per_chunk=1` for a loop"
+    )
 
 
 def lacks_forward_mode(error: RuntimeError, /) -> str | None:

@@ -123,6 +123,9 @@ class FactoredCurvature:
             noted(self.loss, params, batch),
         ):
             seen = self.verification(observed(self.model, self.loss, leaves, given), leaves)
+            with torch.no_grad():
+                # Output Hessians do not look at all targets, which the criterion checks.
+                self.loss.criterion(seen.outputs, given)
             columns = None
             if self.columns is not None:
                 vectors = self.columns(seen.outputs.detach(), given)

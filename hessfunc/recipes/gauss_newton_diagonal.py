@@ -18,6 +18,7 @@ from hessfunc.autograd import (
     refuse_autocast,
     rereading,
 )
+from hessfunc.autograd.errors import unmapped
 from hessfunc.display import Report, Reported, reporting
 from hessfunc.losses import Loss
 from hessfunc.modules import several_batches
@@ -240,11 +241,7 @@ def over_examples(each: Callable[..., Any], *rows: Tensor) -> tuple[Tensor, list
     try:
         return vmap(each, randomness="different")(*rows)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise RuntimeError(
-            f"the model cannot be mapped over examples by vmap ({_line(error)}): call "
-            "`model.eval()` if a layer mixes examples; otherwise pass `examples_per_chunk=1` for "
-            "a loop"
-        ) from error
+        raise unmapped(error, "the model") from error
 
 
 def _of_one(

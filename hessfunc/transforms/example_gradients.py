@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, plain_batch, refuse_autocast
+from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
+from hessfunc.autograd.errors import unmapped
 from hessfunc.losses import LossFunction
 from hessfunc.modules import several_batches
 from hessfunc.spaces.of import space_of
@@ -56,7 +57,12 @@ def example_gradients(
     point = [leaf.detach() for leaf in plain_batch(space.tree_leaves(params))]
     at_once = examples_per_chunk or max(1, _BYTES_AT_ONCE // (space.n * dtype.itemsize))
     for piece in microbatches(plain_batch(batch), at_once):
-        with torch.inference_mode(False), several_batches(), differentiable_twice(space.device):
+        with (
+            torch.inference_mode(False),
+            explained(space, batch),
+            several_batches(),
+            differentiable_twice(space.device),
+        ):
             gradients: Sequence[Tensor]
             if at_once == 1:
                 gradients = _of_one(loss, space.tree, point, piece)
@@ -83,12 +89,10 @@ def _of_each(
 
     try:
         return torch.func.vmap(of_example)(*rows)
-    except (RuntimeError, IndexError, TypeError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise RuntimeError(
-            f"the loss cannot be mapped over examples by vmap ({line}): call `model.eval()` if a "
-            "layer is random or mixes examples; otherwise pass `examples_per_chunk=1` for a loop"
-        ) from error
+    except (RuntimeError, IndexError, TypeError, AssertionError) as error:
+        # An error outside of vmap is the cause.
+        loss(tree(list(point)), batch)
+        raise unmapped(error, "the loss") from error
 
 
 def _of_one(loss: LossFunction, tree: Any, point: Sequence[Tensor], batch: Any) -> list[Tensor]:

@@ -15,6 +15,18 @@ BATCH = torch.zeros(2, 3)
 @pytest.mark.parametrize(
     ("text", "kind", "advice"),
     [
+        ("Target 3 is out of bounds.", ValueError, "the class 3, .* `ignore_index=3`"),
+        (
+            "expected target dtype to be Long or Byte, but got Double",
+            TypeError,
+            "have the dtype Double.*`targets.long",
+        ),
+        (
+            "0D or 1D target tensor expected, multi-target not supported",
+            ValueError,
+            "`targets.squeeze.1.`",
+        ),
+        ("index out of range in self", ValueError, "beyond the last row of its embedding"),
         (
             "the derivative of 'grid_sampler_2d_backward' is not implemented.",
             NotImplementedError,

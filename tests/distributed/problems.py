@@ -51,7 +51,8 @@ def model_and_loss() -> tuple[hf.Loss, dict[str, Tensor]]:
 
 
 def curvature(name: str) -> Any:
-    loss, _ = model_and_loss()
+    model = net()
+    loss = hf.supervised(hf.functional(model)[0], F.cross_entropy)
     made = {
         "hvp": lambda: hf.hvp(loss),
         "hvp forward": lambda: hf.hvp(loss, mode="forward"),
@@ -61,8 +62,8 @@ def curvature(name: str) -> Any:
         "efvp": lambda: hf.efvp(loss),
         "pchvp": lambda: hf.pchvp(loss),
         "functional": lambda: hf.functional_hvp(loss),
-        "kflr": lambda: hf.kronecker.kflr(loss, net()),
-        "ekfac": lambda: hf.kronecker.ekfac(loss, net()),
+        "kflr": lambda: hf.kronecker.kflr(loss, model),
+        "ekfac": lambda: hf.kronecker.ekfac(loss, model),
     }
     return made[name]()
 

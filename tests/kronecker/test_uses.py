@@ -301,3 +301,84 @@ def test_given_weights_count_in_both_factors() -> None:
     for side in ("left", "right"):
         due = (2 * getattr(first, side) + getattr(second, side)) / 3
         assert torch.allclose(getattr(found["weight"], side), due, rtol=1e-10)
+
+
+class Squares(torch.autograd.Function):
+    """The product x W' by a function of autograd of its own."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.T @ x
+
+
+class Unseen(nn.Module):
+    """A weight in a place that modes of torch functions do not see."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.weight, self.head, self.use = nn.Parameter(torch.randn(4, 3)), nn.Linear(4, 3), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.use(x, self.weight)))
+
+
+UNSEEN = {
+    "autograd.Function": Squares.apply,
+    "vmap": lambda x, w: torch.func.vmap(lambda row: w @ row)(x),
+    "jvp": lambda x, w: torch.func.jvp(lambda v: x @ v.T, (w,), (w,))[1],
+}
+
+
+@pytest.mark.parametrize("place", UNSEEN)
+def test_unseen_uses_are_called_so(place: str) -> None:
+    case = net(partial(Unseen, UNSEEN[place]), 3, examples=4)
+    with pytest.raises(NotImplementedError, match="'weight' .* no function of torch is seen"):
+        hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)
+    assert traces_of(case, unsupported="diagonal").diagonals == ("weight",)
+
+
+def test_a_parameter_without_effect_is_called_so() -> None:
+    case = net(partial(Unseen, lambda x, w: x @ x.new_ones(3, 4)), 3, examples=4)
+    with pytest.raises(ValueError, match="'weight' .* not a parameter on which the outputs"):
+        hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)
+
+
+class TimeMajor(nn.Module):
+    """Time before the examples, which are first in the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x)).prod(0))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("times", [2, 3, 4, 8])
+def test_time_before_examples(times: int, sharing: str) -> None:
+    """The number of examples is that of the outputs, also where that of the times divides it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = TimeMajor().double(), torch.randn(times, 4, 3).double()
+    model_fn, params = hf.functional(model)
+    loss, y = hf.supervised(model_fn, F.cross_entropy), torch.arange(4) % 3
+    made = traces_of(Net(model, loss, params, (x, y)), sharing=sharing)
+    first = hf.supervised(lambda p, x: model_fn(p, x.transpose(0, 1)), F.cross_entropy)
+    right = traces_of(Net(model, first, params, (x.transpose(0, 1), y)), sharing=sharing)
+    for name in made:
+        torch.testing.assert_close(made[name].dense(), right[name].dense())
+
+
+@pytest.mark.parametrize("targets", [[0, 3, 1, 1], [0, -1, 1, 1]])
+def test_targets_that_are_no_classes_are_refused(targets: list[int]) -> None:
+    case = net(Functions, 3, examples=4)
+    for family in (hf.kronecker.kflr, hf.kronecker.kfac):
+        with pytest.raises(ValueError, match="a target is the class"):
+            family(case.loss, case.model)(case.params, (case.batch[0], torch.tensor(targets)))

@@ -65,7 +65,18 @@ def test_a_model_without_vmap_is_a_loop() -> None:
         return params["w"] * batch.sum() if float(batch.sum()) > 0 else params["w"] * 2.0
 
     params, batch = {"w": torch.ones((), dtype=torch.float64)}, torch.tensor([-1.0, 3.0])
-    with pytest.raises(RuntimeError, match="examples_per_chunk=1"):
+    with pytest.raises(RuntimeError, match="looks at values of tensors.*examples_per_chunk=1"):
         list(example_gradients(branching, params, batch))
     found = joined(list(example_gradients(branching, params, batch, examples_per_chunk=1)))
     assert found["w"].tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(Y + 3, "a target is the class"), (Y[:, None], "an axis that the outputs do not have")],
+)
+def test_an_error_of_the_loss_is_told_instead_of_the_one_of_vmap(
+    targets: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(example_gradients(LOSS, PARAMS, (X, targets)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.blocks import Blocks
-from hessfunc.kronecker.composite_blocks import Permuted
+from hessfunc.kronecker.composite_blocks import Joint, Permuted
 from hessfunc.kronecker.factored_blocks import Dense, DiagonalBlock, Eigenbasis, Kronecker
 
 
@@ -37,7 +37,7 @@ def scaled(blocks: Blocks, /, *, left: float, right: float) -> Blocks:
                 return replace(block, values=left * block.values)
             case Dense():
                 return replace(block, matrix=left * block.matrix)
-            case Permuted():
+            case Permuted() | Joint():
                 return replace(block, inner=of_block(block.inner))
             case _:
                 raise TypeError(
@@ -67,7 +67,7 @@ def inverse(blocks: Blocks, dampings: Callable[[str], tuple[float, float]], /) -
             case Kronecker():
                 right = block.right if is_bias(block) else _damped_inverse(block.right, a)
                 return replace(block, left=_damped_inverse(block.left, b), right=right)
-            case Permuted():
+            case Permuted() | Joint():
                 return replace(block, inner=of_block(block.inner, a, b))
             case _:
                 raise TypeError(

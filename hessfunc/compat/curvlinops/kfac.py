@@ -19,6 +19,8 @@ from hessfunc.compat.curvlinops.inverse import Inverse
 from hessfunc.compat.curvlinops.matrices import SEED
 from hessfunc.compat.curvlinops.matvecs import block_of, columns
 from hessfunc.kronecker.blocks import Blocks
+from hessfunc.kronecker.composite_blocks import Joint
+from hessfunc.kronecker.evaluation import Bias
 from hessfunc.kronecker.factored_blocks import Kronecker
 from hessfunc.kronecker.factors import ekfac, kfac, kflr
 from hessfunc.kronecker.propagate import BlockCurvature
@@ -89,13 +91,14 @@ class KFACLinearOperator(CurvatureLinearOperator):
         mc_samples: Number of draws of each target.
         kfac_approx: `KFACType` or its value.
         num_per_example_loss_terms: Ignored: the terms are counted.
-        separate_weight_and_bias: True: the weight and the bias of a layer have separate blocks.
+        separate_weight_and_bias: Whether the weight and the bias of a layer have separate blocks,
+            or a joint one, whose input factor has a last input of 1.
         num_data: Number of examples by which a mean loss is divided, instead of that of the data.
         batch_size_fn: Function of X that returns the number of examples of a batch.
 
     Raises:
         ValueError: If an option is unknown.
-        NotImplementedError: If ``separate_weight_and_bias`` is False, or for a function as model.
+        NotImplementedError: For a function as model.
     """
 
     _by_draws: Callable[..., BlockCurvature] = staticmethod(kfac)
@@ -124,12 +127,6 @@ class KFACLinearOperator(CurvatureLinearOperator):
         *,
         backend: str = "hooks",
     ) -> None:
-        if not separate_weight_and_bias:
-            raise NotImplementedError(
-                "separate_weight_and_bias=False: this operator has no joint blocks of weight and "
-                "bias; pass separate_weight_and_bias=True, or use "
-                "`hessfunc.kronecker.kfac(loss, model, bias='joint')`"
-            )
         if not isinstance(model_func, nn.Module):
             raise NotImplementedError(
                 "Kronecker factors need the modules of a model: pass a module as model_func"
@@ -142,6 +139,7 @@ class KFACLinearOperator(CurvatureLinearOperator):
                 f"{self._fisher_type.value!r}: leave mc_samples out"
             )
         self._seed, self._mc_samples = seed, mc_samples
+        self._bias: Bias = "apart" if separate_weight_and_bias else "joint"
         super().__init__(
             model_func,
             loss_func,
@@ -171,20 +169,20 @@ class KFACLinearOperator(CurvatureLinearOperator):
 
     def _of_batch(self) -> BlockCurvature:
         """Return the curvature function of one batch."""
-        loss, model, sharing = self.loss, self._model_func, self._kfac_approx.value
+        loss, model = self.loss, self._model_func
+        options: Any = {"sharing": self._kfac_approx.value, "bias": self._bias}
         match self._fisher_type:
             case FisherType.TYPE2:
-                return self._exactly(loss, model, sharing=sharing)
+                return self._exactly(loss, model, **options)
             case FisherType.EMPIRICAL:
                 criterion = empirical(self.criterion)
                 of_data = composed(self.outputs, criterion, targets=self._targets)
-                return self._exactly(of_data, model, sharing=sharing)
+                return self._exactly(of_data, model, **options)
             case FisherType.FORWARD_ONLY:
-                return self._without_gradients(loss, model, sharing=sharing)
+                return self._without_gradients(loss, model, **options)
             case _:
-                return self._by_draws(
-                    loss, model, samples=self._mc_samples, seed=self._seed, sharing=sharing
-                )
+                draws = {"samples": self._mc_samples, "seed": self._seed}
+                return self._by_draws(loss, model, **draws, **options)
 
     def _matvec(self) -> Matvec:
         return self.blocks
@@ -226,7 +224,8 @@ class KFACLinearOperator(CurvatureLinearOperator):
         }
 
     def _kronecker(self) -> list[tuple[str, Kronecker]]:
-        return [(n, b) for n, b in self.blocks.items() if isinstance(b, Kronecker)]
+        blocks = ((n, b.inner if isinstance(b, Joint) else b) for n, b in self.blocks.items())
+        return [(n, b) for n, b in blocks if isinstance(b, Kronecker)]
 
     def _value(self, number: float | Tensor) -> Value:
         like = next(iter(self._params.values())).detach()

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessfunc.algorithms.results.result import Saved
+from hessfunc.autograd import explained
 from hessfunc.losses import Loss
 from hessfunc.modules import several_batches
+from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.mean import refuse_one_batch
 from hessfunc.transforms.criteria import (
     declared_reduction,
@@ -116,12 +118,13 @@ def likelihood_of(
     terms, total = 0.0, 0.0
     with torch.no_grad(), several_batches():
         for place, batch in enumerate(batches):
-            outputs = loss.outputs(params, batch)
-            if checks_repetition and not place and outputs.numel():
-                _refuse_unless_equal(outputs, loss.outputs(params, batch))
-            if count := _terms(loss, outputs, batch):
-                terms += count
-                total += float(loss.criterion(outputs, batch)) * (count if is_mean else 1)
+            with explained(space_of(params), batch):
+                outputs = loss.outputs(params, batch)
+                if checks_repetition and not place and outputs.numel():
+                    _refuse_unless_equal(outputs, loss.outputs(params, batch))
+                if count := _terms(loss, outputs, batch):
+                    terms += count
+                    total += float(loss.criterion(outputs, batch)) * (count if is_mean else 1)
     if not terms:
         raise ValueError("the batches have no target: pass at least one batch with a target")
     return Likelihood(family, terms, total, terms if is_mean else 1.0)

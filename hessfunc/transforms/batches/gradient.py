@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, rereading
+from hessfunc.autograd import differentiable_twice, explained, rereading
 from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import Average
@@ -47,7 +47,7 @@ def mean_gradient(
         counted = average.of(batch)
         if not counted:
             continue
-        with rereading(batch), differentiable_twice(space.device):
+        with rereading(batch), explained(space, batch), differentiable_twice(space.device):
             value = scalar(loss(space.tree(point), batch))
             gradient: Sequence[Tensor | None] = [None]
             if value.requires_grad:

@@ -235,6 +235,37 @@ def test_positions_are_examples_or_averaged() -> None:
         torch.testing.assert_close(R._input_covariances[""], x.mT @ x / 7)
 
 
+@pytest.mark.parametrize("fisher", ["type-2", "empirical", "forward-only"])
+def test_weights_and_biases_have_joint_blocks(fisher: str) -> None:
+    """The joint block is the Kronecker product of the output factor and that of inputs (x, 1)."""
+    model = net()
+    K = KFACLinearOperator(
+        model,
+        CE,
+        list(model.parameters()),
+        batches(CE),
+        fisher_type=fisher,
+        separate_weight_and_bias=False,
+    )
+    apart = KFACLinearOperator(model, CE, list(model.parameters()), batches(CE), fisher_type=fisher)
+    x = whole(batches(CE))[0]
+    hidden = torch.tanh(model[0](x)).detach()
+    parts, inverses = [], []
+    for name, inputs in (("0", x), ("2", hidden)):
+        joint = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+        A, B = joint.mT @ joint / len(x), apart._gradient_covariances[name]
+        torch.testing.assert_close(K._input_covariances[name], A)
+        # From the order (output, input and 1) to the weight, then the bias.
+        rows = torch.arange(B.shape[0] * A.shape[0]).view(B.shape[0], A.shape[0])
+        order = torch.cat([rows[:, :-1].flatten(), rows[:, -1]])
+        eyes = [torch.eye(len(factor)).double() for factor in (A, B)]
+        inverse = [torch.linalg.inv(f + 0.1 * eye) for f, eye in zip((A, B), eyes, strict=True)]
+        parts.append(torch.kron(B, A)[order][:, order])
+        inverses.append(torch.kron(inverse[1], inverse[0])[order][:, order])
+    torch.testing.assert_close(matrix(K), torch.block_diag(*parts))
+    torch.testing.assert_close(matrix(K.inverse(damping=0.1)), torch.block_diag(*inverses))
+
+
 def test_wrong_options_are_named() -> None:
     model, data = net(), batches(CE)
     params = list(model.parameters())
@@ -242,7 +273,6 @@ def test_wrong_options_are_named() -> None:
         ({"fisher_type": "exact"}, ValueError, "fisher_type='exact': choose one of 'type-2'"),
         ({"kfac_approx": "sum"}, ValueError, "choose one of 'expand', 'reduce'"),
         ({"fisher_type": "type-2", "mc_samples": 2}, ValueError, "mc_samples=2"),
-        ({"separate_weight_and_bias": False}, NotImplementedError, "bias='joint'"),
     ):
         with pytest.raises(error, match=message):
             KFACLinearOperator(model, CE, params, data, **options)  # type: ignore[arg-type]
