@@ -163,10 +163,14 @@ def _bags(
     def inputs() -> Tensor:
         # A bag is a dense map of the weights of its indices: their sum, or their mean.
         unit = torch.eye(size, dtype=weight.dtype, device=weight.device)
-        options = {"include_last_offset": include_last_offset, "padding_idx": padding_idx}
-        weights = None if per_sample_weights is None else per_sample_weights.detach()
         rows = F.embedding_bag(
-            input, unit, offsets, mode=mode, per_sample_weights=weights, **options
+            input,
+            unit,
+            offsets,
+            mode=mode,
+            per_sample_weights=None if per_sample_weights is None else per_sample_weights.detach(),
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
         )
         return rows[:, None, :, None]
 
