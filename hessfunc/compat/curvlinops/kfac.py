@@ -98,7 +98,7 @@ class KFACLinearOperator(CurvatureLinearOperator):
 
     Raises:
         ValueError: If an option is unknown.
-        NotImplementedError: For a function as model.
+        NotImplementedError: If ``model_func`` is a function.
     """
 
     _by_draws: Callable[..., BlockCurvature] = staticmethod(kfac)
