@@ -166,3 +166,12 @@ def test_spectra_of_all_layers_of_a_language_model(
     # They differ widely.
     assert max(largest) > 3 * min(largest) > 0
     assert (tmp_path / "layers.png").stat().st_size
+
+
+def test_every_plot_function_has_a_figure(tmp_path: Path) -> None:
+    from examples.plots import main
+    from hessfunc import plot
+
+    assert main(small=True, out=tmp_path).keys() == set(plot.__all__)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"plot-{name}.png" for name in plot.__all__}

@@ -1,4 +1,4 @@
-"""The hooks with which the site is built: tables of results, links of names, nothing from afar."""
+"""The hooks with which the site is built: tables, links, notebooks and summaries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ pytest.importorskip("griffe", reason="docstrings are read by griffe: pip install
 
 from mkdocs.exceptions import PluginError
 
-HOOKS = Path(__file__).parents[2] / "docs" / "hooks"
+from tests.docs.blocks import python_blocks
+
+DOCS = Path(__file__).parents[2] / "docs"
+HOOKS = DOCS / "hooks"
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 
 
 def hook(name: str) -> ModuleType:
@@ -118,3 +122,49 @@ def test_the_site_links_to_the_repository(address: str, tmp_path: Path) -> None:
         config_file_path = str(tmp_path / "mkdocs.yml")
 
     assert hook("repository").on_config(Config()) == {"repo_url": address or None}
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_notebook_has_the_text_and_the_code_of_its_page(page: Path) -> None:
+    text = page.read_text()
+    notebook = hook("notebooks").notebook(text)
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = notebook["cells"]
+    code = [cell["source"] + "\n" for cell in cells if cell["cell_type"] == "code"]
+    assert code == python_blocks(text)
+    assert cells[0]["source"].startswith(text.partition("\n")[0])
+    assert not any(".md)" in cell["source"] for cell in cells)
+    assert len({cell["id"] for cell in cells}) == len(cells)
+
+
+def test_tutorials_link_to_their_notebooks() -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="tutorials/hbp.md"))
+    text = hook("notebooks").on_page_markdown("# Title\n\ntext", page=page)
+    assert text == "# Title\n\n[Download this page as a notebook](hbp.ipynb)\n\ntext"
+
+
+def page(title: str, text: str, summaries: ModuleType) -> SimpleNamespace:
+    name = f"{title.lower()}.md"
+    made = SimpleNamespace(
+        is_page=True, title=title, url=name, meta={}, file=SimpleNamespace(src_uri=name)
+    )
+    summaries.on_page_markdown(text, page=made)
+    return made
+
+
+def test_pages_are_listed_with_their_first_sentences(tmp_path: Path) -> None:
+    summaries = hook("summaries")
+    first = page(
+        "Start", "# Title\n\n![a](b)\n\n```\n# No.\n```\n\nIt [links](x). More.", summaries
+    )
+    second = page("Two", "# Title\n\nA tolerance of 0.1 suffices.", summaries)
+    section = SimpleNamespace(is_page=False, title="Section", children=[second])
+    summaries.on_nav(SimpleNamespace(items=[first, section]))
+    config = {"site_dir": str(tmp_path), "site_name": "name", "site_description": "what"}
+    summaries.on_post_build(config=config)
+    assert (tmp_path / "llms.txt").read_text() == (
+        "# name\n\n> what\n\n- [Start](start.md): It links.\n"
+        "\n## Section\n\n- [Two](two.md): A tolerance of 0.1 suffices.\n"
+    )
+    with pytest.raises(PluginError, match=r"three\.md"):
+        page("Three", "# Title\n\n| a |\n|---|", summaries)

@@ -7,7 +7,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import hessfunc as hf
+from hessfunc import plot
 from tests import public
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -50,3 +53,11 @@ def test_every_question_of_the_readme_has_its_functions_in_the_long_table() -> N
     long = set(re.findall(r"\w+", (DOCS / "questions.md").read_text())) & known
     assert len(short) > 30
     assert short - long == set()
+
+
+@pytest.mark.parametrize("name", plot.__all__)
+def test_every_plot_is_shown_where_it_is_described(name: str) -> None:
+    picture = f"images/plot-{name}.png"
+    assert (DOCS / picture).exists()
+    for page in ("gallery.md", "reference/plot.md", "how-to/pictures.md"):
+        assert picture in (DOCS / page).read_text(), page
