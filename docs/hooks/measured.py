@@ -5,6 +5,7 @@ Each of these directives stands on a line of its own and is replaced:
     {{ accuracy.md }}                       text before the first section of the file
     {{ accuracy.md: The trace to 1 % }}     section with this title
     {{ coverage.md by estimator }}          coverage of the intervals of each estimator
+    {{ speed in charts }}                   chart of the costs of each machine
     {{ speed by machine }}                  costs of products on all machines, and ratios as ranges
     {{ speed of each machine }}             section for each machine: its targets and figures
 
@@ -34,8 +35,10 @@ _FIGURES = {
     "pareto": "Time and peak memory",
     "scaling": "Growth of costs with sizes",
 }
+_CHART = "costs"
 _DIRECTIVE = re.compile(
-    r"^\{\{ (?:(\S+\.md)(?:: (.+)| (by estimator))?|speed (by machine|of each machine)) \}\}$",
+    r"^\{\{ (?:(\S+\.md)(?:: (.+)| (by estimator))?"
+    r"|speed (in charts|by machine|of each machine)) \}\}$",
     re.MULTILINE,
 )
 
@@ -56,6 +59,8 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 
 def _inserted(directive: re.Match[str]) -> str:
     name, section, by_estimator, speed = directive.groups()
+    if speed == "in charts":
+        return "\n\n".join(_chart(folder, _CHART) for folder in _charted())
     if speed == "by machine":
         return compared(machines(_RESULTS / "speed"))
     if speed:
@@ -89,11 +94,24 @@ def _figures(folder: Path) -> list[Path]:
 
 def _of_machine(folder: Path) -> str:
     head, _ = _parts((folder / "speed.md").read_text())
+    # The page begins with the other chart.
+    names = [path.stem for path in _figures(folder) if path.stem != _CHART]
+    charts = [_chart(folder, name) for name in names]
+    return "\n\n".join([f"### {_title(folder)}", head, *charts])
+
+
+def _charted() -> list[Path]:
+    return [folder for folder in _folders() if (folder / f"{_CHART}.png").exists()]
+
+
+def _chart(folder: Path, name: str) -> str:
+    words = f"{_FIGURES[name]}, {_title(folder)}"
+    return f"![{words}](images/{folder.name}-{name}.png)\n\n*{words}.*"
+
+
+def _title(folder: Path) -> str:
     (machine,) = machines(_RESULTS / "speed", folder.name)
-    figures = [
-        f"![{_FIGURES[path.stem]}](images/{folder.name}-{path.name})" for path in _figures(folder)
-    ]
-    return "\n\n".join([f"### {machine.title}", head, *figures])
+    return machine.title
 
 
 def _by_estimator(text: str) -> str:
