@@ -1,4 +1,4 @@
-"""One figure for each function of `hessfunc.plot`.
+"""Figures of each function of `hessfunc.plot`.
 
     python examples/plots.py        # the pictures of docs/reference/plot.md, in the folder plots
 

@@ -106,7 +106,7 @@ def _charted() -> list[Path]:
 
 def _chart(folder: Path, name: str) -> str:
     words = f"{_FIGURES[name]}, {_title(folder)}"
-    return f"![{words}](images/{folder.name}-{name}.png)\n\n*{words}.*"
+    return f"![{words}](images/{folder.name}-{name}.png){{ .wide }}\n\n*{words}.*"
 
 
 def _title(folder: Path) -> str:
