@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias
@@ -252,27 +252,31 @@ class Evaluation:
         tasks: dict[str, _Task] = {}
         for name, uses in self._with("kronecker").items():
             left, right = (adjoint(bases[f"basis of {key}"]) for key in keys[name])
-            turned = _turned(right, self._inputs(name))
-            tasks[f"eigenvalues of {name}"] = uses, partial(_squares_in_basis, left, turned)
+            squares = partial(_squares_in_basis, left, right, self._inputs(name))
+            tasks[f"eigenvalues of {name}"] = uses, squares
         return Statistics(self._summed(tasks))
 
-    def _gradients(self, ends: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+    def _gradients(self, uses: Iterable[Uses]) -> Iterator[Mapping[int, Tensor]]:
         """Yield the gradients at the outputs of calls, by their ids, for each column."""
-        for column in self.columns or ():
-            gradients = torch.autograd.grad(
-                self.observed.outputs, ends, column, retain_graph=True, materialize_grads=True
-            )
-            yield dict(zip(map(id, ends), gradients, strict=True))
+        every = list(uses)
+        if every and self.columns is not None and len(self.columns) == 1:
+            yield self._gradients_of_one_column
+            return
+        for column in (self.columns or ()) if every else ():
+            yield self.observed.gradients(every, column)
+
+    @cached_property
+    def _gradients_of_one_column(self) -> Mapping[int, Tensor]:
+        """Gradients at the outputs of all calls, which several stages use."""
+        assert self.columns is not None
+        return self.observed.gradients(self.observed.uses.values(), self.columns[0])
 
     def _summed(self, tasks: Mapping[str, _Task]) -> dict[str, Tensor]:
         """Sum functions of the gradients at the outputs of uses over the columns."""
-        ends = {id(end): end for uses, _ in tasks.values() for end in uses.outputs}
         total: dict[str, Tensor] = {}
-        if not ends:
-            return total
-        for slopes in self._gradients(list(ends.values())):
+        for slopes in self._gradients(uses for uses, _ in tasks.values()):
             for key, (uses, fn) in tasks.items():
-                part = fn(uses.slopes([slopes[id(end)] for end in uses.outputs]))
+                part = fn(uses.slopes(slopes))
                 total[key] = total[key] + part if key in total else part
         return total
 
@@ -280,8 +284,8 @@ class Evaluation:
         """Return the sum of the squared gradients of all examples, each summed over the uses."""
         total = torch.zeros_like(leaf)
         calls = [(one.calls[0], one, one.inputs()) for one in uses.alone()]
-        for slopes in self._gradients(uses.outputs):
-            given = [one.slopes([slopes[id(call.output)]]) for call, one, _ in calls]
+        for slopes in self._gradients([uses]):
+            given = [one.slopes(slopes) for _, one, _ in calls]
             for b in range(uses.examples):
                 parts = [
                     call.map.layout.restored(
@@ -334,8 +338,20 @@ def _with_inputs(
     return moments(slopes, inputs, factor)
 
 
-def _squares_in_basis(left: Tensor, turned: Inputs, slopes: Tensor) -> Tensor:
-    return squared_moments(_turned(left, slopes), turned)
+def _squares_in_basis(left: Tensor, right: Tensor, inputs: Inputs, slopes: Tensor) -> Tensor:
+    """Return ``sum_b (L V_b R')^2`` for the gradients V_b, with the fewest operations."""
+    outputs, positions = slopes.shape[2:]
+    if isinstance(inputs, Tensor):
+        width = inputs.shape[2]
+        of_vectors = positions * (outputs**2 + width**2)
+        if right.dim() == 3 and outputs * width * (outputs + width) < of_vectors:
+            parts = (
+                _turned(left, gradients) @ right.mT
+                for _, gradients in example_gradients(slopes, inputs)
+            )
+            return torch.stack([part.square().sum(0) for part in parts]).sum(0)
+        inputs = _turned(right, inputs)
+    return squared_moments(_turned(left, slopes), inputs)
 
 
 def _turned(basis: Tensor, vectors: Any) -> Any:

@@ -122,7 +122,8 @@ class FactoredCurvature:
             linearising(space, params, batch) as (leaves, given),
             noted(self.loss, params, batch),
         ):
-            seen = self.verification(observed(self.model, self.loss, leaves, given), leaves)
+            verify = self.verification
+            seen = verify(observed(self.model, self.loss, leaves, given, verify.expansions), leaves)
             with torch.no_grad():
                 # Output Hessians do not look at all targets, which the criterion checks.
                 self.loss.criterion(seen.outputs, given)

@@ -17,7 +17,7 @@ from hessfunc.kronecker.linear_maps import Inputs, OneHot
 from hessfunc.memory import AT_ONCE, refuse_unless_fits
 
 # Number of rows of a symmetric matrix that are computed at once.
-_ROWS = 128
+_ROWS = 96
 
 Sharing: TypeAlias = Literal["expand", "reduce"]
 
@@ -66,12 +66,13 @@ def summed_input_moments(inputs: Inputs, sharing: Sharing) -> tuple[Tensor, int]
 def _gram(vectors: Tensor) -> Tensor:
     """Sum outer products over examples and positions: ``(B, G, N, P)`` -> ``(G, N, N)``."""
     groups, width = vectors.shape[1:3]
-    refuse_unless_fits(
-        groups * width**2,
-        vectors,
-        f"a Kronecker factor of {width} x {width} entries",
-        "hold that layer fixed with `split` and `hold`, or use exact products",
-    )
+    if groups * width**2 > vectors.numel():
+        refuse_unless_fits(
+            groups * width**2,
+            vectors,
+            f"a Kronecker factor of {width} x {width} entries",
+            "hold that layer fixed with `split` and `hold`, or use exact products",
+        )
     columns = vectors.permute(1, 2, 0, 3).flatten(2)
     if width < 2 * _ROWS:
         return columns @ columns.mT

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -29,12 +30,14 @@ class Use:
 
     Attributes:
         map: Dependence of the output on the parameter.
-        output: Output of the call.
+        output: Output of the call, which a later function may change in place.
+        edge: Edge of the graph at which the gradient is that of the output as the call returned it.
         order: Order of the rows of the output.
     """
 
     map: LinearMap
     output: Tensor
+    edge: GradientEdge
     order: Order = "examples first"
 
     @property
@@ -74,11 +77,11 @@ class Uses:
         """Output of each call."""
         return tuple(call.output for call in self.calls)
 
-    def slopes(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Return the gradients at the outputs, as ``(B, G, O, P)``."""
-        pairs = zip(self.calls, gradients, strict=True)
-        return torch.cat(
-            [call.by_example(call.map.slopes(slope), self.examples) for call, slope in pairs], -1
+    def slopes(self, gradients: Mapping[int, Tensor]) -> Tensor:
+        """Return the gradients at the outputs, as ``(B, G, O, P)``, from those of all calls."""
+        pairs = ((call, gradients[id(call.output)]) for call in self.calls)
+        return _joined(
+            [call.by_example(call.map.slopes(slope), self.examples) for call, slope in pairs]
         )
 
     def inputs(self) -> Inputs:
@@ -96,7 +99,7 @@ class Uses:
             else:
                 parts.append(call.by_example(inputs, self.examples))
         rows = max(map(len, parts))
-        whole = torch.cat([part.expand(rows, -1, -1, -1) for part in parts], -1)
+        whole = _joined([part.expand(rows, -1, -1, -1) for part in parts])
         if isinstance(inputs, OneHot):
             return OneHot(whole[:, 0, 0], inputs.size)
         return whole
@@ -117,6 +120,11 @@ class Uses:
         return [Uses((call,), self.examples) for call in self.calls]
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Concatenate the positions, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 @dataclass(frozen=True)
 class Observed:
     """Evaluation of a model, with all uses of its parameters.
@@ -133,16 +141,46 @@ class Observed:
     others: Mapping[str, str]
     examples: int
 
+    def gradients(
+        self, uses: Iterable[Uses], cotangent: Tensor, leaves: Sequence[Tensor] = ()
+    ) -> dict[int, Tensor]:
+        """Return the gradients at the outputs of calls, and those of leaves, by their ids."""
+        calls = list({id(call.output): call for use in uses for call in use.calls}.values())
+        inputs: list[Any] = [*(call.edge for call in calls), *leaves]
+        parts = torch.autograd.grad(
+            self.outputs,
+            inputs,
+            cotangent,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        ends = zip((*(call.output for call in calls), *leaves), parts, strict=True)
+        return {id(end): torch.zeros_like(end) if part is None else part for end, part in ends}
+
 
 def observed(
-    model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any, /
+    model: nn.Module,
+    loss: Loss,
+    params: Mapping[str, Tensor],
+    batch: Any,
+    /,
+    expansions: dict[Any, bool] | None = None,
 ) -> list[Observed]:
     """Evaluate the model, and return its outputs with the uses of each parameter, not verified.
 
     The list has an evaluation for each possible number of examples. There is more than one if first
     axes of the batch differ, as with time before batch.
+
+    Args:
+        model: Module of the loss.
+        loss: Loss with outputs.
+        params: Parameters, which require a gradient.
+        batch: Batch.
+        expansions: Whether the outputs stay the same if rows that all examples share are expanded,
+            by the kinds and shapes of all calls. New entries are added.
     """
-    observer, outputs = _evaluated(model, loss, params, batch)
+    known = {} if expansions is None else expansions
+    observer, outputs = _evaluated(model, loss, params, batch, known)
     if not isinstance(outputs, Tensor) or not outputs.dim():
         raise TypeError(
             "Kronecker factors need outputs that are one tensor with the examples along its first "
@@ -199,7 +237,11 @@ def _dependence(outputs: Tensor, params: Mapping[str, Tensor]) -> Iterator[tuple
 
 
 def _evaluated(
-    model: nn.Module, loss: Loss, params: Mapping[str, Tensor], batch: Any
+    model: nn.Module,
+    loss: Loss,
+    params: Mapping[str, Tensor],
+    batch: Any,
+    expansions: dict[Any, bool],
 ) -> tuple[Observer, Any]:
     """Evaluate the model, and record its uses of parameters.
 
@@ -211,9 +253,11 @@ def _evaluated(
             outputs = loss.outputs(params, batch)
         if not observer.has_expanded:
             return observer, outputs
-        with torch.no_grad():
-            if _is_equal(outputs, loss.outputs(params, batch)):
-                return observer, outputs
+        if (kind := observer.kind) not in expansions:
+            with torch.no_grad():
+                expansions[kind] = _is_equal(outputs, loss.outputs(params, batch))
+        if expansions[kind]:
+            return observer, outputs
     except Exception:
         # A model that does not take the expanded rows may raise anything.
         if not observer.has_expanded:
@@ -267,6 +311,15 @@ class Observer(TorchFunctionMode):
         # Tensors that are a parameter or its transpose. They are kept, so that ids are not reused.
         self._aliases = {id(leaf): (leaf, name, False) for name, leaf in params.items()}
 
+    @property
+    def kind(self) -> Any:
+        """Value that is equal for evaluations with calls of the same kinds and shapes."""
+        calls = (
+            (name, *((use.map.layout, use.output.shape) for use in uses))
+            for name, uses in self.calls.items()
+        )
+        return tuple(calls), frozenset(self.others)
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -310,7 +363,6 @@ class Observer(TorchFunctionMode):
             output = output.expand(self.examples, *output.shape[1:])
             maps = maps_of(func, output, args, options)
         seen = set()
-        end = output.clone() if isinstance(output, Tensor) else output
         for argument, made in maps:
             if (alias := given.get(id(argument))) is None:
                 continue
@@ -318,14 +370,15 @@ class Observer(TorchFunctionMode):
             layout = made.layout.transposed() if is_transposed else made.layout
             if layout is not None:
                 seen.add(id(argument))
-                self.calls.setdefault(name, []).append(Use(replace(made, layout=layout), end))
+                self.calls.setdefault(name, []).append(
+                    Use(replace(made, layout=layout), output, get_gradient_edge(output))
+                )
         for key, (_, name, _) in given.items():
             if key not in seen:
                 self.others.setdefault(
                     name, f"it is an argument of {getattr(func, '__name__', func)}"
                 )
-        # A later function may change its argument in place, so that it gets a copy.
-        return end.clone() if seen else output
+        return output
 
 
 def _has_number(args: Any, options: Mapping[str, Any]) -> bool:

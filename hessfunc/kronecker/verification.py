@@ -31,9 +31,11 @@ class Verification:
     Attributes:
         known: Orders of the rows of all calls of each parameter, or the reason for which it has no
             verified uses, for each structure.
+        expansions: Whether rows that all examples share may be expanded, as for `observed`.
     """
 
     known: dict[Any, dict[str, tuple[Order, ...] | str]] = field(default_factory=dict)
+    expansions: dict[Any, bool] = field(default_factory=dict)
 
     def __call__(self, observed: Sequence[Observed], leaves: Mapping[str, Tensor], /) -> Observed:
         """Return the evaluation with the most verified uses, the first of several, and only these.
@@ -85,34 +87,19 @@ def _structure(observed: Observed) -> Any:
 def _found(observed: Observed, leaves: Mapping[str, Tensor]) -> dict[str, tuple[Order, ...] | str]:
     """Return the order of the rows of each call, or the reason why a use is not verified."""
     outputs, uses, examples = observed.outputs, observed.uses, observed.examples
-    ends = {id(end): end for use in uses.values() for end in use.outputs}
     along = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos()
     along = along.to(outputs).view_as(outputs)
-    gradients = torch.autograd.grad(
-        outputs,
-        [*ends.values(), *(leaves[name] for name in uses)],
-        along,
-        retain_graph=True,
-        materialize_grads=True,
-    )
-    slopes = dict(zip(ends, gradients, strict=False))
+    slopes = observed.gradients(uses.values(), along, [leaves[name] for name in uses])
     found: dict[str, tuple[Order, ...] | str] = {}
-    for name, gradient in zip(uses, gradients[len(ends) :], strict=True):
+    for name in uses:
         whole = _is_projection if uses[name].layout is not None else _is_sum
-        if not whole(uses[name], slopes, gradient):
+        if not whole(uses[name], slopes, slopes[id(leaves[name])]):
             found[name] = "it is also used in ways that were not observed"
     scaled_slopes = slopes
     scales = torch.linspace(1, 2, examples, dtype=outputs.dtype, device=outputs.device)
     if examples > 1:
         scaled = along.reshape(examples, -1) * scales[:, None]
-        again = torch.autograd.grad(
-            outputs,
-            list(ends.values()),
-            scaled.view_as(outputs),
-            retain_graph=True,
-            materialize_grads=True,
-        )
-        scaled_slopes = dict(zip(ends, again, strict=True))
+        scaled_slopes = observed.gradients(uses.values(), scaled.view_as(outputs))
     for name, use in uses.items():
         if name not in found:
             orders = [_order(call, slopes, scaled_slopes, scales) for call in use.calls]
@@ -125,7 +112,7 @@ def _is_sum(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -> bool:
     """Return whether the gradient is the sum over calls, which may have different layouts."""
     total, size = torch.zeros_like(gradient), torch.zeros_like(gradient)
     for one in uses.alone():
-        layout, own = one.calls[0].map.layout, one.slopes([slopes[id(one.outputs[0])]])
+        layout, own = one.calls[0].map.layout, one.slopes(slopes)
         inputs = one.inputs()
         total += layout.restored(weight_gradient(own, inputs), gradient.shape)
         # Terms may cancel, as those of the bias of keys before a softmax: their size counts.
@@ -147,7 +134,7 @@ def _is_projection(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -
         for size, step in ((outputs, 1.0), (inputs, 1.618))
     )
     u, v = u.view(groups, outputs), v.view(groups, inputs)
-    own = uses.slopes([slopes[id(end)] for end in uses.outputs]).to(gradient)
+    own = uses.slopes(slopes).to(gradient)
     terms = torch.einsum("bgop,go->bgp", own, u) * _along(uses.inputs(), v)
     weights = layout.permuted(gradient.reshape(1, -1))[0]
     projection = torch.einsum("go,gok,gk->g", u, weights, v)

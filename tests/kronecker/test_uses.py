@@ -181,6 +181,35 @@ def test_positions_that_examples_share() -> None:
     assert not made.diagonals
 
 
+def test_shared_positions_are_compared_once_for_each_shape_of_a_batch() -> None:
+    case, calls = net(Positions, 4, 3, examples=4), []
+
+    def outputs(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(len(batch[0]))
+        return case.loss.outputs(params, batch)
+
+    loss = hf.composed(outputs, F.cross_entropy, targets=lambda batch: batch[1])
+    curvature = hf.kronecker.kfac(loss, case.model, seed=0)
+    x, y = case.batch
+    for rows in (slice(4), slice(4), slice(3), slice(4)):
+        curvature(case.params, (x[rows], y[rows]))
+    assert calls == [4, 4, 4, 3, 3, 4]
+
+
+def test_outputs_that_are_changed_in_place() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.first(x)
+            z += 1
+            return self.head(torch.tanh_(z.mul_(2)))
+
+    traces_of(net(InPlace, 3, examples=4))
+
+
 def test_weights_cast_to_another_dtype() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
     model_fn, params = hf.functional(model, dtype=torch.float64)
