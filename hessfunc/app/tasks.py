@@ -78,7 +78,11 @@ def net(dataset: str, name: str, /) -> Callable[[], nn.Module]:
         return lambda: resnet(layers, channels=channels)
     nets = images.nets()
     if name not in nets:
-        raise ValueError(f"no network {name!r} for {dataset}: choose {', '.join(nets)}, resnet20")
+        known = ", ".join(nets)
+        raise ValueError(
+            f"--arch must be one of {known}, resnet20 or another ResNet with --data {dataset}, "
+            f"not {name!r}"
+        )
     return nets[name]
 
 

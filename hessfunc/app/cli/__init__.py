@@ -15,9 +15,11 @@ except ModuleNotFoundError as missing:
 from hessfunc.app.cli.analyze import analyze
 from hessfunc.app.cli.compare import compare
 from hessfunc.app.cli.eig import eig
+from hessfunc.app.cli.errors import Command, Group
 from hessfunc.app.cli.experiment import experiment
-from hessfunc.app.cli.options import Command, Group
+from hessfunc.app.cli.options import declared
 from hessfunc.app.cli.plan import plan
+from hessfunc.app.cli.table import TABLE
 from hessfunc.app.cli.train import train
 
 __all__ = ["app", "main"]
@@ -25,7 +27,6 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -61,7 +62,7 @@ def _root(
     """Curvature of neural networks: eigenvalues, traces, spectral densities, and training."""
 
 
-for command in (analyze, compare, eig, experiment, plan):
-    app.command(cls=Command)(command)
-# Extra arguments may be decay epochs without commas; `train` rejects them with a hint.
-app.command(cls=Command, context_settings={"allow_extra_args": True})(train)
+for command in (analyze, compare, eig, experiment, plan, train):
+    # Extra arguments may be decay epochs without commas; `train` rejects them with a hint.
+    settings = {"allow_extra_args": command is train}
+    app.command(cls=Command, context_settings=settings)(declared(command, TABLE[command.__name__]))

@@ -2,197 +2,58 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from hessfunc.app.cli.options import (
-    Traceback,
-    command_line,
-    count,
-    dtype_name,
-    fail,
-    held,
-    in_one_line,
-    make_folder,
-    one_of,
-    option,
-    place,
-    refuse_seed,
-    unless_given,
-)
-from hessfunc.app.cli.progress import Bars, bar, bars, print_table
-from hessfunc.app.cli.ranks import mesh_of_all, on_all, speaks
+from hessfunc.app.cli.errors import command_line, fail
+from hessfunc.app.cli.folders import held, make_folder
+from hessfunc.app.cli.progress import Bars, bar, bars, show
+from hessfunc.app.cli.ranks import mesh_of_all, on_all, place, speaks
+from hessfunc.app.cli.table import MATRICES, PARTS
 
 if TYPE_CHECKING:
+    import torch
+
     from hessfunc.app.problems.targets import Problem
     from hessfunc.app.report import Subject
 
-# Repeated here, so that --help does not wait for torch.
-NAMES = ("eigenvalues", "smallest", "trace", "density", "line", "plane")
-MATRICES = {
-    "hessian": "Hessian",
-    "ggn": "generalised Gauss-Newton matrix",
-    "fisher": "Fisher matrix",
-    "efisher": "empirical Fisher matrix",
-}
-CURVATURES = tuple(MATRICES)
-_DATA = "Data"
-_EFFORT = "Effort"
+# Number of examples of a target unless options choose it, and of sequences in a batch.
+_EXAMPLES, _SEQUENCES = {"cifar10": 200, "hf": 64}, 8
 
 
 def analyze(
     context: typer.Context,
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET", help="What to analyse: digits, cifar10 or module:function."
-        ),
-    ] = "digits",
-    out: Annotated[Path, option("DIR", "Folder of the results.")] = Path("hessfunc-out"),
-    curvature: Annotated[
-        str,
-        option(
-            "NAME",
-            "Matrix: hessian, ggn (generalised Gauss-Newton), fisher, or efisher (empirical).",
-        ),
-    ] = "hessian",
-    only: Annotated[
-        str | None,
-        option(
-            "NAMES",
-            f"Compute only these parts, separated by commas: {', '.join(NAMES)}.",
-            default="all",
-        ),
-    ] = None,
-    k: Annotated[
-        int | None,
-        option(
-            "N", "Number of top eigenvalues.", default="10, or all if fewer", panel=_EFFORT, min=1
-        ),
-    ] = None,
-    probes: Annotated[
-        int,
-        option("N", "Random vectors of the density.", panel=_EFFORT, min=1),
-    ] = 4,
-    steps: Annotated[
-        int,
-        option("N", "Lanczos steps per random vector.", panel=_EFFORT, min=1),
-    ] = 80,
-    trace_rtol: Annotated[
-        float,
-        option(
-            "X",
-            "Tolerance of the trace: relative half-width of its 95 % interval.",
-            panel=_EFFORT,
-            min=0,
-        ),
-    ] = 0.05,
-    max_matvecs: Annotated[
-        int,
-        option(
-            "N",
-            "Stop each eigenvalue run and the trace after N matrix-vector products, even if "
-            "the tolerance is not reached.",
-            panel=_EFFORT,
-            min=2,
-            parser=count,
-        ),
-    ] = 300,
-    landscape: Annotated[
-        int,
-        option(
-            "N",
-            "Points per axis of the loss along the top eigenvectors; 0: no landscape.",
-            panel=_EFFORT,
-            min=0,
-        ),
-    ] = 15,
-    radius: Annotated[
-        float,
-        option(
-            "X", "Distance that the landscape covers along each unit eigenvector.", panel=_EFFORT
-        ),
-    ] = 0.5,
-    checkpoint: Annotated[
-        Path | None,
-        option(
-            "DIR",
-            "Save checkpoints of every part in this folder, and resume from them.",
-            panel=_EFFORT,
-        ),
-    ] = None,
-    examples: Annotated[
-        int | None,
-        option(
-            "N",
-            "Use the first N examples.",
-            default="200 for cifar10, else all",
-            panel=_DATA,
-            min=1,
-            parser=count,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        option(
-            "N",
-            "Split larger batches into batches of N examples.",
-            panel=_DATA,
-            min=1,
-            parser=count,
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            "--data-path",
-            metavar="PATH",
-            help=unless_given(
-                "Path to CIFAR-10: the folder cifar-10-batches-py or an .npz file.",
-                default="searched in $HESSFUNC_DATA",
-            ),
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        option(
-            "FILE",
-            "Checkpoint of the ResNet-20.",
-            default="searched in $HESSFUNC_DATA",
-            panel=_DATA,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        option("NAME", "Device to compute on: cpu, cuda, cuda:1, mps."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        option(
-            "NAME",
-            "Convert parameters and inputs: float32, float64, bfloat16 (bf16) or float16.",
-            parser=dtype_name,
-        ),
-    ] = None,
-    seed: Annotated[int, option("N", "Seed of the training and of all random vectors.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", metavar="", help="Print results.json instead of the table.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", metavar="", help="Print errors only.")
-    ] = False,
-    traceback: Traceback = False,
+    target: str = "digits",
+    out: Path = Path("hessfunc-out"),
+    curvature: str = "hessian",
+    only: str | None = None,
+    k: int | None = None,
+    probes: int = 4,
+    steps: int = 80,
+    trace_rtol: float = 0.05,
+    max_matvecs: int = 300,
+    landscape: int = 15,
+    radius: float = 0.5,
+    checkpoint: Path | None = None,
+    examples: int | None = None,
+    batch_size: int | None = None,
+    text: Path | None = None,
+    sequence: int | None = None,
+    data: Path | None = None,
+    weights: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    as_json: bool = False,
+    quiet: bool = False,
+    traceback: bool = False,
 ) -> None:
     """Analyse the Hessian, or another curvature matrix, of a network's loss on its data.
 
@@ -211,21 +72,24 @@ def analyze(
 
     - **cifar10**: a trained ResNet-20 on CIFAR-10's test images
 
+    - **hf:PATH**: a causal or masked language model of Hugging Face in a local folder, on the text
+      of --text, which is cut into sequences
+
     - **module:function**: your own function, importable from the current directory; it takes no
       arguments and returns (model, criterion, loader) or (loss, params, batches)
     """
     if target not in ("digits", "cifar10") and not all(target.partition(":")):
-        fail(f"TARGET must be digits, cifar10 or module:function, not {target!r}")
+        fail(f"TARGET must be one of digits, cifar10, hf:PATH, module:function, not {target!r}")
     if target != "cifar10" and (data or weights):
         fail("--data-path and --weights require the target cifar10")
+    is_text = target.startswith("hf:")
+    if is_text and text is None:
+        fail("a target hf:PATH requires --text FILE, on which its loss is evaluated")
+    if not is_text and (text or sequence):
+        fail("--text and --sequence require a target hf:PATH")
+    if landscape in (1, 2):
+        fail(f"--landscape must be 0 or at least 3, not {landscape}")
     wanted = _parts(only)
-    if landscape in (1, 2) or not 0 < radius < math.inf:
-        fail("--landscape must be 0 or at least 3, and --radius positive and finite")
-
-    try:
-        one_of(curvature, CURVATURES, "--curvature")
-    except ValueError as error:
-        fail(str(error))
 
     from hessfunc.app import report
     from hessfunc.app.analysis import analyse
@@ -235,7 +99,6 @@ def analyze(
     folder = report.Folder(out, report.Invocation(command_line(context), seed, began))
     status, lock = "failed", ExitStack()
     try:
-        refuse_seed(seed)
         torch_device, torch_dtype = place(device, dtype)
         with mesh_of_all(torch_device) as (mesh, torch_device), bars(quiet=quiet) as progress:
 
@@ -248,13 +111,14 @@ def analyze(
             on_all(mesh, begin)
 
             def make() -> Problem:
+                kind = target.partition(":")[0]
                 return make_problem(
                     target,
-                    _returned(target, data, weights, seed, progress),
+                    _returned(context.params, torch_device, torch_dtype, progress),
                     device=torch_device,
                     dtype=torch_dtype,
-                    count=200 if target == "cifar10" and examples is None else examples,
-                    batch_size=batch_size,
+                    count=_EXAMPLES.get(kind) if examples is None else examples,
+                    batch_size=_SEQUENCES if is_text and batch_size is None else batch_size,
                 )
 
             problem = on_all(mesh, make)
@@ -285,56 +149,72 @@ def analyze(
         status = "interrupted"
         finished = ", ".join(part.name for part in folder.parts) or "none"
         fail(f"interrupted; finished parts in {out}: {finished}", code=130)
-    except Exception as error:
-        if traceback:
-            raise
-        fail(in_one_line(error), alone=isinstance(error, ConnectionError))
     finally:
         with lock:
             if speaks():
                 folder.close(status)
 
-    if not speaks() or quiet:
-        return
-    if as_json:
-        typer.echo(report.as_text(folder.content), nl=False)
-        return
-    console = Console(markup=False, emoji=False)
     content = folder.content
-    headline = report.plain(report.headline(content["subject"]))
-    console.print(f"\n{target}: {headline}", highlight=False)
-    print_table(console, report.table(content["results"]))
-    console.print(f"report.html, results.json, pictures and full results (.npz) are in {out}")
+    show(
+        (
+            f"\n{target}: {report.plain(report.headline(content['subject']))}",
+            report.table(content["results"]),
+            f"report.html, results.json, pictures and full results (.npz) are in {out}",
+        ),
+        content,
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def _parts(only: str | None) -> tuple[str, ...]:
     """Return the names of the parts that are computed, in the order of the analysis."""
     if only is None:
-        return NAMES
+        return PARTS
     names = [name.strip() for name in only.split(",") if name.strip()]
-    unknown = [name for name in names if name not in NAMES]
+    unknown = [name for name in names if name not in PARTS]
     if unknown or not names:
         wrong = unknown[0] if unknown else only
-        fail(f"--only must be a list of {', '.join(NAMES)}, separated by commas, not {wrong!r}")
+        fail(f"--only must be a list of {', '.join(PARTS)}, separated by commas, not {wrong!r}")
     along = [name for name in names if name in ("line", "plane")]
     if along and "eigenvalues" not in names:
         fail(f"--only {along[0]} is along eigenvectors: pass --only eigenvalues,{along[0]}")
-    return tuple(name for name in NAMES if name in names)
+    return tuple(name for name in PARTS if name in names)
 
 
 def _returned(
-    target: str, data: Path | None, weights: Path | None, seed: int, progress: Bars
+    given: Mapping[str, Any],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    progress: Bars,
 ) -> Any:
+    """Return the model, criterion and loader of a target, or its loss, params and batches."""
     from hessfunc.app.problems import targets
 
-    if target == "digits":
-        tick = bar(progress, "training")
-        return targets.digits(
-            seed=seed,
-            on_epoch=lambda epoch, loss: tick(epoch / targets.DIGITS_EPOCHS, f"loss {loss:.3g}"),
-        )
-    tick = bar(progress, target)
-    returned = targets.cifar10(data, weights) if target == "cifar10" else targets.imported(target)
+    target, seed = given["target"], given["seed"]
+    tick = bar(progress, "training" if target == "digits" else target)
+    returned: Any
+    match target.partition(":"):
+        case "digits", _, _:
+            epochs = targets.DIGITS_EPOCHS
+            return targets.digits(
+                seed=seed, on_epoch=lambda epoch, loss: tick(epoch / epochs, f"loss {loss:.3g}")
+            )
+        case "cifar10", _, _:
+            returned = targets.cifar10(given["data"], given["weights"])
+        case "hf", _, path:
+            from hessfunc.app.problems.huggingface import language_model
+
+            returned = language_model(
+                Path(path),
+                given["text"],
+                sequence=given["sequence"],
+                device=device,
+                dtype=dtype,
+                seed=seed,
+            )
+        case _:
+            returned = targets.imported(target)
     tick(1.0, "")
     return returned
 

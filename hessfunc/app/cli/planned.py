@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -71,6 +72,26 @@ def shown(
     yield _cost(planned, machine)
     yield _numbers(numbers)
     yield from _verdict(verdict)
+
+
+def as_data(verdict: Verdict, machine: Machine, numbers: Sequence[Number], /) -> dict[str, Any]:
+    """Return a plan as plain data, with memory in bytes and times in seconds."""
+    planned = verdict.plan
+    workload = planned.algorithm.workload(planned.setting)
+    cost = machine.in_all(planned.setting, workload)
+    return {
+        "title": _title(planned),
+        "fits": verdict.fits,
+        "refusal": verdict.refusal,
+        "available": verdict.room,
+        "peak": {"during": planned.peak.name, "total": planned.peak.total, **planned.peak.held},
+        "moments": {moment.name: moment.total for moment in planned.moments},
+        "products": workload.products,
+        "sent": cost.sent,
+        "communication_seconds": cost.wire,
+        "seconds": cost.seconds,
+        "inputs": {name: {"value": value, "source": source} for name, value, source in numbers},
+    }
 
 
 def _title(planned: Plan) -> str:

@@ -1,10 +1,12 @@
-"""Progress of commands on standard error: bars on a terminal, and lines elsewhere."""
+"""Output of commands: results on standard output, and progress on standard error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -29,6 +31,7 @@ class Bars(Progress):
         console = Console(stderr=True)
         speaking = speaks() and not quiet
         self.lines = Lines() if speaking and not console.is_terminal else None
+        self._speaking = speaking
         super().__init__(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -39,6 +42,11 @@ class Bars(Progress):
             transient=True,
             disable=not (speaking and console.is_terminal),
         )
+
+    def say(self, text: str, /) -> None:
+        """Print a line that stays, above the bars."""
+        if self._speaking:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def bars(*, quiet: bool = False) -> Bars:
@@ -63,7 +71,24 @@ def bar(progress: Bars, name: str, /) -> Callable[[float, str], None]:
     return tick
 
 
-def print_table(console: Console, table: Table, /) -> None:
+def show(
+    parts: Iterable[Table | str], data: Mapping[str, Any], /, *, as_json: bool, quiet: bool
+) -> None:
+    """Print the results of a command: tables and sentences, or their plain data as JSON."""
+    if not speaks():
+        return
+    if as_json:
+        typer.echo(json.dumps(data, indent=2, allow_nan=False))
+        return
+    console = Console(markup=False, emoji=False, highlight=False)
+    for part in () if quiet else parts:
+        if isinstance(part, Table):
+            _print_table(console, part)
+        else:
+            console.print(part, soft_wrap=True)
+
+
+def _print_table(console: Console, table: Table, /) -> None:
     """Print a table at its own width; a narrow terminal wraps its lines, and cuts no number."""
     options = console.options.update(max_width=_WIDEST)
     needed = console.measure(table, options=options).maximum

@@ -1,8 +1,9 @@
-"""Commands that ``torchrun`` starts in several processes: all compute, rank 0 prints."""
+"""Devices and processes of a command: under ``torchrun`` all ranks compute, and rank 0 prints."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -50,6 +51,31 @@ def on_all(mesh: DeviceMesh | None, act: Callable[[], Made]) -> Made:
     from hessfunc.ranks import Ranks
 
     return Ranks.of(mesh).all_do(act, torch.device(mesh.device_type))
+
+
+def place(
+    device: str | None, dtype: str | None = None
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """Return the device and the dtype with these names; None stays None.
+
+    Raises:
+        ValueError: If the device is unknown or cannot be used.
+    """
+    import torch
+
+    kind = getattr(torch, dtype) if dtype else None
+    if device is None:
+        return None, kind
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise ValueError(
+            f"--device must be one of cpu, cuda, mps, xpu, or one with a number such as cuda:1, "
+            f"not {device!r}"
+        )
+    try:
+        return torch.zeros(1, device=device, dtype=kind).device, kind
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}") from error
 
 
 def refuse_several(command: str, /) -> None:

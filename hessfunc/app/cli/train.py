@@ -10,57 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import typer
-from rich.console import Console
 
+from hessfunc.app.cli.errors import command_line, fail
+from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
 from hessfunc.app.cli.methods import OF_ABSA, OF_NEWTON, OF_SGD, epochs_of, optimiser, schedule
-from hessfunc.app.cli.options import (
-    Arch,
-    DataPath,
-    Depth,
-    Device,
-    Traceback,
-    Training,
-    command_line,
-    fail,
-    held,
-    in_one_line,
-    make_folder,
-    named_net,
-    place,
-    refuse_data,
-    refuse_other_files,
-    refuse_seed,
-)
-from hessfunc.app.cli.progress import bar, bars, finished_fraction, line, print_table
-from hessfunc.app.cli.ranks import refuse_several
-from hessfunc.app.cli.training_options import (
-    AdversarialShare,
-    Alpha,
-    BatchSize,
-    CgAtol,
-    CgMax,
-    CgRtol,
-    CurvatureName,
-    Epochs,
-    Eps,
-    ExampleCount,
-    LargeRatio,
-    Lr,
-    LrDecay,
-    LrDecayEpoch,
-    MaxBlocks,
-    MethodName,
-    Momentum,
-    OptimizerName,
-    OutFolder,
-    Patience,
-    SaveEvery,
-    SeedNumber,
-    SolverName,
-    TimeLimit,
-    Tracked,
-    WeightDecay,
-)
+from hessfunc.app.cli.progress import bar, bars, finished_fraction, line, show
+from hessfunc.app.cli.ranks import place, refuse_several
+from hessfunc.app.cli.trained import named_net, refuse_data
 
 if TYPE_CHECKING:
     from hessfunc.app import report
@@ -70,38 +26,40 @@ if TYPE_CHECKING:
 
 def train(
     context: typer.Context,
-    data: Training = "digits",
-    arch: Arch = None,
-    depth: Depth = None,
-    method: MethodName = "sgd",
-    optimizer: OptimizerName = None,
-    curvature: CurvatureName = None,
-    epochs: Epochs = 90,
-    batch_size: BatchSize = 128,
-    large_ratio: LargeRatio = None,
-    lr: Lr = 0.1,
-    lr_decay: LrDecay = 0.2,
-    lr_decay_epoch: LrDecayEpoch = "30,60",
-    adversarial_share: AdversarialShare = None,
-    eps: Eps = None,
-    patience: Patience = None,
-    momentum: Momentum = None,
-    weight_decay: WeightDecay = None,
-    alpha: Alpha = None,
-    solve: SolverName = None,
-    cg_max: CgMax = None,
-    cg_rtol: CgRtol = None,
-    cg_atol: CgAtol = None,
-    max_blocks: MaxBlocks = None,
-    examples: ExampleCount = None,
-    data_path: DataPath = None,
-    track: Tracked = None,
-    minutes: TimeLimit = None,
-    device: Device = None,
-    seed: SeedNumber = 0,
-    out: OutFolder = Path("hessfunc-train"),
-    save_every: SaveEvery = 100,
-    traceback: Traceback = False,
+    data: str = "digits",
+    arch: str | None = None,
+    depth: int | None = None,
+    method: str = "sgd",
+    optimizer: str | None = None,
+    curvature: str | None = None,
+    epochs: int = 90,
+    batch_size: int = 128,
+    large_ratio: int | None = None,
+    lr: float = 0.1,
+    lr_decay: float = 0.2,
+    lr_decay_epoch: str = "30,60",
+    adversarial_share: float | None = None,
+    eps: float | None = None,
+    patience: int | None = None,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
+    alpha: float | None = None,
+    solve: str | None = None,
+    cg_max: int | None = None,
+    cg_rtol: float | None = None,
+    cg_atol: float | None = None,
+    max_blocks: int | None = None,
+    examples: int | None = None,
+    data_path: Path | None = None,
+    track: str | None = None,
+    minutes: float | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    out: Path = Path("hessfunc-train"),
+    save_every: int = 100,
+    as_json: bool = False,
+    quiet: bool = False,
+    traceback: bool = False,
 ) -> None:
     """Train a small network with SGD or Newton's method, on batches of fixed or growing size.
 
@@ -113,6 +71,7 @@ def train(
     """
     from hessfunc.app.report import Invocation
     from hessfunc.app.table import summary
+    from hessfunc.training.history import content
 
     began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
     folder = _Folder(out, Invocation(command_line(context), seed, began), batch_size)
@@ -123,14 +82,10 @@ def train(
         except KeyboardInterrupt:
             folder.finish_interrupted()
             fail(f"interrupted; the finished epochs are in {out}", code=130)
-        except Exception as error:
-            if traceback:
-                raise
-            fail(in_one_line(error))
 
-    console = Console(markup=False, emoji=False)
-    print_table(console, summary(trained, batch_size=batch_size))
-    console.print(f"report.html, history.json, history.png and checkpoint.pt are in {out}")
+    written = f"report.html, history.json, history.png and checkpoint.pt are in {out}"
+    parts = (summary(trained, batch_size=batch_size), written)
+    show(parts, content(folder.settings, [trained]), as_json=as_json, quiet=quiet)
     if trained.ended not in ("complete", "time is up"):
         fail(trained.ended)
 
@@ -203,9 +158,6 @@ def _trained(given: Mapping[str, Any], more: list[str], folder: _Folder, lock: E
 
     refuse_data(given["data"], given["data_path"])
     refuse_several("train")
-    refuse_seed(given["seed"])
-    if given["track"] not in (None, "top", "full"):
-        raise ValueError(f"--track must be top or full, not {given['track']!r}")
     net = named_net(given["arch"], given["depth"])
     decay = epochs_of(given["lr_decay_epoch"], more)
     chosen = optimiser(given["optimizer"], given["lr"], _of(OF_SGD, given), _of(OF_NEWTON, given))
@@ -243,7 +195,7 @@ def _trained(given: Mapping[str, Any], more: list[str], folder: _Folder, lock: E
     folder.refuse_others()
     kind = "sgd" if isinstance(chosen, SGD) else "newton"
     name = kind if given["method"] == "sgd" else f"{kind}, {given['method']}"
-    with bars() as progress:
+    with bars(quiet=given["quiet"]) as progress:
         tick = bar(progress, f"{net} by {name}")
 
         def on_record(run: Run) -> None:
@@ -252,7 +204,7 @@ def _trained(given: Mapping[str, Any], more: list[str], folder: _Folder, lock: E
             tick(
                 finished_fraction(last, given["epochs"], given["minutes"]), f"loss {last.loss:.4g}"
             )
-            progress.console.print(line(last), highlight=False, markup=False, soft_wrap=True)
+            progress.say(line(last))
 
         def on_step(count: int) -> None:
             assert folder.running is not None

@@ -1,4 +1,4 @@
-"""Description of a saved network, from its checkpoint and from options that must agree."""
+"""Networks and data sets that options name, and that a checkpoint of `hessfunc train` names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hessfunc.app.cli.options import named_net, refuse_data
+from hessfunc.app.cli.table import DATASETS
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def trained(
     named = None if arch is None and depth is None else named_net(arch or "resnet", depth)
     dataset = _agreed(file, "--data", data, settings, "data") or "digits"
     net = _agreed(file, "--arch", named, settings, "arch") or named_net(None, None)
+    if dataset not in DATASETS:
+        raise ValueError(f"{file} names an unknown data set {dataset!r}: pass another --resume")
     saved_path = settings.get("data_path")
     refuse_data(dataset, data_path)
     return Trained(
@@ -64,3 +66,27 @@ def _agreed(
     if None not in (given, known) and given != known:
         raise ValueError(f"{file} was trained with {option} {known}, not {given}: omit {option}")
     return known if given is None else given
+
+
+def refuse_data(data: str, data_path: Path | None, /) -> None:
+    """Check that a data set takes a path, if there is one.
+
+    Raises:
+        ValueError: If the data set takes no path.
+    """
+    if data == "digits" and data_path is not None:
+        raise ValueError("--data-path requires --data mnist or --data cifar10")
+
+
+def named_net(arch: str | None, depth: int | None, /) -> str:
+    """Return the name of a network, including its depth.
+
+    Raises:
+        ValueError: If a depth is given for a network that is not a ResNet.
+    """
+    name = (arch or "mlp").lower()
+    if name == "resnet":
+        return f"resnet{depth or 20}"
+    if depth is not None:
+        raise ValueError(f"--depth requires --arch resnet, not --arch {name}")
+    return name

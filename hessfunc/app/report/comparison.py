@@ -159,17 +159,13 @@ def as_table(runs: Sequence[Compared], /) -> Table:
 def comparison(runs: Sequence[Compared], /) -> str:
     """Return the page of two runs, with all assets inline, which needs no network."""
     drawn = figures(runs)
-    content = {
-        "runs": {run.name: run.content for run in runs},
-        "figures": lines.plain(drawn),
-    }
     columns = [("", ""), *((run.name, "number") for run in runs)]
     cells = [[escape(label), *map(marked, each)] for label, each in compared_rows(runs)]
     is_analysis = runs[0].kind == "analysis"
     notes = said((RESIDUAL,)) + said(_angles(runs)) if is_analysis else ""
     beside = scrolled("Side by side", table(columns, cells))
     return document(
-        content,
+        content(runs),
         title=" and ".join(run.name for run in runs),
         kind="Comparison of",
         status=_status(runs),
@@ -181,6 +177,14 @@ def comparison(runs: Sequence[Compared], /) -> str:
         ),
         scripts=lines.SCRIPTS,
     )
+
+
+def content(runs: Sequence[Compared], /) -> dict[str, Any]:
+    """Return the plain data of two runs and of their figures."""
+    return {
+        "runs": {run.name: run.content for run in runs},
+        "figures": lines.plain(figures(runs)),
+    }
 
 
 def _status(runs: Sequence[Compared]) -> str:

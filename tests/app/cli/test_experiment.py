@@ -14,7 +14,9 @@ from tests.datapath import DATA, data_file
 def test_an_unknown_experiment_is_refused() -> None:
     refused = experiment("exp99")
     assert refused.exit_code == 2
-    assert refused.stderr == "hessfunc: NAME must be exp01, exp02, exp08 or exp09, not 'exp99'\n"
+    assert (
+        refused.stderr == "hessfunc: NAME must be one of exp01, exp02, exp08, exp09, not 'exp99'\n"
+    )
     assert "set HESSFUNC_DATA" in experiment("exp01").stderr
 
 

@@ -1,52 +1,16 @@
-"""Options that commands share: folders, help, and mistakes."""
+"""Declared options: help, numbers, and completion."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import hessfunc as hf
-from hessfunc.app import tasks
-from hessfunc.app.cli.options import held
-from tests.app.cli.commands import analyze, experiment, invoke, train
-
-
-def test_results_of_something_else_stay(here: Path) -> None:
-    (here / "results.json").write_text("{}")
-    refused = analyze("mine:quadratic", "--out", ".")
-    assert refused.exit_code == 2
-    assert "results.json that no analysis has written" in refused.stderr
-    assert (here / "results.json").read_text() == "{}"
-
-
-def test_a_folder_in_which_another_analysis_runs_is_refused(here: Path) -> None:
-    (here / "found").mkdir()
-    with held(here / "found"):
-        refused = analyze("mine:quadratic", "--k", "1", "--out", "found")
-        assert refused.exit_code == 2
-        assert refused.stderr.count("\n") == 1
-        assert "--out found: process" in refused.stderr
-        assert "is running in this directory: wait until it has ended" in refused.stderr
-        assert [file.name for file in (here / "found").iterdir()] == ["hessfunc.lock"]
-    assert analyze("mine:quadratic", "--k", "1", "--out", "found").exit_code == 0
-    assert not (here / "found/hessfunc.lock").exists()
-
-
-def test_the_lock_of_an_analysis_that_was_killed_is_taken_over(here: Path) -> None:
-    code = (
-        "import os, pathlib; from hessfunc.app.cli.options import held\n"
-        "pathlib.Path('found').mkdir()\n"
-        "with held(pathlib.Path('found')): os._exit(1)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=False)
-    assert (here / "found/hessfunc.lock").exists()
-    assert analyze("mine:quadratic", "--k", "1", "--out", "found").exit_code == 0
-    assert not (here / "found/hessfunc.lock").exists()
-
-
-def test_traceback_shows_where(here: Path) -> None:
-    assert isinstance(analyze("mine:breaking", "--traceback").exception, KeyError)
+from hessfunc.app.cli import app
+from hessfunc.app.cli.options import number, one_of
+from tests.app.cli.commands import invoke
 
 
 @pytest.mark.parametrize("command", [[], ["analyze"], ["train"], ["eig"], ["experiment"]])
@@ -77,40 +41,53 @@ def test_help_does_not_load_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["history.json", "history.png", "report.html"])
-def test_files_of_other_programs_are_not_overwritten(name: str) -> None:
-    Path("mine").mkdir()
-    Path("mine", name).write_text("precious")
-    done = train("--out", "mine", "--epochs", "1", "--examples", "20", "--batch-size", "10")
-    assert done.exit_code == 2
-    assert Path("mine", name).read_text() == "precious"
-
-
-def test_a_folder_in_which_another_command_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "examples", lambda *_, **__: ([0], [0]))
-    Path("mine").mkdir()
-    with held(Path("mine")):
-        for done in (train("--out", "mine"), experiment("exp01", "--out", "mine")):
-            assert done.exit_code == 2
-            assert "--out mine: process" in done.stderr
-        assert [file.name for file in Path("mine").iterdir()] == ["hessfunc.lock"]
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("7B", 7e9), ("1e9", 1e9), ("350M", 350e6), ("2.5k", 2500), ("1,000", 1000), ("1_0", 10)],
+)
+def test_numbers_are_written_as_people_write_them(text: str, value: float) -> None:
+    assert number(text, whole=False) == value
+    assert number(text, whole=True) == value
+    assert isinstance(number(text, whole=True), int)
+    assert number(value, whole=False) == value
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("limits", "text", "message"),
     [
-        (["analyse"], "No such command 'analyse'"),
-        (["analyse"], "choose one of analyze, compare, eig, experiment, plan, train"),
-        (["analyze", "--color", "red"], "No such option: --color"),
-        (["eig"], "Missing option '--resume'"),
-        (["eig", "--k", "0"], "--k must be greater than or equal to 1"),
-        (["train", "--epochs", "ten"], "--epochs must be a valid integer"),
+        ({"whole": True, "min": 1}, "0.5", "a whole number of at least 1, such as 1000, 1k or 7B"),
+        ({"whole": False, "above": 0}, "0", "a number above 0, such as 0.5 or 1e-3, not '0'"),
+        ({"whole": False, "above": 0, "max": 1}, "2", "a number above 0, at most 1, not '2'"),
+        ({"whole": False, "min": 0, "max": 1}, "2", "a number from 0 to 1, not '2'"),
+        ({"whole": False}, "seven", "a number, such as"),
     ],
 )
-def test_every_mistake_is_one_line(arguments: list[str], message: str) -> None:
-    refused = invoke(*arguments)
-    assert refused.exit_code == 2
-    assert refused.stdout == ""
-    assert refused.stderr.startswith("hessfunc: ")
-    assert refused.stderr.count("\n") == 1
-    assert message in refused.stderr
+def test_other_numbers_are_refused(limits: dict[str, float], text: str, message: str) -> None:
+    with pytest.raises(typer.BadParameter, match=f"^must be {message}"):
+        number(text, **limits)
+
+
+def test_a_choice_has_a_short_name() -> None:
+    choices = {"bfloat16": "bf16", "float32": "fp32"}
+    assert one_of(choices, "bf16") == one_of(choices, "bfloat16") == "bfloat16"
+    with pytest.raises(typer.BadParameter, match=r"one of bfloat16 \(bf16\), float32 \(fp32\), "):
+        one_of(choices, "int8")
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("hessfunc an", ["analyze"]),
+        ("hessfunc analyze --curvature ", ["hessian", "ggn", "fisher", "efisher"]),
+        ("hessfunc train --curvature hbp-a", ["hbp-abs"]),
+    ],
+)
+def test_shells_complete_commands_and_choices(words: str, completed: list[str]) -> None:
+    shell = {
+        "_HESSFUNC_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    done = CliRunner().invoke(app, [], prog_name="hessfunc", env=shell)
+    assert done.stdout.split() == completed
+    assert "--install-completion" in invoke("--help").stdout

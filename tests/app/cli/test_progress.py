@@ -1,13 +1,16 @@
 """Lines and bars that show how far a command is."""
 
-import io
+import json
 import time
+from pathlib import Path
 
 import pytest
-from rich.console import Console
 from rich.table import Table
+from typer.testing import CliRunner
 
-from hessfunc.app.cli.progress import bar, bars, finished_fraction, line, print_table
+from hessfunc.app.cli import app
+from hessfunc.app.cli.progress import bar, bars, finished_fraction, line, show
+from tests.app.cli.commands import analyze, invoke
 from tests.training.records import record
 
 
@@ -54,10 +57,58 @@ def test_without_a_terminal_the_state_is_a_line_every_thirty_seconds(
     assert capsys.readouterr().err == ""
 
 
-def test_a_table_keeps_its_width() -> None:
+@pytest.mark.parametrize("columns", ["12", "40", "60"])
+def test_a_table_keeps_its_width(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = Table("value", "residual")
     table.add_row("123456789.123", "1.0e-05")
-    stream = io.StringIO()
-    print_table(Console(file=stream, width=12), table)
-    assert "123456789.123" in stream.getvalue()
-    assert "1.0e-05" in stream.getvalue()
+    monkeypatch.setenv("COLUMNS", columns)
+    show([table, 99 * "word "], {}, as_json=False, quiet=False)
+    shown = capsys.readouterr().out
+    assert "123456789.123" in shown
+    assert "1.0e-05" in shown
+    assert "\n" not in shown[shown.index("word") :].rstrip()
+
+
+def test_json_is_printed_alone_and_also_if_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (False, True):
+        show(["a sentence"], {"value": 1.5}, as_json=True, quiet=quiet)
+        assert json.loads(capsys.readouterr().out) == {"value": 1.5}
+    show(["a sentence"], {"value": 1.5}, as_json=False, quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+PARTS = ("--only", "eigenvalues,trace", "--k", "2")
+ONE_EPOCH = ("--epochs", "1", "--examples", "20", "--batch-size", "10")
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (("analyze", "mine:quadratic", *PARTS), "results"),
+        (("compare", "a", "a"), "runs"),
+        (("train", *ONE_EPOCH, "--out", "b"), "runs"),
+        (("eig", "--resume", "b/checkpoint.pt", "--k", "2"), "values"),
+        (("plan", "--params", "7B"), "peak"),
+        (("plan", "--params", "7B", "--gpu-memory", "4"), "refusal"),
+    ],
+)
+def test_every_command_prints_json_alone(here: Path, words: tuple[str, ...], key: str) -> None:
+    assert analyze("mine:quadratic", *PARTS, "--out", "a").exit_code == 0
+    if words[0] == "eig":
+        assert invoke("train", *ONE_EPOCH, "--out", "b").exit_code == 0
+    done = invoke(*words, "--json", "--quiet")
+    assert done.exit_code == (1 if key == "refusal" else 0), done.output
+    assert key in json.loads(done.stdout)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("columns", ["40", "60"])
+def test_a_narrow_terminal_shows_every_word(here: Path, columns: str) -> None:
+    assert analyze("mine:quadratic", *PARTS, "--out", "a").exit_code == 0
+    for words in (("compare", "a", "a"), ("plan", "--params", "7B", "--gpu-memory", "4")):
+        wide, narrow = (
+            CliRunner().invoke(app, [*words], env={"COLUMNS": n}).stdout for n in ("300", columns)
+        )
+        assert wide.split() == narrow.split()

@@ -1,0 +1,46 @@
+"""Mistakes and failures, each on one line."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from tests.app.cli.commands import analyze, invoke
+
+
+def test_traceback_shows_where(here: Path) -> None:
+    assert isinstance(analyze("mine:breaking", "--traceback").exception, KeyError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["analyse"], "No such command 'analyse'"),
+        (["analyse"], "choose one of analyze, compare, eig, experiment, plan, train"),
+        (["analyze", "--color", "red"], "No such option: --color"),
+        (["eig"], "Missing option '--resume'"),
+        (["eig", "--k", "0"], "--k must be a whole number of at least 1, "),
+        (["train", "--epochs", "ten"], "--epochs must be a whole number of at least 1, "),
+    ],
+)
+def test_every_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("hessfunc: ")
+    assert refused.stderr.count("\n") == 1
+    assert message in refused.stderr
+
+
+def test_an_argument_of_the_library_is_shown_as_the_option(here: Path) -> None:
+    refused = analyze("mine:quadratic", "--k", "7")
+    assert refused.stderr.startswith("hessfunc: --k 7: the matrix has 6 eigenvalues")
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("hessfunc.app.cli.plan"), "judged", interrupted)
+    stopped = invoke("plan", "--params", "7B")
+    assert (stopped.exit_code, stopped.stderr) == (130, "hessfunc: interrupted\n")
