@@ -107,7 +107,9 @@ def number(
     is_below = (min is not None and value < min) or (above is not None and value <= above)
     if not is_known or is_below or (max is not None and value > max):
         kind = "a whole number" if whole else "a number"
-        example = "" if max is not None else f", such as {'1000, 1k or 7B' if whole else '0.5 or 1e-3'}"
+        example = (
+            "" if max is not None else f", such as {'1000, 1k or 7B' if whole else '0.5 or 1e-3'}"
+        )
         raise typer.BadParameter(f"must be {kind}{_bounds(min, max, above)}{example}, not {text!r}")
     return round(value) if whole else float(value)
 

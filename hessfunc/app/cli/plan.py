@@ -62,10 +62,10 @@ def plan(
 ) -> None:
     """Estimate memory per rank, communication and time of a run.
 
-    Nothing is downloaded, and of hf:PATH only the config is read. Without it, the network is a causal transformer of the usual
-    shape in float32, and the GPU is an H100. A GiB is 2^30 bytes, also in bandwidths. The command
-    prints every number that the plan depends on, and whether it was given, assumed or measured. The
-    exit code is 1 if the run does not fit in --gpu-memory.
+    Nothing is downloaded, and of hf:PATH only the config is read. Without hf:PATH, the network is a
+    causal transformer of the usual shape in float32. By default the GPU is an H100. A GiB is 2^30
+    bytes, also in bandwidths. The command prints every number that the plan depends on, and whether
+    it was given, assumed or measured. The exit code is 1 if the run does not fit in --gpu-memory.
 
     The parameters are replicated. Each rank computes Hessian products in reverse mode, one vector
     at a time, and rebuilds the graph of each batch in each pass.

@@ -53,6 +53,7 @@ def language_model(
             short, or if the sequences are longer than the context of the model.
     """
     config = config_of(folder)
+    _class_of(folder, config)
     length = _length(folder, config, sequence)
     written = _read(text)
     encoding = _encoding(folder, config, written)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import hessfunc as hf
+from hessfunc.app.problems.huggingface import language_model
 from tests.app.cli.commands import analyze
+from tests.app.problems.language_models import gpt2, saved
 from tests.datapath import DATA, data_file
 
 
@@ -90,6 +92,22 @@ def test_other_matrices(here: Path, name: str, make: Any) -> None:
     }
     assert words[name] in content["subject"]["matrix"]
     assert words[name] in (here / "hessfunc-out" / "report.html").read_text()
+
+
+def test_a_language_model_of_hugging_face(here: Path) -> None:
+    folder = saved(here, gpt2())
+    words = (f"hf:{folder}", "--text", "text.txt", "--sequence", "8", "--batch-size", "3")
+    done = analyze(*words, "--only", "eigenvalues", "--k", "1", "--json")
+    assert done.exit_code == 0, done.output
+    content = json.loads(done.stdout)
+    subject = content["subject"]
+    assert (subject["examples"], subject["batches"]) == (12, 4)
+    loss, params, (batch,) = language_model(folder, here / "text.txt", sequence=8)
+    assert subject["loss"] == pytest.approx(loss(params, batch).item(), rel=1e-5)
+    due = hf.lanczos(hf.hvp(loss)(params, batch), params, k=1, seed=1).values.tolist()
+    assert content["results"]["eigenvalues"]["values"] == pytest.approx(due, rel=1e-3)
+    assert analyze(*words, "--only", "trace", "--examples", "2", "--json").exit_code == 0
+    assert results(here / "hessfunc-out")["subject"]["examples"] == 2
 
 
 def test_parts_may_be_chosen(here: Path) -> None:
@@ -180,6 +198,9 @@ def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
         (["mine:quadratic", "--data-path", "x"], "require the target cifar10"),
         (["mine:quadratic", "--landscape", "2"], "--landscape must be 0 or at least 3"),
         (["cifar10"], "set HESSFUNC_DATA"),
+        (["hf:gpt2"], "a target hf:PATH requires --text FILE"),
+        (["hf:gpt2", "--text", "mine.py"], "hf:gpt2 must name a folder: download the model"),
+        (["digits", "--text", "mine.py"], "--text and --sequence require a target hf:PATH"),
         (["digits", "--only", "trace,all"], "--only must be a list of eigenvalues, smallest, "),
         (["digits", "--only", "line"], "pass --only eigenvalues,line"),
         (["digits", "--colour"], "No such option: --colour"),

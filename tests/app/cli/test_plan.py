@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from hessfunc.app.cli import app
 from tests.app.cli.commands import SMALL, number, plan
+from tests.app.problems.language_models import gpt2, saved
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,19 @@ def test_sizes_are_written_as_people_write_them(text: str) -> None:
     done = plan("--params", text, "--graph-memory", "1", "--dtype", "bf16")
     assert done.exit_code == 0, done.output
     assert "7,000,000,000 in bfloat16" in done.stdout
+
+
+def test_a_model_of_hugging_face(tmp_path: Path) -> None:
+    model = gpt2()
+    folder = saved(tmp_path, model)
+    done = plan(f"hf:{folder}", "--batch-tokens", "64", "--sequence", "16")
+    assert done.exit_code == 0, done.output
+    count = sum(p.numel() for p in model.parameters())
+    assert re.search(rf"{count:,} in float32 +read from the config", done.stdout)
+    assert re.search("largest parameter +2,048 +read from the config", done.stdout)
+    assert "omit them" in plan(f"hf:{folder}", "--params", "7B").stderr
+    assert "TARGET must be hf:PATH, not 'gpt2'" in plan("gpt2").stderr
+    assert "--params 7B, or a target hf:PATH" in plan().stderr
 
 
 def test_the_exit_code_is_one_where_a_plan_does_not_fit() -> None:
