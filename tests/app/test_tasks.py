@@ -13,7 +13,7 @@ from tests.datapath import data_file
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="no network 'c4d3' for digits: choose mlp, convnet"):
+    with pytest.raises(ValueError, match="--arch must be one of mlp, convnet, c1"):
         tasks.net("digits", "c4d3")
     with pytest.raises(ValueError, match="choose one of"):
         blocks_of("nothing", mlp([2, 2]))
