@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,8 +57,6 @@ def eig(
 
     import hessfunc as hf
     from hessfunc.app import tasks
-    from hessfunc.app.report import Part
-    from hessfunc.app.report import as_json as plain
 
     torch_device, _ = place(device)
     with mesh_of_all(torch_device) as (mesh, torch_device), bars(quiet=quiet) as progress:
@@ -78,7 +75,6 @@ def eig(
         batches = seen.batches(min(batch_size, math.ceil(len(seen) / ranks)))
         matvec = hf.over_batches(hf.hvp(loss), mesh=mesh)(params, batches)
         tick = bar(progress, f"{k} eigenvalue{'s' * (k > 1)} of {len(seen)} examples")
-        started = time.perf_counter()
         pairs = hf.lanczos(
             matvec,
             params,
@@ -91,11 +87,15 @@ def eig(
                 running.matvecs / max_matvecs, f"largest {running.largest:.4g}"
             ),
         )
-    found = plain(Part("eigenvalues", pairs, time.perf_counter() - started))
     ended = f"{len(seen):,} examples, {pairs.matvecs} products; {pairs.reason}"
     show(
         (_table(pairs), ended),
-        {"data": saved.data, "arch": saved.arch, "examples": len(seen), **found},
+        {
+            "data": saved.data,
+            "arch": saved.arch,
+            "examples": len(seen),
+            **pairs.to_dict(vectors=False),
+        },
         as_json=as_json,
         quiet=quiet,
     )
