@@ -170,6 +170,49 @@ class _Block:
             return call_with(block.segment, state, args, kwargs)
 
 
+class Shards(Mapping[str, Tensor]):
+    """Parameters of which only a `ShardedModel` can read this rank's shards.
+
+    Attributes:
+        tensors: Shard of each parameter.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def _refuse(self, *_: Any) -> Any:
+        raise RuntimeError(
+            "the outputs of the loss read parameters besides `model_fn`, but each rank has only a "
+            "part of them: compute with `model_fn(params, inputs)` alone, or pass a plain loss "
+            "`(params, batch) -> scalar`, whose params are DTensors"
+        )
+
+    __getitem__ = __iter__ = __len__ = __contains__ = keys = items = values = get = _refuse
+
+
+class _Question(Shards):
+    """Parameters that a `ShardedModel` answers with itself, before it computes anything."""
+
+
+class _Answer(BaseException):
+    """Not an error: the model that was asked for, which ends the evaluation of its loss."""
+
+    def __init__(self, model: ShardedModel) -> None:
+        self.model = model
+
+
+def model_in(outputs: Callable[[Tree, Any], Any], batch: Any, /) -> ShardedModel | None:
+    """Return the sharded model to which a function passes its parameters, if there is one."""
+    try:
+        outputs(_Question({}), batch)
+    except _Answer as answer:
+        return answer.model
+    except Exception:
+        # Another function reads its parameters. The evaluation at these raises its own errors.
+        return None
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class ShardedModel:
     """Pure function ``(params, inputs) -> outputs`` of a model with divided parameters.
@@ -185,10 +228,14 @@ class ShardedModel:
     parts: Divided
 
     def __call__(self, params: Tree, /, *inputs: Any, **named_inputs: Any) -> Any:
+        if isinstance(params, _Question):
+            raise _Answer(self)
+        if isinstance(params, Shards):
+            return self.of_rank(params.tensors, *inputs, **named_inputs)
         ranks, given = self.parts.ranks, (inputs, named_inputs)
         shards = self._shards_of(params)
         self.refuse_different(given)
-        rows = ranks.parts(count_of(given))
+        rows = self.rows(given)
         own = rows[ranks.rank]
         of_rank, named_of_rank = rows_of(given, own)
         outputs = self.of_rank(shards, *of_rank, **named_of_rank)
@@ -204,6 +251,21 @@ class ShardedModel:
             return joined(ranks, lengths, leaf[: len(own)])
 
         return mapped(join, outputs, "outputs")
+
+    def rows(self, batch: Any, /) -> list[range]:
+        """Return the rows of a batch that each rank evaluates."""
+        return self.parts.ranks.parts(count_of(batch))
+
+    def has(self, params: Tree, /) -> bool:
+        """Return whether these are parameters of the model, divided like its own."""
+        whole = self.parts.whole
+        return isinstance(params, Mapping) and all(
+            name in whole
+            and isinstance(leaf, DTensor)
+            and leaf.device_mesh.ndim == 1
+            and leaf.placements == (_placement(whole[name][1]),)
+            for name, leaf in params.items()
+        )
 
     def _shards_of(self, params: Tree) -> dict[str, Tensor]:
         if not isinstance(params, Mapping):
@@ -250,9 +312,11 @@ def _local(name: str, parts: Divided, leaf: Tensor) -> Tensor:
             f"parameter {name!r} is a plain tensor, but this model is sharded: pass the DTensors "
             "of `model_fn, params = functional(model, mesh=mesh)`"
         )
-    axis = parts.whole[name][1]
-    placement = Replicate() if axis is None else Shard(axis)
-    return leaf.redistribute(placements=[placement]).to_local()
+    return leaf.redistribute(placements=[_placement(parts.whole[name][1])]).to_local()
+
+
+def _placement(axis: int | None) -> Placement:
+    return Replicate() if axis is None else Shard(axis)
 
 
 @contextmanager
@@ -350,12 +414,11 @@ def divided(
             # A copy, so that the memory of the whole parameter can be freed.
             own[name] = part.clone(memory_format=torch.contiguous_format)
         whole[name] = shape, axis
-        placement: Placement = Replicate() if axis is None else Shard(axis)
         if name in trainable:
             tensors[name] = DTensor.from_local(
                 own[name],
                 mesh,
-                [placement],
+                [_placement(axis)],
                 run_check=False,
                 shape=shape,
                 stride=torch.empty(shape, device="meta").stride(),

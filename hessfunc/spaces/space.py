@@ -185,6 +185,10 @@ class Space:
         """Return the tree, or vector block, with these leaves."""
         return self.structure.unflatten(tensors)
 
+    def block(self, tensors: Iterable[Tensor], /) -> Tree:
+        """Return the vector block with the leaves of a product."""
+        return self.tree(tensors)
+
     def tree_leaves(self, vector: Tree, /) -> list[Tensor]:
         """Return the leaves of one vector of this space after checking them."""
         return self._checked(vector, batch_dims=0)

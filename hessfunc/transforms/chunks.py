@@ -121,7 +121,8 @@ def block_matvec(
         size = chunks.chosen.get(key)
         if size is None:
             pieces = _Pieces(product, tangents)
-            size = chunk_by_rule(pieces, chunks.entries)
+            # All ranks of a model with collectives must divide the block alike.
+            size = space.least(chunk_by_rule(pieces, chunks.entries))
             if size == 1:
                 leaves, chunks.chosen[key] = pieces.completed(1)
                 return leaves
@@ -154,10 +155,10 @@ def block_matvec(
             tangents = [t.to(dtype) for t, dtype in zip(tangents, space.dtypes, strict=True)]
         try:
             if torch.is_grad_enabled() and (constants or transforming() or _needs_graph(tangents)):
-                outs = space.tree(with_graph(tangents))
+                outs = space.block(with_graph(tangents))
             else:
                 with torch.no_grad(), surroundings(space.device):
-                    outs = space.tree(products(tangents))
+                    outs = space.block(products(tangents))
         except RuntimeError as error:
             if (clearer := explanation(error, space, batch)) is not None:
                 raise clearer from error

@@ -152,7 +152,8 @@ def fvp(
             return linear_head.sampled_fisher(criterion, outputs, targets, samples=samples, key=key)
         return attached(loss, outputs.detach(), batch)
 
-    matrix = OutputMatrix(constant, attached)
+    # The draws of an example depend on all examples of its batch.
+    matrix = OutputMatrix(constant, attached, by_rows=False)
     return through_outputs(loss, matrix, chunk_size, differentiable=differentiable)
 
 

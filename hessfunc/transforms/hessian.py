@@ -36,6 +36,7 @@ from hessfunc.transforms.differentiable import (
     pullback_with_graph,
     refuse_untransformable,
 )
+from hessfunc.transforms.own_rows import part_of
 from hessfunc.trees import Matvec, Tree
 
 Gradient: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -120,14 +121,15 @@ def hvp(
                 return differentiable_matvec(
                     _Hessian(loss, verified), params, batch, chunk_size=chunk_size
                 )
-        space = space_of(params)
+        part = part_of(loss, params, batch)
+        space = part.space
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         given = batch
         with linearising(loss, space, params, batch) as read:
             batch = kept_batch(batch)
             point = kept(space, leaves)
-            problem = _Problem(loss, space, point, batch, verified)
+            problem = _Problem(part.weighted, space, point, part.rows(batch), verified)
             product, again = _made(problem, mode)
         size = Chunks(1) if mode == "difference" else chunks
         return block_matvec(
@@ -408,7 +410,14 @@ def filled(found: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Ten
 
 
 def checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
-    """Return the value of a loss, or raise if it is not a finite scalar."""
+    """Return the value of a loss, or raise, on every rank, if it is not a finite scalar."""
+    if space.distributed:
+        # The loss is the same on every rank.
+        return _checked(value, space, point)
+    return space.on_all(lambda: _checked(value, space, point))
+
+
+def _checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
     value = scalar(value)
     if not torch.isfinite(value):
         for name, leaf in zip(space.names, point, strict=True):

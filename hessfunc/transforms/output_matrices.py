@@ -45,6 +45,7 @@ from hessfunc.transforms.hessian import checked, kept, linearising, requiring_gr
 from hessfunc.transforms.linear_head import without_logits
 from hessfunc.transforms.output_gradients import INDEPENDENT
 from hessfunc.transforms.outputs import Rest, floating_part
+from hessfunc.transforms.own_rows import part_of
 from hessfunc.trees import Matvec, Tree
 
 # Indices of the output leaves on which B acts, and the product of B with one vector.
@@ -59,10 +60,12 @@ class OutputMatrix:
     Attributes:
         constant: B at fixed outputs.
         attached: B with the graph of the outputs and the batch.
+        by_rows: Whether B of some rows of a batch depends on these rows alone.
     """
 
     constant: _MatrixAt
     attached: _MatrixAt
+    by_rows: bool = True
 
 
 def through_outputs(
@@ -83,8 +86,8 @@ def through_outputs(
                 return differentiable_matvec(
                     _ThroughOutputs(loss, matrix, verified), params, batch, chunk_size=chunk_size
                 )
-        inner = without_logits(loss)
-        space = space_of(params)
+        part = part_of(loss, params, batch, by_rows=matrix.by_rows)
+        inner, space = without_logits(part.loss), part.space
         refuse_autocast(space.device)
         leaves = space.tree_leaves(params)
         constants = requiring_gradients(leaves, batch)
@@ -93,9 +96,12 @@ def through_outputs(
             point = kept(space, leaves)
             inputs = [leaf.detach().requires_grad_() for leaf in point]
             with differentiable_twice(space.device, SECOND_ORDER) as seen:
-                ends, between = _ends(inner, matrix.constant, space, inputs, batch, seen, verified)
+                rows = part.rows(batch)
+                ends, between = _ends(inner, matrix.constant, space, inputs, rows, seen, verified)
                 constants += leaves_of_graph(ends, inputs)
-                product = linearised(inputs, ends, [end.shape for end in ends], between)
+                product = linearised(
+                    inputs, ends, [end.shape for end in ends], part.scaled(between)
+                )
         return block_matvec(
             product,
             space,

@@ -138,6 +138,14 @@ def mean_over(
 
         def checked() -> Space:
             refuse_one_batch(batches)
+            if mesh is not None and any(
+                getattr(x, "device_mesh", None) == mesh for x in leaves(params)
+            ):
+                raise ValueError(
+                    "the parameters are divided among the ranks of this mesh, which therefore must "
+                    "have the same batches: leave out `mesh`; a model of `functional(model, "
+                    "mesh=mesh)` divides the rows of each batch"
+                )
             return space_of(params)
 
         space = partition.all_well(checked)
