@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from hessfunc.autograd.embedding import EXACT
+from hessfunc.autograd.corrections import EXACT
 from hessfunc.autograd.functorch import evaluating
 from hessfunc.autograd.overrides import Replaced, Replacements
 from hessfunc.autograd.shared import Shared

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessfunc.autograd.attention import ATTENTION
 from hessfunc.autograd.constants import constant
-from hessfunc.autograd.overrides import Replacements
 
 
 def _embedding(
@@ -129,11 +127,3 @@ def _rescaling_of(weight: Tensor, indices: Tensor, max_norm: float, norm_type: f
     used = torch.zeros(len(weight), 1, dtype=torch.bool, device=weight.device)
     used[indices.flatten()] = True
     return torch.where(used, _rescaling(weight, max_norm, norm_type), torch.zeros_like(weight))
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    # The second derivative of the fused kernel ignores that |v| depends on v.
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-EXACT: Replacements = {torch._weight_norm: _weight_norm, **ATTENTION, **pure_lookup()}

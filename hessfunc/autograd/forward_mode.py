@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessfunc.autograd.chunked_attention import IN_CHUNKS
-from hessfunc.autograd.embedding import EXACT, padded_embedding
+from hessfunc.autograd.corrections import EXACT, REFUSED, SYMMETRIC
+from hessfunc.autograd.embedding import padded_embedding
 from hessfunc.autograd.overrides import Replacements, getter
 
 
@@ -95,6 +96,8 @@ def _grad(*args: Any, **kwargs: Any) -> Any:
 
 FORWARD: Replacements = {
     **EXACT,
+    **SYMMETRIC,
+    **REFUSED,
     **IN_CHUNKS,
     F.embedding: padded_embedding,
     F.mse_loss: _mse_loss,
@@ -109,6 +112,7 @@ FORWARD: Replacements = {
 # Replacements for finite differences.
 DIFFERENCES: Replacements = {
     **EXACT,
+    **SYMMETRIC,
     **IN_CHUNKS,
     F.embedding: padded_embedding,
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hessfunc import options
 from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.chunked_attention import IN_CHUNKS
-from hessfunc.autograd.embedding import EXACT
+from hessfunc.autograd.corrections import EXACT
 from hessfunc.autograd.functorch import evaluating, transforms_itself
 from hessfunc.autograd.overrides import Replacements, current
 from hessfunc.autograd.stateless import call_with

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from hessfunc.autograd.chunked_attention import IN_CHUNKS
 from hessfunc.autograd.convolution import convolution
+from hessfunc.autograd.corrections import EXACT
 from hessfunc.autograd.elementwise import ELEMENTWISE, elementwise, gelu
-from hessfunc.autograd.embedding import EXACT
 from hessfunc.autograd.linear import linear
 from hessfunc.autograd.normalisation import batch_norm, layer_norm
 from hessfunc.autograd.overrides import Replacements

@@ -171,9 +171,9 @@ class _ThroughOutputs(Linearisation):
             return tuple(found)
 
         ends, pulled = torch.func.vjp(floating, *point)[:2]
-        # J'w is linear in w. Hence the pullback of w -> J'w maps v to J v.
+        # J'w is linear in w. Hence the pullback of w -> J'w, here at w = 1, maps v to J v.
         zeros = [torch.zeros_like(end) for end in ends]
-        pushed = torch.func.vjp(lambda *w: pulled(w), *zeros)[1]
+        pushed = torch.func.vjp(lambda *w: pulled(w), *[torch.ones_like(end) for end in ends])[1]
         with every_order(point[0].device):
             scalar(self.loss.criterion(rest.outputs(ends), batch))
             used, between = self.matrix.attached(self.loss, rest.outputs(ends), batch)
@@ -192,7 +192,7 @@ class _ThroughOutputs(Linearisation):
             ends, between = _ends(
                 self.loss, self.matrix.attached, space, point, batch, seen, self.verified
             )
-        cotangents = [torch.zeros_like(end).detach().requires_grad_() for end in ends]
+        cotangents = [torch.ones_like(end).detach().requires_grad_() for end in ends]
         slopes = pullback_with_graph(ends, point)(cotangents)
         moving = [i for i, g in enumerate(slopes) if g.requires_grad]
         pushed = pullback_with_graph([slopes[i] for i in moving], cotangents)
@@ -250,9 +250,10 @@ def linearised(
         shapes: Shape of each end.
         between: Product of B with one vector.
     """
-    # J'w is linear in w. Hence J v = d/dw <J'w, v> at any w; here w = 0.
+    # J'w is linear in w. Hence J v = d/dw <J'w, v> at any w; here w = 1, because the formulas of
+    # some operations, such as logcumsumexp, take the logarithm of w.
     cotangents = [
-        torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
+        torch.ones((), dtype=inputs[0].dtype, device=inputs[0].device)
         .expand(shape)
         .requires_grad_()
         for shape in shapes
