@@ -92,7 +92,9 @@ class Footprint(TorchDispatchMode):
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     for tensor in leaves(tree):
-        if isinstance(tensor, Tensor) and not tensor._is_zerotensor():
+        if not isinstance(tensor, Tensor) or tensor._is_zerotensor():
+            continue
+        if tensor.layout is torch.strided:
             yield tensor.untyped_storage()
 
 

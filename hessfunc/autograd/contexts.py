@@ -78,7 +78,13 @@ def refuse_autocast(device: torch.device, /) -> None:
 
     Raises:
         RuntimeError: If autocast is enabled for the device.
+        ValueError: If the device is "meta".
     """
+    if device.type == "meta":
+        raise ValueError(
+            "the parameters are on the device 'meta', so they have no values: load the weights, or "
+            "call `model.to_empty(device='cpu')` and initialise them"
+        )
     if torch.is_autocast_enabled(device.type):
         raise RuntimeError(
             "autocast is enabled, and would round products and inner products to "

@@ -73,7 +73,8 @@ def refuse_if_cut(
         NotImplementedError: If a second derivative is lost. The message names the operation.
 
     Cost: a walk over the graph. Custom functions add one evaluation of the ends and, for each kind
-    of call, nine gradients of the custom function alone. Hooks add one gradient and its derivative.
+    of call, nine gradients of the custom function alone. Hooks add five gradients and the
+    derivative of one.
     Each check runs once per ``verified`` set.
     """
     python, other, segments = _custom_nodes(ends)
@@ -285,7 +286,7 @@ def _refuse_cut_graph(
             "in it, so the second derivative would be incomplete: remove the hook, or write it "
             "with torch operations on the gradient, without `detach` or `.data`"
         )
-    if linear or not [name for name in nodes if not name.startswith("BackwardHook")]:
+    if linear:
         return
 
     def backward(at: Sequence[Tensor], *, create_graph: bool) -> Sequence[Tensor | None]:
@@ -299,4 +300,11 @@ def _refuse_cut_graph(
         )
 
     if differs(backward, leaves, directions_of(leaves, dtype), dtype):
-        raise NotImplementedError(_cut_message(" or ".join(nodes), linear=linear))
+        foreign = [name for name in nodes if not name.startswith("BackwardHook")]
+        if foreign:
+            raise NotImplementedError(_cut_message(" or ".join(foreign), linear=linear))
+        raise NotImplementedError(
+            f"{' and '.join(hooks)} changes the gradient, and autograd would apply the hook again "
+            "in the second derivative, which is then not that of the gradient: remove the hook, or "
+            "scale the tensor itself"
+        )

@@ -118,6 +118,11 @@ def explanation(error: Exception, space: Space, batch: Any) -> Exception | None:
             "torch.utils.checkpoint (gradient checkpointing) does not support second derivatives: "
             "turn it off, and use functional(model, recompute='model.layers.*')"
         )
+    if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in batch_leaves(batch)):
+        return NotImplementedError(
+            "the batch has a nested tensor, which torch does not differentiate twice: pass "
+            "`torch.nested.to_padded_tensor(x, 0.0)` and the lengths"
+        )
     devices = {leaf.device for leaf in batch_leaves(batch) if isinstance(leaf, Tensor)}
     if devices - {space.device}:
         return ValueError(
@@ -164,6 +169,8 @@ def unmapped(error: Exception, what: str, /) -> RuntimeError:
     line = (str(error) or type(error).__name__).splitlines()[0]
     if ".item()" in line:
         line = "it looks at values of tensors, by `.item()`, `float(x)` or `if x > 0`"
+    elif "numpy.ndarray" in line:
+        line = "the batch has NumPy arrays; pass `torch.from_numpy(x)`"
     elif "inplace arithmetic" in line or "in-place" in line:
         line = "it writes in place into a tensor that all examples share"
     return RuntimeError(

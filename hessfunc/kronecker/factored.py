@@ -31,7 +31,7 @@ from hessfunc.numerics import NARROW
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.batches.statistics import Stage, Statistics
-from hessfunc.transforms.hessian import requiring_gradients
+from hessfunc.transforms.hessian import requiring_gradients, scalar
 
 # Function (outputs, batch) -> columns (c, B, ...) with sum_c u_bc u_bc' = H_b, the Hessian of the
 # criterion at the outputs of example b, exactly or in expectation.
@@ -126,7 +126,7 @@ class FactoredCurvature:
             seen = verify(observed(self.model, self.loss, leaves, given, verify.expansions), leaves)
             with torch.no_grad():
                 # Output Hessians do not look at all targets, which the criterion checks.
-                self.loss.criterion(seen.outputs, given)
+                scalar(self.loss.criterion(seen.outputs, given))
             columns = None
             if self.columns is not None:
                 vectors = self.columns(seen.outputs.detach(), given)

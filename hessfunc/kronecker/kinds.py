@@ -49,7 +49,7 @@ def _dense(
     return LinearMap(
         layout,
         lambda gradient: gradient.reshape(-1, 1, outputs, 1),
-        lambda: (x.detach() if scale == 1 else scale * x.detach()).reshape(-1, 1, inputs, 1),
+        lambda: (scale * x.detach().to_dense()).reshape(-1, 1, inputs, 1),
         x if scale == 1 else None,
     )
 

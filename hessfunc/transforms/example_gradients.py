@@ -80,6 +80,12 @@ def _of_each(
     loss: LossFunction, tree: Any, point: Sequence[Tensor], batch: Any
 ) -> Sequence[Tensor]:
     rows, build = rows_of(batch)
+    columns, _ = rows_of(batch, columns_of=len(rows[0]))
+    if any(isinstance(column, list) and not isinstance(column[0], str) for column in columns):
+        raise ValueError(
+            "the batch has a list with an entry for each example, which vmap does not map: pass "
+            "`torch.stack(list)` or `torch.tensor(list)`, or `examples_per_chunk=1` for a loop"
+        )
 
     def of_example(*row: Tensor) -> list[Tensor]:
         def value(inputs: Sequence[Tensor]) -> Tensor:

@@ -430,3 +430,11 @@ def test_a_loss_that_changes_its_batch_is_evaluated_once_in_reverse_mode() -> No
     found = matrix(hf.hvp(shifted_in_place)(PARAMS, batch), PARAMS)
     assert relative_error(found, hessian(LOSS, PARAMS, (X + 1, Y))) < 1e-9
     assert torch.equal(batch[0], X)
+
+
+def test_parameters_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        model_fn, params = hf.functional(nn.Linear(3, 2))
+    loss = hf.supervised(model_fn, F.mse_loss)
+    with pytest.raises(ValueError, match="the device 'meta'"):
+        hf.hvp(loss)(params, (torch.ones(2, 3), torch.ones(2, 2)))

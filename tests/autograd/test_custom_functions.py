@@ -399,6 +399,13 @@ def test_hooks_that_detach_are_refused_and_others_are_not(of: Any) -> None:
         of(loss)(params, (X, Y))
 
 
+def test_hooks_that_scale_gradients_are_refused() -> None:
+    """Autograd applies the hook again to the derivative of the gradient, which is 6.9, not 2.4."""
+    loss, params = problem(hooked(lambda g: 2 * g))
+    with pytest.raises(NotImplementedError, match="lambda> changes the gradient"):
+        hf.hvp(loss)(params, (X, Y))
+
+
 @pytest.mark.parametrize("detaches", [False, True])
 def test_backward_hooks_of_modules(detaches: bool) -> None:
     def hook(module: nn.Module, inputs: Any, outputs: Any) -> Any:

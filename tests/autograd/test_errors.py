@@ -104,3 +104,10 @@ def test_operations_without_forward_mode_are_named() -> None:
     error = RuntimeError("Trying to use forward AD with _cdist_backward that does not support it")
     assert lacks_forward_mode(error) == "_cdist"
     assert lacks_forward_mode(RuntimeError("another error")) is None
+
+
+def test_nested_batches_are_the_cause_of_an_unknown_error() -> None:
+    rows = [torch.zeros(2, 3), torch.zeros(1, 3)]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    found = explanation(RuntimeError("A view was created in no_grad mode"), SPACE, nested)
+    assert "to_padded_tensor" in str(found)

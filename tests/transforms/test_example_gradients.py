@@ -80,3 +80,17 @@ def test_an_error_of_the_loss_is_told_instead_of_the_one_of_vmap(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         list(example_gradients(LOSS, PARAMS, (X, targets)))
+
+
+def test_a_list_of_targets_is_mapped_by_a_loop_only() -> None:
+    """Inside vmap, each example would have the targets of all."""
+
+    def criterion(outputs: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs, torch.stack(targets))
+
+    loss = hf.supervised(MODEL_FN, criterion)
+    with pytest.raises(ValueError, match="a list with an entry for each example"):
+        list(example_gradients(loss, PARAMS, (X, list(Y))))
+    found = joined(list(example_gradients(loss, PARAMS, (X, list(Y)), examples_per_chunk=1)))
+    right = joined(list(example_gradients(LOSS, PARAMS, (X, Y))))
+    torch.testing.assert_close(found, right)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -114,15 +114,14 @@ def microbatches(batch: Any, size: int, /) -> list[Any]:
     """
     if size < 1:
         raise ValueError(f"size={size}: a microbatch has at least one example, such as size=1")
-    rows, build = rows_of(batch)
-    lengths = Counter(map(len, rows))
-    if len(lengths) != 1 or lengths.keys() != set(_lengths(batch).values()):
-        shown = _told(_lengths(batch)) or f"no tensor in a {type(batch).__name__}"
+    lengths = _lengths(batch)
+    if len(set(lengths.values())) != 1:
+        shown = _told(lengths) or f"no tensor in a {type(batch).__name__}"
         raise ValueError(
             f"a batch is divided along first axes of equal length, but this batch has {shown}: "
             "divide it yourself, and pass the list to `over_batches`"
         )
-    (count,) = lengths
+    count = next(iter(lengths.values()))
     columns, build = rows_of(batch, columns_of=count)
     return [
         build([column[start : start + size] for column in columns])
@@ -136,17 +135,23 @@ def rows_of(batch: Any, /, *, what: str = "batch", columns_of: int | None = None
     Args:
         batch: Batch, or outputs of a model.
         what: Name of the batch for messages.
-        columns_of: Number of examples. If given, lists of that many texts or numbers count as
-            arrays.
+        columns_of: Number of examples. If given, lists of that many texts, numbers or tensors
+            without an axis count as arrays.
 
     Raises:
-        ValueError: If the batch has a PackedSequence.
+        ValueError: If the batch has a PackedSequence, or a tensor that is sparse or nested.
     """
 
     def is_leaf(leaf: Any) -> bool:
-        return _is_packed(leaf) or (columns_of is not None and _is_column(leaf, columns_of))
+        is_list = columns_of is not None and (_is_counted(leaf) or _is_column(leaf, columns_of))
+        return is_list or _is_packed(leaf)
 
     leaves, rebuilt = opened(batch, what, is_leaf=is_leaf)
+    if any(isinstance(leaf, Tensor) and leaf.layout is not torch.strided for leaf in leaves):
+        raise ValueError(
+            f"the {what} has a tensor that is sparse or nested and cannot be divided along its "
+            "first axis: pass a dense one, `x.to_dense()`"
+        )
     if any(map(_is_packed, leaves)):
         raise ValueError(
             "a PackedSequence cannot be divided: pass a padded tensor and the lengths, and call "

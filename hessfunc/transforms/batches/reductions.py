@@ -20,7 +20,7 @@ from hessfunc.losses import Loss, LossFunction
 from hessfunc.options import described
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.divisor import HIDDEN, positions_of, terms_of
-from hessfunc.transforms.batches.examples import examples, rows_of
+from hessfunc.transforms.batches.examples import examples, microbatches
 from hessfunc.transforms.criteria import (
     Reduction,
     declared_reduction,
@@ -359,11 +359,9 @@ class Average:
         if transforming():
             raise NotImplementedError(HIDDEN)
         self._is_tested = True
-        half = count // 2
+        half = (count + 1) // 2
         try:
-            rows, build = rows_of(one.batch)
-            halves = [build([row[:half] for row in rows]), build([row[half:] for row in rows])]
-            whole, first, second = _values(one, [one.batch, *halves])
+            whole, first, second = _values(one, [one.batch, *microbatches(one.batch, half)])
         except (ValueError, RuntimeError, IndexError, TypeError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             _warn(f"the loss of half a batch could not be evaluated ({reason})")

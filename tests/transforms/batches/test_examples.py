@@ -285,3 +285,23 @@ def test_the_advice_counts_what_is_named_as_targets() -> None:
     batch = {"x": torch.ones(6, 4), "y": torch.ones(6), "edges": torch.ones(2, 9)}
     with pytest.raises(ValueError, match=r"weight=lambda batch: len\(batch\['y'\]\)"):
         hf.examples(batch)
+
+
+def test_lists_of_tensors_without_an_axis_are_divided() -> None:
+    pieces = hf.microbatches((X, list(Y)), 4)
+    assert [(len(x), y) for x, y in pieces] == [(4, list(Y[:4])), (2, list(Y[4:]))]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_sparse_batches(sparse: Any) -> None:
+    x = X * (X > 0)
+    model_fn, params = hf.functional(nn.Linear(3, 3).double())
+    loss = hf.supervised(lambda p, x: x @ p["weight"].mT + p["bias"], F.cross_entropy)
+    batch = sparse(x), Y
+    for of in (hf.hvp, hf.ggnvp, hf.efvp):
+        found = matrix(hf.over_batches(of(loss))(params, [batch]), params)
+        expected = matrix(of(hf.supervised(model_fn, F.cross_entropy))(params, (x, Y)), params)
+        assert relative_error(found, expected) < 1e-10
+    with pytest.raises(ValueError, match="sparse or nested.*`x.to_dense"):
+        hf.microbatches(batch, 2)
