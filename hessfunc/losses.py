@@ -51,6 +51,16 @@ def composed(
 ) -> Loss:
     """Return the loss ``criterion(outputs(params, batch), batch)`` for batches of any type.
 
+    Examples:
+        >>> model_fn = lambda params, batch: batch["x"] @ params
+        >>> def criterion(outputs, batch):
+        ...     return (batch["weight"] * (outputs - batch["y"]) ** 2).mean()
+        >>> loss = hf.composed(model_fn, criterion)
+        >>> batch = {"x": torch.eye(2), "y": torch.zeros(2), "weight": torch.tensor([1.0, 3.0])}
+        >>> hf.matrix(hf.hvp(loss)(torch.zeros(2), batch), torch.zeros(2))
+        tensor([[1., 0.],
+                [0., 3.]])
+
     Args:
         outputs: Model, ``(params, batch) -> outputs``.
         criterion: Criterion, ``(outputs, batch) -> scalar``, or ``(outputs, targets) -> scalar``
@@ -73,6 +83,12 @@ def supervised(
     """Return the loss ``criterion(model_fn(params, inputs), targets)``.
 
     The loss takes batches that are pairs ``(inputs, targets)``.
+
+    Examples:
+        >>> model_fn, params = hf.functional(torch.nn.Linear(3, 2))
+        >>> loss = hf.supervised(model_fn, torch.nn.functional.mse_loss)
+        >>> loss(params, (torch.randn(5, 3), torch.randn(5, 2))).shape
+        torch.Size([])
 
     Args:
         model_fn: Model ``(params, inputs) -> outputs``, as returned by `functional`.
@@ -150,6 +166,13 @@ def _is_many(batch: Any) -> bool:
 @validated
 def hold(loss: LossFunction, rest: Mapping[str, Any], /) -> LossFunction:
     """Return the loss as a function of some parameters, with the others held fixed.
+
+    Examples:
+        >>> loss = lambda params, batch: params["a"].square().sum() * params["b"].sum()
+        >>> part, rest = hf.split({"a": torch.ones(2), "b": torch.ones(3)}, "a")
+        >>> hf.matrix(hf.hvp(hf.hold(loss, rest))(part, None), part)
+        tensor([[6., 0.],
+                [0., 6.]])
 
     Args:
         loss: Loss of all parameters. A `Loss` gives a `Loss`.

@@ -75,6 +75,15 @@ def functional(
     about 16 entries of each parameter, so that a write to a few rows may be missed: make the matvec
     again after it.
 
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> model_fn, params = hf.functional(model)
+        >>> {name: tuple(leaf.shape) for name, leaf in params.items()}
+        {'weight': (2, 3), 'bias': (2,)}
+        >>> inputs = torch.randn(5, 3)
+        >>> torch.equal(model_fn(params, inputs), model(inputs))
+        True
+
     Args:
         model: Module to convert.
         trainable_only: Whether to leave parameters that do not require a gradient out of

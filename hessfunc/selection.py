@@ -22,6 +22,12 @@ def split(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a (nested) mapping of tensors into the chosen leaves and the rest.
 
+    Examples:
+        >>> params = {name: torch.zeros(2) for name in ("0.weight", "0.bias", "1.weight")}
+        >>> part, rest = hf.split(params, "0.*")
+        >>> list(part), list(rest)
+        (['0.weight', '0.bias'], ['1.weight'])
+
     Args:
         tree: Mapping of names to tensors or to further mappings.
         pattern: Glob over dotted names (``"layer3.*"``), several globs or exact names, or a

@@ -31,6 +31,11 @@ def check(
 ) -> Check:
     """Check that a matvec is deterministic, linear and symmetric, on random vectors.
 
+    Examples:
+        >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+        >>> print(hf.check(hf.dense(A), torch.zeros(2, dtype=torch.float64), seed=0))
+        linear, symmetric and deterministic
+
     Args:
         matvec: Function from a block of vectors to the block of their products.
         like: Tree that shows the structure of a vector. With ``gradient``, the parameters at which

@@ -57,6 +57,14 @@ def slq(
 
     up to the residuals of the pairs, by which the bounds of the result are wider.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> density = hf.slq(matvec, like, probes=4, steps=10, seed=0)
+        >>> low, high = density.count_above(8.5)
+        >>> low <= 2 <= high
+        True
+
     Args:
         matvec: Function from a block of vectors to the block of their products. The matrix must be
             symmetric.

@@ -42,6 +42,13 @@ def matrix(
     the matvec is the curvature of a loss, `split` and `hold` give a diagonal block with cheaper
     products, as the matrix of the loss of the chosen parameters.
 
+    Examples:
+        >>> loss = lambda params, batch: params["a"].prod() * params["b"].sum()
+        >>> params = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+        >>> hf.matrix(hf.hvp(loss)(params, None), params, rows="a")
+        tensor([[0., 3., 2.],
+                [3., 0., 1.]])
+
     Args:
         matvec: Function from a block of vectors to the block of their products with A.
         like: Tree with the structure of a vector, such as the parameters.

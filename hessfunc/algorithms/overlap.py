@@ -29,6 +29,14 @@ def overlap(a: Any, b: Any, /, *, like: Tree | None = None, space: Space | None 
     Here the rows of U and W are orthonormal bases of the spans of u and w. Angles below pi / 4 are
     computed from their sines, the singular values of W - U U'W, so that small angles are accurate.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> top = hf.lanczos(matvec, like, k=2, seed=0)
+        >>> hf.overlap(top, [torch.ones(10, dtype=torch.float64)]).cosines.round(decimals=3)
+        tensor([[0.3160],
+                [0.3160]], dtype=torch.float64)
+
     Args:
         a: Vectors u: `Eigenpairs`, a vector block, one vector, or a list of vectors, such as
             ``[gradient, update]``.

@@ -155,6 +155,12 @@ def linear_cross_entropy(
     recompute them in each product. Inside transforms of torch.func, in forward mode and inside
     `torch.compile`, all logits exist at once.
 
+    Examples:
+        >>> hidden, weight, targets = torch.randn(6, 4), torch.randn(9, 4), torch.arange(6)
+        >>> whole = torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
+        >>> torch.allclose(hf.linear_cross_entropy(hidden, weight, targets), whole, atol=1e-5)
+        True
+
     Args:
         hidden: Hidden states h, ``[..., d]``.
         weight: Weight W of the layer, ``[V, d]``.

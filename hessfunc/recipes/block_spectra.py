@@ -89,6 +89,13 @@ def block_spectra(
     A diagonal block is the curvature matrix of the loss with all other parameters held fixed. The
     spectra of the blocks of a transformer differ widely, and adaptive optimisers profit from this.
 
+    Examples:
+        >>> loss = lambda p, batch: p["a"].square().sum() + 5 * p["b"].square().sum()
+        >>> params = {"a": torch.ones(4), "b": torch.ones(3)}
+        >>> spectra = hf.block_spectra(loss, params, [torch.zeros(1)], blocks=["a", "b"])
+        >>> {name: density.n for name, density in spectra.items()}
+        {'a': 4, 'b': 3}
+
     Args:
         loss: Loss as a function of all parameters.
         params: Parameters at which the curvature is taken.

@@ -63,6 +63,12 @@ class Calibration(Displayed, Saved):
 def calibration(probabilities: Tensor, targets: Tensor, /, *, bins: int = 15) -> Calibration:
     """Measure the calibration of predicted probabilities.
 
+    Examples:
+        >>> probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2]], dtype=torch.float64)
+        >>> made = hf.calibration(probabilities, torch.tensor([0, 1]))
+        >>> made.accuracy
+        0.5
+
     Args:
         probabilities: Probabilities of the classes, ``(B, C)``, or of class 1 of two, ``(B,)`` or
             ``(B, 1)``.

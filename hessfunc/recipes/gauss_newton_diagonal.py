@@ -67,6 +67,12 @@ def ggn_diagonal(
     trace of G. If the criterion is a negative log-likelihood (cross-entropy, BCE-with-logits), the
     result is also the diagonal of the Fisher matrix.
 
+    Examples:
+        >>> loss = hf.supervised(lambda w, x: x @ w, torch.nn.functional.mse_loss)
+        >>> batch = torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.zeros(2)
+        >>> hf.ggn_diagonal(loss, torch.zeros(2), [batch])
+        tensor([2., 4.])
+
     Args:
         loss: Loss that exposes its outputs and its criterion, as made by `supervised` or
             `composed`. Examples lie along the first axis of inputs and outputs and are

@@ -55,6 +55,12 @@ def hessian_trace(
     its data, the remainder is small: the variance of a probe is at most 2 |H - G|_F^2, a small part
     of the 2 |H|_F^2 of a probe of H.
 
+    Examples:
+        >>> loss = hf.supervised(lambda w, x: x @ w, torch.nn.functional.mse_loss)
+        >>> batch = torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.zeros(2)
+        >>> hf.hessian_trace(loss, torch.zeros(2), [batch], max_matvecs=4, seed=0).value
+        6.0
+
     Args:
         loss: Loss that exposes its outputs and its criterion, as made by `supervised` or
             `composed`.

@@ -75,6 +75,13 @@ def landscape(
     ``points_per_chunk``, up to 64 points go through one pass by vmap. Their number depends only on
     the sizes of the loss's operations, so that every run takes the same path.
 
+    Examples:
+        >>> loss = lambda w, x: w.square().sum()
+        >>> direction = torch.tensor([1.0, 0.0])
+        >>> line = hf.landscape(loss, torch.zeros(2), [torch.zeros(1)], direction, points=3)
+        >>> line.values
+        tensor([1., 0., 1.], dtype=torch.float64)
+
     Args:
         loss: Function ``(params, batch) -> scalar``. Models with BatchNorm must be in eval mode;
             dropout in train mode has the same mask at all points.

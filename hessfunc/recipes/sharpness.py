@@ -48,6 +48,13 @@ def critical_sharpness(
     The search doubles or halves the first step until the loss rises, then bisects. Where the loss
     rises, falls and rises again, another first step may lead to another of these steps.
 
+    Examples:
+        >>> loss = lambda w, x: 2 * w.square().sum()  # the Hessian is 4 I
+        >>> w = torch.ones(3, dtype=torch.float64)
+        >>> gradient = torch.func.grad(loss)(w, torch.zeros(1))
+        >>> abs(hf.critical_sharpness(loss, w, torch.zeros(1), gradient).value - 4) < 0.04
+        True
+
     Args:
         loss: Function ``(params, batch) -> scalar``.
         params: Parameters at which the search begins.

@@ -61,7 +61,12 @@ def space_of(like: Tree, /) -> Space:
 
 @options.validated(tree=options.tree)
 def ravel(tree: Tree, /) -> Tensor:
-    """Return a tree as a flat vector ``(n,)``, in the order of ``parameters_to_vector``."""
+    """Return a tree as a flat vector ``(n,)``, in the order of ``parameters_to_vector``.
+
+    Examples:
+        >>> hf.ravel({"w": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([3.0])})
+        tensor([1., 2., 3.])
+    """
     space = space_of(tree)
     return space.ravel_leaves([leaf[None] for leaf in space.tree_leaves(tree)])[0]
 
@@ -71,6 +76,11 @@ def unravel(flat: Tensor, like: Tree, /) -> Tree:
     """Return the tree of a flat vector ``(n,)``, or the vector block of rows ``(k, n)``.
 
     Leaves are views of ``flat``, except for leaves of another dtype, which are converted.
+
+    Examples:
+        >>> like = {"w": torch.zeros(1, 2), "b": torch.zeros(1)}
+        >>> hf.unravel(torch.tensor([1.0, 2.0, 3.0]), like)
+        {'w': tensor([[1., 2.]]), 'b': tensor([3.])}
 
     Args:
         flat: Flat vector or rows.
@@ -89,6 +99,11 @@ def inner(a: Tree, b: Tree, /) -> Tensor:
 
     Products and sums are computed in float64 (float32 on MPS devices). The function can be
     differentiated and mapped, by autograd and by the transforms of `torch.func`.
+
+    Examples:
+        >>> a = {"w": torch.ones(2, 2), "b": torch.tensor([2.0])}
+        >>> hf.inner(a, a)
+        tensor(8., dtype=torch.float64)
 
     Args:
         a: Vector, a tree of floating-point tensors.
@@ -131,6 +146,11 @@ def random_like(
 
     Vector i depends only on (seed, start + i). Blocks can therefore be split, repeated or
     distributed over processes without changing a vector. The random stream of torch is not used.
+
+    Examples:
+        >>> block = hf.random_like({"w": torch.zeros(2, 3)}, 4, seed=0)
+        >>> block["w"].shape, block["w"].abs().unique()
+        (torch.Size([4, 2, 3]), tensor([1.]))
 
     Args:
         like: Tree with the structure of a vector, such as the parameters.

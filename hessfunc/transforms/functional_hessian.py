@@ -43,6 +43,16 @@ def functional_hvp(
     where the model fits the data. In a net of linear and piecewise linear layers, the block of each
     layer is zero, and so is the trace.
 
+    Examples:
+        >>> loss = hf.supervised(lambda w, x: x * w**2, torch.nn.functional.mse_loss)
+        >>> batch = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        >>> w = torch.ones((), dtype=torch.float64)
+        >>> one = torch.ones(1, dtype=torch.float64)
+        >>> hf.hvp(loss)(w, batch)(one), hf.ggnvp(loss)(w, batch)(one)
+        (tensor([12.], dtype=torch.float64), tensor([8.], dtype=torch.float64))
+        >>> hf.functional_hvp(loss)(w, batch)(one)
+        tensor([4.], dtype=torch.float64)
+
     Args:
         loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.
         mode: Method for the products, as in `hvp`.

@@ -56,6 +56,14 @@ def ggnvp(
     `with_output_hessian`, are applied in closed form. Other criteria are differentiated by
     autograd, with a warning if the criterion is not convex or is linear in the outputs.
 
+    Examples:
+        >>> loss = hf.supervised(lambda w, x: x @ w, torch.nn.functional.mse_loss)
+        >>> batch = torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.zeros(2)
+        >>> matvec = hf.ggnvp(loss)(torch.zeros(2), batch)
+        >>> hf.matrix(matvec, torch.zeros(2))  # the mean of 2 x x'
+        tensor([[2., 2.],
+                [2., 4.]])
+
     Args:
         loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.
         chunk_size: Number of vectors of a block that go through one pass by vmap; 1 is a loop,
@@ -109,6 +117,14 @@ def fvp(
     The exact expectation equals the generalised Gauss-Newton matrix for cross-entropy (categorical
     y), for BCE-with-logits (Bernoulli y), and for MSE with normal y. For MSE the variance is C/2
     for C outputs per example, or 1/2 if the loss is a sum, so that MSE is -log p up to a constant.
+
+    Examples:
+        >>> model_fn, params = hf.functional(torch.nn.Linear(3, 2, bias=False))
+        >>> loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+        >>> batch = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+        >>> F = hf.matrix(hf.fvp(loss)(params, batch), params)
+        >>> torch.allclose(F, hf.matrix(hf.ggnvp(loss)(params, batch), params), atol=1e-6)
+        True
 
     Args:
         loss: Loss with outputs and criterion, as returned by `supervised`.
@@ -186,6 +202,13 @@ def efvp(loss: Loss, /, *, chunk_size: ChunkSize = None, differentiable: bool = 
     of an example is itself a mean over n predictions: n outputs of BCE-with-logits or MSE, or n
     positions of cross-entropy. E squares that mean, whereas F is a mean of squares, so E is
     smaller by a factor of about n.
+
+    Examples:
+        >>> loss = hf.supervised(lambda w, x: x @ w, torch.nn.functional.mse_loss)
+        >>> batch = torch.eye(2), torch.tensor([1.0, 2.0])
+        >>> hf.matrix(hf.efvp(loss)(torch.zeros(2), batch), torch.zeros(2))  # gradients -2 x y
+        tensor([[2., 0.],
+                [0., 8.]])
 
     Args:
         loss: Loss with outputs and criterion, as returned by `supervised` or `composed`.

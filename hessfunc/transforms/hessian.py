@@ -69,6 +69,14 @@ def hvp(
     batch is small compared to the activations in the graph. Frozen parameters are not copied; see
     `functional`.
 
+    Examples:
+        >>> loss = lambda w, x: (w[0] ** 2 * w[1] * x).sum()
+        >>> w = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> matvec = hf.hvp(loss)(w, torch.ones(1, dtype=torch.float64))
+        >>> matvec(torch.eye(2, dtype=torch.float64))  # a block of two vectors
+        tensor([[4., 2.],
+                [2., 0.]], dtype=torch.float64)
+
     Args:
         loss: Pure loss ``(params, batch) -> scalar``.
         mode: Method for the products.

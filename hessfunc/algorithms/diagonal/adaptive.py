@@ -52,6 +52,12 @@ def diagonal(
     The first two parts are exact. Four probes w measure the variance, and Q grows by Krylov
     vectors for as long as a vector saves more than one probe.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> hf.diagonal(matvec, like, max_matvecs=20, seed=0).value.round(decimals=3)
+        tensor([ 1.,  2.,  3.,  4.,  5.,  6.,  7.,  8.,  9., 10.], dtype=torch.float64)
+
     Args:
         matvec: Function from a block of vectors to the block of their products, symmetric.
         like: Tree that shows the structure of a vector.

@@ -46,6 +46,12 @@ def xdiag(
     The estimate is the mean of the d_i. If the spectrum decays, its variance is far below that of
     `hutchinson_diagonal`. The variance is zero from rank(A) + 1 probes on.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> hf.xdiag(matvec, like, max_matvecs=20, seed=0).value.round(decimals=3)
+        tensor([ 1.,  2.,  3.,  4.,  5.,  6.,  7.,  8.,  9., 10.], dtype=torch.float64)
+
     Args:
         matvec: Function from a block of vectors to the block of their products, symmetric.
         like: Tree that shows the structure of a vector.

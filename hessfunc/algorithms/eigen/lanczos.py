@@ -66,6 +66,17 @@ def lanczos(
     by the orthonormal polynomials p_j of the steps at the last wanted value. The certificate is the
     probability of so small a part, P(chi2_1 < n (x'u)^2).
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> top = hf.lanczos(matvec, like, k=3, seed=0)
+        >>> top.values.round(decimals=3)
+        tensor([10.,  9.,  8.], dtype=torch.float64)
+        >>> bool(top.converged.all())
+        True
+        >>> hf.lanczos(matvec, like, k=1, which="SA", seed=0).values.round(decimals=3)
+        tensor([1.], dtype=torch.float64)
+
     Args:
         matvec: Function from a block of vectors to the block of their products. The matrix must be
             symmetric. The block is a view of the basis, which restarts overwrite. A matvec that

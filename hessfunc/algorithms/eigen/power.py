@@ -60,6 +60,13 @@ def power_iteration(
     after s steps. The steps end when this bound is smaller than w^2 in 99 of 100 runs. If the
     quotient of u exceeds a wanted value, the iteration continues with u.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> top = hf.power_iteration(matvec, like, k=1, rtol=1e-3, max_matvecs=500, seed=0)
+        >>> top.values.round(decimals=2)
+        tensor([10.], dtype=torch.float64)
+
     Args:
         matvec: Function from a block of vectors to the block of their products. The matrix must be
             symmetric.

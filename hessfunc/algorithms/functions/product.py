@@ -54,6 +54,14 @@ def function(
     eigenvalues of A. The upper bound also contains the effect of rounding. A vector stops when its
     upper bound is at most max(rtol |value|, atol).
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> b = torch.ones(10, dtype=torch.float64)
+        >>> root = hf.function(matvec, torch.sqrt, b)
+        >>> torch.allclose(root.value, A.diagonal().sqrt())
+        True
+
     Args:
         matvec: Function from a block of vectors to the block of their products. The matrix must be
             symmetric.

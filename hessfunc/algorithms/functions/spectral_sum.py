@@ -52,6 +52,14 @@ def trace_of_function(
     number of steps, and as many probes follow as the tolerance requires. If these would cost more
     than n products, the first probe continues to n steps instead, which give all eigenvalues.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> root = hf.trace_of_function(matvec, torch.sqrt, like, rtol=0.1, seed=0)
+        >>> low, high = root.interval(0.95)
+        >>> low <= A.diagonal().sqrt().sum() <= high
+        tensor(True)
+
     Args:
         matvec: Function from a block of vectors to the block of their products. The matrix must be
             symmetric.
@@ -106,6 +114,14 @@ def logdet(
     The run chooses Lanczos steps and probes like `trace_of_function`. The quadrature is bounded by
     Gauss and Gauss-Radau rules (Golub and Meurant 2010), which need a lower bound of the
     eigenvalues: pass ``smallest=0`` with a damping for a Gauss-Newton matrix.
+
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> result = hf.logdet(matvec, like, damping=0.0, smallest=1.0, rtol=0.1, seed=0)
+        >>> low, high = result.interval(0.95)
+        >>> low <= torch.linalg.slogdet(A).logabsdet <= high
+        tensor(True)
 
     Args:
         matvec: Function from a block of vectors to the block of their products. The matrix must be

@@ -46,6 +46,14 @@ def cg(
     too small, the method restarts from the measured residual, as long as restarts reduce it.
     Otherwise the rounding of the products hides the tolerance, and the reason says so.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> b = torch.ones(10, dtype=torch.float64)
+        >>> solution = hf.cg(matvec, b, damping=1.0, rtol=1e-8)
+        >>> solution.x[:3].round(decimals=4)
+        tensor([0.5000, 0.3333, 0.2500], dtype=torch.float64)
+
     Args:
         matvec: Function from a block of vectors to the block of their products with A. The matrix
             must be symmetric.

@@ -46,6 +46,12 @@ def minres(
     too small, the method restarts from the measured residual, as long as restarts reduce it.
     Otherwise the rounding of the products hides the tolerance, and the reason says so.
 
+    Examples:
+        >>> A = torch.diag(torch.tensor([-2.0, 1.0, 4.0], dtype=torch.float64))
+        >>> solution = hf.minres(hf.dense(A), torch.ones(3, dtype=torch.float64), rtol=1e-8)
+        >>> solution.x.round(decimals=4)
+        tensor([-0.5000,  1.0000,  0.2500], dtype=torch.float64)
+
     Args:
         matvec: Function from a block of vectors to the block of their products with A. The matrix
             must be symmetric.

@@ -64,6 +64,14 @@ def trace(
     than one probe. All other products are probes. Flat spectra therefore cost what they cost
     `hutchinson`, and decaying spectra less than `xtrace` and `xnystrace`.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> trace = hf.trace(matvec, like, rtol=0.1, seed=0)
+        >>> low, high = trace.interval(0.95)
+        >>> low <= 55 <= high
+        True
+
     Args:
         matvec: Function from a block of vectors to the block of their products, symmetric.
         like: Tree that shows the structure of a vector.

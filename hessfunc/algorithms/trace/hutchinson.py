@@ -63,6 +63,13 @@ def hutchinson(
 
         tr (A + K) = tr K + E[w'Aw].
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> trace = hf.hutchinson(matvec, like, max_matvecs=8, seed=0)
+        >>> trace.value  # exact, because A is diagonal
+        55.0
+
     Args:
         matvec: Function from a block of vectors to the block of their products.
         like: Tree that shows the structure of a vector.

@@ -43,6 +43,12 @@ def hutchpp(
     sphere, estimated from the products themselves, and the interval is Student's. `xtrace` is more
     accurate for the same number of products, but its error is harder to estimate.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> round(hf.hutchpp(matvec, like, max_matvecs=30, seed=0).value, 6)
+        55.0
+
     Args:
         matvec: Function from a block of vectors to the block of their products, symmetric.
         like: Tree that shows the structure of a vector.

@@ -48,6 +48,12 @@ def xnystrace(
     mean of the t_i over the p probes. A probe costs one product, while `xtrace` needs two. The
     variance is zero from rank(A) + 1 probes on.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> round(hf.xnystrace(matvec, like, max_matvecs=10, seed=0).value, 6)
+        55.0
+
     Args:
         matvec: Function from a block of vectors to the block of their products, symmetric positive
             semi-definite.

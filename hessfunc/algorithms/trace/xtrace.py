@@ -47,6 +47,12 @@ def xtrace(
     the mean of the t_i over the p probes. If the spectrum decays, its variance is far below that of
     `hutchinson`. The variance is zero from rank(A) + 1 probes on.
 
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
+        >>> matvec, like = hf.dense(A), torch.zeros(10, dtype=torch.float64)
+        >>> round(hf.xtrace(matvec, like, max_matvecs=20, seed=0).value, 6)
+        55.0
+
     Args:
         matvec: Function from a block of vectors to the block of their products, symmetric.
         like: Tree that shows the structure of a vector.

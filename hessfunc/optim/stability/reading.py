@@ -86,6 +86,12 @@ def stability(
     the first one, and the threshold is that of the first group. Several optimisers, each of which
     trains a part of the model, are combined likewise; with Muon or Lion among them, in one norm.
 
+    Examples:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> round(hf.stability(optimizer, model).threshold, 1)  # (2 + 2 momentum) / lr
+        38.0
+
     Args:
         optimizer: Optimiser, or a list of optimisers that train the model together. SGD, Adam,
             AdamW, NAdam, RMSprop, Adagrad, Adafactor and Muon of torch; Lion, SignSGD, Muon, SOAP,

@@ -68,6 +68,15 @@ def influence(
     examples are then computed in one pass over the data, and only their inner products with the
     solutions are kept.
 
+    Examples:
+        >>> loss = hf.supervised(lambda w, x: x @ w, torch.nn.functional.mse_loss)
+        >>> inputs = torch.eye(2, dtype=torch.float64)
+        >>> train = [(inputs, torch.tensor([1.0, -1.0], dtype=torch.float64))]
+        >>> queries = [(inputs[:1], torch.ones(1, dtype=torch.float64))]
+        >>> w = torch.zeros(2, dtype=torch.float64)
+        >>> hf.influence(loss, w, train, queries, damping=1.0).scores.round(decimals=3)
+        tensor([[2., 0.]], dtype=torch.float64)
+
     Args:
         loss: Training loss, ``(params, batch) -> scalar``.
         params: Trained parameters.

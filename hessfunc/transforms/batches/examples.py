@@ -103,6 +103,11 @@ def microbatches(batch: Any, size: int, /) -> list[Any]:
     repeated. Pass the microbatches to `over_batches` if the graph of the whole batch does not fit
     in memory.
 
+    Examples:
+        >>> batch = torch.arange(5), torch.arange(5)
+        >>> [len(inputs) for inputs, targets in hf.microbatches(batch, 2)]
+        [2, 2, 1]
+
     Args:
         batch: Batch to divide.
         size: Largest number of examples of a microbatch.

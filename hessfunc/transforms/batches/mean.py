@@ -66,6 +66,13 @@ def over_batches(
     uneven. Every rank must make the matvec and call it with the same block, and every rank gets the
     whole mean. If a rank fails or requests another product, all ranks raise an error.
 
+    Examples:
+        >>> loss = lambda w, x: (x * w.square()).mean()
+        >>> batches = [torch.tensor([1.0]), torch.tensor([3.0, 5.0])]
+        >>> matvec = hf.over_batches(hf.hvp(loss))(torch.ones(()), batches)
+        >>> matvec(torch.ones(1))  # 2 * (1 + 3 + 5) / 3
+        tensor([6.])
+
     Args:
         curvature: Curvature function of one batch.
         weight: Weight of a batch in the mean. Batches of weight 0 are left out. The default for

@@ -19,6 +19,10 @@ from hessfunc.trees import Matvec, Tree, flatten, leaves, tree_map
 def apply(matvec: Matvec, vector: Tree, /) -> Tree:
     """Return the product of a matvec with one vector, a tree.
 
+    Examples:
+        >>> hf.apply(hf.dense(torch.tensor([[2.0, 1.0], [1.0, 3.0]])), torch.tensor([1.0, 0.0]))
+        tensor([2., 1.])
+
     Raises:
         ValueError: If the product does not have the structure and shapes of the vector.
     """
@@ -195,6 +199,13 @@ def per_block(
 def batched(fn: Callable[[Tree], Tree], /, *, chunk_size: int | None = None) -> Matvec:
     """Return the matvec of a linear function of one vector.
 
+    Examples:
+        >>> matvec = hf.batched(lambda v: 2 * v.flip(0))
+        >>> matvec(torch.eye(3))
+        tensor([[0., 0., 2.],
+                [0., 2., 0.],
+                [2., 0., 0.]])
+
     Args:
         fn: Linear function of a tree that returns a tree.
         chunk_size: Number of vectors that go through ``fn`` at once by vmap; None for the whole
@@ -240,6 +251,13 @@ def _of_tensors(fn: Callable[[Tree], Tree], vector: Tree) -> Tree:
 @validated
 def dense(matrix: Tensor, /) -> Matvec:
     """Return the matvec of a dense symmetric matrix, the inverse function of `matrix`.
+
+    Examples:
+        >>> matvec = hf.dense(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
+        >>> matvec(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))  # three vectors
+        tensor([[2., 1.],
+                [1., 3.],
+                [3., 4.]])
 
     Args:
         matrix: Symmetric matrix ``(n, n)``. Vectors are flat, ``(n,)``, or trees with n entries.
