@@ -111,7 +111,9 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
             chain = state.chains.choice(needed, state.alive, expected)
             if chain is not None:
                 grown = state.extended(products, self.span, chain)
-                reduction = math.log(norm / max(self.samples(grown, space).norm, norm * _LEAST))
+                # The gain is certain, and the samples of few probes are not.
+                left = min(self.samples(grown, space).norm, norm - grown.gain)
+                reduction = math.log(norm / max(left, norm * _LEAST))
                 return replace(grown, chains=grown.chains.extended(chain, reduction))
         if self.has_tolerance:
             width = min(width, max(1, self.fewest - p, math.floor(needed + self.margin - p)))

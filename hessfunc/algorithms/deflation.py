@@ -64,6 +64,7 @@ class Deflation:
         inner: Trace of G M G' by leaf, float64 ``(leaves,)``, if only the trace is needed.
         forms: Numbers of each probe of a trace, float64 ``(p, 4 leaves + 2)``: u'Bu, |Bu|^2, u'Su
             and |Su|^2 by leaf, |u|^2 and |(B - S) u|^2. No row if the diagonal is needed.
+        gain: Lower bound of the fall of ``|S|_F^2`` by the last basis vector, without its probes.
         chains: Reductions of the variance by the steps so far.
         seed: Seed of the run.
     """
@@ -84,6 +85,7 @@ class Deflation:
     ends_gram: Tensor
     inner: Tensor
     forms: Tensor
+    gain: float
     chains: Chains
     seed: int
 
@@ -117,6 +119,7 @@ class Deflation:
             ends_gram=none,
             inner=parts,
             forms=none.new_zeros(0, 4 * len(parts) + 2),
+            gain=0.0,
             chains=Chains(),
             seed=seed,
         )
@@ -193,9 +196,11 @@ class Deflation:
         largest = max(self.largest, size)
         core = torch.zeros(len(column), len(column), dtype=torch.float64, device="cpu")
         core[:-1, :-1], core[-1], core[:, -1] = self.core, column, column
+        touched = space.gram(self.ends, row)
+        gain = self._gain(space, row, out, curvature, touched)
         ends = self.ends[others]
         if others:
-            ends = ends - space.combine(space.gram(ends, row), row)
+            ends = ends - space.combine(touched[others], row)
         last, alive = [self.last[i] for i in others], [self.alive[i] for i in others]
         if length > rounding(products_eps(space), largest):
             ends = torch.cat([ends, out])
@@ -225,8 +230,38 @@ class Deflation:
             diagonal=self.diagonal + (row * twice).to(self.diagonal.dtype),
             row_squares=self.row_squares + image.to(self.row_squares.dtype).square(),
             largest=largest,
+            gain=gain,
         )
         return grown.weighted(space)
+
+    def _gain(
+        self, space: Space, row: Tensor, out: Tensor, curvature: float, touched: Tensor
+    ) -> float:
+        """Return a lower bound of the fall of ``|S|_F^2`` by the next basis vector q.
+
+        Without M, B loses a qq' + q out' + out q', and ``|B|_F^2`` falls by a^2 + 2 |out|^2. For a
+        positive semi-definite S, S - s s' / q's with s = S q loses
+
+            2 s'Ss / q's - (|s|^2 / q's)^2 >= (|s|^2 / q's)^2,
+
+        since ``|s|^4 <= q's s'Ss`` (Cauchy and Schwarz).
+
+        Args:
+            space: Space of the vectors.
+            row: Vector q.
+            out: Part of B q outside of q.
+            curvature: Form a = q'Bq.
+            touched: Inner products of the ends with q.
+        """
+        plain = curvature**2 + 2 * float(space.norms(out)) ** 2
+        if curvature <= 0 or (len(self.last) and not bool(self.weights.any())):
+            return plain
+        rest = out + curvature * row
+        rest -= space.combine((self.weights @ touched.cpu().double()).mT, self.ends)
+        form, length = float(space.gram(row, rest)), float(space.norms(rest))
+        if form <= rounding(products_eps(space), self.largest):
+            return 0.0
+        return (length**2 / form) ** 2
 
     def weighted(self, space: Space, /) -> Deflation:
         """Return the state with the matrix M of its basis, and the forms of all probes."""

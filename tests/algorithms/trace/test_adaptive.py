@@ -254,6 +254,19 @@ def test_a_seed_repeats_a_run_and_rotations_do_not_matter() -> None:
     assert max(map(abs, errors)) < 0.5
 
 
+def test_equal_eigenvalues_take_a_product_each() -> None:
+    """Of 40 equal eigenvalues each chain shows one, and few probes hardly show that it does."""
+    values, like = (
+        torch.where(torch.arange(300) < 40, 1.0, 1e-8).double(),
+        torch.zeros(300).double(),
+    )
+    errors = [
+        abs(hf.trace(lambda v: v * values, like, max_matvecs=52, seed=s).value - 40)
+        for s in range(8)
+    ]
+    assert sorted(errors)[6] < 0.4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"max_matvecs": 5}, {"max_matvecs": 25}, {"rtol": 0.05}])
 @pytest.mark.parametrize("name", SPECTRA)
