@@ -56,10 +56,10 @@ class Absent(Tensor):
     @staticmethod
     def of(name: str, parameter: Tensor, /) -> Absent:
         """Return the stand-in of a parameter."""
-        absent = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        found = absent.as_subclass(Absent)
-        found.parameter, found.placed_on = name, parameter.device
-        return found
+        entry = torch.empty((), dtype=parameter.dtype, device="meta")
+        absent = entry.expand(parameter.shape).as_subclass(Absent)
+        absent.parameter, absent.placed_on = name, parameter.device
+        return absent
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]

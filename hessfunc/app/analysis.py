@@ -16,7 +16,7 @@ from hessfunc.app.problems.targets import Problem
 from hessfunc.app.report import NAMES, Part, brief
 from hessfunc.recipes.landscape import landscape
 from hessfunc.spaces.of import space_of
-from hessfunc.trees import tree_map
+from hessfunc.trees import tree_map, whole
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -67,7 +67,7 @@ def analyse(
         checkpoint: Folder with checkpoints of all parts, from which they resume; None for no
             checkpoints.
         mesh: Mesh of ranks that divide the work, all of which call this function; None for a
-            single process.
+            single process, and for a sharded model, which divides the work by itself.
         on_part: Function that is called with the name of each part that starts. It returns a
             function that is called with the finished fraction of the part, in [0, 1], and a short
             status text.
@@ -86,8 +86,9 @@ def analyse(
         on_progress = on_part(name)
         started = time.perf_counter()
         result = run(callback=lambda running: on_progress(fraction(running), brief(running)))
-        if space is not None and isinstance(result, hf.results.Eigenpairs):
-            result = replace(result, vectors=space.gathered(result.vectors))
+        if isinstance(result, hf.results.Eigenpairs):
+            gathered = space.gathered if space is not None else partial(tree_map, whole)
+            result = replace(result, vectors=gathered(result.vectors))
         on_progress(1.0, brief(result))
         return Part(name, result, time.perf_counter() - started)
 

@@ -192,6 +192,26 @@ def test_a_block_of_one_dtype_is_one_message(two: Processes) -> None:
     assert set(two.run(numbers_of_a_product, "own rows", "reverse")) == {(4 * divided, 4)}
 
 
+def numbers_of_a_block() -> tuple[int, int]:
+    ranks, messages = Ranks.of(problems.mesh(2)), list[int]()
+    shards = shards_of(cut(ranks), vectors(10))
+    block = shards_of(cut(ranks), vectors(20, 3), 1)
+
+    def product(*v: Tensor) -> Sequence[Tensor]:
+        return reverse_by_transforms(loss_on("recomputed", ranks), shards, v)
+
+    with counted(messages):
+        product(*(leaf[0] for leaf in block))
+        of_one = sum(messages)
+        vmap(product, randomness="same")(*block)
+    return of_one, sum(messages) - of_one
+
+
+def test_a_block_gathers_the_weights_once(two: Processes) -> None:
+    for of_one, of_block in two.run(numbers_of_a_block):
+        assert of_block < 0.8 * 3 * of_one
+
+
 def dtypes_are_kept() -> bool:
     ranks = Ranks.of(problems.mesh(2))
     two = Cut(ranks, (torch.Size([3]), torch.Size([4])), (0, 0))

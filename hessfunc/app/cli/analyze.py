@@ -15,7 +15,7 @@ from rich.progress import Progress, TaskID
 from hessfunc.app.cli.errors import command_line, fail
 from hessfunc.app.cli.folders import held, make_folder
 from hessfunc.app.cli.progress import Bars, bar, bars, show
-from hessfunc.app.cli.ranks import mesh_of_all, on_all, place, speaks
+from hessfunc.app.cli.ranks import mesh_of_all, on_all, place, several, speaks
 from hessfunc.app.cli.table import MATRICES, PARTS
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def analyze(
     sequence: int | None = None,
     data: Path | None = None,
     weights: Path | None = None,
+    shard: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
@@ -90,6 +91,12 @@ def analyze(
     if landscape in (1, 2):
         fail(f"--landscape must be 0 or at least 3, not {landscape}")
     wanted = _parts(only)
+    if shard is not None:
+        if not several():
+            fail("--shard divides a model among processes: start the command with torchrun")
+        if only is not None and {"line", "plane"} & set(wanted):
+            fail("--shard has no line and plane: leave them out of --only")
+        wanted = tuple(name for name in wanted if name not in ("line", "plane"))
 
     from hessfunc.app import report
     from hessfunc.app.analysis import analyse
@@ -110,19 +117,28 @@ def analyze(
 
             on_all(mesh, begin)
 
+            def call() -> Any:
+                return _returned(context.params, torch_device, torch_dtype, progress)
+
+            returned = on_all(mesh, call)
+
             def make() -> Problem:
                 kind = target.partition(":")[0]
                 return make_problem(
                     target,
-                    _returned(context.params, torch_device, torch_dtype, progress),
+                    returned,
                     device=torch_device,
                     dtype=torch_dtype,
                     count=_EXAMPLES.get(kind) if examples is None else examples,
                     batch_size=_SEQUENCES if is_text and batch_size is None else batch_size,
+                    mesh=None if shard is None else mesh,
+                    shard=None if shard is None else shard.split(","),
                 )
 
-            problem = on_all(mesh, make)
-            folder.subject = on_all(mesh, lambda: _subject(target, curvature, problem, progress))
+            # A sharded model communicates by itself when it is made and evaluated.
+            at_once = on_all if shard is None else lambda _, act: act()
+            problem = at_once(mesh, make)
+            folder.subject = at_once(mesh, lambda: _subject(target, curvature, problem, progress))
             if folder.subject.batches > 1:
                 task = progress.add_task("one pass", total=folder.subject.batches, detail="")
                 problem = replace(problem, batches=_Watched(problem.batches, progress, task))
@@ -139,7 +155,7 @@ def analyze(
                 radius=radius,
                 seed=seed,
                 checkpoint=checkpoint,
-                mesh=mesh,
+                mesh=None if shard is not None else mesh,
                 on_part=lambda name: bar(progress, name),
             ):
                 if speaks():

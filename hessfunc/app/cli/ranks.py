@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Return whether torchrun has started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -30,7 +31,7 @@ def mesh_of_all(
     device: torch.device | None,
 ) -> Iterator[tuple[DeviceMesh | None, torch.device | None]]:
     """Yield the mesh of all processes, or None for a single process, and the device of this one."""
-    if not _several():
+    if not several():
         yield None, device
         return
     import torch
@@ -84,7 +85,7 @@ def refuse_several(command: str, /) -> None:
     Raises:
         ValueError: If torchrun has started several processes.
     """
-    if _several():
+    if several():
         raise ValueError(
             f"{command} runs in a single process, but torchrun has started "
             f"{os.environ['WORLD_SIZE']}: run it without torchrun"

@@ -118,6 +118,11 @@ _ANALYZE: dict[str, Any] = {
         default="200 for cifar10, 64 for hf:PATH, else all",
         panel=_DATA,
     ),
+    "shard": option(
+        "NAMES",
+        "Under torchrun, divide the model too: globs over the modules whose parameters are whole "
+        "only while they run, separated by commas, such as 'layers.*,head'. No line or plane.",
+    ),
     "batch_size": option(
         "N",
         "Split larger batches into batches of N examples.",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.trees import Tree, tree_map
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 DIGITS_EPOCHS = 8
 
@@ -209,6 +212,8 @@ def make_problem(
     dtype: torch.dtype | None = None,
     count: int | None = None,
     batch_size: int | None = None,
+    mesh: DeviceMesh | None = None,
+    shard: Sequence[str] | None = None,
 ) -> Problem:
     """Build the problem from the return value of a target.
 
@@ -219,6 +224,8 @@ def make_problem(
         dtype: Dtype of parameters and floating-point inputs; None to convert nothing.
         count: Maximum number of examples; None for all.
         batch_size: Maximum number of examples per batch; larger batches are split.
+        mesh: Mesh of ranks that divide the parameters of a model; None to divide none.
+        shard: Globs over the blocks of a divided model, as in `functional`.
 
     Raises:
         TargetError: If ``returned`` is neither of these tuples, or cannot be analysed.
@@ -248,8 +255,12 @@ def make_problem(
                 )
             if isinstance(middle, nn.Module):
                 middle.to(device=device, dtype=dtype)
-            model_fn, params = functional(head.to(device=device, dtype=dtype))
+            model_fn, params = functional(
+                head.to(device=device, dtype=dtype), mesh=mesh, shard=shard
+            )
             loss: LossFunction = supervised(model_fn, middle)
+        elif mesh is not None:
+            raise ValueError("only the parameters of a model can be divided among processes")
         else:
             loss = head
             params = tree_map(lambda leaf: _placed(leaf, device, dtype), middle)

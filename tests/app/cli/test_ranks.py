@@ -80,6 +80,28 @@ def test_analyze_prints_once_and_finds_what_one_process_finds(
     _compare(one, two)
 
 
+@pytest.mark.slow
+def test_analyze_divides_the_model_too(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(mine)
+    only = ["--only", "eigenvalues,trace,density"]
+    alone = analyze("mine:problem", *OPTIONS, *only, "--out", "whole")
+    both = on_two_ranks("analyze", "mine:problem", *OPTIONS, *only, "--shard", "0,2", cwd=mine)
+    assert (alone.exit_code, both.returncode) == (0, 0), both.stderr
+    one, two = numbers(mine / "whole"), numbers(mine / "hessfunc-out")
+    assert two.keys() == one.keys()
+    _compare(one, two)
+
+
+def test_a_model_is_divided_under_torchrun_only(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mine)
+    assert "start the command with torchrun" in analyze("mine:problem", "--shard", "*").stderr
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = analyze("mine:problem", "--shard", "*", "--only", "eigenvalues,line")
+    assert "--shard has no line and plane" in refused.stderr
+
+
 def _compare(one: Any, two: Any) -> None:
     if isinstance(one, dict):
         assert one.keys() == two.keys()
