@@ -64,13 +64,24 @@ def read(path: Path, settings: Mapping[str, Any], /) -> list[Run]:
         stored, runs = plain["settings"], [run_of(run) for run in plain["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or pass another --out") from None
+    refuse_other_settings(path, stored, settings)
+    return runs
+
+
+def refuse_other_settings(
+    path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any], /
+) -> None:
+    """Check that a file has the settings of this run.
+
+    Raises:
+        ValueError: If a setting differs.
+    """
     wanted = json.loads(json.dumps(settings))
     if changed := [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]:
         raise ValueError(
             f"{path} contains trainings with other settings ({changed[0]} was "
             f"{stored.get(changed[0])} and is now {wanted.get(changed[0])}): pass another --out"
         )
-    return runs
 
 
 def run_of(plain: Mapping[str, Any], /) -> Run:

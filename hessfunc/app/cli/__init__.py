@@ -20,6 +20,7 @@ from hessfunc.app.cli.experiment import experiment
 from hessfunc.app.cli.options import declared
 from hessfunc.app.cli.plan import plan
 from hessfunc.app.cli.table import TABLE
+from hessfunc.app.cli.track import track
 from hessfunc.app.cli.train import train
 
 __all__ = ["app", "main"]
@@ -62,7 +63,7 @@ def _root(
     """Curvature of neural networks: eigenvalues, traces, spectral densities, and training."""
 
 
-for command in (analyze, compare, eig, experiment, plan, train):
+for command in (analyze, compare, eig, experiment, plan, track, train):
     # Extra arguments may be decay epochs without commas; `train` rejects them with a hint.
     settings = {"allow_extra_args": command is train}
     app.command(cls=Command, context_settings=settings)(declared(command, TABLE[command.__name__]))

@@ -15,11 +15,11 @@ def compare(
     quiet: bool = False,
     traceback: bool = False,
 ) -> None:
-    """Compare two analyses or two trainings.
+    """Compare two analyses, two trainings or two tracked trainings.
 
     Prints a table of both, and writes an HTML page in which their densities, losses and
-    eigenvalues are drawn over each other. A RUN is a folder that `hessfunc analyze` or
-    `hessfunc train` has written.
+    eigenvalues are drawn over each other. A RUN is a folder that `hessfunc analyze`, `train` or
+    `track` has written.
     """
     from hessfunc.app.report import comparison
     from hessfunc.files import write_whole

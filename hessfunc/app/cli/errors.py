@@ -6,11 +6,13 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from hessfunc.app.cli.progress import results_alone
 from hessfunc.app.cli.ranks import speaks
 
 
@@ -31,7 +33,8 @@ class Command(_WithoutType, TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with results_alone() if ctx.params["as_json"] else nullcontext():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted", code=130)
         except Exception as error:
@@ -76,7 +79,8 @@ def _told(refusal: Any) -> str:
     parameter, context = getattr(refusal, "param", None), getattr(refusal, "ctx", None)
     message = " ".join(refusal.format_message().split()).rstrip(".")
     if message.startswith("No such command") and context is not None:
-        return f"{message}: choose one of {', '.join(context.command.commands)}"
+        known = ", ".join(context.command.commands)
+        return f"{message.partition('.')[0]}: choose one of {known}"
     if parameter is None or not isinstance(refusal, typer.BadParameter) or not refusal.message:
         return message
     flag = _flag(parameter) if parameter.param_type_name == "option" else parameter.metavar

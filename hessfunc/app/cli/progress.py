@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -71,6 +74,20 @@ def bar(progress: Bars, name: str, /) -> Callable[[float, str], None]:
     return tick
 
 
+_results: ContextVar[TextIO | None] = ContextVar("results", default=None)
+
+
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """Keep standard output for the results; all else that is printed goes to standard error."""
+    token = _results.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.reset(token)
+
+
 def show(
     parts: Iterable[Table | str], data: Mapping[str, Any], /, *, as_json: bool, quiet: bool
 ) -> None:
@@ -78,7 +95,7 @@ def show(
     if not speaks():
         return
     if as_json:
-        typer.echo(json.dumps(data, indent=2, allow_nan=False))
+        typer.echo(json.dumps(data, indent=2, allow_nan=False), file=_results.get())
         return
     console = Console(markup=False, emoji=False, highlight=False)
     for part in () if quiet else parts:

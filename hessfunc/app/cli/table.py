@@ -60,6 +60,11 @@ def _data(default: str = "") -> Any:
     return option("NAME", text, default=default, panel=_DATA, choices=DATASETS)
 
 
+_MATRIX: Any = option(
+    "NAME",
+    "Matrix: hessian, ggn (generalised Gauss-Newton), fisher, or efisher (empirical).",
+    choices=tuple(MATRICES),
+)
 _COMMON: dict[str, Any] = {
     "device": option("NAME", "Device to compute on: cpu, cuda, cuda:1, mps."),
     "out": option("DIR", "Folder of the results."),
@@ -72,11 +77,7 @@ _ANALYZE: dict[str, Any] = {
     "target": typer.Argument(
         metavar="TARGET", help="What to analyse: digits, cifar10, hf:PATH or module:function."
     ),
-    "curvature": option(
-        "NAME",
-        "Matrix: hessian, ggn (generalised Gauss-Newton), fisher, or efisher (empirical).",
-        choices=tuple(MATRICES),
-    ),
+    "curvature": _MATRIX,
     "only": option(
         "NAMES",
         f"Compute only these parts, separated by commas: {', '.join(PARTS)}.",
@@ -368,6 +369,22 @@ _TRAIN: dict[str, Any] = {
     "save_every": option("N", "Save a checkpoint every N steps."),
 }
 
+_TRACK: dict[str, Any] = {
+    "target": typer.Argument(metavar="TARGET", help="Function that trains: module:function."),
+    "every": option("N", "Steps between two measurements, the first of which is at step 0."),
+    "curvature": _MATRIX,
+    "top": option("N", "Number of largest eigenvalues.", min=0),
+    "bottom": option("N", "Number of smallest eigenvalues.", min=0),
+    "trace_probes": option("N", "Random vectors of the trace, at least 2; 0: no trace.", min=0),
+    "critical": option("", "Measure the critical sharpness along the gradient.", "--critical"),
+    "preconditioned": option(
+        "", "Measure the sharpness that limits the steps of the optimiser.", "--preconditioned"
+    ),
+    "rtol": option("X", "Tolerance: relative residual of each eigenvalue."),
+    "max_matvecs": option("N", f"Stop each end of the spectrum of a point after N {_MATVECS}"),
+    "seed": _seed("start vectors and probes"),
+}
+
 # Declarations by command and by the name of the parameter.
 TABLE: dict[str, dict[str, Any]] = {
     command: _COMMON | own
@@ -377,6 +394,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "eig": _EIG,
         "experiment": _EXPERIMENT,
         "plan": _PLAN,
+        "track": _TRACK,
         "train": _TRAIN,
     }.items()
 }

@@ -173,6 +173,15 @@ def imported(target: str) -> Any:
     Raises:
         TargetError: If the function cannot be imported, or fails.
     """
+    return called(target, function_of(target))
+
+
+def function_of(target: str, /) -> Callable[..., Any]:
+    """Import the user's ``module:function``, which may be in the current directory.
+
+    Raises:
+        TargetError: If the function cannot be imported.
+    """
     module_name, _, function_name = target.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
@@ -190,8 +199,17 @@ def imported(target: str) -> Any:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise TargetError(f"{module_name} ({module.__file__}) has no function {function_name!r}")
+    return function
+
+
+def called(target: str, function: Callable[..., Any], /, *arguments: Any) -> Any:
+    """Call a function of the user.
+
+    Raises:
+        TargetError: If the function fails.
+    """
     try:
-        return function()
+        return function(*arguments)
     except (Exception, SystemExit) as error:
         raise TargetError(f"{target} failed: {_one_line(error)}") from error
 

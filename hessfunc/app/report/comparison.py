@@ -1,10 +1,10 @@
-"""Page and table that show two runs beside each other: two analyses, or two trainings."""
+"""Page and table of two runs beside each other: two analyses, trainings or tracked trainings."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,17 +16,20 @@ from rich.table import Table
 
 from hessfunc.algorithms.overlap import overlap
 from hessfunc.algorithms.results import Density, Eigenpairs, load
-from hessfunc.app.report import lines
+from hessfunc.app.report import lines, tracked
 from hessfunc.app.report.html import document, marked, scrolled, section, table
 from hessfunc.app.report.meanings import RESIDUAL
 from hessfunc.app.report.rows import Number, Words, plain, rows
 from hessfunc.app.report.sections import said
 from hessfunc.app.report.training import figures as training_figures
+from hessfunc.tracking import Points
+from hessfunc.tracking import read as points_of
 from hessfunc.training import history
 
 # File of each kind of run.
-_FILES = {"analysis": "results.json", "training": "history.json"}
-_KINDS = {"analysis": "an analysis", "training": "a training"}
+_FILES = {"analysis": "results.json", "training": "history.json", "tracking": tracked.RUN}
+_KINDS = {"analysis": "an analysis", "training": "a training", "tracking": "a tracked training"}
+_SEVERAL = {"analysis": "analyses", "training": "trainings", "tracking": "tracked trainings"}
 # Number of points of a density, and its smallest value relative to the largest.
 _POINTS, _FLOOR = 600, 1e-7
 
@@ -38,7 +41,7 @@ class Compared:
     Attributes:
         name: Name of the run, which is that of its folder.
         folder: Folder of the run.
-        kind: ``"analysis"`` or ``"training"``.
+        kind: ``"analysis"``, ``"training"`` or ``"tracking"``.
         content: Plain data of the run.
     """
 
@@ -52,9 +55,14 @@ class Compared:
         path = self.folder / f"{part}.npz"
         return load(path) if part in self.content.get("results", {}) and path.exists() else None
 
+    @property
+    def points(self) -> Points:
+        """Points of a tracked training."""
+        return points_of(self.folder / tracked.POINTS)
+
 
 def read(folders: Sequence[Path], /) -> list[Compared]:
-    """Read the runs of folders that `hessfunc analyze` or `hessfunc train` has written.
+    """Read the runs of folders that `hessfunc analyze`, `train` or `track` has written.
 
     Raises:
         ValueError: If a folder contains no run, or if the runs are of different kinds.
@@ -76,27 +84,39 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [f"{i}: {folder}" for i, folder in enumerate(folders, 1)]
 
 
+# Finished parts of a run, by its kind.
+_KNOWN: dict[str, Callable[[Any], Any]] = {
+    "analysis": lambda content: content["results"],
+    "training": lambda content: content["runs"][0]["records"],
+    "tracking": lambda content: content["points"],
+}
+
+
 def _read(folder: Path, name: str) -> Compared:
     for kind, file in _FILES.items():
         if (folder / file).exists():
             try:
                 content = json.loads((folder / file).read_bytes())
-                known = content["results"] if kind == "analysis" else content["runs"][0]["records"]
-            except (ValueError, KeyError, IndexError, TypeError):
+                if kind == "tracking":
+                    points = points_of(folder / tracked.POINTS)
+                    content["points"] = [point.to_dict() for point in points]
+                known = _KNOWN[kind](content)
+            except (ValueError, KeyError, IndexError, TypeError, FileNotFoundError):
                 raise ValueError(f"{folder / file} is damaged, or of another program") from None
             if not known:
                 raise ValueError(f"{folder} contains no finished part of a run")
             return Compared(name, folder, kind, content)
     raise ValueError(
         f"{folder} contains neither {' nor '.join(_FILES.values())}: pass a folder that "
-        "`hessfunc analyze` or `hessfunc train` has written"
+        "`hessfunc analyze`, `train` or `track` has written"
     )
 
 
 def compared_rows(runs: Sequence[Compared], /) -> Iterator[tuple[str, list[Words]]]:
     """Yield the name of each quantity with its value and uncertainty in each run."""
-    if runs[0].kind == "training":
-        yield from _of_trainings(runs)
+    if runs[0].kind != "analysis":
+        yield from (_of_trainings if runs[0].kind == "training" else _of_tracked)(runs)
+        yield from _other_settings(runs)
         return
     subjects = [run.content["subject"] for run in runs]
     for name, key, style in (("loss", "loss", ".4g"), ("parameters", "parameters", ",")):
@@ -138,6 +158,20 @@ def _of_trainings(runs: Sequence[Compared]) -> Iterator[tuple[str, list[Words]]]
         values = [end.get(key) for end in ends]
         if any(value is not None for value in values):
             yield label, [() if value is None else (Number(value, style),) for value in values]
+
+
+def _of_tracked(runs: Sequence[Compared]) -> Iterator[tuple[str, list[Words]]]:
+    """Yield the quantities of the last point of each run."""
+    known = [
+        {row.label: (*row.value, " ", *row.sureness) for row in tracked.rows(run.points)}
+        for run in runs
+    ]
+    for label in dict.fromkeys(name for each in known for name in each):
+        yield label, [each.get(label, ()) for each in known]
+
+
+def _other_settings(runs: Sequence[Compared]) -> Iterator[tuple[str, list[Words]]]:
+    """Yield the settings in which the runs differ."""
     settings = [run.content["settings"] for run in runs]
     for key in dict.fromkeys(name for each in settings for name in each):
         values = [each.get(key) for each in settings]
@@ -169,7 +203,7 @@ def comparison(runs: Sequence[Compared], /) -> str:
         title=" and ".join(run.name for run in runs),
         kind="Comparison of",
         status=_status(runs),
-        headline=(f"two {'analyses' if is_analysis else 'trainings'}",),
+        headline=(f"two {_SEVERAL[runs[0].kind]}",),
         parts=(
             lines.elements(drawn, {}),
             section("values", "Side by side", notes, beside),
@@ -190,7 +224,7 @@ def content(runs: Sequence[Compared], /) -> dict[str, Any]:
 def _status(runs: Sequence[Compared]) -> str:
     """Return whether both runs are complete."""
     ends = [
-        run.content["status"] if run.kind == "analysis" else run.content["runs"][0]["ended"]
+        run.content["runs"][0]["ended"] if run.kind == "training" else run.content["status"]
         for run in runs
     ]
     return "both complete" if set(ends) == {"complete"} else "not both complete"
@@ -201,6 +235,8 @@ def figures(runs: Sequence[Compared], /) -> list[lines.Figure]:
     if runs[0].kind == "training":
         trained = [(history.run_of(run.content["runs"][0]), run.name) for run in runs]
         return training_figures(trained)
+    if runs[0].kind == "tracking":
+        return tracked.figures([(run.points, run.name) for run in runs])
     return [figure for figure in (_density(runs), _line(runs)) if figure.known]
 
 

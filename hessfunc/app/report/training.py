@@ -60,7 +60,7 @@ def training(
             _headlines(run),
             lines.elements(drawn, {drawn[0].name: picture} if drawn else {}),
             _epochs(run),
-            _what(settings, content),
+            what_was_run(settings, content),
             _cost(run),
         ),
         scripts=lines.SCRIPTS,
@@ -190,7 +190,7 @@ def _cell(record: Record, name: str, style: str) -> str:
     return "" if value is None else marked((Number(value, style),))
 
 
-def _what(settings: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+def what_was_run(settings: Mapping[str, Any], content: Mapping[str, Any], /) -> str:
     """Return the section with everything that is needed to repeat the run."""
     invocation = content["run"]
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())

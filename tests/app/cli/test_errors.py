@@ -15,8 +15,10 @@ def test_traceback_shows_where(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["analyse"], "No such command 'analyse'"),
-        (["analyse"], "choose one of analyze, compare, eig, experiment, plan, train"),
+        (
+            ["analyse"],
+            "No such command 'analyse': choose one of analyze, compare, eig, experiment, plan, ",
+        ),
         (["analyze", "--color", "red"], "No such option: --color"),
         (["eig"], "Missing option '--resume'"),
         (["eig", "--k", "0"], "--k must be a whole number of at least 1, "),
