@@ -134,7 +134,8 @@ def functional(
     if not params:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: call "
-            "`model.requires_grad_(True)`, or pass `trainable_only=False`"
+            "`model.requires_grad_(True)`, load an adapter with `is_trainable=True`, or pass "
+            "`trainable_only=False`"
         )
     if mesh is not None or shard is not None or _is_fully_sharded(model):
         return _sharded(model, list(params), mesh, shard, dtype, recompute)

@@ -37,6 +37,9 @@ def tree(name: str, value: Any, /) -> Any:
         raise refused(name, value, "a tree of tensors", remedy)
     if isinstance(value, np.ndarray):
         raise refused(name, value, "a tree of tensors", f"pass {name}=torch.from_numpy(array)")
+    if isinstance(value, int):
+        remedy = f"pass {name}=torch.zeros({value}, dtype=torch.float64)"
+        raise refused(name, value, "a tree of tensors", remedy)
     tensors = leaves(value)
     for leaf in tensors:
         if not isinstance(leaf, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -22,15 +23,18 @@ from hessfunc.app.plan import (
 )
 from hessfunc.app.plan import gradient_seconds as of_gradient
 
+if TYPE_CHECKING:
+    from hessfunc.app.problems.huggingface import Sizes
+
 # Peak teraflops of an H100 by dtype. float32 is without TF32, which products do not use.
 _TERAFLOPS = {"float64": 67.0, "float32": 67.0, "bfloat16": 989.0, "float16": 989.0}
-_VOCABULARY = 32_000
+_VOCABULARY, _SEQUENCE = 32_000, 2048
 
 
 def plan(
     context: typer.Context,
     target: str | None = None,
-    params: float | None = None,
+    params: int | None = None,
     algorithm: str = "lanczos",
     k: int = 10,
     steps: int = 100,
@@ -42,7 +46,7 @@ def plan(
     largest: int | None = None,
     graph_memory: float | None = None,
     batch_tokens: int = 2048,
-    sequence: int = 2048,
+    sequence: int | None = None,
     vocabulary: int | None = None,
     recompute: bool = False,
     ranks: int = 1,
@@ -76,13 +80,19 @@ def plan(
     def source(name: str, otherwise: str = "assumed") -> str:
         return "given" if name in from_command_line else otherwise
 
-    shape, read = _shape(target, params, vocabulary)
+    read = _read(target, params, vocabulary)
+    shape = (
+        Transformer.usual(params or 1, vocabulary or _VOCABULARY) if read is None else read.shape
+    )
+    sequence = sequence or min(_SEQUENCE, _SEQUENCE if read is None else read.context)
     network = shape.network(dtype, tokens=batch_tokens, context=min(sequence, batch_tokens))
     if recompute:
         network = network.computed_again()
     if graph_memory is not None:
         network = replace(network, activations=round(graph_memory * GIB), recomputed=None)
-    if (largest := largest or read) is not None:
+    if largest is None and read is not None:
+        largest = read.largest
+    if largest is not None:
         network = replace(network, largest=largest)
     setting = Setting(network, ranks, not unsharded)
     chosen = _algorithm(algorithm, k, steps, probes, block_size, basis_size, basis_dtype)
@@ -100,13 +110,14 @@ def plan(
     room = None if gpu_memory is None else max(0, round((gpu_memory - reserve) * GIB))
     verdict = judged(setting, chosen, room)
 
-    config = "assumed: width = 100 layers" if target is None else "read from the config"
+    config = "assumed: width = 100 layers" if read is None else "read from the config"
+    limit = "assumed" if read is None else "assumed, up to the context of the config"
     numbers: list[Number] = [
         ("parameters", f"{network.params:,} in {dtype}", source("params", config)),
         ("layers, width", f"{shape.layers}, {shape.width:,}", config),
         ("largest parameter", f"{network.largest:,}", source("largest", config)),
         ("tokens per batch", f"{batch_tokens:,}", source("batch_tokens")),
-        ("tokens per sequence", f"{sequence:,}", source("sequence")),
+        ("tokens per sequence", f"{sequence:,}", source("sequence", limit)),
         ("vocabulary", f"{shape.vocabulary:,}", source("vocabulary", config)),
         (
             "activations per batch",
@@ -137,22 +148,20 @@ def plan(
         raise typer.Exit(1)
 
 
-def _shape(
-    target: str | None, params: float | None, vocabulary: int | None
-) -> tuple[Transformer, int | None]:
-    """Return the sizes of the network, and those of its largest parameter if they are known."""
+def _read(target: str | None, params: int | None, vocabulary: int | None) -> Sizes | None:
+    """Return the sizes of the model of a target; None without a target."""
     if target is None:
         if params is None:
             fail("pass the number of parameters, such as --params 7B, or a target hf:PATH")
-        return Transformer.usual(round(params), vocabulary or _VOCABULARY), None
+        return None
     kind, _, path = target.partition(":")
     if kind != "hf" or not path:
         fail(f"TARGET must be hf:PATH, not {target!r}")
     if params is not None or vocabulary is not None:
         fail("--params and --vocabulary are read from hf:PATH: omit them")
-    from hessfunc.app.problems.huggingface import transformer
+    from hessfunc.app.problems.huggingface import sizes
 
-    return transformer(Path(path))
+    return sizes(Path(path))
 
 
 def _algorithm(

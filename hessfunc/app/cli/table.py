@@ -233,7 +233,9 @@ _PLAN: dict[str, Any] = {
         panel=_NETWORK,
     ),
     "batch_tokens": option("N", "Tokens per batch and rank.", panel=_NETWORK),
-    "sequence": option("N", "Tokens per sequence.", panel=_NETWORK),
+    "sequence": option(
+        "N", "Tokens per sequence.", default="2048, or the context of hf:PATH", panel=_NETWORK
+    ),
     "vocabulary": option(
         "N", "Size of the vocabulary.", default="that of hf:PATH, else 32,000", panel=_NETWORK
     ),

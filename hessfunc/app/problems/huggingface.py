@@ -21,6 +21,8 @@ _TOKENS, _MASKED = 256, 0.15
 # Bytes and at most as many special tokens; a larger vocabulary is that of a tokenizer.
 _BYTES, _MOST_OF_BYTES = 256, 512
 _IGNORED = -100
+# Context of a model without a limit.
+_UNLIMITED = 2**20
 
 
 def language_model(
@@ -82,7 +84,7 @@ def config_of(folder: Path, /) -> Any:
             raise TargetError(
                 f"{folder} contains an adapter without its model: save the merged model, "
                 "`model.merge_and_unload().save_pretrained(...)`, or pass module:function, which "
-                "returns (loss, params, batches) of the adapter"
+                "returns (*language_model_loss(peft_model), batches)"
             )
         raise TargetError(f"{folder} has no config.json: pass a folder of `save_pretrained`")
     with _silent():
@@ -92,8 +94,23 @@ def config_of(folder: Path, /) -> Any:
             raise TargetError(f"{folder}: {error}") from error
 
 
-def transformer(folder: Path, /) -> tuple[Transformer, int]:
-    """Return the sizes of a local model, and the number of entries of its largest parameter.
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a language model.
+
+    Attributes:
+        shape: Layers, width, heads, vocabulary and parameters.
+        largest: Number of entries of the largest parameter.
+        context: Largest number of tokens of a sequence.
+    """
+
+    shape: Transformer
+    largest: int
+    context: int
+
+
+def sizes(folder: Path, /) -> Sizes:
+    """Return the sizes of a local model.
 
     The config is enough; weights are not read.
 
@@ -103,15 +120,16 @@ def transformer(folder: Path, /) -> tuple[Transformer, int]:
     """
     config = config_of(folder)
     with _silent(), torch.device("meta"):
-        sizes = [parameter.numel() for parameter in _class_of(folder, config)(config).parameters()]
+        counts = [parameter.numel() for parameter in _class_of(folder, config)(config).parameters()]
     text = config.get_text_config()
-    return Transformer(
-        params=sum(sizes),
+    shape = Transformer(
+        params=sum(counts),
         layers=text.num_hidden_layers,
         width=text.hidden_size,
         heads=text.num_attention_heads,
         vocabulary=text.vocab_size,
-    ), max(sizes)
+    )
+    return Sizes(shape, max(counts), _context(config))
 
 
 def _class_of(folder: Path, config: Any) -> Any:
@@ -150,9 +168,15 @@ def _loaded(folder: Path, config: Any) -> Any:
     return model.eval()
 
 
+def _context(config: Any) -> int:
+    """Return the largest number of tokens of a sequence."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context or _UNLIMITED
+
+
 def _length(folder: Path, config: Any, sequence: int | None) -> int:
     """Return the number of tokens of a sequence."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or _TOKENS
+    context = _context(config)
     if sequence is None:
         return min(_TOKENS, context)
     if sequence > context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -206,8 +207,13 @@ def called(target: str, function: Callable[..., Any], /, *arguments: Any) -> Any
     """Call a function of the user.
 
     Raises:
-        TargetError: If the function fails.
+        TargetError: If the function takes other arguments, or fails.
     """
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        due = "take one argument, as in `def training(track):`" if arguments else "take no argument"
+        raise TargetError(f"{target} must {due}: {error}") from error
     try:
         return function(*arguments)
     except (Exception, SystemExit) as error:

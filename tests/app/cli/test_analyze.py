@@ -191,6 +191,7 @@ def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
         (["mine:"], "TARGET must be one of"),
         (["nowhere_to_be_found:it"], "cannot import 'nowhere_to_be_found'"),
         (["mine:missing"], "has no function 'missing'"),
+        (["mine:loss"], "mine:loss must take no argument: missing a required argument: 'params'"),
         (["mine:number"], "must return (model, criterion, loader)"),
         (["mine:breaking"], "KeyError: 'y' (use --traceback for details)"),
         (["mine:quadratic", "--k", "7"], "--k 7: the matrix has 6 eigenvalues"),

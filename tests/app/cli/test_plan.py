@@ -24,7 +24,7 @@ from tests.app.problems.language_models import gpt2, saved
 )
 def test_the_plans_of_the_page_are_what_it_says(options: str, verdict: str) -> None:
     page = Path(__file__).parents[3] / "docs/how-to/command-line.md"
-    assert f"hessfunc plan {options} " in page.read_text()
+    assert f"hessfunc plan {options}\n" in page.read_text()
     assert re.search(verdict, plan(*options.split()).stdout, re.MULTILINE)
 
 
@@ -76,11 +76,12 @@ def test_sizes_are_written_as_people_write_them(text: str) -> None:
 def test_a_model_of_hugging_face(tmp_path: Path) -> None:
     model = gpt2()
     folder = saved(tmp_path, model)
-    done = plan(f"hf:{folder}", "--batch-tokens", "64", "--sequence", "16")
+    done = plan(f"hf:{folder}", "--batch-tokens", "64")
     assert done.exit_code == 0, done.output
     count = sum(p.numel() for p in model.parameters())
     assert re.search(rf"{count:,} in float32 +read from the config", done.stdout)
     assert re.search("largest parameter +2,048 +read from the config", done.stdout)
+    assert re.search("tokens per sequence +16 +assumed, up to the context", done.stdout)
     assert "omit them" in plan(f"hf:{folder}", "--params", "7B").stderr
     assert "TARGET must be hf:PATH, not 'gpt2'" in plan("gpt2").stderr
     assert "--params 7B, or a target hf:PATH" in plan().stderr

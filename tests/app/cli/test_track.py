@@ -132,6 +132,7 @@ def test_runs_are_compared(here: Path) -> None:
         ((), "trained:nothing", "has no function 'nothing'"),
         ((), "trained:silent", "returned without a call of its argument: call `tracker = track("),
         ((), "trained:twice", "`track` tracks one model: call it once"),
+        ((), "trained:Quadratic", "must take one argument, as in `def training(track):`: too many"),
         ((), "trained:broken", "trained:broken failed: RuntimeError: no more data ("),
         (("--top", "4"), "trained:training", "the matrix has only 3 eigenvalues"),
         (("--out", "trained.py"), "trained:training", "--out trained.py cannot be used"),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import hessfunc as hf
-from hessfunc.app.problems.huggingface import config_of, language_model, transformer
+from hessfunc.app.problems.huggingface import config_of, language_model, sizes
 from hessfunc.app.problems.targets import TargetError
 from tests.app.problems.language_models import TEXT, WORDS, bert, gpt2, saved, with_words
 
@@ -122,8 +122,7 @@ def test_sizes_are_those_of_the_model_without_its_weights(
     model = make()
     folder = saved(tmp_path, model)
     (folder / "model.safetensors").unlink()
-    sizes, largest = transformer(folder)
-    counts = [p.numel() for p in model.parameters()]
-    assert (sizes.params, largest) == (sum(counts), max(counts))
-    assert (sizes.layers, sizes.width, sizes.heads) == (1, 8, 2)
-    assert sizes.vocabulary == model.config.vocab_size
+    read, counts = sizes(folder), [p.numel() for p in model.parameters()]
+    assert (read.shape.params, read.largest, read.context) == (sum(counts), max(counts), 16)
+    assert (read.shape.layers, read.shape.width, read.shape.heads) == (1, 8, 2)
+    assert read.shape.vocabulary == model.config.vocab_size
