@@ -22,6 +22,8 @@ from hessfunc.spaces.space import ProbeKind, Space
 BLOCK = 4
 # Number of probes that predict the reduction by a step which no step has shown yet.
 _PREDICTING = 32
+# Least tolerance whose square is a normal number.
+_TINIEST = 1e-150
 # Least factor by which a step is taken to reduce the variance.
 _LEAST = 1e-30
 
@@ -126,7 +128,8 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
         if samples.norm == 0:
             return 0.0
         tolerance = self.tolerance(samples, space)
-        if tolerance == 0:
+        # The number of probes is in proportion to 1 / tolerance^2, which must not overflow.
+        if tolerance <= _TINIEST:
             return most
         needed = self.probes_within(tolerance, samples)
         # Fewer probes than the least number of a run save nothing.

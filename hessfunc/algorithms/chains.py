@@ -126,7 +126,10 @@ def expected_reduction(gram: Tensor, /) -> float:
     Args:
         gram: Gram matrix of the products S u, float64 ``(p, p)`` with p > 1.
     """
-    p = len(gram)
-    square = float(gram.diagonal().mean()) ** 2
-    fourth = float(gram.square().sum() - gram.diagonal().square().sum()) / (p * (p - 1))
-    return -math.log1p(-min(fourth / square, _LARGEST)) if square > 0 else 0.0
+    p, square = len(gram), float(gram.diagonal().mean())
+    if not square > 0:
+        return 0.0
+    # The ratio does not depend on the scale of the products, whose fourth powers may overflow.
+    gram = gram / square
+    share = float(gram.square().sum() - gram.diagonal().square().sum()) / (p * (p - 1))
+    return -math.log1p(-min(share, _LARGEST))

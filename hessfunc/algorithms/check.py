@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.products import CHANGES_ITS_BLOCK
 from hessfunc.algorithms.results.check import Check
 from hessfunc.options import of_numpy, validated
 from hessfunc.spaces.of import ravel, space_of
@@ -66,12 +67,15 @@ def check(
     y = space.probes(range(_PROBES, 2 * _PROBES), kind="normal", seed=seed)
 
     def product(rows: Tensor) -> Tensor:
+        before = rows.clone()
         try:
             images = space.ravel(matvec(space.unravel(rows)))
         except TypeError as error:
             if (clearer := of_numpy(error)) is not None:
                 raise clearer from error
             raise
+        if not torch.equal(rows, before):
+            raise ValueError(CHANGES_ITS_BLOCK)
         if not torch.isfinite(images).all():
             raise FloatingPointError(
                 "a product has entries that are NaN or infinite: check that the loss and its "

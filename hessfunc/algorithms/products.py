@@ -23,6 +23,10 @@ from hessfunc.trees import Matvec, Tree, leaves
 _PRODUCTS_LOOKED_AT = 2
 # Number of entries of a block that are copied for that comparison.
 _SAMPLED = 2**16
+CHANGES_ITS_BLOCK = (
+    "the matvec changes its block in place: return a new one, such as v * d instead of v.mul_(d), "
+    "because the algorithm still needs the block"
+)
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -115,10 +119,7 @@ class Products:
         del images
         moved = version is not None and rows._version != version
         if moved or (before is not None and not _same_bits(before, rows)):
-            raise ValueError(
-                "the matvec changes its block in place: return a new one, such as v * d instead "
-                "of v.mul_(d), because the algorithm still needs the block"
-            )
+            raise ValueError(CHANGES_ITS_BLOCK)
         if len(product) != len(rows):
             raise ValueError(
                 f"the matvec returned {len(product)} products for a block of {len(rows)} vectors: "

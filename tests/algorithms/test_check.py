@@ -153,3 +153,8 @@ def test_what_differences_show_is_told() -> None:
     assert 0 < found.resolution < found.tolerance
     assert "% of the length of a product" in str(found)
     assert str(hf.check(hf.hvp(loss)(params, (X, Y)), params)).endswith("deterministic")
+
+
+def test_a_matvec_that_changes_its_block_is_called_so() -> None:
+    with pytest.raises(ValueError, match="changes its block in place"):
+        hf.check(lambda block: block.mul_(2), torch.zeros(4).double())

@@ -36,8 +36,8 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
     Raises:
         ValueError: If there is no estimate, if the number of weights differs from that of
             estimates, if the matrices differ in their leaves, if two estimates share a seed and
-            therefore their probes, or if there are no weights and two estimates differ by more
-            than their standard errors explain.
+            therefore their probes, or if there are no weights and two estimates, or their squared
+            Frobenius norms, differ by more than their standard errors explain.
     """
     estimates = list(estimates)
     same_matrix = weights is None
@@ -53,6 +53,9 @@ def pool(estimates: Sequence[Estimate], weights: Sequence[float] | None = None, 
     _refuse_shared_seeds(estimates)
     if same_matrix:
         _refuse_contradictions(estimates)
+        norms = [e.squared_frobenius for e in estimates if e.squared_frobenius is not None]
+        if len(norms) == len(estimates):
+            _refuse_contradictions(norms, "squared Frobenius norms ")
     share = [w / sum(weights) for w in weights]
     variances = [(s * e.stderr) ** 2 if s else 0.0 for s, e in zip(share, estimates, strict=True)]
     bounds = [e.bounds or (e.value, e.value) for e in estimates]
@@ -135,7 +138,7 @@ def _refuse_shared_seeds(estimates: Sequence[Estimate]) -> None:
         )
 
 
-def _refuse_contradictions(estimates: Sequence[Estimate]) -> None:
+def _refuse_contradictions(estimates: Sequence[Estimate], what: str = "", /) -> None:
     """Raise if two estimates of one number differ by more than chance explains.
 
     The distance of two values is compared with Student's quantile at the smaller degrees of
@@ -172,7 +175,7 @@ def _refuse_contradictions(estimates: Sequence[Estimate]) -> None:
     one, other = known[first], known[second]
     raise ValueError(
         f"estimates[{places[first]}] and estimates[{places[second]}] contradict each other: "
-        f"{one.value:.6g} with the standard error {one.stderr:.2g}, and {other.value:.6g} with "
+        f"{what}{one.value:.6g} with the standard error {one.stderr:.2g}, and {other.value:.6g} with "
         f"{other.stderr:.2g}. Pool estimates of one matrix, or, for different batches, pass their "
         "numbers of examples as weights, such as pool(estimates, [64, 64])"
     )

@@ -284,10 +284,14 @@ def _by_variation(rule: Rule, f: Function, gauss: Tensor, low: float, high: floa
     probes = len(rule.nodes)
     ends = [torch.full((probes, 1), end, dtype=torch.float64, device="cpu") for end in (low, high)]
     edges = torch.cat([ends[0], rule.nodes, ends[1]], dim=1)
-    share = torch.linspace(0, 1, _BETWEEN + 1, dtype=torch.float64, device="cpu")
+    even = torch.linspace(0, 1, _BETWEEN + 1, dtype=torch.float64, device="cpu")
+    # A pole may be much closer to a node than two points of an even grid.
+    halves = 2.0 ** -torch.arange(8, _TOWARDS_AN_END, dtype=torch.float64, device="cpu")
+    share = torch.cat([even, halves, 1 - halves]).sort().values
     points = edges[:, :-1, None] + share * (edges.diff(dim=1))[:, :, None]
     values = f(points).to(torch.float64)
-    changes, coarse = values.diff(dim=2), values[:, :, ::_COARSER].diff(dim=2)
+    coarser = values[:, :, torch.searchsorted(share, even[::_COARSER].contiguous())]
+    changes, coarse = values.diff(dim=2), coarser.diff(dim=2)
     floor = torch.finfo(torch.float64).eps * _BETWEEN * values.abs().amax(2)
     steady = changes.abs().sum(2) <= _STEADY * coarse.abs().sum(2) + floor
     rise = torch.where(steady, changes.clamp_min(0).sum(2), torch.inf)

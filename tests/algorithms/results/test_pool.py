@@ -160,3 +160,20 @@ def test_estimates_that_cannot_be_pooled_are_refused(
     _, estimates = traces(seeds, [2] * len(seeds))
     with pytest.raises((TypeError, ValueError), match=message):
         hf.pool(estimates, weights)
+
+
+def test_estimates_of_matrices_of_another_size_are_refused() -> None:
+    """Both traces are zero up to their errors, but the norms differ by a factor of 50."""
+    values = torch.linspace(-1, 1, 200).double()
+    estimates = [
+        hf.hutchinson(
+            lambda block, scale=scale: scale * (block * values).flip(1),
+            torch.zeros(200).double(),
+            max_matvecs=20,
+            seed=seed,
+        )
+        for seed, scale in enumerate((1.0, 50.0))
+    ]
+    with pytest.raises(ValueError, match="squared Frobenius norms"):
+        hf.pool(estimates)
+    assert hf.pool(estimates, [1.0, 1.0]).n == 200

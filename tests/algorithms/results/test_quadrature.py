@@ -59,3 +59,13 @@ def test_unknown_residuals_leave_bounds_unknown() -> None:
     assert found.mean(torch.exp).interval() == (-math.inf, math.inf)
     low, high = found.mean(torch.exp, smallest=1.0, largest=2.0).bounds or (0.0, 0.0)
     assert math.exp(1) <= low < high <= math.exp(2)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_pole_beside_a_node_leaves_no_bounds(steps: int) -> None:
+    """The range of few steps is large, and 1 / x has its pole at a small part of it."""
+    values = torch.logspace(0, -8, 200, dtype=torch.float64)
+    for seed in range(3):
+        found = hf.slq(lambda v: v * values, torch.zeros(200).double(), steps=steps, seed=seed)
+        low, high = found.mean(torch.reciprocal).interval(0.95)
+        assert low <= float((1 / values).mean()) <= high

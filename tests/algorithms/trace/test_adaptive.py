@@ -288,3 +288,12 @@ def test_intervals_cover(name: str, options: dict[str, Any]) -> None:
         ends = torch.tensor([run.by_leaf["a"].interval(level) for run in runs])  # type: ignore[attr-defined]
         covered = (ends[:, 0] - slack <= leaf) & (leaf <= ends[:, 1] + slack)
         assert float(covered.double().mean()) >= least
+
+
+def test_extreme_tolerances_and_scales() -> None:
+    values = torch.logspace(-150, 150, N, dtype=torch.float64)
+    found = hf.trace(lambda block: block * values, torch.zeros(N).double(), max_matvecs=20, seed=0)
+    low, high = found.interval(0.999)
+    assert low <= float(values.sum()) <= high
+    tight = hf.trace(hf.dense(symmetric(SPECTRA["flat"])), LIKE, rtol=1e-300, max_matvecs=20)
+    assert not tight.reason.startswith("converged")
