@@ -60,9 +60,12 @@ def density(
 
     Raises:
         TypeError: If ``density`` is not a `Density`.
-        ValueError: If the width is not positive and finite, or if the colour is unknown.
+        ValueError: If the density is not finite, if the width is not positive and finite, or if the
+            colour is unknown.
     """
     refuse_other(density, Density, "`density` takes a density, as returned by slq(matvec, params)")
+    if not bool(density.nodes.isfinite().all()):
+        raise ValueError("the density is NaN or infinite: check the matvec with `check`")
     width = density.width if width is None else width
     if not 0 < width < math.inf:
         raise ValueError(f"width={width}: the width must be positive and finite")

@@ -49,9 +49,11 @@ def eigenvalues(
 
     Raises:
         TypeError: If ``pairs`` is not an `Eigenpairs`.
-        ValueError: If the colour is unknown.
+        ValueError: If the colour is unknown, or if an eigenvalue is not finite.
     """
     refuse_other(pairs, Eigenpairs, "`eigenvalues` takes the result of lanczos(matvec, params)")
+    if not bool(pairs.values.isfinite().all()):
+        raise ValueError("the eigenvalues are NaN or infinite: check the matvec with `check`")
     ax = clean(new_axes() if ax is None else ax)
     draw(pairs, ax, label=label, color=color)
     ax.set(xlabel="index", ylabel="eigenvalue")

@@ -83,6 +83,7 @@ def trainings(runs: Sequence[Run], /, *, batch_size: int | None = None) -> Figur
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If there is no run.
     """
     try:
         from matplotlib.figure import Figure
@@ -90,6 +91,8 @@ def trainings(runs: Sequence[Run], /, *, batch_size: int | None = None) -> Figur
         raise ModuleNotFoundError(
             "figures need matplotlib: `pip install 'hessfunc[plot]'`"
         ) from None
+    if not runs:
+        raise ValueError("there is no training to draw: pass at least one run")
     rows = _rows(runs, batch_size)
     heights = [row.height for row in rows]
     # Commands write the figure to a file and never show it: keep it out of pyplot.

@@ -105,3 +105,8 @@ def test_peaks_of_a_tiny_width_are_drawn_with_few_points(density: Density) -> No
     assert float(y[(x - 5 - width).abs().argmin()]) == pytest.approx(
         peaks[-1] * math.exp(-0.5), rel=1e-5
     )
+
+
+def test_a_density_that_is_not_finite_is_refused(density: Density) -> None:
+    with pytest.raises(ValueError, match="density is NaN or infinite"):
+        plot.density(replace(density, nodes=density.nodes * math.nan))

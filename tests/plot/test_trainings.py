@@ -108,3 +108,8 @@ def test_curves(tmp_path: Path) -> None:
     assert list(figure.axes[3].lines[0].get_xdata()) == [4.5, 9.0]
     draw(tmp_path / "curves.png", runs)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_training_is_no_figure() -> None:
+    with pytest.raises(ValueError, match="no training to draw"):
+        plot.trainings([])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hessfunc.algorithms.results.result import Saved
 from hessfunc.display import Displayed
 
 
 @dataclass(frozen=True, repr=False)
-class Check(Displayed):
+class Check(Displayed, Saved):
     """Result of `check`, which is true if there is no problem.
 
     Differences are relative to the length of a product.

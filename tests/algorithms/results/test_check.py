@@ -1,7 +1,9 @@
 """The verdict of a check, and how it reads."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import hessfunc as hf
 from hessfunc.algorithms.results import Check
 
 PASSED = Check(
@@ -33,3 +35,9 @@ def test_no_more_is_promised_of_a_gradient_than_differences_resolve() -> None:
     compared = replace(PASSED, inconsistency=1e-6, resolution=0.03, consistent=True)
     assert "the derivative of the gradient up to 3 %" in str(compared)
     assert "up to 5 %" in str(replace(compared, inconsistency=0.05))
+
+
+def test_checks_are_saved(tmp_path: Path) -> None:
+    for found in (PASSED, replace(PASSED, problems=("not linear", "not symmetric"))):
+        found.save(tmp_path / "check.npz")
+        assert hf.load(tmp_path / "check.npz") == found
