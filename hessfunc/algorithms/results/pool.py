@@ -176,8 +176,8 @@ def _refuse_contradictions(estimates: Sequence[Estimate], what: str = "", /) -> 
     raise ValueError(
         f"estimates[{places[first]}] and estimates[{places[second]}] contradict each other: "
         f"{what}{one.value:.6g} with the standard error {one.stderr:.2g}, and {other.value:.6g} "
-        f"with {other.stderr:.2g}. Pool estimates of one matrix, or, for different batches, pass their "
-        "numbers of examples as weights, such as pool(estimates, [64, 64])"
+        f"with {other.stderr:.2g}. Pool estimates of one matrix, or, for different batches, pass "
+        "their numbers of examples as weights, such as pool(estimates, [64, 64])"
     )
 
 
