@@ -279,6 +279,9 @@ def _iterate(
             backward += momentum * float(space.gram(state.previous, moved))
         difference = abs(unit * float(space.gram(before, image)) - backward)
         state = _compared(space, products, state, moved, image, difference, symmetric)
+    if not momentum:
+        # The iterate before is not needed any more, and the caller keeps its memory.
+        image = before.copy_(image)
     return replace(
         state,
         current=moved,
