@@ -195,15 +195,16 @@ def test_a_budget_of_n_products_is_exact(estimator: str, tolerance: dict[str, fl
 
 def test_a_confidence_sequence_holds_at_all_stops_together() -> None:
     values = SPECTRA["1/i"]
-    covered, fixed, seeds = 0, 0, 20
+    covered, covered_leaf, fixed, seeds = 0, 0, 0, 20
     basis = torch.linalg.qr(torch.randn(N, N, generator=torch.Generator().manual_seed(1))).Q
     matrix = (basis.double() * values) @ basis.double().mT
     matrix = (matrix + matrix.mT) / 2
+    like = {"a": torch.zeros(50).double(), "b": torch.zeros(N - 50).double()}
     for seed in range(seeds):
         seen: list[hf.results.Estimate] = []
         hf.hutchinson(
             hf.dense(matrix),
-            LIKE,
+            like,
             kind="signs",
             max_matvecs=60,
             block_size=4,
@@ -214,10 +215,14 @@ def test_a_confidence_sequence_holds_at_all_stops_together() -> None:
         true = float(matrix.trace())
         ends = [found.interval(0.9) for found in seen]
         covered += all(low <= true <= high for low, high in ends)
+        true_leaf = float(matrix.diagonal()[:50].sum())
+        parts = [found.by_leaf["a"].interval(0.9) for found in seen]  # type: ignore[attr-defined]
+        covered_leaf += all(low <= true_leaf <= high for low, high in parts)
         ends = [dataclasses.replace(found, confidence="fixed").interval(0.9) for found in seen]
         fixed += all(low <= true <= high for low, high in ends)
     # Fewer than 15 of 20 have the probability 1 % at a coverage of 90 %.
     assert covered >= 15
+    assert covered_leaf >= 15
     assert fixed < covered
 
 

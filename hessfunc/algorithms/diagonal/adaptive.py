@@ -49,6 +49,10 @@ def diagonal(
 
         diag A = diag(A - B) + diag(G M G') + E[w * Sw],  entries of w are +1 or -1.
 
+    No interval of this run holds at several stops together: it stops by the 2-norm of all errors,
+    for which no confidence sequence is known. For sums over leaves, ``trace(...,
+    confidence="anytime")`` has one in each item of ``by_leaf``.
+
     The first two parts are exact. Four probes w measure the variance, and Q grows by Krylov
     vectors for as long as a vector saves more than one probe.
 

@@ -27,24 +27,30 @@ class LeafEstimate(Displayed, float):
     Attributes:
         stderr: Standard error of the contribution, NaN if it is not known.
         degrees: Degrees of freedom with which the standard error is known.
+        confidence: ``"anytime"`` if the intervals at all numbers of probes hold together, else
+            ``"fixed"``.
     """
 
     stderr: float
     degrees: int
+    confidence: Confidence
 
-    __slots__ = ("degrees", "stderr")
+    __slots__ = ("confidence", "degrees", "stderr")
 
-    def __new__(cls, value: float, stderr: float, degrees: int) -> LeafEstimate:
+    def __new__(
+        cls, value: float, stderr: float, degrees: int, confidence: Confidence = "fixed"
+    ) -> LeafEstimate:
         made = super().__new__(cls, value)
         object.__setattr__(made, "stderr", stderr)
         object.__setattr__(made, "degrees", degrees)
+        object.__setattr__(made, "confidence", confidence)
         return made
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a LeafEstimate is frozen: {name} cannot be set")
 
-    def __getnewargs__(self) -> tuple[float, float, int]:  # type: ignore[override]
-        return float(self), self.stderr, self.degrees
+    def __getnewargs__(self) -> tuple[float, float, int, Confidence]:  # type: ignore[override]
+        return float(self), self.stderr, self.degrees, self.confidence
 
     def __repr__(self) -> str:
         return f"LeafEstimate({float(self):.6g}, stderr={self.stderr:.2g})"
@@ -70,7 +76,7 @@ class LeafEstimate(Displayed, float):
 
     @validated
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Return the two-sided Student interval of this contribution on its own.
+        """Return the two-sided interval of this contribution on its own, as `Estimate.interval`.
 
         Args:
             level: Confidence level, in (0, 1).
@@ -81,7 +87,7 @@ class LeafEstimate(Displayed, float):
         Raises:
             ValueError: If the level is not in (0, 1).
         """
-        half = _half_width(self.stderr, self.degrees, level)
+        half = _half_width(self.stderr, self.degrees, level, self.confidence)
         return float(self) - half, float(self) + half
 
 
@@ -136,7 +142,9 @@ class Estimate(Result):
 
     def __post_init__(self) -> None:
         parts = {
-            name: LeafEstimate(part, self.leaf_stderr.get(name, math.nan), self.degrees)
+            name: LeafEstimate(
+                part, self.leaf_stderr.get(name, math.nan), self.degrees, self.confidence
+            )
             for name, part in self.by_leaf.items()
         }
         object.__setattr__(self, "by_leaf", parts)
