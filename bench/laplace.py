@@ -28,6 +28,7 @@ TRAIN, PRIOR = 500, 1.0
 STRUCTURES: dict[str, dict[str, Any]] = {
     "full": {"structure": "full"},
     "Kronecker": {"structure": "kronecker"},
+    "EKFAC": {"structure": "ekfac"},
     "diagonal": {"structure": "diagonal"},
     "50 eigenpairs": {"structure": "low_rank", "rank": 50},
     "200 eigenpairs": {"structure": "low_rank", "rank": 200},
@@ -75,7 +76,7 @@ def rows(seed: int) -> Iterator[tuple[str, str, Row]]:
     for name, options in STRUCTURES.items():
         is_last = name.startswith("last")
         of, chosen = (hf.hold(loss, rest), last) if is_last else (loss, params)
-        given = {"model": model} if name == "Kronecker" else {}
+        given = {"model": model} if name in ("Kronecker", "EKFAC") else {}
         posterior = hf.laplace(
             of, chosen, batches, prior_precision=PRIOR, seed=0, **options, **given
         )

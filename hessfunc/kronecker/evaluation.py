@@ -16,6 +16,7 @@ from hessfunc.kronecker.moments import (
     Sharing,
     example_gradients,
     left_moments,
+    nearest_product,
     outer_moments,
     right_moments,
     squared_moments,
@@ -29,11 +30,13 @@ from hessfunc.transforms.batches.statistics import Statistics
 Unsupported: TypeAlias = Literal["error", "diagonal"]
 Bias: TypeAlias = Literal["apart", "joint"]
 
-# Uses of a parameter, and a function of the gradients at their outputs, ``(B, G, O, P)``.
-_Task: TypeAlias = tuple[Uses, Callable[[Tensor], Tensor]]
+# Uses of a parameter, and a function of the gradients at the outputs of all calls, by their ids.
+_Task: TypeAlias = tuple[Uses, Callable[[Mapping[int, Tensor]], Tensor]]
 
 # Largest number of entries of a parameter that acts entry by entry with a dense block.
 _DENSE = 1024
+# Beginnings of the names of factors.
+_LEFT, _RIGHT = "output factor of ", "input factor of "
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Form:
         layout: Order of its weights; None for a diagonal.
         site: Name of the first parameter with the same outputs, whose output factor it shares.
         bias: Name of the bias in the same block; None without one.
+        is_two_way: Whether calls multiply by the matrix and by its transpose.
     """
 
     kind: Literal["kronecker", "dense", "diagonal", "joint bias"]
@@ -53,20 +57,46 @@ class Form:
     layout: Layout | None = None
     site: str = ""
     bias: str | None = None
+    is_two_way: bool = False
 
 
 def factor_keys(forms: Mapping[str, Form], /) -> dict[str, tuple[str, str]]:
     """Return the names of the two factors of each parameter that has them."""
     return {
-        name: (f"output factor of {form.site}", f"input factor of {name}")
+        name: (_LEFT + form.site, _RIGHT + name)
         for name, form in forms.items()
         if form.kind == "kronecker"
     }
 
 
+# Suffixes of the factors of calls that multiply by a matrix, and of those by its transpose.
+WAYS = "", ", transposed"
+
+
+def both_ways(factors: Mapping[str, Tensor], /) -> dict[str, Tensor]:
+    """Return factors of which those of both ways are replaced by the product nearest to the sum.
+
+    The block of a matrix with the factors B_1 and A_1, whose transpose has B_2 and A_2, is
+    approximately ``B_1 (x) A_1 + A_2 (x) B_2``.
+    """
+    made = {key: factor for key, factor in factors.items() if not key.endswith(WAYS[1])}
+    for key in factors.keys() - made.keys():
+        if key.startswith(_RIGHT):
+            name = key.removeprefix(_RIGHT).removesuffix(WAYS[1])
+            left, right = _LEFT + name, _RIGHT + name
+            b, a = (factors.get(left + way) for way in WAYS), [factors[right + way] for way in WAYS]
+            # Forward-only factors have identity matrices B, as large as the A of the other way.
+            one, two = (
+                torch.ones_like(other[:, 0] if other.dim() == 3 else other) if own is None else own
+                for own, other in zip(b, reversed(a), strict=True)
+            )
+            made[left], made[right] = nearest_product([one, a[1]], [a[0], two])
+    return made
+
+
 def is_factor(key: str, /) -> bool:
     """Return whether a statistic is a factor, by its name."""
-    return key.startswith(("output factor of ", "input factor of "))
+    return key.startswith((_LEFT, _RIGHT))
 
 
 @dataclass(frozen=True)
@@ -103,7 +133,7 @@ class Evaluation:
         sites: dict[tuple[int, ...], str] = {}
         for name, leaf in self.leaves.items():
             uses = self.observed.uses.get(name)
-            layout = None if uses is None else uses.layout
+            layout = None if uses is None else uses.layout or uses.two_way_layout
             if uses is None or layout is None:
                 reason = self.observed.others.get(name, "its uses are of different kinds")
                 self._refuse(name, reason)
@@ -117,7 +147,8 @@ class Evaluation:
                 # The weight and the bias of a layer share the factor B, computed once for a site.
                 ends = (*map(id, uses.outputs), layout.sizes[0])
                 site = sites.setdefault(ends, name) if self.shares_outputs else name
-                forms[name] = Form("kronecker", leaf.shape, layout, site)
+                is_two_way = uses.layout is None
+                forms[name] = Form("kronecker", leaf.shape, layout, site, is_two_way=is_two_way)
         return self._joined(forms) if self.joins_biases else forms
 
     def _joined(self, forms: dict[str, Form]) -> dict[str, Form]:
@@ -141,9 +172,8 @@ class Evaluation:
                 forms[name] = replace(forms[name], kind="joint bias")
         return forms
 
-    def _inputs(self, name: str) -> Inputs:
+    def _with_ones(self, name: str, inputs: Inputs) -> Inputs:
         """Return the inputs of a parameter, with a last input of 1 for a joint bias."""
-        inputs = self.observed.uses[name].inputs()
         if self.forms[name].bias is None or not isinstance(inputs, Tensor):
             return inputs
         return torch.cat([inputs, torch.ones_like(inputs[:, :, :1])], 2)
@@ -172,25 +202,24 @@ class Evaluation:
 
     def factors(self) -> Statistics:
         """Return the factors, and the matrices and diagonals of parameters without them."""
-        sharing, forms = self.sharing, self.forms
-        with torch.no_grad():
-            summed: dict[str, tuple[Tensor, float]] = {}
-            # Layers that see the same inputs, such as those of queries, keys and values, share A.
-            known: dict[Any, tuple[Tensor, float]] = {}
-            for name, uses in self._with("kronecker").items():
-                if (source := (uses.source, forms[name].bias is None)) not in known:
-                    total, count = summed_input_moments(self._inputs(name), sharing)
-                    known[source] = total.to(self.leaves[name]), count
-                summed[f"input factor of {name}"] = known[source]
-        tasks: dict[str, _Task] = {
-            f"output factor of {forms[name].site}": (uses, partial(outer_moments, sharing=sharing))
-            for name, uses in self._with("kronecker").items()
-        }
-        for name, uses in self._with("dense").items():
-            tasks[f"matrix of {name}"] = uses, partial(_gram_of_examples, inputs=uses.inputs())
+        forms, every = self.forms, self._with("kronecker")
+        tasks: dict[str, _Task] = {}
+        summed: dict[str, tuple[Tensor, float]] = {}
+        # Layers that see the same inputs, such as those of queries, keys and values, share A.
+        known: dict[Any, tuple[Tensor, float]] = {}
+        for name, uses in every.items():
+            ends = _LEFT + forms[name].site, _RIGHT + name
+            if not forms[name].is_two_way:
+                self._add_factors(name, uses, ends, tasks, summed, known)
+                continue
+            for one, way in zip(uses.ways(), WAYS, strict=True):
+                keys = ends[0] + way, ends[1] + way
+                self._add_factors(name, one, keys, tasks, summed, known)
+        for name in self._with("dense"):
+            tasks[f"matrix of {name}"] = self._task(name, _gram_of_examples)
         for name, uses in self._with("diagonal").items():
             if uses.layout is not None:
-                tasks[f"diagonal of {name}"] = uses, partial(squared_moments, inputs=uses.inputs())
+                tasks[f"diagonal of {name}"] = self._task(name, squared_moments)
         weighted = self._summed(tasks)
         for name, uses in self._with("diagonal").items():
             key, shape = f"diagonal of {name}", self.leaves[name].shape
@@ -207,20 +236,49 @@ class Evaluation:
             weighted |= {f"diagonal of {name}": square for name, square in squares.items()}
         return Statistics(weighted, summed)
 
+    def _add_factors(
+        self,
+        name: str,
+        uses: Uses,
+        keys: tuple[str, str],
+        tasks: dict[str, _Task],
+        summed: dict[str, tuple[Tensor, float]],
+        known: dict[Any, tuple[Tensor, float]],
+    ) -> None:
+        """Add the task of the factor B of uses, and the sums of their factor A."""
+        left, right = keys
+        if (source := (uses.source, self.forms[name].bias is None)) not in known:
+            with torch.no_grad():
+                inputs = self._with_ones(name, uses.inputs())
+                total, count = summed_input_moments(inputs, self.sharing)
+                known[source] = total.to(self.leaves[name]), count
+        summed[right] = total, _ = known[source]
+        # Lookups, whose A is a diagonal (G, K), are always expanded.
+        sharing = self.sharing if total.dim() == 3 else "expand"
+        tasks.setdefault(left, (uses, lambda slopes: outer_moments(uses.slopes(slopes), sharing)))
+
+    def _task(self, name: str, moments: Callable[[Tensor, Inputs], Tensor]) -> _Task:
+        """Return the task of a function of the gradients at the outputs and of the inputs."""
+        uses = self.observed.uses[name]
+        if self.forms[name].is_two_way:
+            return uses, lambda slopes: moments(*uses.two_way_moments(slopes))
+        inputs = self._with_ones(name, uses.inputs())
+        return uses, lambda slopes: moments(uses.slopes(slopes), inputs)
+
     def nearest_output_factors(self, factors: Mapping[str, Tensor], /) -> Statistics:
         """Return the factors B with the smallest distance ``|F - B (x) A|_F`` for given A.
 
         F is ``sum_b vec(V_b) vec(V_b)'`` for the gradients V_b of the examples. The least-squares
         solution is ``B = sum_b V_b A V_b' / |A|_F^2``.
         """
-        return Statistics(self._nearest(left_moments, "output", "input", factors))
+        return Statistics(self._nearest(left_moments, _LEFT, _RIGHT, factors))
 
     def nearest_input_factors(self, factors: Mapping[str, Tensor], /) -> Statistics:
         """Return the nearest factors A for given B, ``A = sum_b V_b' B V_b / |B|_F^2``.
 
         The factor of a lookup is the nearest diagonal matrix.
         """
-        return Statistics(self._nearest(right_moments, "input", "output", factors))
+        return Statistics(self._nearest(right_moments, _RIGHT, _LEFT, factors))
 
     def _nearest(
         self,
@@ -229,14 +287,11 @@ class Evaluation:
         other: str,
         factors: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        given = {name: factors[f"{other} factor of {name}"] for name in self._with("kronecker")}
+        given = {name: factors[other + name] for name in self._with("kronecker")}
         total = self._summed(
             {
-                f"{side} factor of {name}": (
-                    uses,
-                    partial(_with_inputs, moments, self._inputs(name), given[name]),
-                )
-                for name, uses in self._with("kronecker").items()
+                side + name: self._task(name, partial(_with_factor, moments, factor))
+                for name, factor in given.items()
             }
         )
         pairs = zip(total.items(), given.values(), strict=True)
@@ -252,9 +307,24 @@ class Evaluation:
         tasks: dict[str, _Task] = {}
         for name, uses in self._with("kronecker").items():
             left, right = (adjoint(bases[f"basis of {key}"]) for key in keys[name])
-            squares = partial(_squares_in_basis, left, right, self._inputs(name))
-            tasks[f"eigenvalues of {name}"] = uses, squares
+            tasks[f"eigenvalues of {name}"] = self._eigenvalues_of(name, uses, left, right)
         return Statistics(self._summed(tasks))
+
+    def _eigenvalues_of(self, name: str, uses: Uses, left: Tensor, right: Tensor) -> _Task:
+        """Return the task of ``sum_b (L V_b R')^2`` for the gradients V_b of a weight."""
+        if self.forms[name].is_two_way:
+            return self._task(
+                name, lambda g, x: squared_moments(_turned(left, g), _turned(right, x))
+            )
+        inputs = self._with_ones(name, uses.inputs())
+        if isinstance(inputs, Tensor) and right.dim() == 3:
+            outputs, width = left.shape[-1], right.shape[-1]
+            of_vectors = inputs.shape[3] * (outputs**2 + width**2)
+            if outputs * width * (outputs + width) < of_vectors:
+                # Fewer operations than the products of all vectors with L and R.
+                return self._task(name, partial(_squared_congruences, left, right))
+        turned = _turned(right, inputs)
+        return uses, lambda slopes: squared_moments(_turned(left, uses.slopes(slopes)), turned)
 
     def _gradients(self, uses: Iterable[Uses]) -> Iterator[Mapping[int, Tensor]]:
         """Yield the gradients at the outputs of calls, by their ids, for each column."""
@@ -275,8 +345,8 @@ class Evaluation:
         """Sum functions of the gradients at the outputs of uses over the columns."""
         total: dict[str, Tensor] = {}
         for slopes in self._gradients(uses for uses, _ in tasks.values()):
-            for key, (uses, fn) in tasks.items():
-                part = fn(uses.slopes(slopes))
+            for key, (_, fn) in tasks.items():
+                part = fn(slopes)
                 total[key] = total[key] + part if key in total else part
         return total
 
@@ -329,29 +399,19 @@ def _normalised(moments: Tensor, factor: Tensor) -> Tensor:
     return moments * scale.view(-1, *[1] * (moments.dim() - 1))
 
 
-def _with_inputs(
+def _with_factor(
     moments: Callable[[Tensor, Inputs, Tensor], Tensor],
-    inputs: Inputs,
     factor: Tensor,
     slopes: Tensor,
+    inputs: Inputs,
 ) -> Tensor:
     return moments(slopes, inputs, factor)
 
 
-def _squares_in_basis(left: Tensor, right: Tensor, inputs: Inputs, slopes: Tensor) -> Tensor:
-    """Return ``sum_b (L V_b R')^2`` for the gradients V_b, with the fewest operations."""
-    outputs, positions = slopes.shape[2:]
-    if isinstance(inputs, Tensor):
-        width = inputs.shape[2]
-        of_vectors = positions * (outputs**2 + width**2)
-        if right.dim() == 3 and outputs * width * (outputs + width) < of_vectors:
-            parts = (
-                _turned(left, gradients) @ right.mT
-                for _, gradients in example_gradients(slopes, inputs)
-            )
-            return torch.stack([part.square().sum(0) for part in parts]).sum(0)
-        inputs = _turned(right, inputs)
-    return squared_moments(_turned(left, slopes), inputs)
+def _squared_congruences(left: Tensor, right: Tensor, slopes: Tensor, inputs: Inputs) -> Tensor:
+    """Return ``sum_b (L V_b R')^2`` from the gradients V_b of all examples."""
+    parts = (_turned(left, each) @ right.mT for _, each in example_gradients(slopes, inputs))
+    return torch.stack([part.square().sum(0) for part in parts]).sum(0)
 
 
 def _turned(basis: Tensor, vectors: Any) -> Any:

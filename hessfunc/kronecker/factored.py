@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -19,6 +19,7 @@ from hessfunc.kronecker.evaluation import (
     Evaluation,
     Form,
     Unsupported,
+    both_ways,
     factor_keys,
     is_factor,
 )
@@ -31,11 +32,14 @@ from hessfunc.numerics import NARROW
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.batches.statistics import Stage, Statistics
+from hessfunc.transforms.batches.sums import Partition
 from hessfunc.transforms.hessian import requiring_gradients, scalar
 
 # Function (outputs, batch) -> columns (c, B, ...) with sum_c u_bc u_bc' = H_b, the Hessian of the
 # criterion at the outputs of example b, exactly or in expectation.
 Columns: TypeAlias = Callable[[Tensor, Any], Tensor]
+# Function that applies another one to each of several matrices, which ranks may divide.
+Each: TypeAlias = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,18 @@ class FactoredCurvature:
 
     def __call__(self, params: Mapping[str, Tensor], batch: Any, /) -> Blocks:
         with self._evaluated(params, batch) as evaluation:
-            made = self._means(lambda stage: stage(evaluation).mean())
+            made = self._means(lambda stage: stage(evaluation).mean(), Partition().each)
         constants = tuple(requiring_gradients(list(params.values()), batch))
         return self._blocks(params, evaluation.forms, made, constants)
 
     def over_batches(
-        self, params: Mapping[str, Tensor], mean: Callable[[Stage], Mapping[str, Tensor]], /
+        self,
+        params: Mapping[str, Tensor],
+        mean: Callable[[Stage], Mapping[str, Tensor]],
+        each: Each,
+        /,
     ) -> Blocks:
-        """Return the blocks of a data set, given the function that averages its statistics."""
+        """Return the blocks of a data set, given the functions that average and divide work."""
         forms: dict[str, Form] = {}
 
         def means(stage: Callable[[Evaluation], Statistics]) -> Mapping[str, Tensor]:
@@ -93,21 +101,23 @@ class FactoredCurvature:
 
             return mean(of_batch)
 
-        made = self._means(means)
+        made = self._means(means, each)
         constants = tuple(requiring_gradients(list(params.values()), None))
         return self._blocks(params, forms, made, constants)
 
     def _means(
-        self, mean: Callable[[Callable[[Evaluation], Statistics]], Mapping[str, Tensor]]
+        self,
+        mean: Callable[[Callable[[Evaluation], Statistics]], Mapping[str, Tensor]],
+        each: Each,
     ) -> dict[str, Tensor]:
         """Return the means of all statistics, given the function that averages those of a stage."""
-        made = dict(mean(Evaluation.factors))
+        made = both_ways(mean(Evaluation.factors))
         stages: list[Callable[[Evaluation, Mapping[str, Tensor]], Statistics]] = []
         for _ in range(self.steps):
             # Power iteration on the rearranged matrix: each half is a least-squares problem.
             stages += [Evaluation.nearest_output_factors, Evaluation.nearest_input_factors]
         if self.corrected:
-            made |= _bases(made)
+            made |= _bases(made, each)
             stages.append(Evaluation.eigenvalues)
         for stage in stages:
             made |= mean(_of_evaluation(stage, dict(made)))
@@ -200,13 +210,19 @@ def _of_evaluation(
     return lambda evaluation: stage(evaluation, made)
 
 
-def _bases(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the eigenvectors of the factors."""
-    # The unit vectors are the eigenvectors of a diagonal factor.
+def _bases(factors: Mapping[str, Tensor], each: Each) -> dict[str, Tensor]:
+    """Return the eigenvectors of the factors. Those of a diagonal factor are the unit vectors."""
+    places: dict[str, int] = {}
+    distinct: list[Tensor] = []
+    for key, factor in factors.items():
+        if is_factor(key) and factor.dim() == 3:
+            # Parameters with the same inputs share a factor, which is decomposed once.
+            equal = (i for i, other in enumerate(distinct) if torch.equal(factor, other))
+            places[key] = next(equal, len(distinct))
+            distinct += [factor] * (places[key] == len(distinct))
+    vectors = each(lambda matrix: torch.linalg.eigh(matrix).eigenvectors, distinct)
     return {
-        f"basis of {key}": torch.linalg.eigh(factor).eigenvectors
-        if factor.dim() == 3
-        else torch.ones_like(factor)
+        f"basis of {key}": vectors[places[key]] if key in places else torch.ones_like(factor)
         for key, factor in factors.items()
         if is_factor(key)
     }

@@ -146,7 +146,11 @@ def kflr(
     - Embeddings have a diagonal factor A, the frequencies of the indices.
     - Normalisations, and other products and sums of entries, have their exact Gauss-Newton block,
       or its diagonal if they have more than 1,024 entries.
-    - A weight with uses of different kinds, such as a tied embedding and head, is unsupported.
+    - A matrix that also enters transposed, such as a tied embedding and head, has the factors that
+      are nearest to the sum of both products. The eigenvalues of `ekfac` contain the cross terms.
+    - Recurrent layers are unrolled, and their steps are treated like positions. Packed sequences
+      are unsupported.
+    - A weight with other uses of different kinds is unsupported.
 
     Source: Botev, Ritter and Barber 2017, arXiv 1706.03662; sharing: Eschenhagen, Immer, Turner,
     Schneider and Hennig 2023, arXiv 2311.00636.

@@ -50,6 +50,13 @@ class Layout(Saved):
         view = (1, self.view[2], self.view[1])
         return Layout(view, (0, swap[self.order[1]], swap[self.order[2]]))
 
+    @property
+    def transpose(self) -> Layout | None:
+        """Layout in which the inputs of a matrix are its outputs, or None without this form."""
+        if len(self.view) != 3 or self.view[0] != 1 or self.is_entrywise:
+            return None
+        return Layout(self.view, (0, self.order[2], self.order[1]))
+
     def permuted(self, rows: Tensor) -> Tensor:
         """Return the entries of a parameter, ``(k, n)``, as weights ``(k, G, O, K)``."""
         view = rows.reshape(len(rows), *self.view)
@@ -78,6 +85,15 @@ class OneHot:
 
 
 Inputs: TypeAlias = Tensor | OneHot
+
+
+def as_vectors(inputs: Inputs, like: Tensor, /) -> Tensor:
+    """Return inputs as vectors ``(B, G, K, P)`` with the dtype of a tensor."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(like)
+    # The index K has no input.
+    vectors = torch.nn.functional.one_hot(inputs.indices, inputs.size + 1)[..., :-1]
+    return vectors.mT[:, None].to(like)
 
 
 @dataclass(frozen=True)

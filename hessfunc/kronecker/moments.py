@@ -7,7 +7,7 @@ outputs are ``(B, G, O, P)``, for B examples, G groups and P positions. The grad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -178,3 +178,28 @@ def right_moments(slopes: Tensor, inputs: Inputs, left: Tensor) -> Tensor:
 def _flat(gradients: Tensor) -> Tensor:
     """Join the examples and the last axis: ``(b, G, N, M)`` -> ``(G, N, b M)``."""
     return gradients.permute(1, 2, 0, 3).flatten(2)
+
+
+def nearest_product(lefts: Sequence[Tensor], rights: Sequence[Tensor], /) -> tuple[Tensor, Tensor]:
+    """Return B and A that minimise ``|sum_i L_i (x) R_i - B (x) A|_F``, ``(1, n, n)`` each.
+
+    They are the leading singular vectors of the rearranged matrix ``sum_i vec(L_i) vec(R_i)'``:
+    B = sum_i b_i L_i for the leading eigenvector b of ``<R_i, R_j> <L_j, L_k>``, and
+    A = sum_i a_i R_i with a = <L_i, B> / |B|^2 (Van Loan and Pitsianis 1993). For positive
+    semi-definite matrices, all inner products and the coefficients are not negative.
+    """
+    many = [
+        torch.stack([torch.diag_embed(f) if f.dim() == 2 else f for f in factors])
+        for factors in (lefts, rights)
+    ]
+    left, right = (torch.einsum("igkl,jgkl->ij", f, f).double() for f in many)
+    power = right @ left
+    for _ in range(40):
+        # Repeated squaring: the columns converge to the leading eigenvector.
+        power = power / power.sum().clamp_min(torch.finfo(power.dtype).tiny)
+        power = power @ power
+    b = power.sum(1)
+    size = (b @ left @ b).clamp_min(torch.finfo(power.dtype).tiny)
+    b, a = b / size.sqrt(), left @ b / size.sqrt()
+    one, two = (torch.einsum("i,igkl->gkl", c.to(f), f) for c, f in zip((b, a), many, strict=True))
+    return one, two

@@ -16,7 +16,8 @@ from hessfunc.autograd.overrides import BODIES, getter
 from hessfunc.containers import tensors_in
 from hessfunc.kronecker.calls import calling
 from hessfunc.kronecker.kinds import SUMS, is_lookup, maps_of
-from hessfunc.kronecker.linear_maps import Inputs, Layout, LinearMap, OneHot
+from hessfunc.kronecker.linear_maps import Inputs, Layout, LinearMap, OneHot, as_vectors
+from hessfunc.kronecker.recurrences import unrolled
 from hessfunc.losses import Loss
 from hessfunc.transforms.batches.examples import examples as examples_of
 
@@ -71,6 +72,39 @@ class Uses:
         """Layout of the parameter, or None if its uses have different ones."""
         layouts = {call.map.layout for call in self.calls}
         return layouts.pop() if len(layouts) == 1 else None
+
+    @property
+    def two_way_layout(self) -> Layout | None:
+        """Layout of a matrix whose calls multiply by it and by its transpose, or None.
+
+        A tied embedding and head are an example: a lookup multiplies unit vectors by the transpose.
+        """
+        first = next((u.map for u in self.calls if u.map.source is not None), self.calls[0].map)
+        ways = {call.map.layout for call in self.calls}
+        return first.layout if ways == {first.layout, first.layout.transpose} else None
+
+    def ways(self) -> tuple[Uses, Uses]:
+        """Return the calls with the layout of `two_way_layout`, and those of its transpose."""
+        layout = self.two_way_layout
+        first, second = (
+            tuple(call for call in self.calls if (call.map.layout == layout) is is_first)
+            for is_first in (True, False)
+        )
+        return Uses(first, self.examples), Uses(second, self.examples)
+
+    def two_way_moments(self, gradients: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return outputs' gradients and inputs whose products sum to the gradient of the weight.
+
+        The gradient ``sum_p g_p x_p'`` of the transpose is ``sum_p x_p g_p'``: the inputs of its
+        calls are gradients of outputs, and the other way round.
+        """
+        first, second = self.ways()
+        slopes, others = first.slopes(gradients), second.slopes(gradients)
+        inputs, given = (
+            as_vectors(one.inputs(), slopes).expand(self.examples, -1, -1, -1)
+            for one in (first, second)
+        )
+        return torch.cat([slopes, given], -1), torch.cat([inputs, others.to(slopes)], -1)
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
@@ -328,6 +362,9 @@ class Observer(TorchFunctionMode):
             # A mode is inactive while it handles a call: activate it for the calls inside.
             with self:
                 return BODIES[func](*args, **options)
+        if (call := unrolled(func, args, options)) is not None:
+            with self:
+                return call()
         output = func(*args, **options)
         keys = [id(x) for x in tensors_in((args, options))]
         given = {key: self._aliases[key] for key in keys if key in self._aliases}
@@ -356,11 +393,10 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Record the uses of parameters in a call, and return its output."""
         maps = maps_of(func, output, args, options) if isinstance(output, Tensor) else []
-        is_shared = is_lookup(func) and output.dim() > 1 and len(output) == 1
-        if is_shared and self._expands and (self.examples or 0) > 1:
+        if is_lookup(func) and self._expands and (rows := self._shared_rows(output)) is not None:
             # Rows that all examples share, such as positions: give each example its own.
             self.has_expanded = True
-            output = output.expand(self.examples, *output.shape[1:])
+            output = rows
             maps = maps_of(func, output, args, options)
         seen = set()
         for argument, made in maps:
@@ -379,6 +415,16 @@ class Observer(TorchFunctionMode):
                     name, f"it is an argument of {getattr(func, '__name__', func)}"
                 )
         return output
+
+    def _shared_rows(self, output: Tensor) -> Tensor | None:
+        """Return looked-up rows with an axis of the examples, or None if they have one."""
+        count = self.examples or 0
+        if count < 2 or output.dim() < 2:
+            return None
+        if len(output) == 1:
+            return output.expand(count, *output.shape[1:])
+        is_flat = output.dim() == 2 and len(output) != count
+        return output.expand(count, *output.shape) if is_flat else None
 
 
 def _has_number(args: Any, options: Mapping[str, Any]) -> bool:

@@ -94,30 +94,96 @@ def tied() -> Net:
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_a_weight_with_uses_of_different_kinds(sharing: str) -> None:
+def test_a_tied_embedding_and_head(sharing: str) -> None:
+    """The traces of `ekfac` are exact, with the cross terms of both uses."""
     case = tied()
-    with pytest.raises(NotImplementedError, match="'embedding.weight' .* its uses are of diff"):
+    traces_of(case, sharing=sharing)
+    for joint in ("apart", "joint"):
+        traces_of(case, sharing=sharing, bias=joint)
+
+
+def test_the_factors_of_a_tied_weight_are_nearest_to_the_sum_of_both_products() -> None:
+    case, weight = tied(), "embedding.weight"
+    apart = Head().double()
+    apart.head.weight = nn.Parameter(apart.embedding.weight.detach().clone())
+    model_fn, _ = hf.functional(apart)
+    own = {weight: case.params[weight], "head.weight": case.params[weight]}
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    parts = hf.kronecker.kflr(loss, apart)(own, case.batch)
+    total = sum(parts[name].dense() for name in own)
+    made = hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)[weight]
+    # Rows of the rearranged matrix are the blocks of the sum.
+    rearranged = total.view(5, 3, 5, 3).permute(0, 2, 1, 3).reshape(25, 9)
+    u, s, v = torch.linalg.svd(rearranged)
+    nearest = (s[0] * torch.outer(u[:, 0], v[0])).view(5, 5, 3, 3).permute(0, 2, 1, 3)
+    torch.testing.assert_close(made.dense(), nearest.reshape(15, 15))
+    assert float(torch.linalg.eigvalsh(made.dense())[0]) > -1e-12
+    forward = hf.kronecker.kfac(case.loss, case.model, fisher="forward-only")
+    assert forward(case.params, case.batch)[weight].trace() > 0
+    batches = [tuple(part[i : i + 1] for part in case.batch) for i in range(2)]
+    whole = hf.over_batches(hf.kronecker.kflr(case.loss, case.model))(case.params, batches)
+    torch.testing.assert_close(whole[weight].dense(), made.dense())
+
+
+class Autoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, self.weight)) @ self.weight + self.bias
+
+
+def test_a_weight_and_its_transpose() -> None:
+    case = net(Autoencoder, 4, examples=5, criterion=F.mse_loss)
+    traces_of(case)
+    error = [
+        float(torch.linalg.matrix_norm(of.dense() - gauss_newton_blocks(case)["weight"]))
+        for of in (
+            hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)["weight"],
+            hf.kronecker.kfoc(case.loss, case.model)(case.params, case.batch)["weight"],
+        )
+    ]
+    assert error[1] < error[0]
+
+
+class OfTwoKinds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).sum(1) @ self.weight
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_a_weight_with_uses_of_different_kinds(sharing: str) -> None:
+    case = net(OfTwoKinds, 3, 3, examples=4)
+    with pytest.raises(NotImplementedError, match="'weight' .* its uses are of diff"):
         hf.kronecker.ekfac(case.loss, case.model)(case.params, case.batch)
     for family in (hf.kronecker.kflr, hf.kronecker.ekfac):
         curvature = family(case.loss, case.model, sharing=sharing, unsupported="diagonal")
         made = curvature(case.params, case.batch)
-        assert made.diagonals == ("embedding.weight",)
-        exact = gauss_newton_blocks(case)["embedding.weight"].diagonal()
-        torch.testing.assert_close(made["embedding.weight"].dense(), torch.diag(exact))
+        assert made.diagonals == ("weight",)
+        exact = gauss_newton_blocks(case)["weight"].diagonal()
+        torch.testing.assert_close(made["weight"].dense(), torch.diag(exact))
 
 
-class Recurrent(nn.Module):
+class Grown(nn.Module):
+    """A weight that enters its layer through a function that is not linear in it."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.head = nn.LSTM(3, 2, batch_first=True), nn.Linear(2, 3)
+        self.layer, self.head = nn.Linear(3, 2), nn.Linear(2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x)[0]).movedim(-1, 1)
+        return self.head(torch.tanh(F.linear(x, self.layer.weight.exp()))).movedim(-1, 1)
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_parameters_without_factors_have_exact_diagonals(flat: bool) -> None:
-    case = net(Recurrent, 4, 3, examples=3)
+    case = net(Grown, 4, 3, examples=3)
+    case.params.pop("layer.bias")
     if flat:
         outputs = case.loss.outputs
         rows = hf.composed(
@@ -126,13 +192,12 @@ def test_parameters_without_factors_have_exact_diagonals(flat: bool) -> None:
             targets=lambda b: b[1].flatten(),
         )
         case = Net(case.model, rows, case.params, case.batch)
-    with pytest.raises(NotImplementedError, match="'layer.weight_ih_l0'.* argument of lstm"):
+    with pytest.raises(NotImplementedError, match=r"'layer.weight'.* argument of exp"):
         hf.kronecker.kflr(case.loss, case.model)(case.params, case.batch)
     made = traces_of(case, unsupported="diagonal")
-    assert made.diagonals == tuple(name for name in case.params if name.startswith("layer"))
-    for name in made.diagonals:
-        exact = gauss_newton_blocks(case)[name].diagonal()
-        torch.testing.assert_close(made[name].dense(), torch.diag(exact))
+    assert made.diagonals == ("layer.weight",)
+    exact = gauss_newton_blocks(case)["layer.weight"].diagonal()
+    torch.testing.assert_close(made["layer.weight"].dense(), torch.diag(exact))
 
 
 class Attention(nn.Module):
@@ -179,6 +244,23 @@ class Positions(nn.Module):
 def test_positions_that_examples_share() -> None:
     made = traces_of(net(Positions, 4, 3, examples=3))
     assert not made.diagonals
+
+
+@pytest.mark.parametrize("examples", [3, 4])
+def test_positions_without_an_axis_of_examples(examples: int) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(6, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(x + self.embedding(torch.arange(4)))
+            return self.head(x.cumsum(1)).movedim(-1, 1)
+
+    case = net(Flat, 4, 3, examples=examples)
+    made = traces_of(case, unsupported="diagonal")
+    # As many positions as examples are not told from rows of examples.
+    assert made.diagonals == (() if examples == 3 else ("embedding.weight",))
 
 
 def test_shared_positions_are_compared_once_for_each_shape_of_a_batch() -> None:

@@ -34,6 +34,8 @@ class Influence(Result):
         train_norms: Norm ``|g_j|`` of the gradient of each training example, float64 ``(m,)``.
         by_leaf: Part of the scores of each leaf, float64 ``(q, m)`` by name, which add up to
             the scores; None if not requested.
+        by_token: Part of the scores of each token of a training example, float64 ``(q, m, T)``,
+            which add up to the scores; None if not requested.
     """
 
     scores: Tensor
@@ -43,6 +45,7 @@ class Influence(Result):
     query_norms: Tensor
     train_norms: Tensor
     by_leaf: dict[str, Tensor] | None
+    by_token: Tensor | None = None
 
     @property
     def relative_residuals(self) -> Tensor:

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hessfunc import options
 from hessfunc.algorithms.results import Influence
-from hessfunc.display import Reported, reporting
+from hessfunc.algorithms.results.result import Saved
+from hessfunc.display import Reported
+from hessfunc.fingerprints import checksum, of_batches
 from hessfunc.losses import LossFunction
 from hessfunc.options import at_least, validated
 from hessfunc.recipes.influence.system import System, gradients_of, refuse_unordered
-from hessfunc.spaces.inner_products import gram
+from hessfunc.recipes.influence.tokens import TokenLosses, token_losses
+from hessfunc.recipes.influence.training import NO_EXAMPLE, TrainingPass, stored
 from hessfunc.spaces.of import space_of
-from hessfunc.spaces.space import Space, rows_dtype
+from hessfunc.spaces.space import rows_dtype
 from hessfunc.transforms.batches.gradient import mean_gradient
+from hessfunc.transforms.batches.mean import partition_of
 from hessfunc.transforms.batches.reductions import Average
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.transforms.example_gradients import example_gradients
 from hessfunc.trees import Matvec, Tree, tree_map
 
-# Number of entries of a row whose products are summed in its own dtype.
-_RUN = 1024
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
-@validated(curvature=options.curvature_or_matvec)
+def _flag_or_losses(name: str, value: Any) -> bool | TokenLosses:
+    check = options.plain_callable if callable(value) else options.flag
+    made: bool | TokenLosses = check(name, value)
+    return made
+
+
+@validated(curvature=options.curvature_or_matvec, by_token=_flag_or_losses)
 def influence(
     loss: LossFunction,
     params: Tree,
@@ -42,12 +53,15 @@ def influence(
     query_loss: LossFunction | None = None,
     aggregate: bool = False,
     by_leaf: bool = False,
+    by_token: bool | TokenLosses = False,
     rank: int | None = None,
     rtol: float = 1e-4,
     max_matvecs: int = 1000,
     weight: Callable[[Any], float] | None = None,
     keep: bool = False,
     examples_per_chunk: int | None = None,
+    mesh: DeviceMesh | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Reported = None,
 ) -> Influence:
     """Compute the influence of each training example on the loss of each query.
@@ -86,14 +100,15 @@ def influence(
         curvature: Curvature function whose mean over the training batches is A, such as
             ``hvp(loss)`` or ``kronecker.ekfac(loss, model)``, or the matvec of A. The default is
             ``ggnvp(loss)``. Structured blocks are inverted; other matrices are solved by `cg`.
-            A matvec over a mesh divides the products among ranks, but each rank computes the
-            gradients of all examples.
         preconditioner: Preconditioner of `cg`, such as ``blocks.inverse(damping)`` for the
             Kronecker factors of the data set.
         query_loss: Loss of queries, ``(params, batch) -> scalar``, any differentiable function;
             by default the training loss.
         aggregate: Whether the mean loss of all queries, as in `over_batches`, is the only query.
         by_leaf: Whether to keep the part of the scores that belongs to each leaf.
+        by_token: Whether to keep the part of the scores that belongs to each token, for a
+            cross-entropy. For another loss, a function ``(params, batch) -> losses`` of shape
+            (examples, tokens) that sum to the loss of each example.
         rank: Number of singular directions of the query gradients on which they are projected, so
             that only as many systems are solved. The residuals contain the remainder.
         rtol: Relative tolerance of the residual of each solve.
@@ -104,6 +119,10 @@ def influence(
         keep: Whether the graph of every training batch is kept, as in `over_batches`.
         examples_per_chunk: Number of examples that vmap differentiates at once; 1 is a loop
             without vmap. By default, the gradients of one pass take 64 MiB.
+        mesh: Mesh of ranks as in `over_batches`, which divide the batches of A and the gradients of
+            the training examples. Every rank gets all scores.
+        checkpoint: Directory, the same for all ranks, with the solutions and with the scores of
+            each finished training batch. Another call with the same arguments resumes from it.
         progress: Function of a `Progress`, called after each round of a solve, and after each
             training batch; True for a bar or lines, as in `RunOptions`.
 
@@ -114,12 +133,14 @@ def influence(
         TypeError: If an argument has the wrong type, or if batches can be read only once.
         ValueError: If an option is out of range, if a loader shuffles, if a batch cannot be divided
             into examples, if a gradient is not finite, or if A + damping I is not positive
-            definite.
+            definite, if the parts of the tokens do not sum to the scores, or if the checkpoint
+            belongs to other parameters, data or options.
         NotImplementedError: If the parameters are DTensors.
         RuntimeError: If vmap does not support the model.
 
     Cost: the products of `cg` for each query, one gradient for each training example, and q n
-    operations for its scores. Memory: the solutions of all queries, 14 vectors for each query of a
+    operations for its scores. Parts of tokens add a forward-mode product for each query and
+    training batch. Memory: the solutions of all queries, 14 vectors for each query of a
     batch during its solve, and the gradients of one chunk.
 
     Source: Koh and Liang 2017, arXiv 1703.04730; EKFAC: Grosse et al. 2023, arXiv 2308.03296;
@@ -129,57 +150,60 @@ def influence(
     for batches in (train_batches, query_batches):
         refuse_unordered(batches)
     if isinstance(train_batches, Sized) and not len(train_batches):
-        raise ValueError(_NO_EXAMPLE)
+        raise ValueError(NO_EXAMPLE)
     if isinstance(query_batches, Sized) and not len(query_batches):
         raise ValueError(_NO_QUERY)
     _refuse_criterion(query_loss, params)
-    space = space_of(params)
+    space, partition = space_of(params), partition_of(mesh)
     measured = loss if query_loss is None else query_loss
-    gradients: Iterator[Tree]
-    if aggregate:
-        several = not isinstance(query_batches, Sized) or len(query_batches) != 1
-        _, mean = mean_gradient(measured, Average(weight, several), params, query_batches)
-        gradients = iter([tree_map(lambda leaf: leaf[None], mean)])
-    else:
-        gradients = gradients_of(measured, params, query_batches, examples_per_chunk)
-    system = System.of(
-        loss, params, train_batches, curvature, damping, preconditioner, rtol, max_matvecs,
-        weight=weight, keep=keep, progress=progress,
-    )  # fmt: skip
-    queries = _solved(system, gradients, rank)
-    columns, norms = [], []
-    total = len(train_batches) if isinstance(train_batches, Sized) else None
-    with reporting(progress, "influence", total=total, unit="batches") as report:
-        for done, batch in enumerate(train_batches, 1):
-            for block in example_gradients(
-                loss, params, batch, examples_per_chunk=examples_per_chunk
-            ):
-                rows = space.ravel(block, dtype=rows_dtype(space))
-                norms.append(space.norms(rows))
-                columns.append(_by_leaf(space, queries.solutions, rows).cpu())
-            if report is not None:
-                report(done)
-    if not columns:
-        raise ValueError(_NO_EXAMPLE)
+    tokens = by_token if callable(by_token) else token_losses(loss) if by_token else None
+    directory, key = None, ""
+    if checkpoint is not None:
+        directory = Path(checkpoint)
+        settings = damping, rank, rtol, max_matvecs, aggregate, tokens is not None
+        key = f"{checksum(space.tree_leaves(params))} {of_batches(query_batches)} {settings}"
+
+    def solved() -> _Queries:
+        gradients: Iterator[Tree]
+        if aggregate:
+            several = not isinstance(query_batches, Sized) or len(query_batches) != 1
+            _, mean = mean_gradient(measured, Average(weight, several), params, query_batches)
+            gradients = iter([tree_map(lambda leaf: leaf[None], mean)])
+        else:
+            gradients = gradients_of(measured, params, query_batches, examples_per_chunk)
+        system = System.of(
+            loss, params, train_batches, curvature, damping, preconditioner, rtol, max_matvecs,
+            weight=weight, keep=keep, mesh=mesh, progress=progress,
+        )  # fmt: skip
+        return _solved(system, gradients, rank, key)
+
+    queries: _Queries = stored(directory, partition, solved, key)
+    over_training = TrainingPass(
+        loss, params, train_batches, examples_per_chunk, tokens, partition, directory, progress
+    )
+    train = over_training(queries.solutions)
     # Scores of the directions, (leaves, r, m), combined to those of the queries.
-    parts = queries.coefficients @ torch.cat(columns, dim=-1)
+    parts = queries.coefficients @ train.parts
     return Influence(
         scores=parts.sum(0),
         damping=damping,
         residuals=queries.residuals,
         solved=queries.solved,
         query_norms=queries.norms,
-        train_norms=torch.cat(norms).cpu(),
+        train_norms=train.norms,
         by_leaf=dict(zip(space.names, parts, strict=True)) if by_leaf else None,
-        matvecs=system.matvecs,
-        passes=system.passes,
-        reason=system.reason,
+        by_token=None
+        if train.tokens is None
+        else torch.einsum("qr,rmt->qmt", queries.coefficients, train.tokens),
+        matvecs=queries.matvecs,
+        passes=queries.passes,
+        reason=queries.reason,
         seed=None,
     )
 
 
 @dataclass(frozen=True)
-class _Queries:
+class _Queries(Saved):
     """Solutions for r directions, of which the queries are linear combinations.
 
     Attributes:
@@ -188,6 +212,10 @@ class _Queries:
         residuals: Bound of the residual of each query, float64 ``(q,)``.
         solved: Whether the solves of each query are within the tolerance, bool ``(q,)``.
         norms: Norm of the gradient of each query, float64 ``(q,)``.
+        matvecs: Number of products of all solves.
+        passes: Number of calls of the matvec.
+        reason: Reason for which the solves stopped.
+        key: Checksums and options with which the queries were solved; empty without a checkpoint.
     """
 
     solutions: Tensor
@@ -195,10 +223,20 @@ class _Queries:
     residuals: Tensor
     solved: Tensor
     norms: Tensor
+    matvecs: int
+    passes: int
+    reason: str
+    key: str
 
 
-def _solved(system: System, gradients: Iterator[Tree], rank: int | None) -> _Queries:
+def _solved(system: System, gradients: Iterator[Tree], rank: int | None, key: str) -> _Queries:
     space = system.space
+
+    def queries(x: Tensor, combined: Tensor, *each: Tensor) -> _Queries:
+        residuals, solved, norms = each
+        cost = system.matvecs, system.passes, system.reason
+        return _Queries(x, combined, residuals, solved, norms, *cost, key)
+
     blocks = (space.ravel(block, dtype=rows_dtype(space)) for block in gradients)
     if rank is None:
         pairs = [(system.solve(rows), space.norms(rows).cpu()) for rows in blocks]
@@ -207,7 +245,7 @@ def _solved(system: System, gradients: Iterator[Tree], rank: int | None) -> _Que
         norms = torch.cat([norm for _, norm in pairs])
         identity = torch.eye(len(norms), dtype=norms.dtype)
         residuals, solved = torch.cat(system.residuals), torch.cat(system.solved)
-        return _Queries(torch.cat([x for x, _ in pairs]), identity, residuals, solved, norms)
+        return queries(torch.cat([x for x, _ in pairs]), identity, residuals, solved, norms)
     every = list(blocks)
     if not every:
         raise ValueError(_NO_QUERY)
@@ -222,10 +260,9 @@ def _solved(system: System, gradients: Iterator[Tree], rank: int | None) -> _Que
     outside = (norms.square() - coefficients.square().sum(1)).clamp_min(0).sqrt()
     (residuals,), (solved,) = system.residuals, system.solved
     bound = outside + coefficients.abs() @ residuals
-    return _Queries(solutions, coefficients, bound, solved.all().expand(len(rows)), norms)
+    return queries(solutions, coefficients, bound, solved.all().repeat(len(rows)), norms)
 
 
-_NO_EXAMPLE = "there is no training example: pass at least one batch in `train_batches`"
 _NO_QUERY = "there is no query: pass at least one batch in `query_batches`"
 
 
@@ -239,9 +276,3 @@ def _refuse_criterion(query_loss: LossFunction | None, params: Tree) -> None:
             "targets, but query_loss takes (params, batch): pass `supervised(model_fn, "
             f"torch.nn.functional.{inner.__name__})`"
         )
-
-
-def _by_leaf(space: Space, rows: Tensor, others: Tensor) -> Tensor:
-    """Return the inner products of rows for each leaf, float64 ``(leaves, j, k)``."""
-    pairs = zip(rows.split(space.sizes, 1), others.split(space.sizes, 1), strict=True)
-    return torch.stack([gram(one, two, run=_RUN) for one, two in pairs])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.example_gradients import example_gradients
 from hessfunc.transforms.gauss_newton import ggnvp
 from hessfunc.trees import Matvec, Tree
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @runtime_checkable
@@ -83,6 +86,7 @@ class System:
         weight: Callable[[Any], float] | None,
         keep: bool,
         progress: Reported,
+        mesh: DeviceMesh | None = None,
     ) -> System:
         at_least(0, damping=damping)
         at_least(1, max_matvecs=budget)
@@ -90,7 +94,7 @@ class System:
             raise ValueError(f"rtol={rtol:g}: it must be positive, such as rtol=1e-4")
         given: Any = ggnvp(loss) if curvature is None else curvature  # type: ignore[arg-type]
         if options.is_function(given, 2):
-            given = over_batches(given, weight=weight, keep=keep)(params, batches)
+            given = over_batches(given, weight=weight, keep=keep, mesh=mesh)(params, batches)
         if isinstance(given, _Invertible) and preconditioner is not None:
             raise ValueError(
                 "structured blocks are inverted without iterations: omit `preconditioner`"

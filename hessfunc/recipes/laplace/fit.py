@@ -13,7 +13,7 @@ from hessfunc.algorithms.eigen.lanczos import lanczos
 from hessfunc.algorithms.matrix import matrix
 from hessfunc.kronecker.blocks import Blocks
 from hessfunc.kronecker.factored_blocks import DiagonalBlock
-from hessfunc.kronecker.factors import kflr
+from hessfunc.kronecker.factors import ekfac, kflr
 from hessfunc.losses import Loss
 from hessfunc.numerics import wide_dtype
 from hessfunc.recipes.gauss_newton_diagonal import ggn_diagonal
@@ -32,7 +32,8 @@ from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.gauss_newton import ggnvp
 from hessfunc.trees import Tree, tree_map
 
-Structure: TypeAlias = Literal["full", "kronecker", "diagonal", "low_rank"]
+Structure: TypeAlias = Literal["full", "kronecker", "ekfac", "diagonal", "low_rank"]
+_FACTORS = {"kronecker": kflr, "ekfac": ekfac}
 # Least budget of products for the eigenpairs.
 _MATVECS = 1000
 
@@ -66,6 +67,7 @@ def laplace(
     |---|---|---|
     | ``"full"`` | none | n^2 numbers |
     | ``"kronecker"`` | Kronecker product for each parameter, by `kflr` | both factors |
+    | ``"ekfac"`` | their eigenvectors, exact eigenvalues, by `ekfac` | both factors, n numbers |
     | ``"diagonal"`` | exact diagonal, by `ggn_diagonal` | n numbers |
     | ``"low_rank"`` | leading eigenpairs, by `lanczos` | rank n numbers |
 
@@ -84,7 +86,7 @@ def laplace(
         noise: Standard deviation of normal targets, by default 1. Omitted for classes.
         temperature: Temperature T of the likelihood p(D | params)^(1/T); a cold posterior has
             T < 1.
-        model: Module of the loss, which ``"kronecker"`` needs.
+        model: Module of the loss, which ``"kronecker"`` and ``"ekfac"`` need.
         rank: Number of eigenpairs, which ``"low_rank"`` needs.
         seed: Seed of the start vector of ``"low_rank"``.
 
@@ -97,7 +99,8 @@ def laplace(
         ValueError: If the criterion is not the negative logarithm of a known likelihood, if a
             precision, the noise or the temperature is not positive, if an option does not belong to
             the structure, or if a layer of the model is random (dropout in train mode).
-        NotImplementedError: If a parameter has no Kronecker factors for ``"kronecker"``.
+        NotImplementedError: If a parameter has no Kronecker factors for ``"kronecker"`` or
+            ``"ekfac"``.
         MemoryError: If the full matrix does not fit in memory.
 
     Cost: one pass of evaluations, and n matvecs for ``"full"``, a Jacobian of each example for
@@ -116,8 +119,8 @@ def laplace(
             f"structure={structure!r} and rank={rank}: pass a rank exactly for 'low_rank', such as "
             "structure='low_rank', rank=20"
         )
-    if structure == "kronecker" and model is None:
-        raise ValueError("structure='kronecker' needs the module: pass model=model")
+    if structure in _FACTORS and model is None:
+        raise ValueError(f"structure={structure!r} needs the module: pass model=model")
     sigma = float(positive("noise", 1.0 if noise is None else noise, space))
     positive("temperature", temperature, space)
     prior = prior_of(params, prior_precision).precision
@@ -183,7 +186,7 @@ def _curvature_of(
         ), cost
     assert model is not None
     try:
-        factors = over_batches(kflr(loss, model))(params, batches)
+        factors = over_batches(_FACTORS[structure](loss, model))(params, batches)
     except NotImplementedError as error:
         reason, _, remedy = str(error).partition(": pass ")
         if "unsupported=" not in remedy:

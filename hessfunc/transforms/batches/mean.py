@@ -141,7 +141,7 @@ def mean_over(
             raise NotImplementedError(_ON_MESH)
         if torch.compiler.is_compiling():
             return _compiled_mean(curvature, params, batches, weight)
-        partition = Partition() if mesh is None else _partition_of(mesh, data)
+        partition = partition_of(mesh, data)
 
         def checked() -> Space:
             refuse_one_batch(batches)
@@ -164,7 +164,8 @@ def mean_over(
         average.several |= outer is not None
         reading = Reading(curvature, params, batches, average, space, partition, passes)
         if (structured := of_statistics(curvature)) is not None:
-            return structured.over_batches(params, partial(reading.statistics, outer=outer))
+            mean_of = partial(reading.statistics, outer=outer)
+            return structured.over_batches(params, mean_of, partition.each)
         local = reading.kept() if keep else reading.anew()
 
         def summed(block: Tree) -> Sum:
@@ -241,7 +242,10 @@ def _fingerprint(space: Space, params: Tree, batches: Iterable[Any], data: Data)
     return of_params | {"batches": of_batches(batches)}
 
 
-def _partition_of(mesh: DeviceMesh, data: Data) -> Partition:
+def partition_of(mesh: DeviceMesh | None, data: Data = "replicated", /) -> Partition:
+    """Return the part of the work that this process does."""
+    if mesh is None:
+        return Partition()
     # The import of torch.distributed is slow.
     from hessfunc.transforms.batches.mesh import MeshPartition
 

@@ -135,6 +135,31 @@ class MeshPartition(Partition):
         _agree_on_reduction(made[0].average, [row[-1] for row in table])
         return made[0].flat if self.data is None else self.data.sum(made[0].flat)
 
+    def each(
+        self, function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], /
+    ) -> list[Tensor]:
+        if not matrices:
+            return []
+        # The largest matrix left goes to the rank with the least operations, n^3 for each.
+        loads, owner = [0] * self.everyone.size, [0] * len(matrices)
+        for i in sorted(range(len(matrices)), key=lambda i: -matrices[i].numel()):
+            owner[i] = min(range(len(loads)), key=loads.__getitem__)
+            loads[owner[i]] += matrices[i].numel() * matrices[i].shape[-1]
+
+        def mine() -> Tensor:
+            parts = (
+                function(matrix) if rank == self.everyone.rank else torch.zeros_like(matrix)
+                for matrix, rank in zip(matrices, owner, strict=True)
+            )
+            return torch.cat([part.flatten() for part in parts])
+
+        whole = self.everyone.sum(self.all_well(mine))
+        pieces = whole.split([matrix.numel() for matrix in matrices])
+        return [piece.view_as(m) for piece, m in zip(pieces, matrices, strict=True)]
+
+    def gathered(self, own: Made, /) -> list[Made]:
+        return [own] if self.data is None else self.data.objects(own)
+
     def _made(self, space: Space, block: Tree, local: Callable[[Tree], Sum]) -> _Made:
         given = space.block_leaves(block)
         parts, mine = [range(len(given[0]))], 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -48,13 +48,18 @@ class OfStatistics(Protocol):
     """Curvature function whose matrix of a data set is made from statistics of its batches."""
 
     def over_batches(
-        self, params: Tree, mean: Callable[[Stage], Mapping[str, Tensor]], /
+        self,
+        params: Tree,
+        mean: Callable[[Stage], Mapping[str, Tensor]],
+        each: Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], list[Tensor]],
+        /,
     ) -> Matvec:
         """Return the matrix of a data set.
 
         Args:
             params: Parameters.
             mean: Function that returns the means of statistics over the data set, in one pass.
+            each: Function that applies another one to each matrix of a list, in parallel on ranks.
         """
 
 

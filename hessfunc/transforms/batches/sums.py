@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -171,3 +171,13 @@ class Partition:
     def summed(self, batches: Iterable[Any], local: Callable[[], Passed], /) -> Tensor:
         """Return the sum over processes, given the function that passes over one's own batches."""
         return local().flat
+
+    def each(
+        self, function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], /
+    ) -> list[Tensor]:
+        """Return a function of each matrix, of its shape; processes divide the matrices."""
+        return [function(matrix) for matrix in matrices]
+
+    def gathered(self, own: Made, /) -> list[Made]:
+        """Return the object of each process that has batches of its own."""
+        return [own]

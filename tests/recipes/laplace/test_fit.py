@@ -93,6 +93,35 @@ def test_the_kronecker_structure_inverts_the_blocks_of_kflr() -> None:
     torch.testing.assert_close(found.logdet(), precision.logdet(), rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("structure", ["kronecker", "ekfac"])
+def test_structured_posteriors_of_deep_linear_nets_have_exact_blocks(structure: Any) -> None:
+    """Kronecker blocks of deep linear nets with squared errors are those of the GGN matrix."""
+    layers = nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False)
+    model = nn.Sequential(*layers).double()
+    model_fn, params = hf.functional(model)
+    loss, data = hf.supervised(model_fn, F.mse_loss), batches(F.mse_loss)
+    prior = dict(zip(params, (0.5, 1.0, 2.0), strict=True))
+    given = {"prior_precision": prior, "noise": NOISE}
+    found = hf.laplace(loss, params, data, structure=structure, model=model, **given)
+    trees = torch.func.jacrev(lambda p: model_fn(p, INPUTS))(params)
+    rows = torch.cat([leaf.flatten(2) for leaf in trees.values()], 2)
+    own = torch.block_diag(*(torch.ones(2 * (leaf.numel(),)) for leaf in params.values()))
+    diagonal = torch.cat([torch.full_like(p.flatten(), prior[n]) for n, p in params.items()])
+    whole = torch.einsum("bin,bim->nm", rows, rows) / NOISE**2
+    precision = whole * own + diagonal.diag()
+    covariance = precision.inverse()
+    torch.testing.assert_close(dense(found), covariance, rtol=1e-8, atol=1e-10)
+    predictive = found.predictive(model_fn, INPUTS)
+    expected = torch.einsum("bin,nm,bjm->bij", rows, covariance, rows)
+    torch.testing.assert_close(predictive.covariance, expected, rtol=1e-8, atol=1e-10)
+    errors = model_fn(params, INPUTS).detach() - TARGETS[F.mse_loss]
+    normal = torch.distributions.Normal(0, torch.tensor(NOISE, dtype=D))
+    mean = hf.ravel(params)
+    ratio = precision.logdet() - diagonal.log().sum() + (diagonal * mean.square()).sum()
+    evidence = normal.log_prob(errors).sum() - ratio / 2
+    torch.testing.assert_close(found.log_marginal_likelihood(), evidence, rtol=1e-10, atol=0)
+
+
 def test_kronecker_is_full_for_a_linear_map_of_one_example() -> None:
     model = nn.Linear(3, 2, bias=False).double()
     model_fn, params = hf.functional(model)
@@ -158,6 +187,7 @@ def test_a_held_loss_gives_the_posterior_of_the_last_layer(structure: str) -> No
         (F.mse_loss, {"noise": -1.0}, "noise=-1: it must be positive"),
         (F.cross_entropy, {"structure": "dense"}, "choose 'full', 'kronecker'"),
         (F.cross_entropy, {"structure": "kronecker"}, "pass model=model"),
+        (F.cross_entropy, {"structure": "ekfac"}, "'ekfac' needs the module: pass model=model"),
         (F.cross_entropy, {"structure": "low_rank"}, "pass a rank"),
         (F.cross_entropy, {"rank": 3}, "pass a rank exactly for 'low_rank'"),
     ],
@@ -197,17 +227,17 @@ def test_single_precision_gives_the_posterior_up_to_rounding(structure: str) -> 
     assert found.samples(2, seed=0)["0.weight"].dtype == torch.float32
 
 
-def test_a_tied_weight_without_factors_is_refused_with_options_of_laplace() -> None:
-    class Tied(nn.Module):
+def test_a_weight_without_factors_is_refused_with_options_of_laplace() -> None:
+    class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embedding = nn.Embedding(5, 4)
 
         def forward(self, tokens: Tensor) -> Tensor:
             weight = self.embedding.weight
-            return F.linear(self.embedding(tokens), weight).tanh() @ weight
+            return F.linear(self.embedding(tokens), weight.exp())
 
-    model = Tied().double()
+    model = Scaled().double()
     model_fn, params = hf.functional(model)
     data = [(torch.tensor([0, 3, 4]), torch.tensor([0, 1, 2]))]
     with pytest.raises(NotImplementedError, match="structure='full'") as refusal:
@@ -221,11 +251,12 @@ def test_a_tied_weight_without_factors_is_refused_with_options_of_laplace() -> N
     assert "unsupported" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal", "low_rank"])
+@pytest.mark.parametrize("structure", ["full", "kronecker", "ekfac", "diagonal", "low_rank"])
 def test_dropout_in_train_mode_is_refused(structure: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.5), nn.Linear(16, 2)).double()
     model_fn, params = hf.functional(model)
-    more: dict[str, Any] = {"low_rank": {"rank": 3}, "kronecker": {"model": model}}
+    more: dict[str, Any] = {"low_rank": {"rank": 3}}
+    more |= {name: {"model": model} for name in ("kronecker", "ekfac")}
     loss, data = hf.supervised(model_fn, F.cross_entropy), batches(F.cross_entropy)
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         hf.laplace(loss, params, data, structure=structure, **more.get(structure, {}))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import hessfunc as hf
+from hessfunc.transforms.batches.mesh import MeshPartition
 from tests.distributed import problems
 from tests.distributed.problems import data, error
 from tests.distributed.ranks import Ranks
@@ -51,6 +52,28 @@ def test_curvatures_of_uneven_shares_are_those_of_one_process(
 ) -> None:
     found = of_size[size_of(shape)].run(curvature_differs_by, name, shape, names, {})
     assert max(found) < 1e-12
+
+
+def squared_on_own_rank() -> tuple[float, int]:
+    """The error of squares of matrices that ranks divide, and the number of them on this rank."""
+    mesh, seen = problems.mesh(3, names=("data",)), []
+
+    def squared(matrix: Tensor) -> Tensor:
+        seen.append(matrix)
+        return matrix @ matrix
+
+    matrices = [torch.full((1, n, n), float(n)) for n in (2, 5, 3, 2)]
+    made = MeshPartition.of(mesh, "replicated").each(squared, matrices)
+    return max(float((a - b @ b).abs().max()) for a, b in zip(made, matrices, strict=True)), len(
+        seen
+    )
+
+
+def test_ranks_divide_independent_matrices(three: Ranks) -> None:
+    errors, counts = zip(*three.run(squared_on_own_rank), strict=True)
+    assert max(errors) == 0
+    # The matrix of five rows takes more operations than the two of two rows together.
+    assert sorted(counts) == [1, 1, 2]
 
 
 def sum_differs_by(own: bool, order: tuple[int, ...], shape: tuple[int, ...]) -> float:
