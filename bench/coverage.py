@@ -52,6 +52,7 @@ class Case:
         rotated: Whether the matrix has a random eigenbasis, which matters to random signs.
         diagonal: Whether the diagonal is estimated, rather than the trace.
         definite: Whether the matrix must have no negative eigenvalue.
+        truth: Function of the matvec that returns the estimated number; by default the trace.
     """
 
     run: Callable[..., Any]
@@ -59,6 +60,13 @@ class Case:
     rotated: bool = False
     diagonal: bool = False
     definite: bool = False
+    truth: Callable[[Matvec], float] | None = None
+
+    def takes(self, values: Tensor) -> bool:
+        """Whether the case is tried on a matrix with these eigenvalues."""
+        return not (self.definite and bool((values < 0).any())) and not (
+            self.truth is not None and not bool(values.any())
+        )
 
 
 def _budgets(*budgets: int) -> tuple[Stop, ...]:
@@ -100,6 +108,33 @@ def from_start(matvec: Matvec, like: Tensor, *, seed: int, **options: Any) -> hf
     return hf.trace(matvec, like, start=top, seed=seed, **options)
 
 
+def in_blocks(quantity: str) -> Case:
+    """The error of 0.8 times the four diagonal blocks of a matrix, as its approximation."""
+
+    def parts(rows: Tensor) -> dict[str, Tensor]:
+        return {str(i): part for i, part in enumerate(rows.split(N // 4, -1))}
+
+    def matrices(matvec: Matvec) -> tuple[Tensor, Tensor, Tensor]:
+        matrix = matvec(torch.eye(N, dtype=torch.float64))
+        own = torch.block_diag(*torch.ones(4, N // 4, N // 4, dtype=torch.float64)) * matrix
+        return matrix, own, 0.8 * own
+
+    def truth(matvec: Matvec) -> float:
+        matrix, own, near = matrices(matvec)
+        if quantity == "distance":
+            return float((matrix - near).norm() / matrix.norm())
+        return 1 - float(own.square().sum() / matrix.square().sum())
+
+    def run(matvec: Matvec, like: Tensor, **options: Any) -> hf.results.Estimate:
+        matrix, _, near = matrices(matvec)
+        products = (
+            lambda tree, a=a: parts(torch.cat(list(tree.values()), 1) @ a) for a in (near, matrix)
+        )
+        return getattr(hf.kronecker.error(*products, parts(like), **options), quantity)
+
+    return Case(run, _budgets(10, 20, 40, 100), rotated=True, truth=truth)
+
+
 CASES = {
     "trace": Case(hf.trace, _budgets(3, 5, 10, 20, 40, 70) + _tolerances(0.1, 0.03, 0.01)),
     "trace, with eigenpairs": Case(from_start, _budgets(3, 10, 30) + _tolerances(0.03)),
@@ -125,6 +160,8 @@ CASES = {
         hf.hutchinson_diagonal, _budgets(3, 5, 10, 30) + _tolerances(0.3), True, True
     ),
     "xdiag": Case(hf.xdiag, _budgets(4, 6, 10, 20, 40) + _tolerances(0.3), True, True),
+    "kronecker.error, distance": in_blocks("distance"),
+    "kronecker.error, off the blocks": in_blocks("off_diagonal"),
 }
 
 
@@ -167,6 +204,8 @@ def measured(case: Case, spectrum: str, seeds: int) -> Iterator[dict[str, Any]]:
         matrix = (matrix + matrix.mT) / 2
         matvec = hf.dense(matrix)
         truth = matrix.diagonal() if case.diagonal else truth
+    if case.truth is not None:
+        truth = torch.tensor(case.truth(matvec), dtype=torch.float64)
     scale = float(values.abs().sum()) or 1.0
     for stop in case.stops:
         found = [case.run(matvec, like, seed=seed, **stop) for seed in range(seeds)]
@@ -252,7 +291,7 @@ def main() -> None:
         for name in ([arguments.only] if arguments.only else CASES)
         for spectrum, values in spectra().items()
         if results.get(name, {}).get(spectrum, {}).get("seeds", 0) < arguments.seeds
-        and not (CASES[name].definite and bool((values < 0).any()))
+        and CASES[name].takes(values)
     ]
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
         found = [pool.submit(_rows, *one, arguments.seeds, end) for one in todo]

@@ -1,6 +1,6 @@
 """Linear datamodelling score of influence, against training again on half subsets.
 
-    python -m bench.influence [--problems mnist digits shakespeare] [--subsets 32] [--seeds 3]
+    python -m bench.influence [--problems mnist digits shakespeare] [--subsets 32] [--seeds 2]
 
 A net is trained on a few hundred examples, and again on random halves of them. The score of a
 method is Spearman's correlation, over the halves, of the loss of a query with the prediction
@@ -84,7 +84,7 @@ def of_mnist(examples: int = 500, queries: int = 100) -> Problem:
     )
 
 
-def of_digits(examples: int = 500, queries: int = 50) -> Problem:
+def of_digits(examples: int = 400, queries: int = 30) -> Problem:
     every = digits()
     parts = every[:examples], every[examples : examples + queries]
     train, test = ((part.inputs.float(), part.targets) for part in parts)
@@ -94,13 +94,13 @@ def of_digits(examples: int = 500, queries: int = 50) -> Problem:
         train,
         test,
         partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-        300,
-        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        200,
+        (3e-3, 1e-2, 3e-2, 1e-1),
         1e-2,
     )
 
 
-def of_shakespeare(examples: int = 128, queries: int = 32, length: int = 32) -> Problem:
+def of_shakespeare(examples: int = 64, queries: int = 16, length: int = 32) -> Problem:
     root = data_root()
     if root is None:
         raise FileNotFoundError("tinyshakespeare: set HESSFUNC_DATA to the folder of data sets")
@@ -115,8 +115,8 @@ def of_shakespeare(examples: int = 128, queries: int = 32, length: int = 32) -> 
         (batch[0][:examples], batch[1][:examples]),
         (batch[0][examples:], batch[1][examples:]),
         partial(torch.optim.Adam, lr=3e-3),
-        150,
-        (1e-3, 3e-3, 1e-2, 3e-2),
+        100,
+        (1e-2, 3e-2, 1e-1, 3e-1),
         1e-2,
         samples=8,
     )
@@ -335,6 +335,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--subsets", type=int, default=32, help="Number of random halves.")
-    parser.add_argument("--seeds", type=int, default=3, help="Number of nets for each half.")
+    parser.add_argument("--seeds", type=int, default=2, help="Number of nets for each half.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="File of the table.")
     main(**vars(parser.parse_args()))

@@ -437,7 +437,11 @@ CALLS: dict[str, Call] = {
     ),
     "influence": Call(
         {"loss": LOSS, "params": PARAMS, "train_batches": [BATCH], "query_batches": [BATCH]},
-        INFLUENCE | {"query_loss": None, "aggregate": False, "by_leaf": True, "rank": 2},
+        INFLUENCE
+        | {
+            "query_loss": None, "aggregate": False, "by_leaf": True, "by_token": False, "rank": 2,
+            "mesh": None, "checkpoint": None,
+        },
     ),
     "self_influence": Call(
         {"loss": LOSS, "params": PARAMS, "train_batches": [BATCH]}, INFLUENCE

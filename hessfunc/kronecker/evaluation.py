@@ -21,7 +21,6 @@ from hessfunc.kronecker.moments import (
     right_moments,
     squared_moments,
     summed_input_moments,
-    weight_gradient,
 )
 from hessfunc.kronecker.uses import Observed, Uses
 from hessfunc.kronecker.verification import UNORDERED
@@ -49,7 +48,6 @@ class Form:
         layout: Order of its weights; None for a diagonal.
         site: Name of the first parameter with the same outputs, whose output factor it shares.
         bias: Name of the bias in the same block; None without one.
-        is_two_way: Whether calls multiply by the matrix and by its transpose.
     """
 
     kind: Literal["kronecker", "dense", "diagonal", "joint bias"]
@@ -57,7 +55,6 @@ class Form:
     layout: Layout | None = None
     site: str = ""
     bias: str | None = None
-    is_two_way: bool = False
 
 
 def factor_keys(forms: Mapping[str, Form], /) -> dict[str, tuple[str, str]]:
@@ -133,10 +130,9 @@ class Evaluation:
         sites: dict[tuple[int, ...], str] = {}
         for name, leaf in self.leaves.items():
             uses = self.observed.uses.get(name)
-            layout = None if uses is None else uses.layout or uses.two_way_layout
+            layout = None if uses is None else uses.layout
             if uses is None or layout is None:
-                reason = self.observed.others.get(name, "its uses are of different kinds")
-                self._refuse(name, reason)
+                self._refuse(name, self.observed.others[name])
                 forms[name] = Form("diagonal", leaf.shape)
             elif layout.is_entrywise and self.columns is not None:
                 kind: Literal["dense", "diagonal"] = (
@@ -147,8 +143,7 @@ class Evaluation:
                 # The weight and the bias of a layer share the factor B, computed once for a site.
                 ends = (*map(id, uses.outputs), layout.sizes[0])
                 site = sites.setdefault(ends, name) if self.shares_outputs else name
-                is_two_way = uses.layout is None
-                forms[name] = Form("kronecker", leaf.shape, layout, site, is_two_way=is_two_way)
+                forms[name] = Form("kronecker", leaf.shape, layout, site)
         return self._joined(forms) if self.joins_biases else forms
 
     def _joined(self, forms: dict[str, Form]) -> dict[str, Form]:
@@ -209,7 +204,7 @@ class Evaluation:
         known: dict[Any, tuple[Tensor, float]] = {}
         for name, uses in every.items():
             ends = _LEFT + forms[name].site, _RIGHT + name
-            if not forms[name].is_two_way:
+            if not uses.is_two_way:
                 self._add_factors(name, uses, ends, tasks, summed, known)
                 continue
             for one, way in zip(uses.ways(), WAYS, strict=True):
@@ -217,16 +212,13 @@ class Evaluation:
                 self._add_factors(name, one, keys, tasks, summed, known)
         for name in self._with("dense"):
             tasks[f"matrix of {name}"] = self._task(name, _gram_of_examples)
-        for name, uses in self._with("diagonal").items():
-            if uses.layout is not None:
-                tasks[f"diagonal of {name}"] = self._task(name, squared_moments)
+        entrywise = self._with("diagonal")
+        tasks |= {f"diagonal of {name}": self._task(name, squared_moments) for name in entrywise}
         weighted = self._summed(tasks)
-        for name, uses in self._with("diagonal").items():
-            key, shape = f"diagonal of {name}", self.leaves[name].shape
-            if uses.layout is None:
-                weighted[key] = self._squared_by_example(self.leaves[name], uses)
-            else:
-                weighted[key] = uses.layout.restored(weighted[key], shape)
+        for name, uses in entrywise.items():
+            key, layout = f"diagonal of {name}", uses.layout
+            assert layout is not None
+            weighted[key] = layout.restored(weighted[key], self.leaves[name].shape)
         if others := {
             name: self.leaves[name]
             for name, form in forms.items()
@@ -260,8 +252,8 @@ class Evaluation:
     def _task(self, name: str, moments: Callable[[Tensor, Inputs], Tensor]) -> _Task:
         """Return the task of a function of the gradients at the outputs and of the inputs."""
         uses = self.observed.uses[name]
-        if self.forms[name].is_two_way:
-            return uses, lambda slopes: moments(*uses.two_way_moments(slopes))
+        if uses.is_two_way:
+            return uses, lambda slopes: moments(*uses.moments(slopes))
         inputs = self._with_ones(name, uses.inputs())
         return uses, lambda slopes: moments(uses.slopes(slopes), inputs)
 
@@ -312,7 +304,7 @@ class Evaluation:
 
     def _eigenvalues_of(self, name: str, uses: Uses, left: Tensor, right: Tensor) -> _Task:
         """Return the task of ``sum_b (L V_b R')^2`` for the gradients V_b of a weight."""
-        if self.forms[name].is_two_way:
+        if uses.is_two_way:
             return self._task(
                 name, lambda g, x: squared_moments(_turned(left, g), _turned(right, x))
             )
@@ -350,22 +342,6 @@ class Evaluation:
                 total[key] = total[key] + part if key in total else part
         return total
 
-    def _squared_by_example(self, leaf: Tensor, uses: Uses) -> Tensor:
-        """Return the sum of the squared gradients of all examples, each summed over the uses."""
-        total = torch.zeros_like(leaf)
-        calls = [(one.calls[0], one, one.inputs()) for one in uses.alone()]
-        for slopes in self._gradients([uses]):
-            given = [one.slopes(slopes) for _, one, _ in calls]
-            for b in range(uses.examples):
-                parts = [
-                    call.map.layout.restored(
-                        weight_gradient(slope[b : b + 1], _of_example(inputs, b)), leaf.shape
-                    )
-                    for (call, _, inputs), slope in zip(calls, given, strict=True)
-                ]
-                total += torch.stack(parts).sum(0).square()
-        return total.detach()
-
     def _squared_by_row(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the sum of the squared gradients of all rows, by one backward pass for each."""
         outputs = self.observed.outputs
@@ -384,12 +360,6 @@ class Evaluation:
                 for name, gradient in zip(leaves, gradients, strict=True):
                     total[name] += gradient.square()
         return {name: square.detach() for name, square in total.items()}
-
-
-def _of_example(inputs: Inputs, b: int) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return inputs[b : b + 1] if len(inputs) > 1 else inputs
-    return type(inputs)(inputs.indices[b : b + 1], inputs.size)
 
 
 def _normalised(moments: Tensor, factor: Tensor) -> Tensor:

@@ -69,35 +69,36 @@ class Uses:
 
     @property
     def layout(self) -> Layout | None:
-        """Layout of the parameter, or None if its uses have different ones."""
-        layouts = {call.map.layout for call in self.calls}
-        return layouts.pop() if len(layouts) == 1 else None
+        """Layout of the parameter, or None if its uses are of different kinds.
 
-    @property
-    def two_way_layout(self) -> Layout | None:
-        """Layout of a matrix whose calls multiply by it and by its transpose, or None.
-
-        A tied embedding and head are an example: a lookup multiplies unit vectors by the transpose.
+        Some calls may multiply by the transpose of a matrix. A tied embedding and head are an
+        example: a lookup multiplies unit vectors by the transpose.
         """
         first = next((u.map for u in self.calls if u.map.source is not None), self.calls[0].map)
         ways = {call.map.layout for call in self.calls}
-        return first.layout if ways == {first.layout, first.layout.transpose} else None
+        return first.layout if ways <= {first.layout, first.layout.transpose} else None
+
+    @property
+    def is_two_way(self) -> bool:
+        """Whether calls multiply by a matrix and by its transpose."""
+        return len({call.map.layout for call in self.calls}) > 1
 
     def ways(self) -> tuple[Uses, Uses]:
-        """Return the calls with the layout of `two_way_layout`, and those of its transpose."""
-        layout = self.two_way_layout
+        """Return the calls with the layout of the parameter, and those of its transpose."""
         first, second = (
-            tuple(call for call in self.calls if (call.map.layout == layout) is is_first)
+            tuple(call for call in self.calls if (call.map.layout == self.layout) is is_first)
             for is_first in (True, False)
         )
         return Uses(first, self.examples), Uses(second, self.examples)
 
-    def two_way_moments(self, gradients: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return outputs' gradients and inputs whose products sum to the gradient of the weight.
+    def moments(self, gradients: Mapping[int, Tensor]) -> tuple[Tensor, Inputs]:
+        """Return gradients g and inputs x at all positions, so that the weight has ``sum g x'``.
 
         The gradient ``sum_p g_p x_p'`` of the transpose is ``sum_p x_p g_p'``: the inputs of its
-        calls are gradients of outputs, and the other way round.
+        calls count as gradients of outputs, and the other way round.
         """
+        if not self.is_two_way:
+            return self.slopes(gradients), self.inputs()
         first, second = self.ways()
         slopes, others = first.slopes(gradients), second.slopes(gradients)
         inputs, given = (
@@ -120,23 +121,24 @@ class Uses:
 
     def inputs(self) -> Inputs:
         """Return the inputs X at all positions, ``(B, G, K, P)``; B is 1 if examples share them."""
+        every = [(call, call.map.inputs()) for call in self.calls]
+        lookups = [inputs for _, inputs in every if isinstance(inputs, OneHot)]
+        is_lookup = len(lookups) == len(every)
         parts = []
-        for call in self.calls:
-            inputs, slopes = call.map.inputs(), call.map.slopes(call.output.detach())
-            if isinstance(inputs, OneHot):
+        for call, inputs in every:
+            slopes = call.map.slopes(call.output.detach())
+            if is_lookup and isinstance(inputs, OneHot):
                 indices = inputs.indices[:, None, None].expand(len(slopes), -1, -1, -1)
                 parts.append(call.by_example(indices, self.examples))
                 continue
-            inputs = inputs.expand(-1, -1, -1, slopes.shape[-1])
-            if len(inputs) < len(slopes):
-                parts.append(inputs.repeat(1, 1, 1, len(slopes) // self.examples))
+            vectors = as_vectors(inputs, slopes).expand(-1, -1, -1, slopes.shape[-1])
+            if len(vectors) < len(slopes):
+                parts.append(vectors.repeat(1, 1, 1, len(slopes) // self.examples))
             else:
-                parts.append(call.by_example(inputs, self.examples))
+                parts.append(call.by_example(vectors, self.examples))
         rows = max(map(len, parts))
         whole = _joined([part.expand(rows, -1, -1, -1) for part in parts])
-        if isinstance(inputs, OneHot):
-            return OneHot(whole[:, 0, 0], inputs.size)
-        return whole
+        return OneHot(whole[:, 0, 0], lookups[0].size) if is_lookup else whole
 
     @property
     def source(self) -> Hashable:
@@ -148,10 +150,6 @@ class Uses:
             return id(made) if made.source is None else of_tensor
 
         return tuple(map(of, self.calls))
-
-    def alone(self) -> list[Uses]:
-        """Return each call by itself."""
-        return [Uses((call,), self.examples) for call in self.calls]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hessfunc.kronecker.linear_maps import Inputs, OneHot
-from hessfunc.kronecker.moments import weight_gradient
 from hessfunc.kronecker.uses import Observed, Order, Use, Uses, is_close
 
 UNORDERED = (
@@ -92,8 +91,9 @@ def _found(observed: Observed, leaves: Mapping[str, Tensor]) -> dict[str, tuple[
     slopes = observed.gradients(uses.values(), along, [leaves[name] for name in uses])
     found: dict[str, tuple[Order, ...] | str] = {}
     for name in uses:
-        whole = _is_projection if uses[name].layout is not None else _is_sum
-        if not whole(uses[name], slopes, slopes[id(leaves[name])]):
+        if uses[name].layout is None:
+            found[name] = "its uses are of different kinds"
+        elif not _is_projection(uses[name], slopes, slopes[id(leaves[name])]):
             found[name] = "it is also used in ways that were not observed"
     scaled_slopes = slopes
     scales = torch.linspace(1, 2, examples, dtype=outputs.dtype, device=outputs.device)
@@ -106,19 +106,6 @@ def _found(observed: Observed, leaves: Mapping[str, Tensor]) -> dict[str, tuple[
             known = tuple(order for order in orders if order is not None)
             found[name] = known if len(known) == len(orders) else f"its rows and {UNORDERED}"
     return found
-
-
-def _is_sum(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -> bool:
-    """Return whether the gradient is the sum over calls, which may have different layouts."""
-    total, size = torch.zeros_like(gradient), torch.zeros_like(gradient)
-    for one in uses.alone():
-        layout, own = one.calls[0].map.layout, one.slopes(slopes)
-        inputs = one.inputs()
-        total += layout.restored(weight_gradient(own, inputs), gradient.shape)
-        # Terms may cancel, as those of the bias of keys before a softmax: their size counts.
-        absolute = inputs if isinstance(inputs, OneHot) else inputs.abs()
-        size += layout.restored(weight_gradient(own.abs(), absolute), gradient.shape)
-    return is_close(total, gradient, size, _eps(uses, gradient))
 
 
 def _is_projection(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -> bool:
@@ -134,8 +121,8 @@ def _is_projection(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -
         for size, step in ((outputs, 1.0), (inputs, 1.618))
     )
     u, v = u.view(groups, outputs), v.view(groups, inputs)
-    own = uses.slopes(slopes).to(gradient)
-    terms = torch.einsum("bgop,go->bgp", own, u) * _along(uses.inputs(), v)
+    own, x = uses.moments(slopes)
+    terms = torch.einsum("bgop,go->bgp", own.to(gradient), u) * _along(x, v)
     weights = layout.permuted(gradient.reshape(1, -1))[0]
     projection = torch.einsum("go,gok,gk->g", u, weights, v)
     return is_close(terms.sum((0, 2)), projection, terms.abs().sum((0, 2)), _eps(uses, gradient))

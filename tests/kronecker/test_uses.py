@@ -125,6 +125,18 @@ def test_the_factors_of_a_tied_weight_are_nearest_to_the_sum_of_both_products() 
     torch.testing.assert_close(whole[weight].dense(), made.dense())
 
 
+def test_rows_of_a_weight_by_indices_and_by_unit_vectors() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(4, 3)), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(F.embedding(x.argmax(1), self.weight) + x @ self.weight))
+
+    traces_of(net(Both, 4, examples=5))
+
+
 class Autoencoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()

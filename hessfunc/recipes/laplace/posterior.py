@@ -234,18 +234,18 @@ class Posterior(Result):
                 each, last = numbers, None
             return dict(zip(names, each, strict=True)) if per_parameter else each[0], last
 
-        maximum = maximise(
+        point, reason = maximise(
             lambda logs: self.log_marginal_likelihood(*named(logs)),
             start,
             max_steps=max_steps,
             tolerance=tolerance,
         )
-        precision, noise = named(maximum.point)
+        precision, noise = named(point)
         return dataclasses.replace(
             self,
             prior_precision=as_numbers(precision),
             noise=self.noise if noise is None else float(noise),
-            tuning=maximum.reason,
+            tuning=reason,
         )
 
     def _prior(self, precision: PriorPrecision | None) -> Prior:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,22 +60,9 @@ class Prior:
         return torch.stack([d * leaf.to(d).square().sum() for d, leaf in pairs]).sum()
 
 
-class Curvature(Protocol):
-    """Positive semi-definite matrix G, with the functions of ``P = s G + D`` that Laplace needs."""
-
-    def logdet(self, scale: Tensor, prior: Prior, /) -> Tensor:
-        """Return ``log det P``, differentiable in s and D."""
-
-    def covariance(self, block: Tree, scale: Tensor, prior: Prior, /) -> Tree:
-        """Return the products ``P^-1 v`` with a vector block."""
-
-    def root(self, block: Tree, scale: Tensor, prior: Prior, /) -> Tree:
-        """Return the products ``L v`` with a vector block, where ``L L' = P^-1``."""
-
-
 @dataclass(frozen=True, eq=False)
 class BlockDiagonal(Saved):
-    """Curvature with one structured block for each leaf.
+    """Curvature G with one structured block for each leaf.
 
     Attributes:
         blocks: Diagonal blocks by the name of the leaf.
@@ -84,6 +71,7 @@ class BlockDiagonal(Saved):
     blocks: Mapping[str, Block]
 
     def logdet(self, scale: Tensor, prior: Prior, /) -> Tensor:
+        """Return ``log det P`` of ``P = s G + D``, differentiable in s and D."""
         # log det(s A + d I) is the sum of log(s a + d) over the eigenvalues a of each block A.
         return torch.stack(
             [
@@ -93,9 +81,11 @@ class BlockDiagonal(Saved):
         ).sum()
 
     def covariance(self, block: Tree, scale: Tensor, prior: Prior, /) -> Tree:
+        """Return the products ``P^-1 v`` with a vector block."""
         return self._power(block, scale, prior, -1.0)
 
     def root(self, block: Tree, scale: Tensor, prior: Prior, /) -> Tree:
+        """Return the products ``L v`` with a vector block, where ``L L' = P^-1``."""
         return self._power(block, scale, prior, -0.5)
 
     def _power(self, block: Tree, scale: Tensor, prior: Prior, exponent: float) -> Tree:

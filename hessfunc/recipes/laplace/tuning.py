@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # Logarithm of a precision or a noise beyond which the search counts as diverging.
 _FURTHEST = 50.0
-
-
-@dataclass(frozen=True)
-class Maximum:
-    """Point at the end of a search, with the size of the gradient there.
-
-    Attributes:
-        point: Logarithms of the tuned values.
-        slope: Largest absolute derivative.
-        reason: Reason for which the search stopped.
-    """
-
-    point: Tensor
-    slope: float
-    reason: str
 
 
 def maximise(
@@ -34,8 +18,10 @@ def maximise(
     *,
     max_steps: int,
     tolerance: float,
-) -> Maximum:
-    """Maximise a function of logarithms by L-BFGS with a strong Wolfe line search.
+) -> tuple[Tensor, str]:
+    """Return the maximum of a function of logarithms, and the reason for which the search stopped.
+
+    The search is L-BFGS with a strong Wolfe line search.
 
     Raises:
         FloatingPointError: If a logarithm diverges.
@@ -70,4 +56,4 @@ def maximise(
         reason = f"converged: derivatives of at most {slope:.1e}"
     else:
         reason = f"did not converge: derivatives of up to {slope:.1e} after {max_steps} steps"
-    return Maximum(point.detach(), slope, reason)
+    return point.detach(), reason

@@ -17,15 +17,14 @@ def _smooth(x: Tensor) -> Tensor:
 
 
 def test_the_maximum_is_found() -> None:
-    found = maximise(_smooth, torch.zeros(2, dtype=D), max_steps=50, tolerance=1e-8)
-    torch.testing.assert_close(found.point, BEST, rtol=0, atol=1e-8)
-    assert found.slope <= 1e-8
-    assert found.reason.startswith("converged")
+    point, reason = maximise(_smooth, torch.zeros(2, dtype=D), max_steps=50, tolerance=1e-8)
+    torch.testing.assert_close(point, BEST, rtol=0, atol=1e-8)
+    assert reason.startswith("converged")
 
 
 def test_a_small_budget_is_reported() -> None:
-    found = maximise(_smooth, torch.zeros(2, dtype=D), max_steps=1, tolerance=1e-12)
-    assert found.reason.startswith("did not converge")
+    _, reason = maximise(_smooth, torch.zeros(2, dtype=D), max_steps=1, tolerance=1e-12)
+    assert reason.startswith("did not converge")
 
 
 def test_a_divergence_is_refused() -> None:
