@@ -27,7 +27,7 @@ def summary(markdown: str) -> str:
         text = " ".join(_LINK.sub(r"\1", paragraph).split())
         if paragraph.strip() and not paragraph.strip().startswith(_NO_TEXT):
             sentence = _SENTENCE.match(text)
-            return text if sentence is None else sentence[0]
+            return text if sentence is None else sentence[0][:-1] + "."
     return ""
 
 
@@ -51,7 +51,8 @@ def on_post_build(*, config: Any, **kwargs: Any) -> None:
 
 def listed(items: Iterable[Any]) -> Iterable[str]:
     """Yield a line for each page, and a heading for each section."""
-    for item in items:
+    # A page after a section would otherwise seem to belong to it.
+    for item in sorted(items, key=lambda item: not item.is_page):
         if item.is_page:
             yield f"- [{item.title}]({item.url}): {item.meta['description']}\n"
         else:

@@ -17,7 +17,7 @@ from rich.table import Table
 from hessfunc.algorithms.overlap import overlap
 from hessfunc.algorithms.results import Density, Eigenpairs, load
 from hessfunc.app.report import lines, tracked
-from hessfunc.app.report.html import document, marked, scrolled, section, table
+from hessfunc.app.report.html import command, document, marked, scrolled, section, table
 from hessfunc.app.report.meanings import RESIDUAL
 from hessfunc.app.report.rows import Number, Words, plain, rows
 from hessfunc.app.report.sections import said
@@ -306,7 +306,7 @@ def _angles(runs: Sequence[Compared]) -> Words:
 
 def _commands(runs: Sequence[Compared]) -> str:
     lines_of = [
-        [escape(run.name), f"<code>{escape(run.content['run']['command'])}</code>"]
+        [escape(run.name), command(run.content["run"]["command"])]
         for run in runs
         if "run" in run.content
     ]

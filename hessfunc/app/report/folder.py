@@ -123,7 +123,9 @@ def picture(part: Part, before: Iterable[Part], /) -> bytes | None:
         part: Part to draw.
         before: Earlier parts, whose eigenvalues are marked in the density.
     """
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    # Labels are legible on a phone; a plane of equal axes is higher than a curve.
+    height = 4.2 if part.name == "plane" else 3.5
+    figure = Figure(figsize=(5.4, height), layout="compressed")
     match part.result:
         case Density() as density:
             pairs = [p.result for p in before if isinstance(p.result, Eigenpairs)]

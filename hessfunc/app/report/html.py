@@ -59,6 +59,12 @@ def _cells(line: Sequence[str], kinds: Sequence[str]) -> str:
     return first + "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in others)
 
 
+def command(line: str, /) -> str:
+    """Return a command line that is broken between its words only, not after a hyphen."""
+    words = " ".join(f"<span>{escape(word)}</span>" for word in line.split(" "))
+    return f"<code>{words}</code>"
+
+
 def scrolled(name: str, body: str, /) -> str:
     """Return possibly long HTML in a frame that can be scrolled, also with the keyboard."""
     return f'<div class="scroll" role="group" tabindex="0" aria-label="{escape(name)}">{body}</div>'

@@ -7,7 +7,16 @@ from html import escape
 from typing import Any
 
 from hessfunc.app.report import sections
-from hessfunc.app.report.html import document, facts, image, marked, scrolled, section, table
+from hessfunc.app.report.html import (
+    command,
+    document,
+    facts,
+    image,
+    marked,
+    scrolled,
+    section,
+    table,
+)
 from hessfunc.app.report.meanings import RESIDUAL, meaning
 from hessfunc.app.report.rows import Number, Words, aligned, headline, rows
 
@@ -161,7 +170,7 @@ def run(content: Mapping[str, Any], /) -> str:
         "What was run",
         facts(
             (
-                ("command", f"<code>{escape(content['run']['command'])}</code>"),
+                ("command", command(content["run"]["command"])),
                 ("target", escape(subject["target"])),
                 ("matrix", escape(subject["matrix"])),
                 ("parameters", marked((Number(subject["parameters"], ","),))),

@@ -9,7 +9,7 @@ from typing import Any
 
 from hessfunc.app.report import lines
 from hessfunc.app.report.content import Invocation
-from hessfunc.app.report.html import document, facts, marked, scrolled, section, table
+from hessfunc.app.report.html import command, document, facts, marked, scrolled, section, table
 from hessfunc.app.report.rows import Number, Words
 from hessfunc.app.report.sections import card
 from hessfunc.training import history
@@ -200,7 +200,7 @@ def what_was_run(settings: Mapping[str, Any], content: Mapping[str, Any], /) -> 
         "What was run",
         facts(
             (
-                ("command", f"<code>{escape(invocation['command'])}</code>"),
+                ("command", command(invocation["command"])),
                 *(pair for pair in given if pair[1]),
                 ("began", escape(invocation["began"])),
                 ("versions", escape(versions)),

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from hessfunc.app import report
+from hessfunc.app.report import html
 from tests.app.report.documents import parsed
 
 NASTY = "<script>alert('&amp;')</script>\"$target"
@@ -68,3 +69,9 @@ def luminance(colour: str) -> float:
     parts = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return sum(share * p for share, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_a_command_line_is_broken_between_its_words() -> None:
+    assert html.command("a --out='b'") == (
+        "<code><span>a</span> <span>--out=&#x27;b&#x27;</span></code>"
+    )
