@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.progress import Progress, TaskID
 
-from hessfunc.app.cli.errors import command_line, fail
+from hessfunc.app.cli.errors import fail, invocation
 from hessfunc.app.cli.folders import held, make_folder
-from hessfunc.app.cli.progress import Bars, bar, bars, show
+from hessfunc.app.cli.progress import Bars, bar, show
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, place, several, speaks
 from hessfunc.app.cli.table import MATRICES, PARTS
 
@@ -102,12 +101,11 @@ def analyze(
     from hessfunc.app.analysis import analyse
     from hessfunc.app.problems.targets import make_problem
 
-    began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-    folder = report.Folder(out, report.Invocation(command_line(context), seed, began))
+    folder = report.Folder(out, invocation(context))
     status, lock = "failed", ExitStack()
     try:
         torch_device, torch_dtype = place(device, dtype)
-        with mesh_of_all(torch_device) as (mesh, torch_device), bars(quiet=quiet) as progress:
+        with mesh_of_all(torch_device) as (mesh, torch_device), Bars(quiet=quiet) as progress:
 
             def begin() -> None:
                 if speaks():

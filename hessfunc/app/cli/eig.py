@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from hessfunc.app.cli.progress import bar, bars, show
+from hessfunc.app.cli.progress import Bars, bar, show
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, place
 from hessfunc.app.cli.trained import trained
 
@@ -59,7 +59,7 @@ def eig(
     from hessfunc.app import tasks
 
     torch_device, _ = place(device)
-    with mesh_of_all(torch_device) as (mesh, torch_device), bars(quiet=quiet) as progress:
+    with mesh_of_all(torch_device) as (mesh, torch_device), Bars(quiet=quiet) as progress:
 
         def make() -> tuple[nn.Module, Examples]:
             model = tasks.saved(saved.data, saved.arch, resume).to(torch_device).eval()

@@ -7,13 +7,17 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, NoReturn
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hessfunc.app.cli.progress import results_alone
 from hessfunc.app.cli.ranks import speaks
+
+if TYPE_CHECKING:
+    from hessfunc.app.report.content import Invocation
 
 
 class _WithoutType:
@@ -133,6 +137,14 @@ def given(context: typer.Context, /) -> Mapping[str, Any]:
         for name, kind in kinds.items()
         if kind is not None and kind.name == "COMMANDLINE"
     }
+
+
+def invocation(context: typer.Context, /) -> Invocation:
+    """Return the running command with its seed and the time."""
+    from hessfunc.app.report.content import Invocation
+
+    began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    return Invocation(command_line(context), context.params["seed"], began)
 
 
 def command_line(context: typer.Context, /) -> str:

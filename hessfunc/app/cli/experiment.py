@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hessfunc.app.cli.errors import fail
 from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
-from hessfunc.app.cli.progress import bar, bars, finished_fraction, line, show
+from hessfunc.app.cli.progress import Bars, bar, finished_fraction, line, show
 from hessfunc.app.cli.ranks import place, refuse_several
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def experiment(
         "device": str(torch_device or "cpu"),
     }
     make_folder(out)
-    with held(out), bars(quiet=quiet) as progress:
+    with held(out), Bars(quiet=quiet) as progress:
         refuse_other_files(out, ("results.md", "curves.png"), "results.json")
         runs = history.read(out / "results.json", settings)
 

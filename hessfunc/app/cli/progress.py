@@ -52,11 +52,6 @@ class Bars(Progress):
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def bars(*, quiet: bool = False) -> Bars:
-    """Return the progress bars of one command; ``quiet`` shows neither bars nor lines."""
-    return Bars(quiet=quiet)
-
-
 def bar(progress: Bars, name: str, /) -> Callable[[float, str], None]:
     """Add a bar, and return the function ``(fraction, detail)`` that updates it.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from hessfunc.app.cli.errors import command_line, fail
+from hessfunc.app.cli.errors import fail, invocation
 from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
 from hessfunc.app.cli.progress import show
 from hessfunc.app.cli.ranks import refuse_several
@@ -58,7 +57,6 @@ def track(
 
     from hessfunc.app.analysis import CURVATURES
     from hessfunc.app.problems.targets import TargetError, called, function_of
-    from hessfunc.app.report import Invocation
     from hessfunc.app.report.tracked import POINTS, RUN, as_table
     from hessfunc.app.tracked import Track, TrackedRun
 
@@ -73,10 +71,8 @@ def track(
         "max_matvecs": max_matvecs,
         "seed": seed,
     }
-    began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-    invocation = Invocation(command_line(context), seed, began)
     settings = {"target": target, "curvature": curvature, **measured}
-    run, status = TrackedRun(out, invocation, settings), "failed"
+    run, status = TrackedRun(out, invocation(context), settings), "failed"
     train = function_of(target)
     make_folder(out)
     with held(out):

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from hessfunc.app.cli.errors import command_line, fail
+from hessfunc.app.cli.errors import fail, invocation
 from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
 from hessfunc.app.cli.methods import OF_ABSA, OF_NEWTON, OF_SGD, epochs_of, optimiser, schedule
-from hessfunc.app.cli.progress import bar, bars, finished_fraction, line, show
+from hessfunc.app.cli.progress import Bars, bar, finished_fraction, line, show
 from hessfunc.app.cli.ranks import place, refuse_several
 from hessfunc.app.cli.trained import named_net, refuse_data
 
@@ -69,12 +68,10 @@ def train(
     eigenvalue, batch size and learning rate. The state is saved in checkpoint.pt: after an
     interruption or a kill, the same command resumes from it and ends with the same bits.
     """
-    from hessfunc.app.report import Invocation
     from hessfunc.app.table import summary
     from hessfunc.training.history import content
 
-    began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-    folder = _Folder(out, Invocation(command_line(context), seed, began), batch_size)
+    folder = _Folder(out, invocation(context), batch_size)
     # The folder stays locked until an interrupted training is written, too.
     with ExitStack() as lock:
         try:
@@ -195,7 +192,7 @@ def _trained(given: Mapping[str, Any], more: list[str], folder: _Folder, lock: E
     folder.refuse_others()
     kind = "sgd" if isinstance(chosen, SGD) else "newton"
     name = kind if given["method"] == "sgd" else f"{kind}, {given['method']}"
-    with bars(quiet=given["quiet"]) as progress:
+    with Bars(quiet=given["quiet"]) as progress:
         tick = bar(progress, f"{net} by {name}")
 
         def on_record(run: Run) -> None:

@@ -218,7 +218,10 @@ def _encoding(folder: Path, config: Any, written: str) -> _Encoding:
     plain = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
     whole = tokenizer(written, verbose=False)["input_ids"]
     # The text is one piece of the sequence with special tokens around it.
-    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    ends = range(len(whole) - len(plain) + 1)
+    start = next((i for i in ends if whole[i : i + len(plain)] == plain), None)
+    if start is None:
+        raise TargetError(f"the tokenizer of {folder} has special tokens inside of the text")
     if plain and max(whole) >= size:
         raise TargetError(
             f"the tokenizer of {folder} has a token {max(whole)}, but the model only {size}: copy "

@@ -9,7 +9,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from hessfunc.app.cli import app
-from hessfunc.app.cli.progress import bar, bars, finished_fraction, line, show
+from hessfunc.app.cli.progress import Bars, bar, finished_fraction, line, show
 from tests.app.cli.commands import analyze, invoke
 from tests.training.records import record
 
@@ -31,7 +31,7 @@ def test_the_share_is_that_of_epochs_or_of_time_whichever_ends_first() -> None:
 
 
 def test_bars_are_drawn_on_a_terminal_alone() -> None:
-    with bars() as progress:
+    with Bars() as progress:
         tick = bar(progress, "eigenvalues")
         tick(0.5, "3 of 6")
         (task,) = progress.tasks
@@ -44,13 +44,13 @@ def test_without_a_terminal_the_state_is_a_line_every_thirty_seconds(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with bars() as progress:
+    with Bars() as progress:
         tick = bar(progress, "eigenvalues")
         for clock[0] in (1.0, 31.0, 40.0):
             tick(0.5, "3 of 6")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("eigenvalues: 50%, 3 of 6, ")
-    with bars(quiet=True) as progress:
+    with Bars(quiet=True) as progress:
         tick = bar(progress, "eigenvalues")
         clock[0] = 100.0
         tick(0.5, "3 of 6")

@@ -82,6 +82,7 @@ def remove(name: str) -> Callable[[Path], object]:
         (gpt2, lambda f: (f.parent / "text.txt").write_bytes(b"\xff"), TEXT, "not a text in UTF"),
         (bert, lambda _: None, "\1\2\3\4", "needs a tokenizer with a mask token"),
         (lambda: bert().bert, lambda _: None, TEXT, "has BertModel: expected a causal or masked"),
+        (bert, with_words, "", "has 0 tokens, and --sequence 16 has room for 0"),
         (lambda: gpt2(9), with_words, TEXT + "e", "has a token 9, but the model only 9"),
     ],
 )
