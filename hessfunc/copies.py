@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -26,6 +27,9 @@ _INSTALLED: ContextVar[tuple[tuple[str, Hooks], ...]] = ContextVar("hooks", defa
 
 # Containers that every module has. Evaluations rarely change them, so their length is compared.
 _OF_TORCH = frozenset(vars(nn.Module()))
+
+# Module of which a module is a structural copy.
+_ORIGINAL_OF: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 # Held while a module that cannot be copied is evaluated itself.
 _ORIGINALS = threading.RLock()
@@ -67,6 +71,12 @@ class Evaluated:
         self.module = module
         modules = list(module.modules())
         self._of_original = dict(zip(originals, modules, strict=True))
+        # The model may be a copy itself, such as a language model without its head.
+        self._of_original |= {
+            _ORIGINAL_OF[original]: module
+            for original, module in zip(originals, modules, strict=True)
+            if original in _ORIGINAL_OF
+        }
         self._states = [(vars(m), dict(vars(m)), _contents(m)) for m in modules]
         self._slots = [(m, _slots(m)) for m in modules]
 
@@ -162,7 +172,10 @@ def structural_copy(model: nn.Module, /) -> nn.Module | None:
         copied = _deep_copy(model)
     except Exception:  # Attributes may be of any class, and their copies may raise anything.
         return None
-    return None if _refers_to(copied, set(map(id, model.modules()))) else copied
+    if _refers_to(copied, set(map(id, model.modules()))):
+        return None
+    _ORIGINAL_OF.update(zip(copied.modules(), model.modules(), strict=True))
+    return copied
 
 
 def _slots(module: nn.Module) -> dict[Any, Any]:

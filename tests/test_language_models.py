@@ -207,3 +207,19 @@ def test_narrow_models_are_compared_in_float32() -> None:
     model = made("head of its own").bfloat16()
     loss, params = hf.language_model_loss(model)
     assert loss(params, batch_of("head of its own")).dtype == torch.bfloat16
+
+
+def test_factors_know_the_model_of_the_loss() -> None:
+    """The loss evaluates a copy without the head, whose layers are those of the model."""
+    options = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 40}
+    model = of("GPT2LMHeadModel", "GPT2Config", **options, tie_word_embeddings=False)().eval()
+    batch = {"input_ids": IDS, "labels": IDS}
+    loss, params = hf.language_model_loss(model)
+    made = hf.kronecker.kfac(loss, model, seed=0)(params, batch)
+    assert set(made) == set(params)
+    other = of("GPT2LMHeadModel", "GPT2Config", **options)()
+    with pytest.raises(ValueError, match="does not call this GPT2LMHeadModel"):
+        hf.kronecker.kfac(loss, other, seed=0)(params, batch)
+    random, params = hf.language_model_loss(model.train())
+    with pytest.raises(ValueError, match="Dropout .* in train mode changes with each call"):
+        hf.kronecker.kfac(random, model, seed=0)(params, batch)
