@@ -36,7 +36,7 @@ from hessfunc.trees import Tree, whole
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from hessfunc.sharded_model import Choice
+    from hessfunc.sharding.parts import Choice
 
 
 @validated
@@ -155,7 +155,8 @@ def _sharded(
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """Implement `functional` for parameters that are divided among ranks."""
     # The import of torch.distributed is slow.
-    from hessfunc.sharded_model import ShardedModel, divided
+    from hessfunc.sharding.model import ShardedModel
+    from hessfunc.sharding.parts import divided
 
     if recompute is not None:
         raise ValueError(

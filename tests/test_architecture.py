@@ -46,7 +46,7 @@ LAYERS = [
     {"losses"},
     {"linear_head"},
     {"copies"},
-    {"sharded_model"},
+    {"sharding"},
     {"modules"},
     {"language_models"},
     {"transforms", "algorithms"},

@@ -79,7 +79,7 @@ def _of_rank(loss: LossFunction, params: Tree, batch: Any, space: Space) -> Part
     if type(loss) is not Loss or (reduction := declared_reduction(loss.criterion)) is None:
         return None
     # The imports of torch.distributed are slow, and a tree of DTensors has already done them.
-    from hessfunc.sharded_model import Shards, model_in, rows_of
+    from hessfunc.sharding.model import Shards, model_in, rows_of
     from hessfunc.spaces.dtensors import DTensorSpace
     from hessfunc.spaces.shards import ShardSpace
 
@@ -108,7 +108,7 @@ def _of_rank(loss: LossFunction, params: Tree, batch: Any, space: Space) -> Part
 
 def _terms(loss: Loss, batch: Any, rows: range, reduction: str) -> float:
     """Return the number of terms of some rows, over which the loss is a mean."""
-    from hessfunc.sharded_model import rows_of
+    from hessfunc.sharding.model import rows_of
 
     terms = None if reduction == "sum" or not rows else terms_of(loss, rows_of(batch, rows))
     return float(len(rows)) if terms is None else terms

@@ -1,0 +1,174 @@
+"""Products of models with parameters divided among ranks are those of the whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hessfunc as hf
+from hessfunc.trees import tree_map
+from tests.distributed import modules, problems
+from tests.distributed.ranks import Ranks
+from tests.sharding.models import INPUTS, LABELS, MODELS, batch, calls, loss_of, mlp
+
+CURVATURES = {
+    "hvp": hf.hvp,
+    "hvp forward": partial(hf.hvp, mode="forward", chunk_size=1),
+    "hvp difference": partial(hf.hvp, mode="difference"),
+    "ggnvp": partial(hf.ggnvp, chunk_size=2),
+    "fvp": partial(hf.fvp, chunk_size=1),
+    "sampled fvp": partial(hf.fvp, samples=2, seed=3),
+    "efvp": hf.efvp,
+}
+
+
+def differs_by(name: str, curvature: str, size: int) -> float:
+    model_fn, params = hf.functional(MODELS[name]())
+    block = modules.random_block(params, 4)
+    of = CURVATURES[curvature]
+    wanted = of(loss_of(model_fn, name))(params, batch(name))(block)
+    model_fn, params = hf.functional(MODELS[name](), mesh=problems.mesh(size))
+    block = modules.random_block(params, 4)
+    found = of(loss_of(model_fn, name))(params, batch(name))(block)
+    return modules.error(found, wanted)
+
+
+# Every curvature of one model, and two of every model; the others are slow.
+CASES = [
+    pytest.param(name, curvature, marks=() if quick else pytest.mark.slow)
+    for name in MODELS
+    for curvature in CURVATURES
+    for quick in [name == "vit" or curvature in ("hvp", "ggnvp")]
+]
+
+
+@pytest.mark.parametrize(("name", "curvature"), CASES)
+def test_curvatures_are_those_of_the_whole_model(name: str, curvature: str, two: Ranks) -> None:
+    bound = 1e-6 if curvature == "hvp difference" else 1e-10
+    assert max(two.run(differs_by, name, curvature, 2)) < bound
+
+
+def sharded_by_torch_differs_by(curvature: str) -> float:
+    module = modules.fully_sharded("transformer", problems.mesh(2))
+    before = [dict(vars(m)) for m in module.modules()]
+    error = modules.differs_by(CURVATURES[curvature], module, "transformer")
+    assert before == [dict(vars(m)) for m in module.modules()]
+    return error
+
+
+@pytest.mark.parametrize("curvature", ["hvp", "hvp forward", "ggnvp"])
+def test_models_of_fully_shard(curvature: str, two: Ranks) -> None:
+    assert max(two.run(sharded_by_torch_differs_by, curvature)) < 1e-10
+
+
+def four_ranks_differ_by(name: str) -> float:
+    return differs_by(name, "hvp", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_on_four_ranks(name: str, four: Ranks) -> None:
+    assert max(four.run(four_ranks_differ_by, name)) < 1e-10
+
+
+def algorithms_differ_by() -> list[float]:
+    loss, params = modules.loss_of(mlp())
+    plain = hf.ggnvp(loss)(params, (INPUTS, LABELS))
+    model_fn, shards = hf.functional(mlp(), mesh=problems.mesh(2))
+    matvec = hf.ggnvp(hf.supervised(model_fn, F.cross_entropy))(shards, (INPUTS, LABELS))
+    found = hf.lanczos(matvec, shards, k=2, rtol=1e-8, seed=1)
+    wanted = hf.lanczos(plain, params, k=2, rtol=1e-8, seed=1)
+    run: dict[str, Any] = {"max_matvecs": 8, "seed": 2}
+    density = {"probes": 1, "steps": 6, "seed": 3}
+    b = tree_map(lambda block: block[0], modules.random_block(params, 1))
+    sharded_b = tree_map(lambda block: block[0], modules.random_block(shards, 1))
+    damped, plain_damped = hf.matvecs.shift(matvec, 0.1), hf.matvecs.shift(plain, 0.1)
+    return [
+        float((found.values - wanted.values).abs().max()),
+        abs(hf.trace(matvec, shards, **run).value - hf.trace(plain, params, **run).value),
+        float(
+            (hf.slq(matvec, shards, **density).nodes - hf.slq(plain, params, **density).nodes)
+            .abs()
+            .max()
+        ),
+        modules.error(hf.cg(damped, sharded_b, rtol=1e-10).x, hf.cg(plain_damped, b, rtol=1e-10).x),
+    ]
+
+
+def test_algorithms_are_unchanged(two: Ranks) -> None:
+    for errors in two.run(algorithms_differ_by):
+        assert max(errors) < 1e-7
+
+
+def rounded_differs_by() -> float:
+    """A model evaluated in a narrower dtype."""
+    model_fn, params = hf.functional(mlp(), dtype=torch.float32)
+    block = modules.random_block(params, 2)
+    wanted = hf.ggnvp(hf.supervised(model_fn, F.cross_entropy))(params, (INPUTS, LABELS))(block)
+    model_fn, params = hf.functional(mlp(), dtype=torch.float32, mesh=problems.mesh(2))
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    block = modules.random_block(params, 2)
+    return modules.error(hf.ggnvp(loss)(params, (INPUTS, LABELS))(block), wanted)
+
+
+def test_models_in_another_dtype(two: Ranks) -> None:
+    assert max(two.run(rounded_differs_by)) < 1e-6
+
+
+def unequal_batches() -> None:
+    calls(mlp(), INPUTS + dist.get_rank())
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layers(x) + y.sum()
+
+
+def batches_on_the_mesh_of_the_parameters() -> None:
+    mesh = problems.mesh(2)
+    model_fn, params = hf.functional(mlp(), mesh=mesh)
+    curvature = hf.over_batches(hf.hvp(hf.supervised(model_fn, F.cross_entropy)), mesh=mesh)
+    curvature(params, [(INPUTS, LABELS)])
+
+
+REFUSED: dict[str, tuple[Callable[[], None], str]] = {
+    "dropout": (
+        lambda: calls(nn.Sequential(nn.Linear(5, 5), nn.Dropout())),
+        "ValueError: the model draws random numbers, such as masks of dropout",
+    ),
+    "unequal batches": (unequal_batches, "ValueError: the ranks disagree on the whole batch"),
+    "outputs without examples": (
+        lambda: calls(nn.Sequential(nn.Linear(5, 5), nn.Flatten(0))),
+        "ValueError: an output of the model has shape",
+    ),
+    "inputs of two lengths": (
+        lambda: calls(TwoInputs(), INPUTS, INPUTS[:2]),
+        "ValueError: a batch is divided among ranks along the first axes of its arrays, but",
+    ),
+    "batches on the mesh": (
+        batches_on_the_mesh_of_the_parameters,
+        "ValueError: the parameters are divided among the ranks of this mesh",
+    ),
+}
+
+
+def refusal(name: str) -> None:
+    REFUSED[name][0]()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_wrong_is_refused(name: str, two: Ranks) -> None:
+    for outcome in two.outcomes(refusal, name):
+        assert outcome.error is not None
+        assert outcome.error.startswith(REFUSED[name][1])
