@@ -5,6 +5,8 @@ torch has no forward derivative for the backward of the original functions, or o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -75,6 +77,11 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
     return value * torch.sigmoid(gate)
 
 
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    # The backward of the original has a forward derivative only where it is recorded.
+    return input * torch.sigmoid(input)
+
+
 def _set_grad_enabled(mode: bool) -> Any:
     """Switch reverse and forward mode together, so that ``no_grad`` makes constants in both."""
     torch._C._set_fwd_grad_enabled(mode)
@@ -86,8 +93,27 @@ def _data(tensor: Tensor, *_: Any) -> Tensor:
     return tensor.detach()
 
 
+_with_tangents: ContextVar[bool] = ContextVar("with tangents", default=False)
+
+
+def pulled_once(pullback: Callable[..., tuple[Tensor, ...]], cotangent: Tensor, /) -> Any:
+    """Return a pullback of torch.func with the tangents of its result, and free its graph.
+
+    `torch.func.grad` would record the backward pass, and keep both graphs until its end.
+    """
+    token = _with_tangents.set(True)
+    try:
+        return pullback(cotangent, retain_graph=False, create_graph=False)
+    finally:
+        _with_tangents.reset(token)
+
+
 def _grad(*args: Any, **kwargs: Any) -> Any:
     """Compute ``torch.autograd.grad``; without ``create_graph`` the result is a constant."""
+    if _with_tangents.get():
+        # Gradients inside the backward pass are those of the user's own functions.
+        _with_tangents.set(False)
+        return torch.autograd.grad(*args, **kwargs)
     gradient = torch.autograd.grad(*args, **kwargs)
     if kwargs.get("create_graph", args[4] if len(args) > 4 else False):
         return gradient
@@ -104,6 +130,7 @@ FORWARD: Replacements = {
     F.huber_loss: _huber_loss,
     F.soft_margin_loss: _soft_margin_loss,
     F.glu: _glu,
+    F.silu: _silu,
     torch._C._set_grad_enabled: _set_grad_enabled,
     getter("data"): _data,
     torch.autograd.grad: _grad,

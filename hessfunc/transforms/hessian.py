@@ -16,7 +16,7 @@ from hessfunc.autograd.constants import Constants
 from hessfunc.autograd.contexts import Precision, kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
 from hessfunc.autograd.errors import lacks_forward_mode
-from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD
+from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD, pulled_once
 from hessfunc.autograd.functorch import edges, evaluating, pullback, transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
@@ -309,12 +309,33 @@ def _forward(problem: _Problem) -> Product:
         first = problem.value(inputs)
         problem.refuse_if_cut(first, inputs, seen)
         _gradient(first, inputs, create_graph=False)
-    gradient = torch.func.grad(value, argnums=tuple(range(len(point))))
+
+    def freed(*leaves: Tensor) -> tuple[Tensor, ...]:
+        of_loss, pulled = torch.func.vjp(value, *leaves)
+        return pulled_once(pulled, torch.ones_like(of_loss))
+
+    recorded = torch.func.grad(value, argnums=tuple(range(len(point))))
+    gradient = freed
+
+    def along(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        with differentiable_twice(space.device, FORWARD):
+            return torch.func.jvp(gradient, tuple(point), tuple(tangents))[1]
 
     def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        nonlocal gradient
         try:
-            with differentiable_twice(space.device, FORWARD):
-                products = torch.func.jvp(gradient, tuple(point), tuple(tangents))[1]
+            products = along(tangents)
+        except RuntimeError as error:
+            if lacks_forward_mode(error) is None:
+                raise
+            # Group norm and others have a forward derivative only if their backward is recorded.
+            gradient = recorded
+            products = with_forward_mode(tangents)
+        return [out.detach() for out in products]
+
+    def with_forward_mode(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        try:
+            return along(tangents)
         except RuntimeError as error:
             operation = lacks_forward_mode(error)
             if operation is not None and not _has_reverse_mode(problem):
@@ -325,7 +346,6 @@ def _forward(problem: _Problem) -> Product:
                     "in float64"
                 ) from error
             raise
-        return [out.detach() for out in products]
 
     return product
 
