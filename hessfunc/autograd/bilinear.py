@@ -121,8 +121,9 @@ class _Transposes(torch.autograd.Function):
     def forward(
         ctx: Any, form: Bilinear, g: Tensor, x: Tensor | None, w: Tensor | None, biased: bool
     ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(g, x, w)
-        ctx.form = form
+        of_g, of_x, of_w = ctx.needs_input_grad[1:4]
+        ctx.save_for_backward(g if of_x or of_w else None, *((x, w) if of_g else (None, None)))
+        ctx.form, ctx.shape = form, g.shape
         ctx.set_materialize_grads(False)
         return (
             form.left(g, w) if w is not None else None,
@@ -141,7 +142,7 @@ class _Transposes(torch.autograd.Function):
         g, x, w = ctx.saved_tensors
         form = ctx.form
         _, needs_g, needs_x, needs_w = ctx.needs_input_grad[:4]
-        moved = _moved(form, g.shape)
+        moved = _moved(form, ctx.shape)
         of_g = applied(moved, x, w, dx, dw, db) if needs_g else None
         of_x = applied(form.left, g, dw) if needs_x and dw is not None else None
         of_w = applied(form.right, g, dx) if needs_w and dx is not None else None

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessfunc.autograd.functorch import batched, once_more
+from hessfunc.autograd.functorch import (
+    Saved,
+    batched,
+    is_final_gradient,
+    is_last_product,
+    once_more,
+)
 from hessfunc.autograd.overrides import plain
 
 Map = Callable[[Tensor], Tensor]
@@ -72,13 +78,18 @@ class _Mapped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, activation: _Activation, x: Tensor) -> Tensor:
         y = activation.value(x)
-        ctx.save_for_backward(y if activation.keeps_output else x)
+        if activation.keeps_output:
+            ctx.save_for_backward(y)
+        ctx.before = Saved() if activation.keeps_output else Saved(x)
         ctx.activation, ctx.slope = activation, None
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        (kept,) = ctx.saved_tensors
+        if (slope := ctx.slope) is not None and not torch.is_grad_enabled():
+            ctx.slope = None if is_last_product() else slope
+            return None, g * slope
+        (kept,) = ctx.saved_tensors or ctx.before.tensors()
         if torch.is_grad_enabled() and batched(g):
             # vmap would pass its wrapped tensors to a Function without a vmap rule.
             return None, g * ctx.activation.slope(kept)
@@ -87,7 +98,8 @@ class _Mapped(torch.autograd.Function):
                 ctx.slope = ctx.activation.slope(kept)
         if not torch.is_grad_enabled():
             return None, g * ctx.slope
-        return None, _Scaled.apply(ctx.activation, g, *once_more(kept), ctx.slope)  # type: ignore[no-untyped-call]
+        options = ctx.slope, ctx.before
+        return None, _Scaled.apply(ctx.activation, g, *once_more(kept), *options)  # type: ignore[no-untyped-call]
 
 
 class _Scaled(torch.autograd.Function):
@@ -95,26 +107,33 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, activation: _Activation, g: Tensor, kept: Tensor, slope: Tensor
+        ctx: Any, activation: _Activation, g: Tensor, kept: Tensor, slope: Tensor, before: Saved
     ) -> Tensor:
-        ctx.save_for_backward(g, kept)
-        ctx.activation, ctx.slope = activation, slope
-        ctx.curve = None
+        ctx.activation, ctx.slope, ctx.curve = activation, slope, None
+        curved, final = ctx.needs_input_grad[2], is_final_gradient()
+        if curved and final:
+            ctx.curve = g * activation.curve(kept)
+        ctx.saved = Saved(g, kept) if curved and not final else Saved()
+        if final:
+            before.free()
         return g * slope
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
         # The cotangent v of g slope(kept) gives v slope for g and v g curve for the kept tensor.
-        g, kept = ctx.saved_tensors
-        _, needs_g, needs_kept, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        _, needs_g, needs_kept, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled() and needs_kept:
+            g, kept = ctx.saved.tensors()
             of_g = v * ctx.activation.slope(kept) if needs_g else None
-            of_kept = v * g * ctx.activation.curve(kept) if needs_kept else None
-            return None, of_g, of_kept, None
-        if needs_kept and ctx.curve is None:
-            ctx.curve = g * ctx.activation.curve(kept)
-        of_kept = v * ctx.curve if needs_kept else None
-        return None, v * ctx.slope if needs_g else None, of_kept, None
+            return None, of_g, v * g * ctx.activation.curve(kept), None, None
+        slope, curve = ctx.slope, ctx.curve
+        if needs_kept and curve is None:
+            g, kept = ctx.saved.tensors()
+            curve = ctx.curve = g * ctx.activation.curve(kept)
+        if is_last_product():
+            ctx.slope = ctx.curve = None
+        of_kept = v * curve if needs_kept else None
+        return None, v * slope if needs_g else None, of_kept, None, None
 
 
 def _normal_density(x: Tensor) -> Tensor:

@@ -161,21 +161,93 @@ def edges(tensors: Sequence[Tensor], /) -> list[GradientEdge]:
         return [get_gradient_edge(tensor) for tensor in tensors]
 
 
+_final: ContextVar[bool] = ContextVar("final gradient", default=False)
+
+
+@contextmanager
+def final_gradient() -> Iterator[None]:
+    """Context manager of the last recorded gradient, whose graph is then only multiplied.
+
+    Layers compute what their products need at once, and free the tensors it is computed from.
+    """
+    token = _final.set(True)
+    try:
+        yield
+    finally:
+        _final.reset(token)
+
+
+def is_final_gradient() -> bool:
+    """Return whether the gradient that is computed is the last recorded one."""
+    return _final.get()
+
+
+_last: ContextVar[bool] = ContextVar("last product", default=False)
+
+
+@contextmanager
+def last_product() -> Iterator[None]:
+    """Context manager of the last product of a kept graph, which frees the graph on its way."""
+    token = _last.set(True)
+    try:
+        yield
+    finally:
+        _last.reset(token)
+
+
+def is_last_product() -> bool:
+    """Return whether the graph is freed after the present product."""
+    return _last.get()
+
+
+class Saved:
+    """Tensors that a node of the graph saves, and may free before the graph ends.
+
+    ``ctx.save_for_backward`` saves them for as long as the graph lives.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = [(tensor, tensor._version) for tensor in tensors]
+        self._freed = False
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors.
+
+        Raises:
+            RuntimeError: If a tensor has been modified in place, or freed.
+        """
+        if self._freed:
+            raise RuntimeError("a graph is differentiated after its final gradient")
+        for tensor, version in self._tensors:
+            if tensor._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    f"inplace operation: a tensor of shape {list(tensor.shape)}"
+                )
+        return [tensor for tensor, _ in self._tensors]
+
+    def free(self) -> None:
+        """Free the tensors."""
+        self._freed = True
+        self._tensors.clear()
+
+
 def pullback(
     outputs: Sequence[Tensor | GradientEdge], inputs: Sequence[Tensor], /
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Return the function that maps cotangents of outputs to cotangents of inputs.
 
-    The graph is kept for further calls. Unlike `torch.autograd.grad`, the function does not check
-    shapes, which would take as long as a small product. Cotangents must have the shapes and dtypes
-    of the outputs.
+    The graph is kept for further calls, except by `last_product`. Unlike `torch.autograd.grad`, the
+    function does not check shapes, which would take as long as a small product. Cotangents must
+    have the shapes and dtypes of the outputs.
     """
     ends, starts = tuple(outputs), tuple(inputs)
 
     def pulled(cotangents: Sequence[Tensor]) -> list[Tensor]:
         if not ends:
             return [torch.zeros_like(leaf) for leaf in starts]
-        gradient = _engine_run_backward(ends, tuple(cotangents), True, False, starts, True, False)
+        keep = not _last.get()
+        gradient = _engine_run_backward(ends, tuple(cotangents), keep, False, starts, True, False)
         return [
             torch.zeros_like(leaf) if g is None else g
             for leaf, g in zip(starts, gradient, strict=True)

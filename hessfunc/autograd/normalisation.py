@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessfunc.autograd.bilinear import Channels, affine
-from hessfunc.autograd.functorch import batched, once_more
+from hessfunc.autograd.functorch import (
+    Saved,
+    batched,
+    is_final_gradient,
+    is_last_product,
+    once_more,
+)
 from hessfunc.autograd.fusion import source_of
 from hessfunc.autograd.overrides import plain
 
@@ -49,21 +55,22 @@ class _Standardised(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, returned: list[Tensor], z: Tensor, scale: Tensor, eps: float
     ) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.before = Saved(x)
         ctx.known, ctx.eps = (z, scale), eps
         return returned[0]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
         z, scale = ctx.known
         if not torch.is_grad_enabled():
             of_x = _projected(_centred(g), z, scale)[0]
         elif batched(g):
             # vmap would pass its wrapped tensors to a Function without a vmap rule.
+            (x,) = ctx.before.tensors()
             of_x = _by_definition(g, x, ctx.eps)
         else:
-            of_x = _Projected.apply(g, *once_more(x), z, scale, ctx.eps)  # type: ignore[no-untyped-call]
+            (x,) = ctx.before.tensors()
+            of_x = _Projected.apply(g, *once_more(x), z, scale, ctx.eps, ctx.before)  # type: ignore[no-untyped-call]
         return of_x, None, None, None, None
 
 
@@ -92,30 +99,42 @@ class _Projected(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, z: Tensor, scale: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(g, x)
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, z: Tensor, scale: Tensor, eps: float, before: Saved
+    ) -> Tensor:
         ctx.known, ctx.eps = (z, scale), eps
-        ctx.of_gradient = None
+        curved, final = ctx.needs_input_grad[1], is_final_gradient()
+        ctx.of_gradient = _of_gradient(g, z, scale) if curved and final else None
+        ctx.saved = Saved(g, x) if curved and not final else Saved()
+        if final:
+            before.free()
         return _projected(_centred(g), z, scale)[0]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        g, x = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_by_autograd(g, x, v, ctx.eps), None, None, None
+        needs_x = ctx.needs_input_grad[1]
+        if torch.is_grad_enabled() and needs_x:
+            saved_g, saved_x = ctx.saved.tensors()
+            return *_by_autograd(saved_g, saved_x, v, ctx.eps), None, None, None, None
         z, scale = ctx.known
         centred = _centred(v)
         of_g, a = _projected(centred, z, scale)
-        if not ctx.needs_input_grad[1]:
-            return of_g, None, None, None, None
+        if not needs_x:
+            return of_g, None, None, None, None, None
         if ctx.of_gradient is None:
-            # r^2 g and its b do not depend on v, and are kept for further products.
-            scaled = _centred(g) * scale**2
-            ctx.of_gradient = scaled, _mean_product(scaled, z)
+            ctx.of_gradient = _of_gradient(ctx.saved.tensors()[0], z, scale)
         scaled, b = ctx.of_gradient
+        if is_last_product():
+            ctx.known = ctx.of_gradient = None
         of_x = torch.addcmul(b * centred, a, scaled)
         along = _mean_product(centred, scaled) - 3 * a * b
-        return of_g, of_x.addcmul(along, z).neg(), None, None, None
+        return of_g, of_x.addcmul(along, z).neg(), None, None, None, None
+
+
+def _of_gradient(g: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return r^2 g, with the mean of g subtracted, and its b; neither depends on v."""
+    scaled = _centred(g) * scale**2
+    return scaled, _mean_product(scaled, z)
 
 
 def _by_definition(g: Tensor, x: Tensor, eps: float) -> Tensor:

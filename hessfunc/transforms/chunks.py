@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hessfunc.autograd import explanation, precise, refuse_autocast
 from hessfunc.autograd.constant_matrix import Product, of_vectors, refusing_gradients
-from hessfunc.autograd.functorch import transforming
+from hessfunc.autograd.functorch import last_product, transforming
 from hessfunc.changes import unchanged
 from hessfunc.containers import batch_leaves
 from hessfunc.fingerprints import checksum, of_batches, with_fingerprint
@@ -107,33 +108,33 @@ def block_matvec(
     shapes = tuple(x.shape for x in batch_leaves(batch) if isinstance(x, Tensor))
     surroundings = precise if space.device.type == "cuda" else nullcontext
 
-    def products(tangents: Sequence[Tensor]) -> Iterable[Tensor]:
+    def products(tangents: Sequence[Tensor], final: Product) -> Iterable[Tensor]:
         k = tangents[0].shape[0]
         if space.distributed:
             return space.stacked([product([t[i] for t in tangents]) for i in range(k)])
         if k == 1:
-            return [out.unsqueeze(0) for out in product([t.squeeze(0) for t in tangents])]
+            return [out.unsqueeze(0) for out in final([t.squeeze(0) for t in tangents])]
+        pieces = _Pieces(product, tangents, final)
         if chunks.size is not None:
-            return _in_chunks(product, tangents, chunks.size)[0]
+            return _in_chunks(pieces, chunks.size)[0]
         if k < _SMALLEST_BLOCK:
-            return _in_chunks(product, tangents, 1)[0]
+            return _in_chunks(pieces, 1)[0]
         key = (k, space.n, shapes)
         size = chunks.chosen.get(key)
         if size is None:
-            pieces = _Pieces(product, tangents)
             # All ranks of a model with collectives must divide the block alike.
             size = space.least(chunk_by_rule(pieces, chunks.entries))
             if size == 1:
                 leaves, chunks.chosen[key] = pieces.completed(1)
                 return leaves
             # Free the block of results before the chunks allocate another one.
-            del pieces
-        leaves, chunks.chosen[key] = _by_vmap_or_loop(product, tangents, size)
+            pieces = _Pieces(product, tangents, final)
+        leaves, chunks.chosen[key] = _by_vmap_or_loop(pieces, size)
         return leaves
 
     def plain(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad(), surroundings(space.device):
-            return list(products(tangents))
+            return list(products(tangents, product))
 
     def with_graph(tangents: Sequence[Tensor]) -> Iterable[Tensor]:
         if transforming() or _needs_graph(tangents):
@@ -143,7 +144,7 @@ def block_matvec(
         return refusing_gradients(constants, outs, _WITHOUT_GRAPH) if constants else outs
 
     # This function is kept short: on a small net, its overhead is as long as a product.
-    def matvec(block: Tree) -> Tree:
+    def multiplied(block: Tree, final: Product) -> Tree:
         refuse_autocast(space.device)
         refuse_if_moved()
         _guards.get([]).append(refuse_if_moved)
@@ -158,7 +159,7 @@ def block_matvec(
                 outs = space.block(with_graph(tangents))
             else:
                 with torch.no_grad(), surroundings(space.device):
-                    outs = space.block(products(tangents))
+                    outs = space.block(products(tangents, final))
         except RuntimeError as error:
             if (clearer := explanation(error, space, batch)) is not None:
                 raise clearer from error
@@ -168,14 +169,22 @@ def block_matvec(
             refuse_if_changed()
         return outs
 
-    def outside_of_inference_mode(block: Tree) -> Tree:
+    def outside_of_inference_mode(block: Tree, final: Product) -> Tree:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                return matvec(block)
-        return matvec(block)
+                return multiplied(block, final)
+        return multiplied(block, final)
 
+    def freeing(vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        with last_product():
+            return product(vector)
+
+    def matvec(block: Tree) -> Tree:
+        return outside_of_inference_mode(block, product)
+
+    vars(matvec)["once"] = partial(outside_of_inference_mode, final=freeing)
     return with_fingerprint(
-        outside_of_inference_mode,
+        matvec,
         lambda: {
             "parameters": checksum(point if copies is None else copies),
             "batches": of_batches([batch]),
@@ -183,35 +192,40 @@ def block_matvec(
     )
 
 
+def used_once(matvec: Matvec, /) -> Matvec:
+    """Return a matvec for a single call, which frees the graph of one batch while it multiplies.
+
+    Blocks that go through vmap keep the graph. Products of other matvecs are unchanged.
+    """
+    once: Matvec = getattr(matvec, "once", matvec)
+    return once
+
+
 def _needs_graph(tangents: Sequence[Tensor]) -> bool:
     return any(t.requires_grad for t in tangents)
 
 
-def _by_vmap_or_loop(
-    product: Product, tangents: Sequence[Tensor], size: int
-) -> tuple[Sequence[Tensor], int]:
+def _by_vmap_or_loop(pieces: _Pieces, size: int) -> tuple[Sequence[Tensor], int]:
     """Multiply a block in chunks, or by a loop if an operation has no batching rule."""
     try:
-        return _in_chunks(product, tangents, size)
+        return _in_chunks(pieces, size)
     except RuntimeError:
         if size == 1:
             raise
         # If the product itself fails, the loop raises its error again.
-        return _in_chunks(product, tangents, 1)
+        return _in_chunks(replace(pieces, done=0), 1)
 
 
-def _in_chunks(
-    product: Product, tangents: Sequence[Tensor], size: int
-) -> tuple[Sequence[Tensor], int]:
+def _in_chunks(pieces: _Pieces, size: int) -> tuple[Sequence[Tensor], int]:
     """Return the products of a block, and the chunk size with which they fitted in memory."""
-    k = len(tangents[0])
+    k = len(pieces.tangents[0])
     if 1 < size >= k:
         try:
-            return _mapped(product, tangents), size
+            return _mapped(pieces.product, pieces.tangents), size
         except torch.OutOfMemoryError:
             size = k // 2
         torch.cuda.empty_cache()
-    return _Pieces(product, tangents).completed(size)
+    return pieces.completed(size)
 
 
 def _mapped(product: Product, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -221,28 +235,34 @@ def _mapped(product: Product, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return torch.vmap(product, randomness="same")(tangents)
 
 
+@dataclass
 class _Pieces:
     """Products of a block, computed piece by piece.
 
     Attributes:
         product: Function that multiplies one vector.
         tangents: Leaves of the block.
-        found: Leaves of the products.
+        final: Function that multiplies the last vector of a loop; it may free the graph.
         done: Number of vectors that have been multiplied.
     """
 
-    def __init__(self, product: Product, tangents: Sequence[Tensor]) -> None:
-        self.product = product
-        self.tangents = tangents
-        self.found = [torch.empty_like(t) for t in tangents]
-        self.done = 0
+    product: Product
+    tangents: Sequence[Tensor]
+    final: Product
+    done: int = 0
+
+    @cached_property
+    def found(self) -> list[Tensor]:
+        """Leaves of the products."""
+        return [torch.empty_like(t) for t in self.tangents]
 
     def take(self, size: int) -> None:
         """Multiply the next ``size`` vectors; if fewer remain, repeat some earlier ones."""
         start = min(self.done, len(self.tangents[0]) - size)
         end = start + size
         if size == 1:
-            part = self.product([t[start] for t in self.tangents])
+            product = self.final if end == len(self.tangents[0]) else self.product
+            part = product([t[start] for t in self.tangents])
         else:
             part = _mapped(self.product, [t[start:end] for t in self.tangents])
         for target, out in zip(self.found, part, strict=True):

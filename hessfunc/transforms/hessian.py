@@ -17,7 +17,13 @@ from hessfunc.autograd.contexts import Precision, kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
 from hessfunc.autograd.errors import lacks_forward_mode
 from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD, pulled_once
-from hessfunc.autograd.functorch import edges, evaluating, pullback, transforming
+from hessfunc.autograd.functorch import (
+    edges,
+    evaluating,
+    final_gradient,
+    pullback,
+    transforming,
+)
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
 from hessfunc.changes import Reads, reading, unchanged
@@ -284,7 +290,8 @@ def _reverse(problem: _Problem) -> Product:
     with differentiable_twice(problem.space.device, SECOND_ORDER) as seen:
         value = problem.value(inputs)
         problem.refuse_if_cut(value, inputs, seen)
-        gradient = _gradient(value, inputs, create_graph=True)
+        with final_gradient():
+            gradient = _gradient(value, inputs, create_graph=True)
     # The pullback of the gradient maps v to H'v, and H' = H.
     curved = [i for i, g in enumerate(gradient) if g.requires_grad]
     # Edges of the graph suffice, so that the values of the gradient can be freed.
@@ -311,15 +318,16 @@ def _forward(problem: _Problem) -> Product:
         _gradient(first, inputs, create_graph=False)
 
     def freed(*leaves: Tensor) -> tuple[Tensor, ...]:
-        of_loss, pulled = torch.func.vjp(value, *leaves)
+        of_loss, pulled = torch.func.vjp(value, *leaves)[:2]
         return pulled_once(pulled, torch.ones_like(of_loss))
 
     recorded = torch.func.grad(value, argnums=tuple(range(len(point))))
-    gradient = freed
+    gradient: Callable[..., Sequence[Tensor]] = freed
 
     def along(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         with differentiable_twice(space.device, FORWARD):
-            return torch.func.jvp(gradient, tuple(point), tuple(tangents))[1]
+            products: Sequence[Tensor] = torch.func.jvp(gradient, tuple(point), tuple(tangents))[1]
+            return products
 
     def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         nonlocal gradient

@@ -15,6 +15,7 @@ from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
 from hessfunc.autograd.functorch import (
     edges,
+    final_gradient,
     linear_in_cotangents,
     pullback,
     transforming,
@@ -258,7 +259,7 @@ def linearised(
         .requires_grad_()
         for shape in shapes
     ]
-    with linear_in_cotangents():
+    with linear_in_cotangents(), final_gradient():
         slopes = torch.autograd.grad(
             ends, inputs, cotangents, create_graph=True, materialize_grads=True
         )

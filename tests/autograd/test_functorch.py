@@ -8,14 +8,22 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.autograd.bilinear import affine
+from hessfunc.autograd.elementwise import gelu
 from hessfunc.autograd.functorch import (
+    Saved,
     batched,
     edges,
+    final_gradient,
+    is_final_gradient,
+    is_last_product,
+    last_product,
     linear_in_cotangents,
     on_blocks,
     pullback,
 )
 from hessfunc.autograd.linear import Linear
+from hessfunc.autograd.normalisation import layer_norm
+from hessfunc.memory import Footprint
 from tests.autograd.layers import made
 
 pytestmark = pytest.mark.usefixtures("small_is_large")
@@ -74,3 +82,47 @@ def test_a_pullback_is_linear_and_may_be_called_again() -> None:
         torch.testing.assert_close(by_x, g * x.detach().cos() + 2 * h)
         assert torch.equal(by_unused, torch.zeros(3))
     assert torch.equal(pullback([], [x])([])[0], torch.zeros(3))
+
+
+def test_the_last_product_frees_the_graph() -> None:
+    x = torch.randn(3, requires_grad=True)
+    pulled = pullback([x.sin()], [x])
+    assert not is_last_product()
+    with last_product():
+        assert is_last_product()
+        torch.testing.assert_close(pulled([torch.ones(3)])[0], x.detach().cos())
+    with pytest.raises(RuntimeError, match="second time"):
+        pulled([torch.ones(3)])
+
+
+def test_saved_tensors_refuse_changes_and_uses_after_they_are_freed() -> None:
+    x = torch.randn(3)
+    saved = Saved(x)
+    assert saved.tensors()[0] is x
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.tensors()
+    saved.free()
+    with pytest.raises(RuntimeError, match="after its final gradient"):
+        saved.tensors()
+
+
+@pytest.mark.parametrize("name", ["gelu", "layer_norm"])
+def test_a_final_gradient_frees_what_only_derivatives_of_higher_order_need(name: str) -> None:
+    layers = {"gelu": gelu, "layer_norm": lambda x: layer_norm(x, [64])}
+    v = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    products, held = [], []
+    for surroundings in (nullcontext, final_gradient):
+        w = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with Footprint() as memory:
+            value = layers[name](w.clone()).square().sum()
+            with surroundings():
+                assert is_final_gradient() == (surroundings is final_gradient)
+                gradient = torch.autograd.grad(value, w, create_graph=True)
+            pulled = pullback(edges(gradient), [w])
+            del value, gradient
+            products.append(pulled([v])[0])
+            held.append(memory.now)
+    torch.testing.assert_close(*products)
+    # The argument of the layer and the cotangent of its result.
+    assert held[0] - held[1] == 2 * v.nbytes

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc.memory import Footprint
 from hessfunc.trees import Matvec
 from tests.cases import (
     CLOSED_FORMS,
@@ -504,3 +505,37 @@ def test_differences_of_a_model_in_half_precision_are_refused(dtype: torch.dtype
     model_fn, params = hf.functional(model)
     exact = hf.supervised(lambda p, x: model_fn(p, x.double().float()), F.cross_entropy)
     hf.hvp(exact, mode="difference")(params, batch)(hf.random_like(params, 1, seed=0))
+
+
+def test_forward_mode_frees_one_graph_and_records_none() -> None:
+    found = case("conv")
+    v = hf.random_like(found.params, 1, seed=0)
+    matvec = hf.hvp(found.loss, mode="forward")(found.params, found.batch)
+    names, leaves = zip(*found.params.items(), strict=True)
+
+    def value(*leaves: Tensor) -> Tensor:
+        return found.loss(dict(zip(names, leaves, strict=True)), found.batch)
+
+    gradient = torch.func.grad(value, argnums=tuple(range(len(leaves))))
+    peaks = []
+    for product in (
+        lambda: matvec(v),
+        lambda: torch.func.jvp(gradient, leaves, tuple(v[name][0] for name in names)),
+    ):
+        with Footprint() as memory:
+            product()
+        peaks.append(memory.peak)
+    assert peaks[0] < 0.8 * peaks[1]
+
+
+@pytest.mark.parametrize("layer", [nn.SiLU(), nn.Mish(), nn.GroupNorm(2, 4)], ids=str)
+def test_forward_mode_of_backward_passes_that_must_be_recorded(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 2)).double()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    batch = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 2
+    v = hf.random_like(params, 2, seed=0)
+    forward, reverse = (
+        rows(hf.hvp(loss, mode=mode)(params, batch)(v)) for mode in ("forward", "reverse")
+    )
+    assert relative_error(forward, reverse) < 1e-10

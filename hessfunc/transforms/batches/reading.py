@@ -18,7 +18,7 @@ from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import Average, Inner, NoTargetsError, watching
 from hessfunc.transforms.batches.statistics import Stage, Total
 from hessfunc.transforms.batches.sums import Made, Partition, Passed, Read, Sum
-from hessfunc.transforms.chunks import Curvature
+from hessfunc.transforms.chunks import Curvature, used_once
 from hessfunc.trees import Matvec, Tree, tree_map
 
 
@@ -95,7 +95,7 @@ class Reading:
         def products(block: Tree) -> Sum:
             read = Read.nothing(self.space.device)
             matvecs = (
-                (partial(self.average.of, batch), partial(self._at, batch, i))
+                (partial(self.average.of, batch), partial(self._once_at, batch, i))
                 for i, batch in self._mine(read)
             )
             with rereads.reading():
@@ -145,6 +145,9 @@ class Reading:
     def _at(self, batch: Any, place: int) -> Matvec:
         made = self._evaluated(lambda *args: _matvec(self.curvature(*args)), batch, place)
         return _zeros if made is None else made
+
+    def _once_at(self, batch: Any, place: int) -> Matvec:
+        return used_once(self._at(batch, place))
 
     def _evaluated(
         self, function: Callable[[Tree, Any], Made], batch: Any, place: int
