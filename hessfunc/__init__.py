@@ -43,6 +43,7 @@ _HOMES = {
     "microbatches": "transforms.batches.examples",
     "sharded": "spaces.sharded",
     "unsharded": "modules",
+    "memory_limit": "memory",
     # Matvecs and vectors
     "apply": "transforms.matvecs",
     "batched": "transforms.matvecs",

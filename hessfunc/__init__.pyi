@@ -42,6 +42,7 @@ from hessfunc.losses import composed as composed
 from hessfunc.losses import hold as hold
 from hessfunc.losses import sliced as sliced
 from hessfunc.losses import supervised as supervised
+from hessfunc.memory import memory_limit as memory_limit
 from hessfunc.modules import functional as functional
 from hessfunc.modules import unsharded as unsharded
 from hessfunc.optim.stability.reading import stability as stability

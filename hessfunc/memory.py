@@ -1,10 +1,11 @@
-"""Measure free memory, and the memory that a computation needs."""
+"""Limit and measure free memory, and the memory that a computation needs."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,44 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hessfunc.options.door import limited, memory_limit_now, validated
 from hessfunc.trees import leaves, tree_map
+
+
+@validated
+def memory_limit(memory: float, /) -> AbstractContextManager[None]:
+    """Return a context manager in which hessfunc takes at most so much memory.
+
+    The limit counts all tensors that hessfunc allocates inside, but neither the parameters nor the
+    batches that it is given. At most half of it goes to bases of vectors, a quarter to kept graphs
+    of ``over_batches(keep="auto")``, and a quarter to a chunk of a vector block. Algorithms without
+    a basis take the vectors that their documentation states. The sizes follow from the limit alone,
+    so that runs are reproducible, unless the machine has less memory free.
+    The option ``memory`` of an algorithm sets the limit of one run:
+
+        hf.lanczos(hf.over_batches(hf.hvp(loss), keep="auto")(params, batches), params, memory=8e9)
+
+    Args:
+        memory: Bytes on each rank. Inside another limit, the smaller one holds.
+
+    Raises:
+        ValueError: If ``memory`` is not positive; raised on entry.
+        MemoryError: If a basis or a product with one vector does not fit; raised by the algorithm.
+    """
+    return limited(memory)
 
 
 def available_memory(device: torch.device, /) -> int:
     """Return the bytes that this process may still allocate on a device.
 
     On a CPU, the limit is the free memory of the machine or of the control group, divided by the
-    number of local processes that ``torchrun`` started.
+    number of local processes that ``torchrun`` started. Inside `memory_limit`, it is at most that.
     """
+    free, limit = _free_memory(device), memory_limit_now()
+    return free if limit is None else min(free, int(limit))
+
+
+def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     limit, used = _control_group("memory.max"), _control_group("memory.current")

@@ -37,10 +37,10 @@ OF_NO_MODULE = {
 # From the bottom to the top. Parts on one line do not import each other.
 LAYERS = [
     {"changes", "lazy", "files", "numerics", "trees"},
-    {"containers", "memory", "randomness", "ranks"},
+    {"containers", "randomness", "ranks"},
     {"fingerprints"},
     {"options"},
-    {"display"},
+    {"display", "memory"},
     {"selection", "spaces"},
     {"autograd"},
     {"losses"},

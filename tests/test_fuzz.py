@@ -131,18 +131,26 @@ class Call:
     function: Callable[..., Any] | None = None
 
 
+def entered(limit: Any) -> bool:
+    """Enter a context manager, and leave it."""
+    with limit:
+        return True
+
+
 RUN = {
     "seed": 0,
     "callback": None,
     "progress": False,
     "space": None,
     "checkpoint": None,
+    "memory": None,
     "max_matvecs": 12,
 }
 TRACE = RUN | {"rtol": 0.5, "atol": 0.1, "block_size": 2}
 SOLVE = {
     "damping": 0.5, "preconditioner": matvec, "start": B, "rtol": 1e-6, "atol": 0.0,
     "max_matvecs": 40, "space": None, "callback": None, "progress": None, "checkpoint": None,
+    "memory": None,
 }  # fmt: skip
 OF_LOSS = {"loss": LOSS}
 OF_FACTORS = {"unsupported": "error", "bias": "apart"}
@@ -258,6 +266,7 @@ CALLS: dict[str, Call] = {
     ),
     "examples": Call({"batch": BATCH}),
     "microbatches": Call({"batch": BATCH, "size": 2}),
+    "memory_limit": Call({"memory": 1e9}, {}, entered),
     "hbp": Call(
         {"loss": LOSS, "model": MODEL},
         {
@@ -418,7 +427,7 @@ CALLS: dict[str, Call] = {
             "outer_batches": [BATCH], "inner_batches": [BATCH], "solve": hf.cg, "damping": 1.0,
             "preconditioner": None, "start": None, "rtol": 0.1, "atol": 0.0, "max_matvecs": 20,
             "weight": hf.examples, "keep": False, "stationarity": 1.0, "seed": 0,
-            "callback": None, "progress": None, "space": None, "checkpoint": None,
+            "callback": None, "progress": None, "space": None, "checkpoint": None, "memory": None,
         },
     ),
     "matrix": Call(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,50 @@ def test_every_algorithm_says_its_memory() -> None:
         if {"max_matvecs", "run"} <= inspect.signature(getattr(hf, name)).parameters.keys()
     }
     assert algorithms == {name.partition(",")[0] for name in RUNS}
+
+
+LIMITED: dict[str, Callable[..., object]] = {
+    "lanczos": partial(hf.lanczos, k=20, max_matvecs=200, rtol=1e-12),
+    "slq": partial(hf.slq, probes=8, steps=20),
+    "xtrace": partial(hf.xtrace, max_matvecs=100, rtol=1e-9),
+    "logdet": partial(hf.logdet, max_matvecs=200, rtol=1e-9),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_run_takes_no_more_than_its_memory(name: str) -> None:
+    n = 20_000
+    diagonal, like = torch.linspace(0.5, 1.5, n), torch.zeros(n)
+    peaks = []
+    for memory in (None, 100 * 4.0 * n):
+        with Footprint() as footprint, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            LIMITED[name](lambda block: block * diagonal, like, seed=0, memory=memory)
+        peaks.append(footprint.peak)
+    assert peaks[1] < 100 * 4.0 * n < peaks[0]
+
+
+def test_a_product_that_takes_more_than_half_of_the_memory_is_refused() -> None:
+    model_fn, params = hf.functional(torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh()))
+    loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+    batch = torch.randn(2000, 8), torch.arange(2000) % 64
+    matvec = hf.over_batches(hf.hvp(loss))(params, [batch])
+    with pytest.raises(MemoryError, match="a product with 1 vectors takes .* microbatches"):
+        hf.lanczos(matvec, params, k=1, memory=2e6)
+    smaller = hf.over_batches(hf.hvp(loss))(params, hf.microbatches(batch, 100))
+    assert hf.lanczos(smaller, params, k=1, memory=2e6, rtol=0.1, seed=0).values[0] > 0
+
+
+def test_chunks_follow_from_the_memory() -> None:
+    model_fn, params = hf.functional(torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh()))
+    loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+    batch = torch.randn(100, 8), torch.arange(100) % 32
+    matvec, v = hf.hvp(loss)(params, batch), hf.random_like(params, 64, seed=0)
+    peaks, products = [], []
+    for memory in (1e9, 1e6):
+        with Footprint() as footprint, hf.memory_limit(memory):
+            products.append(matvec(v))
+        peaks.append(footprint.peak)
+    assert peaks[1] < 1e6 < peaks[0]
+    for a, b in zip(products[0].values(), products[1].values(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -76,7 +76,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "NaN": (lambda: hf.cg(MATVEC, LIKE, damping=np.float32("nan")), "damping=nan: .* finite"),
     "huge": (lambda: hf.lanczos(MATVEC, LIKE, k=10**30), r"k has 100 bits: .* below 2\^63"),
-    "a flag": (lambda: hf.over_batches(hf.hvp(LOSS), keep="yes"), "True or False, not 'yes'"),
+    "a flag": (
+        lambda: hf.over_batches(hf.hvp(LOSS), keep="yes"),
+        "True, False or 'auto', not 'yes'",
+    ),
     "a seed": (lambda: hf.hutchinson(MATVEC, LIKE, seed="a"), "seed must be a whole number"),
     "a dtype": (lambda: hf.lanczos(MATVEC, LIKE, basis_dtype="float32"), "torch.float32"),
     "a device": (lambda: hf.lanczos(MATVEC, LIKE, basis_device="gpu"), "basis_device='gpu' is not"),

@@ -48,6 +48,7 @@ class RunOptions(TypedDict, total=False):
             seconds.
         checkpoint: Directory in which the state of the run is saved after each round, so that an
             interrupted run can be resumed.
+        memory: Bytes that the run may take on each rank, see `memory_limit`.
     """
 
     seed: int | None
@@ -55,6 +56,7 @@ class RunOptions(TypedDict, total=False):
     callback: Callback[Any] | None
     progress: Reported
     checkpoint: Directory
+    memory: float | None
 
 
 class Method(ABC, Generic[State, AnyResult]):

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from hessfunc.autograd.functorch import transforming
+from hessfunc.memory import Footprint
 from hessfunc.options import of_numpy
+from hessfunc.options.door import memory_limit_now
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Matvec, Tree, leaves
@@ -110,11 +112,12 @@ class Products:
             ValueError: If the matvec writes into its block, or if its product has another
                 structure than the block.
             FloatingPointError: If a product is not finite.
+            MemoryError: If the first product takes more than half of `memory_limit`.
         """
         version = None if rows.is_inference() else rows._version
         # A write through NumPy or `.data` leaves the version unchanged, so compare the entries too.
         before = _bits(rows) if self.passes < _PRODUCTS_LOOKED_AT else None
-        images = self.space.on_all(lambda: self._images(rows))
+        images = self.space.on_all(lambda: self._limited(rows))
         product = self._ravelled(images, rows.dtype)
         del images
         moved = version is not None and rows._version != version
@@ -146,6 +149,21 @@ class Products:
                 f"the matvec's product has the layout {layouts.pop()}: return a dense tensor, "
                 "`product.to_dense()`"
             ) from error
+
+    def _limited(self, rows: Tensor) -> Tree:
+        limit = memory_limit_now()
+        if limit is None or self.passes:
+            return self._images(rows)
+        with Footprint() as footprint:
+            images = self._images(rows)
+        if 2 * footprint.peak > limit:
+            raise MemoryError(
+                f"a product with {len(rows)} vectors takes {footprint.peak / 1e9:.3g} GB, more "
+                f"than half of memory={limit:.3g}: pass smaller batches by "
+                "`over_batches(...)(params, microbatches(batch, size))`, recompute layers by "
+                "`functional(model, recompute=...)`, or pass a smaller `block_size` or `chunk_size`"
+            )
+        return images
 
     def _images(self, rows: Tensor) -> Tree:
         """Return the products with the rows as a block, with clearer errors of wrong functions."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 import torch
@@ -28,9 +30,30 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 # Options of every run of an algorithm.
-RUN = ("seed", "space", "callback", "progress", "checkpoint")
+RUN = ("seed", "space", "callback", "progress", "checkpoint", "memory")
 # Arguments that may differ between the ranks of a run.
 _OF_ONE_RANK = frozenset({"callback", "progress", "space", "mesh"})
+
+
+_memory: ContextVar[float | None] = ContextVar("memory", default=None)
+
+
+@contextmanager
+def limited(memory: float, /) -> Iterator[None]:
+    """Context manager of computations that may take ``memory`` bytes, and no more than outside."""
+    if not memory > 0:
+        raise ValueError(f"memory={memory}: it must be positive, in bytes, such as memory=8e9")
+    outside = _memory.get()
+    token = _memory.set(memory if outside is None else min(memory, outside))
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def memory_limit_now() -> float | None:
+    """Return the bytes that computations may take here, or None without a limit."""
+    return _memory.get()
 
 
 @overload
@@ -92,6 +115,12 @@ def validated(function: Any = None, /, **own: Check) -> Any:
             for name, value in kwargs.items()
         }
 
+    def limiting(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the function; the option ``memory`` of a run holds for everything inside."""
+        memory = kwargs.pop("memory", None) if has_run else None
+        with nullcontext() if memory is None else limited(memory):
+            return function(*args, **kwargs)
+
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -100,7 +129,7 @@ def validated(function: Any = None, /, **own: Check) -> Any:
         together = _together(args, kwargs) if "space" in by_name else None
         if together is None:
             args, kwargs = checked(args, kwargs)  # type: ignore[assignment]
-            return function(*args, **kwargs)
+            return limiting(args, kwargs)
         ranks, device = together
         args, kwargs = ranks.all_do(lambda: checked(args, kwargs), device)  # type: ignore[assignment]
         named = zip((name for name, _ in ordered), args, strict=False)
@@ -109,7 +138,7 @@ def validated(function: Any = None, /, **own: Check) -> Any:
             {"the function": function.__name__}
             | {n: _outline(n, value) for n, value in given.items() if n not in _OF_ONE_RANK}
         )
-        return function(*args, **kwargs)
+        return limiting(args, kwargs)
 
     return wrapper
 

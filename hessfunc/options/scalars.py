@@ -175,6 +175,16 @@ def flag(name: str, value: Any, /) -> bool:
     raise refused(name, value, "True or False", f"pass {name}={example}")
 
 
+def flag_or_auto(name: str, value: Any, /) -> bool | str:
+    """Return a bool, or the string ``"auto"``."""
+    if isinstance(value, str) and value == "auto":
+        return value
+    plain = scalar(value)
+    if isinstance(plain, bool):
+        return plain
+    raise refused(name, value, "True, False or 'auto'", f"pass {name}='auto', for instance")
+
+
 def text(name: str, value: Any, /) -> str:
     """Return a string."""
     plain = scalar(value)

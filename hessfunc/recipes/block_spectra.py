@@ -13,6 +13,7 @@ from hessfunc.losses import LossFunction, hold
 from hessfunc.selection import Pattern, split
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.mean import over_batches
+from hessfunc.transforms.batches.sums import Keep
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Matvec, Tree
@@ -78,7 +79,7 @@ def block_spectra(
     *,
     blocks: Mapping[str, Pattern] | Iterable[str] | None = None,
     weight: Callable[[Any], float] | None = None,
-    keep: bool = False,
+    keep: Keep = False,
     curvature: Callable[[Any], Curvature] = hvp,
     algorithm: Callable[[Matvec, Tree], Any] = _density,
     callback: Callable[[str, Any], object] | None = None,

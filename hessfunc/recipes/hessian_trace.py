@@ -16,7 +16,7 @@ from hessfunc.recipes.gauss_newton_diagonal import diagonal_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.mean import mean_over
 from hessfunc.transforms.batches.reading import Passes
-from hessfunc.transforms.batches.sums import Data
+from hessfunc.transforms.batches.sums import Data, Keep
 from hessfunc.transforms.functional_hessian import functional_hvp
 from hessfunc.trees import Tree
 
@@ -35,7 +35,7 @@ def hessian_trace(
     atol: float | None = None,
     max_matvecs: int = 100,
     weight: Callable[[Any], float] | None = None,
-    keep: bool = False,
+    keep: Keep = False,
     mesh: DeviceMesh | None = None,
     data: Data = "replicated",
     examples_per_chunk: int | None = None,

@@ -21,6 +21,7 @@ from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.gradient import mean_gradient
 from hessfunc.transforms.batches.mean import over_batches, refuse_one_batch
 from hessfunc.transforms.batches.reductions import Average
+from hessfunc.transforms.batches.sums import Keep
 from hessfunc.transforms.hessian import hvp, scalar
 from hessfunc.transforms.matvecs.arithmetic import apply, shift
 from hessfunc.trees import Matvec, Tree, tree_map
@@ -53,7 +54,7 @@ def implicit_gradient(
     atol: float = 0.0,
     max_matvecs: int = 1000,
     weight: Callable[[Any], float] | None = None,
-    keep: bool = False,
+    keep: Keep = False,
     stationarity: float = 1e-3,
     **run: Unpack[RunOptions],
 ) -> ImplicitGradient:

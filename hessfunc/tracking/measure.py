@@ -26,6 +26,7 @@ from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.gradient import mean_gradient
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.batches.reductions import Average
+from hessfunc.transforms.batches.sums import Keep
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Tree
@@ -155,7 +156,7 @@ def functional_tracker(
     rtol: float = 0.01,
     max_matvecs: int = 100,
     weight: Callable[[Any], float] | None = None,
-    keep: bool = False,
+    keep: Keep = False,
     seed: int = 0,
 ) -> Tracking:
     """Track the curvature of a loss during a training, starting each point from the last one.

@@ -20,6 +20,7 @@ from hessfunc.changes import unchanged
 from hessfunc.containers import batch_leaves
 from hessfunc.fingerprints import checksum, of_batches, with_fingerprint
 from hessfunc.memory import Footprint
+from hessfunc.options.door import memory_limit_now
 from hessfunc.spaces.space import Space
 from hessfunc.trees import Matvec, Tree
 
@@ -119,7 +120,7 @@ def block_matvec(
             return _in_chunks(pieces, chunks.size)[0]
         if k < _SMALLEST_BLOCK:
             return _in_chunks(pieces, 1)[0]
-        key = (k, space.n, shapes)
+        key = (k, space.n, shapes, memory_limit_now())
         size = chunks.chosen.get(key)
         if size is None:
             # All ranks of a model with collectives must divide the block alike.
@@ -289,8 +290,9 @@ def chunk_by_rule(pieces: _Pieces, entries: int) -> int:
     """Return the chunk size of a block, from the sizes of the operations of its first product.
 
     If operations write at most ``entries`` entries on average, the whole block goes through vmap,
-    on a CPU in equal chunks of at most 1 GiB. Otherwise a loop multiplies it. The choice depends
-    neither on timings nor on other processes, so that every run takes the same path.
+    on a CPU in equal chunks of at most 1 GiB, or a quarter of `memory_limit`. Otherwise a loop
+    multiplies it. The choice depends neither on timings nor on other processes, so that every run
+    takes the same path.
 
     Args:
         pieces: Block to multiply. Its first product is computed here, and a loop can resume
@@ -306,8 +308,10 @@ def chunk_by_rule(pieces: _Pieces, entries: int) -> int:
     # An accelerator raises an error when it is out of memory, and the chunk is then halved. On a
     # CPU, any allocation succeeds and the kernel kills the process later.
     most = k
+    if (limit := memory_limit_now()) is not None:
+        most = min(most, int(limit) // 4 // max(1, of_one.peak))
     if on_cpu:
         most = min(
-            k, _CHUNK_BYTES // max(1, of_one.peak), _LARGEST_ON_CPU // max(1, of_one.largest)
+            most, _CHUNK_BYTES // max(1, of_one.peak), _LARGEST_ON_CPU // max(1, of_one.largest)
         )
     return -(-k // -(-k // most)) if most >= _SMALLEST_BLOCK else 1

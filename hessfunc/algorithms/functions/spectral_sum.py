@@ -265,7 +265,7 @@ class SpectralSum(Method["_State", Estimate]):
         have = len(state.complete)
         needed = math.inf if left <= 0 else have * (_half(estimate) / left) ** 2 - have
         basis = steps * space.widest * rows_dtype(space).itemsize
-        fits = available_to(space) // 3 // max(basis, 1)
+        fits = available_to(space) // 4 // max(basis, 1)
         # Some probes take more steps than the first one, for which a quarter of the room is left.
         # The number of probes doubles, since few of them tell little about the number that is
         # needed.
@@ -360,4 +360,4 @@ def _half(estimate: Estimate) -> float:
 def _most_steps(space: Space) -> int:
     """Return the largest number of steps of a probe whose basis fits in memory."""
     vector = space.widest * rows_dtype(space).itemsize
-    return int(max(2, min(space.n, available_to(space) // 3 // max(vector, 1))))
+    return int(max(2, min(space.n, available_to(space) // 4 // max(vector, 1))))

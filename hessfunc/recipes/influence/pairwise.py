@@ -26,6 +26,7 @@ from hessfunc.spaces.space import rows_dtype
 from hessfunc.transforms.batches.gradient import mean_gradient
 from hessfunc.transforms.batches.mean import partition_of
 from hessfunc.transforms.batches.reductions import Average
+from hessfunc.transforms.batches.sums import Keep
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.trees import Matvec, Tree, tree_map
 
@@ -58,7 +59,7 @@ def influence(
     rtol: float = 1e-4,
     max_matvecs: int = 1000,
     weight: Callable[[Any], float] | None = None,
-    keep: bool = False,
+    keep: Keep = False,
     examples_per_chunk: int | None = None,
     mesh: DeviceMesh | None = None,
     checkpoint: str | os.PathLike[str] | None = None,

@@ -15,6 +15,7 @@ from hessfunc.options import at_least, validated
 from hessfunc.recipes.influence.system import System, gradients_of, refuse_unordered
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import rows_dtype
+from hessfunc.transforms.batches.sums import Keep
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.trees import Matvec, Tree
 
@@ -32,7 +33,7 @@ def self_influence(
     rtol: float = 1e-4,
     max_matvecs: int = 1000,
     weight: Callable[[Any], float] | None = None,
-    keep: bool = False,
+    keep: Keep = False,
     examples_per_chunk: int | None = None,
     progress: Reported = None,
 ) -> SelfInfluence:

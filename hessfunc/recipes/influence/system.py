@@ -18,6 +18,7 @@ from hessfunc.options import at_least
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.mean import over_batches, refuse_one_batch
+from hessfunc.transforms.batches.sums import Keep
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.example_gradients import example_gradients
 from hessfunc.transforms.gauss_newton import ggnvp
@@ -84,7 +85,7 @@ class System:
         budget: int,
         *,
         weight: Callable[[Any], float] | None,
-        keep: bool,
+        keep: Keep,
         progress: Reported,
         mesh: DeviceMesh | None = None,
     ) -> System:

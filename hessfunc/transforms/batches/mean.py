@@ -18,7 +18,7 @@ from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reading import Passes, Reading
 from hessfunc.transforms.batches.reductions import Average, inner
 from hessfunc.transforms.batches.statistics import of_statistics
-from hessfunc.transforms.batches.sums import Data, Partition, Sum
+from hessfunc.transforms.batches.sums import Data, Keep, Partition, Sum
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.trees import Matvec, Tree, flatten, leaves, tree_map
 
@@ -32,7 +32,7 @@ def over_batches(
     /,
     *,
     weight: Callable[[Any], float] | None = None,
-    keep: bool = False,
+    keep: Keep = False,
     mesh: DeviceMesh | None = None,
     data: Data = "replicated",
 ) -> Curvature:
@@ -83,7 +83,9 @@ def over_batches(
             loss is a mean over something else, such as tokens without padding, or if the first axes
             of the tensors differ, as with time before batch or with graphs.
         keep: Whether to keep the graph and a copy of every batch. Products are then faster, and
-            memory grows with the data. A loader that reuses its buffers must copy its batches
+            memory grows with the data. ``"auto"`` keeps them if the first pass finds that they
+            take at most a quarter of the free memory, or of `memory_limit`; products are the same
+            bits either way. A loader that reuses its buffers must copy its batches
             before you make a list, because the list would hold the last batch repeatedly.
         mesh: Mesh of ranks with the axes "data", "probe" or both.
         data: Distribution of the batches. ``"replicated"``: Every rank has the same batches in the
@@ -121,7 +123,7 @@ def mean_over(
     *,
     passes: Passes,
     weight: Callable[[Any], float] | None,
-    keep: bool,
+    keep: Keep,
     mesh: DeviceMesh | None,
     data: Data,
 ) -> Curvature:
@@ -166,7 +168,7 @@ def mean_over(
         if (structured := of_statistics(curvature)) is not None:
             mean_of = partial(reading.statistics, outer=outer)
             return structured.over_batches(params, mean_of, partition.each)
-        local = reading.kept() if keep else reading.anew()
+        local = {True: reading.kept, False: reading.anew, "auto": reading.fitting}[keep]()
 
         def summed(block: Tree) -> Sum:
             total = local(block)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from hessfunc.autograd.functorch import transforming
 from hessfunc.changes import Rereads
+from hessfunc.memory import Footprint, available_memory
 from hessfunc.modules import several_batches
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import Average, Inner, NoTargetsError, watching
@@ -20,6 +21,9 @@ from hessfunc.transforms.batches.statistics import Stage, Total
 from hessfunc.transforms.batches.sums import Made, Partition, Passed, Read, Sum
 from hessfunc.transforms.chunks import Curvature, used_once
 from hessfunc.trees import Matvec, Tree, tree_map
+
+# Functions that return the weight and the matvec of a batch.
+_Made: TypeAlias = tuple[Callable[[], float], Callable[[], Matvec]]
 
 
 @dataclass
@@ -72,25 +76,14 @@ class Reading:
 
     def kept(self) -> Callable[[Tree], Sum]:
         """Make the graphs of all batches now, and return the function that multiplies a block."""
-        read = Read.nothing(self.space.device)
-        rereads = Rereads.of(self.space.names, self.space.tree_leaves(self.params))
-
-        def make() -> list[tuple[Callable[[], float], Callable[[], Matvec]]]:
-            made: list[tuple[Callable[[], float], Callable[[], Matvec]]] = []
-            with rereads.reading():
-                for i, batch in self._mine(read):
-                    matvec = self._at(batch, i)
-                    made.append((self.average.later(batch), partial(_itself, matvec)))
-            if not transforming():
-                self.passes.add(read.all.total)
-            return made
-
-        matvecs = self.partition.all_well(make)
+        read, rereads = Read.nothing(self.space.device), self._rereads()
+        matvecs = self.partition.all_well(lambda: self._made(read, rereads))
+        assert matvecs is not None
         return lambda block: Sum.of(self.space, block, matvecs, read, self.average)
 
-    def anew(self) -> Callable[[Tree], Sum]:
+    def anew(self, rereads: Rereads | None = None) -> Callable[[Tree], Sum]:
         """Return a function that multiplies a block and makes the graphs in each pass."""
-        rereads = Rereads.of(self.space.names, self.space.tree_leaves(self.params))
+        rereads = rereads or self._rereads()
 
         def products(block: Tree) -> Sum:
             read = Read.nothing(self.space.device)
@@ -106,12 +99,59 @@ class Reading:
 
         return products
 
+    def fitting(self) -> Callable[[Tree], Sum]:
+        """Return a function that multiplies a block, and keeps the graphs if they fit in memory.
+
+        The first call decides, inside the limit of its run.
+        """
+        rereads = self._rereads()
+        anew = self.anew(rereads)
+        chosen: list[Callable[[Tree], Sum]] = []
+
+        def within(memory: int) -> Callable[[Tree], Sum]:
+            read = Read.nothing(self.space.device)
+            try:
+                with Footprint() as footprint:
+                    matvecs = self._made(read, rereads, lambda: footprint.now <= memory)
+            except torch.OutOfMemoryError:
+                matvecs = None
+            if matvecs is None:
+                return anew
+            return lambda block: Sum.of(self.space, block, matvecs, read, self.average)
+
+        def products(block: Tree) -> Sum:
+            if transforming():
+                return anew(block)
+            if not chosen:
+                chosen.append(within(available_memory(self.space.device) // 4))
+            return chosen[0](block)
+
+        return products
+
+    def _rereads(self) -> Rereads:
+        return Rereads.of(self.space.names, self.space.tree_leaves(self.params))
+
+    def _made(
+        self, read: Read, rereads: Rereads, fits: Callable[[], bool] = lambda: True
+    ) -> list[_Made] | None:
+        """Return the weight and the matvec of each batch, or None if they do not fit."""
+        made: list[_Made] = []
+        with rereads.reading():
+            for i, batch in self._mine(read):
+                matvec = self._at(batch, i)
+                made.append((self.average.later(batch), partial(_itself, matvec)))
+                if not fits():
+                    return None
+        if not transforming():
+            self.passes.add(read.all.total)
+        return made
+
     def statistics(self, stage: Stage, *, outer: Inner | None) -> Mapping[str, Tensor]:
         """Return the means of the statistics of all batches, in one pass.
 
         The weight of the pass is the weight of an inner mean over batches, ``outer``.
         """
-        rereads = Rereads.of(self.space.names, self.space.tree_leaves(self.params))
+        rereads = self._rereads()
         totals: list[Total] = []
 
         def local() -> Passed:

@@ -19,6 +19,7 @@ from hessfunc.trees import Matvec, Tree, leaves
 Made = TypeVar("Made")
 
 Data: TypeAlias = Literal["replicated", "sharded"]
+Keep: TypeAlias = bool | Literal["auto"]
 
 
 @dataclass

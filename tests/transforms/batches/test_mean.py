@@ -190,3 +190,26 @@ def test_a_batch_cut_into_pieces_has_the_hessian_of_the_whole() -> None:
     pieces = hf.microbatches((X, Y), 4)
     matvec = hf.over_batches(hf.hvp(loss), keep=True)(params, pieces)
     assert relative_error(matrix(matvec, params), hessian(loss, params, (X, Y))) < 1e-12
+
+
+@pytest.mark.parametrize(("memory", "evaluations"), [(1e9, 2), (1e5, 5)])
+def test_graphs_are_kept_if_they_fit(memory: float, evaluations: int) -> None:
+    calls = []
+    model_fn, params = hf.functional(nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 3)))
+
+    def outputs(p: Any, inputs: Tensor) -> Any:
+        calls.append(len(inputs))
+        return model_fn(p, inputs)
+
+    loss = hf.supervised(outputs, F.cross_entropy)
+    batches = [(torch.randn(50, 8), torch.arange(50) % 3) for _ in range(2)]
+    v = hf.random_like(params, 1, seed=0)
+    kept = hf.over_batches(hf.hvp(loss), weight=hf.examples, keep=True)(params, batches)(v)
+    calls.clear()
+    matvec = hf.over_batches(hf.hvp(loss), weight=hf.examples, keep="auto")(params, batches)
+    assert not calls
+    with hf.memory_limit(memory):
+        for _ in range(2):
+            assert torch.equal(rows(matvec(v)), rows(kept))
+    # A graph that does not fit is made once more, and all graphs again in the second pass.
+    assert len(calls) == evaluations
