@@ -10,7 +10,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 # Numbers that the graph of a Hessian product holds per token at its peak: a least-squares fit to
 # ten GPTs with 2 to 24 layers of width 96 to 256. It is accurate within 10 %, or 15 % if layers
 # are recomputed. `bench.graphs` measures the coefficients.
-_KEPT = {"layer": 61.4, "score": 6.5, "logit": 7.6}
+_KEPT = {"layer": 49.1, "score": 6.6, "logit": 7.5}
 # Longest sequence whose attention keeps all scores, see `hessfunc.autograd.chunked_attention`.
 _ALL_SCORES = 512
 _AGAIN = {"residual": 3.0, "layer": 53.0, "score": 9.8, "logit": 4.7}
