@@ -26,9 +26,17 @@ def memory_limit(memory: float, /) -> AbstractContextManager[None]:
     of ``over_batches(keep="auto")``, and a quarter to a chunk of a vector block. Algorithms without
     a basis take the vectors that their documentation states. The sizes follow from the limit alone,
     so that runs are reproducible, unless the machine has less memory free.
-    The option ``memory`` of an algorithm sets the limit of one run:
+    The option ``memory`` of an algorithm sets the limit of one run.
 
-        hf.lanczos(hf.over_batches(hf.hvp(loss), keep="auto")(params, batches), params, memory=8e9)
+    Examples:
+        >>> diagonal = torch.linspace(0, 1, 1000) ** 8
+        >>> with hf.memory_limit(200_000):
+        ...     top = hf.lanczos(lambda block: diagonal * block, diagonal, k=1, seed=0)
+        >>> round(top.values[0].item(), 3)
+        1.0
+        >>> top = hf.lanczos(
+        ...     lambda block: diagonal * block, diagonal, k=1, seed=0, memory=200_000
+        ... )
 
     Args:
         memory: Bytes on each rank. Inside another limit, the smaller one holds.
