@@ -19,6 +19,7 @@ from hessfunc.app.plan import (
     Setting,
     Slq,
     Xtrace,
+    cheapest,
     fewest_ranks,
     plan,
     remedies,
@@ -71,7 +72,7 @@ def shown(
     yield _moments(planned)
     yield _cost(planned, machine)
     yield _numbers(numbers)
-    yield from _verdict(verdict)
+    yield from _verdict(verdict, machine)
 
 
 def as_data(verdict: Verdict, machine: Machine, numbers: Sequence[Number], /) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def _numbers(numbers: Sequence[Number]) -> Table:
     return drawn
 
 
-def _verdict(verdict: Verdict) -> Iterator[Table | str]:
+def _verdict(verdict: Verdict, machine: Machine) -> Iterator[Table | str]:
     planned, room = verdict.plan, verdict.room
     if room is None:
         return
@@ -191,19 +192,32 @@ def _verdict(verdict: Verdict) -> Iterator[Table | str]:
         return
     why = verdict.refusal or f"{_gib(planned.peak.total)} GiB are needed"
     yield f"It does not fit in {limit}: {why}."
-    yield _remedies(planned.setting, verdict.asked, room)
+    yield _remedies(planned.setting, verdict.asked, room, machine)
+    yield _cheapest(planned.setting, verdict.asked, room, machine)
     yield _more_ranks(planned.setting, verdict.asked, room)
 
 
-def _remedies(setting: Setting, algorithm: Algorithm, room: int) -> Table:
+def _cheapest(setting: Setting, algorithm: Algorithm, room: int, machine: Machine) -> str:
+    if (remedy := cheapest(setting, algorithm, room, machine)) is None:
+        return "No change fits on as many ranks."
+    seconds = remedy.seconds(machine)
+    times = seconds / Remedy("", setting, algorithm).seconds(machine)
+    return (
+        f"The cheapest change that fits: {remedy.how}, {seconds:,.3g} s, {times:.2f} times the run "
+        "without a limit."
+    )
+
+
+def _remedies(setting: Setting, algorithm: Algorithm, room: int, machine: Machine) -> Table:
     ranks = f"on {setting.ranks:,} rank{'s' * (setting.ranks > 1)}"
-    drawn = _columns("changes that need less memory", f"GiB {ranks}", "fits", "fewest ranks")
+    drawn = _columns("changes that need less memory", f"GiB {ranks}", "fits", "s", "fewest ranks")
     for remedy in remedies(setting, algorithm):
         fewest = fewest_ranks(remedy, room)
         drawn.add_row(
             remedy.how,
             _gib(remedy.peak),
             "yes" if remedy.fits(room) else "no",
+            f"{remedy.seconds(machine):,.3g}",
             "none" if fewest is None else f"{fewest:,}",
         )
     return drawn

@@ -9,7 +9,7 @@ from hessfunc.app.plan.algorithms import Algorithm, Hutchinson, Lanczos, Slq, Xt
 from hessfunc.app.plan.footprint import Moment, Setting
 from hessfunc.app.plan.machine import Machine, RunCost, Workload, gradient_seconds
 from hessfunc.app.plan.network import BYTES, Network, Transformer
-from hessfunc.app.plan.remedies import Plan, Remedy, fewest_ranks, plan, remedies, whole
+from hessfunc.app.plan.remedies import Plan, Remedy, cheapest, fewest_ranks, plan, remedies, whole
 
 __all__ = [
     "Algorithm",
@@ -27,6 +27,7 @@ __all__ = [
     "Transformer",
     "Workload",
     "Xtrace",
+    "cheapest",
     "fewest_ranks",
     "gradient_seconds",
     "plan",

@@ -36,6 +36,7 @@ class Machine:
         latency: Seconds of latency per collective.
         graph_gradients: Cost of building a graph, in gradients.
         product_gradients: Cost of a product through the graph, in gradients.
+        host_bandwidth: Bytes per second at which vectors in host memory are read.
     """
 
     gradient_seconds: float
@@ -44,6 +45,7 @@ class Machine:
     latency: float
     graph_gradients: float = 1.0
     product_gradients: float = 2.0
+    host_bandwidth: float = 20.0 * 2**30
 
     def cost(self, setting: Setting, vectors: int, workload: Workload | None = None, /) -> RunCost:
         """Return the cost of one step, or of one block product if no ``workload`` is given."""

@@ -60,6 +60,11 @@ class Network:
             return self
         return replace(self, activations=self.recomputed, recomputed=None)
 
+    def in_microbatches(self, parts: int, /) -> Network:
+        """Return the network with batches that are divided into ``parts``."""
+        again = None if self.recomputed is None else -(-self.recomputed // parts)
+        return replace(self, activations=-(-self.activations // parts), recomputed=again)
+
     def in_bfloat16(self) -> Network:
         """Return the network with parameters and graphs in bfloat16."""
         shorter = BYTES["bfloat16"] / self.itemsize

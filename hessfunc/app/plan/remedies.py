@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 
 from hessfunc.app.plan.algorithms import Algorithm, Lanczos
 from hessfunc.app.plan.footprint import Moment, Setting
+from hessfunc.app.plan.machine import Machine
 
 # Maximum number of ranks that are considered.
 _MOST_RANKS = 2**16
+# Number of microbatches into which a batch is divided.
+_MICROBATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Remedy:
         setting: Network and ranks with the change.
         algorithm: Algorithm with the change.
         offloaded: Whether the basis is in host memory.
+        gradients: Gradients that a product costs in addition.
     """
 
     how: str
     setting: Setting
     algorithm: Algorithm
     offloaded: bool = False
+    gradients: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -43,6 +48,19 @@ class Remedy:
         except MemoryError:
             return False
 
+    def seconds(self, machine: Machine, /) -> float:
+        """Return the seconds of the run, with the products that its algorithm states.
+
+        A smaller or coarser basis may take more products, which no size tells.
+        """
+        bandwidth = machine.host_bandwidth if self.offloaded else machine.memory_bandwidth
+        machine = replace(
+            machine,
+            product_gradients=machine.product_gradients + self.gradients,
+            memory_bandwidth=bandwidth,
+        )
+        return machine.in_all(self.setting, self.algorithm.workload(self.setting)).seconds
+
     def on(self, ranks: int, /) -> Remedy:
         """Return the run on ``ranks`` ranks, with sharded vectors."""
         return replace(self, setting=replace(self.setting, ranks=ranks, sharded=True))
@@ -55,6 +73,7 @@ def remedies(setting: Setting, algorithm: Algorithm, /) -> Iterator[Remedy]:
         _with_sharded_vectors,
         _with_a_coarse_basis,
         _with_coarse_parameters,
+        _with_smaller_batches,
         _with_layers_computed_again,
         _with_less_to_find,
         _with_an_offloaded_basis,
@@ -83,9 +102,18 @@ def _with_coarse_parameters(run: Remedy) -> Remedy:
     return replace(run, how="parameters in bfloat16", setting=setting)
 
 
+def _with_smaller_batches(run: Remedy) -> Remedy:
+    setting = replace(run.setting, network=run.setting.network.in_microbatches(_MICROBATCHES))
+    return replace(run, how=f"microbatches(batch, size / {_MICROBATCHES})", setting=setting)
+
+
 def _with_layers_computed_again(run: Remedy) -> Remedy:
-    setting = replace(run.setting, network=run.setting.network.computed_again())
-    return replace(run, how='functional(recompute="layers.*")', setting=setting)
+    network = run.setting.network.computed_again()
+    # A product evaluates each layer once more, and its backward pass.
+    gradients = run.gradients + (network != run.setting.network)
+    setting = replace(run.setting, network=network)
+    how = 'functional(recompute="layers.*")'
+    return replace(run, how=how, setting=setting, gradients=gradients)
 
 
 def _with_less_to_find(run: Remedy) -> Remedy:
@@ -95,6 +123,14 @@ def _with_less_to_find(run: Remedy) -> Remedy:
 
 def _with_an_offloaded_basis(run: Remedy) -> Remedy:
     return replace(run, how="the basis in host memory", offloaded=True)
+
+
+def cheapest(
+    setting: Setting, algorithm: Algorithm, memory: int, machine: Machine
+) -> Remedy | None:
+    """Return the change that fits in ``memory`` bytes per rank in the least time, or None."""
+    fitting = [remedy for remedy in remedies(setting, algorithm) if remedy.fits(memory)]
+    return min(fitting, key=lambda remedy: remedy.seconds(machine), default=None)
 
 
 def fewest_ranks(remedy: Remedy, memory: int, /) -> int | None:

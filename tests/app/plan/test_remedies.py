@@ -8,11 +8,13 @@ from hessfunc.app.plan import (
     Algorithm,
     Hutchinson,
     Lanczos,
+    Machine,
     Remedy,
     Setting,
     Slq,
     Transformer,
     Xtrace,
+    cheapest,
     fewest_ranks,
     plan,
     remedies,
@@ -47,4 +49,26 @@ def test_remedies_that_were_taken_are_not_named_again() -> None:
     setting = Setting(SEVEN.in_bfloat16().computed_again(), 8)
     algorithm = Lanczos(basis_dtype="bfloat16", basis_size=12)
     found = [remedy.how for remedy in remedies(setting, algorithm)]
-    assert found == ["the basis in host memory", "all of these"]
+    smaller = "microbatches(batch, size / 8)"
+    assert found == [smaller, "the basis in host memory", "all of these"]
+
+
+def test_the_cheapest_change_fits_and_says_its_time() -> None:
+    machine = Machine(
+        gradient_seconds=10.0, memory_bandwidth=2e12, network_bandwidth=2e10, latency=0.0
+    )
+    setting, algorithm = Setting(SEVEN, 8), Lanczos()
+    found = list(remedies(setting, algorithm))
+    unchanged = Remedy("", setting, algorithm)
+    seconds = {remedy.how: remedy.seconds(machine) for remedy in found}
+    assert seconds["microbatches(batch, size / 8)"] == unchanged.seconds(machine)
+    # A product costs three instead of two gradients, besides the graph of one.
+    again = seconds['functional(recompute="layers.*")'] / unchanged.seconds(machine)
+    assert again == pytest.approx(4 / 3, rel=0.05)
+    assert seconds["the basis in host memory"] > unchanged.seconds(machine)
+    for memory in (2**38, 2**39):
+        best = cheapest(setting, algorithm, memory, machine)
+        assert best is not None
+        assert best.fits(memory)
+        assert best.seconds(machine) == min(r.seconds(machine) for r in found if r.fits(memory))
+    assert cheapest(setting, algorithm, GIB, machine) is None
