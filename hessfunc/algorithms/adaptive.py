@@ -66,6 +66,15 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
     def images(self, state: Deflation, samples: Any, space: Space, most: int, /) -> Tensor:
         """Return the products S w with the first probes, at most so many."""
 
+    def certain(self, grown: Deflation, samples: Any, /) -> float:
+        """Return a lower bound of the fall of the norm by the last basis vector, by default 0.
+
+        Args:
+            grown: State with that vector.
+            samples: Samples of the state before.
+        """
+        return 0.0
+
     @abstractmethod
     def tolerance(self, samples: Any, space: Space, /) -> float:
         """Return the absolute tolerance of a run that has one."""
@@ -113,8 +122,9 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
             chain = state.chains.choice(needed, state.alive, expected)
             if chain is not None:
                 grown = state.extended(products, self.span, chain)
-                # The gain is certain, and the samples of few probes are not.
-                left = min(self.samples(grown, space).norm, norm - grown.gain)
+                # The removed part is certain, and the samples of few probes are not.
+                left = self.samples(grown, space).norm
+                left = min(left, norm - self.certain(grown, samples))
                 reduction = math.log(norm / max(left, norm * _LEAST))
                 return replace(grown, chains=grown.chains.extended(chain, reduction))
         if self.has_tolerance:

@@ -64,7 +64,8 @@ class Deflation:
         inner: Trace of G M G' by leaf, float64 ``(leaves,)``, if only the trace is needed.
         forms: Numbers of each probe of a trace, float64 ``(p, 4 leaves + 2)``: u'Bu, |Bu|^2, u'Su
             and |Su|^2 by leaf, |u|^2 and |(B - S) u|^2. No row if the diagonal is needed.
-        gain: Lower bound of the fall of ``|S|_F^2`` by the last basis vector, without its probes.
+        removed: Numbers v and t with which ``|S - c I|_F^2`` has fallen by (v - c)^2 + t at least,
+            for every c, by the last basis vector; None if there is no such bound.
         chains: Reductions of the variance by the steps so far.
         seed: Seed of the run.
     """
@@ -85,7 +86,7 @@ class Deflation:
     ends_gram: Tensor
     inner: Tensor
     forms: Tensor
-    gain: float
+    removed: tuple[float, float] | None
     chains: Chains
     seed: int
 
@@ -119,7 +120,7 @@ class Deflation:
             ends_gram=none,
             inner=parts,
             forms=none.new_zeros(0, 4 * len(parts) + 2),
-            gain=0.0,
+            removed=None,
             chains=Chains(),
             seed=seed,
         )
@@ -197,7 +198,7 @@ class Deflation:
         core = torch.zeros(len(column), len(column), dtype=torch.float64, device="cpu")
         core[:-1, :-1], core[-1], core[:, -1] = self.core, column, column
         touched = space.gram(self.ends, row)
-        gain = self._gain(space, row, out, curvature, touched)
+        removed = self._removed(space, row, out, curvature, touched)
         ends = self.ends[others]
         if others:
             ends = ends - space.combine(touched[others], row)
@@ -230,21 +231,22 @@ class Deflation:
             diagonal=self.diagonal + (row * twice).to(self.diagonal.dtype),
             row_squares=self.row_squares + image.to(self.row_squares.dtype).square(),
             largest=largest,
-            gain=gain,
+            removed=removed,
         )
         return grown.weighted(space)
 
-    def _gain(
+    def _removed(
         self, space: Space, row: Tensor, out: Tensor, curvature: float, touched: Tensor
-    ) -> float:
-        """Return a lower bound of the fall of ``|S|_F^2`` by the next basis vector q.
+    ) -> tuple[float, float] | None:
+        """Return the numbers v and t of the next basis vector q, as in ``removed``.
 
-        Without M, B loses a qq' + q out' + out q', and ``|B|_F^2`` falls by a^2 + 2 |out|^2. For a
-        positive semi-definite S, S - s s' / q's with s = S q loses
+        Without M, B loses a qq' + q out' + out q', and ``|B - c I|_F^2`` on the complement falls by
+        (a - c)^2 + 2 |out|^2. For a positive semi-definite S, S - s s' / q's with s = S q has lost
+        at least v = |s|^2 / q's: ``|S|_F^2`` falls by
 
-            2 s'Ss / q's - (|s|^2 / q's)^2 >= (|s|^2 / q's)^2,
+            2 s'Ss / q's - v^2 >= v^2,
 
-        since ``|s|^4 <= q's s'Ss`` (Cauchy and Schwarz).
+        since ``|s|^4 <= q's s'Ss`` (Cauchy and Schwarz), the trace by v, and the dimension by 1.
 
         Args:
             space: Space of the vectors.
@@ -253,15 +255,14 @@ class Deflation:
             curvature: Form a = q'Bq.
             touched: Inner products of the ends with q.
         """
-        plain = curvature**2 + 2 * float(space.norms(out)) ** 2
         if curvature <= 0 or (len(self.last) and not bool(self.weights.any())):
-            return plain
+            return curvature, 2 * float(space.norms(out)) ** 2
         rest = out + curvature * row
         rest -= space.combine((self.weights @ touched.cpu().double()).mT, self.ends)
-        form, length = float(space.gram(row, rest)), float(space.norms(rest))
+        form = float(space.gram(row, rest))
         if form <= rounding(products_eps(space), self.largest):
-            return 0.0
-        return (length**2 / form) ** 2
+            return None
+        return float(space.norms(rest)) ** 2 / form, 0.0
 
     def weighted(self, space: Space, /) -> Deflation:
         """Return the state with the matrix M of its basis, and the forms of all probes."""

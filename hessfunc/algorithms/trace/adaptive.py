@@ -169,6 +169,13 @@ class AdaptiveTrace(AdaptiveProbing[Estimate], TraceProbing[Deflation]):
         rows = slice(most)
         return state.rest(space, rows) if samples.has_weights else state.images[rows]
 
+    def certain(self, grown: Deflation, samples: _Forms, /) -> float:
+        if grown.removed is None:
+            return 0.0
+        curvature, coupled = grown.removed
+        mean = float(samples.parts.sum(1).mean()) / samples.dimension
+        return (curvature - mean) ** 2 + coupled
+
     def tolerance(self, samples: _Forms, space: Space, /) -> float:
         return max((self.rtol or 0.0) * abs(samples.value), self.atol or 0.0)
 

@@ -267,6 +267,12 @@ def test_equal_eigenvalues_take_a_product_each() -> None:
     assert sorted(errors)[6] < 0.4
 
 
+def test_a_multiple_of_the_identity_is_not_deflated() -> None:
+    values, like = 5 + 0.01 * torch.linspace(-1, 1, 300).double(), torch.zeros(300).double()
+    found = hf.trace(lambda v: v * values, like, max_matvecs=40, seed=0)
+    assert found.degrees == 40
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"max_matvecs": 5}, {"max_matvecs": 25}, {"rtol": 0.05}])
 @pytest.mark.parametrize("name", SPECTRA)
