@@ -1,5 +1,6 @@
 """The command ``hessfunc experiment``."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -63,8 +64,10 @@ def test_an_experiment_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPa
 def test_experiments_run(name: str) -> None:
     data_file("cifar10")
     done = experiment(
-        *(name, "--epochs", "1", "--examples", "10", "--data-path", str(DATA), "--minutes", "0.05")
+        *(name, "--epochs", "1", "--examples", "10", "--data-path", str(DATA), "--minutes", "0.05"),
+        "--json",
     )
     assert done.exit_code == 0, done.output
     runs = history(f"{name}/results.json")["runs"]
+    assert json.loads(done.stdout)["runs"] == runs
     assert {run["ended"] for run in runs} <= {"complete", "time is up"}
