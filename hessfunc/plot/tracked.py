@@ -87,6 +87,8 @@ def tracked(
         )
     ax = clean(new_axes() if ax is None else ax)
     several = ax.has_data()
+    sharing = ax.get_shared_y_axes().get_siblings(ax)
+    before = any(panel.has_data() for panel in sharing)
     own = several or label is not None or color is not None
     colours = [series_colour(ax, color)] * len(lines) if own else []
     colours += [series_colour(ax) for _ in lines[len(colours) :]]
@@ -104,7 +106,7 @@ def tracked(
     colour = colours[0] if own else None
     draw_edge(ax, edges, end=points[-1].step, label=name, color=colour)
     low, high, beyond = _limits(lines, edges)
-    covering(ax, low, high, "y", also=several)
+    covering(ax, low, high, "y", also=before)
     if beyond is not None:
         _name_beyond(ax, name, beyond, colour)
     ax.set(xlabel="step", ylabel=_NAMES[quantity])

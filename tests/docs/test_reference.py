@@ -61,3 +61,13 @@ def test_every_plot_is_shown_where_it_is_described(name: str) -> None:
     assert (DOCS / picture).exists()
     for page in ("gallery.md", "reference/plot.md", "how-to/pictures.md"):
         assert picture in (DOCS / page).read_text(), page
+
+
+def test_the_gallery_shows_every_example_that_is_drawn_for_it() -> None:
+    loop = re.search(r"^for name in (.*); do$", (DOCS.parent / ".ci/pictures").read_text(), re.M)
+    assert loop is not None
+    gallery = (DOCS / "gallery.md").read_text()
+    for name in loop[1].split():
+        assert (DOCS / f"images/{name}.png").exists()
+        assert f"(images/{name}.png)" in gallery
+        assert f"python examples/{name}.py\n" in gallery

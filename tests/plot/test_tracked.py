@@ -185,6 +185,14 @@ def test_the_limits_of_two_runs_cover_both() -> None:
     assert low < 10 < 60 < high
 
 
+def test_the_limits_of_panels_with_one_axis_cover_both() -> None:
+    panels = Figure().subplots(1, 2, sharey=True)
+    for panel, top in zip(panels, (30.0, 2.0), strict=True):
+        plot.tracked(run(top, 0.1), ax=panel)
+    low, high = panels[0].get_ylim()
+    assert low < 2 < 30 < high
+
+
 def test_a_broad_band_does_not_flatten_the_curve() -> None:
     points = [Point(step=s, loss=1.0, trace=10.0 + s, trace_stderr=1e4) for s in (0, 10)]
     low, high = plot.tracked(points, quantity="trace").get_ylim()
