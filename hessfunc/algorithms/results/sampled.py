@@ -105,15 +105,30 @@ class SampledEstimate(Estimate):
             f"Of the variance, {self.data_share:.0%} comes from the data and "
             f"{1 - self.data_share:.0%} from the probes: "
         )
+        return shares + self._better_draws + self._all_at_once
+
+    @property
+    def _better_draws(self) -> str:
+        """Advice on draws and probes per draw."""
         best = self.best_probes_per_draw()
         if math.isinf(best):
-            return shares + "take more probes per draw, which cost less than more draws."
+            return "take more probes per draw, which cost less than more draws."
         wanted = max(1, round(best))
         if wanted > self.probes_per_draw:
-            return shares + f"take more probes per draw; about {wanted} are best."
+            return f"take more probes per draw; about {wanted} are best."
         if wanted < self.probes_per_draw:
-            return shares + f"take more draws, with fewer probes each; about {wanted} is best."
-        return shares + f"take more draws; the number of probes per draw, {wanted}, is the best."
+            return f"take more draws, with fewer probes each; about {wanted} is best."
+        return f"take more draws; the number of probes per draw, {wanted}, is the best."
+
+    @property
+    def _all_at_once(self) -> str:
+        """Advice to multiply all batches by each probe, if probes contribute the larger noise."""
+        if self.population is None or self.data_share > 0.5:
+            return ""
+        return (
+            " If the batches are alike, a probe of all of them varies far less: compare with "
+            "`hutchinson(draws.full, like)`."
+        )
 
     @property
     def _unseen(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,12 @@ def estimate(probes: float, data: float, r: int = 2) -> SampledEstimate:
 )
 def test_advice_is_what_the_components_say(found: SampledEstimate, words: str) -> None:
     assert re.search(words, found.advice), found.advice
+
+
+def test_probes_that_dominate_are_compared_with_probes_of_all_batches() -> None:
+    few = replace(estimate(80.0, 1.0), population=100)
+    assert "`hutchinson(draws.full, like)`" in few.advice
+    assert "hutchinson" not in replace(estimate(1.0, 100.0), population=100).advice
 
 
 @pytest.mark.parametrize(("probes", "data", "cost"), [(50.0, 2.0, 1.25), (3.0, 1.0, 8.0)])
