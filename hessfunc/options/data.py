@@ -37,7 +37,7 @@ def tree(name: str, value: Any, /) -> Any:
         raise refused(name, value, "a tree of tensors", remedy)
     if isinstance(value, np.ndarray):
         raise refused(name, value, "a tree of tensors", f"pass {name}=torch.from_numpy(array)")
-    if isinstance(value, int):
+    if type(value) is int and value > 0:
         remedy = f"pass {name}=torch.zeros({value}, dtype=torch.float64)"
         raise refused(name, value, "a tree of tensors", remedy)
     tensors = leaves(value)

@@ -21,6 +21,14 @@ def test_a_tree_has_tensors_as_leaves() -> None:
         data.tree("params", "w")
 
 
+def test_a_number_of_rows_is_not_a_tree() -> None:
+    with pytest.raises(TypeError, match=r"pass like=torch\.zeros\(20, dtype=torch\.float64\)"):
+        data.tree("like", 20)
+    for value in (True, 0, 2.0):
+        with pytest.raises(TypeError, match="pass a tensor, or a"):
+            data.tree("like", value)
+
+
 def test_a_module_is_an_instance() -> None:
     model = nn.Linear(2, 3)
     assert data.module("model", model) is model
