@@ -32,9 +32,17 @@ BLOCKS = (
     *("ggn", "hessian"),
 )
 
-_DATA, _EFFORT, _TEXT = "Data", "Effort", "Language models"
-_SGD, _NEWTON, _ABSA = "--optimizer sgd", "--optimizer newton", "--method absa"
-_NETWORK, _RANKS, _TIME = "The network and its batches", "The ranks", "The time"
+# Options of one panel of a help.
+_data_option = partial(option, panel="Data")
+_effort = partial(option, panel="Effort")
+_of_text = partial(option, panel="Language models")
+_sgd, _newton = (
+    partial(option, panel="--optimizer sgd"),
+    partial(option, panel="--optimizer newton"),
+)
+_absa = partial(option, panel="--method absa")
+_network = partial(option, panel="The network and its batches")
+_ranks, _time = partial(option, panel="The ranks"), partial(option, panel="The time")
 
 _LARGEST_SEED = 2**63 - 1
 _SEARCHED = "searched in $HESSFUNC_DATA"
@@ -57,7 +65,7 @@ def _seed(what: str) -> Any:
 
 def _data(default: str = "") -> Any:
     text = "Data set: digits, mnist or cifar10."
-    return option("NAME", text, default=default, panel=_DATA, choices=DATASETS)
+    return _data_option("NAME", text, default=default, choices=DATASETS)
 
 
 _MATRIX: Any = option(
@@ -89,55 +97,44 @@ _ANALYZE: dict[str, Any] = {
         choices=DTYPES,
     ),
     "seed": _seed("the training and of all random vectors"),
-    "k": option("N", "Number of top eigenvalues.", default="10, or all if fewer", panel=_EFFORT),
-    "probes": option("N", "Random vectors of the density.", panel=_EFFORT),
-    "steps": option("N", "Lanczos steps per random vector.", panel=_EFFORT),
-    "trace_rtol": option(
-        "X", "Tolerance of the trace: relative half-width of its 95 % interval.", panel=_EFFORT
+    "k": _effort("N", "Number of top eigenvalues.", default="10, or all if fewer"),
+    "probes": _effort("N", "Random vectors of the density."),
+    "steps": _effort("N", "Lanczos steps per random vector."),
+    "trace_rtol": _effort("X", "Tolerance of the trace: relative half-width of its 95 % interval."),
+    "max_matvecs": _effort(
+        "N", f"Stop each eigenvalue run and the trace after N {_MATVECS}", min=2
     ),
-    "max_matvecs": option(
-        "N", f"Stop each eigenvalue run and the trace after N {_MATVECS}", panel=_EFFORT, min=2
-    ),
-    "landscape": option(
+    "landscape": _effort(
         "N",
         "Points per axis of the loss along the top eigenvectors, at least 3; 0: no landscape.",
-        panel=_EFFORT,
         min=0,
     ),
-    "radius": option(
-        "X",
-        "Distance that the landscape covers along each unit eigenvector.",
-        panel=_EFFORT,
-        above=0,
+    "radius": _effort(
+        "X", "Distance that the landscape covers along each unit eigenvector.", above=0
     ),
-    "checkpoint": option(
-        "DIR", "Save checkpoints of every part in this folder, and resume from them.", panel=_EFFORT
+    "checkpoint": _effort(
+        "DIR", "Save checkpoints of every part in this folder, and resume from them."
     ),
-    "examples": option(
-        "N",
-        "Use the first N examples.",
-        default="200 for cifar10, 64 for hf:PATH, else all",
-        panel=_DATA,
+    "examples": _data_option(
+        "N", "Use the first N examples.", default="200 for cifar10, 64 for hf:PATH, else all"
     ),
     "shard": option(
         "NAMES",
         "Under torchrun, divide the model too: globs over the modules whose parameters are whole "
         "only while they run, separated by commas, such as 'layers.*,head'. No line or plane.",
     ),
-    "batch_size": option(
+    "batch_size": _data_option(
         "N",
         "Split larger batches into batches of N examples.",
         default="8 for hf:PATH, else the batches of the target",
-        panel=_DATA,
     ),
-    "data": option("PATH", _CIFAR10, "--data", "--data-path", default=_SEARCHED, panel=_DATA),
-    "weights": option("FILE", "Checkpoint of the ResNet-20.", default=_SEARCHED, panel=_DATA),
-    "text": option("FILE", "Text on which the loss of hf:PATH is evaluated.", panel=_TEXT),
-    "sequence": option(
+    "data": _data_option("PATH", _CIFAR10, "--data", "--data-path", default=_SEARCHED),
+    "weights": _data_option("FILE", "Checkpoint of the ResNet-20.", default=_SEARCHED),
+    "text": _of_text("FILE", "Text on which the loss of hf:PATH is evaluated."),
+    "sequence": _of_text(
         "N",
         "Tokens per sequence.",
         default="256, or the context of the model if it is shorter",
-        panel=_TEXT,
         min=2,
     ),
 }
@@ -166,15 +163,14 @@ _EIG: dict[str, Any] = {
     "k": option("N", "Number of eigenvalues."),
     "rtol": option("X", "Tolerance: relative residual of each eigenvalue."),
     "max_matvecs": option("N", f"Stop after N {_MATVECS}", min=2),
-    "examples": option(
+    "examples": _data_option(
         "N",
         "Use the first N training examples.",
         default="those of the training, with approximate at most 200",
-        panel=_DATA,
     ),
-    "batch_size": option("N", "Examples per batch; limits the memory.", panel=_DATA),
-    "data_path": option(
-        "PATH", _IMAGES, default="that of the checkpoint, else $HESSFUNC_DATA", panel=_DATA
+    "batch_size": _data_option("N", "Examples per batch; limits the memory."),
+    "data_path": _data_option(
+        "PATH", _IMAGES, default="that of the checkpoint, else $HESSFUNC_DATA"
     ),
     "seed": _seed("the start vector"),
 }
@@ -217,62 +213,42 @@ _PLAN: dict[str, Any] = {
         default="float32",
         choices={"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"},
     ),
-    "dtype": option(
-        "NAME", "Dtype of the parameters and the graph.", panel=_NETWORK, choices=DTYPES
-    ),
-    "largest": option(
+    "dtype": _network("NAME", "Dtype of the parameters and the graph.", choices=DTYPES),
+    "largest": _network(
         "N",
         "Entries of the largest parameter tensor.",
         default="that of hf:PATH, else of a transformer",
-        panel=_NETWORK,
     ),
-    "graph_memory": option(
+    "graph_memory": _network(
         "GiB",
         "Memory of the activations of one batch, at the peak of a product.",
         default="extrapolated from measured transformers",
-        panel=_NETWORK,
     ),
-    "batch_tokens": option("N", "Tokens per batch and rank.", panel=_NETWORK),
-    "sequence": option(
-        "N", "Tokens per sequence.", default="2048, or the context of hf:PATH", panel=_NETWORK
+    "batch_tokens": _network("N", "Tokens per batch and rank."),
+    "sequence": _network("N", "Tokens per sequence.", default="2048, or the context of hf:PATH"),
+    "vocabulary": _network("N", "Size of the vocabulary.", default="that of hf:PATH, else 32,000"),
+    "recompute": _network(
+        "", 'Recompute the layers: hf.functional(model, recompute="layers.*").', "--recompute"
     ),
-    "vocabulary": option(
-        "N", "Size of the vocabulary.", default="that of hf:PATH, else 32,000", panel=_NETWORK
+    "ranks": _ranks("N", "Number of ranks, one GPU each."),
+    "unsharded": _ranks(
+        "", "Replicate the vectors: no space=hf.sharded(params, mesh).", "--unsharded"
     ),
-    "recompute": option(
-        "",
-        'Recompute the layers: hf.functional(model, recompute="layers.*").',
-        "--recompute",
-        panel=_NETWORK,
-    ),
-    "ranks": option("N", "Number of ranks, one GPU each.", panel=_RANKS),
-    "unsharded": option(
-        "", "Replicate the vectors: no space=hf.sharded(params, mesh).", "--unsharded", panel=_RANKS
-    ),
-    "gpu_memory": option("GiB", "Memory per rank.", default="not compared", panel=_RANKS),
-    "reserve": option(
-        "GiB", "Part of --gpu-memory for CUDA, NCCL and allocator fragmentation.", panel=_RANKS
-    ),
-    "gradient_seconds": option(
+    "gpu_memory": _ranks("GiB", "Memory per rank.", default="not compared"),
+    "reserve": _ranks("GiB", "Part of --gpu-memory for CUDA, NCCL and allocator fragmentation."),
+    "gradient_seconds": _time(
         "X",
         "Time of one gradient over the data of one rank.",
         default="6 params tokens / (ranks teraflops utilisation)",
-        panel=_TIME,
     ),
-    "tokens": option("N", "Tokens of all batches on all ranks.", panel=_TIME),
-    "teraflops": option(
-        "X",
-        "Peak teraflops per rank.",
-        default="67; 989 in bfloat16, float16",
-        panel=_TIME,
-        above=0,
+    "tokens": _time("N", "Tokens of all batches on all ranks."),
+    "teraflops": _time(
+        "X", "Peak teraflops per rank.", default="67; 989 in bfloat16, float16", above=0
     ),
-    "utilisation": option(
-        "X", "Share of --teraflops that is reached.", panel=_TIME, above=0, max=1
-    ),
-    "memory_bandwidth": option("GiB/s", "Memory bandwidth of a GPU.", panel=_TIME, above=0),
-    "network_bandwidth": option("GiB/s", "Bandwidth at which a rank sends.", panel=_TIME, above=0),
-    "latency": option("us", "Latency of a collective, in microseconds.", panel=_TIME),
+    "utilisation": _time("X", "Share of --teraflops that is reached.", above=0, max=1),
+    "memory_bandwidth": _time("GiB/s", "Memory bandwidth of a GPU.", above=0),
+    "network_bandwidth": _time("GiB/s", "Bandwidth at which a rank sends.", above=0),
+    "latency": _time("us", "Latency of a collective, in microseconds."),
 }
 
 _TRAIN: dict[str, Any] = {
@@ -290,12 +266,8 @@ _TRAIN: dict[str, Any] = {
         default="newton if one of its options is given, else sgd",
         choices=("sgd", "newton"),
     ),
-    "curvature": option(
-        "NAME",
-        f"Curvature matrix: {', '.join(BLOCKS)}.",
-        default="hbp-abs",
-        panel=_NEWTON,
-        choices=BLOCKS,
+    "curvature": _newton(
+        "NAME", f"Curvature matrix: {', '.join(BLOCKS)}.", default="hbp-abs", choices=BLOCKS
     ),
     "epochs": option("N", "Passes over the examples."),
     "batch_size": option("N", "Examples per base batch."),
@@ -307,58 +279,40 @@ _TRAIN: dict[str, Any] = {
     "lr": option("X", "Learning rate.", above=0),
     "lr_decay": option("X", "Factor of the learning rate after each --lr-decay-epoch.", above=0),
     "lr_decay_epoch": option("N,N", "Epochs after which the rate decays, counted from 1."),
-    "adversarial_share": option(
-        "X",
-        "Initial share of adversarial inputs in each base batch.",
-        default="0.2",
-        panel=_ABSA,
-        max=1,
+    "adversarial_share": _absa(
+        "X", "Initial share of adversarial inputs in each base batch.", default="0.2", max=1
     ),
-    "eps": option(
-        "X", "Size of the adversarial perturbation of the inputs.", default="0.005", panel=_ABSA
-    ),
-    "patience": option(
-        "N", "Maximum number of epochs before the batch grows.", default="10", panel=_ABSA
-    ),
-    "momentum": option(
-        "X", "Share of the previous step that is kept.", default="0.9", panel=_SGD, max=1
-    ),
-    "weight_decay": option(
+    "eps": _absa("X", "Size of the adversarial perturbation of the inputs.", default="0.005"),
+    "patience": _absa("N", "Maximum number of epochs before the batch grows.", default="10"),
+    "momentum": _sgd("X", "Share of the previous step that is kept.", default="0.9", max=1),
+    "weight_decay": _sgd(
         "X",
         "Add X times the parameters to the gradient, and so X / 2 times their squared norm to the "
         "loss.",
         default="0",
-        panel=_SGD,
     ),
-    "alpha": option(
+    "alpha": _newton(
         "X",
         "Damping: weight of the identity in (1 - alpha) curvature + alpha I.",
         default="0.02",
-        panel=_NEWTON,
         max=1,
     ),
-    "solve": option(
+    "solve": _newton(
         "NAME",
         "Solver: cg, or direct, which inverts the factors of the blocks.",
         default="cg",
-        panel=_NEWTON,
         choices=("cg", "direct"),
     ),
-    "cg_max": option(
-        "N", "Stop CG after N products per parameter tensor.", default="50", panel=_NEWTON
+    "cg_max": _newton("N", "Stop CG after N products per parameter tensor.", default="50"),
+    "cg_rtol": _newton("X", "Relative tolerance of CG.", default="0.1"),
+    "cg_atol": _newton("X", "Absolute tolerance of CG.", default="0"),
+    "max_blocks": _newton(
+        "N", "Split the curvature of each layer into N diagonal blocks (hbp).", default="1"
     ),
-    "cg_rtol": option("X", "Relative tolerance of CG.", default="0.1", panel=_NEWTON),
-    "cg_atol": option("X", "Absolute tolerance of CG.", default="0", panel=_NEWTON),
-    "max_blocks": option(
-        "N",
-        "Split the curvature of each layer into N diagonal blocks (hbp).",
-        default="1",
-        panel=_NEWTON,
+    "examples": _data_option(
+        "N", "Train on the first N examples, and test on at most N.", default="all"
     ),
-    "examples": option(
-        "N", "Train on the first N examples, and test on at most N.", default="all", panel=_DATA
-    ),
-    "data_path": option("PATH", _IMAGES, default=_SEARCHED, panel=_DATA),
+    "data_path": _data_option("PATH", _IMAGES, default=_SEARCHED),
     "track": option(
         "NAME",
         "Record the dominant Hessian eigenvalue after each epoch: top (on 200 examples, or on a "
