@@ -110,11 +110,11 @@ class Reading:
 
         def within(memory: int) -> Callable[[Tree], Sum]:
             read = Read.nothing(self.space.device)
-            try:
-                with Footprint() as footprint:
-                    matvecs = self._made(read, rereads, lambda: footprint.now <= memory)
-            except torch.OutOfMemoryError:
-                matvecs = None
+            with Footprint() as footprint:
+                # All ranks of a model with collectives must keep the same graphs.
+                matvecs = self._made(
+                    read, rereads, lambda: bool(self.space.least(footprint.now <= memory))
+                )
             if matvecs is None:
                 return anew
             return lambda block: Sum.of(self.space, block, matvecs, read, self.average)
