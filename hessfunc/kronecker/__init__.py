@@ -11,10 +11,11 @@ from hessfunc.kronecker.factored_blocks import (
     Eigenbasis,
     Kronecker,
 )
-from hessfunc.kronecker.factors import ekfac, kfac, kflr, kfoc, kfra
+from hessfunc.kronecker.factors import ekfac, kfac, kflr, kfoc
 from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, Jacobian, OfAll, Selection
 from hessfunc.kronecker.layer import Call, Dependence, General, Layer, SharedWeight
 from hessfunc.kronecker.propagate import BlockCurvature, hbp
+from hessfunc.kronecker.recursive import kfra
 from hessfunc.kronecker.rules import (
     by_autodiff,
     elementwise,

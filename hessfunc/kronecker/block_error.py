@@ -92,7 +92,9 @@ def error(
 
     Returns:
         `BlockError` with the distance, the share outside of the diagonal blocks, and the interval
-        of both. With 10 probes, the 95 % interval of the share covers about 90 %.
+        of both. With 5 to 20 probes, the 95 % interval of the distance covers 92 to 96 %, and that
+        of the share about 86 %; with 50 probes, both cover about 95 % (``python -m
+        bench.coverage``).
 
     Raises:
         ValueError: If an option is out of range, or if A is zero.

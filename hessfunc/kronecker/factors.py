@@ -18,14 +18,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.calls import refuse_compiled
 from hessfunc.kronecker.evaluation import Bias, Unsupported
 from hessfunc.kronecker.factored import Columns, FactoredCurvature
-from hessfunc.kronecker.factored_blocks import Kronecker
-from hessfunc.kronecker.layer import SharedWeight
-from hessfunc.kronecker.moments import Sharing, input_moments
-from hessfunc.kronecker.propagate import BlockCurvature, Reached, backpropagated
+from hessfunc.kronecker.moments import Sharing, refuse_sharing
 from hessfunc.losses import Loss
 from hessfunc.options import at_least, validated
 from hessfunc.randomness import of_matrix
@@ -35,62 +31,6 @@ from hessfunc.transforms.likelihoods import refuse_without_likelihood, sampled_g
 from hessfunc.transforms.output_gradients import output_gradient
 from hessfunc.transforms.output_hessians import each_hessian
 from hessfunc.transforms.output_matrices import refuse_without_halves
-
-
-@validated
-def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
-    """Kronecker-factored recursive approximation: ``(params, batch) -> blocks``.
-
-        G = H_z (x) mean(x x'),    H_x = mean_b J_b' H_z J_b
-
-    Here H_z is the Gauss-Newton matrix at the outputs of a module. It is propagated backwards as
-    in `hbp`, by the mean of J'HJ over the batch at each module.
-
-    Args:
-        loss: Loss that exposes its outputs and its criterion, as made by `supervised`.
-        model: Module from which the loss was made, as for `hbp`.
-        sharing: Treatment of positions that share a weight, ``"expand"`` or ``"reduce"``.
-
-    Returns:
-        A curvature function that returns `Blocks`.
-
-    Raises:
-        ValueError: If `hbp` raises it.
-        NotImplementedError: If `hbp` raises it, or if a parameter is not the weight or bias of a
-            linear map.
-        MemoryError: If `hbp` raises it.
-
-    Cost: the cost of `hbp`.
-
-    Source: Botev, Ritter and Barber 2017, arXiv 1706.03662.
-    """
-    _refuse_sharing(sharing)
-    refuse_without_halves(loss)
-
-    def block(reached: Reached) -> Block:
-        weight = reached.dependence
-        if not isinstance(weight, SharedWeight):
-            raise NotImplementedError(
-                "the factors of `kfra` need weights and biases of linear maps: hold other "
-                "parameters fixed with `split` and `hold`, or use `kflr` or `hbp`"
-            )
-        hessian = weight.by_channel(reached.hessian)
-        outputs, positions = weight.shape[0] // weight.groups, len(hessian) // weight.shape[0]
-        view = hessian.view(2 * (weight.groups, outputs, positions))
-        # With H_z = sum g g' over outputs (o, p), B[o, a] is sum_p H_z[o, p, a, p] for "expand"
-        # and sum_pq H_z[o, p, a, q] for "reduce".
-        summed = "gopgap->goa" if sharing == "expand" else "gopgaq->goa"
-        left = torch.einsum(summed, view)
-        return Kronecker(left, input_moments(weight.each(), sharing), weight.shape)
-
-    return backpropagated(
-        loss,
-        model,
-        block,
-        residual="zero",
-        average_input_jacobian=False,
-        average_parameter_jacobian=False,
-    )
 
 
 @validated
@@ -324,11 +264,6 @@ def kfoc(
     return _curvature(loss, model, columns, "expand", unsupported, bias, steps=steps, exact=exact)
 
 
-def _refuse_sharing(sharing: str) -> None:
-    if sharing not in get_args(Sharing):
-        raise ValueError(f"sharing={sharing!r}: choose 'expand' or 'reduce'")
-
-
 def _curvature(
     loss: Loss,
     model: nn.Module,
@@ -341,7 +276,7 @@ def _curvature(
     steps: int = 0,
     exact: bool = True,
 ) -> FactoredCurvature:
-    _refuse_sharing(sharing)
+    refuse_sharing(sharing)
     if unsupported not in get_args(Unsupported):
         raise ValueError(f"unsupported={unsupported!r}: choose 'error' or 'diagonal'")
     if bias not in get_args(Bias):

@@ -8,7 +8,7 @@ outputs are ``(B, G, O, P)``, for B examples, G groups and P positions. The grad
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ from hessfunc.memory import AT_ONCE, refuse_unless_fits
 _ROWS = 96
 
 Sharing: TypeAlias = Literal["expand", "reduce"]
+
+
+def refuse_sharing(sharing: str, /) -> None:
+    """Raise ValueError for another treatment of positions than "expand" and "reduce"."""
+    if sharing not in get_args(Sharing):
+        raise ValueError(f"sharing={sharing!r}: choose 'expand' or 'reduce'")
 
 
 def by_row(columns: Tensor, examples: int) -> list[Tensor]:
@@ -45,14 +51,11 @@ def outer_moments(slopes: Tensor, sharing: Sharing) -> Tensor:
     return _gram(slopes if sharing == "expand" else slopes.sum(-1, keepdim=True))
 
 
-def input_moments(inputs: Inputs, sharing: Sharing) -> Tensor:
-    """Return the factor A, ``(G, K, K)``, or its diagonal ``(G, K)`` for a lookup."""
-    total, count = summed_input_moments(inputs, sharing)
-    return total / count
-
-
 def summed_input_moments(inputs: Inputs, sharing: Sharing) -> tuple[Tensor, int]:
-    """Return the factor A times the number of its terms, and this number."""
+    """Return the factor A times the number of its terms, and this number.
+
+    The factor is ``(G, K, K)``, or its diagonal ``(G, K)`` for a lookup.
+    """
     if isinstance(inputs, OneHot):
         # e_i e_i' is diagonal, so that the sum counts the indices. The index K has no input.
         counts = inputs.indices.flatten().bincount(minlength=inputs.size + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from hessfunc.transforms.output_matrices import refuse_without_halves
 from hessfunc.transforms.taps import Residual
 
 BlockCurvature: TypeAlias = Callable[[Mapping[str, Tensor], Any], Blocks]
+Made = TypeVar("Made")
 
 
 @validated
@@ -111,7 +112,7 @@ def hbp(
             max_blocks=max_blocks,
         )
 
-    return backpropagated(
+    blocks = backpropagated(
         loss,
         model,
         block,
@@ -119,6 +120,12 @@ def hbp(
         average_input_jacobian=average_input_jacobian,
         average_parameter_jacobian=average_parameter_jacobian,
     )
+
+    def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
+        constants = requiring_gradients(list(params.values()), batch)
+        return Blocks(blocks(params, batch), space_of(params), tuple(constants))
+
+    return curvature
 
 
 @dataclass(frozen=True)
@@ -140,34 +147,32 @@ class Reached:
 def backpropagated(
     loss: Loss,
     model: nn.Module,
-    block: Callable[[Reached], Block],
+    part: Callable[[Reached], Made],
     /,
     *,
     residual: Residual,
     average_input_jacobian: bool,
     average_parameter_jacobian: bool,
-) -> BlockCurvature:
-    """Return the curvature function whose blocks are ``block(reached)`` for each parameter."""
+) -> Callable[[Mapping[str, Tensor], Any], dict[str, Made]]:
+    """Return the function of the parameters and a batch with ``part(reached)`` by parameter."""
     refuse_compiled(model)
 
-    def curvature(params: Mapping[str, Tensor], batch: Any) -> Blocks:
+    def parts(params: Mapping[str, Tensor], batch: Any) -> dict[str, Made]:
         space = space_of(params)
         refuse_dtensors(space)
         with linearising(space, params, batch) as (leaves, given):
             with noted(loss, params, batch):
                 call = recorded_call(model, loss, leaves, given)
             with training_flags(call.training):
-                blocks = propagated(call, frozenset(params), given)
-        if unused := [name for name in space.names if name not in blocks]:
+                made = propagated(call, frozenset(params), given)
+        if unused := [name for name in space.names if name not in made]:
             raise ValueError(
                 f"the loss does not depend on parameter {unused[0]!r} of the model: hold it fixed "
                 "with `split` and `hold`"
             )
-        constants = requiring_gradients(space.tree_leaves(params), batch)
-        ordered = {name: blocks[name] for name in space.names}
-        return Blocks(ordered, space, tuple(constants))
+        return {name: made[name] for name in space.names}
 
-    def propagated(call: ModelCall, chosen: frozenset[str], batch: Any) -> dict[str, Block]:
+    def propagated(call: ModelCall, chosen: frozenset[str], batch: Any) -> dict[str, Made]:
         operations = operations_of(model, call, chosen)
         slopes = (
             _slopes(loss, operations, batch) if residual != "zero" else [None] * len(operations)
@@ -181,10 +186,10 @@ def backpropagated(
                 # outputs and criterion. Without them, a linear criterion gives zero.
                 warn_if_zero(loss.criterion, hessian)
             return _backward(
-                operations, layers, slopes, hessian, block, residual, average_input_jacobian
+                operations, layers, slopes, hessian, part, residual, average_input_jacobian
             )
 
-    return curvature
+    return parts
 
 
 def refuse_residual(residual: str, /) -> None:
@@ -207,11 +212,11 @@ def _backward(
     layers: Sequence[Layer],
     slopes: Sequence[Tensor | None],
     hessian: Tensor,
-    block: Callable[[Reached], Block],
+    part: Callable[[Reached], Made],
     residual: Residual,
     average: bool,
-) -> dict[str, Block]:
-    """Propagate the Hessian at the outputs backwards, and return the block of each parameter.
+) -> dict[str, Made]:
+    """Propagate the Hessian at the outputs backwards, and return the part of each parameter.
 
     The recursion is that of Dangel, Harmeling and Hennig 2019, arXiv 1902.01813:
 
@@ -220,14 +225,14 @@ def _backward(
     Mixed derivatives with another tensor y of the frontier follow H_yx = H_yz J.
     """
     frontier = Frontier(len(operations) - 1, hessian)
-    blocks: dict[str, Block] = {}
+    made: dict[str, Made] = {}
     for number in reversed(range(len(operations))):
         operation, layer, slope = operations[number], layers[number], slopes[number]
         row = frontier.take(number)
         if row is None:
             continue
         for own, name in operation.parameters.items():
-            blocks[name] = block(Reached(layer.parameters[own], row.own, slope))
+            made[name] = part(Reached(layer.parameters[own], row.own, slope))
         if not operation.predecessors:
             continue
         jacobian = layer.jacobian
@@ -241,7 +246,7 @@ def _backward(
             curvature = with_sign(layer.curvature(slope), residual)
             whole = torch.diag(curvature) if curvature.dim() == 1 else curvature
             frontier.add(operation.predecessors, [[whole]])
-    return blocks
+    return made
 
 
 def _refuse_unless_fits(

@@ -57,9 +57,10 @@ def over_batches(
     pass, so they must not change either. A DataLoader draws a number from torch's random stream in
     each pass, with or without shuffling.
 
-    `kflr`, `kfac` and `ekfac` accumulate their factors when the matvec is made, in one pass, or in
-    two for `ekfac`. The result has the structured blocks of the data set, with their inverses and
-    determinants, and its products need no data.
+    `kflr`, `kfac`, `kfra` and `ekfac` accumulate their factors when the matvec is made, in one
+    pass, or in two for `ekfac`, whose eigendecompositions the ranks of a mesh divide. The result
+    has the structured blocks of the data set, with their inverses and determinants, and its
+    products need no data.
 
     On a mesh, the batches are divided among the ranks of the axis "data", and the vectors of a
     block among the ranks of the axis "probe". Sums and weights are all-reduced, so the parts may be
