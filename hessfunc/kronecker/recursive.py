@@ -14,7 +14,7 @@ from hessfunc.kronecker.factored import Each
 from hessfunc.kronecker.factored_blocks import Kronecker
 from hessfunc.kronecker.layer import SharedWeight
 from hessfunc.kronecker.moments import Sharing, refuse_sharing, summed_input_moments
-from hessfunc.kronecker.propagate import Reached, backpropagated
+from hessfunc.kronecker.propagate import BlockCurvature, Reached, backpropagated
 from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
@@ -24,7 +24,7 @@ from hessfunc.transforms.output_matrices import refuse_without_halves
 
 
 @validated
-def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> RecursiveCurvature:
+def kfra(loss: Loss, model: nn.Module, /, *, sharing: Sharing = "expand") -> BlockCurvature:
     """Kronecker-factored recursive approximation: ``(params, batch) -> blocks``.
 
         G = H_z (x) mean(x x'),    H_x = mean_b J_b' H_z J_b

@@ -178,7 +178,15 @@ def influence(
         )  # fmt: skip
         return _solved(system, gradients, rank, key)
 
-    queries: _Queries = stored(directory, partition, solved, key)
+    if directory is None:
+        queries = solved()
+    else:
+        # All ranks resume, or all solve: the products may be collective.
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / "queries.npz"
+        exists = all(partition.gathered(file.exists()))
+        is_first = partition.writes and partition.place(0) == 0
+        queries = stored(file, key, solved, exists=exists, writes=is_first)
     over_training = TrainingPass(
         loss, params, train_batches, examples_per_chunk, tokens, partition, directory, progress
     )

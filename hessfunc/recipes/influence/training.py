@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ class BatchScores(Saved):
         parts: Inner products of gradients and solutions by leaf, float64 ``(leaves, r, m)``.
         norms: Norm of the gradient of each example, float64 ``(m,)``.
         tokens: Part of each token, float64 ``(r, m, T)``; None if not requested.
-        data: Checksum of the batch; empty without a checkpoint.
+        key: Checksum of the batch; empty without a checkpoint.
     """
 
     parts: Tensor
     norms: Tensor
     tokens: Tensor | None
-    data: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -101,28 +102,22 @@ class TrainingPass:
             for done, batch in enumerate(self.batches):
                 place = self.partition.place(done)
                 if place is not None:
-                    own[place] = self._resumed(place, batch, solutions)
+                    own[place] = self._of_place(place, batch, solutions)
                 if report is not None:
                     report(done + 1)
         return own
 
-    def _resumed(self, place: int, batch: Any, solutions: Tensor) -> BatchScores:
+    def _of_place(self, place: int, batch: Any, solutions: Tensor) -> BatchScores:
         if self.checkpoint is None:
             return self._of_batch(batch, solutions, "")
-        file, data = self.checkpoint / f"batch-{place:06d}.npz", of_batches([batch])
-        if not file.exists():
-            made = self._of_batch(batch, solutions, data)
-            made.save(file)
-            return made
-        known: BatchScores = load(file)
-        if known.data != data:
-            raise ValueError(
-                f"batch {place} is not the one of the checkpoint {self.checkpoint}: pass the same "
-                "batches in the same order, or another directory"
-            )
-        return known
+        file, key = self.checkpoint / f"batch-{place:06d}.npz", of_batches([batch])
+        make = partial(self._of_batch, batch, solutions, key)
+        found: BatchScores = stored(
+            file, key, make, exists=file.exists(), writes=self.partition.writes
+        )
+        return found
 
-    def _of_batch(self, batch: Any, solutions: Tensor, data: str) -> BatchScores:
+    def _of_batch(self, batch: Any, solutions: Tensor, key: str) -> BatchScores:
         space = space_of(self.params)
         parts, norms = [], []
         for block in example_gradients(
@@ -134,36 +129,25 @@ class TrainingPass:
         whole, tokens = torch.cat(parts, -1), None
         if self.tokens is not None:
             tokens = token_scores(self.tokens, self.params, batch, solutions, whole.sum(0))
-        return BatchScores(whole, torch.cat(norms).cpu(), tokens, data)
+        return BatchScores(whole, torch.cat(norms).cpu(), tokens, key)
 
 
-def stored(
-    checkpoint: Path | None, partition: Partition, make: Callable[[], Any], known: Any, /
-) -> Any:
-    """Return the result of ``make()``, from the checkpoint if all ranks find it there.
-
-    Args:
-        checkpoint: Directory, or None.
-        partition: Ranks that take part.
-        make: Function that makes a `Saved` object with a field ``key``.
-        known: Key of the object; another one in the checkpoint is refused.
+def stored(file: Path, key: str, make: Callable[[], Any], /, *, exists: bool, writes: bool) -> Any:
+    """Return an object with a field ``key`` from its file, or make it, and write it if asked.
 
     Raises:
-        ValueError: If the checkpoint belongs to other parameters, queries or options.
+        ValueError: If the object of the file has another key.
     """
-    if checkpoint is None:
-        return make()
-    file = checkpoint / "queries.npz"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    if not all(partition.gathered(file.exists())):
-        made = make()
-        made.save(file)
+    if not exists:
+        made: Any = make()
+        if writes:
+            made.save(file)
         return made
     found = load(file)
-    if found.key != known:
+    if found.key != key:
         raise ValueError(
-            f"the checkpoint {checkpoint} belongs to other parameters, queries or options: pass "
-            "another directory, or remove it"
+            f"{file} was computed from other parameters, data or options: pass the same arguments, "
+            "or another directory as checkpoint"
         )
     return found
 

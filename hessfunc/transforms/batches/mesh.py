@@ -75,6 +75,10 @@ class MeshPartition(Partition):
         """Index of this rank's part of the data, and the number of parts."""
         return (0, 1) if self.data is None else (self.data.rank, self.data.size)
 
+    @property
+    def writes(self) -> bool:
+        return self.probe is None or self.probe.rank == 0
+
     def place(self, i: int, /) -> int | None:
         part, parts = self._place
         if self.placement == "sharded":

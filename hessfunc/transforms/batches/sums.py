@@ -154,6 +154,11 @@ def has_graph(tree: Tree, /) -> bool:
 class Partition:
     """Single-process partition: this process evaluates every batch."""
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files of its batches, instead of one with the same."""
+        return True
+
     def place(self, i: int, /) -> int | None:
         """Return the index among all batches of the i-th batch read here, None if not evaluated."""
         return i
