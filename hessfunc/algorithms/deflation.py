@@ -65,7 +65,8 @@ class Deflation:
         forms: Numbers of each probe of a trace, float64 ``(p, 4 leaves + 2)``: u'Bu, |Bu|^2, u'Su
             and |Su|^2 by leaf, |u|^2 and |(B - S) u|^2. No row if the diagonal is needed.
         removed: Numbers v and t with which ``|S - c I|_F^2`` has fallen by (v - c)^2 + t at least,
-            for every c, by the last basis vector; None if there is no such bound.
+            for every c, by the last basis vector; None if there is no such bound, or if the
+            diagonal is needed.
         chains: Reductions of the variance by the steps so far.
         seed: Seed of the run.
     """
@@ -198,7 +199,9 @@ class Deflation:
         core = torch.zeros(len(column), len(column), dtype=torch.float64, device="cpu")
         core[:-1, :-1], core[-1], core[:, -1] = self.core, column, column
         touched = space.gram(self.ends, row)
-        removed = self._removed(space, row, out, curvature, touched)
+        removed = None
+        if not self.of_diagonal:
+            removed = self._removed(space, row, out, curvature, touched)
         ends = self.ends[others]
         if others:
             ends = ends - space.combine(touched[others], row)
