@@ -303,18 +303,18 @@ def main(*, problems: list[str], subsets: int, seeds: int, out: Path = RESULTS) 
         minutes = (time.process_time() - started) / 60
         sentences.append(
             f"- {name}: {problem.title} with {one.parameters:,} parameters, {one.losses.shape[0]} "
-            f"queries. EKFAC-preconditioned conjugate gradients take {one.matvecs:.1f} products "
-            f"for a query, to a relative residual of at most {one.residual:.1e}. The run takes "
-            f"{minutes:.1f} minutes of processor time."
+            f"queries; {subsets} halves, {seeds} seeds. EKFAC-preconditioned conjugate gradients "
+            f"take {one.matvecs:.1f} products for a query, to a relative residual of at most "
+            f"{one.residual:.1e}. The run takes {minutes:.1f} minutes of processor time."
         )
         print(sentences[-1], *tables({name: one}), sep="\n", flush=True)
     methods, dampings = tables(found)
     listed = "\n".join(sentences)
     text = f"""# Linear datamodelling score of influence
 
-{subsets} halves of the data are trained with {seeds} seeds each. Scores are means over {seeds} nets
-of all data. The damping is chosen on {subsets // 2} halves, and the score is measured on the
-others. Intervals are from {DRAWS:,} bootstrap draws of queries and halves.
+Random halves of the data are trained with several seeds each. Scores are means over nets of all
+data, one for each seed. The damping is chosen on one half of the halves, and the score is measured
+on the others. Intervals are from {DRAWS:,} bootstrap draws of queries and halves.
 
 {listed}
 
