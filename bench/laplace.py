@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import hessfunc as hf
 from bench.markdown import table
+from hessfunc.algorithms.statistics import student_mean
 from hessfunc.app.problems.data import digits
 
 RESULTS = Path(__file__).parent / "results" / "laplace.md"
@@ -34,9 +35,6 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "200 eigenpairs": {"structure": "low_rank", "rank": 200},
     "last layer, full": {"structure": "full"},
 }
-# Quantile 0.975 of Student's t by degrees of freedom.
-QUANTILES = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 9: 2.262}
-
 Row = tuple[float | None, float, float, float]
 
 
@@ -91,14 +89,13 @@ def rows(seed: int) -> Iterator[tuple[str, str, Row]]:
 
 def interval(values: list[float], digits: int) -> str:
     """Return the mean of several seeds with the half-width of its 95 % interval."""
-    each = torch.tensor(values, dtype=torch.float64)
-    radius = QUANTILES[len(values) - 1] * float(each.std()) / len(values) ** 0.5
-    return f"{float(each.mean()):.{digits}f} ± {radius:.{digits}f}"
+    mean, radius = student_mean(torch.tensor(values, dtype=torch.float64))
+    return f"{float(mean):.{digits}f} ± {float(radius):.{digits}f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=6, choices=[k + 1 for k in QUANTILES])
+    parser.add_argument("--seeds", type=int, default=6)
     seeds = parser.parse_args().seeds
     measured: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for seed in range(seeds):

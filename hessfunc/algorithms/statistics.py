@@ -45,6 +45,17 @@ def student_quantile(probability: float, degrees: float, /) -> float:
     return float(stdtrit(degrees, probability))
 
 
+def student_mean(samples: Tensor, /, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Return the mean of independent samples, and the half-width of its Student interval.
+
+    Args:
+        samples: Samples along the first axis, such as results of several seeds.
+        level: Confidence level, in (0, 1).
+    """
+    stderr = samples.std(0) / len(samples) ** 0.5
+    return samples.mean(0), student_quantile((1 + level) / 2, len(samples) - 1) * stderr
+
+
 # Precision c^2 of the prior of mean / deviation, with which intervals of 10 to 100 samples are
 # within 10 % of the narrowest.
 _PRECISION = 2.5

@@ -13,6 +13,7 @@ from hessfunc.algorithms.statistics import (
     kolmogorov_quantile,
     largest_share,
     mean_square,
+    student_mean,
     student_quantile,
 )
 
@@ -29,6 +30,13 @@ def test_is_scipys(probability: float, degrees: int) -> None:
 def test_chi_squared_is_scipys(probability: float, degrees: float) -> None:
     expected = stats.chi2.ppf(probability, degrees)
     assert chi_squared_quantile(probability, degrees) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_interval_of_a_mean_is_that_of_student() -> None:
+    # The standard deviation of 1, 2, 3 is 1, and t(0.975; 2) = 4.303.
+    mean, radius = student_mean(torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]))
+    torch.testing.assert_close(mean, torch.tensor([2.0, 5.0]))
+    torch.testing.assert_close(radius, torch.tensor([4.302653 / 3**0.5, 0.0]))
 
 
 def test_one_sample_has_no_bound() -> None:
