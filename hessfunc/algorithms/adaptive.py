@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from hessfunc.algorithms.chains import expected_reduction
+from hessfunc.algorithms.checkpoint import Columns
 from hessfunc.algorithms.deflation import PILOT, Deflation
 from hessfunc.algorithms.krylov import Krylov
 from hessfunc.algorithms.probing import AnyResult, Probing
@@ -84,8 +85,7 @@ class AdaptiveProbing(Probing[Deflation, AnyResult]):
         """Return the number of probes whose error is about the tolerance."""
 
     def options(self) -> dict[str, Any]:
-        span, krylov = self.span, self.krylov
-        given = {"span": (span.parts, span.basis), "krylov": (krylov.core, krylov.basis)}
+        given = {"span": Columns(self.span.basis), "krylov": Columns(self.krylov.basis)}
         return {**super().options(), **given}
 
     def count(self, state: Deflation, /) -> int:

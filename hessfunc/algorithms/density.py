@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.basis import Basis
+from hessfunc.algorithms.checkpoint import Columns
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
 from hessfunc.algorithms.offload import home, is_far, room_beside
 from hessfunc.algorithms.products import Cost, Products
@@ -152,7 +153,7 @@ class LanczosQuadrature(Method["_State", Density]):
     changeable: ClassVar = frozenset({"basis_device", "group", "keep_basis"})
 
     def options(self) -> dict[str, Any]:
-        return {**super().options(), "span": (self.span.parts, self.span.basis)}
+        return {**super().options(), "span": Columns(self.span.basis)}
 
     def init(self, products: Products, seed: int, /) -> _State:
         self.span.refuse_another_matrix(products)

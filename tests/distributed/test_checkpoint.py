@@ -36,6 +36,7 @@ RUNS = {
     "logdet": (12, 30),
     "cg": (6, 60),
     "minres": (6, 60),
+    "function": (6, 60),
 }
 
 

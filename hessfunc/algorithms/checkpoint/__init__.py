@@ -12,6 +12,6 @@ are read, so a run can be resumed with another number of ranks. For DTensors, th
 are those of its shards, and the resumed run must divide them in the same way.
 """
 
-from hessfunc.algorithms.checkpoint.run import Checkpoint, Directory
+from hessfunc.algorithms.checkpoint.run import Checkpoint, Columns, Directory
 
-__all__ = ["Checkpoint", "Directory"]
+__all__ = ["Checkpoint", "Columns", "Directory"]

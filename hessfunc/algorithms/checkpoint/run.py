@@ -36,6 +36,13 @@ _MOST = 1e-3
 _ROUNDINGS = 4
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Option whose rows ``(k, width)`` are this rank's columns of vectors, if they are divided."""
+
+    rows: Tensor
+
+
 @dataclass
 class Checkpoint:
     """Checkpoint of a run, which saves nothing if it has no segments.
@@ -92,7 +99,7 @@ class Checkpoint:
                 for name, shape, dtype in zip(space.names, space.shapes, space.dtypes, strict=True)
             },
             "the cut of leaves over ranks": space.cut,
-            **{name: _described(value) for name, value in options.items()},
+            **{name: _described(value, space) for name, value in options.items()},
         }
         if path is None:
             return cls(None, known, {}, products, drawn_seed(space, seed))
@@ -345,8 +352,11 @@ def _of_another_process(directory: Path) -> ValueError:
     )
 
 
-def _described(value: Any) -> Any:
+def _described(value: Any, space: Space) -> Any:
     """Return a plain option unchanged, and a tree of tensors as the digests of its leaves."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, Columns):
+        # The whole rows, because a run may resume on another number of ranks.
+        value = space.unravel(value.rows)
     return ", ".join(digest_of(bytes_of(whole(leaf))) for leaf in leaves(value))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Columns
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
 from hessfunc.algorithms.functions.accuracy import Projected, projected
 from hessfunc.algorithms.products import Cost, Products
@@ -155,7 +156,7 @@ class LanczosFunction(Method["_State", MatrixFunction]):
     is_random: ClassVar[bool] = False
 
     def options(self) -> dict[str, Any]:
-        return {"b": self.rows, "basis_size": self.basis_size}
+        return {"b": Columns(self.rows), "basis_size": self.basis_size}
 
     def init(self, products: Products, seed: int, /) -> _State:
         space = products.space

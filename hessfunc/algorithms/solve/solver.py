@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Columns
 from hessfunc.algorithms.driver import Method
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Solution
@@ -48,7 +49,7 @@ class Solver(Method[tuple[AnyIterate, ...], Solution]):
     def options(self) -> dict[str, Any]:
         system = self.systems[0]
         return {
-            "b": system.space.unravel(torch.cat([each.b for each in self.systems])),
+            "b": Columns(torch.cat([each.b for each in self.systems])),
             "damping": system.damping,
             "preconditioned": system.preconditioner is not None,
             "measure": system.measure,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from hessfunc.algorithms.checkpoint import Columns
 from hessfunc.algorithms.driver import RunOptions, run_method
 from hessfunc.algorithms.exact import exact_trace
 from hessfunc.algorithms.norms import squared_frobenius
@@ -146,8 +147,7 @@ class Hutchinson(TraceProbing["_State"]):
     fewest: ClassVar[int] = FEWEST_SAMPLES
 
     def options(self) -> dict[str, Any]:
-        pairs = self.eigenpairs
-        return {**super().options(), "eigenpairs": (pairs.parts, pairs.basis)}
+        return {**super().options(), "eigenpairs": Columns(self.eigenpairs.basis)}
 
     def init(self, products: Products, seed: int, /) -> _State:
         space = products.space
