@@ -11,12 +11,14 @@ HAWQ: Dong et al. 2019, arXiv 1905.03696) defines
 and chooses the bits of all layers together, with the least total sensitivity within a budget of
 size. One call of `xtrace` gives the traces of all layers as parts of the whole trace. The method
 pays if layers differ: here, as in a conv net, the wide layers at the end need fewer bits than the
-first ones.
+first ones. `python -m bench.quantisation` does the same for a trained Llama.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -25,12 +27,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
+from hessfunc.algorithms.results import LeafEstimate
 from hessfunc.app.problems.data import digits
 from hessfunc.app.problems.fit import accuracy, train
 from hessfunc.app.problems.nets import mlp
 from hessfunc.training.examples import Examples
 
-Params = dict[str, Tensor]
+Rounding = Callable[[Tensor, int], Tensor]
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -54,34 +57,35 @@ def quantised(weight: Tensor, bits: int) -> Tensor:
     return low + step * ((weight - low) / step).round()
 
 
-def average_traces(model: nn.Module, seen: Examples) -> dict[str, float]:
-    """Return tr H / n of each weight tensor."""
+def traces(model: nn.Module, seen: Examples) -> Mapping[str, LeafEstimate]:
+    """Return tr H of each weight tensor, with its interval."""
     model_fn, params = hf.functional(model)
     weights, biases = hf.split(params, "*.weight")
     loss = hf.hold(hf.supervised(model_fn, cross_entropy), biases)
-    trace = hf.xtrace(hf.over_batches(hf.hvp(loss))(weights, seen.batches(500)), weights, seed=0)
-    low, high = trace.interval()
-    print(f"trace {trace.value:.1f}, 95 % interval {low:.1f} to {high:.1f}\n")
-    return {name: trace.by_leaf[name] / w.numel() for name, w in weights.items()}
+    matvec = hf.over_batches(hf.hvp(loss))(weights, seen.batches(500))
+    return hf.xtrace(matvec, weights, seed=0).by_leaf
 
 
-def sensitivities(weights: Params, traces: dict[str, float]) -> dict[str, dict[int, float]]:
-    """Return the sensitivity of each layer, at each number of bits."""
-    return {
-        name: {b: traces[name] * float((quantised(w, b) - w).square().sum()) for b in BITS}
-        for name, w in weights.items()
-    }
+def sensitivities(weight: Tensor, trace: float, rounded: Rounding) -> dict[int, float]:
+    """Return the sensitivity of a layer at each number of bits."""
+    moved = {bits: float((rounded(weight, bits) - weight).square().sum()) for bits in BITS}
+    return {bits: trace / weight.numel() * square for bits, square in moved.items()}
 
 
 def best(sizes: list[int], costs: list[dict[int, float]], mean_bits: float) -> tuple[int, ...]:
     """Return the bits of each layer with the least total sensitivity, at most ``mean_bits``."""
-    budget = mean_bits * sum(sizes)
-    within = (
-        bits
-        for bits in product(BITS, repeat=len(sizes))
-        if sum(b * n for b, n in zip(bits, sizes, strict=True)) <= budget
-    )
-    return min(within, key=lambda bits: sum(c[b] for c, b in zip(costs, bits, strict=True)))
+    unit = math.gcd(*sizes)
+    budget = mean_bits * sum(sizes) / unit
+    # The least sensitivity of the layers so far, and their bits, by the size that they take.
+    least: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for size, cost in zip(sizes, costs, strict=True):
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for (used, (total, bits)), (b, c) in product(least.items(), cost.items()):
+            taken = used + b * size // unit
+            if taken <= budget and (taken not in longer or total + c < longer[taken][0]):
+                longer[taken] = total + c, (*bits, b)
+        least = longer
+    return min(least.values())[1]
 
 
 def main(*, small: bool = False) -> list[Row]:
@@ -89,13 +93,14 @@ def main(*, small: bool = False) -> list[Row]:
     seen, held_out = images[:1500], images[1500:]
     model = train(lambda: mlp([64, 32, 64, 128, 10]), seen, epochs=15 if small else 40)
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("weight")}
-    traces = average_traces(model, seen)
-    costs = sensitivities(weights, traces)
+    by_layer = traces(model, seen)
+    costs = [sensitivities(w, by_layer[name], quantised) for name, w in weights.items()]
     sizes = [w.numel() for w in weights.values()]
-    print(f"{'layer':12}{'weights':>9}{'trace / n':>12}{'|dW|^2 at 4 bits':>18}")
+    print(f"{'layer':12}{'weights':>9}{'trace':>9}{'95 % interval':>18}{'trace / n':>12}")
     for name, w in weights.items():
-        moved = float((quantised(w, 4) - w).square().sum())
-        print(f"{name:12}{w.numel():9,}{traces[name]:12.5f}{moved:18.4f}")
+        trace, (low, high) = by_layer[name], by_layer[name].interval()
+        interval = f"[{low:.2f}, {high:.2f}]"
+        print(f"{name:12}{w.numel():9,}{trace:9.2f}{interval:>18}{trace / w.numel():12.5f}")
 
     def row(name: str, bits: tuple[int, ...]) -> Row:
         chosen = {n: quantised(w, b) for (n, w), b in zip(weights.items(), bits, strict=True)}
@@ -103,13 +108,13 @@ def main(*, small: bool = False) -> list[Row]:
         with torch.no_grad():
             loss = float(cross_entropy(model(seen.inputs), seen.targets))
         size = sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)
-        cost = sum(c[b] for c, b in zip(costs.values(), bits, strict=True))
+        cost = sum(c[b] for c, b in zip(costs, bits, strict=True))
         return Row(name, bits, size, cost, loss, accuracy(model, held_out))
 
     rows = []
     for mean_bits in (3, 4, 5):
         rows.append(row("uniform", (mean_bits,) * len(sizes)))
-        rows.append(row("by traces", best(sizes, list(costs.values()), mean_bits)))
+        rows.append(row("by traces", best(sizes, costs, mean_bits)))
     print(f"\n{'':11}{'bits':18}{'mean':>5}{'sensitivity':>13}{'loss':>9}{'accuracy':>10}")
     for r in rows:
         bits = " ".join(map(str, r.bits))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -30,19 +31,130 @@ def test_quantisation_by_traces_loses_less_than_uniform_bits() -> None:
     assert by_traces.accuracy >= three.accuracy
 
 
-def test_pruning_by_the_diagonal(tmp_path: Path) -> None:
+def test_bits_within_a_budget_have_the_least_total_cost() -> None:
+    from examples.quantisation import BITS, best
+
+    sizes = [6, 4, 10, 2]
+    random = torch.rand(4, len(BITS), generator=torch.Generator().manual_seed(0)).tolist()
+    costs = [dict(zip(BITS, row, strict=True)) for row in random]
+    bits = best(sizes, costs, 4.5)
+
+    def cost(choice: tuple[int, ...]) -> float:
+        return sum(c[b] for c, b in zip(costs, choice, strict=True))
+
+    def size(choice: tuple[int, ...]) -> int:
+        return sum(b * n for b, n in zip(choice, sizes, strict=True))
+
+    within = [choice for choice in product(BITS, repeat=4) if size(choice) <= 4.5 * sum(sizes)]
+    assert bits in within
+    assert cost(bits) == pytest.approx(min(map(cost, within)), rel=1e-12)
+
+
+def test_a_kronecker_product_of_identities_rounds_to_the_nearest() -> None:
+    from examples.rounding import METHODS, quantised
+    from hessfunc.kronecker import Kronecker
+
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    units = (torch.eye(n, dtype=torch.float64)[None] for n in (5, 7))
+    block = Kronecker(*units, weight.shape)
+    nearest, *others = (quantised(weight, block, 3, method) for method in METHODS)
+    for other in others:
+        torch.testing.assert_close(other, nearest)
+
+
+def test_later_weights_move_to_the_minimum_given_the_errors_so_far() -> None:
+    from examples.rounding import DAMPING, compensated, conditional
+
+    x = torch.randn(20, 6, dtype=torch.float64)
+    A = x.T @ x
+    weight = torch.randn(2, 6, dtype=torch.float64)
+    # Columns 0 and 1 become integers, and the others stay where they have moved.
+    moved = compensated(weight, conditional(A), lambda c, j: c.round() if j < 2 else c)
+    damped = A + DAMPING * A.diagonal().mean() * torch.eye(6)
+    error = moved - weight
+    torch.testing.assert_close(moved[:, 0], weight[:, 0].round())
+    # At the minimum, the slope D A of tr(D A D') / 2 vanishes in the columns that are free.
+    torch.testing.assert_close((error @ damped)[:, 2:], torch.zeros(2, 4).double())
+
+
+def test_rounding_with_factors_diverges_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from examples.rounding import METHODS, main
+
+    monkeypatch.setenv("HESSFUNC_DATA", str(tmp_path))
+    found = main(small=True, out=tmp_path / "rounding.png")
+    nearest, one, both = (mean(found[3, method]) for method in METHODS)
+    assert both < 0.9 * nearest
+    assert one < 0.9 * nearest
+    assert (tmp_path / "rounding.png").stat().st_size
+
+
+def test_pruning_by_the_surgeon(tmp_path: Path) -> None:
     from examples.pruning import main
 
-    rows = {row.sparsity: row for row in main(small=True, out=tmp_path / "pruning.png")}
-    whole = rows[0.0]
-    assert whole.accuracy["diagonal"] > 0.85
-    for sparsity in (0.3, 0.5, 0.6):
-        loss = rows[sparsity].loss
-        assert loss["diagonal"] < loss["magnitude"]
-        assert loss["diagonal"] < 1.5 * whole.loss["diagonal"]
-        assert loss["random"] > 10 * loss["diagonal"]
-        assert rows[sparsity].accuracy["diagonal"] > rows[sparsity].accuracy["random"] + 0.4
+    found = main(small=True, out=tmp_path / "pruning.png")
+    surgeon, damage, magnitude = (losses.mean(0) for losses in found.values())
+    # With 80 % and 90 % of the weights at zero.
+    for stage in (1, 2):
+        assert surgeon[stage] < 0.7 * min(damage[stage], magnitude[stage])
+        assert surgeon[stage] < 2.5 * surgeon[0]
     assert (tmp_path / "pruning.png").stat().st_size
+
+
+def test_the_surgeons_weights_are_at_the_minimum_of_the_quadratic_model() -> None:
+    from examples.pruning import DECAY, inverse_diagonal, moved
+    from hessfunc.kronecker import Kronecker
+
+    B, A = (x @ x.mT for x in (torch.randn(1, n, n, dtype=torch.float64) for n in (3, 4)))
+    block = Kronecker(B, A, torch.Size((3, 4)))
+    F = block.dense() + DECAY * torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(inverse_diagonal(block).flatten(), F.inverse().diagonal())
+    weight = torch.randn(3, 4, dtype=torch.float64)
+    keep = torch.ones_like(weight)
+    keep[1, 2] = 0
+    product = lambda tree: {"w": block.matvec(tree["w"])}  # noqa: E731
+    after = moved({"w": weight}, {"w": keep}, product, rtol=1e-12)["w"]
+    # Hassibi and Stork: all weights move by -w_q F^-1 e_q / [F^-1]_qq.
+    column = F.inverse()[:, 6]
+    expected = weight - weight[1, 2] * (column / column[6]).reshape(3, 4)
+    torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_merged_copies_know_the_classes_of_both(tmp_path: Path) -> None:
+    from examples.merging import main
+
+    found = main(small=True, out=tmp_path / "merging.png")
+    for method in ("Kronecker", "Gauss-Newton"):
+        assert (found[method] - found["mean"]).mean() > 0
+    assert (tmp_path / "merging.png").stat().st_size
+
+
+def test_copies_of_quadratic_losses_merge_at_the_minimum_of_their_sum() -> None:
+    from examples.merging import DAMPING, merged
+
+    matrices = [x @ x.mT + torch.eye(5) for x in torch.randn(2, 5, 5, dtype=torch.float64)]
+    copies = list(torch.randn(2, 5, dtype=torch.float64))
+    found = merged(
+        [{"w": w} for w in copies],
+        [lambda block, F=F: {"w": block["w"] @ F} for F in matrices],
+        rtol=1e-12,
+    )["w"]
+    mean_copy = (copies[0] + copies[1]) / 2
+    damping = 2 * DAMPING * torch.eye(5, dtype=torch.float64)
+    right = matrices[0] @ copies[0] + matrices[1] @ copies[1] + damping @ mean_copy
+    expected = torch.linalg.solve(matrices[0] + matrices[1] + damping, right)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_penalty_preserves_earlier_tasks(tmp_path: Path) -> None:
+    from examples.continual import main
+
+    found = main(small=True, out=tmp_path / "continual.png")
+    free, diagonal, kronecker = (each.mean(0) for each in found.values())
+    torch.testing.assert_close(diagonal[0], free[0])
+    assert kronecker.mean() > free.mean() + 0.02
+    assert (tmp_path / "continual.png").stat().st_size
 
 
 def test_a_penalty_lowers_the_top_eigenvalue_at_little_loss(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from hessfunc.training.examples import Examples
 
@@ -117,6 +118,27 @@ def mnist(path: str | Path | None = None, split: Split = "train") -> Examples:
             labels = _of_ten_classes(place, labels)
             return Examples(inputs, torch.from_numpy(labels).long())
     raise FileNotFoundError(f"no MNIST ({split}) at {root}: expected {_MNIST_LAYOUT}")
+
+
+def small_digits(count: int, root: Path | None, /) -> tuple[Examples, Examples]:
+    """Return training and test digits for problems that take seconds.
+
+    They are MNIST, averaged to 14 x 14 pixels, if the folder contains it. Otherwise they are 1,200
+    and 597 of scikit-learn's digits.
+
+    Args:
+        count: Number of training images of MNIST.
+        root: Folder that may contain MNIST, such as `data_root`.
+    """
+    if root is None or not (root / "mnist").is_dir():
+        images = digits()
+        return images[:1200], images[1200:]
+    train, test = mnist(root)[:count], mnist(root, "test")
+    return _halved(train), _halved(test)
+
+
+def _halved(images: Examples) -> Examples:
+    return Examples(avg_pool2d(images.inputs, 2), images.targets)
 
 
 def _idx(file: Path, axes: int) -> np.ndarray | None:

@@ -30,6 +30,18 @@ def test_digits_are_images_in_the_unit_interval() -> None:
     assert digits.targets.unique().tolist() == list(range(10))
 
 
+def test_small_digits_are_means_of_four_pixels_of_mnist(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    train, test = data.small_digits(50, tmp_path)
+    assert (train.inputs.shape, len(test)) == ((1200, 1, 8, 8), 597)
+    root = data_file("mnist").parent
+    train, test = data.small_digits(50, root)
+    assert (len(train), len(test)) == (50, 10_000)
+    image = data.mnist(root, "test").inputs[7, 0]
+    corner = image[10:12, 14:16].mean()
+    torch.testing.assert_close(test.inputs[7, 0, 5, 7], corner)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_both_layouts_of_cifar10_read_the_same(
     tmp_path: Path, images: np.ndarray, split: data.Split
