@@ -115,12 +115,6 @@ def validated(function: Any = None, /, **own: Check) -> Any:
             for name, value in kwargs.items()
         }
 
-    def limiting(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the function; the option ``memory`` of a run holds for everything inside."""
-        memory = kwargs.pop("memory", None) if has_run else None
-        with nullcontext() if memory is None else limited(memory):
-            return function(*args, **kwargs)
-
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -129,16 +123,20 @@ def validated(function: Any = None, /, **own: Check) -> Any:
         together = _together(args, kwargs) if "space" in by_name else None
         if together is None:
             args, kwargs = checked(args, kwargs)  # type: ignore[assignment]
-            return limiting(args, kwargs)
-        ranks, device = together
-        args, kwargs = ranks.all_do(lambda: checked(args, kwargs), device)  # type: ignore[assignment]
-        named = zip((name for name, _ in ordered), args, strict=False)
-        given = defaults | dict(named) | kwargs
-        ranks.alike(
-            {"the function": function.__name__}
-            | {n: _outline(n, value) for n, value in given.items() if n not in _OF_ONE_RANK}
-        )
-        return limiting(args, kwargs)
+        else:
+            ranks, device = together
+            args, kwargs = ranks.all_do(lambda: checked(args, kwargs), device)  # type: ignore[assignment]
+            named = zip((name for name, _ in ordered), args, strict=False)
+            given = defaults | dict(named) | kwargs
+            ranks.alike(
+                {"the function": function.__name__}
+                | {n: _outline(n, value) for n, value in given.items() if n not in _OF_ONE_RANK}
+            )
+        # The option ``memory`` of a run holds for everything inside. Warnings count the frames up
+        # to their caller, so that there is none between the wrapper and the function.
+        memory = kwargs.pop("memory", None) if has_run else None
+        with nullcontext() if memory is None else limited(memory):
+            return function(*args, **kwargs)
 
     return wrapper
 

@@ -87,7 +87,7 @@ def trace_of_function(
 
     Cost: at most ``max_matvecs`` matvecs. Memory: 3 steps + 3 vectors for the first probe, or 35 up
     to 32 steps. Later probes run in blocks, and their bases of ``steps`` vectors take at most a
-    third of the memory.
+    quarter of the memory.
 
     Source: Ubaru, Chen and Saad 2017; bounds: Golub and Meurant 2010; steps and probes: Chen,
     Trogdon and Ubaru 2021, arXiv 2105.06595.

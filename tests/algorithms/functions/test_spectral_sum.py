@@ -132,7 +132,7 @@ def test_the_estimate_agrees_with_that_of_slq() -> None:
 
 
 def test_memory_limits_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "available_to", lambda space: 3 * 8 * N * 5)
+    monkeypatch.setattr(module, "available_to", lambda space: 4 * 8 * N * 5)
     found = run(SPECTRA["net"], max_matvecs=20, seed=0)
     assert found.passes == 20
     assert len(found.samples) == 4
