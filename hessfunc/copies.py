@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -28,8 +28,8 @@ _INSTALLED: ContextVar[tuple[tuple[str, Hooks], ...]] = ContextVar("hooks", defa
 # Containers that every module has. Evaluations rarely change them, so their length is compared.
 _OF_TORCH = frozenset(vars(nn.Module()))
 
-# Module of which a module is a structural copy.
-_ORIGINAL_OF: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+# Module of which a module is a structural copy. A copy does not keep its original alive.
+_ORIGINAL_OF: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
 
 # Held while a module that cannot be copied is evaluated itself.
 _ORIGINALS = threading.RLock()
@@ -73,9 +73,9 @@ class Evaluated:
         self._of_original = dict(zip(originals, modules, strict=True))
         # The model may be a copy itself, such as a language model without its head.
         self._of_original |= {
-            _ORIGINAL_OF[original]: module
+            first: module
             for original, module in zip(originals, modules, strict=True)
-            if original in _ORIGINAL_OF
+            if (reference := _ORIGINAL_OF.get(original)) and (first := reference()) is not None
         }
         self._states = [(vars(m), dict(vars(m)), _contents(m)) for m in modules]
         self._slots = [(m, _slots(m)) for m in modules]
@@ -174,7 +174,7 @@ def structural_copy(model: nn.Module, /) -> nn.Module | None:
         return None
     if _refers_to(copied, set(map(id, model.modules()))):
         return None
-    _ORIGINAL_OF.update(zip(copied.modules(), model.modules(), strict=True))
+    _ORIGINAL_OF.update(zip(copied.modules(), map(ref, model.modules()), strict=True))
     return copied
 
 
