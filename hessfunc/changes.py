@@ -204,15 +204,15 @@ class Rereads:
         return cls({key: Reads({key: each}).unchanged(again=True) for key, each in named.items()})
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Context manager around some evaluations.
+    def reading(self) -> Iterator[Reads]:
+        """Context manager around some evaluations, which yields the tensors that they read.
 
         Raises:
             RuntimeError: If a tensor has changed since an earlier evaluation, or in between.
         """
         self._refuse_if_changed()
         with reading() as reads:
-            yield
+            yield reads
         # The loader, or another thread, may have written between two evaluations.
         for key, named in reads.all.items():
             if key not in self.checks:

@@ -159,7 +159,8 @@ def mean_over(
             return space_of(params)
 
         space = partition.all_well(checked)
-        partition.refuse_unlike(space, params, batches)
+        options = {"the curvature": curvature, "weight": weight, "keep": keep, "data": data}
+        partition.refuse_unlike(space, params, batches, options)
         several = mesh is not None or not isinstance(batches, Sized) or len(batches) != 1
         average = Average(weight, several)
         outer = inner(average)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hessfunc.numerics import wide_dtype
+from hessfunc.options.outline import outline
 from hessfunc.randomness import mixed
 from hessfunc.ranks import Ranks, attempted, by_rank
 from hessfunc.spaces.space import Space
@@ -88,7 +89,10 @@ class MeshPartition(Partition):
     def all_well(self, act: Callable[[], Made], /) -> Made:
         return self.everyone.all_do(act, self.device)
 
-    def refuse_unlike(self, space: Space, params: Tree, batches: Iterable[Any], /) -> None:
+    def refuse_unlike(
+        self, space: Space, params: Tree, batches: Iterable[Any], options: Mapping[str, object], /
+    ) -> None:
+        self.everyone.alike({name: outline(value) for name, value in options.items()})
         self.everyone.agree(space.fingerprint(), self.device)
         bits = [_bits(leaf) for leaf in leaves(params)]
         for name, values in zip(
@@ -105,12 +109,17 @@ class MeshPartition(Partition):
 
     def over(self, space: Space, batches: Iterable[Any], local: Callable[[Tree], Sum], /) -> Matvec:
         examples = shards.examples_of(batches) if self.placement == "sharded" else None
+        compared = False
 
         def matvec(block: Tree) -> Tree:
+            nonlocal compared
             (*made,), failure = attempted(lambda: self._made(space, block, local))
             numbers = made[0].numbers if made else [0.0] * _NUMBERS
             table = self.everyone.told([self._place[0], *numbers], self.device, failure)
             self._refuse_differences(table, examples)
+            if not compared:
+                self._refuse_other_tensors(made[0].total.read.fixed)
+                compared = True
             _agree_on_reduction(made[0].total.average, [row[-1] for row in table])
             total = self._over_data(made[0].total)
             if self.probe is not None:
@@ -136,6 +145,7 @@ class MeshPartition(Partition):
                 "same model"
             )
         self._refuse_differences(table, examples)
+        self._refuse_other_tensors(made[0].read.fixed)
         _agree_on_reduction(made[0].average, [row[-1] for row in table])
         return made[0].flat if self.data is None else self.data.sum(made[0].flat)
 
@@ -187,6 +197,16 @@ class MeshPartition(Partition):
             shards.refuse_other_order(read)
         else:
             shards.refuse_repeated(read, examples)
+
+    def _refuse_other_tensors(self, fixed: Mapping[str, Tensor]) -> None:
+        """Raise on every rank if frozen parameters or buffers differ; a name may be unknown."""
+        table = self.everyone.objects({name: _bits(leaf) for name, leaf in fixed.items()})
+        for name in dict.fromkeys(name for row in table for name in row):
+            if len({row[name] for row in table if name in row}) > 1:
+                raise ValueError(
+                    f"{name!r}, a buffer or a frozen parameter, is not the same on all ranks: load "
+                    "the same state on each rank, or call torch.distributed.broadcast(x, src=0)"
+                )
 
     def _over_data(self, total: Sum) -> Sum:
         if self.data is None:
@@ -260,6 +280,7 @@ def _sampled(block: Sequence[Tensor]) -> list[float]:
 def _bits(leaf: Tensor) -> int:
     """Return a 24-bit hash of a leaf. A changed leaf keeps its hash with probability 2^-24."""
     leaf = _local(leaf)
+    leaf = torch.view_as_real(leaf) if leaf.is_complex() else leaf
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[leaf.itemsize]
     total = torch.zeros((), dtype=torch.int64, device=leaf.device)
     for i, part in enumerate(leaf.contiguous().flatten().view(whole).split(_PIECE)):

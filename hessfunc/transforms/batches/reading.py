@@ -91,8 +91,9 @@ class Reading:
                 (partial(self.average.of, batch), partial(self._once_at, batch, i))
                 for i, batch in self._mine(read)
             )
-            with rereads.reading():
+            with rereads.reading() as reads:
                 total = Sum.of(self.space, block, matvecs, read, self.average)
+            read.fixed.update(reads.all.values())
             if not transforming():
                 self.passes.add(read.all.total)
             return total
@@ -136,12 +137,13 @@ class Reading:
     ) -> list[_Made] | None:
         """Return the weight and the matvec of each batch, or None if they do not fit."""
         made: list[_Made] = []
-        with rereads.reading():
+        with rereads.reading() as reads:
             for i, batch in self._mine(read):
                 matvec = self._at(batch, i)
                 made.append((self.average.later(batch), partial(_itself, matvec)))
                 if not fits():
                     return None
+        read.fixed.update(reads.all.values())
         if not transforming():
             self.passes.add(read.all.total)
         return made
@@ -157,11 +159,12 @@ class Reading:
         def local() -> Passed:
             read = Read.nothing(self.space.device)
             made = ((batch, self._evaluated(stage, batch, i)) for i, batch in self._mine(read))
-            with rereads.reading():
+            with rereads.reading() as reads:
                 weighed = (
                     (each, self.average.of(batch)) for batch, each in made if each is not None
                 )
                 total = Total.of(weighed, given=self.average.weight is not None)
+            read.fixed.update(reads.all.values())
             self.passes.add(read.all.total)
             totals.append(total)
             return Passed(total.flat(self.space.device), read, self.average)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import starmap
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -29,10 +29,12 @@ class Read:
     Attributes:
         all: Checksum of all batches that this process read.
         own: Checksum of the batches that this process multiplied.
+        fixed: Frozen parameters and buffers that the losses of the batches read, by name.
     """
 
     all: Checksum
     own: Tensor
+    fixed: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def nothing(cls, device: torch.device) -> Read:
@@ -167,8 +169,10 @@ class Partition:
         """Return the result of ``act``; an error on one process raises on all processes."""
         return act()
 
-    def refuse_unlike(self, space: Space, params: Tree, batches: Iterable[Any], /) -> None:
-        """Raise if processes have different parameters or incompatible loaders."""
+    def refuse_unlike(
+        self, space: Space, params: Tree, batches: Iterable[Any], options: Mapping[str, object], /
+    ) -> None:
+        """Raise if processes have different options or parameters, or incompatible loaders."""
 
     def over(self, space: Space, batches: Iterable[Any], local: Callable[[Tree], Sum], /) -> Matvec:
         """Return the matvec of the mean, given the function that computes the sum of a process."""

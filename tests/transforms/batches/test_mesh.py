@@ -248,6 +248,47 @@ def test_ranks_that_ask_for_different_products_are_told(
         assert message in outcome.error
 
 
+def unlike(what: str) -> None:
+    last = dist.get_rank() == 1
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm1d(7, dtype=torch.float64)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 7).double(), norm, torch.nn.Linear(7, 3).double()
+    )
+    model.eval()[0].weight.requires_grad_(False)
+    if last and what == "buffer":
+        norm.running_mean += 1e-9
+    if last and what == "frozen":
+        model[0].weight[0, 0] += 1e-9
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, torch.nn.functional.cross_entropy)
+    curvature = hf.ggnvp(loss) if last and what == "curvature" else hf.hvp(loss)
+    if last and what == "mode":
+        curvature = hf.hvp(loss, mode="forward")
+    weight = len if last and what == "weight" else None
+    keep = what == "frozen"
+    mean = hf.over_batches(curvature, weight=weight, mesh=problems.mesh(2), keep=keep)
+    mean(params, problems.batches())(hf.random_like(params, 1, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("buffer", "'1.running_mean', a buffer or a frozen parameter, is not the same on all"),
+        ("frozen", "'0.weight', a buffer or a frozen parameter, is not the same on all ranks"),
+        ("curvature", "the ranks disagree on the curvature: rank 0 has"),
+        ("mode", "the ranks disagree on the curvature: rank 0 has"),
+        ("weight", "the ranks disagree on weight: rank 0 has None, rank 1 has len"),
+        ("nothing", None),
+    ],
+)
+def test_what_differs_between_ranks_is_named(what: str, message: str | None, two: Ranks) -> None:
+    for outcome in two.outcomes(unlike, what):
+        print(outcome.error)
+        assert (outcome.error is None) == (message is None)
+        assert message is None or message in str(outcome.error)
+
+
 def on_axes(*names: str) -> None:
     loss, params = problems.model_and_loss()
     mesh = problems.mesh(2, names=names)
