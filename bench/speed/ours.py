@@ -59,7 +59,9 @@ def _one_vector(asked: Asked, mode: Literal["reverse", "forward"], anew: bool = 
     space = space_of(params)
     block = space.unravel(asked.rows()[:1])
     if anew:
-        return Work(lambda: curvature(params, batch)(block), space.ravel)
+        # A pass frees each graph while it multiplies.
+        rebuilding = hf.over_batches(curvature, weight=_targets)(params, [batch])
+        return Work(lambda: rebuilding(block), space.ravel)
     matvec = curvature(params, batch)
     return Work(lambda: matvec(block), space.ravel)
 
