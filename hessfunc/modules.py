@@ -57,12 +57,12 @@ def functional(
     named tuple, is one argument. Several inputs and keyword arguments, as in
     ``model_fn(params, x, mask=mask)``, are passed on as they are.
 
-    The module is never changed, so several threads may call ``model_fn``, and others may train the
-    module meanwhile. Each call evaluates a structural copy of the module: other module objects
-    that hold the same tensors. The copy is made once, when `functional` is called; later changes
-    of the module's attributes, training flags and hooks do not reach it. Attributes that the
-    forward sets stay on the copy and are reset after each call, so a loss must use what
-    ``model_fn`` returns. Each call clones the buffers, so BatchNorm also works in train mode.
+    The module is never changed, so several threads may call ``model_fn`` while others train the
+    module. Each call evaluates a structural copy of the module: other module objects that hold the
+    same tensors. The copy is made once, when `functional` is called; later changes of the module's
+    attributes, training flags and hooks do not reach it. Attributes that the forward sets stay on
+    the copy and are reset after each call, so a loss must use what ``model_fn`` returns. Each call
+    clones the buffers, so BatchNorm also works in train mode.
 
     A module that cannot be copied (`copy.deepcopy` raises), or whose functions or hooks refer to
     one of its own modules through a closure or a global name, is evaluated itself and restored
@@ -71,9 +71,9 @@ def functional(
 
     Parameters that are not among ``params``, such as frozen ones, are read from the module in each
     call. They are not copied, because copies would double the memory of a large model. A matvec
-    raises an error once they have changed in place. Writes through ``.data`` or NumPy are found by
-    about 16 entries of each parameter, so that a write to a few rows may be missed: make the matvec
-    again after it.
+    raises an error once they have changed in place. Writes through ``.data`` or NumPy are detected
+    by comparing about 16 entries of each parameter. A write to a few rows may be missed; after one,
+    make the matvec again.
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)
@@ -97,8 +97,8 @@ def functional(
         mesh: Mesh of ranks with one axis, each of which holds a part of every parameter. ``params``
             are then DTensors. ``model_fn`` takes the whole batch on each rank, evaluates the
             rank's rows of it, and returns the outputs of all rows. The model must have the same
-            parameters on each rank; it can be freed afterwards. None reads the mesh from a model
-            of `fully_shard`, whose shards are used without a copy.
+            parameters on each rank; the model can then be freed. With None, the mesh is that of a
+            model of `fully_shard`, whose shards are used without a copy.
         shard: Blocks of a model on a mesh: a glob over the names of modules
             (``"transformer.h.*"``), several globs, or a predicate ``(name, module)``. The
             parameters of a block are whole only while it runs, in the forward and the backward

@@ -1,0 +1,1 @@
+"""The command line, reports and example problems, which use the library and are not used by it."""

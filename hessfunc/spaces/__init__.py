@@ -1,0 +1,1 @@
+"""Vector spaces of parameter trees: whole vectors, or vectors divided among ranks."""

@@ -66,8 +66,8 @@ def hvp(
 
     Randomness in the loss, such as dropout in train mode, is drawn once from a fixed seed and is
     the same for every product. Attention uses an implementation that has a second derivative. If
-    params are DTensors, so are the vectors. They are multiplied one after another, in mode reverse
-    or difference.
+    params are DTensors, the vectors are DTensors as well. They are multiplied one by one, in mode
+    reverse or difference.
 
     All modes give the matrix of autograd, in which detached values and values computed under
     ``no_grad`` are constant. The matvec copies params and batch when it is made, so that later
@@ -101,9 +101,9 @@ def hvp(
             one chunk; if they are large, the block is multiplied by a loop. `tune` measures a
             chunk size instead.
         differentiable: Whether products carry the graph of params and batch, so that autograd
-            differentiates them. Without it, they carry that of the vectors only, and the gradient
-            of a product with respect to params or batch raises. Under the transforms of
-            `torch.func`, products can always be differentiated.
+            differentiates them. By default, products carry only the graph of the vectors, and
+            differentiating a product with respect to params or batch raises an error. Under the
+            transforms of `torch.func`, products can always be differentiated.
 
     Raises:
         TypeError: If ``loss`` is an ``nn.Module``.
@@ -115,9 +115,9 @@ def hvp(
         RuntimeError: If params have changed in place since the matvec was made, or if autocast is
             enabled; raised by the matvec.
 
-    Cost: one gradient with its graph to linearise the loss. A loss with custom autograd functions
-    is evaluated once more, and one call of each kind is differentiated nine times alone, once per
-    `hvp`. Hooks on tensors add one gradient and its derivative.
+    Cost: one gradient with its graph to linearise the loss. If the loss has custom autograd
+    functions, the first matvec of each `hvp` checks them: one more evaluation of the loss, and nine
+    gradients of one call of each function. Hooks on tensors add one gradient and its derivative.
 
     Source: Pearlmutter 1994, Fast exact multiplication by the Hessian.
     """

@@ -1,0 +1,1 @@
+"""Eigenpairs: Lanczos recurrences with restarts, interior pairs by Davidson, power iteration."""

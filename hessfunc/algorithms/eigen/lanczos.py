@@ -48,13 +48,13 @@ def lanczos(
 
         |A v - value v| <= max(rtol |value|, atol).
 
-    The products with the basis vectors show the residuals up to the rounding of the products, as
-    far as their inner products show it: u'Av and v'Au differ by about as much. If this rounding is
-    above a tenth of the tolerance, one product with a random combination of all pairs checks the
-    residuals. If it deviates by more than rounding, k products measure each residual. A value that
-    is zero up to rounding has converged when its residual is zero up to rounding. If the rounding
-    of the products, a few eps |A|, hides the tolerance, pairs are not reported as converged, and
-    the reason says so.
+    Residuals follow from the products with the basis vectors, up to the rounding of these products.
+    The rounding is estimated from the inner products: u'Av and v'Au differ by about as much. If
+    this rounding is above a tenth of the tolerance, one product with a random combination of all
+    pairs checks the residuals. If that product differs from its prediction by more than rounding,
+    each residual is measured, by k more products. An eigenvalue that is zero up to rounding counts
+    as converged when its residual is zero up to rounding, too. If the rounding of the products, a
+    few eps |A|, hides the tolerance, pairs are not reported as converged, and the reason says so.
 
     A Krylov space of blocks of b vectors holds at most b copies of a repeated eigenvalue. If
     b < k, a few more steps begin at a random vector u outside of the basis. If they meet an
@@ -64,7 +64,7 @@ def lanczos(
         (x'u)^2 <= 1 / (p_0(x)^2 + ... + p_s(x)^2),
 
     by the orthonormal polynomials p_j of the steps at the last wanted value. The certificate is the
-    probability of so small a part, P(chi2_1 < n (x'u)^2).
+    probability that x'u is so small for a random u, P(chi2_1 < n (x'u)^2).
 
     Examples:
         >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
@@ -90,8 +90,8 @@ def lanczos(
         sigma: Number to which the wanted eigenvalues are nearest. The Jacobi-Davidson method then
             searches for them, with corrections by minimal residuals, whose products count as well.
             Their number grows with |A| / gap, where the gap is the distance to the next eigenvalue.
-            Three inverse iterations from a random vector look for nearer eigenvalues in the end,
-            but may miss one, most likely a copy of a repeated one that is equal to sigma.
+            At the end, three inverse iterations from a random vector search for nearer eigenvalues.
+            They may miss one, most likely a further copy of an eigenvalue equal to sigma.
         metric: Positive definite matrix B of the generalised problem A v = value B v: its diagonal,
             a tree like ``like``, or its matvec. The vectors are orthonormal in v'B w, and the
             residuals are those in the norm of B^-1, so that an eigenvalue lies in each interval.
@@ -126,10 +126,10 @@ def lanczos(
         search: Largest number of products of the certificate. Fewer are made once it is below 5 %,
             or if it would stay above 50 %. With 0 there is none, and a given start is trusted.
         start: Start vector as a tree, or a block of vectors, for example those of an earlier run.
-            If the block has more than ``block_size`` vectors, they are mixed. The default is
-            random. A given start may lie in an invariant subspace. Lanczos steps from a random
-            vector outside of the basis therefore follow, at one product each, until they would
-            have met a wanted eigenvalue there.
+            If the block has more than ``block_size`` vectors, random combinations of all of them
+            are used. The default is random. A given start may lie in an invariant subspace. The run
+            therefore adds Lanczos steps from a random vector outside of the basis, one product
+            each, until a wanted eigenvalue there would very probably have appeared.
         **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:

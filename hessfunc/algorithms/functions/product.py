@@ -52,8 +52,8 @@ def function(
 
     The identity holds for every f. Since q_(m+1) is a unit vector, the least and the largest
     |b| beta_m |g(x)| over a range of x bound the error from both sides if the range contains the
-    eigenvalues of A. The upper bound also contains the effect of rounding. A vector stops when its
-    upper bound is at most max(rtol |value|, atol).
+    eigenvalues of A. The upper bound also contains the effect of rounding. The recurrence of a
+    vector stops when the upper bound of its error is at most max(rtol |value|, atol).
 
     Examples:
         >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
@@ -74,8 +74,9 @@ def function(
         rtol: Relative tolerance of the error norm of each vector.
         atol: Absolute tolerance of the error norm.
         smallest: Lower bound of the eigenvalues, such as 0 for a Gauss-Newton matrix, or its
-            damping. By default a bound from the Ritz pairs. An eigenvalue below it has at most the
-            share 1.6e-6 / n of |b|^2, which is improbable for a random b.
+            damping. By default a bound from the Ritz pairs. If an eigenvalue is below this bound,
+            the part of b along its eigenvector has at most 1.6e-6 / n of |b|^2, which is improbable
+            for a random b.
         largest: Upper bound of the eigenvalues. By default a bound from the Ritz pairs.
         basis_size: Number of basis vectors that are kept in memory for each b, at least 2. By
             default the largest number that fits in half of the memory. Later vectors are not kept,

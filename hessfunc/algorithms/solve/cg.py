@@ -77,9 +77,9 @@ def cg(
         **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:
-        `Solution`, with the residual and the reason of each column. If a direction p has
-        p'(A + damping I)p <= 0, or zero up to rounding, the column stops before the step along p.
-        Then ``negative_curvature`` is p, and the reason states the curvature. ``x`` is the last
+        `Solution`, with the residual and the reason of each column. If p'(A + damping I)p is
+        negative, or zero up to rounding, for a direction p, the column stops before the step along
+        p. Then ``negative_curvature`` is p, and the reason states the curvature. ``x`` is the last
         iterate if the curvature is negative. If it is zero, ``x`` is the iterate of the least
         residual, since later iterates diverge along null vectors.
 
@@ -91,7 +91,8 @@ def cg(
 
     Cost: one matvec an iteration, and one at the end if ``measure``; three more, uncounted, if
     inner products show that the matvec may not be symmetric. Memory: 14 vectors, besides those of
-    a product. For a block, all of it for each column, in as many passes as the slowest takes.
+    a product. For a block, matvecs and memory count per column; the number of passes is that of the
+    slowest column.
 
     Source: Hestenes and Stiefel 1952; negative curvature: Steihaug 1983.
     """

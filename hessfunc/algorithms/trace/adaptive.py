@@ -61,8 +61,8 @@ def trace(
     M is T^-1 where T is positive definite, which makes S the Schur complement of a positive
     semi-definite A, and else 0. Four probes measure ``|S|_F^2``, which is proportional to the
     variance. Q then grows by Krylov vectors, from random starts, for as long as a vector saves more
-    than one probe. All other products are probes. Flat spectra therefore cost what they cost
-    `hutchinson`, and decaying spectra less than `xtrace` and `xnystrace`.
+    than one probe. All other products are probes. On a flat spectrum the cost is therefore that of
+    `hutchinson`, and on a decaying one it is below that of `xtrace` and `xnystrace`.
 
     Examples:
         >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))

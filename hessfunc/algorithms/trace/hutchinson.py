@@ -78,18 +78,19 @@ def hutchinson(
             is at most rtol |value|.
         atol: Absolute tolerance of the half-width. Without rtol and atol the whole budget is used.
         max_matvecs: Budget, the largest number of probes.
-        kind: Distribution of the probes: ``"signs"``, ``"normal"`` or ``"sphere"``. By default,
-            signs; if all n unit vectors fit into the budget, they give the exact trace, either at
-            once or as soon as the random probes have cost n products.
+        kind: Distribution of the probes: ``"signs"``, ``"normal"`` or ``"sphere"``. By default
+            signs. Without ``kind``, if the budget allows n products, the unit vectors give the
+            exact trace, either at once or after the random probes have cost n products.
         deflate: Eigenpairs of A, from `lanczos`. Their vectors must be orthonormal; they need not
             have converged.
         known: Diagonal of K, a tree with the structure of one vector. The estimate is then that of
             tr (A + K).
         block_size: Number of probes that are multiplied at once.
         confidence: ``"fixed"`` for an interval at the end of the run, or ``"anytime"`` for
-            intervals that hold together at all numbers of probes, so that a run may be stopped for
-            any reason and resumed. They are about 1.6 times as wide, and infinite with fewer than 7
-            probes. They assume that the mean of the quadratic forms is close to normal.
+            intervals that hold simultaneously at all numbers of probes, so that a run may be
+            stopped for any reason and resumed. They are about 1.6 times as wide, and infinite with
+            fewer than 7 probes. They assume that the mean of the quadratic forms is close to
+            normal.
         **run: Seed, space, callback, progress and checkpoint, as in `RunOptions`.
 
     Returns:

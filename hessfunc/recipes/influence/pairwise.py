@@ -110,8 +110,8 @@ def influence(
         by_token: Whether to keep the part of the scores that belongs to each token, for a
             cross-entropy. For another loss, a function ``(params, batch) -> losses`` of shape
             (examples, tokens) that sum to the loss of each example.
-        rank: Number of singular directions of the query gradients on which they are projected, so
-            that only as many systems are solved. The residuals contain the remainder.
+        rank: Project the query gradients on their top ``rank`` singular directions, so that only
+            ``rank`` systems are solved. The residuals include the part that is left out.
         rtol: Relative tolerance of the residual of each solve.
         max_matvecs: Budget, the largest number of products for each system, on average over a
             block.
@@ -141,8 +141,8 @@ def influence(
 
     Cost: the products of `cg` for each query, one gradient for each training example, and q n
     operations for its scores. Parts of tokens add a forward-mode product for each query and
-    training batch. Memory: the solutions of all queries, 14 vectors for each query of a
-    batch during its solve, and the gradients of one chunk.
+    training batch. Memory: the solutions of all queries, the gradients of one chunk, and, while a
+    batch of queries is solved, 14 vectors per query of it.
 
     Source: Koh and Liang 2017, arXiv 1703.04730; EKFAC: Grosse et al. 2023, arXiv 2308.03296;
     projections: Park et al. 2023, TRAK, arXiv 2303.14186.

@@ -47,8 +47,8 @@ def over_batches(
 
     The reduction is read from the loss functions and modules of torch. For any other loss it is
     tested once: the loss of the first batch is compared with the losses of its halves, at the cost
-    of two evaluations. Inside another `over_batches`, the weight of the whole is the sum of the
-    weights.
+    of two evaluations. If `over_batches` is nested, the weight of an inner data set is the sum of
+    the weights of its batches.
 
     One pass over the batches multiplies a whole vector block. Each pass computes a checksum of its
     examples, which does not depend on their order, and must have the same checksum as the first.
@@ -81,8 +81,8 @@ def over_batches(
             targets, this is the number of targets that are not ignored, or the sum of their class
             weights; otherwise it is the number of entries. The default for another mean is the
             number of examples. Pass a function such as ``lambda batch: len(batch[1])`` if another
-            loss is a mean over something else, such as tokens without padding, or if the first axes
-            of the tensors differ, as with time before batch or with graphs.
+            loss is a mean over something else, such as tokens without padding, or if the tensors of
+            a batch differ in the length of their first axis, as in time-major sequences and graphs.
         keep: Whether to keep the graph and a copy of every batch. Products are then faster, and
             memory grows with the data. ``"auto"`` keeps them if the first pass finds that they
             take at most a quarter of the free memory, or of `memory_limit`; products are the same
