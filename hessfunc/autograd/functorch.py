@@ -56,6 +56,12 @@ def _depth_now() -> tuple[int, int]:
     return 0 if stack is None else len(stack), forward_ad._current_level
 
 
+def forward_modes() -> int:
+    """Return the number of nested ``torch.func.jvp`` around the caller."""
+    stack = functorch.get_interpreter_stack() or []
+    return sum(interpreter.key() == functorch.TransformType.Jvp for interpreter in stack)
+
+
 def plain_evaluation() -> AbstractContextManager[Any]:
     """Context in which functions of tensors that no transform has wrapped give such tensors."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():

@@ -15,7 +15,7 @@ from hessfunc import options
 from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.chunked_attention import IN_CHUNKS
 from hessfunc.autograd.corrections import EXACT
-from hessfunc.autograd.functorch import evaluating, transforms_itself
+from hessfunc.autograd.functorch import evaluating, forward_modes, transforms_itself
 from hessfunc.autograd.overrides import Replacements, current
 from hessfunc.autograd.stateless import call_with
 from hessfunc.autograd.streams import replay
@@ -34,7 +34,8 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
     The kept graph of a Hessian product then holds only the arguments of ``fn``, and each product
     evaluates ``fn`` two more times. Unlike ``torch.utils.checkpoint``, it saves memory under double
     backward and works under ``torch.func``. ``functional(model, recompute=...)`` applies it to
-    selected modules. Inside transforms of ``torch.func`` around a product, activations are kept.
+    selected modules. Inside transforms of ``torch.func`` around a product, and in nested forward
+    mode, activations are kept.
 
     Args:
         fn: Pure function of arguments that may be any trees. It must not use tensors that require
@@ -46,7 +47,9 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if (mode := current()) is not None and not mode.recomputes:
+        mode = current()
+        # In nested forward mode, torch loses the outer tangent of a custom function.
+        if forward_modes() > 1 or (mode is not None and not mode.recomputes):
             return fn(*args, **kwargs)
         arguments, structure = flatten((args, kwargs))
         _refuse_hidden(arguments)
@@ -212,7 +215,7 @@ class _Recomputed(torch.autograd.Function):
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor) -> tuple[Tensor, ...]:
         tensors = ctx.saved_tensors
         fn = _of_first(ctx.pure, tensors[ctx.count :])
-        return torch.func.jvp(fn, tensors[: ctx.count], tangents[: ctx.count])[1]
+        return torch.func.jvp(fn, _apart(tensors[: ctx.count]), _apart(tangents[: ctx.count]))[1]
 
 
 class _Pulled(torch.autograd.Function):
@@ -243,7 +246,12 @@ class _Pulled(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         moving, others = ctx.saved_tensors[: ctx.moving], ctx.saved_tensors[ctx.moving :]
         pulled = _pullback(_of_first(ctx.pure, others), ctx.outputs)
-        return torch.func.jvp(pulled, moving, tangents[3 : 3 + ctx.moving])[1]
+        return torch.func.jvp(pulled, _apart(moving), _apart(tangents[3 : 3 + ctx.moving]))[1]
+
+
+def _apart(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Return tensors whose entries share no memory, unlike those of an expanded cotangent."""
+    return tuple(t.contiguous() for t in tensors)
 
 
 def _of_first(pure: Pure, others: tuple[Tensor, ...]) -> Pure:

@@ -166,6 +166,24 @@ def test_it_works_under_the_transforms_of_torch() -> None:
     torch.testing.assert_close(torch.vmap(part)(both), torch.vmap(plain)(both))
 
 
+def test_it_works_in_nested_forward_mode() -> None:
+    w, v = randn(3, 3), randn(3, 3)
+
+    def plain(w: Tensor) -> Tensor:
+        return torch.tanh(w @ w)
+
+    def derivative(f: Any) -> Any:
+        return lambda w: torch.func.jvp(f, (w,), (v,))[1]
+
+    part = hf.recomputed(plain)
+    twice, thrice = derivative(derivative(plain)), derivative(derivative(derivative(plain)))
+    torch.testing.assert_close(derivative(derivative(part))(w), twice(w))
+    torch.testing.assert_close(derivative(derivative(derivative(part)))(w), thrice(w))
+    # The cotangent of a sum is an expanded number.
+    found = derivative(torch.func.grad(lambda w: part(w).sum()))(w)
+    torch.testing.assert_close(found, derivative(torch.func.grad(lambda w: plain(w).sum()))(w))
+
+
 @pytest.mark.parametrize("of", [hf.hvp, hf.ggnvp])
 def test_the_kept_graph_holds_the_arguments_alone(of: Any) -> None:
     def deep(w: Tensor, x: Tensor) -> Tensor:
