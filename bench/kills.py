@@ -111,6 +111,8 @@ def implicit_gradient(folder: Path, mesh: Any, callback: Callable[[Any], None]) 
         outer_batches=batches,
         inner_batches=batches,
         rtol=1e-8,
+        # The random parameters are no minimum of the inner loss.
+        stationarity=1e9,
         checkpoint=folder,
         callback=callback,
     )

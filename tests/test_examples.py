@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -16,6 +17,15 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib").use("Agg")
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    from matplotlib import pyplot as plt
+
+    plt.close("all")
+    yield
+    plt.close("all")
 
 
 def test_quantisation_by_traces_loses_less_than_uniform_bits() -> None:

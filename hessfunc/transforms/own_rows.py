@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +22,6 @@ from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.divisor import terms_of
 from hessfunc.transforms.criteria import declared_reduction
 from hessfunc.trees import Tree
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
