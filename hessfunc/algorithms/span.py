@@ -13,6 +13,9 @@ from hessfunc.algorithms.symmetry import mixture, refuse_another_matrix
 from hessfunc.numerics import wide_dtype
 from hessfunc.spaces.space import Space, rows_dtype
 
+# Largest error of an inner product of orthonormal vectors, which may be in bfloat16.
+_NEARLY = 0.02
+
 
 @dataclass(frozen=True)
 class Span:
@@ -42,7 +45,7 @@ class Span:
             name: Name of the argument that holds the pairs, for messages.
 
         Raises:
-            ValueError: If the pairs span the whole space.
+            ValueError: If the pairs span the whole space, or if the vectors are not orthonormal.
         """
         none = torch.zeros(0, dtype=torch.float64, device="cpu")
         if pairs is None:
@@ -53,6 +56,13 @@ class Span:
             raise ValueError(
                 f"{name} has {len(basis)} eigenpairs of a matrix of dimension {space.n}, so no "
                 f"vector is left to sample: the trace is {name}.values.sum()"
+            )
+        gram = space.gram(basis, basis)
+        error = float((gram - torch.eye(len(basis)).to(gram)).abs().max()) if len(basis) else 0.0
+        if not error <= _NEARLY:
+            raise ValueError(
+                f"the vectors of {name} are not orthonormal, as an inner product is off by "
+                f"{error:.2g}: pass the eigenpairs of one run of `lanczos`, and not joined ones"
             )
         values = pairs.values.cpu().double()
         parts = (values[:, None] * space.by_leaf(basis, basis).cpu().double()).sum(0)

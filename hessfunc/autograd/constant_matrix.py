@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from hessfunc.autograd.functorch import nodes_of
 
 # Product with the leaves of a block.
 Product: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -97,18 +98,6 @@ def refusing_gradients(
 def leaves_of_graph(ends: Sequence[Tensor], inputs: Sequence[Tensor], /) -> list[Tensor]:
     """Return the leaves of a graph that require a gradient, other than its inputs."""
     known = set(map(id, inputs))
-    found: dict[int, Tensor] = {}
-    # Reading the graph must not trigger the modes of the loss.
-    with torch._C.DisableTorchFunction():
-        waiting: list[Any] = [end.grad_fn for end in ends]
-        seen = set()
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            waiting.extend(following for following, _ in node.next_functions)
-            leaf = getattr(node, "variable", None)
-            if isinstance(leaf, Tensor) and id(leaf) not in known:
-                found[id(leaf)] = leaf
+    leaves = [getattr(node, "variable", None) for node in nodes_of(ends)]
+    found = {id(x): x for x in leaves if isinstance(x, Tensor) and id(x) not in known}
     return list(found.values())

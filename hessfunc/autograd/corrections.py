@@ -27,12 +27,20 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _logcumsumexp(input: Tensor, dim: int) -> Tensor:
+def _logcumsumexp(input: Tensor, dim: int, *, out: Tensor | None = None) -> Tensor:
+    if out is not None:
+        return torch.logcumsumexp(input, dim, out=out)
     # The backward of torch takes the logarithm of the cotangent, so its derivative is lost where
     # the cotangent is 0.
-    return (
-        input.clone() if input.dim() == 0 else _accumulated(input.movedim(dim, -1)).movedim(-1, dim)
-    )
+    if input.dim() == 0:
+        return input.clone()
+    x = input.movedim(dim, -1)
+    if x.is_complex():
+        return _accumulated(x).movedim(-1, dim)
+    # Derivatives at minus infinity would be 0 times infinity.
+    least = torch.finfo(x.dtype).min / 4
+    y = _accumulated(x.clamp_min(least))
+    return torch.where(y > least / 2, y, -math.inf).movedim(-1, dim)
 
 
 def _accumulated(x: Tensor) -> Tensor:
@@ -45,11 +53,15 @@ def _accumulated(x: Tensor) -> Tensor:
     whole = n // _RUN * _RUN
     runs = _accumulated(x[..., :whole].unflatten(-1, (-1, _RUN)))
     before = _accumulated(runs[..., -1])
-    later_runs = torch.logaddexp(runs[..., 1:, :], before[..., :-1, None]).flatten(-2)
-    parts = [runs[..., 0, :], later_runs]
+    parts = [runs[..., 0, :], _added(runs[..., 1:, :], before[..., :-1, None]).flatten(-2)]
     if whole < n:
-        parts.append(torch.logaddexp(_accumulated(x[..., whole:]), before[..., -1:]))
+        parts.append(_added(_accumulated(x[..., whole:]), before[..., -1:]))
     return torch.cat(parts, -1)
+
+
+def _added(x: Tensor, y: Tensor) -> Tensor:
+    # The second derivative of `logaddexp` overflows if one number is far below the other.
+    return torch.stack(torch.broadcast_tensors(x, y)).logsumexp(0)
 
 
 def _cholesky_inverse(input: Tensor, upper: bool = False) -> Tensor:
@@ -88,12 +100,15 @@ def _of_symmetric(function: Any) -> Callable[..., Any]:
     (A + A') / 2. Forward mode and finite differences would follow the triangle instead.
     """
 
-    def symmetrised(A: Tensor, *args: Any, **kwargs: Any) -> Any:
-        upper = "U" in (*args, kwargs.get("UPLO")) or kwargs.get("upper", True in args)
+    def symmetrised(*args: Any, **kwargs: Any) -> Any:
+        name = next((name for name in ("input", "A") if name in kwargs), None)
+        A, *options = args if name is None else (kwargs.pop(name), *args)
+        side = str(kwargs.get("UPLO", options[0] if options else "L")).upper()
+        upper = side in ("U", "TRUE") or kwargs.get("upper", False)
         fixed = constant(A)
         read = fixed.triu() + fixed.triu(1).mH if upper else fixed.tril() + fixed.tril(-1).mH
         symmetric = (A + A.mH) / 2
-        return function(read + (symmetric - constant(symmetric)), *args, **kwargs)
+        return function(read + (symmetric - constant(symmetric)), *options, **kwargs)
 
     return symmetrised
 

@@ -5,7 +5,7 @@ torch has no forward derivative for the backward of the original functions, or o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from hessfunc.autograd.chunked_attention import IN_CHUNKS
 from hessfunc.autograd.corrections import EXACT, REFUSED, SYMMETRIC
 from hessfunc.autograd.embedding import padded_embedding
+from hessfunc.autograd.functorch import nodes_of
 from hessfunc.autograd.overrides import Replacements, getter
 
 
@@ -94,6 +95,16 @@ def _data(tensor: Tensor, *_: Any) -> Tensor:
 
 
 _with_tangents: ContextVar[bool] = ContextVar("with tangents", default=False)
+
+
+# Nodes whose backward, unless it is recorded, reads factors of a matrix that carry no tangent; that
+# of a recomputed function may contain them.
+_RECORDED = ("LinalgSolveEx", "LinalgDet", "LinalgSlogdet", "_Recomputed")
+
+
+def must_record(ends: Sequence[Tensor], /) -> bool:
+    """Return whether a backward pass has its forward derivative only if it is recorded."""
+    return any(node.name().startswith(_RECORDED) for node in nodes_of(ends))
 
 
 def pulled_once(pullback: Callable[..., tuple[Tensor, ...]], cotangent: Tensor, /) -> Any:

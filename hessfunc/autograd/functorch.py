@@ -160,6 +160,21 @@ def once_more(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.detach() for t in tensors)
 
 
+def nodes_of(ends: Sequence[Tensor], /) -> list[Any]:
+    """Return the nodes of a graph of autograd."""
+    # Reading the graph must not trigger the modes of the loss.
+    with torch._C.DisableTorchFunction():
+        waiting: list[Any] = [end.grad_fn for end in ends]
+        seen: dict[Any, None] = {}
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen[node] = None
+            waiting.extend(following for following, _ in node.next_functions)
+    return list(seen)
+
+
 def edges(tensors: Sequence[Tensor], /) -> list[GradientEdge]:
     """Return the graph edges of tensors, which do not keep the tensors alive."""
     # Reading the graph must not trigger the modes of the loss.

@@ -16,7 +16,7 @@ from hessfunc.autograd.constants import Constants
 from hessfunc.autograd.contexts import Precision, kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
 from hessfunc.autograd.errors import lacks_forward_mode
-from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD, pulled_once
+from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD, must_record, pulled_once
 from hessfunc.autograd.functorch import (
     edges,
     evaluating,
@@ -315,6 +315,7 @@ def _forward(problem: _Problem) -> Product:
     with rereading(problem.batch), differentiable_twice(space.device, FORWARD) as seen:
         first = problem.value(inputs)
         problem.refuse_if_cut(first, inputs, seen)
+        recording = must_record([first])
         _gradient(first, inputs, create_graph=False)
 
     def freed(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -322,7 +323,7 @@ def _forward(problem: _Problem) -> Product:
         return pulled_once(pulled, torch.ones_like(of_loss))
 
     recorded = torch.func.grad(value, argnums=tuple(range(len(point))))
-    gradient: Callable[..., Sequence[Tensor]] = freed
+    gradient: Callable[..., Sequence[Tensor]] = recorded if recording else freed
 
     def along(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         with differentiable_twice(space.device, FORWARD):

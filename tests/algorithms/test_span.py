@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -79,6 +80,21 @@ def test_the_whole_space_is_refused() -> None:
     whole = hf.lanczos(hf.dense(torch.eye(2).double()), small, k=2, seed=0)
     with pytest.raises(ValueError, match=r"start has 2 eigenpairs .* start.values.sum\(\)"):
         Span.of(space_of(small), whole, "start")
+
+
+@pytest.mark.parametrize("name", ["start", "deflate"])
+def test_vectors_that_are_not_orthonormal_are_refused(name: str) -> None:
+    top = pairs(3)
+    twice = [0, 0, 1]
+    joined = replace(
+        top,
+        values=top.values[twice],
+        residuals=top.residuals[twice],
+        vectors={key: leaf[twice] for key, leaf in top.vectors.items()},
+    )
+    estimator: Any = hf.trace if name == "start" else hf.hutchinson
+    with pytest.raises(ValueError, match=f"vectors of {name} are not orthonormal.*off by 1"):
+        estimator(lambda block: SPACE.unravel(SPACE.ravel(block) @ MATRIX), LIKE, **{name: joined})
 
 
 def other(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -98,7 +98,8 @@ OF_SYMMETRIC: dict[str, Callable[[Tensor], Tensor]] = {
     "cholesky_ex": lambda A: torch.linalg.cholesky_ex(A).L,
     "eigvalsh": torch.linalg.eigvalsh,
     "eigvalsh, upper": lambda A: torch.linalg.eigvalsh(A, UPLO="U"),
-    "eigh": lambda A: torch.linalg.eigh(A).eigenvalues,
+    "eigvalsh, lower case": lambda A: torch.linalg.eigvalsh(A, "u"),
+    "eigh": lambda A: torch.linalg.eigh(input=A).eigenvalues,
     "normal": lambda A: torch.distributions.MultivariateNormal(
         RIGHT[:, 0], covariance_matrix=A, validate_args=False
     ).log_prob(RIGHT[:, 1]),
@@ -119,6 +120,18 @@ def test_functions_of_symmetric_matrices_have_one_hessian(
     expected = matrix(hf.hvp(loss, mode="reverse")(params, None), params)
     found = matrix(hf.hvp(loss, mode=mode)(params, None), params)
     assert relative_error(found, expected) < (1e-5 if mode == "difference" else 1e-10)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_logcumsumexp_may_begin_with_entries_that_are_minus_infinity(mode: Any) -> None:
+    params = {"x": 3 * ROOT[0]}
+    padding = torch.full((130,), -torch.inf, dtype=torch.float64)
+
+    def loss(p: Any, _: None) -> Tensor:
+        return weighted(torch.cat([padding, p["x"]]).logcumsumexp(0)[130:])
+
+    expected = hessian(lambda p, b: weighted(by_logsumexp(p["x"])), params, None)
+    assert relative_error(matrix(hf.hvp(loss, mode=mode)(params, None), params), expected) < 1e-10
 
 
 INDEX = torch.tensor([0, 1, 1, 3])

@@ -539,3 +539,22 @@ def test_forward_mode_of_backward_passes_that_must_be_recorded(layer: nn.Module)
         rows(hf.hvp(loss, mode=mode)(params, batch)(v)) for mode in ("forward", "reverse")
     )
     assert relative_error(forward, reverse) < 1e-10
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.det,
+        torch.logdet,
+        lambda A: torch.linalg.slogdet(A)[1].square(),
+        lambda A: torch.linalg.solve(A, torch.ones(3, dtype=torch.float64)).square().sum(),
+        lambda A: torch.linalg.tensorsolve(A, torch.ones(3, dtype=torch.float64)).pow(3).sum(),
+    ],
+)
+def test_forward_mode_follows_the_factors_of_a_matrix(function: Any, recompute: bool) -> None:
+    A = 3 * torch.eye(3, dtype=torch.float64) + torch.arange(9.0).double().view(3, 3).sin()
+    of = hf.recomputed(lambda A: function(A).clone()) if recompute else function
+    found = matrix(hf.hvp(lambda p, b: of(p["A"]), mode="forward")({"A": A}, None), {"A": A})
+    expected = torch.autograd.functional.hessian(function, A).view(9, 9)
+    assert relative_error(found, expected) < 1e-12
