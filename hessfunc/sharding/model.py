@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,10 +77,13 @@ class ShardedModel:
     Attributes:
         evaluate: Function of the whole parameters outside of blocks, and of inputs.
         parts: Division of the model.
+        verified: Functions, with the shapes of their rows, whose rows are known to be independent;
+            added by `refuse_coupled`.
     """
 
     evaluate: Callable[..., Any]
     parts: Divided
+    verified: set[Any] = field(default_factory=set, repr=False)
 
     def __call__(self, params: Tree, /, *inputs: Any, **named_inputs: Any) -> Any:
         if isinstance(params, _Question):
@@ -89,6 +93,9 @@ class ShardedModel:
         ranks, given = self.parts.ranks, (inputs, named_inputs)
         shards = self._shards_of(params)
         self.refuse_different(given)
+        self.refuse_coupled(
+            self.evaluate, lambda given: self.of_rank(shards, *given[0], **given[1]), given
+        )
         rows = self.rows(given)
         own = rows[ranks.rank]
         of_rank, named_of_rank = rows_of(given, own)
@@ -135,6 +142,38 @@ class ShardedModel:
             tensors = [x for x in batch_leaves(batch) if isinstance(x, Tensor)]
             self.parts.everyone.alike({"the whole batch": checksum(tensors)})
 
+    def refuse_coupled(self, key: Any, outputs: Callable[[Any], Any], batch: Any, /) -> None:
+        """Raise if the outputs of one row depend on other rows, which other ranks may have.
+
+        Args:
+            key: Function that the outputs belong to, for which batches of one shape are tried once.
+            outputs: Outputs of some rows.
+            batch: Whole batch, whose first two rows are evaluated together and each alone.
+        """
+        tensors = [x for x in batch_leaves(batch) if isinstance(x, Tensor)]
+        shapes = (key, *((x.shape[1:], x.dtype) for x in tensors))
+        if self.parts.ranks.size < 2 or transforming() or shapes in self.verified:
+            return
+        if count_of(batch) < 2:
+            return
+        with torch.no_grad():
+            pair = _tensors(outputs(rows_of(batch, range(2))))
+            alone = [_tensors(outputs(rows_of(batch, range(i, i + 1)))) for i in range(2)]
+        for both, first, second in zip(pair, *alone, strict=True):
+            each = torch.cat([first, second]) if first.dim() else both
+            size = float(both.abs().max()) if both.numel() else 0.0
+            # Models of float64 may compute in float32.
+            dtypes = (both.dtype, self.parts.dtype or both.dtype, torch.float32)
+            rtol = math.sqrt(max(torch.finfo(dtype).eps for dtype in dtypes))
+            if both.shape != each.shape or float((both - each).abs().max()) > rtol * size:
+                raise ValueError(
+                    "the outputs of one example depend on other examples of the batch, which other "
+                    "ranks evaluate: give the examples the first axis of all inputs "
+                    "(`batch_first=True`), compute means over them in the criterion, or leave out "
+                    "`mesh` of `functional`"
+                )
+        self.verified.add(shapes)
+
     def of_rank(self, shards: Mapping[str, Tensor], /, *inputs: Any, **named_inputs: Any) -> Any:
         """Return the outputs of this rank's rows, given its shards of the parameters."""
         parts = self.parts
@@ -149,6 +188,12 @@ class ShardedModel:
         with evaluating(every), _without_draws(parts.ranks):
             wholes = parts.gathered(trained) | parts.gathered(others)
             return self.evaluate(wholes, *inputs, **named_inputs)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """Return the floating-point tensors of outputs."""
+    found = [x for x in batch_leaves(outputs) if isinstance(x, Tensor)]
+    return [x for x in found if x.is_floating_point()]
 
 
 def _local(name: str, parts: Divided, leaf: Tensor) -> Tensor:

@@ -95,9 +95,12 @@ def _of_rank(loss: LossFunction, params: Tree, batch: Any, space: Space) -> Part
     def outputs(shards: Mapping[str, Tensor], rows: Any) -> Any:
         return loss.outputs(Shards(shards), rows)
 
+    shards = ShardSpace.of(space)
+    point = shards.tree([leaf.detach() for leaf in shards.tree_leaves(params)])
+    model.refuse_coupled(loss.outputs, lambda rows: outputs(point, rows), batch)
     return Part(
         Loss(outputs, loss.criterion),
-        ShardSpace.of(space),
+        shards,
         lambda batch: rows_of(batch, own),
         share,
     )

@@ -135,12 +135,51 @@ class TwoInputs(nn.Module):
         return self.layers(x) + y.sum()
 
 
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y - y.mean(0)
+
+
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.LSTM(5, 3)]).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers[0](x)[0]
+        return y
+
+
+def coupled_in_the_loss() -> None:
+    model_fn, params = hf.functional(mlp(), mesh=problems.mesh(2))
+    loss = hf.supervised(lambda p, x: model_fn(p, x - x.mean(0)), F.cross_entropy)
+    hf.hvp(loss)(params, (INPUTS, LABELS))
+
+
+def time_before_batch() -> None:
+    model_fn, params = hf.functional(TimeFirst(), mesh=problems.mesh(2))
+    inputs = torch.ones(4, 2, 5, dtype=torch.float64)
+    hf.ggnvp(hf.supervised(model_fn, F.mse_loss))(params, (inputs, inputs[..., :3]))
+
+
+def posterior() -> None:
+    model_fn, params = hf.functional(mlp(), mesh=problems.mesh(2))
+    hf.laplace(hf.supervised(model_fn, F.cross_entropy), params, [(INPUTS, LABELS)])
+
+
 def batches_on_the_mesh_of_the_parameters() -> None:
     mesh = problems.mesh(2)
     model_fn, params = hf.functional(mlp(), mesh=mesh)
     curvature = hf.over_batches(hf.hvp(hf.supervised(model_fn, F.cross_entropy)), mesh=mesh)
     curvature(params, [(INPUTS, LABELS)])
 
+
+_COUPLED = "ValueError: the outputs of one example depend on other examples of the batch"
 
 REFUSED: dict[str, tuple[Callable[[], None], str]] = {
     "dropout": (
@@ -156,6 +195,10 @@ REFUSED: dict[str, tuple[Callable[[], None], str]] = {
         lambda: calls(TwoInputs(), INPUTS, INPUTS[:2]),
         "ValueError: a batch is divided among ranks along the first axes of its arrays, but",
     ),
+    "coupled rows": (lambda: calls(Centred()), _COUPLED),
+    "coupled rows of a loss": (coupled_in_the_loss, _COUPLED),
+    "time before batch": (time_before_batch, _COUPLED),
+    "posterior": (posterior, "NotImplementedError: posteriors do not support DTensor parameters"),
     "batches on the mesh": (
         batches_on_the_mesh_of_the_parameters,
         "ValueError: the parameters are divided among the ranks of this mesh",

@@ -100,7 +100,7 @@ def laplace(
             precision, the noise or the temperature is not positive, if an option does not belong to
             the structure, or if a layer of the model is random (dropout in train mode).
         NotImplementedError: If a parameter has no Kronecker factors for ``"kronecker"`` or
-            ``"ekfac"``.
+            ``"ekfac"``, or if the parameters are DTensors.
         MemoryError: If the full matrix does not fit in memory.
 
     Cost: one pass of evaluations, and n matvecs for ``"full"``, a Jacobian of each example for
@@ -109,6 +109,10 @@ def laplace(
     Source: MacKay 1992; Daxberger et al. 2021, arXiv 2106.14806.
     """
     family, space = family_of(loss), space_of(params)
+    if space.distributed:
+        raise NotImplementedError(
+            "posteriors do not support DTensor parameters: gather them with `unsharded(model)`"
+        )
     if structure not in get_args(Structure):
         choices = ", ".join(map(repr, get_args(Structure)))
         raise ValueError(f"structure={structure!r}: choose {choices}")
