@@ -327,3 +327,58 @@ def test_parameters_and_buffers_that_are_added_later_do_not_reach_the_copy() -> 
     nn.utils.parametrizations.weight_norm(model[0])
     model.append(nn.BatchNorm1d(2))
     assert torch.equal(model_fn(params, x), before)
+
+
+class Gated(nn.Module):
+    """A block that uses a tensor which its model sets, or sets one or fills a list for it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.linear, self.way, self.other = nn.Linear(3, 3).double(), way, torch.ones(()).double()
+
+    def forward(self, x: Tensor, seen: list[Tensor]) -> Tensor:
+        y: Tensor = self.linear(x) * self.other if self.way == "read" else self.linear(x)
+        if self.way == "written":
+            self.other = y.square().mean()
+        if self.way == "list":
+            seen.append(y.square().mean())
+        return y
+
+
+class Around(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.blocks, self.gate = nn.ModuleList([Gated(way)]), nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        block, seen = self.blocks[0], list[Tensor]()
+        assert isinstance(block, Gated)
+        if block.way == "read":
+            block.other = self.gate(x)
+        y: Tensor = block(x, seen)
+        return y + sum(seen)
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("read", "attribute 'other' of the recomputed block 'blocks.0' was set outside"),
+        ("list", "changes a list or a dict among its arguments"),
+    ],
+)
+def test_what_enters_or_leaves_a_recomputed_block_beside_it_is_refused(
+    way: str, message: str
+) -> None:
+    loss_of = lambda fn: lambda p, x: fn(p, x).square().sum()  # noqa: E731
+    model, x = Around(way), torch.ones(2, 3).double()
+    plain, params = hf.functional(model)
+    assert hf.hvp(loss_of(plain))(params, x)(hf.random_like(params, 1, seed=0))
+    recomputing, _ = hf.functional(model, recompute="blocks.*")
+    with pytest.raises(NotImplementedError, match=message):
+        hf.hvp(loss_of(recomputing))(params, x)(hf.random_like(params, 1, seed=0))
+
+
+def test_an_attribute_that_a_recomputed_block_sets_is_warned_of() -> None:
+    model_fn, params = hf.functional(Around("written"), recompute="blocks.*")
+    with pytest.warns(UserWarning, match="block 'blocks.0' sets its attribute 'other'"):
+        hf.hvp(lambda p, x: model_fn(p, x).square().sum())(params, torch.ones(2, 3).double())

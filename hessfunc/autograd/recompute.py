@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from hessfunc import options
 from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.chunked_attention import IN_CHUNKS
 from hessfunc.autograd.corrections import EXACT
-from hessfunc.autograd.functorch import evaluating, forward_modes, transforms_itself
+from hessfunc.autograd.functorch import evaluating, forward_modes, is_wrapped, transforms_itself
 from hessfunc.autograd.overrides import Replacements, current
 from hessfunc.autograd.stateless import call_with
 from hessfunc.autograd.streams import replay
-from hessfunc.containers import batch_leaves
+from hessfunc.containers import batch_leaves, tensors_in
 from hessfunc.selection import first_of
 from hessfunc.trees import Tree, flatten, leaves
 
@@ -71,6 +72,7 @@ def recomputed(fn: Callable[..., Any], /) -> Callable[..., Any]:
             inner_args, inner_kwargs = structure.unflatten(leaves)
             with differentiable_twice(device, replaced, streams=again()) if returned else first():
                 out, out_structure = flatten(fn(*inner_args, **inner_kwargs))
+            _refuse_changed((inner_args, inner_kwargs), leaves)
             if not out or not all(_is_floating(leaf) for leaf in out):
                 raise TypeError("a recomputed function must return only floating-point tensors")
             returned[:] = [out_structure]
@@ -96,6 +98,16 @@ def _refuse_hidden(arguments: Sequence[Any]) -> None:
                 "tensors that require a gradient, which would be lost: pass them in a tuple or a "
                 "dict"
             )
+
+
+def _refuse_changed(given: Any, before: Sequence[Any]) -> None:
+    """Raise if a function has changed a container among its arguments."""
+    after, _ = flatten(given)
+    if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
+        raise NotImplementedError(
+            "a recomputed function changes a list or a dict among its arguments, which its caller "
+            "would not see: return the values instead"
+        )
 
 
 class Segment(nn.Module):
@@ -158,6 +170,7 @@ def _recomputing(
     segment: Segment, name: str, borrowed: Callable[[], Borrowed], *args: Any, **kwargs: Any
 ) -> Any:
     refuse_cache((args, kwargs))
+    refuse_set_attributes(segment.module, name, borrowed)
 
     def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
         # BatchNorm raises for running statistics that require a gradient, so detach them.
@@ -165,10 +178,65 @@ def _recomputing(
         with borrowed() as model:
             forward = model.get_submodule(name).forward
             assert isinstance(forward, functools.partial)
-            return call_with(forward.args[0], {**params, **fixed}, args, kwargs)
+            with told_of_set_attributes(forward.args[0].module, name):
+                return call_with(forward.args[0], {**params, **fixed}, args, kwargs)
 
     params, buffers = dict(segment.named_parameters()), dict(segment.named_buffers())
     return recomputed(pure)(params, buffers, args, kwargs)
+
+
+# Attributes in which modules of torch have their parameters.
+_OF_TORCH = frozenset({*vars(nn.Module()), "_flat_weights"})
+
+
+def _attributes(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in attributes of modules that carry a derivative, with their names."""
+    for path, module in block.named_modules():
+        # Hooks before the forward of a module set attributes for that forward.
+        if module is not block and module._forward_pre_hooks:
+            continue
+        for key, value in vars(module).items():
+            if key not in _OF_TORCH:
+                for x in tensors_in(value):
+                    if x.requires_grad or is_wrapped(x):
+                        yield f"{path}.{key}".lstrip("."), x
+
+
+def refuse_set_attributes(block: nn.Module, name: str, borrowed: Callable[[], Borrowed], /) -> None:
+    """Raise if a tensor that carries a derivative was set on a block that is to be recomputed.
+
+    Args:
+        block: Block that is about to run.
+        name: Name of the block in the model.
+        borrowed: Function that borrows another copy of the model, without such tensors.
+    """
+    found = dict(_attributes(block))
+    if not found:
+        return
+    with borrowed() as model:
+        known = {id(x) for _, x in _attributes(model.get_submodule(name))}
+    for attribute, x in found.items():
+        if id(x) not in known:
+            raise NotImplementedError(
+                f"attribute {attribute!r} of the recomputed block {name!r} was set outside of the "
+                "block, and its derivative would be lost: pass it to the forward as an argument, "
+                "or choose a block that contains both"
+            )
+
+
+@contextmanager
+def told_of_set_attributes(block: nn.Module, name: str, /) -> Iterator[None]:
+    """Context manager that warns if the forward of a recomputed block sets attributes."""
+    before = {id(x) for _, x in _attributes(block)}
+    yield
+    for attribute, x in _attributes(block):
+        if id(x) not in before:
+            warnings.warn(
+                f"the recomputed block {name!r} sets its attribute {attribute!r}, which does not "
+                "change outside of the block: return the value if the model uses it",
+                stacklevel=2,
+            )
+            return
 
 
 def refuse_cache(arguments: Any, /) -> None:

@@ -21,7 +21,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from hessfunc.autograd.collectives import Cut, gathered
-from hessfunc.autograd.recompute import Borrowed, Segment, recomputed, refuse_cache
+from hessfunc.autograd.recompute import (
+    Borrowed,
+    Segment,
+    recomputed,
+    refuse_cache,
+    refuse_set_attributes,
+    told_of_set_attributes,
+)
 from hessfunc.autograd.stateless import call_with
 from hessfunc.fingerprints import checksum
 from hessfunc.ranks import Ranks
@@ -109,6 +116,7 @@ class _Block:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         refuse_cache((args, kwargs))
+        refuse_set_attributes(self.segment.module, self.name, self.borrowed)
         every, trained = _SHARDS.get(), self.parts.params
         # The shards of frozen parameters have no cotangent that would be summed over ranks.
         shards = {n: every[n] for n in self.names.values() if n in trained}
@@ -124,7 +132,8 @@ class _Block:
         with self.borrowed() as model:
             block = model.get_submodule(self.name).forward
             assert isinstance(block, _Block)
-            return call_with(block.segment, state, args, kwargs)
+            with told_of_set_attributes(block.segment.module, self.name):
+                return call_with(block.segment, state, args, kwargs)
 
 
 def divided(
