@@ -28,6 +28,7 @@ from hessfunc.autograd.derivative_checks import (
     random_direction,
     value_error,
 )
+from hessfunc.autograd.functorch import nodes_of
 
 # Classes and flags of custom functions that have passed the check.
 Verified: TypeAlias = set[Any]
@@ -133,16 +134,7 @@ def _custom_nodes(
     python: dict[tuple[type[Function], tuple[bool, ...]], None] = {}
     other: dict[str, None] = {}
     segments: list[Any] = []
-    # Reading the graph must not trigger the modes of the loss.
-    with torch._C.DisableTorchFunction():
-        waiting: list[Any] = [end.grad_fn for end in ends]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting.extend([following for following, _ in node.next_functions])
+    for node in nodes_of(ends):
         kind = type(node)
         if issubclass(kind, BackwardCFunction):
             custom: Any = node

@@ -161,7 +161,7 @@ def once_more(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def nodes_of(ends: Sequence[Tensor], /) -> list[Any]:
-    """Return the nodes of a graph of autograd."""
+    """Return the nodes of a graph of autograd, in the order of a depth-first search."""
     # Reading the graph must not trigger the modes of the loss.
     with torch._C.DisableTorchFunction():
         waiting: list[Any] = [end.grad_fn for end in ends]

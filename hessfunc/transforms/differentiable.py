@@ -19,7 +19,7 @@ from torch.autograd.function import BackwardCFunction
 
 from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
 from hessfunc.autograd.constant_matrix import Product
-from hessfunc.autograd.functorch import transforming
+from hessfunc.autograd.functorch import nodes_of, transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.transformable import TRANSFORMABLE
 from hessfunc.containers import is_array, opened
@@ -190,15 +190,7 @@ def refuse_untransformable(value: Tensor, /) -> None:
             "the loss does not depend on params: compute it from the params that it is given, not "
             "from the module itself, and not under `torch.no_grad()` or after `.detach()`"
         )
-    with torch._C.DisableTorchFunction():
-        waiting: list[Any] = [value.grad_fn]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
+    for node in nodes_of([value]):
         if not isinstance(node, BackwardCFunction):
             continue
         function = _source(node._forward_cls)  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hessfunc.autograd.constant_matrix import leaves_of_graph
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
 from hessfunc.containers import leaf_paths, opened
 from hessfunc.transforms.criteria import function_and_options, without_wrappers
@@ -215,15 +216,7 @@ def _without_image(
 
 def _is_curved(output: Tensor) -> bool:
     """Return whether an output is neither linear nor piecewise linear in the parameters."""
-    waiting, seen, leaves = [output.grad_fn], set(), []
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(leaf := getattr(node, "variable", None), Tensor):
-            leaves.append(leaf)
-        waiting.extend(following for following, _ in node.next_functions)
+    leaves = leaves_of_graph([output], [])
     slopes = torch.autograd.grad(output.sum(), leaves, create_graph=True, allow_unused=True)
     return any(slope is not None and slope.requires_grad for slope in slopes)
 

@@ -14,7 +14,7 @@ from hessfunc.autograd import differentiable_twice, refuse_autocast
 from hessfunc.autograd.constant_matrix import Product
 from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified
-from hessfunc.autograd.functorch import transforming
+from hessfunc.autograd.functorch import nodes_of, transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.containers import opened
 from hessfunc.losses import Loss
@@ -198,7 +198,7 @@ def _with_residual(
     leaves, _ = opened(outputs, "outputs")
     ends = [leaves[i] for i in used]
     refuse_if_outputs_are_cut(loss, space, inputs, ends, used, batch, hooks, sound)
-    nodes = _nodes(ends)
+    nodes = nodes_of(ends)
     products = [] if allow_products else _products(nodes, inputs, space)
     curved = [n for n in nodes if n.name() in ELEMENTWISE | ROWWISE and input_of(n)]
     value = loss.criterion(outputs, batch)
@@ -282,18 +282,6 @@ def _slopes(value: Tensor, nodes: Sequence[Node]) -> Sequence[Tensor | None]:
     return torch.autograd.grad(
         value, [GradientEdge(node, 0) for node in nodes], retain_graph=True, allow_unused=True
     )
-
-
-def _nodes(ends: Sequence[Tensor]) -> list[Node]:
-    """Return the nodes of the graph of these tensors, in the order of a depth-first search."""
-    waiting = [end.grad_fn for end in ends]
-    seen: dict[Node, None] = {}
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen[node] = None
-            waiting.extend(following for following, _ in node.next_functions)
-    return list(seen)
 
 
 def _refuse_unless_equal(space: Space, matvec: Matvec, exact: Matvec, what: _Linearisation) -> None:
