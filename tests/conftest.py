@@ -4,6 +4,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Tests run side by side, one a core, and so do the processes that they start: threads beside them
 # would wait for each other. Libraries read this when they are imported.
@@ -84,3 +85,17 @@ def three(forks: Forks) -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def four(forks: Forks) -> Iterator[Ranks]:
     yield from _ranks(4, forks)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright; both have to be installed."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium on the path")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path)
+        yield found
+        found.close()

@@ -369,13 +369,13 @@ class Around(nn.Module):
 def test_what_enters_or_leaves_a_recomputed_block_beside_it_is_refused(
     way: str, message: str
 ) -> None:
-    loss_of = lambda fn: lambda p, x: fn(p, x).square().sum()  # noqa: E731
     model, x = Around(way), torch.ones(2, 3).double()
     plain, params = hf.functional(model)
-    assert hf.hvp(loss_of(plain))(params, x)(hf.random_like(params, 1, seed=0))
+    v = hf.random_like(params, 1, seed=0)
+    assert hf.hvp(lambda p, x: plain(p, x).square().sum())(params, x)(v)
     recomputing, _ = hf.functional(model, recompute="blocks.*")
     with pytest.raises(NotImplementedError, match=message):
-        hf.hvp(loss_of(recomputing))(params, x)(hf.random_like(params, 1, seed=0))
+        hf.hvp(lambda p, x: recomputing(p, x).square().sum())(params, x)(v)
 
 
 def test_an_attribute_that_a_recomputed_block_sets_is_warned_of() -> None:

@@ -86,6 +86,12 @@ class Ranks:
             assert outcome.error is None, f"rank {rank}: {outcome.trace}"
         return [outcome.value for outcome in found]
 
+    def refuse(self, message: str, function: Callable[..., Any], *args: Any) -> None:
+        """Assert that the function raises an error that begins so, on each rank."""
+        for outcome in self.outcomes(function, *args):
+            assert outcome.error is not None
+            assert outcome.error.startswith(message)
+
     def close(self) -> None:
         for connection in self.connections:
             connection.close()
