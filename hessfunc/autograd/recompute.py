@@ -178,7 +178,7 @@ def _recomputing(
         with borrowed() as model:
             forward = model.get_submodule(name).forward
             assert isinstance(forward, functools.partial)
-            with told_of_set_attributes(forward.args[0].module, name):
+            with warning_of_set_attributes(forward.args[0].module, name):
                 return call_with(forward.args[0], {**params, **fixed}, args, kwargs)
 
     params, buffers = dict(segment.named_parameters()), dict(segment.named_buffers())
@@ -220,12 +220,12 @@ def refuse_set_attributes(block: nn.Module, name: str, borrowed: Callable[[], Bo
             raise NotImplementedError(
                 f"attribute {attribute!r} of the recomputed block {name!r} was set outside of the "
                 "block, and its derivative would be lost: pass it to the forward as an argument, "
-                "or choose a block that contains both"
+                "or choose a larger block that sets it"
             )
 
 
 @contextmanager
-def told_of_set_attributes(block: nn.Module, name: str, /) -> Iterator[None]:
+def warning_of_set_attributes(block: nn.Module, name: str, /) -> Iterator[None]:
     """Context manager that warns if the forward of a recomputed block sets attributes."""
     before = {id(x) for _, x in _attributes(block)}
     yield

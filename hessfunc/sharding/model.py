@@ -168,7 +168,7 @@ class ShardedModel:
             if both.shape != each.shape or float((both - each).abs().max()) > rtol * size:
                 raise ValueError(
                     "the outputs of one example depend on other examples of the batch, which other "
-                    "ranks evaluate: give the examples the first axis of all inputs "
+                    "ranks evaluate: make the examples the first axis of all inputs "
                     "(`batch_first=True`), compute means over them in the criterion, or leave out "
                     "`mesh` of `functional`"
                 )

@@ -27,7 +27,7 @@ from hessfunc.autograd.recompute import (
     recomputed,
     refuse_cache,
     refuse_set_attributes,
-    told_of_set_attributes,
+    warning_of_set_attributes,
 )
 from hessfunc.autograd.stateless import call_with
 from hessfunc.fingerprints import checksum
@@ -132,7 +132,7 @@ class _Block:
         with self.borrowed() as model:
             block = model.get_submodule(self.name).forward
             assert isinstance(block, _Block)
-            with told_of_set_attributes(block.segment.module, self.name):
+            with warning_of_set_attributes(block.segment.module, self.name):
                 return call_with(block.segment, state, args, kwargs)
 
 
