@@ -14,7 +14,7 @@ from hessfunc.app.launched import local_device
 
 ROOT = Path(__file__).parents[2]
 CODE = """
-import json, torch, torch.distributed as dist
+import json, os, torch, torch.distributed as dist
 from hessfunc.app.launched import launched
 with launched(torch.device("cpu"), timeout=30) as mesh:
     total = torch.tensor([dist.get_rank() + 1.0])
@@ -22,7 +22,8 @@ with launched(torch.device("cpu"), timeout=30) as mesh:
     found = [mesh.mesh_dim_names, mesh.size(), float(total), dist.get_backend()]
 if dist.is_initialized() or found[2] != 3:
     raise SystemExit("the group is " + str(found))
-print(json.dumps(found))
+# One write, so that the lines of the processes do not mix.
+os.write(1, (json.dumps(found) + "\\n").encode())
 """
 
 
