@@ -16,7 +16,7 @@ test: $(STAMP)
 	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m "not slow"
 	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m slow
 
-# The fast ones with the rounding, the threads and the load of other machines, one after another;
+# All of them with the rounding, the threads and the load of other machines, one after another;
 # `make test-machines SETTING=busy` takes one of them.
 test-machines: $(STAMP)
 	.ci/machines $(SETTING)

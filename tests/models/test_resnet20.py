@@ -56,7 +56,7 @@ def test_float32_has_the_five_largest_eigenvalues_of_float64() -> None:
     )
     assert single.converged.all()
     assert double.converged.all()
-    torch.testing.assert_close(single.values, double.values, rtol=1e-4, atol=0)
+    torch.testing.assert_close(single.values, double.values, rtol=1e-3, atol=0)
     gram = space_of(tree_of(single)).ravel(single.vectors).double()
     assert float((gram @ gram.mT - torch.eye(5)).abs().max()) < 1e-5
 
@@ -76,4 +76,4 @@ def test_five_largest_eigenvalues_are_scipys() -> None:
     found = hf.lanczos(matvec, params, k=5, which="LA", rtol=1e-3, seed=0)
     expected = eigsh(by_double_backward(model, *examples), k=5, which="LA", tol=1e-4)[0]
     assert found.converged.all()
-    np.testing.assert_allclose(found.values.numpy(), expected[::-1], rtol=1e-4)
+    np.testing.assert_allclose(found.values.numpy(), expected[::-1], rtol=1e-3)
