@@ -59,13 +59,13 @@ _HOMES = {
     "lanczos": "algorithms.eigen.lanczos",
     "power_iteration": "algorithms.eigen.power",
     "stochastic_power_iteration": "algorithms.eigen.stochastic_power",
-    "trace": "algorithms.trace.adaptive",
+    "trace": "algorithms.trace.adaptive_deflation",
     "hutchinson": "algorithms.trace.hutchinson",
     "hutchpp": "algorithms.trace.hutchpp",
     "xtrace": "algorithms.trace.xtrace",
     "xnystrace": "algorithms.trace.xnystrace",
     "sampled_trace": "algorithms.trace.sampled",
-    "diagonal": "algorithms.diagonal.adaptive",
+    "diagonal": "algorithms.diagonal.adaptive_deflation",
     "hutchinson_diagonal": "algorithms.diagonal.hutchinson",
     "xdiag": "algorithms.diagonal.xdiag",
     "slq": "algorithms.density",
@@ -88,7 +88,7 @@ _HOMES = {
     "influence": "recipes.influence",
     "self_influence": "recipes.influence",
     "generalized_sharpness": "algorithms.frank_wolfe",
-    "stability": "optim.stability.reading",
+    "stability": "optim.stability.limit",
 }
 # Public modules, each of which collects functions and types for one purpose.
 _FAMILIES = {

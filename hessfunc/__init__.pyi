@@ -9,7 +9,7 @@ from hessfunc.algorithms import attached as attached
 from hessfunc.algorithms import results as results
 from hessfunc.algorithms.check import check as check
 from hessfunc.algorithms.density import slq as slq
-from hessfunc.algorithms.diagonal.adaptive import diagonal as diagonal
+from hessfunc.algorithms.diagonal.adaptive_deflation import diagonal as diagonal
 from hessfunc.algorithms.diagonal.hutchinson import hutchinson_diagonal as hutchinson_diagonal
 from hessfunc.algorithms.diagonal.xdiag import xdiag as xdiag
 from hessfunc.algorithms.eigen.lanczos import lanczos as lanczos
@@ -27,7 +27,7 @@ from hessfunc.algorithms.results import load as load
 from hessfunc.algorithms.results import pool as pool
 from hessfunc.algorithms.solve.cg import cg as cg
 from hessfunc.algorithms.solve.minres import minres as minres
-from hessfunc.algorithms.trace.adaptive import trace as trace
+from hessfunc.algorithms.trace.adaptive_deflation import trace as trace
 from hessfunc.algorithms.trace.hutchinson import hutchinson as hutchinson
 from hessfunc.algorithms.trace.hutchpp import hutchpp as hutchpp
 from hessfunc.algorithms.trace.sampled import sampled_trace as sampled_trace
@@ -45,7 +45,7 @@ from hessfunc.losses import supervised as supervised
 from hessfunc.memory import memory_limit as memory_limit
 from hessfunc.modules import functional as functional
 from hessfunc.modules import unsharded as unsharded
-from hessfunc.optim.stability.reading import stability as stability
+from hessfunc.optim.stability.limit import stability as stability
 from hessfunc.recipes.block_spectra import block_spectra as block_spectra
 from hessfunc.recipes.calibration import calibration as calibration
 from hessfunc.recipes.gauss_newton_diagonal import ggn_diagonal as ggn_diagonal

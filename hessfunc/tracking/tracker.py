@@ -16,7 +16,7 @@ from hessfunc import modules
 from hessfunc.display import Reported, reporting
 from hessfunc.losses import LossFunction, supervised
 from hessfunc.modules import bare, functional
-from hessfunc.optim.stability import reading
+from hessfunc.optim.stability import limit
 from hessfunc.optim.stability.result import Stability, UnknownStability
 from hessfunc.options import at_least, finite, optimizers, or_none, path, validated
 from hessfunc.options.data import logger
@@ -64,7 +64,7 @@ class Tracker:
         self._model, self._method, self._batches = model, method, batches
         self._every, self._optimizers, self._writers = every, optimizers, tuple(writers)
         self._preconditioned, self._stability = preconditioned, stability
-        self._is_known = reading.is_known(optimizers)
+        self._is_known = limit.is_known(optimizers)
         # The names are fixed here: parameters that are frozen later still belong to the matrix.
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.state: TrackingState = method.init(self._params())
@@ -121,7 +121,7 @@ class Tracker:
             epoch=epoch,
             lr=self._lr() if lr is None else lr,
             edge=self._edge(lr),
-            optimizer=reading.name_of(self._optimizers) if self._is_known else None,
+            optimizer=limit.name_of(self._optimizers) if self._is_known else None,
             seconds=time.perf_counter() - started,
         )
         self.points.append(point)
@@ -146,20 +146,21 @@ class Tracker:
             return None
         if self._stability is not None:
             return self._stability
-        if reading.is_normed(self._optimizers):
+        if limit.is_normed(self._optimizers):
             return lambda gradient: self._read(lr, gradient)
         return self._read(lr)
 
     def _edge(self, lr: float | None) -> float | None:
         """Return the largest stable eigenvalue of the Hessian itself, for gradient descent."""
-        if not self._is_known or not reading.is_gradient_descent(self._optimizers):
+        if not self._is_known or not limit.is_gradient_descent(self._optimizers):
             return None
-        limit = self._read(lr)
-        return None if limit is None else limit.edge
+        stability = self._read(lr)
+        return None if stability is None else stability.edge
 
     def _read(self, lr: float | None, gradient: Tree | None = None) -> Stability | None:
         try:
-            return reading.read(self._optimizers, self._parameters(), gradient=gradient, lr=lr)
+            parameters = self._parameters()
+            return limit.stability_of(self._optimizers, parameters, gradient=gradient, lr=lr)
         except UnknownStability:
             # For example, Adam has no second moments before its first step.
             return None
@@ -256,7 +257,7 @@ def tracked(
     if preconditioned and stability is None:
         if not trained_by:
             raise TypeError("preconditioned=True needs an optimiser: pass `optimizer=optimizer`")
-        reading.refuse_unknown(trained_by)
+        limit.refuse_unknown(trained_by)
     if stability is not None and not preconditioned:
         raise ValueError("stability is measured only with preconditioned=True: pass both")
     if isinstance(model, nn.parallel.DistributedDataParallel) and torch.distributed.get_rank():

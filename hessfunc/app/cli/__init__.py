@@ -14,12 +14,12 @@ except ModuleNotFoundError as missing:
 
 from hessfunc.app.cli.analyze import analyze
 from hessfunc.app.cli.compare import compare
+from hessfunc.app.cli.declarations import OPTIONS
 from hessfunc.app.cli.eig import eig
 from hessfunc.app.cli.errors import Command, Group
 from hessfunc.app.cli.experiment import experiment
 from hessfunc.app.cli.options import declared
 from hessfunc.app.cli.plan import plan
-from hessfunc.app.cli.table import TABLE
 from hessfunc.app.cli.track import track
 from hessfunc.app.cli.train import train
 
@@ -66,4 +66,6 @@ def _root(
 for command in (analyze, compare, eig, experiment, plan, track, train):
     # Extra arguments may be decay epochs without commas; `train` rejects them with a hint.
     settings = {"allow_extra_args": command is train}
-    app.command(cls=Command, context_settings=settings)(declared(command, TABLE[command.__name__]))
+    app.command(cls=Command, context_settings=settings)(
+        declared(command, OPTIONS[command.__name__])
+    )

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.progress import Progress, TaskID
 
+from hessfunc.app.cli.declarations import MATRICES, PARTS
 from hessfunc.app.cli.errors import fail, invocation
 from hessfunc.app.cli.folders import held, make_folder
 from hessfunc.app.cli.progress import Bars, bar, show
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, place, several, speaks
-from hessfunc.app.cli.table import MATRICES, PARTS
 
 if TYPE_CHECKING:
     import torch

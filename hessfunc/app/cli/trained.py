@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hessfunc.app.cli.table import DATASETS
+from hessfunc.app.cli.declarations import DATASETS
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-from hessfunc.optim.stability.adaptive import auxiliary_adam
+from hessfunc.optim.stability.diagonal import auxiliary_adam
 from hessfunc.optim.stability.norms import InfinityNorm, SpectralNorm
 from hessfunc.optim.stability.recurrence import Recurrence, averaged, lion, looking_ahead
 from hessfunc.optim.stability.steps import Source, Step, decayed, decoupled

@@ -8,7 +8,7 @@ from typer.main import get_command
 
 from hessfunc.app.analysis import CURVATURES as ANALYSED
 from hessfunc.app.cli import app
-from hessfunc.app.cli.table import BLOCKS, DATASETS, EXPERIMENTS, MATRICES, PARTS, TABLE
+from hessfunc.app.cli.declarations import BLOCKS, DATASETS, EXPERIMENTS, MATRICES, OPTIONS, PARTS
 from hessfunc.app.experiments import EXPERIMENTS as PUBLISHED
 from hessfunc.app.report import NAMES
 from hessfunc.training.methods import CURVATURES
@@ -36,9 +36,9 @@ def test_help_names_options(command: str, words: tuple[str, ...]) -> None:
 def test_the_table_declares_exactly_the_parameters_of_the_commands() -> None:
     for name, command in COMMANDS.items():
         parameters = set(inspect.signature(command.callback).parameters) - {"context"}
-        assert parameters <= set(TABLE[name])
-        shared = set.intersection(*(set(table) for table in TABLE.values()))
-        assert set(TABLE[name]) - shared <= parameters
+        assert parameters <= set(OPTIONS[name])
+        shared = set.intersection(*(set(table) for table in OPTIONS.values()))
+        assert set(OPTIONS[name]) - shared <= parameters
 
 
 def test_choices_are_those_of_the_modules_that_use_them() -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, Unpack, get_args
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.adaptive import BLOCK, AdaptiveProbing
+from hessfunc.algorithms.adaptive_deflation import BLOCK, AdaptiveDeflation
 from hessfunc.algorithms.deflation import PILOT, Deflation
 from hessfunc.algorithms.diagonal.hutchinson import hutchinson_diagonal, without_chance
 from hessfunc.algorithms.diagonal.xdiag import xdiag
@@ -119,7 +119,7 @@ def diagonal(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveDiagonal(AdaptiveProbing[DiagonalEstimate], DiagonalProbing[Deflation]):
+class AdaptiveDiagonal(AdaptiveDeflation[DiagonalEstimate], DiagonalProbing[Deflation]):
     """Diagonal of the deflated part, and samples ``w * Sw`` of the rest."""
 
     fewest: ClassVar[int] = 2 * PILOT

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hessfunc import options
-from hessfunc.optim.stability import adaptive, normed, rotated
+from hessfunc.optim.stability import diagonal, normed, rotated
 from hessfunc.optim.stability.norms import (
     CombinedNorm,
     LargestNorm,
@@ -23,17 +23,17 @@ from hessfunc.optim.stability.steps import Rule, Source, Step
 from hessfunc.options import validated
 
 _OF_TORCH: dict[type[Optimizer], Rule] = {
-    torch.optim.SGD: adaptive.sgd,
-    torch.optim.Adam: adaptive.adam,
-    torch.optim.NAdam: adaptive.nadam,
-    torch.optim.RMSprop: adaptive.rmsprop,
-    torch.optim.Adagrad: adaptive.adagrad,
-    torch.optim.Adafactor: adaptive.adafactor,
+    torch.optim.SGD: diagonal.sgd,
+    torch.optim.Adam: diagonal.adam,
+    torch.optim.NAdam: diagonal.nadam,
+    torch.optim.RMSprop: diagonal.rmsprop,
+    torch.optim.Adagrad: diagonal.adagrad,
+    torch.optim.Adafactor: diagonal.adafactor,
     torch.optim.Muon: normed.torch_muon,
 }
 # Optimisers of other packages, by the name of their class.
 _BY_NAME: dict[str, Rule] = {
-    "Adafactor": adaptive.adafactor_of_transformers,
+    "Adafactor": diagonal.adafactor_of_transformers,
     "Lion": normed.lion_step,
     "SignSGD": normed.sign_descent,
     "Muon": normed.muon,
@@ -120,7 +120,7 @@ def stability(
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return read(optimizers, trained, gradient=gradient, lr=lr)
+    return stability_of(optimizers, trained, gradient=gradient, lr=lr)
 
 
 def refuse_unknown(optimizers: Iterable[Optimizer], /) -> None:
@@ -146,7 +146,7 @@ def is_normed(optimizers: Iterable[Optimizer], /) -> bool:
 
 def is_gradient_descent(optimizers: Iterable[Optimizer], /) -> bool:
     """Return whether the steps are linear in the gradient, without a preconditioner."""
-    return all(_rule(optimizer) is adaptive.sgd for optimizer in optimizers)
+    return all(_rule(optimizer) is diagonal.sgd for optimizer in optimizers)
 
 
 def _rule(optimizer: Optimizer) -> Rule | None:
@@ -161,7 +161,7 @@ def name_of(optimizers: Iterable[Optimizer], /) -> str:
     return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
-def read(
+def stability_of(
     optimizers: Sequence[Optimizer],
     parameters: Mapping[str, Tensor],
     /,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, Unpack, get_args
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.adaptive import BLOCK, AdaptiveProbing
+from hessfunc.algorithms.adaptive_deflation import BLOCK, AdaptiveDeflation
 from hessfunc.algorithms.deflation import PILOT, Deflation
 from hessfunc.algorithms.driver import RunOptions
 from hessfunc.algorithms.krylov import Krylov
@@ -154,7 +154,7 @@ def trace(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveTrace(AdaptiveProbing[Estimate], TraceProbing[Deflation]):
+class AdaptiveTrace(AdaptiveDeflation[Estimate], TraceProbing[Deflation]):
     """Trace of the deflated part, and quadratic forms of probes outside of it."""
 
     fewest: ClassVar[int] = PILOT + 1

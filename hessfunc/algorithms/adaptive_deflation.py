@@ -41,7 +41,7 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveProbing(Probing[Deflation, AnyResult]):
+class AdaptiveDeflation(Probing[Deflation, AnyResult]):
     """Exact value of the deflated part, and samples of the rest.
 
     Attributes:

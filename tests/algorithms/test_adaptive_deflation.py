@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from hessfunc.algorithms.adaptive import BLOCK
+from hessfunc.algorithms.adaptive_deflation import BLOCK
 from hessfunc.algorithms.chains import Chains
 from hessfunc.algorithms.deflation import PILOT
 from tests.reference.spectra import symmetric

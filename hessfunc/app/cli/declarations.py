@@ -342,7 +342,7 @@ _TRACK: dict[str, Any] = {
 }
 
 # Declarations by command and by the name of the parameter.
-TABLE: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     command: _COMMON | own
     for command, own in {
         "analyze": _ANALYZE,
