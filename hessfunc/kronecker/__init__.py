@@ -1,5 +1,15 @@
 """Structured diagonal blocks of curvature matrices: Hessian backpropagation, KFAC and others."""
 
+from hessfunc.kronecker.backpropagation_rules import (
+    by_autodiff,
+    elementwise,
+    linear,
+    piecewise_linear,
+    reshaped,
+    rule,
+    rule_of,
+    selection,
+)
 from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.block_error import BlockError, error
 from hessfunc.kronecker.blocks import Blocks
@@ -16,16 +26,6 @@ from hessfunc.kronecker.jacobians import Diagonal, EachExample, Identity, Jacobi
 from hessfunc.kronecker.layer import Call, Dependence, General, Layer, SharedWeight
 from hessfunc.kronecker.propagate import BlockCurvature, hbp
 from hessfunc.kronecker.recursive import kfra
-from hessfunc.kronecker.rules import (
-    by_autodiff,
-    elementwise,
-    linear,
-    piecewise_linear,
-    reshaped,
-    rule,
-    rule_of,
-    selection,
-)
 from hessfunc.transforms.exact_blocks import exact_blocks
 
 __all__ = [

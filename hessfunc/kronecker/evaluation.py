@@ -22,7 +22,8 @@ from hessfunc.kronecker.moments import (
     squared_moments,
     summed_input_moments,
 )
-from hessfunc.kronecker.uses import Observed, Uses
+from hessfunc.kronecker.observation import Observed
+from hessfunc.kronecker.uses import Uses
 from hessfunc.kronecker.verification import UNORDERED
 from hessfunc.transforms.batches.statistics import Statistics
 

@@ -25,7 +25,7 @@ from hessfunc.kronecker.evaluation import (
 )
 from hessfunc.kronecker.factored_blocks import Dense, DiagonalBlock, Eigenbasis, Kronecker
 from hessfunc.kronecker.moments import Sharing, by_row
-from hessfunc.kronecker.uses import observed
+from hessfunc.kronecker.observation import observed
 from hessfunc.kronecker.verification import Verification
 from hessfunc.losses import Loss
 from hessfunc.numerics import NARROW

@@ -6,7 +6,7 @@ the rows of the output, g the groups, o the outputs of a group, k its inputs and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -112,8 +112,3 @@ class LinearMap:
     slopes: Callable[[Tensor], Tensor]
     inputs: Callable[[], Inputs]
     source: Tensor | None = None
-
-
-# Function of the output and the arguments of a call, which yields each argument that may be a
-# parameter, with the dependence of the output on it.
-Kind: TypeAlias = Callable[..., Iterator[tuple[Tensor, LinearMap]]]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from hessfunc.autograd.stateless import call_with
+from hessfunc.kronecker.backpropagation_rules import reshaped, rule_of
 from hessfunc.kronecker.calls import ModelCall, full_name
 from hessfunc.kronecker.layer import Call, Layer
-from hessfunc.kronecker.rules import reshaped, rule_of
 from hessfunc.trees import leaves
 
 EXACT_PRODUCTS = (

@@ -60,8 +60,9 @@ def hbp(
     again, as around a skip connection, the joint Hessian of all branches is propagated, so that no
     cross term is lost. Each module is still averaged separately.
 
-    `hessfunc.kronecker.rules` contains the rules for modules and functions; users can register
-    more. Modules without a rule are traced into the modules and functions that they call.
+    `hessfunc.kronecker.backpropagation_rules` contains the rules for modules and functions; users
+    can register more. Modules without a rule are traced into the modules and functions that they
+    call.
 
     Args:
         loss: Loss that exposes its outputs and its criterion, as made by `supervised`.

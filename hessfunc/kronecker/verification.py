@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hessfunc.kronecker.linear_maps import Inputs, OneHot
-from hessfunc.kronecker.uses import Observed, Order, Use, Uses, is_close
+from hessfunc.kronecker.observation import Observed, is_close
+from hessfunc.kronecker.uses import Order, Use, Uses
 
 UNORDERED = (
     "the rows of the outputs are not ordered by the examples along the first axis, or the model "

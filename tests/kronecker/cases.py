@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -308,3 +309,11 @@ STRUCTURED = {
     "kfac": partial(hf.kronecker.kfac, seed=0),
     "ekfac": hf.kronecker.ekfac,
 }
+
+
+def traces_of(case: Net, **options) -> hf.kronecker.Blocks:
+    """The blocks of `ekfac`, whose traces are those of the Gauss-Newton matrix."""
+    made = hf.kronecker.ekfac(case.loss, case.model, **options)(case.params, case.batch)
+    for name, block in gauss_newton_blocks(case).items():
+        assert made[name].trace() == pytest.approx(float(block.trace()), rel=1e-9)
+    return made

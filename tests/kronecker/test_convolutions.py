@@ -1,4 +1,4 @@
-"""Inputs of convolutions; `test_kinds.py` checks the dependence on each weight."""
+"""Inputs of convolutions; `test_factor_rules.py` checks the dependence on each weight."""
 
 import torch
 from torch.nn import functional as F

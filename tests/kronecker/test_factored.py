@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,52 @@ def test_algebra_of_joint_blocks(tmp_path: Path) -> None:
             torch.testing.assert_close(leaf, normal[name])
     with pytest.raises(ValueError, match="bias='both': choose 'apart' or 'joint'"):
         hf.kronecker.kfac(case.loss, case.model, bias="both")
+
+
+def test_narrow_parameters_and_empty_batches_are_refused() -> None:
+    model = nn.Linear(4, 3)
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, nn.functional.cross_entropy)
+    kfac = hf.kronecker.kfac(loss, model, seed=0)
+    narrow = {name: leaf.bfloat16() for name, leaf in params.items()}
+    with pytest.raises(TypeError, match=r"too narrow.*`model.float\(\)`"):
+        kfac(narrow, (torch.zeros(2, 4).bfloat16(), torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="no examples"):
+        kfac(params, (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)))
+
+
+def test_singular_corrected_factors_have_no_determinant() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, nn.functional.cross_entropy)
+    batch = torch.randn(11, 4, dtype=torch.float64), torch.arange(11) % 3
+    blocks = hf.kronecker.ekfac(loss, model)(params, batch)
+    # A softmax has a zero eigenvalue, H 1 = 0.
+    with pytest.raises(ValueError, match="singular"):
+        blocks.logdet(0.0)
+    with pytest.raises(ValueError, match="singular"):
+        blocks.sample(2, 0.0, seed=0)
+
+
+def test_given_weights_count_in_both_factors() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, nn.functional.cross_entropy)
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    batches, weights = [(x[:3], y[:3]), (x[3:], y[3:])], {3: 2.0, 5: 1.0}
+    kflr = hf.kronecker.kflr(loss, model)
+    found = hf.over_batches(kflr, weight=lambda b: weights[len(b[1])])(params, batches)
+    first, second = (kflr(params, batch)["weight"] for batch in batches)
+    for side in ("left", "right"):
+        due = (2 * getattr(first, side) + getattr(second, side)) / 3
+        assert torch.allclose(getattr(found["weight"], side), due, rtol=1e-10)
+
+
+@pytest.mark.parametrize("targets", [[0, 3, 1, 1], [0, -1, 1, 1]])
+def test_targets_that_are_no_classes_are_refused(targets: list[int]) -> None:
+    case = net(partial(nn.Linear, 3, 3), 3, examples=4)
+    for family in (hf.kronecker.kflr, hf.kronecker.kfac):
+        with pytest.raises(ValueError, match="a target is the class"):
+            family(case.loss, case.model)(case.params, (case.batch[0], torch.tensor(targets)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.kronecker.uses import observed
+from hessfunc.kronecker.observation import observed
 from hessfunc.kronecker.verification import Verification
 from tests.kronecker.cases import dense, largest_error, net
 

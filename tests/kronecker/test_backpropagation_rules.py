@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.kronecker import Call, Layer, by_autodiff, elementwise, rule, rules
+from hessfunc.kronecker import Call, Layer, backpropagation_rules, by_autodiff, elementwise, rule
 from tests.kronecker.cases import LAYERS, Net, dense, largest_error, net
 from tests.reference.backpropagation import exact_blocks
 
@@ -81,7 +81,7 @@ def with_rules() -> nn.Module:
 
 
 def test_rules_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    monkeypatch.setattr(backpropagation_rules, "_RULES", dict(backpropagation_rules._RULES))
     case = net(with_rules, 4)
     with pytest.raises(NotImplementedError, match="register"):
         hf.kronecker.hbp(case.loss, case.model)(case.params, case.batch)

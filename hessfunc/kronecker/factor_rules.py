@@ -1,7 +1,7 @@
-"""Functions of torch that are linear in a parameter, by their mathematical kind.
+"""Rules of Kronecker factors, for functions of torch that are linear in a parameter.
 
-The kinds are dense maps, convolutions and their transposes, lookups and their sums over bags, and
-products and sums of entries, for which each entry of the parameter is a group of its own.
+There are rules for dense maps, convolutions and their transposes, lookups and their sums over bags,
+and products and sums of entries, for which each entry of the parameter is a group of its own.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hessfunc.kronecker.convolutions import convolution, transposed_convolution
-from hessfunc.kronecker.linear_maps import Kind, Layout, LinearMap, OneHot
+from hessfunc.kronecker.linear_maps import Layout, LinearMap, OneHot
+
+# Function of the output and the arguments of a call, which yields each argument that may be a
+# parameter, with the dependence of the output on it.
+FactorRule: TypeAlias = Callable[..., Iterator[tuple[Tensor, LinearMap]]]
 
 
 def maps_of(
@@ -24,12 +28,12 @@ def maps_of(
 ) -> list[tuple[Tensor, LinearMap]]:
     """Return the arguments on which a call depends linearly.
 
-    The list is empty if the function has no kind, or if its kind does not know an argument.
+    The list is empty if the function has no rule, or if its rule does not know an argument.
     """
-    if (kind := _KINDS.get(function)) is None:
+    if (rule := _FACTOR_RULES.get(function)) is None:
         return []
     try:
-        maps = kind(output, *args, **kwargs)
+        maps = rule(output, *args, **kwargs)
     except TypeError:
         return []
     return list(maps)
@@ -298,10 +302,10 @@ def _group_norm(
     return _affine(output, weight, bias, normalised)
 
 
-def _with_statistics(normalise: Any) -> Kind:
-    """Return the kind of batch or instance normalisation with these statistics."""
+def _with_statistics(normalise: Any) -> FactorRule:
+    """Return the rule of batch or instance normalisation with these statistics."""
 
-    def kind(
+    def rule(
         output: Tensor,
         input: Tensor,
         running_mean: Tensor | None = None,
@@ -317,7 +321,7 @@ def _with_statistics(normalise: Any) -> Kind:
 
         return _affine(output, weight, bias, normalised)
 
-    return kind
+    return rule
 
 
 def _prelu(output: Tensor, input: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, LinearMap]]:
@@ -327,7 +331,7 @@ def _prelu(output: Tensor, input: Tensor, weight: Tensor) -> Iterator[tuple[Tens
 # Functions that add two tensors, or a tensor and a number.
 SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 
-_KINDS: Mapping[Any, Kind] = {
+_FACTOR_RULES: Mapping[Any, FactorRule] = {
     F.linear: _linear,
     F.bilinear: _bilinear,
     torch.addmm: _addmm,

@@ -1,4 +1,4 @@
-"""Rules for module types and functions, which map a call on a batch to its derivatives."""
+"""Rules of Hessian backpropagation, which map a call on a batch to its derivatives."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessfunc.kronecker.kinds import maps_of
+from hessfunc.kronecker.factor_rules import maps_of
 from hessfunc.kronecker.linear_maps import OneHot
 from hessfunc.kronecker.moments import weight_gradient
 
