@@ -453,7 +453,8 @@ CALLS: dict[str, Call] = {
         },
     ),
     "self_influence": Call(
-        {"loss": LOSS, "params": PARAMS, "train_batches": [BATCH]}, INFLUENCE
+        {"loss": LOSS, "params": PARAMS, "train_batches": [BATCH]},
+        INFLUENCE | {"mesh": None, "checkpoint": None},
     ),
     "landscape": Call(
         OF_DATA | {"direction": ONES},

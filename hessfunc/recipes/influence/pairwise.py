@@ -18,9 +18,24 @@ from hessfunc.display import Reported
 from hessfunc.fingerprints import checksum, of_batches
 from hessfunc.losses import LossFunction
 from hessfunc.options import at_least, validated
-from hessfunc.recipes.influence.system import System, gradients_of, refuse_unordered
+from hessfunc.options.outline import outline
+from hessfunc.recipes.influence.system import (
+    Solves,
+    System,
+    gradients_of,
+    joined,
+    reason_of,
+    refuse_unordered,
+)
 from hessfunc.recipes.influence.tokens import TokenLosses, token_losses
-from hessfunc.recipes.influence.training import NO_EXAMPLE, TrainingPass, stored
+from hessfunc.recipes.influence.training import (
+    NO_EXAMPLE,
+    BatchScores,
+    TrainingPass,
+    joined_scores,
+    scores_of,
+    stored,
+)
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import rows_dtype
 from hessfunc.transforms.batches.gradient import mean_gradient
@@ -161,7 +176,15 @@ def influence(
     directory, key = None, ""
     if checkpoint is not None:
         directory = Path(checkpoint)
-        settings = damping, rank, rtol, max_matvecs, aggregate, tokens is not None
+        settings = (
+            damping,
+            rank,
+            rtol,
+            max_matvecs,
+            aggregate,
+            tokens is not None,
+            outline(curvature),
+        )
         key = f"{checksum(space.tree_leaves(params))} {of_batches(query_batches)} {settings}"
 
     def solved() -> _Queries:
@@ -187,10 +210,13 @@ def influence(
         exists = all(partition.gathered(file.exists()))
         is_first = partition.writes and partition.place(0) == 0
         queries = stored(file, key, solved, exists=exists, writes=is_first)
-    over_training = TrainingPass(
-        loss, params, train_batches, examples_per_chunk, tokens, partition, directory, progress
-    )
-    train = over_training(queries.solutions)
+    over_training = TrainingPass(train_batches, partition, directory, progress, "influence")
+
+    def scored(batch: Any, key: str) -> BatchScores:
+        solutions = queries.solutions
+        return scores_of(loss, params, batch, solutions, tokens, examples_per_chunk, key)
+
+    train = joined_scores(over_training(scored))
     # Scores of the directions, (leaves, r, m), combined to those of the queries.
     parts = queries.coefficients @ train.parts
     return Influence(
@@ -241,10 +267,12 @@ class _Queries(Saved):
 def _solved(system: System, gradients: Iterator[Tree], rank: int | None, key: str) -> _Queries:
     space = system.space
 
-    def queries(x: Tensor, combined: Tensor, *each: Tensor) -> _Queries:
-        residuals, solved, norms = each
-        cost = system.matvecs, system.passes, system.reason
-        return _Queries(x, combined, residuals, solved, norms, *cost, key)
+    def queries(
+        solves: Solves, combined: Tensor, residuals: Tensor, solved: Tensor, norms: Tensor
+    ) -> _Queries:
+        reason = reason_of(solves.solved, solves.reasons)
+        cost = solves.matvecs, solves.passes, reason
+        return _Queries(solves.x, combined, residuals, solved, norms, *cost, key)
 
     blocks = (space.ravel(block, dtype=rows_dtype(space)) for block in gradients)
     if rank is None:
@@ -253,8 +281,8 @@ def _solved(system: System, gradients: Iterator[Tree], rank: int | None, key: st
             raise ValueError(_NO_QUERY)
         norms = torch.cat([norm for _, norm in pairs])
         identity = torch.eye(len(norms), dtype=norms.dtype)
-        residuals, solved = torch.cat(system.residuals), torch.cat(system.solved)
-        return queries(torch.cat([x for x, _ in pairs]), identity, residuals, solved, norms)
+        solves = joined([solve for solve, _ in pairs])
+        return queries(solves, identity, solves.residuals, solves.solved, norms)
     every = list(blocks)
     if not every:
         raise ValueError(_NO_QUERY)
@@ -262,14 +290,13 @@ def _solved(system: System, gradients: Iterator[Tree], rank: int | None, key: st
     # Q = U diag(s) V': the queries are combinations U_r diag(s_r) of the directions V_r.
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     kept = min(rank, int((values > 0).sum()) or 1)
-    solutions = system.solve(right[:kept])
+    solves = system.solve(right[:kept])
     norms = space.norms(rows).cpu()
     coefficients = (left[:, :kept] * values[:kept]).to(norms.dtype).cpu()
     # |g - P g|^2 = |g|^2 - |P g|^2, and the residual of P g is at most sum_k |c_k| |r_k|.
     outside = (norms.square() - coefficients.square().sum(1)).clamp_min(0).sqrt()
-    (residuals,), (solved,) = system.residuals, system.solved
-    bound = outside + coefficients.abs() @ residuals
-    return queries(solutions, coefficients, bound, solved.all().repeat(len(rows)), norms)
+    bound = outside + coefficients.abs() @ solves.residuals
+    return queries(solves, coefficients, bound, solves.solved.all().repeat(len(rows)), norms)
 
 
 _NO_QUERY = "there is no query: pass at least one batch in `query_batches`"

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hessfunc import options
 from hessfunc.algorithms.results import SelfInfluence
+from hessfunc.algorithms.results.result import Saved
 from hessfunc.display import Reported
+from hessfunc.fingerprints import checksum
 from hessfunc.losses import LossFunction
 from hessfunc.options import at_least, validated
-from hessfunc.recipes.influence.system import System, gradients_of, refuse_unordered
+from hessfunc.options.outline import outline
+from hessfunc.recipes.influence.system import System, joined, reason_of, refuse_unordered
+from hessfunc.recipes.influence.training import TrainingPass
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import rows_dtype
+from hessfunc.transforms.batches.mean import partition_of
 from hessfunc.transforms.batches.sums import Keep
 from hessfunc.transforms.chunks import Curvature
+from hessfunc.transforms.example_gradients import example_gradients
 from hessfunc.trees import Matvec, Tree
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @validated(curvature=options.curvature_or_matvec)
@@ -35,6 +48,8 @@ def self_influence(
     weight: Callable[[Any], float] | None = None,
     keep: Keep = False,
     examples_per_chunk: int | None = None,
+    mesh: DeviceMesh | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Reported = None,
 ) -> SelfInfluence:
     """Compute the influence of each training example on its own loss.
@@ -57,8 +72,13 @@ def self_influence(
         keep: Whether the graph of every training batch is kept, as in `over_batches`.
         examples_per_chunk: Number of examples that are differentiated and solved at once, as in
             `influence`.
-        progress: Function of a `Progress`, called after each round of a solve; True for a bar or
-            lines, as in `RunOptions`.
+        mesh: Mesh of ranks as in `over_batches`, which divide the batches of A. They also divide
+            the training examples if A has structured blocks; otherwise all ranks solve each system
+            together. Every rank gets all scores.
+        checkpoint: Directory, the same for all ranks, with the scores of each finished training
+            batch. Another call with the same arguments resumes from it.
+        progress: Function of a `Progress`, called after each round of a solve, and after each
+            training batch; True for a bar or lines about the batches, as in `RunOptions`.
 
     Raises:
         TypeError: If `influence` raises it.
@@ -74,26 +94,81 @@ def self_influence(
     """
     at_least(1, examples_per_chunk=examples_per_chunk)
     refuse_unordered(train_batches)
-    space = space_of(params)
+    space, partition = space_of(params), partition_of(mesh)
     system = System.of(
         loss, params, train_batches, curvature, damping, preconditioner, rtol, max_matvecs,
-        weight=weight, keep=keep, progress=progress,
+        weight=weight, keep=keep, mesh=mesh, progress=progress if callable(progress) else None,
     )  # fmt: skip
-    scores, norms = [], []
-    for block in gradients_of(loss, params, train_batches, examples_per_chunk):
-        rows = space.ravel(block, dtype=rows_dtype(space))
-        norms.append(space.norms(rows))
-        scores.append(space.by_leaf(system.solve(rows), rows).sum(1))
-    if not scores:
-        raise ValueError("there is no training example: pass at least one batch")
+    directory, settings = None, ""
+    if checkpoint is not None:
+        directory = Path(checkpoint)
+        directory.mkdir(parents=True, exist_ok=True)
+        options_of_scores = damping, rtol, max_matvecs, outline(curvature)
+        settings = f"{checksum(space.tree_leaves(params))} {options_of_scores} "
+    over_training = TrainingPass(
+        train_batches,
+        partition,
+        directory,
+        progress,
+        "self_influence",
+        settings,
+        is_collective=not system.is_inverted,
+    )
+
+    def scored(batch: Any, key: str) -> _BatchScores:
+        scores, norms, solves = [], [], []
+        for block in example_gradients(loss, params, batch, examples_per_chunk=examples_per_chunk):
+            rows = space.ravel(block, dtype=rows_dtype(space))
+            norms.append(space.norms(rows).cpu())
+            solves.append(system.solve(rows))
+            scores.append(space.by_leaf(solves[-1].x, rows).sum(1).cpu())
+        every = joined(solves)
+        return _BatchScores(
+            torch.cat(scores),
+            torch.cat(norms),
+            every.residuals,
+            every.solved,
+            every.reasons,
+            every.matvecs,
+            every.passes,
+            key,
+        )
+
+    batches = over_training(scored)
+    solved = torch.cat([one.solved for one in batches])
     return SelfInfluence(
-        scores=torch.cat(scores).cpu(),
+        scores=torch.cat([one.scores for one in batches]),
         damping=damping,
-        residuals=torch.cat(system.residuals),
-        solved=torch.cat(system.solved),
-        norms=torch.cat(norms).cpu(),
-        matvecs=system.matvecs,
-        passes=system.passes,
-        reason=system.reason,
+        residuals=torch.cat([one.residuals for one in batches]),
+        solved=solved,
+        norms=torch.cat([one.norms for one in batches]),
+        matvecs=sum(one.matvecs for one in batches),
+        passes=sum(one.passes for one in batches),
+        reason=reason_of(solved, [reason for one in batches for reason in one.reasons]),
         seed=None,
     )
+
+
+@dataclass(frozen=True)
+class _BatchScores(Saved):
+    """Scores of the m examples of one training batch for themselves.
+
+    Attributes:
+        scores: Scores, float64 ``(m,)``.
+        norms: Norm of the gradient of each example, float64 ``(m,)``.
+        residuals: Residual of each solve, float64 ``(m,)``.
+        solved: Whether each residual is within the tolerance, bool ``(m,)``.
+        reasons: Reason for which each solve stopped.
+        matvecs: Number of products.
+        passes: Number of calls of the matvec.
+        key: Checksums of the parameters, options and batch; empty without a checkpoint.
+    """
+
+    scores: Tensor
+    norms: Tensor
+    residuals: Tensor
+    solved: Tensor
+    reasons: tuple[str, ...]
+    matvecs: int
+    passes: int
+    key: str

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -38,9 +38,50 @@ class _Invertible(Protocol):
         """Return the matvec of ``(A + damping I)^-1``."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Solves:
+    """Solutions of several systems, and how each solve ended.
+
+    Attributes:
+        x: Solutions ``(k, n)``.
+        residuals: Norm of the residual of each system, float64 ``(k,)``.
+        solved: Whether each residual is within the tolerance, bool ``(k,)``.
+        reasons: Reason for which each solve stopped.
+        matvecs: Number of products.
+        passes: Number of calls of the matvec.
+    """
+
+    x: Tensor
+    residuals: Tensor
+    solved: Tensor
+    reasons: tuple[str, ...]
+    matvecs: int
+    passes: int
+
+
+def joined(solves: Sequence[Solves], /) -> Solves:
+    """Return the solves of all systems in one object."""
+    return Solves(
+        torch.cat([one.x for one in solves]),
+        torch.cat([one.residuals for one in solves]),
+        torch.cat([one.solved for one in solves]),
+        tuple(reason for one in solves for reason in one.reasons),
+        sum(one.matvecs for one in solves),
+        sum(one.passes for one in solves),
+    )
+
+
+def reason_of(solved: Tensor, reasons: Sequence[str], /) -> str:
+    """Return the reason of the first system that is not solved, else that of the first one."""
+    if bool(solved.all()):
+        return reasons[0]
+    first = reasons[int((~solved).nonzero()[0])]
+    return f"{int((~solved).sum())} of {len(solved)} systems are not solved: {first}"
+
+
+@dataclass(frozen=True)
 class System:
-    """Systems with the matrix A + damping I, with the sums over all solves so far.
+    """Systems with the matrix A + damping I.
 
     Attributes:
         space: Space of the parameters.
@@ -51,11 +92,6 @@ class System:
         rtol: Relative tolerance of the residual of each column.
         budget: Number of products for each column.
         progress: Function of the progress.
-        residuals: Residuals of each solve, float64.
-        solved: Whether each residual is within the tolerance.
-        reasons: Reason for which each column stopped.
-        matvecs: Number of products.
-        passes: Number of calls of the matvec.
     """
 
     space: Space
@@ -66,11 +102,6 @@ class System:
     rtol: float
     budget: int
     progress: Reported
-    residuals: list[Tensor] = field(default_factory=list)
-    solved: list[Tensor] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-    matvecs: int = 0
-    passes: int = 0
 
     @classmethod
     def of(
@@ -102,20 +133,22 @@ class System:
             )
         return cls(space_of(params), params, given, damping, preconditioner, rtol, budget, progress)
 
-    def solve(self, rows: Tensor) -> Tensor:
-        """Return the solutions of the systems with these right-hand sides, as rows."""
+    @property
+    def is_inverted(self) -> bool:
+        """Whether the matrix is inverted on this process, without iterations."""
+        return isinstance(self.matrix, _Invertible)
+
+    def solve(self, rows: Tensor) -> Solves:
+        """Solve the systems with these right-hand sides ``(k, n)``."""
         block = self.space.views(rows)
         if isinstance(self.matrix, _Invertible):
             x = self.space.ravel(self.matrix.inverse(self.damping)(block), dtype=rows.dtype)
             # The residual b - (A + damping I) x measures the rounding of the inverse.
-            image = self.space.ravel(self.matrix(self.space.views(x)), dtype=rows.dtype)
-            residuals = self.space.norms(rows - image - self.damping * x)
-            self.residuals.append(residuals.cpu())
-            self.solved.append((residuals <= self.rtol * self.space.norms(rows)).cpu())
-            self.reasons += ["exact: inverse of structured blocks"] * len(rows)
-            self.matvecs += len(rows)
-            self.passes += 1
-            return x
+            product = self.space.ravel(self.matrix(self.space.views(x)), dtype=rows.dtype)
+            residuals = self.space.norms(rows - product - self.damping * x)
+            solved = (residuals <= self.rtol * self.space.norms(rows)).cpu()
+            reasons = ("exact: inverse of structured blocks",) * len(rows)
+            return Solves(x, residuals.cpu(), solved, reasons, len(rows), 1)
         solution = cg(
             self.matrix,
             block,
@@ -131,21 +164,14 @@ class System:
             raise ValueError(
                 f"A + damping I is not positive definite, so that no influence is defined: {met}"
             )
-        self.residuals.append(solution.residuals.cpu())
-        self.solved.append(solution.solved.cpu())
-        self.reasons += solution.reasons
-        self.matvecs += solution.matvecs
-        self.passes += solution.passes
-        return self.space.ravel(solution.x, dtype=rows.dtype)
-
-    @property
-    def reason(self) -> str:
-        """Reason for which the first column without convergence stopped, else the first column."""
-        solved = torch.cat(self.solved)
-        if bool(solved.all()):
-            return self.reasons[0]
-        first = self.reasons[int((~solved).nonzero()[0])]
-        return f"{int((~solved).sum())} of {len(solved)} systems are not solved: {first}"
+        return Solves(
+            self.space.ravel(solution.x, dtype=rows.dtype),
+            solution.residuals.cpu(),
+            solution.solved.cpu(),
+            tuple(solution.reasons),
+            solution.matvecs,
+            solution.passes,
+        )
 
 
 def gradients_of(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from hessfunc.spaces.space import Space, rows_dtype
 from hessfunc.transforms.batches.sums import Partition
 from hessfunc.transforms.example_gradients import example_gradients
 from hessfunc.trees import Tree
+
+Made = TypeVar("Made")
 
 # Number of entries of a row whose products are summed in its own dtype.
 _RUN = 1024
@@ -45,91 +47,112 @@ class BatchScores(Saved):
     key: str
 
 
+def scores_of(
+    loss: LossFunction,
+    params: Tree,
+    batch: Any,
+    solutions: Tensor,
+    tokens: TokenLosses | None,
+    examples_per_chunk: int | None,
+    key: str,
+    /,
+) -> BatchScores:
+    """Return the scores of the examples of a batch for solutions ``(r, n)``."""
+    space = space_of(params)
+    parts, norms = [], []
+    for block in example_gradients(loss, params, batch, examples_per_chunk=examples_per_chunk):
+        rows = space.ravel(block, dtype=rows_dtype(space))
+        norms.append(space.norms(rows))
+        parts.append(_by_leaf(space, solutions, rows).cpu())
+    whole, of_tokens = torch.cat(parts, -1), None
+    if tokens is not None:
+        of_tokens = token_scores(tokens, params, batch, solutions, whole.sum(0))
+    return BatchScores(whole, torch.cat(norms).cpu(), of_tokens, key)
+
+
+def joined_scores(batches: Sequence[BatchScores], /) -> BatchScores:
+    """Return the scores of all batches, in the order of the data.
+
+    Raises:
+        ValueError: If batches have other numbers of tokens.
+    """
+    tokens = [one.tokens for one in batches if one.tokens is not None]
+    if len({part.shape[2] for part in tokens}) > 1:
+        raise ValueError(
+            "batches have examples with other numbers of tokens: pad all examples to the same "
+            "length"
+        )
+    return BatchScores(
+        torch.cat([one.parts for one in batches], -1),
+        torch.cat([one.norms for one in batches]),
+        torch.cat(tokens, 1) if tokens else None,
+        "",
+    )
+
+
 @dataclass(frozen=True)
 class TrainingPass:
-    """Pass over the training batches.
+    """Pass over the training batches, which ranks divide and a checkpoint resumes.
 
     Attributes:
-        loss: Training loss.
-        params: Trained parameters.
         batches: Training batches.
-        examples_per_chunk: Number of examples that are differentiated at once.
-        tokens: Losses of the tokens, or None.
         partition: Batches of this rank.
         checkpoint: Directory with a file for each finished batch, or None.
         progress: Function of the progress.
+        task: Name of the function, for the progress.
+        settings: Checksum of the parameters and options that the scores of a batch depend on.
+        is_collective: Whether all ranks evaluate each batch together, because their products with
+            the matrix are collective, instead of dividing the batches.
     """
 
-    loss: LossFunction
-    params: Tree
     batches: Iterable[Any]
-    examples_per_chunk: int | None
-    tokens: TokenLosses | None
     partition: Partition
     checkpoint: Path | None
     progress: Reported
+    task: str
+    settings: str = ""
+    is_collective: bool = False
 
-    def __call__(self, solutions: Tensor, /) -> BatchScores:
-        """Return the scores of all examples for solutions ``(r, n)``, in the order of the data.
+    def __call__(self, make: Callable[[Any, str], Made], /) -> list[Made]:
+        """Return ``make(batch, key)``, an object with the field ``key``, for all batches in order.
 
         Raises:
-            ValueError: If there is no example, if a batch of the checkpoint is another one, or if
-                batches have other numbers of tokens.
+            ValueError: If there is no batch, or if a batch of the checkpoint is another one.
         """
-        own = self.partition.all_well(lambda: self._own(solutions))
-        every = {place: one for part in self.partition.gathered(own) for place, one in part.items()}
-        found = [every[place] for place in sorted(every)]
-        if not found:
+        if self.is_collective:
+            every = self._own(make)
+        else:
+            own = self.partition.all_well(lambda: self._own(make))
+            parts = self.partition.gathered(own)
+            every = {place: one for part in parts for place, one in part.items()}
+        if not every:
             raise ValueError(NO_EXAMPLE)
-        tokens = [one.tokens for one in found if one.tokens is not None]
-        if len({part.shape[2] for part in tokens}) > 1:
-            raise ValueError(
-                "batches have examples with other numbers of tokens: pad all examples to the same "
-                "length"
-            )
-        return BatchScores(
-            torch.cat([one.parts for one in found], -1),
-            torch.cat([one.norms for one in found]),
-            torch.cat(tokens, 1) if tokens else None,
-            "",
-        )
+        return [every[place] for place in sorted(every)]
 
-    def _own(self, solutions: Tensor) -> dict[int, BatchScores]:
-        """Return the scores of the batches of this rank, by their place among all batches."""
+    def _own(self, make: Callable[[Any, str], Made]) -> dict[int, Made]:
+        """Return the objects of the batches of this rank, by their place among all batches."""
         total = len(self.batches) if isinstance(self.batches, Sized) else None
-        own: dict[int, BatchScores] = {}
-        with reporting(self.progress, "influence", total=total, unit="batches") as report:
+        own: dict[int, Made] = {}
+        with reporting(self.progress, self.task, total=total, unit="batches") as report:
             for done, batch in enumerate(self.batches):
-                place = self.partition.place(done)
+                place = done if self.is_collective else self.partition.place(done)
                 if place is not None:
-                    own[place] = self._of_place(place, batch, solutions)
+                    own[place] = self._of_place(place, batch, make)
                 if report is not None:
                     report(done + 1)
         return own
 
-    def _of_place(self, place: int, batch: Any, solutions: Tensor) -> BatchScores:
+    def _of_place(self, place: int, batch: Any, make: Callable[[Any, str], Made]) -> Made:
         if self.checkpoint is None:
-            return self._of_batch(batch, solutions, "")
-        file, key = self.checkpoint / f"batch-{place:06d}.npz", of_batches([batch])
-        make = partial(self._of_batch, batch, solutions, key)
-        found: BatchScores = stored(
-            file, key, make, exists=file.exists(), writes=self.partition.writes
-        )
-        return found
-
-    def _of_batch(self, batch: Any, solutions: Tensor, key: str) -> BatchScores:
-        space = space_of(self.params)
-        parts, norms = [], []
-        for block in example_gradients(
-            self.loss, self.params, batch, examples_per_chunk=self.examples_per_chunk
-        ):
-            rows = space.ravel(block, dtype=rows_dtype(space))
-            norms.append(space.norms(rows))
-            parts.append(_by_leaf(space, solutions, rows).cpu())
-        whole, tokens = torch.cat(parts, -1), None
-        if self.tokens is not None:
-            tokens = token_scores(self.tokens, self.params, batch, solutions, whole.sum(0))
-        return BatchScores(whole, torch.cat(norms).cpu(), tokens, key)
+            return make(batch, "")
+        file = self.checkpoint / f"batch-{place:06d}.npz"
+        key = f"{self.settings}{of_batches([batch])}"
+        exists, writes = file.exists(), self.partition.writes
+        if self.is_collective:
+            exists = all(self.partition.gathered(exists))
+            writes = writes and self.partition.place(0) == 0
+        made: Made = stored(file, key, partial(make, batch, key), exists=exists, writes=writes)
+        return made
 
 
 def stored(file: Path, key: str, make: Callable[[], Any], /, *, exists: bool, writes: bool) -> Any:
@@ -146,8 +169,8 @@ def stored(file: Path, key: str, make: Callable[[], Any], /, *, exists: bool, wr
     found = load(file)
     if found.key != key:
         raise ValueError(
-            f"{file} was computed from other parameters, data or options: pass the same arguments, "
-            "or another directory as checkpoint"
+            f"{file} was computed from other parameters, data or options: pass the same arguments "
+            "(with `seed=` for sampled targets), or another directory as checkpoint"
         )
     return found
 
