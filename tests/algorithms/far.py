@@ -11,14 +11,14 @@ from torch import Tensor
 
 from hessfunc.algorithms import basis, density
 from hessfunc.algorithms import offload as streamed
-from hessfunc.algorithms.eigen import recurrence
+from hessfunc.algorithms.eigen import lanczos_state
 
 
 @contextmanager
 def every_basis_is_far(piece: int = 2**12) -> Iterator[None]:
     """Inside, no basis is where it is used, and a piece of it has so many bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (basis, density, recurrence, streamed):
+        for module in (basis, density, lanczos_state, streamed):
             patch.setattr(module, "is_far", lambda kept, used: True)
         patch.setattr(streamed, "_PIECE", piece)
         yield

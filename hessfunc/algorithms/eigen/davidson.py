@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.basis import Basis
 from hessfunc.algorithms.driver import Method
 from hessfunc.algorithms.eigen.pencil import Pencil
-from hessfunc.algorithms.eigen.ritz import Which, kept_by_restart, rayleigh_ritz, wanted
+from hessfunc.algorithms.eigen.ritz import Which, have_converged, kept_by_restart, wanted
+from hessfunc.algorithms.eigen.subspace import RitzPairs, Subspace
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import lengths_of, of_starts
-from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_asymmetric
+from hessfunc.algorithms.symmetry import SYMMETRIC
 from hessfunc.numerics import rounding
 from hessfunc.options import at_least
 from hessfunc.spaces.space import DIVIDED, Rows, Space, available_to, products_eps, rows_dtype
@@ -39,14 +39,11 @@ _OF_GUARD = 0.25
 
 @dataclass(frozen=True)
 class _State:
-    """B-orthonormal rows V with their products, the Ritz pairs in their span, and the next rows.
+    """Span of B-orthonormal rows, the wanted Ritz pairs in it, and the next rows.
 
     Attributes:
-        basis: Rows V.
-        images: Products of V with A.
-        duals: Products of V with B.
-        projected: Matrix V A V', float64 on the CPU.
-        following: Rows that the next round multiplies, B-orthonormal with V.
+        span: Span of the rows so far.
+        following: Rows that the next round multiplies, B-orthonormal with the span.
         following_duals: Products of these rows with B.
         values: Wanted Ritz values.
         vectors: Wanted Ritz vectors, as rows.
@@ -56,7 +53,6 @@ class _State:
             first product with B^-1.
         measured: Whether the residuals are those of products with B^-1, and not estimates.
         largest: Largest absolute Ritz value so far.
-        longest: Length of the longest product with A so far.
         seed: Seed of the run.
         inner: Number of products with B, and of products with A in corrections.
         searched: Wanted values when random vectors began to search for nearer ones.
@@ -64,10 +60,7 @@ class _State:
         probes: Number of random vectors drawn so far.
     """
 
-    basis: Basis
-    images: Basis
-    duals: Basis
-    projected: Tensor
+    span: Subspace
     following: Rows = field(metadata=DIVIDED)
     following_duals: Rows = field(metadata=DIVIDED)
     values: Tensor
@@ -77,23 +70,11 @@ class _State:
     ratio: float | None = None
     measured: bool = False
     largest: float = 0.0
-    longest: float = 0.0
     seed: int = 0
     inner: int = 0
     searched: Tensor | None = None
     searches: int = 0
     probes: int = 0
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Ritz pairs with their products with B, and A v - value B v with its 2-norm."""
-
-    values: Tensor
-    vectors: Tensor
-    duals: Tensor
-    outside: Tensor
-    lengths: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,17 +133,13 @@ class Davidson(Method[_State, Eigenpairs]):
             given = space.rows(self.start, dtype=dtype)
             lengths_of(space, given)
             rows = torch.cat([given, rows])[: max(len(rows), len(given))]
-        empty = Basis.empty(space, dtype, space.device)
         no_numbers = torch.zeros(0, dtype=torch.float64, device="cpu")
         return _State(
-            basis=empty,
-            images=empty,
-            duals=empty,
-            projected=no_numbers.diag(),
+            span=Subspace.empty(space, has_metric=self.metric is not None),
             following=rows,
-            following_duals=empty.rows,
+            following_duals=rows[:0],
             values=no_numbers,
-            vectors=empty.rows,
+            vectors=rows[:0],
             residuals=no_numbers,
             seed=seed,
             probes=self._width(space),
@@ -170,7 +147,7 @@ class Davidson(Method[_State, Eigenpairs]):
 
     def step(self, state: _State, products: Products, room: int, /) -> _State:
         space, pencil, begun = products.space, self._pencil(products), products.matvecs
-        if not len(state.basis):
+        if not len(state.span):
             state = self._opened(state, pencil, room)
         if products.matvecs + len(state.following) > begun + room:
             return state
@@ -185,7 +162,8 @@ class Davidson(Method[_State, Eigenpairs]):
             if self.sigma is not None and left > 0:
                 state, direction = self._corrected(state, pairs, pencil, left)
             state = self._restarted(state, space)
-            following, duals = pencil.orthonormal(direction, state.basis.rows, state.duals.rows)
+            span = state.span
+            following, duals = pencil.orthonormal(direction, span.basis.rows, span.duals.rows)
             state = replace(state, following=following, following_duals=duals)
         return replace(state, inner=state.inner + products.matvecs - begun - outer)
 
@@ -199,7 +177,7 @@ class Davidson(Method[_State, Eigenpairs]):
 
     def _opened(self, state: _State, pencil: Pencil, room: int) -> _State:
         """Return the state whose next rows are B-orthonormal, and near a shift solutions."""
-        rows, none = state.following, state.basis.rows
+        rows, none = state.following, state.span.basis.rows
         left = room - len(rows) * (1 + (self.metric is not None))
         if self.sigma is not None and left > 0 and len(rows) < pencil.space.n:
             solved = pencil.solved(
@@ -214,60 +192,33 @@ class Davidson(Method[_State, Eigenpairs]):
         return Pencil(products, metric)
 
     def _extended(self, state: _State, space: Space, images: Tensor) -> _State:
-        """Return the state with the next rows in the basis, and their products with A."""
-        new, size = state.following, self._size(space)
-        basis = state.basis.append(new, size)
-        columns = space.gram(basis.rows, images).cpu().double()
-        # For a symmetric A, v'A q = q'A v for the rows v of the earlier basis and a new row q.
-        forms = space.gram(state.images.rows, new).cpu().double()
-        m, longest = len(forms), max(state.longest, float(space.norms(images).max()))
-        tolerance = max(SYMMETRIC, 10 * products_eps(space), 2 * self.rtol)
-        lengths = space.norms(new).cpu().double()
-        differences = ((columns[:m] - forms) / lengths).abs()
-        refuse_asymmetric(float(differences.max()) if m else 0.0, longest, tolerance)
-        projected = torch.zeros(len(basis), len(basis), dtype=torch.float64, device="cpu")
-        projected[:m, :m] = state.projected
-        projected[:, m:] = columns
-        projected[m:, :m] = columns[:m].mT
-        duals = basis
-        if self.metric is not None:
-            duals = state.duals.append(state.following_duals, size)
-        return replace(
-            state,
-            basis=basis,
-            images=state.images.append(images, size),
-            duals=duals,
-            projected=projected,
-            following=new[:0],
-            following_duals=new[:0],
-            longest=longest,
+        """Return the state with the next rows in the span."""
+        rows = state.following
+        span = state.span.extended(
+            space,
+            rows,
+            images,
+            state.following_duals,
+            size=self._size(space),
+            tolerance=max(SYMMETRIC, 10 * products_eps(space), 2 * self.rtol),
         )
+        return replace(state, span=span, following=rows[:0], following_duals=rows[:0])
 
-    def _pairs(self, state: _State, space: Space) -> _Pairs:
-        """Return the wanted Ritz pairs in the span of the basis."""
-        values, coefficients = rayleigh_ritz(state.projected)
+    def _pairs(self, state: _State, space: Space) -> RitzPairs:
+        """Return the wanted Ritz pairs in the span."""
+        values, _ = state.span.ritz
         if self.sigma is None:
-            indices = wanted(self.which, values, self.k)
-        else:
-            indices = (values - self.sigma).abs().argsort()[: self.k + _BESIDE]
-        rotation, values, dtype = coefficients[:, indices].mT, values[indices], rows_dtype(space)
-        vectors = duals = state.basis.combine(space, rotation, dtype)
-        if self.metric is not None:
-            duals = state.duals.combine(space, rotation, dtype)
-        outside = state.images.combine(space, rotation, dtype)
-        outside = outside - values.to(outside)[:, None] * duals
-        lengths = space.norms(outside).cpu().double()
-        if self.sigma is not None:
-            # |(A - sigma B) v| / |B v| is small only if an eigenvalue is near, unlike the distance
-            # of a Ritz value, which may be small by chance.
-            sizes = lengths / space.norms(duals).cpu().double()
-            best = torch.hypot(values - self.sigma, sizes).argsort()[: self._width(space)]
-            values, lengths, rows = values[best], lengths[best], best.to(space.device)
-            vectors, duals, outside = vectors[rows], duals[rows], outside[rows]
-        return _Pairs(values, vectors, duals, outside, lengths)
+            return state.span.pairs(space, wanted(self.which, values, self.k))
+        near = (values - self.sigma).abs().argsort()[: self.k + _BESIDE]
+        pairs = state.span.pairs(space, near)
+        # |(A - sigma B) v| / |B v| is small only if an eigenvalue is near, unlike the distance of a
+        # Ritz value, which may be small by chance.
+        sizes = pairs.lengths / space.norms(pairs.duals).cpu().double()
+        distances = torch.hypot(pairs.values - self.sigma, sizes)
+        return pairs.at(distances.argsort()[: self._width(space)])
 
     def _examined(
-        self, state: _State, pairs: _Pairs, pencil: Pencil, room: int
+        self, state: _State, pairs: RitzPairs, pencil: Pencil, room: int
     ) -> tuple[_State, Tensor]:
         """Return the state with residuals in the norm of B^-1, and the target's B^-1 r.
 
@@ -301,7 +252,7 @@ class Davidson(Method[_State, Eigenpairs]):
         return replace(state, target=int((~self._is_short(state, space)).long().argmax()))
 
     def _corrected(
-        self, state: _State, pairs: _Pairs, pencil: Pencil, room: int
+        self, state: _State, pairs: RitzPairs, pencil: Pencil, room: int
     ) -> tuple[_State, Tensor]:
         """Return the correction of the target, or a solution for a random vector if all are short.
 
@@ -315,7 +266,7 @@ class Davidson(Method[_State, Eigenpairs]):
             shift = self.sigma + _OFF * float((state.values[: self.k] - self.sigma).abs().max())
             if self._is_unchanged(state, space):
                 state = replace(state, searches=state.searches + 1)
-                row, rtol = state.basis.rows[-1:], _CORRECTED
+                row, rtol = state.span.basis.rows[-1:], _CORRECTED
             else:
                 row = self._drawn(space, state.seed, range(state.probes, state.probes + 1))
                 state = replace(state, searched=state.values, searches=1, probes=state.probes + 1)
@@ -331,30 +282,17 @@ class Davidson(Method[_State, Eigenpairs]):
         return state, solved if bool(space.norms(solved) > 0) else row
 
     def _restarted(self, state: _State, space: Space) -> _State:
-        """Return the state with the best Ritz vectors as its basis if the basis is full."""
-        size, m = self._size(space), len(state.basis)
-        if m < size:
+        """Return the state with the span of the best Ritz vectors if the basis is full."""
+        size, (values, _) = self._size(space), state.span.ritz
+        if len(state.span) < size:
             return state
-        values, coefficients = rayleigh_ritz(state.projected)
         if self.sigma is None:
             indices = wanted(self.which, values, self.k)
             unconverged = indices[~self._is_short(state, space)]
             kept = kept_by_restart(values, indices, unconverged, room=size - 1)
         else:
             kept = (values - self.sigma).abs().argsort()[: self.k + (size - self.k) // 2]
-        rotation, dtype = coefficients[:, kept].mT, rows_dtype(space)
-
-        def rotated(basis: Basis) -> Basis:
-            return Basis(basis.combine(space, rotation, dtype))
-
-        basis = rotated(state.basis)
-        return replace(
-            state,
-            basis=basis,
-            images=rotated(state.images),
-            duals=basis if self.metric is None else rotated(state.duals),
-            projected=values[kept].diag(),
-        )
+        return replace(state, span=state.span.restarted(space, kept))
 
     def _size(self, space: Space) -> int:
         """Return the largest number of basis vectors, each with one or two products."""
@@ -380,15 +318,16 @@ class Davidson(Method[_State, Eigenpairs]):
         return state.residuals <= tolerances
 
     def _converged(self, state: _State, space: Space) -> Tensor:
-        floor, sizes = rounding(products_eps(space), state.largest), state.values.abs()
-        within = state.residuals <= (self.rtol * sizes).clamp_min(self.atol)
-        within |= (sizes <= floor) & (state.residuals <= floor)
-        return within[: self.k] & state.measured
+        floor = rounding(products_eps(space), state.largest)
+        converged = have_converged(
+            state.values, state.residuals, rtol=self.rtol, atol=self.atol, floor=floor
+        )
+        return converged[: self.k] & state.measured
 
     def _is_done(self, state: _State, space: Space) -> bool:
         if not (state.measured and bool(self._is_short(state, space).all())):
             return False
-        if self.sigma is None or len(state.basis) == space.n:
+        if self.sigma is None or len(state.span) == space.n:
             return True
         return state.searches >= _SEARCHES and self._is_unchanged(state, space)
 

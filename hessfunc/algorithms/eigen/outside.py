@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.basis import Basis, orthonormal
-from hessfunc.algorithms.eigen.recurrence import Problem, State, tolerances, wanted_ritz, workspace
+from hessfunc.algorithms.eigen.convergence import tolerances, wanted_ritz
+from hessfunc.algorithms.eigen.lanczos_state import Problem, State
+from hessfunc.algorithms.eigen.recurrence import workspace
 from hessfunc.algorithms.eigen.ritz import preferred, wanted
 from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.recurrences import eigenpairs_of

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.basis import Basis, project_out
+from hessfunc.algorithms.basis import Basis
 from hessfunc.algorithms.driver import Method, RunOptions, run_method
+from hessfunc.algorithms.eigen.power_step import (
+    PowerState,
+    iterated,
+    longest_product,
+    outside,
+    quotient,
+)
 from hessfunc.algorithms.eigen.ritz import Which, preferred, rayleigh_ritz, wanted
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import of_starts, unit_start
-from hessfunc.algorithms.symmetry import SYMMETRIC, asymmetry_named, refuse_unless_rounding
+from hessfunc.algorithms.symmetry import SYMMETRIC, asymmetry_named
 from hessfunc.numerics import rounding
 from hessfunc.options import at_least, validated
-from hessfunc.spaces.space import DIVIDED, Rows, Space, products_eps
+from hessfunc.spaces.space import Space, products_eps
 from hessfunc.trees import Matvec, Tree
 
 # Largest number of products in a round.
@@ -108,7 +115,7 @@ def power_iteration(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Power(Method["_State", Eigenpairs]):
+class Power(Method[PowerState, Eigenpairs]):
     """Power iteration with deflation.
 
     Attributes:
@@ -132,7 +139,7 @@ class Power(Method["_State", Eigenpairs]):
             )
         at_least(0, rtol=self.rtol, momentum=self.momentum)
 
-    def init(self, products: Products, seed: int, /) -> _State:
+    def init(self, products: Products, seed: int, /) -> PowerState:
         space, start = products.space, self.start
         current = unit_start(space, start, seed)
         if start is not None and self.which != "LM":
@@ -140,7 +147,7 @@ class Power(Method["_State", Eigenpairs]):
             # may have no part in.
             current = current + unit_start(space, None, seed)
             current /= space.norms(current).to(current.dtype)[:, None]
-        return _State(
+        return PowerState(
             current=current,
             previous=torch.zeros_like(current) if self.momentum else current[:0],
             image=None,
@@ -151,13 +158,13 @@ class Power(Method["_State", Eigenpairs]):
             seed=seed,
         )
 
-    def step(self, state: _State, products: Products, room: int, /) -> _State:
+    def step(self, state: PowerState, products: Products, room: int, /) -> PowerState:
         space, which, k = products.space, self.which, self.k
         symmetric = max(SYMMETRIC, 10 * products_eps(space), 2 * self.rtol)
         for _ in range(min(room, _STEPS_A_ROUND)):
-            state = _iterate(space, products, state, self.momentum, symmetric)
-            value, residual = _quotient(space, state)
-            if residual <= self._tolerance(space, value, _largest(space, state)):
+            state = iterated(space, products, state, self.momentum, symmetric)
+            value, residual = quotient(space, state)
+            if residual <= self._tolerance(space, value, longest_product(space, state)):
                 return _accept(space, state, which, k, value, state.seed)
             if len(state.vectors) >= k and _is_surely_complete(space, state, which, k):
                 return replace(state, trusted=True)
@@ -169,14 +176,14 @@ class Power(Method["_State", Eigenpairs]):
         floor = rounding(products_eps(space), largest)
         return max(self.rtol * abs(value), floor if abs(value) <= floor else 0.0)
 
-    def verdict(self, state: _State, products: Products, room: int, /) -> str | None:
+    def verdict(self, state: PowerState, products: Products, room: int, /) -> str | None:
         count = len(state.vectors)
         done = count >= self.k and (state.trusted or count == products.space.n)
         return "converged: all residuals are within the tolerance" if done else None
 
     def finish(
-        self, state: _State, products: Products, reason: str, room: int, /
-    ) -> tuple[_State, str]:
+        self, state: PowerState, products: Products, reason: str, room: int, /
+    ) -> tuple[PowerState, str]:
         space = products.space
         if state.image is None:
             # All pairs are accepted.
@@ -193,9 +200,9 @@ class Power(Method["_State", Eigenpairs]):
         )
         return state, reason if cause is None else f"{reason}; {cause}"
 
-    def result(self, state: _State, space: Space, cost: Cost, /) -> Eigenpairs:
+    def result(self, state: PowerState, space: Space, cost: Cost, /) -> Eigenpairs:
         values, vectors, residuals = _ritz(space, state, self.which, self.k)
-        largest = _largest(space, state)
+        largest = longest_product(space, state)
         tolerances = [self._tolerance(space, value, largest) for value in values.tolist()]
         return Eigenpairs(
             values=values,
@@ -207,126 +214,7 @@ class Power(Method["_State", Eigenpairs]):
         )
 
 
-@dataclass(frozen=True)
-class _State:
-    """Iterate, its predecessor and product, and the accepted vectors with their products.
-
-    A step overwrites the rows of the previous state.
-
-    Attributes:
-        current: Iterate of unit length; empty once all pairs are accepted.
-        previous: Predecessor, scaled with the iterate; empty without momentum.
-        image: Product A w of the iterate, without the shift; None before it is computed.
-        vectors: Accepted vectors, in a workspace that a state shares with its successor.
-        images: Products of the accepted vectors.
-        shift: Multiple of I that is added to A; None before the dominant eigenvalue, which
-            determines it, is known.
-        trusted: Whether the pairs come from random vectors, or a random vector has shown that no
-            pair is missed.
-        seed: Seed of the random vectors.
-        steps: Steps since the iterate was a random unit vector u.
-        growth: Logarithm of ``|A^steps u|``.
-        longest: Length of the longest product.
-        asymmetry: Largest difference of u'Av and v'Au so far, for an iterate u and the next one v.
-        rounded: Measured difference that the rounding of products explains, in units of
-            ``longest``.
-    """
-
-    current: Rows = field(metadata=DIVIDED)
-    previous: Rows = field(metadata=DIVIDED)
-    image: Rows | None = field(metadata=DIVIDED)
-    vectors: Rows = field(metadata=DIVIDED)
-    images: Rows = field(metadata=DIVIDED)
-    shift: float | None
-    trusted: bool
-    seed: int
-    steps: int = 0
-    growth: float = 0.0
-    longest: float = 0.0
-    asymmetry: float = 0.0
-    rounded: float = 0.0
-
-
-def _iterate(
-    space: Space, products: Products, state: _State, momentum: float, symmetric: float
-) -> _State:
-    if state.image is None:
-        return replace(state, image=products(state.current))
-    before = state.current
-    # w_{t+1} = (A + shift I) w_t - b w_{t-1}, outside of the accepted vectors.
-    moved = state.image.add_(state.current, alpha=state.shift or 0.0)
-    if momentum:
-        moved.add_(state.previous, alpha=-momentum)
-    moved = _outside(space, moved, state.vectors)
-    length = float(space.norms(moved))
-    previous = state.previous
-    if length > 0:
-        previous = state.current.div_(length) if momentum else previous
-        moved /= length
-    else:
-        # A w = 0 exactly: w is an eigenvector of value 0, and is kept.
-        moved = state.current.clone()
-    image = products(moved)
-    if length > 0:
-        # With momentum, u was divided by the length in place: u = unit * before.
-        unit = length if momentum else 1.0
-        # v = (A u + shift u - b w) / length is orthogonal to the accepted vectors, so that
-        # v'A u = length - shift u'v + b w'v.
-        backward = length
-        if state.shift:
-            backward -= state.shift * unit * float(space.gram(before, moved))
-        if momentum:
-            backward += momentum * float(space.gram(state.previous, moved))
-        difference = abs(unit * float(space.gram(before, image)) - backward)
-        state = _compared(space, products, state, moved, image, difference, symmetric)
-    if not momentum:
-        # The iterate before is not needed any more, and the caller keeps its memory.
-        image = before.copy_(image)
-    return replace(
-        state,
-        current=moved,
-        previous=previous,
-        image=image,
-        steps=state.steps + 1,
-        growth=state.growth + (math.log(length) if length > 0 else -math.inf),
-    )
-
-
-def _compared(
-    space: Space,
-    products: Products,
-    state: _State,
-    row: Tensor,
-    image: Tensor,
-    difference: float,
-    symmetric: float,
-) -> _State:
-    """Return the state after a test of symmetry on a product and the previous one."""
-    longest = max(state.longest, float(space.norms(image)))
-    rounded = refuse_unless_rounding(
-        products, row, difference, longest, max(symmetric, state.rounded)
-    )
-    asymmetry = max(state.asymmetry, difference)
-    if (longest, asymmetry, rounded) == (state.longest, state.asymmetry, state.rounded):
-        return state
-    return replace(state, longest=longest, asymmetry=asymmetry, rounded=rounded)
-
-
-def _quotient(space: Space, state: _State) -> tuple[float, float]:
-    """Return the Rayleigh quotient, and the residual outside of the accepted vectors."""
-    assert state.image is not None
-    value = float(space.gram(state.current, state.image))
-    residual = torch.add(state.image, state.current, alpha=-value)
-    return value, float(space.norms(_outside(space, residual, state.vectors)))
-
-
-def _largest(space: Space, state: _State) -> float:
-    """Return the length of the longest current product, a lower bound of |A|."""
-    products = [rows for rows in (state.images, state.image) if rows is not None and len(rows)]
-    return max((float(space.norms(rows).max()) for rows in products), default=0.0)
-
-
-def _is_surely_complete(space: Space, state: _State, which: Which, k: int) -> bool:
+def _is_surely_complete(space: Space, state: PowerState, which: Which, k: int) -> bool:
     """Return whether an outside eigenvalue as large as the k-th would have been met by now.
 
     The squared part of its eigenvector in u is w^2 <= |A^s u|^2 / x^(2 s), and n w^2 is nearly
@@ -347,7 +235,9 @@ def _ordered(values: Tensor, which: Which) -> Tensor:
     return ascending[preferred(which, ascending)]
 
 
-def _accept(space: Space, state: _State, which: Which, k: int, value: float, seed: int) -> _State:
+def _accept(
+    space: Space, state: PowerState, which: Which, k: int, value: float, seed: int
+) -> PowerState:
     assert state.image is not None
     keeps, shift = True, state.shift
     if shift is None:
@@ -372,21 +262,13 @@ def _accept(space: Space, state: _State, which: Which, k: int, value: float, see
     # the wrong end.
     index = len(state.vectors) + 1
     fresh = space.probes([index], kind="normal", seed=of_starts(seed), dtype=vectors.dtype)
-    fresh = _outside(space, fresh, state.vectors)
+    fresh = outside(space, fresh, state.vectors)
     fresh /= space.norms(fresh).to(fresh.dtype)[:, None]
     previous = torch.zeros_like(fresh) if len(state.previous) else none
     return replace(state, current=fresh, previous=previous, image=None, steps=0, growth=0.0)
 
 
-def _outside(space: Space, rows: Tensor, basis: Tensor) -> Tensor:
-    """Subtract the projections on orthonormal rows, in place."""
-    if len(basis):
-        for _ in range(2):
-            project_out(space, rows, Basis(basis))
-    return rows
-
-
-def _ritz(space: Space, state: _State, which: Which, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _ritz(space: Space, state: PowerState, which: Which, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the Ritz pairs in the span of all vectors with a known product, with residuals."""
     rows, images = state.vectors, state.images
     if state.image is not None and len(rows) < k:

@@ -50,6 +50,18 @@ def wanted(which: Which, values: Tensor, k: int, /) -> Tensor:
     return indices.sort(descending=True).values if which == "BE" else indices
 
 
+def have_converged(
+    values: Tensor, residuals: Tensor, /, *, rtol: float, atol: float, floor: float
+) -> Tensor:
+    """Return whether residuals are within the tolerance, or values and residuals are rounding.
+
+    residual <= max(rtol |value|, atol)   or   |value| <= floor and residual <= floor
+    """
+    sizes = values.abs()
+    within = residuals <= (rtol * sizes).clamp_min(atol)
+    return within | ((sizes <= floor) & (residuals <= floor))
+
+
 def kept_by_restart(values: Tensor, wanted: Tensor, unconverged: Tensor, /, *, room: int) -> Tensor:
     """Return the indices of the Ritz values that a restart keeps: L lowest and R highest ones.
 

@@ -11,21 +11,16 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.driver import Method
-from hessfunc.algorithms.eigen.outside import certified, proved
-from hessfunc.algorithms.eigen.recurrence import (
-    LanczosOptions,
-    Pairs,
-    Problem,
-    State,
-    block_step,
+from hessfunc.algorithms.eigen.convergence import (
     have_converged,
-    initial,
     known_error,
     residuals,
-    restarted,
     wanted_pairs,
     wanted_ritz,
 )
+from hessfunc.algorithms.eigen.lanczos_state import LanczosOptions, Pairs, Problem, State, initial
+from hessfunc.algorithms.eigen.outside import certified, proved
+from hessfunc.algorithms.eigen.recurrence import block_step, restarted
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.display import Achieved

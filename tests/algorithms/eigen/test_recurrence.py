@@ -10,60 +10,10 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.algorithms import offload as streamed
-from hessfunc.algorithms.eigen import recurrence, thick_restart
+from hessfunc.algorithms.eigen import thick_restart
 from hessfunc.memory import Footprint
 from tests.algorithms.far import copies_are_late, counted_copies, every_basis_is_far
-from tests.reference.spectra import SPECTRUM, VECTOR, measured_residuals, symmetric
-
-
-def test_a_bfloat16_basis_has_honest_residuals_and_takes_half_of_the_memory() -> None:
-    spectrum = torch.cat([torch.linspace(-1, 1, 50_000), torch.tensor([9.0, -7.0, 5.0])])
-    like = torch.zeros(len(spectrum))
-    rotation = hf.random_like(like, 1, kind="normal", seed=7)[0]
-    rotation /= rotation.norm()
-
-    def matvec(block: Tensor) -> Tensor:
-        # Between two reflections, for eigenvectors that have all entries.
-        block = block - 2 * (block @ rotation)[:, None] * rotation
-        block = block * spectrum
-        return block - 2 * (block @ rotation)[:, None] * rotation
-
-    peaks = []
-    for dtype in (torch.bfloat16, torch.float32):
-        with Footprint() as memory:
-            found = hf.lanczos(
-                matvec, like, k=3, basis_size=60, rtol=1e-2, basis_dtype=dtype, seed=0
-            )
-        peaks.append(memory.peak)
-        assert found.converged.all()
-        assert found.vectors.dtype == torch.float32
-        assert found.values.tolist() == pytest.approx([9, -7, 5], rel=2e-3)
-        rows = found.vectors
-        measured = (matvec(rows) - found.values[:, None].float() * rows).norm(dim=1).double()
-        assert bool((found.residuals >= 0.99 * measured).all())
-    # Less the vectors of the final check in float32: the products of the pairs are measured.
-    half, vector = 61 * len(spectrum) * 2, len(spectrum) * 4
-    assert half - 7 * vector < peaks[1] - peaks[0] < half
-
-
-@pytest.mark.parametrize("rtol", [1e-4, 1e-2, 0.1])
-def test_a_bfloat16_basis_converges_to_its_rounding_alone(rtol: float) -> None:
-    matrix = symmetric(SPECTRUM)
-    for seed in range(5):
-        found = hf.lanczos(
-            hf.dense(matrix.float()),
-            VECTOR.float(),
-            k=4,
-            rtol=rtol,
-            basis_dtype=torch.bfloat16,
-            seed=seed,
-        )
-        residuals = measured_residuals(matrix, found)
-        assert bool((found.residuals >= 0.99 * residuals).all())
-        within = found.residuals <= rtol * found.values.abs()
-        assert torch.equal(found.converged, within)
-        assert bool(found.converged.all()) or rtol < 0.1
-        assert ("cannot reach" in found.reason) == (not found.converged.all())
+from tests.reference.spectra import SPECTRUM, VECTOR, symmetric
 
 
 def test_the_basis_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,45 +30,6 @@ def test_the_basis_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     found = hf.lanczos(hf.dense(symmetric(SPECTRUM)), VECTOR, seed=0, **options)
     assert found.matvecs > 2 * 8
     assert len(workspaces) == 1
-
-
-def test_memory_chooses_the_size_of_the_basis(monkeypatch: pytest.MonkeyPatch) -> None:
-    matvec, vector = hf.dense(symmetric(SPECTRUM)), len(SPECTRUM) * 8
-    sizes: list[int] = []
-
-    def counted(block: Tensor) -> Tensor:
-        sizes.append(len(block))
-        return matvec(block)
-
-    small = hf.lanczos(counted, VECTOR, k=3, basis_bytes=(6 + 1 + 3) * vector, seed=0)
-    large = hf.lanczos(matvec, VECTOR, k=3, seed=0)
-    torch.testing.assert_close(small.values, large.values)
-    assert small.matvecs > large.matvecs
-    with pytest.raises(MemoryError, match="a basis of 5 vectors of 186 entries .*fewer pairs"):
-        hf.lanczos(matvec, VECTOR, k=3, basis_bytes=(4 + 1 + 3) * vector, seed=0)
-    monkeypatch.setattr(recurrence, "available_to", lambda *_: 0)
-    with pytest.raises(MemoryError, match="take fewer pairs"):
-        hf.lanczos(matvec, VECTOR, k=3, seed=0)
-
-
-def test_the_basis_never_exceeds_its_limit() -> None:
-    states: list[int] = []
-    vector = len(SPECTRUM) * 8
-    real = thick_restart.block_step
-
-    def watched(*arguments: object) -> object:
-        state = real(*arguments)
-        states.append(len(state.basis))
-        return state
-
-    thick_restart.block_step = watched
-    try:
-        hf.lanczos(
-            hf.dense(symmetric(SPECTRUM)), VECTOR, k=3, basis_bytes=(8 + 1 + 3) * vector, seed=0
-        )
-    finally:
-        thick_restart.block_step = real
-    assert max(states) <= 8 + 1
 
 
 def test_a_basis_of_300_float32_vectors_is_orthonormal() -> None:
@@ -141,15 +52,6 @@ def test_a_restart_that_keeps_zeros_alone_remembers_the_scale(seed: int) -> None
     found = hf.lanczos(hf.dense(matrix), like, k=4, seed=seed, **options)
     assert found.largest == pytest.approx(1000, rel=0.1)
     assert bool((found.values[:2].abs() < 1e-9).all())
-
-
-def test_bytes_lower_a_given_basis_size() -> None:
-    matvec, vector = hf.dense(symmetric(SPECTRUM)), len(SPECTRUM) * 8
-    given = hf.lanczos(matvec, VECTOR, k=3, basis_size=8, seed=0)
-    lowered = hf.lanczos(
-        matvec, VECTOR, k=3, basis_size=80, basis_bytes=(8 + 1 + 3) * vector, seed=0
-    )
-    assert lowered.matvecs == given.matvecs
 
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -196,15 +98,6 @@ def test_copies_that_come_late_are_waited_for(name: str, tmp_path: Path) -> None
     assert torch.equal(again.vectors, expected.vectors)
 
 
-def test_a_bfloat16_basis_from_afar_has_honest_residuals() -> None:
-    matrix = symmetric(SPECTRUM)
-    options = {"k": 3, "rtol": 1e-2, "basis_dtype": torch.bfloat16, "basis_size": 12}
-    with every_basis_is_far():
-        found = hf.lanczos(hf.dense(matrix.float()), VECTOR.float(), seed=0, **options)
-    assert bool((found.residuals >= 0.99 * measured_residuals(matrix, found)).all())
-    assert found.converged.all()
-
-
 def test_a_step_brings_the_basis_once_and_no_more_than_two_pieces() -> None:
     n, m, piece = 20_000, 50, 10 * 20_000 * 4
     spectrum, like = torch.linspace(-1, 1, n), torch.zeros(n)
@@ -230,25 +123,6 @@ def test_a_basis_that_is_kept_where_the_vectors_are_is_not_copied() -> None:
         found = hf.lanczos(matvec, VECTOR, k=3, basis_device="cpu", seed=0)
     assert not copies
     assert torch.equal(found.vectors, expected.vectors)
-
-
-def test_bytes_of_a_basis_from_afar_are_those_of_the_basis_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    matvec, vector = hf.dense(symmetric(SPECTRUM)), len(SPECTRUM) * 8
-    given = hf.lanczos(matvec, VECTOR, k=3, basis_size=8, seed=0)
-    with every_basis_is_far(piece=vector):
-        lowered = hf.lanczos(
-            matvec, VECTOR, k=3, basis_size=80, basis_bytes=(8 + 1) * vector, seed=0
-        )
-        assert lowered.matvecs == given.matvecs
-        with pytest.raises(MemoryError, match="a basis of 5 vectors .*may be used"):
-            hf.lanczos(matvec, VECTOR, k=3, basis_bytes=(4 + 1) * vector, seed=0)
-        # Two pieces, a block and three pairs.
-        monkeypatch.setattr(streamed, "available_to", lambda _: 2 * (2 + 1 + 3) * vector)
-        hf.lanczos(matvec, VECTOR, k=3, seed=0)
-        with pytest.raises(MemoryError, match="two pieces of a basis that is kept elsewhere"):
-            hf.lanczos(matvec, VECTOR, k=4, seed=0)
 
 
 def reflected(n: int, device: str) -> tuple[hf.trees.Matvec, Tensor]:

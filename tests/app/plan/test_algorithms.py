@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import hessfunc as hf
 from hessfunc.algorithms import basis, density
-from hessfunc.algorithms.eigen import recurrence
+from hessfunc.algorithms.eigen import lanczos_state
 from hessfunc.app.plan import (
     BYTES,
     Algorithm,
@@ -122,10 +122,10 @@ def test_a_basis_is_cut_as_lanczos_cuts_it(
     vectors: float, coarse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = round(4000 * vectors)
-    monkeypatch.setattr(recurrence, "available_to", gives(free))
+    monkeypatch.setattr(lanczos_state, "available_to", gives(free))
     dtype = torch.bfloat16 if coarse else torch.float32
     asked = Lanczos(k=5, block_size=2, basis_dtype="bfloat16" if coarse else None)
-    method = recurrence.LanczosOptions(
+    method = lanczos_state.LanczosOptions(
         k=5,
         which="LM",
         block_size=2,
@@ -140,7 +140,7 @@ def test_a_basis_is_cut_as_lanczos_cuts_it(
     )
     setting = Setting(Network(1000, 1000))
     try:
-        wanted = recurrence.size_that_fits(recurrence.Problem(method, space(1000)))
+        wanted = lanczos_state.size_that_fits(lanczos_state.Problem(method, space(1000)))
     except MemoryError:
         with pytest.raises(MemoryError, match="lanczos cannot start"):
             asked.fitted(setting, free)
