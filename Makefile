@@ -13,8 +13,7 @@ pictures: $(STAMP)
 	.ci/pictures
 
 test: $(STAMP)
-	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m "not slow"
-	$(BIN)/pytest -q -n auto --dist worksteal -p no:benchmark -m slow
+	$(BIN)/pytest -q -n auto --dist worksteal
 
 # All of them with the rounding, the threads and the load of other machines, one after another;
 # `make test-machines SETTING=busy` takes one of them.
@@ -53,7 +52,7 @@ gpu:
 	fi
 
 clean:
-	rm -rf .venv demo site build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv demo site build dist .pytest_cache .mypy_cache .ruff_cache
 	find hessfunc tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

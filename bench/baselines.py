@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.cases import Case
+from bench.speed.models import Case
 
 Vector: TypeAlias = Sequence[Tensor]
 
@@ -63,27 +63,6 @@ def gauss_newton(case: Case) -> Callable[[Vector], Vector]:
     return product
 
 
-def difference(case: Case) -> Callable[[Vector], Vector]:
-    """The central difference of two gradients, with the step that `hvp` states."""
-    point = [p.detach() for p in case.parameters]
-    step = torch.finfo(point[0].dtype).eps ** (1 / 3) * _norm(point)
-
-    def gradient_at(vector: Vector, t: float) -> Vector:
-        names = [name for name, _ in case.model.named_parameters()]
-        moved = [(p + t * v).requires_grad_() for p, v in zip(point, vector, strict=True)]
-        values = dict(zip(names, moved, strict=True))
-        with _twice(case):
-            outputs = torch.func.functional_call(case.model, values, (case.inputs,))
-        return torch.autograd.grad(case.criterion(outputs, case.targets), moved)
-
-    def product(vector: Vector) -> Vector:
-        t = step / _norm(vector)
-        ahead, behind = gradient_at(vector, t), gradient_at(vector, -t)
-        return [(a - b) / (2 * t) for a, b in zip(ahead, behind, strict=True)]
-
-    return product
-
-
 def _differentiable(case: Case) -> Vector:
     with _twice(case):
         return torch.autograd.grad(case.loss(), case.parameters, create_graph=True)
@@ -91,7 +70,3 @@ def _differentiable(case: Case) -> Vector:
 
 def _twice(case: Case) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if case.attention else nullcontext()
-
-
-def _norm(vector: Vector) -> float:
-    return float(torch.stack([torch.linalg.vector_norm(leaf) for leaf in vector]).norm())

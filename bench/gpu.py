@@ -117,7 +117,7 @@ def groups(device: str, results: Path, *, short: bool = False) -> list[list[Part
     """
     test = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider"]
     # Other versions than the pinned ones warn of other things, and not all plugins are there.
-    test += ["-p", "no:benchmark", "-W", "default", "-o", "addopts=--import-mode=importlib"]
+    test += ["-W", "default", "-o", "addopts=--import-mode=importlib"]
     speed = [sys.executable, "-m", "bench.speed", "--device", device, "--into", str(results)]
     effort = ["--seconds", "0.2", "--rounds", "1"] if short else ["--seconds", "2", "--rounds", "3"]
     tests = [

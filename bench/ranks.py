@@ -18,10 +18,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import hessfunc as hf
-from bench.cases import Case
 from bench.markdown import table
 from bench.speed.cells import about
-from bench.speed.models import batches_of, made
+from bench.speed.models import Case, batches_of, made
 from hessfunc.app.launched import launched
 
 RESULTS = Path(__file__).parent / "results" / "ranks.md"

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
+from bench.environment import environment
 from bench.markdown import table
-from bench.report import environment
 from bench.speed.counted import Counted
 from hessfunc.app.problems import targets
 from hessfunc.spaces.of import space_of

@@ -11,7 +11,7 @@ import numpy as np
 from bench.accuracy.measuring import Cell, Run
 from bench.accuracy.methods import METHODS
 from bench.accuracy.tables import markdown
-from bench.report import environment
+from bench.environment import environment
 
 
 def read(path: Path) -> dict[str, Cell]:

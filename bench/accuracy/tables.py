@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from bench.accuracy.measuring import Cell, Run, rank
 from bench.accuracy.methods import METHODS
 from bench.accuracy.questions import QUESTIONS, Question
+from bench.markdown import table
 
 
 def markdown(cells: dict[str, Cell], titles: dict[str, str], about: dict[str, object]) -> str:
@@ -44,28 +45,35 @@ def markdown(cells: dict[str, Cell], titles: dict[str, str], about: dict[str, ob
         heads = [titles[case] for case in asked_of]
         parts += [
             f"## {question.title}",
-            _table(
-                ["to reach it", *heads],
+            table(
                 [
-                    [m.title, *(reach_cell(c) if c else missing[m.title] for c in rows[m.title])]
-                    for m in methods
-                ],
+                    ["to reach it", *heads],
+                    *(
+                        [
+                            m.title,
+                            *(reach_cell(c) if c else missing[m.title] for c in rows[m.title]),
+                        ]
+                        for m in methods
+                    ),
+                ]
             ),
-            _table(
-                ["as shipped", *heads],
+            table(
                 [
-                    [
-                        m.title,
-                        *(
-                            _shipped_cell(c.shipped, c.limit, question)
-                            if c and c.shipped
-                            else missing[m.title]
-                            for c in rows[m.title]
-                        ),
-                    ]
-                    for m in methods
-                    if m.shipped is not None
-                ],
+                    ["as shipped", *heads],
+                    *(
+                        [
+                            m.title,
+                            *(
+                                _shipped_cell(c.shipped, c.limit, question)
+                                if c and c.shipped
+                                else missing[m.title]
+                                for c in rows[m.title]
+                            ),
+                        ]
+                        for m in methods
+                        if m.shipped is not None
+                    ),
+                ]
             ),
             "\n".join(f"- {method.title}: {method.rule}" for method in methods),
         ]
@@ -105,13 +113,3 @@ def _shipped_cell(runs: Sequence[Run], limit: int, question: Question) -> str:
         size = f"{error:.0e}" if question.accuracy < 1e-2 else f"{100 * error:.2g} %"
     text = f"{taken:.0f} at {size}"
     return text if error <= question.accuracy else f"**{text}**"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [
-        "| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |"
-        for row in (heads, *rows)
-    ]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])

@@ -11,9 +11,9 @@ from pathlib import Path
 from bench.blocks.measuring import Cell
 from bench.blocks.problems import PROBLEMS
 from bench.blocks.questions import QUESTIONS, Question
+from bench.environment import environment
 from bench.interleaved import Ratio
 from bench.markdown import table
-from bench.report import environment
 
 _PATH = Path(__file__).parents[1] / "results" / "blocks.json"
 

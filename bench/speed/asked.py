@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.baselines import Vector
-from bench.cases import Case
 from bench.speed.device import on_device
+from bench.speed.models import Case
 from hessfunc.randomness import seeded
 
 # Ends the title of an alternative of ours whose matrix products are torch's own.

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bench.environment import environment
 from bench.interleaved import Ratio
-from bench.report import environment
 from bench.speed import machine
 from bench.speed.asked import Kind
 

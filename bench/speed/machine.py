@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench.report import processor
+from bench.environment import processor
 from bench.speed.device import device
 from bench.speed.ours import has_other_library
 

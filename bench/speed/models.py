@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.cases import Case
 from bench.speed.device import device, on_device
 from hessfunc.app.problems.data import cifar10, data_root
 from hessfunc.app.problems.gpt import GPT
@@ -21,6 +20,32 @@ from hessfunc.app.problems.vit import ViT
 from hessfunc.randomness import seeded
 
 Made = tuple[nn.Module, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its criterion and one batch.
+
+    Attributes:
+        title: for the table.
+        attention: attention is in it, whose fused kernels have no second derivative.
+    """
+
+    title: str
+    model: nn.Module
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    inputs: Tensor
+    targets: Tensor
+    attention: bool = False
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The leaves, in the order of ``named_parameters``."""
+        return list(self.model.parameters())
+
+    def loss(self) -> Tensor:
+        """The loss, as a training loop writes it."""
+        return self.criterion(self.model(self.inputs), self.targets)
 
 
 @dataclass(frozen=True)

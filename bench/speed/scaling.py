@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from bench import baselines
-from bench.cases import Case
 from bench.interleaved import Turns
 from bench.speed import models, ours
 from bench.speed.asked import Asked
 from bench.speed.cells import Cell, Line
 from bench.speed.device import device, on_device, wait
+from bench.speed.models import Case
 from bench.speed.peak import peak_of
 from bench.speed.turns import Effort, taken
 from hessfunc.app.problems.nets import mlp

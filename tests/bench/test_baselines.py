@@ -6,11 +6,11 @@ import torch
 from torch.nn import functional as F
 
 from bench import baselines
-from bench.cases import CASES
+from bench.speed.models import made
 
 
 def test_gauss_newton_is_the_hessian_of_a_linear_model() -> None:
-    case = CASES["mlp-small"]()
+    case = made("mlp-small")
     linear = replace(case, model=torch.nn.Linear(64, 10), criterion=F.cross_entropy)
     vector = [torch.randn_like(p) for p in linear.parameters]
     found = baselines.gauss_newton(linear)(vector)

@@ -11,7 +11,6 @@ from hessfunc.optim.schedules import Schedule, ScheduleState, absa, constant
 from hessfunc.training.loop import Record
 from hessfunc.training.methods import SGD
 from hessfunc.training.runs import run
-from tests.training.records import record
 
 
 def after(schedule: Schedule, *eigenvalues: float | None) -> list[ScheduleState]:
@@ -172,21 +171,6 @@ def test_a_constant_schedule_refuses_them_too() -> None:
         constant(ratio=1.5)
     with pytest.raises(ValueError, match="lr_decay=inf"):
         constant(lr_decay=float("inf"))
-
-
-def test_the_benchmark_tells_growth_by_patience_from_growth_by_the_eigenvalue() -> None:
-    pytest.importorskip("matplotlib")
-    from bench.absa import CASES, growth
-
-    case = replace(CASES["digits"], max_ratio=16, patience=3)
-    # The last epoch has no batch after it that could be larger.
-    eigenvalues = (8.0, 7.0, 4.0, 5.0, 5.0, 4.0, 1.0, 0.1)
-    epochs = enumerate((None, *eigenvalues))
-    records = [record(step=i, epoch=i, eigenvalue=e) for i, e in epochs]
-    assert growth(case, records) == "3, *6*, 7"
-    assert growth(case, records[:3]) == "never"
-    # The first eigenvalue is a reference, and no fall.
-    assert growth(replace(case, patience=1), records[:3]) == "*1*"
 
 
 @pytest.mark.slow

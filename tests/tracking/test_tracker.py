@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from bench.edge_of_stability import descend
+from hessfunc.app.problems.data import digits
+from hessfunc.app.problems.nets import mlp
 from hessfunc.display import Progress
 from hessfunc.optim import Stability
 from hessfunc.tracking import Point, frozen, tracked
@@ -200,13 +201,27 @@ def test_steps_that_are_told_in_jumps_or_twice() -> None:
     assert [point.step for point in tracker.points] == [0, 10, 24, 31, 45]
 
 
-LR = 0.1
-
-
 @pytest.mark.slow
 def test_sharpness_rises_to_the_edge_of_stability_and_hovers_there() -> None:
-    points = descend(LR, steps=1500, every=10)
-    sharpness = [point.top[0] / (2 / LR) for point in points]
+    """Full-batch gradient descent of Cohen et al. 2021, arXiv 2103.00065."""
+    lr, examples = 0.1, digits()[:1000]
+    inputs = (examples.inputs - examples.inputs.mean()) / examples.inputs.std()
+    targets = F.one_hot(examples.targets, 10).float()
+    model = mlp([64, 64, 64, 10], nn.Tanh)
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+
+    def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().sum(1).mean() / 2
+
+    batches = [(inputs, targets)]
+    with tracked(model, squared_error, batches, every=10, optimizer=optimizer) as tracker:
+        for _ in range(1500):
+            optimizer.zero_grad()
+            squared_error(model(inputs), targets).backward()
+            optimizer.step()
+            tracker.step()
+    points = tracker.points
+    sharpness = [point.top[0] / (2 / lr) for point in points]
     assert sharpness[0] < 0.7
     reached = next((i for i, value in enumerate(sharpness) if value >= 0.9), None)
     assert reached is not None
