@@ -25,8 +25,9 @@ Hooks = Mapping[nn.Module, Callable[..., Any]]
 
 _INSTALLED: ContextVar[tuple[tuple[str, Hooks], ...]] = ContextVar("hooks", default=())
 
-# Containers that every module has. Evaluations rarely change them, so their length is compared.
-_OF_TORCH = frozenset(vars(nn.Module()))
+# Attributes of every module. Evaluations rarely change the containers among them, so that only the
+# length of these is compared.
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 # Module of which a module is a structural copy. A copy does not keep its original alive.
 _ORIGINAL_OF: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
@@ -108,7 +109,7 @@ class Evaluated:
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any, bool]]:
     return [
-        (value, copy.copy(value), name in _OF_TORCH)
+        (value, copy.copy(value), name in OF_EVERY_MODULE)
         for name, value in vars(module).items()
         if isinstance(value, (list, dict, set))
     ]
@@ -130,6 +131,11 @@ class Copies:
         self._originals = list(model.modules())
         self._pristine = structural_copy(model)
         self._free: list[Evaluated] = []
+
+    @property
+    def are_the_model(self) -> bool:
+        """Whether evaluations use the module itself, because it has no faithful copy."""
+        return self._pristine is None
 
     @property
     def traced(self) -> nn.Module:

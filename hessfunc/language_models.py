@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.autograd import differentiable_twice
-from hessfunc.autograd.recompute import segments_of
+from hessfunc.autograd.recomputed_blocks import segments_of
 from hessfunc.copies import structural_copy
 from hessfunc.linear_head import LinearHeadLoss, linear_head_loss
 from hessfunc.modules import functional

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from hessfunc.autograd.contexts import without_cudnn
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.overrides import Replaced, current
-from hessfunc.autograd.recompute import Borrowed, recompute_inside, segments_of
+from hessfunc.autograd.recomputed_blocks import Borrow, recompute_inside, segments_of
 from hessfunc.autograd.stateless import call_with
 from hessfunc.autograd.transformable import TRANSFORMABLE
 from hessfunc.changes import note_read
@@ -117,8 +117,8 @@ def functional(
             Raised by ``model_fn`` if ranks differ in their batch, if inputs or outputs do not have
             the examples on their first axes, or if the model draws random numbers.
         NotImplementedError: If the module is wrapped in `DataParallel`, `DistributedDataParallel`
-            or `torch.jit`. On a mesh, also if it cannot be copied, or if its parameters are
-            DTensors on several axes or meshes.
+            or `torch.jit`. With ``recompute`` or on a mesh, also if it cannot be copied. On a mesh,
+            also if its parameters are DTensors on several axes or meshes.
         RuntimeError: If a parameter of a block is used outside of the block; raised by
             ``model_fn``.
     """
@@ -139,10 +139,12 @@ def functional(
         )
     if mesh is not None or shard is not None or _is_fully_sharded(model):
         return _sharded(model, list(params), mesh, shard, dtype, recompute)
-    segments = [] if recompute is None else segments_of(model, recompute)
+    prepared = None
+    if recompute is not None:
+        prepared = partial(recompute_inside, names=segments_of(model, recompute))
     named = [name for name, _ in model.named_parameters()]
     first = next(iter(params.values()))
-    return _pure(model, named, first, dtype, partial(recompute_inside, names=segments)), params
+    return _pure(model, named, first, dtype, prepared), params
 
 
 def _sharded(
@@ -176,7 +178,7 @@ def _pure(
     parameters: Collection[str],
     first: Tensor,
     dtype: torch.dtype | None,
-    prepared: Callable[[nn.Module, Callable[[], Borrowed]], None],
+    prepared: Callable[[nn.Module, Borrow], None] | None,
 ) -> Callable[..., Any]:
     """Return a module as a pure function of parameters.
 
@@ -186,17 +188,27 @@ def _pure(
             given are read from the module.
         first: Parameter whose dtype is that of the outputs, and whose device is that of the module.
         dtype: Dtype in which the module is evaluated, as in `functional`.
-        prepared: Function that prepares a copy of the module, given a function that borrows
-            another copy.
+        prepared: Function that prepares a copy of the module, whose blocks are recomputed in
+            another copy; None without such blocks.
+
+    Raises:
+        NotImplementedError: If blocks are recomputed of a module that cannot be copied.
     """
     flags = [module.training for module in model.modules()]
 
     def prepare(module: nn.Module) -> None:
         for part, flag in zip(module.modules(), flags, strict=True):
             part.training = flag
-        prepared(module, copies.borrowed)
+        if prepared is not None:
+            prepared(module, copies.borrowed)
 
     copies = Copies(model, prepare)
+    if prepared is not None and copies.are_the_model:
+        raise NotImplementedError(
+            f"{type(model).__name__} cannot be copied (`copy.deepcopy` raises, or its functions or "
+            "hooks refer to one of its own modules), and activations are recomputed in a copy: "
+            "leave out `recompute`"
+        )
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     renormalises = _renormalises(model)
     named = set(parameters)

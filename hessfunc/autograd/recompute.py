@@ -1,31 +1,25 @@
-"""Recompute the activations of parts of a model instead of keeping them."""
+"""Recompute the activations of functions instead of keeping them."""
 
 from __future__ import annotations
 
-import fnmatch
-import functools
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessfunc import options
 from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.chunked_attention import IN_CHUNKS
 from hessfunc.autograd.corrections import EXACT
-from hessfunc.autograd.functorch import evaluating, forward_modes, is_wrapped, transforms_itself
+from hessfunc.autograd.functorch import evaluating, forward_modes, transforms_itself
 from hessfunc.autograd.overrides import Replacements, current
-from hessfunc.autograd.stateless import call_with
 from hessfunc.autograd.streams import replay
-from hessfunc.containers import batch_leaves, tensors_in
-from hessfunc.selection import first_of
-from hessfunc.trees import Tree, flatten, leaves
+from hessfunc.containers import batch_leaves
+from hessfunc.trees import flatten
 
 Pure = Callable[..., tuple[Tensor, ...]]
-Borrowed = AbstractContextManager[nn.Module]
 
 
 @options.validated(fn=options.plain_callable)
@@ -107,144 +101,6 @@ def _refuse_changed(given: Any, before: Sequence[Any]) -> None:
         raise NotImplementedError(
             "a recomputed function changes a list or a dict among its arguments, which its caller "
             "would not see: return the values instead"
-        )
-
-
-class Segment(nn.Module):
-    """Forward of a module without its hooks, which run outside of the recomputed part."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.inner = module.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
-
-
-def segments_of(model: nn.Module, pattern: str, /) -> list[str]:
-    """Return the names of the outermost modules whose names match a glob.
-
-    Raises:
-        ValueError: If no module matches.
-    """
-    segments: list[str] = []
-    for name, _ in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in segments)
-        if name and not inside and fnmatch.fnmatchcase(name, pattern):
-            segments.append(name)
-    if not segments:
-        raise no_module(f"recompute={pattern!r}", model)
-    return segments
-
-
-def no_module(choice: str, model: nn.Module, /) -> ValueError:
-    """Return the error for a choice that matches no submodule."""
-    if names := [name for name, _ in model.named_modules() if name]:
-        return ValueError(f"{choice} chooses none of the modules {first_of(names)}")
-    return ValueError(
-        f"{choice} chooses nothing, because a bare {type(model).__name__} has no submodules: "
-        "wrap it, `torch.nn.Sequential(model)`"
-    )
-
-
-def recompute_inside(
-    model: nn.Module, borrowed: Callable[[], Borrowed], /, names: Iterable[str]
-) -> None:
-    """Replace the forward of some modules by one that recomputes its activations.
-
-    Args:
-        model: Module that has been prepared by this function, or is to be.
-        names: Names of the modules.
-        borrowed: Function that returns a context manager of another copy of ``model``, prepared
-            alike. The module itself may be in use when its activations are recomputed.
-
-    A call with a key-value cache raises ValueError.
-    """
-    for name in names:
-        module = model.get_submodule(name)
-        module.forward = functools.partial(_recomputing, Segment(module), name, borrowed)
-
-
-def _recomputing(
-    segment: Segment, name: str, borrowed: Callable[[], Borrowed], *args: Any, **kwargs: Any
-) -> Any:
-    refuse_cache((args, kwargs))
-    refuse_set_attributes(segment.module, name, borrowed)
-
-    def pure(params: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
-        # BatchNorm raises for running statistics that require a gradient, so detach them.
-        fixed = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-        with borrowed() as model:
-            forward = model.get_submodule(name).forward
-            assert isinstance(forward, functools.partial)
-            with warning_of_set_attributes(forward.args[0].module, name):
-                return call_with(forward.args[0], {**params, **fixed}, args, kwargs)
-
-    params, buffers = dict(segment.named_parameters()), dict(segment.named_buffers())
-    return recomputed(pure)(params, buffers, args, kwargs)
-
-
-# Attributes in which modules of torch have their parameters.
-_OF_TORCH = frozenset({*vars(nn.Module()), "_flat_weights"})
-
-
-def _attributes(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in attributes of modules that carry a derivative, with their names."""
-    for path, module in block.named_modules():
-        # Hooks before the forward of a module set attributes for that forward.
-        if module is not block and module._forward_pre_hooks:
-            continue
-        for key, value in vars(module).items():
-            if key not in _OF_TORCH:
-                for x in tensors_in(value):
-                    if x.requires_grad or is_wrapped(x):
-                        yield f"{path}.{key}".lstrip("."), x
-
-
-def refuse_set_attributes(block: nn.Module, name: str, borrowed: Callable[[], Borrowed], /) -> None:
-    """Raise if a tensor that carries a derivative was set on a block that is to be recomputed.
-
-    Args:
-        block: Block that is about to run.
-        name: Name of the block in the model.
-        borrowed: Function that borrows another copy of the model, without such tensors.
-    """
-    found = dict(_attributes(block))
-    if not found:
-        return
-    with borrowed() as model:
-        known = {id(x) for _, x in _attributes(model.get_submodule(name))}
-    for attribute, x in found.items():
-        if id(x) not in known:
-            raise NotImplementedError(
-                f"attribute {attribute!r} of the recomputed block {name!r} was set outside of the "
-                "block, and its derivative would be lost: pass it to the forward as an argument, "
-                "or choose a larger block that sets it"
-            )
-
-
-@contextmanager
-def warning_of_set_attributes(block: nn.Module, name: str, /) -> Iterator[None]:
-    """Context manager that warns if the forward of a recomputed block sets attributes."""
-    before = {id(x) for _, x in _attributes(block)}
-    yield
-    for attribute, x in _attributes(block):
-        if id(x) not in before:
-            warnings.warn(
-                f"the recomputed block {name!r} sets its attribute {attribute!r}, which does not "
-                "change outside of the block: return the value if the model uses it",
-                stacklevel=2,
-            )
-            return
-
-
-def refuse_cache(arguments: Any, /) -> None:
-    """Raise if a module that is to be recomputed gets a key-value cache."""
-    if any(type(leaf).__name__.endswith("Cache") for leaf in leaves(arguments)):
-        raise ValueError(
-            "the model uses a key-value cache, which recomputation would fill twice: set "
-            "`model.config.use_cache = False`"
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from hessfunc.autograd.collectives import Cut, gathered
-from hessfunc.autograd.recompute import (
-    Borrowed,
+from hessfunc.autograd.recomputed_blocks import (
+    Borrow,
+    RecomputedBlock,
     Segment,
-    recomputed,
-    refuse_cache,
-    refuse_set_attributes,
-    warning_of_set_attributes,
+    recompute_inside,
 )
-from hessfunc.autograd.stateless import call_with
 from hessfunc.fingerprints import checksum
 from hessfunc.ranks import Ranks
 from hessfunc.selection import first_of
@@ -79,13 +76,14 @@ class Divided:
     params: dict[str, Tensor]
     dtype: torch.dtype | None
 
-    def prepare(self, module: nn.Module, borrowed: Callable[[], Borrowed]) -> None:
+    def prepare(self, module: nn.Module, borrowed: Borrow) -> None:
         """Replace the forward of each block of a copy by one that gathers its parameters."""
-        for name in self.blocks:
-            segment = Segment(module.get_submodule(name))
+
+        def block(name: str, segment: Segment, borrowed: Borrow) -> _ShardedBlock:
             names = {local: name_of(leaf) for local, leaf in segment.named_parameters()}
-            block = _Block(self, name, segment, names, borrowed)
-            segment.module.forward = block
+            return _ShardedBlock(name, segment, borrowed, self, names)
+
+        recompute_inside(module, borrowed, self.blocks, block)
 
     def gathered(self, shards: Mapping[str, Tensor], /) -> dict[str, Tensor]:
         """Return whole parameters from the shards of all ranks."""
@@ -97,43 +95,28 @@ class Divided:
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
-    """Forward of a block that gathers its parameters.
+class _ShardedBlock(RecomputedBlock):
+    """Recomputed block that keeps its shards, and gathers its parameters whenever it runs.
 
     Attributes:
         parts: Division of the model.
-        name: Name of the block.
-        segment: Forward of the block without its hooks.
         names: Names in the model of the parameters of the segment.
-        borrowed: Function that borrows another copy of the model, prepared alike.
     """
 
     parts: Divided
-    name: str
-    segment: Segment
     names: Mapping[str, str]
-    borrowed: Callable[[], Borrowed]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_cache((args, kwargs))
-        refuse_set_attributes(self.segment.module, self.name, self.borrowed)
+    def kept(self) -> tuple[Tree, Tree]:
         every, trained = _SHARDS.get(), self.parts.params
         # The shards of frozen parameters have no cotangent that would be summed over ranks.
         shards = {n: every[n] for n in self.names.values() if n in trained}
         fixed = {n: every[n] for n in self.names.values() if n not in trained}
-        buffers = dict(self.segment.named_buffers())
-        return recomputed(self._pure)(shards, fixed, buffers, args, kwargs)
+        return shards, fixed
 
-    def _pure(self, shards: Tree, fixed: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
+    def parameters(self, kept: tuple[Tree, Tree], /) -> Mapping[str, Tensor]:
+        shards, fixed = kept
         wholes = self.parts.gathered(shards) | self.parts.gathered(fixed)
-        state = {local: wholes[name] for local, name in self.names.items()}
-        # BatchNorm raises for running statistics that require a gradient, so detach them.
-        state |= {local: buffer.detach().clone() for local, buffer in buffers.items()}
-        with self.borrowed() as model:
-            block = model.get_submodule(self.name).forward
-            assert isinstance(block, _Block)
-            with warning_of_set_attributes(block.segment.module, self.name):
-                return call_with(block.segment, state, args, kwargs)
+        return {local: wholes[name] for local, name in self.names.items()}
 
 
 def divided(

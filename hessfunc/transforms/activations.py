@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hessfunc.autograd import differentiable_twice
-from hessfunc.autograd.recompute import no_module
+from hessfunc.autograd.recomputed_blocks import no_module
 from hessfunc.changes import note_read
 from hessfunc.copies import hooked
 from hessfunc.losses import Loss, supervised
