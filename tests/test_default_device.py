@@ -1,6 +1,9 @@
 """Small dense problems are on the CPU, whatever device a user has made torch's default."""
 
+import ast
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ from torch.nn import functional as F
 
 import hessfunc as hf
 from hessfunc.optim import InfinityNorm, LargestNorm
+
+SOURCES = Path(hf.__file__).parent
 
 
 @pytest.fixture
@@ -70,3 +75,34 @@ def test_landscapes_are_taken(problem: tuple[Any, Any, Any]) -> None:
     loss, params, batch = problem
     found = hf.landscape(loss, params, [batch], hf.random_like(params, 2, seed=0), points=5)
     assert bool(found.values.isfinite().all())
+
+
+FACTORIES = re.compile(
+    "arange|as_tensor|empty|eye|full|linspace|logspace|normal|ones|rand|randint|randn|randperm"
+    "|tensor|tril_indices|triu_indices|zeros"
+)
+
+
+def without_a_device(source: str) -> list[str]:
+    """Return the calls of torch that make tensors on the default device."""
+    return [
+        ast.unparse(call)
+        for call in ast.walk(ast.parse(source))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and ast.unparse(call.func.value) == "torch"
+        and FACTORIES.fullmatch(call.func.attr)
+        and not any(option.arg in ("device", None) for option in call.keywords)
+    ]
+
+
+def test_every_new_tensor_has_a_device() -> None:
+    assert without_a_device("torch.eye(3, device=d), torch.zeros(2, **options), torch.ones(1)") == [
+        "torch.ones(1)"
+    ]
+    found = {
+        str(path.relative_to(SOURCES)): calls
+        for path in SOURCES.rglob("*.py")
+        if (calls := without_a_device(path.read_text()))
+    }
+    assert not found

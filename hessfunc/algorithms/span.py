@@ -58,7 +58,8 @@ class Span:
                 f"vector is left to sample: the trace is {name}.values.sum()"
             )
         gram = space.gram(basis, basis)
-        error = float((gram - torch.eye(len(basis)).to(gram)).abs().max()) if len(basis) else 0.0
+        identity = torch.eye(len(basis), device=gram.device)
+        error = float((gram - identity).abs().max()) if len(basis) else 0.0
         if not error <= _NEARLY:
             raise ValueError(
                 f"the vectors of {name} are not orthonormal, as an inner product is off by "

@@ -189,7 +189,7 @@ def _flipped(space: Space, seed: int, indices: range) -> Callable[[Tensor], Tens
     leaves = range(len(space.names))
     cpu = torch.device("cpu")
     chosen = signs(keys(seed, indices, leaves, cpu), [range(1)] * len(leaves), cpu)
-    sizes = torch.tensor([len(span) for span in space.spans])
+    sizes = torch.tensor([len(span) for span in space.spans], device=cpu)
     factors = chosen.repeat_interleave(sizes, 1).to(space.device)
     return lambda rows: rows * factors
 
@@ -205,7 +205,7 @@ def _jackknife(
     p = len(state.whole)
     parts = state.whole, state.differences, state.own
     value = float(ratio(*(part.mean() for part in parts)))
-    stderr, samples = math.inf, torch.full((p,), value, dtype=torch.float64)
+    stderr, samples = math.inf, torch.full((p,), value, dtype=torch.float64, device="cpu")
     if p > 1:
         left_out = ratio(*((part.sum() - part) / (p - 1) for part in parts))
         stderr = widening * (p - 1) / math.sqrt(p) * float(left_out.std())

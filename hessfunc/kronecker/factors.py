@@ -331,7 +331,7 @@ def _empirical(loss: Loss) -> Columns:
         reduction = reduction_over_examples(criterion, inner, batch) or "sum"
         _, _, (slopes,) = output_gradient(criterion, inner, batch, create_graph=False)
         weights = example_weights(criterion, inner, batch, len(inner), reduction)
-        roots = torch.as_tensor(weights).to(slopes).sqrt()
+        roots = torch.as_tensor(weights, device=slopes.device).to(slopes).sqrt()
         return (slopes * roots.view(-1, *[1] * (slopes.dim() - 1)))[None]
 
     return columns

@@ -133,7 +133,7 @@ def _range(inputs: Tensor) -> tuple[float, float]:
 
 def _uniform(inputs: Tensor, eps: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(inputs.shape, generator=generator, dtype=inputs.dtype)
+    drawn = torch.rand(inputs.shape, generator=generator, dtype=inputs.dtype, device="cpu")
     return ((2 * drawn - 1) * eps).to(inputs.device)
 
 

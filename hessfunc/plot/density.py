@@ -138,11 +138,12 @@ def _grid(density: Density, low: float, high: float, width: float) -> Tensor:
 
     If this needs too many points, the fine grid covers only the neighbourhood of the nodes.
     """
-    near = density.nodes[density.weights > 0][:, None] + width * torch.arange(-5, 6)
+    near = density.nodes[density.weights > 0][:, None] + width * torch.arange(-5, 6, device="cpu")
     wanted = 4 * (high - low) / width
     if wanted <= _POINTS + near.numel():
-        return torch.linspace(low, high, max(_POINTS, math.ceil(wanted)), dtype=torch.float64)
-    even = torch.linspace(low, high, _POINTS, dtype=torch.float64)
+        points = max(_POINTS, math.ceil(wanted))
+        return torch.linspace(low, high, points, dtype=torch.float64, device="cpu")
+    even = torch.linspace(low, high, _POINTS, dtype=torch.float64, device="cpu")
     return torch.cat([even, near.flatten()]).unique()
 
 

@@ -98,7 +98,7 @@ def calibration(probabilities: Tensor, targets: Tensor, /, *, bins: int = 15) ->
     hits = (chosen == classes).to(p)
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     counts, sums, right = (
-        torch.zeros(bins).to(p).index_add_(0, place, each)
+        p.new_zeros(bins).index_add_(0, place, each)
         for each in (torch.ones_like(hits), confidence, hits)
     )
     return Calibration(

@@ -29,7 +29,7 @@ def epochs_of(source: Source, /, *, batch_size: int, seed: int) -> Iterator[Iter
 def _shuffled(examples: Examples, batch_size: int, seed: int) -> Iterator[Iterable[Batch]]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(examples), generator=generator)
+        order = torch.randperm(len(examples), generator=generator, device="cpu")
         yield _Taken(examples, order.split(batch_size))
 
 

@@ -67,7 +67,8 @@ def _blocks(
     count, width = len(outputs), outputs[0].numel()
     products = _products(criterion, outputs, batch)
     rows = []
-    for chosen in torch.arange(count * width).split(max(1, AT_ONCE // (count * width))):
+    entries = torch.arange(count * width, device=outputs.device)
+    for chosen in entries.split(max(1, AT_ONCE // (count * width))):
         tangents = outputs.new_zeros(len(chosen), count * width)
         tangents[range(len(chosen)), chosen] = 1
         columns = products(tangents.view(-1, *outputs.shape)).reshape(len(chosen), count, width)

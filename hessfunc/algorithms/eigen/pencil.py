@@ -34,7 +34,7 @@ class Scaled(Products):
         root: Diagonal of D^-1/2, one row.
     """
 
-    root: Tensor = field(default_factory=lambda: torch.ones(1, 1))
+    root: Tensor = field(default_factory=lambda: torch.ones(1, 1, device="cpu"))
 
     @classmethod
     def by(cls, products: Products, diagonal: Tree, /) -> Scaled:

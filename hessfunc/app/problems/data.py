@@ -165,7 +165,7 @@ def _idx(file: Path, axes: int) -> np.ndarray | None:
 def _normalised(images: np.ndarray) -> Tensor:
     """Convert uint8 ``[N, 32, 32, 3]`` to normalised float32 ``[N, 3, 32, 32]``."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255)
-    mean, std = (torch.tensor(c).reshape(1, 3, 1, 1) for c in (CIFAR10_MEAN, CIFAR10_STD))
+    mean, std = (pixels.new_tensor(c).reshape(1, 3, 1, 1) for c in (CIFAR10_MEAN, CIFAR10_STD))
     return (pixels - mean).div(std).contiguous()
 
 

@@ -61,7 +61,7 @@ def train(
         steps = first_order(model, optimizer)
         for epoch in range(epochs):
             total = 0.0
-            for batch in torch.randperm(len(examples)).split(batch_size):
+            for batch in torch.randperm(len(examples), device="cpu").split(batch_size):
                 step = steps([(examples.inputs[batch], examples.targets[batch])])
                 total += step.loss * len(batch)
             schedule.step()

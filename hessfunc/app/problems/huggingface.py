@@ -262,7 +262,7 @@ def _without_tokenizer(folder: Path, size: int, written: str) -> list[int]:
 def _rows(text: Path, encoding: _Encoding, length: int) -> Tensor:
     """Return the sequences ``[N, T]``."""
     body = length - len(encoding.before) - len(encoding.after)
-    tokens = torch.tensor(encoding.tokens, dtype=torch.long)
+    tokens = torch.tensor(encoding.tokens, dtype=torch.long, device="cpu")
     body = min(body, len(tokens))
     if body < 2:
         raise TargetError(
@@ -270,7 +270,7 @@ def _rows(text: Path, encoding: _Encoding, length: int) -> Tensor:
             "at least 2 are needed"
         )
     rows = tokens[: len(tokens) // body * body].view(-1, body)
-    ends = (torch.tensor(ids, dtype=torch.long) for ids in (encoding.before, encoding.after))
+    ends = (tokens.new_tensor(ids) for ids in (encoding.before, encoding.after))
     before, after = (ids.expand(len(rows), -1) for ids in ends)
     return torch.cat([before, rows, after], 1)
 
@@ -283,7 +283,8 @@ def _masked(folder: Path, rows: Tensor, encoding: _Encoding, seed: int) -> dict[
         )
     first, last = len(encoding.before), rows.shape[1] - len(encoding.after)
     count = max(1, round(_MASKED * (last - first)))
-    order = torch.rand(len(rows), last - first, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(len(rows), last - first, generator=generator, device="cpu")
     places = order.argsort(1)[:, :count] + first
     labels = torch.full_like(rows, _IGNORED).scatter(1, places, rows.gather(1, places))
     return {"input_ids": rows.scatter(1, places, encoding.mask), "labels": labels}

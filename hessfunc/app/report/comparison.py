@@ -248,7 +248,7 @@ def _density(runs: Sequence[Compared]) -> lines.Figure:
         width = max(density.width for _, _, density in densities)
         ends = torch.cat([d.nodes[d.weights > 0] for _, _, d in densities])
         low, high = float(ends.min()) - 5 * width, float(ends.max()) + 5 * width
-        grid = torch.linspace(low, high, _POINTS, dtype=torch.float64)
+        grid = torch.linspace(low, high, _POINTS, dtype=torch.float64, device="cpu")
         values = [density.pdf(grid, width) for _, _, density in densities]
         floor = _FLOOR * max(float(value.max()) for value in values)
         drawn = [

@@ -86,7 +86,7 @@ def _damped_inverse(factors: Tensor, damping: float) -> Tensor:
     if factors.dim() == 2:
         damped = torch.diag_embed(wide + damping)
     else:
-        damped = wide + damping * torch.eye(factors.shape[-1]).to(wide)
+        damped = wide + damping * torch.eye(factors.shape[-1], dtype=wide.dtype, device=wide.device)
     root, failed = torch.linalg.cholesky_ex(damped)
     # The squared diagonal of the root has the pivots, at most as large as the diagonal.
     pivots, diagonal = (m.diagonal(dim1=1, dim2=2) for m in (root.square(), damped))

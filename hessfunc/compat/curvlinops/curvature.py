@@ -215,7 +215,7 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
             value = scalar(self.loss(params, batch))
             average.look(self.loss, params, batch)
             total = total + average.of(batch) * value
-        yield torch.as_tensor(total)
+        yield torch.as_tensor(total, device="cpu")
 
 
 def named_parameters(

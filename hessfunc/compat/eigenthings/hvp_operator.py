@@ -73,7 +73,7 @@ class HVPOperator(Operator):
         self.fp16 = fp16
         self.full_dataset = full_dataset
         self.max_possible_gpu_samples = max_possible_gpu_samples
-        self.grad_vec = torch.zeros(entries)
+        self.grad_vec = next(self.model.parameters()).new_zeros(entries)
         self._batches: Iterator[Any] = iter(())
         if model.training:
             warnings.warn(

@@ -121,7 +121,7 @@ class Start:
         if fp16:
             like = like.half()
         if vector is not None:
-            vector = torch.as_tensor(vector).to(like)
+            vector = torch.as_tensor(vector, device=like.device).to(like)
         return cls(like, vector, seed_of_stream())
 
 

@@ -280,7 +280,7 @@ def _solved(system: System, gradients: Iterator[Tree], rank: int | None, key: st
         if not pairs:
             raise ValueError(_NO_QUERY)
         norms = torch.cat([norm for _, norm in pairs])
-        identity = torch.eye(len(norms), dtype=norms.dtype)
+        identity = torch.eye(len(norms), dtype=norms.dtype, device=norms.device)
         solves = joined([solve for solve, _ in pairs])
         return queries(solves, identity, solves.residuals, solves.solved, norms)
     every = list(blocks)

@@ -118,7 +118,7 @@ class LowRank(Saved):
             return prior.logdet() + torch.log1p(scale * values / diagonal).sum()
         # det(D + s V' a V) = det D det(I + M M') with M = (s a)^(1/2) V D^(-1/2), by Sylvester.
         rows = (values.sqrt()[:, None] * self.vectors.to(scale)) * diagonal.rsqrt()
-        gram = torch.eye(len(rows)).to(scale) + scale * rows @ rows.mT
+        gram = torch.eye(len(rows), dtype=scale.dtype, device=scale.device) + scale * rows @ rows.mT
         factor = torch.linalg.cholesky(gram)
         return prior.logdet() + 2 * factor.diagonal().log().sum()
 

@@ -169,7 +169,8 @@ def _jacobian(
         return outputs(space.tree(leaves), build([row[None] for row in rows])).reshape(-1)
 
     values, pull, *_ = vjp(model, *point)
-    return values, list(vmap(pull)(torch.eye(len(values)).to(values)))
+    identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
+    return values, list(vmap(pull)(identity))
 
 
 def _congruences(space: Space, jacobians: Sequence[Tensor], covariance: Matvec) -> Tensor:
@@ -178,7 +179,7 @@ def _congruences(space: Space, jacobians: Sequence[Tensor], covariance: Matvec) 
     with torch.no_grad():
         block = space.tree(leaf.detach().flatten(0, 1) for leaf in jacobians)
         images = space.block_leaves(covariance(block))
-        total = torch.zeros(examples, width, width).to(jacobians[0])
+        total = jacobians[0].new_zeros(examples, width, width)
         for leaf, image in zip(jacobians, images, strict=True):
             product = image.reshape(examples, width, -1)
             total += torch.einsum("bin,bjn->bij", leaf.detach().flatten(2), product)

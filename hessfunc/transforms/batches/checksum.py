@@ -57,7 +57,7 @@ def _numbers(leaf: Any) -> Tensor | None:
     """Return a leaf as a dense tensor of real numbers, or None if it is no array of numbers."""
     if isinstance(leaf, np.ndarray):
         # torch has no tensors of dates and text.
-        return torch.as_tensor(leaf) if leaf.dtype.kind in "biufc" else None
+        return torch.from_numpy(leaf) if leaf.dtype.kind in "biufc" else None
     if not isinstance(leaf, Tensor):
         return None
     leaf = leaf.detach()

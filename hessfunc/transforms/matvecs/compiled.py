@@ -103,7 +103,9 @@ def _program(
         traced.graph.eliminate_dead_code()
         traced.recompile()
         # Tracing turns values computed outside of torch into constants. Another block shows them.
-        other = [torch.linspace(-1, 1, t.numel()).to(t).view_as(t) for t in tensors]
+        other = [
+            torch.linspace(-1, 1, t.numel(), device=t.device).to(t).view_as(t) for t in tensors
+        ]
         _refuse_another(_precisely(traced)(*other), of_leaves(*other))
         program = _precisely(torch.compile(traced, fullgraph=True, dynamic=False, backend=backend))
         program(*tensors)
