@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,23 +14,17 @@ from hessfunc import options
 from hessfunc.algorithms.results import Influence
 from hessfunc.algorithms.results.result import Saved
 from hessfunc.display import Reported
-from hessfunc.fingerprints import checksum, of_batches
+from hessfunc.fingerprints import of_batches
 from hessfunc.losses import LossFunction
 from hessfunc.options import at_least, validated
 from hessfunc.options.outline import outline
-from hessfunc.recipes.influence.system import (
-    Solves,
-    System,
-    gradients_of,
-    joined,
-    reason_of,
-    refuse_unordered,
-)
+from hessfunc.recipes.influence.system import Solves, System, gradients_of, refuse_unordered
 from hessfunc.recipes.influence.tokens import TokenLosses, token_losses
 from hessfunc.recipes.influence.training import (
     NO_EXAMPLE,
     BatchScores,
     TrainingPass,
+    directory_of,
     joined_scores,
     scores_of,
     stored,
@@ -173,19 +166,10 @@ def influence(
     space, partition = space_of(params), partition_of(mesh)
     measured = loss if query_loss is None else query_loss
     tokens = by_token if callable(by_token) else token_losses(loss) if by_token else None
-    directory, key = None, ""
-    if checkpoint is not None:
-        directory = Path(checkpoint)
-        settings = (
-            damping,
-            rank,
-            rtol,
-            max_matvecs,
-            aggregate,
-            tokens is not None,
-            outline(curvature),
-        )
-        key = f"{checksum(space.tree_leaves(params))} {of_batches(query_batches)} {settings}"
+    directory, key = directory_of(checkpoint, params)
+    if directory is not None:
+        settings = damping, rank, rtol, max_matvecs, aggregate, tokens is not None
+        key = f"{key} {of_batches(query_batches)} {(*settings, outline(curvature))}"
 
     def solved() -> _Queries:
         gradients: Iterator[Tree]
@@ -205,7 +189,6 @@ def influence(
         queries = solved()
     else:
         # All ranks resume, or all solve: the products may be collective.
-        directory.mkdir(parents=True, exist_ok=True)
         file = directory / "queries.npz"
         exists = all(partition.gathered(file.exists()))
         is_first = partition.writes and partition.place(0) == 0
@@ -213,8 +196,7 @@ def influence(
     over_training = TrainingPass(train_batches, partition, directory, progress, "influence")
 
     def scored(batch: Any, key: str) -> BatchScores:
-        solutions = queries.solutions
-        return scores_of(loss, params, batch, solutions, tokens, examples_per_chunk, key)
+        return scores_of(loss, params, batch, queries.solves.x, tokens, examples_per_chunk, key)
 
     train = joined_scores(over_training(scored))
     # Scores of the directions, (leaves, r, m), combined to those of the queries.
@@ -230,10 +212,7 @@ def influence(
         by_token=None
         if train.tokens is None
         else torch.einsum("qr,rmt->qmt", queries.coefficients, train.tokens),
-        matvecs=queries.matvecs,
-        passes=queries.passes,
-        reason=queries.reason,
-        seed=None,
+        **queries.solves.cost,
     )
 
 
@@ -242,38 +221,24 @@ class _Queries(Saved):
     """Solutions for r directions, of which the queries are linear combinations.
 
     Attributes:
-        solutions: Solutions ``(r, n)``.
+        solves: Solve of each direction.
         coefficients: Coefficients of the queries, float64 ``(q, r)``.
         residuals: Bound of the residual of each query, float64 ``(q,)``.
         solved: Whether the solves of each query are within the tolerance, bool ``(q,)``.
         norms: Norm of the gradient of each query, float64 ``(q,)``.
-        matvecs: Number of products of all solves.
-        passes: Number of calls of the matvec.
-        reason: Reason for which the solves stopped.
         key: Checksums and options with which the queries were solved; empty without a checkpoint.
     """
 
-    solutions: Tensor
+    solves: Solves
     coefficients: Tensor
     residuals: Tensor
     solved: Tensor
     norms: Tensor
-    matvecs: int
-    passes: int
-    reason: str
     key: str
 
 
 def _solved(system: System, gradients: Iterator[Tree], rank: int | None, key: str) -> _Queries:
     space = system.space
-
-    def queries(
-        solves: Solves, combined: Tensor, residuals: Tensor, solved: Tensor, norms: Tensor
-    ) -> _Queries:
-        reason = reason_of(solves.solved, solves.reasons)
-        cost = solves.matvecs, solves.passes, reason
-        return _Queries(solves.x, combined, residuals, solved, norms, *cost, key)
-
     blocks = (space.ravel(block, dtype=rows_dtype(space)) for block in gradients)
     if rank is None:
         pairs = [(system.solve(rows), space.norms(rows).cpu()) for rows in blocks]
@@ -281,8 +246,8 @@ def _solved(system: System, gradients: Iterator[Tree], rank: int | None, key: st
             raise ValueError(_NO_QUERY)
         norms = torch.cat([norm for _, norm in pairs])
         identity = torch.eye(len(norms), dtype=norms.dtype, device=norms.device)
-        solves = joined([solve for solve, _ in pairs])
-        return queries(solves, identity, solves.residuals, solves.solved, norms)
+        solves = Solves.joined([solve for solve, _ in pairs])
+        return _Queries(solves, identity, solves.residuals, solves.solved, norms, key)
     every = list(blocks)
     if not every:
         raise ValueError(_NO_QUERY)
@@ -296,7 +261,8 @@ def _solved(system: System, gradients: Iterator[Tree], rank: int | None, key: st
     # |g - P g|^2 = |g|^2 - |P g|^2, and the residual of P g is at most sum_k |c_k| |r_k|.
     outside = (norms.square() - coefficients.square().sum(1)).clamp_min(0).sqrt()
     bound = outside + coefficients.abs() @ solves.residuals
-    return queries(solves, coefficients, bound, solves.solved.all().repeat(len(rows)), norms)
+    solved = solves.solved.all().repeat(len(rows))
+    return _Queries(solves, coefficients, bound, solved, norms, key)
 
 
 _NO_QUERY = "there is no query: pass at least one batch in `query_batches`"

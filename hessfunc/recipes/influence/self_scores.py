@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +14,11 @@ from hessfunc import options
 from hessfunc.algorithms.results import SelfInfluence
 from hessfunc.algorithms.results.result import Saved
 from hessfunc.display import Reported
-from hessfunc.fingerprints import checksum
 from hessfunc.losses import LossFunction
 from hessfunc.options import at_least, validated
 from hessfunc.options.outline import outline
-from hessfunc.recipes.influence.system import System, joined, reason_of, refuse_unordered
-from hessfunc.recipes.influence.training import TrainingPass
+from hessfunc.recipes.influence.system import Solves, System, refuse_unordered
+from hessfunc.recipes.influence.training import TrainingPass, directory_of
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import rows_dtype
 from hessfunc.transforms.batches.mean import partition_of
@@ -99,19 +97,14 @@ def self_influence(
         loss, params, train_batches, curvature, damping, preconditioner, rtol, max_matvecs,
         weight=weight, keep=keep, mesh=mesh, progress=progress if callable(progress) else None,
     )  # fmt: skip
-    directory, settings = None, ""
-    if checkpoint is not None:
-        directory = Path(checkpoint)
-        directory.mkdir(parents=True, exist_ok=True)
-        options_of_scores = damping, rtol, max_matvecs, outline(curvature)
-        settings = f"{checksum(space.tree_leaves(params))} {options_of_scores} "
+    directory, parameters = directory_of(checkpoint, params)
     over_training = TrainingPass(
         train_batches,
         partition,
         directory,
         progress,
         "self_influence",
-        settings,
+        f"{parameters} {(damping, rtol, max_matvecs, outline(curvature))} ",
         is_collective=not system.is_inverted,
     )
 
@@ -120,32 +113,20 @@ def self_influence(
         for block in example_gradients(loss, params, batch, examples_per_chunk=examples_per_chunk):
             rows = space.ravel(block, dtype=rows_dtype(space))
             norms.append(space.norms(rows).cpu())
-            solves.append(system.solve(rows))
-            scores.append(space.by_leaf(solves[-1].x, rows).sum(1).cpu())
-        every = joined(solves)
-        return _BatchScores(
-            torch.cat(scores),
-            torch.cat(norms),
-            every.residuals,
-            every.solved,
-            every.reasons,
-            every.matvecs,
-            every.passes,
-            key,
-        )
+            solve = system.solve(rows)
+            scores.append(space.by_leaf(solve.x, rows).sum(1).cpu())
+            solves.append(replace(solve, x=solve.x[:0]))
+        return _BatchScores(torch.cat(scores), torch.cat(norms), Solves.joined(solves), key)
 
     batches = over_training(scored)
-    solved = torch.cat([one.solved for one in batches])
+    solves = Solves.joined([one.solves for one in batches])
     return SelfInfluence(
         scores=torch.cat([one.scores for one in batches]),
         damping=damping,
-        residuals=torch.cat([one.residuals for one in batches]),
-        solved=solved,
+        residuals=solves.residuals,
+        solved=solves.solved,
         norms=torch.cat([one.norms for one in batches]),
-        matvecs=sum(one.matvecs for one in batches),
-        passes=sum(one.passes for one in batches),
-        reason=reason_of(solved, [reason for one in batches for reason in one.reasons]),
-        seed=None,
+        **solves.cost,
     )
 
 
@@ -156,19 +137,11 @@ class _BatchScores(Saved):
     Attributes:
         scores: Scores, float64 ``(m,)``.
         norms: Norm of the gradient of each example, float64 ``(m,)``.
-        residuals: Residual of each solve, float64 ``(m,)``.
-        solved: Whether each residual is within the tolerance, bool ``(m,)``.
-        reasons: Reason for which each solve stopped.
-        matvecs: Number of products.
-        passes: Number of calls of the matvec.
+        solves: Solve of each example, without the solutions.
         key: Checksums of the parameters, options and batch; empty without a checkpoint.
     """
 
     scores: Tensor
     norms: Tensor
-    residuals: Tensor
-    solved: Tensor
-    reasons: tuple[str, ...]
-    matvecs: int
-    passes: int
+    solves: Solves
     key: str

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from hessfunc import options
+from hessfunc.algorithms.results.result import Saved
 from hessfunc.algorithms.solve.cg import cg
 from hessfunc.display import Reported
 from hessfunc.losses import LossFunction
@@ -39,7 +40,7 @@ class _Invertible(Protocol):
 
 
 @dataclass(frozen=True)
-class Solves:
+class Solves(Saved):
     """Solutions of several systems, and how each solve ended.
 
     Attributes:
@@ -58,25 +59,26 @@ class Solves:
     matvecs: int
     passes: int
 
+    @classmethod
+    def joined(cls, solves: Sequence[Solves], /) -> Solves:
+        """Return the solves of all systems in one object."""
+        return cls(
+            torch.cat([one.x for one in solves]),
+            torch.cat([one.residuals for one in solves]),
+            torch.cat([one.solved for one in solves]),
+            tuple(reason for one in solves for reason in one.reasons),
+            sum(one.matvecs for one in solves),
+            sum(one.passes for one in solves),
+        )
 
-def joined(solves: Sequence[Solves], /) -> Solves:
-    """Return the solves of all systems in one object."""
-    return Solves(
-        torch.cat([one.x for one in solves]),
-        torch.cat([one.residuals for one in solves]),
-        torch.cat([one.solved for one in solves]),
-        tuple(reason for one in solves for reason in one.reasons),
-        sum(one.matvecs for one in solves),
-        sum(one.passes for one in solves),
-    )
-
-
-def reason_of(solved: Tensor, reasons: Sequence[str], /) -> str:
-    """Return the reason of the first system that is not solved, else that of the first one."""
-    if bool(solved.all()):
-        return reasons[0]
-    first = reasons[int((~solved).nonzero()[0])]
-    return f"{int((~solved).sum())} of {len(solved)} systems are not solved: {first}"
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Cost fields of a result: the reason is that of the first system that is not solved."""
+        failed = (~self.solved).nonzero().flatten().tolist()
+        reason = self.reasons[failed[0] if failed else 0]
+        if failed:
+            reason = f"{len(failed)} of {len(self.solved)} systems are not solved: {reason}"
+        return {"matvecs": self.matvecs, "passes": self.passes, "reason": reason, "seed": None}
 
 
 @dataclass(frozen=True)

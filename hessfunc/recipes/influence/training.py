@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.results.result import Saved, load
 from hessfunc.display import Reported, reporting
-from hessfunc.fingerprints import of_batches
+from hessfunc.fingerprints import checksum, of_batches
 from hessfunc.losses import LossFunction
 from hessfunc.recipes.influence.tokens import TokenLosses, token_scores
 from hessfunc.spaces.inner_products import gram
@@ -153,6 +154,20 @@ class TrainingPass:
             writes = writes and self.partition.place(0) == 0
         made: Made = stored(file, key, partial(make, batch, key), exists=exists, writes=writes)
         return made
+
+
+def directory_of(
+    checkpoint: str | os.PathLike[str] | None, params: Tree, /
+) -> tuple[Path | None, str]:
+    """Return the directory of a checkpoint, which is created, and the checksum of the parameters.
+
+    Without a checkpoint, they are None and empty.
+    """
+    if checkpoint is None:
+        return None, ""
+    directory = Path(checkpoint)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory, checksum(space_of(params).tree_leaves(params))
 
 
 def stored(file: Path, key: str, make: Callable[[], Any], /, *, exists: bool, writes: bool) -> Any:
