@@ -25,6 +25,9 @@ Hooks = Mapping[nn.Module, Callable[..., Any]]
 
 _INSTALLED: ContextVar[tuple[tuple[str, Hooks], ...]] = ContextVar("hooks", default=())
 
+# Modules whose copies are evaluated inside of each context of `hooked`.
+_EVALUATED: ContextVar[tuple[list[nn.Module], ...]] = ContextVar("evaluated", default=())
+
 # Attributes of every module. Evaluations rarely change the containers among them, so that only the
 # length of these is compared.
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -37,20 +40,26 @@ _ORIGINALS = threading.RLock()
 
 
 @contextmanager
-def hooked(*, before: Hooks | None = None, after: Hooks | None = None) -> Iterator[None]:
+def hooked(*, before: Hooks | None = None, after: Hooks | None = None) -> Iterator[list[nn.Module]]:
     """Context manager that calls hooks around modules, and around their copies in this thread.
 
     Args:
         before: Hook ``(module, args, kwargs)`` of each module, called before its forward.
         after: Hook ``(module, args, kwargs, output)`` of each module, called after its forward.
+
+    Yields:
+        List to which the modules are added whose copies are evaluated inside.
     """
+    evaluated: list[nn.Module] = []
     added = (("before", before or {}), ("after", after or {}))
     handles = [handle for kind, hooks in added for handle in _registered(kind, hooks)]
     token = _INSTALLED.set((*_INSTALLED.get(), *added))
+    seen = _EVALUATED.set((*_EVALUATED.get(), evaluated))
     try:
-        yield
+        yield evaluated
     finally:
         _INSTALLED.reset(token)
+        _EVALUATED.reset(seen)
         for handle in handles:
             handle.remove()
 
@@ -165,6 +174,8 @@ class Copies:
 
     @contextmanager
     def _installed(self, evaluated: Evaluated) -> Iterator[nn.Module]:
+        for seen in _EVALUATED.get():
+            seen.append(self._model)
         try:
             evaluated.install()
             yield evaluated.module
@@ -182,6 +193,13 @@ def structural_copy(model: nn.Module, /) -> nn.Module | None:
         return None
     _ORIGINAL_OF.update(zip(copied.modules(), map(ref, model.modules()), strict=True))
     return copied
+
+
+def original_of(module: nn.Module, /) -> nn.Module:
+    """Return the module of which a module is a structural copy, or the module itself."""
+    reference = _ORIGINAL_OF.get(module)
+    original = None if reference is None else reference()
+    return module if original is None else original
 
 
 def _slots(module: nn.Module) -> dict[Any, Any]:

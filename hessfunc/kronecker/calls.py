@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hessfunc.autograd import differentiable_twice, explained, refuse_autocast
 from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.functorch import transforming
-from hessfunc.copies import hooked
+from hessfunc.copies import hooked, original_of
 from hessfunc.losses import Loss
 from hessfunc.modules import uses_batch_statistics
 from hessfunc.spaces.space import Space
@@ -143,8 +143,8 @@ def calling(model: nn.Module, /) -> Iterator[None]:
     """Context in which a loss calls its model, whose modules neither mix examples nor are random.
 
     Raises:
-        ValueError: If a module is called that mixes examples or is random, or if the loss calls no
-            module of the model.
+        ValueError: If a module is called that mixes examples or is random, or if the loss
+            evaluates another model, or one of which ``model`` is a part.
     """
     called = []
 
@@ -163,10 +163,34 @@ def calling(model: nn.Module, /) -> Iterator[None]:
             )
 
     hooks = {module: partial(refuse, name) for name, module in model.named_modules()}
-    with hooked(before=hooks):
+    with hooked(before=hooks) as evaluated:
         yield
-    if not called:
+    _refuse_another(model, evaluated, is_called=bool(called))
+
+
+def _refuse_another(model: nn.Module, evaluated: Sequence[nn.Module], *, is_called: bool) -> None:
+    """Raise unless a loss evaluates the model, or modules that belong to it or share none of it."""
+    this = type(model).__name__
+    own, tensors = set(model.modules()), set(map(id, model.parameters()))
+
+    def is_outside(module: nn.Module) -> bool:
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            return module not in own
+        return any(id(leaf) not in tensors for leaf in module.parameters(recurse=False))
+
+    for other in evaluated:
+        parts = {name: original_of(module) for name, module in other.named_modules()}
+        outside = [name for name, part in parts.items() if is_outside(part)]
+        if outside and not own.isdisjoint(parts.values()):
+            raise ValueError(
+                f"the loss evaluates a {type(other).__name__}, whose module {outside[0]!r} does "
+                f"not belong to this {this}: pass the module from which the loss was made"
+            )
+    if not is_called:
+        names = dict.fromkeys(type(original_of(other)).__name__ for other in evaluated)
+        others = " and ".join(f"another {n}" if n == this else f"a {n}" for n in names)
+        instead = f"evaluates {others} and does not call" if others else "does not call"
         raise ValueError(
-            f"the loss does not call this {type(model).__name__}: pass the module from which the "
-            "loss was made, not a copy of it"
+            f"the loss {instead} this {this}: pass the module from which the loss was made, not a "
+            "copy of it"
         )

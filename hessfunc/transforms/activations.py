@@ -128,7 +128,7 @@ def _hooks(
     chosen: dict[str, nn.Module],
     at: Literal["input", "output"],
     change: Callable[[Key, Tensor], Tensor],
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[object]:
     calls: Counter[str] = Counter()
 
     def changed(name: str, values: Any) -> Any:

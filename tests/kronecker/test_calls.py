@@ -21,8 +21,10 @@ def test_train_mode_is_refused(layer: type[nn.Module]) -> None:
 def test_loss_of_another_model_or_with_other_outputs() -> None:
     case, other = eight_rows(), eight_rows()
     for structured in STRUCTURED.values():
-        with pytest.raises(ValueError, match="does not call this Sequential"):
+        with pytest.raises(ValueError, match="evaluates another Sequential and does not call this"):
             structured(case.loss, other.model)(case.params, case.batch)
+        with pytest.raises(ValueError, match="evaluates a Sequential and does not call this Tanh"):
+            structured(case.loss, nn.Tanh())(case.params, case.batch)
     twice = hf.Loss(lambda p, b: 2 * case.loss.outputs(p, b), case.loss.criterion)
     with pytest.raises(ValueError, match="move casts and other operations"):
         hf.kronecker.hbp(twice, case.model)(case.params, case.batch)
@@ -61,3 +63,25 @@ def test_a_model_that_is_compiled_in_place_is_taken(name: str) -> None:
         return torch.stack([block.dense().trace() for block in curvature(params, batch).values()])
 
     torch.testing.assert_close(blocks(True), blocks(False))
+
+
+def test_a_part_of_the_model_of_the_loss_is_refused() -> None:
+    """Layers outside of the part could be random or mix examples."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Linear(5, 3)).double()
+    batch = torch.randn(6, 4).double(), torch.arange(6) % 3
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    with pytest.raises(ValueError, match="whose module '1' does not belong to this Sequential"):
+        hf.kronecker.kflr(loss, model[0])(params, batch)
+    wrapped = nn.Sequential(model, nn.Linear(1, 1))
+    assert set(hf.kronecker.kflr(loss, wrapped)(params, batch)) == set(params)
+
+
+def test_the_loss_may_evaluate_a_teacher_beside_its_model() -> None:
+    student, teacher = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    (student_fn, params), (teacher_fn, fixed) = hf.functional(student), hf.functional(teacher)
+    loss = hf.supervised(
+        lambda p, x: student_fn(p, x) + teacher_fn(fixed, x).detach(), F.cross_entropy
+    )
+    batch = torch.randn(6, 4).double(), torch.arange(6) % 3
+    assert set(hf.kronecker.kflr(loss, student)(params, batch)) == set(params)
