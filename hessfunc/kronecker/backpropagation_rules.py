@@ -327,6 +327,11 @@ def by_autodiff(call: Call, /) -> Layer:
     Automatic differentiation computes its Jacobians ``(B, m, n)`` with respect to the input and to
     each parameter.
     """
+    if not call.inputs:
+        raise NotImplementedError(
+            "by_autodiff supports one input, but the call has only indices, which have no "
+            "derivative: use `kflr` or `kfac`, which support embeddings"
+        )
     if len(call.inputs) != 1:
         raise NotImplementedError(
             f"by_autodiff supports one input, but the call has {len(call.inputs)}: register "

@@ -27,7 +27,7 @@ from hessfunc.modules import training_flags
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.hessian import requiring_gradients
+from hessfunc.transforms.hessian import requiring_gradients, scalar
 from hessfunc.transforms.output_hessians import mean_hessian, warn_if_zero
 from hessfunc.transforms.output_matrices import refuse_without_halves
 from hessfunc.transforms.taps import Residual
@@ -181,7 +181,11 @@ def backpropagated(
         with torch.no_grad():
             layers = [operation.layer() for operation in operations]
             _refuse_unless_fits(operations, layers, average=average_parameter_jacobian)
-            hessian = mean_hessian(loss.criterion, operations[-1].output.detach(), batch)
+            outputs = operations[-1].output.detach()
+            if residual == "zero":
+                # Output Hessians do not look at all targets, which the criterion checks.
+                scalar(loss.criterion(outputs, batch))
+            hessian = mean_hessian(loss.criterion, outputs, batch)
             if residual == "zero":
                 # With the second terms, the Hessian does not depend on how the loss is split into
                 # outputs and criterion. Without them, a linear criterion gives zero.

@@ -112,3 +112,13 @@ def test_rules_are_for_calls_of_modules_and_functions() -> None:
         rule(Swish())
     with pytest.raises(TypeError, match="the rule must be a function"):
         rule(Swish)("elementwise")  # type: ignore[type-var]
+
+
+def test_embeddings_are_referred_to_kronecker_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backpropagation_rules, "_RULES", dict(backpropagation_rules._RULES))
+    rule(nn.EmbeddingBag)(by_autodiff)
+    model = nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, 3))
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    with pytest.raises(NotImplementedError, match="only indices.* use `kflr` or `kfac`"):
+        hf.kronecker.hbp(loss, model)(params, (torch.zeros(2, 3).long(), torch.zeros(2).long()))

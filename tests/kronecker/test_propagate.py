@@ -214,3 +214,16 @@ def test_a_resnet_of_one_small_image() -> None:
         torch.testing.assert_close(
             blocks[name].matvec(vector[name]), exact[name], rtol=1e-7, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("target", [-1, 3])
+def test_a_target_that_is_no_class_is_refused(target: int) -> None:
+    """Without the second terms, nothing but the criterion looks at the targets."""
+    case = net(lambda: nn.Linear(4, 3), 4, examples=2)
+    batch = case.batch[0], torch.tensor([0, target])
+    for curvature in (
+        hf.kronecker.kfra(case.loss, case.model),
+        hf.kronecker.hbp(case.loss, case.model, residual="zero"),
+    ):
+        with pytest.raises(ValueError, match=f"a target is the class {target}"):
+            curvature(case.params, batch)

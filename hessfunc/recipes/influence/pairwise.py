@@ -15,7 +15,7 @@ from hessfunc.algorithms.results import Influence
 from hessfunc.algorithms.results.result import Saved
 from hessfunc.display import Reported
 from hessfunc.fingerprints import of_batches
-from hessfunc.losses import LossFunction
+from hessfunc.losses import Loss, LossFunction
 from hessfunc.options import at_least, validated
 from hessfunc.options.outline import outline
 from hessfunc.recipes.influence.system import Solves, System, gradients_of, refuse_unordered
@@ -162,9 +162,8 @@ def influence(
         raise ValueError(NO_EXAMPLE)
     if isinstance(query_batches, Sized) and not len(query_batches):
         raise ValueError(_NO_QUERY)
-    _refuse_criterion(query_loss, params)
     space, partition = space_of(params), partition_of(mesh)
-    measured = loss if query_loss is None else query_loss
+    measured = loss if query_loss is None else _explained(query_loss)
     tokens = by_token if callable(by_token) else token_losses(loss) if by_token else None
     directory, key = directory_of(checkpoint, params)
     if directory is not None:
@@ -268,13 +267,22 @@ def _solved(system: System, gradients: Iterator[Tree], rank: int | None, key: st
 _NO_QUERY = "there is no query: pass at least one batch in `query_batches`"
 
 
-def _refuse_criterion(query_loss: LossFunction | None, params: Tree) -> None:
-    """Raise for a criterion of torch, which takes outputs and targets instead of parameters."""
-    inner: Any = getattr(query_loss, "func", query_loss)
-    is_criterion = getattr(inner, "__module__", None) == "torch.nn.functional"
-    if is_criterion and not isinstance(params, Tensor):
-        raise TypeError(
-            f"query_loss is the function {inner.__name__} of torch, which takes outputs and "
-            "targets, but query_loss takes (params, batch): pass `supervised(model_fn, "
-            f"torch.nn.functional.{inner.__name__})`"
-        )
+def _explained(query_loss: LossFunction) -> LossFunction:
+    """Return the loss of queries, whose type errors say what its arguments are.
+
+    A criterion of outputs and targets, passed as the loss, fails with an error of its own.
+    """
+    if isinstance(query_loss, Loss):
+        return query_loss
+
+    def measured(params: Tree, batch: Any) -> Tensor:
+        try:
+            return query_loss(params, batch)
+        except (TypeError, AttributeError) as error:
+            raise TypeError(
+                f"query_loss(params, batch) raised {type(error).__name__}, {error}: it takes the "
+                "parameters and a batch of queries; for a criterion of outputs and targets, pass "
+                "`supervised(model_fn, criterion)`"
+            ) from error
+
+    return measured

@@ -228,8 +228,12 @@ def test_errors_say_what_to_do() -> None:
         hf.influence(LOSS, PARAMS, TRAIN, [], **OPTIONS)
     with pytest.raises(ValueError, match="no training example"):
         hf.influence(LOSS, PARAMS, [], QUERIES, **OPTIONS)
-    for criterion in (F.cross_entropy, partial(F.cross_entropy, reduction="sum")):
-        with pytest.raises(TypeError, match=r"query_loss takes \(params, batch\)"):
+
+    def squares(outputs: Any, targets: Any) -> Any:
+        return (outputs - targets).square().mean()
+
+    for criterion in (F.cross_entropy, partial(F.cross_entropy, reduction="sum"), squares):
+        with pytest.raises(TypeError, match=r"TypeError.* pass `supervised"):
             of(query_loss=criterion)
     shuffled = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True)
     with pytest.raises(ValueError, match="shuffles"):
