@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 
 # Tests of no single module, by the folder or the file that holds them.
 OF_NO_MODULE = {
+    "accelerator": "all public functions on a device that is emulated",
     "bench": "benchmarks and what they measure",
     "docs": "pages and their examples",
     "distributed": "runs in several processes, which may be killed",

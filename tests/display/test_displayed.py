@@ -7,8 +7,10 @@ import importlib
 import inspect
 import json
 import math
+import pickle
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy, deepcopy
 from html.parser import HTMLParser
 from typing import Any
 
@@ -130,6 +132,19 @@ def test_tables(kind: type, results: dict[type, Displayed]) -> None:
     assert len(table) >= 1
     assert len(set(table.columns)) == len(table.columns)
     assert not any(isinstance(x, torch.Tensor) for x in table.to_numpy().flat)
+
+
+@pytest.mark.parametrize("kind", SAMPLES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "same", [copy, deepcopy, lambda result: pickle.loads(pickle.dumps(result))]
+)
+def test_copies_and_pickles(
+    kind: type, same: Callable[[Displayed], Displayed], results: dict[type, Displayed]
+) -> None:
+    result = results[kind]
+    found = same(result)
+    assert type(found) is kind
+    assert str(found.to_dict()) == str(result.to_dict())
 
 
 def test_figures_of_densities_and_eigenvalues(results: dict[type, Displayed]) -> None:

@@ -52,6 +52,9 @@ class LeafEstimate(Displayed, float):
     def __getnewargs__(self) -> tuple[float, float, int, Confidence]:  # type: ignore[override]
         return float(self), self.stderr, self.degrees, self.confidence
 
+    def __getstate__(self) -> None:
+        """Return nothing: what is pickled or copied is made of the arguments alone."""
+
     def __repr__(self) -> str:
         return f"LeafEstimate({float(self):.6g}, stderr={self.stderr:.2g})"
 
