@@ -168,12 +168,12 @@ CASES = {
 
 
 @cache
-def spectra() -> dict[str, Tensor]:
+def spectra(n: int = N) -> dict[str, Tensor]:
     """The eigenvalues of eleven matrices, and of zero."""
-    i = torch.arange(1, N + 1, dtype=torch.float64)
+    i = torch.arange(1, n + 1, dtype=torch.float64)
     outliers = torch.tensor([100, 60, 30, 20, 10, 8, 6, 5, 4, 3], dtype=torch.float64)
     generator = torch.Generator().manual_seed(5)
-    bulk = 0.02 * torch.randn(N - 10, dtype=torch.float64, generator=generator)
+    bulk = 0.02 * torch.randn(n - 10, dtype=torch.float64, generator=generator)
     return {
         "10 outliers and a bulk": torch.cat([outliers, bulk.abs()]),
         "i^-0.5": i**-0.5,
@@ -183,9 +183,9 @@ def spectra() -> dict[str, Tensor]:
         "10 ones, 1e-3": torch.where(i <= 10, 1.0, 1e-3).double(),
         "three steps": torch.where(i <= 8, 1.0, torch.where(i <= 20, 0.1, 1e-3)).double(),
         "+-1/i": torch.where(i % 2 == 0, -1.0, 1.0).double() / i,
-        "linspace(1, 3)": torch.linspace(1, 3, N, dtype=torch.float64),
+        "linspace(1, 3)": torch.linspace(1, 3, n, dtype=torch.float64),
         "rank one": torch.where(i == 1, 1.0, 0.0).double(),
-        "linspace(-1, 1)": torch.linspace(-1, 1, N, dtype=torch.float64),
+        "linspace(-1, 1)": torch.linspace(-1, 1, n, dtype=torch.float64),
         "zero": 0 * i,
     }
 

@@ -17,10 +17,11 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 import hessfunc as hf
+from bench import coverage
+from bench.coverage import LEVELS
 from hessfunc.algorithms.results import Density
 
 N = 1000
-LEVELS = (0.8, 0.9, 0.95, 0.99)
 RUNS = ((40, 1), (40, 4))
 RESULTS = Path(__file__).parent / "results" / "densities.md"
 HEADER = (
@@ -32,23 +33,17 @@ HEADER = (
 
 def spectra() -> dict[str, Tensor]:
     """Eigenvalues of twelve matrices, three of them like those of networks."""
-    i = torch.arange(1, N + 1, dtype=torch.float64)
-    outliers = torch.tensor([100, 60, 30, 20, 10, 8, 6, 5, 4, 3], dtype=torch.float64)
+    found = coverage.spectra(N)
+    outliers, bulk = found["10 outliers and a bulk"].split([10, N - 10])
     generator = torch.Generator().manual_seed(5)
-    bulk = torch.randn(N - 10, dtype=torch.float64, generator=generator)
+    both_signs = 0.3 * torch.randn(N - 10, dtype=torch.float64, generator=generator)
     return {
-        "net: 10 outliers, semi-definite bulk": torch.cat([outliers, 0.02 * bulk.abs()]),
-        "net: 10 outliers, indefinite bulk": torch.cat([outliers, 0.3 * bulk]),
-        "net: 10 outliers, decaying bulk": torch.cat([outliers, 1 / i[: N - 10]]),
-        "i^-0.5": i**-0.5,
-        "i^-1": i**-1,
-        "i^-2": i**-2,
-        "0.9^i": 0.9**i,
-        "10 ones, 1e-3": torch.where(i <= 10, 1.0, 1e-3).double(),
-        "each outlier twice": torch.cat([outliers, outliers, 0.02 * bulk[10:].abs()]),
-        "+-1/i": torch.where(i % 2 == 0, -1.0, 1.0).double() / i,
-        "linspace(1, 3)": torch.linspace(1, 3, N, dtype=torch.float64),
-        "rank one": torch.where(i == 1, 1.0, 0.0).double(),
+        "net: 10 outliers, semi-definite bulk": found["10 outliers and a bulk"],
+        "net: 10 outliers, indefinite bulk": torch.cat([outliers, both_signs]),
+        "net: 10 outliers, decaying bulk": torch.cat([outliers, found["i^-1"][:-10]]),
+        **{name: found[name] for name in ("i^-0.5", "i^-1", "i^-2", "0.9^i", "10 ones, 1e-3")},
+        "each outlier twice": torch.cat([outliers, outliers, bulk[10:]]),
+        **{name: found[name] for name in ("+-1/i", "linspace(1, 3)", "rank one")},
     }
 
 

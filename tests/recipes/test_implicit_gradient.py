@@ -50,17 +50,20 @@ def of_ridge(log: Tensor) -> Tensor:
 
 RIDGE = {"w": ridge(DECAY["log"].exp())}
 EXACT = torch.func.grad(of_ridge)(DECAY["log"])
+of_penalties = partial(
+    hf.implicit_gradient,
+    validation,
+    penalised,
+    RIDGE,
+    DECAY,
+    outer_batches=VALID,
+    inner_batches=TRAIN,
+)
 
 
 @pytest.mark.parametrize("solve", [hf.cg, hf.minres])
 def test_ridge_regression_has_its_closed_form(solve: Callable[..., Any]) -> None:
-    found = hf.implicit_gradient(
-        validation,
-        penalised,
-        RIDGE,
-        DECAY,
-        outer_batches=VALID,
-        inner_batches=TRAIN,
+    found = of_penalties(
         solve=solve,
         rtol=1e-10,
     )
@@ -75,9 +78,7 @@ def test_ridge_regression_has_its_closed_form(solve: Callable[..., Any]) -> None
 
 @pytest.mark.parametrize("rtol", [0.3, 1e-1, 1e-2, 1e-3])
 def test_the_error_is_that_of_a_loose_solve(rtol: float) -> None:
-    found = hf.implicit_gradient(
-        validation, penalised, RIDGE, DECAY, outer_batches=VALID, inner_batches=TRAIN, rtol=rtol
-    )
+    found = of_penalties(rtol=rtol)
     error = float((found.gradient["log"] - EXACT).norm())
     # The gradient is corrected by what the error was estimated from.
     assert error <= 0.5 * found.error
@@ -90,9 +91,7 @@ def test_the_error_is_that_of_a_loose_solve(rtol: float) -> None:
 
 
 def test_every_product_is_counted() -> None:
-    found = hf.implicit_gradient(
-        validation, penalised, RIDGE, DECAY, outer_batches=VALID, inner_batches=TRAIN, rtol=1e-3
-    )
+    found = of_penalties(rtol=1e-3)
     seen: list[int] = []
 
     def counting(matvec: Any, b: Any, **options: Any) -> Any:
@@ -102,13 +101,7 @@ def test_every_product_is_counted() -> None:
 
         return hf.cg(counted, b, **options)
 
-    again = hf.implicit_gradient(
-        validation,
-        penalised,
-        RIDGE,
-        DECAY,
-        outer_batches=VALID,
-        inner_batches=TRAIN,
+    again = of_penalties(
         rtol=1e-3,
         solve=counting,
     )
@@ -257,13 +250,7 @@ def test_a_saddle_is_named_and_minres_solves_at_it() -> None:
 
 def test_a_budget_that_does_not_suffice() -> None:
     for budget in (2, 3, 4, 5):
-        found = hf.implicit_gradient(
-            validation,
-            penalised,
-            RIDGE,
-            DECAY,
-            outer_batches=VALID,
-            inner_batches=TRAIN,
+        found = of_penalties(
             rtol=1e-12,
             max_matvecs=budget,
         )
@@ -273,16 +260,7 @@ def test_a_budget_that_does_not_suffice() -> None:
 
 
 def test_warm_start_from_the_last_adjoint() -> None:
-    run = partial(
-        hf.implicit_gradient,
-        validation,
-        penalised,
-        RIDGE,
-        DECAY,
-        outer_batches=VALID,
-        inner_batches=TRAIN,
-        rtol=1e-9,
-    )
+    run = partial(of_penalties, rtol=1e-9)
     first = run()
     again = run(start=first.adjoint)
     assert again.matvecs < first.matvecs - 3
@@ -292,13 +270,7 @@ def test_warm_start_from_the_last_adjoint() -> None:
 def test_options_reach_the_solve(tmp_path: Path) -> None:
     seen: list[float] = []
     inverse = 1 / (X.square().mean(0) + DECAY["log"].exp())
-    found = hf.implicit_gradient(
-        validation,
-        penalised,
-        RIDGE,
-        DECAY,
-        outer_batches=VALID,
-        inner_batches=TRAIN,
+    found = of_penalties(
         keep=True,
         preconditioner=lambda block: {"w": block["w"] * inverse},
         callback=lambda running: seen.append(running.residual),
@@ -310,9 +282,7 @@ def test_options_reach_the_solve(tmp_path: Path) -> None:
 
 
 def test_is_saved_and_loaded(tmp_path: Path) -> None:
-    found = hf.implicit_gradient(
-        validation, penalised, RIDGE, DECAY, outer_batches=VALID, inner_batches=TRAIN
-    )
+    found = of_penalties()
     found.save(tmp_path / "gradient.npz")
     loaded = hf.load(tmp_path / "gradient.npz")
     assert isinstance(loaded, ImplicitGradient)
@@ -322,10 +292,7 @@ def test_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_losses_that_do_not_depend_on_their_arguments() -> None:
-    run = partial(
-        hf.implicit_gradient, outer_batches=VALID, inner_batches=TRAIN, stationarity=math.inf
-    )
-    run = partial(run, stationarity=1e9)
+    run = partial(hf.implicit_gradient, outer_batches=VALID, inner_batches=TRAIN, stationarity=1e9)
     with pytest.raises(ValueError, match="the loss does not depend on hyperparams"):
         run(validation, validation, RIDGE, DECAY)
     with pytest.raises(ValueError, match="the loss does not depend on params"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -61,3 +63,14 @@ def positive_definite(n: int, seed: int = 0) -> Tensor:
     """A positive definite matrix, its eigenvalues at least 1."""
     factor = torch.randn(n, n, generator=torch.Generator().manual_seed(seed)).double()
     return factor @ factor.mT + torch.eye(n)
+
+
+def counted(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], list[int]]:
+    """The products of a matrix, and how many vectors each call multiplied."""
+    calls: list[int] = []
+
+    def matvec(block: Tensor) -> Tensor:
+        calls.append(len(block))
+        return block @ matrix
+
+    return matvec, calls

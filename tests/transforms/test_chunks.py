@@ -50,7 +50,7 @@ def single_products(name: str, mode: Any) -> Tensor:
     return torch.stack([hf.ravel(hf.apply(matvec, one)) for one in singles])
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 8, 100, None])
+@pytest.mark.parametrize("chunk_size", [3, 100, None])
 @pytest.mark.parametrize(
     ("name", "mode"),
     [(name, "reverse") for name in NAMES]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hessfunc as hf
 from hessfunc.algorithms.functions import product as module
-from tests.reference.spectra import orthogonal, symmetric
+from tests.reference.spectra import counted, orthogonal, symmetric
 
 N = 120
 SPECTRA = {
@@ -38,16 +38,6 @@ def matrix_of(values: Tensor) -> Tensor:
 def reference(matrix: Tensor, f: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     return ((rows @ vectors) * f(values)) @ vectors.mT
-
-
-def counted(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], list[int]]:
-    calls: list[int] = []
-
-    def matvec(block: Tensor) -> Tensor:
-        calls.append(len(block))
-        return block @ matrix
-
-    return matvec, calls
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

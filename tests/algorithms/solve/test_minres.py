@@ -112,12 +112,6 @@ def test_preconditioner_takes_fewer_products() -> None:
     assert fast.matvecs < plain.matvecs / 5
 
 
-@pytest.mark.parametrize("signs", [-torch.ones(80), torch.zeros(80), torch.arange(80.0) - 60])
-def test_preconditioner_that_is_not_positive_is_refused(signs: Tensor) -> None:
-    with pytest.raises(ValueError, match="the preconditioner is not positive definite: r'Mr = "):
-        minres(hf.dense(MATRIX), B, preconditioner=lambda block: block * signs)
-
-
 def test_eigenvector_takes_one_step() -> None:
     vector = orthogonal(80)[:, 3].contiguous()
     found = minres(hf.dense(MATRIX), vector, rtol=1e-10)
@@ -228,37 +222,6 @@ def test_residual_is_never_worse_than_at_a_restart(seed: int) -> None:
     matrix = symmetric(torch.logspace(-7, 0, 80), seed).float()
     found = minres(hf.dense(matrix), b, max_matvecs=600)
     assert found.residual < b.norm()
-
-
-def test_starts_again_where_the_recurrence_has_drifted() -> None:
-    drift = symmetric(torch.randn(80, generator=torch.Generator().manual_seed(3)), seed=5)
-    calls = []
-
-    def matvec(block: Tensor) -> Tensor:
-        calls.append(block)
-        wrong = 1e-3 * block @ drift if len(calls) == 3 else 0.0
-        return block @ MATRIX + wrong
-
-    found = minres(matvec, B, rtol=1e-8)
-    assert found.converged
-    assert residual(MATRIX, B, found.x) <= 1.01e-8 * B.norm()
-    assert found.matvecs > minres(hf.dense(MATRIX), B, rtol=1e-8).matvecs
-
-
-@pytest.mark.parametrize("budget", range(1, 14))
-@pytest.mark.parametrize("warm", [False, True])
-def test_budget_is_kept_and_the_residual_measured_within_it(budget: int, warm: bool) -> None:
-    calls = []
-
-    def matvec(block: Tensor) -> Tensor:
-        calls.append(len(block))
-        return block @ MATRIX
-
-    found = minres(matvec, B, max_matvecs=budget, start=0.1 * B if warm else None)
-    assert sum(calls) == found.matvecs <= budget
-    assert budget - found.matvecs <= 1
-    assert not found.converged
-    assert found.residual == pytest.approx(residual(MATRIX, B, found.x), rel=1e-9)
 
 
 def test_callback_sees_progress_and_stops() -> None:

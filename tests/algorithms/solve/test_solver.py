@@ -299,3 +299,49 @@ def test_bad_options_of_one_right_hand_side(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         solve(**{"matvec": hf.dense(matrix), "b": B, **options})
+
+
+@ONE
+@pytest.mark.parametrize("signs", [-torch.ones(80), torch.zeros(80), torch.arange(80.0) - 60])
+def test_preconditioner_that_is_not_positive_is_refused(
+    solve: Solve, matrix: Tensor, signs: Tensor
+) -> None:
+    with pytest.raises(ValueError, match="the preconditioner is not positive definite: r'Mr = "):
+        solve(hf.dense(matrix), B, preconditioner=lambda block: block * signs)
+
+
+@ONE
+def test_starts_again_where_the_recurrence_has_drifted(solve: Solve, matrix: Tensor) -> None:
+    # Products that are rounded to 1e-3 of their length, but exact for short vectors.
+    drift = symmetric(torch.randn(80, generator=torch.Generator().manual_seed(3)), seed=5)
+    calls = []
+
+    def matvec(block: Tensor) -> Tensor:
+        calls.append(block)
+        wrong = 1e-3 * block @ drift if len(calls) == 3 else 0.0
+        return block @ matrix + wrong
+
+    solution = solve(matvec, B, rtol=1e-8)
+    assert solution.converged
+    assert (B - solution.x @ matrix).norm() <= 1.01e-8 * B.norm()
+    assert solution.matvecs > solve(hf.dense(matrix), B, rtol=1e-8).matvecs
+
+
+@ONE
+@pytest.mark.parametrize("budget", range(1, 14))
+@pytest.mark.parametrize("warm", [False, True])
+def test_budget_is_kept_and_the_residual_measured_within_it(
+    solve: Solve, matrix: Tensor, budget: int, warm: bool
+) -> None:
+    widths = []
+
+    def matvec(block: Tensor) -> Tensor:
+        widths.append(len(block))
+        return block @ matrix
+
+    solution = solve(matvec, B, max_matvecs=budget, start=0.1 * B if warm else None)
+    assert sum(widths) == solution.matvecs <= budget
+    assert budget - solution.matvecs <= 1
+    assert not solution.converged
+    assert f"{budget} matvecs" in solution.reason or "than the 1 matvecs" in solution.reason
+    assert solution.residual == pytest.approx(float((B - solution.x @ matrix).norm()), rel=1e-9)

@@ -74,28 +74,32 @@ def still(optimizer: Optimizer) -> None:
                 state[key].zero_()
 
 
-def sharpness(stable: Stability, model: nn.Module, H: Tensor) -> float:
-    """Return the largest eigenvalue of P^-1/2 (H + W) P^-1/2, from the dense matrix."""
+def preconditioned(stable: Stability, model: nn.Module, H: Tensor) -> Tensor:
+    """Return the dense matrix P^-1/2 (H + W) P^-1/2."""
     like = {name: p.detach() for name, p in model.named_parameters()}
     unit = hf.unravel(torch.eye(len(H), dtype=H.dtype), like)
     rows = torch.cat(
         [x.flatten(1) for x in stable.preconditioned(hf.dense(H))(unit).values()], dim=1
     )
     torch.testing.assert_close(rows, rows.mT)
-    return float(torch.linalg.eigvalsh(rows)[-1])
+    return rows
 
 
 def scaled_to(stable: Stability, model: nn.Module, H: Tensor, ratio: float) -> Tensor:
     """Return the multiple of H whose sharpness is ratio times the threshold."""
+    # The weight decay W is there without H.
+    W = preconditioned(stable, model, 0 * H)
+    slope = preconditioned(stable, model, H) - W
+
+    def is_below(multiple: float) -> bool:
+        return float(torch.linalg.eigvalsh(W + multiple * slope)[-1]) < ratio * stable.threshold
+
     low, high = 0.0, 1.0
-    while sharpness(stable, model, high * H) < ratio * stable.threshold:
+    while is_below(high):
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2
-        if sharpness(stable, model, middle * H) < ratio * stable.threshold:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if is_below(middle) else (low, middle)
     return high * H
 
 
