@@ -12,10 +12,14 @@ from hessfunc.algorithms.statistics import (
     chi_squared_quantile,
     kolmogorov_quantile,
     largest_share,
+    leaf_errors,
     mean_square,
+    sphere_error,
+    standard_error,
     student_mean,
     student_quantile,
 )
+from tests.reference import random_symmetric
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 30, 101, 1999, 5000])
@@ -108,3 +112,28 @@ def test_a_confidence_sequence_is_infinite_for_few_samples() -> None:
     assert anytime_quantile(0.95, 0) == anytime_quantile(0.95, 5) == math.inf
     assert anytime_quantile(0.95, 7) < 8
     assert anytime_quantile(0.95, 100) == pytest.approx(3.24, abs=0.01)
+
+
+def test_the_error_on_the_sphere_is_that_of_the_mean_of_quadratic_forms() -> None:
+    A = random_symmetric(6)
+    w = torch.randn(20_000, 6, dtype=torch.float64)
+    w *= 6**0.5 / w.norm(dim=1, keepdim=True)
+    quadratics, squares = ((w @ A) * w).sum(1), (w @ A).square().sum(1)
+    scatter = float(quadratics.std()) / len(w) ** 0.5
+    assert sphere_error(quadratics, squares, 6) == pytest.approx(scatter, rel=0.03)
+
+
+def test_the_error_of_skewed_samples_by_hand() -> None:
+    # A deviation of 2 and a skewness of 3/4: 2 / 2 (1 + 3/8 + 1/4).
+    samples = torch.tensor([0.0, 0.0, 0.0, 4.0], dtype=torch.float64)
+    assert standard_error(samples) == pytest.approx(1.625)
+    assert standard_error(-samples) == pytest.approx(1.625)
+    assert standard_error(samples[:1]) == math.inf
+
+
+@pytest.mark.parametrize(("stretch", "widening"), [(0.1, 4 / 3), (2.0, 8 / 3)])
+def test_errors_of_leaves_are_widened_as_that_of_the_whole(stretch: float, widening: float) -> None:
+    parts = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]], dtype=torch.float64)
+    # The deviations are 2 and 3^(1/2), and that of the sums 1, 3 and 8 is 13^(1/2).
+    found = leaf_errors(parts, stretch * (13 / 3) ** 0.5)
+    assert found == pytest.approx([widening * 2 / 3**0.5, widening])
