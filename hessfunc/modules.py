@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from hessfunc.containers import mapped
 from hessfunc.copies import Copies
 from hessfunc.options import validated
 from hessfunc.selection import first_of
+from hessfunc.training_mode import refuse_batch_statistics, several_batches, with_batch_statistics
 from hessfunc.trees import Tree, whole
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _sharded(
             f"choose the blocks with `shard={recompute!r}`"
         )
     with several_batches():
-        _refuse_batch_statistics(_with_batch_statistics(model))
+        refuse_batch_statistics(with_batch_statistics(model))
     parts = divided(model, trainable, mesh, shard, dtype)
     first = next(iter(parts.params.values()))
     model_fn = _pure(parts.skeleton, parts.outside, first, dtype, parts.prepare)
@@ -213,7 +213,7 @@ def _pure(
     renormalises = _renormalises(model)
     named = set(parameters)
     buffered = {name for name, _ in model.named_buffers()}
-    batch_statistics = _with_batch_statistics(model)
+    batch_statistics = with_batch_statistics(model)
 
     def model_fn(params: Tree, /, *inputs: Any, **named_inputs: Any) -> Any:
         if not (isinstance(params, Mapping) and params.keys() <= named):
@@ -224,7 +224,7 @@ def _pure(
         note_read(fixed.items(), present.items())
         if not torch.compiler.is_compiling():
             # Dynamo cannot trace context variables. None of them is set inside compiled functions.
-            _refuse_batch_statistics(batch_statistics)
+            refuse_batch_statistics(batch_statistics)
         buffers = {name: buffer.clone() for name, buffer in present.items()}
         args, kwargs = inputs, named_inputs
         if len(inputs) == 1 and not named_inputs:
@@ -254,19 +254,6 @@ def _is_transformed() -> bool:
     """Return whether transforms of torch.func are active, in a loss outside of the library."""
     active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return active and current() is None
-
-
-def _with_batch_statistics(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if uses_batch_statistics(module)]
-
-
-def _refuse_batch_statistics(names: Sequence[str]) -> None:
-    if names and _SEVERAL_BATCHES.get():
-        raise ValueError(
-            f"BatchNorm {names[0]!r} uses the statistics of each batch, so the result would "
-            "depend on how the data is divided into batches: call `model.eval()` before "
-            "`functional(model)`, or use one batch"
-        )
 
 
 def _unlike(params: object, named: Collection[str]) -> Exception:
@@ -372,39 +359,6 @@ def _refuse_lazy(model: nn.Module) -> None:
             )
 
 
-@contextmanager
-def training_flags(training: Sequence[tuple[nn.Module, bool]], /) -> Iterator[None]:
-    """Context manager that sets the training flag of each module, and restores it on exit."""
-    changed = [module for module, flag in training if module.training != flag]
-    for module in changed:
-        module.training = not module.training
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.training = not module.training
-
-
-def uses_batch_statistics(module: nn.Module, /) -> bool:
-    """Return whether a module normalises by the statistics of the batch."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-        module.training or module.running_mean is None
-    )
-
-
-_SEVERAL_BATCHES: ContextVar[bool] = ContextVar("several batches", default=False)
-
-
-@contextmanager
-def several_batches() -> Iterator[None]:
-    """Context manager of a sum over several batches, in which batch statistics are refused."""
-    token = _SEVERAL_BATCHES.set(True)
-    try:
-        yield
-    finally:
-        _SEVERAL_BATCHES.reset(token)
-
-
 @validated
 def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, Tensor]:
     """Return the parameters of a module of DTensors, gathered on every rank.
@@ -435,11 +389,6 @@ def unsharded(model: nn.Module, /, *, trainable_only: bool = True) -> dict[str, 
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or not trainable_only
     }
-
-
-def eval_mode(model: nn.Module, /) -> AbstractContextManager[None]:
-    """Context manager that puts a model in eval mode and restores each training flag on exit."""
-    return training_flags([(module, False) for module in model.modules()])
 
 
 def bare(model: nn.Module, /) -> nn.Module:

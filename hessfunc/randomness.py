@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from hessfunc.numerics import wide_dtype
+
+# Function (keys, places, device) -> random numbers.
+Draw: TypeAlias = Callable[[Tensor, Sequence[range], torch.device], Tensor]
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -93,6 +97,56 @@ def normals(keys: Tensor, places: Sequence[range], device: torch.device, /) -> T
     torch.mul(radius, angle.cos(), out=both[..., 0])
     torch.mul(radius, angle.sin_(), out=both[..., 1])
     return both.flatten(1)[:, chosen]
+
+
+def fill(
+    rows: Tensor,
+    spans: Sequence[range],
+    of: Draw,
+    keys: Callable[[range], Tensor],
+    scratch: int,
+    /,
+) -> None:
+    """Fill rows with random numbers, in pieces that fit in the cache; small leaves share a piece.
+
+    Args:
+        rows: Rows ``(k, n)`` to fill.
+        spans: Range of places of each leaf, n places in all.
+        of: Function of keys, places and a device, such as `signs`.
+        keys: Function that returns the keys ``(k, leaves)`` of a range of leaves.
+        scratch: Number of entries of a piece.
+    """
+    begin = 0
+    for leaves, places in _grouped(spans, max(1, scratch // len(rows))):
+        end = begin + sum(map(len, places))
+        of_rows = [slice(0, len(rows))]
+        if (end - begin) * len(rows) > scratch:
+            of_rows = [slice(i, i + 1) for i in range(len(rows))]
+        of_leaves = keys(leaves)
+        for some in of_rows:
+            rows[some, begin:end] = of(of_leaves[some], places, rows.device)
+        begin = end
+
+
+def _grouped(spans: Sequence[range], most: int) -> Iterator[tuple[range, list[range]]]:
+    """Yield ranges of leaves with their places, or pieces of one leaf, up to ``most`` entries."""
+    # Each word of random bits gives 64 signs.
+    most = max(64, most // 64 * 64)
+    begin, places, total = 0, list[range](), 0
+    for i, span in enumerate(spans):
+        if places and total + len(span) > most:
+            yield range(begin, i), places
+            begin, places, total = i, [], 0
+        if len(span) > most:
+            cuts = [*range(span.start, span.stop, most), span.stop]
+            for start, stop in pairwise(cuts):
+                yield range(i, i + 1), [range(start, stop)]
+            begin = i + 1
+        else:
+            places.append(span)
+            total += len(span)
+    if places:
+        yield range(begin, len(spans)), places
 
 
 def uniforms(count: int, /, *key: int, device: torch.device) -> Tensor:

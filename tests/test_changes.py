@@ -17,7 +17,7 @@ import hessfunc as hf
 from hessfunc.changes import Reads, Rereads, note_read, reading, unchanged, unwritten
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.draws import draws
-from hessfunc.transforms.hessian import kept
+from hessfunc.transforms.evaluation import kept
 from tests.reference import flat
 
 AGAIN: dict[str, Any] = {

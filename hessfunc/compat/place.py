@@ -12,10 +12,12 @@ from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.constant_matrix import leaves_of_graph
 from hessfunc.containers import mapped
 from hessfunc.losses import LossFunction, supervised
-from hessfunc.modules import bare, eval_mode, functional
+from hessfunc.modules import bare, functional
+from hessfunc.training_mode import eval_mode
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.chunks import Curvature
-from hessfunc.transforms.hessian import filled, hvp, scalar
+from hessfunc.transforms.evaluation import gradient_of, scalar
+from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.matvecs.arithmetic import batched
 from hessfunc.trees import Matvec
 
@@ -122,9 +124,7 @@ def gradient_with_graph(
     with differentiable_twice(own[0].device):
         counted = [(examples(batch), loss(at, batch)) for batch in batches]
         total = torch.stack([count * value for count, value in counted]).sum()
-        mean = total / sum(count for count, _ in counted)
-        gradient = torch.autograd.grad(mean, own, create_graph=True, allow_unused=True)
-    return filled(gradient, own)
+        return gradient_of(total / sum(count for count, _ in counted), own, create_graph=True)
 
 
 def seed_of_stream() -> int:

@@ -16,8 +16,8 @@ from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.functorch import transforming
 from hessfunc.copies import hooked, original_of
 from hessfunc.losses import Loss
-from hessfunc.modules import uses_batch_statistics
 from hessfunc.spaces.space import Space
+from hessfunc.training_mode import uses_batch_statistics
 
 
 def refuse_dtensors(space: Space, /) -> None:

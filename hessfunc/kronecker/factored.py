@@ -33,7 +33,7 @@ from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.batches.statistics import Stage, Statistics
 from hessfunc.transforms.batches.sums import Partition
-from hessfunc.transforms.hessian import requiring_gradients, scalar
+from hessfunc.transforms.evaluation import requiring_gradients, scalar
 
 # Function (outputs, batch) -> columns (c, B, ...) with sum_c u_bc u_bc' = H_b, the Hessian of the
 # criterion at the outputs of example b, exactly or in expectation.

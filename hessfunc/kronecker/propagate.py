@@ -23,11 +23,11 @@ from hessfunc.kronecker.layer import Dependence, Layer, with_sign
 from hessfunc.kronecker.network import EXACT_PRODUCTS, Operation, operations_of
 from hessfunc.losses import Loss
 from hessfunc.memory import refuse_unless_fits
-from hessfunc.modules import training_flags
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
+from hessfunc.training_mode import training_flags
 from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.hessian import requiring_gradients, scalar
+from hessfunc.transforms.evaluation import requiring_gradients, scalar
 from hessfunc.transforms.output_hessians import mean_hessian, warn_if_zero
 from hessfunc.transforms.output_matrices import refuse_without_halves
 from hessfunc.transforms.taps import Residual

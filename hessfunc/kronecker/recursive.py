@@ -19,7 +19,7 @@ from hessfunc.losses import Loss
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.statistics import Stage, Statistics
-from hessfunc.transforms.hessian import requiring_gradients
+from hessfunc.transforms.evaluation import requiring_gradients
 from hessfunc.transforms.output_matrices import refuse_without_halves
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hessfunc import options
 from hessfunc.losses import LossFunction
 from hessfunc.options import at_least
-from hessfunc.transforms.hessian import scalar
+from hessfunc.transforms.evaluation import scalar
 from hessfunc.trees import Tree
 
 Batch: TypeAlias = tuple[Tensor, Tensor]

@@ -21,11 +21,11 @@ from hessfunc.autograd import (
 from hessfunc.autograd.errors import unmapped
 from hessfunc.display import Report, Reported, reporting
 from hessfunc.losses import Loss
-from hessfunc.modules import several_batches
 from hessfunc.numerics import NARROW, wide_dtype
 from hessfunc.options import at_least, validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space, rows_dtype
+from hessfunc.training_mode import several_batches
 from hessfunc.transforms.batches.examples import examples, microbatches, rows_of
 from hessfunc.transforms.batches.mean import mean_over
 from hessfunc.transforms.batches.reading import Passes

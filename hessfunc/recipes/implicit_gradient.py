@@ -22,7 +22,8 @@ from hessfunc.transforms.batches.gradient import mean_gradient
 from hessfunc.transforms.batches.mean import over_batches, refuse_one_batch
 from hessfunc.transforms.batches.reductions import Average
 from hessfunc.transforms.batches.sums import Keep
-from hessfunc.transforms.hessian import hvp, scalar
+from hessfunc.transforms.evaluation import scalar
+from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.matvecs.arithmetic import apply, shift
 from hessfunc.trees import Matvec, Tree, tree_map
 

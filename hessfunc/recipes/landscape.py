@@ -17,13 +17,13 @@ from hessfunc.autograd import explained, precise, rereading
 from hessfunc.display import Reported, reporting
 from hessfunc.losses import LossFunction
 from hessfunc.memory import Footprint
-from hessfunc.modules import several_batches
 from hessfunc.options import at_least
 from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
+from hessfunc.training_mode import several_batches
 from hessfunc.transforms.batches.reductions import Average
-from hessfunc.transforms.hessian import checked
+from hessfunc.transforms.evaluation import checked
 from hessfunc.trees import Tree, leaves
 
 # Candidate numbers of points in one pass of vmap, in descending order; 1 is a loop.

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, _redistribute
 
+from hessfunc.randomness import Draw
 from hessfunc.ranks import Ranks
 from hessfunc.spaces.divided import DividedSpace
-from hessfunc.spaces.space import Draw, Space
+from hessfunc.spaces.space import Space
 from hessfunc.trees import Tree, whole
 
 

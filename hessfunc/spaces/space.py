@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import optree
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from hessfunc.memory import available_memory
 from hessfunc.numerics import wide_dtype
-from hessfunc.randomness import keys, normals, signs
+from hessfunc.randomness import Draw, fill, keys, normals, signs
 from hessfunc.spaces.inner_products import PIECE_OF_DEVICE, gram, norms
 from hessfunc.spaces.leaf_names import advice, described, names_of
 from hessfunc.trees import Made, Tree, flatten, leaves
@@ -50,8 +49,6 @@ def rows_dtype(space: Space) -> torch.dtype:
 Rows: TypeAlias = Tensor
 # Metadata of a dataclass field whose tensors are `Rows`, which ranks divide by their last axis.
 DIVIDED = {"divided": True}
-# Function (keys, places, device) -> random numbers.
-Draw: TypeAlias = Callable[[Tensor, Sequence[range], torch.device], Tensor]
 ProbeKind: TypeAlias = Literal["signs", "normal", "sphere"]
 # Number of random entries that are drawn at once. A sign takes about 2 bytes of scratch memory, a
 # normal number about 24.
@@ -340,24 +337,8 @@ class Space:
     def draw(
         self, rows: Tensor, of: Draw, keys: Callable[[range], Tensor], scratch: int, /
     ) -> None:
-        """Fill rows with random numbers; small leaves share a call of ``of``.
-
-        Args:
-            rows: Rows to fill.
-            of: Function of keys, places and a device, such as `signs`.
-            keys: Function that returns the keys ``(k, leaves)`` of a range of leaves.
-            scratch: Number of entries that are drawn at once, so that they stay in the cache.
-        """
-        begin = 0
-        for leaves_, places in _grouped(self.spans, max(1, scratch // len(rows))):
-            end = begin + sum(map(len, places))
-            of_rows = [slice(0, len(rows))]
-            if (end - begin) * len(rows) > scratch:
-                of_rows = [slice(i, i + 1) for i in range(len(rows))]
-            of_leaves = keys(leaves_)
-            for some in of_rows:
-                rows[some, begin:end] = of(of_leaves[some], places, self.device)
-            begin = end
+        """Fill rows with random numbers, as in `randomness.fill`, by the places of this rank."""
+        fill(rows, self.spans, of, keys, scratch)
 
     def probes(
         self,
@@ -398,27 +379,6 @@ class Space:
         if kind == "sphere":
             rows *= (math.sqrt(self.n) / self.norms(rows)).to(rows.dtype)[:, None]
         return rows
-
-
-def _grouped(spans: Sequence[range], most: int) -> Iterator[tuple[range, list[range]]]:
-    """Yield ranges of leaves with their places, or pieces of one leaf, up to ``most`` entries."""
-    # Each word of random bits gives 64 signs.
-    most = max(64, most // 64 * 64)
-    begin, places, total = 0, list[range](), 0
-    for i, span in enumerate(spans):
-        if places and total + len(span) > most:
-            yield range(begin, i), places
-            begin, places, total = i, [], 0
-        if len(span) > most:
-            cuts = [*range(span.start, span.stop, most), span.stop]
-            for start, stop in pairwise(cuts):
-                yield range(i, i + 1), [range(start, stop)]
-            begin = i + 1
-        else:
-            places.append(span)
-            total += len(span)
-    if places:
-        yield range(begin, len(spans)), places
 
 
 def available_to(space: Space, device: torch.device | None = None, /) -> int:

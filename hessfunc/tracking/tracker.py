@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hessfunc import modules
+from hessfunc import training_mode
 from hessfunc.display import Reported, reporting
 from hessfunc.losses import LossFunction, supervised
 from hessfunc.modules import bare, functional
@@ -263,7 +263,7 @@ def tracked(
     if isinstance(model, nn.parallel.DistributedDataParallel) and torch.distributed.get_rank():
         out = csv = tensorboard = wandb = callback = progress = None
     model = bare(model)
-    with modules.eval_mode(model) if eval_mode else nullcontext():
+    with training_mode.eval_mode(model) if eval_mode else nullcontext():
         loss = compose(functional(model)[0], criterion)
     with ExitStack() as stack:
         writers: list[Callable[[Point], object]] = []

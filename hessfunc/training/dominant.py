@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from hessfunc.algorithms.eigen.lanczos import lanczos
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.losses import supervised
-from hessfunc.modules import eval_mode, functional
+from hessfunc.modules import functional
 from hessfunc.spaces.of import random_like, space_of
 from hessfunc.training.steps import Criterion
+from hessfunc.training_mode import eval_mode
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.hessian import hvp
 from hessfunc.trees import Tree, tree_map

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hessfunc.modules import eval_mode
 from hessfunc.training.batches import Source
 from hessfunc.training.examples import Examples
 from hessfunc.training.steps import Criterion
+from hessfunc.training_mode import eval_mode
 
 _AT_ONCE = 500
 

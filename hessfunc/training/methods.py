@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from hessfunc.kronecker import ekfac, hbp, kfac, kflr, kfra
 from hessfunc.losses import supervised
-from hessfunc.modules import eval_mode, functional
+from hessfunc.modules import functional
 from hessfunc.optim.optimizer import NewtonOptimizer
 from hessfunc.optim.solvers import Solver, conjugate_gradients, direct
 from hessfunc.training.flops import Metered
 from hessfunc.training.steps import Batch, Spent, Steps, first_order
+from hessfunc.training_mode import eval_mode
 from hessfunc.transforms.exact_blocks import exact_blocks
 from hessfunc.transforms.gauss_newton import ggnvp
 from hessfunc.transforms.hessian import hvp

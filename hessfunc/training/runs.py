@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessfunc.losses import supervised
-from hessfunc.modules import eval_mode, functional
+from hessfunc.modules import functional
 from hessfunc.optim.adversarial import Attack, fgsm
 from hessfunc.optim.schedules import Schedule
 from hessfunc.randomness import seeded
@@ -22,6 +22,7 @@ from hessfunc.training.examples import Examples
 from hessfunc.training.history import Run
 from hessfunc.training.loop import train
 from hessfunc.training.methods import Method
+from hessfunc.training_mode import eval_mode
 
 Track: TypeAlias = Literal["top", "full"] | None
 

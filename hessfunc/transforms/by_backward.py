@@ -26,13 +26,8 @@ from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.chunks import Chunks, Curvature, block_matvec
-from hessfunc.transforms.hessian import (
-    filled,
-    gradient_differences,
-    kept,
-    requiring_gradients,
-    scalar,
-)
+from hessfunc.transforms.evaluation import filled, kept, requiring_gradients, scalar
+from hessfunc.transforms.hessian import gradient_differences
 from hessfunc.trees import Matvec, Tree
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from hessfunc.autograd import differentiable_twice, explained, plain_batch, refuse_autocast
 from hessfunc.autograd.errors import unmapped
 from hessfunc.losses import LossFunction
-from hessfunc.modules import several_batches
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import rows_dtype
+from hessfunc.training_mode import several_batches
 from hessfunc.transforms.batches.examples import microbatches, rows_of
-from hessfunc.transforms.hessian import scalar
+from hessfunc.transforms.evaluation import scalar
 from hessfunc.trees import Tree
 
 # Limit on the gradients of one pass; a larger pass no longer fits in the cache.

@@ -16,7 +16,8 @@ from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.chunks import ChunkSize, Curvature
 from hessfunc.transforms.differentiable import every_order
-from hessfunc.transforms.hessian import Mode, hvp, kept, linearising
+from hessfunc.transforms.evaluation import kept, linearising
+from hessfunc.transforms.hessian import Mode, hvp
 from hessfunc.transforms.output_gradients import output_gradient, slopes_by_transforms
 from hessfunc.transforms.output_matrices import refuse_without_halves
 from hessfunc.trees import Matvec, Tree, leaves

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, explained, refuse_autocast, rereading
+from hessfunc.autograd import differentiable_twice, refuse_autocast, rereading
 from hessfunc.autograd.constant_matrix import Product, leaves_of_graph
 from hessfunc.autograd.constants import Constants
 from hessfunc.autograd.contexts import Precision, kept_batch
@@ -26,8 +25,6 @@ from hessfunc.autograd.functorch import (
 )
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
-from hessfunc.changes import Reads, reading, unchanged
-from hessfunc.containers import batch_leaves
 from hessfunc.losses import LossFunction, refuse_module
 from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
@@ -41,6 +38,14 @@ from hessfunc.transforms.differentiable import (
     every_order,
     pullback_with_graph,
     refuse_untransformable,
+)
+from hessfunc.transforms.evaluation import (
+    checked,
+    gradient_of,
+    kept,
+    linearising,
+    requiring_gradients,
+    scalar,
 )
 from hessfunc.transforms.own_rows import part_of
 from hessfunc.trees import Matvec, Tree
@@ -160,40 +165,6 @@ def hvp(
     return curvature
 
 
-@contextmanager
-def linearising(loss: LossFunction, space: Space, params: Tree, batch: Any, /) -> Iterator[Reads]:
-    """Context manager in which the graph of a product is made; it yields what the loss reads."""
-    with (
-        torch.inference_mode(False),
-        explained(space, batch),
-        noted(loss, params, batch),
-        reading() as reads,
-    ):
-        yield reads
-
-
-def kept(space: Space, leaves: Sequence[Tensor], /) -> list[Tensor]:
-    """Copy the parameters of a matvec, so that it keeps their present values.
-
-    A write through ``.data`` or NumPy does not change the version of a tensor, so a kept graph
-    would combine new weights with old activations.
-
-    Raises:
-        RuntimeError: If another thread changes a leaf meanwhile, so that the copies would mix the
-            parameters of two steps of an optimiser.
-    """
-    refuse_if_changed = unchanged(space.names, leaves)
-    copies = [leaf.detach().clone() for leaf in leaves]
-    refuse_if_changed()
-    return copies
-
-
-def requiring_gradients(leaves: Sequence[Tensor], batch: Any, /) -> list[Tensor]:
-    """Return the parameters, and the tensors of a batch, that require a gradient."""
-    tensors = (x for x in batch_leaves(batch) if isinstance(x, Tensor))
-    return [x for x in (*leaves, *tensors) if x.requires_grad]
-
-
 @dataclass(frozen=True)
 class _Problem:
     """Loss at a point.
@@ -263,7 +234,7 @@ class _Hessian(Linearisation):
         with every_order(problem.space.device) as seen:
             value = problem.value(point)
             problem.refuse_if_cut(value, point, seen)
-            gradient = _gradient(value, point, create_graph=True)
+            gradient = gradient_of(value, point, create_graph=True)
         curved = [i for i, g in enumerate(gradient) if g.requires_grad]
         pulled = pullback_with_graph([gradient[i] for i in curved], point)
         return lambda tangents: pulled([tangents[i] for i in curved])
@@ -291,7 +262,7 @@ def _reverse(problem: _Problem) -> Product:
         value = problem.value(inputs)
         problem.refuse_if_cut(value, inputs, seen)
         with final_gradient():
-            gradient = _gradient(value, inputs, create_graph=True)
+            gradient = gradient_of(value, inputs, create_graph=True)
     # The pullback of the gradient maps v to H'v, and H' = H.
     curved = [i for i, g in enumerate(gradient) if g.requires_grad]
     # Edges of the graph suffice, so that the values of the gradient can be freed.
@@ -316,7 +287,7 @@ def _forward(problem: _Problem) -> Product:
         first = problem.value(inputs)
         problem.refuse_if_cut(first, inputs, seen)
         recording = must_record([first])
-        _gradient(first, inputs, create_graph=False)
+        gradient_of(first, inputs, create_graph=False)
 
     def freed(*leaves: Tensor) -> tuple[Tensor, ...]:
         of_loss, pulled = torch.func.vjp(value, *leaves)[:2]
@@ -379,7 +350,7 @@ def _difference(problem: _Problem) -> Product:
             value = problem.value(inputs)
             mode.finish()
             with mode.suspended():
-                return value, _gradient(value, inputs, create_graph=False)
+                return value, gradient_of(value, inputs, create_graph=False)
 
     def moved(at: Sequence[Tensor]) -> list[Tensor]:
         return gradient([leaf.detach().requires_grad_() for leaf in at])[1]
@@ -425,57 +396,3 @@ def gradient_differences(gradient: Gradient, space: Space, point: Sequence[Tenso
 
 def _norm(space: Space, vector: Sequence[Tensor]) -> float:
     return float(space.norms(space.ravel_leaves([leaf[None] for leaf in vector])))
-
-
-def _gradient(value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool) -> list[Tensor]:
-    gradient: Sequence[Tensor | None] = ()
-    if value.requires_grad:
-        gradient = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
-    return filled(gradient, inputs)
-
-
-def filled(found: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return a gradient with None replaced by zeros, or raise if all of its leaves are None."""
-    if all(g is None for g in found):
-        raise ValueError(
-            "the loss does not depend on params: compute it from the params that it is given, not "
-            "from the module itself, and not under `torch.no_grad()` or after `.detach()`"
-        )
-    return [
-        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(inputs, found, strict=True)
-    ]
-
-
-def checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
-    """Return the value of a loss, or raise, on every rank, if it is not a finite scalar."""
-    if space.distributed:
-        # The loss is the same on every rank.
-        return _checked(value, space, point)
-    return space.on_all(lambda: _checked(value, space, point))
-
-
-def _checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:
-    value = scalar(value)
-    if not torch.isfinite(value):
-        for name, leaf in zip(space.names, point, strict=True):
-            if not torch.isfinite(leaf).all():
-                raise ValueError(
-                    f"parameter {name!r} has entries that are NaN or infinite: load or initialise "
-                    "it again"
-                )
-        raise ValueError(
-            f"the loss is {value.item()} at finite parameters: check the batch for NaN and "
-            "infinite entries"
-        )
-    return value
-
-
-def scalar(value: Any) -> Tensor:
-    """Return the value of a loss, or raise if it is not a scalar tensor."""
-    if not isinstance(value, Tensor) or value.dim() > 0:
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the loss must be a scalar tensor, not a {type(value).__name__}")
-        raise ValueError(
-            f"the loss must be a scalar tensor, not of shape {tuple(value.shape)}: return its mean"
-        )
-    return value

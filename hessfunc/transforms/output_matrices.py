@@ -42,7 +42,7 @@ from hessfunc.transforms.differentiable import (
     pullback_with_graph,
     refuse_untransformable,
 )
-from hessfunc.transforms.hessian import checked, kept, linearising, requiring_gradients, scalar
+from hessfunc.transforms.evaluation import checked, kept, linearising, requiring_gradients, scalar
 from hessfunc.transforms.linear_head import without_logits
 from hessfunc.transforms.output_gradients import INDEPENDENT
 from hessfunc.transforms.outputs import Rest, floating_part

@@ -23,8 +23,9 @@ from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import watching
 from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, block_matvec
+from hessfunc.transforms.evaluation import kept, linearising, requiring_gradients
 from hessfunc.transforms.gauss_newton import hessian_of_outputs
-from hessfunc.transforms.hessian import hvp, kept, linearising, requiring_gradients
+from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.matvecs.arithmetic import per_block
 from hessfunc.transforms.output_matrices import (
     checked_outputs,

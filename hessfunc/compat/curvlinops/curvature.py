@@ -22,7 +22,7 @@ from hessfunc.transforms.batches.mean import over_batches, refuse_one_batch
 from hessfunc.transforms.batches.reductions import Average
 from hessfunc.transforms.chunks import Curvature
 from hessfunc.transforms.criteria import declared_reduction
-from hessfunc.transforms.hessian import scalar
+from hessfunc.transforms.evaluation import scalar
 from hessfunc.transforms.matvecs.arithmetic import per_block, scale
 from hessfunc.trees import Matvec
 

@@ -15,13 +15,14 @@ from hessfunc.compat.place import seed_of_stream
 from hessfunc.compat.pyhessian.hessian import hessian
 from hessfunc.compat.pyhessian.vectors import group_product, refuse_unlike
 from hessfunc.losses import hold
-from hessfunc.modules import eval_mode
 from hessfunc.options import flag, real, tensors, text, validated
 from hessfunc.selection import split
 from hessfunc.spaces.of import space_of
+from hessfunc.training_mode import eval_mode
 from hessfunc.transforms.activations import activations
 from hessfunc.transforms.batches.examples import examples
-from hessfunc.transforms.hessian import filled, hvp
+from hessfunc.transforms.evaluation import gradient_of
+from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.matvecs.arithmetic import apply
 from hessfunc.trees import Matvec, Tree, tree_map
 
@@ -92,9 +93,7 @@ class hessian_with_activation(hessian):  # noqa: N801
             loss = self.criterion(self.module(inputs), targets)
         self.activations = seen
         found = [x for each in seen.values() for x in each]
-        gradients = filled(
-            torch.autograd.grad(loss, found, create_graph=True, allow_unused=True), found
-        )
+        gradients = gradient_of(loss, found, create_graph=True)
         left = iter(gradients)
         self.activation_grads = {name: [next(left) for _ in each] for name, each in seen.items()}
         if show_layer:

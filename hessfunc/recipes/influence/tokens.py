@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from hessfunc.autograd import differentiable_twice
 from hessfunc.losses import Loss, LossFunction
-from hessfunc.modules import several_batches
 from hessfunc.spaces.of import space_of
+from hessfunc.training_mode import several_batches
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.criteria import (
     declared_reduction,

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from hessfunc.algorithms.results.result import Saved
 from hessfunc.autograd import explained
 from hessfunc.losses import Loss
-from hessfunc.modules import several_batches
 from hessfunc.spaces.of import space_of
+from hessfunc.training_mode import several_batches
 from hessfunc.transforms.batches.mean import refuse_one_batch
 from hessfunc.transforms.criteria import (
     declared_reduction,

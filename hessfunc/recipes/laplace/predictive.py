@@ -15,12 +15,12 @@ from torch.func import vjp, vmap
 from hessfunc.algorithms.results.result import Saved
 from hessfunc.autograd import differentiable_twice
 from hessfunc.display import Displayed
-from hessfunc.modules import several_batches
 from hessfunc.options import at_least, validated
 from hessfunc.recipes.gauss_newton_diagonal import over_examples, refuse_unless_apart
 from hessfunc.recipes.laplace.likelihood import Family
 from hessfunc.spaces.of import random_like, space_of
 from hessfunc.spaces.space import Space
+from hessfunc.training_mode import several_batches
 from hessfunc.transforms.batches.examples import microbatches, rows_of
 from hessfunc.trees import Matvec, Tree
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from hessfunc.changes import Rereads
-from hessfunc.modules import several_batches
 from hessfunc.options import validated
 from hessfunc.options.scalars import refused, scalar
 from hessfunc.randomness import of_matrix, uniforms
 from hessfunc.spaces.of import space_of
+from hessfunc.training_mode import several_batches
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.batches.mean import over_batches
 from hessfunc.transforms.batches.reductions import Average, Inner, watching

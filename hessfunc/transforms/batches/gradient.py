@@ -12,7 +12,7 @@ from hessfunc.autograd import differentiable_twice, explained, rereading
 from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import Average
-from hessfunc.transforms.hessian import scalar
+from hessfunc.transforms.evaluation import scalar
 from hessfunc.trees import Tree
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from hessfunc.autograd.functorch import transforming
 from hessfunc.changes import Rereads
 from hessfunc.memory import Footprint, available_memory
-from hessfunc.modules import several_batches
 from hessfunc.spaces.space import Space
+from hessfunc.training_mode import several_batches
 from hessfunc.transforms.batches.reductions import Average, Inner, NoTargetsError, watching
 from hessfunc.transforms.batches.statistics import Stage, Total
 from hessfunc.transforms.batches.sums import Made, Partition, Passed, Read, Sum

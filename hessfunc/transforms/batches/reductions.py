@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,24 +11,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice
-from hessfunc.autograd.functorch import transforming
 from hessfunc.losses import Loss, LossFunction
 from hessfunc.options import described
-from hessfunc.spaces.of import space_of
-from hessfunc.transforms.batches.divisor import HIDDEN, positions_of, terms_of
-from hessfunc.transforms.batches.examples import examples, microbatches
+from hessfunc.transforms.batches.divisor import positions_of, terms_of
+from hessfunc.transforms.batches.examples import examples
+from hessfunc.transforms.batches.halves import by_halves, warn_unknown
 from hessfunc.transforms.criteria import (
     Reduction,
     declared_reduction,
 )
 from hessfunc.trees import Tree
-
-
-class ReductionWarning(UserWarning):
-    """Warning that the reduction of a loss, mean or sum over examples, could not be determined."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +235,7 @@ class Average:
         """Return the divisor of the weighted sum, given the sum of weights."""
         if self.weight is None and self.reduction is None and self._undecided > 1:
             self._undecided = 0
-            _warn("no batch has two examples, which would distinguish a mean from a sum")
+            warn_unknown("no batch has two examples, which would distinguish a mean from a sum")
         return 1.0 if self.is_sum else total
 
     def look(self, loss: LossFunction, params: Tree, batch: Any) -> None:
@@ -272,8 +264,10 @@ class Average:
             tested = noted_loss if batch is None else replace(noted_loss, batch=batch)
             reduction = _reduction_of(noted_loss.loss)
             if reduction is None and self.several and not self._is_tested:
-                reduction = self._tested(tested)
-                self._undecided += reduction is None and not self._is_tested
+                outcome = by_halves(tested.loss, tested.params, tested.batch)
+                self._undecided += outcome is None
+                self._is_tested = outcome is not None
+                reduction = None if outcome == "unknown" else outcome
             if reduction is not None:
                 self._take(reduction)
         self._terms = None
@@ -339,71 +333,8 @@ class Average:
         if self._positions is None:
             self._positions = positions
         elif positions and self._positions and positions != self._positions:
-            _warn(
+            warn_unknown(
                 f"one batch has {self._positions[0]:g} positions per example and another has "
                 f"{positions[0]:g}, over which the loss may average"
             )
             self._positions = ()
-
-    def _tested(self, one: Noted) -> Reduction | None:
-        """Determine the reduction by comparing the loss of a batch with the losses of its halves.
-
-        The result is None if the comparison is inconclusive.
-        """
-        try:
-            count = examples(one.batch)
-        except ValueError:
-            return None
-        if count < 2:
-            return None
-        if transforming():
-            raise NotImplementedError(HIDDEN)
-        self._is_tested = True
-        half = (count + 1) // 2
-        try:
-            whole, first, second = _values(one, [one.batch, *microbatches(one.batch, half)])
-        except (ValueError, RuntimeError, IndexError, TypeError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            _warn(f"the loss of half a batch could not be evaluated ({reason})")
-            return None
-        # For halves with losses a and b: a mean is s a + (1 - s) b with the share s of the first
-        # half; a sum is a + b.
-        share = half / count
-        is_mean = _is_close(whole, share * first + (1 - share) * second)
-        is_sum = _is_close(whole, first + second)
-        if is_mean and is_sum:
-            self._is_tested = False
-            return None
-        if not is_mean and not is_sum:
-            _warn(
-                f"the loss of a batch is {float(whole):.4g}, and the losses of its halves are "
-                f"{float(first):.4g} and {float(second):.4g}"
-            )
-            return None
-        return "mean" if is_mean else "sum"
-
-
-def _values(one: Noted, batches: list[Any]) -> list[Tensor]:
-    space = space_of(one.params)
-    params = space.tree([leaf.detach() for leaf in space.tree_leaves(one.params)])
-    values = []
-    for batch in batches:
-        # Random layers draw the same numbers in each evaluation.
-        with differentiable_twice(space.device), torch.no_grad():
-            values.append(one.loss(params, batch).detach())
-    return values
-
-
-def _is_close(value: Tensor, other: Tensor) -> bool:
-    rtol = max(1e-3, 8 * torch.finfo(value.dtype).eps)
-    return bool(torch.isclose(value, other, rtol=rtol, atol=0))
-
-
-def _warn(reason: str) -> None:
-    warnings.warn(
-        f"{reason}, so the loss is not known to be a mean or a sum over examples; batches are "
-        "weighted by their examples. Pass the number that the loss averages over, "
-        "`weight=hessfunc.examples` or `weight=lambda batch: (batch[1] != -100).sum()`",
-        ReductionWarning,
-        stacklevel=2,
-    )

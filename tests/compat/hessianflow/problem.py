@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import hessfunc as hf
 from hessfunc.app.problems.nets import mlp
-from hessfunc.modules import eval_mode
+from hessfunc.training_mode import eval_mode
 from tests import reference
 
 Batch = tuple[Tensor, Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.transforms.batches.reductions import ReductionWarning
+from hessfunc.transforms.batches.halves import ReductionWarning
 from tests.reference import gauss_newton, hessian, matrix, relative_error
 
 X = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

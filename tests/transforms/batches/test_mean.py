@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessfunc as hf
-from hessfunc.transforms.batches.reductions import ReductionWarning
+from hessfunc.transforms.batches.halves import ReductionWarning
 from tests.cases import CLOSED_FORMS, case, closed_form, dense_hessian
 from tests.reference import hessian, matrix, relative_error, rows
 

@@ -10,37 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfunc as hf
-from hessfunc.transforms.batches.reductions import ReductionWarning
 from tests.reference import gauss_newton, gradient, hessian, matrix, relative_error
-
-GENERATOR = torch.Generator().manual_seed(0)
-
-
-X = torch.randn(7, 3, generator=GENERATOR, dtype=torch.float64)
-
-
-Y = torch.arange(7) % 2
-
-
-BATCHES = [(X[:1], Y[:1]), (X[1:5], Y[1:5]), (X[5:], Y[5:])]
-
-
-def net() -> tuple[nn.Module, Any, dict[str, Tensor]]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    return model, *hf.functional(model)
-
-
-def per_row(reduction: str) -> Any:
-    """A criterion that is not known to the library."""
-
-    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
-        each = (outputs.exp().sum(1) - outputs[range(len(targets)), targets]).square()
-        return each.mean() if reduction == "mean" else each.sum()
-
-    return criterion
-
+from tests.transforms.batches.reductions import BATCHES, X, Y, net, per_row
 
 CRITERIA = {
     "function": functools.partial(F.cross_entropy, reduction="sum"),
@@ -140,18 +111,6 @@ def test_a_tracked_sum_is_the_loss_and_the_curvature_of_the_sum() -> None:
     assert measured.critical == pytest.approx(expected.critical, rel=1e-6)
 
 
-@pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_loss_that_is_not_known_is_compared_with_its_halves(reduction: str, plain: bool) -> None:
-    _, model_fn, params = net()
-    loss: Any = hf.supervised(model_fn, per_row(reduction))
-    if plain:
-        whole = loss
-        loss = lambda params, batch: whole(params, batch)  # noqa: E731
-    found = matrix(hf.over_batches(hf.hvp(loss))(params, BATCHES), params)
-    assert relative_error(found, hessian(loss, params, (X, Y))) < 1e-9
-
-
 def test_held_parameters_and_a_regulariser_change_nothing() -> None:
     _, model_fn, params = net()
     chosen, rest = hf.split(params, "0.*")
@@ -183,46 +142,6 @@ def test_a_sum_needs_no_count_of_examples() -> None:
     assert relative_error(found, sum(hessian(loss, params, part) for part in parts)) < 1e-9
 
 
-def test_a_loss_that_is_neither_gives_a_warning() -> None:
-    _, model_fn, params = net()
-    loss = hf.supervised(model_fn, lambda out, y: (out[range(len(y)), y]).square().sum().sqrt())
-    matvec = hf.over_batches(hf.hvp(loss))(params, BATCHES)
-    with pytest.warns(ReductionWarning, match="losses of its halves.*Pass .*`weight="):
-        matvec(hf.random_like(params, 1, seed=0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        weighted = hf.over_batches(hf.hvp(loss), weight=hf.examples)(params, BATCHES)
-        weighted(hf.random_like(params, 1, seed=0))
-        # There is nothing to average over one batch.
-        hf.over_batches(hf.hvp(loss))(params, BATCHES[1:2])(hf.random_like(params, 1, seed=0))
-
-
-def test_a_loss_of_single_examples_that_is_not_known_gives_a_warning() -> None:
-    _, model_fn, params = net()
-    loss = hf.supervised(model_fn, per_row("sum"))
-    single = [(X[i : i + 1], Y[i : i + 1]) for i in range(3)]
-    matvec = hf.over_batches(hf.hvp(loss))(params, single)
-    with pytest.warns(ReductionWarning, match="no batch has two examples.*Pass .*`weight="):
-        matvec(hf.random_like(params, 1, seed=0))
-    known = hf.over_batches(hf.hvp(hf.supervised(model_fn, F.cross_entropy)))(params, single)
-    known(hf.random_like(params, 1, seed=0))
-    hf.over_batches(hf.hvp(loss))(params, [*single, (X, Y)])(hf.random_like(params, 1, seed=0))
-
-
-def test_a_loss_that_fails_on_half_a_batch_gives_a_warning() -> None:
-    _, model_fn, params = net()
-
-    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
-        if len(targets) == 2:
-            raise ValueError("batches of two are not for me")
-        return per_row("mean")(outputs, targets)
-
-    loss = hf.supervised(model_fn, criterion)
-    matvec = hf.over_batches(hf.hvp(loss))(params, BATCHES[:2])
-    with pytest.warns(ReductionWarning, match="could not be evaluated .batches of two are not"):
-        matvec(hf.random_like(params, 1, seed=0))
-
-
 def test_a_mean_and_a_sum_are_not_added_up() -> None:
     _, model_fn, params = net()
     mean, total = (
@@ -232,16 +151,6 @@ def test_a_mean_and_a_sum_are_not_added_up() -> None:
     both = hf.over_batches(lambda p, b: hf.matvecs.add(mean(p, b), total(p, b)))(params, BATCHES)
     with pytest.raises(ValueError, match="a mean over examples and a sum over examples are added"):
         both(hf.random_like(params, 1, seed=0))
-
-
-def test_the_comparison_draws_nothing_from_the_random_stream() -> None:
-    _, model_fn, params = net()
-    loss = hf.supervised(lambda p, x: F.dropout(model_fn(p, x), 0.5), per_row("mean"))
-    state = torch.get_rng_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ReductionWarning)
-        hf.over_batches(hf.hvp(loss))(params, BATCHES)(hf.random_like(params, 1, seed=0))
-    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("own", [False, True])
