@@ -16,8 +16,8 @@ from torch import Tensor
 from hessfunc.kronecker.linear_maps import Inputs, OneHot
 from hessfunc.memory import AT_ONCE, refuse_unless_fits
 
-# Number of rows of a symmetric matrix that are computed at once.
-_ROWS = 96
+# Number of rows of a symmetric matrix that are computed at once: with fewer, products are slower.
+_ROWS = 192
 
 Sharing: TypeAlias = Literal["expand", "reduce"]
 
@@ -121,7 +121,11 @@ def example_gradients(slopes: Tensor, inputs: Inputs) -> Iterator[tuple[slice, T
             )
         else:
             own = inputs[part] if len(inputs) == len(slopes) else inputs
-            yield part, slopes[part] @ own.to(slopes).mT
+            if slopes.shape[2] == fan_in == 1:
+                # A product of matrices would copy vectors whose entries are not next to each other.
+                yield part, (slopes[part] * own).sum(-1, keepdim=True).to(slopes)
+            else:
+                yield part, slopes[part] @ own.to(slopes).mT
 
 
 def squared_moments(slopes: Tensor, inputs: Inputs) -> Tensor:
