@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -21,16 +22,30 @@ def cubes(params: Any, batch: object) -> Tensor:
     return sum(leaf.pow(3).sum() for leaf in torch.utils._pytree.tree_leaves(params))
 
 
-@pytest.mark.parametrize("estimator", [hf.hutchinson, hf.hutchpp, hf.xtrace])
-def test_each_part_covers_at_its_level(estimator: Any) -> None:
-    part = float(MATRIX.diagonal()[:10].sum())
-    covered = 0
+@pytest.mark.parametrize(
+    ("estimator", "matrix"),
+    [
+        (hf.hutchinson, MATRIX),
+        (hf.hutchpp, MATRIX),
+        (hf.xtrace, MATRIX),
+        (hf.xnystrace, symmetric(torch.linspace(0, 4, 60))),
+    ],
+)
+def test_parts_of_leaves_sum_to_the_value_are_unbiased_and_cover(
+    estimator: Any, matrix: Tensor
+) -> None:
+    part = float(matrix.diagonal()[:10].sum())
+    parts, covered = [], 0
     for seed in range(100):
-        found = estimator(hf.dense(MATRIX), LIKE, max_matvecs=30, seed=seed).by_leaf["a"]
+        run = estimator(hf.dense(matrix), LIKE, max_matvecs=30, seed=seed)
+        assert sum(run.by_leaf.values()) == pytest.approx(run.value, rel=1e-10)
+        found = run.by_leaf["a"]
         low, high = found.interval(0.95)
         assert low < found.value == float(found) < high
         covered += low <= part <= high
+        parts.append(found.value)
     assert covered >= 90
+    assert mean(parts) == pytest.approx(part, abs=4 * stdev(parts) / 10)
 
 
 def test_a_part_is_a_frozen_number_and_is_saved_with_its_error(tmp_path: Path) -> None:

@@ -24,6 +24,15 @@ analyze, train, eig = (partial(invoke, name) for name in ("analyze", "train", "e
 experiment, plan = (partial(invoke, name) for name in ("experiment", "plan"))
 
 
+def assert_refused(refused: Result, message: str) -> None:
+    """Assert that a command has said its mistake in one line, and nothing else."""
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("hessfunc: ")
+    assert refused.stderr.count("\n") == 1
+    assert message in refused.stderr
+
+
 def history(file: str = "hessfunc-train/history.json") -> dict[str, Any]:
     return json.loads(Path(file).read_text())
 

@@ -7,7 +7,7 @@ import torch
 
 import hessfunc as hf
 from hessfunc.app.problems.huggingface import language_model
-from tests.app.cli.commands import analyze
+from tests.app.cli.commands import analyze, assert_refused
 from tests.app.problems.language_models import gpt2, saved
 from tests.datapath import DATA, data_file
 
@@ -213,12 +213,7 @@ def test_ctrl_c_leaves_what_is_finished(here: Path) -> None:
 def test_a_mistake_is_one_line_and_exit_code_2(
     here: Path, arguments: list[str], message: str
 ) -> None:
-    refused = analyze(*arguments)
-    assert refused.exit_code == 2
-    assert refused.stdout == ""
-    assert refused.stderr.startswith("hessfunc: ")
-    assert refused.stderr.count("\n") == 1
-    assert message in refused.stderr
+    assert_refused(analyze(*arguments), message)
 
 
 @pytest.mark.parametrize("target", ["nowhere_to_be_found:it", "mine:breaking", "mine:number"])

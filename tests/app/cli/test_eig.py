@@ -7,7 +7,7 @@ import torch
 
 import hessfunc as hf
 from hessfunc.app import tasks
-from tests.app.cli.commands import eig, train
+from tests.app.cli.commands import assert_refused, eig, train
 
 
 def test_eigenvalues_of_a_saved_net() -> None:
@@ -69,9 +69,4 @@ def test_mistakes_of_eig_are_one_line_and_exit_code_2(arguments: list[str], mess
     wide = {**tasks.net("digits", "mlp")().state_dict(), "1.weight": torch.zeros(9, 64)}
     torch.save(wide, "wide.pt")
     torch.save({"settings": "[]", "state_dict": {}}, "other.pt")
-    refused = eig(*arguments)
-    assert refused.exit_code == 2
-    assert refused.stdout == ""
-    assert refused.stderr.startswith("hessfunc: ")
-    assert refused.stderr.count("\n") == 1
-    assert message in refused.stderr
+    assert_refused(eig(*arguments), message)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.app.cli.commands import analyze, invoke
+from tests.app.cli.commands import analyze, assert_refused, invoke
 
 
 def test_traceback_shows_where(here: Path) -> None:
@@ -26,12 +26,7 @@ def test_traceback_shows_where(here: Path) -> None:
     ],
 )
 def test_every_mistake_is_one_line(arguments: list[str], message: str) -> None:
-    refused = invoke(*arguments)
-    assert refused.exit_code == 2
-    assert refused.stdout == ""
-    assert refused.stderr.startswith("hessfunc: ")
-    assert refused.stderr.count("\n") == 1
-    assert message in refused.stderr
+    assert_refused(invoke(*arguments), message)
 
 
 def test_an_argument_of_the_library_is_shown_as_the_option(here: Path) -> None:

@@ -12,7 +12,7 @@ from typer.testing import Result
 import hessfunc as hf
 from hessfunc.training import runs as training
 from hessfunc.training.loop import train as loop
-from tests.app.cli.commands import history, invoke, train
+from tests.app.cli.commands import assert_refused, history, invoke, train
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,7 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
     Path("file").touch()
-    refused = train(*arguments, "--examples", "20", "--epochs", "1")
-    assert refused.exit_code == 2
-    assert refused.stdout == ""
-    assert refused.stderr.startswith("hessfunc: ")
-    assert refused.stderr.count("\n") == 1
-    assert message in refused.stderr
+    assert_refused(train(*arguments, "--examples", "20", "--epochs", "1"), message)
 
 
 ABSA = (
@@ -269,7 +264,4 @@ def test_a_training_of_other_settings_is_refused() -> None:
 def test_a_damaged_checkpoint_is_refused() -> None:
     Path("hessfunc-train").mkdir()
     Path("hessfunc-train/checkpoint.pt").write_bytes(b"half")
-    refused = train("--examples", "60", "--epochs", "1")
-    assert refused.exit_code == 2
-    assert refused.stderr.count("\n") == 1
-    assert "checkpoint.pt is damaged" in refused.stderr
+    assert_refused(train("--examples", "60", "--epochs", "1"), "checkpoint.pt is damaged")
