@@ -77,32 +77,39 @@ def test_landscapes_are_taken(problem: tuple[Any, Any, Any]) -> None:
     assert bool(found.values.isfinite().all())
 
 
+# What keeps the type of its argument, and integers, have no type by default.
+TYPED = re.compile("as_tensor|arange|randint|randperm|tril_indices|triu_indices")
 FACTORIES = re.compile(
-    "arange|as_tensor|empty|eye|full|linspace|logspace|normal|ones|rand|randint|randn|randperm"
-    "|tensor|tril_indices|triu_indices|zeros"
+    f"empty|eye|full|linspace|logspace|normal|ones|rand|randn|tensor|zeros|{TYPED.pattern}"
 )
 
 
-def without_a_device(source: str) -> list[str]:
-    """Return the calls of torch that make tensors on the default device."""
-    return [
-        ast.unparse(call)
-        for call in ast.walk(ast.parse(source))
-        if isinstance(call, ast.Call)
-        and isinstance(call.func, ast.Attribute)
-        and ast.unparse(call.func.value) == "torch"
-        and FACTORIES.fullmatch(call.func.attr)
-        and not any(option.arg in ("device", None) for option in call.keywords)
-    ]
+def by_default(source: str) -> list[str]:
+    """Return the calls of torch that make tensors of the default device or the default type."""
+    found = []
+    for call in ast.walk(ast.parse(source)):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+            continue
+        name, options = call.func.attr, {option.arg for option in call.keywords}
+        if ast.unparse(call.func.value) != "torch" or not FACTORIES.fullmatch(name):
+            continue
+        due = {"device"} if TYPED.fullmatch(name) else {"device", "dtype"}
+        if None not in options and not due <= options:
+            found.append(ast.unparse(call))
+    return found
 
 
-def test_every_new_tensor_has_a_device() -> None:
-    assert without_a_device("torch.eye(3, device=d), torch.zeros(2, **options), torch.ones(1)") == [
-        "torch.ones(1)"
-    ]
+def test_every_new_tensor_has_a_device_and_a_type() -> None:
+    complete = (
+        "torch.eye(3, dtype=t, device=d), torch.zeros(2, **options), torch.arange(3, device=d)"
+    )
+    assert not by_default(complete)
+    assert by_default("torch.ones(1, dtype=t), torch.ones(1, device=d), torch.arange(3)") == [
+        "torch.ones(1, dtype=t)", "torch.ones(1, device=d)", "torch.arange(3)"
+    ]  # fmt: skip
     found = {
         str(path.relative_to(SOURCES)): calls
         for path in SOURCES.rglob("*.py")
-        if (calls := without_a_device(path.read_text()))
+        if (calls := by_default(path.read_text()))
     }
     assert not found

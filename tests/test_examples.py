@@ -230,7 +230,7 @@ def test_hypergradients_are_finite_differences_and_find_wrong_labels(tmp_path: P
         step = torch.zeros(100).double()
         step[i] = 1e-2
         ahead, behind = (outer(trained(h + s, seen, w), h, validation) for s in (step, -step))
-        torch.testing.assert_close(slope.gradient[i], (ahead - behind) / 2e-2, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(slope.gradient[i], (ahead - behind) / 2e-2, rtol=1e-2, atol=1e-6)
 
     found = main(small=True, out=tmp_path / "hypergradient.png")
     assert found.weights[found.wrong].mean() < 0.3 < 0.7 < found.weights[~found.wrong].mean()

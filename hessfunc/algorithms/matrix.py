@@ -113,7 +113,7 @@ def _indices(space: Space, like: Tree, chosen: Pattern | Sequence[int] | None, w
                 f"{what} contains the index {outside[0]}, but the vectors have {space.n} entries: "
                 f"pass indices from 0 to {space.n - 1}"
             )
-        return torch.tensor(chosen, device=space.device)
+        return torch.tensor(chosen, dtype=torch.long, device=space.device)
     leaves = dict(zip(space.names, space.tree_leaves(like), strict=True))
     wanted = selected(leaves, cast("Pattern", chosen))
     begins = accumulate(space.sizes, initial=0)

@@ -58,7 +58,7 @@ class Span:
                 f"vector is left to sample: the trace is {name}.values.sum()"
             )
         gram = space.gram(basis, basis)
-        identity = torch.eye(len(basis), device=gram.device)
+        identity = torch.eye(len(basis), dtype=gram.dtype, device=gram.device)
         error = float((gram - identity).abs().max()) if len(basis) else 0.0
         if not error <= _NEARLY:
             raise ValueError(

@@ -122,7 +122,7 @@ def _projected(gradient: Sequence[Tensor | None]) -> tuple[Tensor, float]:
         if g is not None and (norm := float(g.detach().norm())) > 0:
             parts.append((g * random_direction(g, 2, i)).sum() / norm)
     if not parts:
-        return torch.zeros((), device="cpu"), 0.0
+        return torch.zeros((), dtype=torch.float64, device="cpu"), 0.0
     return torch.stack(parts).sum(), math.sqrt(len(parts))
 
 

@@ -98,7 +98,7 @@ def _with_generator(function: Any, streams: Streams, *args: Any, **kwargs: Any) 
 
 def _device_of(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:
     if (device := kwargs.get("device")) is not None:
-        return torch.empty(0, device=device).device
+        return torch.empty(0, dtype=torch.uint8, device=device).device
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value.device

@@ -189,7 +189,7 @@ def _flipped(space: Space, seed: int, indices: range) -> Callable[[Tensor], Tens
     leaves = range(len(space.names))
     cpu = torch.device("cpu")
     chosen = signs(keys(seed, indices, leaves, cpu), [range(1)] * len(leaves), cpu)
-    sizes = torch.tensor([len(span) for span in space.spans], device=cpu)
+    sizes = torch.tensor([len(span) for span in space.spans], dtype=torch.long, device=cpu)
     factors = chosen.repeat_interleave(sizes, 1).to(space.device)
     return lambda rows: rows * factors
 

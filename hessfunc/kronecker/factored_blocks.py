@@ -113,7 +113,7 @@ class Kronecker(Block):
         b, a = b[:, :, None], a[:, None, :]
         rounding = b_rounding[:, :, None] * a.abs() + b.abs() * a_rounding[:, None, :]
         values = (b * a).flatten()
-        is_positive = (values > 0) & torch.tensor(damping > 0, device=values.device)
+        is_positive = (values > 0) & bool(damping > 0)
         return Shifted(values, rounding.flatten(), is_positive)
 
     @property

@@ -70,7 +70,7 @@ def draw(pairs: Eigenpairs, ax: Axes, *, label: str | None = None, color: Any = 
     several = ax.has_data()
     colour = series_colour(ax, color)
     own = several or label is not None
-    index = torch.arange(1, len(values) + 1, device="cpu") + _BESIDE * before
+    index = torch.arange(1, len(values) + 1, dtype=torch.float64, device="cpu") + _BESIDE * before
     if not before:
         ax.axhline(0, color=QUIET, linewidth=0.8)
     ax.vlines(index, values.clamp_max(0), values.clamp_min(0), color=colour, alpha=0.35)

@@ -171,7 +171,7 @@ def divided(
                 [placement_of(axis)],
                 run_check=False,
                 shape=shape,
-                stride=torch.empty(shape, device="meta").stride(),
+                stride=torch.empty(shape, dtype=torch.uint8, device="meta").stride(),
             )
     skeleton = without_parameters(model, named)
     # A parameter that is tied to one outside of blocks is gathered inside of them as well.

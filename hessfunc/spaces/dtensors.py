@@ -293,4 +293,4 @@ def _layout(
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    return torch.empty(shape, dtype=torch.uint8, device="meta").stride()

@@ -305,7 +305,9 @@ class Space:
 
     def leaf_of_columns(self, columns: Tensor, /) -> list[str]:
         """Return the names of the leaves that contain these columns of a row, on any rank."""
-        ends = torch.tensor([len(span) for span in self.spans], device="cpu").cumsum(0)
+        ends = torch.tensor(
+            [len(span) for span in self.spans], dtype=torch.long, device="cpu"
+        ).cumsum(0)
         indices = torch.bucketize(columns.cpu(), ends, right=True)
         counts = torch.bincount(indices, minlength=len(self.names)).to(self.device)
         return [name for name, count in zip(self.names, self.summed(counts), strict=True) if count]

@@ -162,7 +162,7 @@ def cross_entropy_scale(
         spread = targets * (1 - label_smoothing) + label_smoothing / classes
         counted = torch.movedim(spread, axis, -1)
         coefficient = (counted if weight is None else counted * weight).sum(-1)
-        total = torch.tensor(coefficient.numel(), device=outputs.device)
+        total = torch.tensor(coefficient.numel(), dtype=torch.long, device=outputs.device)
     else:
         kept = targets != ignore_index
         ones = outputs.new_ones(classes) if weight is None else weight

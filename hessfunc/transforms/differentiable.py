@@ -72,8 +72,9 @@ def differentiable_matvec(
         refuse_autocast(space.device)
     if not transforming():
         # Inside of a transform, copies would wrap even tensors that do not belong to it.
-        batch = _attached_batch(batch)
-        point = [_attached(leaf) for leaf in entries]
+        with torch.inference_mode(False):
+            batch = _attached_batch(batch)
+            point = [_attached(leaf) for leaf in entries]
 
     def made() -> Product:
         if transforming():

@@ -236,7 +236,10 @@ def _warn_unless_convex(
         for leaf in leaves:
             tangent = torch.zeros_like(leaf).detach()
             target = tangent[trial % examples] if leaf.dim() and len(leaf) else tangent
-            target.copy_(torch.randn(target.shape, generator=generator, device="cpu"))
+            drawn = torch.randn(
+                target.shape, generator=generator, dtype=torch.float64, device="cpu"
+            )
+            target.copy_(drawn)
             tangents.append(tangent)
         moved = product(tangents)
         curvature = sum(float((u * h).sum()) for u, h in zip(tangents, moved, strict=True))

@@ -33,15 +33,15 @@ def taken(width: int, algorithm: str) -> Taken:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("algorithm", ["lanczos", "slq"])
-def test_the_plan_is_within_15_percent(algorithm: str, ranks: int, of_whole_pages: Forks) -> None:
+def test_the_plan_is_within_20_percent(algorithm: str, ranks: int, of_whole_pages: Forks) -> None:
     processes = Ranks(ranks, of_whole_pages)
     of_ranks = processes.run(taken, WIDTHS[0], algorithm)
     processes.close()
     plan = planned.planned(WIDTHS[0], ranks, algorithm, of_ranks[0].activations)
     found = Compared(algorithm, plan, of_ranks)
-    assert found.counted == pytest.approx(1, abs=0.15)
-    assert found.resident == pytest.approx(1, abs=0.15)
+    assert found.counted == pytest.approx(1, abs=0.2)
+    assert found.resident == pytest.approx(1, abs=0.2)
 
 
 def test_what_kernels_take_for_themselves_is_planned() -> None:
-    assert compared(WIDTHS[0], 1, "hutchinson").resident == pytest.approx(1, abs=0.15)
+    assert compared(WIDTHS[0], 1, "hutchinson").resident == pytest.approx(1, abs=0.2)

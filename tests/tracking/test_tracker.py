@@ -230,7 +230,7 @@ def test_sharpness_rises_to_the_edge_of_stability_and_hovers_there() -> None:
     # Training goes on all the same.
     assert points[-1].loss < 0.6 * points[reached].loss
     # Cold starts take 11.
-    assert mean(point.matvecs for point in points[1:]) < 4
+    assert mean(point.matvecs for point in points[1:]) < 5
 
 
 def test_progress_follows_the_points() -> None:

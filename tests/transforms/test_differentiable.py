@@ -369,6 +369,18 @@ def test_autograd_follows_batch_and_vectors(of: str) -> None:
     close((of_inputs * along).sum(), wanted[0])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_products_without_gradients_are_constants(mode: Callable[[], Any]) -> None:
+    c = case("mlp")
+    vector = {name: torch.ones_like(leaf) for name, leaf in c.params.items()}
+    expected = hf.apply(hf.hvp(c.loss)(c.params, c.batch), vector)
+    with mode():
+        batch = tuple(t.clone() for t in c.batch)
+        found = hf.apply(hf.hvp(c.loss, differentiable=True)(c.params, batch), vector)
+    torch.testing.assert_close(found, expected)
+    assert not any(leaf.requires_grad for leaf in found.values())
+
+
 @pytest.mark.parametrize("of", [*CURVATURES, "pchvp", "hvp_by_backward", "kfac", "hbp"])
 def test_a_product_is_never_silently_constant(of: str) -> None:
     found = case("mlp")

@@ -34,7 +34,9 @@ class Scaled(Products):
         root: Diagonal of D^-1/2, one row.
     """
 
-    root: Tensor = field(default_factory=lambda: torch.ones(1, 1, device="cpu"))
+    root: Tensor = field(
+        default_factory=lambda: torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    )
 
     @classmethod
     def by(cls, products: Products, diagonal: Tree, /) -> Scaled:

@@ -157,7 +157,7 @@ class StochasticPower(Method["_State", Eigenpairs]):
             values=torch.tensor([value], dtype=torch.float64, device="cpu"),
             vectors=space.vectors(state.current),
             residuals=torch.tensor([residual], dtype=torch.float64, device="cpu"),
-            converged=torch.tensor([residual <= tolerance], device="cpu"),
+            converged=torch.tensor([residual <= tolerance], dtype=torch.bool, device="cpu"),
             largest=largest,
             **Cost(**{**cost, "reason": f"{cost['reason']}; {split}"}),
         )

@@ -273,7 +273,7 @@ class LanczosFunction(Method["_State", MatrixFunction]):
         return MatrixFunction(
             value=space.unravel(rows if self.is_block else rows[0]),
             bounds=torch.tensor(bounds, dtype=torch.float64, device="cpu"),
-            solved=torch.tensor(solved, device="cpu"),
+            solved=torch.tensor(solved, dtype=torch.bool, device="cpu"),
             steps=tuple(steps),
             reasons=tuple(reasons),
             **cost,
@@ -330,8 +330,8 @@ def _second_pass(products: Products, runs: Recurrences, columns: list[Tensor]) -
                 "model.eval(), fix the seed within the loss, or raise `basis_size` to keep all "
                 "basis vectors"
             )
-        weights = torch.tensor([float(columns[i][size]) for i in there], device="cpu")
-        values[there] += weights.to(values)[:, None] * again.tail[-1][there]
+        weights = torch.stack([columns[i][size] for i in there]).to(values)
+        values[there] += weights[:, None] * again.tail[-1][there]
         again = again.ended({i: size for i in again.active if steps[i] <= size})
     return values
 

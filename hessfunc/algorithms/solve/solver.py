@@ -159,7 +159,9 @@ class Solver(Method[tuple[AnyIterate, ...], Solution]):
                 device="cpu",
             ),
             solved=torch.tensor(
-                [system.settled(column) for system, column in columns], device="cpu"
+                [system.settled(column) for system, column in columns],
+                dtype=torch.bool,
+                device="cpu",
             ),
             reasons=tuple(
                 column.reason or self._verdict(i, column) or cost["reason"]

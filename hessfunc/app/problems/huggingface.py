@@ -284,7 +284,8 @@ def _masked(folder: Path, rows: Tensor, encoding: _Encoding, seed: int) -> dict[
     first, last = len(encoding.before), rows.shape[1] - len(encoding.after)
     count = max(1, round(_MASKED * (last - first)))
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(len(rows), last - first, generator=generator, device="cpu")
+    shape = len(rows), last - first
+    order = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
     places = order.argsort(1)[:, :count] + first
     labels = torch.full_like(rows, _IGNORED).scatter(1, places, rows.gather(1, places))
     return {"input_ids": rows.scatter(1, places, encoding.mask), "labels": labels}

@@ -104,7 +104,8 @@ def _program(
         traced.recompile()
         # Tracing turns values computed outside of torch into constants. Another block shows them.
         other = [
-            torch.linspace(-1, 1, t.numel(), device=t.device).to(t).view_as(t) for t in tensors
+            torch.linspace(-1, 1, t.numel(), dtype=torch.float64, device=t.device).to(t).view_as(t)
+            for t in tensors
         ]
         _refuse_another(_precisely(traced)(*other), of_leaves(*other))
         program = _precisely(torch.compile(traced, fullgraph=True, dynamic=False, backend=backend))
