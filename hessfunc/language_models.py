@@ -13,7 +13,6 @@ from hessfunc.autograd.recomputed_blocks import segments_of
 from hessfunc.copies import structural_copy
 from hessfunc.linear_head import LinearHeadLoss, linear_head_loss
 from hessfunc.modules import functional
-from hessfunc.numerics import NARROW
 from hessfunc.options import validated
 from hessfunc.trees import Tree
 
@@ -26,6 +25,7 @@ def language_model_loss(
     shift: bool | None = None,
     trainable_only: bool = True,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     recompute: str | None = None,
     rows_per_chunk: int | None = None,
 ) -> tuple[LinearHeadLoss, dict[str, Tensor]]:
@@ -53,6 +53,7 @@ def language_model_loss(
         trainable_only: Whether to leave parameters that do not require a gradient out of params,
             as in `functional`.
         dtype: Dtype in which the model is evaluated up to the head, as in `functional`.
+        device: Device on which the model is evaluated, as in `functional`.
         recompute: Glob over the names of modules to recompute, as in `functional`.
         rows_per_chunk: Number of tokens whose logits exist at once; None for at most 2^22 logits.
 
@@ -64,12 +65,12 @@ def language_model_loss(
 
     Cost: six evaluations of the model on eight tokens.
     """
-    shifted = _verified_shift(model, shift)
+    shifted = _verified_shift(model, shift, device)
     trunk = _without_head(model)
     if recompute is not None:
         _refuse_recomputed_head(trunk, recompute)
     trunk_fn, params = functional(
-        trunk, trainable_only=trainable_only, dtype=dtype, recompute=recompute
+        trunk, trainable_only=trainable_only, dtype=dtype, device=device, recompute=recompute
     )
     return _loss_of(model, trunk_fn, shifted=shifted, rows_per_chunk=rows_per_chunk), params
 
@@ -223,26 +224,32 @@ def _options(model: nn.Module) -> dict[str, Any]:
     return {"scale": scale, "softcap": next((cap for cap in caps if cap), None)}
 
 
-def _verified_shift(model: nn.Module, shift: bool | None) -> bool:
+def _verified_shift(
+    model: nn.Module, shift: bool | None, device: torch.device | None = None
+) -> bool:
     """Return whether labels are shifted, after a comparison with the model on a short text.
 
     Raises:
         ValueError: If neither the logits nor the loss of the model are those of the head.
     """
     head, name = _head_of(model), type(model).__name__
-    is_narrow = head.weight.dtype in NARROW
-    dtype = torch.float32 if is_narrow else None
-    model_fn, params = functional(model, trainable_only=False, dtype=dtype)
-    ids = torch.arange(_TOKENS, device=head.weight.device).mul(3).add(1)[None] % len(head.weight)
+    options: dict[str, Any] = {
+        "trainable_only": False,
+        "dtype": torch.promote_types(head.weight.dtype, torch.float32),
+        "device": device,
+    }
+    model_fn, params = functional(model, **options)
+    device = head.weight.device if device is None else device
+    ids = torch.arange(_TOKENS, device=device).mul(3).add(1)[None] % len(head.weight)
     inputs = {"input_ids": ids}
     if _has_decoder(model):
         inputs["decoder_input_ids"] = ids
-    trunk_fn, _ = functional(_without_head(model), trainable_only=False, dtype=dtype)
+    trunk_fn, _ = functional(_without_head(model), **options)
     losses = {shifted: _loss_of(model, trunk_fn, shifted=shifted) for shifted in (True, False)}
 
     def evaluated(function: Callable[[Tree, Any], Any], batch: Any) -> Any:
         # Random layers draw the same masks in each evaluation.
-        with torch.no_grad(), differentiable_twice(head.weight.device):
+        with torch.no_grad(), differentiable_twice(device):
             return function(params, batch)
 
     def logits() -> Tensor:
@@ -256,9 +263,7 @@ def _verified_shift(model: nn.Module, shift: bool | None) -> bool:
     params[key] = params[key] * (_LARGE / size if size else 1.0)
     batch = inputs | {"labels": ids}
     right, ours = logits(), evaluated(losses[False].outputs, batch)[0].T
-    # The logits of a narrow model are rounded at the end.
-    eps = torch.finfo(right.dtype).eps
-    tolerance = (4 * eps if is_narrow else eps**0.5) * float(right.abs().max())
+    tolerance = torch.finfo(right.dtype).eps ** 0.5 * float(right.abs().max())
     if right.shape != ours.shape or not float((right - ours).abs().max()) <= tolerance:
         raise ValueError(
             f"the logits of {name} are not those of its output embedding: use `composed` with the "
@@ -271,9 +276,8 @@ def _verified_shift(model: nn.Module, shift: bool | None) -> bool:
     except (TypeError, AttributeError):
         own = None
     if own is not None:
-        rtol = 4 * eps if is_narrow else 1e-3
         for candidate, loss in losses.items():
-            if torch.isclose(evaluated(loss, batch).double(), own.double(), rtol=rtol):
+            if torch.isclose(evaluated(loss, batch).double(), own.double(), rtol=1e-3):
                 return candidate
     raise ValueError(
         f"the loss of {name} is not the mean cross-entropy of its labels, shifted or not: pass "

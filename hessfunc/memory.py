@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessfunc.options.door import limited, memory_limit_now, validated
+from hessfunc.stored import Stored
 from hessfunc.trees import leaves, tree_map
 
 
@@ -105,6 +106,10 @@ class Footprint(TorchDispatchMode):
     ) -> Any:
         args, kwargs = tree_map(_with_memory, (args, kwargs or {}))
         given = {storage._cdata for storage in _storages((args, kwargs))}
+        read = [x for x in leaves((args, kwargs)) if isinstance(x, Stored)]
+        # The copies of weights in another dtype exist while one operation reads them.
+        copies = sum(x.nbytes for x in read) if read and Stored.copies(func) else 0
+        self.now += copies
         out = func(*args, **kwargs)
         if not func.is_view:
             self.operations += 1
@@ -113,6 +118,8 @@ class Footprint(TorchDispatchMode):
             # A view of an argument shares its storage, and allocates nothing.
             if storage._cdata not in given:
                 self._hold(storage)
+        self.peak = max(self.peak, self.now)
+        self.now -= copies
         return out
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -130,6 +137,8 @@ class Footprint(TorchDispatchMode):
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     for tensor in leaves(tree):
+        if isinstance(tensor, Stored):
+            tensor = tensor.held
         if not isinstance(tensor, Tensor) or tensor._is_zerotensor():
             continue
         if tensor.layout is torch.strided:

@@ -30,6 +30,7 @@ from hessfunc.containers import mapped
 from hessfunc.copies import Copies
 from hessfunc.options import validated
 from hessfunc.selection import first_of
+from hessfunc.stored import read_as
 from hessfunc.training_mode import refuse_batch_statistics, several_batches, with_batch_statistics
 from hessfunc.trees import Tree, whole
 
@@ -46,6 +47,7 @@ def functional(
     *,
     trainable_only: bool = True,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     recompute: str | None = None,
     mesh: DeviceMesh | None = None,
     shard: Choice | None = None,
@@ -88,9 +90,15 @@ def functional(
         model: Module to convert.
         trainable_only: Whether to leave parameters that do not require a gradient out of
             ``params``.
-        dtype: Dtype in which the model is evaluated, such as ``torch.bfloat16``. ``model_fn``
-            casts params, buffers and inputs to it and casts outputs back, so that params, loss and
-            vectors keep their own dtype. None evaluates the model without casts.
+        dtype: Dtype in which the model is evaluated; None for that of the parameters. If it is
+            narrower, such as ``torch.bfloat16`` for a model in float32, ``model_fn`` casts params,
+            buffers and inputs to it and casts outputs back, so that params, loss and vectors keep
+            their own dtype. If it is wider, such as ``torch.float32`` for a model in bfloat16, then
+            params, loss and vectors have it too. The weights keep their dtype, in the model and in
+            graphs, and each operation converts those that it reads.
+        device: Device on which the model is evaluated, and of params and vectors; None for that of
+            the parameters. Weights elsewhere, such as in the memory of the host for a GPU, or on
+            several GPUs, stay there, and each operation copies those that it reads.
         recompute: Glob over the names of modules (``"model.layers.*"``) whose activations are
             recomputed for the derivatives instead of kept. The graph of a deep model then fits in
             memory. `recomputed` does the same for any function.
@@ -113,7 +121,8 @@ def functional(
     Raises:
         ValueError: If ``dtype`` is not floating-point, if no parameter is left, if a lazy parameter
             has no shape yet, or if no module matches ``recompute`` or ``shard``. On a mesh, also if
-            ranks differ in their parameters or buffers, or if the model uses batch statistics.
+            ranks differ in their parameters or buffers, if the model uses batch statistics, or if
+            ``device`` is given.
             Raised by ``model_fn`` if ranks differ in their batch, if inputs or outputs do not have
             the examples on their first axes, or if the model draws random numbers.
         NotImplementedError: If the module is wrapped in `DataParallel`, `DistributedDataParallel`
@@ -127,7 +136,7 @@ def functional(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: choose a floating-point dtype, such as torch.bfloat16")
     params = {
-        name: parameter.detach()
+        name: read_as(parameter.detach(), dtype, device)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or not trainable_only
     }
@@ -138,13 +147,17 @@ def functional(
             "`trainable_only=False`"
         )
     if mesh is not None or shard is not None or _is_fully_sharded(model):
+        if device is not None:
+            raise ValueError(
+                "a sharded model is evaluated on the device of its mesh: leave out `device`"
+            )
         return _sharded(model, list(params), mesh, shard, dtype, recompute)
     prepared = None
     if recompute is not None:
         prepared = partial(recompute_inside, names=segments_of(model, recompute))
     named = [name for name, _ in model.named_parameters()]
     first = next(iter(params.values()))
-    return _pure(model, named, first, dtype, prepared), params
+    return _pure(model, named, first, dtype, prepared, device=device), params
 
 
 def _sharded(
@@ -179,6 +192,8 @@ def _pure(
     first: Tensor,
     dtype: torch.dtype | None,
     prepared: Callable[[nn.Module, Borrow], None] | None,
+    *,
+    device: torch.device | None = None,
 ) -> Callable[..., Any]:
     """Return a module as a pure function of parameters.
 
@@ -190,6 +205,7 @@ def _pure(
         dtype: Dtype in which the module is evaluated, as in `functional`.
         prepared: Function that prepares a copy of the module, whose blocks are recomputed in
             another copy; None without such blocks.
+        device: Device on which the module is evaluated, as in `functional`.
 
     Raises:
         NotImplementedError: If blocks are recomputed of a module that cannot be copied.
@@ -219,13 +235,15 @@ def _pure(
         if not (isinstance(params, Mapping) and params.keys() <= named):
             raise _unlike(params, named)
         # The copy does not have parameters and buffers that were added to the module later.
-        fixed = {n: p for n, p in model.named_parameters() if n in named and n not in params}
+        own = model.named_parameters()
+        fixed: dict[str, Tensor] = {n: p for n, p in own if n in named and n not in params}
         present = {name: buffer for name, buffer in model.named_buffers() if name in buffered}
         note_read(fixed.items(), present.items())
         if not torch.compiler.is_compiling():
             # Dynamo cannot trace context variables. None of them is set inside compiled functions.
             refuse_batch_statistics(batch_statistics)
-        buffers = {name: buffer.clone() for name, buffer in present.items()}
+        fixed = {name: read_as(leaf, dtype, device) for name, leaf in fixed.items()}
+        buffers = {name: buffer.clone().to(device) for name, buffer in present.items()}
         args, kwargs = inputs, named_inputs
         if len(inputs) == 1 and not named_inputs:
             args, kwargs = _arguments(inputs[0])
@@ -236,11 +254,10 @@ def _pure(
             with Replaced(TRANSFORMABLE):
                 outputs = call_with(copies.traced, state, args, kwargs)
         else:
-            device = first.device
             with (
                 copies.borrowed() as module,
                 _without_checkpointing(),
-                without_cudnn(device) if recurrent else nullcontext(),
+                without_cudnn(first.device) if recurrent else nullcontext(),
                 Replaced(pure_lookup()) if renormalises else nullcontext(),
                 Replaced(TRANSFORMABLE) if _is_transformed() else nullcontext(),
             ):

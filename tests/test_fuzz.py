@@ -185,7 +185,14 @@ CALLS: dict[str, Call] = {
     ),
     "functional": Call(
         {"model": MODEL},
-        {"trainable_only": True, "dtype": D, "recompute": None, "mesh": None, "shard": None},
+        {
+            "trainable_only": True,
+            "dtype": D,
+            "device": "cpu",
+            "recompute": None,
+            "mesh": None,
+            "shard": None,
+        },
     ),
     "supervised": Call({"model_fn": MODEL_FN, "criterion": CRITERION}, then=of_loss),
     "composed": Call(
@@ -223,6 +230,7 @@ CALLS: dict[str, Call] = {
             "shift": True,
             "trainable_only": True,
             "dtype": torch.float32,
+            "device": "cpu",
             "recompute": "embedding",
             "rows_per_chunk": 2,
         },

@@ -138,13 +138,16 @@ def test_buffers_and_frozen_parameters_are_cast_too_and_integers_are_not() -> No
     assert outputs["tokens"].dtype == torch.int64
 
 
-def test_parameters_in_bfloat16_have_products_in_bfloat16() -> None:
-    model = small_net().eval().bfloat16()
-    model_fn, params = hf.functional(model, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_parameters_in_bfloat16_have_products_in_the_wider_dtype(
+    dtype: torch.dtype | None,
+) -> None:
+    model_fn, params = hf.functional(small_net().eval().bfloat16(), dtype=dtype)
     loss = hf.composed(model_fn, lambda out, _: out.float().square().mean())
-    x = torch.randn(6, 3)
-    out = hf.hvp(loss)(params, x)(hf.random_like(params, 2, seed=0))
-    assert {leaf.dtype for leaf in out.values()} == {torch.bfloat16}
+    out = hf.hvp(loss)(params, torch.randn(6, 3, dtype=dtype or torch.bfloat16))(
+        hf.random_like(params, 2, seed=0)
+    )
+    assert {leaf.dtype for leaf in out.values()} == {dtype or torch.bfloat16}
 
 
 class Checkpointed(nn.Module):

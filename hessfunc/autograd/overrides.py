@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from hessfunc.stored import Stored
+
 Replacements: TypeAlias = Mapping[Any, Callable[..., Any]]
 
 
@@ -196,8 +198,11 @@ def _in_checkpoint_of_constants() -> bool:
     return False
 
 
+_OWN_CLASSES = (Tensor, torch.nn.Parameter, Stored)
+
+
 def plain(*tensors: Tensor | None) -> bool:
-    """Return whether the tensors are real, of torch's own classes, and evaluated plainly.
+    """Return whether the tensors are real, not of a user's class, and evaluated plainly.
 
     Evaluation is not plain under transforms of torch.func, forward mode, autocast, inference mode,
     or hooks on saved tensors. Checkpointing uses such hooks to recompute a region.
@@ -212,4 +217,4 @@ def plain(*tensors: Tensor | None) -> bool:
     present = [t for t in tensors if t is not None]
     if any(torch.is_autocast_enabled(device) for device in {t.device.type for t in present}):
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_complex() for t in present)
+    return all(type(t) in _OWN_CLASSES and not t.is_complex() for t in present)

@@ -265,6 +265,7 @@ ARGUMENTS: dict[str, Check] = {
     "dtype": dtype,
     "basis_dtype": dtype,
     "basis_device": device,
+    "device": device,
     "space": space,
     "mesh": anything,
     "checkpoint": path,

@@ -31,6 +31,7 @@ from hessfunc.fingerprints import checksum
 from hessfunc.ranks import Ranks
 from hessfunc.selection import first_of
 from hessfunc.sharding.skeleton import name_of, of_fsdp, without_parameters
+from hessfunc.stored import read_as
 from hessfunc.trees import Tree
 
 # Globs over the names of modules, or a predicate ``(name, module) -> bool``.
@@ -163,6 +164,7 @@ def divided(
             part = Cut(ranks, (shape,), (axis,)).part(0, parameter.detach())
             # A copy, so that the memory of the whole parameter can be freed.
             own[name] = part.clone(memory_format=torch.contiguous_format)
+        own[name] = read_as(own[name], dtype)
         whole[name] = shape, axis
         if name in trainable:
             tensors[name] = DTensor.from_local(
