@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -100,24 +101,49 @@ def _octaves(ax: Any, *, of: str = "x") -> None:
 def _pareto(cells: Sequence[Cell]) -> Figure | None:
     if not cells:
         return None
-    figure, axes = _axes(len(cells), (5.4 * len(cells), 4.4))
+    figure, axes = _axes(len(cells), (9.6, 4.2 * len(cells)), len(cells))
     for ax, cell in zip(axes, cells, strict=True):
         rows = {t: r for t, r in cell.rows.items() if r.bytes and r.gradients}
-        for title, row in rows.items():
-            at = row.gradients.median, row.bytes / 2**20
-            ax.plot(*at, "o", color=_COLOURS[row.kind], markersize=5)
-            ax.annotate(
-                title.removeprefix("hessfunc, "), at, (4, 3), textcoords="offset points", size=7
-            )
-        ours = [
-            (row.gradients.median, row.bytes / 2**20) for row in rows.values() if row.kind == "ours"
-        ]
+        points = {t: (row.gradients.median, row.bytes / 2**20) for t, row in rows.items()}
+        for title, at in points.items():
+            ax.plot(*at, "o", color=_COLOURS[rows[title].kind], markersize=5)
+        ours = [at for title, at in points.items() if rows[title].kind == "ours"]
         ax.step(*zip(*front(ours), strict=True), where="post", color=FIRST, linewidth=1)
         ax.set(xlabel="gradients a product", ylabel="peak, MiB")
-        ax.margins(x=0.2)
         _octaves(ax, of="xy")
+        _named(ax, points, {title: _COLOURS[row.kind] for title, row in rows.items()})
         note(ax, [cell.title])
     return figure
+
+
+def _named(ax: Any, points: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
+    """Write the names of points at the right edge, in the order of the points' heights."""
+    low, high = map(log, ax.get_ylim())
+    names = sorted(points, key=lambda name: points[name][1])
+    places = [(log(points[name][1]) - low) / (high - low) for name in names]
+    # Names are one line apart: each is at least one above the one below it, from both ends.
+    line = 1 / 15
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + line)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], 1 - line * (len(places) - 1 - i))
+    for name, place in zip(names, places, strict=True):
+        ax.annotate(
+            name,
+            points[name],
+            (1.03, place),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            color=colours[name],
+            size=8,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": QUIET,
+                "linewidth": 0.4,
+                "relpos": (0, 0.5),
+                "shrinkB": 3,
+            },
+        )
 
 
 def _scaling(cells: Sequence[Cell]) -> Figure | None:
