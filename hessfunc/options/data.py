@@ -94,10 +94,13 @@ def indices(name: str, value: Any, /) -> Any:
 def coordinates(name: str, value: Any, /) -> Any:
     """Return one tensor of coordinates for all axes, or a list with one tensor per axis."""
     if isinstance(value, np.ndarray | Tensor) and not is_meta(value):
-        return torch.as_tensor(finite_array(name, value), device="cpu")
+        return torch.as_tensor(finite_array(name, value), dtype=torch.float64, device="cpu")
     if isinstance(value, list | tuple) and value:
         if all(isinstance(axis, Sequence | np.ndarray | Tensor) for axis in value):
-            return [torch.as_tensor(finite_array(name, axis), device="cpu") for axis in value]
+            return [
+                torch.as_tensor(finite_array(name, axis), dtype=torch.float64, device="cpu")
+                for axis in value
+            ]
         return torch.tensor(numbers(name, value), dtype=torch.float64, device="cpu")
     due = "a tensor of coordinates, or one for each axis"
     raise refused(name, value, due, f"pass {name}=torch.linspace(-1, 1, 21)")

@@ -119,8 +119,8 @@ def reals(name: str, value: Any, /) -> Tensor:
             value = np.asarray(value)
     if isinstance(value, Sequence):
         raise refused(name, value, "an array of numbers", f"pass {name}=torch.linspace(-1, 1, 21)")
-    array = torch.as_tensor(finite_array(name, value), device="cpu")
-    return array.detach().to(torch.float64)
+    array = torch.as_tensor(finite_array(name, value), dtype=torch.float64, device="cpu")
+    return array.detach()
 
 
 def axes(name: str, value: Any, /) -> Any:

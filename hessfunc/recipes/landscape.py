@@ -252,7 +252,7 @@ def _axes(
         raise ValueError(
             f"`at` has {len(given)} axes for {count} directions: pass one tensor for each direction"
         )
-    axes = [torch.as_tensor(axis, dtype=torch.float64, device="cpu").detach() for axis in given]
+    axes = [axis.detach() for axis in given]
     for axis in axes:
         if axis.dim() != 1 or not len(axis) or not axis.isfinite().all():
             raise ValueError(

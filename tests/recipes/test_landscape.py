@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,12 @@ def test_along_two_directions_rows_are_the_first() -> None:
     assert found.y is not None
     assert torch.equal(found.x, x)
     assert torch.equal(found.y, y)
+
+
+@pytest.mark.parametrize("at", [[0.1, 0.3], [[0.1, 0.3]], np.array([0.1, 0.3]), [(0.1, 0.3)]])
+def test_coordinates_have_the_bits_that_are_given(at: Any) -> None:
+    found = landscape(quadratic, POINT, [H], U, at=at, weight=count)
+    assert found.x.tolist() == [0.1, 0.3]
 
 
 def test_a_block_is_as_its_vectors() -> None:
