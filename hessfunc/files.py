@@ -23,3 +23,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], /) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+def write_bytes(path: Path, data: bytes, /) -> None:
+    """Write a file of these bytes atomically."""
+    write_whole(path, lambda file: file.write(data))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from rich import box
 from rich.table import Table
 
+from hessfunc.app import terminal
 from hessfunc.training.history import Run, last_measured
 from hessfunc.training.loop import Record
 
@@ -23,21 +23,15 @@ _COLUMNS: dict[str, Callable[[Sequence[Record]], str]] = {
     "peak memory": lambda ends: _mean([e.peak_bytes / 2**20 for e in ends], "{:,.1f} MiB"),
 }
 
-
 _IN_FILES_ALONE = {"seeds", "test loss", "steps", "products", "ended"}
 
 
 def table(runs: Sequence[Run], /) -> Table:
     """Return the table for the terminal, with the columns that fit there."""
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     head = _head()
     shown = [i for i, column in enumerate(head) if column not in _IN_FILES_ALONE]
-    for i in shown:
-        longest = max(map(len, head[i].split()))
-        drawn.add_column(head[i], justify="right" if i else "left", min_width=longest)
-    for row in _rows(runs):
-        drawn.add_row(*(row[i] for i in shown))
-    return drawn
+    rows = ([row[i] for i in shown] for row in _rows(runs))
+    return terminal.table([head[i] for i in shown], rows)
 
 
 def summary(run: Run, /, *, batch_size: int) -> Table:
@@ -56,11 +50,7 @@ def summary(run: Run, /, *, batch_size: int) -> Table:
             "batch size": f"{last.ratio * batch_size:,}",
             "learning rate": f"{last.lr:.4g}",
         }
-    drawn = Table("", run.method, box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, cell in cells.items():
-        if cell:
-            drawn.add_row(name, cell)
-    return drawn
+    return terminal.table(("", run.method), [pair for pair in cells.items() if pair[1]], left=2)
 
 
 def markdown(runs: Sequence[Run], /) -> str:

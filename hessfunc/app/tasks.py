@@ -59,9 +59,6 @@ _DATA: dict[str, _Images] = {
     ),
 }
 
-# The last 297 digits are held out; they were written by other people.
-_DIGITS_TRAINED_ON = 1500
-
 
 def net(dataset: str, name: str, /) -> Callable[[], nn.Module]:
     """Return a function that builds a network with new weights from torch's random stream.
@@ -141,8 +138,7 @@ def examples(
         FileNotFoundError: If the data set does not exist at the path.
     """
     if dataset == "digits":
-        written = data.digits()
-        seen, held_out = written[:_DIGITS_TRAINED_ON], written[_DIGITS_TRAINED_ON:]
+        seen, held_out = data.digits_apart()
     else:
         read = data.mnist if dataset == "mnist" else data.cifar10
         seen, held_out = read(path, "train"), read(path, "test")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hessfunc.algorithms.results.result import versions
 from hessfunc.app.report.content import Invocation
 from hessfunc.app.report.tracked import POINTS, RUN, picture, tracking
-from hessfunc.files import write_whole
+from hessfunc.files import write_bytes
 from hessfunc.tracking import Points, Tracker, read, tracked
 from hessfunc.training.history import refuse_other_settings
 
@@ -106,9 +106,9 @@ class TrackedRun:
         self._write()
         if self.points:
             drawn = picture(self.points)
-            self._put("tracked.png", drawn)
+            write_bytes(self.folder / "tracked.png", drawn)
             page = tracking(self.points, self.content, drawn)
-            self._put("report.html", page.encode())
+            write_bytes(self.folder / "report.html", page.encode())
 
     @property
     def content(self) -> dict[str, Any]:
@@ -121,7 +121,5 @@ class TrackedRun:
         }
 
     def _write(self) -> None:
-        self._put(RUN, (json.dumps(self.content, indent=1, allow_nan=False) + "\n").encode())
-
-    def _put(self, name: str, data: bytes) -> None:
-        write_whole(self.folder / name, lambda file: file.write(data))
+        text = json.dumps(self.content, indent=1, allow_nan=False) + "\n"
+        write_bytes(self.folder / RUN, text.encode())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hessfunc.algorithms.results.result import versions
-from hessfunc.files import write_whole
+from hessfunc.files import write_bytes
 from hessfunc.training.loop import Record
 
 
@@ -48,7 +48,7 @@ def content(settings: Mapping[str, Any], runs: Sequence[Run], /) -> dict[str, An
 def write(path: Path, settings: Mapping[str, Any], runs: Sequence[Run], /) -> None:
     """Write trainings and their common settings to a file."""
     text = json.dumps(content(settings, runs), indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def read(path: Path, settings: Mapping[str, Any], /) -> list[Run]:

@@ -11,11 +11,10 @@ from hessfunc.training.history import Run
 from tests.training.records import record
 
 
-def test_tables() -> None:
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
-    from rich.console import Console
-
     from hessfunc.app.table import markdown, table
+    from hessfunc.app.terminal import print_parts
 
     runs = [
         Run(method="SGD", seed=0, ended="complete", records=(record(loss=9.0), record(loss=1.0))),
@@ -27,10 +26,10 @@ def test_tables() -> None:
     assert "| SGD | 0, 1 | 2.0000 ± 1.4142 | 25.0% ± 0.0% |" in lines[2]
     assert lines[2].endswith("| 1.0 MiB | complete; time is up |")
     assert "| 50.0% |" in lines[3]
-    text = StringIO()
-    Console(width=80, file=text).print(table(runs))
-    assert "PCH" in text.getvalue()
-    assert "…" not in text.getvalue()
+    print_parts([table(runs)])
+    text = capsys.readouterr().out
+    assert "PCH" in text
+    assert "…" not in text
 
 
 def test_a_summary_of_one_training() -> None:

@@ -14,8 +14,9 @@ from rich.progress import Progress, TaskID
 from hessfunc.app.cli.declarations import MATRICES, PARTS
 from hessfunc.app.cli.errors import fail, invocation
 from hessfunc.app.cli.folders import held, make_folder
-from hessfunc.app.cli.progress import Bars, bar, show
+from hessfunc.app.cli.progress import Bars, bar
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, place, several, speaks
+from hessfunc.app.terminal import Output
 
 if TYPE_CHECKING:
     import torch
@@ -51,10 +52,8 @@ def analyze(
     device: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
-    as_json: bool = False,
     quiet: bool = False,
-    traceback: bool = False,
-) -> None:
+) -> Output:
     """Analyse the Hessian, or another curvature matrix, of a network's loss on its data.
 
     Computes the eigenvalues of largest absolute value, the smallest (most negative) eigenvalue,
@@ -169,15 +168,13 @@ def analyze(
                 folder.close(status)
 
     content = folder.content
-    show(
+    return Output(
         (
             f"\n{target}: {report.plain(report.headline(content['subject']))}",
             report.table(content["results"]),
             f"report.html, results.json, pictures and full results (.npz) are in {out}",
         ),
         content,
-        as_json=as_json,
-        quiet=quiet,
     )
 
 

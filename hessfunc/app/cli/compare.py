@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hessfunc.app.cli.progress import show
+from hessfunc.app.terminal import Output
 
 
 def compare(
     first: Path,
     second: Path,
     out: Path = Path("compare.html"),
-    as_json: bool = False,
-    quiet: bool = False,
-    traceback: bool = False,
-) -> None:
+) -> Output:
     """Compare two analyses, two trainings or two tracked trainings.
 
     Prints a table of both, and writes an HTML page in which their densities, losses and
@@ -22,15 +19,15 @@ def compare(
     `track` has written.
     """
     from hessfunc.app.report import comparison
-    from hessfunc.files import write_whole
+    from hessfunc.files import write_bytes
 
     runs = comparison.read([first, second])
     if out.exists() and b"hessfunc" not in out.read_bytes()[:4096]:
         raise ValueError(f"--out {out} is a file of another program: choose another name")
     page = comparison.comparison(runs).encode()
     try:
-        write_whole(out, lambda file: file.write(page))
+        write_bytes(out, page)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be used: {error.strerror}") from error
     parts = (comparison.as_table(runs), f"{out} shows the figures of both")
-    show(parts, comparison.content(runs), as_json=as_json, quiet=quiet)
+    return Output(parts, comparison.content(runs))

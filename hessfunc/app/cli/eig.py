@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.table import Table
 
-from hessfunc.app.cli.progress import Bars, bar, show
+from hessfunc.app.cli.progress import Bars, bar
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, place
 from hessfunc.app.cli.trained import trained
+from hessfunc.app.terminal import Output, table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,10 +36,8 @@ def eig(
     data_path: Path | None = None,
     device: str | None = None,
     seed: int = 0,
-    as_json: bool = False,
     quiet: bool = False,
-    traceback: bool = False,
-) -> None:
+) -> Output:
     """Compute the Hessian eigenvalues of largest absolute value of a saved network.
 
     The loss is the mean cross-entropy over training examples, at the saved parameters, in eval
@@ -88,7 +86,7 @@ def eig(
             ),
         )
     ended = f"{len(seen):,} examples, {pairs.matvecs} products; {pairs.reason}"
-    show(
+    return Output(
         (_table(pairs), ended),
         {
             "data": saved.data,
@@ -96,17 +94,13 @@ def eig(
             "examples": len(seen),
             **pairs.to_dict(vectors=False),
         },
-        as_json=as_json,
-        quiet=quiet,
     )
 
 
 def _table(pairs: Eigenpairs) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "eigenvalue", "residual", "converged"):
-        table.add_column(column, justify="right")
     columns = zip(pairs.values, pairs.residuals, pairs.converged, strict=True)
-    for i, (value, residual, converged) in enumerate(columns, start=1):
-        cells = f"{float(value):.6g}", f"{float(residual):.1e}", "yes" if converged else "no"
-        table.add_row(str(i), *cells)
-    return table
+    rows = (
+        (str(i), f"{float(value):.6g}", f"{float(residual):.1e}", "yes" if converged else "no")
+        for i, (value, residual, converged) in enumerate(columns, start=1)
+    )
+    return table(("", "eigenvalue", "residual", "converged"), rows, left=0)

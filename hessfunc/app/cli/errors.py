@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from hessfunc.app.cli.progress import results_alone
+from hessfunc.app.cli.progress import results_alone, show
 from hessfunc.app.cli.ranks import speaks
+from hessfunc.app.terminal import Output
 
 if TYPE_CHECKING:
     from hessfunc.app.report.content import Invocation
@@ -34,11 +35,13 @@ class _WithoutType:
 class Command(_WithoutType, TyperCommand):
     """Subcommand of ``hessfunc``, whose errors are one line unless ``--traceback`` is given."""
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
+    def invoke(self, ctx: Any) -> None:
+        """Run the command, and print its results."""
+        as_json, quiet = ctx.params["as_json"], ctx.params["quiet"]
         try:
-            with results_alone() if ctx.params["as_json"] else nullcontext():
-                return super().invoke(ctx)
+            with results_alone() if as_json else nullcontext():
+                output: Output = super().invoke(ctx)
+                show(output, as_json=as_json, quiet=quiet)
         except KeyboardInterrupt:
             fail("interrupted", code=130)
         except Exception as error:
@@ -48,6 +51,10 @@ class Command(_WithoutType, TyperCommand):
                 raise
             message = _with_flag(in_one_line(error), ctx)
             fail(message, alone=isinstance(error, ConnectionError))
+        if output.failure:
+            fail(output.failure)
+        if output.code:
+            raise typer.Exit(output.code)
 
 
 class Group(_WithoutType, TyperGroup):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from hessfunc.app.cli.errors import fail
 from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
-from hessfunc.app.cli.progress import Bars, bar, finished_fraction, line, show
+from hessfunc.app.cli.progress import Bars, bar, finished_fraction, line
 from hessfunc.app.cli.ranks import place, refuse_several
+from hessfunc.app.terminal import Output
 
 if TYPE_CHECKING:
     from hessfunc.training.history import Run
@@ -26,10 +27,8 @@ def experiment(
     data_path: Path | None = None,
     device: str | None = None,
     out: Path | None = None,
-    as_json: bool = False,
     quiet: bool = False,
-    traceback: bool = False,
-) -> None:
+) -> Output:
     """Compare Newton's method on diagonal blocks of the curvature with SGD, as in the literature.
 
     For each seed, all methods start from the same weights and see the same batches. After each
@@ -104,4 +103,4 @@ def experiment(
         table(runs),
         f"results.json, results.md and curves.png are in {out}",
     )
-    show(parts, history.content(settings, runs), as_json=as_json, quiet=quiet)
+    return Output(parts, history.content(settings, runs))

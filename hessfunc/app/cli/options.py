@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
+from inspect import Parameter
 from typing import Annotated, Any, get_type_hints
 
 import typer
+
+from hessfunc.app.terminal import Output
 
 _SCALES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 # Floating-point dtypes with their short names.
@@ -59,12 +63,35 @@ def option(
 _TEXTS = ("DIR", "FILE", "NAME", "NAMES", "PATH", "N,N")
 
 
-def declared(command: Callable[..., Any], table: Mapping[str, Any], /) -> Callable[..., Any]:
-    """Annotate the parameters of a command with their declarations, by name."""
-    hints = get_type_hints(command)
-    for name in hints.keys() & table.keys():
-        command.__annotations__[name] = Annotated[hints[name], table[name]]
-    return command
+# Switches of every command, which `Command` and the progress bars obey.
+_SWITCHES = ("as_json", "quiet", "traceback")
+
+
+def declared(command: Callable[..., Output], table: Mapping[str, Any], /) -> Callable[..., Output]:
+    """Return a command with the declarations of its parameters, by name, and the common switches.
+
+    The command itself takes only those switches that its signature names.
+    """
+    own, hints = inspect.signature(command), get_type_hints(command)
+    switches = [name for name in _SWITCHES if name not in own.parameters]
+    common = [Parameter(name, Parameter.KEYWORD_ONLY, default=False) for name in switches]
+    kinds = {**hints, **dict.fromkeys(switches, bool)}
+
+    @wraps(command)
+    def run(**values: Any) -> Output:
+        return command(**{name: values[name] for name in own.parameters})
+
+    run.__annotations__ = {
+        name: Annotated[kind, table[name]] if name in table else kind
+        for name, kind in kinds.items()
+    }
+    run.__signature__ = own.replace(  # type: ignore[attr-defined]
+        parameters=[
+            each.replace(annotation=run.__annotations__[each.name])
+            for each in (*own.parameters.values(), *common)
+        ]
+    )
+    return run
 
 
 def unless_given(text: str, /, default: str) -> str:

@@ -10,7 +10,6 @@ import typer
 
 from hessfunc.app.cli.errors import fail, given
 from hessfunc.app.cli.planned import GIB, Number, as_data, judged, shown
-from hessfunc.app.cli.progress import show
 from hessfunc.app.plan import (
     Algorithm,
     Hutchinson,
@@ -22,6 +21,7 @@ from hessfunc.app.plan import (
     Xtrace,
 )
 from hessfunc.app.plan import gradient_seconds as of_gradient
+from hessfunc.app.terminal import Output
 
 if TYPE_CHECKING:
     from hessfunc.app.problems.huggingface import Sizes
@@ -60,10 +60,7 @@ def plan(
     memory_bandwidth: float = 2000.0,
     network_bandwidth: float = 20.0,
     latency: float = 50.0,
-    as_json: bool = False,
-    quiet: bool = False,
-    traceback: bool = False,
-) -> None:
+) -> Output:
     """Estimate memory per rank, communication and time of a run.
 
     Nothing is downloaded, and of hf:PATH only the config is read. Without hf:PATH, the network is a
@@ -143,9 +140,8 @@ def plan(
         ("latency", f"{latency:g} us", source("latency")),
     ]
     parts = shown(verdict, machine, numbers)
-    show(parts, as_data(verdict, machine, numbers), as_json=as_json, quiet=quiet)
-    if not verdict.fits:
-        raise typer.Exit(1)
+    data = as_data(verdict, machine, numbers)
+    return Output(parts, data, code=0 if verdict.fits else 1)
 
 
 def _read(target: str | None, params: int | None, vocabulary: int | None) -> Sizes | None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from hessfunc.app.plan import (
@@ -25,6 +24,7 @@ from hessfunc.app.plan import (
     remedies,
     whole,
 )
+from hessfunc.app.terminal import table
 
 GIB = 2**30
 # Label, value, and source of a number: given, assumed, measured or counted.
@@ -71,7 +71,7 @@ def shown(
     yield _memory(planned)
     yield _moments(planned)
     yield _cost(planned, machine)
-    yield _numbers(numbers)
+    yield table(("inputs of the plan", "", "source"), numbers, left=3)
     yield from _verdict(verdict, machine)
 
 
@@ -117,30 +117,17 @@ def _described(algorithm: Algorithm) -> str:
     raise TypeError(f"no description of {algorithm}")
 
 
-def _columns(*names: str) -> Table:
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    drawn.add_column(names[0], no_wrap=True)
-    for name in names[1:]:
-        drawn.add_column(name, justify="right", no_wrap=True)
-    return drawn
-
-
 def _memory(planned: Plan) -> Table:
-    drawn = _columns(f"peak memory per rank, during {planned.peak.name}", "GiB")
-    for name, size in planned.peak.held.items():
-        if size:
-            drawn.add_row(name, _gib(size))
-    drawn.add_section()
-    drawn.add_row("total", _gib(planned.peak.total))
-    return drawn
+    held = [(name, _gib(size)) for name, size in planned.peak.held.items() if size]
+    total = ("total", _gib(planned.peak.total))
+    title = f"peak memory per rank, during {planned.peak.name}"
+    return table((title, "GiB"), [*held, (), total])
 
 
 def _moments(planned: Plan) -> Table:
-    drawn = _columns("memory during other phases", "GiB")
-    for moment in planned.moments:
-        if moment is not planned.peak:
-            drawn.add_row(moment.name, _gib(moment.total))
-    return drawn
+    others = (moment for moment in planned.moments if moment is not planned.peak)
+    rows = ((moment.name, _gib(moment.total)) for moment in others)
+    return table(("memory during other phases", "GiB"), rows)
 
 
 def _cost(planned: Plan, machine: Machine) -> Table:
@@ -150,8 +137,7 @@ def _cost(planned: Plan, machine: Machine) -> Table:
         machine.cost(setting, workload.block_size, workload),
         machine.in_all(setting, workload),
     )
-    drawn = _columns("cost per rank", "one step", f"at most {workload.products:,} products")
-    rows = [
+    numbers = (
         ("all-reduced sums, GiB", step.reduced / GIB, run.reduced / GIB),
         ("gathered blocks, GiB", step.gathered / GIB, run.gathered / GIB),
         ("inner products, GiB", step.sums / GIB, run.sums / GIB),
@@ -160,23 +146,13 @@ def _cost(planned: Plan, machine: Machine) -> Table:
         ("reading the basis, s", step.vectors, run.vectors),
         ("communication, s", step.wire, run.wire),
         ("total time, s", step.seconds, run.seconds),
+    )
+    rows: list[tuple[str, ...]] = [
+        (name, *(f"{value:,.3g}" if value < 1e3 else f"{value:,.0f}" for value in values))
+        for name, *values in numbers
     ]
-    for name, *values in rows:
-        drawn.add_row(
-            name, *(f"{value:,.3g}" if value < 1e3 else f"{value:,.0f}" for value in values)
-        )
-        if name.startswith("total sent"):
-            drawn.add_section()
-    return drawn
-
-
-def _numbers(numbers: Sequence[Number]) -> Table:
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("inputs of the plan", "", "source"):
-        drawn.add_column(column)
-    for number in numbers:
-        drawn.add_row(*number)
-    return drawn
+    rows.insert(4, ())
+    return table(("cost per rank", "one step", f"at most {workload.products:,} products"), rows)
 
 
 def _verdict(verdict: Verdict, machine: Machine) -> Iterator[Table | str]:
@@ -210,17 +186,20 @@ def _cheapest(setting: Setting, algorithm: Algorithm, room: int, machine: Machin
 
 def _remedies(setting: Setting, algorithm: Algorithm, room: int, machine: Machine) -> Table:
     ranks = f"on {setting.ranks:,} rank{'s' * (setting.ranks > 1)}"
-    drawn = _columns("changes that need less memory", f"GiB {ranks}", "fits", "s", "fewest ranks")
+    rows = []
     for remedy in remedies(setting, algorithm):
         fewest = fewest_ranks(remedy, room)
-        drawn.add_row(
-            remedy.how,
-            _gib(remedy.peak),
-            "yes" if remedy.fits(room) else "no",
-            f"{remedy.seconds(machine):,.3g}",
-            "none" if fewest is None else f"{fewest:,}",
+        rows.append(
+            (
+                remedy.how,
+                _gib(remedy.peak),
+                "yes" if remedy.fits(room) else "no",
+                f"{remedy.seconds(machine):,.3g}",
+                "none" if fewest is None else f"{fewest:,}",
+            )
         )
-    return drawn
+    title = "changes that need less memory"
+    return table((title, f"GiB {ranks}", "fits", "s", "fewest ranks"), rows)
 
 
 def _more_ranks(setting: Setting, algorithm: Algorithm, room: int) -> str:

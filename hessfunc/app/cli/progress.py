@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from hessfunc.app.cli.ranks import speaks
+from hessfunc.app.terminal import Output, print_parts
 
 if TYPE_CHECKING:
     from hessfunc.training.loop import Record
@@ -83,34 +83,14 @@ def results_alone() -> Iterator[None]:
         _results.reset(token)
 
 
-def show(
-    parts: Iterable[Table | str], data: Mapping[str, Any], /, *, as_json: bool, quiet: bool
-) -> None:
-    """Print the results of a command: tables and sentences, or their plain data as JSON."""
+def show(output: Output, /, *, as_json: bool, quiet: bool) -> None:
+    """Print the results of a command, or their plain data as JSON."""
     if not speaks():
         return
     if as_json:
-        typer.echo(json.dumps(data, indent=2, allow_nan=False), file=_results.get())
-        return
-    console = Console(markup=False, emoji=False, highlight=False)
-    for part in () if quiet else parts:
-        if isinstance(part, Table):
-            _print_table(console, part)
-        else:
-            console.print(part, soft_wrap=True)
-
-
-def _print_table(console: Console, table: Table, /) -> None:
-    """Print a table at its own width; a narrow terminal wraps its lines, and cuts no number."""
-    options = console.options.update(max_width=_WIDEST)
-    needed = console.measure(table, options=options).maximum
-    style: Any = {"markup": False, "emoji": False, "highlight": False}
-    wide = Console(file=console.file, width=max(needed, console.width), **style)
-    wide.print(table, crop=False)
-
-
-# Largest width of a table, in characters.
-_WIDEST = 1000
+        typer.echo(json.dumps(output.content, indent=2, allow_nan=False), file=_results.get())
+    elif not quiet:
+        print_parts(output.parts)
 
 
 def line(record: Record, /) -> str:

@@ -10,8 +10,8 @@ import typer
 
 from hessfunc.app.cli.errors import fail, invocation
 from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
-from hessfunc.app.cli.progress import show
 from hessfunc.app.cli.ranks import refuse_several
+from hessfunc.app.terminal import Output
 
 
 def track(
@@ -28,10 +28,8 @@ def track(
     rtol: float = 0.01,
     max_matvecs: int = 100,
     seed: int = 0,
-    as_json: bool = False,
     quiet: bool = False,
-    traceback: bool = False,
-) -> None:
+) -> Output:
     """Track the curvature of a model while your own function trains it.
 
     TARGET is module:function, importable from the current directory. The function takes one
@@ -100,9 +98,7 @@ def track(
         finally:
             run.close(status)
     points = [point.to_dict() for point in run.points]
-    show(
+    return Output(
         (as_table(run.points), f"{POINTS}, report.html and tracked.png are in {out}"),
         {**run.content, "points": points},
-        as_json=as_json,
-        quiet=quiet,
     )

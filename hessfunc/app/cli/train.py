@@ -13,9 +13,10 @@ import typer
 from hessfunc.app.cli.errors import fail, invocation
 from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
 from hessfunc.app.cli.methods import OF_ABSA, OF_NEWTON, OF_SGD, epochs_of, optimiser, schedule
-from hessfunc.app.cli.progress import Bars, bar, finished_fraction, line, show
+from hessfunc.app.cli.progress import Bars, bar, finished_fraction, line
 from hessfunc.app.cli.ranks import place, refuse_several
 from hessfunc.app.cli.trained import named_net, refuse_data
+from hessfunc.app.terminal import Output
 
 if TYPE_CHECKING:
     from hessfunc.app import report
@@ -56,10 +57,7 @@ def train(
     seed: int = 0,
     out: Path = Path("hessfunc-train"),
     save_every: int = 100,
-    as_json: bool = False,
-    quiet: bool = False,
-    traceback: bool = False,
-) -> None:
+) -> Output:
     """Train a small network with SGD or Newton's method, on batches of fixed or growing size.
 
     Prints loss and accuracy after each epoch, and writes report.html for the browser, history.json
@@ -82,9 +80,8 @@ def train(
 
     written = f"report.html, history.json, history.png and checkpoint.pt are in {out}"
     parts = (summary(trained, batch_size=batch_size), written)
-    show(parts, content(folder.settings, [trained]), as_json=as_json, quiet=quiet)
-    if trained.ended not in ("complete", "time is up"):
-        fail(trained.ended)
+    failure = "" if trained.ended in ("complete", "time is up") else trained.ended
+    return Output(parts, content(folder.settings, [trained]), failure)
 
 
 @dataclass
@@ -124,14 +121,14 @@ class _Folder:
     def finish(self, run: Run) -> None:
         """Write the records, the figure and the report."""
         from hessfunc.app import report
-        from hessfunc.files import write_whole
+        from hessfunc.files import write_bytes
         from hessfunc.plot.trainings import draw
 
         self.keep(run)
         draw(self.path / "history.png", [run], batch_size=self.batch_size)
         picture = (self.path / "history.png").read_bytes()
-        page = report.training(run, self.settings, self.started, picture).encode()
-        write_whole(self.path / "report.html", lambda file: file.write(page))
+        page = report.training(run, self.settings, self.started, picture)
+        write_bytes(self.path / "report.html", page.encode())
 
     def finish_interrupted(self) -> None:
         """Write what an interrupted training has finished."""

@@ -237,21 +237,28 @@ class Slq:
 
 
 @dataclass(frozen=True)
-class Hutchinson:
-    """Memory and workload of `hessfunc.hutchinson`.
+class _Probes:
+    """Random vectors in blocks.
 
     Attributes:
         probes: Number of random vectors.
         block_size: Number of vectors that are multiplied at once.
     """
 
-    probes: int = 100
+    probes: int
     block_size: int = 10
 
     @property
     def at_once(self) -> int:
         """Number of probes per block product."""
         return min(self.probes, self.block_size)
+
+
+@dataclass(frozen=True)
+class Hutchinson(_Probes):
+    """Memory and workload of `hessfunc.hutchinson`."""
+
+    probes: int = 100
 
     def moments(self, setting: Setting, /) -> Iterator[Moment]:
         b, row = self.at_once, setting.rows
@@ -283,21 +290,10 @@ class Hutchinson:
 
 
 @dataclass(frozen=True)
-class Xtrace:
-    """Memory and workload of `hessfunc.xtrace`.
-
-    Attributes:
-        probes: Number of random vectors, each of which takes two products.
-        block_size: Number of vectors that are multiplied at once.
-    """
+class Xtrace(_Probes):
+    """Memory and workload of `hessfunc.xtrace`, whose probes take two products each."""
 
     probes: int = 50
-    block_size: int = 10
-
-    @property
-    def at_once(self) -> int:
-        """Number of probes per block product."""
-        return min(self.probes, self.block_size)
 
     def moments(self, setting: Setting, /) -> Iterator[Moment]:
         p, b, row = self.probes, self.at_once, setting.rows

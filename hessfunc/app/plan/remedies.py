@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hessfunc.app.plan.algorithms import Algorithm, Lanczos
 from hessfunc.app.plan.footprint import Moment, Setting
@@ -61,6 +62,10 @@ class Remedy:
         )
         return machine.in_all(self.setting, self.algorithm.workload(self.setting)).seconds
 
+    def of(self, how: str, /, **setting: Any) -> Remedy:
+        """Return the run in a setting with other fields."""
+        return replace(self, how=how, setting=replace(self.setting, **setting))
+
     def on(self, ranks: int, /) -> Remedy:
         """Return the run on ``ranks`` ranks, with sharded vectors."""
         return replace(self, setting=replace(self.setting, ranks=ranks, sharded=True))
@@ -69,25 +74,12 @@ class Remedy:
 def remedies(setting: Setting, algorithm: Algorithm, /) -> Iterator[Remedy]:
     """Yield the changes that reduce memory on the same ranks: each alone, then all combined."""
     unchanged = every = Remedy("all of these", setting, algorithm)
-    for change in (
-        _with_sharded_vectors,
-        _with_a_coarse_basis,
-        _with_coarse_parameters,
-        _with_smaller_batches,
-        _with_layers_computed_again,
-        _with_less_to_find,
-        _with_an_offloaded_basis,
-    ):
+    for change in _CHANGES:
         alone = change(unchanged)
         if alone.peak < unchanged.peak:
             yield alone
             every = replace(change(every), how=every.how)
     yield every
-
-
-def _with_sharded_vectors(run: Remedy) -> Remedy:
-    setting = replace(run.setting, sharded=True)
-    return replace(run, how="space=hf.sharded(params, mesh)", setting=setting)
 
 
 def _with_a_coarse_basis(run: Remedy) -> Remedy:
@@ -97,23 +89,12 @@ def _with_a_coarse_basis(run: Remedy) -> Remedy:
     return replace(run, how="basis_dtype=torch.bfloat16", algorithm=algorithm)
 
 
-def _with_coarse_parameters(run: Remedy) -> Remedy:
-    setting = replace(run.setting, network=run.setting.network.in_bfloat16())
-    return replace(run, how="parameters in bfloat16", setting=setting)
-
-
-def _with_smaller_batches(run: Remedy) -> Remedy:
-    setting = replace(run.setting, network=run.setting.network.in_microbatches(_MICROBATCHES))
-    return replace(run, how=f"microbatches(batch, size / {_MICROBATCHES})", setting=setting)
-
-
 def _with_layers_computed_again(run: Remedy) -> Remedy:
     network = run.setting.network.computed_again()
     # A product evaluates each layer once more, and its backward pass.
     gradients = run.gradients + (network != run.setting.network)
-    setting = replace(run.setting, network=network)
     how = 'functional(recompute="layers.*")'
-    return replace(run, how=how, setting=setting, gradients=gradients)
+    return replace(run.of(how, network=network), gradients=gradients)
 
 
 def _with_less_to_find(run: Remedy) -> Remedy:
@@ -121,8 +102,18 @@ def _with_less_to_find(run: Remedy) -> Remedy:
     return replace(run, how=how, algorithm=algorithm)
 
 
-def _with_an_offloaded_basis(run: Remedy) -> Remedy:
-    return replace(run, how="the basis in host memory", offloaded=True)
+_CHANGES: tuple[Callable[[Remedy], Remedy], ...] = (
+    lambda run: run.of("space=hf.sharded(params, mesh)", sharded=True),
+    _with_a_coarse_basis,
+    lambda run: run.of("parameters in bfloat16", network=run.setting.network.in_bfloat16()),
+    lambda run: run.of(
+        f"microbatches(batch, size / {_MICROBATCHES})",
+        network=run.setting.network.in_microbatches(_MICROBATCHES),
+    ),
+    _with_layers_computed_again,
+    _with_less_to_find,
+    lambda run: replace(run, how="the basis in host memory", offloaded=True),
+)
 
 
 def cheapest(

@@ -22,15 +22,12 @@ Split = Literal["train", "test"]
 CIFAR10_MEAN = (0.485, 0.456, 0.406)
 CIFAR10_STD = (0.229, 0.224, 0.225)
 
-
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
-
 
 _CIFAR10_LAYOUTS = (
     "a folder cifar-10-batches-py (unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz)"
     " or an .npz file with x_test uint8 [N, 32, 32, 3] and y_test [N]"
 )
-
 
 _MNIST_LAYOUT = (
     "a folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
@@ -59,6 +56,12 @@ def digits() -> Examples:
     images, labels = load_digits(return_X_y=True)
     inputs = torch.from_numpy(images).float().div(16).reshape(-1, 1, 8, 8)
     return Examples(inputs, torch.from_numpy(labels).long())
+
+
+def digits_apart() -> tuple[Examples, Examples]:
+    """Return 1500 digits to train on, and the last 297, which other people have written."""
+    written = digits()
+    return written[:1500], written[1500:]
 
 
 def cifar10(path: str | Path | None = None, split: Split = "test") -> Examples:

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 DIGITS_EPOCHS = 8
 
-# The last 297 digits are held out; they were written by other people.
-_DIGITS_TRAINED_ON = 1500
-
 
 class TargetError(ValueError):
     """Error of a target that its author can fix."""
@@ -129,7 +126,7 @@ def digits(
     Returns:
         Model in eval mode, criterion, and batches of the training digits.
     """
-    seen = data.digits()[:_DIGITS_TRAINED_ON]
+    seen, _ = data.digits_apart()
     model = train(digits_convnet, seen, epochs=DIGITS_EPOCHS, lr=0.05, seed=seed, on_epoch=on_epoch)
     return model, F.cross_entropy, seen.batches(500)
 

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 
 from hessfunc.algorithms.overlap import overlap
 from hessfunc.algorithms.results import Density, Eigenpairs, load
+from hessfunc.app import terminal
 from hessfunc.app.report import lines, tracked
-from hessfunc.app.report.html import command, document, marked, scrolled, section, table
+from hessfunc.app.report.html import command, document, marked, said, scrolled, section, table
 from hessfunc.app.report.meanings import RESIDUAL
 from hessfunc.app.report.rows import Number, Words, plain, rows
-from hessfunc.app.report.sections import said
 from hessfunc.app.report.training import figures as training_figures
 from hessfunc.tracking import Points
 from hessfunc.tracking import read as points_of
@@ -181,13 +180,8 @@ def _other_settings(runs: Sequence[Compared]) -> Iterator[tuple[str, list[Words]
 
 def as_table(runs: Sequence[Compared], /) -> Table:
     """Return the table of two runs for the terminal."""
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    drawn.add_column("", no_wrap=True)
-    for run in runs:
-        drawn.add_column(run.name, justify="right", no_wrap=True)
-    for label, cells in compared_rows(runs):
-        drawn.add_row(label, *map(plain, cells))
-    return drawn
+    rows = ((label, *map(plain, cells)) for label, cells in compared_rows(runs))
+    return terminal.table(("", *(run.name for run in runs)), rows)
 
 
 def comparison(runs: Sequence[Compared], /) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,14 +14,13 @@ from hessfunc import plot
 from hessfunc.algorithms.results import Density, Eigenpairs
 from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.app.report.content import NAMES, Invocation, Part, Subject, as_text, content
+from hessfunc.app.report.html import png
 from hessfunc.app.report.sections import page
-from hessfunc.files import write_whole
+from hessfunc.files import write_bytes
 
 _RESULTS = "results.json"
 
-
 _REPORT = "report.html"
-
 
 _NAMES_OF_FILES = (
     _RESULTS,
@@ -85,7 +83,7 @@ class Folder:
         part.result.save(self.path / f"{part.name}.npz")
         if drawn := picture(part, self.parts):
             self.pictures[part.name] = drawn
-            self._put(f"{part.name}.png", drawn)
+            write_bytes(self.path / f"{part.name}.png", drawn)
         self.parts.append(part)
         self._write()
 
@@ -100,11 +98,8 @@ class Folder:
 
     def _write(self) -> None:
         data = self.content
-        self._put(_RESULTS, as_text(data).encode())
-        self._put(_REPORT, page(data, self.pictures).encode())
-
-    def _put(self, name: str, data: bytes) -> None:
-        write_whole(self.path / name, lambda file: file.write(data))
+        write_bytes(self.path / _RESULTS, as_text(data).encode())
+        write_bytes(self.path / _REPORT, page(data, self.pictures).encode())
 
 
 def _written_by_analysis(results: Path) -> tuple[str, ...]:
@@ -136,6 +131,4 @@ def picture(part: Part, before: Iterable[Part], /) -> bytes | None:
             plot.contours(plane, ax=figure.add_subplot())
         case _:
             return None
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=200)
-    return file.getvalue()
+    return png(figure)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from hessfunc.app.report.content import as_text
-from hessfunc.app.report.rows import Number, Words
+from hessfunc.app.report.rows import Number, Row, Words
 
 
 def marked(words: Words, /) -> str:
@@ -70,16 +73,70 @@ def scrolled(name: str, body: str, /) -> str:
     return f'<div class="scroll" role="group" tabindex="0" aria-label="{escape(name)}">{body}</div>'
 
 
-def facts(pairs: Iterable[tuple[str, str]], /) -> str:
-    """Return a list of names with their values, which are HTML."""
-    lines = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{fact}</dd></div>" for name, fact in pairs)
-    return f'<dl class="facts">\n{lines}\n</dl>'
+def cards(rows: Iterable[Row], /) -> str:
+    """Return the cards with the main numbers, each with its uncertainty."""
+    shown = "".join(
+        f"<div><dt>{escape(row.label)}</dt><dd>{marked(row.value)}</dd>"
+        f'<dd class="sureness">{marked(row.sureness)}</dd></div>\n'
+        for row in rows
+    )
+    return f'<dl class="headlines">\n{shown}</dl>'
+
+
+def said(sentence: Words, /) -> str:
+    """Return a sentence below a title, or nothing."""
+    return f'<p class="meaning">{marked(sentence)}</p>\n' if sentence else ""
+
+
+def figure(name: str, title: str, sentence: Words, picture: bytes | None, /) -> str:
+    """Return a figure that scripts draw, and its picture for browsers without scripts."""
+    still = "This figure requires JavaScript." if picture is None else image(picture, title)
+    return (
+        f'<figure id="{name}" aria-labelledby="{name}-title">\n'
+        f'<h2 id="{name}-title">{escape(title)}</h2>\n{said(sentence)}'
+        f"<noscript>{still}</noscript>\n</figure>\n"
+    )
+
+
+def facts(name: str, title: str, pairs: Iterable[tuple[str, Words | str]], /) -> str:
+    """Return a section with a list of names and their values: words, or a string of HTML."""
+    shown = ((key, fact if isinstance(fact, str) else marked(fact)) for key, fact in pairs)
+    lines = "\n".join(f"<div><dt>{escape(key)}</dt><dd>{fact}</dd></div>" for key, fact in shown)
+    return section(name, title, f'<dl class="facts">\n{lines}\n</dl>')
+
+
+def what_was_run(content: Mapping[str, Any], pairs: Iterable[tuple[str, Words]], /) -> str:
+    """Return the section with everything that is needed to repeat a run.
+
+    Args:
+        content: Plain data of the run, with its invocation and its versions.
+        pairs: Names and values of its settings.
+    """
+    run = content["run"]
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    return facts(
+        "run",
+        "What was run",
+        (
+            ("command", command(run["command"])),
+            *pairs,
+            ("began", (run["began"],)),
+            ("versions", (versions,)),
+        ),
+    )
 
 
 def image(picture: bytes, description: str, /) -> str:
     """Return an ``img`` element with the PNG inline."""
     source = f"data:image/png;base64,{b64encode(picture).decode()}"
     return f'<img alt="{escape(description)}" src="{source}">'
+
+
+def png(figure: Figure, /) -> bytes:
+    """Return a picture of a figure of Matplotlib."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=200)
+    return file.getvalue()
 
 
 _ASSETS = files("hessfunc.app.report") / "assets"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from hessfunc.app.report.html import image, marked
+from hessfunc.app.report import html
 from hessfunc.app.report.rows import Words
 
 # Scripts that draw these figures.
@@ -89,18 +88,10 @@ def elements(figures: Iterable[Figure], pictures: Mapping[str, bytes], /) -> str
         figures: Figures of the page.
         pictures: PNG pictures by the name of the figure.
     """
-    drawn = "".join(_element(figure, pictures.get(figure.name)) for figure in figures)
-    return f'<div class="figures">\n{drawn}</div>' if drawn else ""
-
-
-def _element(figure: Figure, picture: bytes | None) -> str:
-    still = "This figure requires JavaScript." if picture is None else image(picture, figure.title)
-    meaning = f'<p class="meaning">{marked(figure.meaning)}</p>\n' if figure.meaning else ""
-    return (
-        f'<figure id="{figure.name}" aria-labelledby="{figure.name}-title">\n'
-        f'<h2 id="{figure.name}-title">{escape(figure.title)}</h2>\n{meaning}'
-        f"<noscript>{still}</noscript>\n</figure>\n"
+    drawn = "".join(
+        html.figure(one.name, one.title, one.meaning, pictures.get(one.name)) for one in figures
     )
+    return f'<div class="figures">\n{drawn}</div>' if drawn else ""
 
 
 def _finite(value: float | None) -> float | None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from rich import box
 from rich.table import Table
 
 from hessfunc.algorithms.results import Eigenpairs, Estimate, Result
+from hessfunc.app import terminal
 
 
 @dataclass(frozen=True)
@@ -137,14 +137,12 @@ def table(results: Mapping[str, Mapping[str, Any]], /) -> Table:
     Args:
         results: Plain data of each part, by name.
     """
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    drawn.add_column("", no_wrap=True)
-    for column in ("value", "residual or 95 % interval", "products", "time"):
-        drawn.add_column(column, justify="right", no_wrap=True)
+    lines: list[tuple[str, ...]] = []
     for name, data in results.items():
         cost = [f"{data['matvecs']:,}", f"{data['seconds']:.1f} s"]
         for row in rows(name, data):
-            drawn.add_row(row.label, plain(row.value), plain(row.sureness), *cost)
+            lines.append((row.label, plain(row.value), plain(row.sureness), *cost))
             cost = []
-        drawn.add_section()
-    return drawn
+        lines.append(())
+    columns = ("", "value", "residual or 95 % interval", "products", "time")
+    return terminal.table(columns, lines)

@@ -8,17 +8,18 @@ from typing import Any
 
 from hessfunc.app.report import sections
 from hessfunc.app.report.html import (
-    command,
+    cards,
     document,
-    facts,
-    image,
+    figure,
     marked,
+    said,
     scrolled,
     section,
     table,
+    what_was_run,
 )
 from hessfunc.app.report.meanings import RESIDUAL, meaning
-from hessfunc.app.report.rows import Number, Words, aligned, headline, rows
+from hessfunc.app.report.rows import Number, Row, aligned, headline, rows
 
 _FIGURES = {
     "density": "Spectral density",
@@ -26,13 +27,11 @@ _FIGURES = {
     "plane": "Loss over the top two eigenvectors",
 }
 
-
 _HEADLINES = {
     "eigenvalues": ("top eigenvalue", "residual "),
     "smallest": ("smallest eigenvalue", "residual "),
     "trace": ("trace", "95 % interval "),
 }
-
 
 # Names of the parts in the table of costs.
 _PARTS = {
@@ -44,53 +43,29 @@ _PARTS = {
     "plane": "loss on a plane",
 }
 
-
 _COSTS = (("matvecs", ","), ("passes", ","), ("evaluations", ","), ("seconds", ".1f"))
 
 
 def headlines(subject: Mapping[str, Any], results: Mapping[str, Any], /) -> str:
     """Return the cards with the main numbers."""
-    cards = [card("loss", (Number(subject["loss"], ".4g"),), ("mean over the examples",))]
+    shown = [Row("loss", (Number(subject["loss"], ".4g"),), ("mean over the examples",))]
     for name, (label, sureness) in _HEADLINES.items():
         if name in results:
             row = next(rows(name, results[name]))
-            cards.append(card(label, row.value, (sureness, *row.sureness)))
-    return f'<dl class="headlines">\n{"".join(cards)}</dl>'
-
-
-def card(label: str, value: Words, sureness: Words) -> str:
-    """Return a card with one number and its uncertainty."""
-    return (
-        f"<div><dt>{escape(label)}</dt><dd>{marked(value)}</dd>"
-        f'<dd class="sureness">{marked(sureness)}</dd></div>\n'
-    )
+            shown.append(Row(label, row.value, (sureness, *row.sureness)))
+    return cards(shown)
 
 
 def figures(
     results: Mapping[str, Any], pictures: Mapping[str, bytes], matrix: str = "Hessian", /
 ) -> str:
     """Return the figures, which scripts draw, and pictures for browsers without scripts."""
-    drawn = [
-        _figure(name, pictures.get(name), meaning(name, results[name], matrix))
-        for name in _FIGURES
+    drawn = "".join(
+        figure(name, title, meaning(name, results[name], matrix), pictures.get(name))
+        for name, title in _FIGURES.items()
         if name in results
-    ]
-    return f'<div class="figures">\n{"".join(drawn)}</div>' if drawn else ""
-
-
-def _figure(name: str, picture: bytes | None, sentence: Words) -> str:
-    title = _FIGURES[name]
-    still = "This figure requires JavaScript." if picture is None else image(picture, title)
-    return (
-        f'<figure id="{name}" aria-labelledby="{name}-title">\n'
-        f'<h2 id="{name}-title">{escape(title)}</h2>\n{said(sentence)}'
-        f"<noscript>{still}</noscript>\n</figure>\n"
     )
-
-
-def said(sentence: Words, /) -> str:
-    """Return a sentence below a title, or nothing."""
-    return f'<p class="meaning">{marked(sentence)}</p>\n' if sentence else ""
+    return f'<div class="figures">\n{drawn}</div>' if drawn else ""
 
 
 def tables(results: Mapping[str, Any], matrix: str = "Hessian", /) -> str:
@@ -164,22 +139,15 @@ def run(content: Mapping[str, Any], /) -> str:
         *(Number(subject["examples"], ","), " in "),
         *(Number(subject["batches"], ","), " batch" + "es" * (subject["batches"] > 1)),
     )
-    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    return section(
-        "run",
-        "What was run",
-        facts(
-            (
-                ("command", command(content["run"]["command"])),
-                ("target", escape(subject["target"])),
-                ("matrix", escape(subject["matrix"])),
-                ("parameters", marked((Number(subject["parameters"], ","),))),
-                ("examples", marked(examples)),
-                ("precision", escape(f"{subject['dtype']} on {subject['device']}")),
-                ("seed", marked((Number(content["run"]["seed"], ""),))),
-                ("began", escape(content["run"]["began"])),
-                ("versions", escape(versions)),
-            )
+    return what_was_run(
+        content,
+        (
+            ("target", (subject["target"],)),
+            ("matrix", (subject["matrix"],)),
+            ("parameters", (Number(subject["parameters"], ","),)),
+            ("examples", examples),
+            ("precision", (f"{subject['dtype']} on {subject['device']}",)),
+            ("seed", (Number(content["run"]["seed"], ""),)),
         ),
     )
 

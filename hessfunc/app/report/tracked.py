@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 
 from hessfunc import plot
+from hessfunc.app import terminal
 from hessfunc.app.report import lines
-from hessfunc.app.report.html import document, facts, marked, scrolled, section, table
+from hessfunc.app.report.html import (
+    cards,
+    document,
+    facts,
+    marked,
+    png,
+    scrolled,
+    section,
+    table,
+    what_was_run,
+)
 from hessfunc.app.report.rows import Number, Row, Words, plain
-from hessfunc.app.report.sections import card
-from hessfunc.app.report.training import what_was_run
+from hessfunc.app.report.training import shown_settings
 from hessfunc.tracking import Point
 
 # Files of a run: its settings, and its points.
@@ -53,27 +61,21 @@ def tracking(points: Sequence[Point], content: Mapping[str, Any], picture: bytes
             *(Number(points[0].step, ","), " to ", Number(points[-1].step, ",")),
         ),
         parts=(
-            f'<dl class="headlines">\n{"".join(_card(row) for row in rows(points))}</dl>',
+            cards(rows(points)),
             lines.elements(drawn, {name: picture}),
             section("points", "Point by point", scrolled("Points", table(columns, cells))),
-            what_was_run(content["settings"], content),
-            section(
+            what_was_run(content, shown_settings(content["settings"])),
+            facts(
                 "cost",
                 "What it cost",
-                facts(
-                    (
-                        ("products", marked((Number(total, ","),))),
-                        ("time", marked((Number(seconds, ",.1f"), " s in measurements"))),
-                    )
+                (
+                    ("products", (Number(total, ","),)),
+                    ("time", (Number(seconds, ",.1f"), " s in measurements")),
                 ),
             ),
         ),
         scripts=lines.SCRIPTS,
     )
-
-
-def _card(row: Row) -> str:
-    return card(row.label, row.value, row.sureness)
 
 
 def rows(points: Sequence[Point], /) -> Iterator[Row]:
@@ -132,12 +134,8 @@ def as_table(points: Sequence[Point], /) -> Table:
     """Return the table for the terminal, of at most 12 points from the first to the last."""
     count = min(len(points), _SHOWN)
     chosen = [points[i * (len(points) - 1) // max(1, count - 1)] for i in range(count)]
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("step", *_columns(points)):
-        drawn.add_column(name, justify="right")
-    for line in _lines(chosen):
-        drawn.add_row(*map(plain, line))
-    return drawn
+    lines = (list(map(plain, line)) for line in _lines(chosen))
+    return terminal.table(("step", *_columns(points)), lines, left=0)
 
 
 def figures(runs: Sequence[tuple[Sequence[Point], str]], /) -> list[lines.Figure]:
@@ -216,6 +214,4 @@ def picture(points: Sequence[Point], /) -> bytes:
         known = [(point.step, point.loss) for point in points if point.loss is not None]
         ax.plot(*zip(*known, strict=True))
         ax.set(xlabel="step", ylabel="loss")
-    file = io.BytesIO()
-    drawn.savefig(file, format="png", dpi=200)
-    return file.getvalue()
+    return png(drawn)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from html import escape
+from functools import partial
 from typing import Any
 
 from hessfunc.app.report import lines
 from hessfunc.app.report.content import Invocation
-from hessfunc.app.report.html import command, document, facts, marked, scrolled, section, table
-from hessfunc.app.report.rows import Number, Words
-from hessfunc.app.report.sections import card
+from hessfunc.app.report.html import (
+    cards,
+    document,
+    facts,
+    marked,
+    scrolled,
+    section,
+    table,
+    what_was_run,
+)
+from hessfunc.app.report.rows import Number, Row, Words
 from hessfunc.training import history
 from hessfunc.training.loop import Record
 
@@ -60,7 +68,7 @@ def training(
             _headlines(run),
             lines.elements(drawn, {drawn[0].name: picture} if drawn else {}),
             _epochs(run),
-            what_was_run(settings, content),
+            what_was_run(content, shown_settings(settings)),
             _cost(run),
         ),
         scripts=lines.SCRIPTS,
@@ -86,39 +94,25 @@ def figures(runs: Sequence[tuple[history.Run, str]], /) -> list[lines.Figure]:
             if any(getattr(record, attribute) is not None for record in run.records)
         ]
 
+    figure = partial(lines.Figure, x="epoch")
     seen, unseen = "training examples", "test examples"
-    both = "Solid lines are the training examples, dashed lines the test examples."
+    losses = [*of("loss", seen), *of("test_loss", unseen, dashed=True)]
+    hits = [*of("accuracy", seen), *of("test_accuracy", unseen, dashed=True)]
+    both = ("Solid lines are the training examples, dashed lines the test examples.",)
     edges = _edges(runs)
     drawn = [
-        lines.Figure(
-            name="loss",
-            title="Loss",
-            x="epoch",
-            y="loss",
-            is_log=True,
-            lines=[*of("loss", seen), *of("test_loss", unseen, dashed=True)],
-            meaning=(both,),
-        ),
-        lines.Figure(
-            name="accuracy",
-            title="Accuracy",
-            x="epoch",
-            y="accuracy",
-            lines=[*of("accuracy", seen), *of("test_accuracy", unseen, dashed=True)],
-            meaning=(both,),
-        ),
-        lines.Figure(
+        figure(name="loss", title="Loss", y="loss", is_log=True, lines=losses, meaning=both),
+        figure(name="accuracy", title="Accuracy", y="accuracy", lines=hits, meaning=both),
+        figure(
             name="eigenvalue",
             title="Dominant eigenvalue of the Hessian",
-            x="epoch",
             y="eigenvalue",
             lines=[*of("eigenvalue", "dominant eigenvalue"), *edges],
             meaning=(_EDGE,) if edges else ("The eigenvalue of largest absolute value.",),
         ),
-        lines.Figure(
+        figure(
             name="batches",
             title="Batch size",
-            x="epoch",
             y="base batches a step",
             lines=of("ratio", "base batches a step"),
         ),
@@ -161,15 +155,15 @@ def _headlines(run: history.Run) -> str:
     last, measured = run.records[-1], history.last_measured(run)
     seen = (Number(last.accuracy, ".1%"), " on the training examples")
     if last.test_accuracy is None:
-        cards = [card("accuracy", seen[:1], ("on the training examples",))]
+        shown = [Row("accuracy", seen[:1], ("on the training examples",))]
     else:
-        cards = [card("test accuracy", (Number(last.test_accuracy, ".1%"),), seen)]
-    cards.append(card("updates", (Number(last.step, ","),), ("steps of the optimiser",)))
-    cards.append(card("work", (Number(last.gradients, ",.0f"),), ("gradients of a base batch",)))
+        shown = [Row("test accuracy", (Number(last.test_accuracy, ".1%"),), seen)]
+    shown.append(Row("updates", (Number(last.step, ","),), ("steps of the optimiser",)))
+    shown.append(Row("work", (Number(last.gradients, ",.0f"),), ("gradients of a base batch",)))
     if measured is not None:
         when = ("after epoch ", Number(measured.epoch, "g"))
-        cards.append(card("dominant eigenvalue", (Number(measured.eigenvalue, ".4g"),), when))
-    return f'<dl class="headlines">\n{"".join(cards)}</dl>'
+        shown.append(Row("dominant eigenvalue", (Number(measured.eigenvalue, ".4g"),), when))
+    return cards(shown)
 
 
 def _epochs(run: history.Run) -> str:
@@ -190,50 +184,37 @@ def _cell(record: Record, name: str, style: str) -> str:
     return "" if value is None else marked((Number(value, style),))
 
 
-def what_was_run(settings: Mapping[str, Any], content: Mapping[str, Any], /) -> str:
-    """Return the section with everything that is needed to repeat the run."""
-    invocation = content["run"]
-    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    given = ((name.replace("_", " "), _setting(value)) for name, value in settings.items())
-    return section(
-        "run",
-        "What was run",
-        facts(
-            (
-                ("command", command(invocation["command"])),
-                *(pair for pair in given if pair[1]),
-                ("began", escape(invocation["began"])),
-                ("versions", escape(versions)),
-            )
-        ),
-    )
+def shown_settings(settings: Mapping[str, Any], /) -> Iterator[tuple[str, Words]]:
+    """Yield the names and values of the settings that have a value."""
+    for name, value in settings.items():
+        if words := _setting(value):
+            yield name.replace("_", " "), words
 
 
-def _setting(value: Any) -> str:
+def _setting(value: Any) -> Words:
     match value:
-        case None:
-            return ""
+        case None | "" | () | []:
+            return ()
         case bool() | str():
-            return escape(str(value))
+            return (str(value),)
         case int() | float():
-            return marked((Number(value, ""),))
+            return (Number(value, ""),)
         case _:
-            return ", ".join(map(_setting, value))
+            first, *others = map(_setting, value)
+            return (*first, *(word for words in others for word in (", ", *words)))
 
 
 def _cost(run: history.Run) -> str:
     """Return the section with the cost of the steps, and why the run ended."""
     last = run.records[-1]
-    return section(
+    return facts(
         "cost",
         "What it cost",
-        facts(
-            (
-                ("products", marked((Number(last.matvecs, ","),))),
-                ("work", marked((Number(last.gradients, ",.0f"), " gradients of a base batch"))),
-                ("time", marked((Number(last.seconds, ",.1f"), " s in steps"))),
-                ("memory", marked((Number(last.peak_bytes, ","), " bytes in a step at most"))),
-                ("ended", escape(run.ended)),
-            )
+        (
+            ("products", (Number(last.matvecs, ","),)),
+            ("work", (Number(last.gradients, ",.0f"), " gradients of a base batch")),
+            ("time", (Number(last.seconds, ",.1f"), " s in steps")),
+            ("memory", (Number(last.peak_bytes, ","), " bytes in a step at most")),
+            ("ended", (run.ended,)),
         ),
     )

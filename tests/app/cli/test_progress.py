@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.table import Table
 from typer.testing import CliRunner
 
 from hessfunc.app.cli import app
 from hessfunc.app.cli.progress import Bars, bar, finished_fraction, line, show
+from hessfunc.app.terminal import Output
 from tests.app.cli.commands import analyze, invoke
 from tests.training.records import record
 
@@ -57,25 +57,11 @@ def test_without_a_terminal_the_state_is_a_line_every_thirty_seconds(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("columns", ["12", "40", "60"])
-def test_a_table_keeps_its_width(
-    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table = Table("value", "residual")
-    table.add_row("123456789.123", "1.0e-05")
-    monkeypatch.setenv("COLUMNS", columns)
-    show([table, 99 * "word "], {}, as_json=False, quiet=False)
-    shown = capsys.readouterr().out
-    assert "123456789.123" in shown
-    assert "1.0e-05" in shown
-    assert "\n" not in shown[shown.index("word") :].rstrip()
-
-
 def test_json_is_printed_alone_and_also_if_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     for quiet in (False, True):
-        show(["a sentence"], {"value": 1.5}, as_json=True, quiet=quiet)
+        show(Output(["a sentence"], {"value": 1.5}), as_json=True, quiet=quiet)
         assert json.loads(capsys.readouterr().out) == {"value": 1.5}
-    show(["a sentence"], {"value": 1.5}, as_json=False, quiet=True)
+    show(Output(["a sentence"], {"value": 1.5}), as_json=False, quiet=True)
     assert capsys.readouterr().out == ""
 
 
