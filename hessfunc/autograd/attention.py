@@ -28,9 +28,7 @@ def attended(
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return attention as the backend ``SDPBackend.MATH`` computes it, and its weights."""
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        hidden = attn_mask.logical_not()
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(hidden, -math.inf)
+    attn_mask = None if attn_mask is None else added_to_logits(attn_mask, query.dtype)
     device = query.device.type
     kernel: Any = torch.ops.aten._scaled_dot_product_attention_math
     options = {"scale": scale, "enable_gqa": enable_gqa}
@@ -47,6 +45,18 @@ def attended(
     with torch.autocast(device, enabled=False):
         pair = kernel(*rounded, attn_mask, dropout_p, is_causal, **options)
     return pair
+
+
+def added_to_logits(mask: Tensor, dtype: torch.dtype, /) -> Tensor:
+    """Return a mask as a term of the logits: -inf for a pair that a boolean mask hides."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask.logical_not(), -math.inf)
+
+
+def for_each_query_head(x: Tensor, query: Tensor, /) -> Tensor:
+    """Repeat keys or values, which groups of query heads share, for each head of the queries."""
+    return x.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
 
 
 def math_attention(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessfunc.autograd.attention import math_attention
+from hessfunc.autograd.attention import added_to_logits, for_each_query_head, math_attention
 from hessfunc.autograd.attention_derivatives import Attention, Options, Triple
 from hessfunc.autograd.functorch import (
     applied,
@@ -59,13 +59,16 @@ def attention(
     # Narrow numbers are too coarse for the sums of a softmax.
     q, k, v = (widened(x) for x in (query, key, value))
     if enable_gqa and key.shape[-3] != query.shape[-3]:
-        repeats = query.shape[-3] // key.shape[-3]
-        k, v = (x.repeat_interleave(repeats, -3) for x in (k, v))
+        k, v = for_each_query_head(k, query), for_each_query_head(v, query)
     if k.shape[:-2] != q.shape[:-2] or v.shape[:-2] != q.shape[:-2]:
         return math_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     weights = Options(factor, is_causal, _chunk(query, key))
-    out: Tensor = _Outputs.apply(weights, q, k, v, _added(attn_mask, q))  # type: ignore[no-untyped-call]
+    mask = None
+    if attn_mask is not None:
+        mask = added_to_logits(attn_mask if attn_mask.dim() > 1 else attn_mask[None], q.dtype)
+        mask = mask.to(q.dtype)
+    out: Tensor = _Outputs.apply(weights, q, k, v, mask)  # type: ignore[no-untyped-call]
     return out.to(query.dtype)
 
 
@@ -96,16 +99,6 @@ def _supports(*tensors: Tensor | None) -> bool:
         or any(type(x) not in (Tensor, torch.nn.Parameter) for x in present)
         or len({x.dtype for x in present if x.is_floating_point()}) > 1
     )
-
-
-def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Return a mask as a term of the logits."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        hidden = mask.logical_not()
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(hidden, -math.inf)
-    return (mask if mask.dim() > 1 else mask[None]).to(query.dtype)
 
 
 def _chunk(query: Tensor, key: Tensor) -> int:

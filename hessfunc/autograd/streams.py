@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessfunc.autograd.attention import attended
+from hessfunc.autograd.attention import attended, for_each_query_head
 from hessfunc.autograd.overrides import Replacements, current
 
 
@@ -178,7 +178,7 @@ def _attention(
         return attention(query, key, value, attn_mask, 0.0, is_causal, **options)
     _, weights = attended(query, key, value, attn_mask, is_causal, **options)
     if options.get("enable_gqa"):
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+        value = for_each_query_head(value, query)
     return _dropout(streams, weights, dropout_p) @ value
 
 

@@ -42,9 +42,14 @@ class Layout(Saved):
         """Whether the entries of the parameter are in the order (g, o, k)."""
         return self.order == tuple(range(len(self.order)))
 
-    def transposed(self) -> Layout | None:
-        """Return the layout of the transposed parameter, or None if it is not of this form."""
-        if len(self.view) != 3 or self.view[0] != 1 or self.is_entrywise:
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the parameter holds one matrix, ``W[o, k]`` or its transpose."""
+        return len(self.view) == 3 and self.view[0] == 1 and not self.is_entrywise
+
+    def of_transposed(self) -> Layout | None:
+        """Return the layout of the transposed parameter, or None if it is not a matrix."""
+        if not self.is_matrix:
             return None
         swap = {0: 0, 1: 2, 2: 1}
         view = (1, self.view[2], self.view[1])
@@ -52,10 +57,8 @@ class Layout(Saved):
 
     @property
     def transpose(self) -> Layout | None:
-        """Layout in which the inputs of a matrix are its outputs, or None without this form."""
-        if len(self.view) != 3 or self.view[0] != 1 or self.is_entrywise:
-            return None
-        return Layout(self.view, (0, self.order[2], self.order[1]))
+        """Layout in which the inputs of a matrix are its outputs, or None without a matrix."""
+        return Layout(self.view, (0, self.order[2], self.order[1])) if self.is_matrix else None
 
     def permuted(self, rows: Tensor) -> Tensor:
         """Return the entries of a parameter, ``(k, n)``, as weights ``(k, G, O, K)``."""

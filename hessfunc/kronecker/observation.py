@@ -266,7 +266,7 @@ class Observer(TorchFunctionMode):
             if (alias := given.get(id(argument))) is None:
                 continue
             _, name, is_transposed = alias
-            layout = made.layout.transposed() if is_transposed else made.layout
+            layout = made.layout.of_transposed() if is_transposed else made.layout
             if layout is not None:
                 seen.add(id(argument))
                 self.calls.setdefault(name, []).append(

@@ -25,8 +25,8 @@ from hessfunc.changes import Named, Reads
 from hessfunc.randomness import seeded
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
-from hessfunc.transforms.chunks import Chunks, Curvature, block_matvec
-from hessfunc.transforms.evaluation import filled, kept, requiring_gradients, scalar
+from hessfunc.transforms.chunks import Chunks, Curvature
+from hessfunc.transforms.evaluation import Point, filled, kept, requiring_gradients, scalar
 from hessfunc.transforms.hessian import gradient_differences
 from hessfunc.trees import Matvec, Tree
 
@@ -112,26 +112,19 @@ def hvp_by_backward(model: nn.Module, loss: Callable[[Any], Tensor], /) -> Curva
                 return filled([parameter.grad for parameter in own], own)
 
         with torch.inference_mode(False):
+            constants = requiring_gradients(leaves, batch)
             batch = kept_batch(batch)
             point = kept(space, leaves)
             gradient(point, first=True)
-        product = gradient_differences(gradient, space, point)
         # Each product reads the rest of the module again, so it must not change.
         moved = set(map(id, own))
         fixed: Named = {
             id(p): (name, p) for name, p in model.named_parameters() if id(p) not in moved
         }
         buffers: Named = {id(buffer): (name, buffer) for name, buffer in model.named_buffers()}
-        return block_matvec(
-            product,
-            space,
-            leaves,
-            batch,
-            chunks=Chunks(1),
-            copies=point,
-            refuse_if_changed=Reads(fixed, buffers).unchanged(again=True),
-            constants=requiring_gradients(leaves, batch),
-        )
+        at = Point(space, leaves, point, batch, Reads(fixed, buffers), constants)
+        product = gradient_differences(gradient, space, point)
+        return at.matvec(product, chunks=Chunks(1), again=True)
 
     return curvature
 

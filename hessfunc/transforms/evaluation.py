@@ -4,30 +4,90 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import explained
+from hessfunc.autograd import explained, kept_batch, refuse_autocast
+from hessfunc.autograd.constant_matrix import Product
 from hessfunc.changes import Reads, reading, unchanged
 from hessfunc.containers import batch_leaves
 from hessfunc.losses import LossFunction
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import noted
-from hessfunc.trees import Tree
+from hessfunc.transforms.chunks import Chunks, block_matvec
+from hessfunc.trees import Matvec, Tree
+
+
+@dataclass(frozen=True)
+class Point:
+    """Parameters and a batch at which the graph of a product is made.
+
+    Attributes:
+        space: Space of the vectors.
+        leaves: Leaves of the parameters, which must not change while products are computed.
+        copies: Copies of the leaves, which belong to the graph.
+        batch: Copy of the batch.
+        reads: Other tensors that the loss reads, which must not change either.
+        constants: Tensors that require a gradient, of which products carry no graph.
+    """
+
+    space: Space
+    leaves: Sequence[Tensor]
+    copies: Sequence[Tensor]
+    batch: Any
+    reads: Reads
+    constants: Sequence[Tensor]
+
+    def inputs(self) -> list[Tensor]:
+        """Return new leaves at the copies that require a gradient."""
+        return [leaf.detach().requires_grad_() for leaf in self.copies]
+
+    def matvec(
+        self,
+        product: Product,
+        /,
+        *,
+        chunks: Chunks,
+        again: bool = False,
+        others: Sequence[Tensor] = (),
+    ) -> Matvec:
+        """Return the matvec of a function that multiplies one vector.
+
+        Args:
+            product: Function from the leaves of one vector to the leaves of its product.
+            chunks: Division of a block into chunks.
+            again: Whether each product evaluates the loss again.
+            others: Further tensors of which products carry no graph.
+        """
+        return block_matvec(
+            product,
+            self.space,
+            self.leaves,
+            self.batch,
+            chunks=chunks,
+            copies=self.copies,
+            refuse_if_changed=self.reads.unchanged(again=again),
+            constants=[*self.constants, *others],
+        )
 
 
 @contextmanager
-def linearising(loss: LossFunction, space: Space, params: Tree, batch: Any, /) -> Iterator[Reads]:
-    """Context manager in which the graph of a product is made; it yields what the loss reads."""
+def linearising(loss: LossFunction, space: Space, params: Tree, batch: Any, /) -> Iterator[Point]:
+    """Context manager in which the graph of a product is made, at copies of params and batch."""
+    refuse_autocast(space.device)
+    leaves = space.tree_leaves(params)
+    constants = requiring_gradients(leaves, batch)
     with (
         torch.inference_mode(False),
         explained(space, batch),
         noted(loss, params, batch),
         reading() as reads,
     ):
-        yield reads
+        given = kept_batch(batch)
+        yield Point(space, leaves, kept(space, leaves), given, reads, constants)
 
 
 def kept(space: Space, leaves: Sequence[Tensor], /) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, plain_batch, refuse_autocast
+from hessfunc.autograd import differentiable_twice, plain_batch
 from hessfunc.autograd.functorch import transforming
 from hessfunc.containers import opened
 from hessfunc.losses import Loss, composed
@@ -16,7 +16,7 @@ from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import noted
 from hessfunc.transforms.chunks import ChunkSize, Curvature
 from hessfunc.transforms.differentiable import every_order
-from hessfunc.transforms.evaluation import kept, linearising
+from hessfunc.transforms.evaluation import linearising
 from hessfunc.transforms.hessian import Mode, hvp
 from hessfunc.transforms.output_gradients import output_gradient, slopes_by_transforms
 from hessfunc.transforms.output_matrices import refuse_without_halves
@@ -91,12 +91,10 @@ def functional_hvp(
                     used, slopes = slopes_by_transforms(loss.criterion, outputs, batch)
                 return second(params, (batch, (used, slopes)))
         space = space_of(params)
-        refuse_autocast(space.device)
-        with linearising(loss, space, params, batch):
+        with linearising(loss, space, params, batch) as at:
             batch = plain_batch(batch)
-            inputs = [leaf.requires_grad_() for leaf in kept(space, space.tree_leaves(params))]
             with differentiable_twice(space.device):
-                outputs = loss.outputs(space.tree(inputs), batch)
+                outputs = loss.outputs(space.tree(at.inputs()), batch)
                 used, _, slopes = output_gradient(
                     loss.criterion, outputs, batch, create_graph=False
                 )

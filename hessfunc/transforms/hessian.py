@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, refuse_autocast, rereading
+from hessfunc.autograd import differentiable_twice, rereading
 from hessfunc.autograd.constant_matrix import Product, leaves_of_graph
 from hessfunc.autograd.constants import Constants
-from hessfunc.autograd.contexts import Precision, kept_batch
+from hessfunc.autograd.contexts import Precision
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
 from hessfunc.autograd.errors import lacks_forward_mode
 from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD, must_record, pulled_once
@@ -30,7 +30,7 @@ from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, block_matvec
+from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature
 from hessfunc.transforms.differentiable import (
     Linearisation,
     Rebuild,
@@ -42,9 +42,7 @@ from hessfunc.transforms.differentiable import (
 from hessfunc.transforms.evaluation import (
     checked,
     gradient_of,
-    kept,
     linearising,
-    requiring_gradients,
     scalar,
 )
 from hessfunc.transforms.own_rows import part_of
@@ -141,26 +139,12 @@ def hvp(
                     _Hessian(loss, verified), params, batch, chunk_size=chunk_size
                 )
         part = part_of(loss, params, batch)
-        space = part.space
-        refuse_autocast(space.device)
-        leaves = space.tree_leaves(params)
-        given = batch
-        with linearising(loss, space, params, batch) as read:
-            batch = kept_batch(batch)
-            point = kept(space, leaves)
-            problem = _Problem(part.weighted, space, point, part.rows(batch), verified)
+        with linearising(loss, part.space, params, batch) as at:
+            rows = part.rows(at.batch)
+            problem = _Problem(part.weighted, part.space, at.copies, rows, verified)
             product, again = _made(problem, mode)
         size = Chunks(1) if mode == "difference" else chunks
-        return block_matvec(
-            product,
-            space,
-            leaves,
-            batch,
-            chunks=size,
-            copies=point,
-            refuse_if_changed=read.unchanged(again=again),
-            constants=[*requiring_gradients(leaves, given), *problem.others],
-        )
+        return at.matvec(product, chunks=size, again=again, others=problem.others)
 
     return curvature
 

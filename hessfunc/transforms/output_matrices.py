@@ -9,9 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hessfunc.autograd import differentiable_twice, refuse_autocast
+from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.constant_matrix import Product, leaves_of_graph
-from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
 from hessfunc.autograd.functorch import (
     edges,
@@ -32,7 +31,6 @@ from hessfunc.transforms.chunks import (
     Chunks,
     ChunkSize,
     Curvature,
-    block_matvec,
 )
 from hessfunc.transforms.differentiable import (
     Linearisation,
@@ -42,7 +40,7 @@ from hessfunc.transforms.differentiable import (
     pullback_with_graph,
     refuse_untransformable,
 )
-from hessfunc.transforms.evaluation import checked, kept, linearising, requiring_gradients, scalar
+from hessfunc.transforms.evaluation import checked, linearising, scalar
 from hessfunc.transforms.linear_head import without_logits
 from hessfunc.transforms.output_gradients import INDEPENDENT
 from hessfunc.transforms.outputs import Rest, floating_part
@@ -89,30 +87,15 @@ def through_outputs(
                 )
         part = part_of(loss, params, batch, by_rows=matrix.by_rows)
         inner, space = without_logits(part.loss), part.space
-        refuse_autocast(space.device)
-        leaves = space.tree_leaves(params)
-        constants = requiring_gradients(leaves, batch)
-        with linearising(loss, space, params, batch) as read:
-            batch = kept_batch(batch)
-            point = kept(space, leaves)
-            inputs = [leaf.detach().requires_grad_() for leaf in point]
-            with differentiable_twice(space.device, SECOND_ORDER) as seen:
-                rows = part.rows(batch)
-                ends, between = _ends(inner, matrix.constant, space, inputs, rows, seen, verified)
-                constants += leaves_of_graph(ends, inputs)
-                product = linearised(
-                    inputs, ends, [end.shape for end in ends], part.scaled(between)
-                )
-        return block_matvec(
-            product,
-            space,
-            leaves,
-            batch,
-            chunks=chunks,
-            copies=point,
-            refuse_if_changed=read.unchanged(again=False),
-            constants=constants,
-        )
+        with (
+            linearising(loss, space, params, batch) as at,
+            differentiable_twice(space.device, SECOND_ORDER) as seen,
+        ):
+            inputs, rows = at.inputs(), part.rows(at.batch)
+            ends, between = _ends(inner, matrix.constant, space, inputs, rows, seen, verified)
+            others = leaves_of_graph(ends, inputs)
+            product = linearised(inputs, ends, [end.shape for end in ends], part.scaled(between))
+        return at.matvec(product, chunks=chunks, others=others)
 
     return curvature
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from hessfunc.autograd import differentiable_twice, refuse_autocast
+from hessfunc.autograd import differentiable_twice
 from hessfunc.autograd.constant_matrix import Product
-from hessfunc.autograd.contexts import kept_batch
 from hessfunc.autograd.custom_functions import Verified
 from hessfunc.autograd.functorch import nodes_of, transforming
 from hessfunc.autograd.overrides import Replaced
@@ -22,8 +21,8 @@ from hessfunc.options import validated
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import watching
-from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature, block_matvec
-from hessfunc.transforms.evaluation import kept, linearising, requiring_gradients
+from hessfunc.transforms.chunks import Chunks, ChunkSize, Curvature
+from hessfunc.transforms.evaluation import linearising
 from hessfunc.transforms.gauss_newton import hessian_of_outputs
 from hessfunc.transforms.hessian import hvp
 from hessfunc.transforms.matvecs.arithmetic import per_block
@@ -105,31 +104,18 @@ def pchvp(loss: Loss, /, *, residual: Residual = "abs", chunk_size: ChunkSize = 
                 "of them. Its products can be transformed as functions of the vectors"
             )
         space = space_of(params)
-        refuse_autocast(space.device)
-        leaves = space.tree_leaves(params)
-        constants = requiring_gradients(leaves, batch)
-        with linearising(loss, space, params, batch) as read:
-            batch = kept_batch(batch)
-            point = kept(space, leaves)
-            with differentiable_twice(space.device) as seen:
-                graph = _with_residual(
-                    loss, space, point, batch, seen, sound, allow_products=residual == "zero"
-                )
+        with (
+            linearising(loss, space, params, batch) as at,
+            differentiable_twice(space.device) as seen,
+        ):
+            graph = _with_residual(
+                loss, space, at.inputs(), at.batch, seen, sound, allow_products=residual == "zero"
+            )
 
         def blocks(kind: Residual) -> Matvec:
             with torch.inference_mode(False):
                 product = graph.product(kind)
-            matvec = block_matvec(
-                product,
-                space,
-                leaves,
-                batch,
-                chunks=chunks,
-                copies=point,
-                refuse_if_changed=read.unchanged(again=False),
-                constants=constants,
-            )
-            return per_block(matvec, params)
+            return per_block(at.matvec(product, chunks=chunks), params)
 
         if not verified and residual != "zero":
             with watching():
@@ -184,14 +170,13 @@ class _Linearisation:
 def _with_residual(
     loss: Loss,
     space: Space,
-    point: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     batch: Any,
     seen: Replaced,
     sound: Verified,
     *,
     allow_products: bool,
 ) -> _Linearisation:
-    inputs = [leaf.detach().requires_grad_() for leaf in point]
     # Pass views of the leaves, because a tap needs a graph node even on a parameter itself.
     outputs = checked_outputs(loss, space, [leaf.view_as(leaf) for leaf in inputs], batch)
     hooks = tuple(seen.hooks)

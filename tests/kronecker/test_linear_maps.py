@@ -21,6 +21,6 @@ def test_the_layout_of_a_transposed_matrix() -> None:
     matrix = random(3, 5)
     plain = Layout((1, 5, 3))
     there = plain.permuted(matrix.mT.flatten()[None])
-    transposed = plain.transposed()
+    transposed = plain.of_transposed()
     assert transposed is not None
     torch.testing.assert_close(transposed.permuted(matrix.flatten()[None]), there)
