@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hessfunc.ranks import Ranks
+from hessfunc.stored import Stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +71,14 @@ class Cut:
 
     def gather(self, shards: Sequence[Tensor], leading: int, /) -> tuple[Tensor, ...]:
         """Gather the whole tensors from shards with some leading axes."""
-        wholes = list(shards)
-        for divided, group in self._of_one_message(shards):
+        # Weights travel in the dtype in which they are stored.
+        wholes = [x.held if isinstance(x, Stored) else x for x in shards]
+        for divided, group in self._of_one_message(wholes):
             if not divided:
                 continue
-            before = shards[group[0]].shape[:leading]
+            before = wholes[group[0]].shape[:leading]
             sizes = [self._sizes(group, rank, before) for rank in range(self.ranks.size)]
-            mine = torch.cat([shards[i].reshape(-1) for i in group])
+            mine = torch.cat([wholes[i].reshape(-1) for i in group])
             parts: dict[int, list[Tensor]] = {i: [] for i in group}
             for rank, message in enumerate(self.ranks.gathered(mine, list(map(sum, sizes)))):
                 for i, entries in zip(group, message.split(sizes[rank]), strict=True):
@@ -85,6 +87,7 @@ class Cut:
                 axis = self.axes[i]
                 assert axis is not None
                 wholes[i] = torch.cat(pieces, dim=leading + axis)
+        wholes = [whole.to(x.dtype) for whole, x in zip(wholes, shards, strict=True)]
         # A custom function must not return its argument.
         return tuple(w.view_as(w) if w is x else w for w, x in zip(wholes, shards, strict=True))
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,22 @@ from tests.distributed import problems
 TIMEOUT = 20
 
 
+# Environment of a node of torchrun: how many nodes must be there first, and whether it ends then.
+NODES, ENDS = "NODES_OF_TEST", "NODE_OF_TEST_ENDS"
+
+
 def main(folder: Path, victim: int, fatal_round: int) -> None:
     """Find eigenvalues with a checkpoint in the folder; one rank ends itself after a round."""
     torch.set_num_threads(1)
+    if _is_first() and int(os.environ["WORLD_SIZE"]) < int(os.environ.get(NODES, "1")):
+        # The agent ends this process when the other node joins.
+        time.sleep(60)
     with launched(torch.device("cpu"), timeout=TIMEOUT) as mesh:
         _run(folder, victim, fatal_round, mesh)
+
+
+def _is_first() -> bool:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
 
 def uninterrupted_on_ranks(folder: Path) -> None:
@@ -41,9 +53,11 @@ def _run(folder: Path, victim: int, fatal_round: int, mesh: DeviceMesh) -> None:
     def count(_: Any) -> None:
         nonlocal rounds
         rounds += 1
-        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if rank == victim and rounds == fatal_round and first:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if rounds == fatal_round and _is_first():
+            if ENDS in os.environ:
+                os.kill(os.getppid(), signal.SIGKILL)
+            if rank == victim or ENDS in os.environ:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     found = hf.lanczos(
         matvec,
@@ -57,7 +71,12 @@ def _run(folder: Path, victim: int, fatal_round: int, mesh: DeviceMesh) -> None:
         callback=count,
     )
     if rank == 0:
-        told = {"values": found.values.tolist(), "matvecs": found.matvecs, "rounds": rounds}
+        told = {
+            "values": found.values.tolist(),
+            "matvecs": found.matvecs,
+            "rounds": rounds,
+            "ranks": dist.get_world_size(),
+        }
         (folder / "found.json").write_text(json.dumps(told))
 
 

@@ -15,7 +15,7 @@ import torch
 
 import hessfunc as hf
 from tests.distributed import problems
-from tests.distributed.killed import TIMEOUT, uninterrupted_on_ranks
+from tests.distributed.killed import ENDS, NODES, TIMEOUT, uninterrupted_on_ranks
 from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.slow
@@ -98,6 +98,40 @@ def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
         torch.tensor(again["values"], dtype=torch.float64), wanted.values, rtol=1e-9, atol=1e-12
     )
     # The second start did not begin anew.
+    assert 0 < again["rounds"] < rounds_of_all()
+
+
+def test_an_elastic_run_resumes_on_the_node_that_is_left(tmp_path: Path) -> None:
+    """Two nodes of one rank, of which one is killed with its agent."""
+    port = 20000 + (os.getpid() * 7 + time.time_ns() // 1000) % 20000
+    quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
+
+    def node(is_first: bool) -> subprocess.Popen[str]:
+        rendezvous = [
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"),
+            *("--rdzv-conf", f"is_host={int(is_first)},{quick}", "--monitor-interval", "0.1"),
+        ]
+        shape = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "2"]
+        words = [*shape, *rendezvous, "-m", "tests.distributed.killed", str(tmp_path), "-1", "4"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            cwd=ROOT,
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", NODES: "2"}
+            | ({} if is_first else {ENDS: "1"}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    nodes = [node(True), node(False)]
+    (left, errors), (ended_by_kill, _) = ended(nodes)
+    assert left == 0, errors
+    assert ended_by_kill == -9
+    wanted, again = uninterrupted(), found(tmp_path)
+    assert again["ranks"] == 1
+    torch.testing.assert_close(
+        torch.tensor(again["values"], dtype=torch.float64), wanted.values, rtol=1e-9, atol=1e-12
+    )
     assert 0 < again["rounds"] < rounds_of_all()
 
 

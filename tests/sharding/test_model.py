@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import hessfunc as hf
+from hessfunc import ranks
 from hessfunc.trees import tree_map
 from tests.distributed import modules, problems
 from tests.distributed.ranks import Ranks
@@ -120,6 +124,37 @@ def rounded_differs_by() -> float:
 
 def test_models_in_another_dtype(two: Ranks) -> None:
     assert max(two.run(rounded_differs_by)) < 1e-6
+
+
+def narrow_differs_by(how: str) -> tuple[float, set[torch.dtype]]:
+    """Weights in 16 bits beside the widened model, and the dtypes of what is gathered."""
+    inputs = INPUTS.float()
+    narrow = mlp().bfloat16()
+    model_fn, params = hf.functional(copy.deepcopy(narrow).float())
+    block = modules.random_block(params, 2)
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    wanted = hf.ggnvp(loss)(params, (inputs, LABELS))(block)
+    mesh = problems.mesh(2)
+    of_torch = how == "fully_shard"
+    model = fully_shard(narrow, mesh=mesh) if of_torch else narrow
+    options = {} if of_torch else {"mesh": mesh}
+    model_fn, params = hf.functional(model, dtype=torch.float32, **options)
+    with patch.object(ranks, "_all_gather", wraps=ranks._all_gather) as gather:
+        assert model_fn(params, inputs).dtype == torch.float32
+    sent = {call.args[0].dtype for call in gather.call_args_list}
+    loss = hf.supervised(model_fn, F.cross_entropy)
+    block = modules.random_block(params, 2)
+    found = hf.ggnvp(loss)(params, (inputs, LABELS))(block)
+    assert {leaf.dtype for leaf in found.values()} == {torch.float32}
+    return modules.error(found, wanted), sent
+
+
+@pytest.mark.parametrize("how", ["mesh", "fully_shard"])
+def test_models_in_16_bits_compute_in_float32(how: str, two: Ranks) -> None:
+    for error, sent in two.run(narrow_differs_by, how):
+        assert error < 1e-5
+        # Weights travel as they are stored; outputs are joined.
+        assert torch.bfloat16 in sent
 
 
 def unequal_batches() -> None:
