@@ -107,6 +107,7 @@ def test_an_elastic_run_resumes_on_the_node_that_is_left(tmp_path: Path) -> None
     quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
 
     def node(is_first: bool) -> subprocess.Popen[str]:
+        told = {NODES: "2"} if is_first else {NODES: "2", ENDS: "1"}
         rendezvous = [
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"),
             *("--rdzv-conf", f"is_host={int(is_first)},{quick}", "--monitor-interval", "0.1"),
@@ -116,9 +117,7 @@ def test_an_elastic_run_resumes_on_the_node_that_is_left(tmp_path: Path) -> None
         return subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *words],
             cwd=ROOT,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", NODES: "2"}
-            | ({} if is_first else {ENDS: "1"}),
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | told,
             stderr=subprocess.PIPE,
             text=True,
         )
