@@ -103,7 +103,7 @@ def read_as(
     wide = dtype is not None and torch.promote_types(tensor.dtype, dtype) == dtype
     to = tensor.dtype if dtype is None or not wide else dtype
     # The device of a tensor has an index.
-    there = tensor.device if device is None else torch.empty(0, device=device).device
+    there = tensor.device if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
     converts = (to, there) != (tensor.dtype, tensor.device) and tensor.is_floating_point()
     if not converts or tensor.requires_grad or hasattr(tensor, "device_mesh"):
         return tensor

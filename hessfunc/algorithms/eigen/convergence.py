@@ -50,7 +50,8 @@ def tolerances(problem: Problem, values: Tensor, state: State) -> Tensor:
     is too large.
     """
     tolerance, error = _requested(problem, values, state), _error(problem, state)
-    noise = torch.where(error <= _NEGLIGIBLE * tolerance, max(state.noise, error), state.noise)
+    usual = tolerance.new_tensor(state.noise)
+    noise = torch.where(error <= _NEGLIGIBLE * tolerance, usual.clamp_min(error), usual)
     below = (tolerance - _SAFETY * noise).clamp_min(problem.eps * state.largest)
     return torch.where(noise < _REACHABLE * tolerance, below, tolerance)
 

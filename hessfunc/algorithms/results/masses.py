@@ -54,7 +54,7 @@ def masses(rule: Rule, n: int, /) -> Tensor:
         return rule.weights
     known = simple(rule, n)
     others = torch.where(known, 0.0, rule.weights)
-    left = 1 - known.sum(1, keepdim=True) / n
+    left = 1 - known.sum(1, keepdim=True, dtype=rule.weights.dtype) / n
     total = others.sum(1, keepdim=True)
     scale = torch.where(total > 0, left / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
     return torch.where(known, 1 / n, others * scale)

@@ -139,7 +139,7 @@ def radau(rule: Rule, at: float) -> tuple[Tensor, Tensor]:
     Source: Golub 1973; Golub and Meurant 2010, Matrices, Moments and Quadrature, section 6.2.
     """
     assert rule.residuals is not None
-    signs = 1.0 - 2.0 * (torch.arange(rule.nodes.shape[1], device="cpu") % 2)
+    signs = 1 - 2 * (torch.arange(rule.nodes.shape[1], device="cpu") % 2)
     tip = rule.residuals * signs
     # Rounding may put a node slightly beyond the end, where a distance would change its sign.
     side = 1.0 if at <= float(rule.nodes.mean()) else -1.0
