@@ -1,4 +1,4 @@
-"""Precision of accumulated scalars and of products."""
+"""Precision of accumulated scalars and of products, and the names of devices."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def widened(x: Tensor, /) -> Tensor:
 def wide_dtype(device: torch.device, /) -> torch.dtype:
     """Return float64, or float32 on MPS devices, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def indexed(device: torch.device | str, /) -> torch.device:
+    """Return a device as tensors name it, ``cuda:0`` for ``cuda``, so that two can be compared."""
+    return torch.empty(0, dtype=torch.uint8, device=device).device
 
 
 # A larger eps belongs to 16-bit leaves. Sums over them accumulate in float32, so that only the

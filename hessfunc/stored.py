@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from hessfunc.numerics import indexed
+
 _aten = torch.ops.aten
 # Functions that return some entries of their first argument in a new tensor.
 _LOOKUPS = {
@@ -102,8 +104,7 @@ def read_as(
     """
     wide = dtype is not None and torch.promote_types(tensor.dtype, dtype) == dtype
     to = tensor.dtype if dtype is None or not wide else dtype
-    # The device of a tensor has an index.
-    there = tensor.device if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
+    there = tensor.device if device is None else indexed(device)
     converts = (to, there) != (tensor.dtype, tensor.device) and tensor.is_floating_point()
     if not converts or tensor.requires_grad or hasattr(tensor, "device_mesh"):
         return tensor

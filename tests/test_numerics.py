@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hessfunc.numerics import rounding, wide_dtype, widened
+from hessfunc.numerics import indexed, rounding, wide_dtype, widened
 from tests.reference import random_symmetric
 
 
@@ -17,6 +17,11 @@ def test_narrow_numbers_are_widened_to_float32() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert widened(torch.ones(2, dtype=dtype)).dtype == torch.float32
     assert widened(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_device_is_named_as_tensors_name_it() -> None:
+    assert indexed("cpu") == torch.ones(1).device
+    assert indexed(torch.device("meta")) == torch.ones(1, device="meta").device
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

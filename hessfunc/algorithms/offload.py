@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hessfunc.numerics import indexed
 from hessfunc.spaces.space import Space, available_to
 
 # Bytes of a piece, unless one row is larger: 3 ms of transfer, against 10 us to queue a copy.
@@ -32,8 +33,7 @@ def is_far(kept: torch.device, used: torch.device, /) -> bool:
 
 def home(space: Space, asked: torch.device | str | None, /) -> torch.device:
     """Return the device on which rows are kept: the requested one, or that of the vectors."""
-    # The device of a tensor has an index, so that it can be compared with those of other tensors.
-    return torch.empty(0, dtype=torch.uint8, device=asked or space.device).device
+    return indexed(asked or space.device)
 
 
 def room_beside(space: Space, dtype: torch.dtype, least: int, /) -> int:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hessfunc.autograd.attention import attended, for_each_query_head
 from hessfunc.autograd.overrides import Replacements, current
+from hessfunc.numerics import indexed
 
 
 class Streams:
@@ -98,7 +99,7 @@ def _with_generator(function: Any, streams: Streams, *args: Any, **kwargs: Any) 
 
 def _device_of(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:
     if (device := kwargs.get("device")) is not None:
-        return torch.empty(0, dtype=torch.uint8, device=device).device
+        return indexed(device)
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value.device
