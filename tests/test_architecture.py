@@ -38,7 +38,7 @@ OF_NO_MODULE = {
 # From the bottom to the top. Parts on one line do not import each other.
 LAYERS = [
     {"changes", "lazy", "files", "numerics", "stored", "training_mode", "trees"},
-    {"containers", "randomness", "ranks"},
+    {"containers", "randomness", "ranks", "stored"},
     {"fingerprints", "copies"},
     {"options"},
     {"display", "memory"},
