@@ -37,7 +37,7 @@ OF_NO_MODULE = {
 
 # From the bottom to the top. Parts on one line do not import each other.
 LAYERS = [
-    {"changes", "lazy", "files", "numerics", "stored", "training_mode", "trees"},
+    {"changes", "lazy", "files", "numerics", "training_mode", "trees"},
     {"containers", "randomness", "ranks", "stored"},
     {"fingerprints", "copies"},
     {"options"},
