@@ -25,6 +25,7 @@ from hessfunc.algorithms.offload import (
     workspace,
     written,
 )
+from hessfunc.numerics import wide_dtype
 from hessfunc.spaces.inner_products import gram
 from hessfunc.spaces.space import DIVIDED, Rows, Space
 
@@ -162,6 +163,10 @@ def project_out(space: Space, rows: Tensor, *bases: Basis) -> Tensor:
     Returns:
         Coefficients C for all bases one after another, ``(k, m)``.
     """
+    if len(bases) > 1 or not len(bases[0]):
+        bases = tuple(basis for basis in bases if len(basis))
+        if not bases:
+            return rows.new_zeros(len(rows), 0, dtype=wide_dtype(rows.device))
     if len(bases) == 1 and _is_alike(bases[0], rows):
         alone = space.gram(rows, bases[0].rows, run=_RUN)
         rows.addmm_(alone.to(rows.dtype), bases[0].rows, alpha=-1)

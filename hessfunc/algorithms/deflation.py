@@ -146,13 +146,17 @@ class Deflation:
         known = Basis(span.basis), Basis(self.basis)
         indices = range(p, p + count)
         probes = space.probes(indices, kind=kind, seed=self.seed, dtype=rows_dtype(space))
-        projected = probes.clone()
-        # A second projection removes what rounding leaves of the first.
-        for _ in range(2):
-            project_out(space, projected, *known)
+        projected = probes
+        if any(map(len, known)):
+            projected = probes.clone()
+            # A second projection removes what rounding leaves of the first.
+            for _ in range(2):
+                project_out(space, projected, *known)
         unprojected = products(projected)
-        images = unprojected.clone()
-        project_out(space, images, *known)
+        images = unprojected
+        if any(map(len, known)):
+            images = unprojected.clone()
+            project_out(space, images, *known)
         if not self.of_diagonal:
             probes, unprojected = projected, unprojected[:0]
         probed = replace(
@@ -164,7 +168,7 @@ class Deflation:
         return probed.formed(space)
 
     def extended(self, products: Products, span: Span, chain: int, /) -> Deflation:
-        """Return the state with one more basis vector.
+        """Return the state with one more basis vector, which overwrites the rows of this state.
 
         The products B w and A P w follow from those so far without a product.
 
@@ -189,9 +193,9 @@ class Deflation:
             project_out(space, row, *known)
         row /= space.norms(row).to(row.dtype)[:, None]
         image = products(row)
-        out = image.clone()
-        along = project_out(space, out, *known, Basis(row))
-        along = (along + project_out(space, out, *known, Basis(row)))[:, len(span) :]
+        basis, out = _grown(self.basis, row), image.clone()
+        along = project_out(space, out, Basis(span.basis), Basis(basis))
+        along = (along + project_out(space, out, Basis(span.basis), Basis(basis)))[:, len(span) :]
         column = along.cpu().double()[0]
         curvature = float(column[-1])
         length, size = float(space.norms(out)), float(space.norms(image))
@@ -210,26 +214,21 @@ class Deflation:
             ends = torch.cat([ends, out])
             last, alive = [*last, len(self.basis)], [*alive, chain]
         # B w decreases by (a q'w + out'w) q + (q'w) out, and A P w by (q'w) A q.
-        inside, outside = space.gram(self.probes, row), space.gram(self.probes, out)
-        images = self.images - space.combine(curvature * inside + outside, row)
-        images.addmm_(inside.to(images), out, alpha=-1)
-        unprojected, probes = self.unprojected, self.probes
-        if self.of_diagonal:
-            unprojected = unprojected - space.combine(inside, image)
-        else:
-            probes = probes - space.combine(inside, row)
+        pair = torch.cat([row, out])
+        inside, outside = space.gram(self.probes, pair).unbind(1)
+        decrease = torch.stack([curvature * inside + outside, inside], dim=1)
+        self.images.addmm_(decrease.to(self.images), pair, alpha=-1)
+        changed, by = (self.unprojected, image) if self.of_diagonal else (self.probes, row)
+        changed.addmm_(inside[:, None].to(changed), by, alpha=-1)
         # diag(A - B) increases by q * (a q + 2 out).
         twice = curvature * row + 2 * out
         grown = replace(
             self,
-            basis=torch.cat([self.basis, row]),
+            basis=basis,
             ends=ends,
             last=tuple(last),
             alive=tuple(alive),
             core=core,
-            probes=probes,
-            images=images,
-            unprojected=unprojected,
             parts=self.parts + space.by_leaf(row, twice)[0].cpu().double(),
             diagonal=self.diagonal + (row * twice).to(self.diagonal.dtype),
             row_squares=self.row_squares + image.to(self.row_squares.dtype).square(),
@@ -294,19 +293,23 @@ class Deflation:
         forms = [space.by_leaf(probes, images), space.by_leaf(images, images)]
         lengths = [space.norms(probes).square()]
         if bool(self.weights.any()):
-            rest = self.rest(space, rows)
+            rest, along = self.rest(space, rows)
             forms += [space.by_leaf(probes, rest), space.by_leaf(rest, rest)]
-            lengths += [space.norms(images - rest).square()]
+            lengths += [((along @ self.ends_gram) * along).sum(1).to(lengths[0])]
         else:
             forms += forms
             lengths += [torch.zeros_like(lengths[0])]
         numbers = torch.cat([*forms, *(length[:, None] for length in lengths)], dim=1)
         return replace(self, forms=torch.cat([self.forms, numbers.cpu().double()]))
 
-    def rest(self, space: Space, rows: slice, /) -> Tensor:
-        """Return the products S w with the matrix M for some of the probes."""
-        inside = space.gram(self.probes[rows], self.ends).cpu().double()
-        return self.images[rows] - space.combine(inside @ self.weights, self.ends)
+    def rest(self, space: Space, rows: slice, /) -> tuple[Tensor, Tensor]:
+        """Return the products S w for some of the probes, and the coefficients M G'w, ``(p, c)``.
+
+        S w = B w - G (M G'w)
+        """
+        along = space.gram(self.probes[rows], self.ends).cpu().double() @ self.weights
+        images = self.images[rows]
+        return torch.addmm(images, along.to(images), self.ends, alpha=-1), along
 
     def sampled(self, space: Space, /) -> tuple[Tensor, Tensor]:
         """Return the products S w, ``(p, n)``, and the matrix M, ``(c, c)``.
@@ -314,7 +317,7 @@ class Deflation:
         M is zero if the probes show that it would enlarge the sampled part.
         """
         if bool(self.weights.any()):
-            images = self.rest(space, slice(None))
+            images, _ = self.rest(space, slice(None))
             squares = [float(space.norms(rows).square().sum()) for rows in (images, self.images)]
             if squares[0] < squares[1]:
                 return images, self.weights

@@ -76,7 +76,9 @@ class Krylov:
         end = rows[size : size + 1] if size else rows[:0]
         if len(end):
             end = float(betas[size - 1]) * end
-        return cls(rows[:size], end, core, name)
+        # A deflation writes behind its basis, so the memory must end with it.
+        basis = rows if size == len(rows) else rows[:size].clone()
+        return cls(basis, end, core, name)
 
     def __len__(self) -> int:
         return len(self.basis)

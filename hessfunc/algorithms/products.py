@@ -99,7 +99,7 @@ class Products:
     def __call__(self, rows: Tensor, /) -> Tensor:
         """Return the products with the rows, counted."""
         product = self.uncounted(rows)
-        self.matvecs += len(rows)
+        self.matvecs += rows.shape[0]
         self.passes += 1
         if self.keep_first and self.first is None:
             self.first = rows[0].clone(), product[0].clone()
@@ -123,7 +123,7 @@ class Products:
         moved = version is not None and rows._version != version
         if moved or (before is not None and not _same_bits(before, rows)):
             raise ValueError(CHANGES_ITS_BLOCK)
-        if len(product) != len(rows):
+        if product.shape[0] != rows.shape[0]:
             raise ValueError(
                 f"the matvec returned {len(product)} products for a block of {len(rows)} vectors: "
                 "return one product per vector, along the first axis of each leaf"

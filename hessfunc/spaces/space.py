@@ -37,7 +37,7 @@ def products_eps(space: Space, dtype: torch.dtype | None = None) -> float:
         space: Space of the vectors.
         dtype: Dtype of the rows, by default that of a basis.
     """
-    return max(torch.finfo(d).eps for d in (dtype or rows_dtype(space), *space.dtypes))
+    return max(torch.finfo(dtype or rows_dtype(space)).eps, space.eps)
 
 
 def rows_dtype(space: Space) -> torch.dtype:
@@ -91,6 +91,11 @@ class Space:
         """Dimension of the space."""
         return sum(self.sizes)
 
+    @cached_property
+    def eps(self) -> float:
+        """Largest machine epsilon of the leaves."""
+        return max(torch.finfo(dtype).eps for dtype in set(self.dtypes))
+
     @property
     def ranks(self) -> Ranks | None:
         """Ranks that each hold a part of every row; None if this process holds whole rows."""
@@ -106,12 +111,12 @@ class Space:
         """Description of the division of leaves among ranks, if column indices depend on it."""
         return None
 
-    @property
+    @cached_property
     def spans(self) -> list[range]:
         """Range of entries of each flat leaf that this rank holds; all entries on one rank."""
         return [range(size) for size in self.sizes]
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Number of entries of a row that this rank holds."""
         return sum(map(len, self.spans))
@@ -266,7 +271,8 @@ class Space:
         if all(leaf.dtype == dtype and leaf.is_contiguous() for leaf in tensors) or (
             torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors)
         ):
-            flat = [x.reshape(len(x), size) for x, size in zip(tensors, self.sizes, strict=True)]
+            count = tensors[0].shape[0]
+            flat = [x.reshape(count, size) for x, size in zip(tensors, self.sizes, strict=True)]
             return torch.cat(flat, dim=1).to(dtype)
         rows = torch.empty(len(tensors[0]), self.n, dtype=dtype, device=self.device)
         for target, leaf in zip(self._views(rows), tensors, strict=True):

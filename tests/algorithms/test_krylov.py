@@ -69,6 +69,17 @@ def test_a_density_saves_products(estimator: Any) -> None:
     assert after.matvecs < alone.matvecs / 2
 
 
+@ESTIMATORS
+def test_a_run_writes_nothing_behind_its_krylov_space(estimator: Any) -> None:
+    start = density()
+    before = SPACE.ravel(start.basis).clone()
+    runs = [estimator(matvec, LIKE, start=start, max_matvecs=30, seed=1) for _ in range(2)]
+    assert runs[0].by_leaf == runs[1].by_leaf
+    torch.testing.assert_close(SPACE.ravel(start.basis), before, rtol=0, atol=0)
+    krylov = Krylov.of(SPACE, start, "start")
+    assert krylov.basis.untyped_storage().nbytes() == krylov.basis.nbytes
+
+
 def test_intervals_cover_with_the_seed_of_the_density() -> None:
     covered = 0
     for seed in range(200):

@@ -27,6 +27,9 @@ from hessfunc.options import at_least, eigenpairs_or_density, validated
 from hessfunc.spaces.space import ProbeKind, Space, products_eps
 from hessfunc.trees import Matvec, Tree
 
+# Number of entries of samples that are formed at once.
+_PIECE = 2**17
+
 DiagonalMethod: TypeAlias = Literal["auto", "hutchinson", "xdiag"]
 _OTHERS = {"hutchinson": hutchinson_diagonal, "xdiag": xdiag}
 
@@ -141,14 +144,15 @@ class AdaptiveDiagonal(AdaptiveDeflation[DiagonalEstimate], DiagonalProbing[Defl
 
     def estimate(self, state: Deflation, space: Space, cost: Cost, /) -> DiagonalEstimate:
         samples, p = self.samples(state, space), len(state.probes)
-        rounding = rounding_of_sum(products_eps(space)) * (samples.exact.abs() + samples.spread)
-        spread = without_chance(space, samples.spread, rounding, p)
+        spread = samples.spread
+        rounding = rounding_of_sum(products_eps(space)) * (samples.exact.abs() + spread)
+        spread = without_chance(space, spread, rounding, p)
         stderr = (spread / math.sqrt(p) + rounding) * self.widening
         squares = state.unprojected.to(samples.exact).square()
         rows = squared_row_norms(
             state.row_squares[0] + squares.mean(0), squares.std(0), p, space, cost
         )
-        sums = space.by_leaf(samples.random, torch.ones_like(samples.random)).cpu().double()
+        sums = space.by_leaf(samples.probes, samples.images).cpu().double()
         exact = space.by_leaf(samples.exact[None], torch.ones_like(samples.exact)[None])[0].cpu()
         leaf_rounding = space.by_leaf(rounding[None], torch.ones_like(rounding)[None])[0].tolist()
         leaf_stderr = [
@@ -175,43 +179,58 @@ class _Samples:
     """Samples of the diagonal, an exact and a random part.
 
     Attributes:
+        probes: Signs w, ``(p, n)``.
         images: Products S w, ``(p, n)``.
         exact: Diagonal of the deflated part, ``(n,)``.
-        random: Samples ``w * Sw``, ``(p, n)``.
+        mean: Mean of the samples ``w * Sw``, ``(n,)``.
+        squares: Sum of their squared deviations from the mean, ``(n,)``.
         norm: Sum of the variances of all entries of a sample, which estimates ``|S|_F^2`` without
             the diagonal.
     """
 
+    probes: Tensor
     images: Tensor
     exact: Tensor
-    random: Tensor
+    mean: Tensor
+    squares: Tensor
     norm: float
 
     @classmethod
     def of(cls, space: Space, state: Deflation, span: Span) -> _Samples:
         images, weights = state.sampled(space)
-        wide = wide_dtype(space.device)
+        wide, p = wide_dtype(space.device), len(images)
         # diag(G M G') is the sum of the rows g * (M g).
         inner = (state.ends * space.combine(weights, state.ends)).sum(0, dtype=wide)
-        random = (state.probes * images).to(wide)
-        deviations = space.norms(random - random.mean(0)).square().sum()
+        mean, squares = space.zeros(2, wide)
+        # Samples in the wide dtype are formed for a few columns at once, which fit in the cache.
+        for begin in range(0, space.width, width := _PIECE // max(1, p) + 1):
+            columns = slice(begin, begin + width)
+            random = (state.probes[:, columns] * images[:, columns]).to(wide)
+            mean[columns] = random.mean(0)
+            squares[columns] = random.sub_(mean[columns]).square_().sum(0)
         return cls(
+            probes=state.probes,
             images=images,
             exact=span.diagonal().to(wide) + state.diagonal[0] + inner,
-            random=random,
-            norm=float(deviations) / max(1, len(random) - 1),
+            mean=mean,
+            squares=squares,
+            norm=float(space.summed(squares.sum())) / max(1, p - 1),
         )
 
     @property
+    def random(self) -> Tensor:
+        """Samples ``w * Sw``, ``(p, n)``."""
+        return (self.probes * self.images).to(self.exact)
+
+    @property
     def value(self) -> Tensor:
-        return self.exact + self.random.mean(0)
+        return self.exact + self.mean
 
     @property
     def spread(self) -> Tensor:
         """Standard deviation of each entry of a sample; infinite for a single sample."""
-        if len(self.random) < 2:
-            return torch.full_like(self.exact, torch.inf)
-        return self.random.std(0) if self.random.numel() else self.exact
+        p = len(self.probes)
+        return (self.squares / (p - 1)).sqrt() if p > 1 else torch.full_like(self.exact, torch.inf)
 
     def rounding(self, space: Space) -> float:
         """Return the length of the rounding of the value."""

@@ -120,7 +120,7 @@ class State:
     looked: tuple[int, float] = (0, math.inf)
     pairs: Pairs | None = None
 
-    @property
+    @cached_property
     def size(self) -> int:
         return self.projected.shape[0]
 
@@ -133,6 +133,11 @@ class State:
     def ritz(self) -> tuple[Tensor, Tensor]:
         """All Ritz values, ascending, and their coefficients in the basis, as columns."""
         return rayleigh_ritz(self.projected)
+
+    @cached_property
+    def looks(self) -> dict[object, Tensor]:
+        """Residuals of the wanted pairs by the options they depend on, for later decisions."""
+        return {}
 
     @cached_property
     def largest(self) -> float:

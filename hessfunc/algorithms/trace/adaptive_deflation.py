@@ -167,7 +167,7 @@ class AdaptiveTrace(AdaptiveDeflation[Estimate], TraceProbing[Deflation]):
 
     def images(self, state: Deflation, samples: _Forms, space: Space, most: int, /) -> Tensor:
         rows = slice(most)
-        return state.rest(space, rows) if samples.has_weights else state.images[rows]
+        return state.rest(space, rows)[0] if samples.has_weights else state.images[rows]
 
     def certain(self, grown: Deflation, samples: _Forms, /) -> float:
         if grown.removed is None:
