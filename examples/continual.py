@@ -110,9 +110,11 @@ def draw(found: dict[str, Tensor], out: Path) -> None:
     from hessfunc.plot.style import PALETTE, clean, legend, new_axes
 
     ax, tasks = clean(new_axes()), range(1, TASKS + 1)
-    for (method, rows), colour in zip(found.items(), PALETTE, strict=False):
-        ax.errorbar(tasks, *student_mean(rows), color=colour, label=method, capsize=2)
-    ax.set(xlabel="tasks so far", ylabel="their mean test accuracy", xticks=tasks)
+    for i, ((method, rows), colour) in enumerate(zip(found.items(), PALETTE, strict=False)):
+        # Side by side, so that no bar hides another one.
+        places = [task + 0.05 * (i - 1) for task in tasks]
+        ax.errorbar(places, *student_mean(rows), color=colour, label=method, capsize=2)
+    ax.set(xlabel="tasks so far", ylabel="mean test accuracy on them", xticks=tasks)
     legend(ax)
     ax.figure.savefig(out, dpi=150)
 

@@ -132,7 +132,7 @@ def draw(found: Found, out: Path) -> None:
     ends = [float(found.real.min()), float(found.real.max())]
     ax.plot(ends, ends, color=QUIET, linewidth=0.8)
     ax.plot(found.predicted, found.real, "o", color=FIRST)
-    ax.set(xlabel="predicted change of the validation loss", ylabel="after training again")
+    ax.set(xlabel="predicted change of the validation loss", ylabel="change after training again")
     ax.figure.savefig(out, dpi=150)
 
 

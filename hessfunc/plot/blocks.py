@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Width and height of one panel, in inches.
-_PANEL = (2.7, 1.9)
+_PANEL = (2.7, 2.1)
 _MOST_COLUMNS = 2
 
 
@@ -85,12 +85,16 @@ def _draw(
         case Density():
             run: Any = {"label": label, "color": color}
             draw_density(result, panel, width=result.width, eigenvalues=None, **run)
+            labels = "eigenvalue", "density"
             note(panel, (name, f"n = {result.n:,}"))
         case Eigenpairs():
             draw_eigenvalues(result, panel, label=label, color=color)
+            labels = "index", "eigenvalue"
             note(panel, (name,))
         case _:
             raise TypeError(
                 f"the result of block {name!r} is a {type(result).__name__}: only a Density or "
                 "Eigenpairs can be drawn"
             )
+    panel.set_xlabel(labels[0], fontsize="small")
+    panel.set_ylabel(labels[1], fontsize="small")

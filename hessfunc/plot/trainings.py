@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from hessfunc.files import write_whole
 from hessfunc.options import anything, validated
-from hessfunc.plot.style import PALETTE, clean, legend
+from hessfunc.plot.style import PALETTE, QUIET, clean, legend
 from hessfunc.training.history import Run, is_tracked
 from hessfunc.training.loop import Record
 
@@ -107,6 +107,9 @@ def trainings(runs: Sequence[Run], /, *, batch_size: int | None = None) -> Figur
     # The cost of a step differs by orders of magnitude between methods.
     panels[-1, 1].set_xscale("symlog", linthresh=1)
     panels[-1, 1].set_xlim(left=0)
+    if any(record.test_loss is not None for run in runs for record in run.records):
+        dashed: Any = {"color": QUIET, "linestyle": _DASHED, "linewidth": 1.2}
+        panels[0, 0].plot([], [], label="test examples", **dashed)
     legend(panels[0, 0])
     return figure
 

@@ -45,6 +45,10 @@ class Tracker:
         state: Last eigenpairs with their vectors, from which the next point starts.
     """
 
+    def __repr__(self) -> str:
+        last = f", last={self.points[-1]}" if self.points else ""
+        return f"Tracker(points={len(self.points)}, steps={self.steps}{last})"
+
     def __init__(
         self,
         model: nn.Module,

@@ -57,6 +57,7 @@ def test_steps_are_counted_or_told() -> None:
         (9, 1, 0.5),
     ]
     assert tracker.points == seen
+    assert repr(tracker).startswith("Tracker(points=4, steps=9, last=Point(step=9, ")
 
 
 def test_any_batch_by_a_composed_loss() -> None:

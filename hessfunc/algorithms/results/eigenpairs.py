@@ -46,8 +46,8 @@ class Eigenpairs(Result):
             "converged": done,
         }
         if self.certificate is not None:
-            certificate = f"p = {self.certificate:.2g} that an equal eigenvalue was missed"
-            headline["certificate"] = certificate
+            missed = f"a repeated eigenvalue would be missed with p = {self.certificate:.2g}"
+            headline["certificate"] = missed
         return headline
 
     def _sparkline(self) -> str:

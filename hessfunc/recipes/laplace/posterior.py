@@ -30,6 +30,14 @@ from hessfunc.spaces.of import random_like, space_of
 from hessfunc.trees import Tree, tree_map
 
 
+def _model_fn(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} is a tensor: pass the model first, `posterior.predictive(model_fn, inputs)`"
+        )
+    return options.plain_callable(name, value)
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Posterior(Result):
     """Laplace approximation of the posterior, a normal distribution of the parameters.
@@ -155,7 +163,7 @@ class Posterior(Result):
         moved = self.curvature.root(draws, self._scale(self._noise(None)), self._prior(None))
         return tree_map(torch.add, moved, self.params)
 
-    @options.validated(outputs=options.plain_callable, inputs=options.anything)
+    @options.validated(outputs=_model_fn, inputs=options.anything)
     def predictive(
         self,
         outputs: Callable[[Tree, Any], Tensor],

@@ -153,3 +153,9 @@ def test_the_repr_says_which_structure_gave_the_evidence() -> None:
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain["prior_precision"] == PER_LEAF
     assert "params" not in found.to_dict(vectors=False)
+
+
+def test_predictions_without_the_model_are_explained() -> None:
+    found = posterior(F.mse_loss)
+    with pytest.raises(TypeError, match=r"pass the model first, `posterior\.predictive\(model_fn"):
+        found.predictive(INPUTS)  # type: ignore[arg-type]

@@ -88,7 +88,8 @@ function chart(figure, { full, axes, labels, isLog = false, shape, aspect = 0, r
   }
 
   figure.append(
-    html("div", { class: "tools" }, shown, ...tools, buttons.out, buttons.in, buttons.reset),
+    html("div", { class: "tools" }, shown, ...tools,
+      html("span", {}, buttons.out, buttons.in, buttons.reset)),
     html("div", { class: "plot" }, drawing, tip),
     html("figcaption", {}, ...caption),
   );
