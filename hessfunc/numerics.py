@@ -24,6 +24,15 @@ def indexed(device: torch.device | str, /) -> torch.device:
     return torch.empty(0, dtype=torch.uint8, device=device).device
 
 
+def cosines(like: Tensor, /, step: float = 1.0) -> Tensor:
+    """Return a fixed vector without zeros, cos(step), cos(2 step), ..., in the shape of a tensor.
+
+    It stands for a random direction where a test must give the same result in every run.
+    """
+    entries = torch.arange(1.0, like.numel() + 1, device=like.device)
+    return entries.mul_(step).cos_().to(like).view(like.shape)
+
+
 # A larger eps belongs to 16-bit leaves. Sums over them accumulate in float32, so that only the
 # result is rounded to 16 bits.
 _HALF_PRECISION = 1e-4

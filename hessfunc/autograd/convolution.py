@@ -23,6 +23,11 @@ from hessfunc.autograd.overrides import plain
 class Convolution(Bilinear):
     """Convolution y = x * w with x ``[N, C, ...]`` and w ``[O, C / groups, ...]``.
 
+        y[n, o, p] = sum_ck x[n, c, s p + d k - pad] w[o, c, k]
+
+    Its transpose in x is the transposed convolution of g with w, and its transpose in w the
+    correlation of g and x. A block on the images joins the batch axis.
+
     Attributes:
         stride: Stride along each axis of the image.
         padding: Zero padding along each axis of the image.

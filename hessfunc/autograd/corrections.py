@@ -74,6 +74,7 @@ def _cholesky_inverse(input: Tensor, upper: bool = False) -> Tensor:
 
 
 def _cholesky_solve(input: Tensor, input2: Tensor, upper: bool = False) -> Tensor:
+    # (L L')^-1 B = L^-T (L^-1 B).
     lower = input2.triu().mH if upper else input2.tril()
     inner = torch.linalg.solve_triangular(lower, input, upper=False)
     return torch.linalg.solve_triangular(lower.mH, inner, upper=True)

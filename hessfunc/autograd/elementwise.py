@@ -161,6 +161,7 @@ def _slope_by_tanh(x: Tensor) -> Tensor:
 
 
 def _curve_by_tanh(x: Tensor) -> Tensor:
+    # f'' = t' + x t'' / 2 with t'' = (1 - t^2) (u'' - 2 t u'^2).
     t, du, ddu = _inner(x)
     return (1 - t * t) * (du + 0.5 * x * (ddu - 2 * t * du * du))
 
@@ -178,6 +179,7 @@ def _slope_of_silu(x: Tensor) -> Tensor:
 
 
 def _curve_of_silu(x: Tensor) -> Tensor:
+    # f' = s + x s' gives f'' = 2 s' + x s'' with s'' = s' (1 - 2 s).
     s = torch.sigmoid(x)
     return s * (1 - s) * (2 + x * (1 - 2 * s))
 

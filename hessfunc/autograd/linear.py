@@ -19,7 +19,10 @@ _LARGE = 2**20
 
 @dataclass(frozen=True)
 class Linear(Bilinear):
-    """Matrix product y = x w' with x ``[R, C]`` and w ``[O, C]``."""
+    """Matrix product y = x w' with x ``[R, C]`` and w ``[O, C]``.
+
+    <g, x w'> = <g w, x> = <g' x, w>, so that left(g, w) = g w and right(g, x) = g' x.
+    """
 
     @property
     def dims(self) -> int:

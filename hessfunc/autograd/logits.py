@@ -124,6 +124,8 @@ class Rows:
         p, (slope, _) = self.probabilities, self._slopes()
 
         def product(t: Tensor) -> Tensor:
+            # With a_y = <p - e_y, cap' t> / S, the sum over y of a_y (p - e_y) is
+            # p sum_y a_y - sum_y a_y e_y.
             moved = slope * t
             along = (moved * p).sum(1, keepdim=True) - moved.gather(1, drawn)
             along = along / drawn.shape[1]

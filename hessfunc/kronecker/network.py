@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hessfunc.autograd.errors import first_line
 from hessfunc.autograd.stateless import call_with
 from hessfunc.kronecker.backpropagation_rules import reshaped, rule_of
 from hessfunc.kronecker.calls import ModelCall, full_name
@@ -184,10 +185,9 @@ def _traced(
     try:
         graph = _Tracer().trace(model, plain or None)
     except Exception as error:
-        reason = str(error).splitlines()[0]
         raise NotImplementedError(
-            f"{type(model).__name__} cannot be traced by torch.fx ({reason}): {_REGISTER}, or "
-            f"{EXACT_PRODUCTS}"
+            f"{type(model).__name__} cannot be traced by torch.fx ({first_line(error)}): "
+            f"{_REGISTER}, or {EXACT_PRODUCTS}"
         ) from error
     finally:
         # The tracer stores constant tensors as attributes of the module: remove them again.

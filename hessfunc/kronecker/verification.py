@@ -12,6 +12,7 @@ from torch import Tensor
 from hessfunc.kronecker.linear_maps import Inputs, OneHot
 from hessfunc.kronecker.observation import Observed, is_close
 from hessfunc.kronecker.uses import Order, Use, Uses
+from hessfunc.numerics import cosines
 
 UNORDERED = (
     "the rows of the outputs are not ordered by the examples along the first axis, or the model "
@@ -87,8 +88,7 @@ def _structure(observed: Observed) -> Any:
 def _found(observed: Observed, leaves: Mapping[str, Tensor]) -> dict[str, tuple[Order, ...] | str]:
     """Return the order of the rows of each call, or the reason why a use is not verified."""
     outputs, uses, examples = observed.outputs, observed.uses, observed.examples
-    along = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos()
-    along = along.to(outputs).view_as(outputs)
+    along = cosines(outputs)
     slopes = observed.gradients(uses.values(), along, [leaves[name] for name in uses])
     found: dict[str, tuple[Order, ...] | str] = {}
     for name in uses:
@@ -117,11 +117,8 @@ def _is_projection(uses: Uses, slopes: Mapping[int, Tensor], gradient: Tensor) -
     layout = uses.layout
     assert layout is not None
     groups, outputs, inputs = layout.sizes
-    u, v = (
-        torch.arange(1.0, groups * size + 1, device=gradient.device).mul(step).cos().to(gradient)
-        for size, step in ((outputs, 1.0), (inputs, 1.618))
-    )
-    u, v = u.view(groups, outputs), v.view(groups, inputs)
+    u = cosines(gradient.new_empty(groups, outputs))
+    v = cosines(gradient.new_empty(groups, inputs), step=1.618)
     own, x = uses.moments(slopes)
     terms = torch.einsum("bgop,go->bgp", own.to(gradient), u) * _along(x, v)
     weights = layout.permuted(gradient.reshape(1, -1))[0]

@@ -18,7 +18,7 @@ from hessfunc.autograd import (
     refuse_autocast,
     rereading,
 )
-from hessfunc.autograd.errors import unmapped
+from hessfunc.autograd.errors import first_line, unmapped
 from hessfunc.display import Report, Reported, reporting
 from hessfunc.losses import Loss
 from hessfunc.numerics import NARROW, wide_dtype
@@ -266,8 +266,8 @@ def _of_one(
         raise
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise ValueError(
-            f"the model cannot be evaluated on one example alone ({_line(error)}); the first axis "
-            "may not be an axis of examples (the nodes of a graph, for instance): use "
+            f"the model cannot be evaluated on one example alone ({first_line(error)}); the "
+            "first axis may not be an axis of examples (the nodes of a graph, for instance): use "
             "`hutchinson_diagonal(ggnvp(loss)(params, batch), params)`"
         ) from error
     total = [torch.zeros_like(leaf, dtype=values.dtype) for leaf in point]
@@ -283,11 +283,6 @@ def _of_one(
             for sums, gradient in zip(total, gradients, strict=True):
                 sums += value * gradient.to(value).square()
     return outputs.detach(), total
-
-
-def _line(error: Exception) -> str:
-    """Return the first line of the message of an error."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _outputs(loss: Loss, space: Space, point: Sequence[Tensor], batch: Any) -> Tensor:

@@ -24,6 +24,7 @@ from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.transformable import TRANSFORMABLE
 from hessfunc.containers import is_array, opened
 from hessfunc.spaces.of import space_of
+from hessfunc.transforms.evaluation import independent
 from hessfunc.trees import Matvec, Tree, flatten, leaves
 
 Rebuild: TypeAlias = Callable[[Sequence[Tensor]], Tree]
@@ -187,10 +188,7 @@ def refuse_untransformable(value: Tensor, /) -> None:
     if torch.compiler.is_compiling():
         return
     if not value.requires_grad:
-        raise ValueError(
-            "the loss does not depend on params: compute it from the params that it is given, not "
-            "from the module itself, and not under `torch.no_grad()` or after `.detach()`"
-        )
+        raise independent()
     for node in nodes_of([value]):
         if not isinstance(node, BackwardCFunction):
             continue

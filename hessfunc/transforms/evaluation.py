@@ -112,24 +112,43 @@ def requiring_gradients(leaves: Sequence[Tensor], batch: Any, /) -> list[Tensor]
     return [x for x in (*leaves, *tensors) if x.requires_grad]
 
 
-def gradient_of(value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool) -> list[Tensor]:
-    """Return the gradient of the value of a loss, with zeros for inputs that it does not use."""
+def gradient_of(
+    value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool, name: str = "params"
+) -> list[Tensor]:
+    """Return the gradient of the value of a loss, with zeros for inputs that it does not use.
+
+    Args:
+        value: Value of the loss.
+        inputs: Leaves of the graph.
+        create_graph: Whether the gradient carries its graph.
+        name: Name of the inputs for the message.
+
+    Raises:
+        ValueError: If the value depends on none of the inputs.
+    """
     gradient: Sequence[Tensor | None] = ()
     if value.requires_grad:
         gradient = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
-    return filled(gradient, inputs)
+    return filled(gradient, inputs, name)
 
 
-def filled(gradient: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+def filled(
+    gradient: Sequence[Tensor | None], inputs: Sequence[Tensor], name: str = "params"
+) -> list[Tensor]:
     """Return a gradient with None replaced by zeros, or raise if all of its leaves are None."""
     if all(g is None for g in gradient):
-        raise ValueError(
-            "the loss does not depend on params: compute it from the params that it is given, not "
-            "from the module itself, and not under `torch.no_grad()` or after `.detach()`"
-        )
+        raise independent(name)
     return [
         torch.zeros_like(leaf) if g is None else g for leaf, g in zip(inputs, gradient, strict=True)
     ]
+
+
+def independent(name: str = "params", /) -> ValueError:
+    """Return the error for a loss that does not depend on what it is differentiated by."""
+    return ValueError(
+        f"the loss does not depend on {name}: compute it from the {name} that it is given, not "
+        "from the module itself, and not under `torch.no_grad()` or after `.detach()`"
+    )
 
 
 def checked(value: Any, space: Space, point: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import rows_dtype
 from hessfunc.training_mode import several_batches
 from hessfunc.transforms.batches.examples import microbatches, rows_of
-from hessfunc.transforms.evaluation import scalar
+from hessfunc.transforms.evaluation import gradient_of, scalar
 from hessfunc.trees import Tree
 
 # Limit on the gradients of one pass; a larger pass no longer fits in the cache.
@@ -104,9 +104,4 @@ def _of_each(
 def _of_one(loss: LossFunction, tree: Any, point: Sequence[Tensor], batch: Any) -> list[Tensor]:
     inputs = [leaf.clone().requires_grad_() for leaf in point]
     value = scalar(loss(tree(inputs), batch))
-    if not value.requires_grad:
-        raise ValueError(
-            "the loss does not depend on params: compute it from its arguments, not under "
-            "`torch.no_grad()` or after `.detach()`"
-        )
-    return [g[None] for g in torch.autograd.grad(value, inputs, materialize_grads=True)]
+    return [g[None] for g in gradient_of(value, inputs, create_graph=False)]

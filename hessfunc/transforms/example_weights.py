@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hessfunc.autograd.errors import first_line
 from hessfunc.autograd.functorch import transforming
 from hessfunc.transforms.batches.examples import Rows, rows_of
 from hessfunc.transforms.criteria import (
@@ -82,9 +83,9 @@ def reduction_over_examples(
     try:
         alone = torch.stack([inner(*pair) for pair in _apart(rows, targets_rows)])
     except (ValueError, RuntimeError, IndexError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"the criterion could not be evaluated on a single example ({reason}); {advice}"
+            f"the criterion could not be evaluated on a single example ({first_line(error)}); "
+            f"{advice}"
         ) from error
     together = inner(outputs, targets)
     values: dict[Reduction, Tensor] = {"mean": alone.mean(), "sum": alone.sum()}

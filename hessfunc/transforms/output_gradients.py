@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hessfunc.autograd.constant_matrix import leaves_of_graph
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut
 from hessfunc.containers import leaf_paths, opened
+from hessfunc.numerics import cosines
 from hessfunc.transforms.criteria import function_and_options, without_wrappers
 from hessfunc.transforms.outputs import floating_part
 from hessfunc.trees import Tree
@@ -207,11 +208,8 @@ def _without_image(
     product: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor]
 ) -> list[int]:
     """Return the indices of leaves in which the product with a vector without zeros is zero."""
-    tangents = [
-        torch.arange(1.0, leaf.numel() + 1, device=leaf.device).cos().to(leaf).view_as(leaf)
-        for leaf in leaves
-    ]
-    return [i for i, part in enumerate(product(tangents)) if not bool(part.any())]
+    moved = product([cosines(leaf) for leaf in leaves])
+    return [i for i, part in enumerate(moved) if not bool(part.any())]
 
 
 def _is_curved(output: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.memory import AT_ONCE, refuse_unless_fits
+from hessfunc.numerics import cosines
 from hessfunc.transforms.criteria import Criterion, closed_form, with_targets
 from hessfunc.transforms.output_gradients import by_autodiff, warn_of_linear
 
@@ -81,9 +82,9 @@ def _refuse_if_coupled(
     products: Callable[[Tensor], Tensor], outputs: Tensor, blocks: Tensor
 ) -> None:
     """Raise unless the criterion's Hessian is block-diagonal with these blocks."""
-    tangent = torch.arange(1.0, outputs.numel() + 1, device=outputs.device).cos().to(outputs)
-    product = products(tangent.view(1, *outputs.shape))[0]
-    apart = torch.einsum("bij,bj->bi", blocks, tangent.view(len(outputs), -1))
+    tangent = cosines(outputs)
+    product = products(tangent[None])[0]
+    apart = torch.einsum("bij,bj->bi", blocks, tangent.reshape(len(outputs), -1))
     difference = (product.reshape_as(apart) - apart).abs().amax()
     if difference > torch.finfo(blocks.dtype).eps ** 0.5 * blocks.abs().sum(2).amax():
         raise ValueError(

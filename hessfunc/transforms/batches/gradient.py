@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hessfunc.autograd import differentiable_twice, explained, rereading
 from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.reductions import Average
-from hessfunc.transforms.evaluation import scalar
+from hessfunc.transforms.evaluation import gradient_of, scalar
 from hessfunc.trees import Tree
 
 
@@ -49,17 +48,9 @@ def mean_gradient(
             continue
         with rereading(batch), explained(space, batch), differentiable_twice(space.device):
             value = scalar(loss(space.tree(point), batch))
-            gradient: Sequence[Tensor | None] = [None]
-            if value.requires_grad:
-                gradient = torch.autograd.grad(value, point, allow_unused=True)
-        if all(part is None for part in gradient):
-            raise ValueError(
-                f"the loss does not depend on {name}: compute it from its arguments, not under "
-                "`torch.no_grad()` or after `.detach()`"
-            )
+            gradient = gradient_of(value, point, create_graph=False, name=name)
         for target, part in zip(total, gradient, strict=True):
-            if part is not None:
-                target.add_(part, alpha=counted)
+            target.add_(part, alpha=counted)
         mean += counted * float(value.detach())
         weights += counted
     if not weights:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.autograd import differentiable_twice
+from hessfunc.autograd.errors import first_line
 from hessfunc.autograd.functorch import transforming
 from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
@@ -48,8 +49,7 @@ def by_halves(
     try:
         whole, first, second = _values(loss, params, [batch, *microbatches(batch, half)])
     except (ValueError, RuntimeError, IndexError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warn_unknown(f"the loss of half a batch could not be evaluated ({reason})")
+        warn_unknown(f"the loss of half a batch could not be evaluated ({first_line(error)})")
         return "unknown"
     share = half / count
     is_mean = _is_close(whole, share * first + (1 - share) * second)
