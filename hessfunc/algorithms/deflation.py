@@ -200,12 +200,15 @@ class Deflation:
         curvature = float(column[-1])
         length, size = float(space.norms(out)), float(space.norms(image))
         largest = max(self.largest, size)
+        # T grows by the row and the column [Q q]'A q, which ends with a = q'Bq.
         core = torch.zeros(len(column), len(column), dtype=torch.float64, device="cpu")
         core[:-1, :-1], core[-1], core[:, -1] = self.core, column, column
         touched = space.gram(self.ends, row)
         removed = None
         if not self.of_diagonal:
             removed = self._removed(space, row, out, curvature, touched)
+        # The next projection is P - qq', and G loses q (q'G). The end of the chain of q vanishes,
+        # since q is its direction, and the product of q has the end `out`.
         ends = self.ends[others]
         if others:
             ends = ends - space.combine(touched[others], row)
@@ -213,14 +216,14 @@ class Deflation:
         if length > rounding(products_eps(space), largest):
             ends = torch.cat([ends, out])
             last, alive = [*last, len(self.basis)], [*alive, chain]
-        # B w decreases by (a q'w + out'w) q + (q'w) out, and A P w by (q'w) A q.
+        # B w decreases by (a q'w + out'w) q + (q'w) out, A P w by (q'w) A q, and P w by (q'w) q.
         pair = torch.cat([row, out])
         inside, outside = space.gram(self.probes, pair).unbind(1)
         decrease = torch.stack([curvature * inside + outside, inside], dim=1)
         self.images.addmm_(decrease.to(self.images), pair, alpha=-1)
         changed, by = (self.unprojected, image) if self.of_diagonal else (self.probes, row)
         changed.addmm_(inside[:, None].to(changed), by, alpha=-1)
-        # diag(A - B) increases by q * (a q + 2 out).
+        # diag(A - B) increases by q * (a q + 2 out), and diag(AQQ'A) by (A q) * (A q).
         twice = curvature * row + 2 * out
         grown = replace(
             self,
@@ -268,6 +271,8 @@ class Deflation:
 
     def weighted(self, space: Space, /) -> Deflation:
         """Return the state with the matrix M of its basis, and the forms of all probes."""
+        # G M G' needs only the rows and columns of M = T^-1 = X L^-1 X' at the last vectors of the
+        # chains, since all other columns of G are zero.
         values, vectors = torch.linalg.eigh(self.core)
         tolerance = rounding(products_eps(space), self.largest)
         weights = self.core.new_zeros(len(self.last), len(self.last))

@@ -326,7 +326,15 @@ def largest_share(share: Tensor, tail: float, scale: int, /) -> Tensor:
 
 
 def mean_square(centred: Tensor, weights: Tensor, n: int, /) -> tuple[float, int]:
-    """Return the mean square of values at nodes, and its degrees of freedom (Satterthwaite).
+    """Return the mean square of values at nodes, and its degrees of freedom.
+
+    A probe on the sphere has the squared coordinates chi2_1 / n on the eigenvectors. With the
+    values g_i at the eigenvalues, the mean over p probes is S = sum_i g_i^2 chi2_p,i / (n p), and
+    by Satterthwaite's formula it has
+
+        2 E(S)^2 / Var(S) = p n (mean g^2)^2 / mean g^4
+
+    degrees of freedom.
 
     Args:
         centred: Values minus their mean, ``(p, m)``.

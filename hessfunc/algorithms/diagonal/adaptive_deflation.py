@@ -148,6 +148,7 @@ class AdaptiveDiagonal(AdaptiveDeflation[DiagonalEstimate], DiagonalProbing[Defl
         rounding = rounding_of_sum(products_eps(space)) * (samples.exact.abs() + spread)
         spread = without_chance(space, spread, rounding, p)
         stderr = (spread / math.sqrt(p) + rounding) * self.widening
+        # diag(A^2) = diag(AQQ'A) + E (A P w) * (A P w), since E ww' = I and P^2 = P.
         squares = state.unprojected.to(samples.exact).square()
         rows = squared_row_norms(
             state.row_squares[0] + squares.mean(0), squares.std(0), p, space, cost

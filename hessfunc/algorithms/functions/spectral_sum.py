@@ -237,6 +237,7 @@ class SpectralSum(Method["_State", Estimate]):
         """Return the half-width to be reached, or the one that the budget permits."""
         if self.rtol is not None or self.atol is not None:
             return max((self.rtol or 0.0) * abs(estimate.value), self.atol or 0.0)
+        # The budget pays for so many probes, whose half-width falls like their number to the -1/2.
         probes = max(1.0, self.max_matvecs / steps)
         return _half(estimate) * math.sqrt(len(estimate.samples) / probes)
 
@@ -252,6 +253,7 @@ class SpectralSum(Method["_State", Estimate]):
         if not (high - low) / 2 <= _QUADRATURE * target:
             return False
         half = _half(estimate)
+        # The half-width of p probes is about half / p^1/2, and the quadrature has its own share.
         probes = (half / max((1 - _QUADRATURE) * target, torch.finfo(torch.float64).tiny)) ** 2
         whole = min(space.n, _most_steps(space)) == space.n <= self.max_matvecs
         return bool(state.done) or not (whole and probes * steps > space.n)
@@ -263,6 +265,7 @@ class SpectralSum(Method["_State", Estimate]):
         low, high = estimate.bounds or (estimate.value, estimate.value)
         left = self._target(estimate, steps) - (high - low) / 2
         have = len(state.complete)
+        # half(have) (have / p)^1/2 = left for p probes in all.
         needed = math.inf if left <= 0 else have * (_half(estimate) / left) ** 2 - have
         basis = steps * space.widest * rows_dtype(space).itemsize
         fits = available_to(space) // 4 // max(basis, 1)

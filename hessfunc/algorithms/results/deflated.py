@@ -44,6 +44,8 @@ def with_eigenvalues(
     def beside(known: Tensor, sampled: Tensor) -> Tensor:
         return torch.cat([known.expand(probes, k), sampled], dim=1).gather(1, order)
 
+    # tr f(A) / n is the sum of f(value) / n over V, and (n - k) / n times the mean over the
+    # complement, which the rules of the probes give with weights of sum 1.
     order = torch.cat([values.expand(probes, k), nodes], dim=1).argsort(dim=1, stable=True)
     return Nodes(
         nodes=beside(values, nodes),

@@ -54,6 +54,8 @@ def masses(rule: Rule, n: int, /) -> Tensor:
         return rule.weights
     known = simple(rule, n)
     others = torch.where(known, 0.0, rule.weights)
+    # The k known eigenvalues have the mass k / n together, and all others 1 - k / n. The probe has
+    # put the random mass `total` on the others, so that (1 - k / n) / total is the factor.
     left = 1 - known.sum(1, keepdim=True, dtype=rule.weights.dtype) / n
     total = others.sum(1, keepdim=True)
     scale = torch.where(total > 0, left / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)

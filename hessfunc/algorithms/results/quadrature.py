@@ -279,7 +279,8 @@ def _by_variation(rule: Rule, f: Function, gauss: Tensor, low: float, high: floa
 
     With the distribution function G of the rule, ``int f dF - int f dG = -int (F - G) df`` and
     ``-w_j <= F - G <= w_{j+1}`` between the nodes j and j + 1. Hence an increase of f there lowers
-    the integral by at most w_{j+1} and raises it by at most w_j times the increase.
+    the integral by at most w_{j+1} and raises it by at most w_j times the increase. A decrease has
+    the two weights exchanged.
     """
     probes = len(rule.nodes)
     ends = [torch.full((probes, 1), end, dtype=torch.float64, device="cpu") for end in (low, high)]

@@ -195,8 +195,9 @@ class AdaptiveTrace(AdaptiveDeflation[Estimate], TraceProbing[Deflation]):
             ((2 * variances / p).sqrt() + rounding) * self.widening,
             self.span.leaf_bounds(space),
         )
-        # |A|_F^2 = |AV|_F^2 + |VV'AP|_F^2 + |PAP|_F^2, and likewise with Q. B = PAP has the norm
-        # |B|_F^2 = |D|_F^2 + E(|Bu|^2 - |Du|^2) for D = B - S.
+        # |A|_F^2 = |AV|_F^2 + |VV'AP|_F^2 + |PAP|_F^2, where |VV'AP|_F is that of the residuals.
+        # Likewise, Q has |Q'AQ|_F^2 + 2 |PAQ|_F^2 = |T|_F^2 + 2 |G|_F^2. B = PAP has the norm
+        # |B|_F^2 = |D|_F^2 + E(|Bu|^2 - |Du|^2) for D = B - S = G M G'.
         inside = self.span.squares + float(self.span.residuals.square().sum())
         inside += float(state.core.square().sum() + 2 * state.ends_gram.trace())
         inside += forms.deflated
@@ -239,6 +240,7 @@ class _Forms:
     @classmethod
     def of(cls, space: Space, state: Deflation, span: Span) -> _Forms:
         dimension, leaves = space.n - len(span) - len(state.basis), len(space.names)
+        # All numbers are quadratic in u, so that d / |u|^2 moves u to the sphere of radius d^1/2.
         numbers = state.forms * (dimension / state.forms[:, -2:-1])
         # u'Bu, |Bu|^2, u'Su and |Su|^2 by leaf
         by_leaf = numbers[:, :-2].unflatten(1, (4, leaves)).unbind(1)
@@ -246,6 +248,7 @@ class _Forms:
         has_weights = bool(by_leaf[3].sum() < by_leaf[1].sum())
         exact, deflated, outside = span.parts + state.parts, 0.0, by_leaf[1].sum(1)
         if has_weights:
+            # |G M G'|_F^2 = tr (M G'G)^2
             weighted = state.weights @ state.ends_gram
             exact, deflated = exact + state.inner, float((weighted * weighted.mT).sum())
             outside = outside - numbers[:, -1]
