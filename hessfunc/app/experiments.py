@@ -22,19 +22,19 @@ class Experiment:
 
     Attributes:
         title: Title of the comparison.
-        dataset: Name of the data set in `hessfunc.app.tasks`.
         net: Name of the network in `hessfunc.app.tasks`.
         batch_size: Number of examples per step.
         epochs: Number of passes over the examples.
         methods: Methods by their names in tables.
+        dataset: Name of the data set in `hessfunc.app.tasks`.
     """
 
     title: str
-    dataset: str
     net: str
     batch_size: int
     epochs: int
     methods: Mapping[str, Method]
+    dataset: str = "cifar10"
 
     def settings(self) -> dict[str, Any]:
         """Return the experiment as plain data."""
@@ -102,7 +102,6 @@ def _exact(residual: str, lr: float, alpha: float) -> BlockNewton:
 EXPERIMENTS: dict[str, Experiment] = {
     "exp01": Experiment(
         title="Newton with averaged Hessian backpropagation beside SGD, on a deep perceptron",
-        dataset="cifar10",
         net="chen",
         batch_size=500,
         epochs=100,
@@ -115,7 +114,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "exp02": Experiment(
         title="Weights whose curvature is cut into blocks, on a deep perceptron",
-        dataset="cifar10",
         net="chen",
         batch_size=500,
         epochs=100,
@@ -126,7 +124,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "exp08": Experiment(
         title="Newton with the exact positive-curvature Hessian beside SGD, on a conv net",
-        dataset="cifar10",
         net="c4d3",
         batch_size=1000,
         epochs=20,
@@ -139,7 +136,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "exp09": Experiment(
         title="Newton with the exact positive-curvature Hessian beside SGD, on DeepOBS's 3c3d",
-        dataset="cifar10",
         net="c3d3",
         batch_size=500,
         epochs=20,

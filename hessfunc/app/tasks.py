@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hessfunc.app.problems import data
 from hessfunc.app.problems.nets import c1, c2, c3d3, c4d3, chen_mlp, digits_convnet, mlp
-from hessfunc.app.problems.resnet import blocks_of_depth, load_weights, resnet
+from hessfunc.app.problems.resnet import blocks_of_depth, resnet, with_weights
 from hessfunc.training.examples import Examples
 
 
@@ -90,32 +90,10 @@ def saved(dataset: str, name: str, path: Path, /) -> nn.Module:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file is not a checkpoint, or belongs to another network.
     """
-    make_model = net(dataset, name)
-    state = load_weights(
-        path, "checkpoint.pt of hessfunc train, or any file of torch.save with a state dict"
-    )
-    model = make_model()
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        difference = _difference(state, model.state_dict())
-        raise ValueError(
-            f"{path} does not contain the weights of a {name} for {dataset}: {difference}. Pass "
-            "--arch and --data of its training."
-        ) from error
-    return model
-
-
-def _difference(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Return the first differences between two state dicts."""
-    missing = [f"{name} is missing" for name in wanted if name not in state]
-    unexpected = [f"{name} is not expected" for name in state if name not in wanted]
-    others = [
-        f"{name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    return " and ".join(missing[:1] + unexpected[:1] or others[:1])
+    model = net(dataset, name)()
+    expected = "checkpoint.pt of hessfunc train, or any file of torch.save with a state dict"
+    network, remedy = f"{name} for {dataset}", "pass --arch and --data of its training"
+    return with_weights(model, path, network, remedy, expected)
 
 
 def examples(

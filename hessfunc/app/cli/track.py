@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -12,6 +11,12 @@ from hessfunc.app.cli.errors import fail, invocation
 from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
 from hessfunc.app.cli.ranks import refuse_several
 from hessfunc.app.terminal import Output
+
+# Options of the measurements, which `tracked` takes.
+_MEASURED = (
+    *("every", "top", "bottom", "trace_probes", "critical", "preconditioned"),
+    *("rtol", "max_matvecs", "seed"),
+)
 
 
 def track(
@@ -58,17 +63,7 @@ def track(
     from hessfunc.app.report.tracked import POINTS, RUN, as_table
     from hessfunc.app.tracked import Track, TrackedRun
 
-    measured: dict[str, Any] = {
-        "every": every,
-        "top": top,
-        "bottom": bottom,
-        "trace_probes": trace_probes,
-        "critical": critical,
-        "preconditioned": preconditioned,
-        "rtol": rtol,
-        "max_matvecs": max_matvecs,
-        "seed": seed,
-    }
+    measured = {name: context.params[name] for name in _MEASURED}
     settings = {"target": target, "curvature": curvature, **measured}
     run, status = TrackedRun(out, invocation(context), settings), "failed"
     train = function_of(target)

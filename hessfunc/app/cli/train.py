@@ -21,6 +21,7 @@ from hessfunc.app.terminal import Output
 if TYPE_CHECKING:
     from hessfunc.app import report
     from hessfunc.training.history import Run
+    from hessfunc.training.loop import Record
     from hessfunc.training.runs import Track
 
 
@@ -192,21 +193,19 @@ def _trained(given: Mapping[str, Any], more: list[str], folder: _Folder, lock: E
     with Bars(quiet=given["quiet"]) as progress:
         tick = bar(progress, f"{net} by {name}")
 
+        def show(record: Record) -> None:
+            finished = finished_fraction(record, given["epochs"], given["minutes"])
+            tick(finished, f"loss {record.loss:.4g}")
+
         def on_record(run: Run) -> None:
             folder.keep(run)
-            last = run.records[-1]
-            tick(
-                finished_fraction(last, given["epochs"], given["minutes"]), f"loss {last.loss:.4g}"
-            )
-            progress.say(line(last))
+            show(run.records[-1])
+            progress.say(line(run.records[-1]))
 
         def on_step(count: int) -> None:
             assert folder.running is not None
             last = folder.running.records[-1]
-            done = replace(last, epoch=int(last.epoch) + count / len(seen))
-            tick(
-                finished_fraction(done, given["epochs"], given["minutes"]), f"loss {last.loss:.4g}"
-            )
+            show(replace(last, epoch=int(last.epoch) + count / len(seen)))
 
         checkpoint = folder.path / "checkpoint.pt"
         trained = run(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 WEIGHTS_SOURCE = (
     "pretrained_models/resnet20-12fca82f.th of https://github.com/akamaster/pytorch_resnet_cifar10"
 )
+_EXPECTED = f"a file like {WEIGHTS_SOURCE}"
 
 
 class Block(nn.Module):
@@ -85,9 +86,7 @@ def blocks_of_depth(depth: int) -> int:
     return blocks
 
 
-def load_weights(
-    path: str | Path, expected: str = f"a file like {WEIGHTS_SOURCE}"
-) -> dict[str, Tensor]:
+def load_weights(path: str | Path, expected: str = _EXPECTED) -> dict[str, Tensor]:
     """Return the state dict of a checkpoint on the CPU, without the prefix of ``DataParallel``.
 
     Args:
@@ -108,3 +107,38 @@ def load_weights(
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint with a state dict") from error
+
+
+def with_weights(
+    model: nn.Module, path: Path, network: str, remedy: str, expected: str = _EXPECTED
+) -> nn.Module:
+    """Return a model with the weights of a checkpoint.
+
+    Args:
+        model: Network to which the weights belong.
+        path: Path to the checkpoint, as in `load_weights`.
+        network: Name of the network, for the error message.
+        remedy: Advice for a checkpoint of another network.
+        expected: Description of the expected file, as in `load_weights`.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a checkpoint, or belongs to another network.
+    """
+    state, wanted = load_weights(path, expected), model.state_dict()
+    try:
+        model.load_state_dict(state)
+        return model
+    except RuntimeError as error:
+        mismatch = error
+    missing = [f"{name} is missing" for name in wanted if name not in state]
+    unexpected = [f"{name} is not expected" for name in state if name not in wanted]
+    others = [
+        f"{name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    first = " and ".join(missing[:1] + unexpected[:1] or others[:1])
+    raise ValueError(
+        f"{path} does not contain the weights of a {network}: {first}; {remedy}"
+    ) from mismatch

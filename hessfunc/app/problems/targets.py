@@ -156,12 +156,8 @@ def cifar10(
                 f"{resnet.WEIGHTS_SOURCE}"
             )
         weights = root / "resnet20_cifar10" / "resnet20-12fca82f.th"
-    model = resnet.resnet(20).eval()
-    state = resnet.load_weights(weights)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{weights} does not contain the weights of a CIFAR ResNet-20") from error
+    expected = f"pass {resnet.WEIGHTS_SOURCE}"
+    model = resnet.with_weights(resnet.resnet(20), weights, "CIFAR ResNet-20", expected).eval()
     return model, F.cross_entropy, data.cifar10(images).batches(100)
 
 

@@ -20,6 +20,7 @@ from hessfunc.app.report import lines, tracked
 from hessfunc.app.report.html import command, document, marked, said, scrolled, section, table
 from hessfunc.app.report.meanings import RESIDUAL
 from hessfunc.app.report.rows import Number, Words, plain, rows
+from hessfunc.app.report.training import COLUMNS
 from hessfunc.app.report.training import figures as training_figures
 from hessfunc.tracking import Points
 from hessfunc.tracking import read as points_of
@@ -140,20 +141,14 @@ def _with_doubt(part: str, row: Any) -> Words:
 
 # Numbers of the last record of a training, with their labels and formats.
 _OF_TRAINING = (
-    ("loss", "loss", ".4f"),
-    ("accuracy", "accuracy", ".1%"),
-    ("test loss", "test_loss", ".4f"),
-    ("test accuracy", "test_accuracy", ".1%"),
-    ("dominant eigenvalue", "eigenvalue", ".4g"),
-    ("updates", "step", ","),
-    ("work in gradients", "gradients", ",.0f"),
-    ("time in steps, s", "seconds", ",.1f"),
+    *(column for column in COLUMNS if column[0] not in ("epoch", "ratio", "lr")),
+    ("seconds", "time in steps, s", ",.1f"),
 )
 
 
 def _of_trainings(runs: Sequence[Compared]) -> Iterator[tuple[str, list[Words]]]:
     ends = [run.content["runs"][0]["records"][-1] for run in runs]
-    for label, key, style in _OF_TRAINING:
+    for key, label, style in _OF_TRAINING:
         values = [end.get(key) for end in ends]
         if any(value is not None for value in values):
             yield label, [() if value is None else (Number(value, style),) for value in values]

@@ -26,7 +26,7 @@ from hessfunc.training.loop import Record
 # Statuses that fit in the badge; all others are sentences and are shown as ended early.
 _STATUSES = ("complete", "time is up", "interrupted", "running")
 # Attributes of a record, with column titles and number formats.
-_COLUMNS = (
+COLUMNS = (
     *(("epoch", "epoch", "g"), ("step", "updates", ","), ("loss", "loss", ".4f")),
     *(("accuracy", "accuracy", ".1%"), ("test_loss", "test loss", ".4f")),
     *(("test_accuracy", "test accuracy", ".1%"), ("eigenvalue", "dominant eigenvalue", ".4g")),
@@ -170,7 +170,7 @@ def _epochs(run: history.Run) -> str:
     """Return the table of all records, without empty columns."""
     known = [
         column
-        for column in _COLUMNS
+        for column in COLUMNS
         if any(getattr(record, column[0]) is not None for record in run.records)
     ]
     cells = [[_cell(record, name, style) for name, _, style in known] for record in run.records]

@@ -45,11 +45,11 @@ def test_eig_reads_plain_state_dicts_too() -> None:
         (["--resume", "text.pt"], "text.pt is not a checkpoint"),
         (
             ["--resume", "mlp.pt", "--arch", "c1", "--data", "digits"],
-            "of a c1 for digits: 0.weight is missing and 1.weight is not expected. Pass --arch",
+            "of a c1 for digits: 0.weight is missing and 1.weight is not expected; pass --arch",
         ),
         (
             ["--resume", "wide.pt"],
-            "1.weight has shape (9, 64), not (32, 64). Pass --arch and --data of its training.",
+            "1.weight has shape (9, 64), not (32, 64); pass --arch and --data of its training",
         ),
         (
             ["--resume", "mlp.pt", "--arch", "c9"],
@@ -57,7 +57,7 @@ def test_eig_reads_plain_state_dicts_too() -> None:
         ),
         (
             ["--resume", "other.pt", "--arch", "c1"],
-            "is missing. Pass --arch and --data of its training.",
+            "is missing; pass --arch and --data of its training",
         ),
         (["--resume", "mlp.pt", "--data-path", "x"], "requires --data mnist or --data cifar10"),
         (["--resume", "mlp.pt", "--k", "9999"], "--k 9999: the matrix has 2410 eigenvalues"),
