@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ from hessfunc.modules import functional
 from hessfunc.options import validated
 from hessfunc.trees import Tree
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from hessfunc.sharding.parts import Choice
+
 
 @validated
 def language_model_loss(
@@ -27,6 +32,8 @@ def language_model_loss(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     recompute: str | None = None,
+    mesh: DeviceMesh | None = None,
+    shard: Choice | None = None,
     rows_per_chunk: int | None = None,
 ) -> tuple[LinearHeadLoss, dict[str, Tensor]]:
     """Return the loss of a language model of Hugging Face without whole logits, and its parameters.
@@ -55,6 +62,9 @@ def language_model_loss(
         dtype: Dtype in which the model is evaluated up to the head, as in `functional`.
         device: Device on which the model is evaluated, as in `functional`.
         recompute: Glob over the names of modules to recompute, as in `functional`.
+        mesh: Mesh of ranks that divide the parameters and the rows of a batch, as in `functional`.
+            The head is outside of the blocks, and replicated while a graph is kept.
+        shard: Blocks of a model on a mesh, as in `functional`.
         rows_per_chunk: Number of tokens whose logits exist at once; None for at most 2^22 logits.
 
     Raises:
@@ -65,13 +75,29 @@ def language_model_loss(
 
     Cost: six evaluations of the model on eight tokens.
     """
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise NotImplementedError(
+            f"the parameters of {type(model).__name__} are DTensors: pass the plain model on each "
+            "rank, and `mesh=mesh`"
+        )
     shifted = _verified_shift(model, shift, device)
     trunk = _without_head(model)
     if recompute is not None:
-        _refuse_recomputed_head(trunk, recompute)
+        _refuse_head_in(trunk, segments_of(trunk, recompute), f"recompute={recompute!r}")
     trunk_fn, params = functional(
-        trunk, trainable_only=trainable_only, dtype=dtype, device=device, recompute=recompute
+        trunk,
+        trainable_only=trainable_only,
+        dtype=dtype,
+        device=device,
+        recompute=recompute,
+        mesh=mesh,
+        shard=shard,
     )
+    if mesh is not None:
+        parts = trunk_fn.parts  # type: ignore[attr-defined]
+        _refuse_head_in(trunk, parts.blocks, f"shard={shard!r}")
+        # Each rank has its shards, so that the whole model can be freed.
+        model = parts.skeleton
     return _loss_of(model, trunk_fn, shifted=shifted, rows_per_chunk=rows_per_chunk), params
 
 
@@ -120,12 +146,13 @@ def _unreplaced(model: nn.Module) -> Callable[[], None]:
     return refuse_if_replaced
 
 
-def _refuse_recomputed_head(trunk: nn.Module, recompute: str) -> None:
-    for name in segments_of(trunk, recompute):
+def _refuse_head_in(trunk: nn.Module, names: Iterable[str], choice: str) -> None:
+    """Raise if one of the modules of a choice has the output embedding."""
+    for name in names:
         if any(isinstance(module, _Head) for module in trunk.get_submodule(name).modules()):
             raise ValueError(
-                f"recompute={recompute!r} chooses {name!r}, which has the output embedding: choose "
-                "layers, such as 'model.layers.*'"
+                f"{choice} chooses {name!r}, which has the output embedding: choose layers, such "
+                "as 'model.layers.*'"
             )
 
 

@@ -232,6 +232,8 @@ CALLS: dict[str, Call] = {
             "dtype": torch.float32,
             "device": "cpu",
             "recompute": "embedding",
+            "mesh": None,
+            "shard": None,
             "rows_per_chunk": 2,
         },
     ),

@@ -168,6 +168,22 @@ def joined(ranks: Ranks, lengths: Sequence[int], rows: Tensor, /) -> Tensor:
     return _of(_Linear(join, own), [rows])[0]
 
 
+def counted_once(ranks: Ranks, tensor: Tensor, /) -> Tensor:
+    """Return a tensor that is equal on every rank, such as a gathered weight, as a joined one.
+
+    All ranks must compute the same function of the result, as with `joined`. The pullback
+    therefore divides a cotangent, which is the same on every rank, among ranks that sum it.
+    """
+
+    def same(tensors: Sequence[Tensor], leading: int) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    def divided(tensors: Sequence[Tensor], leading: int) -> tuple[Tensor, ...]:
+        return tuple(x / ranks.size for x in tensors)
+
+    return _of(_Linear(same, divided), [tensor])[0]
+
+
 _OnTensors: TypeAlias = Callable[[Sequence[Tensor], int], tuple[Tensor, ...]]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hessfunc.autograd.collectives import joined
+from hessfunc.autograd.collectives import counted_once, joined
 from hessfunc.autograd.functorch import transforming
 from hessfunc.autograd.overrides import current
 from hessfunc.autograd.streams import Streams
@@ -72,7 +72,8 @@ def model_in(outputs: Callable[[Tree, Any], Any], batch: Any, /) -> ShardedModel
 class ShardedModel:
     """Pure function ``(params, inputs) -> outputs`` of a model with divided parameters.
 
-    Each rank evaluates its own rows of the inputs, and the rows of the outputs are joined.
+    Each rank evaluates its own rows of the inputs, and the rows of the outputs are joined. Outputs
+    that are parameters, such as the weight of a head, are returned whole.
 
     Attributes:
         evaluate: Function of the whole parameters outside of blocks, and of inputs.
@@ -93,16 +94,20 @@ class ShardedModel:
         ranks, given = self.parts.ranks, (inputs, named_inputs)
         shards = self._shards_of(params)
         self.refuse_different(given)
-        self.refuse_coupled(
-            self.evaluate, lambda given: self.of_rank(shards, *given[0], **given[1]), given
-        )
+
+        def of_rows(given: Any) -> list[Tensor]:
+            outputs, wholes = self._evaluated(shards, *given)
+            return [leaf for leaf in _tensors(outputs) if not _is_one_of(leaf, wholes)]
+
+        self.refuse_coupled(self.evaluate, of_rows, given)
         rows = self.rows(given)
         own = rows[ranks.rank]
-        of_rank, named_of_rank = rows_of(given, own)
-        outputs = self.of_rank(shards, *of_rank, **named_of_rank)
+        outputs, wholes = self._evaluated(shards, *rows_of(given, own))
         lengths = [len(of_rank) for of_rank in rows]
 
         def join(leaf: Tensor) -> Tensor:
+            if _is_one_of(leaf, wholes):
+                return counted_once(ranks, leaf)
             if leaf.dim() == 0 or len(leaf) != max(1, len(own)):
                 raise ValueError(
                     f"an output of the model has shape {tuple(leaf.shape)} for {max(1, len(own))} "
@@ -176,6 +181,12 @@ class ShardedModel:
 
     def of_rank(self, shards: Mapping[str, Tensor], /, *inputs: Any, **named_inputs: Any) -> Any:
         """Return the outputs of this rank's rows, given its shards of the parameters."""
+        return self._evaluated(shards, inputs, named_inputs)[0]
+
+    def _evaluated(
+        self, shards: Mapping[str, Tensor], inputs: Sequence[Any], named_inputs: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[Tensor]]:
+        """Return the outputs of some rows, and the parameters outside of blocks."""
         parts = self.parts
         fixed = {n: x for n, x in parts.own.items() if n not in shards}
         note_read(fixed.items())
@@ -187,7 +198,11 @@ class ShardedModel:
         others = {n: x for n, x in outside.items() if n not in parts.params}
         with evaluating(every), _without_draws(parts.ranks):
             wholes = parts.gathered(trained) | parts.gathered(others)
-            return self.evaluate(wholes, *inputs, **named_inputs)
+            return self.evaluate(wholes, *inputs, **named_inputs), list(wholes.values())
+
+
+def _is_one_of(leaf: Tensor, tensors: Sequence[Tensor]) -> bool:
+    return any(leaf is x for x in tensors)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -10,12 +10,13 @@ sum the parts. Neither the outputs nor the criterion exist for all rows on one r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from hessfunc.linear_head import LinearHeadLoss
 from hessfunc.losses import Loss, LossFunction
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
@@ -73,7 +74,10 @@ def part_of(loss: LossFunction, params: Tree, batch: Any, /, *, by_rows: bool = 
 
 
 def _of_rank(loss: LossFunction, params: Tree, batch: Any, space: Space) -> Part | None:
-    if type(loss) is not Loss or (reduction := declared_reduction(loss.criterion)) is None:
+    if type(loss) not in (Loss, LinearHeadLoss):
+        return None
+    assert isinstance(loss, Loss)
+    if (reduction := declared_reduction(loss.criterion)) is None:
         return None
     # The imports of torch.distributed are slow, and a tree of DTensors has already done them.
     from hessfunc.sharding.model import Shards, model_in, rows_of
@@ -92,14 +96,18 @@ def _of_rank(loss: LossFunction, params: Tree, batch: Any, space: Space) -> Part
     own = ranks[model.parts.ranks.rank]
     share = 1.0 if reduction == "sum" else terms[model.parts.ranks.rank] / math.fsum(terms)
 
-    def outputs(shards: Mapping[str, Tensor], rows: Any) -> Any:
-        return loss.outputs(Shards(shards), rows)
-
     shards = ShardSpace.of(space)
     point = shards.tree([leaf.detach() for leaf in shards.tree_leaves(params)])
-    model.refuse_coupled(loss.outputs, lambda rows: outputs(point, rows), batch)
+
+    def rows_of_outputs(rows: Any) -> Any:
+        if isinstance(loss, LinearHeadLoss):
+            # Logits are never whole, and the head is not an output of rows.
+            return loss.states(Shards(point), rows)[0]
+        return loss.outputs(Shards(point), rows)
+
+    model.refuse_coupled(loss.outputs, rows_of_outputs, batch)
     return Part(
-        Loss(outputs, loss.criterion),
+        loss.of(Shards),
         shards,
         lambda batch: rows_of(batch, own),
         share,

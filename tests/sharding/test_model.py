@@ -18,9 +18,10 @@ from torch.nn import functional as F
 import hessfunc as hf
 from hessfunc import ranks
 from hessfunc.trees import tree_map
+from tests.app.problems.language_models import gpt2
 from tests.distributed import modules, problems
 from tests.distributed.ranks import Ranks
-from tests.sharding.models import INPUTS, LABELS, MODELS, batch, calls, loss_of, mlp
+from tests.sharding.models import INPUTS, LABELS, MODELS, batch, calls, loss_of, made, mlp
 
 CURVATURES = {
     "hvp": hf.hvp,
@@ -157,6 +158,35 @@ def test_models_in_16_bits_compute_in_float32(how: str, two: Ranks) -> None:
         assert torch.bfloat16 in sent
 
 
+def text(examples: int) -> dict[str, Tensor]:
+    ids = torch.arange(examples * 6).view(-1, 6) * 7 % 50
+    # The ranks have different numbers of labels.
+    return {"input_ids": ids, "labels": ids.where(torch.arange(examples)[:, None] < 2, -100)}
+
+
+def language_model() -> nn.Module:
+    return made(lambda: gpt2(50))
+
+
+def language_model_differs_by(curvature: str, examples: int) -> float:
+    of, batch = CURVATURES[curvature], text(examples)
+    loss, params = hf.language_model_loss(language_model())
+    block = modules.random_block(params, 2)
+    wanted, value = of(loss)(params, batch)(block), loss(params, batch)
+    loss, params = hf.language_model_loss(language_model(), mesh=problems.mesh(2))
+    block = modules.random_block(params, 2)
+    found = of(loss)(params, batch)(block)
+    return max(modules.error(found, wanted), abs(float(loss(params, batch) / value - 1)))
+
+
+# A single example is not divided: the hidden states of all rows are joined.
+@pytest.mark.parametrize("examples", [1, 3])
+@pytest.mark.parametrize("curvature", ["hvp", "ggnvp", "sampled fvp", "efvp"])
+def test_language_models_without_logits(curvature: str, examples: int, two: Ranks) -> None:
+    pytest.importorskip("transformers")
+    assert max(two.run(language_model_differs_by, curvature, examples)) < 1e-10
+
+
 def unequal_batches() -> None:
     calls(mlp(), INPUTS + dist.get_rank())
 
@@ -216,7 +246,24 @@ def batches_on_the_mesh_of_the_parameters() -> None:
 
 _COUPLED = "ValueError: the outputs of one example depend on other examples of the batch"
 
+
+def language_model_of_fully_shard() -> None:
+    hf.language_model_loss(fully_shard(language_model(), mesh=problems.mesh(2)))
+
+
+def head_in_a_block() -> None:
+    hf.language_model_loss(language_model(), mesh=problems.mesh(2), shard="lm_head")
+
+
 REFUSED: dict[str, tuple[Callable[[], None], str]] = {
+    "language model of fully_shard": (
+        language_model_of_fully_shard,
+        "NotImplementedError: the parameters of FSDPGPT2LMHeadModel are DTensors",
+    ),
+    "head in a block": (
+        head_in_a_block,
+        "ValueError: shard='lm_head' chooses 'lm_head', which has the output embedding",
+    ),
     "dropout": (
         lambda: calls(nn.Sequential(nn.Linear(5, 5), nn.Dropout())),
         "ValueError: the model draws random numbers, such as masks of dropout",

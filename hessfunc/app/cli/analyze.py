@@ -20,6 +20,7 @@ from hessfunc.app.terminal import Output
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
     from hessfunc.app.problems.targets import Problem
     from hessfunc.app.report import Subject
@@ -114,10 +115,14 @@ def analyze(
 
             on_all(mesh, begin)
 
-            def call() -> Any:
-                return _returned(context.params, torch_device, torch_dtype, progress)
+            divided = None if shard is None else mesh
 
-            returned = on_all(mesh, call)
+            def call() -> Any:
+                return _returned(context.params, torch_device, torch_dtype, divided, progress)
+
+            # A sharded model communicates by itself when it is made and evaluated.
+            at_once = on_all if shard is None else lambda _, act: act()
+            returned = (at_once if is_text else on_all)(mesh, call)
 
             def make() -> Problem:
                 kind = target.partition(":")[0]
@@ -128,12 +133,10 @@ def analyze(
                     dtype=torch_dtype,
                     count=_EXAMPLES.get(kind) if examples is None else examples,
                     batch_size=_SEQUENCES if is_text and batch_size is None else batch_size,
-                    mesh=None if shard is None else mesh,
+                    mesh=None if is_text else divided,
                     shard=None if shard is None else shard.split(","),
                 )
 
-            # A sharded model communicates by itself when it is made and evaluated.
-            at_once = on_all if shard is None else lambda _, act: act()
             problem = at_once(mesh, make)
             folder.subject = at_once(mesh, lambda: _subject(target, curvature, problem, progress))
             if folder.subject.batches > 1:
@@ -197,6 +200,7 @@ def _returned(
     given: Mapping[str, Any],
     device: torch.device | None,
     dtype: torch.dtype | None,
+    mesh: DeviceMesh | None,
     progress: Bars,
 ) -> Any:
     """Return the model, criterion and loader of a target, or its loss, params and batches."""
@@ -222,6 +226,8 @@ def _returned(
                 sequence=given["sequence"],
                 device=device,
                 dtype=dtype,
+                mesh=mesh,
+                shard=None if mesh is None else given["shard"].split(","),
                 seed=seed,
             )
         case _:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from hessfunc.app.plan import Transformer
 from hessfunc.app.problems.targets import TargetError
 from hessfunc.language_models import language_model_loss
 from hessfunc.losses import Loss
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Tokens of a sequence where the model allows them, and share of masked tokens (Devlin et al. 2019).
 _TOKENS, _MASKED = 256, 0.15
@@ -33,6 +36,8 @@ def language_model(
     sequence: int | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    mesh: DeviceMesh | None = None,
+    shard: Sequence[str] | None = None,
     seed: int = 0,
 ) -> tuple[Loss, dict[str, Tensor], list[dict[str, Tensor]]]:
     """Return the loss of a causal or masked language model, its parameters, and a text as a batch.
@@ -47,6 +52,8 @@ def language_model(
         sequence: Tokens per sequence; None for 256, or the context of the model if it is shorter.
         device: Device of the model; None for the CPU.
         dtype: Dtype of the parameters; None for float32.
+        mesh: Mesh of ranks that divide the parameters; None to divide none.
+        shard: Globs over the blocks of a divided model, as in `functional`.
         seed: Seed of the masked positions.
 
     Raises:
@@ -63,7 +70,8 @@ def language_model(
     model = _loaded(folder, config).to(device=device, dtype=dtype)
     is_masked = type(model).__name__.endswith("ForMaskedLM")
     batch = _masked(folder, rows, encoding, seed) if is_masked else {"labels": rows}
-    return *language_model_loss(model), [{"input_ids": rows, **batch}]
+    loss, params = language_model_loss(model, mesh=mesh, shard=shard)
+    return loss, params, [{"input_ids": rows, **batch}]
 
 
 def config_of(folder: Path, /) -> Any:

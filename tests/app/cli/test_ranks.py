@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.app.cli.commands import analyze, invoke
+from tests.app.problems.language_models import gpt2, saved
 
 ROOT = Path(__file__).parents[3]
 
@@ -90,6 +91,20 @@ def test_analyze_divides_the_model_too(mine: Path, monkeypatch: pytest.MonkeyPat
     one, two = numbers(mine / "whole"), numbers(mine / "hessfunc-out")
     assert two.keys() == one.keys()
     _compare(one, two)
+
+
+@pytest.mark.slow
+def test_analyze_divides_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = f"hf:{saved(tmp_path, gpt2())}", "--text", str(tmp_path / "text.txt")
+    words = ["--sequence", "9", "--examples", "5", "--batch-size", "3", "--dtype", "float64"]
+    words += ["--curvature", "ggn", "--only", "eigenvalues,density"]
+    alone = analyze(*target, *words, *OPTIONS, "--out", "whole")
+    both = on_two_ranks(
+        "analyze", *target, *words, *OPTIONS, "--shard", "transformer.h.*", cwd=tmp_path
+    )
+    assert (alone.exit_code, both.returncode) == (0, 0), both.stderr
+    _compare(numbers(tmp_path / "whole"), numbers(tmp_path / "hessfunc-out"))
 
 
 def test_a_model_is_divided_under_torchrun_only(
