@@ -110,7 +110,9 @@ def tracked(
     if beyond is not None:
         _name_beyond(ax, name, beyond, colour)
     ax.set(xlabel="step", ylabel=_NAMES[quantity])
-    legend(ax)
+    # Lines of several runs fill the Axes, so that the legend goes above them.
+    outside: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3}
+    legend(ax, **(outside if own else {}))
     return ax
 
 
