@@ -28,3 +28,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], /) -> None:
 def write_bytes(path: Path, data: bytes, /) -> None:
     """Write a file of these bytes atomically."""
     write_whole(path, lambda file: file.write(data))
+
+
+def write_text(path: Path, text: str, /) -> None:
+    """Write a file of this text atomically, in UTF-8 whatever the locale."""
+    # Python escapes the bytes of a path that are no text in the locale; they are written as is.
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))

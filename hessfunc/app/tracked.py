@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hessfunc.algorithms.results.result import versions
 from hessfunc.app.report.content import Invocation
 from hessfunc.app.report.tracked import POINTS, RUN, picture, tracking
-from hessfunc.files import write_bytes
+from hessfunc.files import write_bytes, write_text
 from hessfunc.tracking import Points, Tracker, read, tracked
 from hessfunc.training.history import refuse_other_settings
 
@@ -108,7 +108,7 @@ class TrackedRun:
             drawn = picture(self.points)
             write_bytes(self.folder / "tracked.png", drawn)
             page = tracking(self.points, self.content, drawn)
-            write_bytes(self.folder / "report.html", page.encode())
+            write_text(self.folder / "report.html", page)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -122,4 +122,4 @@ class TrackedRun:
 
     def _write(self) -> None:
         text = json.dumps(self.content, indent=1, allow_nan=False) + "\n"
-        write_bytes(self.folder / RUN, text.encode())
+        write_text(self.folder / RUN, text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hessfunc.algorithms.results.result import versions
-from hessfunc.files import write_bytes
+from hessfunc.files import write_text
 from hessfunc.training.loop import Record
 
 
@@ -48,7 +48,7 @@ def content(settings: Mapping[str, Any], runs: Sequence[Run], /) -> dict[str, An
 def write(path: Path, settings: Mapping[str, Any], runs: Sequence[Run], /) -> None:
     """Write trainings and their common settings to a file."""
     text = json.dumps(content(settings, runs), indent=1, allow_nan=False) + "\n"
-    write_bytes(path, text.encode())
+    write_text(path, text)
 
 
 def read(path: Path, settings: Mapping[str, Any], /) -> list[Run]:
@@ -60,7 +60,7 @@ def read(path: Path, settings: Mapping[str, Any], /) -> list[Run]:
     if not path.exists():
         return []
     try:
-        plain = json.loads(path.read_text())
+        plain = json.loads(path.read_bytes())
         stored, runs = plain["settings"], [run_of(run) for run in plain["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or pass another --out") from None

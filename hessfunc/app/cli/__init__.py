@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 try:
@@ -36,6 +38,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command ``hessfunc``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a terminal cannot show, as a letter of a path, is shown by its code.
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

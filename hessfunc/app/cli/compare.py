@@ -19,14 +19,14 @@ def compare(
     `track` has written.
     """
     from hessfunc.app.report import comparison
-    from hessfunc.files import write_bytes
+    from hessfunc.files import write_text
 
     runs = comparison.read([first, second])
     if out.exists() and b"hessfunc" not in out.read_bytes()[:4096]:
         raise ValueError(f"--out {out} is a file of another program: choose another name")
-    page = comparison.comparison(runs).encode()
+    page = comparison.comparison(runs)
     try:
-        write_bytes(out, page)
+        write_text(out, page)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be used: {error.strerror}") from error
     parts = (comparison.as_table(runs), f"{out} shows the figures of both")

@@ -48,6 +48,7 @@ def experiment(
     from hessfunc.app import tasks
     from hessfunc.app.experiments import EXPERIMENTS, compared
     from hessfunc.app.table import markdown, table
+    from hessfunc.files import write_text
     from hessfunc.plot.trainings import draw
     from hessfunc.training import history
 
@@ -92,7 +93,7 @@ def experiment(
             ):
                 runs.append(run)
                 history.write(out / "results.json", settings, runs)
-                (out / "results.md").write_text(f"{chosen.title}\n\n{markdown(runs)}")
+                write_text(out / "results.md", f"{chosen.title}\n\n{markdown(runs)}")
                 draw(out / "curves.png", runs)
                 progress.say(f"{run.method}, seed {run.seed}: {line(run.records[-1])}; {run.ended}")
         except KeyboardInterrupt:

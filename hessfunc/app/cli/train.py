@@ -122,14 +122,14 @@ class _Folder:
     def finish(self, run: Run) -> None:
         """Write the records, the figure and the report."""
         from hessfunc.app import report
-        from hessfunc.files import write_bytes
+        from hessfunc.files import write_text
         from hessfunc.plot.trainings import draw
 
         self.keep(run)
         draw(self.path / "history.png", [run], batch_size=self.batch_size)
         picture = (self.path / "history.png").read_bytes()
         page = report.training(run, self.settings, self.started, picture)
-        write_bytes(self.path / "report.html", page.encode())
+        write_text(self.path / "report.html", page)
 
     def finish_interrupted(self) -> None:
         """Write what an interrupted training has finished."""

@@ -16,7 +16,7 @@ from hessfunc.algorithms.results.landscape import Landscape
 from hessfunc.app.report.content import NAMES, Invocation, Part, Subject, as_text, content
 from hessfunc.app.report.html import png
 from hessfunc.app.report.sections import page
-from hessfunc.files import write_bytes
+from hessfunc.files import write_bytes, write_text
 
 _RESULTS = "results.json"
 
@@ -98,8 +98,8 @@ class Folder:
 
     def _write(self) -> None:
         data = self.content
-        write_bytes(self.path / _RESULTS, as_text(data).encode())
-        write_bytes(self.path / _REPORT, page(data, self.pictures).encode())
+        write_text(self.path / _RESULTS, as_text(data))
+        write_text(self.path / _REPORT, page(data, self.pictures))
 
 
 def _written_by_analysis(results: Path) -> tuple[str, ...]:

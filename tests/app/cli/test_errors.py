@@ -1,10 +1,13 @@
 """Mistakes and failures, each on one line."""
 
+import io
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from hessfunc.app import cli
 from tests.app.cli.commands import analyze, assert_refused, invoke
 
 
@@ -41,3 +44,11 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("hessfunc.app.cli.plan"), "judged", interrupted)
     stopped = invoke("plan", "--params", "7B")
     assert (stopped.exit_code, stopped.stderr) == (130, "hessfunc: interrupted\n")
+
+
+def test_what_a_terminal_cannot_show_is_shown_by_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(cli, "app", lambda: print("in é", flush=True))
+    cli.main()
+    assert written.getvalue() == b"in \\xe9\n"
