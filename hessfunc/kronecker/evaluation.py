@@ -242,33 +242,13 @@ class Evaluation:
         left, right = keys
         if (source := (uses.source, self.forms[name].bias is None)) not in known:
             with torch.no_grad():
-                total, count = self._input_moments(name, uses)
+                inputs = self._with_ones(name, uses.inputs())
+                total, count = summed_input_moments(inputs, self.sharing)
                 known[source] = total.to(self.leaves[name]), count
         summed[right] = total, _ = known[source]
-
-        def of_slopes(slopes: Mapping[int, Tensor]) -> Tensor:
-            # Lookups, whose A is a diagonal (G, K), are always expanded.
-            if self.sharing == "reduce" and total.dim() == 3:
-                return outer_moments(uses.slopes(slopes), "reduce")
-            first, *others = (outer_moments(rows, "expand") for rows in uses.slope_rows(slopes))
-            return sum(others, first)
-
-        tasks.setdefault(left, (uses, of_slopes))
-
-    def _input_moments(self, name: str, uses: Uses) -> tuple[Tensor, float]:
-        """Return the factor A of uses times the number of its terms, and this number."""
-        if self.sharing == "reduce":
-            return summed_input_moments(self._with_ones(name, uses.inputs()), "reduce")
-        parts, terms = [], 0
-        # The sum over all positions needs no order of the rows by example.
-        for inputs, shared in uses.input_rows():
-            if not isinstance(inputs, Tensor):
-                return summed_input_moments(self._with_ones(name, uses.inputs()), "expand")
-            part, count = summed_input_moments(self._with_ones(name, inputs), "expand")
-            parts.append(part if shared == 1 else shared * part)
-            terms += shared * count
-        first, *others = parts
-        return sum(others, first), terms
+        # Lookups, whose A is a diagonal (G, K), are always expanded.
+        sharing = self.sharing if total.dim() == 3 else "expand"
+        tasks.setdefault(left, (uses, lambda slopes: outer_moments(uses.slopes(slopes), sharing)))
 
     def _task(self, name: str, moments: Callable[[Tensor, Inputs], Tensor]) -> _Task:
         """Return the task of a function of the gradients at the outputs and of the inputs."""

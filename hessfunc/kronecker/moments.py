@@ -16,8 +16,8 @@ from torch import Tensor
 from hessfunc.kronecker.linear_maps import Inputs, OneHot
 from hessfunc.memory import AT_ONCE, refuse_unless_fits
 
-# Number of rows of a symmetric matrix that are computed at once: with fewer, products are slower.
-_ROWS = 192
+# Number of rows of a symmetric matrix that are computed at once.
+_ROWS = 96
 
 Sharing: TypeAlias = Literal["expand", "reduce"]
 

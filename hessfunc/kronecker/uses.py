@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -109,25 +109,6 @@ class Uses:
         return _joined(
             [call.by_example(call.map.slopes(slope), self.examples) for call, slope in pairs]
         )
-
-    def slope_rows(self, gradients: Mapping[int, Tensor]) -> Iterator[Tensor]:
-        """Yield the gradients at the outputs of each call, ``(N, G, O, P)``, not by example."""
-        for call in self.calls:
-            yield call.map.slopes(gradients[id(call.output)])
-
-    def input_rows(self) -> Iterator[tuple[Inputs, int]]:
-        """Yield the inputs X of each call, not by example, and the number of rows that share them.
-
-        They are ``(N, G, K, P)`` for N rows of the output, ``(1, G, K, P)`` that all N share, or
-        unit vectors.
-        """
-        for call in self.calls:
-            if isinstance(inputs := call.map.inputs(), OneHot):
-                yield inputs, 1
-                continue
-            slopes = call.map.slopes(call.output.detach())
-            vectors = inputs.to(slopes).expand(-1, -1, -1, slopes.shape[-1])
-            yield vectors, len(slopes) // len(vectors)
 
     def inputs(self) -> Inputs:
         """Return the inputs X at all positions, ``(B, G, K, P)``; B is 1 if examples share them."""
