@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-
 # Any two colours differ by at least 25 in CIELAB, also under protanopia, deuteranopia and
 # tritanopia.
 PALETTE = ("#1f4e79", "#c8553d", "#5aa9c4", "#e3b34c", "#471e28")
@@ -24,27 +23,20 @@ DARK_PALETTE = ("#7fb8e8", "#f08a6c", "#eff7c9", "#895de5", "#d8b828")
 
 FIRST, SECOND, *_ = PALETTE
 
-
 # Notes, ticks and lines of zero: a contrast of at least 4 with white and with a dark page.
 QUIET = "#70767f"
 
-
 FAINT = "#e4e6e9"
 
-
 WHITE = "#ffffff"
-
 
 # From dark to light, so that the order of values is visible without colour.
 _SHADES = ("#0f2b46", "#1f4e79", "#4a86ae", "#8fc0c9", "#cfe0cf", "#f6efd9")
 
-
 DASHED = (0, (5, 4))
-
 
 # In inches: 10 points are 10 pixels of a figure that is 390 pixels wide, as on a phone.
 SIZE = (5.4, 3.5)
-
 
 # Number of points below which the points of a line are marked.
 _FEW = 30

@@ -29,20 +29,16 @@ from hessfunc.trees import Tree, leaves
 # Candidate numbers of points in one pass of vmap, in descending order; 1 is a loop.
 _SIZES = (64, 16, 4, 1)
 
-
 # Largest average number of entries that an operation may write for all points of a pass. Beyond
 # it, vmap only moves the arithmetic of small operations out of the caches. Over 13 nets, the chunk
 # size from this rule takes at most 1.12 times the time of the fastest size (CPU, one thread).
 _ENTRIES = 2**19
 
-
 # An accelerator needs larger operations to be busy.
 _ACCELERATOR_ENTRIES = 2**24
 
-
 # Largest memory of a pass on a CPU. It is a constant, because the free memory varies between runs.
 _PASS_BYTES = 2**30
-
 
 # Number of points between two calls of the callback when points are evaluated in a loop.
 _IN_A_LOOP = 4

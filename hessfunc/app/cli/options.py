@@ -62,7 +62,6 @@ def option(
 
 _TEXTS = ("DIR", "FILE", "NAME", "NAMES", "PATH", "N,N")
 
-
 # Switches of every command, which `Command` and the progress bars obey.
 _SWITCHES = ("as_json", "quiet", "traceback")
 

@@ -34,7 +34,6 @@ COLUMNS = (
     ("gradients", "work in gradients", ",.0f"),
 )
 
-
 _EDGE = (
     "The dashed line is 2 / lr: plain gradient descent is stable on a quadratic while all "
     "eigenvalues are below it."

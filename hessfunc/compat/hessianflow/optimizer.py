@@ -23,7 +23,6 @@ from hessfunc.training.steps import Batch, Criterion, first_order
 
 Loader: TypeAlias = Iterable[Batch]
 
-
 _PATIENCE = 10
 
 
