@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hessfunc.compat.curvlinops.curvature import CurvatureLinearOperator
-from hessfunc.compat.curvlinops.operator import PyTorchLinearOperator
+from hessfunc.compat.curvlinops.operator import Composed, PyTorchLinearOperator
 
 
-class IdentityLinearOperator(PyTorchLinearOperator):
+class IdentityLinearOperator(Composed):
     """Identity matrix.
 
     Args:
@@ -26,42 +26,20 @@ class IdentityLinearOperator(PyTorchLinearOperator):
     def __init__(
         self, shape: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype
     ) -> None:
-        super().__init__(shape, shape)
-        self._like = torch.zeros((), dtype=dtype, device=device)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors."""
-        return self._like.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the vectors."""
-        return self._like.dtype
+        super().__init__(torch.zeros((), dtype=dtype, device=device), shape, shape)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return X
 
 
-class TensorLinearOperator(PyTorchLinearOperator):
+class TensorLinearOperator(Composed):
     """Dense matrix ``(m, n)`` as an operator on flat vectors."""
 
     def __init__(self, A: Tensor) -> None:
         if A.dim() != 2:
             raise ValueError(f"a tensor of shape {tuple(A.shape)} is not a matrix: pass (m, n)")
-        super().__init__([(A.shape[1],)], [(A.shape[0],)])
-        self._A = A
+        super().__init__(A, [(A.shape[1],)], [(A.shape[0],)])
         self.SELF_ADJOINT = A.shape[0] == A.shape[1] and torch.allclose(A, A.mT)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the matrix."""
-        return self._A.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the matrix."""
-        return self._A.dtype
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return [self._A @ X[0]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hessfunc.compat.curvlinops.arguments import CHECKS
 from hessfunc.compat.curvlinops.curvature import CurvatureLinearOperator
 from hessfunc.compat.curvlinops.matvecs import block_of, columns
-from hessfunc.compat.curvlinops.operator import PyTorchLinearOperator
+from hessfunc.compat.curvlinops.operator import Composed
 from hessfunc.options import validated
 
 
@@ -78,7 +78,7 @@ class JacobianLinearOperator(CurvatureLinearOperator):
             yield self.outputs(params, batch)
 
 
-class TransposedJacobianLinearOperator(PyTorchLinearOperator):
+class TransposedJacobianLinearOperator(Composed):
     """Transpose of a `JacobianLinearOperator`, with the same arguments.
 
     Args:
@@ -90,21 +90,10 @@ class TransposedJacobianLinearOperator(PyTorchLinearOperator):
     def __init__(self, model_func: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model_func, JacobianLinearOperator):
             model_func = JacobianLinearOperator(model_func, *args, **kwargs)
-        self._jacobian = model_func
-        super().__init__(model_func._out_shape, model_func._in_shape)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        return self._jacobian.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the parameters."""
-        return self._jacobian.dtype
+        super().__init__(model_func, model_func._out_shape, model_func._in_shape, named=False)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        jacobian = self._jacobian
+        jacobian = self._A
         params = jacobian.params
         rows, start = X[0].movedim(-1, 0), 0
         totals = {name: p.new_zeros(len(rows), *p.shape) for name, p in params.items()}
@@ -117,4 +106,5 @@ class TransposedJacobianLinearOperator(PyTorchLinearOperator):
         return columns(list(totals.values()))
 
     def _adjoint(self) -> JacobianLinearOperator:
-        return self._jacobian
+        jacobian: JacobianLinearOperator = self._A
+        return jacobian

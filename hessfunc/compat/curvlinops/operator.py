@@ -195,17 +195,19 @@ class PyTorchLinearOperator:
 
 
 class Composed(PyTorchLinearOperator):
-    """Operator that is made of another one, with its device and dtype."""
+    """Operator that is made of another one or of a tensor, with its device and dtype."""
+
+    _A: Any
 
     def __init__(
         self,
-        A: PyTorchLinearOperator,
+        A: PyTorchLinearOperator | Tensor,
         in_shape: Sequence[Sequence[int]],
         out_shape: Sequence[Sequence[int]],
         *,
         named: bool = True,
     ) -> None:
-        super().__init__(in_shape, out_shape, A._names if named else None)
+        super().__init__(in_shape, out_shape, getattr(A, "_names", None) if named else None)
         self._A = A
 
     @property
