@@ -82,7 +82,8 @@ def hbp(
         A curvature function that returns `Blocks`. They map the name of each parameter to a block
         with ``matvec``, ``dense()``, ``trace()``, ``logdet(damping)`` and
         ``inverse_matvec(block, damping)``. Called, they are the matvec of the whole block-diagonal
-        matrix.
+        matrix. `over_batches` returns the mean of the blocks of all batches as a matvec without
+        these methods, with which `cg` solves.
 
     Raises:
         TypeError: If the loss does not expose its outputs and its criterion.

@@ -227,3 +227,19 @@ def test_a_target_that_is_no_class_is_refused(target: int) -> None:
     ):
         with pytest.raises(ValueError, match=f"a target is the class {target}"):
             curvature(case.params, batch)
+
+
+def test_the_mean_of_the_blocks_of_batches_is_solved_by_cg() -> None:
+    case = net(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), 4, examples=7)
+    batches = list(zip(*(part.split((3, 4)) for part in case.batch), strict=True))
+    curvature = hf.kronecker.hbp(case.loss, case.model, residual="abs")
+    mean = hf.over_batches(curvature, keep=True)(case.params, batches)
+    b = hf.random_like(case.params, 2, seed=0)
+    solution = hf.cg(mean, b, like=case.params, damping=0.1, rtol=1e-12)
+    for name, leaf in case.params.items():
+        matrix = sum(
+            len(batch[0]) / 7 * curvature(case.params, batch)[name].dense() for batch in batches
+        )
+        damped = matrix + 0.1 * torch.eye(leaf.numel()).double()
+        expected = torch.linalg.solve(damped, b[name].flatten(1).mT).mT
+        torch.testing.assert_close(solution.x[name].flatten(1), expected, rtol=0, atol=1e-9)
