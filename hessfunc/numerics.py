@@ -1,4 +1,4 @@
-"""Precision of accumulated scalars and of products, and the names of devices."""
+"""Precision of accumulated scalars and of products, numbers that are not finite, names of devices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from torch import Tensor
 
 # Dtypes of 16 bits, in which sums and statistics lose small terms.
 NARROW = (torch.bfloat16, torch.float16)
+
+
+class NonFiniteError(FloatingPointError, ValueError):
+    """Numbers are NaN or infinite where finite ones are needed."""
 
 
 def widened(x: Tensor, /) -> Tensor:

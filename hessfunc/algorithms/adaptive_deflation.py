@@ -7,6 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from hessfunc.algorithms.chains import expected_reduction
@@ -14,7 +15,7 @@ from hessfunc.algorithms.checkpoint import Columns
 from hessfunc.algorithms.deflation import PILOT, Deflation
 from hessfunc.algorithms.krylov import Krylov
 from hessfunc.algorithms.probing import AnyResult, Probing
-from hessfunc.algorithms.products import Products
+from hessfunc.algorithms.products import IN_FLOAT32, Products
 from hessfunc.algorithms.span import Span
 from hessfunc.algorithms.symmetry import refuse_asymmetric_forms
 from hessfunc.spaces.space import ProbeKind, Space
@@ -105,6 +106,8 @@ class AdaptiveDeflation(Probing[Deflation, AnyResult]):
         space, p, width = products.space, len(state.probes), min(self.block_size, room)
         if p < PILOT:
             return state.probed(products, self.span, min(width, PILOT - p), self.kind)
+        if space.dtype != torch.float64:
+            products.refuse_scale(IN_FLOAT32)
         if p == PILOT and not len(state.basis):
             # Later, deflation leaves so little of the products that rounding looks like asymmetry.
             refuse_asymmetric_forms(products, state.probes, state.images)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessfunc.algorithms.products import CHANGES_ITS_BLOCK
 from hessfunc.algorithms.results.check import Check
+from hessfunc.numerics import NonFiniteError
 from hessfunc.options import of_numpy, validated
 from hessfunc.spaces.of import ravel, space_of
 from hessfunc.spaces.space import Space
@@ -77,7 +78,7 @@ def check(
         if not torch.equal(rows, before):
             raise ValueError(CHANGES_ITS_BLOCK)
         if not torch.isfinite(images).all():
-            raise FloatingPointError(
+            raise NonFiniteError(
                 "a product has entries that are NaN or infinite: check that the loss and its "
                 "gradient are finite at these parameters"
             )

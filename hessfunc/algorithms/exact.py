@@ -13,6 +13,7 @@ from hessfunc.algorithms.products import Products
 from hessfunc.algorithms.results import DiagonalEstimate, Estimate
 from hessfunc.algorithms.results.estimate import leaf_fields
 from hessfunc.algorithms.statistics import FEWEST_SAMPLES, rounding_of_sum
+from hessfunc.algorithms.symmetry import mixture
 from hessfunc.display import Report
 from hessfunc.spaces.space import Space, products_eps, rows_dtype
 
@@ -80,7 +81,7 @@ def exact_trace(
         known: Trace of the part that the matvec leaves out, by leaf, float64 ``(leaves,)``.
 
     Raises:
-        ValueError: If the matvec is not deterministic.
+        ValueError: If the matvec is not deterministic or not linear.
     """
     space, rows, images, rounding, reason = _products(products, max_matvecs, block_size, report)
     parts = space.by_leaf(rows, images).sum(0).cpu().double()
@@ -144,7 +145,7 @@ def _products(
 ) -> tuple[Space, Tensor, Tensor, float, str]:
     """Return the space, all unit vectors, their products, the rounding of a sum, and a reason.
 
-    If the products are not symmetric, one more tests whether they are deterministic.
+    If the products are not symmetric, one more tests whether they are deterministic and linear.
     """
     space = products.space
     everything = torch.arange(space.n, device=space.device)
@@ -163,12 +164,15 @@ def _products(
     if space.n > 1 and asymmetry <= products_eps(space) ** 0.5 * float(lengths.max()):
         return space, rows, images, rounding, _EXACT
     if products.matvecs >= max_matvecs:
-        return space, rows, images, rounding, f"{_EXACT}, if the matvec is deterministic"
-    difference = float(space.norms(products(rows[:1]) - images[:1]))
-    if difference > products_eps(space) ** 0.5 * float(lengths[0]):
+        return space, rows, images, rounding, f"{_EXACT}, if the matvec is deterministic and linear"
+    weights = mixture(space.n)[None]
+    image = products(space.combine(weights, rows))
+    difference = float(space.norms(image - space.combine(weights, images)))
+    if difference > products_eps(space) ** 0.5 * float(lengths.norm()):
         raise ValueError(
-            "the matvec is not deterministic: two products with the same vector, of length "
-            f"{float(lengths[0]):.1e}, differ by {difference:.1e}. Call model.eval() if the loss "
-            "has dropout, or fix the seed of random numbers within the loss"
+            "the matvec is not deterministic or not linear: the product with a combination of unit "
+            f"vectors differs by {difference:.1e} from the combination of their products. Call "
+            "model.eval() if the loss has dropout, fix the seed of random numbers within the loss, "
+            "and call `check(matvec, like)` for details"
         )
     return space, rows, images, rounding, _EXACT

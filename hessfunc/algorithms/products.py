@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hessfunc.autograd.functorch import transforming
 from hessfunc.memory import Footprint
+from hessfunc.numerics import NonFiniteError
 from hessfunc.options import of_numpy
 from hessfunc.options.door import memory_limit_now
 from hessfunc.spaces.of import space_of
@@ -25,10 +26,16 @@ from hessfunc.trees import Matvec, Tree, leaves
 _PRODUCTS_LOOKED_AT = 2
 # Number of entries of a block that are copied for that comparison.
 _SAMPLED = 2**16
+# First scaled row, and factor of every second row from there on, in the even and the odd calls.
+_SCALED = (1, -2.0), (0, -4.0)
 CHANGES_ITS_BLOCK = (
     "the matvec changes its block in place: return a new one, such as v * d instead of v.mul_(d), "
     "because the algorithm still needs the block"
 )
+# Entries of products whose fourth powers neither underflow nor overflow in float64, and of products
+# in float32 whose squares do not.
+LIMITS = 1e-70, 1e70
+IN_FLOAT32 = 1e-17, 1e17
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -45,6 +52,10 @@ class Cost(TypedDict):
 class Products:
     """Products of a matvec with flat rows, counted and checked.
 
+    Every second row is multiplied by -2 or -4 before the matvec, and its product divided by the
+    same number. For a linear matvec, this changes no bit. Any other one looks like a matrix that is
+    not symmetric: an added constant changes its sign, and so does a square.
+
     Attributes:
         matvec: Function from a block of vectors to the block of their products.
         space: Space of the vectors.
@@ -52,6 +63,8 @@ class Products:
         passes: Number of calls of the matvec so far.
         keep_first: Whether to keep the first vector and its product.
         first: First vector and its product, or None.
+        largest: Largest absolute entry of a product so far.
+        limits: Least and largest accepted value of ``largest``, unless it is 0.
     """
 
     matvec: Matvec
@@ -60,6 +73,8 @@ class Products:
     passes: int = 0
     keep_first: bool = False
     first: tuple[Tensor, Tensor] | None = None
+    largest: float = 0.0
+    limits: tuple[float, float] = LIMITS
 
     def __post_init__(self) -> None:
         # A matvec that a function of the caller has returned, such as a draw, is checked only here.
@@ -101,6 +116,7 @@ class Products:
         product = self.uncounted(rows)
         self.matvecs += rows.shape[0]
         self.passes += 1
+        self.refuse_scale(self.limits)
         if self.keep_first and self.first is None:
             self.first = rows[0].clone(), product[0].clone()
         return product
@@ -114,6 +130,34 @@ class Products:
             FloatingPointError: If a product is not finite.
             MemoryError: If the first product takes more than half of `memory_limit`.
         """
+        start, factor = _SCALED[self.passes % 2]
+        if start >= len(rows):
+            return self._checked(rows)
+        block = rows.clone()
+        block[start::2].mul_(factor)
+        product = self._checked(block)
+        product[start::2].div_(factor)
+        return product
+
+    def refuse_scale(self, limits: tuple[float, float], /) -> None:
+        """Raise an error if squares of the products underflow or overflow.
+
+        Args:
+            limits: Least and largest accepted value of ``largest``, unless it is 0.
+
+        Raises:
+            ValueError: If ``largest`` is outside of the limits.
+        """
+        refuse_scale(
+            self.largest,
+            limits,
+            "the products",
+            "pass `hessfunc.matvecs.scale(matvec, {})`, and divide the eigenvalues or the trace by "
+            "this number",
+        )
+
+    def _checked(self, rows: Tensor) -> Tensor:
+        """Return the products with the rows, checked as `uncounted` says."""
         version = None if rows.is_inference() else rows._version
         # A write through NumPy or `.data` leaves the version unchanged, so compare the entries too.
         before = _bits(rows) if self.passes < _PRODUCTS_LOOKED_AT else None
@@ -128,9 +172,12 @@ class Products:
                 f"the matvec returned {len(product)} products for a block of {len(rows)} vectors: "
                 "return one product per vector, along the first axis of each leaf"
             )
-        # One sum is a fast test: it is finite if all entries are, unless it overflows.
-        if not math.isfinite(self.space.summed(product.sum())):
-            refuse_infinite(self.space, product, "a product", FloatingPointError)
+        # The largest entry is NaN or infinite if any entry is.
+        entries = product if product.numel() else product.new_zeros(1)
+        largest = float(self.space.summed(torch.linalg.vector_norm(entries, math.inf)))
+        if not math.isfinite(largest):
+            refuse_infinite(self.space, product, "a product", NonFiniteError)
+        self.largest = max(self.largest, largest)
         return product
 
     def _ravelled(self, images: Tree, dtype: torch.dtype) -> Tensor:
@@ -234,6 +281,27 @@ def _is_of_params_and_batch(matvec: object) -> bool:
     except TypeError:
         return True
     return False
+
+
+def refuse_scale(largest: float, limits: tuple[float, float], what: str, remedy: str, /) -> None:
+    """Raise an error if squares of numbers underflow or overflow.
+
+    Args:
+        largest: Largest absolute value of the numbers.
+        limits: Least and largest accepted value, unless it is 0.
+        what: Noun phrase for the numbers, for the message.
+        remedy: Advice with a place for the factor that scales the numbers to about 1.
+
+    Raises:
+        ValueError: If the value is outside of the limits.
+    """
+    least, most = limits
+    if largest and not least <= largest <= most:
+        factor = 10.0 ** min(max(-round(math.log10(largest)), -300), 300)
+        raise ValueError(
+            f"the largest entry of {what} is {largest:.0e}, so that squares "
+            f"{'underflow' if largest < least else 'overflow'}: {remedy.format(f'{factor:.0e}')}"
+        )
 
 
 def refuse_infinite(space: Space, rows: Tensor, what: str, kind: type[Exception], /) -> None:

@@ -64,9 +64,10 @@ def refuse_asymmetric_forms(products: Products, probes: Tensor, images: Tensor, 
         return
     if difference > _ROUNDINGS * _rounding_of_products(products, probes):
         raise ValueError(
-            f"the matvec is not symmetric, or not deterministic: v'Aw and w'Av differ by "
-            f"{difference:.1e} for random v and w, where |Aw| is {length:.1e}. Take `hutchinson` "
-            "if the matrix is not symmetric, and call model.eval() if the loss is random"
+            "the matvec is not symmetric, not linear or not deterministic: v'Aw and w'Av differ by "
+            f"{difference:.1e} for random v and w, where |Aw| is {length:.1e}. Call "
+            "`check(matvec, like)` for details. Take `hutchinson` if the matrix is not symmetric, "
+            "and call model.eval() if the loss is random"
         )
 
 
@@ -103,7 +104,8 @@ def refuse_unless_rounding(
         return tolerance
     rounded, random, length = measured_rounding(products, row)
     explained = _ROUNDINGS * rounded * (scale / length if length else 0.0)
-    if random > _REPEATED * rounded or difference > explained:
+    linear = rounded <= _COARSEST * max(length, scale)
+    if not linear or random > _REPEATED * rounded or difference > explained:
         raise _not_symmetric(difference / scale)
     return explained / scale
 
@@ -196,6 +198,11 @@ def asymmetry_named(
             f"{length:.1e}, differ by {random:.1e}; call model.eval(), or fix the seed within the "
             "loss"
         )
+    if rounded > _COARSEST * max(length, scale):
+        return (
+            f"the matvec is not linear: A(3v)/3 and Av differ by {rounded:.1e} for a unit vector "
+            f"v, with a product of length {length:.1e}; call `check(matvec, like)` for details"
+        )
     if length and difference > scale * max(_ROUNDINGS * rounded / length, rtol):
         return (
             f"the matvec is not symmetric: u'Av and v'Au differ by {difference:.1e} for unit "
@@ -208,9 +215,9 @@ def asymmetry_named(
 def _not_symmetric(relative: float) -> ValueError:
     """Return the error of a matvec whose u'Av and v'Au differ, relative to its scale."""
     return ValueError(
-        "the matvec is not symmetric or not deterministic: u'Av and v'Au differ by "
+        "the matvec is not symmetric, not linear or not deterministic: u'Av and v'Au differ by "
         f"{relative:.1e}, relative to the largest eigenvalue. Usual causes: randomness in the "
-        "loss, a loader that changes between passes, a matrix that is not a Hessian, products in "
-        "low precision (take rtol=0.02 or more), finite differences of a loss with kinks. Call "
-        "`check(matvec, like)` for details"
+        "loss, a loader that changes between passes, a matrix that is not a Hessian, an added "
+        "constant, products in low precision (take rtol=0.02 or more), finite differences of a "
+        "loss with kinks. Call `check(matvec, like)` for details"
     )

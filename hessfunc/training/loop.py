@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import nn
 
+from hessfunc.numerics import NonFiniteError
 from hessfunc.optim.adversarial import Attack
 from hessfunc.optim.schedules import Schedule, ScheduleState, constant
 from hessfunc.tracking.undisturbed import refuse_busy_workers, undisturbed
@@ -316,7 +317,7 @@ class _Training:
             training = evaluated(self.model, self.source, criterion)
             test = None if self.test is None else evaluated(self.model, self.test, criterion)
         if not math.isfinite(training.loss):
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"the loss is {training.loss} after {place.step} steps: {DIVERGED}"
             )
         return Record(

@@ -103,7 +103,7 @@ def run(
             result = replace(result, records=(*result.records, record))
             if callback is not None:
                 callback(result)
-    except (FloatingPointError, ValueError) as error:
+    except ValueError as error:
         if not result.records:
             raise
         return replace(result, ended=str(error))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hessfunc.numerics import NonFiniteError
 from hessfunc.training.flops import Metered
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -82,7 +83,7 @@ class Steps:
             with single_examples_explained(targets):
                 loss = self.criterion(self.model(inputs), targets)
             if not loss.isfinite():
-                raise FloatingPointError(f"the loss of a batch is {loss.item()}: {DIVERGED}")
+                raise NonFiniteError(f"the loss of a batch is {loss.item()}: {DIVERGED}")
             # The divisor is exactly `ratio` if all batches have one size, so that with ratio 1 the
             # gradient of a batch keeps its bits.
             (loss / (ratio * (count / (len(batches) * len(targets))))).backward()

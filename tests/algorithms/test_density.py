@@ -129,7 +129,7 @@ def test_intervals_of_slq_hold() -> None:
     ids=["random", "a cycle of 1 %", "noise"],
 )
 def test_asymmetric_matvec_is_refused(matvec: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    with pytest.raises(ValueError, match="not symmetric or not deterministic"):
+    with pytest.raises(ValueError, match="not symmetric, not linear or not deterministic"):
         hf.slq(matvec, torch.zeros(30, dtype=torch.float64), steps=20, seed=0)
 
 

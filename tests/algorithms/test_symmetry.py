@@ -112,5 +112,5 @@ def test_a_thousandth_in_float32_is_refused(estimate: Any, random: bool) -> None
         noise = torch.randn(block.shape, generator=generator) if random else torch.zeros(())
         return (block @ matrix) * (1 + 1e-3 * noise)
 
-    with pytest.raises(ValueError, match="not symmetric, or not deterministic"):
+    with pytest.raises(ValueError, match="not symmetric, not linear or not deterministic"):
         estimate(product, B.float(), max_matvecs=60, seed=0)

@@ -56,7 +56,8 @@ def block_step(problem: Problem, products: Products, state: State) -> State:
     # The dtype of the vectors does not show that a model computes in bfloat16. Its products are
     # symmetric only up to SYMMETRIC; with a looser rtol, larger differences must be let through.
     tolerance = max(SYMMETRIC, 10 * problem.eps, 2 * problem.method.rtol)
-    largest = float(difference.abs().max()) if j else 0.0
+    skew = (corner - corner.mT).abs().max()
+    largest = max(float(skew), float(difference.abs().max()) if j else 0.0)
     refuse_asymmetric(largest, following.longest, tolerance)
     return following if len(block) else _fresh_block(problem, following)
 

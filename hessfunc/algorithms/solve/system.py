@@ -12,7 +12,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from hessfunc.algorithms.products import Products, refuse_infinite
+from hessfunc.algorithms.products import LIMITS, Products, refuse_infinite, refuse_scale
 from hessfunc.algorithms.symmetry import SYMMETRIC, refuse_unless_rounding
 from hessfunc.numerics import rounding
 from hessfunc.options import at_least
@@ -228,4 +228,7 @@ def finite_rows(space: Space, tree: Tree, what: str, /, *, is_block: bool) -> Te
         raise ValueError(f"{what} is a block of no vectors: pass at least one")
     rows = space.ravel_leaves(leaves, dtype=rows_dtype(space))
     refuse_infinite(space, rows, what, ValueError)
+    largest = float(space.norms(rows).max())
+    remedy = "multiply it by {}, and divide the solution by this number"
+    refuse_scale(largest, LIMITS, what, remedy)
     return rows

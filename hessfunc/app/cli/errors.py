@@ -130,7 +130,7 @@ def fail(message: str, code: int = 2, *, alone: bool = False) -> NoReturn:
 def in_one_line(error: Exception, /) -> str:
     """Return the message of an error on one line, with its type if the type is unexpected."""
     text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
+    if isinstance(error, (ValueError, OSError, ImportError)):
         return text
     return f"{type(error).__name__}: {text} (use --traceback for details)"
 

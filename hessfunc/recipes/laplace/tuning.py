@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hessfunc.numerics import NonFiniteError
+
 # Logarithm of a precision or a noise beyond which the search counts as diverging.
 _FURTHEST = 50.0
 
@@ -39,7 +41,7 @@ def maximise(
     def loss() -> Tensor:
         optimizer.zero_grad()
         if not float(point.detach().abs().max()) < _FURTHEST:
-            raise FloatingPointError(
+            raise NonFiniteError(
                 "the marginal likelihood has no maximum: the noise or a prior precision diverges, "
                 "as for a network that fits its targets exactly; pass `tune_noise=False`"
             )

@@ -180,7 +180,9 @@ def test_an_asymmetric_matvec_is_refused_in_a_block_too(solve: Solve) -> None:
     matrix = torch.randn(30, 30, generator=torch.Generator().manual_seed(0)).double()
     matrix += 10 * torch.eye(30).double()
     block = torch.randn(4, 30, generator=torch.Generator().manual_seed(1)).double()
-    with pytest.raises(ValueError, match="the matvec is not symmetric or not deterministic"):
+    with pytest.raises(
+        ValueError, match="the matvec is not symmetric, not linear or not deterministic"
+    ):
         solve(lambda rows: rows @ matrix, block, like=block[0])
 
 
