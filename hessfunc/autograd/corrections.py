@@ -16,6 +16,7 @@ from torch import Tensor
 from hessfunc.autograd.attention import ATTENTION
 from hessfunc.autograd.constants import constant
 from hessfunc.autograd.embedding import pure_lookup
+from hessfunc.autograd.norms import WITH_STATISTICS
 from hessfunc.autograd.overrides import Replacements
 
 # Entries of which the log-sum-exp is taken by a triangular matrix.
@@ -91,6 +92,7 @@ EXACT: Replacements = {
     Tensor.cholesky_solve: _cholesky_solve,
     **ATTENTION,
     **pure_lookup(),
+    **WITH_STATISTICS,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import FrameType, FunctionType
 from typing import Any, Protocol, TypeAlias
 
@@ -67,7 +68,7 @@ class Replaced(TorchFunctionMode):
             seen(self, args)
         elif self._gets_no_gradient:
             self._refuse_what_needs_a_gradient(args, kwargs)
-        replacement = self.replaced.get(func)
+        replacement = self.replaced.get(_of_torch(func))
         if replacement is None and (body := BODIES.get(func)) is not None:
             if not torch.compiler.is_compiling():
                 with self:
@@ -98,6 +99,25 @@ class Replaced(TorchFunctionMode):
         # A caller that reads `grad_fn` can register a hook on it.
         if args[0].requires_grad:
             self.hooks.append("a hook on `grad_fn`")
+
+
+def _of_torch(function: Any) -> Any:
+    """Return the function of torch that an operator of ATen implements, or the function itself.
+
+    Modules from `torch.export` call operators, `torch.ops.aten.layer_norm.default`.
+    """
+    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _implemented(function)
+    return function
+
+
+@cache
+def _implemented(operator: Any) -> Any:
+    namespace, _, name = str(operator).partition(".")
+    name = name.partition(".")[0]
+    places: tuple[Any, ...] = (torch, torch._C._nn, vars(torch._C)["_linalg"])
+    found = (getattr(place, name, None) for place in places if namespace == "aten")
+    return next((function for function in found if function is not None), operator)
 
 
 def getter(name: str, /) -> Any:
