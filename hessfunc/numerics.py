@@ -1,4 +1,4 @@
-"""Precision of accumulated scalars and of products, numbers that are not finite, names of devices."""
+"""Precision of scalars and products, numbers that are not finite, and names of devices."""
 
 from __future__ import annotations
 
