@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -78,8 +77,7 @@ def matrix(
     those of a product.
     """
     at_least(1, chunk_size=chunk_size)
-    # The entries are not squared, so that any scale is accurate.
-    products = replace(Products.of(matvec, like), limits=(0.0, math.inf))
+    products = replace(Products.of(matvec, like), compared=False)
     space = products.space
     i, j = _indices(space, like, rows, "rows"), _indices(space, like, columns, "columns")
     size = min(len(j), chunk_size or max(1, AT_ONCE // space.n))

@@ -64,7 +64,8 @@ class Products:
         keep_first: Whether to keep the first vector and its product.
         first: First vector and its product, or None.
         largest: Largest absolute entry of a product so far.
-        limits: Least and largest accepted value of ``largest``, unless it is 0.
+        compared: Whether the products are squared and compared. If they are only stored, the rows
+            have no factors, and any scale is accurate.
     """
 
     matvec: Matvec
@@ -74,7 +75,7 @@ class Products:
     keep_first: bool = False
     first: tuple[Tensor, Tensor] | None = None
     largest: float = 0.0
-    limits: tuple[float, float] = LIMITS
+    compared: bool = True
 
     def __post_init__(self) -> None:
         # A matvec that a function of the caller has returned, such as a draw, is checked only here.
@@ -116,7 +117,8 @@ class Products:
         product = self.uncounted(rows)
         self.matvecs += rows.shape[0]
         self.passes += 1
-        self.refuse_scale(self.limits)
+        if self.compared:
+            self.refuse_scale(LIMITS)
         if self.keep_first and self.first is None:
             self.first = rows[0].clone(), product[0].clone()
         return product
@@ -131,7 +133,7 @@ class Products:
             MemoryError: If the first product takes more than half of `memory_limit`.
         """
         start, factor = _SCALED[self.passes % 2]
-        if start >= len(rows):
+        if start >= len(rows) or not self.compared:
             return self._checked(rows)
         block = rows.clone()
         block[start::2].mul_(factor)
