@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import (
-    _saved_tensors_hooks_disable,
-    _saved_tensors_hooks_enable,
-    _saved_tensors_hooks_get_disabled_error_message,
-)
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
-from hessfunc.autograd.contexts import without_cudnn
+from hessfunc.autograd.contexts import without_checkpointing, without_cudnn
 from hessfunc.autograd.embedding import pure_lookup
 from hessfunc.autograd.overrides import Replaced, current
 from hessfunc.autograd.recomputed_blocks import Borrow, recompute_inside, segments_of
@@ -256,7 +251,7 @@ def _pure(
         else:
             with (
                 copies.borrowed() as module,
-                _without_checkpointing(),
+                without_checkpointing(),
                 without_cudnn(first.device) if recurrent else nullcontext(),
                 Replaced(pure_lookup()) if renormalises else nullcontext(),
                 Replaced(TRANSFORMABLE) if _is_transformed() else nullcontext(),
@@ -344,27 +339,6 @@ def _cast(tree: Tree, dtype: torch.dtype) -> Tree:
         return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
     return mapped(cast, tree, "inputs")
-
-
-@contextmanager
-def _without_checkpointing() -> Iterator[None]:
-    # torch.utils.checkpoint would recompute in the backward pass with the module's own parameters
-    # instead of ``params``.
-    refusal = (
-        "torch.utils.checkpoint (gradient checkpointing) does not support second derivatives: "
-        "turn it off, and use functional(model, recompute='model.layers.*') instead"
-    )
-    before = _saved_tensors_hooks_get_disabled_error_message()
-    # `disable_saved_tensors_hooks` would raise if hooks are active. Those are the user's own, such
-    # as save_on_cpu, and stay.
-    _saved_tensors_hooks_disable(refusal, fail_if_non_empty=False)
-    try:
-        yield
-    finally:
-        if before is None:
-            _saved_tensors_hooks_enable()
-        else:
-            _saved_tensors_hooks_disable(before, fail_if_non_empty=False)
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -1,4 +1,3 @@
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -148,41 +147,6 @@ def test_parameters_in_bfloat16_have_products_in_the_wider_dtype(
         hf.random_like(params, 2, seed=0)
     )
     assert {leaf.dtype for leaf in out.values()} == {dtype or torch.bfloat16}
-
-
-class Checkpointed(nn.Module):
-    """A layer behind torch's own checkpointing."""
-
-    def __init__(self, *, reentrant: bool) -> None:
-        super().__init__()
-        self.first, self.second, self.reentrant = nn.Linear(3, 3), nn.Linear(3, 3), reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.utils.checkpoint.checkpoint(
-            lambda h: torch.tanh(self.second(h)), self.first(x), use_reentrant=self.reentrant
-        )
-
-
-@pytest.mark.parametrize("hooks", [nullcontext, torch.autograd.graph.save_on_cpu])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_torchs_checkpointing_is_refused_with_what_to_do(reentrant: bool, hooks: Any) -> None:
-    model_fn, params = hf.functional(Checkpointed(reentrant=reentrant))
-    loss = hf.composed(model_fn, lambda outputs, _: outputs.square().sum())
-    with hooks(), pytest.raises(RuntimeError, match=r"functional\(model, recompute="):
-        hf.hvp(loss)(params, torch.randn(4, 3))
-    # What the models are called in is as it was.
-    checkpointed = torch.utils.checkpoint.checkpoint(
-        torch.tanh, params["first.weight"], use_reentrant=False
-    )
-    assert checkpointed.equal(params["first.weight"].tanh())
-
-
-def test_hooks_of_the_users_own_stay() -> None:
-    model_fn, params = hf.functional(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
-    loss = hf.composed(model_fn, lambda outputs, _: outputs.square().sum())
-    with torch.autograd.graph.save_on_cpu():
-        matvec = hf.hvp(loss)(params, torch.randn(4, 3))
-    assert hf.check(matvec, params)
 
 
 @pytest.mark.gpu

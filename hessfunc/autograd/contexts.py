@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import (
+    _saved_tensors_hooks_disable,
+    _saved_tensors_hooks_enable,
+    _saved_tensors_hooks_get_disabled_error_message,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -208,3 +213,25 @@ def _cudnn_off() -> Iterator[None]:
 
 
 _WITHOUT_CUDNN = Shared(_cudnn_off)
+
+
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """Context manager of a model's forward, in which `torch.utils.checkpoint` is refused."""
+    # torch.utils.checkpoint would recompute in the backward pass with the module's own parameters
+    # instead of ``params``.
+    refusal = (
+        "torch.utils.checkpoint (gradient checkpointing) does not support second derivatives: "
+        "turn it off, and use functional(model, recompute='model.layers.*') instead"
+    )
+    before = _saved_tensors_hooks_get_disabled_error_message()
+    # `disable_saved_tensors_hooks` would raise if hooks are active. Those are the user's own, such
+    # as save_on_cpu, and stay.
+    _saved_tensors_hooks_disable(refusal, fail_if_non_empty=False)
+    try:
+        yield
+    finally:
+        if before is None:
+            _saved_tensors_hooks_enable()
+        else:
+            _saved_tensors_hooks_disable(before, fail_if_non_empty=False)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hessfunc.kronecker.factored_blocks import adjoint
-from hessfunc.kronecker.linear_maps import Inputs, Layout
+from hessfunc.kronecker.forms import LEFT, RIGHT, WAYS, Form, factor_keys
+from hessfunc.kronecker.linear_maps import Inputs
 from hessfunc.kronecker.moments import (
     Sharing,
     example_gradients,
     left_moments,
-    nearest_product,
     outer_moments,
     right_moments,
     squared_moments,
@@ -35,66 +35,6 @@ _Task: TypeAlias = tuple[Uses, Callable[[Mapping[int, Tensor]], Tensor]]
 
 # Largest number of entries of a parameter that acts entry by entry with a dense block.
 _DENSE = 1024
-# Beginnings of the names of factors.
-_LEFT, _RIGHT = "output factor of ", "input factor of "
-
-
-@dataclass(frozen=True)
-class Form:
-    """Structure of the block of one parameter.
-
-    Attributes:
-        kind: Structure.
-        shape: Shape of the parameter.
-        layout: Order of its weights; None for a diagonal.
-        site: Name of the first parameter with the same outputs, whose output factor it shares.
-        bias: Name of the bias in the same block; None without one.
-    """
-
-    kind: Literal["kronecker", "dense", "diagonal", "joint bias"]
-    shape: torch.Size
-    layout: Layout | None = None
-    site: str = ""
-    bias: str | None = None
-
-
-def factor_keys(forms: Mapping[str, Form], /) -> dict[str, tuple[str, str]]:
-    """Return the names of the two factors of each parameter that has them."""
-    return {
-        name: (_LEFT + form.site, _RIGHT + name)
-        for name, form in forms.items()
-        if form.kind == "kronecker"
-    }
-
-
-# Suffixes of the factors of calls that multiply by a matrix, and of those by its transpose.
-WAYS = "", ", transposed"
-
-
-def both_ways(factors: Mapping[str, Tensor], /) -> dict[str, Tensor]:
-    """Return factors of which those of both ways are replaced by the product nearest to the sum.
-
-    The block of a matrix with the factors B_1 and A_1, whose transpose has B_2 and A_2, is
-    approximately ``B_1 (x) A_1 + A_2 (x) B_2``.
-    """
-    made = {key: factor for key, factor in factors.items() if not key.endswith(WAYS[1])}
-    for key in factors.keys() - made.keys():
-        if key.startswith(_RIGHT):
-            name = key.removeprefix(_RIGHT).removesuffix(WAYS[1])
-            left, right = _LEFT + name, _RIGHT + name
-            b, a = (factors.get(left + way) for way in WAYS), [factors[right + way] for way in WAYS]
-            # Forward-only factors have identity matrices B, as large as the A of the other way.
-            one, two = (
-                torch.ones_like(other[:, 0] if other.dim() == 3 else other) if own is None else own
-                for own, other in zip(b, reversed(a), strict=True)
-            )
-            made[left], made[right] = nearest_product([one, a[1]], [a[0], two])
-    return made
-
-
-def is_factor(key: str, /) -> bool:
-    """Return whether a statistic is a factor, by its name."""
-    return key.startswith((_LEFT, _RIGHT))
 
 
 @dataclass(frozen=True)
@@ -204,7 +144,7 @@ class Evaluation:
         # Layers that see the same inputs, such as those of queries, keys and values, share A.
         known: dict[Any, tuple[Tensor, float]] = {}
         for name, uses in every.items():
-            ends = _LEFT + forms[name].site, _RIGHT + name
+            ends = LEFT + forms[name].site, RIGHT + name
             if not uses.is_two_way:
                 self._add_factors(name, uses, ends, tasks, summed, known)
                 continue
@@ -264,14 +204,14 @@ class Evaluation:
         F is ``sum_b vec(V_b) vec(V_b)'`` for the gradients V_b of the examples. The least-squares
         solution is ``B = sum_b V_b A V_b' / |A|_F^2``.
         """
-        return Statistics(self._nearest(left_moments, _LEFT, _RIGHT, factors))
+        return Statistics(self._nearest(left_moments, LEFT, RIGHT, factors))
 
     def nearest_input_factors(self, factors: Mapping[str, Tensor], /) -> Statistics:
         """Return the nearest factors A for given B, ``A = sum_b V_b' B V_b / |B|_F^2``.
 
         The factor of a lookup is the nearest diagonal matrix.
         """
-        return Statistics(self._nearest(right_moments, _RIGHT, _LEFT, factors))
+        return Statistics(self._nearest(right_moments, RIGHT, LEFT, factors))
 
     def _nearest(
         self,

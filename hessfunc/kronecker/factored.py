@@ -14,16 +14,9 @@ from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.blocks import Blocks
 from hessfunc.kronecker.calls import linearising, refuse_dtensors
 from hessfunc.kronecker.composite_blocks import Joint, Permuted
-from hessfunc.kronecker.evaluation import (
-    Bias,
-    Evaluation,
-    Form,
-    Unsupported,
-    both_ways,
-    factor_keys,
-    is_factor,
-)
+from hessfunc.kronecker.evaluation import Bias, Evaluation, Unsupported
 from hessfunc.kronecker.factored_blocks import Dense, DiagonalBlock, Eigenbasis, Kronecker
+from hessfunc.kronecker.forms import Form, both_ways, factor_keys, is_factor
 from hessfunc.kronecker.moments import Sharing, by_row
 from hessfunc.kronecker.observation import observed
 from hessfunc.kronecker.verification import Verification

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -438,3 +439,38 @@ def test_parameters_without_values_are_refused() -> None:
     loss = hf.supervised(model_fn, F.mse_loss)
     with pytest.raises(ValueError, match="the device 'meta'"):
         hf.hvp(loss)(params, (torch.ones(2, 3), torch.ones(2, 2)))
+
+
+class BehindCheckpoint(nn.Module):
+    """A layer behind torch's own checkpointing."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.reentrant = nn.Linear(3, 3), nn.Linear(3, 3), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(
+            lambda h: torch.tanh(self.second(h)), self.first(x), use_reentrant=self.reentrant
+        )
+
+
+@pytest.mark.parametrize("hooks", [nullcontext, torch.autograd.graph.save_on_cpu])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_torchs_checkpointing_is_refused_with_what_to_do(reentrant: bool, hooks: Any) -> None:
+    model_fn, params = hf.functional(BehindCheckpoint(reentrant=reentrant))
+    loss = hf.composed(model_fn, lambda outputs, _: outputs.square().sum())
+    with hooks(), pytest.raises(RuntimeError, match=r"functional\(model, recompute="):
+        hf.hvp(loss)(params, torch.randn(4, 3))
+    # What the models are called in is as it was.
+    checkpointed = torch.utils.checkpoint.checkpoint(
+        torch.tanh, params["first.weight"], use_reentrant=False
+    )
+    assert checkpointed.equal(params["first.weight"].tanh())
+
+
+def test_hooks_of_the_users_own_stay() -> None:
+    model_fn, params = hf.functional(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    loss = hf.composed(model_fn, lambda outputs, _: outputs.square().sum())
+    with torch.autograd.graph.save_on_cpu():
+        matvec = hf.hvp(loss)(params, torch.randn(4, 3))
+    assert hf.check(matvec, params)
