@@ -8,6 +8,9 @@ often than its level says, and its median half-width should be at most twice the
 the true error, or 2.5 times below 10 products, where the error is more than rounding. For diagonals
 both are taken entry by entry: coverage is the mean over entries, the ratio is the median.
 
+A confidence sequence covers if its intervals after all rounds of a run do, so that it needs no rows
+of tolerances.
+
 Results are written to bench/results/coverage.json after each spectrum of an estimator, and their
 rows replaced in coverage.md. A run continues where the last one stopped.
 """
@@ -30,7 +33,7 @@ import torch
 from torch import Tensor
 
 import hessfunc as hf
-from hessfunc.algorithms.statistics import student_quantile
+from hessfunc.algorithms.statistics import anytime_quantile, student_quantile
 from hessfunc.trees import Matvec, leaves
 
 N = 120
@@ -47,7 +50,8 @@ class Case:
     """An estimator with the budgets and tolerances at which it is tried.
 
     Attributes:
-        run: Function of a matvec, a tree like one vector, a seed and a stop.
+        run: Function of a matvec, a tree like one vector, a seed and a stop, that returns a result,
+            or the results of all rounds of a run.
         stops: Options of each run.
         rotated: Whether the matrix has a random eigenbasis, which matters to random signs.
         diagonal: Whether the diagonal is estimated, rather than the trace.
@@ -102,6 +106,44 @@ def sampled(
     return hf.sampled_trace(draws, like, probes=2, seed=seed, **options)
 
 
+def weighed(matvec: Matvec, like: Tensor, **options: Any) -> hf.results.SampledEstimate:
+    """The trace from ones of 500 multiples of the matrix, drawn by a proxy of their sizes."""
+
+    def curvature(params: Tensor, batch: tuple[float, float]) -> Matvec:
+        return lambda block: batch[0] * matvec(block)
+
+    draws = hf.draws(
+        curvature,
+        weight=lambda batch: 1.0,
+        proxy=lambda params, batch: batch[1],
+        seed=options["seed"],
+    )(like, heavy_batches())
+    return hf.sampled_trace(draws, like, probes=2, **options)
+
+
+@cache
+def heavy_batches() -> list[tuple[float, float]]:
+    """Sizes of batches, of which a few dominate, and proxies of the sizes, both log-normal."""
+    sizes, noise = torch.randn(2, 500, generator=torch.Generator().manual_seed(3)).double()
+    proxies = (2 * sizes + noise / 2).exp()
+    return list(zip((2 * sizes).exp().tolist(), proxies.tolist(), strict=True))
+
+
+def of_batches(matvec: Matvec) -> float:
+    """The trace of the mean of `heavy_batches`."""
+    trace = float(matvec(torch.eye(N, dtype=torch.float64)).trace())
+    return trace * sum(size for size, _ in heavy_batches()) / len(heavy_batches())
+
+
+def sequence(
+    estimator: Callable[..., hf.results.Estimate], matvec: Matvec, like: Tensor, **options: Any
+) -> list[hf.results.Estimate]:
+    """The estimates of a confidence sequence after each round."""
+    rounds: list[hf.results.Estimate] = []
+    last = estimator(matvec, like, confidence="anytime", callback=rounds.append, **options)
+    return [*rounds, last]
+
+
 def from_start(matvec: Matvec, like: Tensor, *, seed: int, **options: Any) -> hf.results.Estimate:
     """The trace from three eigenpairs, whose products are not counted."""
     with warnings.catch_warnings():
@@ -140,6 +182,7 @@ def in_blocks(quantity: str) -> Case:
 CASES = {
     "trace": Case(hf.trace, _budgets(3, 5, 10, 20, 40, 70) + _tolerances(0.1, 0.03, 0.01)),
     "trace, with eigenpairs": Case(from_start, _budgets(3, 10, 30) + _tolerances(0.03)),
+    "trace, anytime": Case(partial(sequence, hf.trace), _budgets(30, 70)),
     "hutchinson": Case(
         partial(hf.hutchinson, kind="sphere"), _budgets(3, 5, 10, 30) + _tolerances(0.1, 0.03)
     ),
@@ -149,12 +192,17 @@ CASES = {
         rotated=True,
     ),
     "hutchinson, deflated": Case(deflated, _budgets(3, 10) + _tolerances(0.03)),
+    "hutchinson, anytime": Case(
+        partial(sequence, partial(hf.hutchinson, kind="sphere", block_size=2)),
+        _budgets(30, 100),
+    ),
     "hutchpp": Case(hf.hutchpp, _budgets(6, 12, 30, 60) + _tolerances(0.1, 0.03)),
     "xtrace": Case(hf.xtrace, _budgets(4, 6, 10, 20, 40, 70) + _tolerances(0.1, 0.03)),
     "xnystrace": Case(
         hf.xnystrace, _budgets(3, 5, 10, 20, 40) + _tolerances(0.1, 0.03), definite=True
     ),
     "sampled_trace": Case(sampled, _budgets(20, 40, 60, 90) + _tolerances(0.1), rotated=True),
+    "sampled_trace, proxy": Case(weighed, _budgets(80, 200), rotated=True, truth=of_batches),
     "diagonal": Case(
         hf.diagonal, _budgets(3, 5, 10, 30) + _tolerances(0.3, 0.1), rotated=True, diagonal=True
     ),
@@ -210,17 +258,20 @@ def measured(case: Case, spectrum: str, seeds: int) -> Iterator[dict[str, Any]]:
         truth = torch.tensor(case.truth(matvec), dtype=torch.float64)
     scale = float(values.abs().sum()) or 1.0
     for stop in case.stops:
-        found = [case.run(matvec, like, seed=seed, **stop) for seed in range(seeds)]
-        errors = torch.stack([(_tensor(one.value) - truth).abs() for one in found])
-        stderr = torch.stack([_tensor(one.stderr) for one in found])
-        degrees = [one.degrees for one in found]
+        runs = [_rounds(case.run(matvec, like, seed=seed, **stop)) for seed in range(seeds)]
+        found = [rounds[-1] for rounds in runs]
+        errors = torch.stack([_error(one, truth) for one in found])
         covered, ratios = [], []
         for level in LEVELS:
-            quantiles = {d: student_quantile((1 + level) / 2, d) for d in set(degrees)}
-            t = torch.tensor([quantiles[d] for d in degrees], dtype=torch.float64)
-            widths = stderr * t.view(-1, *[1] * (stderr.dim() - 1))
-            covered.append(float((errors <= widths + 1e-15 * scale).double().mean()))
+            inside = [
+                torch.stack(
+                    [_error(one, truth) <= _width(one, level) + 1e-15 * scale for one in run]
+                )
+                for run in runs
+            ]
+            covered.append(float(torch.stack([rows.all(0) for rows in inside]).double().mean()))
             true = errors.quantile(level, dim=0)
+            widths = torch.stack([_width(one, level) for one in found])
             ratio = float((widths.median(0).values / true).median())
             ratios.append(ratio if float(true.median()) > ROUNDING * scale else None)
         yield {
@@ -229,6 +280,25 @@ def measured(case: Case, spectrum: str, seeds: int) -> Iterator[dict[str, Any]]:
             "ratios": ratios,
             "products": sum(one.matvecs for one in found) / seeds,
         }
+
+
+def _rounds(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [found]
+
+
+def _error(one: Any, truth: Tensor) -> Tensor:
+    return (_tensor(one.value) - truth).abs()
+
+
+def _width(one: Any, level: float) -> Tensor:
+    return _tensor(one.stderr) * _quantile(getattr(one, "confidence", "fixed"), level, one.degrees)
+
+
+@cache
+def _quantile(confidence: str, level: float, degrees: int) -> float:
+    if confidence == "anytime":
+        return anytime_quantile(level, degrees)
+    return student_quantile((1 + level) / 2, degrees)
 
 
 def _tensor(value: Tensor | float) -> Tensor:
