@@ -18,7 +18,7 @@ from hessfunc.algorithms.eigen.power_step import (
     outside,
     quotient,
 )
-from hessfunc.algorithms.eigen.ritz import Which, preferred, rayleigh_ritz, wanted
+from hessfunc.algorithms.eigen.ritz import Which, have_converged, preferred, rayleigh_ritz, wanted
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import of_starts, unit_start
@@ -203,12 +203,12 @@ class Power(Method[PowerState, Eigenpairs]):
     def result(self, state: PowerState, space: Space, cost: Cost, /) -> Eigenpairs:
         values, vectors, residuals = _ritz(space, state, self.which, self.k)
         largest = longest_product(space, state)
-        tolerances = [self._tolerance(space, value, largest) for value in values.tolist()]
+        floor = rounding(products_eps(space), largest)
         return Eigenpairs(
             values=values,
             vectors=space.vectors(vectors),
             residuals=residuals,
-            converged=residuals <= torch.tensor(tolerances, dtype=torch.float64, device="cpu"),
+            converged=have_converged(values, residuals, rtol=self.rtol, atol=0.0, floor=floor),
             largest=largest,
             **cost,
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.driver import RUNNING, Method, RunOptions, run_method
+from hessfunc.algorithms.eigen.ritz import have_converged
 from hessfunc.algorithms.products import Cost, Products
 from hessfunc.algorithms.results import Eigenpairs
 from hessfunc.algorithms.starts import unit_start
@@ -149,15 +150,15 @@ class StochasticPower(Method["_State", Eigenpairs]):
 
     def result(self, state: _State, space: Space, cost: Cost, /) -> Eigenpairs:
         value, residual, largest = _quotient(space, state)
-        # If a value is zero up to rounding, its residual need only be zero up to rounding.
+        numbers = torch.tensor([value, residual], dtype=torch.float64, device="cpu")
+        values, residuals = numbers.split(1)
         floor = rounding(products_eps(space), largest)
-        tolerance = max(self.rtol * abs(value), floor if abs(value) <= floor else 0.0)
         split = f"{state.drawn} of the {cost['matvecs']} products were with one batch"
         return Eigenpairs(
-            values=torch.tensor([value], dtype=torch.float64, device="cpu"),
+            values=values,
             vectors=space.vectors(state.current),
-            residuals=torch.tensor([residual], dtype=torch.float64, device="cpu"),
-            converged=torch.tensor([residual <= tolerance], dtype=torch.bool, device="cpu"),
+            residuals=residuals,
+            converged=have_converged(values, residuals, rtol=self.rtol, atol=0.0, floor=floor),
             largest=largest,
             **Cost(**{**cost, "reason": f"{cost['reason']}; {split}"}),
         )
