@@ -13,7 +13,7 @@ from rich.progress import Progress, TaskID
 
 from hessfunc.app.cli.declarations import MATRICES, PARTS
 from hessfunc.app.cli.errors import fail, invocation
-from hessfunc.app.cli.folders import held, make_folder
+from hessfunc.app.cli.folders import held
 from hessfunc.app.cli.progress import Bars, bar
 from hessfunc.app.cli.ranks import mesh_of_all, on_all, place, several, speaks
 from hessfunc.app.terminal import Output
@@ -109,7 +109,6 @@ def analyze(
 
             def begin() -> None:
                 if speaks():
-                    make_folder(out)
                     lock.enter_context(held(out))
                     folder.begin()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hessfunc.app.cli.errors import fail
-from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
+from hessfunc.app.cli.folders import held, refuse_other_files
 from hessfunc.app.cli.progress import Bars, bar, finished_fraction, line
 from hessfunc.app.cli.ranks import place, refuse_several
 from hessfunc.app.terminal import Output
@@ -69,7 +69,6 @@ def experiment(
         "minutes": minutes,
         "device": str(torch_device or "cpu"),
     }
-    make_folder(out)
     with held(out), Bars(quiet=quiet) as progress:
         refuse_other_files(out, ("results.md", "curves.png"), "results.json")
         runs = history.read(out / "results.json", settings)

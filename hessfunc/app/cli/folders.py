@@ -7,27 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def make_folder(path: Path, /) -> None:
-    """Create the folder of the results.
-
-    Raises:
-        ValueError: If the folder cannot be created.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {path} cannot be used: {error.strerror}") from error
-
-
 @contextmanager
 def held(folder: Path, /) -> Iterator[None]:
-    """Keep other commands out of a folder of results, which must exist, by a lock file in it.
+    """Create a folder of results, and keep other commands out of it by a lock file.
 
     Raises:
-        ValueError: Another command is running in the folder.
+        ValueError: If the folder cannot be created, or if another command is running in it.
     """
     from hessfunc.algorithms.checkpoint import lock as locks
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be used: {error.strerror}") from error
     try:
         owner = locks.acquire(folder, "", option="--out")
     except ImportError:

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from hessfunc.app.cli.errors import fail, invocation
-from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
+from hessfunc.app.cli.folders import held, refuse_other_files
 from hessfunc.app.cli.ranks import refuse_several
 from hessfunc.app.terminal import Output
 
@@ -67,7 +67,6 @@ def track(
     settings = {"target": target, "curvature": curvature, **measured}
     run, status = TrackedRun(out, invocation(context), settings), "failed"
     train = function_of(target)
-    make_folder(out)
     with held(out):
         refuse_other_files(out, (POINTS, "report.html", "tracked.png"), RUN)
         run.begin()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from hessfunc.app.cli.errors import fail, invocation
-from hessfunc.app.cli.folders import held, make_folder, refuse_other_files
+from hessfunc.app.cli.folders import held, refuse_other_files
 from hessfunc.app.cli.methods import OF_ABSA, OF_NEWTON, OF_SGD, epochs_of, optimiser, schedule
 from hessfunc.app.cli.progress import Bars, bar, finished_fraction, line
 from hessfunc.app.cli.ranks import place, refuse_several
@@ -169,7 +169,6 @@ def _trained(given: Mapping[str, Any], more: list[str], folder: _Folder, lock: E
     seen, held_out = tasks.examples(
         given["data"], path=given["data_path"], count=given["examples"], device=device
     )
-    make_folder(folder.path)
     lock.enter_context(held(folder.path))
     path = given["data_path"]
     folder.settings = {
