@@ -121,18 +121,9 @@ class Rows:
         Args:
             drawn: Classes ``[n, S]``.
         """
-        p, (slope, _) = self.probabilities, self._slopes()
-
-        def product(t: Tensor) -> Tensor:
-            # With a_y = <p - e_y, cap' t> / S, the sum over y of a_y (p - e_y) is
-            # p sum_y a_y - sum_y a_y e_y.
-            moved = slope * t
-            along = (moved * p).sum(1, keepdim=True) - moved.gather(1, drawn)
-            along = along / drawn.shape[1]
-            total = p * along.sum(1, keepdim=True)
-            return total.scatter_add(1, drawn, -along) * self.weights * slope
-
-        return product
+        slope, _ = self._slopes()
+        product = mean_outer_product(self.probabilities, drawn, 1)
+        return lambda t: product(slope * t) * self.weights * slope
 
     @functools.cached_property
     def probabilities(self) -> Tensor:
@@ -173,3 +164,22 @@ class Rows:
         tanh = torch.tanh(self.u * (scale / cap))
         slope = scale * (1 - tanh * tanh)
         return slope, (-2 * scale / cap) * tanh * slope
+
+
+def mean_outer_product(p: Tensor, drawn: Tensor, axis: int, /) -> RowProduct:
+    """Return the product with the mean of (p - e_y) (p - e_y)' over drawn classes y.
+
+    Args:
+        p: Probabilities, with the classes along an axis.
+        drawn: Drawn classes y_1, ..., y_S along this axis.
+        axis: Axis of the classes.
+    """
+
+    def product(t: Tensor) -> Tensor:
+        # With a_y = <p - e_y, t> / S, the sum of a_y (p - e_y) is p sum_y a_y - sum_y a_y e_y.
+        along = (t * p).sum(axis, keepdim=True) - t.gather(axis, drawn)
+        along = along / drawn.shape[axis]
+        total = p * along.sum(axis, keepdim=True)
+        return total.scatter_add(axis, drawn, -along)
+
+    return product

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessfunc.autograd.functorch import transforming
+from hessfunc.autograd.logits import mean_outer_product
 from hessfunc.losses import OfTargets
 from hessfunc.randomness import uniforms
 from hessfunc.transforms.criteria import (
@@ -71,7 +72,11 @@ def sampled_fisher(
     function, options = function_and_options(inner)
     if function is F.cross_entropy:
         scale = cross_entropy_scale(outputs, targets, **options)
-        return _categorical(outputs, scale, samples, key)
+        axis = _class_axis(outputs)
+        probabilities = torch.softmax(outputs, axis)
+        drawn = _drawn_classes(probabilities, samples, key)
+        product = mean_outer_product(probabilities, drawn, axis)
+        return lambda tangent: product(tangent) * scale
     exact = closed_form(criterion)
     assert exact is not None
     draws = uniforms(samples * outputs.numel(), *key, device=outputs.device)
@@ -88,41 +93,29 @@ def sampled_fisher(
     return lambda tangent: ratio * product(tangent)
 
 
-def _categorical(
-    outputs: Tensor, scale: Tensor, samples: int, key: tuple[int, ...]
-) -> OutputProduct:
-    """Return the product with ``scale mean_s r_s r_s'``, r_s = p - e_y for the s-th draw of y."""
-    axis = _class_axis(outputs)
-    probabilities = torch.softmax(outputs, axis)
-    drawn = _drawn_classes(probabilities, samples, key)
-
-    def product(tangent: Tensor) -> Tensor:
-        # along_s = <r_s, u> / S, and the product is sum_s along_s (p - e_{y_s}).
-        along = (tangent * probabilities).sum(axis, keepdim=True) - tangent.gather(axis, drawn)
-        along = along / samples
-        total = probabilities * along.sum(axis, keepdim=True)
-        return total.scatter_add(axis, drawn, -along) * scale
-
-    return product
-
-
 def _class_axis(outputs: Tensor) -> int:
     return min(1, outputs.dim() - 1)
 
 
 def _drawn_classes(probabilities: Tensor, samples: int, key: tuple[int, ...]) -> Tensor:
     """Draw classes with these probabilities; the draws lie along the axis of the classes."""
-    # Inverse transform sampling: the class is the first whose cumulated probability exceeds u.
     axis = _class_axis(probabilities)
-    cumulated = torch.movedim(probabilities.cumsum(axis), axis, -1)
-    draws = uniforms(samples * cumulated[..., 0].numel(), *key, device=probabilities.device)
-    draws = draws.view(*cumulated.shape[:-1], samples).to(cumulated.dtype)
+    last = torch.movedim(probabilities, axis, -1)
+    draws = uniforms(samples * last[..., 0].numel(), *key, device=probabilities.device)
+    return torch.movedim(classes_at(last, draws.view(*last.shape[:-1], samples)), -1, axis)
+
+
+def classes_at(probabilities: Tensor, draws: Tensor, /) -> Tensor:
+    """Return the classes, along the last axis, that uniform numbers draw."""
+    # Inverse transform sampling: the class is the first whose cumulated probability exceeds u.
+    cumulated = probabilities.cumsum(-1)
+    draws = draws.to(cumulated.dtype)
     if transforming():
         # `vmap` makes copies for a binary search, and a comparison with all entries does not.
         drawn = (cumulated[..., None, :] < draws[..., :, None]).sum(-1)
     else:
         drawn = torch.searchsorted(cumulated.contiguous(), draws)
-    return torch.movedim(drawn.clamp_max(probabilities.shape[axis] - 1), -1, axis)
+    return drawn.clamp_max(probabilities.shape[-1] - 1)
 
 
 def sampled_gradients(

@@ -18,6 +18,7 @@ from hessfunc.autograd.logits import RowProduct, Rows
 from hessfunc.linear_head import LinearHeadLoss, OfStates, States
 from hessfunc.losses import Loss
 from hessfunc.randomness import uniforms
+from hessfunc.transforms.likelihoods import classes_at
 from hessfunc.transforms.output_gradients import INDEPENDENT
 
 Product: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
@@ -44,10 +45,7 @@ def sampled_fisher(
     draws = uniforms(samples * targets.numel(), *key, device=targets.device).view(-1, samples)
 
     def matrix(chunk: slice, rows: Rows) -> RowProduct:
-        # Inverse transform sampling: the class is the first whose cumulated probability exceeds u.
-        cumulated = rows.probabilities.cumsum(1)
-        drawn = torch.searchsorted(cumulated, draws[chunk].to(cumulated.dtype))
-        return rows.sampled(drawn.clamp_max(cumulated.shape[1] - 1))
+        return rows.sampled(classes_at(rows.probabilities, draws[chunk]))
 
     return _of_rows(criterion, states, targets, matrix)
 
