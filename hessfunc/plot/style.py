@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hessfunc.options import described
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
@@ -175,7 +177,7 @@ def refuse_other(value: object, kind: type | tuple[type, ...], takes: str) -> No
         TypeError: If ``value`` is not an instance of ``kind``.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{takes}, but got a {type(value).__name__}")
+        raise TypeError(f"{takes}, but got {described(value)}")
 
 
 def shades() -> Colormap:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ from hessfunc.tracking.writers import (
     writing,
 )
 from hessfunc.trees import Tree
+
+P = ParamSpec("P")
 
 
 class Tracker:
@@ -170,8 +173,37 @@ class Tracker:
             return None
 
 
+class _Context(AbstractContextManager[Tracker]):
+    """Context manager of `tracked`, which names the ``with`` that a caller has forgotten."""
+
+    def __init__(self, inner: AbstractContextManager[Tracker]) -> None:
+        self._inner = inner
+
+    def __enter__(self) -> Tracker:
+        return self._inner.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._inner.__exit__(*raised)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"`tracked` returns a context manager without {name!r}: use `with tracked(...) as "
+            f"tracker:` and `tracker.{name}` inside"
+        )
+
+
+def _as_context(
+    tracker: Callable[P, Iterator[Tracker]],
+) -> Callable[P, AbstractContextManager[Tracker]]:
+    @wraps(tracker)
+    def made(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[Tracker]:
+        return _Context(contextmanager(tracker)(*args, **kwargs))
+
+    return made
+
+
 @validated(optimizer=or_none(optimizers), csv=path, wandb=logger, epoch=finite)
-@contextmanager
+@_as_context
 def tracked(
     model: nn.Module,
     criterion: Callable[[Any, Any], Tensor],

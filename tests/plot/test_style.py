@@ -152,7 +152,7 @@ def test_a_density_in_place_of_another_result_is_refused(
 def test_eigenpairs_in_place_of_another_result_are_refused(
     picture: Callable[[Any], object], takes: str, pairs: Eigenpairs
 ) -> None:
-    with pytest.raises(TypeError, match=f"{takes}.*but got a Eigenpairs"):
+    with pytest.raises(TypeError, match=f"{takes}.*but got an Eigenpairs"):
         picture(pairs)
 
 

@@ -338,3 +338,12 @@ def test_a_loop_of_accelerate(tmp_path: Path) -> None:
     assert [point.lr for point in tracker.points] == [0.01, 0.01]
     assert tracker.points[1].preconditioned is not None
     assert tracker.points[1].preconditioned_edge == pytest.approx(2 * 1.9 / 0.1 / 0.01)
+
+
+def test_a_forgotten_with_is_named() -> None:
+    model = nn.Linear(3, 2)
+    tracker = tracked(model, F.mse_loss, [(torch.zeros(1, 3), torch.zeros(1, 2))])
+    with pytest.raises(AttributeError, match=r"use `with tracked.*tracker\.step"):
+        tracker.step()  # type: ignore[attr-defined]
+    with tracker as inside:
+        assert inside.points == []
