@@ -39,6 +39,7 @@ from hessfunc.app.plan import (
     Machine,
     Network,
     Plan,
+    PowerIteration,
     Setting,
     Slq,
     plan,
@@ -53,7 +54,12 @@ ALGORITHMS: dict[str, Algorithm] = {
     "lanczos": Lanczos(k=4, steps=40, basis_size=18),
     "slq": Slq(probes=2, steps=15),
     "hutchinson": Hutchinson(probes=10),
+    "power": PowerIteration(k=2, steps=20),
+    "divided": Lanczos(k=4, steps=40, basis_size=18),
+    "frozen": Lanczos(k=4, steps=40, basis_size=18),
 }
+# Parameters that are divided among ranks, and a net whose first layers are frozen.
+_DIVIDED, _FROZEN = "divided", "frozen"
 BATCHES, EXAMPLES = 4, 8
 MIB = 2**20
 # Tensors are returned to the system when they are freed.
@@ -118,10 +124,13 @@ class Compared:
         return whole.seconds / workload.products, slowest.seconds / slowest.products
 
 
-def net(width: int) -> nn.Sequential:
-    """A perceptron of three hidden layers."""
+def net(width: int, algorithm: str = "") -> nn.Sequential:
+    """A perceptron of three hidden layers, two of which may be frozen."""
     torch.manual_seed(0)
-    return mlp([64, width, width, width, 10], nn.Tanh)
+    model = mlp([64, width, width, width, 10], nn.Tanh)
+    if algorithm == _FROZEN:
+        model[:4].requires_grad_(False)
+    return model
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -137,9 +146,17 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 def planned(width: int, ranks: int, algorithm: str, activations: int) -> Plan:
     """Of the run that `taken` measures."""
-    sizes = [leaf.numel() for leaf in net(width).parameters()]
-    network = Network(sum(sizes), max(sizes), activations=activations)
-    return plan(Setting(network, ranks), ALGORITHMS[algorithm])
+    model = net(width, algorithm)
+    sizes = [leaf.numel() for leaf in model.parameters() if leaf.requires_grad]
+    network = Network(
+        sum(sizes),
+        max(sizes),
+        activations=activations,
+        frozen=sum(leaf.numel() for leaf in model.parameters()) - sum(sizes),
+        block=max(sum(leaf.numel() for leaf in layer.parameters()) for layer in model),
+    )
+    setting = Setting(network, ranks, divided=algorithm == _DIVIDED)
+    return plan(setting, ALGORITHMS[algorithm])
 
 
 def taken(width: int, algorithm: str) -> Taken:
@@ -151,7 +168,7 @@ def taken(width: int, algorithm: str) -> Taken:
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
     # What a first run takes, such as modules that are imported then, is not counted.
     _run(8, algorithm, mesh)
-    model_fn, params = hf.functional(net(width))
+    model_fn, params = hf.functional(net(width, algorithm))
     loss = hf.supervised(model_fn, cross_entropy)
     own = sum(leaf.numel() * leaf.itemsize for leaf in params.values())
     data = batches()
@@ -179,10 +196,12 @@ def taken(width: int, algorithm: str) -> Taken:
 
 def _run(width: int, algorithm: str, mesh: Any) -> Any:
     # The parameters are made here, so that they are counted.
-    model_fn, params = hf.functional(net(width))
+    divided = {"mesh": mesh, "shard": "*"} if algorithm == _DIVIDED else {}
+    model_fn, params = hf.functional(net(width, algorithm), **divided)
     loss = hf.supervised(model_fn, cross_entropy)
-    curvature = hf.over_batches(hf.hvp(loss, chunk_size=1), mesh=mesh)
-    matvec, space = curvature(params, batches()), hf.sharded(params, mesh)
+    curvature = hf.over_batches(hf.hvp(loss, chunk_size=1), mesh=None if divided else mesh)
+    matvec = curvature(params, batches())
+    space = None if divided else hf.sharded(params, mesh)
     match ALGORITHMS[algorithm]:
         case Lanczos(k=k, steps=steps, basis_size=size):
             return hf.lanczos(
@@ -194,6 +213,10 @@ def _run(width: int, algorithm: str, mesh: Any) -> Any:
                 max_matvecs=steps + 20,
                 seed=0,
                 space=space,
+            )
+        case PowerIteration(k=k, steps=steps):
+            return hf.power_iteration(
+                matvec, params, k=k, rtol=_RTOL, max_matvecs=steps, seed=0, space=space
             )
         case Slq(probes=probes, steps=steps):
             return hf.slq(matvec, params, probes=probes, steps=steps, seed=0, space=space)

@@ -32,7 +32,7 @@ def taken(width: int, algorithm: str) -> Taken:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("algorithm", ["lanczos", "slq"])
+@pytest.mark.parametrize("algorithm", ["lanczos", "slq", "power", "divided", "frozen"])
 def test_the_plan_is_within_20_percent(algorithm: str, ranks: int, of_whole_pages: Forks) -> None:
     processes = Ranks(ranks, of_whole_pages)
     of_ranks = processes.run(taken, WIDTHS[0], algorithm)

@@ -199,11 +199,11 @@ _PLAN: dict[str, Any] = {
     ),
     "algorithm": option(
         "NAME",
-        "Algorithm: lanczos, slq, hutchinson or xtrace.",
-        choices=("lanczos", "slq", "hutchinson", "xtrace"),
+        "Algorithm: lanczos, power, slq, hutchinson or xtrace.",
+        choices=("lanczos", "power", "slq", "hutchinson", "xtrace"),
     ),
-    "k": option("N", "lanczos: number of eigenpairs."),
-    "steps": option("N", "lanczos: number of products; slq: steps per probe."),
+    "k": option("N", "lanczos, power: number of eigenpairs."),
+    "steps": option("N", "lanczos, power: number of products; slq: steps per probe."),
     "probes": option("N", "Number of random vectors.", default="slq 1, hutchinson 100, xtrace 50"),
     "block_size": option("N", "Vectors per block product.", default="lanczos 1, traces 10", min=1),
     "basis_size": option("N", "lanczos: maximum number of basis vectors.", default="2 k + 60"),
@@ -214,6 +214,9 @@ _PLAN: dict[str, Any] = {
         choices={"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"},
     ),
     "dtype": _network("NAME", "Dtype of the parameters and the graph.", choices=DTYPES),
+    "trainable": _network(
+        "N", "Number of trainable parameters, such as those of adapters.", default="all"
+    ),
     "largest": _network(
         "N",
         "Entries of the largest parameter tensor.",

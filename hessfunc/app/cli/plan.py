@@ -15,6 +15,7 @@ from hessfunc.app.plan import (
     Hutchinson,
     Lanczos,
     Machine,
+    PowerIteration,
     Setting,
     Slq,
     Transformer,
@@ -43,6 +44,7 @@ def plan(
     basis_size: int | None = None,
     basis_dtype: str | None = None,
     dtype: str = "float32",
+    trainable: int | None = None,
     largest: int | None = None,
     graph_memory: float | None = None,
     batch_tokens: int = 2048,
@@ -68,8 +70,8 @@ def plan(
     bytes, also in bandwidths. The command prints every number that the plan depends on, and whether
     it was given, assumed or measured. The exit code is 1 if the run does not fit in --gpu-memory.
 
-    The parameters are replicated. Each rank computes Hessian products in reverse mode, one vector
-    at a time, and rebuilds the graph of each batch in each pass.
+    The parameters are replicated, unless a change divides them. Each rank computes Hessian products
+    in reverse mode, one vector at a time, and rebuilds the graph of each batch in each pass.
     """
 
     from_command_line = given(context)
@@ -91,17 +93,20 @@ def plan(
         largest = read.largest
     if largest is not None:
         network = replace(network, largest=largest)
+    if trainable is not None:
+        network = network.with_trainable(trainable)
     setting = Setting(network, ranks, not unsharded)
     chosen = _algorithm(algorithm, k, steps, probes, block_size, basis_size, basis_dtype)
     rate = _TERAFLOPS[dtype] if teraflops is None else teraflops
     if gradient_seconds is None:
         reached = 1e12 * rate * utilisation
-        gradient_seconds = of_gradient(network.params, tokens / ranks, reached)
+        gradient_seconds = of_gradient(shape.params, tokens / ranks, reached)
     machine = Machine(
         gradient_seconds=gradient_seconds,
         memory_bandwidth=memory_bandwidth * GIB,
         network_bandwidth=network_bandwidth * GIB,
         latency=1e-6 * latency,
+        batches=tokens / (ranks * batch_tokens),
         product_gradients=3.0 if recompute else 2.0,
     )
     room = None if gpu_memory is None else max(0, round((gpu_memory - reserve) * GIB))
@@ -110,7 +115,8 @@ def plan(
     config = "assumed: width = 100 layers" if read is None else "read from the config"
     limit = "assumed" if read is None else "assumed, up to the context of the config"
     numbers: list[Number] = [
-        ("parameters", f"{network.params:,} in {dtype}", source("params", config)),
+        ("parameters", f"{shape.params:,} in {dtype}", source("params", config)),
+        ("trainable parameters", f"{network.params:,}", source("trainable", "all")),
         ("layers, width", f"{shape.layers}, {shape.width:,}", config),
         ("largest parameter", f"{network.largest:,}", source("largest", config)),
         ("tokens per batch", f"{batch_tokens:,}", source("batch_tokens")),
@@ -172,6 +178,8 @@ def _algorithm(
     match name:
         case "lanczos":
             return Lanczos(k, steps, block_size or 1, basis_size, basis_dtype)
+        case "power":
+            return PowerIteration(k, steps)
         case "slq":
             return Slq(probes or 1, steps)
         case "hutchinson":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -14,6 +14,7 @@ from hessfunc.app.plan import (
     Lanczos,
     Machine,
     Plan,
+    PowerIteration,
     Remedy,
     Setting,
     Slq,
@@ -98,6 +99,7 @@ def as_data(verdict: Verdict, machine: Machine, numbers: Sequence[Number], /) ->
 def _title(planned: Plan) -> str:
     setting = planned.setting
     layout = "vectors sharded" if setting.sharded else "vectors replicated"
+    layout = "parameters and vectors sharded" if setting.divided else layout
     on = f"{setting.ranks:,} rank{'s' * (setting.ranks > 1)}, {layout}"
     return f"{_described(planned.algorithm)}, {setting.network.params:,} parameters, {on}"
 
@@ -107,6 +109,8 @@ def _described(algorithm: Algorithm) -> str:
         case Lanczos():
             basis = f"basis of {algorithm.vectors} vectors"
             return f"lanczos: {algorithm.k} pairs, {algorithm.steps} products, {basis}"
+        case PowerIteration():
+            return f"power: {algorithm.k} pairs, {algorithm.steps} products"
         case Slq():
             at_once = f", {algorithm.at_once} at once" if algorithm.groups > 1 else ""
             probes = f"{algorithm.probes} probe{'s' * (algorithm.probes > 1)}"
@@ -139,7 +143,7 @@ def _cost(planned: Plan, machine: Machine) -> Table:
     )
     numbers = (
         ("all-reduced sums, GiB", step.reduced / GIB, run.reduced / GIB),
-        ("gathered blocks, GiB", step.gathered / GIB, run.gathered / GIB),
+        ("gathered blocks, weights, GiB", step.gathered / GIB, run.gathered / GIB),
         ("inner products, GiB", step.sums / GIB, run.sums / GIB),
         ("total sent, GiB", step.sent / GIB, run.sent / GIB),
         ("network passes, s", step.products, run.products),
@@ -206,9 +210,17 @@ def _more_ranks(setting: Setting, algorithm: Algorithm, room: int) -> str:
     fewest = fewest_ranks(Remedy("more ranks", setting, algorithm), room)
     if fewest is not None:
         return f"With sharded vectors and no other change, {fewest:,} ranks are enough."
-    return (
+    replicated = (
         f"More ranks alone do not help: {_gib(whole(setting, algorithm))} GiB are replicated on "
-        "each of them. If no change is enough, take the curvature of a part of the parameters: "
+        "each of them. "
+    )
+    divided = Remedy("", replace(setting, divided=True), algorithm)
+    known = setting.network.block is not None
+    if known and (fewest := fewest_ranks(divided, room)) is not None:
+        shard = 'functional(model, mesh=mesh, shard="layers.*")'
+        return f"{replicated}With {shard}, {fewest:,} ranks are enough."
+    return (
+        f"{replicated}If no change is enough, take the curvature of a part of the parameters: "
         "hf.split, hf.hold."
     )
 

@@ -5,7 +5,7 @@ before a machine is available. `hessfunc plan` prints it; docs/planning.md compa
 measurements.
 """
 
-from hessfunc.app.plan.algorithms import Algorithm, Hutchinson, Lanczos, Slq, Xtrace
+from hessfunc.app.plan.algorithms import Algorithm, Hutchinson, Lanczos, PowerIteration, Slq, Xtrace
 from hessfunc.app.plan.footprint import Moment, Setting
 from hessfunc.app.plan.machine import Machine, RunCost, Workload, gradient_seconds
 from hessfunc.app.plan.network import BYTES, Network, Transformer
@@ -21,6 +21,7 @@ __all__ = [
     "Moment",
     "Network",
     "Plan",
+    "PowerIteration",
     "Remedy",
     "Setting",
     "Slq",

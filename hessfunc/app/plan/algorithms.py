@@ -178,6 +178,36 @@ class Lanczos:
 
 
 @dataclass(frozen=True)
+class PowerIteration:
+    """Memory and workload of `hessfunc.power_iteration`.
+
+    Attributes:
+        k: Number of eigenpairs.
+        steps: Number of products until all pairs have converged.
+    """
+
+    k: int = 1
+    steps: int = 1000
+
+    def moments(self, setting: Setting, /) -> Iterator[Moment]:
+        row = setting.rows
+        yield from at_product(setting, 1, {"vectors": (2 * self.k + 3) * row})
+        rotated = {"vectors": (3 * self.k + 1) * row}
+        yield Moment("the rotation of the pairs", setting.parameters | rotated)
+
+    def workload(self, setting: Setting, /) -> Workload:
+        # A step projects on the accepted pairs, and reads and writes the vector and its product.
+        traffic = self.steps * (2 * self.k + 6) * setting.rows
+        return Workload(self.steps, 1, 0, float(traffic), self.k + 3.0, 2)
+
+    def fitted(self, setting: Setting, free: int, /) -> PowerIteration:
+        return self
+
+    def smaller(self) -> tuple[str, PowerIteration]:
+        return "k=1", replace(self, k=1)
+
+
+@dataclass(frozen=True)
 class Slq:
     """Memory and workload of `hessfunc.slq`.
 

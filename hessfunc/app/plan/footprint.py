@@ -19,14 +19,17 @@ class Setting:
     """Network on ranks that divide the batches.
 
     Attributes:
-        network: Network, replicated on every rank.
+        network: Network.
         ranks: Number of ranks, R.
         sharded: Whether the vectors are sharded over the ranks by `sharded`.
+        divided: Whether parameters and vectors are divided among the ranks by
+            ``functional(model, mesh=mesh, shard=...)``; otherwise the network is replicated.
     """
 
     network: Network
     ranks: int = 1
     sharded: bool = True
+    divided: bool = False
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -35,12 +38,14 @@ class Setting:
     @property
     def parameters(self) -> Held:
         """Bytes of the parameters, as an entry of `Held`."""
-        return {"parameters": self.network.params * self.network.itemsize}
+        parts = self.ranks if self.divided else 1
+        return {"parameters": -(-self.network.weights // parts)}
 
     @property
     def width(self) -> int:
         """Number of entries of a vector that one rank holds."""
-        return -(-self.network.params // self.ranks) if self.sharded else self.network.params
+        parts = self.ranks if self.sharded or self.divided else 1
+        return -(-self.network.params // parts)
 
     @property
     def largest(self) -> int:
@@ -58,7 +63,7 @@ class Setting:
 
     def gathers(self, vectors: int) -> int:
         """Return the number of parts in which a vector block is gathered."""
-        if not self.sharded:
+        if not self.sharded or self.divided:
             return 0
         return -(-vectors // max(1, _GATHERED // self.network.params))
 
@@ -106,6 +111,9 @@ def at_product(
     n, itemsize, wide = network.params, network.itemsize, network.rows_itemsize
     entry = entry or wide
     converted = itemsize != entry
+    if setting.divided:
+        yield _of_shards(setting, vectors, around, name)
+        return
     if setting.sharded:
         few = -(-vectors // setting.gathers(vectors))
         part = few * (n + setting.width) * entry
@@ -124,7 +132,30 @@ def at_product(
             "full block": vectors * n * itemsize if setting.sharded or converted else 0,
             "sum over batches": (vectors * n + 2) * wide,
             "product": (vectors * n + one_by_one + 2 * network.largest) * itemsize,
-            "graph: gradient": n * itemsize,
+            "graph: gradient": n * network.stored_itemsize,
             "graph: activations": network.activations,
+        },
+    )
+
+
+# Copies of a block that a rank has whole: its weights, their tangent and their cotangent.
+_GATHERED_COPIES = 3
+
+
+def _of_shards(setting: Setting, vectors: int, around: Held, name: str) -> Moment:
+    """Return the phase of one block product of a sharded model, whose layers are recomputed."""
+    network, width = setting.network, setting.width
+    again = network.computed_again().activations
+    gathered = (network.block or 0) + network.outside
+    return Moment(
+        name,
+        setting.parameters
+        | around
+        | {
+            "sum over batches": (vectors * width + 2) * network.rows_itemsize,
+            "product": ((vectors + 1) * width + 2 * setting.largest) * network.itemsize,
+            "graph: parameters": width * network.stored_itemsize,
+            "graph: activations": again,
+            "gathered block": _GATHERED_COPIES * gathered * network.itemsize,
         },
     )

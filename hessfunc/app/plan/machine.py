@@ -8,6 +8,8 @@ from hessfunc.app.plan.footprint import Setting
 
 # Bytes of a float64, the dtype in which inner products are summed over ranks.
 _WIDE = 8
+# Times that a product of a sharded model exchanges all weights, as `bench.sharded` measures.
+_WEIGHTS_SENT = 6
 # Two small collectives per product: one before the sum, and one that checks finiteness.
 _SMALL_COLLECTIVES = 2
 
@@ -37,6 +39,7 @@ class Machine:
         graph_gradients: Cost of building a graph, in gradients.
         product_gradients: Cost of a product through the graph, in gradients.
         host_bandwidth: Bytes per second at which vectors in host memory are read.
+        batches: Number of batches of one rank, for each of which a sharded model gathers weights.
     """
 
     gradient_seconds: float
@@ -46,6 +49,7 @@ class Machine:
     graph_gradients: float = 1.0
     product_gradients: float = 2.0
     host_bandwidth: float = 20.0 * 2**30
+    batches: float = 1.0
 
     def cost(self, setting: Setting, vectors: int, workload: Workload | None = None, /) -> RunCost:
         """Return the cost of one step, or of one block product if no ``workload`` is given."""
@@ -55,6 +59,10 @@ class Machine:
         share = (ranks - 1) / ranks
         reduced = 2 * share * (numbers + 2) * wide
         gathered = share * numbers * wide if setting.sharded else 0.0
+        if setting.divided:
+            # The weights are gathered and their gradients reduced, for each vector.
+            reduced = 0.0
+            gathered = _WEIGHTS_SENT * share * setting.network.weights * vectors * self.batches
         sums, collectives = 0.0, 0.0
         if ranks > 1:
             collectives = 1 + _SMALL_COLLECTIVES
@@ -87,7 +95,7 @@ class RunCost:
 
     Attributes:
         reduced: Bytes sent to all-reduce the sums over batches.
-        gathered: Bytes sent to gather vector blocks.
+        gathered: Bytes sent to gather vector blocks, or the weights of a sharded model.
         sums: Bytes sent to all-reduce inner products.
         products: Seconds of passes through the network.
         vectors: Seconds of reading the basis.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 # Bytes of one number, by dtype.
@@ -14,20 +15,29 @@ _KEPT = {"layer": 49.1, "score": 6.6, "logit": 7.5}
 # Longest sequence whose attention keeps all scores, see `hessfunc.autograd.chunked_attention`.
 _ALL_SCORES = 512
 _AGAIN = {"residual": 3.0, "layer": 53.0, "score": 9.8, "logit": 4.7}
+# The same for a fused head, which computes 2^22 logits at once: measured with 2^24 logits.
+_FUSED = 7.0 * 2**22
 
 
 @dataclass(frozen=True)
 class Network:
-    """Network, replicated on every rank, and the graph of one batch.
+    """Network and the graph of one batch.
 
     Attributes:
-        params: Number of entries of all leaves, n.
+        params: Number of entries of all leaves, n, which is that of a vector.
         largest: Number of entries of the largest leaf.
         dtype: Name of the dtype of the parameters.
         activations: Bytes of the graph of one batch at the peak of a product, without tensors of
             the size of the parameters.
         recomputed: Bytes of that graph if layers are recomputed by ``functional(recompute=...)``;
             None if they are not known.
+        fused: Bytes of the graph of one batch with `language_model_loss`, kept and recomputed; None
+            if they are not known.
+        frozen: Number of entries of parameters besides those of a vector.
+        block: Number of entries of the largest layer, which a sharded model has whole while the
+            layer runs; None if it is not known.
+        outside: Number of entries of parameters outside of layers.
+        stored: Name of the dtype in which weights are stored; None for ``dtype``.
     """
 
     params: int
@@ -35,6 +45,11 @@ class Network:
     dtype: str = "float32"
     activations: int = 0
     recomputed: int | None = None
+    fused: tuple[int, int] | None = None
+    frozen: int = 0
+    block: int | None = None
+    outside: int = 0
+    stored: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in BYTES:
@@ -50,27 +65,62 @@ class Network:
         return BYTES[self.dtype]
 
     @property
+    def weights(self) -> int:
+        """Bytes of all parameters."""
+        return (self.params + self.frozen) * self.stored_itemsize
+
+    @property
+    def stored_itemsize(self) -> int:
+        """Bytes of one stored parameter."""
+        return BYTES[self.stored or self.dtype]
+
+    @property
     def rows_itemsize(self) -> int:
         """Bytes of one entry of the vectors of algorithms, which are at least float32."""
         return max(self.itemsize, 4)
+
+    def with_trainable(self, count: int, /) -> Network:
+        """Return the network with vectors of so many entries, as of adapters or a head.
+
+        Raises:
+            ValueError: If it has fewer parameters.
+        """
+        every = self.params + self.frozen
+        if not 1 <= count <= every:
+            raise ValueError(f"trainable={count}: choose 1 to {every}, the number of parameters")
+        return replace(self, params=count, largest=min(self.largest, count), frozen=every - count)
 
     def computed_again(self) -> Network:
         """Return the network with recomputed layers, or unchanged if their memory is not known."""
         if self.recomputed is None:
             return self
-        return replace(self, activations=self.recomputed, recomputed=None)
+        fused = None if self.fused is None else (self.fused[1], self.fused[1])
+        return replace(self, activations=self.recomputed, recomputed=None, fused=fused)
+
+    def without_logits(self) -> Network:
+        """Return the network with a fused head, or unchanged if that is not smaller or known."""
+        if self.fused is None or self.fused[0] >= self.activations:
+            return self
+        kept, again = self.fused
+        recomputed = None if self.recomputed is None else again
+        return replace(self, activations=kept, recomputed=recomputed, fused=None)
 
     def in_microbatches(self, parts: int, /) -> Network:
         """Return the network with batches that are divided into ``parts``."""
-        again = None if self.recomputed is None else -(-self.recomputed // parts)
-        return replace(self, activations=-(-self.activations // parts), recomputed=again)
+        return self._scaled(1 / parts)
 
     def in_bfloat16(self) -> Network:
         """Return the network with parameters and graphs in bfloat16."""
-        shorter = BYTES["bfloat16"] / self.itemsize
-        again = None if self.recomputed is None else round(shorter * self.recomputed)
-        activations = round(shorter * self.activations)
-        return replace(self, dtype="bfloat16", activations=activations, recomputed=again)
+        return replace(self._scaled(BYTES["bfloat16"] / self.itemsize), dtype="bfloat16")
+
+    def stored_in_bfloat16(self) -> Network:
+        """Return the network with weights in bfloat16 that compute in the present dtype."""
+        return replace(self, stored="bfloat16")
+
+    def _scaled(self, factor: float) -> Network:
+        """Return the network with graphs of other sizes. A fused head has chunks of one size."""
+        again = None if self.recomputed is None else math.ceil(factor * self.recomputed)
+        return replace(self, activations=math.ceil(factor * self.activations), recomputed=again)
 
 
 @dataclass(frozen=True)
@@ -111,7 +161,9 @@ class Transformer:
         """Number of entries of the largest leaf: the embedding, or a feed-forward matrix."""
         return min(self.params, self.width * max(4 * self.width, self.vocabulary))
 
-    def numbers(self, tokens: int, context: int, *, recompute: bool = False) -> float:
+    def numbers(
+        self, tokens: int, context: int, *, recompute: bool = False, fused: bool = False
+    ) -> float:
         """Return how many numbers the graph of a batch holds at the peak of a product.
 
         The coefficients are fitted to small transformers.
@@ -121,19 +173,33 @@ class Transformer:
             context: Tokens per sequence. Up to 512 tokens, the graph keeps the attention scores;
                 longer sequences attend in chunks.
             recompute: Whether each layer is recomputed from the residual stream.
+            fused: Whether the head computes the logits of a few tokens at a time.
         """
         scores = self.heads * context if context <= _ALL_SCORES else 0
+        kind = _AGAIN if recompute else _KEPT
+        logits = _FUSED if fused else tokens * kind["logit"] * self.vocabulary
+        layer = kind["layer"] * self.width + kind["score"] * scores
         if recompute:
-            layer = _AGAIN["layer"] * self.width + _AGAIN["score"] * scores
-            between = _AGAIN["residual"] * self.layers * self.width
-            return tokens * (between + layer + _AGAIN["logit"] * self.vocabulary)
-        layer = _KEPT["layer"] * self.width + _KEPT["score"] * scores
-        return tokens * (self.layers * layer + _KEPT["logit"] * self.vocabulary)
+            return tokens * (_AGAIN["residual"] * self.layers * self.width + layer) + logits
+        return tokens * self.layers * layer + logits
 
     def network(self, dtype: str, *, tokens: int, context: int) -> Network:
         """Return the network with the graph of a batch of ``tokens`` tokens."""
         if dtype not in BYTES:
             raise ValueError(f"dtype={dtype!r}: choose {', '.join(BYTES)}")
-        kept = round(BYTES[dtype] * self.numbers(tokens, context))
-        again = round(BYTES[dtype] * self.numbers(tokens, context, recompute=True))
-        return Network(self.params, self.largest, dtype, kept, again)
+        kept, again, fused, fused_again = (
+            round(BYTES[dtype] * self.numbers(tokens, context, recompute=again, fused=fused))
+            for fused in (False, True)
+            for again in (False, True)
+        )
+        outside = min(self.params - 1, self.vocabulary * self.width)
+        return Network(
+            self.params,
+            self.largest,
+            dtype,
+            kept,
+            again,
+            (fused, fused_again),
+            block=-(-(self.params - outside) // self.layers),
+            outside=outside,
+        )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hessfunc.app.plan.algorithms import Algorithm, Lanczos
+from hessfunc.app.plan.algorithms import Algorithm, Lanczos, PowerIteration
 from hessfunc.app.plan.footprint import Moment, Setting
 from hessfunc.app.plan.machine import Machine
 
@@ -78,7 +78,8 @@ def remedies(setting: Setting, algorithm: Algorithm, /) -> Iterator[Remedy]:
         alone = change(unchanged)
         if alone.peak < unchanged.peak:
             yield alone
-            every = replace(change(every), how=every.how)
+            combined = replace(change(every), how=every.how)
+            every = min(every, combined, key=lambda remedy: remedy.peak)
     yield every
 
 
@@ -97,6 +98,24 @@ def _with_layers_computed_again(run: Remedy) -> Remedy:
     return replace(run.of(how, network=network), gradients=gradients)
 
 
+def _with_divided_parameters(run: Remedy) -> Remedy:
+    network, is_divided = run.setting.network, run.setting.divided
+    if network.block is None or run.setting.ranks == 1 or is_divided:
+        return run
+    how = 'functional(model, mesh=mesh, shard="layers.*")'
+    # The layers of a sharded model are recomputed.
+    again = _with_layers_computed_again(run)
+    return again.of(how, network=again.setting.network, divided=True)
+
+
+def _by_power_iteration(run: Remedy) -> Remedy:
+    if not isinstance(run.algorithm, Lanczos):
+        return run
+    power = PowerIteration(run.algorithm.k)
+    how = f"power_iteration(k={power.k}), at most {power.steps} products"
+    return replace(run, how=how, algorithm=power)
+
+
 def _with_less_to_find(run: Remedy) -> Remedy:
     how, algorithm = run.algorithm.smaller()
     return replace(run, how=how, algorithm=algorithm)
@@ -105,13 +124,20 @@ def _with_less_to_find(run: Remedy) -> Remedy:
 _CHANGES: tuple[Callable[[Remedy], Remedy], ...] = (
     lambda run: run.of("space=hf.sharded(params, mesh)", sharded=True),
     _with_a_coarse_basis,
+    lambda run: run.of(
+        "functional(model.bfloat16(), dtype=torch.float32)",
+        network=run.setting.network.stored_in_bfloat16(),
+    ),
     lambda run: run.of("parameters in bfloat16", network=run.setting.network.in_bfloat16()),
+    lambda run: run.of("language_model_loss(model)", network=run.setting.network.without_logits()),
     lambda run: run.of(
         f"microbatches(batch, size / {_MICROBATCHES})",
         network=run.setting.network.in_microbatches(_MICROBATCHES),
     ),
     _with_layers_computed_again,
+    _with_divided_parameters,
     _with_less_to_find,
+    _by_power_iteration,
     lambda run: replace(run, how="the basis in host memory", offloaded=True),
 )
 

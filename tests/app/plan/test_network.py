@@ -40,3 +40,31 @@ def test_the_graph_of_a_transformer_is_as_large_as_is_said(recompute: str | None
     shape = Transformer(n, layers, width, heads, vocabulary)
     numbers = shape.numbers(4 * context, context, recompute=recompute is not None)
     assert numbers == pytest.approx(found.peak / 4 - 2 * n - 2 * largest, rel=0.15)
+
+
+def test_a_fused_head_takes_chunks_instead_of_logits() -> None:
+    tokens, vocabulary, width = 512, 16_384, 8
+    params = {"states": torch.randn(64, width) / 10, "head": torch.randn(vocabulary, width) / 10}
+    ids = torch.arange(tokens) % 64
+
+    def states(params: dict[str, torch.Tensor], _: object) -> tuple[torch.Tensor, ...]:
+        return torch.tanh(params["states"][ids]), params["head"], None
+
+    loss = hf.linear_head_loss(states, lambda _: ids)
+    with Footprint() as found:
+        hf.hvp(loss)(params, None)(hf.random_like(params, 1, seed=0))
+    n = sum(leaf.numel() for leaf in params.values())
+    shape = Transformer(n, 1, width, 1, vocabulary)
+    network = shape.network("float32", tokens=tokens, context=tokens).without_logits()
+    assert network.activations == pytest.approx(found.peak - 4 * 4 * n, rel=0.25)
+    # Chunks have one size, and a head with fewer logits gains nothing.
+    few = shape.network("float32", tokens=8, context=8)
+    assert few.without_logits() is few
+
+
+def test_frozen_parameters_are_no_entries_of_vectors() -> None:
+    network = Transformer.usual(10**6).network("float32", tokens=8, context=8)
+    part = network.with_trainable(10**4)
+    assert (part.params, part.frozen, part.weights) == (10**4, 99 * 10**4, network.weights)
+    with pytest.raises(ValueError, match="trainable=0: choose 1 to 1000000"):
+        network.with_trainable(0)

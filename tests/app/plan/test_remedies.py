@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hessfunc.app.plan import (
@@ -20,7 +22,7 @@ from hessfunc.app.plan import (
     remedies,
     whole,
 )
-from tests.app.plan.settings import GIB, SEVEN
+from tests.app.plan.settings import GIB, RATES, SEVEN
 
 
 def test_the_fewest_ranks_fit_and_one_less_does_not() -> None:
@@ -49,8 +51,23 @@ def test_remedies_that_were_taken_are_not_named_again() -> None:
     setting = Setting(SEVEN.in_bfloat16().computed_again(), 8)
     algorithm = Lanczos(basis_dtype="bfloat16", basis_size=12)
     found = [remedy.how for remedy in remedies(setting, algorithm)]
-    smaller = "microbatches(batch, size / 8)"
-    assert found == [smaller, "the basis in host memory", "all of these"]
+    assert found == [
+        "microbatches(batch, size / 8)",
+        'functional(model, mesh=mesh, shard="layers.*")',
+        "power_iteration(k=10), at most 1000 products",
+        "the basis in host memory",
+        "all of these",
+    ]
+
+
+def test_a_model_of_7b_fits_on_16_ranks_if_it_is_divided() -> None:
+    divided = Setting(SEVEN, 8, divided=True)
+    assert fewest_ranks(Remedy("", Setting(SEVEN, 8), Lanczos()), 77 * GIB) is None
+    assert fewest_ranks(Remedy("", divided, Lanczos()), 77 * GIB) is not None
+    sent = RATES.cost(divided, 1).sent
+    # `bench.sharded` measures six exchanges of all weights.
+    assert sent == pytest.approx(6 * 7 / 8 * SEVEN.weights, rel=1e-6)
+    assert replace(RATES, batches=10).cost(divided, 1).sent == pytest.approx(10 * sent, rel=1e-3)
 
 
 def test_the_cheapest_change_fits_and_says_its_time() -> None:
