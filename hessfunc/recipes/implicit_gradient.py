@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, Unpack
 
 import torch
@@ -116,8 +116,8 @@ def implicit_gradient(
     for batches in (outer_batches, inner_batches):
         refuse_one_batch(batches)
     hyperparams = tree_map(Tensor.detach, hyperparams)
-    of_outer = Average(weight, _are_several(outer_batches))
-    of_inner = Average(weight, _are_several(inner_batches))
+    of_outer = Average.over(weight, outer_batches)
+    of_inner = Average.over(weight, inner_batches)
     value, (outer_gradient, direct) = mean_gradient(
         lambda pair, batch: outer(pair[0], pair[1], batch),
         of_outer,
@@ -209,7 +209,3 @@ def _along(loss: BilevelLoss, params: Tree, q: Tree) -> LossFunction:
 
 def _norm(vector: Tree) -> float:
     return math.sqrt(float(inner_product(vector, vector)))
-
-
-def _are_several(batches: Iterable[Any]) -> bool:
-    return not isinstance(batches, Sized) or len(batches) != 1

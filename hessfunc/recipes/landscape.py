@@ -125,7 +125,7 @@ def landscape(
     size = points_per_chunk or 1
     total = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(total)
-    average = Average(weight, several=not isinstance(batches, Sized) or len(batches) != 1)
+    average = Average.over(weight, batches)
     evaluations = 0
 
     def so_far(reason: str) -> Landscape:

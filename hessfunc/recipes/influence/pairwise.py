@@ -173,8 +173,8 @@ def influence(
     def solved() -> _Queries:
         gradients: Iterator[Tree]
         if aggregate:
-            several = not isinstance(query_batches, Sized) or len(query_batches) != 1
-            _, mean = mean_gradient(measured, Average(weight, several), params, query_batches)
+            average = Average.over(weight, query_batches)
+            _, mean = mean_gradient(measured, average, params, query_batches)
             gradients = iter([tree_map(lambda leaf: leaf[None], mean)])
         else:
             gradients = gradients_of(measured, params, query_batches, examples_per_chunk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -161,11 +161,10 @@ def mean_over(
         space = partition.all_well(checked)
         options = {"the curvature": curvature, "weight": weight, "keep": keep, "data": data}
         partition.refuse_unlike(space, params, batches, options)
-        several = mesh is not None or not isinstance(batches, Sized) or len(batches) != 1
-        average = Average(weight, several)
+        average = Average.over(weight, batches)
         outer = inner(average)
         # The weight of an inner mean is the sum of its own weights, even for a single batch.
-        average.several |= outer is not None
+        average.several |= mesh is not None or outer is not None
         reading = Reading(curvature, params, batches, average, space, partition, passes)
         if (structured := of_statistics(curvature)) is not None:
             mean_of = partial(reading.statistics, outer=outer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -158,6 +158,11 @@ class Average:
     _positions: tuple[float, ...] | None = None
     _inner: list[Inner] = field(default_factory=list)
     _beside: float | None = None
+
+    @classmethod
+    def over(cls, weight: Callable[[Any], float] | None, batches: Iterable[Any], /) -> Average:
+        """Return the combination of these batches, which are several unless their number is 1."""
+        return cls(weight, not isinstance(batches, Sized) or len(batches) != 1)
 
     @property
     def is_sum(self) -> bool:
