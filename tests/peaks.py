@@ -47,7 +47,7 @@ def gauss_newton() -> None:
     hf.apply(matvec, {name: torch.ones_like(leaf) for name, leaf in params.items()})
 
 
-def deep_model(recompute: str | None = None, examples: int = 4096) -> None:
+def deep_model(recompute: str | None = None, examples: int = 1536) -> None:
     """One Hessian product of 16 wide layers, each of many activations."""
     layers = [
         nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.LayerNorm(256), nn.Linear(256, 64))

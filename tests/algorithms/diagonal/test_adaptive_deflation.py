@@ -182,7 +182,7 @@ def test_start_is_refused_where_it_has_no_use() -> None:
 @pytest.mark.parametrize("options", [{"max_matvecs": 5}, {"max_matvecs": 25}, {"rtol": 0.2}])
 @pytest.mark.parametrize("name", MATRICES)
 def test_intervals_cover(name: str, options: dict[str, Any]) -> None:
-    matrix, seeds = MATRICES[name], 50
+    matrix, seeds = MATRICES[name], 20
     truth = matrix.diagonal()
     runs = [hf.diagonal(hf.dense(matrix), LIKE, seed=s, **options) for s in range(seeds)]
     for level in (0.8, 0.95):

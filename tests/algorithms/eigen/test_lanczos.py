@@ -302,7 +302,7 @@ def test_intervals_are_never_without_an_eigenvalue(name: str, dtype: torch.dtype
     values = decaying(400)[name]
     spectrum, like = values.to(dtype), torch.zeros(400, dtype=dtype)
     exact = spectrum.double()
-    for seed in range(60):
+    for seed in range(20):
         which = ("LM", "LA", "SA", "BE")[seed % 4]
         found = hf.lanczos(
             lambda v: v * spectrum,
@@ -311,7 +311,7 @@ def test_intervals_are_never_without_an_eigenvalue(name: str, dtype: torch.dtype
             which=which,
             block_size=1 + seed % 3,
             rtol=10.0 ** -(2 + seed % 4),
-            max_matvecs=30 + seed,
+            max_matvecs=30 + 3 * seed,
             seed=seed,
         )
         distance = (found.values[:, None] - exact).abs().amin(1)

@@ -277,7 +277,7 @@ def test_a_multiple_of_the_identity_is_not_deflated() -> None:
 @pytest.mark.parametrize("options", [{"max_matvecs": 5}, {"max_matvecs": 25}, {"rtol": 0.05}])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_intervals_cover(name: str, options: dict[str, Any]) -> None:
-    values, seeds, n = SPECTRA[name][:150], 80, 150
+    values, seeds, n = SPECTRA[name][:150], 30, 150
     like, truth = {"a": torch.zeros(50).double(), "b": torch.zeros(n - 50).double()}, values.sum()
     leaf = float(values[:50].sum())
 
