@@ -153,5 +153,8 @@ def directional_derivative(
             )
             if error < smallest:
                 best, smallest = now[j + 1], error
+        # More than any test asks for.
+        if smallest <= 1e-11 * float(best.abs().max()):
+            break
         before = now
     return best
