@@ -43,6 +43,16 @@ def test_an_object_met_twice_is_one_object_when_it_is_rebuilt() -> None:
     assert first.x is Y
 
 
+def test_objects_are_opened_down_to_some_depth() -> None:
+    def nested(depth: int) -> Any:
+        return SimpleNamespace(inner=nested(depth - 1)) if depth else X
+
+    leaves, _ = opened(nested(16), "batch")
+    assert [leaf is X for leaf in leaves] == [True]
+    with pytest.raises(TypeError, match="holds tensors"):
+        opened(nested(17), "batch")
+
+
 def test_a_map_sees_tensors_alone() -> None:
     made = mapped(torch.neg, {"x": X, "size": 3, "name": "text"}, "batch")
     assert torch.equal(made["x"], -X)

@@ -114,6 +114,11 @@ def test_a_budget_that_is_exhausted_is_said() -> None:
     assert not found.converged
     assert found.matvecs <= 10
     assert "budget exhausted" in found.reason
+    # 2 (|Ad|* - d'Ad) with the nuclear norm, the dual of the spectral one.
+    d = found.direction["w"]
+    image = (A @ d.flatten()).view(5, 6)
+    gap = 2 * (torch.linalg.matrix_norm(image, "nuc") - (d * image).sum())
+    assert found.gap == pytest.approx(float(gap), rel=1e-6)
 
 
 def test_a_checkpoint_of_another_norm_is_refused(tmp_path: Path) -> None:

@@ -124,10 +124,10 @@ def test_the_error_on_the_sphere_is_that_of_the_mean_of_quadratic_forms() -> Non
 
 
 def test_the_error_of_skewed_samples_by_hand() -> None:
-    # A deviation of 2 and a skewness of 3/4: 2 / 2 (1 + 3/8 + 1/4).
-    samples = torch.tensor([0.0, 0.0, 0.0, 4.0], dtype=torch.float64)
-    assert standard_error(samples) == pytest.approx(1.625)
-    assert standard_error(-samples) == pytest.approx(1.625)
+    # A deviation of 5^(1/2) and a skewness of 12 / 5^(3/2): 1 + 12/25 + 1/5.
+    samples = torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0], dtype=torch.float64)
+    assert standard_error(samples) == pytest.approx(1.68)
+    assert standard_error(-samples) == pytest.approx(1.68)
     assert standard_error(samples[:1]) == math.inf
 
 

@@ -77,6 +77,14 @@ def test_a_random_start_is_a_function_of_its_seed() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_random_start_is_within_the_bounds() -> None:
+    def rooted(params: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        assert bool((batch[0] >= 0).all())
+        return batch[0].sum()
+
+    pgd(rooted, DIRECTION, BATCH, eps=0.5, bounds=(0.0, 1.0), steps=1, seed=0)
+
+
 def test_nothing_but_the_inputs_moves() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
     model_fn, params = hf.functional(model)

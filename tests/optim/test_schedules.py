@@ -105,6 +105,12 @@ def test_the_size_of_an_eigenvalue_counts_not_its_sign() -> None:
     assert after(schedule, 8.0, -8.0)[-1].ratio == 1
 
 
+def test_the_eigenvalue_has_to_fall_by_the_factor() -> None:
+    schedule = absa(factor=4, lr_decay_epochs=())
+    assert after(schedule, 8.0, 2.1)[-1].ratio == 1
+    assert after(schedule, 8.0, 2.0)[-1].ratio == 4
+
+
 def test_nothing_falls_from_zero() -> None:
     found = after(absa(lr_decay_epochs=()), 0.0, 0.0, 0.0)
     assert [s.ratio for s in found] == [1, 1, 1, 1]

@@ -47,6 +47,12 @@ def test_certain_and_right_predictions_have_no_error() -> None:
     assert (found.nll, found.accuracy, found.ece) == (0.0, 1.0, 0.0)
 
 
+def test_gaps_of_bins_do_not_cancel() -> None:
+    p = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.9, 0.1], [0.9, 0.1]], dtype=D)
+    found = hf.calibration(p, torch.tensor([0, 0, 1, 1]), bins=10)
+    assert math.isclose(found.ece, (0.4 + 0.9) / 2)
+
+
 def test_probabilities_of_one_class_are_those_of_two() -> None:
     p = torch.tensor([0.2, 0.9, 0.6], dtype=D)
     targets = torch.tensor([0.0, 1.0, 0.0])

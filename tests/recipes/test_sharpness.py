@@ -138,6 +138,9 @@ def test_the_bounds_are_steps_that_were_tried(budget: int, start: float) -> None
     assert found.bounds[0] <= critical <= found.bounds[1]
     assert found.evaluations <= budget
     assert not found.converged
+    if found.bounds[0] == 0:
+        # No step has lowered the loss yet: the value is a bound from below.
+        assert found.value == 2 / found.bounds[1]
 
 
 def test_a_point_where_the_loss_is_not_finite_is_refused() -> None:

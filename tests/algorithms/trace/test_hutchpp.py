@@ -4,11 +4,30 @@ import pytest
 import torch
 
 import hessfunc as hf
+from hessfunc.algorithms.sketch import Sketch, SketchedProbes
+from hessfunc.algorithms.trace import hutchpp
+from hessfunc.spaces.of import space_of
 from tests.reference.spectra import decaying, symmetric
 
 N = 200
 LIKE = {"a": torch.zeros(10, 10).double(), "b": torch.zeros(N - 100).double()}
 MATRIX = symmetric(decaying(N)["slow exponential"])
+
+
+def test_samples_are_what_the_formula_says() -> None:
+    space = space_of(LIKE)
+    sketched, probes = space.probes(range(12), kind="sphere", seed=0).split([5, 7])
+    Q = torch.linalg.qr((sketched @ MATRIX).mT).Q.mT
+    sketch = Sketch(Q, Q @ MATRIX, torch.eye(5).double())
+    state = SketchedProbes(probes, probes @ MATRIX, sketch, 0)
+    parts, squares = hutchpp._samples(space, state)
+    outside = torch.eye(N).double() - Q.mT @ Q
+    for g, found, square in zip(probes, parts.sum(1), squares, strict=True):
+        # The direction of the probe outside of the sketch, of length (n - q)^(1/2).
+        u = outside @ g
+        u *= (N - 5) ** 0.5 / u.norm()
+        assert float(found) == pytest.approx(float((Q @ MATRIX @ Q.mT).trace() + u @ MATRIX @ u))
+        assert float(square) == pytest.approx(float((outside @ MATRIX @ u).square().sum()))
 
 
 def test_exact_where_the_sketch_holds_the_range() -> None:

@@ -21,6 +21,13 @@ def test_the_usual_shape_is_near_that_of_known_models(params: int, layers: int, 
     assert shape.layers * shape.width == pytest.approx(layers * width, rel=0.25)
 
 
+def test_the_largest_leaf_is_an_embedding_or_a_feed_forward_matrix_of_the_model() -> None:
+    shape = {"params": 10**9, "layers": 10, "width": 1000, "heads": 8}
+    assert Transformer(**shape, vocabulary=50_000).largest == 50_000 * 1000
+    assert Transformer(**shape, vocabulary=100).largest == 4000 * 1000
+    assert Transformer.usual(1000).largest == 1000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [None, "layers.*"])
 def test_the_graph_of_a_transformer_is_as_large_as_is_said(recompute: str | None) -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,22 @@ def test_closed_forms_however_the_data_is_cut(
     column = hf.apply(matvec, {k: torch.ones_like(params) for k in problem.params})
     error = (hf.ravel(column) - problem.hessian.sum(1)).abs().max()
     assert error < (1e-6 if mode == "difference" else 1e-8)
+
+
+def test_batches_of_unequal_weight_are_compiled() -> None:
+    problem = closed_form("linear regression")
+    batches = cut(problem.batch, [3, 12])
+    mean = hf.over_batches(hf.hvp(problem.loss), weight=lambda batch: len(batch[1]))
+    (params,) = problem.params.values()
+
+    @partial(torch.compile, fullgraph=True, backend="eager")
+    def products(params: Any, block: Any) -> Any:
+        return mean(params, batches)(block)
+
+    (name,) = problem.params
+    eye = torch.eye(len(params), dtype=params.dtype)
+    found = products(problem.params, {name: eye})[name]
+    assert (found - problem.hessian).abs().max() < 1e-8
 
 
 @pytest.mark.parametrize("keep", [False, True])
