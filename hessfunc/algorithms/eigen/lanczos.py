@@ -143,8 +143,10 @@ def lanczos(
 
     Cost: one matvec a basis vector, at most one at the end, and up to ``search`` if block_size < k.
     A given start costs about the matvecs of a few more pairs, to show that nothing was missed.
-    Reorthogonalisation takes 4 basis_size n flops a matvec, twice. Memory: (basis_size +
-    block_size + k) n numbers besides those of a product, and 5 n more if block_size < k.
+    Reorthogonalisation reads the m vectors of the basis twice, in 4 m n flops a matvec. It is bound
+    by memory: 30 float32 vectors of 10^6 entries take 9.5 ms on one core at 25 GB/s. Memory:
+    (basis_size + block_size + k) n numbers besides those of a product, and 5 n more if
+    block_size < k.
     With a basis of m vectors on another device, a block step copies it twice, once for each
     projection: 2 m n numbers. A restart moves up to 4 m n. With ``"nearest"`` or the matvec of a
     metric, the run begins at k random vectors or more, finds up to k copies of an eigenvalue, and

@@ -62,7 +62,9 @@ def trace(
     semi-definite A, and else 0. Four probes measure ``|S|_F^2``, which is proportional to the
     variance. Q then grows by Krylov vectors, from random starts, for as long as a vector saves more
     than one probe. All other products are probes. On a flat spectrum the cost is therefore that of
-    `hutchinson`, and on a decaying one it is below that of `xtrace` and `xnystrace`.
+    `hutchinson`, and on a decaying one it is below that of `xtrace` and `xnystrace`. For many equal
+    eigenvalues above a bulk, `xnystrace` takes up to 30 % fewer products, since each of them
+    serves the approximation and a probe. It needs a positive semi-definite matrix.
 
     Examples:
         >>> A = torch.diag(torch.arange(1.0, 11.0, dtype=torch.float64))
