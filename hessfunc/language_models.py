@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -317,6 +317,11 @@ def _has_decoder(model: nn.Module) -> bool:
 
 
 def _with_labels(batch: Any) -> Mapping[str, Any]:
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Sequence):
+        raise TypeError(
+            f"the labels of the batch are a {type(batch['labels']).__name__}, not a tensor: pass "
+            "`torch.tensor(part)` for each part of the batch, or set `dataset.set_format('torch')`"
+        )
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(

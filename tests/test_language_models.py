@@ -136,6 +136,9 @@ def test_a_batch_without_labels_is_refused() -> None:
         hf.hvp(loss)(params, {"input_ids": IDS})
     with pytest.raises(ValueError, match="a mapping with a tensor 'labels'"):
         hf.hvp(loss)(params, (IDS, IDS))
+    lists = {"input_ids": IDS.tolist(), "labels": IDS.tolist()}
+    with pytest.raises(TypeError, match="labels of the batch are a list, not a tensor"):
+        loss(params, lists)
 
 
 def test_the_shift_is_that_of_the_models_own_loss() -> None:
