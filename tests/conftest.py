@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > GIB:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     # Torch's own forward mode compiles its formulas with what it has deprecated itself.
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -136,7 +136,7 @@ def _serve(address: str, rank: int, size: int) -> None:
     faulthandler.enable(errors)
     warnings.simplefilter("error")
     # As in tests/conftest.py.
-    warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+    warnings.filterwarnings("ignore", "`torch.jit.script")
     dist.init_process_group(
         "gloo",
         init_method=f"file://{address}.store",

@@ -255,10 +255,13 @@ def test_on_four_ranks(four: Ranks) -> None:
 
 def test_a_move_that_torch_cannot_make_is_named(four: Ranks) -> None:
     for outcome in four.outcomes(curvature_differs_by, "transformer", "hvp", 4):
-        assert outcome.error is not None
-        assert outcome.error.startswith(
-            "NotImplementedError: torch cannot redistribute a DTensor from S(1)"
-        )
+        # Torch makes it from 2.14 on.
+        if outcome.error is None:
+            assert outcome.value < 1e-10
+        else:
+            assert outcome.error.startswith(
+                "NotImplementedError: torch cannot redistribute a DTensor from S(1)"
+            )
 
 
 def runs_differ_by(name: str) -> tuple[float, float]:
