@@ -188,7 +188,7 @@ CALLS: dict[str, Call] = {
         {
             "trainable_only": True,
             "dtype": D,
-            "device": "cpu",
+            "device": None,
             "recompute": None,
             "mesh": None,
             "shard": None,
@@ -230,7 +230,7 @@ CALLS: dict[str, Call] = {
             "shift": True,
             "trainable_only": True,
             "dtype": torch.float32,
-            "device": "cpu",
+            "device": None,
             "recompute": "embedding",
             "mesh": None,
             "shard": None,
