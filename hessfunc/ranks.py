@@ -64,11 +64,7 @@ class Ranks:
             TypeError: If ``mesh`` is not a DeviceMesh.
             ValueError: If the mesh does not contain this process or has no such axis.
         """
-        if not isinstance(mesh, DeviceMesh):
-            raise TypeError(
-                f"mesh must be a DeviceMesh, not a {type(mesh).__name__}: pass "
-                'mesh=init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))'
-            )
+        refuse_unless_mesh(mesh)
         _refuse_outside(mesh)
         if axis is not None and axis not in (mesh.mesh_dim_names or ()):
             raise ValueError(
@@ -266,6 +262,15 @@ def attempted(act: Callable[[], Made], /) -> tuple[Sequence[Made], Exception | N
         return (act(),), None
     except Exception as failure:
         return (), failure
+
+
+def refuse_unless_mesh(mesh: object, /) -> None:
+    """Raise TypeError for anything but a device mesh."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh must be a DeviceMesh, not a {type(mesh).__name__}: pass "
+            'mesh=init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))'
+        )
 
 
 def _refuse_outside(mesh: DeviceMesh) -> None:

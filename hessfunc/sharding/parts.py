@@ -28,7 +28,7 @@ from hessfunc.autograd.recomputed_blocks import (
     recompute_inside,
 )
 from hessfunc.fingerprints import checksum
-from hessfunc.ranks import Ranks
+from hessfunc.ranks import Ranks, refuse_unless_mesh
 from hessfunc.selection import first_of
 from hessfunc.sharding.skeleton import name_of, of_fsdp, without_parameters
 from hessfunc.stored import read_as
@@ -197,6 +197,8 @@ def divided(
 
 
 def _mesh_of(model: nn.Module, named: Mapping[str, Tensor], mesh: DeviceMesh | None) -> DeviceMesh:
+    if mesh is not None:
+        refuse_unless_mesh(mesh)
     is_fsdp = of_fsdp(model)
     meshes = {leaf.device_mesh for leaf in named.values() if isinstance(leaf, DTensor)}
     if meshes and not is_fsdp:

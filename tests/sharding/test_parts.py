@@ -136,6 +136,11 @@ def test_what_would_be_wrong_is_refused(name: str, two: Ranks) -> None:
     two.refuse(REFUSED[name][1], refusal, name)
 
 
+def test_a_mesh_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="mesh must be a DeviceMesh, not a str"):
+        hf.functional(mlp(), mesh="data")  # type: ignore[arg-type]
+
+
 def test_blocks_need_a_mesh() -> None:
     with pytest.raises(ValueError, match="pass `mesh=`"):
         hf.functional(mlp(), shard="0")
