@@ -47,7 +47,7 @@ def refuse_compiled(model: nn.Module, /) -> None:
 
 
 @contextmanager
-def linearising(
+def differentiating(
     space: Space, params: Mapping[str, Tensor], batch: Any, /
 ) -> Iterator[tuple[dict[str, Tensor], Any]]:
     """Context in which a model is differentiated, as in every product of the library.

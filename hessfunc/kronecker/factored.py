@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.blocks import Blocks
-from hessfunc.kronecker.calls import linearising, refuse_dtensors
+from hessfunc.kronecker.calls import differentiating, refuse_dtensors
 from hessfunc.kronecker.composite_blocks import Joint, Permuted
 from hessfunc.kronecker.evaluation import Bias, Evaluation, Unsupported
 from hessfunc.kronecker.factored_blocks import Dense, DiagonalBlock, Eigenbasis, Kronecker
@@ -122,7 +122,7 @@ class FactoredCurvature:
         refuse_dtensors(space)
         _refuse_narrow(params)
         with (
-            linearising(space, params, batch) as (leaves, given),
+            differentiating(space, params, batch) as (leaves, given),
             noted(self.loss, params, batch),
         ):
             verify = self.verification

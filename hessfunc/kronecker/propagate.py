@@ -13,7 +13,7 @@ from hessfunc.kronecker.block import Block
 from hessfunc.kronecker.blocks import Blocks
 from hessfunc.kronecker.calls import (
     ModelCall,
-    linearising,
+    differentiating,
     recorded_call,
     refuse_compiled,
     refuse_dtensors,
@@ -162,7 +162,7 @@ def backpropagated(
     def parts(params: Mapping[str, Tensor], batch: Any) -> dict[str, Made]:
         space = space_of(params)
         refuse_dtensors(space)
-        with linearising(space, params, batch) as (leaves, given):
+        with differentiating(space, params, batch) as (leaves, given):
             with noted(loss, params, batch):
                 call = recorded_call(model, loss, leaves, given)
             with training_flags(call.training):
