@@ -102,6 +102,11 @@ class Constants(Replaced):
                 return result
         elif not isinstance(result, float):
             return result
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "the loss uses transforms of torch.func, inside of which finite differences cannot "
+                "tell what autograd treats as constant: use `hvp(loss, mode='reverse')`"
+            )
         if self._evaluations == 1:
             kept = isinstance(result, Tensor)
             self._values.append(result.detach().clone() if kept else result)

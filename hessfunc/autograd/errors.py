@@ -82,6 +82,12 @@ _CLEARER: tuple[tuple[str, type[Exception], str], ...] = (
         "and vmap cannot follow: use `hvp(loss, mode='reverse')`",
     ),
     (
+        r"attempting to call Tensor.requires_grad_\(\)|mutating directly with `\.data`",
+        NotImplementedError,
+        "the loss calls `requires_grad_()` or writes into `.data`, which forward mode and "
+        "transforms of torch.func do not support: use `hvp(loss, mode='reverse')`",
+    ),
+    (
         r"nference tensors cannot be saved",
         RuntimeError,
         "the batch has tensors made in `torch.inference_mode()`, which autograd cannot save: call "

@@ -340,12 +340,28 @@ def _difference(problem: _Problem) -> Product:
         return gradient([leaf.detach().requires_grad_() for leaf in at])[1]
 
     inputs = problem.inputs()
+    before = _memory(inputs)
     with Precision() as precision:
         value, _ = gradient(inputs)
+    if before != _memory(inputs):
+        raise NotImplementedError(
+            "the loss writes into its parameters, as by `weight.clamp_()` under `no_grad`, so that "
+            "finite differences would not follow autograd: use `hvp(loss, mode='reverse')`, or "
+            "write into a copy, `weight.clamp(...)`"
+        )
     _refuse_coarser(problem.space, precision)
     with differentiable_twice(problem.space.device, DIFFERENCES):
         refuse_unless_derivatives([value], inputs, lambda leaves: [problem.value(leaves)])
     return gradient_differences(moved, problem.space, problem.point)
+
+
+def _memory(leaves: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return the version of each leaf, and the place of its entries; they change with a write."""
+    return [
+        (leaf._version, leaf.data_ptr() if type(leaf) is Tensor else 0)
+        for leaf in leaves
+        if not leaf.is_inference()
+    ]
 
 
 def _refuse_coarser(space: Space, precision: Precision) -> None:

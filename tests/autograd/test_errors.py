@@ -58,6 +58,11 @@ BATCH = torch.zeros(2, 3)
             "the loss leaves torch",
         ),
         (
+            "You are attempting to call Tensor.requires_grad_() inside of a function",
+            NotImplementedError,
+            r"calls `requires_grad_\(\)`.*mode='reverse'",
+        ),
+        (
             "Inference tensors cannot be saved for backward",
             RuntimeError,
             "made in `torch.inference_mode",

@@ -442,3 +442,68 @@ def test_forward_mode_follows_the_factors_of_a_matrix(function: Any, recompute: 
     found = matrix(hf.hvp(lambda p, b: of(p["A"]), mode="forward")({"A": A}, None), {"A": A})
     expected = torch.autograd.functional.hessian(function, A).view(9, 9)
     assert relative_error(found, expected) < 1e-12
+
+
+class _Projected(nn.Module):
+    """Layer that projects its weight onto the unit ball before use."""
+
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self.weight, self.write = nn.Parameter(torch.ones(3, 4).double().cumsum(1)), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write(self.weight)
+        return (x @ self.weight.mT).tanh()
+
+
+def _clamps(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.clamp_(-2.0, 2.0)
+
+
+def _replaces(weight: Tensor) -> None:
+    weight.data = nn.functional.normalize(weight.data)
+
+
+@pytest.mark.parametrize("write", [_clamps, _replaces])
+def test_differences_do_not_follow_a_loss_that_writes_into_its_parameters(write: Any) -> None:
+    model = _Projected(write)
+    before = model.weight.detach().clone()
+    model_fn, params = hf.functional(model)
+    loss = hf.supervised(model_fn, nn.functional.mse_loss)
+    batch = torch.ones(2, 4).double() / 5, torch.zeros(2, 3).double()
+    with pytest.raises(NotImplementedError, match=r"writes into its parameters.*'reverse'"):
+        hf.hvp(loss, mode="difference")(params, batch)
+    # Autograd takes the written values for the parameters.
+    written = nn.Parameter(before.clone())
+    write(written)
+    at = {"weight": written.detach()}
+    expected = hessian(lambda p, b: (b[0] @ p["weight"].mT).tanh().square().mean(), at, batch)
+    found = matrix(hf.hvp(loss)(params, batch), params)
+    assert relative_error(found, expected) < 1e-10
+    assert torch.equal(model.weight, before)
+
+
+def test_differences_do_not_follow_transforms_inside_of_the_loss() -> None:
+    def loss(p: Any, _: Any) -> Tensor:
+        slope = torch.func.jvp(lambda x: (p["w"] * x).sin(), (X,), (X,))[1]
+        return slope.square().mean()
+
+    X = torch.linspace(0.3, 1.0, 4).double()
+    params = {"w": X.cos()}
+    with pytest.raises(NotImplementedError, match=r"transforms of torch.func.*mode='reverse'"):
+        hf.hvp(loss, mode="difference")(params, None)
+    expected = hessian(lambda p, _: (p["w"] * X * (p["w"] * X).cos()).square().mean(), params, None)
+    assert relative_error(matrix(hf.hvp(loss)(params, None), params), expected) < 1e-10
+
+
+def test_a_gradient_penalty_by_requires_grad_has_no_forward_mode() -> None:
+    def loss(p: Any, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        slope = torch.autograd.grad((x @ p["w"]).sin().sum(), x, create_graph=True)[0]
+        return slope.square().mean()
+
+    params, x = {"w": torch.linspace(0.1, 0.9, 4).double()}, torch.eye(4).double()
+    matvec = hf.hvp(loss, mode="forward")
+    with pytest.raises(NotImplementedError, match=r"calls `requires_grad_\(\)`.*'reverse'"):
+        matrix(matvec(params, x), params)
