@@ -21,6 +21,17 @@ from torch import Tensor
 from hessfunc.trees import _NAMESPACE, _torch_order, leaves
 
 
+def number_of(batches: Any, /) -> int | None:
+    """Return the number of batches, or None if it is unknown.
+
+    The loader of an iterable data set has a ``len`` that raises TypeError.
+    """
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
 def batch_leaves(batch: Any, /) -> list[Any]:
     """Return the leaves of a batch, including those inside objects that hold tensors.
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
-from hessfunc.containers import batch_leaves, is_array, leaf_paths, mapped, opened, tensors_in
+import hessfunc as hf
+from hessfunc.containers import (
+    batch_leaves,
+    is_array,
+    leaf_paths,
+    mapped,
+    number_of,
+    opened,
+    tensors_in,
+)
 from tests.containers import OBJECTS, Pair
 
 X, Y = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.arange(6)
@@ -87,3 +99,16 @@ def test_tensors_in_nested_containers_are_found() -> None:
     a, b, c = (torch.full((2,), float(i)) for i in range(3))
     found = list(tensors_in({"first": [a, (b, "text")], "second": {c}, "third": None}))
     assert [id(x) for x in found] == [id(a), id(b), id(c)]
+
+
+def test_the_number_of_batches_of_an_iterable_data_set_is_unknown() -> None:
+    class Numbers(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(torch.arange(4.0))
+
+    loader = DataLoader(Numbers(), batch_size=2)
+    assert number_of(loader) is None
+    assert number_of([1, 2, 3]) == 3
+    params = {"w": torch.ones(())}
+    matvec = hf.over_batches(hf.hvp(lambda p, b: (b * p["w"] ** 2).mean()))(params, loader)
+    assert float(hf.matrix(matvec, params)) == 3.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,6 +19,7 @@ from hessfunc.autograd import (
     rereading,
 )
 from hessfunc.autograd.errors import first_line, unmapped
+from hessfunc.containers import number_of
 from hessfunc.display import Report, Reported, reporting
 from hessfunc.losses import Loss
 from hessfunc.numerics import NARROW, wide_dtype
@@ -138,7 +139,7 @@ def diagonal_of(
     ones = tree_map(lambda leaf: torch.ones_like(leaf)[None], params)
     # A diagonal matrix is a curvature matrix: diag(mean_b G_b) is the product of mean_b diag(G_b)
     # with the vector of ones.
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = number_of(batches)
     with reporting(progress, "ggn_diagonal", total=total, unit="batches") as report:
         mean = mean_over(
             _of_batch(loss, examples_per_chunk, report),

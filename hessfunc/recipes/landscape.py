@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, get_args
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from hessfunc import options
 from hessfunc.algorithms.results.landscape import Landscape, Normalise
 from hessfunc.autograd import explained, precise, rereading
+from hessfunc.containers import number_of
 from hessfunc.display import Reported, reporting
 from hessfunc.losses import LossFunction
 from hessfunc.memory import Footprint
@@ -142,7 +143,8 @@ def landscape(
             seed=None,
         )
 
-    all_points = len(batches) * len(steps) if isinstance(batches, Sized) else None
+    count = number_of(batches)
+    all_points = None if count is None else count * len(steps)
     with reporting(progress, "landscape", total=all_points, unit="evaluations") as report:
         for batch in _not_single(batches):
             if not average.counts(batch):

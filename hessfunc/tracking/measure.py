@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ from hessfunc.algorithms.frank_wolfe import generalized_sharpness
 from hessfunc.algorithms.results import Eigenpairs, GeneralizedSharpness
 from hessfunc.algorithms.trace.hutchinson import hutchinson
 from hessfunc.autograd import differentiable_twice
+from hessfunc.containers import number_of
 from hessfunc.display import Achieved, Displayed
 from hessfunc.losses import LossFunction
 from hessfunc.optim.stability.result import Stability
@@ -221,7 +222,7 @@ def functional_tracker(
         batches: Iterable[Any],
         stability: Limit | None = None,
     ) -> tuple[TrackingState, Measurement]:
-        single = isinstance(batches, Sized) and len(batches) == 1
+        single = number_of(batches) == 1
         average = Average(weight, several=not single)
         mean = _mean(loss, average)
         value = _value(mean, params, batches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from hessfunc import options
 from hessfunc.algorithms.results import Influence
 from hessfunc.algorithms.results.result import Saved
+from hessfunc.containers import number_of
 from hessfunc.display import Reported
 from hessfunc.fingerprints import of_batches
 from hessfunc.losses import Loss, LossFunction
@@ -158,9 +159,9 @@ def influence(
     at_least(1, rank=rank, examples_per_chunk=examples_per_chunk)
     for batches in (train_batches, query_batches):
         refuse_unordered(batches)
-    if isinstance(train_batches, Sized) and not len(train_batches):
+    if number_of(train_batches) == 0:
         raise ValueError(NO_EXAMPLE)
-    if isinstance(query_batches, Sized) and not len(query_batches):
+    if number_of(query_batches) == 0:
         raise ValueError(_NO_QUERY)
     space, partition = space_of(params), partition_of(mesh)
     measured = loss if query_loss is None else _explained(query_loss)

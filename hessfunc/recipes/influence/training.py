@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hessfunc.algorithms.results.result import Saved, load
+from hessfunc.containers import number_of
 from hessfunc.display import Reported, reporting
 from hessfunc.fingerprints import checksum, of_batches
 from hessfunc.losses import LossFunction
@@ -132,7 +133,7 @@ class TrainingPass:
 
     def _own(self, make: Callable[[Any, str], Made]) -> dict[int, Made]:
         """Return the objects of the batches of this rank, by their place among all batches."""
-        total = len(self.batches) if isinstance(self.batches, Sized) else None
+        total = number_of(self.batches)
         own: dict[int, Made] = {}
         with reporting(self.progress, self.task, total=total, unit="batches") as report:
             for done, batch in enumerate(self.batches):

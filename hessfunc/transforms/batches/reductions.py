@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hessfunc.containers import number_of
 from hessfunc.losses import Loss, LossFunction
 from hessfunc.options import described
 from hessfunc.transforms.batches.divisor import positions_of, terms_of
@@ -162,7 +163,7 @@ class Average:
     @classmethod
     def over(cls, weight: Callable[[Any], float] | None, batches: Iterable[Any], /) -> Average:
         """Return the combination of these batches, which are several unless their number is 1."""
-        return cls(weight, not isinstance(batches, Sized) or len(batches) != 1)
+        return cls(weight, number_of(batches) != 1)
 
     @property
     def is_sum(self) -> bool:
