@@ -183,4 +183,6 @@ def scalar(value: Any) -> Tensor:
         raise ValueError(
             f"the loss must be a scalar tensor, not of shape {tuple(value.shape)}: return its mean"
         )
+    if value.is_complex():
+        raise ValueError("the loss is complex: return its real part, `loss.real`, or `loss.abs()`")
     return value

@@ -507,3 +507,8 @@ def test_a_gradient_penalty_by_requires_grad_has_no_forward_mode() -> None:
     matvec = hf.hvp(loss, mode="forward")
     with pytest.raises(NotImplementedError, match=r"calls `requires_grad_\(\)`.*'reverse'"):
         matrix(matvec(params, x), params)
+
+
+def test_a_complex_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the loss is complex: return its real part"):
+        hf.hvp(lambda p, _: (p["w"] + 1j).square().sum())({"w": torch.ones(2)}, None)

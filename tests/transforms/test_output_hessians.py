@@ -62,3 +62,16 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
     outputs = torch.zeros(1, 1).expand(1000, 1_000_000)
     with pytest.raises(MemoryError, match="1000 examples with respect to 1000000 outputs each"):
         each_hessian(lambda z, _: z.square().sum(), outputs, None)
+
+
+def test_the_rounding_of_a_criterion_in_float32_is_no_coupling() -> None:
+    outputs = torch.linspace(-1, 2, 18, dtype=torch.float64).view(6, 3)
+    targets = torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def criterion(outputs: Tensor, batch: object) -> Tensor:
+        return torch.nn.functional.cross_entropy(outputs.float(), targets)
+
+    blocks = each_hessian(criterion, outputs, None)
+    p = outputs.softmax(1)
+    expected = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]) / len(p)
+    torch.testing.assert_close(blocks, expected, rtol=1e-5, atol=1e-7)
