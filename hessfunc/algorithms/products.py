@@ -114,7 +114,16 @@ class Products:
 
     def __call__(self, rows: Tensor, /) -> Tensor:
         """Return the products with the rows, counted."""
-        product = self.uncounted(rows)
+        return self._counted(rows, self.uncounted(rows))
+
+    def as_given(self, rows: Tensor, /) -> Tensor:
+        """Return the products with the rows, counted, without the copy that scales some of them.
+
+        It is for algorithms that compare no inner products, and cannot see what is not linear.
+        """
+        return self._counted(rows, self._checked(rows))
+
+    def _counted(self, rows: Tensor, product: Tensor) -> Tensor:
         self.matvecs += rows.shape[0]
         self.passes += 1
         if self.compared:

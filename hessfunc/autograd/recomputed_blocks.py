@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from hessfunc.autograd.functorch import is_wrapped
@@ -66,8 +67,10 @@ class RecomputedBlock:
         return parameters
 
     def _pure(self, kept: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
-        # BatchNorm raises for running statistics that require a gradient, so detach them.
-        fixed = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        # BatchNorm raises for running statistics that require a gradient, so detach them. They are
+        # no constants of the user's, which finite differences would record.
+        with torch._C.DisableTorchFunction():
+            fixed = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         state = {**self.parameters(kept), **fixed}
         with self.borrowed() as model:
             block = model.get_submodule(self.name).forward

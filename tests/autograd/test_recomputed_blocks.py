@@ -136,3 +136,15 @@ def test_a_module_that_cannot_be_copied_is_refused() -> None:
     model = nn.Sequential(Uncopied(3, 3), nn.Tanh())
     with pytest.raises(NotImplementedError, match="cannot be copied .*: leave out `recompute`"):
         hf.functional(model, recompute="0")
+
+
+def test_buffers_are_no_constants_of_finite_differences() -> None:
+    layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)
+    model = nn.Sequential(nn.Sequential(*layers)).double().eval()
+    batch = torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])
+    model_fn, params = hf.functional(model, recompute="0")
+    loss = hf.supervised(model_fn, nn.functional.cross_entropy)
+    vector = {name: torch.ones_like(leaf) for name, leaf in params.items()}
+    expected = hf.apply(hf.hvp(loss)(params, batch), vector)
+    found = hf.apply(hf.hvp(loss, mode="difference")(params, batch), vector)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

@@ -92,7 +92,7 @@ class HutchinsonDiagonal(DiagonalProbing["_State"]):
         space, first = products.space, state.diagonal.count
         indices = range(first, first + min(room, self.block_size))
         probes = space.probes(indices, kind="signs", seed=state.seed, dtype=rows_dtype(space))
-        images = products(probes)
+        images = products.as_given(probes)
         return _State(
             state.diagonal.extended(probes * images),
             state.squares.extended(images.square()),

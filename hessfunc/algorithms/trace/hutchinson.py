@@ -165,7 +165,7 @@ class Hutchinson(TraceProbing["_State"]):
         indices = range(first, first + min(room, self.block_size))
         drawn = space.probes(indices, kind=self.kind, seed=state.seed, dtype=rows_dtype(space))
         probes = pairs.complement(space, drawn, on_sphere=self.kind == "sphere")
-        images = products(probes)
+        images = products.as_given(probes)
         # inside = P A u with P = I - VV': its squared length is the |A|_F^2 of the matrix PAP whose
         # trace is sampled, E |PAPw|^2 = |PAP|_F^2.
         inside = pairs.complement(space, images, on_sphere=False)

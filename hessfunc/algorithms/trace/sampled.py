@@ -187,7 +187,7 @@ class SampledTrace(Method["_State", SampledEstimate]):
         for first in range(i * r, (i + 1) * r, self.block_size):
             indices = range(first, min(first + self.block_size, (i + 1) * r))
             rows = space.probes(indices, kind=self.kind, seed=seed, dtype=rows_dtype(space))
-            parts.append(space.by_leaf(rows, of_batch(rows)).cpu().double())
+            parts.append(space.by_leaf(rows, of_batch.as_given(rows)).cpu().double())
         products.matvecs += of_batch.matvecs
         products.passes += of_batch.passes
         products.first = products.first or of_batch.first

@@ -236,11 +236,9 @@ def _sampled(
     samples: list[list[float]] = []
 
     def watched(block: Tree) -> Tree:
-        # A sample of leaf l is z_l' (H z)_l for a vector z of signs; the block has multiples of it.
+        # A sample of leaf l is z_l' (H z)_l, for each vector z of the block.
         products = matvec(block)
-        rows = space.ravel(block)
-        parts = space.by_leaf(rows, space.ravel(products)) / rows[:, :1].square()
-        samples.extend(parts.tolist())
+        samples.extend(space.by_leaf(space.ravel(block), space.ravel(products)).tolist())
         return products
 
     estimate = hutchinson(
