@@ -21,30 +21,22 @@ _TINY = 1e-300
 
 def residuals(problem: Problem, state: State) -> Tensor:
     """Return the residuals of the wanted Ritz pairs, in units of their tolerances."""
-    method, looks = problem.method, state.looks
-    options = method.which, method.k, method.rtol, method.atol
-    if options not in looks:
-        values, rotation = wanted_ritz(problem, state)
-        lengths = torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
-        looks[options] = lengths / tolerances(problem, values, state).clamp_min(_TINY)
-    return looks[options]
+    values, _, lengths = wanted_ritz(problem, state)
+    return lengths / tolerances(problem, values, state).clamp_min(_TINY)
 
 
 def wanted_pairs(problem: Problem, state: State) -> Pairs:
-    """Return the wanted pairs, with the residuals of the recurrence.
-
-    For a Ritz vector v = V'y with T y = value y, A v - value v = X' C y has the length |C y|.
-    """
-    values, rotation = wanted_ritz(problem, state)
+    """Return the wanted pairs, with the residuals of the recurrence."""
+    values, rotation, lengths = wanted_ritz(problem, state)
     rows = state.basis[: state.size].combine(problem.space, rotation.mT, problem.dtype)
-    return Pairs(values, rows, torch.linalg.vector_norm(state.coupling @ rotation, dim=0))
+    return Pairs(values, rows, lengths)
 
 
-def wanted_ritz(problem: Problem, state: State) -> tuple[Tensor, Tensor]:
-    """Return the wanted Ritz values, and their coefficients in the basis, as columns."""
+def wanted_ritz(problem: Problem, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the wanted Ritz values, their coefficients in the basis as columns, and residuals."""
     values, vectors = state.ritz
     indices = ritz.wanted(problem.method.which, values, problem.method.k)
-    return values[indices], vectors[:, indices]
+    return values[indices], vectors[:, indices], state.residuals[indices]
 
 
 def tolerances(problem: Problem, values: Tensor, state: State) -> Tensor:
@@ -66,8 +58,7 @@ def known_error(problem: Problem, state: State) -> float | None:
     All inner products of V with its products are computed, so that A V' = V' T + X' C up to the
     rounding of the products and up to the difference of T and V A V'.
     """
-    values, rotation = wanted_ritz(problem, state)
-    lengths = torch.linalg.vector_norm(state.coupling @ rotation, dim=0)
+    values, _, lengths = wanted_ritz(problem, state)
     error, allowed = _error(problem, state), _requested(problem, values, state)
     negligible = error <= _NEGLIGIBLE * torch.maximum(allowed, lengths)
     return error if bool(negligible.all()) else None

@@ -135,9 +135,9 @@ class State:
         return rayleigh_ritz(self.projected)
 
     @cached_property
-    def looks(self) -> dict[object, Tensor]:
-        """Residuals of the wanted pairs by the options they depend on, for later decisions."""
-        return {}
+    def residuals(self) -> Tensor:
+        """Residuals of all Ritz pairs: for v = V'y, A v - value v = X' C y has the length |C y|."""
+        return torch.linalg.vector_norm(self.coupling @ self.ritz[1], dim=0)
 
     @cached_property
     def largest(self) -> float:

@@ -88,7 +88,7 @@ def certified(
     wanted eigenvalue outside of the basis by now, such as a copy of a repeated one. The search ends
     once it is below 5 %, or after one product if all of them would leave it above one half.
     """
-    inside, _ = wanted_ritz(problem, state)
+    inside = wanted_ritz(problem, state)[0]
     missed, count = 1.0, min(problem.method.search, room)
     for outside in _recurrence(problem, products, state, count):
         values, _ = outside.ritz()
@@ -111,7 +111,7 @@ def proved(problem: Problem, products: Products, state: State, room: int) -> Sta
     belongs among the wanted ones, (b) such a value would very likely have appeared by now, or (c)
     their own outermost value has converged, as in a run without a start. They keep two vectors.
     """
-    space, (inside, _) = problem.space, wanted_ritz(problem, state)
+    space, inside = problem.space, wanted_ritz(problem, state)[0]
     tolerance = float(tolerances(problem, inside, state).max())
     missed = 0.0
     for outside in _recurrence(problem, products, state, room):

@@ -73,7 +73,7 @@ def _fresh_block(problem: Problem, state: State) -> State:
 
     The run is finished instead if the last such block has changed no wanted value.
     """
-    space, (values, _) = problem.space, wanted_ritz(problem, state)
+    space, values = problem.space, wanted_ritz(problem, state)[0]
     floor = rounding(problem.eps, state.largest)
     nothing_new = (
         state.closed is not None
