@@ -33,7 +33,7 @@ def cosines(like: Tensor, /, step: float = 1.0) -> Tensor:
 
     It stands for a random direction where a test must give the same result in every run.
     """
-    entries = torch.arange(1.0, like.numel() + 1, device=like.device)
+    entries = torch.arange(1, like.numel() + 1, dtype=torch.float32, device=like.device)
     return entries.mul_(step).cos_().to(like).view(like.shape)
 
 

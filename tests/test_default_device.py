@@ -93,7 +93,9 @@ def by_default(source: str) -> list[str]:
         name, options = call.func.attr, {option.arg for option in call.keywords}
         if ast.unparse(call.func.value) != "torch" or not FACTORIES.fullmatch(name):
             continue
-        due = {"device"} if TYPED.fullmatch(name) else {"device", "dtype"}
+        numbers = [given.value for given in call.args if isinstance(given, ast.Constant)]
+        typed = TYPED.fullmatch(name) and not any(isinstance(x, float) for x in numbers)
+        due = {"device"} if typed else {"device", "dtype"}
         if None not in options and not due <= options:
             found.append(ast.unparse(call))
     return found
@@ -107,6 +109,7 @@ def test_every_new_tensor_has_a_device_and_a_type() -> None:
     assert by_default("torch.ones(1, dtype=t), torch.ones(1, device=d), torch.arange(3)") == [
         "torch.ones(1, dtype=t)", "torch.ones(1, device=d)", "torch.arange(3)"
     ]  # fmt: skip
+    assert by_default("torch.arange(1.0, 3, device=d)")
     found = {
         str(path.relative_to(SOURCES)): calls
         for path in SOURCES.rglob("*.py")

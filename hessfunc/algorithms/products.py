@@ -187,7 +187,7 @@ class Products:
         entries = product if product.numel() else product.new_zeros(1)
         largest = float(self.space.summed(torch.linalg.vector_norm(entries, math.inf)))
         if not math.isfinite(largest):
-            refuse_infinite(self.space, product, "a product", NonFiniteError)
+            refuse_infinite(self.space, product, "a product")
         self.largest = max(self.largest, largest)
         return product
 
@@ -315,15 +315,16 @@ def refuse_scale(largest: float, limits: tuple[float, float], what: str, remedy:
         )
 
 
-def refuse_infinite(space: Space, rows: Tensor, what: str, kind: type[Exception], /) -> None:
+def refuse_infinite(space: Space, rows: Tensor, what: str, /) -> None:
     """Raise an error that names the leaves with NaN or infinite entries, if there are any.
 
     Args:
         space: Space of the rows.
         rows: Rows to be checked.
         what: Noun phrase for the rows, for the message.
-        kind: Class of the error.
     """
     columns = torch.nonzero(~torch.isfinite(rows).all(0)).flatten()
     if names := space.leaf_of_columns(columns):
-        raise kind(f"{what} has entries that are NaN or infinite, at {', '.join(names[:4])}")
+        raise NonFiniteError(
+            f"{what} has entries that are NaN or infinite, at {', '.join(names[:4])}"
+        )

@@ -31,6 +31,7 @@ from hessfunc.fingerprints import checksum
 from hessfunc.ranks import Ranks, refuse_unless_mesh
 from hessfunc.selection import first_of
 from hessfunc.sharding.skeleton import name_of, of_fsdp, without_parameters
+from hessfunc.spaces.dtensors import strides_of
 from hessfunc.stored import read_as
 from hessfunc.trees import Tree
 
@@ -173,7 +174,7 @@ def divided(
                 [placement_of(axis)],
                 run_check=False,
                 shape=shape,
-                stride=torch.empty(shape, dtype=torch.uint8, device="meta").stride(),
+                stride=strides_of(shape),
             )
     skeleton = without_parameters(model, named)
     # A parameter that is tied to one outside of blocks is gathered inside of them as well.

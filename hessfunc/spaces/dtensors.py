@@ -65,7 +65,7 @@ class Layout:
             self.mesh,
             self._placements(axes),
             shape=shape,
-            stride=_strides(shape),
+            stride=strides_of(shape),
         )
 
     def _placements(self, axes: int) -> list[Placement]:
@@ -75,7 +75,7 @@ class Layout:
         """Evaluate a function of places in the flat leaf at the entries of this rank's run."""
         # The function is evaluated on the contiguous range that covers the shard; the strides of
         # the whole leaf then pick the shard out of it.
-        strides = _strides(self.shape)
+        strides = strides_of(self.shape)
         first = sum(b * s for b, s in zip(self.begin, strides, strict=True))
         last = first + sum((e - 1) * s for e, s in zip(self.extent, strides, strict=True))
         covered = range(first, last + 1) if 0 not in self.extent else range(0)
@@ -292,5 +292,6 @@ def _layout(
     )
 
 
-def _strides(shape: torch.Size) -> tuple[int, ...]:
+def strides_of(shape: torch.Size, /) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor of this shape."""
     return torch.empty(shape, dtype=torch.uint8, device="meta").stride()

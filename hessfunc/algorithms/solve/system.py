@@ -227,7 +227,7 @@ def finite_rows(space: Space, tree: Tree, what: str, /, *, is_block: bool) -> Te
     if not len(leaves[0]):
         raise ValueError(f"{what} is a block of no vectors: pass at least one")
     rows = space.ravel_leaves(leaves, dtype=rows_dtype(space))
-    refuse_infinite(space, rows, what, ValueError)
+    refuse_infinite(space, rows, what)
     largest = float(space.norms(rows).max())
     remedy = "multiply it by {}, and divide the solution by this number"
     refuse_scale(largest, LIMITS, what, remedy)
