@@ -156,12 +156,13 @@ def _native_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    known = running_mean, running_var, weight, bias
-    y = _batch_norm(input, *known, training, momentum, eps)
-    if not training:
-        return y, y.new_empty(0), y.new_empty(0)
-    mean, scale = _statistics(widened(input), (0, *range(2, input.dim())), eps)
-    return y, mean.flatten(), scale.flatten()
+    if training and input.numel() > input.shape[1]:
+        x = widened(input)
+        mean, scale = _statistics(x, (0, *range(2, input.dim())), eps)
+        y = _affine_by_channel((x - mean) * scale, weight, bias, input.dtype)
+        return y, mean.flatten(), scale.flatten()
+    y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return y, y.new_empty(0), y.new_empty(0)
 
 
 def _native_batch_norm_legit(
