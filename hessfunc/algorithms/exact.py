@@ -151,7 +151,7 @@ def _products(
     everything = torch.arange(space.n, device=space.device)
     rows = space.units(everything, rows_dtype(space))
     pieces = []
-    for piece in unit_products(products, everything, block_size):
+    for piece in unit_products(products, space, everything, block_size):
         pieces.append(piece)
         if report is not None:
             report(products.matvecs)

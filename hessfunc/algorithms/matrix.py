@@ -77,7 +77,7 @@ def matrix(
     those of a product.
     """
     at_least(1, chunk_size=chunk_size)
-    products = replace(Products.of(matvec, like), compared=False)
+    products = replace(Products.of(matvec, like), limits=None)
     space = products.space
     i, j = _indices(space, like, rows, "rows"), _indices(space, like, columns, "columns")
     size = min(len(j), chunk_size or max(1, AT_ONCE // space.n))
@@ -85,7 +85,7 @@ def matrix(
     dense = torch.empty(len(i), len(j), dtype=rows_dtype(space), device=space.device)
     done = 0
     with reporting(progress, "matrix", total=len(j), unit="columns") as report:
-        for images in unit_products(products, j, size):
+        for images in unit_products(products.as_given, space, j, size):
             dense[:, done : done + len(images)] = space.entries(images, i).mT
             done += len(images)
             if report is not None:
@@ -95,11 +95,12 @@ def matrix(
     return dense
 
 
-def unit_products(products: Products, columns: Tensor, size: int, /) -> Iterator[Tensor]:
+def unit_products(
+    multiply: Callable[[Tensor], Tensor], space: Space, columns: Tensor, size: int, /
+) -> Iterator[Tensor]:
     """Yield the products with the unit vectors of these columns, ``size`` of them at a time."""
-    space = products.space
     for chunk in columns.split(size):
-        yield products(space.units(chunk, rows_dtype(space)))
+        yield multiply(space.units(chunk, rows_dtype(space)))
 
 
 def _indices(space: Space, like: Tree, chosen: Pattern | Sequence[int] | None, what: str) -> Tensor:

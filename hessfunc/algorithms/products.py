@@ -64,8 +64,8 @@ class Products:
         keep_first: Whether to keep the first vector and its product.
         first: First vector and its product, or None.
         largest: Largest absolute entry of a product so far.
-        compared: Whether the products are squared and compared. If they are only stored, the rows
-            have no factors, and any scale is accurate.
+        limits: Least and largest accepted value of ``largest``, unless it is 0; None for products
+            that are not squared, and are accurate at any scale.
     """
 
     matvec: Matvec
@@ -75,7 +75,7 @@ class Products:
     keep_first: bool = False
     first: tuple[Tensor, Tensor] | None = None
     largest: float = 0.0
-    compared: bool = True
+    limits: tuple[float, float] | None = LIMITS
 
     def __post_init__(self) -> None:
         # A matvec that a function of the caller has returned, such as a draw, is checked only here.
@@ -126,8 +126,8 @@ class Products:
     def _counted(self, rows: Tensor, product: Tensor) -> Tensor:
         self.matvecs += rows.shape[0]
         self.passes += 1
-        if self.compared:
-            self.refuse_scale(LIMITS)
+        if self.limits is not None:
+            self.refuse_scale(self.limits)
         if self.keep_first and self.first is None:
             self.first = rows[0].clone(), product[0].clone()
         return product
@@ -142,7 +142,7 @@ class Products:
             MemoryError: If the first product takes more than half of `memory_limit`.
         """
         start, factor = _SCALED[self.passes % 2]
-        if start >= len(rows) or not self.compared:
+        if start >= len(rows):
             return self._checked(rows)
         block = rows.clone()
         block[start::2].mul_(factor)

@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hessfunc.autograd.functorch import (
-    is_wrapped,
-)
+from hessfunc.autograd.functorch import is_wrapped
 
 Triple: TypeAlias = tuple[Tensor, Tensor, Tensor]
 

@@ -21,12 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from hessfunc.autograd.collectives import Cut, gathered
-from hessfunc.autograd.recomputed_blocks import (
-    Borrow,
-    RecomputedBlock,
-    Segment,
-    recompute_inside,
-)
+from hessfunc.autograd.recomputed_blocks import Borrow, RecomputedBlock, Segment, recompute_inside
 from hessfunc.fingerprints import checksum
 from hessfunc.ranks import Ranks, refuse_unless_mesh
 from hessfunc.selection import first_of

@@ -16,13 +16,7 @@ from hessfunc.autograd.contexts import Precision
 from hessfunc.autograd.custom_functions import Verified, refuse_if_cut, refuse_unless_derivatives
 from hessfunc.autograd.errors import lacks_forward_mode
 from hessfunc.autograd.forward_mode import DIFFERENCES, FORWARD, must_record, pulled_once
-from hessfunc.autograd.functorch import (
-    edges,
-    evaluating,
-    final_gradient,
-    pullback,
-    transforming,
-)
+from hessfunc.autograd.functorch import edges, evaluating, final_gradient, pullback, transforming
 from hessfunc.autograd.overrides import Replaced
 from hessfunc.autograd.second_order import SECOND_ORDER
 from hessfunc.losses import LossFunction, refuse_module
@@ -39,12 +33,7 @@ from hessfunc.transforms.differentiable import (
     pullback_with_graph,
     refuse_untransformable,
 )
-from hessfunc.transforms.evaluation import (
-    checked,
-    gradient_of,
-    linearising,
-    scalar,
-)
+from hessfunc.transforms.evaluation import checked, gradient_of, linearising, scalar
 from hessfunc.transforms.own_rows import part_of
 from hessfunc.trees import Matvec, Tree
 

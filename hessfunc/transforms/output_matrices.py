@@ -26,12 +26,7 @@ from hessfunc.losses import Loss
 from hessfunc.spaces.of import space_of
 from hessfunc.spaces.space import Space
 from hessfunc.transforms.batches.reductions import noted
-from hessfunc.transforms.chunks import (
-    GAUSS_NEWTON_ENTRIES,
-    Chunks,
-    ChunkSize,
-    Curvature,
-)
+from hessfunc.transforms.chunks import GAUSS_NEWTON_ENTRIES, Chunks, ChunkSize, Curvature
 from hessfunc.transforms.differentiable import (
     Linearisation,
     Rebuild,

@@ -15,9 +15,7 @@ from hessfunc.losses import LossFunction
 from hessfunc.spaces.of import space_of
 from hessfunc.transforms.batches.divisor import HIDDEN
 from hessfunc.transforms.batches.examples import examples, microbatches
-from hessfunc.transforms.criteria import (
-    Reduction,
-)
+from hessfunc.transforms.criteria import Reduction
 from hessfunc.trees import Tree
 
 

@@ -18,10 +18,7 @@ from hessfunc.options import described
 from hessfunc.transforms.batches.divisor import positions_of, terms_of
 from hessfunc.transforms.batches.examples import examples
 from hessfunc.transforms.batches.halves import by_halves, warn_unknown
-from hessfunc.transforms.criteria import (
-    Reduction,
-    declared_reduction,
-)
+from hessfunc.transforms.criteria import Reduction, declared_reduction
 from hessfunc.trees import Tree
 
 
