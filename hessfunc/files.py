@@ -32,5 +32,5 @@ def write_bytes(path: Path, data: bytes, /) -> None:
 
 def write_text(path: Path, text: str, /) -> None:
     """Write a file of this text atomically, in UTF-8 whatever the locale."""
-    # Python escapes the bytes of a path that are no text in the locale; they are written as is.
+    # Python escapes bytes of a path that the locale cannot decode; they are written unchanged.
     write_bytes(path, text.encode("utf-8", "surrogateescape"))

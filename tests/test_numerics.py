@@ -19,7 +19,7 @@ def test_narrow_numbers_are_widened_to_float32() -> None:
     assert widened(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_a_device_is_named_as_tensors_name_it() -> None:
+def test_a_device_has_the_index_of_its_tensors() -> None:
     assert indexed("cpu") == torch.ones(1).device
     assert indexed(torch.device("meta")) == torch.ones(1, device="meta").device
 

@@ -119,7 +119,8 @@ class Products:
     def as_given(self, rows: Tensor, /) -> Tensor:
         """Return the products with the rows, counted, without the copy that scales some of them.
 
-        It is for algorithms that compare no inner products, and cannot see what is not linear.
+        It is for algorithms that compare no inner products, and so cannot detect a matvec that is
+        not linear, and for products that are only stored.
         """
         return self._counted(rows, self._checked(rows))
 

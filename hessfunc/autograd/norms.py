@@ -168,7 +168,7 @@ def _native_batch_norm(
 def _native_batch_norm_legit(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The overload without running statistics has two arguments less.
+    # The overload without running statistics has two arguments fewer.
     known = rest if len(rest) == 5 else (None, None, *rest)
     return _native_batch_norm(input, weight, bias, *known)
 

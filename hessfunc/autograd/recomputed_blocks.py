@@ -67,8 +67,8 @@ class RecomputedBlock:
         return parameters
 
     def _pure(self, kept: Tree, buffers: Tree, args: Any, kwargs: Any) -> Any:
-        # BatchNorm raises for running statistics that require a gradient, so detach them. They are
-        # no constants of the user's, which finite differences would record.
+        # BatchNorm raises for running statistics that require a gradient, so detach them.
+        # Finite differences must not record them as constants of the loss.
         with torch._C.DisableTorchFunction():
             fixed = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         state = {**self.parameters(kept), **fixed}

@@ -21,8 +21,8 @@ from tests.accelerator.device import NAME, register
 LIBRARY = Path(hessfunc.__file__).parent
 
 
-def tests_bring_their_tensors_back() -> None:
-    """Have the tests, unlike the library, take NumPy's arrays of tensors of the accelerator."""
+def let_tests_convert_to_numpy() -> None:
+    """Have tensors copied to the CPU where the tests, not the library, convert them to NumPy."""
     plain = torch.Tensor.numpy
 
     def numpy(tensor: torch.Tensor, **options: Any) -> Any:
@@ -57,5 +57,5 @@ if __name__ == "__main__":
     if sys.argv[1] == NAME:
         register()
         torch.set_default_device(NAME)
-        tests_bring_their_tensors_back()
+        let_tests_convert_to_numpy()
     Path(sys.argv[2]).write_bytes(pickle.dumps(outcomes()))

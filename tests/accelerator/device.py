@@ -23,7 +23,7 @@ def compiler() -> str | None:
 
 
 class Device(types.ModuleType):
-    """What ``torch.emulated`` has to be, as ``torch.cuda`` is of its own."""
+    """Module ``torch.emulated``, with the functions that torch expects, as in ``torch.cuda``."""
 
     def is_available(self) -> bool:
         return True

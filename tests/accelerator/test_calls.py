@@ -1,7 +1,7 @@
 """Every public function gives the same numbers on an accelerator as on the CPU.
 
-The accelerator is emulated: a call fails where it puts tensors of both devices into one operation,
-or reads one that it has not brought back.
+The accelerator is emulated: a call fails if it passes tensors of both devices to one operation, or
+converts a tensor to NumPy without copying it to the CPU.
 """
 
 from __future__ import annotations

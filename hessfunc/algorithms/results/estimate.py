@@ -53,7 +53,7 @@ class LeafEstimate(Displayed, float):
         return float(self), self.stderr, self.degrees, self.confidence
 
     def __getstate__(self) -> None:
-        """Return nothing: what is pickled or copied is made of the arguments alone."""
+        """Return None: pickles and copies are made from the arguments of `__new__` alone."""
 
     def __repr__(self) -> str:
         return f"LeafEstimate({float(self):.6g}, stderr={self.stderr:.2g})"

@@ -40,7 +40,7 @@ def main() -> None:
     """Run the command ``hessfunc``."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # What a terminal cannot show, as a letter of a path, is shown by its code.
+            # Characters that the terminal cannot show, such as letters of a path, become escapes.
             stream.reconfigure(errors="backslashreplace")
     app()
 
